@@ -1,0 +1,5 @@
+"""`python -m ptl` is the `ptl` command."""
+
+from ptl.cli import main
+
+main()

@@ -1,0 +1,145 @@
+"""A Hugging Face checkpoint as files: safetensors shards, config.json and the files that must travel with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises InputError when it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"model.path: no folder {folder}; give a checkpoint folder or a hub id")
+    if not path.is_file():
+        raise InputError(f"model.path: {folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"model.path: {path} is not valid JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model.path: {path} must hold a JSON object; fetch the checkpoint again")
+    return config
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files, in order. Raises InputError for pickles, missing shards and paths that leave the folder."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:
+                raise InputError(f"model.path: {index} names {name!r}, which is no plain file name; refused")
+            if not (folder / name).is_file():
+                raise InputError(f"model.path: {index} names {name}, which is missing; fetch the checkpoint again")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"model.path: {folder} has only pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
+            "convert it: load it once with transformers and save_pretrained(..., safe_serialization=True)"
+        )
+    raise InputError(f"model.path: {folder} has no {WEIGHTS}; give the folder of a safetensors checkpoint")
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, from the shards' headers alone. Raises InputError that names a damaged shard."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in shards(folder):
+        for name, entry in _header(path).items():
+            if name == "__metadata__":
+                continue
+            if name in found:
+                raise InputError(f"model.path: tensor {name} is in two shards, {path} among them; fetch it again")
+            found[name] = tuple(entry["shape"])
+    return found
+
+
+def num_params(folder: Path) -> int:
+    """Parameters of a checkpoint; tied tensors, which are saved once, count once."""
+    return sum(math.prod(shape) for shape in shapes(folder).values())
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one after the other, so that only one is in memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"model.path: shard {path} is damaged ({error}); fetch the checkpoint again") from error
+
+
+def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
+    """Save one shard in the form that transformers reads."""
+    from safetensors.torch import save_file
+
+    save_file(named, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """The index of a checkpoint with several shards."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_companions(src: Path, dst: Path) -> None:
+    """Everything beside the weights: tokenizer, generation config, chat template; no pickles, no weights."""
+    weights = {path.name for path in shards(src)} | {INDEX, "config.json", STATE, "ptl-files.json"}
+    for path in sorted(src.iterdir()):
+        if path.is_file() and path.name not in weights and path.suffix not in (*PICKLES, ".safetensors"):
+            shutil.copyfile(path, dst / path.name)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise InputError when a checkpoint has no tokenizer files."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise InputError(
+            f"model.path: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); "
+            "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+
+
+def check_finite(paths: Iterable[Path]) -> None:
+    """Raise InputError that names the first tensor with NaN or infinite values."""
+    for path in paths:
+        for name, tensor in tensors(path):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise InputError(f"model.path: tensor {name} in {path} holds NaN or infinite values; use a sound checkpoint")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if path.stat().st_size != 8 + length + max(ends, default=0):
+            raise ValueError("file size differs from the header")
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model.path: shard {path} is damaged ({error}); fetch the checkpoint again") from error
+    return header

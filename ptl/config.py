@@ -1,0 +1,272 @@
+"""What a user writes: one YAML file, checked here once and trusted afterwards; plan() turns it into iterations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ptl.errors import InputError
+
+
+class Section(BaseModel):
+    """A part of the config: unknown fields are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class ModelSource(Section):
+    """The dense model to compress."""
+
+    path: str = Field(min_length=1, description="hub id or local folder of a Hugging Face checkpoint (safetensors)")
+    revision: str | None = Field(None, description="hub commit; pin it so that a run can be repeated")
+
+
+class DataSource(Section):
+    """Rows of text, from a local JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
+
+    source: str = Field(min_length=1, description="local .jsonl, .jsonl.gz or .parquet file, or a hub dataset id")
+    revision: str | None = Field(None, description="hub commit of the dataset")
+    subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
+    split: str = Field("train", description="hub split")
+    format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
+    text: str = Field("{text}", description="template over a row's columns (format `text`)")
+    prompt: str = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
+    completion: str = Field("{completion}", description="template over a row's columns (format `prompt_completion`)")
+    messages: str = Field("messages", description="column that holds the chat (format `messages`)")
+
+
+class Calibration(Section):
+    """The reasoning text on which neurons and layers are scored."""
+
+    data: DataSource
+    num_sequences: int = Field(64, ge=1, description="sequences scored, drawn with the run's seed")
+    max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
+    batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+
+
+class Schedule(Section):
+    """How much goes in each iteration, and how many tokens each recovery gets."""
+
+    iterations: int = Field(4, ge=1, le=64, description="prune-recover-evaluate rounds")
+    target: float = Field(
+        gt=0,
+        description="below 1: share of all parameters to remove; 1 or more: the number of parameters to end with",
+    )
+    cuts: Literal["uniform", "cubic"] = Field("cubic", description="equal cuts, or large ones first on a cubic curve")
+    tokens: Literal["uniform", "doubling"] = Field("doubling", description="equal budgets, or twice as much each time")
+    recovery_tokens: int = Field(ge=0, description="tokens of recovery training over all iterations")
+
+
+class Prune(Section):
+    """What is redundant, and how widths are rounded."""
+
+    target: Literal["neurons", "layers", "neurons_then_layers"] = Field(
+        "neurons", description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`"
+    )
+    layer_iterations: int = Field(1, ge=1, description="only with `neurons_then_layers`")
+    criterion: Literal["max", "mean", "weight", "taylor", "random"] = Field("max", description="score of a neuron")
+    layer_criterion: Literal["max", "block_influence"] = Field("max", description="score of a layer")
+    sigma_neuron: float | None = Field(None, gt=0, description="remove only neurons that score below; none: by budget")
+    sigma_layer: float | None = Field(None, gt=0, description="remove only layers that score below; none: by budget")
+    width_multiple: int = Field(1, ge=1, description="round the FFN width down to a multiple of this")
+
+
+class Cpt(Section):
+    """Recovery by continual pre-training on the training data."""
+
+    method: Literal["cpt"] = "cpt"
+    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
+    accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
+    loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
+    packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    decay: Literal["last", "each"] = Field(
+        "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
+    )
+    carry_moments: bool = Field(True, description="carry Adam's moments through the cut, sliced with the weights")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
+    logging_steps: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _packing_needs_all_tokens(self) -> Cpt:
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
+            )
+        return self
+
+
+RecoverStage = Cpt
+
+
+class Task(Section):
+    """One benchmark: a task name of lm-evaluation-harness, or the path of a task YAML."""
+
+    name: str = Field(min_length=1, description="lm-eval task name, or the path of a task YAML in the checkout")
+    metric: str = Field("exact_match", description="the metric of the task that is reported as accuracy")
+    num_fewshot: int | None = Field(None, ge=0, description="none: what the task says")
+    limit: int | None = Field(None, ge=1, description="first N items; none: all")
+
+
+class Speed(Section):
+    """How generation speed is measured."""
+
+    batch_sizes: tuple[int, ...] = Field((1, 32), description="sequences generated at once")
+    prompt_tokens: int = Field(64, ge=1)
+    new_tokens: int = Field(32, ge=1)
+    repeats: int = Field(3, ge=1, description="the median is reported")
+
+
+class Evaluate(Section):
+    """Which benchmarks decide, and how."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1, description="the first one is the run's accuracy")
+    batch_size: int = Field(64, ge=1)
+    max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
+    chat_template: bool = False
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    speed: Speed | None = Field(Speed(), description="null: do not measure speed")
+
+
+class Resources(Section):
+    """What a step asks of the cluster; local runners ignore it."""
+
+    accelerator: str | None = Field(None, description="for example nvidia.com/gpu")
+    accelerators: int = Field(0, ge=0, description="accelerators per prune, recover and evaluate step")
+    cpu: str | None = None
+    memory: str | None = None
+
+
+class Storage(Section):
+    """Where runs are tracked; the checkpoints lie under the experiment's artifact location."""
+
+    experiment: str = Field("ptl", min_length=1, description="MLflow experiment")
+    registered_model: str | None = Field(None, description="MLflow registry name; none: the config's name")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="the pipeline's name")
+    model: ModelSource
+    calibration: Calibration
+    training: DataSource
+    schedule: Schedule
+    prune: Prune = Prune()
+    recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
+    evaluate: Evaluate
+    control: bool = Field(True, description="add one-shot pruning to the same size with the same total tokens")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    resources: Resources = Resources()
+    storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Config:
+        both = self.prune.target == "neurons_then_layers"
+        if both and self.prune.layer_iterations >= self.schedule.iterations:
+            raise ValueError(
+                f"prune.layer_iterations={self.prune.layer_iterations} leaves no iteration for neurons: "
+                f"it must be below schedule.iterations={self.schedule.iterations}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One round of the loop. Shares are exact fractions, so that they add up without rounding."""
+
+    index: int  # 1..iterations
+    cut: Fraction  # share of the whole removal that goes in this round; all cuts add up to 1
+    progress: Fraction  # cuts up to and including this round; 1 in the last
+    tokens: int  # recovery tokens of this round; all add up to schedule.recovery_tokens
+    tokens_before: int  # recovery tokens of earlier rounds: where this round's fresh data begins
+    unit: Literal["neurons", "layers"]
+    last: bool
+
+
+def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
+    """The iterations of a run: pure and torch-free.
+
+    The cubic curve is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1): after round i of k the share
+    1 - (1 - i/k)^3 of the removal is done. Doubling gives round i the share 2^(i-1) / (2^k - 1) of the tokens.
+    """
+    k = schedule.iterations
+    layer_rounds = {"neurons": 0, "layers": k, "neurons_then_layers": prune.layer_iterations}[prune.target]
+    iterations, done, spent = [], Fraction(0), 0
+    for i in range(1, k + 1):
+        progress = Fraction(i, k) if schedule.cuts == "uniform" else 1 - (1 - Fraction(i, k)) ** 3
+        share = Fraction(i, k) if schedule.tokens == "uniform" else Fraction(2**i - 1, 2**k - 1)
+        until = int(share * schedule.recovery_tokens)
+        unit: Literal["neurons", "layers"] = "layers" if i > k - layer_rounds else "neurons"
+        iterations.append(Iteration(i, progress - done, progress, until - spent, spent, unit, i == k))
+        done, spent = progress, until
+    return iterations
+
+
+def one_shot(schedule: Schedule) -> Schedule:
+    """The control's schedule: one cut to the same size, with all of the recovery tokens."""
+    return schedule.model_copy(update={"iterations": 1})
+
+
+def removal(original_params: int, target: float) -> int:
+    """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
+    if target < 1:
+        return int(Fraction(str(target)) * original_params)
+    return original_params - int(target)
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read and check a config file. Raises InputError that names every wrong field, its value and the allowed range."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"config: no file {path}; give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"config: {path} must hold a mapping of fields, found {type(raw).__name__}")
+    for dotted, value in (overrides or {}).items():
+        _assign(raw, dotted, value)
+    return check(Config, raw, str(path))
+
+
+def check(section: type[S], raw: dict[str, Any], where: str) -> S:
+    """Validate a mapping; pydantic's errors become one InputError with a line for each field."""
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join([f"{where}: wrong values", *map(_explain, error.errors())])) from error
+
+
+def _explain(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"  {field}: unknown field; remove it, or see `ptl schema` for the fields there are"
+    if error["type"] == "missing":
+        return f"  {field}: missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], dict) else f"{error['input']!r}: "
+    return f"  {field}: {value}{message}"
+
+
+def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        raw = raw.setdefault(name, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"--set {dotted}: {name} is not a section")
+    raw[last] = value

@@ -1,0 +1,19 @@
+"""Errors that a user sees, each with the exit code of the command that raised it."""
+
+
+class PtlError(Exception):
+    """Something that ends a command with a message instead of a traceback."""
+
+    exit_code = 1
+
+
+class InputError(PtlError):
+    """The input was wrong and nothing expensive was started: names the field, the value and the remedy."""
+
+    exit_code = 2
+
+
+class WorkError(PtlError):
+    """The work itself failed."""
+
+    exit_code = 1
