@@ -1,0 +1,145 @@
+"""What a sandboxed child process runs: lock-down first, then the candidate's module and calls into it by messages.
+
+Started by `ptl.sandbox`; imports nothing but the standard library. There are two children: the *candidate* process here
+knows neither the tests nor where their result goes; the *checker* process (`ptl.sandbox_checker`) executes the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from ptl import sandbox_kernel
+from ptl.sandbox_values import TEXT, decode, encode, receive, send
+
+SETUP_FAILED = 97  # exit code of a child that could not be locked down
+
+
+def main() -> None:
+    """Read the order from stdin, lock down, and become the candidate or the checker."""
+    order = json.loads(sys.stdin.buffer.read())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    actor = _actor(order["role"], order["pipes"])  # its imports need files that the lock-down takes away
+    try:
+        readable = [path for path in sys.path if os.path.exists(path)]
+        sandbox_kernel.lock_down(os.getcwd(), readable, **order["limits"])
+        if os.getppid() != order["parent"]:  # it died before PR_SET_PDEATHSIG was in force
+            raise OSError("the parent has gone")
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"sandbox set-up failed: {error}\n")
+        sys.stderr.flush()
+        os._exit(SETUP_FAILED)
+    actor.run(order["source"])
+
+
+def _actor(role: str, pipes: list[int]) -> Any:
+    if role == "candidate":
+        return Candidate(*pipes)
+    from ptl.sandbox_checker import Checker
+
+    return Checker(*pipes)
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": _call, "getattr": getattr, "setattr": setattr, "iter": iter, "next": next, "len": len, "bool": bool,
+    "repr": repr, "str": str, "hash": hash, "isinstance": isinstance,
+}  # fmt: skip
+
+
+class Candidate:
+    """Executes the candidate's module, then the operations that the checker asks for. Nothing here is trusted."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
+        self.objects: list[Any] = []  # by handle
+        self.handles: dict[int, int] = {}  # id() of an object in `objects` -> its handle
+        self.callbacks: dict[int, Any] = {}
+
+    def run(self, source: str) -> None:
+        send(self.outgoing, ["locked"])
+        module = types.ModuleType("candidate")
+        for name in [name for name in sys.modules if name.split(".")[0] == "ptl"]:
+            del sys.modules[name]
+        sys.modules["candidate"] = module
+        try:
+            exec(compile(source, "<candidate>", "exec", dont_inherit=True), module.__dict__)
+        except BaseException as error:
+            send(self.outgoing, self.failure(error))
+        else:
+            names = {name: self.export(value) for name, value in list(vars(module).items()) if name[:2] != "__"}
+            send(self.outgoing, ["ok", names, []])
+        while True:
+            self.answer(receive(self.incoming))
+
+    def export(self, value: Any) -> Any:
+        if isinstance(value, type) and issubclass(value, BaseException) and value.__module__ == "candidate":
+            return {"t": "exception", "v": value.__name__, "b": [base.__name__ for base in value.__mro__]}
+        try:
+            return encode(value, self.refer)
+        except (RecursionError, ValueError):
+            return self.refer(value)
+
+    def refer(self, value: Any) -> dict[str, Any]:
+        if id(value) in self.callbacks:
+            return {"t": "local", "v": self.callbacks[id(value)][0]}
+        handle = self.handles.get(id(value))
+        if handle is None:
+            handle = self.handles[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return {"t": "handle", "v": handle, "c": callable(value)}
+
+    def resolve(self, data: dict[str, Any]) -> Any:
+        if data["t"] == "handle":
+            return self.objects[data["v"]]
+        number = data["v"]
+
+        def callback(*args: Any, **kwargs: Any) -> Any:
+            send(self.outgoing, ["callback", number, encode(list(args), self.refer), encode(kwargs, self.refer)])
+            while True:
+                message = receive(self.incoming)
+                if message[0] != "reply":
+                    self.answer(message)
+                elif message[1]:
+                    return decode(message[2], self.resolve)
+                else:
+                    raise RuntimeError(f"{message[2]}: {message[3]}")
+
+        self.callbacks[id(callback)] = (number, callback)
+        return callback
+
+    def answer(self, message: Any) -> None:
+        try:
+            _, name, arguments, keywords, keep = message
+            args = decode(arguments, self.resolve)
+            operation = _OPERATIONS.get(name) or getattr(operator, name)
+            value = operation(*args, **decode(keywords, self.resolve))
+            result = self.refer(value) if keep else encode(value, self.refer)
+            changes = []  # arguments that the candidate changed in place
+            for index, arg in enumerate(args):
+                if type(arg) in (list, dict, set, bytearray):
+                    after = encode(arg, self.refer)
+                    if after != arguments[index]:
+                        changes.append([index, after])
+            send(self.outgoing, ["ok", result, changes])
+        except (EOFError, BrokenPipeError):
+            os._exit(0)  # the checker has finished
+        except BaseException as error:
+            send(self.outgoing, self.failure(error))
+
+    def failure(self, error: BaseException) -> list[Any]:
+        try:
+            args = [arg if isinstance(arg, (str, int)) else repr(arg) for arg in error.args]
+            text = str(error)[:TEXT]
+        except Exception:
+            args, text = [], "(its text cannot be read)"
+        return ["raise", [base.__name__ for base in type(error).__mro__], args, text]
