@@ -1,0 +1,56 @@
+# docker buildx bake --file docker/docker-bake.hcl        all three images, from the root of the checkout
+# Each variable is set by an environment variable of its name. `ptl images build` sets REGISTRY, TAG, VERSION and REVISION.
+
+variable "REGISTRY" {
+  default = "" # with its slash: "registry.example.com/team/"
+}
+
+variable "VERSION" {
+  default = "0.1.0" # ptl.__version__; a test compares the two
+}
+
+variable "TAG" {
+  default = VERSION
+}
+
+variable "REVISION" {
+  default = "unknown"
+}
+
+variable "BASE_IMAGE" {
+  default = "nvidia/cuda:13.0.2-base-ubuntu24.04"
+}
+
+variable "SYSTEM_PACKAGES" {
+  default = "ca-certificates gcc libc6-dev libgomp1 python3 python3-dev python3-venv"
+}
+
+variable "LOCKS" {
+  default = "docker/locks"
+}
+
+variable "HASHES" {
+  default = "--require-hashes"
+}
+
+group "default" {
+  targets = ["prune", "recover", "evaluate"]
+}
+
+target "image" {
+  name       = step
+  matrix     = { step = ["prune", "recover", "evaluate"] }
+  context    = "."
+  dockerfile = "docker/Dockerfile"
+  target     = step
+  platforms  = ["linux/amd64"]
+  tags       = ["${REGISTRY}ptl-${step}:${TAG}"]
+  args = {
+    BASE_IMAGE      = BASE_IMAGE
+    SYSTEM_PACKAGES = SYSTEM_PACKAGES
+    LOCKS           = LOCKS
+    HASHES          = HASHES
+    VERSION         = VERSION
+    REVISION        = REVISION
+  }
+}
