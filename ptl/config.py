@@ -119,6 +119,7 @@ class Task(Section):
     metric: str = Field("exact_match", description="the metric of the task that is reported as accuracy")
     num_fewshot: int | None = Field(None, ge=0, description="none: what the task says")
     limit: int | None = Field(None, ge=1, description="first N items; none: all")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; none: what the task says (else 256)")
 
 
 class Speed(Section):
@@ -137,8 +138,20 @@ class Evaluate(Section):
     batch_size: int = Field(64, ge=1)
     max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
     chat_template: bool = False
+    data_dir: str | None = Field(None, description="read the tasks' data from files in this folder, not from the hub")
+    allow_code: bool = Field(False, description="run model-written code (humaneval, mbpp), in the sandbox only")
     confidence: float = Field(0.95, gt=0.5, lt=1)
     speed: Speed | None = Field(Speed(), description="null: do not measure speed")
+
+
+class Gate(Section):
+    """Whether an iteration is accepted: each is compared with the dense model and with its parent, item by item."""
+
+    enabled: bool = Field(False, description="false: every iteration is accepted")
+    margin: float = Field(0.02, ge=0, lt=1, description="loss of accuracy that is tolerated, a share of the items")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="level of each test: how often no real loss is taken for one")
+    max_rejections: int = Field(3, ge=1, description="rejections in a row, each halves the cut, before the loop stops")
+    strict: bool = Field(False, description="accept only what is shown not inferior; needs many items")
 
 
 class Resources(Section):
@@ -148,6 +161,13 @@ class Resources(Section):
     accelerators: int = Field(0, ge=0, description="accelerators per prune, recover and evaluate step")
     cpu: str | None = None
     memory: str | None = None
+
+
+class Images(Section):
+    """Which images the steps run in: `<registry>/ptl-<step>:<tag>`."""
+
+    registry: str = Field("", description="for example ghcr.io/you; empty: images of the local engine")
+    tag: str | None = Field(None, description="none: the package's version")
 
 
 class Storage(Section):
@@ -168,9 +188,11 @@ class Config(Section):
     prune: Prune = Prune()
     recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
     evaluate: Evaluate
+    gate: Gate = Gate()
     control: bool = Field(True, description="add one-shot pruning to the same size with the same total tokens")
     seed: int = Field(0, ge=0, le=2**31 - 1)
     resources: Resources = Resources()
+    images: Images = Images()
     storage: Storage = Storage()
 
     @model_validator(mode="after")
@@ -204,7 +226,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     1 - (1 - i/k)^3 of the removal is done. Doubling gives round i the share 2^(i-1) / (2^k - 1) of the tokens.
     """
     k = schedule.iterations
-    layer_rounds = {"neurons": 0, "layers": k, "neurons_then_layers": prune.layer_iterations}[prune.target]
+    layer_rounds = {"neurons": 0, "layers": k, "neurons_then_layers": min(prune.layer_iterations, k - 1)}[prune.target]
     iterations, done, spent = [], Fraction(0), 0
     for i in range(1, k + 1):
         progress = Fraction(i, k) if schedule.cuts == "uniform" else 1 - (1 - Fraction(i, k)) ** 3

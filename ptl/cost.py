@@ -1,0 +1,109 @@
+"""What a model costs: parameters, bytes, FLOPs and KV-cache per token from its config, and its measured speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl import checkpoint
+from ptl.config import Speed
+
+
+@dataclass(frozen=True)
+class Static:
+    """Costs that follow from the shapes alone."""
+
+    params: int  # tied tensors count once
+    bytes: int  # of the weight files
+    flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
+    attention_flops: int  # per token of context
+    kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
+    widths: list[int]  # FFN width of each layer
+
+
+def from_config(folder: Path) -> Static:
+    """Measure a checkpoint folder without loading its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Static(
+        params=checkpoint.num_params(folder),
+        bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
+        flops_per_token=weight_flops(model),
+        attention_flops=4 * config.num_hidden_layers * heads * head_dim,
+        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
+        widths=[int(config.intermediate_size)] * config.num_hidden_layers,
+    )
+
+
+def weight_flops(model: Any) -> int:
+    """FLOPs per token of a forward pass in the linear layers, the output layer included: 2 per weight."""
+    import torch
+
+    return sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Prefill and decode speed of models side by side: name -> one row for each batch size.
+
+    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
+    whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
+    The prompts are random tokens, and generation goes on for exactly `new_tokens`.
+    """
+    import torch
+
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    for batch in settings.batch_sizes:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for repeat in range(settings.repeats + 1):
+            for name, model in models.items():
+                generator = torch.Generator().manual_seed(seed)
+                prompt = torch.randint(
+                    0, model.config.vocab_size, (batch, settings.prompt_tokens), generator=generator
+                ).to(model.device)  # [batch, prompt_tokens]
+                taken = _once(model, prompt, settings.new_tokens)
+                if repeat:  # the first one warms up
+                    times[name].append(taken)
+        for name, pairs in times.items():
+            prefill, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
+            rows[name].append(
+                {
+                    "batch": batch,
+                    "prefill_tokens_per_s": batch * settings.prompt_tokens / prefill,
+                    "decode_tokens_per_s": batch * settings.new_tokens / decode,
+                    "prefill_s": prefill,
+                    "decode_s": decode,
+                    "repeats": settings.repeats,
+                }
+            )
+    return rows
+
+
+def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
+    """Seconds for the prompt, and for `new_tokens` greedy steps after it with the KV cache."""
+    import torch
+
+    wait: Callable[[], None] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    with torch.inference_mode():
+        wait()
+        begin = time.perf_counter()
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
+        wait()
+        filled = time.perf_counter()
+        for _ in range(new_tokens):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+        wait()
+        return filled - begin, time.perf_counter() - filled

@@ -1,0 +1,166 @@
+"""Scores of a checkpoint: benchmark accuracy by lm-evaluation-harness with every item's outcome, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl import cost, harness, tasks
+from ptl.config import Evaluate, Task
+from ptl.errors import InputError
+from ptl.gate import wilson
+from ptl.tasks import check_tasks as check_tasks
+
+ITEMS = "items.jsonl"
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One benchmark. Metrics that are no share of right answers (perplexity) have neither interval nor items."""
+
+    task: str
+    version: str
+    metric: str  # metric,filter of lm-eval
+    accuracy: float  # the metric's value: 0..1 for accuracies
+    low: float | None  # Wilson interval
+    high: float | None
+    items: int
+    num_fewshot: int
+    truncated: float  # share of the answers that hit the token limit
+    higher_is_better: bool = True
+    answer_tokens: float = 0.0  # mean length of the generated answers
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything that is measured of one checkpoint."""
+
+    tasks: tuple[TaskScore, ...]
+    params: int
+    bytes: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    speed: list[dict[str, Any]]
+    widths: list[int]
+    seconds: float
+
+    @staticmethod
+    def load(raw: dict[str, Any]) -> Scores:
+        """From the JSON of scores.json."""
+        return Scores(**{**raw, "tasks": tuple(TaskScore(**score) for score in raw["tasks"])})
+
+
+def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) -> Scores:
+    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
+
+    A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
+    (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
+    before the model is loaded.
+    """
+    started = time.monotonic()
+    check_tasks(settings.tasks, settings)
+    lm = harness.language_model(src, settings)
+    scores, items = [], []
+    for task in settings.tasks:
+        score, its_items = run_task(lm, task, settings, seed=seed)
+        scores.append(score)
+        items += its_items
+    static = cost.from_config(src)
+    speed = cost.measure({"": lm.model}, settings.speed)[""] if settings.speed else []
+    result = Scores(
+        tasks=tuple(scores),
+        params=static.params,
+        bytes=static.bytes,
+        flops_per_token=static.flops_per_token,
+        kv_bytes_per_token=static.kv_bytes_per_token,
+        speed=speed,
+        widths=static.widths,
+        seconds=time.monotonic() - started,
+    )
+    dst.mkdir(parents=True, exist_ok=True)
+    (dst / ITEMS).write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    (dst / SCORES).write_text(json.dumps(asdict(result), indent=2) + "\n")
+    return result
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """The lines of an items.jsonl, or of the one in a folder."""
+    path = path / ITEMS if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"no {ITEMS} at {path}; evaluate the checkpoint first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[TaskScore, list[dict[str, Any]]]:
+    """Score one task, or the pooled items of a group."""
+    from lm_eval.evaluator import evaluate
+
+    specs = tasks.find(task.name)
+    started = time.monotonic()
+    harness.seed_everything(seed)
+    loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
+    lm.notes.clear()
+    results = evaluate(
+        lm=lm,
+        task_dict={"tasks": loaded},
+        limit=task.limit,
+        bootstrap_iters=0,
+        apply_chat_template=settings.chat_template,
+        fewshot_as_multiturn=settings.chat_template,
+        confirm_run_unsafe_code=settings.allow_code,
+    )
+    metric, extraction = tasks.choose(specs[0], task.metric)
+    items, values = [], []
+    for spec in specs:
+        for sample in results["samples"][spec.name]:
+            if sample["filter"] == extraction:
+                values.append(sample[metric])
+                items.append(_item(spec.name, loaded[spec.name], sample, metric, lm.notes))
+    lengths = list(lm.notes.values())  # (tokens, cut by the limit) of every generated answer
+    binary = all(value in (0, 1) for value in values)
+    correct = sum(1 for value in values if value == 1)
+    low, high = wilson(correct, len(values), settings.confidence) if binary else (None, None)
+    if not binary and len(specs) > 1:
+        raise InputError(f"evaluate.tasks: the group {task.name!r} has no accuracy to pool; name its tasks one by one")
+    score = TaskScore(
+        task=task.name if len(specs) > 1 else specs[0].name,
+        version=", ".join(sorted({str(results["versions"][spec.name]) for spec in specs})),
+        metric=f"{metric},{extraction}",
+        accuracy=correct / len(values)
+        if binary
+        else float(results["results"][specs[0].name][f"{metric},{extraction}"]),
+        low=low,
+        high=high,
+        items=len(values),
+        num_fewshot=int(results["n-shot"][specs[0].name]),
+        truncated=sum(cut for _, cut in lengths) / len(lengths) if lengths else 0.0,
+        higher_is_better=bool(results["higher_is_better"][specs[0].name].get(metric, True)),
+        answer_tokens=sum(length for length, _ in lengths) / len(lengths) if lengths else 0.0,
+        seconds=time.monotonic() - started,
+    )
+    return score, items if binary else []
+
+
+def _item(task: str, loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
+    """One line of items.jsonl from a sample that the harness logged."""
+    answer = sample["resps"][0][0]
+    length, cut = notes.get(sample["arguments"][0][0], (0, False))
+    if not isinstance(answer, str):  # log-likelihoods of the choices: the answer is the likeliest
+        likelihoods = [float(response[0][0]) for response in sample["resps"]]
+        answer = likelihoods.index(max(likelihoods))
+    return {
+        "task": task,
+        "id": str(sample["doc_id"]),
+        "prompt_digest": sample["prompt_hash"],
+        "correct": int(sample[metric]),
+        "prompt": str(loaded.doc_to_text(sample["doc"])),
+        "answer": answer,
+        "target": sample["target"],
+        "tokens": length,
+        "truncated": cut,
+    }

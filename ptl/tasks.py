@@ -1,0 +1,252 @@
+"""Benchmarks of lm-evaluation-harness: found by name, checked before any work, and fed from local files.
+
+Nothing here imports lm_eval or torch: the harness's own index reads 14,000 files for 6 seconds and more.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptl.config import Evaluate, Task
+from ptl.errors import InputError
+
+NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
+CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, for which the sandbox stands in
+# The metrics of a task that names none, by output_type (lm_eval.api.registry.DEFAULT_METRIC_REGISTRY).
+DEFAULT_METRICS = {
+    "loglikelihood": ["perplexity", "acc"],
+    "loglikelihood_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+    "multiple_choice": ["acc", "acc_norm"],
+    "generate_until": ["exact_match"],
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One task of the harness: its YAML and what it says, with `!function` tags as text."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of its metrics. A function's result may be a dict, whose keys are metrics too (HumanEval's pass@1)."""
+        listed = self.config.get("metric_list")
+        if listed is None:
+            return DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
+        names = [str(entry["metric"]).removeprefix("!function ").rpartition(".")[2] for entry in listed]
+        return ["pass@1" if name == "pass_at_k" else name for name in names]
+
+    @property
+    def filters(self) -> list[str]:
+        """Names of the ways in which an answer is extracted; the first one counts unless the metric names another."""
+        return [entry["name"] for entry in self.config.get("filter_list") or []] or ["none"]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether scoring runs what the model wrote."""
+        return bool(self.config.get("unsafe_code"))
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """Where a benchmark's split lies in `data_dir`, and how a row becomes one of the harness's (None: not in it)."""
+
+    file: str
+    row: Callable[[Row], Row | None] = lambda row: row
+
+
+def _math_row(row: Row) -> Row:
+    # The harness takes the answer from the solution's last \boxed{}; MATH-500 as a plain list has only the answer.
+    return row if "solution" in row else {**row, "solution": f"\\boxed{{{row['answer']}}}"}
+
+
+def _mbpp_row(row: Row) -> Row | None:
+    # The authors' split (Austin et al. 2021): 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 training.
+    return row if 11 <= int(row["task_id"]) <= 510 else None
+
+
+GSM8K = {"train": LocalFile("gsm8k_train.jsonl"), "test": LocalFile("gsm8k_test.jsonl")}
+# Files under the names by which the benchmarks are distributed; others: data_dir/<task>/<split>.jsonl
+LOCAL: dict[str, dict[str, LocalFile]] = {
+    "gsm8k": GSM8K,
+    "gsm8k_cot": GSM8K,
+    "gsm8k_cot_zeroshot": GSM8K,
+    "minerva_math500": {"test": LocalFile("math500.jsonl", _math_row)},
+    "humaneval": {"test": LocalFile("HumanEval.jsonl.gz")},
+    "mbpp": {"test": LocalFile("mbpp.jsonl", _mbpp_row)},
+}
+
+
+def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None:
+    """Raise InputError for tasks, metrics, local files or code that evaluate would refuse; `settings` adds the latter.
+
+    Cheap and torch-free. A name can be checked only where lm_eval is installed; elsewhere the step checks it.
+    """
+    for task in tasks:
+        if not _is_path(task.name) and _harness() is None:
+            continue
+        for spec in find(task.name):
+            choose(spec, task.metric)
+            if settings is not None:
+                check_code(spec, settings.allow_code)
+                local_splits(spec, settings.data_dir)
+
+
+def find(name: str) -> list[Spec]:
+    """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
+    if _is_path(name):
+        return [_from_path(Path(name))]
+    index = _index()
+    if name not in index:
+        close = difflib.get_close_matches(name, index, n=8, cutoff=0.5)
+        raise InputError(
+            f"evaluate.tasks: {name!r} is no task of lm-evaluation-harness"
+            + (f"; close names: {', '.join(close)}" if close else "")
+            + "; `lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
+        )
+    config = read_yaml(index[name])
+    if "group" not in config:
+        return [Spec(name, index[name], config)]
+    members = config.get("task")
+    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+        raise InputError(f"evaluate.tasks: the group {name!r} has subgroups of its own; name its tasks one by one")
+    return [spec for member in members for spec in find(member)]
+
+
+def choose(spec: Spec, metric: str) -> tuple[str, str]:
+    """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
+    name, _, extraction = metric.partition(",")
+    if name not in spec.metrics:
+        raise InputError(
+            f"evaluate.tasks: the task {spec.name!r} has no metric {name!r}; it has: {', '.join(spec.metrics)}"
+        )
+    if extraction and extraction not in spec.filters:
+        raise InputError(
+            f"evaluate.tasks: the task {spec.name!r} has no filter {extraction!r}; it has: {', '.join(spec.filters)}"
+        )
+    return name, extraction or spec.filters[0]
+
+
+def check_code(spec: Spec, allow_code: bool) -> None:
+    """Raise InputError when scoring would run model-written code unasked, or outside the sandbox."""
+    if not spec.runs_code:
+        return
+    if not allow_code:
+        raise InputError(
+            f"evaluate.allow_code: the task {spec.name!r} runs code that the model wrote; "
+            "set evaluate.allow_code: true to have it run in the sandbox"
+        )
+    if spec.path.parent.name not in CODE_FOLDERS:
+        raise InputError(
+            f"evaluate.tasks: the task {spec.name!r} runs model-written code by means of its own, outside the sandbox; "
+            f"only the tasks of {' and '.join(CODE_FOLDERS)} can be scored"
+        )
+
+
+def local_splits(spec: Spec, data_dir: str | None) -> dict[str, LocalFile]:
+    """Split -> file, absolute, for a task that reads local files; {} where the task is to fetch its data itself.
+
+    Local are tasks whose YAML names `data_files` (relative to the working directory or to a folder above the YAML),
+    and every task once `data_dir` is given. Raises InputError that names the missing file.
+    """
+    config = spec.config
+    named = (config.get("dataset_kwargs") or {}).get("data_files")
+    if config.get("dataset_path") == "json" and isinstance(named, dict):
+        return {split: LocalFile(str(_beside(spec, str(file)))) for split, file in named.items()}
+    if data_dir is None or "custom_dataset" in config:
+        return {}
+    root, known = Path(data_dir), LOCAL.get(spec.name, {})
+    wanted = [config.get(f"{use}_split") for use in ("test", "validation", "fewshot", "training")]
+    scored = next((split for split in wanted if split), None)
+    if scored is None:
+        raise InputError(f"evaluate.tasks: the task {spec.name!r} names no test or validation split")
+    found: dict[str, LocalFile] = {}
+    for split in dict.fromkeys(split for split in wanted if split):
+        local = known.get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
+        path = root / local.file
+        if path.is_file():
+            found[split] = LocalFile(str(path.resolve()), local.row)
+        elif split == scored:
+            raise InputError(f"evaluate.data_dir: {root} has no {local.file}, which the task {spec.name!r} needs")
+    return found
+
+
+def read_yaml(path: Path, seen: frozenset[Path] = frozenset()) -> dict[str, Any]:
+    """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read."""
+    if path in seen or not path.is_file():
+        raise InputError(f"evaluate.tasks: no task file {path}" if path not in seen else f"{path} includes itself")
+    try:
+        config = yaml.load(path.read_text(), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"evaluate.tasks: {path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"evaluate.tasks: {path} must hold a mapping, found {type(config).__name__}")
+    included = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in included if isinstance(included, list) else [included]:
+        merged |= read_yaml((path.parent / name).resolve(), seen | {path})
+    return merged | config
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+_Loader.add_constructor("!function", lambda _loader, node: f"!function {node.value}")
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
+
+
+def _from_path(path: Path) -> Spec:
+    if not path.is_file():
+        raise InputError(f"evaluate.tasks: no task file {path}; give a path relative to the working directory")
+    config = read_yaml(path.resolve())
+    if not isinstance(config.get("task"), str):
+        raise InputError(f"evaluate.tasks: {path} has no `task: NAME`; it must be a single task of lm-eval")
+    return Spec(config["task"], path.resolve(), config)
+
+
+def _beside(spec: Spec, file: str) -> Path:
+    for folder in (Path(), *spec.path.parents):
+        if (folder / file).is_file():
+            return (folder / file).resolve()
+    raise InputError(
+        f"evaluate.tasks: the task {spec.name!r} reads {file}, which is neither in the working directory "
+        f"nor in a folder above {spec.path}"
+    )
+
+
+@cache
+def _harness() -> Path | None:
+    from importlib.util import find_spec
+
+    spec = find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+@cache
+def _index() -> dict[str, Path]:
+    root = _harness()
+    if root is None:
+        raise InputError("evaluate.tasks: lm-evaluation-harness is not installed; install ptl's extra `evaluate`")
+    index: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        for name in NAME.findall(path.read_bytes()):
+            index.setdefault(name.decode(), path)
+    return index
