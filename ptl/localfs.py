@@ -1,0 +1,156 @@
+"""Checkpoints as files: a folder appears by one rename, a record by one hard link: a kill leaves nothing half."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ptl.errors import InputError, WorkError
+from ptl.manifest import BLOCK, FILES, File, Progress, dump_files, verify
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def path_of(uri: str) -> Path:
+    """The path of a `file://` URI; a plain absolute path is one too."""
+    parts = urlsplit(uri)
+    path = Path(unquote(parts.path) if parts.scheme else uri)
+    if parts.netloc not in ("", "localhost") or not path.is_absolute():
+        raise InputError(f"store: {uri!r} is not an absolute path; write file:///folder")
+    return path
+
+
+def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> tuple[File, ...]:
+    """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
+    target = path_of(location)
+    if target.is_dir() and any(target.iterdir()):
+        raise WorkError(f"store: {target} already holds files; publish every attempt under a fresh prefix")
+    partial = target.with_name(target.name + ".partial")
+    with full_disk(target):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with ThreadPoolExecutor(4) as pool:
+                files = tuple(pool.map(lambda path: _copy(folder, partial, path, on_progress), paths))
+            _write(partial / FILES, dump_files(files))
+            for inner in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+                _sync(inner)
+            partial.rename(target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return files
+
+
+def fetch(uri: str, files: tuple[File, ...], cache: Path, where: str, on_progress: Progress) -> Path:
+    """Verify the folder where it lies and return it: nothing is copied, `cache` is not used."""
+    folder = path_of(uri)
+    verify(folder, files, where, on_progress)
+    return folder
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of a small file, or None where there is none."""
+    try:
+        return path_of(uri).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def put_once(uri: str, data: bytes) -> bytes:
+    """Write a file unless it exists, in one step; returns what the file holds now, which may be another writer's."""
+    path = path_of(uri)
+    with full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            _write(draft, data)
+            _link(draft, path)
+            _sync(path.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                draft.unlink()
+    return path.read_bytes()
+
+
+def check(root: str) -> None:
+    """Raise InputError when the root cannot be written."""
+    path = path_of(root)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"store: cannot write {path}: {error.strerror}; make it writable or choose another") from error
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk, an exceeded quota or a file size limit into a WorkError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise WorkError(
+            f"store: no space left while writing {path} ({error.strerror}); earlier checkpoints are intact: "
+            "free some space and run the same command again"
+        ) from error
+
+
+def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
+    """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
+    (target / path).parent.mkdir(parents=True, exist_ok=True)
+    hasher, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(BLOCK))
+    with (source / path).open("rb", buffering=0) as reader, (target / path).open("wb", buffering=0) as writer:
+        while count := reader.readinto(buffer):
+            hasher.update(buffer[:count])
+            done = 0
+            while done < count:
+                done += writer.write(buffer[done:count]) or 0
+            size += count
+            on_progress(count)
+        os.fsync(writer.fileno())
+    return File(path, size, hasher.hexdigest())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _link(draft: Path, path: Path) -> None:
+    """A hard link fails when the name is taken: that is the conditional write."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # A file system without hard links: the one writer that a step normally has is still safe.
+        if not path.exists():
+            draft.rename(path)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,218 @@
+"""Checkpoints: published under a fresh prefix, committed by one small record written last, verified on every read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ptl.errors import InputError, WorkError
+from ptl.manifest import FILES, File, Progress, digest_of, load_files, scan
+
+__all__ = ["File", "Pointer", "check", "claim", "commit", "committed", "digest_of", "fetch", "publish"]
+
+FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What travels between steps instead of weights."""
+
+    uri: str  # folder of the files: file:///... or s3://...
+    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256)
+    params: int = 0
+    original_params: int = 0  # of the imported dense model; prune's goals are computed from it
+    parent_digest: str = ""
+    run_id: str = ""  # MLflow run that made it
+    model_id: str = ""  # MLflow LoggedModel
+    model_version: str = ""  # version in the registry, when registered
+    gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
+
+    def dump(self) -> str:
+        """JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def load(text: str) -> Pointer:
+        """Read JSON. Raises InputError for anything that is not a pointer, naming the field."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"pointer: not JSON ({error}); give the artifact of an earlier step") from error
+        return pointer_of(raw)
+
+
+def pointer_of(raw: Any) -> Pointer:
+    """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
+    if not isinstance(raw, dict):
+        raise InputError(f"pointer: must be a mapping, found {type(raw).__name__}")
+    kinds = {"str": str, "int": int, "dict[str, Any]": dict}
+    known = {item.name: kinds[str(item.type)] for item in fields(Pointer)}
+    for name, value in raw.items():
+        if name not in known:
+            raise InputError(f"pointer.{name}: unknown field; this pointer was not written by this version of ptl")
+        if not isinstance(value, known[name]) or isinstance(value, bool):
+            raise InputError(f"pointer.{name}: {value!r} must be {known[name].__name__}")
+    for name in ("uri", "digest"):
+        if not raw.get(name):
+            raise InputError(f"pointer.{name}: missing; give the artifact of an earlier step")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", raw["digest"]):
+        raise InputError(f"pointer.digest: {raw['digest']!r} must be sha256:<64 hex digits>")
+    return Pointer(**raw)
+
+
+def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> tuple[File, ...]:
+    """Upload all files of `folder` under `location`, then the list of them (`ptl-files.json`) last.
+
+    `location` is a fresh prefix for every attempt: what a killed attempt leaves there is never read. The digest for the
+    pointer is `digest_of` the files returned. `on_progress` gets byte counts; by default a progress bar is shown on a
+    terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
+    """
+    folder = Path(folder)
+    paths = scan(folder)
+    total = sum((folder / path).stat().st_size for path in paths)
+    with _bar("publish", total, on_progress) as progress:
+        files: tuple[File, ...] = _backend(location).publish(folder, location.rstrip("/"), paths, progress)
+    return files
+
+
+def commit(root: str, run: str, step: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a step's record, unless there is one: returns the record that won, ours or the earlier writer's.
+
+    The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
+    belongs to a run with other settings.
+    """
+    record = {**record, "format": FORMAT, "step": step}
+    sealed = {**record, "sha256": _seal(record)}
+    uri = _manifest(root, run, step)
+    won = _record(_backend(root).put_once(uri, json.dumps(sealed, indent=1).encode()), uri, step)
+    _same_key(won, record["key"], run, uri)
+    return won
+
+
+def committed(root: str, run: str, step: str, key: str | None = None) -> dict[str, Any] | None:
+    """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
+    uri = _manifest(root, run, step)
+    data = _backend(root).read(uri)
+    if data is None:
+        return None
+    record = _record(data, uri, step)
+    if key is not None:
+        _same_key(record, key, run, uri)
+    return record
+
+
+def claim(root: str, run: str, name: str, value: str) -> str:
+    """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
+    uri = f"{root.rstrip('/')}/{_safe('run', run)}/{_safe('name', name)}.claim"
+    won: bytes = _backend(root).put_once(uri, value.encode())
+    return won.decode()
+
+
+def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:
+    """The folder of a checkpoint, every file verified against the pointer's digest.
+
+    `file://` returns the folder itself: do not write there. `s3://` downloads into `cache/<hex>/` and takes a complete
+    earlier download from there. Raises WorkError naming the checkpoint, the file and the remedy.
+    """
+    where = f"checkpoint {pointer.uri}" + (f" of run {pointer.run_id}" if pointer.run_id else "")
+    backend = _backend(pointer.uri)
+    uri = pointer.uri.rstrip("/")
+    listing = backend.read(f"{uri}/{FILES}")
+    if listing is None:
+        raise WorkError(
+            f"{where} is gone: no {FILES} there; it was deleted or never completely published. "
+            "Restore it, or start a new run to make it again"
+        )
+    files = load_files(listing, where)
+    if digest_of(files) != pointer.digest:
+        raise WorkError(
+            f"{where}: digest differs: {FILES} lists {digest_of(files)}, wanted {pointer.digest}; the checkpoint was "
+            "replaced. Restore it, or start a new run to make it again"
+        )
+    with _bar("fetch", sum(file.size for file in files), on_progress) as progress:
+        target = Path(cache) / pointer.digest.removeprefix("sha256:")
+        folder: Path = backend.fetch(uri, files, target, where, progress)
+    return folder
+
+
+def check(root: str) -> None:
+    """Ask the store whether it can be used, before any work: credentials, endpoint, bucket. Raises InputError."""
+    _backend(root).check(root)
+
+
+def _backend(uri: str) -> ModuleType:
+    scheme = uri.partition("://")[0] if "://" in uri else uri.partition(":")[0]
+    if scheme == "file" or uri.startswith("/"):
+        from ptl import localfs
+
+        return localfs
+    if scheme == "s3":
+        from ptl import s3
+
+        return s3
+    raise InputError(
+        f"store: {uri!r} is neither file:// nor s3://; start the MLflow server with --no-serve-artifacts and "
+        "--default-artifact-root s3://bucket/folder (or file:///folder), then use a new experiment"
+    )
+
+
+def _manifest(root: str, run: str, step: str) -> str:
+    return f"{root.rstrip('/')}/{_safe('run', run)}/{_safe('step', step)}/manifest.json"
+
+
+def _safe(kind: str, name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{kind}: {name!r} must be 1-128 letters, digits, dots, dashes or underscores")
+    return name
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _record(data: bytes, uri: str, step: str) -> dict[str, Any]:
+    """A record from its bytes; what cannot be trusted is a WorkError."""
+    remedy = f"delete {uri} and run the same command again to redo this step"
+    try:
+        record = dict(json.loads(data))
+        seal = record.pop("sha256")
+        if seal != _seal(record):
+            raise WorkError(f"{uri}: digest differs: its bytes are not the ones that were committed; {remedy}")
+        if record["format"] != FORMAT or record["step"] != step or not isinstance(record["key"], str):
+            raise WorkError(f"{uri}: not a record of step {step} in format {FORMAT}; {remedy}")
+        pointer_of(record["pointer"])
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        raise WorkError(f"{uri}: damaged ({error}); {remedy}") from error
+    return record
+
+
+def _same_key(record: dict[str, Any], key: str, run: str, uri: str) -> None:
+    if record["key"] != key:
+        raise InputError(
+            f"run {run}: step {record['step']} belongs to another run: it was committed with other settings, another "
+            f"model or another version of ptl ({uri}); choose a new run directory"
+        )
+
+
+@contextmanager
+def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progress]:
+    if on_progress is not None:
+        yield on_progress
+        return
+    from tqdm import tqdm
+
+    # disable=None: a bar on a terminal, nothing in a pod's log.
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def move(count: int) -> None:
+            bar.update(count)
+
+        yield move

@@ -1,0 +1,316 @@
+"""What MLflow shows of a run: a parent, a child per step, a LoggedModel per checkpoint, versions and aliases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl import store
+from ptl.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+# MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
+RETRIES = "6"
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """One step's MLflow run, and where its files go."""
+
+    run_id: str
+    parent_run_id: str
+    experiment_id: str
+    root: str  # the experiment's artifact location + /ptl: where records lie
+    run: str  # id of the pipeline run
+    artifact_uri: str  # of this MLflow run
+    step: str = ""
+    arm: str = "loop"
+
+
+def pipeline_run() -> str:
+    """The pipeline run's id: `PTL_RUN_ID` (local) or `KFP_RUN_ID` (cluster). Raises InputError when neither is set."""
+    run = os.environ.get("PTL_RUN_ID") or os.environ.get("KFP_RUN_ID")
+    if not run:
+        raise InputError(
+            "environment: neither PTL_RUN_ID nor KFP_RUN_ID is set; start steps with `ptl run`, or set one"
+        )
+    return run
+
+
+def start(experiment: str, step: str, *, arm: str, iteration: int, artifact_location: str | None = None) -> StepRun:
+    """Find or create the run of a step, reopened when it had ended, under the pipeline run's parent.
+
+    `artifact_location` is where a new experiment keeps its files; None leaves it to the server. Raises InputError for a
+    missing setting, WorkError when the server does not answer.
+    """
+    run = pipeline_run()
+    with _explained():
+        client = _client()
+        found = _experiment(client, experiment, artifact_location)
+        root = found.artifact_location.rstrip("/") + "/ptl"
+        parent = _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
+        tags = {
+            "ptl.run": run,
+            "ptl.step": step,
+            "ptl.arm": arm,
+            "ptl.iteration": str(iteration),
+            "mlflow.parentRunId": parent.info.run_id,
+        }
+        child = _run(client, found.experiment_id, root, run, step, tags, step)
+        for each in (parent, child):
+            if each.info.status != "RUNNING":
+                client.update_run(each.info.run_id, status="RUNNING")
+        ids = (child.info.run_id, parent.info.run_id, found.experiment_id)
+        return StepRun(*ids, root, run, child.info.artifact_uri, step, arm)
+
+
+def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
+    """A LoggedModel in state PENDING: its id, and a fresh location for the files."""
+    with _explained():
+        model = _client().create_logged_model(
+            step_run.experiment_id,
+            name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows none of these
+            source_run_id=step_run.run_id,
+            tags={_own(key): str(value) for key, value in {**tags, "run": step_run.run}.items()},
+            params={_own(key): str(value) for key, value in params.items()},
+            model_type="ptl",
+        )
+        return model.model_id, model.artifact_location
+
+
+def log_metrics(step_run: StepRun, metrics: dict[str, float], step: int) -> None:
+    """Metrics while a step works; `step` is the x-coordinate."""
+    with _explained():
+        _log_metrics(_client(), step_run.run_id, metrics, step)
+
+
+def finish(
+    step_run: StepRun,
+    *,
+    params: dict[str, Any],
+    metrics: dict[str, float],
+    inputs: list[str],
+    output: str | None,
+    step: int,
+) -> None:
+    """End a step: parameters, metrics and lineage. Calling it again changes nothing.
+
+    `inputs` and `output` are ids of LoggedModels; metrics also appear on the page of the output, or of the only input.
+    A parameter that an earlier attempt logged keeps its value. The last step, `report`, ends the parent too.
+    """
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param
+
+    with _explained():
+        client, run_id = _client(), step_run.run_id
+        run = client.get_run(run_id)
+        if run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
+        known = run.data.params
+        wanted = {_own(key): str(value)[:6000] for key, value in params.items()}
+        for key in [key for key in wanted if known.get(key, wanted[key]) != wanted[key]]:
+            log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, known[key], wanted[key])
+        new = [Param(key, value) for key, value in wanted.items() if key not in known]
+        if new:
+            client.log_batch(run_id, params=new)
+        old = run.data.metrics
+        model_id = output or (inputs[0] if len(inputs) == 1 else None)
+        _log_metrics(client, run_id, {k: v for k, v in metrics.items() if old.get(k) != v}, step, model_id)
+        had = {model.model_id for model in (run.inputs.model_inputs if run.inputs else [])}
+        models = [LoggedModelInput(each) for each in dict.fromkeys(inputs) if each not in had]
+        if models:
+            client.log_inputs(run_id, models=models)
+        if output:
+            if output not in {model.model_id for model in (run.outputs.model_outputs if run.outputs else [])}:
+                client.log_outputs(run_id, [LoggedModelOutput(output, step)])
+            client.finalize_logged_model(output, "READY")
+        _abandon(client, step_run)
+        if "ptl.error" in run.data.tags:  # of an earlier attempt
+            client.delete_tag(run_id, "ptl.error")
+        client.set_terminated(run_id, "FINISHED")
+        if step_run.step == "report":
+            client.set_terminated(step_run.parent_run_id, "FINISHED")
+
+
+def fail(step_run: StepRun, message: str) -> None:
+    """Mark the step and its pipeline run as failed, with the message as tag `ptl.error`. A retry reopens both."""
+    with _explained():
+        client = _client()
+        client.set_tag(step_run.run_id, "ptl.error", message[:4000])
+        _abandon(client, step_run)
+        for run_id in (step_run.run_id, step_run.parent_run_id):
+            client.set_terminated(run_id, "FAILED")
+
+
+def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
+    """The version of a checkpoint in the registry: found by its model id, else created."""
+    from mlflow.exceptions import MlflowException
+
+    with _explained():
+        client = _client()
+        try:
+            client.create_registered_model(registered_model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # ModelVersion.model_id is None when read back (MLflow 3.17), hence the tag.
+        same = f"name = '{registered_model}' and tags.`ptl.model_id` = '{pointer.model_id}'"
+        for version in client.search_model_versions(same):
+            return str(version.version)
+        own = {**tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
+        version = client.create_model_version(
+            registered_model,
+            pointer.uri,
+            run_id=pointer.run_id or step_run.run_id,
+            tags={_own(key): str(value) for key, value in own.items()},
+            model_id=pointer.model_id or None,
+            await_creation_for=0,
+        )
+        return str(version.version)
+
+
+def set_alias(registered_model: str, alias: str, version: str) -> None:
+    """Point an alias (`best`, `smallest`) at a version."""
+    with _explained():
+        _client().set_registered_model_alias(registered_model, alias, version)
+
+
+def log_progress(
+    step_run: StepRun, params: int, accuracy: float, *, low: float | None = None, high: float | None = None
+) -> None:
+    """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
+    prefix = "by_params/" if step_run.arm == "loop" else f"by_params/{step_run.arm}_"
+    values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    with _explained():
+        client = _client()
+        for name, value in values.items():
+            if value is None:
+                continue
+            logged = client.get_metric_history(step_run.parent_run_id, prefix + name)
+            if (params, value) not in {(point.step, point.value) for point in logged}:
+                _log_metrics(client, step_run.parent_run_id, {prefix + name: value}, params)
+
+
+def log_report(step_run: StepRun, files: list[Path]) -> None:
+    """Attach files to the parent run, under `report/`."""
+    with _explained():
+        for file in files:
+            _client().log_artifact(step_run.parent_run_id, str(file), "report")
+
+
+def run_url(step_run: StepRun, run_id: str) -> str:
+    """Where the MLflow UI shows a run; a relative link when tracking is not on a server."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    base = uri.rstrip("/") if uri.startswith("http") else ""
+    return f"{base}/#/experiments/{step_run.experiment_id}/runs/{run_id}"
+
+
+def _client() -> MlflowClient:
+    """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise InputError("environment: MLFLOW_TRACKING_URI is not set; set it to your MLflow server's address")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    try:
+        return MlflowClient(uri, registry_uri=uri)
+    except ImportError as error:
+        raise InputError(
+            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny; "
+            "install mlflow, or give the address of a server (http://...)"
+        ) from error
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """MLflow's own errors become one WorkError that names the server."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        raise WorkError(
+            f"MLflow at {_without_password(uri)}: {error}; is the server up and is the address right?"
+        ) from error
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"://[^@/]*@", "://***@", uri)
+
+
+def _own(key: str) -> str:
+    return key if key.startswith("ptl.") else f"ptl.{key}"
+
+
+def _experiment(client: MlflowClient, name: str, artifact_location: str | None) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            client.create_experiment(name, artifact_location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another step was first
+                raise
+        found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        raise InputError(f"storage.experiment: {name!r} was deleted in MLflow; restore it there or choose another name")
+    return found
+
+
+def _run(
+    client: MlflowClient, experiment_id: str, root: str, run: str, step: str, tags: dict[str, str], name: str
+) -> Run:
+    """The run with these tags. Search-then-create races, so a new run counts only once it is claimed in the store."""
+    found = _search(client, experiment_id, run, step)
+    if found:
+        return found[0]
+    created = client.create_run(experiment_id, tags={**tags, "ptl.role": "step" if step else "parent"}, run_name=name)
+    winner = store.claim(root, run, f"{step or 'parent'}-{experiment_id}", created.info.run_id)
+    if winner == created.info.run_id:
+        return created
+    for other in _search(client, experiment_id, run, step):
+        if other.info.run_id == winner:
+            client.delete_run(created.info.run_id)
+            return other
+    return created  # the claim is older than MLflow's database, which was replaced
+
+
+def _search(client: MlflowClient, experiment_id: str, run: str, step: str) -> list[Run]:
+    role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
+    # The oldest first: that is the one which later steps have found.
+    where = f"tags.`ptl.run` = '{run}' and {role}"
+    return list(client.search_runs([experiment_id], where, order_by=["attributes.start_time ASC"], max_results=100))
+
+
+def _log_metrics(
+    client: MlflowClient, run_id: str, metrics: dict[str, float], step: int, model_id: str | None = None
+) -> None:
+    from mlflow.entities import Metric
+
+    if metrics:
+        now = int(time.time() * 1000)
+        points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+        client.log_batch(run_id, metrics=points)
+
+
+def _abandon(client: MlflowClient, step_run: StepRun) -> None:
+    """Models that earlier, killed attempts of this step left PENDING are marked FAILED."""
+    where = f"source_run_id = '{step_run.run_id}'"
+    for model in client.search_logged_models([step_run.experiment_id], where):
+        if str(model.status) == "PENDING":  # the server cannot filter by status
+            client.finalize_logged_model(model.model_id, "FAILED")
