@@ -1,0 +1,136 @@
+"""The steps' images: their names, and building and pushing them with buildx. Light: compiling imports it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptl import __version__
+from ptl.errors import InputError, WorkError
+
+# Which image a step runs in: five steps, three images.
+IMAGE_OF = {
+    "import-model": "prune",
+    "prune": "prune",
+    "recover": "recover",
+    "evaluate": "evaluate",
+    "report": "evaluate",
+}
+IMAGES = ("prune", "recover", "evaluate")
+
+ROOT = Path(__file__).parents[1]
+BAKE_FILE = Path("docker", "docker-bake.hcl")
+
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_REGISTRY = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*")
+
+
+def image(step: str, registry: str = "", tag: str = __version__) -> str:
+    """The image of a step: `[<registry>/]ptl-<image>:<tag>`.
+
+    `step` is a key of IMAGE_OF; `registry` is a host with an optional path and without scheme, or empty for the local
+    engine's own images. Raises InputError for anything that the image reference grammar refuses.
+    """
+    if step not in IMAGE_OF:
+        raise InputError(f"step: {step!r} has no image; steps are {', '.join(IMAGE_OF)}")
+    if registry and not _REGISTRY.fullmatch(registry):
+        raise InputError(
+            f"registry: {registry!r} is not a registry; give host[:port][/path] in lower case, without scheme and "
+            "without a slash at the end, for example registry.example.com/team"
+        )
+    if not _TAG.fullmatch(tag):
+        raise InputError(f"tag: {tag!r} is not an image tag; use up to 128 letters, digits, '_', '.' and '-'")
+    return f"{registry}/ptl-{IMAGE_OF[step]}:{tag}" if registry else f"ptl-{IMAGE_OF[step]}:{tag}"
+
+
+def names(registry: str = "", tag: str = __version__) -> list[str]:
+    """The three images, in the order of IMAGES."""
+    return [image(step, registry, tag) for step in IMAGES]
+
+
+def build(
+    registry: str = "",
+    tag: str = __version__,
+    *,
+    base_image: str | None = None,
+    cpu: bool = False,
+    flags: Sequence[str] = (),
+    root: Path = ROOT,
+) -> list[str]:
+    """Build the three images with `docker buildx bake` and load them into the engine; returns their names.
+
+    `root` is a checkout: docker/ is not in the wheel. `base_image` replaces the CUDA base; `cpu` takes the locks that
+    leave the CUDA libraries out (docs/images.md says where their torch comes from). `flags` go to bake as they are. Raises InputError outside a checkout, WorkError when no engine answers or a build fails.
+    """
+    built = names(registry, tag)
+    if not (root / BAKE_FILE).is_file():
+        raise InputError(f"images: no {BAKE_FILE} under {root}; run this in a checkout of the repository")
+    require_engine()
+    settings = {
+        "REGISTRY": f"{registry}/" if registry else "",
+        "TAG": tag,
+        "VERSION": __version__,
+        "REVISION": _revision(root),
+    }
+    if base_image:
+        settings["BASE_IMAGE"] = base_image
+    if cpu:
+        settings |= {"LOCKS": "docker/locks/cpu", "HASHES": "--verify-hashes"}
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *flags, cwd=root, settings=settings)
+    return built
+
+
+def push(registry: str, tag: str = __version__) -> list[str]:
+    """Push the three images that `build` made; the engine's own login is used. Returns their names."""
+    if not registry:
+        raise InputError("registry: pushing needs one; give --registry host[:port][/path], as for the build")
+    pushed = names(registry, tag)
+    absent = missing(pushed)
+    if absent:
+        raise InputError(f"images: the engine has no {', '.join(absent)}; build with the same registry and tag first")
+    for name in pushed:
+        _docker("push", name)
+    return pushed
+
+
+def missing(wanted: Sequence[str]) -> list[str]:
+    """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
+    require_engine()
+    return [name for name in wanted if _quiet("image", "inspect", name).returncode != 0]
+
+
+def require_engine() -> None:
+    """Raise WorkError, saying what to do, unless a Docker engine answers."""
+    if shutil.which("docker") is None:
+        raise WorkError("docker: the command is not on PATH; install Docker, or use the subprocess runner")
+    answer = _quiet("version", "--format", "{{.Server.Version}}")
+    if answer.returncode != 0:
+        reason = answer.stderr.strip().splitlines()[-1:] or ["no answer"]
+        raise WorkError(f"docker: no engine answers ({reason[0]}); start Docker, or set DOCKER_HOST to one that runs")
+
+
+def _revision(root: Path) -> str:
+    """The commit of the checkout, with `-dirty` where tracked files differ from it; `unknown` outside git."""
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
+
+
+def _docker(*command: str, cwd: Path | None = None, settings: dict[str, str] | None = None) -> None:
+    """Run a docker command whose output the user sees."""
+    status = subprocess.run(["docker", *command], cwd=cwd, env=os.environ | (settings or {}), check=False).returncode
+    if status != 0:
+        raise WorkError(f"docker {command[0]}: failed with exit code {status}; what it printed above says why")
+
+
+def _quiet(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
