@@ -12,9 +12,9 @@ from pathlib import Path
 from ptl import __version__
 from ptl.errors import InputError, WorkError
 
-# Which image a step runs in: five steps, three images.
+# Which image a kind of step runs in: five steps, three images.
 IMAGE_OF = {
-    "import-model": "prune",
+    "import": "prune",
     "prune": "prune",
     "recover": "recover",
     "evaluate": "evaluate",
@@ -29,12 +29,14 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _REGISTRY = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*")
 
 
-def image(step: str, registry: str = "", tag: str = __version__) -> str:
+def image(step: str, registry: str = "", tag: str | None = None) -> str:
     """The image of a step: `[<registry>/]ptl-<image>:<tag>`.
 
     `step` is a key of IMAGE_OF; `registry` is a host with an optional path and without scheme, or empty for the local
-    engine's own images. Raises InputError for anything that the image reference grammar refuses.
+    engine's own images; without a tag it is the package's version. Raises InputError for anything that the image
+    reference grammar refuses.
     """
+    tag = __version__ if tag is None else tag
     if step not in IMAGE_OF:
         raise InputError(f"step: {step!r} has no image; steps are {', '.join(IMAGE_OF)}")
     if registry and not _REGISTRY.fullmatch(registry):
@@ -47,14 +49,14 @@ def image(step: str, registry: str = "", tag: str = __version__) -> str:
     return f"{registry}/ptl-{IMAGE_OF[step]}:{tag}" if registry else f"ptl-{IMAGE_OF[step]}:{tag}"
 
 
-def names(registry: str = "", tag: str = __version__) -> list[str]:
+def names(registry: str = "", tag: str | None = None) -> list[str]:
     """The three images, in the order of IMAGES."""
     return [image(step, registry, tag) for step in IMAGES]
 
 
 def build(
     registry: str = "",
-    tag: str = __version__,
+    tag: str | None = None,
     *,
     base_image: str | None = None,
     cpu: bool = False,
@@ -64,7 +66,8 @@ def build(
     """Build the three images with `docker buildx bake` and load them into the engine; returns their names.
 
     `root` is a checkout: docker/ is not in the wheel. `base_image` replaces the CUDA base; `cpu` takes the locks that
-    leave the CUDA libraries out (docs/images.md says where their torch comes from). `flags` go to bake as they are. Raises InputError outside a checkout, WorkError when no engine answers or a build fails.
+    leave the CUDA libraries out (docs/images.md says where their torch comes from). `flags` go to bake as they are.
+    Raises InputError outside a checkout, WorkError when no engine answers or a build fails.
     """
     built = names(registry, tag)
     if not (root / BAKE_FILE).is_file():
@@ -72,7 +75,7 @@ def build(
     require_engine()
     settings = {
         "REGISTRY": f"{registry}/" if registry else "",
-        "TAG": tag,
+        "TAG": tag or __version__,
         "VERSION": __version__,
         "REVISION": _revision(root),
     }
@@ -84,7 +87,7 @@ def build(
     return built
 
 
-def push(registry: str, tag: str = __version__) -> list[str]:
+def push(registry: str, tag: str | None = None) -> list[str]:
     """Push the three images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
         raise InputError("registry: pushing needs one; give --registry host[:port][/path], as for the build")
