@@ -14,7 +14,7 @@ from ptl.errors import InputError, WorkError
 
 # Which image a kind of step runs in: five steps, three images.
 IMAGE_OF = {
-    "import": "prune",
+    "import-model": "prune",
     "prune": "prune",
     "recover": "recover",
     "evaluate": "evaluate",

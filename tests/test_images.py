@@ -1,0 +1,352 @@
+"""The images: names, locks and checkers always; what needs an engine is marked `docker` and skips loudly without one.
+
+`.ci/docker.sh run .venv/bin/pytest -m docker` starts an engine where there is none and builds the images first.
+"""
+
+import configparser
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import ptl
+from ptl import images
+from ptl.errors import InputError, WorkError
+
+ROOT = Path(__file__).parents[1]
+LOCKS = ROOT / "docker" / "locks"
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+SCRIPTS = [ROOT / ".ci" / "docker.sh", ROOT / "docker" / "lock.sh"]
+
+
+def lock(path):
+    """{package: {version: number of hashes}}; a package has two versions where Python 3.11 needs an older one."""
+    pins, current = {}, None
+    for line in path.read_text().splitlines():
+        if pin := re.match(r"([A-Za-z0-9._-]+)==([^ ]+)", line):
+            current = pins.setdefault(canonicalize_name(pin[1]), {})
+            version = pin[2]
+            current[version] = 0
+        elif "--hash=sha256:" in line:
+            current[version] += 1
+    return pins
+
+
+# ---- names
+
+
+def test_name_is_registry_image_and_version():
+    assert images.names() == [f"ptl-{name}:{ptl.__version__}" for name in ("prune", "recover", "evaluate")]
+    assert (
+        images.image("prune", "registry.example.com:5000/team", "1.2") == "registry.example.com:5000/team/ptl-prune:1.2"
+    )
+    assert images.image("import-model") == images.image("prune")
+    assert images.image("report") == images.image("evaluate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("retrain",), "'retrain'"),
+        (("prune", "https://registry.example.com"), "'https://registry.example.com'"),
+        (("prune", "registry.example.com/"), "'registry.example.com/'"),
+        (("prune", "Registry.example.com"), "'Registry.example.com'"),
+        (("prune", "", "a b"), "'a b'"),
+        (("prune", "", ""), "''"),
+    ],
+)
+def test_wrong_names_are_refused_with_the_value(arguments, named):
+    with pytest.raises(InputError, match=re.escape(named)):
+        images.image(*arguments)
+
+
+def test_names_cost_no_heavy_import():
+    code = "import sys, ptl.images; print(*sorted({'torch', 'docker', 'kfp', 'mlflow', 'boto3'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == ""
+
+
+def test_bake_file_has_the_same_images_and_version():
+    bake = (ROOT / images.BAKE_FILE).read_text()
+    assert re.search(r'variable "VERSION" \{\s+default = "([^"]+)"', bake)[1] == ptl.__version__
+    assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == list(images.IMAGES)
+    assert 'tags       = ["${REGISTRY}ptl-${step}:${TAG}"]' in bake
+
+
+def test_compiled_pipeline_names_exactly_these_images(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")
+    from ptl.config import load_config
+
+    config = ROOT / "pipelines" / "prune_tune_loop" / "configs" / "tiny.yaml"
+    for overrides, wanted in (
+        ({}, images.names()),
+        (
+            {"images.registry": "registry.example.com/team", "images.tag": "x"},
+            images.names("registry.example.com/team", "x"),
+        ),
+    ):
+        pipeline.compile_pipeline(load_config(config, overrides), tmp_path / "pipeline.yaml")
+        compiled = next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text()))
+        executors = compiled["deploymentSpec"]["executors"]
+        used = {name: executor["container"]["image"] for name, executor in executors.items()}
+        assert set(used.values()) == set(wanted)
+        assert {used["exec-import-model"], used["exec-prune"]} == {wanted[0]}
+        assert {used["exec-evaluate"], used["exec-report"]} == {wanted[2]}
+
+
+# ---- locks
+
+
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_every_pin_is_hashed_and_no_index_is_named(name):
+    text = (LOCKS / f"{name}.lock").read_text()
+    assert all(count >= 1 for versions in lock(LOCKS / f"{name}.lock").values() for count in versions.values())
+    assert "://" not in text
+    assert "index-url" not in text
+
+
+def test_locks_hold_their_own_extra_only():
+    prune, recover, evaluate = (set(lock(LOCKS / f"{name}.lock")) for name in images.IMAGES)
+    assert "trl" in recover - prune - evaluate
+    assert "lm-eval" in evaluate - prune - recover
+    for pins in (prune, recover, evaluate):
+        assert {"kfp", "mlflow-skinny", "torch"} <= pins
+        assert not {"mlflow", "pytest", "docker", "kfp-kubernetes"} & pins
+
+
+def test_recover_and_evaluate_extend_prune_pin_for_pin():
+    prune = lock(LOCKS / "prune.lock")
+    for name in ("recover", "evaluate"):
+        other = lock(LOCKS / f"{name}.lock")
+        assert {package: set(other[package]) for package in prune} == {
+            p: set(versions) for p, versions in prune.items()
+        }
+
+
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_locks_satisfy_setup_cfg(name):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extra = configparser.ConfigParser()
+    extra.read_dict({"extras": dict(setup["options.extras_require"])})
+    wanted = (setup["options"]["install_requires"] + extra["extras"][name]).split("\n")
+    pins = lock(LOCKS / f"{name}.lock")
+    checked = 0
+    for requirement in (Requirement(line) for line in wanted if line.strip()):
+        versions = pins.get(canonicalize_name(requirement.name), {})
+        assert versions, f"{requirement} is not in {name}.lock: run `make lock`"
+        assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: run `make lock`"
+        checked += 1
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_cpu_lock_is_the_lock_without_cuda(name):
+    full, cpu = lock(LOCKS / f"{name}.lock"), lock(LOCKS / "cpu" / f"{name}.lock")
+    left_out = set(full) - set(cpu)
+    assert left_out and all(re.match(r"(nvidia|cuda)-|triton$", package) for package in left_out)
+    assert list(cpu.pop("torch").values()) == [0]  # the CPU build of the release is another file
+    assert cpu == {package: full[package] for package in cpu}
+
+
+# ---- Dockerfile and scripts
+
+
+def test_every_target_ends_unprivileged_with_labels_and_the_base_has_an_exact_tag():
+    text = DOCKERFILE.read_text()
+    assert re.search(r"^ARG BASE_IMAGE=nvidia/cuda:13\.\d+\.\d+-base-ubuntu24\.04$", text, re.M)
+    for name in images.IMAGES:
+        target = re.search(rf"^FROM common AS {name}\n(.*?)(?=^FROM|\Z)", text, re.M | re.S)[1]
+        assert re.findall(r"^USER (.*)$", target, re.M) == ["1000:0"]
+        assert f'org.opencontainers.image.title="ptl-{name}"' in target
+        assert "org.opencontainers.image.version=" in target and "org.opencontainers.image.revision=" in target
+
+
+def checker(name):
+    """A checker of the `dev` extra: beside this Python, or on PATH."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"skipped: {name} is not installed; it is in the dev extra")
+    return found
+
+
+def test_hadolint_passes():
+    answer = subprocess.run([checker("hadolint"), DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (0, "")
+
+
+def test_shellcheck_passes():
+    scripts = SCRIPTS + [path for path in (ROOT / ".ci" / "run",) if path.is_file()]
+    answer = subprocess.run([checker("shellcheck"), *scripts], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (0, "")
+
+
+# ---- build and push, with a stub in place of docker
+
+
+@pytest.fixture
+def stub_docker(tmp_path, monkeypatch):
+    """A stub named docker on PATH: notes its arguments and settings; fails where FAIL says so."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\necho "$* | ${REGISTRY-} ${TAG-} ${BASE_IMAGE-} ${LOCKS-} ${HASHES-}" >>"$0.log"\n'
+        'case "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAIL", "nothing")
+    return Path(f"{program}.log")
+
+
+def test_build_passes_the_settings_to_bake(stub_docker):
+    built = images.build("registry.example.com/team", "7", base_image="base:1", cpu=True, flags=["--no-cache"])
+    assert built == images.names("registry.example.com/team", "7")
+    assert stub_docker.read_text().splitlines()[-1] == (
+        "buildx bake --file docker/docker-bake.hcl --load --no-cache"
+        " | registry.example.com/team/ 7 base:1 docker/locks/cpu --verify-hashes"
+    )
+
+
+def test_failed_build_is_a_work_error(stub_docker, monkeypatch):
+    monkeypatch.setenv("FAIL", "buildx*")
+    with pytest.raises(WorkError, match="exit code 1"):
+        images.build()
+
+
+def test_build_needs_a_checkout(tmp_path):
+    with pytest.raises(InputError, match="checkout"):
+        images.build(root=tmp_path)
+
+
+def test_push_names_what_is_missing(stub_docker, monkeypatch):
+    assert images.push("registry.example.com", "7") == images.names("registry.example.com", "7")
+    assert stub_docker.read_text().splitlines()[-1].startswith("push registry.example.com/ptl-evaluate:7 ")
+    monkeypatch.setenv("FAIL", "image inspect *recover*")
+    with pytest.raises(InputError, match=re.escape("no registry.example.com/ptl-recover:7; build")):
+        images.push("registry.example.com", "7")
+    with pytest.raises(InputError, match="registry"):
+        images.push("")
+
+
+def test_no_engine_and_no_docker_say_what_to_do(stub_docker, monkeypatch):
+    monkeypatch.setenv("FAIL", "version*")
+    with pytest.raises(WorkError, match=re.escape("no engine answers (no such thing); start Docker")):
+        images.missing(["x"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(WorkError, match="not on PATH"):
+        images.require_engine()
+
+
+# ---- the images themselves
+
+HARDENED = [
+    "--rm",
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--tmpfs=/tmp",
+    "--network=none",
+]
+STEPS = {
+    "prune": ["import-model", "prune"],
+    "recover": ["recover"],
+    "evaluate": ["evaluate", "report"],
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    try:
+        absent = images.missing(images.names())
+    except WorkError as error:
+        pytest.skip(f"skipped: no engine ({error})")
+    if absent and not os.environ.get("CI"):
+        pytest.skip(
+            f"skipped: the engine has no {', '.join(absent)}; `ptl images build` or `.ci/docker.sh build` makes them"
+        )
+    assert not absent, f"CI must build the images before this test; the engine has no {absent}"
+
+
+def docker_run(name, *command, user="12345:0", flags=HARDENED):
+    image = images.image(name)
+    return subprocess.run(
+        ["docker", "run", *flags, *([f"--user={user}"] if user else []), image, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_steps_run_unprivileged_on_a_read_only_root(engine, name):
+    for step in STEPS[name]:
+        answer = docker_run(name, "python", "-m", "ptl", step, "--help")
+        assert answer.returncode == 0, answer.stderr
+        assert "Usage" in answer.stdout and step in answer.stdout
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_image_holds_its_own_packages_and_the_example(engine, name):
+    code = """
+import getpass, json, os, sys
+from importlib.metadata import distributions
+import kfp.dsl.executor_main, mlflow, torch, ptl
+def writable(folder):
+    try:
+        open(os.path.join(folder, "probe"), "w").close()
+    except OSError:
+        return False
+    return True
+print(json.dumps({
+    "uid": os.getuid(), "user": getpass.getuser(), "version": ptl.__version__,
+    "in_site": "site-packages" in ptl.__file__,
+    "writable": [f for f in (".", os.environ["HOME"], "/opt/ptl", "/tmp") if writable(f)],
+    "files": sorted(os.listdir("examples/tiny_reasoner")), "names": sorted({d.name for d in distributions()}),
+}))
+"""
+    answer = docker_run(name, "python", "-c", code)
+    assert answer.returncode == 0, answer.stderr
+    seen = json.loads(answer.stdout)
+    assert (seen["uid"], seen["user"], seen["version"], seen["in_site"]) == (12345, "ptl", ptl.__version__, True)
+    assert seen["writable"] == ["/tmp"]
+    assert {"checkpoint", "tiny_reasoner.yaml", "train.jsonl.gz"} <= set(seen["files"])
+    packages = {canonicalize_name(package) for package in seen["names"]}
+    assert {"kfp", "mlflow-skinny"} <= packages and "mlflow" not in packages
+    assert ("trl" in packages) == (name == "recover")
+    assert ("lm-eval" in packages) == (name == "evaluate")
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("name", images.IMAGES)
+def test_image_is_labelled_and_unprivileged_by_default(engine, name):
+    answer = subprocess.run(
+        ["docker", "image", "inspect", images.image(name), "--format", "{{json .Config}}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = json.loads(answer.stdout)
+    labels = {key.removeprefix("org.opencontainers.image."): value for key, value in config["Labels"].items()}
+    assert config["User"] == "1000:0"
+    assert (labels["title"], labels["version"]) == (f"ptl-{name}", ptl.__version__)
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", labels["revision"])
+    assert docker_run(name, "id", "-u", user=None).stdout.strip() == "1000"
+
+
+@pytest.mark.docker
+def test_memory_limit_ends_a_step_with_137(engine):
+    flags = [*HARDENED, "--memory=64m", "--memory-swap=64m"]
+    answer = docker_run("prune", "python", "-c", "bytearray(10**9)", flags=flags)
+    assert answer.returncode == 137
