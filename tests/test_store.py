@@ -1,23 +1,28 @@
 """The same tests hold for every kind of store."""
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
+import boto3
 import pytest
 
-from ptl import store
+from ptl import s3_client, stack, store
 from ptl.errors import InputError, WorkError
 from ptl.localfs import path_of
 from ptl.manifest import FILES
+from ptl.s3_client import split
 
 
-class Place:
+class FilePlace:
     """A root for one test, with the few raw operations that damage needs."""
 
     def __init__(self, root):
@@ -33,9 +38,56 @@ class Place:
             entry.unlink() if entry.is_file() else entry.rmdir()
 
 
-@pytest.fixture(params=["file"])
+class S3Place(FilePlace):
+    def __init__(self, root):
+        super().__init__(root)
+        self.client = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
+
+    def change(self, uri, edit):
+        bucket, key = split(uri)
+        data = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        self.client.put_object(Bucket=bucket, Key=key, Body=edit(data))
+
+    def delete(self, uri):
+        bucket, key = split(uri)
+        for item in self.client.list_objects_v2(Bucket=bucket, Prefix=key)["Contents"]:
+            self.client.delete_object(Bucket=bucket, Key=item["Key"])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real SeaweedFS; the environment that reaches it."""
+    root = tmp_path_factory.mktemp("s3")
+    yield stack.s3_up(root, free_port())
+    stack.down(root)
+
+
+def free_port():
+    """A port p with p..p+3 and each of these + 10000 free."""
+    while True:
+        port = random.randrange(20000, 50000)
+        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, stack.GRPC)):
+            return port
+
+
+def unused(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """The environment set for one test, and a fresh root in the bucket."""
+    for name in s3_client.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    return S3Place(f"s3://{stack.BUCKET}/{uuid.uuid4().hex}/ptl")
+
+
+@pytest.fixture(params=["file", "s3"])
 def place(request, tmp_path):
-    return Place(f"file://{tmp_path}/art/ptl")
+    return FilePlace(f"file://{tmp_path}/art/ptl") if request.param == "file" else request.getfixturevalue("s3")
 
 
 @pytest.fixture
@@ -250,7 +302,7 @@ def test_kill_at_random_moments(place, folder, tmp_path):
             assert half is None
         outcomes.append(half is not None)
         if half is None:
-            again, files = publish(folder, Place(root), "second")
+            again, files = publish(folder, FilePlace(root), "second")
             half = store.commit(root, "run1", "prune-1", {**record(again, files), "key": "k"})
         assert contents(store.fetch(store.pointer_of(half["pointer"]), cache)) == expected
     assert False in outcomes  # at least one kill came before the commit, else nothing was tested
@@ -289,16 +341,15 @@ def test_unknown_scheme_is_refused():
         store.committed("mlflow-artifacts:/1/ptl", "run1", "prune-1")
 
 
-def test_published_location_is_not_overwritten(tmp_path, folder):
-    place = Place(f"file://{tmp_path}/art")
+def test_published_location_is_not_overwritten(place, tmp_path, folder):
     pointer, _ = publish(folder, place)
-    with pytest.raises(WorkError, match="already holds files"):
+    with pytest.raises(WorkError, match="already holds"):
         publish(folder, place)
-    assert contents(store.fetch(pointer, tmp_path)) == contents(folder)
+    assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
 
 
 def test_stray_files_are_refused(tmp_path, folder):
-    pointer, _ = publish(folder, Place(f"file://{tmp_path}/art"))
+    pointer, _ = publish(folder, FilePlace(f"file://{tmp_path}/art"))
     (path_of(pointer.uri) / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(WorkError, match=r"pytorch_model.bin is not part of the checkpoint"):
         store.fetch(pointer, tmp_path)
@@ -325,7 +376,7 @@ except store.WorkError as error:
 
 def test_no_space(tmp_path, folder):
     """A file size limit stands for the full disk: the kernel refuses the write in the same way."""
-    pointer, _ = publish(folder, Place(f"file://{tmp_path}/art"))
+    pointer, _ = publish(folder, FilePlace(f"file://{tmp_path}/art"))
     location = f"file://{tmp_path}/art/models/b/artifacts"
     command = [sys.executable, "-c", LIMITED, str(folder), location]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -333,7 +384,7 @@ def test_no_space(tmp_path, folder):
     assert "no space left while writing" in done.stdout
     assert "earlier checkpoints are intact" in done.stdout
     assert list((tmp_path / "art/models/b").iterdir()) == []
-    assert contents(store.fetch(pointer, tmp_path)) == contents(folder)
+    assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
 
 
 def test_check_of_a_root_that_cannot_be_made(tmp_path):

@@ -1,0 +1,132 @@
+"""The connection to an S3 store: settings and credentials from the environment only, errors with a remedy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ptl.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+THREADS = 4  # requests at once
+ATTEMPTS = 12  # per request; the pauses between them add up to about a minute, which outlasts a restart
+
+SETTINGS = (
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+# Any of these means that the environment says where credentials are; boto3 then reads them.
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of `s3://bucket/key`."""
+    parts = urlsplit(uri, allow_fragments=False)
+    if parts.scheme != "s3" or not parts.netloc:
+        raise InputError(f"store: {uri!r} must be s3://bucket/folder")
+    return parts.netloc, parts.path.strip("/")
+
+
+def client(attempts: int = ATTEMPTS) -> S3Client:
+    """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
+    if not any(os.environ.get(name) for name in CREDENTIALS):
+        raise InputError(
+            "environment: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (`ptl up` prints them)"
+        )
+    return _build(attempts, tuple(os.environ.get(name, "") for name in (*SETTINGS, *CREDENTIALS)))
+
+
+@functools.lru_cache(4)
+def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
+    """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
+    import boto3
+    from botocore.config import Config
+
+    endpoint = endpoint_url()
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=60,
+        tcp_keepalive=True,
+        max_pool_connections=2 * THREADS + 2,
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3", endpoint_url=endpoint, region_name=region or ("us-east-1" if endpoint else None), config=config
+        )
+    except ValueError as error:
+        raise InputError(f"MLFLOW_S3_ENDPOINT_URL: {endpoint!r} is not an address; write http://host:port") from error
+
+
+def endpoint_url() -> str | None:
+    """Where the S3 server is; None means AWS itself."""
+    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+
+
+@contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from s3transfer.exceptions import RetriesExceededError
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise InputError(message(error, uri)) from error
+    except ClientError as error:
+        kind = InputError if code(error) in _REMEDIES else WorkError
+        raise kind(message(error, uri)) from error
+    except (BotoCoreError, Boto3Error, RetriesExceededError) as error:
+        raise WorkError(message(error, uri)) from error
+
+
+_KEYS = "the credentials are not accepted; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"
+_REMEDIES = {
+    "NoSuchBucket": "the bucket does not exist; create it or correct the experiment's artifact location",
+    "404": "the bucket does not exist; create it or correct the experiment's artifact location",
+    "InvalidAccessKeyId": _KEYS,
+    "SignatureDoesNotMatch": _KEYS,
+    "AccessDenied": "access denied; " + _KEYS,
+    "403": "access denied; " + _KEYS,
+    "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN",
+}
+
+
+def message(error: Exception, uri: str) -> str:
+    """What went wrong, where, and what to do."""
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+
+    server = endpoint_url() or "AWS"
+    if isinstance(error, ClientError):
+        remedy = _REMEDIES.get(code(error), f"{error}; run the same command again, or look at the S3 server's log")
+    elif isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        remedy = f"{error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    else:
+        remedy = f"{error}; is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
+    return f"store: {uri} at {server}: {remedy}"
+
+
+def code(error: Any) -> str:
+    """The S3 error code of a botocore ClientError."""
+    return str(error.response.get("Error", {}).get("Code", ""))
