@@ -1,0 +1,207 @@
+"""The records of all steps -> `result.json`: the machine-readable truth from which report and table are made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+Record = dict[str, Any]
+Result = dict[str, Any]
+
+STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
+RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
+MAX_EXAMPLES = 8
+MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
+
+
+def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
+    """Everything that the report shows, from the committed records of the steps and the effective config.
+
+    `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`). An evaluate
+    record may carry its items under the fact `items`: paired comparisons and examples are made from them. Steps
+    without scores (passed through) give no row, but are listed under `steps`. `recovery_tokens` of a row are those of
+    its own iteration.
+    """
+    run = {key: settings.get(key) or "" for key in RUN}
+    settings = {key: value for key, value in settings.items() if key not in RUN}
+    imported = records["import-model"]
+    names = sorted((name for name in records if "stage" in records[name].get("facts", {})), key=_order(records))
+    original = imported["facts"].get("params") or imported["pointer"].get("params", 0)
+    rows = [_row(name, records, original) for name in names if records[name]["facts"].get("scores")]
+    result = {
+        "run_id": run["run_id"],
+        "mlflow_run_id": run["mlflow_run_id"],
+        "seed": settings.get("seed", 0),
+        "versions": dict(sorted(imported["facts"].get("versions", {}).items())),
+        "rows": rows,
+        "final": _final(names, records, original),
+        "name": settings.get("name", "ptl"),
+        "model": {key: imported["facts"].get(key) or "" for key in ("model", "revision", "license")},
+        "original_params": original,
+        "host": imported["facts"].get("host", ""),
+        "started": imported["facts"].get("started"),
+        "confidence": settings.get("evaluate", {}).get("confidence", 0.95),
+        "mlflow": {"url": run["mlflow_url"], "experiment_id": str(run["experiment_id"])},
+        "steps": [_step(name, records[name]) for name in names],
+        "curves": {name: c for name in names if (c := records[name]["facts"].get("curve"))},
+        "paired": _paired(names, records, settings.get("gate") or {}),
+        "examples": _examples(names, records),
+        "settings": settings,
+    }
+    return dict(json.loads(json.dumps(result)))  # exactly what result.json holds: lists, no tuples
+
+
+def final_row(result: Result) -> dict[str, Any] | None:
+    """The row of the checkpoint that the run ends with; None where it was never scored."""
+    rows = [row for row in result["rows"] if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]]
+    return rows[-1] if rows else None
+
+
+def row_of(result: Result, arm: str, iteration: int | None = None) -> dict[str, Any] | None:
+    """The last row of an arm, or that of one iteration."""
+    rows = [r for r in result["rows"] if r["arm"] == arm and iteration in (None, r["iteration"])]
+    return rows[-1] if rows else None
+
+
+def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
+    """Whether two rows' intervals share a point; None where one has no interval."""
+    if None in (a["low"], a["high"], b["low"], b["high"]):
+        return None
+    return bool(a["low"] <= b["high"] and b["low"] <= a["high"])
+
+
+def total_tokens(result: Result, arm: str) -> int:
+    """Recovery tokens of all steps of an arm, rejected iterations included."""
+    return sum(step["tokens"] for step in result["steps"] if step["arm"] == arm)
+
+
+def _order(records: dict[str, Record]) -> Any:
+    def key(name: str) -> tuple[Any, ...]:
+        facts = records[name]["facts"]
+        return facts.get("arm") == "control", facts.get("iteration", 0), STAGES.get(facts["stage"], 9), name
+
+    return key
+
+
+def _scored(name: str, records: dict[str, Record]) -> Record:
+    """The checkpoint that an evaluate step scored: after a rejection it is not the one that goes on."""
+    if records[name]["facts"].get("checkpoint"):
+        return dict(records[name]["facts"]["checkpoint"])
+    parent = name.replace("evaluate", "recover") if name != "evaluate-0" else "import-model"
+    pointer: Record = records.get(parent, records[name])["pointer"]
+    return pointer
+
+
+def _row(name: str, records: dict[str, Record], original: int) -> dict[str, Any]:
+    facts, pointer = records[name]["facts"], _scored(name, records)
+    scores, first = facts["scores"], facts["scores"]["tasks"][0]
+    recover = records.get(name.replace("evaluate", "recover"), {"facts": {}})["facts"]
+    params = scores.get("params") or pointer.get("params", 0)
+    verdict = facts.get("verdict") or {}
+    return {
+        "arm": facts.get("arm", "loop"),
+        "iteration": facts.get("iteration", 0),
+        "params": params,
+        "accuracy": first["accuracy"],
+        "low": first["low"],
+        "high": first["high"],
+        "items": first["items"],
+        "task": first["task"],
+        "recovery_tokens": recover.get("tokens", 0),
+        "verdict": verdict.get("decision", "baseline" if name == "evaluate-0" else ""),
+        "uri": pointer["uri"],
+        "digest": pointer["digest"],
+        "share_removed": _share(params, original),
+        "step": name,
+        "gate": {key: value for key, value in verdict.items() if key != "decision"},
+        "widths": list(scores.get("widths", [])),
+        "scores": scores,
+    }
+
+
+def _final(names: list[str], records: dict[str, Record], original: int) -> dict[str, Any]:
+    """What the last loop evaluation passed on (its fact `accepted`, else its pointer); never a rejected checkpoint."""
+    loop = [n for n in names if records[n]["facts"].get("arm", "loop") == "loop"]
+    evaluated = [n for n in loop if records[n]["facts"]["stage"] == "evaluate"]
+    last = records[(evaluated or loop)[-1]]
+    pointer = last["facts"].get("accepted") or last["pointer"]
+    keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
+    return {key: pointer.get(key, "") for key in keys} | {"share_removed": _share(pointer.get("params", 0), original)}
+
+
+def _share(params: int, original: int) -> float:
+    return round(1 - params / original, 6) if original and params else 0.0
+
+
+def _step(name: str, record: Record) -> dict[str, Any]:
+    facts, pointer = record["facts"], record["pointer"]
+    own = {key: pointer.get(key, "") for key in ("uri", "digest", "parent_digest", "run_id", "model_id")}
+    return own | {
+        "step": name,
+        "arm": facts.get("arm", "loop"),
+        "iteration": facts.get("iteration", 0),
+        "stage": facts["stage"],
+        "seconds": facts.get("seconds", 0.0),
+        "skipped": bool(facts.get("skipped")) or (facts["stage"] == "evaluate" and not facts.get("scores")),
+        "params": pointer.get("params", 0),
+        "model_version": pointer.get("model_version", ""),
+        "decision": (facts.get("verdict") or {}).get("decision", ""),
+        "reason": (facts.get("verdict") or {}).get("reason", "") or facts.get("reason", ""),
+        "tokens": facts.get("tokens", 0) if facts["stage"] == "recover" else 0,
+    }
+
+
+def _final_step(names: list[str], records: dict[str, Record]) -> str:
+    """The evaluate step that scored the final checkpoint; empty where none did."""
+    final = _final(names, records, 0)["digest"]
+    loop = [n for n in names if records[n]["facts"].get("arm", "loop") == "loop" and records[n]["facts"].get("scores")]
+    return next((name for name in reversed(loop) if _scored(name, records)["digest"] == final), "")
+
+
+def _items(name: str, records: dict[str, Record]) -> dict[tuple[str, str], dict[str, Any]]:
+    found = records.get(name, {"facts": {}})["facts"].get("items") or []
+    return {(str(item["task"]), str(item["id"])): item for item in found}
+
+
+def _paired(names: list[str], records: dict[str, Record], gate: dict[str, Any]) -> dict[str, Any]:
+    """The final checkpoint against the dense one and against the control, item by item, on the first task."""
+    from ptl.gate import paired
+
+    final, found = _final_step(names, records), {}
+    task = records[final]["facts"]["scores"]["tasks"][0]["task"] if final else ""
+    after = _items(final, records)
+    for label, name in (("dense", "evaluate-0"), ("control", "control-evaluate")):
+        before = _items(name, records)
+        both = [key for key in before if key in after and key[0] == task]
+        if both and name != final:
+            old, new = ([int(items[key]["correct"]) for key in both] for items in (before, after))
+            found[label] = asdict(paired(old, new, gate.get("margin", 0.02), gate.get("alpha", 0.05)))
+    return found
+
+
+def _examples(names: list[str], records: dict[str, Record]) -> dict[str, Any]:
+    """Answers that changed between the dense model and the final one, where the records carry their items."""
+    final = _final_step(names, records)
+    before, after = _items("evaluate-0", records), _items(final, records)
+    pairs = [(before[key], after[key]) for key in before if key in after]
+    if not pairs or final == "evaluate-0":
+        return {}
+    lost = [(old, new) for old, new in pairs if old["correct"] and not new["correct"]]
+    return {
+        "step": final,
+        "compared": len(pairs),
+        "lost": len(lost),
+        "won": sum(bool(new["correct"] and not old["correct"]) for old, new in pairs),
+        "items": [
+            {"task": str(old["task"]), "id": str(old["id"])}
+            | {key: _cut(old.get(key, "")) for key in ("prompt", "target")}
+            | {"before": _cut(old.get("answer", "")), "after": _cut(new.get("answer", ""))}
+            for old, new in lost[:MAX_EXAMPLES]
+        ],
+    }
+
+
+def _cut(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " […]"

@@ -1,0 +1,237 @@
+"""A result in words and formatted cells: what the page, the card and the terminal say, and no more than it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ptl.plots import is_share
+from ptl.result import Result, final_row, overlap, row_of, total_tokens
+
+SPEED_SETTING = (
+    "batch_size",
+    "prompt_tokens",
+    "new_tokens",
+    "repeats",
+    "batch",
+    "prefill_s",
+    "decode_s",
+)  # said by the other fields
+
+
+def verdict(result: Result) -> str:
+    """The run in one sentence: it claims no more than the numbers."""
+    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
+    share = percent(result["final"]["share_removed"])
+    if final is None or dense is None:
+        return f"{share} of the parameters were removed; the final checkpoint or the dense model was not scored."
+    task = _first(dense)
+    what = "accuracy" if is_share(task) else task["metric"].partition(",")[0]
+    if final is dense:
+        return f"No iteration passed: the final checkpoint is the dense model, at {value(dense)} {what}."
+    sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
+    if control is None:
+        return sentence + "."
+    one_shot = f"one-shot pruning reached {value(control)}"
+    if abs(control["params"] / final["params"] - 1) > 0.005:
+        one_shot += f" with {percent(control['share_removed'])} removed"
+    gain = (final["accuracy"] - control["accuracy"]) * (1 if task.get("higher_is_better", True) else -1)
+    size = points(abs(gain)) if is_share(task) else f"{abs(gain):.3g}"
+    if gain == 0:
+        return f"{sentence}; {one_shot}, the same."
+    if gain < 0:
+        return f"{sentence}; {one_shot}: the control is {size} better than the loop."
+    return f"{sentence}; {one_shot}, {size} worse than the loop."
+
+
+def notes(result: Result) -> list[str]:
+    """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
+    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
+    found = []
+    pairs = [("dense", "the dense model", dense), ("control", "the control", control)]
+    for label, name, other in pairs if final and final is not dense else ():
+        if other is not None and final is not None:
+            found.append(_compared(result, label, name, final, other))
+    loop, one_shot = total_tokens(result, "loop"), total_tokens(result, "control")
+    if control and loop != one_shot:
+        found.append(f"The arms had different recovery tokens: loop {loop:,}, control {one_shot:,}.")
+    rejected = sum(row["verdict"] == "rejected" for row in result["rows"])
+    if rejected:
+        found.append(
+            f"The gate rejected {rejected} iteration{'s' * (rejected > 1)}; the next began from the last accepted."
+        )
+    if not (result["settings"].get("gate") or {}).get("enabled", True):
+        found.append("The gate was off: every iteration was accepted without a test.")
+    skipped = passed_through(result)
+    if skipped:
+        found.append(f"Passed through without work: iteration {', '.join(map(str, skipped))}.")
+    return [note for note in found if note]
+
+
+def passed_through(result: Result) -> list[int]:
+    """Iterations that the schedule has and that were never scored: the loop had stopped."""
+    planned = (result["settings"].get("schedule") or {}).get("iterations", 0)
+    scored = {row["iteration"] for row in result["rows"] if row["arm"] == "loop"}
+    seen = {step["iteration"] for step in result["steps"] if step["arm"] == "loop"}
+    return sorted({*range(1, planned + 1), *seen} - scored - {0})
+
+
+def _compared(result: Result, label: str, name: str, final: dict[str, Any], other: dict[str, Any]) -> str:
+    pair, shared = result["paired"].get(label), overlap(final, other)
+    if pair:
+        return f"Final against {name}, item by item: {paired_words(pair)}."
+    if shared is None:
+        return ""
+    return (
+        f"Final and {name}: the {result['confidence'] * 100:g} % intervals {'overlap' if shared else 'do not overlap'}."
+    )
+
+
+def paired_words(pair: dict[str, Any]) -> str:
+    """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
+    change, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
+    return (
+        f"{change} points ({low} to {high} at {100 * (1 - 2 * pair['alpha']):g} %), "
+        f"{pair['lost']} lost, {pair['won']} won, p {pair['p_different']:.2g}"
+    )
+
+
+def gate_words(gate: dict[str, Any]) -> list[tuple[str, str]]:
+    """A verdict's reason and numbers, one pair of name and text for each."""
+    found = []
+    numbers = {key: value for key, value in gate.items() if key != "numbers"} | (gate.get("numbers") or {})
+    for key, value in numbers.items():
+        if isinstance(value, dict) and "p_different" in value:
+            found.append((f"against the {key}", paired_words(value)))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            found.append((key.replace("_", " "), f"{value:,}"))
+        else:
+            found += [(name.replace("_", " "), text) for name, text in flat(value, key)]
+    return found
+
+
+def value(row: dict[str, Any]) -> str:
+    """A row's score as it is printed: percent where it is a share."""
+    return percent(row["accuracy"]) if is_share(_first(row)) else f"{row['accuracy']:.4g}"
+
+
+def _first(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(row["scores"]["tasks"][0])
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.981 -> `98.1 %`."""
+    return f"{share * 100:.{digits}f} %"
+
+
+def points(difference: float) -> str:
+    """0.081 -> `8.1 points`."""
+    return f"{difference * 100:.1f} points"
+
+
+def interval(task: dict[str, Any]) -> str:
+    """A task's interval; empty where it has none."""
+    if task["low"] is None:
+        return ""
+    if is_share(task):
+        return f"{task['low'] * 100:.1f} to {task['high'] * 100:.1f}"
+    return f"{task['low']:.4g} to {task['high']:.4g}"
+
+
+def score(task: dict[str, Any]) -> str:
+    """A task's score with its interval, in percent where it is a share."""
+    number = percent(task["accuracy"]) if is_share(task) else f"{task['accuracy']:.4g}"
+    return f"{number} ({interval(task)})" if task["low"] is not None else number
+
+
+def lines(result: Result) -> list[dict[str, Any]]:
+    """The main table, formatted. `bar` is the interval on a scale common to all rows, in percent of its width."""
+    final, rows = final_row(result), result["rows"]
+    low, high = min((r["low"] or 0 for r in rows), default=0), max((r["high"] or 0 for r in rows), default=1)
+    scale = 100 / (high - low or 1)
+    return [
+        {
+            "label": "one-shot control" if r["arm"] == "control" else str(r["iteration"] or "dense"),
+            "arm": r["arm"],
+            "params": f"{r['params']:,}",
+            "removed": percent(r["share_removed"]),
+            "accuracy": value(r),
+            "interval": interval(_first(r)),
+            "num_items": f"{r['items']:,}",
+            "tokens": f"{r['recovery_tokens']:,}",
+            "verdict": r["verdict"],
+            "final": r is final,
+            "bar": [] if r["low"] is None else [round((r[x] - low) * scale, 1) for x in ("low", "accuracy", "high")],
+            "shape": _shape(r["widths"]),
+            "layers": len(r["widths"]) or "",
+            "tasks": [{"task": t["task"], "score": score(t), **t} for t in r["scores"]["tasks"]],
+            "gate": gate_words(r["gate"]),
+        }
+        for r in rows
+    ]  # fmt: skip
+
+
+def _shape(widths: list[int]) -> str:
+    if not widths:
+        return ""
+    low, high = min(widths), max(widths)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def costs(result: Result) -> list[tuple[str, list[str]]]:
+    """What each of dense, final and control costs: label -> one cell per column of `columns`."""
+    rows = [row["scores"] for _, row in columns(result)]
+    labels = {"params": "Parameters", "bytes": "Bytes", "flops_per_token": "FLOPs per token",
+              "kv_bytes_per_token": "KV-cache bytes per token"}  # fmt: skip
+    table = []
+    for key, label in labels.items():
+        if all(scores.get(key) is not None for scores in rows):
+            first = rows[0][key] or 1
+            table.append((label, [f"{scores[key]:,}{_ratio(scores[key] / first, i)}" for i, scores in enumerate(rows)]))
+    speeds = [{_speed_key(s): s for s in scores.get("speed") or []} for scores in rows]
+    for key in speeds[0] if speeds else ():
+        for field, value in speeds[0][key].items():
+            others = [speed.get(key, {}).get(field) for speed in speeds]
+            if field in SPEED_SETTING or not all(isinstance(x, (int, float)) for x in others):
+                continue
+            cells = [f"{x:,.4g}" if x < 1000 else f"{x:,.0f}" for x in others]
+            table.append(
+                (
+                    f"{_words(field)}{key}",
+                    [c + _ratio(x / (value or 1), i) for i, (c, x) in enumerate(zip(cells, others, strict=True))],
+                )
+            )
+    return table
+
+
+def _speed_key(entry: dict[str, Any]) -> str:
+    return f", batch {entry.get('batch', entry.get('batch_size', '?'))}"
+
+
+def _words(field: str) -> str:
+    words = re.sub(r"_per_(s|second)$", "/s", field).replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _ratio(ratio: float, column: int) -> str:
+    return f" ({ratio:.2f}x)" if column else ""
+
+
+def columns(result: Result) -> list[tuple[str, dict[str, Any]]]:
+    """The rows that are set side by side: dense, final (unless it is the dense one), control."""
+    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
+    named = [("Dense", dense), ("Final", None if final is dense else final), ("One-shot control", control)]
+    return [(name, row) for name, row in named if row is not None]
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested config as dotted names and printed values; empty values are left out."""
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
+        return [pair for i, inner in enumerate(value) for pair in flat(inner, f"{prefix}.{i}")]
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, float):
+        return [(prefix, f"{value:.6g}")]
+    return [(prefix, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))]

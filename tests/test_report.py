@@ -1,0 +1,366 @@
+"""The report, from records that are a fixture: their numbers are made up for the tests and measured nowhere."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from ptl.report import notes, print_table, render, verdict, write_report
+from ptl.result import build, final_row
+
+NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+DENSE, WIDTHS = 213_120, (256, 206, 170, 145, 122)
+
+
+def pointer(step: str, params: int, parent: str = "") -> dict:
+    digest = f"sha256:{step.encode().hex():0<64}"
+    return {
+        "uri": f"file:///tmp/run/{step}", "digest": digest, "params": params, "original_params": DENSE,
+        "parent_digest": parent, "run_id": f"{step.encode().hex():0<32}"[:32], "model_id": f"m-{step}",
+        "model_version": "",
+    }  # fmt: skip
+
+
+def scores(params: int, accuracy: float, width: int) -> dict:
+    def task(name: str, value: float, items: int) -> dict:
+        reach = 0.02
+        return {"task": name, "version": 1, "metric": "exact_match", "accuracy": value, "low": value - reach,
+                "high": min(1.0, value + reach), "items": items, "num_fewshot": 0, "truncated": 0.0}  # fmt: skip
+
+    return {
+        "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
+        "params": params, "bytes": params * 4, "flops_per_token": params * 2, "kv_bytes_per_token": 2048,
+        "speed": [{"batch": b, "decode_tokens_per_s": 900.0 * b * DENSE / params} for b in (1, 32)],
+        "widths": [width] * 4, "seconds": 4.2,
+    }  # fmt: skip
+
+
+def facts(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:
+    return {"stage": stage, "arm": arm, "iteration": iteration, "seconds": 3.5 + iteration, "started": 1.76e9} | more
+
+
+def items(wrong: set[int]) -> list[dict]:
+    return [
+        {"task": "tiny_reasoner", "id": i, "prompt": f"{i} + 4 =", "target": str(i + 4), "correct": int(i not in wrong),
+         "answer": str(i + 4 + (i in wrong))}
+        for i in range(20)
+    ]  # fmt: skip
+
+
+def curve(tokens: int, start: float) -> list[list[float]]:
+    return [[tokens * k / 40, round(start * (0.2 + 0.8 / (1 + k)), 4)] for k in range(1, 41)]
+
+
+@pytest.fixture
+def settings() -> dict:
+    return {
+        "name": "tiny", "model": {"path": "examples/tiny_reasoner/checkpoint", "revision": None}, "seed": 7,
+        "training": {"source": "examples/tiny_reasoner/train.jsonl"}, "schedule": {"iterations": 4, "target": 0.4},
+        "recover": [{"method": "cpt", "learning_rate": 3e-4}], "evaluate": {"confidence": 0.95},
+        "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05},
+        "run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records() -> dict:
+    """Four accepted iterations that end at 0.98, a control that ends at 0.90."""
+    out = {
+        "import-model": facts("import", 0, model="examples/tiny_reasoner/checkpoint", revision="", params=DENSE,
+                              versions={"torch": "2.13.0", "ptl": "0.1.0"}, host="fixture"),
+        "evaluate-0": facts("evaluate", 0, scores=scores(DENSE, 0.996, 256), items=items({3}),
+                            verdict={"decision": "baseline", "reason": "the dense model"}),
+    }  # fmt: skip
+    sizes, accuracies = (163_800, 141_100, 132_400, 127_872), (0.99, 0.986, 0.984, 0.98)
+    for i, (params, accuracy) in enumerate(zip(sizes, accuracies, strict=True), 1):
+        out |= arm_records(f"-{i}", "loop", i, params, accuracy, 100_000 * 2**i, WIDTHS[i])
+    out["evaluate-4"]["items"] = items({2, 11})
+    out |= arm_records("control", "control", 1, 127_872, 0.9, 3_000_000, WIDTHS[4])
+    return {step: {"step": step, "facts": f, "pointer": pointer_of(step, f)} for step, f in out.items()}
+
+
+def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
+    def step(verb: str) -> str:
+        return f"{name}-{verb}" if arm == "control" else f"{verb}{name}"
+
+    decision = "control" if arm == "control" else "accepted"
+    return {
+        step("prune"): facts("prune", i, arm, params=params, criterion="max"),
+        step("recover"): facts("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
+        step("evaluate"): facts("evaluate", i, arm, scores=scores(params, accuracy, width),
+                                verdict={"decision": decision, "reason": "within the margin", "p_value": 0.0213}),
+    }  # fmt: skip
+
+
+def pointer_of(step: str, f: dict) -> dict:
+    """An evaluate step passes on what it scored."""
+    made = step.replace("evaluate", "recover") if f["iteration"] else "import-model"
+    made = made if f["stage"] == "evaluate" else step
+    return pointer(
+        made, f.get("params") or f["scores"]["params"], "" if made == "import-model" else "sha256:" + "a" * 64
+    )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A mock in place of the plots, for tests that look at the words only: drawing takes most of the time."""
+    monkeypatch.setattr("ptl.report.draw", lambda result: {})
+
+
+def reject(records: dict, i: int) -> None:
+    """Iteration i fails the gate: its evaluate step passes on what iteration i-1 ended with."""
+    records[f"evaluate-{i}"]["facts"]["verdict"] = {
+        "decision": "rejected",
+        "reason": "2.1 points below",
+        "margin": 0.01,
+    }
+    records[f"evaluate-{i}"]["pointer"] = records[f"evaluate-{i - 1}"]["pointer"]
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would load or run."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.ids: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "iframe", "link", "object", "embed", "img"), tag
+        for name, value in attrs:
+            assert not name.startswith("on"), name
+            if name in ("src", "href", "xlink:href", "data") and not value.startswith("#"):
+                self.loads.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+
+def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and page.loads == []
+    assert "http" not in re.sub(r'http-equiv="[^"]*"', "", html) and "@import" not in html and "url(http" not in html
+    assert len(page.ids) == len(set(page.ids))
+    assert len(html.encode()) < 300_000
+    assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
+    assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
+    for part in ("127,872", "96.0 to 100.0", "1,600,000", "Recovery loss", "Widths and layers", "tiny_retention",
+                 "control-recover", "0.0003", "2.13.0", "Seed", "Decode tokens/s, batch 32", "p value"):  # fmt: skip
+        assert part in text, part
+    assert "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
+    records["import-model"]["facts"]["model"] = NASTY
+    settings["name"] = NASTY
+    for record in records.values():
+        for task in record["facts"].get("scores", {}).get("tasks", [])[:1]:
+            task["task"] = NASTY
+        for item in record["facts"].get("items", []):
+            item["prompt"] = item["task"] = NASTY
+    records["evaluate-1"]["facts"]["verdict"]["reason"] = NASTY
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert "<script" not in html and page.loads == []
+    assert NASTY in "".join(page.text)
+    for name in ("report.md", "README.md"):
+        assert "<script" not in (tmp_path / name).read_text().split("---\n")[-1], name
+    assert len({line.count("|") for line in (tmp_path / "report.md").read_text().splitlines() if "script" in line}) <= 6
+
+
+def test_same_records_same_bytes_and_render_needs_only_the_result(records, settings, tmp_path):
+    write_report(records, settings, tmp_path / "a")
+    write_report(dict(reversed(records.items())), copy.deepcopy(settings), tmp_path / "b")
+    render(json.loads((tmp_path / "a/result.json").read_text()), tmp_path / "c")
+    for name in ("report.html", "report.md", "README.md", "result.json"):
+        first = (tmp_path / "a" / name).read_bytes()
+        assert first == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
+
+
+def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert {"run_id", "mlflow_run_id", "seed", "versions", "rows", "final"} <= result.keys()
+    fields = {"arm", "iteration", "params", "accuracy", "low", "high", "items", "task", "recovery_tokens", "verdict",
+              "uri", "digest"}  # fmt: skip
+    assert all(fields <= row.keys() for row in result["rows"])
+    assert [(row["arm"], row["iteration"]) for row in result["rows"]] == [("loop", i) for i in range(5)] + [
+        ("control", 1)
+    ]
+    assert result["final"]["params"] == 127_872 and result["final"]["share_removed"] == pytest.approx(0.4, abs=1e-4)
+    assert result["final"]["digest"] == records["recover-4"]["pointer"]["digest"]
+    assert (result["run_id"], result["mlflow_run_id"], result["seed"]) == ("run-1", "f" * 32, 7)
+    assert result["curves"].keys() == {f"recover-{i}" for i in (1, 2, 3, 4)} | {"control-recover"}
+    lost = result["examples"]
+    assert (lost["compared"], lost["lost"], lost["won"], lost["items"][0]["after"]) == (20, 2, 1, "7")
+
+
+def test_rejected_and_skipped_iterations(records, settings, tmp_path):
+    reject(records, 3)
+    accepted = records["evaluate-2"]["pointer"]
+    for step in ("prune-4", "recover-4", "evaluate-4"):
+        old = records[step]["facts"]
+        records[step] = {"pointer": accepted, "facts": facts(old["stage"], 4, skipped=True, seconds=0.01)}
+    records["evaluate-4"]["facts"]["verdict"] = {"decision": "stopped", "reason": "no step left"}
+    result = write_report(records, settings, tmp_path)
+    assert [row["verdict"] for row in result["rows"]] == ["baseline", "accepted", "accepted", "rejected", "control"]
+    assert result["rows"][3]["digest"] == records["recover-3"]["pointer"]["digest"]  # what was scored, not what goes on
+    assert result["final"]["digest"] == accepted["digest"] and final_row(result)["iteration"] == 2
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert (
+        "Passed through without work: iteration 4." in text
+        and "(passed through)" in text
+        and "rejected 1 iteration;" in text
+    )
+    assert "with 40.0 % removed" in verdict(result)  # the control is smaller than where the loop stopped
+
+
+def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictures):
+    for i in (1, 2, 3, 4):
+        reject(records, i)
+    result = write_report(records, settings, tmp_path)
+    assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
+    assert result["final"]["share_removed"] == 0.0
+
+
+def test_a_better_control_is_not_hidden(records, settings):
+    records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.99, 122)
+    result = build(records, settings)
+    assert "the control is 1.0 points better than the loop" in verdict(result)
+    assert "Final and the control: the 95 % intervals overlap." in notes(result)
+    records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.9, 122)
+    assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
+
+
+def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_path):
+    few = {step: record for step, record in records.items() if "control" not in step}
+    for record in few.values():
+        record["facts"].pop("items", None)
+        record["facts"].pop("curve", None)
+        if "scores" in record["facts"]:
+            record["facts"]["scores"] |= {"speed": [], "tasks": record["facts"]["scores"]["tasks"][:1]}
+    result = write_report(few, settings, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
+    assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
+
+
+def test_paired_comparisons_from_the_items(records, settings):
+    records["control-evaluate"]["facts"]["items"] = items({0, 1, 4, 5, 6, 7})
+    result = build(records, settings)
+    dense, control = result["paired"]["dense"], result["paired"]["control"]
+    assert (dense["lost"], dense["won"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
+    assert (control["lost"], control["won"]) == (2, 6)
+    assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
+    assert "2 lost, 6 won, p 0.29" in notes(result)[1]
+
+
+def test_a_gate_that_was_off_is_said(records, settings):
+    settings["gate"]["enabled"] = False
+    assert "The gate was off: every iteration was accepted without a test." in notes(build(records, settings))
+
+
+def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
+    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "lost": 11, "won": 3, "p_different": 0.0574,
+            "alpha": 0.05, "margin": 0.02}  # fmt: skip
+    records["evaluate-4"]["facts"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
+    write_report(records, settings, tmp_path)
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 lost, 3 won, p 0.057" in text
+    assert "target params 127,873" in text
+
+
+def test_a_run_judged_by_perplexity(records, settings, tmp_path):
+    """A run may be judged by a metric without intervals, where less is better."""
+    for record in records.values():
+        for task in record["facts"].get("scores", {}).get("tasks", [])[:1]:
+            worse = 25.0 if record["facts"]["arm"] == "control" else 20.0 + record["facts"]["iteration"] / 2
+            task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
+    result = write_report(records, settings, tmp_path)
+    assert verdict(result).endswith(
+        "took word_perplexity from 20 to 22; one-shot pruning reached 25, 3 worse than the loop."
+    )
+
+
+def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, tmp_path, no_pictures):
+    for record in records.values():
+        for task in record["facts"].get("scores", {}).get("tasks", [])[1:]:
+            task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
+    write_report(records, settings, tmp_path)
+    assert '<td class="n">21.53</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
+    settings["mlflow_url"] = "http://127.0.0.1:5000/"
+    write_report(records, settings, tmp_path)
+    run = records["prune-1"]["pointer"]["run_id"]
+    links = Page((tmp_path / "report.html").read_text()).loads
+    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}" in links and len(links) == len(records)
+    settings["mlflow_url"] = "javascript:alert(1)//"
+    write_report(records, settings, tmp_path)
+    assert "javascript" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pictures):
+    write_report(records, settings, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["library_name"] == "transformers" and data["base_model"] == "tiny_reasoner-checkpoint"
+    assert data["datasets"] == ["tiny_reasoner-train.jsonl"] and data["metrics"] == ["exact_match"]
+    assert "license" not in data and "pruning" in data["tags"]
+    assert "from_pretrained" in card and "500 items" in card
+    from huggingface_hub import ModelCard
+
+    results = ModelCard(card).data.eval_results
+    assert [(r.dataset_name, r.metric_value) for r in results] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
+    records["import-model"]["facts"] |= {"model": "org/model-1", "license": "apache-2.0"}
+    write_report(records, settings, tmp_path)
+    data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
+    assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
+
+
+def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
+    long = {"import-model": records["import-model"], "evaluate-0": records["evaluate-0"]}
+    for i in range(1, 65):
+        made = arm_records(f"-{i}", "loop", i, 213_000 - 1_000 * i, 0.98, 100_000, 250 - i)
+        made[f"recover-{i}"]["curve"] = curve(100_000, 1.2) * 50
+        made[f"evaluate-{i}"]["scores"]["widths"] = [250 - i] * 64
+        long |= {step: {"facts": f, "pointer": pointer_of(step, f)} for step, f in made.items()}
+    write_report(long, settings, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+
+
+def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    settings["name"] = "tiny[/]"
+    print_table(build(records, settings), tmp_path)
+    printed = capsys.readouterr().out
+    assert "tiny[/]" in printed and "127,872" in printed and "98.0 %" in printed and "(final)" in printed
+    assert (
+        str(tmp_path / "report.html") in printed and "ptl ui" in printed and "8.0 points worse than the loop" in printed
+    )
