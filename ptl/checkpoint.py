@@ -127,7 +127,9 @@ def check_finite(paths: Iterable[Path]) -> None:
     for path in paths:
         for name, tensor in tensors(path):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(f"model.path: tensor {name} in {path} holds NaN or infinite values; use a sound checkpoint")
+                raise InputError(
+                    f"model.path: tensor {name} in {path} holds NaN or infinite values; use a sound checkpoint"
+                )
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ptl import __version__
 from ptl.errors import InputError
 
 
@@ -128,7 +129,7 @@ class Speed(Section):
     batch_sizes: tuple[int, ...] = Field((1, 32), description="sequences generated at once")
     prompt_tokens: int = Field(64, ge=1)
     new_tokens: int = Field(32, ge=1)
-    repeats: int = Field(3, ge=1, description="the median is reported")
+    repeats: int = Field(3, ge=0, description="the median is reported; 0: do not measure speed")
 
 
 class Evaluate(Section):
@@ -141,7 +142,7 @@ class Evaluate(Section):
     data_dir: str | None = Field(None, description="read the tasks' data from files in this folder, not from the hub")
     allow_code: bool = Field(False, description="run model-written code (humaneval, mbpp), in the sandbox only")
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    speed: Speed | None = Field(Speed(), description="null: do not measure speed")
+    speed: Speed = Speed()
 
 
 class Gate(Section):
@@ -167,7 +168,7 @@ class Images(Section):
     """Which images the steps run in: `<registry>/ptl-<step>:<tag>`."""
 
     registry: str = Field("", description="for example ghcr.io/you; empty: images of the local engine")
-    tag: str | None = Field(None, description="none: the package's version")
+    tag: str = Field(__version__, description="the package's version by default")
 
 
 class Storage(Section):

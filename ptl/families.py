@@ -1,12 +1,16 @@
-"""Where layers, MLPs and config fields live: one record per model_type. Adding a family is a record and a line in its test."""
+"""Where layers, MLPs and config fields live: one record per model_type."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ptl.errors import InputError
+
+# A tensor of a decoder layer, whatever stands before `layers.`
+IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)$")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: int64 [B, T]
 class Criterion:
     """How the activations of one batch become scores, and how batches are joined.
 
-    score(activations [B, T, F], gradients [B, T, F] or None, mask bool [B, T], mlp) -> float32 [B, F], one row per sequence.
+    score(activations [B, T, F], their gradients or None, mask bool [B, T], weights) -> float32 [B, F], a row each.
     """
 
     score: Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], Tensor]
@@ -104,7 +104,7 @@ class _Joined:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model."""
-    return model.get_decoder().layers  # type: ignore[operator,no-any-return,union-attr]
+    return model.get_decoder().layers  # type: ignore[operator]
 
 
 def neuron_scores(
@@ -112,10 +112,10 @@ def neuron_scores(
 ) -> list[Tensor]:
     """Score every neuron on the batches; returns float32 [F] per layer."""
     layers = decoder_layers(model)
-    downs = [layer.get_submodule(family.columns) for layer in layers]
+    downs: list[Any] = [layer.get_submodule(family.columns) for layer in layers]
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(down.in_features, generator=generator) for down in downs]  # type: ignore[arg-type]
+        return [torch.rand(down.weight.shape[1], generator=generator) for down in downs]
     rule = CRITERIA[criterion]
     totals = [_Joined(rule.join) for _ in layers]
     caught: dict[int, Tensor] = {}
@@ -150,7 +150,7 @@ def neuron_scores(
 
 
 def layer_scores(model: Any, batches: Iterable[Batch], criterion: str, progress: bool = True) -> Tensor:
-    """Score every layer: the mean over a sequence's non-padding tokens, joined over sequences. Returns float32 [layers]."""
+    """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
     change, how = LAYER_CRITERIA[criterion]
     layers = decoder_layers(model)
     totals = [_Joined(how) for _ in layers]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import checkpoint
-from ptl.families import Family
+from ptl.families import IN_LAYER, Family
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)$")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""`ptl`: the composition root, the one module that may import pipelines/; nothing heavy is imported before its use."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ptl import __version__
+from ptl.config import Config, load_config
+from ptl.errors import InputError, PtlError, WorkError
+
+app = typer.Typer(
+    help="Compress a language model without losing its reasoning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
+Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and MLflow's database lie")]
+
+
+def main() -> None:
+    """Run a command; an error that a user can mend is one message and its exit code, without a traceback."""
+    try:
+        app(standalone_mode=True)
+    except PtlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def validate(config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006 - typer reads the default
+    """Check a config, its data files and its model, and print the plan; nothing expensive is started."""
+    checked = _load(config, sets)
+    params = _preflight(checked)
+    _print_plan(checked, params)
+
+
+@app.command()
+def schema() -> None:
+    """Print the config's JSON schema, for editors."""
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command("compile")
+def compile_(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="where the pipeline's YAML goes")],
+    sets: Overrides = [],  # noqa: B006
+) -> None:
+    """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
+    checked = _load(config, sets)
+    _pipelines().compile_pipeline(checked, output)
+    print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB)")
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    sets: Overrides = [],  # noqa: B006
+    home: Home = Path(".ptl"),
+    run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
+    fresh: Annotated[bool, typer.Option("--new", help="begin anew although an unfinished run could go on")] = False,
+) -> None:
+    """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
+    from ptl import runs
+
+    checked = _load(config, sets)
+    _preflight(checked)
+    here, resumed = runs.open_run(home, checked, run_dir, fresh)
+    runs.prepare(here, checked)
+    print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
+    started = time.monotonic()
+    _execute(here, checked)
+    _finish(here, time.monotonic() - started)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _execute(here: Any, config: Config) -> None:
+    from ptl import runs
+
+    pipeline = here.path / "pipeline.yaml"
+    _pipelines().compile_pipeline(config, pipeline)
+    from pipelines.prune_tune_loop.runners import RUNNERS
+
+    try:
+        RUNNERS["subprocess"](pipeline, here.path / "kfp", runs.environment(here), {})
+    except WorkError as error:
+        message, code = runs.failure(here) or (str(error), 1)
+        again = "mend it and run the same command again: finished steps are not redone"
+        raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
+
+
+def _finish(here: Any, seconds: float) -> None:
+    from ptl.report import print_table
+
+    print_table(json.loads(here.result.read_text()), here.path)
+    print(f"done in {seconds:.0f} s")
+
+
+def _load(path: Path, sets: list[str]) -> Config:
+    overrides = {}
+    for entry in sets:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--set {entry}: must be FIELD=VALUE, for example --set schedule.target=0.3")
+        overrides[name] = yaml.safe_load(value)
+    return load_config(path, overrides)
+
+
+def _preflight(config: Config) -> int:
+    """Everything that can be checked without weights in memory; returns the dense model's parameters."""
+    from ptl import importer
+    from ptl.evaluate import check_tasks
+
+    importer.check_data(config.calibration, config.training)
+    check_tasks(config.evaluate.tasks)
+    return importer.check_model(
+        importer.locate(config.model.path, config.model.revision), config.schedule, config.prune
+    )
+
+
+def _print_plan(config: Config, params: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ptl.config import plan, removal
+
+    table = Table(title=f"{config.name}: {params:,} parameters", title_justify="left")
+    for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
+        table.add_column(heading, justify="right")
+    total = removal(params, config.schedule.target)
+    for it in plan(config.schedule, config.prune):
+        table.add_row(
+            str(it.index),
+            it.unit,
+            f"{float(it.cut * total):,.0f}",
+            f"{params - int(it.progress * total):,}",
+            f"{it.tokens:,}",
+        )
+    Console().print(table)
+
+
+def _pipelines() -> Any:
+    """pipelines/ lies in the checkout, not in the wheel."""
+    try:
+        from pipelines.prune_tune_loop import pipeline
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"this command needs the checkout and the `pipelines` extra ({error}); "
+            "clone the repository and run `make install` in it"
+        ) from error
+    return pipeline
+
+
+if __name__ == "__main__":
+    main()

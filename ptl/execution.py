@@ -1,0 +1,198 @@
+"""How any step runs: take the committed record of an earlier try, or work, publish, commit; then say so in MLflow.
+
+A step is identified by the pipeline run and its name, and its record by a key over everything that it depends on. So a
+step that is repeated, on the same machine or another, does no finished work again and reads nothing half-written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ptl import __version__, store, tracking
+from ptl.errors import PtlError
+from ptl.store import Pointer
+
+Facts = dict[str, Any]
+Record = dict[str, Any]
+Work = Callable[[Path, tracking.StepRun], Facts]  # fills the folder to publish, returns the step's facts
+
+SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Which step of which run this is; everything here shows in MLflow."""
+
+    name: str
+    arm: str
+    iteration: int
+    experiment: str
+
+    @property
+    def stage(self) -> str:
+        """`import`, `prune`, `recover` or `evaluate`."""
+        return next(stage for stage in ("import", "prune", "recover", "evaluate") if stage in self.name)
+
+
+def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work) -> Record:
+    """Do a step's work unless this run has committed it, and make MLflow say so; both can be repeated after a kill."""
+    settings = {name: _plain(value) for name, value in settings.items()}
+    run = tracking.start(
+        step.experiment, step.name, arm=step.arm, iteration=step.iteration, artifact_location=artifact_root()
+    )
+    key = _key(step, parent, settings)
+    try:
+        record = store.committed(run.root, run.run, step.name, key)
+        if record is None:
+            record = _work_and_commit(step, run, parent, settings, key, work)
+        _track(step, run, parent, settings, record)
+    except BaseException as error:
+        tracking.fail(run, f"{type(error).__name__}: {error}")
+        _leave_error(step, error)
+        raise
+    shutil.rmtree(scratch(step.name), ignore_errors=True)
+    return record
+
+
+def _work_and_commit(
+    step: Step, run: tracking.StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work
+) -> Record:
+    folder = scratch(step.name) / "out"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
+    folder.mkdir(parents=True)
+    started = time.time()
+    facts = work(folder, run)
+    facts = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration, "started": started, **facts}
+    facts.setdefault("seconds", time.time() - started)
+    if step.stage == "evaluate":
+        assert parent is not None
+        model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
+    else:
+        tags = {"step": step.name, "params": facts["params"], "digest_of_parent": parent.digest if parent else ""}
+        model_id, location = tracking.new_model(run, step.name, {"params": facts["params"]}, tags)
+    files = store.publish(folder, location)
+    pointer = Pointer(
+        uri=location,
+        digest=store.digest_of(files),
+        params=int(facts["params"] if "params" in facts else facts["scores"]["params"]),
+        original_params=parent.original_params if parent else facts["params"],
+        parent_digest=parent.digest if parent else "",
+        run_id=run.run_id,
+        model_id=model_id,
+        gate=parent.gate if parent else {},
+    )
+    record = {
+        "key": key,
+        "files": [dataclasses.asdict(file) for file in files],
+        "pointer": dataclasses.asdict(pointer),
+        "facts": facts,
+    }
+    return store.commit(run.root, run.run, step.name, record)
+
+
+def _track(step: Step, run: tracking.StepRun, parent: Pointer | None, settings: Facts, record: Record) -> None:
+    """Say in MLflow what a record says; repeating it changes nothing."""
+    facts, pointer = record["facts"], record["pointer"]
+    inputs = [parent.model_id] if parent else []
+    output = pointer["model_id"] if step.stage != "evaluate" else None
+    tracking.finish(
+        run, params=_flat(settings), metrics=_metrics(facts), inputs=inputs, output=output, step=step.iteration
+    )
+    if step.stage == "evaluate":
+        first = facts["scores"]["tasks"][0]
+        bounds = {"low": first["low"], "high": first["high"]}
+        tracking.log_progress(run, facts["scores"]["params"], first["accuracy"], **bounds)
+
+
+def _key(step: Step, parent: Pointer | None, settings: Facts) -> str:
+    """What a step's result depends on; the same key means that a committed result may be taken."""
+    facts = {"version": __version__, "step": step.name, "parent": parent and parent.digest, "settings": settings}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Sections of the config as plain values, the same however KFP passed them."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _metrics(facts: Facts) -> dict[str, float]:
+    """The numbers of a step's facts that MLflow shows."""
+    metrics = {
+        k: float(v) for k, v in facts.items() if isinstance(v, int | float) and k not in ("iteration", "started")
+    }
+    if "scores" in facts:
+        scores = facts["scores"]
+        metrics |= {k: float(scores[k]) for k in ("params", "bytes", "flops_per_token", "kv_bytes_per_token")}
+        for task in scores["tasks"]:
+            metrics |= {f"{task['task']}/{k}": float(task[k]) for k in ("accuracy", "low", "high", "items") if task[k]}
+        metrics["accuracy"] = float(scores["tasks"][0]["accuracy"])
+    return metrics
+
+
+def _flat(settings: Facts, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def read(artifact: Any) -> Pointer:
+    """The pointer in an input artifact's file."""
+    return Pointer.load(Path(artifact.path).read_text())
+
+
+def write(artifact: Any, pointer: Facts) -> None:
+    """The pointer is the artifact's file and, for the lineage view, its metadata; its uri is never touched."""
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Pointer(**pointer).dump())
+    artifact.metadata.update({name: value for name, value in pointer.items() if value})
+
+
+def fetch(pointer: Pointer) -> Path:
+    """The verified folder of a pointer."""
+    return store.fetch(pointer, scratch("cache"))
+
+
+def scratch(name: str) -> Path:
+    """A folder for temporary work; with PTL_SCRATCH it survives a kill, so that training goes on from it."""
+    base = os.environ.get("PTL_SCRATCH") or f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
+    return Path(base) / name
+
+
+def artifact_root() -> str | None:
+    """Where a new experiment keeps its artifacts; None: where the MLflow server says."""
+    return os.environ.get("PTL_ARTIFACT_ROOT")
+
+
+def limit_threads(params: int) -> None:
+    """One thread for a small model: more only wait for each other."""
+    import torch
+
+    if params < SMALL_MODEL:
+        torch.set_num_threads(1)
+
+
+def _leave_error(step: Step, error: BaseException) -> None:
+    """Tell the local runner what happened: KFP itself only says that a task failed."""
+    folder = os.environ.get("PTL_RUN_DIR")
+    if folder:
+        code = error.exit_code if isinstance(error, PtlError) else 1
+        told = {"step": step.name, "message": str(error) or type(error).__name__, "exit_code": code}
+        Path(folder, "error.json").write_text(json.dumps(told))

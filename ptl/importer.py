@@ -1,0 +1,78 @@
+"""A hub id or a local folder becomes a checked checkpoint; what can be wrong is found here, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptl import checkpoint
+from ptl.anatomy import anatomy, layers_for, width_for
+from ptl.config import Calibration, DataSource, Prune, Schedule, plan, removal
+from ptl.data import check_rows
+from ptl.errors import InputError
+from ptl.families import family_of
+
+NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+
+
+def locate(path: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
+    folder = Path(path)
+    if folder.exists() or path.startswith((".", "/", "~")):
+        return folder.expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=NEEDED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model.path: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
+            f"{type(error).__name__}; check the path or id, and HF_TOKEN for a gated model"
+        ) from error
+
+
+def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
+    """Check files, family and target without loading weights; returns the parameter count.
+
+    Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
+    target that the plan cannot reach.
+    """
+    family = family_of(checkpoint.read_config(folder))
+    body = anatomy(folder, family)
+    checkpoint.check_tokenizer(folder)
+    remove = removal(body.params, schedule.target)
+    if not 0 < remove < body.params:
+        raise InputError(
+            f"schedule.target: {schedule.target:g} is no size below the model's own {body.params:,} parameters; "
+            "give a share between 0 and 1, or the number of parameters to end with"
+        )
+    rounds = plan(schedule, prune)
+    by_neurons = [it for it in rounds if it.unit == "neurons"]
+    if by_neurons:
+        width_for(body, body.params - int(by_neurons[-1].progress * remove), prune.width_multiple)
+    if len(by_neurons) < len(rounds):
+        already = by_neurons[-1].progress if by_neurons else 0
+        layers_for(body, body.params - int((1 - already) * remove))
+    return body.params
+
+
+def check_data(calibration: Calibration, training: DataSource) -> None:
+    """Read local data files once: they must exist, parse, and have the columns that the templates name."""
+    sources = {calibration.data, training}
+    for source in sorted(sources, key=lambda source: source.source):
+        check_rows(source)
+
+
+def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
+    """Copy an ordinary checkpoint to `dst`, weights checked for NaN; raises InputError for what is wrong with it."""
+    import shutil
+
+    src = locate(path, revision)
+    checkpoint.read_config(src)
+    weights = checkpoint.shards(src)
+    checkpoint.check_finite(weights)
+    dst.mkdir(parents=True, exist_ok=True)
+    index = src / checkpoint.INDEX
+    for file in [*weights, src / "config.json", *([index] if index.is_file() else [])]:
+        shutil.copyfile(file, dst / file.name)
+    checkpoint.copy_companions(src, dst)

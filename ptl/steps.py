@@ -1,0 +1,293 @@
+"""One step each: fetch -> work -> publish -> track. The only module that knows both the work and the store.
+
+Each public function is the whole body of a pipeline component. Settings arrive as the component's parameters and are
+checked again here. A step whose input says that the loop has stopped passes it through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ptl import __version__, gate, store, tracking
+from ptl.config import Calibration, Cpt, DataSource, Evaluate, Gate, Iteration, Prune, Schedule, check, plan, removal
+from ptl.errors import InputError
+from ptl.execution import Facts, Record, Step, artifact_root, execute, fetch, limit_threads, read, scratch, write
+from ptl.store import Pointer
+
+
+def import_model(
+    name: str,
+    experiment: str,
+    out: Any,
+    *,
+    model: str,
+    revision: str,
+    schedule: Facts,
+    prune: Facts,
+    calibration: Facts,
+    training: Facts,
+    evaluate: Facts,
+) -> None:
+    """Check the dense model and all that the run will need of it, then publish it."""
+    from ptl import importer
+    from ptl.evaluate import check_tasks
+
+    cuts = check(Schedule, schedule, "schedule")
+    pruning = check(Prune, prune, "prune")
+    importer.check_data(check(Calibration, calibration, "calibration"), check(DataSource, training, "training"))
+    scoring = check(Evaluate, evaluate, "evaluate")
+    check_tasks(scoring.tasks, scoring)
+    folder = importer.locate(model, revision or None)
+    params = importer.check_model(folder, cuts, pruning)
+
+    def work(dst: Path, _run: tracking.StepRun) -> Facts:
+        importer.import_checkpoint(str(folder), None, dst)
+        return {"model": model, "revision": revision, "params": params, "versions": _versions()}
+
+    step = Step(name, "loop", 0, experiment)
+    record = execute(step, None, {"model": model, "revision": revision}, work)
+    write(out, record["pointer"])
+
+
+def prune(
+    name: str,
+    arm: str,
+    iteration: int,
+    experiment: str,
+    model: Any,
+    out: Any,
+    *,
+    schedule: Facts,
+    prune: Facts,
+    calibration: Facts,
+    seed: int,
+) -> None:
+    """Remove this iteration's share of neurons or layers."""
+    parent = read(model)
+    if _passes_through(parent, out):
+        return
+    cuts, settings = check(Schedule, schedule, "schedule"), check(Prune, prune, "prune")
+    scoring = check(Calibration, calibration, "calibration")
+    this = _iteration(cuts, settings, iteration)
+    total = removal(parent.original_params, cuts.target)
+    goal = gate.goal(parent.params, parent.original_params - int(this.progress * total), parent.gate)
+
+    def work(dst: Path, _run: tracking.StepRun) -> Facts:
+        from ptl.prune import prune_checkpoint
+
+        src = fetch(parent)
+        limit_threads(parent.params)
+        report = prune_checkpoint(src, dst, settings, scoring, unit=this.unit, goal=goal, seed=seed)
+        return dataclasses.asdict(report)
+
+    given = {"goal": goal, "unit": this.unit, "prune": settings, "calibration": scoring, "seed": seed}
+    record = execute(Step(name, arm, iteration, experiment), parent, given, work)
+    write(out, record["pointer"])
+
+
+def recover(
+    name: str,
+    arm: str,
+    iteration: int,
+    experiment: str,
+    model: Any,
+    out: Any,
+    *,
+    schedule: Facts,
+    recover: list[Facts],
+    training: Facts,
+    seed: int,
+) -> None:
+    """Train the cut model on this iteration's tokens."""
+    parent = read(model)
+    if _passes_through(parent, out):
+        return
+    cuts = check(Schedule, schedule, "schedule")
+    this = _iteration(cuts, Prune(), iteration)
+    stages = [check(Cpt, stage, f"recover.{i}") for i, stage in enumerate(recover)]
+    data = check(DataSource, training, "training")
+
+    def work(dst: Path, run: tracking.StepRun) -> Facts:
+        from ptl.recover import Round, recover_checkpoint
+
+        src = fetch(parent)
+        limit_threads(parent.params)
+        here = Round(this.tokens, this.tokens_before, this.last, seed)
+        report = recover_checkpoint(
+            src,
+            dst,
+            stages[0],
+            data,
+            here,
+            scratch(name) / "training",
+            lambda metrics, step: tracking.log_metrics(run, {f"train/{k}": v for k, v in metrics.items()}, step),
+        )
+        return {"params": parent.params} | dataclasses.asdict(report)
+
+    given = {"tokens": this.tokens, "skip": this.tokens_before, "recover": stages, "training": data, "seed": seed}
+    record = execute(Step(name, arm, iteration, experiment), parent, given, work)
+    write(out, record["pointer"])
+
+
+def evaluate(
+    name: str,
+    arm: str,
+    iteration: int,
+    experiment: str,
+    model: Any,
+    fallback: Any,
+    out: Any,
+    accepted: Any,
+    metrics: Any,
+    *,
+    target: float,
+    evaluate: Facts,
+    gate_settings: Facts,
+    seed: int,
+    registered_model: str,
+) -> None:
+    """Score the checkpoint, and decide which one goes on: it, or the `fallback` that its iteration began with."""
+    candidate, before = read(model), read(fallback)
+    if _passes_through(candidate, out, accepted):
+        return
+    settings, rule = check(Evaluate, evaluate, "evaluate"), check(Gate, gate_settings, "gate")
+    step = Step(name, arm, iteration, experiment)
+
+    def work(dst: Path, run: tracking.StepRun) -> Facts:
+        from ptl.evaluate import evaluate_checkpoint
+
+        src = fetch(candidate)
+        limit_threads(candidate.params)
+        scores = evaluate_checkpoint(src, dst, settings, seed=seed)
+        verdict, onward = _decide(step, run, rule, candidate, before, dst, target, registered_model)
+        return {
+            "scores": dataclasses.asdict(scores),
+            "checkpoint": dataclasses.asdict(candidate),
+            "verdict": verdict,
+            "accepted": dataclasses.asdict(onward),
+            "seconds": scores.seconds,
+        }
+
+    record = execute(step, candidate, {"evaluate": settings, "gate": rule, "seed": seed}, work)
+    facts = record["facts"]
+    write(out, record["pointer"])
+    write(accepted, facts["accepted"])
+    first = facts["scores"]["tasks"][0]
+    for key in ("accuracy", "low", "high", "items"):
+        metrics.log_metric(key, first[key])
+    metrics.log_metric("params", facts["scores"]["params"])
+    metrics.metadata["verdict"] = facts["verdict"]["decision"]
+
+
+def report(
+    name: str,
+    experiment: str,
+    names: list[str],
+    settings: Facts,
+    model: Any,
+    html: Any,
+    markdown: Any,
+    *,
+    registered_model: str,
+) -> None:
+    """Write the run's pages and result.json from the records of all its steps, and name the best and smallest versions."""
+    from ptl import report as pages
+
+    final = read(model)
+    run = tracking.start(experiment, name, arm="loop", iteration=0, artifact_location=artifact_root())
+    found = {other: store.committed(run.root, run.run, other) for other in names}
+    records = {other: record for other, record in found.items() if record is not None}
+    folder = scratch(name) / "report"
+    result = pages.write_report(records, {**settings, "mlflow_run_id": run.parent_run_id, "run_id": run.run}, folder)
+    tracking.log_report(run, sorted(folder.iterdir()))
+    _set_aliases(records, registered_model)
+    Path(html.path).write_text((folder / "report.html").read_text())
+    Path(markdown.path).write_text((folder / "report.md").read_text())
+    shared = os.environ.get("PTL_RUN_DIR")
+    if shared:
+        shutil.copytree(folder, shared, dirs_exist_ok=True)
+    metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
+    tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
+
+
+def _passes_through(pointer: Pointer, *outs: Any) -> bool:
+    """Whether the loop has stopped: then the input is the output, at once."""
+    stopped = gate.State.load(pointer.gate).stopped
+    for out in outs if stopped else ():
+        write(out, dataclasses.asdict(pointer))
+    return stopped
+
+
+def _decide(
+    step: Step,
+    run: tracking.StepRun,
+    rule: Gate,
+    candidate: Pointer,
+    before: Pointer,
+    scored: Path,
+    target: float,
+    registered_model: str,
+) -> tuple[Facts, Pointer]:
+    """The gate's verdict on a scored checkpoint, and the pointer that goes on."""
+    if step.iteration == 0 or step.arm == "control":
+        return {"decision": "baseline" if step.iteration == 0 else "control", "reason": ""}, candidate
+    pairs = _compared(step, run, rule, before, scored) if rule.enabled else []
+    decided = gate.decide(
+        rule,
+        gate.State.load(before.gate),
+        params=candidate.params,
+        parent_params=before.params,
+        target_params=before.original_params - removal(before.original_params, target),
+        baseline=pairs[0] if pairs else None,
+        parent=pairs[-1] if pairs else None,
+    )
+    onward = candidate if decided.keep == "candidate" else before
+    onward = dataclasses.replace(onward, gate=decided.state.dump())
+    if decided.decision == "accepted":
+        version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
+        onward = dataclasses.replace(onward, model_version=version)
+    return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
+
+
+def _compared(step: Step, run: tracking.StepRun, rule: Gate, before: Pointer, scored: Path) -> list[gate.Paired]:
+    """The scored checkpoint against the dense model and against the one its iteration began with, item by item."""
+    from ptl.evaluate import read_items
+
+    earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
+    found = [record for record in earlier if record is not None]
+    parent = next(record for record in found if record["facts"]["checkpoint"]["digest"] == before.digest)
+    mine = read_items(scored)
+    folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
+    return [gate.paired(*gate.match(read_items(folder), mine), rule.margin, rule.alpha) for folder in folders]
+
+
+def _set_aliases(records: dict[str, Record], registered_model: str) -> None:
+    """`best`: the highest score; `smallest`: the smallest that was accepted."""
+    accepted = [
+        (record["facts"]["scores"]["tasks"][0]["accuracy"], -record["facts"]["scores"]["params"], version)
+        for record in records.values()
+        if record["facts"]["stage"] == "evaluate" and (version := record["facts"]["accepted"]["model_version"])
+        if record["facts"]["verdict"]["decision"] == "accepted"
+    ]
+    if accepted:
+        tracking.set_alias(registered_model, "best", max(accepted)[2])
+        tracking.set_alias(registered_model, "smallest", max(accepted, key=lambda entry: entry[1])[2])
+
+
+def _iteration(schedule: Schedule, pruning: Prune, index: int) -> Iteration:
+    rounds = plan(schedule, pruning)
+    if not 1 <= index <= len(rounds):
+        raise InputError(f"iteration: {index} is outside 1..{len(rounds)}, the rounds of this schedule")
+    return rounds[index - 1]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "safetensors")
+    return {"ptl": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
