@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from ptl.errors import InputError
 
 Verdict = Literal["not inferior", "unclear", "inferior"]
 Item = Mapping[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
-RESAMPLES = 20_000
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def mcnemar(lost: int, won: int) -> tuple[float, float]:
     return min(1.0, 2 * min(p_worse, _upper_tail(changed, won))), p_worse
 
 
+@lru_cache(maxsize=1024)
 def paired_bootstrap(lost: int, won: int, items: int, alpha: float, seed: int = 0) -> tuple[float, float]:
     """Bounds of the accuracy difference, each one-sided at level alpha, by resampling the items.
 
@@ -196,8 +198,6 @@ def decide(
     if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
         return Decision("accepted", "the gate is off", numbers, state)
     cut = parent_params - params
-    if cut <= 0:
-        return Decision("stopped", "no step left: nothing was removed", numbers, _stop(state))
     if baseline is None or parent is None:
         raise ValueError("the gate needs the comparisons with the baseline and with the parent")
     compared = {"baseline": baseline, "parent": parent}

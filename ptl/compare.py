@@ -1,0 +1,117 @@
+"""`ptl compare A B`: two evaluations, item by item, as a table and an exit code that CI can use."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl import gate
+from ptl.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOT_INFERIOR, INFERIOR = 0, 1  # exit codes; errors of the user's input are 2, as everywhere
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A on every benchmark that both were scored on."""
+
+    tasks: dict[str, gate.Paired]
+    exit_code: int
+
+
+def compare(items_a: Path, items_b: Path, margin: float, alpha: float, *, strict: bool = False) -> Comparison:
+    """Compare two items.jsonl (files, or folders that hold one); A is the reference.
+
+    Exit code 1 where B is inferior on any benchmark; with `strict` also where it is not shown to be not inferior. The
+    level alpha is shared among the benchmarks, so that equal models are told apart with a probability of at most alpha
+    in all. Raises InputError when the items or prompts differ.
+    """
+    from ptl.evaluate import read_items
+
+    if not 0 <= margin < 1 or not 0 < alpha < 0.5:
+        raise InputError(f"compare: margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5")
+    old, new = read_items(items_a), read_items(items_b)
+    gate.match(old, new)
+    names = list(dict.fromkeys(str(item["task"]) for item in old))
+    pairs = {
+        name: gate.paired(*gate.match(_of(old, name), _of(new, name)), margin, alpha / len(names)) for name in names
+    }
+    bad = [pair for pair in pairs.values() if pair.verdict == "inferior" or (strict and pair.verdict == "unclear")]
+    return Comparison(pairs, INFERIOR if bad else NOT_INFERIOR)
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal."""
+    from rich.table import Table
+
+    first = next(iter(comparison.tasks.values()))
+    view = Table(title=f"B against A, margin {100 * first.margin:g} points, one-sided level {first.alpha:g} each")
+    for heading in (
+        "benchmark",
+        "items",
+        "A",
+        "B",
+        "lost / won",
+        "difference",
+        "p (worse)",
+        "p (different)",
+        "verdict",
+    ):
+        view.add_column(heading, justify="left" if heading in ("benchmark", "verdict") else "right")
+    for name, pair in comparison.tasks.items():
+        view.add_row(
+            name,
+            f"{pair.items:,}",
+            f"{pair.reference:.1%}",
+            f"{pair.candidate:.1%}",
+            f"{pair.lost} / {pair.won}",
+            f"{100 * pair.difference:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
+            f"{pair.p_worse:.2g}",
+            f"{pair.p_different:.2g}",
+            pair.verdict,
+        )
+    return view
+
+
+def locate(what: str) -> Path:
+    """The items.jsonl of a file or folder, or of the evaluate step with that MLflow run id."""
+    path = Path(what)
+    if path.exists():
+        return path
+    if len(what) == 32 and all(c in "0123456789abcdef" for c in what):
+        return _published(what)
+    raise InputError(f"compare: {what!r} is neither a folder with items.jsonl nor an MLflow run id (32 hex digits)")
+
+
+def _published(run_id: str) -> Path:
+    """Fetch what an evaluate step published, verified."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    from ptl import store
+
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise InputError("environment: MLFLOW_TRACKING_URI is not set; a run id needs the MLflow server's address")
+    client = MlflowClient()
+    try:
+        run = client.get_run(run_id)
+        root = client.get_experiment(run.info.experiment_id).artifact_location.rstrip("/") + "/ptl"
+    except MlflowException as error:
+        raise InputError(f"compare: no MLflow run {run_id}: {error}") from error
+    tags: dict[str, Any] = run.data.tags
+    step = tags.get("ptl.step", "")
+    record = store.committed(root, tags["ptl.run"], step) if "ptl.run" in tags else None
+    if record is None or "evaluate" not in step:
+        raise InputError(f"compare: the MLflow run {run_id} is no finished evaluate step of ptl (its step: {step!r})")
+    pointer = store.Pointer(**record["pointer"])
+    return store.fetch(pointer, Path(tempfile.gettempdir()) / "ptl-compare")
+
+
+def _of(items: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    return [item for item in items if item["task"] == task]

@@ -1,0 +1,205 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptl import gate
+from ptl.config import Gate
+from ptl.errors import InputError
+
+ON = Gate(enabled=True, margin=0.02, alpha=0.05, max_rejections=3)
+
+
+def outcomes(right: int, n: int) -> list[int]:
+    return [1] * right + [0] * (n - right)
+
+
+@pytest.mark.parametrize(
+    "correct, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_matches_published_intervals(correct, n, low, high):
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    assert gate.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_stays_within_0_and_1():
+    assert gate.wilson(10, 10)[1] == 1.0
+    assert gate.wilson(0, 10)[0] == 0.0
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    from scipy.stats import binomtest
+
+    for lost, won in [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 21)]:
+        n = lost + won
+        two_sided, worse = gate.mcnemar(lost, won)
+        assert two_sided == pytest.approx(binomtest(lost, n).pvalue if n else 1.0)
+        assert worse == pytest.approx(binomtest(lost, n, alternative="greater").pvalue if n else 1.0)
+
+
+def test_bootstrap_covers_the_true_difference():
+    rng = np.random.default_rng(1)
+    misses = 0
+    for trial in range(300):
+        lost, won, _ = rng.multinomial(500, (0.06, 0.03, 0.91))
+        low, _ = gate.paired_bootstrap(int(lost), int(won), 500, 0.05, seed=trial)
+        misses += low > -0.03
+    assert misses / 300 <= 0.088  # 5 % and three standard errors of 300 trials
+
+
+def test_paired_counts_and_verdicts():
+    same = gate.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
+    assert (same.lost, same.won, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
+    worse = gate.paired(outcomes(480, 500), outcomes(450, 500), 0.02, 0.05)
+    assert (worse.lost, worse.won, worse.verdict) == (30, 0, "inferior")
+    assert worse.difference == pytest.approx(-0.06)
+    few = gate.paired(outcomes(18, 20), outcomes(17, 20), 0.02, 0.05)
+    assert few.verdict == "unclear"
+
+
+def test_no_change_on_a_few_items_proves_nothing():
+    assert gate.paired(outcomes(9, 10), outcomes(9, 10), 0.02, 0.05).verdict == "unclear"
+
+
+@pytest.mark.parametrize("n", [200, 1319])
+def test_equal_models_are_called_different_at_most_as_often_as_alpha(n):
+    """A/A: 1,000 pairs of sampled evaluations of one model whose items differ in difficulty."""
+    rng = np.random.default_rng(n)
+    different = inferior = 0
+    for _ in range(1000):
+        chances = rng.beta(2, 1, size=n)
+        first, second = ((rng.random(n) < chances).astype(int).tolist() for _ in range(2))
+        compared = gate.paired(first, second, ON.margin, ON.alpha)
+        different += compared.p_different <= ON.alpha
+        inferior += compared.verdict == "inferior"
+    assert different <= 1000 * ON.alpha
+    assert inferior <= 1000 * ON.alpha
+
+
+def item(i, correct=1, digest="d"):
+    return {"task": "t", "id": str(i), "prompt_digest": digest, "correct": correct}
+
+
+def test_match_aligns_items_by_id():
+    old, new = [item(1, 1), item(2, 0)], [item(2, 1), item(1, 1)]
+    assert gate.match(old, new) == ([1, 0], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "new, message",
+    [([item(1)], "different items"), ([item(1), item(2, digest="e")], "prompts of t item 2"), ([], "no items")],
+)
+def test_match_refuses_other_items_and_other_prompts(new, message):
+    with pytest.raises(InputError, match=message):
+        gate.match([item(1), item(2)], new)
+
+
+def test_goal_follows_the_plan_until_a_cap_holds_it():
+    assert gate.goal(1000, 700) == 700
+    assert gate.goal(1000, 700, {"cap": 100, "rejections": 1, "stopped": False}) == 900
+    assert gate.goal(1000, 950, {"cap": 100, "rejections": 1, "stopped": False}) == 950
+    assert gate.goal(1000, 700, {"cap": 100, "rejections": 1, "stopped": True}) == 1000
+    with pytest.raises(InputError, match="another version"):
+        gate.State.load({"colour": "red"})
+
+
+def pair(right_before, right_after, n=500, margin=ON.margin):
+    return gate.paired(outcomes(right_before, n), outcomes(right_after, n), margin, ON.alpha)
+
+
+def test_gate_accepts_rejects_halves_and_stops():
+    good, bad = pair(495, 494), pair(495, 450)
+    given_ = {"parent_params": 1000, "target_params": 500, "smallest_cut": 50}
+    accepted = gate.decide(ON, gate.State(), params=700, baseline=good, parent=good, **given_)
+    assert (accepted.decision, accepted.keep, accepted.state) == ("accepted", "candidate", gate.State())
+    rejected = gate.decide(ON, gate.State(), params=700, baseline=bad, parent=good, **given_)
+    assert (rejected.decision, rejected.keep, rejected.state) == ("rejected", "parent", gate.State(150, 1, False))
+    assert "against the baseline" in rejected.reason
+    assert rejected.numbers["baseline"]["lost"] == 45
+    again = gate.decide(ON, rejected.state, params=850, baseline=good, parent=bad, **given_)
+    assert again.state == gate.State(75, 2, False)
+    assert "against the parent" in again.reason
+    no_step = gate.decide(ON, again.state, params=925, baseline=bad, parent=bad, **given_ | {"smallest_cut": 40})
+    assert no_step.state.stopped
+    recovered = gate.decide(ON, again.state, params=925, baseline=good, parent=good, **given_)
+    assert recovered.state == gate.State(75, 0, False)
+    reached = gate.decide(ON, gate.State(), params=500, baseline=good, parent=good, **given_)
+    assert (reached.decision, reached.state.stopped) == ("accepted", True)
+    nothing_cut = gate.decide(ON, gate.State(), params=1000, baseline=good, parent=good, **given_)
+    assert (nothing_cut.decision, nothing_cut.state.stopped) == ("accepted", False)
+    after = gate.decide(ON, reached.state, params=500, **given_ | {"parent_params": 500})
+    assert (after.decision, after.keep) == ("stopped", "parent")
+
+
+def test_disabled_gate_accepts_everything():
+    decided = gate.decide(Gate(), gate.State(), params=700, parent_params=1000, target_params=500)
+    assert decided.decision == "accepted"
+
+
+def test_strict_gate_rejects_what_is_not_shown():
+    unclear = pair(18, 17, n=20)
+    assert unclear.verdict == "unclear"
+    given_ = {"params": 700, "parent_params": 1000, "target_params": 500, "baseline": unclear, "parent": unclear}
+    assert gate.decide(ON, gate.State(), **given_).decision == "accepted"
+    strict = ON.model_copy(update={"strict": True})
+    assert gate.decide(strict, gate.State(), **given_).decision == "rejected"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    start=st.integers(1_000, 10**7),
+    share=st.floats(0.01, 0.9),
+    progress=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    losses=st.lists(st.integers(-20, 60), min_size=12, max_size=12),
+    enabled=st.booleans(),
+    strict=st.booleans(),
+    max_rejections=st.integers(1, 4),
+)
+def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, max_rejections):
+    """A whole static loop: what goes on was accepted, no cut is planned beyond the target, stopping is for good."""
+    rule = Gate(enabled=enabled, strict=strict, max_rejections=max_rejections)
+    target = start - int(share * start)
+    current, right, state = start, 400, gate.State()
+    rejected_before, after_stop = 0, False
+    for done, loss in zip(sorted(progress), losses, strict=False):
+        wanted = gate.goal(current, start - int(done * (start - target)), state.dump())
+        assert target <= wanted <= current
+        if state.cap is not None:
+            assert current - wanted <= state.cap
+        candidate_right = max(0, min(500, right - loss))
+        compared = {"baseline": pair(400, candidate_right), "parent": pair(right, candidate_right)}
+        decided = gate.decide(rule, state, params=wanted, parent_params=current, target_params=target, **compared)
+        assert not after_stop or decided.decision == "stopped"
+        assert (decided.keep == "candidate") == (decided.decision == "accepted")
+        if decided.decision == "accepted":
+            if enabled:
+                assert all(each.verdict != "inferior" for each in compared.values())
+            current, right = wanted, candidate_right
+            rejected_before = 0
+        elif decided.decision == "rejected":
+            assert enabled
+            assert decided.state.cap == (current - wanted) // 2
+            rejected_before += 1
+        state, after_stop = decided.state, decided.state.stopped
+        assert rejected_before <= max_rejections
+        assert rejected_before < max_rejections or state.stopped
+        assert current >= target
+        assert current > target or state.stopped or not enabled
+
+
+@settings(max_examples=100, deadline=None)
+@given(lost=st.integers(0, 100), won=st.integers(0, 100), margins=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)))
+def test_a_larger_margin_never_turns_acceptance_into_rejection(lost, won, margins):
+    before = [1] * lost + [0] * won + [1] * 300
+    after = [0] * lost + [1] * won + [1] * 300
+    order = ["inferior", "unclear", "not inferior"]
+    small, large = (gate.paired(before, after, margin, 0.05) for margin in sorted(margins))
+    assert order.index(small.verdict) <= order.index(large.verdict)
+    for strict in (False, True):
+        rule = Gate(enabled=True, strict=strict)
+        kept = [
+            gate.decide(rule, gate.State(), params=9, parent_params=10, target_params=5, baseline=p, parent=p).keep
+            for p in (small, large)
+        ]
+        assert kept != ["candidate", "parent"]
