@@ -1,28 +1,31 @@
 """Run model-written Python code against tests, in child processes under Landlock, seccomp and resource limits.
 
 Two processes for each candidate (`ptl.sandbox_child`, `ptl.sandbox_checker`): one executes the candidate, the other the
-tests. The tests call the candidate by messages over a pipe and get plain values back, and only the checker's process holds
-the pipe on which "passed" is said, after the last line of the tests. The candidate never sees the tests, so there is
-no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit, patched builtins
-or objects whose `__eq__` says True only change the candidate's own process.
+tests. The tests call the candidate by messages over a pipe and get plain values back, and only the checker's process
+holds the pipe on which "passed" is said, after the last line of the tests. The candidate never sees the tests, so there
+is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit, patched
+builtins or objects whose `__eq__` says True only change the candidate's own process.
 
-Each child: no network, no exec, no fork, no signal or ptrace to others, no environment; reads the standard library (not
-site-packages) and a flat scratch folder, writes only there, all enforced by the kernel (`ptl.sandbox_kernel`) before the
-first line of the candidate. Where the kernel lacks Landlock or seccomp nothing runs: `WorkError`.
+Each child: no network, no exec, no fork, no signal or ptrace to others, no environment; it reads the standard library
+(not site-packages) and a flat scratch folder, and writes only there, all enforced by the kernel (`ptl.sandbox_kernel`)
+before the first line of the candidate. Where the kernel lacks Landlock or seccomp nothing runs: `WorkError`.
 
 What it cannot guarantee
-- Weak tests pass weak code. A test that only asks the candidate's own objects (`assert obj.is_valid()`), or calls a helper
-  that the candidate may redefine (`poly` in HumanEval/32), believes the answer. A builtin or standard module of the tests
-  cannot be replaced, unless the tests ask the candidate for nothing else (MBPP has functions called `sum`).
+- Weak tests pass weak code. A test that only asks the candidate's own objects (`assert obj.is_valid()`), or calls a
+  helper that the candidate may redefine (`poly` in HumanEval/32), believes the answer. Standard modules and builtins of
+  the tests cannot be replaced, except builtins where the tests ask the candidate for nothing else (MBPP has functions
+  called `sum`).
 - An argument that the candidate changes in place changes for the tests too, as in one process.
-- Metadata stays visible: `os.stat` works on any path (existence, size, times), and so do pid, uid and host name.
-- A hole in the kernel's Landlock, seccomp or Python's stdlib C code under the checker's JSON parser is a hole here.
-- `memory_bytes`, `cpu_s` hold per process, the checker's included. The total of scratch files and the number of threads
-  are polled every 50 ms, so a burst can pass the limit for that long.
+- Metadata stays visible: `os.stat` works on any path (existence, size, times), and so do pid, uid, host name and the
+  names, not the content, in the standard library's folder.
+- A hole in the kernel's Landlock or seccomp, or in Python's own JSON parser and types that decode answers, is a hole.
+- `memory_bytes` and `cpu_s` hold per process, the checker's included. The total of scratch files and the number of
+  threads are polled every 50 ms, so a burst can pass the limit for that long, and deleted but open files (64 at most)
+  are not in the total.
 
 What candidates and tests cannot do here: asyncio and sockets, subprocesses, threads (unless `Limits.processes` > 1),
-subclassing a candidate's class in the tests, comparing with `is`, `in` on the candidate's own container types, extension
-modules that need a shared library outside the standard library's folder (ssl, sqlite3, bz2 where not built in).
+subclassing a candidate's class in the tests, comparing with `is`, `in` on the candidate's own container types,
+capturing what the candidate prints, and extension modules that need a shared library (ssl, sqlite3, bz2, lzma).
 """
 
 from __future__ import annotations
@@ -105,8 +108,8 @@ def require_support() -> None:
 def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outcome:
     """Execute `candidate`, then `tests` against its names; passed only if the tests' last line was reached.
 
-    `tests` is trusted not to be hostile, but is confined too. Raises WorkError where the sandbox cannot be set up (nothing
-    was run then) and InputError for empty tests.
+    `tests` is trusted not to be hostile, but is confined too. Raises WorkError where the sandbox cannot be set up
+    (nothing was run then) and InputError for empty tests.
     """
     limits = limits or Limits()
     if not tests.strip():
@@ -134,7 +137,7 @@ def run_many(
     """Run each (candidate, tests) pair, `workers` at a time (default: the usable cores), in the order given."""
     require_support()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda pair: run_tests(*pair, limits), pairs))
+        return list(pool.map(lambda pair: run_tests(pair[0], pair[1], limits), pairs))
 
 
 @contextlib.contextmanager
@@ -152,8 +155,8 @@ def _children(
 
     try:
         (asked, ask), (answered, answer), (output, out), (report, result) = pipe(), pipe(), pipe(), pipe()
-        for role, source, pipes in [("candidate", candidate, (asked, answer)), ("checker", tests, (answered, ask, result))]:
-            started.append(_start(role, source, pipes, out, limits, scratch))
+        started.append(_start("candidate", candidate, (asked, answer), out, limits, scratch))
+        started.append(_start("checker", tests, (answered, ask, result), out, limits, scratch))
         for end in (asked, ask, answered, answer, out, result):
             os.close(end)
             opened.remove(end)
@@ -171,7 +174,7 @@ def _start(
     role: str, source: str, pipes: tuple[int, ...], out: int, limits: Limits, scratch: str
 ) -> subprocess.Popen[bytes]:
     folder = str(Path(__file__).resolve().parent)
-    command = [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", _BOOT.format(folder=folder)]
+    command = [sys.executable, "-u", "-P", "-s", "-S", "-X", "utf8", "-c", _BOOT.format(folder=folder)]
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -212,22 +215,36 @@ def _watch(suspect: subprocess.Popen[bytes], output: int, report: int, limits: L
                 chunk = os.read(key.fd, 65536)
                 if key.fd == report:
                     if not chunk:
+                        _drain(watch, output, limits)
                         return watch
                     watch.report = (watch.report + chunk)[:_REPORT]
                 elif not chunk:
                     selector.unregister(output)
                 else:
-                    watch.output_size += len(chunk)
-                    watch.output = (watch.output + chunk)[:_DETAIL]
+                    _count(watch, chunk, limits)
             now = time.monotonic()
-            if watch.output_size > limits.output_bytes:
-                watch.status, watch.detail = "output_limit", f"printed more than {limits.output_bytes} bytes"
-            elif now >= deadline:
+            if watch.status:
+                break
+            if now >= deadline:
                 watch.status, watch.detail = "timeout", f"not done after {limits.wall_s} s"
             elif now >= next_look:
                 next_look = now + _TICK
                 watch.status, watch.detail = _beyond(suspect.pid, limits, scratch)
     return watch
+
+
+def _count(watch: _Watch, chunk: bytes, limits: Limits) -> None:
+    watch.output_size += len(chunk)
+    watch.output = (watch.output + chunk)[:_DETAIL]
+    if watch.output_size > limits.output_bytes:
+        watch.status, watch.detail = "output_limit", f"printed more than {limits.output_bytes} bytes"
+
+
+def _drain(watch: _Watch, output: int, limits: Limits) -> None:
+    """Take what was printed before the report, so that the outcome does not depend on which pipe was read first."""
+    os.set_blocking(output, False)
+    with contextlib.suppress(BlockingIOError):
+        _count(watch, os.read(output, limits.output_bytes + 65536), limits)
 
 
 def _beyond(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
@@ -240,7 +257,7 @@ def _beyond(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
         return "file_limit", f"{len(sizes)} files of {sum(sizes)} bytes; allowed are 64 of {limits.file_bytes}"
     if limits.processes > 1:
         with contextlib.suppress(FileNotFoundError):  # ended meanwhile
-            threads = len(os.listdir(f"/proc/{pid}/task"))
+            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
             if threads > limits.processes:
                 return "process_limit", f"{threads} threads; allowed are {limits.processes}"
     return "", ""

@@ -1,7 +1,7 @@
 """The checker's side of the sandbox: executes the tests and asks the candidate's process for every answer.
 
-A name that the candidate defines is a `Remote` here, which sends each call over a pipe. Plain answers come back by value,
-so comparing them runs no code of the candidate; other objects stay `Remote`, and a `Remote` never equals a plain value.
+A name that the candidate defines is a `Remote` here, which sends each call over a pipe. Plain answers come back by
+value, so comparing them runs no code of the candidate; other objects stay `Remote`, which never equals a plain value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ptl.sandbox_values import TEXT, decode, encode, receive, send
+
 
 class _Gone(BaseException):
     """The candidate's process ended or broke the protocol. A BaseException, so that no test swallows it by accident."""
@@ -30,6 +31,7 @@ class Checker:
         self.broken = ""  # why the candidate can no longer be asked; final
 
     def run(self, source: str) -> None:
+        """Execute the tests and write the report, the last thing this process does."""
         os.write(self.result, b'{"ready": true}\n')
         status, detail = "failed", ""
         try:
@@ -42,6 +44,7 @@ class Checker:
         os._exit(0)
 
     def check(self, source: str) -> tuple[str, str]:
+        """Return the status and detail of the tests; an exception out of here is a failed test."""
         if self.receive() != ["locked"]:
             return "setup_failed", "the candidate's process did not report its lock-down"
         code = compile(source, "<tests>", "exec", dont_inherit=True)
@@ -61,27 +64,32 @@ class Checker:
 
         Unless the tests ask for nothing else of the candidate: then the function under test bears a builtin's name.
         """
-        reserved = set(dir(builtins)) | sys.stdlib_module_names
+        reserved = set(dir(builtins))
         wanted = {name: data for name, data in exported.items() if name in asked and not name.startswith("__")}
         plain = {name: data for name, data in wanted.items() if name not in reserved}
         values: dict[str, Any] = {}
         for name, data in (plain or wanted).items():
-            if isinstance(data, dict) and data.get("t") == "exception":
+            tag = data.get("t") if isinstance(data, dict) else None
+            if tag == "module":
+                if data["v"] == name in sys.stdlib_module_names:
+                    values[name] = __import__(name)
+            elif tag == "exception":
                 values[name] = self.exception(data)
-            elif not (isinstance(data, dict) and data.get("t") == "module"):
+            elif name not in sys.stdlib_module_names:
                 values[name] = self.decode(data)
-        for name, data in wanted.items():
-            if isinstance(data, dict) and data.get("t") == "module" and data.get("v") == name in sys.stdlib_module_names:
-                values[name] = __import__(name)
+            elif tag == "handle" and data.get("c") is True:
+                values[name] = RemoteNamesake(self, data["v"])
         return values
 
     def exception(self, data: dict[str, Any]) -> type[Exception]:
+        """Make an exception class of the candidate, which `except` in the tests can name."""
         base = self.exception_class(data["b"][1:])
         made = type(str(data["v"]), (base,), {})
         self.exceptions[made.__name__] = made
         return made
 
     def exception_class(self, names: list[str]) -> type[Exception]:
+        """Return the first known class of a method resolution order; an exit or interrupt ends everything."""
         for name in names:
             found = self.exceptions.get(name) or getattr(builtins, name, None)
             if isinstance(found, type) and issubclass(found, Exception):
@@ -89,10 +97,12 @@ class Checker:
         raise self.gone(f"failed: the candidate raised {str(names[0])[:80]}")
 
     def gone(self, reason: str) -> _Gone:
+        """Note why the candidate cannot be asked any more, and return the exception to raise."""
         self.broken = self.broken or reason
         return _Gone(self.broken)
 
     def receive(self) -> Any:
+        """Read one message; whatever is wrong with it ends the run."""
         if self.broken:
             raise self.gone(self.broken)
         try:
@@ -103,12 +113,14 @@ class Checker:
             raise self.gone(f"failed: unreadable answer of the candidate: {type(error).__name__}") from None
 
     def decode(self, data: Any) -> Any:
+        """Return the value that the candidate sent; whatever is wrong with it ends the run."""
         try:
             return decode(data, self.resolve)
         except Exception as error:
             raise self.gone(f"failed: unreadable value of the candidate: {type(error).__name__}") from None
 
     def resolve(self, data: dict[str, Any]) -> Any:
+        """Return the object of a handle, or a function of the tests that comes back."""
         if data["t"] == "handle" and isinstance(data["v"], int):
             return (RemoteCallable if data.get("c") is True else Remote)(self, data["v"])
         if data["t"] == "local":
@@ -116,6 +128,7 @@ class Checker:
         raise ValueError("unknown tag")
 
     def refer(self, value: Any) -> dict[str, Any]:
+        """Return the handle of a remote object or of a function of the tests; nothing else of theirs goes out."""
         if isinstance(value, Remote):
             return {"t": "handle", "v": object.__getattribute__(value, "_handle")}
         if not callable(value):
@@ -138,13 +151,14 @@ class Checker:
         return value
 
     def outcome(self, args: tuple[Any, ...] | None, stop: bool = False) -> Any:
+        """Serve callbacks until the result arrives; `stop` allows StopIteration, no `args` asks for the names."""
         while True:
             message = self.receive()
             try:
                 kind, first, second, *rest = message
                 if kind == "ok" and args is None:
                     return first  # the table of names, decoded one by one
-                if kind == "ok":
+                if kind == "ok" and args is not None:
                     for index, after in second:
                         _change(args[index], self.decode(after))
                     return self.decode(first)
@@ -160,6 +174,7 @@ class Checker:
             raise error
 
     def error(self, names: list[str], args: list[Any], text: str, stop: bool) -> Exception:
+        """Return the exception to raise in the tests for one that the candidate raised."""
         made = self.exception_class(names)
         # Only an iterator may say stop: raised from a call it could end a loop of the tests before their asserts.
         if issubclass(made, StopIteration) and not stop:
@@ -170,6 +185,7 @@ class Checker:
             return RuntimeError(f"the candidate raised {names[0]}: {text}")
 
     def callback(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Call a function of the tests for the candidate and send what it gives."""
         values, keywords = self.decode(args), self.decode(kwargs)
         try:
             reply = ["reply", True, encode(function(*values, **keywords), self.refer)]
@@ -233,10 +249,20 @@ class RemoteCallable(Remote):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it over there."""
         return _ask("call", self, *args, keywords=kwargs)
 
     def __instancecheck__(self, value: Any) -> bool:
         return isinstance(value, Remote) and _ask("isinstance", value, self) is True
+
+
+class RemoteNamesake(RemoteCallable):
+    """A function named like a standard module: callable only, so that it cannot pose as `math` for `math.isclose`."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the candidate's function is asked for {name}, as if it were the module of that name")
 
 
 def _ask(name: str, remote: Remote, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:

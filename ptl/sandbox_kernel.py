@@ -1,15 +1,15 @@
 """Lock the current process down for good: Landlock for files, a seccomp allow-list for everything else, rlimits.
 
-Plain ctypes, standard library only, no privilege needed. `lock_down` may only be called in a single-threaded process and
-cannot be undone. It fails closed: each step that the kernel refuses raises `OSError`, and nothing is skipped. Sources:
-landlock(7), seccomp(2), and the syscall tables of Linux's asm/unistd_64.h (x86_64) and asm-generic/unistd.h (aarch64).
+Plain ctypes, standard library only, no privilege needed. `lock_down` may only be called in a single-threaded process
+and cannot be undone. It fails closed: each step that the kernel refuses raises `OSError`, and nothing is skipped.
+Sources: landlock(7), seccomp(2), and the syscall tables of Linux's asm/unistd_64.h (x86_64) and asm-generic/unistd.h
+(aarch64).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import resource
 import struct
 from collections.abc import Sequence
@@ -78,8 +78,9 @@ def _prctl(option: int, *args: int) -> int:
 
 def missing_support() -> str | None:
     """Return why this kernel cannot run the sandbox, or None when it can."""
-    if platform.system() != "Linux" or platform.machine() not in _MACHINES:
-        return f"needs Linux on x86_64 or aarch64, this is {platform.system()} on {platform.machine()}"
+    system = os.uname()
+    if system.sysname != "Linux" or system.machine not in _MACHINES:
+        return f"needs Linux on x86_64 or aarch64, this is {system.sysname} on {system.machine}"
     try:
         _syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))  # landlock_create_ruleset, asked for its version
     except OSError as error:
@@ -123,7 +124,7 @@ def _set_limits(cpu_s: int, memory_bytes: int, file_bytes: int, threads: bool) -
 
 
 def _drop_capabilities() -> None:
-    column, _ = _MACHINES[platform.machine()]
+    column, _ = _MACHINES[os.uname().machine]
     header, data = struct.pack("<Ii", 0x20080522, 0), bytes(24)
     _syscall((126, 91)[column], header, data)  # capset
 
@@ -137,12 +138,12 @@ def _landlock(scratch: str, readable: Sequence[str]) -> None:
     ruleset = _syscall(444, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
     _allow_path(ruleset, scratch, _SCRATCH_RIGHTS & handled)
     for root in readable:
-        if not os.path.isdir(root):
+        if root.endswith(".zip"):
             _allow_path(ruleset, root, _READ_FILE)
             continue
         _allow_path(ruleset, root, _READ_DIR)
         for entry in os.scandir(root):  # one rule an entry, since a rule on the folder would include site-packages
-            if entry.name not in _NOT_STDLIB and os.path.exists(entry.path):
+            if entry.name not in _NOT_STDLIB and os.access(entry.path, os.F_OK):
                 _allow_path(ruleset, entry.path, _READ_FILE)
     _syscall(446, ctypes.c_int(ruleset), ctypes.c_uint32(0))  # landlock_restrict_self
     os.close(ruleset)
@@ -162,7 +163,7 @@ def _seccomp(threads: bool) -> None:
     code = b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(buffer))
-    column, _ = _MACHINES[platform.machine()]
+    column, _ = _MACHINES[os.uname().machine]
     _syscall((317, 277)[column], ctypes.c_uint(1), ctypes.c_uint(0), prog)  # seccomp(SECCOMP_SET_MODE_FILTER)
 
 
@@ -170,7 +171,7 @@ def _filter(threads: bool) -> list[tuple[int, int, int, int]]:
     """Return the allow-list as classic BPF, each instruction (code, jump if true, jump if false, operand)."""
     load, equal, mask, ret = 0x20, 0x15, 0x54, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # ALLOW, ERRNO(EPERM), KILL_PROCESS
-    column, arch = _MACHINES[platform.machine()]
+    column, arch = _MACHINES[os.uname().machine]
     program = [(load, 0, 0, 4), (equal, 1, 0, arch), (ret, 0, 0, kill), (load, 0, 0, 0)]
     for numbers in _SYSCALLS.values():
         if numbers[column] >= 0:

@@ -30,6 +30,7 @@ _MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {
 
 
 def send(descriptor: int, message: object) -> None:
+    """Write one message: four bytes of length, then JSON."""
     body = json.dumps(message).encode()
     if len(body) > MAX_FRAME:
         raise ValueError(f"a value of {len(body)} bytes is too large to hand over")
@@ -39,6 +40,7 @@ def send(descriptor: int, message: object) -> None:
 
 
 def receive(descriptor: int) -> Any:
+    """Read one message; EOFError when the other side has closed, ValueError when it is not one."""
     (size,) = struct.unpack("<I", _read(descriptor, 4))
     if size > MAX_FRAME:
         raise ValueError(f"a message of {size} bytes is too large")
@@ -75,8 +77,8 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     return refer(value) if tagged is None else tagged
 
 
-def _encode_scalar(value: Any, kind: type, refer: Callable[[Any], Any]) -> dict[str, Any] | None:
-    name = kind.__name__
+def _encode_scalar(value: Any, kind: Any, refer: Callable[[Any], Any]) -> dict[str, Any] | None:
+    name: str = kind.__name__
     if kind in (bytes, bytearray):
         return {"t": name, "v": value.decode("latin-1")}
     if kind is range or kind is slice:
@@ -95,8 +97,10 @@ def _encode_scalar(value: Any, kind: type, refer: Callable[[Any], Any]) -> dict[
         return {"t": "namedtuple", "n": name, "f": list(kind._fields), "v": [encode(item, refer) for item in value]}
     if isinstance(value, type(sys)):
         return {"t": "module", "v": value.__name__}
-    if kind is type and getattr(builtins, value.__name__, None) is value:
-        return {"t": "builtin", "v": value.__name__}
+    if kind is type:  # asked first: any other object may run code of its own for __name__
+        known = str(value.__name__)
+        if getattr(builtins, known, None) is value:
+            return {"t": "builtin", "v": known}
     return None
 
 
@@ -106,7 +110,8 @@ def decode(data: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
         return [decode(item, resolve) for item in data]
     if not isinstance(data, dict):
         return data
-    tag, content = data["t"], data.get("v")
+    tag: str = data["t"]
+    content: Any = data.get("v")
     if tag in _SEQUENCES:
         return _SEQUENCES[tag]([decode(item, resolve) for item in content])
     if tag in _MAPPINGS:
@@ -129,7 +134,7 @@ def decode(data: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
 
         return array.array(data["c"], content)
     if tag == "namedtuple":  # namedtuple itself refuses names that are no identifiers
-        return namedtuple(data["n"], data["f"])(*decode(content, resolve))  # type: ignore[misc]
+        return namedtuple(data["n"], data["f"])(*decode(content, resolve))
     if tag == "builtin":
         found = getattr(builtins, content)
         if not isinstance(found, type):  # a function such as eval must not come from the candidate
