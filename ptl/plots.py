@@ -133,7 +133,7 @@ def _points(axis: Any, result: Result, task: str | None) -> None:
         place = axis.transData + ScaledTranslation(7 / 72 * aside, 0, axis.figure.dpi_scale_trans)
         given: Any = {"transform": place} if aside else {}
         axis.errorbar(x, y, yerr=reach, fmt="none", ecolor=colour, elinewidth=1.3, capsize=3, **given)
-        axis.plot(x, y, marker, color=colour, markersize=6, markeredgecolor=PAPER, **given)
+        axis.plot(x, y, marker, color=colour, markersize=8 if marker == "X" else 6, markeredgecolor=PAPER, **given)
     final = final_row(result)
     ring = [(row["params"], t["accuracy"]) for row, t in found if row == final]
     axis.plot([x for x, _ in ring], [y for _, y in ring], "o", color="none", markersize=13, markeredgecolor=LOOP)

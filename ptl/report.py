@@ -37,28 +37,28 @@ def render(result: Result, out: Path) -> Result:
 
 def print_table(result: Result, out: Path | None = None) -> None:
     """Print the verdict and the table; with `out`, also where the page lies."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(title=escape(f"{result['name']} (seed {result['seed']})"), title_justify="left")
-    for heading in (
-        "Iteration",
-        "Parameters",
-        "Removed",
-        "Accuracy",
-        "Interval",
-        "Items",
-        "Recovery tokens",
-        "Verdict",
-    ):
-        table.add_column(heading, justify="left" if heading in ("Iteration", "Verdict") else "right")
+    table = Table(
+        title=escape(f"{result['name']} (seed {result['seed']})"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1 if console.width >= 100 else 0),
+    )
+    for heading in ("Iteration", "Params", "Removed", "Accuracy", "Interval", "Items", "Recovery\ntokens", "Verdict"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("Iteration", "Verdict") else "right")
     colours = {"accepted": "green", "rejected": "red", "control": "yellow"}
     for row in lines(result):
+        label = "control" if row["arm"] == "control" else row["label"]
         table.add_row(
-            *(row[key] for key in ("label", "params", "removed", "accuracy", "interval", "num_items", "tokens")),
-            escape(row["verdict"]) + (" [bold](final)[/]" if row["final"] else ""),
+            label + " [bold](final)[/]" * row["final"],
+            *(row[key] for key in ("params", "removed", "accuracy", "interval", "num_items", "tokens")),
+            escape(row["verdict"]),
             style=colours.get(row["verdict"]),
         )
     console.print(table)

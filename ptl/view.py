@@ -92,7 +92,7 @@ def paired_words(pair: dict[str, Any]) -> str:
     change, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
     return (
         f"{change} points ({low} to {high} at {100 * (1 - 2 * pair['alpha']):g} %), "
-        f"{pair['lost']} lost, {pair['won']} won, p {pair['p_different']:.2g}"
+        f"{pair['lost']} lost and {pair['won']} won of {pair['items']:,} items, p {pair['p_different']:.2g}"
     )
 
 

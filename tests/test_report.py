@@ -277,7 +277,7 @@ def test_paired_comparisons_from_the_items(records, settings):
     assert (dense["lost"], dense["won"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
     assert (control["lost"], control["won"]) == (2, 6)
     assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
-    assert "2 lost, 6 won, p 0.29" in notes(result)[1]
+    assert "2 lost and 6 won of 20 items, p 0.29" in notes(result)[1]
 
 
 def test_a_gate_that_was_off_is_said(records, settings):
@@ -286,12 +286,12 @@ def test_a_gate_that_was_off_is_said(records, settings):
 
 
 def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
-    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "lost": 11, "won": 3, "p_different": 0.0574,
-            "alpha": 0.05, "margin": 0.02}  # fmt: skip
+    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "lost": 11, "won": 3, "items": 500,
+            "p_different": 0.0574, "alpha": 0.05, "margin": 0.02}  # fmt: skip
     records["evaluate-4"]["facts"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
     write_report(records, settings, tmp_path)
     text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 lost, 3 won, p 0.057" in text
+    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 lost and 3 won of 500 items, p 0.057" in text
     assert "target params 127,873" in text
 
 
@@ -356,11 +356,11 @@ def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
 
 
 def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "80")
     settings["name"] = "tiny[/]"
     print_table(build(records, settings), tmp_path)
     printed = capsys.readouterr().out
-    assert "tiny[/]" in printed and "127,872" in printed and "98.0 %" in printed and "(final)" in printed
-    assert (
-        str(tmp_path / "report.html") in printed and "ptl ui" in printed and "8.0 points worse than the loop" in printed
-    )
+    assert all(part in printed for part in ("tiny[/]", "127,872", "98.0 %", "4 (final)", "1,600,000"))
+    assert "…" not in printed  # 80 columns are enough
+    assert str(tmp_path / "report.html") in printed and "ptl ui" in printed
+    assert "8.0 points worse than the loop" in " ".join(printed.split())
