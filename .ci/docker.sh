@@ -59,12 +59,13 @@ start_engine() {
 
 stop_engine() {
     [ -d "$dir" ] || return 0
-    if [ -s "$dir/dockerd.pid" ]; then
-        local pid
-        pid=$(cat "$dir/dockerd.pid")
-        kill "$pid" 2>/dev/null || say "dockerd ($pid) had already ended"
+    local pid=none
+    if [ -s "$dir/dockerd.pid" ]; then pid=$(cat "$dir/dockerd.pid"); fi
+    # The file may outlive its process, and the number may be somebody else's by now.
+    if [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ]; then
+        kill "$pid"
         for _ in $(seq 100); do
-            kill -0 "$pid" 2>/dev/null || break
+            [ -e "/proc/$pid" ] || break
             sleep 0.3
         done
     fi

@@ -54,3 +54,18 @@ target "image" {
     REVISION        = REVISION
   }
 }
+
+# Not in the default group: larger than the others together. docker buildx bake --file docker/docker-bake.hcl evaluate-vllm
+target "evaluate-vllm" {
+  context    = "."
+  dockerfile = "docker/Dockerfile"
+  target     = "evaluate-vllm"
+  platforms  = ["linux/amd64"]
+  tags       = ["${REGISTRY}ptl-evaluate-vllm:${TAG}"]
+  args = {
+    BASE_IMAGE      = BASE_IMAGE
+    SYSTEM_PACKAGES = SYSTEM_PACKAGES
+    VERSION         = VERSION
+    REVISION        = REVISION
+  }
+}

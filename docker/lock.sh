@@ -1,16 +1,15 @@
 #!/bin/sh
-# Resolve the images' locks again: `make lock`. Needs uv; asks the package index that uv is set up for and writes none down.
+# Resolve the images' locks again: `make lock`. Needs uv; asks the package index that uv is set up for, and names none.
 set -eu
 
 cd "$(dirname "$0")/.."
 export UV_CUSTOM_COMPILE_COMMAND="make lock"
-# Without this, what is in the old locks would stay: `make lock LOCK_FLAGS=` changes only what must change.
-flags=${LOCK_FLAGS---upgrade}
+# Newest releases; `make lock UPGRADE=` keeps the pins that still satisfy setup.cfg.
+flags=${UPGRADE---upgrade}
 
 compile() {
     # Universal: the CUDA base brings Python 3.12, the CPU base that of the machine that builds it.
-    # shellcheck disable=SC2086  # flags are words
-    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $flags "$@"
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes ${flags:+"$flags"} "$@"
 }
 
 # Without torch's CUDA libraries, and torch without hashes: the CPU build of the same release is another file.
@@ -31,6 +30,9 @@ compile setup.cfg --extra prune -c docker/locks/constraints.txt -o docker/locks/
 for step in recover evaluate; do
     compile setup.cfg --extra "$step" -c docker/locks/constraints.txt -c docker/locks/prune.lock -o "docker/locks/$step.lock"
 done
+# One Python and one platform: vLLM's wheels are for CUDA on Linux, and its tree is large.
+uv pip compile --quiet --python-version 3.12 --python-platform x86_64-unknown-linux-gnu --generate-hashes \
+    ${flags:+"$flags"} setup.cfg docker/locks/vllm.in --extra evaluate -o docker/locks/evaluate-vllm.lock
 for step in prune recover evaluate; do
     cpu "docker/locks/$step.lock"
 done
