@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -94,6 +95,8 @@ def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and for `new_tokens` greedy steps after it with the KV cache."""
     import torch
 
+    # transformers 5.24 renamed the argument; the old name goes in 5.40
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     wait: Callable[[], None] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     with torch.inference_mode():
         wait()
@@ -103,7 +106,7 @@ def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
         wait()
         filled = time.perf_counter()
         for _ in range(new_tokens):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache: out.past_key_values})
             token = out.logits[:, -1:].argmax(-1)
         wait()
         return filled - begin, time.perf_counter() - filled

@@ -71,7 +71,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
         scores.append(score)
         items += its_items
     static = cost.from_config(src)
-    speed = cost.measure({"": lm.model}, settings.speed)[""] if settings.speed else []
+    speed = cost.measure({"": lm.model}, settings.speed)[""] if settings.speed.repeats else []
     result = Scores(
         tasks=tuple(scores),
         params=static.params,
@@ -115,12 +115,13 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
         confirm_run_unsafe_code=settings.allow_code,
     )
     metric, extraction = tasks.choose(specs[0], task.metric)
-    items, values = [], []
-    for spec in specs:
-        for sample in results["samples"][spec.name]:
-            if sample["filter"] == extraction:
-                values.append(sample[metric])
-                items.append(_item(spec.name, loaded[spec.name], sample, metric, lm.notes))
+    samples = [
+        (spec.name, sample)
+        for spec in specs
+        for sample in results["samples"][spec.name]
+        if sample["filter"] == extraction
+    ]
+    values = [sample[metric] for _, sample in samples]
     lengths = list(lm.notes.values())  # (tokens, cut by the limit) of every generated answer
     binary = all(value in (0, 1) for value in values)
     correct = sum(1 for value in values if value == 1)
@@ -143,10 +144,10 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
         answer_tokens=sum(length for length, _ in lengths) / len(lengths) if lengths else 0.0,
         seconds=time.monotonic() - started,
     )
-    return score, items if binary else []
+    return score, [_item(loaded[name], sample, metric, lm.notes) for name, sample in samples] if binary else []
 
 
-def _item(task: str, loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
+def _item(loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
     """One line of items.jsonl from a sample that the harness logged."""
     answer = sample["resps"][0][0]
     length, cut = notes.get(sample["arguments"][0][0], (0, False))
@@ -154,7 +155,7 @@ def _item(task: str, loaded: Any, sample: dict[str, Any], metric: str, notes: di
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         answer = likelihoods.index(max(likelihoods))
     return {
-        "task": task,
+        "task": loaded.task_name,
         "id": str(sample["doc_id"]),
         "prompt_digest": sample["prompt_hash"],
         "correct": int(sample[metric]),

@@ -28,6 +28,8 @@ DEFAULT_METRICS = {
     "generate_until": ["exact_match"],
 }
 
+SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
+
 Row = dict[str, Any]
 
 
@@ -99,9 +101,14 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
             continue
         for spec in find(task.name):
             choose(spec, task.metric)
+            if task.num_fewshot and spec.config.get("num_fewshot") == 0:
+                raise InputError(
+                    f"evaluate.tasks: num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no "
+                    "few-shot examples; leave num_fewshot out"
+                )
             if settings is not None:
                 check_code(spec, settings.allow_code)
-                local_splits(spec, settings.data_dir)
+                local_splits(spec, settings.data_dir, task.num_fewshot)
 
 
 def find(name: str) -> list[Spec]:
@@ -155,11 +162,12 @@ def check_code(spec: Spec, allow_code: bool) -> None:
         )
 
 
-def local_splits(spec: Spec, data_dir: str | None) -> dict[str, LocalFile]:
+def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, LocalFile]:
     """Split -> file, absolute, for a task that reads local files; {} where the task is to fetch its data itself.
 
     Local are tasks whose YAML names `data_files` (relative to the working directory or to a folder above the YAML),
-    and every task once `data_dir` is given. Raises InputError that names the missing file.
+    and every task once `data_dir` is given. Raises InputError that names a missing file which the task needs: that of
+    the scored split, and that of the few-shot examples where they are not part of the task.
     """
     config = spec.config
     named = (config.get("dataset_kwargs") or {}).get("data_files")
@@ -167,18 +175,21 @@ def local_splits(spec: Spec, data_dir: str | None) -> dict[str, LocalFile]:
         return {split: LocalFile(str(_beside(spec, str(file)))) for split, file in named.items()}
     if data_dir is None or "custom_dataset" in config:
         return {}
-    root, known = Path(data_dir), LOCAL.get(spec.name, {})
-    wanted = [config.get(f"{use}_split") for use in ("test", "validation", "fewshot", "training")]
-    scored = next((split for split in wanted if split), None)
-    if scored is None:
+    scored = config.get("test_split") or config.get("validation_split")
+    if not scored:
         raise InputError(f"evaluate.tasks: the task {spec.name!r} names no test or validation split")
-    found: dict[str, LocalFile] = {}
-    for split in dict.fromkeys(split for split in wanted if split):
-        local = known.get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
+    needed = {scored}
+    shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
+    examples = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
+    if shots and examples and "samples" not in (config.get("fewshot_config") or {}):
+        needed.add(examples)
+    root, found = Path(data_dir), {}
+    for split in dict.fromkeys(config[field] for field in SPLITS if config.get(field)):
+        local = LOCAL.get(spec.name, {}).get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
         path = root / local.file
         if path.is_file():
             found[split] = LocalFile(str(path.resolve()), local.row)
-        elif split == scored:
+        elif split in needed:
             raise InputError(f"evaluate.data_dir: {root} has no {local.file}, which the task {spec.name!r} needs")
     return found
 

@@ -1,0 +1,315 @@
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptl.config import Evaluate, Speed, Task
+from ptl.errors import InputError
+from ptl.evaluate import ITEMS, SCORES, Scores, check_tasks, evaluate_checkpoint, read_items
+from ptl.gate import wilson
+from ptl.tasks import choose, find, local_splits
+
+ROOT = Path(__file__).resolve().parents[1]
+REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
+DATA = Path(os.environ.get("PTL_SHARED_DATA") or ROOT.parent / "shared/data")
+LIMIT = 60
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"benchmark data not at {DATA}: set PTL_SHARED_DATA to the folder that has it"
+)
+
+
+def settings(*tasks, **more):
+    return Evaluate(tasks=[Task(**task) for task in tasks], speed=Speed(repeats=0), **more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    dst = tmp_path_factory.mktemp("scored")
+    wanted = Evaluate(
+        tasks=[Task(name=YAML, limit=LIMIT)],
+        speed=Speed(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=4, repeats=1),
+    )
+    return evaluate_checkpoint(REASONER, dst, wanted, seed=0), dst
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Two rows of each benchmark, in its own fields."""
+    rows = {
+        "gsm8k_test.jsonl": [
+            {"question": "1+1?", "answer": "<<1+1=2>>\n#### 2"},
+            {"question": "2?", "answer": "#### 2"},
+        ],
+        "math500.jsonl": [{"problem": "Half?", "answer": "\\frac{1}{2}", "level": 1}] * 2,
+        "mbpp.jsonl": [
+            {
+                "task_id": i,
+                "text": "Add.",
+                "code": "",
+                "test_list": ["assert add(1, 2) == 3"] * 3,
+                "test_setup_code": "",
+            }
+            for i in (2, 11, 12, 600)
+        ],
+        "wikitext/test.jsonl": [{"page": " = Hills = \n the hills are old"}, {"page": "a river runs"}],
+        "arc_easy/test.jsonl": [
+            {"question": "Day?", "choices": {"text": ["sun", "moon"], "label": ["A", "B"]}, "answerKey": key}
+            for key in "AB"
+        ],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    human = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": ""}
+    human["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(human) + "\n")
+    return tmp_path
+
+
+def test_scores_of_the_tiny_reasoner(scored):
+    scores, dst = scored
+    (task,) = scores.tasks
+    assert (task.task, task.version, task.metric) == ("tiny_reasoner", "1.0", "exact_match,final-number")
+    assert (task.items, task.num_fewshot, task.truncated) == (LIMIT, 0, 0.0)
+    assert task.accuracy >= 0.95
+    assert (task.low, task.high) == wilson(round(task.accuracy * LIMIT), LIMIT)
+    assert 5 < task.answer_tokens < 60
+    assert scores.bytes == sum(path.stat().st_size for path in REASONER.glob("*.safetensors"))
+    assert [row["batch"] for row in scores.speed] == [1, 4]
+    assert all(row["decode_tokens_per_s"] > 0 for row in scores.speed)
+    assert Scores.load(json.loads((dst / SCORES).read_text())) == scores
+
+
+def test_every_item_has_its_outcome(scored):
+    scores, dst = scored
+    items = read_items(dst)
+    assert len({item["id"] for item in items}) == len({item["prompt_digest"] for item in items}) == LIMIT
+    assert sum(item["correct"] for item in items) == round(scores.tasks[0].accuracy * LIMIT)
+    for item in items:
+        last = item["answer"].strip().splitlines()[-1]
+        assert item["correct"] == int(last == f"#### {item['target']}")
+        assert item["prompt"].endswith("?\n")
+    assert (dst / ITEMS).read_text().count("\n") == LIMIT
+
+
+def test_items_agree_with_the_harness_itself(scored):
+    """Same prompts, same answers, same extraction, same outcomes as `lm_eval` run plainly."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    plain = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(REASONER)},
+        tasks=[YAML],
+        limit=LIMIT,
+        batch_size=64,
+        device="cpu",
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    scores, dst = scored
+    theirs = plain["samples"]["tiny_reasoner"]
+    assert plain["results"]["tiny_reasoner"]["exact_match,final-number"] == scores.tasks[0].accuracy
+    for sample, item in zip(theirs, read_items(dst), strict=True):
+        assert (sample["prompt_hash"], sample["resps"][0][0]) == (item["prompt_digest"], item["answer"])
+        assert (sample["exact_match"], sample["target"]) == (item["correct"], item["target"])
+
+
+def test_answers_that_hit_the_token_limit_are_counted(tmp_path):
+    scores = evaluate_checkpoint(REASONER, tmp_path, settings({"name": YAML, "limit": 4, "max_new_tokens": 3}), seed=0)
+    assert scores.tasks[0].truncated == 1.0
+    assert scores.tasks[0].answer_tokens == 3
+    assert scores.tasks[0].accuracy == 0
+    assert all(item["truncated"] and item["tokens"] == 3 for item in read_items(tmp_path))
+
+
+def test_retention_suite_from_local_files(tmp_path, data_dir):
+    """A perplexity has no interval and no items; multiple choice has both."""
+    tasks = [{"name": "wikitext", "metric": "word_perplexity"}, {"name": "arc_easy", "metric": "acc"}]
+    scores = evaluate_checkpoint(REASONER, tmp_path / "out", settings(*tasks, data_dir=str(data_dir)), seed=0)
+    wikitext, arc = scores.tasks
+    assert wikitext.accuracy > 1
+    assert (wikitext.low, wikitext.high, wikitext.items, wikitext.higher_is_better) == (None, None, 2, False)
+    assert 0 <= arc.low <= arc.accuracy <= arc.high <= 1
+    items = read_items(tmp_path / "out")
+    assert [item["task"] for item in items] == ["arc_easy"] * 2
+    assert sum(item["correct"] for item in items) == round(2 * arc.accuracy)
+
+
+@pytest.mark.parametrize(
+    "name, metric, version, shots, items",
+    [("gsm8k_cot", "exact_match,flexible-extract", "3.0", 8, 2), ("minerva_math500", "math_verify", "3.1", 4, 2)],
+)
+def test_reasoning_benchmarks_from_local_files(tmp_path, data_dir, name, metric, version, shots, items):
+    wanted = settings(
+        {"name": name, "metric": metric, "max_new_tokens": 2}, data_dir=str(data_dir), max_length=8192, batch_size=2
+    )
+    (task,) = evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0).tasks
+    assert (task.version, task.num_fewshot, task.items) == (version, shots, items)
+    assert task.metric.startswith(metric)
+
+
+def graded(name, data_dir, answer):
+    """What the harness's own task makes of an answer to its first item."""
+    from ptl import harness
+
+    wanted = settings({"name": name, "metric": "acc"}, data_dir=str(data_dir), allow_code=True)
+    task = harness.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
+    task.build_all_requests(limit=1)
+    (instance,) = task.instances
+    instance.resps.append(answer)
+    task.apply_filters()
+    (filtered,) = instance.filtered_resps.values()
+    return next(iter(task.process_results(instance.doc, [filtered]).values()))
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("Final Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.", 1),
+        ("Final Answer: The final answer is $\\frac{1}{3}$. I hope it is correct.", 0),
+        ("one half", 0),
+    ],
+)
+def test_math_answers_are_graded(data_dir, answer, score):
+    assert graded("minerva_math500", data_dir, answer) == score
+
+
+@pytest.mark.parametrize(
+    "name, answer, score",
+    [
+        ("humaneval", "    return a + b\n", 1),
+        ("humaneval", "    return a - b\n", 0),
+        ("humaneval", "    return (\n", 0),
+        ("mbpp", "def add(a, b):\n    return a + b\n", 1),
+        ("mbpp", "def add(a, b):\n    return 0\n", 0),
+        ("mbpp", "no code", 0),
+    ],
+)
+def test_code_answers_are_graded_in_the_sandbox(data_dir, monkeypatch, name, answer, score):
+    from ptl import sandbox
+
+    seen = []
+    real = sandbox.run_tests
+    monkeypatch.setattr(sandbox, "run_tests", lambda *given: seen.append(given) or real(*given))
+    assert graded(name, data_dir, answer) == score
+    assert any(answer in candidate for candidate, _ in seen)
+
+
+def test_code_benchmarks_are_opt_in(data_dir):
+    with pytest.raises(InputError, match=r"evaluate\.allow_code: the task 'humaneval' runs code"):
+        check_tasks([Task(name="humaneval", metric="pass@1")], settings({"name": "humaneval"}, data_dir=str(data_dir)))
+
+
+def test_tasks_that_run_code_by_other_means_are_refused(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("task: own\nunsafe_code: true\noutput_type: generate_until\n")
+    with pytest.raises(InputError, match="outside the sandbox"):
+        check_tasks([Task(name=str(path))], settings({"name": str(path)}, allow_code=True))
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),
+        ({"name": "nowhere/task.yaml"}, "no task file nowhere/task.yaml"),
+        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; it has: exact_match"),
+        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; it has: strict-match, flexible"),
+        ({"name": YAML, "num_fewshot": 3}, "has no few-shot examples"),
+    ],
+)
+def test_wrong_tasks_and_metrics_are_named_with_what_exists(task, message):
+    with pytest.raises(InputError, match=message):
+        check_tasks([Task(**task)])
+
+
+@pytest.mark.parametrize(
+    "text, message", [("task: [", "not valid YAML"), ("- a", "must hold a mapping"), ("a: b", "no `task")]
+)
+def test_broken_task_files_are_named(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        check_tasks([Task(name=str(path))])
+
+
+def test_wrong_task_costs_no_model(tmp_path):
+    with pytest.raises(InputError, match="no_such_task"):
+        evaluate_checkpoint(tmp_path / "no-model", tmp_path / "out", settings({"name": "no_such_task"}), seed=0)
+
+
+def test_missing_local_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"has no gsm8k_test\.jsonl"):
+        local_splits(find("gsm8k_cot")[0], str(tmp_path))
+    (tmp_path / "gsm8k_test.jsonl").write_text("{}\n")
+    assert set(local_splits(find("gsm8k_cot")[0], str(tmp_path))) == {"test"}
+    with pytest.raises(InputError, match=r"has no gsm8k_train\.jsonl"):  # its few-shot examples
+        local_splits(find("gsm8k")[0], str(tmp_path))
+
+
+def test_malformed_local_line_is_named(tmp_path):
+    from ptl.harness import read_splits
+    from ptl.tasks import LocalFile
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(InputError, match=r"rows\.jsonl line 2"):
+        read_splits({"test": LocalFile(str(path))})
+
+
+def test_task_yaml_finds_its_data_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (local,) = local_splits(find(YAML)[0], None).values()
+    assert Path(local.file) == ROOT / "examples/tiny_reasoner/test.jsonl"
+
+
+def test_group_is_its_members():
+    names = [spec.name for spec in find("minerva_math")]
+    assert len(names) == 7
+    assert "minerva_math_algebra" in names
+
+
+def test_metric_may_name_a_filter():
+    spec = find("gsm8k_cot")[0]
+    assert choose(spec, "exact_match") == ("exact_match", "strict-match")
+    assert choose(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
+
+
+def test_check_imports_neither_torch_nor_the_harness():
+    code = (
+        "import sys; from ptl.config import Task; from ptl.evaluate import check_tasks; "
+        "check_tasks([Task(name='gsm8k_cot')]); "
+        "print(sorted({'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "name, items", [("gsm8k_cot", 1319), ("minerva_math500", 500), ("humaneval", 164), ("mbpp", 500)]
+)
+def test_real_benchmark_files_give_every_item(name, items):
+    from ptl import harness
+
+    wanted = settings({"name": name}, data_dir=str(DATA), allow_code=True)
+    task = harness.load_task(find(name)[0], wanted.tasks[0], wanted, seed=0)
+    assert len(task.eval_docs) == items
+    task.build_all_requests(limit=2)
+    assert len(task.instances[0].args[0]) > 100
