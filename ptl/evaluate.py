@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ class TaskScore:
     truncated: float  # share of the answers that hit the token limit
     higher_is_better: bool = True
     answer_tokens: float = 0.0  # mean length of the generated answers
-    seconds: float = 0.0
+    seconds: float = 0.0  # in the model; divided by the right answers it is the time per solved problem
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,33 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
     return result
 
 
+def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, dict[str, Any]]:
+    """Speed of several checkpoints (dense, compact) in one process, taking turns: name -> facts.
+
+    Facts: `speed`, the rows of cost.measure; `seconds_per_solved`, the median over the repeats of the seconds that the
+    model took for the first task, divided by its right answers (None where it solved nothing), which also counts that
+    answers get longer; `accuracy` and `answer_tokens` of that task.
+    """
+    check_tasks(settings.tasks, settings)
+    models = {name: harness.language_model(folder, settings) for name, folder in folders.items()}
+    speed = cost.measure({name: lm.model for name, lm in models.items()}, settings.speed, seed)
+    runs: dict[str, list[TaskScore]] = {name: [] for name in models}
+    for _ in range(max(1, settings.speed.repeats)):
+        for name, lm in models.items():
+            runs[name].append(run_task(lm, settings.tasks[0], settings, seed=seed)[0])
+    facts: dict[str, dict[str, Any]] = {}
+    for name, scores in runs.items():
+        last = scores[-1]
+        solved = round(last.accuracy * last.items) if last.low is not None else 0
+        facts[name] = {
+            "speed": speed[name],
+            "seconds_per_solved": statistics.median(score.seconds for score in scores) / solved if solved else None,
+            "accuracy": last.accuracy,
+            "answer_tokens": last.answer_tokens,
+        }
+    return facts
+
+
 def read_items(path: Path) -> list[dict[str, Any]]:
     """The lines of an items.jsonl, or of the one in a folder."""
     path = path / ITEMS if path.is_dir() else path
@@ -101,10 +130,10 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
     from lm_eval.evaluator import evaluate
 
     specs = tasks.find(task.name)
-    started = time.monotonic()
     harness.seed_everything(seed)
     loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
     lm.notes.clear()
+    lm.seconds = 0.0
     results = evaluate(
         lm=lm,
         task_dict={"tasks": loaded},
@@ -142,7 +171,7 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
         truncated=sum(cut for _, cut in lengths) / len(lengths) if lengths else 0.0,
         higher_is_better=bool(results["higher_is_better"][specs[0].name].get(metric, True)),
         answer_tokens=sum(length for length, _ in lengths) / len(lengths) if lengths else 0.0,
-        seconds=time.monotonic() - started,
+        seconds=lm.seconds,
     )
     return score, [_item(loaded[name], sample, metric, lm.notes) for name, sample in samples] if binary else []
 

@@ -8,9 +8,10 @@ import json
 import logging
 import random
 import sys
+import time
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def language_model(src: Path, settings: Evaluate) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Recorded(HFLM):
-        """HFLM that also notes, for each prompt, the length of its answer and whether the token limit cut it."""
+        """HFLM that also notes its time and, for each prompt, the answer's length and whether the limit cut it."""
 
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -34,6 +35,7 @@ def language_model(src: Path, settings: Evaluate) -> Any:
             self.model.generation_config.max_new_tokens = None
             self.cache_hook = self
             self.notes: dict[str, tuple[int, bool]] = {}
+            self.seconds = 0.0  # spent in the model, over all requests
             self._pending: deque[tuple[int, bool]] = deque()
             ends = self.model.generation_config.eos_token_id
             ends = ends if isinstance(ends, list) else [ends]
@@ -47,6 +49,21 @@ def language_model(src: Path, settings: Evaluate) -> Any:
                 text = "" if ended is not None else self.tok_decode(tokens)
                 cut = ended is None and not any(sequence in text for sequence in stop)
                 self._pending.append((length, cut))
+            return out
+
+        def generate_until(self, *args: Any, **kwargs: Any) -> Any:
+            return self._timed(super().generate_until, *args, **kwargs)
+
+        def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
+            return self._timed(super().loglikelihood, *args, **kwargs)
+
+        def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
+            return self._timed(super().loglikelihood_rolling, *args, **kwargs)
+
+        def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            out = work(*args, **kwargs)  # ends on the CPU, so that the GPU has finished too
+            self.seconds += time.perf_counter() - started
             return out
 
         def add_partial(self, attr: str, req: Any, res: Any) -> None:
