@@ -126,7 +126,7 @@ class Task(Section):
 class Speed(Section):
     """How generation speed is measured."""
 
-    batch_sizes: tuple[int, ...] = Field((1, 32), description="sequences generated at once")
+    batch_sizes: tuple[int, ...] = Field((1, 8, 32), description="sequences generated at once")
     prompt_tokens: int = Field(64, ge=1)
     new_tokens: int = Field(32, ge=1)
     repeats: int = Field(3, ge=0, description="the median is reported; 0: do not measure speed")
