@@ -123,11 +123,6 @@ def paired(reference: Sequence[int], candidate: Sequence[int], margin: float, al
     won = sum(1 for old, new in zip(reference, candidate, strict=True) if new > old)
     low, high = paired_bootstrap(lost, won, n, alpha, seed)
     p_different, p_worse = mcnemar(lost, won)
-    verdict: Verdict = "unclear"
-    if lost - won > margin * n and p_worse <= alpha:
-        verdict = "inferior"
-    elif low > -margin:
-        verdict = "not inferior"
     return Paired(
         items=n,
         reference=sum(reference) / n,
@@ -141,8 +136,32 @@ def paired(reference: Sequence[int], candidate: Sequence[int], margin: float, al
         p_worse=p_worse,
         margin=margin,
         alpha=alpha,
-        verdict=verdict,
+        verdict=verdict_of(lost, won, n, margin, alpha, seed),
     )
+
+
+def verdict_of(lost: int, won: int, items: int, margin: float, alpha: float, seed: int = 0) -> Verdict:
+    """The statement that the numbers allow; see the top of this module."""
+    if lost - won > margin * items and mcnemar(lost, won)[1] <= alpha:
+        return "inferior"
+    return "not inferior" if paired_bootstrap(lost, won, items, alpha, seed)[0] > -margin else "unclear"
+
+
+def power(
+    items: int, drop: float, churn: float, margin: float, alpha: float, trials: int = 2000, seed: int = 0
+) -> dict[Verdict, float]:
+    """How often each verdict falls when the accuracy truly drops by `drop`, by simulation.
+
+    `churn` is the share of the items that are lost, and again that are won, beside the drop: two models of equal
+    accuracy seldom solve the same items.
+    """
+    import numpy as np
+
+    cells = [churn + drop, churn, 1 - 2 * churn - drop]
+    counts: dict[Verdict, float] = {"inferior": 0, "unclear": 0, "not inferior": 0}
+    for lost, won, _ in np.random.default_rng(seed).multinomial(items, cells, size=trials):
+        counts[verdict_of(int(lost), int(won), items, margin, alpha)] += 1 / trials
+    return counts
 
 
 def match(reference: Sequence[Item], candidate: Sequence[Item]) -> tuple[list[int], list[int]]:

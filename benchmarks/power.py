@@ -1,0 +1,34 @@
+"""Power of the gate: how often a true loss of accuracy is called inferior, and no loss is shown to be none.
+
+Run: python benchmarks/power.py [--margin 0.02] [--alpha 0.05] [--churn 0.03]
+"""
+
+import argparse
+
+from ptl import gate
+
+ITEMS = (200, 500, 1319)
+DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--margin", type=float, default=0.02)
+    parser.add_argument("--alpha", type=float, default=0.05)
+    parser.add_argument("--churn", type=float, default=0.03, help="share of items lost and won beside the drop")
+    parser.add_argument("--trials", type=int, default=2000)
+    args = parser.parse_args()
+    print(f"margin {args.margin:.1%}, alpha {args.alpha}, churn {args.churn:.1%} each way, {args.trials:,} trials")
+    print("each cell: inferior / unclear / not inferior, in percent\n")
+    print("| true drop | " + " | ".join(f"{n:,} items" for n in ITEMS) + " |")
+    print("|---" * (len(ITEMS) + 1) + "|")
+    for drop in DROPS:
+        cells = []
+        for n in ITEMS:
+            shares = gate.power(n, drop, args.churn, args.margin, args.alpha, args.trials)
+            cells.append(" / ".join(f"{100 * shares[v]:.0f}" for v in ("inferior", "unclear", "not inferior")))
+        print(f"| {100 * drop:.0f} points | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
