@@ -69,8 +69,9 @@ stop_engine() {
             sleep 0.3
         done
     fi
-    # Networking leaves this mount behind; rm would fail on it.
-    if mountpoint -q "$dir/exec/netns/default"; then umount "$dir/exec/netns/default"; fi
+    # dockerd may leave mounts behind (its network namespace, its data folder bound to itself): rm would fail on them.
+    local mount
+    while read -r mount; do umount "$mount"; done < <(awk -v dir="$dir/" 'index($2, dir) == 1 { print $2 }' /proc/mounts | tac)
     rm -rf "$dir"
     say "stopped the engine and removed $dir"
 }
