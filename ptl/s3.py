@@ -147,7 +147,7 @@ def _download(uri: str, files: tuple[File, ...], target: Path, where: str, on_pr
 
 def _transfer(begin: Callable[[Any, str], Any], paths: list[str]) -> None:
     """Move all files with one transfer manager; a transfer that was lost as a whole is begun again."""
-    from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+    from botocore.exceptions import ClientError, IncompleteReadError
     from s3transfer.exceptions import RetriesExceededError
     from s3transfer.manager import TransferConfig, TransferManager
 
@@ -168,7 +168,7 @@ def _transfer(begin: Callable[[Any, str], Any], paths: list[str]) -> None:
             for path, future in futures:
                 try:
                     future.result()
-                except (ClientError, HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
+                except (ClientError, IncompleteReadError, RetriesExceededError) as error:
                     broken = not isinstance(error, ClientError) or code(error) == "NoSuchUpload"
                     if last or not broken:
                         raise

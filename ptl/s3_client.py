@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 THREADS = 4  # requests at once
-ATTEMPTS = 12  # per request; the pauses between them add up to about a minute, which outlasts a restart
+ATTEMPTS = 24  # per request; the pauses between them add up to some 90 seconds, which outlasts a restart of the server
 
 SETTINGS = (
     "MLFLOW_S3_ENDPOINT_URL",
@@ -63,7 +64,7 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     endpoint = endpoint_url()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": attempts},
+        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _pause below
         connect_timeout=5,
         read_timeout=60,
         tcp_keepalive=True,
@@ -71,11 +72,31 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:
-        return boto3.session.Session().client(
+        made = boto3.session.Session().client(
             "s3", endpoint_url=endpoint, region_name=region or ("us-east-1" if endpoint else None), config=config
         )
     except ValueError as error:
         raise InputError(f"MLFLOW_S3_ENDPOINT_URL: {endpoint!r} is not an address; write http://host:port") from error
+    made.meta.events.register("needs-retry.s3", functools.partial(_pause, attempts))  # type: ignore[arg-type]
+    return made
+
+
+def _pause(limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any) -> float | None:
+    """Seconds until a request is sent again, None to give up.
+
+    botocore's own retries share a quota between all requests of a client (500, 14 for each retry) and pause for
+    fractions of a second, so that a restart of the server ends every transfer.
+    """
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    if attempts >= limit:
+        return None
+    if caught_exception is not None:
+        again = isinstance(caught_exception, (ConnectionError, HTTPClientError))  # refused, reset, timed out
+    else:
+        status = response[0].status_code
+        again = status == 429 or (status >= 500 and status != 501)
+    return min(5.0, 0.25 * 2**attempts) * (0.7 + 0.3 * random.random()) if again else None
 
 
 def endpoint_url() -> str | None:

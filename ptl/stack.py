@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -55,8 +56,19 @@ def up(
     env = {**s3_up(root, s3_port), "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}"}
     stack = _folder(root)
     database = backend_store_uri or f"sqlite:///{stack / 'mlflow.db'}"
-    _mlflow_up(root, "mlflow", mlflow_port, "--mlflow-port", database, f"s3://{BUCKET}/mlflow", env)
+    mlflow_up(root, mlflow_port, database, f"s3://{BUCKET}/mlflow", env)
     return env
+
+
+def mlflow_up(
+    root: Path, port: int, database: str, artifacts: str, env: dict[str, str], *, name: str = "mlflow"
+) -> None:
+    """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
+    root = root.resolve()
+    option = "--mlflow-port" if name == "mlflow" else "--port"
+    if not _running(root, name, port, option):
+        _free(port, option)
+        _start(root, name, _mlflow(port, artifacts), {**env, **_mlflow_env(database)}, port, "/health")
 
 
 def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
@@ -96,14 +108,21 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
 def down(root: Path) -> list[str]:
     """Stop exactly the processes that `up` and `ui` started under this root; returns their names."""
     root = root.resolve()
-    stopped = []
-    for path in sorted((root / "stack").glob("*.service.json")):
-        service = Service(**json.loads(path.read_text()))
-        if _alive(service):
-            _stop(service)
-            stopped.append(path.name.removesuffix(".service.json"))
-        path.unlink()
-    return stopped
+    names = [path.name.removesuffix(".service.json") for path in sorted((root / "stack").glob("*.service.json"))]
+    return [name for name in names if down_one(root, name)]
+
+
+def down_one(root: Path, name: str) -> bool:
+    """Stop one of them (`s3`, `mlflow`, `ui`); returns whether it ran."""
+    note = _note(root.resolve(), name)
+    if not note.is_file():
+        return False
+    service = Service(**json.loads(note.read_text()))
+    ran = _alive(service)
+    if ran:
+        _stop(service)
+    note.unlink(missing_ok=True)
+    return ran
 
 
 def ui(root: Path, port: int = UI_PORT, *, background: bool = False) -> str:
@@ -121,16 +140,8 @@ def ui(root: Path, port: int = UI_PORT, *, background: bool = False) -> str:
         _free(port, "--port")
         sys.stdout.flush()
         os.execve(sys.executable, _mlflow(port, artifacts), {**os.environ, **_mlflow_env(backend)})
-    _mlflow_up(root, "ui", port, "--port", backend, artifacts, {})
+    mlflow_up(root, port, backend, artifacts, {}, name="ui")
     return url
-
-
-def _mlflow_up(
-    root: Path, name: str, port: int, option: str, database: str, artifacts: str, env: dict[str, str]
-) -> None:
-    if not _running(root, name, port, option):
-        _free(port, option)
-        _start(root, name, _mlflow(port, artifacts), {**env, **_mlflow_env(database)}, port, "/health")
 
 
 def _mlflow(port: int, artifacts: str) -> list[str]:
@@ -153,6 +164,7 @@ def _start(root: Path, name: str, command: list[str], env: dict[str, str], port:
     log, url = _folder(root) / f"{name}.log", f"http://{HOST}:{port}"
     # A server must not take another one's address from the caller's environment.
     inherited = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI",)}
+    log.touch(mode=0o600)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -174,6 +186,7 @@ def _start(root: Path, name: str, command: list[str], env: dict[str, str], port:
             _note(root, name).unlink(missing_ok=True)
             what = f"ended with code {process.returncode}" if gone else f"did not answer within {START_SECONDS} s"
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            tail = re.sub(r"://[^@/\s]*@", "://***@", tail)  # MLflow logs the database's address with its password
             raise WorkError(f"{name} server {what}; the end of {log}:\n{tail}")
         time.sleep(0.1)
 

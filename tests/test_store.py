@@ -1,93 +1,21 @@
 """The same tests hold for every kind of store."""
 
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
-import boto3
 import pytest
+from conftest import FilePlace
 
-from ptl import s3_client, stack, store
+from ptl import store
 from ptl.errors import InputError, WorkError
 from ptl.localfs import path_of
 from ptl.manifest import FILES
-from ptl.s3_client import split
-
-
-class FilePlace:
-    """A root for one test, with the few raw operations that damage needs."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def change(self, uri, edit):
-        path = path_of(uri)
-        path.write_bytes(edit(path.read_bytes()))
-
-    def delete(self, uri):
-        path = path_of(uri)
-        for entry in [path] if path.is_file() else sorted(path.rglob("*"), reverse=True):
-            entry.unlink() if entry.is_file() else entry.rmdir()
-
-
-class S3Place(FilePlace):
-    def __init__(self, root):
-        super().__init__(root)
-        self.client = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
-
-    def change(self, uri, edit):
-        bucket, key = split(uri)
-        data = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        self.client.put_object(Bucket=bucket, Key=key, Body=edit(data))
-
-    def delete(self, uri):
-        bucket, key = split(uri)
-        for item in self.client.list_objects_v2(Bucket=bucket, Prefix=key)["Contents"]:
-            self.client.delete_object(Bucket=bucket, Key=item["Key"])
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A real SeaweedFS; the environment that reaches it."""
-    root = tmp_path_factory.mktemp("s3")
-    yield stack.s3_up(root, free_port())
-    stack.down(root)
-
-
-def free_port():
-    """A port p with p..p+3 and each of these + 10000 free."""
-    while True:
-        port = random.randrange(20000, 50000)
-        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, stack.GRPC)):
-            return port
-
-
-def unused(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.fixture
-def s3(server, monkeypatch):
-    """The environment set for one test, and a fresh root in the bucket."""
-    for name in s3_client.SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    return S3Place(f"s3://{stack.BUCKET}/{uuid.uuid4().hex}/ptl")
-
-
-@pytest.fixture(params=["file", "s3"])
-def place(request, tmp_path):
-    return FilePlace(f"file://{tmp_path}/art/ptl") if request.param == "file" else request.getfixturevalue("s3")
 
 
 @pytest.fixture

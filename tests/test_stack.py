@@ -1,0 +1,245 @@
+"""The real servers, started once; each test leaves them running."""
+
+import json
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import free_port, unused
+
+from ptl import stack, store, tracking
+from ptl.errors import InputError, WorkError
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """Root, ports and environment of a stack that is up."""
+    root, s3_port, mlflow_port = tmp_path_factory.mktemp("stack"), free_port(), free_port()
+    env = stack.up(root, s3_port=s3_port, mlflow_port=mlflow_port)
+    yield root, s3_port, mlflow_port, env
+    stack.down(root)
+    assert unused(s3_port) and unused(mlflow_port)
+
+
+@pytest.fixture
+def environment(running, monkeypatch):
+    for name, value in running[3].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PTL_RUN_ID", f"run-{uuid.uuid4().hex[:8]}")
+    return running[3]
+
+
+def notes(root):
+    return {path.name: json.loads(path.read_text()) for path in (root / "stack").glob("*.service.json")}
+
+
+def work(tmp_path, experiment):
+    """What a step does: start, publish, commit, finish, fetch."""
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
+    step = tracking.start(experiment, "import-model", arm="loop", iteration=0)
+    model, location = tracking.new_model(step, "tiny", {"params": 10}, {})
+    files = store.publish(folder, location)
+    pointer = store.Pointer(location, store.digest_of(files), 10, run_id=step.run_id, model_id=model)
+    record = {"key": "k", "files": [], "pointer": json.loads(pointer.dump()), "facts": {}}
+    store.commit(step.root, step.run, "import-model", record)
+    assert tracking.register(step, "tiny", pointer, {}) == tracking.register(step, "tiny", pointer, {})
+    tracking.finish(step, params={"seed": 0}, metrics={"accuracy": 1.0}, inputs=[], output=model, step=0)
+    fetched = store.fetch(pointer, tmp_path / "cache")
+    assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    return step, pointer
+
+
+def test_a_step_through_both_servers(environment, tmp_path):
+    step, pointer = work(tmp_path, "through-both")
+    assert pointer.uri.startswith(f"s3://{stack.BUCKET}/mlflow/") and step.root.startswith("s3://")
+    (tmp_path / "report.html").write_text("<html>")
+    tracking.log_report(step, [tmp_path / "report.html"])
+    tracking.log_progress(step, 10, 1.0)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    run = client.get_run(step.run_id)
+    assert run.info.status == "FINISHED"
+    assert [each.model_id for each in run.outputs.model_outputs] == [pointer.model_id]
+    assert [each.path for each in client.list_artifacts(step.parent_run_id, "report")] == ["report/report.html"]
+
+
+def test_up_again_changes_nothing(running):
+    root, s3_port, mlflow_port, env = running
+    before = notes(root)
+    assert set(before) == {"s3.service.json", "mlflow.service.json"}
+    assert stack.up(root, s3_port=s3_port, mlflow_port=mlflow_port) == env
+    assert notes(root) == before
+
+
+def test_other_ports_while_it_runs_are_refused(running):
+    root, s3_port, mlflow_port, _ = running
+    with pytest.raises(InputError, match=rf"--mlflow-port: the mlflow server .* already runs on port {mlflow_port}"):
+        stack.up(root, s3_port=s3_port, mlflow_port=mlflow_port + 1)
+    with pytest.raises(InputError, match=rf"--s3-port: the s3 server .* already runs on port {s3_port}"):
+        stack.up(root, s3_port=s3_port + 1, mlflow_port=mlflow_port)
+
+
+def test_port_in_use(running, tmp_path):
+    _, s3_port, mlflow_port, _ = running
+    with pytest.raises(InputError, match=rf"--mlflow-port: port {mlflow_port} is in use"):
+        stack.up(tmp_path, s3_port=free_port(), mlflow_port=mlflow_port)
+    with pytest.raises(InputError, match=rf"--s3-port: port {s3_port} is in use"):
+        stack.up(tmp_path, s3_port=s3_port, mlflow_port=free_port())
+    with socket.socket() as taken:  # a port that SeaweedFS takes besides the one that was asked for
+        port = free_port()
+        taken.bind((stack.HOST, port + 2 + stack.GRPC))
+        with pytest.raises(InputError, match=rf"--s3-port: port {port + 2 + stack.GRPC} is in use"):
+            stack.up(tmp_path, s3_port=port, mlflow_port=free_port())
+    with pytest.raises(InputError, match="--s3-port: port 70000 must be in"):
+        stack.up(tmp_path, s3_port=60000, mlflow_port=free_port())
+    assert notes(tmp_path) == {}
+
+
+def test_only_loopback_and_no_open_door(running):
+    root, s3_port, _, _ = running
+    assert stat_mode(root / "stack" / "keys.json") == 0o600
+    for port in (s3_port, s3_port + 1):  # S3 and the filer: nothing without credentials
+        with pytest.raises(urllib.request.HTTPError) as refused:
+            urllib.request.urlopen(f"http://{stack.HOST}:{port}/{stack.BUCKET}/?list-type=2", timeout=5)
+        assert refused.value.code in (401, 403)
+    if Path("/proc/net/tcp").exists():
+        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ours = {int(row[1].split(":")[1], 16): row[1].split(":")[0] for row in listening if row[3] == "0A"}
+        wanted = {port + extra for port in range(s3_port, s3_port + 4) for extra in (0, stack.GRPC)}
+        assert {ours[port] for port in wanted if port in ours} == {"0100007F"}
+
+
+def stat_mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_a_reused_process_id_is_left_alone(tmp_path):
+    """Someone else's process under the id in the note: another start time."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    try:
+        (tmp_path / "stack").mkdir()
+        note = stack.Service(other.pid, "long ago", 1, "http://127.0.0.1:1", "log")
+        (tmp_path / "stack" / "s3.service.json").write_text(json.dumps(note.__dict__))
+        assert stack.down(tmp_path) == []
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_server_that_does_not_start_shows_its_log(tmp_path):
+    with pytest.raises(
+        WorkError, match=r"mlflow server ended with code[\s\S]*mlflow.log[\s\S]*nosuchdatabase"
+    ) as caught:
+        stack.mlflow_up(tmp_path, free_port(), "nosuchdatabase://user:secret@host/db", f"file://{tmp_path}", {})
+    assert "secret" not in str(caught.value)
+    assert stack.down(tmp_path) == []
+
+
+def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
+    root, s3_port, mlflow_port, _ = running
+    step = tracking.start("survives", "prune-1", arm="loop", iteration=1)
+    stack.down_one(root, "mlflow")
+    back = threading.Timer(4, lambda: stack.up(root, s3_port=s3_port, mlflow_port=mlflow_port))
+    back.start()
+    start = time.monotonic()
+    tracking.finish(step, params={"seed": 1}, metrics={"loss": 0.5}, inputs=[], output=None, step=1)
+    assert time.monotonic() - start > 4
+    back.join()
+    assert tracking.start("survives", "prune-1", arm="loop", iteration=1) == step
+
+
+def test_ui_shows_local_runs(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no runs yet"):
+        stack.ui(tmp_path, free_port(), background=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("PTL_RUN_ID", "local")
+    step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
+    port = free_port()
+    assert stack.ui(tmp_path, port, background=True) == f"http://127.0.0.1:{port}"
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        assert tracking.start("local", "prune-1", arm="loop", iteration=1) == step
+        assert stack.ui(tmp_path, port, background=True).endswith(str(port))
+        with pytest.raises(InputError, match=f"--port: port {port} is in use"):
+            stack.ui(tmp_path, port)
+    finally:
+        assert stack.down(tmp_path) == ["ui"]
+    assert unused(port)
+
+
+def postgres():
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    on_path = shutil.which("postgres")
+    return found[-1].parent if found else Path(on_path).parent if on_path else None
+
+
+@pytest.fixture
+def database(tmp_path):
+    """A PostgreSQL server of its own; initdb refuses root, so root becomes `nobody`."""
+    bins = postgres()
+    if bins is None:
+        pytest.skip("NO POSTGRESQL BINARIES HERE: MLflow on PostgreSQL is not tested; apt-get install postgresql")
+    place = Path("/tmp") / f"ptl-pg-{uuid.uuid4().hex[:8]}"  # pytest's own folders are closed to other users
+    place.mkdir()
+    user = {}
+    if os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        os.chown(place, nobody.pw_uid, nobody.pw_gid)
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    port, log = free_port(), place / "log"
+    init = [bins / "initdb", "-D", place / "data", "-U", "ptl", "--auth=trust", "--no-sync"]
+    subprocess.run(init, check=True, capture_output=True, cwd=place, **user)
+    server = [
+        bins / "postgres",
+        "-D",
+        place / "data",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-k",
+        place,
+        "-c",
+        "fsync=off",
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(server, stdout=output, stderr=output, cwd=place, **user)
+    try:
+        ready = [bins / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        while subprocess.run(ready, capture_output=True).returncode and process.poll() is None:
+            time.sleep(0.1)
+        assert process.poll() is None, log.read_text()
+        yield f"postgresql+psycopg://ptl@127.0.0.1:{port}/postgres"
+    finally:
+        process.terminate()
+        process.wait(20)
+        shutil.rmtree(place)
+
+
+def test_mlflow_on_postgresql(database, running, environment, tmp_path, monkeypatch):
+    pytest.importorskip(
+        "psycopg", reason="NO psycopg HERE: MLflow on PostgreSQL is not tested; pip install psycopg[binary]"
+    )
+    port, own = free_port(), tmp_path / "own"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    stack.mlflow_up(own, port, database, f"s3://{stack.BUCKET}/postgres", environment)
+    try:
+        step, _ = work(tmp_path, "on-postgres")
+        assert tracking.start("on-postgres", "import-model", arm="loop", iteration=0) == step
+        command = Path(f"/proc/{notes(own)['mlflow.service.json']['pid']}/cmdline")
+        assert not command.exists() or b"postgresql" not in command.read_bytes()
+    finally:
+        stack.down(own)
