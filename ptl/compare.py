@@ -39,9 +39,7 @@ def compare(items_a: Path, items_b: Path, margin: float, alpha: float, *, strict
     old, new = read_items(items_a), read_items(items_b)
     gate.match(old, new)
     names = list(dict.fromkeys(str(item["task"]) for item in old))
-    pairs = {
-        name: gate.paired(*gate.match(_of(old, name), _of(new, name)), margin, alpha / len(names)) for name in names
-    }
+    pairs = {name: gate.paired(*gate.match(old, new, name), margin, alpha / len(names)) for name in names}
     bad = [pair for pair in pairs.values() if pair.verdict == "inferior" or (strict and pair.verdict == "unclear")]
     return Comparison(pairs, INFERIOR if bad else NOT_INFERIOR)
 
@@ -111,7 +109,3 @@ def _published(run_id: str) -> Path:
         raise InputError(f"compare: the MLflow run {run_id} is no finished evaluate step of ptl (its step: {step!r})")
     pointer = store.Pointer(**record["pointer"])
     return store.fetch(pointer, Path(tempfile.gettempdir()) / "ptl-compare")
-
-
-def _of(items: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    return [item for item in items if item["task"] == task]

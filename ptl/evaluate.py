@@ -34,6 +34,7 @@ class TaskScore:
     num_fewshot: int
     truncated: float  # share of the answers that hit the token limit
     higher_is_better: bool = True
+    cut_prompts: float = 0.0  # share of the prompts whose beginning did not fit into the context
     answer_tokens: float = 0.0  # mean length of the generated answers
     seconds: float = 0.0  # in the model; divided by the right answers it is the time per solved problem
 
@@ -132,8 +133,10 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
     specs = tasks.find(task.name)
     harness.seed_everything(seed)
     loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
+    for each in loaded.values():
+        harness.check_lengths(lm, each)
     lm.notes.clear()
-    lm.seconds = 0.0
+    lm.seconds, lm.cut_prompts = 0.0, 0
     results = evaluate(
         lm=lm,
         task_dict={"tasks": loaded},
@@ -157,8 +160,9 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
     low, high = wilson(correct, len(values), settings.confidence) if binary else (None, None)
     if not binary and len(specs) > 1:
         raise InputError(f"evaluate.tasks: the group {task.name!r} has no accuracy to pool; name its tasks one by one")
+    name = task.name if len(specs) > 1 else specs[0].name
     score = TaskScore(
-        task=task.name if len(specs) > 1 else specs[0].name,
+        task=name,
         version=", ".join(sorted({str(results["versions"][spec.name]) for spec in specs})),
         metric=f"{metric},{extraction}",
         accuracy=correct / len(values)
@@ -171,12 +175,15 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
         truncated=sum(cut for _, cut in lengths) / len(lengths) if lengths else 0.0,
         higher_is_better=bool(results["higher_is_better"][specs[0].name].get(metric, True)),
         answer_tokens=sum(length for length, _ in lengths) / len(lengths) if lengths else 0.0,
+        cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,
     )
-    return score, [_item(loaded[name], sample, metric, lm.notes) for name, sample in samples] if binary else []
+    return score, [
+        _item(name, loaded[member], sample, metric, lm.notes) for member, sample in samples
+    ] if binary else []
 
 
-def _item(loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
+def _item(task: str, loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
     """One line of items.jsonl from a sample that the harness logged."""
     answer = sample["resps"][0][0]
     length, cut = notes.get(sample["arguments"][0][0], (0, False))
@@ -184,8 +191,8 @@ def _item(loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         answer = likelihoods.index(max(likelihoods))
     return {
-        "task": loaded.task_name,
-        "id": str(sample["doc_id"]),
+        "task": task,
+        "id": str(sample["doc_id"]) if loaded.task_name == task else f"{loaded.task_name}/{sample['doc_id']}",
         "prompt_digest": sample["prompt_hash"],
         "correct": int(sample[metric]),
         "prompt": str(loaded.doc_to_text(sample["doc"])),

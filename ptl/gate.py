@@ -164,9 +164,12 @@ def power(
     return counts
 
 
-def match(reference: Sequence[Item], candidate: Sequence[Item]) -> tuple[list[int], list[int]]:
-    """Outcomes of two evaluations, item by item. Raises InputError when they are not of the same items and prompts."""
-    old, new = ({(str(i["task"]), str(i["id"])): i for i in items} for items in (reference, candidate))
+def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None = None) -> tuple[list[int], list[int]]:
+    """Outcomes of two evaluations, item by item, of one task or all. Raises InputError for other items or prompts."""
+    old, new = (
+        {(str(i["task"]), str(i["id"])): i for i in items if task in (None, i["task"])}
+        for items in (reference, candidate)
+    )
     if not old or not new:
         raise InputError("compare: no items with a 0/1 outcome; evaluate a task that has an accuracy")
     if old.keys() != new.keys():

@@ -36,6 +36,7 @@ def language_model(src: Path, settings: Evaluate) -> Any:
             self.cache_hook = self
             self.notes: dict[str, tuple[int, bool]] = {}
             self.seconds = 0.0  # spent in the model, over all requests
+            self.cut_prompts = 0  # whose beginning did not fit into the context
             self._pending: deque[tuple[int, bool]] = deque()
             ends = self.model.generation_config.eos_token_id
             ends = ends if isinstance(ends, list) else [ends]
@@ -50,6 +51,12 @@ def language_model(src: Path, settings: Evaluate) -> Any:
                 cut = ended is None and not any(sequence in text for sequence in stop)
                 self._pending.append((length, cut))
             return out
+
+        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+            ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+            if left_truncate_len:
+                self.cut_prompts += int((mask.sum(1) >= left_truncate_len).sum())
+            return ids, mask
 
         def generate_until(self, *args: Any, **kwargs: Any) -> Any:
             return self._timed(super().generate_until, *args, **kwargs)
@@ -80,6 +87,18 @@ def language_model(src: Path, settings: Evaluate) -> Any:
         max_length=settings.max_length,
         trust_remote_code=False,
     )
+
+
+def check_lengths(lm: Any, loaded: Any) -> None:
+    """Raise InputError when a task's longest answer leaves no room for a prompt."""
+    if loaded.get_config("output_type") != "generate_until":
+        return
+    answer = (loaded.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
+    if answer >= lm.max_length:
+        raise InputError(
+            f"evaluate.tasks: answers of {loaded.task_name!r} may be {answer} tokens long, but the model's context is "
+            f"{lm.max_length}; set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)"
+        )
 
 
 def load_task(spec: tasks.Spec, task: Task, settings: Evaluate, seed: int) -> Any:

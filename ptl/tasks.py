@@ -96,7 +96,10 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
 
     Cheap and torch-free. A name can be checked only where lm_eval is installed; elsewhere the step checks it.
     """
+    names = [task.name for task in tasks]
     for task in tasks:
+        if names.count(task.name) > 1:
+            raise InputError(f"evaluate.tasks: {task.name!r} is listed twice; remove one")
         if not _is_path(task.name) and _harness() is None:
             continue
         for spec in find(task.name):

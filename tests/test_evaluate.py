@@ -139,6 +139,29 @@ def test_answers_that_hit_the_token_limit_are_counted(tmp_path):
     assert all(item["truncated"] and item["tokens"] == 3 for item in read_items(tmp_path))
 
 
+def test_prompts_that_do_not_fit_are_counted(tmp_path):
+    wanted = settings({"name": YAML, "limit": 4, "max_new_tokens": 3}, max_length=20)
+    assert evaluate_checkpoint(REASONER, tmp_path, wanted, seed=0).tasks[0].cut_prompts == 1.0
+    with pytest.raises(InputError, match="may be 60 tokens long, but the model's context is 20"):
+        evaluate_checkpoint(REASONER, tmp_path, settings({"name": YAML, "limit": 4}, max_length=20), seed=0)
+
+
+def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
+    """The harness's own groups need the hub, so the lookup is replaced: two members with the tiny problems."""
+    from ptl import evaluate, harness, tasks
+
+    for name in ("part_a", "part_b"):
+        (tmp_path / f"{name}.yaml").write_text(f"include: {YAML}\ntask: {name}\n")
+    members = [spec for name in ("part_a", "part_b") for spec in find(str(tmp_path / f"{name}.yaml"))]
+    monkeypatch.setattr(tasks, "find", lambda _: members)
+    wanted = settings({"name": "both", "limit": 5})
+    lm = harness.language_model(REASONER, wanted)
+    score, items = evaluate.run_task(lm, wanted.tasks[0], wanted, seed=0)
+    assert (score.task, score.items, score.cut_prompts) == ("both", 10, 0.0)
+    assert {item["task"] for item in items} == {"both"}
+    assert [item["id"] for item in items][::5] == ["part_a/0", "part_b/0"]
+
+
 def test_retention_suite_from_local_files(tmp_path, data_dir):
     """A perplexity has no interval and no items; multiple choice has both."""
     tasks = [{"name": "wikitext", "metric": "word_perplexity"}, {"name": "arc_easy", "metric": "acc"}]
@@ -247,6 +270,11 @@ def test_broken_task_files_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         check_tasks([Task(name=str(path))])
+
+
+def test_a_task_listed_twice_is_refused():
+    with pytest.raises(InputError, match="listed twice"):
+        check_tasks([Task(name="gsm8k_cot"), Task(name="gsm8k_cot")])
 
 
 def test_wrong_task_costs_no_model(tmp_path):
