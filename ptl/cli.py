@@ -69,6 +69,7 @@ def run(
     home: Home = Path(".ptl"),
     run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
     fresh: Annotated[bool, typer.Option("--new", help="begin anew although an unfinished run could go on")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the steps print")] = False,
 ) -> None:
     """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
     from ptl import runs
@@ -79,8 +80,40 @@ def run(
     runs.prepare(here, checked)
     print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
     started = time.monotonic()
-    _execute(here, checked)
+    _execute(here, checked, verbose)
     _finish(here, time.monotonic() - started)
+
+
+@app.command()
+def ui(home: Home = Path(".ptl"), port: Annotated[int, typer.Option(help="port on loopback")] = 5000) -> None:
+    """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
+    from ptl import stack
+
+    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
+    stack.ui(home.absolute(), port)
+
+
+@app.command()
+def up(
+    home: Home = Path(".ptl"),
+    s3_port: Annotated[int, typer.Option(help="SeaweedFS; the next three ports are taken too")] = 8433,
+    mlflow_port: Annotated[int, typer.Option(help="MLflow")] = 15000,
+    backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; none: sqlite")] = None,
+) -> None:
+    """Start a real S3 server and a real MLflow server on loopback, and print the environment that reaches them."""
+    from ptl import stack
+
+    env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
+    for name, value in env.items():
+        print(f"export {name}={value}")
+
+
+@app.command()
+def down(home: Home = Path(".ptl")) -> None:
+    """Stop exactly the servers that `ptl up` started."""
+    from ptl import stack
+
+    print("stopped:", ", ".join(stack.down(home.absolute())) or "nothing was running")
 
 
 @app.command()
@@ -89,7 +122,7 @@ def version() -> None:
     print(__version__)
 
 
-def _execute(here: Any, config: Config) -> None:
+def _execute(here: Any, config: Config, verbose: bool) -> None:
     from ptl import runs
 
     pipeline = here.path / "pipeline.yaml"
@@ -97,7 +130,7 @@ def _execute(here: Any, config: Config) -> None:
     from pipelines.prune_tune_loop.runners import RUNNERS
 
     try:
-        RUNNERS["subprocess"](pipeline, here.path / "kfp", runs.environment(here), {})
+        RUNNERS["subprocess"](pipeline, here.path, runs.environment(here), verbose)
     except WorkError as error:
         message, code = runs.failure(here) or (str(error), 1)
         again = "mend it and run the same command again: finished steps are not redone"

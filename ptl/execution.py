@@ -27,6 +27,7 @@ Facts = dict[str, Any]
 Record = dict[str, Any]
 Work = Callable[[Path, tracking.StepRun], Facts]  # fills the folder to publish, returns the step's facts
 
+MARK = "ptl: "  # begins a line of progress
 SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
 
 
@@ -55,7 +56,11 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work) -> 
     try:
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
+            say(step.name, "started")
             record = _work_and_commit(step, run, parent, settings, key, work)
+            say(step.name, f"done in {record['facts']['seconds']:.0f} s: {_summary(record['facts'])}")
+        else:
+            say(step.name, "done before: taken as it is")
         _track(step, run, parent, settings, record)
     except BaseException as error:
         tracking.fail(run, f"{type(error).__name__}: {error}")
@@ -150,6 +155,20 @@ def _flat(settings: Facts, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def say(name: str, what: str) -> None:
+    """One line of progress; `ptl run` shows these lines of a step's output, and logs all the others."""
+    print(f"{MARK}{name}: {what}", flush=True)
+
+
+def _summary(facts: Facts) -> str:
+    if facts["stage"] == "evaluate":
+        first = facts["scores"]["tasks"][0]
+        return f"{first['metric']} {first['accuracy']:.3f} on {first['items']} items, {facts['verdict']['decision']}"
+    if facts["stage"] == "recover":
+        return f"{facts['tokens']:,} tokens in {facts['steps']} steps"
+    return f"{facts['params']:,} parameters"
 
 
 def read(artifact: Any) -> Pointer:

@@ -14,9 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from ptl import __version__, gate, store, tracking
-from ptl.config import Calibration, Cpt, DataSource, Evaluate, Gate, Iteration, Prune, Schedule, check, plan, removal
+from ptl.config import (
+    Calibration,
+    Config,
+    Cpt,
+    DataSource,
+    Evaluate,
+    Gate,
+    Iteration,
+    Prune,
+    Schedule,
+    check,
+    plan,
+    removal,
+)
 from ptl.errors import InputError
-from ptl.execution import Facts, Record, Step, artifact_root, execute, fetch, limit_threads, read, scratch, write
+from ptl.execution import Facts, Record, Step, artifact_root, execute, fetch, limit_threads, read, say, scratch, write
 from ptl.store import Pointer
 
 
@@ -47,7 +60,13 @@ def import_model(
 
     def work(dst: Path, _run: tracking.StepRun) -> Facts:
         importer.import_checkpoint(str(folder), None, dst)
-        return {"model": model, "revision": revision, "params": params, "versions": _versions()}
+        return {
+            "model": model,
+            "revision": revision,
+            "params": params,
+            "versions": _versions(),
+            "host": platform.node(),
+        }
 
     step = Step(name, "loop", 0, experiment)
     record = execute(step, None, {"model": model, "revision": revision}, work)
@@ -118,15 +137,16 @@ def recover(
         src = fetch(parent)
         limit_threads(parent.params)
         here = Round(this.tokens, this.tokens_before, this.last, seed)
-        report = recover_checkpoint(
-            src,
-            dst,
-            stages[0],
-            data,
-            here,
-            scratch(name) / "training",
-            lambda metrics, step: tracking.log_metrics(run, {f"train/{k}": v for k, v in metrics.items()}, step),
-        )
+
+        def on_log(metrics: dict[str, float], step: int) -> None:
+            tracking.log_metrics(run, {f"train/{key}": value for key, value in metrics.items()}, step)
+            if "loss" in metrics:
+                say(
+                    name,
+                    f"{metrics['num_input_tokens_seen']:,.0f} of {this.tokens:,} tokens, loss {metrics['loss']:.4f}",
+                )
+
+        report = recover_checkpoint(src, dst, stages[0], data, here, scratch(name) / "training", on_log)
         return {"params": parent.params} | dataclasses.asdict(report)
 
     given = {"tokens": this.tokens, "skip": this.tokens_before, "recover": stages, "training": data, "seed": seed}
@@ -188,22 +208,27 @@ def report(
     name: str,
     experiment: str,
     names: list[str],
-    settings: Facts,
-    model: Any,
+    final: Any,
     html: Any,
     markdown: Any,
     *,
+    settings: Facts,
     registered_model: str,
 ) -> None:
     """Write the run's pages and result.json from the records of all its steps, and name the best and smallest versions."""
     from ptl import report as pages
+    from ptl.evaluate import read_items
 
-    final = read(model)
+    last = read(final)
+    config = check(Config, settings, "settings").model_dump(mode="json")
     run = tracking.start(experiment, name, arm="loop", iteration=0, artifact_location=artifact_root())
     found = {other: store.committed(run.root, run.run, other) for other in names}
     records = {other: record for other, record in found.items() if record is not None}
     folder = scratch(name) / "report"
-    result = pages.write_report(records, {**settings, "mlflow_run_id": run.parent_run_id, "run_id": run.run}, folder)
+    for record in records.values():
+        if record["facts"]["stage"] == "evaluate":
+            record["facts"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
+    result = pages.write_report(records, {**config, **tracking.links(run)}, folder)
     tracking.log_report(run, sorted(folder.iterdir()))
     _set_aliases(records, registered_model)
     Path(html.path).write_text((folder / "report.html").read_text())
@@ -212,7 +237,7 @@ def report(
     if shared:
         shutil.copytree(folder, shared, dirs_exist_ok=True)
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
-    tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
+    tracking.finish(run, params={}, metrics=metrics, inputs=[last.model_id], output=None, step=0)
 
 
 def _passes_through(pointer: Pointer, *outs: Any) -> bool:

@@ -209,6 +209,17 @@ def log_report(step_run: StepRun, files: list[Path]) -> None:
             _client().log_artifact(step_run.parent_run_id, str(file), "report")
 
 
+def links(step_run: StepRun) -> dict[str, str]:
+    """Where a report finds the pipeline run in MLflow; `mlflow_url` is empty when tracking is not on a server."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return {
+        "run_id": step_run.run,
+        "mlflow_run_id": step_run.parent_run_id,
+        "experiment_id": step_run.experiment_id,
+        "mlflow_url": _without_password(uri).rstrip("/") if uri.startswith("http") else "",
+    }
+
+
 def run_url(step_run: StepRun, run_id: str) -> str:
     """Where the MLflow UI shows a run; a relative link when tracking is not on a server."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")

@@ -42,6 +42,7 @@ def parameters(config: Config) -> dict[str, Any]:
 def build(config: Config) -> Any:
     """The pipeline of a config: import, baseline, the loop, its control, the report."""
     defaults = parameters(config)
+    structure = config.model_dump(mode="json", exclude_none=True)  # the report puts the run's own parameters over it
 
     @dsl.pipeline(name=config.name, description="Prune-Tune Loop: prune, recover and evaluate, a little at a time")
     def prune_tune_loop(
@@ -142,9 +143,19 @@ def build(config: Config) -> Any:
                 step="report",
                 experiment=experiment,
                 names=[name for name, _ in order],
-                settings=config.model_dump(mode="json", exclude_none=True),
+                settings=structure,
+                model=model,
+                revision=revision,
+                seed=seed,
+                prune=prune_settings,
+                calibration=calibration,
+                recover=recover_settings,
+                training=training,
+                evaluate=evaluate_settings,
+                gate=gate,
                 registered_model=registered_model,
-                model=accepted,
+                final=accepted,
+                **schedule,
             ),
         )
 

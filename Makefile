@@ -1,0 +1,48 @@
+# One command per habit. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+TINY := pipelines/prune_tune_loop/configs/tiny.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench reasoner data lock screenshot
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: .venv/installed ## virtual environment with everything
+
+# pip, not uv: where a torch build lies on the disk, pip takes it.
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install ## the Prune-Tune Loop on the shipped tiny reasoner, through the compiled pipeline
+	$(BIN)/ptl run $(TINY)
+
+test: install ## lint, types and the whole test suite
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+check: install ## formatting, lint and types only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install ## share of the demo's time that is not prune, recover or evaluate work
+	$(BIN)/python benchmarks/orchestration.py
+
+reasoner: install ## train the shipped tiny reasoner again (about 5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/tiny_reasoner/train.py -o examples/tiny_reasoner/checkpoint
+
+data: install ## make the shipped problems again
+	$(BIN)/python examples/tiny_reasoner/problems.py --split train --count 10000 --seed 0 -o examples/tiny_reasoner/train.jsonl.gz
+	$(BIN)/python examples/tiny_reasoner/problems.py --split test --count 1000 --seed 0 -o examples/tiny_reasoner/test.jsonl
+
+lock: install ## hashed lock files of the images
+	docker/lock.sh
+
+screenshot: install ## docs/report.png from the newest run (needs chromium)
+	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

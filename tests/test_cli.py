@@ -1,0 +1,124 @@
+"""The command line on wrong input: a clear message, exit code 2, and nothing expensive started."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ptl.config import Config
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+CHECKPOINT = ROOT / "examples/tiny_reasoner/checkpoint"
+
+
+def ptl(*arguments, **options):
+    command = [sys.executable, "-m", "ptl", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write tiny.yaml with changes given as dotted fields."""
+
+    def write(**fields):
+        raw = yaml.safe_load(TINY.read_text())
+        for dotted, value in fields.items():
+            *parents, last = dotted.split("__")
+            section = raw
+            for name in parents:
+                section = section[name]
+            section[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def refused(path, said, tmp_path):
+    """The run ends with code 2 and a message that says this, before MLflow's database or a run directory exist."""
+    home = tmp_path / "home"
+    done = ptl("run", path, "--home", home)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    return not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"schedule__target": 0.9}, "schedule.target"),
+        ({"schedule__target": 10_000_000}, "schedule.target: 1e+07 is no size below the model's own"),
+        ({"prune__width_multiple": 128}, "prune.width_multiple=128"),
+        ({"prune__criterion": "magic"}, "prune.criterion: 'magic'"),
+        ({"model__path": "./nowhere"}, "model.path: no folder nowhere"),
+        ({"evaluate__tasks": [{"name": "no_such_task"}]}, "no_such_task"),
+        ({"evaluate__tasks": [{"name": "./none.yaml"}]}, "none.yaml"),
+        ({"training__source": "./none.jsonl"}, "no file none.jsonl"),
+        ({"training__prompt": "{question} {hint}\n"}, "lacks 'hint'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
+    assert refused(config(**fields), said, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "is empty"), ('{"question": "1", "answer": "2"}\n{"question":\n', "line 2 is not JSON")]
+)
+def test_a_bad_data_file_is_refused_with_its_line(config, tmp_path, text, said):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    assert refused(config(training__source=str(data)), said, tmp_path)
+
+
+def test_only_pickled_weights_are_refused(config, checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    assert refused(config(model__path=str(checkpoint)), "has only pickled weights (pytorch_model.bin)", tmp_path)
+
+
+def test_a_missing_tokenizer_is_refused(config, checkpoint, tmp_path):
+    (checkpoint / "tokenizer.json").unlink()
+    assert refused(config(model__path=str(checkpoint)), "has no tokenizer", tmp_path)
+
+
+def test_nan_in_the_weights_is_refused_by_the_first_step(config, checkpoint, tmp_path):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    refused(config(model__path=str(checkpoint)), "tensor model.norm.weight", tmp_path)
+    assert not list((tmp_path / "home" / "artifacts").glob("ptl/*/*/manifest.json"))
+
+
+def test_a_directory_of_another_run_is_refused(config, tmp_path):
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.yaml").write_text("name: other\n")
+    done = ptl("run", config(), "--home", tmp_path / "home", "--run-dir", other)
+    assert done.returncode == 2 and "belongs to another run" in done.stderr
+    assert (other / "config.yaml").read_text() == "name: other\n"
+
+
+def test_validate_prints_the_plan_and_schema_the_fields():
+    done = ptl("validate", TINY)
+    assert done.returncode == 0, done.stderr
+    assert "213,568 parameters" in done.stdout and "160,000" in done.stdout
+    printed = json.loads(ptl("schema").stdout)
+    assert printed == Config.model_json_schema() and printed["additionalProperties"] is False
+
+
+def test_a_bad_override_is_refused():
+    assert "must be FIELD=VALUE" in ptl("validate", TINY, "--set", "seed").stderr

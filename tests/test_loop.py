@@ -1,0 +1,174 @@
+"""The whole loop through the compiled pipeline, as a user runs it; and a run that dies half-way and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptl import store
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+
+pytestmark = pytest.mark.xdist_group("loop")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """tiny.yaml with two short iterations and no control."""
+    raw = yaml.safe_load(TINY.read_text())
+    raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
+    raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
+    raw["evaluate"]["tasks"][0]["limit"] = 64
+    raw["evaluate"]["speed"] = {"repeats": 0}
+    raw["control"] = False
+    path = tmp_path_factory.mktemp("config") / "short.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def start(config, home):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "ptl", "run", str(config), "--home", str(home)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def records(home):
+    found = (home / "artifacts").glob("ptl/*/*/manifest.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    home = tmp_path_factory.mktemp("finished")
+    return home, finish(start(config, home))
+
+
+def test_the_run_leaves_what_is_promised(finished):
+    home, output = finished
+    run = (home / "latest").resolve()
+    result = json.loads((run / "result.json").read_text())
+    for name in ("pipeline.yaml", "config.yaml", "report.html", "report.md", "README.md"):
+        assert (run / name).stat().st_size > 100, name
+    rows = result["rows"]
+    assert [(row["arm"], row["iteration"]) for row in rows] == [("loop", 0), ("loop", 1), ("loop", 2)]
+    assert {
+        "params",
+        "accuracy",
+        "low",
+        "high",
+        "items",
+        "task",
+        "recovery_tokens",
+        "verdict",
+        "uri",
+        "digest",
+    } <= rows[0].keys()
+    assert rows[0]["accuracy"] >= 0.95 and rows[0]["verdict"] == "baseline"
+    assert sum(row["recovery_tokens"] for row in rows) == 24_000
+    assert rows[2]["params"] < rows[1]["params"] < rows[0]["params"]
+    assert rows[2]["params"] <= 0.8 * rows[0]["params"]
+    assert result["final"]["digest"] == rows[2]["digest"] and result["final"]["share_removed"] >= 0.2
+    assert "report.html" in output and "ptl ui" in output
+
+
+def test_the_steps_ran_in_the_order_of_the_plan(finished):
+    found = records(finished[0])
+    assert set(found) == set(CHAIN)
+    assert sorted(found, key=lambda name: found[name]["facts"]["started"]) == CHAIN
+    for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):
+        if not child.startswith("evaluate"):
+            mother = parent.replace("evaluate", "recover") if parent != "evaluate-0" else "import-model"
+            assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
+
+
+def test_the_final_checkpoint_is_ordinary_and_generates(finished):
+    """In a new process, with plain transformers: loads, has no leftovers of training, and the KV cache changes nothing."""
+    home = finished[0]
+    pointer = store.Pointer(**records(home)["recover-2"]["pointer"])
+    folder = store.fetch(pointer, home / "cache")
+    assert not (folder / "recovery_state.safetensors").exists()
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("Tom has 77 cups. Then Eva gets 73 cups from Tom. How many cups are left?\\n", return_tensors="pt")
+with_cache, without = (model.generate(**inputs, max_new_tokens=24, do_sample=False, use_cache=c) for c in (True, False))
+assert torch.equal(with_cache, without)
+print(tokenizer.decode(with_cache[0]), sum(p.numel() for p in model.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "####" in done.stdout and str(pointer.params) in done.stdout
+
+
+def test_mlflow_shows_the_lineage(finished):
+    from mlflow import MlflowClient
+
+    home = finished[0]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "ptl")
+    runs = {run.data.tags.get("ptl.step", "parent"): run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"parent", "report", *CHAIN}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs["parent"].info.run_id
+    assert all(run.data.tags["mlflow.parentRunId"] == parent for name, run in runs.items() if name != "parent")
+    made = {
+        name: run.outputs.model_outputs[0].model_id
+        for name, run in runs.items()
+        if run.outputs and run.outputs.model_outputs
+    }
+    assert set(made) == {name for name in CHAIN if not name.startswith("evaluate")}
+    assert runs["recover-1"].inputs.model_inputs[0].model_id == made["prune-1"]
+    assert runs["evaluate-1"].inputs.model_inputs[0].model_id == made["recover-1"]
+    points = client.get_metric_history(parent, "by_params/accuracy")
+    assert len(points) == 3 and len({point.step for point in points}) == 3
+    assert client.get_metric_history(runs["recover-1"].info.run_id, "train/loss")
+    versions = client.search_model_versions("name = 'tiny'")
+    assert {version.tags["ptl.step"] for version in versions} == {"evaluate-1", "evaluate-2"}
+    assert client.get_model_version_by_alias("tiny", "smallest").tags["ptl.step"] == "evaluate-2"
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(finished, config, tmp_path):
+    """kill -9 in the middle of recover-2: finished steps stay, training goes on from its last training checkpoint."""
+    process = start(config, tmp_path)
+    deadline = time.monotonic() + 600
+    while not list(tmp_path.glob("runs/*/scratch/recover-2/training/checkpoint-*/ptl-complete")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = records(tmp_path)
+    assert "recover-2" not in before and set(CHAIN[:6]) <= set(before)
+
+    output = finish(start(config, tmp_path))
+    after = records(tmp_path)
+    assert len(list(tmp_path.glob("runs/*"))) == 1 and "continuing run" in output
+    assert all(after[name] == record for name, record in before.items())
+    assert after["recover-2"]["facts"]["resumed_at"] >= 2
+    straight = records(finished[0])
+    assert {name: after[name]["pointer"]["digest"] for name in CHAIN if "evaluate" not in name} == {
+        name: straight[name]["pointer"]["digest"] for name in CHAIN if "evaluate" not in name
+    }
