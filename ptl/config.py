@@ -136,6 +136,7 @@ class Evaluate(Section):
     """Which benchmarks decide, and how."""
 
     tasks: tuple[Task, ...] = Field(min_length=1, description="the first one is the run's accuracy")
+    backend: Literal["hf", "vllm"] = Field("hf", description="what generates the answers; vllm needs a GPU")
     batch_size: int = Field(64, ge=1)
     max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
     chat_template: bool = False
@@ -143,6 +144,12 @@ class Evaluate(Section):
     allow_code: bool = Field(False, description="run model-written code (humaneval, mbpp), in the sandbox only")
     confidence: float = Field(0.95, gt=0.5, lt=1)
     speed: Speed = Speed()
+
+    @model_validator(mode="after")
+    def _speed_is_measured_with_transformers(self) -> Evaluate:
+        if self.backend == "vllm" and self.speed.repeats:
+            raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
+        return self
 
 
 class Gate(Section):

@@ -60,12 +60,12 @@ def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[s
 
     Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
     whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
-    The prompts are random tokens, and generation goes on for exactly `new_tokens`.
+    The prompts are random tokens, and generation goes on for exactly `new_tokens`. No repeats, no rows.
     """
     import torch
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-    for batch in settings.batch_sizes:
+    for batch in settings.batch_sizes if settings.repeats else ():
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for repeat in range(settings.repeats + 1):
             for name, model in models.items():

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl import cost, harness, tasks
+from ptl import backends, cost, harness, tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError
 from ptl.gate import wilson
@@ -67,14 +67,14 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
     """
     started = time.monotonic()
     check_tasks(settings.tasks, settings)
-    lm = harness.language_model(src, settings)
+    lm = backends.language_model(src, settings, seed)
     scores, items = [], []
     for task in settings.tasks:
         score, its_items = run_task(lm, task, settings, seed=seed)
         scores.append(score)
         items += its_items
     static = cost.from_config(src)
-    speed = cost.measure({"": lm.model}, settings.speed)[""] if settings.speed.repeats else []
+    speed = cost.measure({"": lm.model}, settings.speed, seed)[""]
     result = Scores(
         tasks=tuple(scores),
         params=static.params,
@@ -99,7 +99,7 @@ def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) 
     answers get longer; `accuracy` and `answer_tokens` of that task.
     """
     check_tasks(settings.tasks, settings)
-    models = {name: harness.language_model(folder, settings) for name, folder in folders.items()}
+    models = {name: backends.language_model(folder, settings, seed) for name, folder in folders.items()}
     speed = cost.measure({name: lm.model for name, lm in models.items()}, settings.speed, seed)
     runs: dict[str, list[TaskScore]] = {name: [] for name in models}
     for _ in range(max(1, settings.speed.repeats)):
@@ -135,8 +135,7 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
     loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
     for each in loaded.values():
         harness.check_lengths(lm, each)
-    lm.notes.clear()
-    lm.seconds, lm.cut_prompts = 0.0, 0
+    lm.start_notes()
     results = evaluate(
         lm=lm,
         task_dict={"tasks": loaded},

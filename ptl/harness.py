@@ -1,4 +1,4 @@
-"""What ptl asks of lm-evaluation-harness: its model with notes on every answer, and its tasks with our overrides."""
+"""Tasks of lm-evaluation-harness with our overrides: local data, answer lengths, code run only in the sandbox."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import json
 import logging
 import random
 import sys
-import time
 import types
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,74 +17,6 @@ from typing import Any
 from ptl import tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError, WorkError
-
-
-def language_model(src: Path, settings: Evaluate) -> Any:
-    """The harness's Hugging Face model for a checkpoint folder, on the GPU where there is one."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    class Recorded(HFLM):
-        """HFLM that also notes its time and, for each prompt, the answer's length and whether the limit cut it."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
-            self.model.generation_config.max_new_tokens = None
-            self.cache_hook = self
-            self.notes: dict[str, tuple[int, bool]] = {}
-            self.seconds = 0.0  # spent in the model, over all requests
-            self.cut_prompts = 0  # whose beginning did not fit into the context
-            self._pending: deque[tuple[int, bool]] = deque()
-            ends = self.model.generation_config.eos_token_id
-            ends = ends if isinstance(ends, list) else [ends]
-            self._ends = {self.eot_token_id, self.tokenizer.pad_token_id, *ends}
-
-        def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-            out = super()._model_generate(context, max_length, stop, **kwargs)
-            for tokens in out[:, context.shape[1] :].tolist():
-                ended = next((i for i, token in enumerate(tokens) if token in self._ends), None)
-                length = len(tokens) if ended is None else ended
-                text = "" if ended is not None else self.tok_decode(tokens)
-                cut = ended is None and not any(sequence in text for sequence in stop)
-                self._pending.append((length, cut))
-            return out
-
-        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-            ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
-            if left_truncate_len:
-                self.cut_prompts += int((mask.sum(1) >= left_truncate_len).sum())
-            return ids, mask
-
-        def generate_until(self, *args: Any, **kwargs: Any) -> Any:
-            return self._timed(super().generate_until, *args, **kwargs)
-
-        def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
-            return self._timed(super().loglikelihood, *args, **kwargs)
-
-        def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
-            return self._timed(super().loglikelihood_rolling, *args, **kwargs)
-
-        def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            out = work(*args, **kwargs)  # ends on the CPU, so that the GPU has finished too
-            self.seconds += time.perf_counter() - started
-            return out
-
-        def add_partial(self, attr: str, req: Any, res: Any) -> None:
-            """The harness's cache hook: called once for each answer, in the order of the batch."""
-            if attr == "generate_until":
-                self.notes[req[0]] = self._pending.popleft()
-
-    _keep_templates()
-    return Recorded(
-        pretrained=str(src),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype="auto",
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        trust_remote_code=False,
-    )
 
 
 def check_lengths(lm: Any, loaded: Any) -> None:
@@ -144,7 +74,7 @@ def read_splits(splits: dict[str, tasks.LocalFile]) -> dict[str, Any]:
     return found
 
 
-def _keep_templates() -> None:
+def keep_templates() -> None:
     """Let the harness compile each prompt template once: five times for every item is 40 % of a tiny model's time."""
     from lm_eval.utils import env
 

@@ -114,6 +114,12 @@ def test_models_take_turns_and_the_cache_is_used():
     assert [row["batch"] for row in rows["dense"]] == [1, 2]
 
 
+def test_no_repeats_measure_nothing():
+    calls = []
+    assert cost.measure({"m": Recorder("m", calls)}, Speed(repeats=0)) == {"m": []}
+    assert calls == []
+
+
 def test_speed_is_the_median_of_the_repeats(monkeypatch):
     taken = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 6.0)])
     monkeypatch.setattr(cost, "_once", lambda *_: next(taken))

@@ -148,14 +148,14 @@ def test_prompts_that_do_not_fit_are_counted(tmp_path):
 
 def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     """The harness's own groups need the hub, so the lookup is replaced: two members with the tiny problems."""
-    from ptl import evaluate, harness, tasks
+    from ptl import backends, evaluate, tasks
 
     for name in ("part_a", "part_b"):
         (tmp_path / f"{name}.yaml").write_text(f"include: {YAML}\ntask: {name}\n")
     members = [spec for name in ("part_a", "part_b") for spec in find(str(tmp_path / f"{name}.yaml"))]
     monkeypatch.setattr(tasks, "find", lambda _: members)
     wanted = settings({"name": "both", "limit": 5})
-    lm = harness.language_model(REASONER, wanted)
+    lm = backends.language_model(REASONER, wanted)
     score, items = evaluate.run_task(lm, wanted.tasks[0], wanted, seed=0)
     assert (score.task, score.items, score.cut_prompts) == ("both", 10, 0.0)
     assert {item["task"] for item in items} == {"both"}
@@ -341,3 +341,49 @@ def test_real_benchmark_files_give_every_item(name, items):
     assert len(task.eval_docs) == items
     task.build_all_requests(limit=2)
     assert len(task.instances[0].args[0]) > 100
+
+
+def mock_vllm(monkeypatch):
+    """A mock of the harness's vLLM model: it answers at once, and its second answer hits the limit."""
+    from types import ModuleType, SimpleNamespace
+
+    class VLLM:
+        def __init__(self, **given):
+            self.given, self.max_length = given, 10
+
+        def _model_generate(self, requests, generate=False, sampling_params=None):
+            ends = ["stop", "length"]
+            answers = [SimpleNamespace(token_ids=[5] * 3, finish_reason=end) for end in ends]
+            return [SimpleNamespace(outputs=[answer]) for answer in answers]
+
+        def generate_until(self, prompts):
+            params = [SimpleNamespace(max_tokens=4)] * 2
+            self._model_generate([[1, 2], [1] * 6], generate=True, sampling_params=params)
+            for prompt in prompts:
+                self.cache_hook.add_partial("generate_until", (prompt, {}), "x")
+
+    module = ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = VLLM
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
+
+
+def test_vllm_backend_notes_every_answer(monkeypatch):
+    from ptl import backends
+
+    mock_vllm(monkeypatch)
+    lm = backends.language_model(REASONER, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
+    lm.generate_until(["short", "long"])
+    assert lm.notes == {"short": (3, False), "long": (3, True)}
+    assert lm.cut_prompts == 1
+    assert lm.seconds > 0
+    assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
+
+
+def test_vllm_backend_is_refused_where_it_cannot_work(monkeypatch):
+    from ptl import backends
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match=r"evaluate\.backend: vllm is not installed"):
+        backends.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
+    with pytest.raises(ValueError, match=r"speed\.repeats=0"):
+        Evaluate(tasks=[Task(name=YAML)], backend="vllm")
