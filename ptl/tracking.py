@@ -220,13 +220,6 @@ def links(step_run: StepRun) -> dict[str, str]:
     }
 
 
-def run_url(step_run: StepRun, run_id: str) -> str:
-    """Where the MLflow UI shows a run; a relative link when tracking is not on a server."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    base = uri.rstrip("/") if uri.startswith("http") else ""
-    return f"{base}/#/experiments/{step_run.experiment_id}/runs/{run_id}"
-
-
 def _client() -> MlflowClient:
     """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")

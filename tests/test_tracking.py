@@ -190,3 +190,15 @@ def test_deleted_experiment(client, database):
     client.delete_experiment(identity)
     with pytest.raises(InputError, match=r"storage.experiment: 'gone' was deleted"):
         tracking.start("gone", "prune-1", arm="loop", iteration=1)
+
+
+def test_links_hide_passwords(begin, monkeypatch):
+    step = begin("report")
+    assert tracking.links(step)["mlflow_url"] == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@mlflow.example/")
+    assert tracking.links(step) == {
+        "run_id": step.run,
+        "mlflow_run_id": step.parent_run_id,
+        "experiment_id": step.experiment_id,
+        "mlflow_url": "https://***@mlflow.example",
+    }

@@ -1,0 +1,199 @@
+"""Publish and fetch a checkpoint side by side with plain boto3 and with cp: `python benchmarks/transfer.py --mib 1024`.
+
+Starts its own SeaweedFS in a temporary folder. Every measurement is a process of its own, the contestants take turns,
+and medians are printed. `publish` and `fetch` also hash every byte and publish on `file://` flushes to disk; boto3 and cp
+do neither, `cp + sync` flushes.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ptl import stack, store
+
+MIB = 1 << 20
+
+
+def boto3_up(folder, place, scratch):
+    client = plain_client()
+    for path in sorted(folder.iterdir()):
+        client.upload_file(str(path), stack.BUCKET, f"{place}/{path.name}", Config=classic())
+
+
+def boto3_down(folder, place, scratch):
+    client, target = plain_client(), scratch / "boto3"
+    target.mkdir()
+    for path in sorted(folder.iterdir()):
+        client.download_file(stack.BUCKET, f"{place}/{path.name}", str(target / path.name), Config=classic())
+
+
+def ptl_s3_up(folder, place, scratch):
+    remember(folder, scratch, f"s3://{stack.BUCKET}/{place}")
+
+
+def ptl_s3_down(folder, place, scratch):
+    store.fetch(store.Pointer.load((scratch / "pointer.json").read_text()), scratch / "cache")
+
+
+def cp_up(folder, place, scratch):
+    subprocess.run(["cp", "-r", "--reflink=never", folder, scratch / "copy"], check=True)
+
+
+def cp_down(folder, place, scratch):
+    cp_up(folder, place, scratch)
+
+
+def cpsync_up(folder, place, scratch):
+    cp_up(folder, place, scratch)
+    subprocess.run(["sync", "-f", scratch / "copy"], check=True)
+
+
+def cpsync_down(folder, place, scratch):
+    cpsync_up(folder, place, scratch)
+
+
+def ptl_file_up(folder, place, scratch):
+    remember(folder, scratch, f"file://{scratch}/published")
+
+
+def ptl_file_down(folder, place, scratch):
+    ptl_s3_down(folder, place, scratch)
+
+
+CONTESTANTS = ("boto3", "ptl_s3", "cp", "cpsync", "ptl_file")
+
+
+def remember(folder, scratch, location):
+    files = store.publish(folder, location)
+    (scratch / "pointer.json").write_text(store.Pointer(location, store.digest_of(files)).dump())
+
+
+def plain_client():
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
+
+
+def classic():
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(preferred_transfer_client="classic")
+
+
+def peak_mib():
+    """Peak resident memory of this process; ru_maxrss would be that of the parent, which is inherited."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def measure(name, folder, place, scratch):
+    """One operation in this process: seconds without imports and set-up of the interpreter, and peak memory."""
+    import boto3  # noqa: F401
+    import s3transfer.manager  # noqa: F401
+
+    start = time.perf_counter()
+    globals()[name](folder, place, scratch)
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_mib()}))
+
+
+def child(name, folder, place, scratch):
+    command = [sys.executable, __file__, "--one", name, str(folder), place, str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def run(mib, repeats, work):
+    folder = work / "checkpoint"
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        for _ in range(mib):
+            file.write(random.randbytes(MIB))
+    (folder / "config.json").write_text("{}")
+    results = {f"{name}_{way}": [] for name in CONTESTANTS for way in ("up", "down")}
+    for number in range(repeats):
+        # Whoever goes first in one round goes last in the next.
+        for name in CONTESTANTS if number % 2 == 0 else CONTESTANTS[::-1]:
+            scratch = work / f"{name}-{number}"
+            scratch.mkdir()
+            for way in ("up", "down"):
+                os.sync()  # nobody pays for the dirty pages of the one before
+                if name.startswith("cp") and way == "down":
+                    shutil.rmtree(scratch / "copy")
+                results[f"{name}_{way}"].append(child(f"{name}_{way}", folder, f"bench/{name}-{number}", scratch))
+            shutil.rmtree(scratch)
+    return results
+
+
+def table(results, mib):
+    def rate(name):
+        return mib / statistics.median(item["seconds"] for item in results[name])
+
+    def peak(name):
+        return max(item["peak"] for item in results[name])
+
+    lines = [
+        "| 1 checkpoint | publish MiB/s | fetch MiB/s | against its reference up / down | peak memory up / down, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    titles = {
+        "boto3": "plain boto3",
+        "ptl_s3": "ptl, s3://",
+        "cp": "cp",
+        "cpsync": "cp + sync",
+        "ptl_file": "ptl, file://",
+    }
+    for name, reference in (
+        ("boto3", "boto3"),
+        ("ptl_s3", "boto3"),
+        ("cp", "cp"),
+        ("cpsync", "cp"),
+        ("ptl_file", "cp"),
+    ):
+        up, down = f"{name}_up", f"{name}_down"
+        ratio = " / ".join(f"{rate(one) / rate(f'{reference}_{way}'):.2f}" for one, way in ((up, "up"), (down, "down")))
+        memory = "-" if name.startswith("cp") else f"{peak(up):.0f} / {peak(down):.0f}"
+        lines.append(f"| {titles[name]} | {rate(up):.0f} | {rate(down):.0f} | {ratio} | {memory} |")
+    return "\n".join(lines)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return min(probe.getsockname()[1], 50000)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the checkpoint")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work; needs about ten times the size")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, folder, place, scratch = options.one
+        measure(name, Path(folder), place, Path(scratch))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        work = Path(name)
+        os.environ.update(stack.s3_up(work / "server", free_port()))
+        try:
+            results = run(options.mib, options.repeats, work)
+        finally:
+            stack.down(work / "server")
+    print(f"{options.mib} MiB, median of {options.repeats}, {os.cpu_count()} cores, SeaweedFS on the same machine\n")
+    print(table(results, options.mib))
+
+
+if __name__ == "__main__":
+    main()
