@@ -100,7 +100,7 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
     for task in tasks:
         if names.count(task.name) > 1:
             raise InputError(f"evaluate.tasks: {task.name!r} is listed twice; remove one")
-        if not _is_path(task.name) and _harness() is None:
+        if not is_path(task.name) and _harness() is None:
             continue
         for spec in find(task.name):
             choose(spec, task.metric)
@@ -116,7 +116,7 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
 
 def find(name: str) -> list[Spec]:
     """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
-    if _is_path(name):
+    if is_path(name):
         return [_from_path(Path(name))]
     index = _index()
     if name not in index:
@@ -221,7 +221,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda _loader, node: f"!function {node.value}")
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a task is given by its YAML, not by its name in the harness."""
     return name.endswith((".yaml", ".yml")) or "/" in name
 
 
