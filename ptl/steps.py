@@ -215,7 +215,7 @@ def report(
     settings: Facts,
     registered_model: str,
 ) -> None:
-    """Write the run's pages and result.json from the records of all its steps, and name the best and smallest versions."""
+    """Write the run's pages and result.json from the records of its steps; name the best and smallest version."""
     from ptl import report as pages
     from ptl.evaluate import read_items
 

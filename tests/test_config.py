@@ -111,7 +111,7 @@ def test_files_that_are_no_config(tmp_path):
 
 def test_overrides_are_checked_like_the_file():
     assert load_config(TINY, {"schedule.target": 0.2}).schedule.target == 0.2
-    with pytest.raises(InputError, match="schedule.target"):
+    with pytest.raises(InputError, match=r"schedule\.target"):
         load_config(TINY, {"schedule.target": -1})
     with pytest.raises(InputError, match="is not a section"):
         load_config(TINY, {"name.first": 1})

@@ -105,7 +105,7 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
 
 
 def test_the_final_checkpoint_is_ordinary_and_generates(finished):
-    """In a new process, with plain transformers: loads, has no leftovers of training, and the KV cache changes nothing."""
+    """In a new process, with plain transformers: loads, has no leftovers of training; the KV cache changes nothing."""
     home = finished[0]
     pointer = store.Pointer(**records(home)["recover-2"]["pointer"])
     folder = store.fetch(pointer, home / "cache")
@@ -130,7 +130,8 @@ def test_mlflow_shows_the_lineage(finished):
     home = finished[0]
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     (experiment,) = (e for e in client.search_experiments() if e.name == "ptl")
-    runs = {run.data.tags.get("ptl.step", "parent"): run for run in client.search_runs([experiment.experiment_id])}
+    found = [client.get_run(run.info.run_id) for run in client.search_runs([experiment.experiment_id])]
+    runs = {run.data.tags.get("ptl.step", "parent"): run for run in found}
     assert set(runs) == {"parent", "report", *CHAIN}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent = runs["parent"].info.run_id
