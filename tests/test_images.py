@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import ptl
 from ptl import images
@@ -156,6 +157,14 @@ def test_cpu_lock_is_the_lock_without_cuda(name):
     assert left_out and all(re.match(r"(nvidia|cuda)-|triton$", package) for package in left_out)
     assert list(cpu.pop("torch").values()) == [0]  # the CPU build of the release is another file
     assert cpu == {package: full[package] for package in cpu}
+
+
+def test_vllm_lock_did_not_fall_back_to_an_old_kfp():
+    pins = lock(LOCKS / "evaluate-vllm.lock")
+    assert all(count >= 1 for versions in pins.values() for count in versions.values())
+    (kfp,) = pins["kfp"]
+    assert Version(kfp) >= Version("2.17")
+    assert {"vllm", "lm-eval", "mlflow-skinny"} <= set(pins) and "mlflow" not in pins
 
 
 # ---- Dockerfile and scripts
