@@ -3,6 +3,7 @@
 set -eu
 
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
 export UV_CUSTOM_COMPILE_COMMAND="make lock"
 # Newest releases; `make lock UPGRADE=` keeps the pins that still satisfy setup.cfg.
 flags=${UPGRADE---upgrade}
