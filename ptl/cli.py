@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ptl import __version__
+from ptl import __version__, cli_steps
 from ptl.config import Config, load_config
 from ptl.errors import InputError, PtlError, WorkError
 
@@ -117,6 +117,46 @@ def down(home: Home = Path(".ptl")) -> None:
 
 
 @app.command()
+def images(
+    action: Annotated[str, typer.Argument(help="print, build or push")] = "print",
+    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; none: the local engine's own")] = "",
+    tag: Annotated[str, typer.Option(help="image tag")] = __version__,
+    base_image: Annotated[str | None, typer.Option(help="base of a build; none: the Dockerfile's")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
+) -> None:
+    """Print, build or push the images that the pipeline's steps run in."""
+    from ptl import images as work
+
+    actions = {
+        "print": lambda: work.names(registry, tag),
+        "build": lambda: work.build(registry, tag, base_image=base_image, cpu=cpu),
+        "push": lambda: work.push(registry, tag),
+    }
+    if action not in actions:
+        raise InputError(f"action: {action!r} must be one of {', '.join(actions)}")
+    for name in actions[action]() or ():
+        print(name)
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help="folder with items.jsonl, or MLflow run id of an evaluate step")],
+    candidate: Annotated[str, typer.Argument(help="likewise: what is compared with the reference")],
+    margin: Annotated[float, typer.Option(help="loss of accuracy that is tolerated")] = 0.02,
+    alpha: Annotated[float, typer.Option(help="level of the tests")] = 0.05,
+    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown not inferior")] = False,
+) -> None:
+    """Compare two evaluations item by item: exit code 0 not inferior, 1 inferior, 2 wrong input."""
+    from rich.console import Console
+
+    from ptl import compare as work
+
+    outcome = work.compare(work.locate(reference), work.locate(candidate), margin, alpha, strict=strict)
+    Console().print(work.table(outcome))
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)
@@ -160,7 +200,7 @@ def _preflight(config: Config) -> int:
     from ptl.evaluate import check_tasks
 
     importer.check_data(config.calibration, config.training)
-    check_tasks(config.evaluate.tasks)
+    check_tasks(config.evaluate.tasks, config.evaluate)
     return importer.check_model(
         importer.locate(config.model.path, config.model.revision), config.schedule, config.prune
     )
@@ -198,6 +238,8 @@ def _pipelines() -> Any:
         ) from error
     return pipeline
 
+
+cli_steps.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -142,7 +142,11 @@ def _metrics(facts: Facts) -> dict[str, float]:
         scores = facts["scores"]
         metrics |= {k: float(scores[k]) for k in ("params", "bytes", "flops_per_token", "kv_bytes_per_token")}
         for task in scores["tasks"]:
-            metrics |= {f"{task['task']}/{k}": float(task[k]) for k in ("accuracy", "low", "high", "items") if task[k]}
+            metrics |= {
+                f"{task['task']}/{k}": float(task[k])
+                for k in ("accuracy", "low", "high", "items")
+                if task[k] is not None
+            }
         metrics["accuracy"] = float(scores["tasks"][0]["accuracy"])
     return metrics
 

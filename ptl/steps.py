@@ -288,7 +288,8 @@ def _compared(step: Step, run: tracking.StepRun, rule: Gate, before: Pointer, sc
     parent = next(record for record in found if record["facts"]["checkpoint"]["digest"] == before.digest)
     mine = read_items(scored)
     folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
-    return [gate.paired(*gate.match(read_items(folder), mine), rule.margin, rule.alpha) for folder in folders]
+    task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
+    return [gate.paired(*gate.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders]
 
 
 def _set_aliases(records: dict[str, Record], registered_model: str) -> None:

@@ -1,0 +1,109 @@
+"""Single steps by hand, on checkpoint folders, without pipeline, store or MLflow: `ptl prune SRC DST --config FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptl.config import load_config, removal
+from ptl.errors import InputError
+
+Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
+Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML file, for its settings")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the step commands."""
+    for command in (import_model, prune, recover, evaluate, report):
+        app.command(command.__name__.replace("_", "-"), rich_help_panel="Single steps")(command)
+
+
+def import_model(
+    source: Annotated[str, typer.Argument(help="hub id or folder", show_default=False)],
+    dst: Target,
+    revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
+) -> None:
+    """Check a dense checkpoint, weights included, and copy it."""
+    from ptl import importer
+
+    _fresh(dst)
+    importer.import_checkpoint(source, revision, dst)
+    print(f"wrote {dst}")
+
+
+def prune(
+    src: Source,
+    dst: Target,
+    config: ConfigFile,
+    target: Annotated[float | None, typer.Option(help="share of SRC to remove, or parameters to end with")] = None,
+    unit: Annotated[str, typer.Option(help="neurons or layers")] = "neurons",
+) -> None:
+    """Score, select and cut once; without --target to the config's whole target."""
+    from ptl import checkpoint
+    from ptl.prune import prune_checkpoint
+
+    settings = load_config(config)
+    if unit not in ("neurons", "layers"):
+        raise InputError(f"--unit: {unit!r} must be neurons or layers")
+    _fresh(dst)
+    params = checkpoint.num_params(src)
+    goal = params - removal(params, settings.schedule.target if target is None else target)
+    report = prune_checkpoint(src, dst, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed)
+    _show(report)
+
+
+def recover(
+    src: Source,
+    dst: Target,
+    config: ConfigFile,
+    tokens: Annotated[int | None, typer.Option(help="token budget; none: the config's whole budget")] = None,
+) -> None:
+    """Train a checkpoint on the config's training data, as one recovery that is both first and last."""
+    from ptl.recover import Round, recover_checkpoint
+
+    settings = load_config(config)
+    _fresh(dst)
+    budget = settings.schedule.recovery_tokens if tokens is None else tokens
+    here = Round(budget, 0, True, settings.seed)
+    scratch = dst.with_name(dst.name + ".training")
+    report = recover_checkpoint(
+        src, dst, settings.recover[0], settings.training, here, scratch, lambda metrics, step: print(step, metrics)
+    )
+    _show(report)
+
+
+def evaluate(src: Source, dst: Target, config: ConfigFile) -> None:
+    """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
+    from ptl.evaluate import evaluate_checkpoint
+
+    settings = load_config(config)
+    _fresh(dst)
+    _show(evaluate_checkpoint(src, dst, settings.evaluate, seed=settings.seed))
+
+
+def report(
+    result: Annotated[Path, typer.Argument(help="result.json of a run", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="folder for the pages", show_default=False)],
+) -> None:
+    """Make a run's pages again from its result.json."""
+    from ptl.report import render
+
+    if not result.is_file():
+        raise InputError(f"result: no file {result}; give the result.json of a run")
+    render(json.loads(result.read_text()), dst)
+    print(f"wrote {dst / 'report.html'}")
+
+
+def _fresh(dst: Path) -> None:
+    if dst.exists() and any(dst.iterdir()):
+        raise InputError(f"dst: {dst} is not empty; give a folder that does not exist yet")
+    dst.mkdir(parents=True, exist_ok=True)
+
+
+def _show(report: Any) -> None:
+    print(json.dumps(dataclasses.asdict(report), indent=1, default=str))
