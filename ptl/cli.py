@@ -73,6 +73,7 @@ def run(
 ) -> None:
     """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
     from ptl import runs
+    from ptl.report import print_table
 
     checked = _load(config, sets)
     _preflight(checked)
@@ -81,7 +82,10 @@ def run(
     print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
     started = time.monotonic()
     _execute(here, checked, verbose)
-    _finish(here, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    (here.path / "timing.json").write_text(json.dumps({"seconds": seconds, "continued": resumed}) + "\n")
+    print_table(json.loads(here.result.read_text()), here.path)
+    print(f"done in {seconds:.0f} s")
 
 
 @app.command()
@@ -175,13 +179,6 @@ def _execute(here: Any, config: Config, verbose: bool) -> None:
         message, code = runs.failure(here) or (str(error), 1)
         again = "mend it and run the same command again: finished steps are not redone"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
-
-
-def _finish(here: Any, seconds: float) -> None:
-    from ptl.report import print_table
-
-    print_table(json.loads(here.result.read_text()), here.path)
-    print(f"done in {seconds:.0f} s")
 
 
 def _load(path: Path, sets: list[str]) -> Config:

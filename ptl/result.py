@@ -143,6 +143,7 @@ def _step(name: str, record: Record) -> dict[str, Any]:
         "iteration": facts.get("iteration", 0),
         "stage": facts["stage"],
         "seconds": facts.get("seconds", 0.0),
+        "whole_seconds": facts.get("whole_seconds", 0.0),
         "skipped": bool(facts.get("skipped")) or (facts["stage"] == "evaluate" and not facts.get("scores")),
         "params": pointer.get("params", 0),
         "model_version": pointer.get("model_version", ""),

@@ -83,6 +83,7 @@ GSM8K = {"train": LocalFile("gsm8k_train.jsonl"), "test": LocalFile("gsm8k_test.
 # Files under the names by which the benchmarks are distributed; others: data_dir/<task>/<split>.jsonl
 LOCAL: dict[str, dict[str, LocalFile]] = {
     "gsm8k": GSM8K,
+    "gsm8k_perplexity": GSM8K,  # examples/smollm2
     "gsm8k_cot": GSM8K,
     "gsm8k_cot_zeroshot": GSM8K,
     "minerva_math500": {"test": LocalFile("math500.jsonl", _math_row)},
