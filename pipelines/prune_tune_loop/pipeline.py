@@ -10,6 +10,8 @@ from components.import_model.component import import_model
 from components.prune.component import prune
 from components.recover.component import recover
 from components.report.component import report
+from pipelines.prune_tune_loop import cluster
+from pipelines.prune_tune_loop.compact import compact
 from ptl.config import Config
 from ptl.images import image
 
@@ -165,6 +167,7 @@ def build(config: Config) -> Any:
 def compile_pipeline(config: Config, path: Path) -> None:
     """Write the compiled YAML; the same config gives the same bytes."""
     compiler.Compiler().compile(build(config), str(path))
+    compact(path)
 
 
 def _name(stage: str, arm: str, suffix: str) -> str:
@@ -172,14 +175,7 @@ def _name(stage: str, arm: str, suffix: str) -> str:
 
 
 def _on_cluster(task: Any, name: str, config: Config) -> Any:
-    """Image and resources of a task; local runners ignore all but the image."""
+    """Image and cluster settings of a task; local runners ignore all but the image."""
     stage = next(stage for stage in ("import-model", "prune", "recover", "evaluate", "report") if stage in name)
     task.set_container_image(image(stage, config.images.registry, config.images.tag))
-    wanted = config.resources
-    if wanted.accelerator and wanted.accelerators and stage in ("prune", "recover", "evaluate"):
-        task.set_accelerator_type(wanted.accelerator).set_accelerator_limit(wanted.accelerators)
-    if wanted.cpu:
-        task.set_cpu_request(wanted.cpu).set_cpu_limit(wanted.cpu)
-    if wanted.memory:
-        task.set_memory_request(wanted.memory).set_memory_limit(wanted.memory)
-    return task
+    return cluster.configure(task, stage, config)

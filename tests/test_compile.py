@@ -1,0 +1,154 @@
+"""The compiled pipeline: same bytes, no GPU stack, small, in order, and equal to the golden files."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.prune_tune_loop.pipeline import compile_pipeline, parameters
+from ptl.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+GOLDEN = ROOT / "tests" / "golden"
+HEAVY = ("torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets", "numpy")
+# What is structure: it is in the DAG, in the tasks' Kubernetes settings or in the names of both.
+STRUCTURE = {"name", "schedule.iterations", "control", "resources", "images", "storage"}
+
+
+def compiled(path, tmp_path, **sets):
+    out = tmp_path / "pipeline.yaml"
+    compile_pipeline(load_config(path, {name.replace("__", "."): value for name, value in sets.items()}), out)
+    return out
+
+
+def spec_of(path):
+    return next(iter(yaml.safe_load_all(path.read_text())))
+
+
+def tasks_of(path):
+    return spec_of(path)["root"]["dag"]["tasks"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_compiles(path, tmp_path):
+    tasks = tasks_of(compiled(path, tmp_path))
+    config = load_config(path)
+    assert len(tasks) == 3 + 3 * config.schedule.iterations + 3 * config.control
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpu-gate", "onprem"])
+def test_golden(name, tmp_path):
+    """PTL_UPDATE_GOLDEN=1 writes the files again; read the difference before committing it."""
+    text = compiled(TINY.with_name(f"{name}.yaml"), tmp_path).read_text()
+    text = re.sub(r"^sdkVersion: .*$", "sdkVersion: any", text, flags=re.MULTILINE)
+    golden = GOLDEN / f"{name}.yaml"
+    if os.environ.get("PTL_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
+    started = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "ptl", "compile", str(TINY), "-o", str(tmp_path / "p.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "kfp" in imported and not imported & set(HEAVY)
+    assert time.monotonic() - started < 30  # 0.7 s on an idle machine; `make bench` times it
+
+
+def test_the_same_config_gives_the_same_bytes_in_another_process(tmp_path):
+    mine = compiled(TINY, tmp_path).read_bytes()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "ptl", "compile", str(TINY), "-o", str(tmp_path / "p.yaml")]
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
+        assert (tmp_path / "p.yaml").read_bytes() == mine
+
+
+@pytest.mark.parametrize(("config", "iterations", "tasks", "limit"), [("tiny", 12, 42, 150), ("onprem", 12, 42, 400)])
+def test_many_tasks_stay_small(config, iterations, tasks, limit, tmp_path):
+    path = compiled(TINY.with_name(f"{config}.yaml"), tmp_path, schedule__iterations=iterations)
+    assert len(tasks_of(path)) == tasks
+    assert path.stat().st_size < limit * 1024
+
+
+def test_names_and_order(tmp_path):
+    tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2))
+    names = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
+    rounds = [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+    control = ["control-prune", "control-recover", "control-evaluate"]
+    order = ["import-model", "evaluate-0", *rounds, *control, "report"]
+    assert sorted(names.values()) == sorted(order)
+    after = {names[key]: {names[other] for other in task.get("dependentTasks", [])} for key, task in tasks.items()}
+    for before, name in itertools.pairwise(order):
+        assert before in after[name], f"{name} may start before {before}"
+
+
+def test_rounds_go_on_from_what_the_gate_accepted(tmp_path):
+    tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2))
+    name = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
+    source = {}
+    for key, task in tasks.items():
+        for arg, value in task["inputs"].get("artifacts", {}).items():
+            output = value["taskOutputArtifact"]
+            source[name[key], arg] = (name[output["producerTask"]], output["outputArtifactKey"])
+    assert source["prune-1", "model"] == source["control-prune", "model"] == ("evaluate-0", "accepted")
+    assert source["prune-2", "model"] == source["evaluate-2", "fallback"] == ("evaluate-1", "accepted")
+    assert source["evaluate-1", "model"] == ("recover-1", "out")
+    assert source["report", "final"] == ("evaluate-2", "accepted")
+
+
+def test_what_is_not_structural_is_a_parameter_with_a_default(tmp_path):
+    config = load_config(TINY)
+    form = spec_of(compiled(TINY, tmp_path))["root"]["inputDefinitions"]["parameters"]
+    assert set(form) == set(parameters(config))
+    assert all("defaultValue" in field for field in form.values())
+    covers = {
+        "model": {"model", "revision"},
+        "schedule": {"target", "recovery_tokens", "cuts", "tokens"},
+        "calibration": {"calibration"},
+        "training": {"training"},
+        "prune": {"prune_settings"},
+        "recover": {"recover_settings"},
+        "evaluate": {"evaluate_settings"},
+        "gate": {"gate"},
+        "seed": {"seed"},
+    }
+    assert set(covers) | {name.partition(".")[0] for name in STRUCTURE} == set(type(config).model_fields)
+    assert set().union(*covers.values()) | {"experiment", "registered_model"} == set(form)
+    assert set(type(config.schedule).model_fields) == covers["schedule"] | {"iterations"}
+
+
+def test_no_task_takes_results_from_kfps_cache(tmp_path):
+    assert not any(task["cachingOptions"] for task in tasks_of(compiled(TINY, tmp_path)).values())
+
+
+def test_tasks_of_one_kind_share_one_definition(tmp_path):
+    spec = spec_of(compiled(TINY, tmp_path))
+    assert len(spec["components"]) == len(spec["deploymentSpec"]["executors"]) == 5
+    used = {task["componentRef"]["name"] for task in spec["root"]["dag"]["tasks"].values()}
+    assert used == set(spec["components"])
+
+
+def test_different_executors_are_not_shared(tmp_path):
+    from pipelines.prune_tune_loop.compact import compact
+
+    path = compiled(TINY, tmp_path)
+    spec, platform = yaml.safe_load_all(path.read_text())
+    executors = spec["deploymentSpec"]["executors"]
+    executors["exec-prune-2"] = {"container": {**executors["exec-prune"]["container"], "image": "other"}}
+    spec["components"]["comp-prune-2"] = {**spec["components"]["comp-prune"], "executorLabel": "exec-prune-2"}
+    spec["root"]["dag"]["tasks"]["prune-2"]["componentRef"]["name"] = "comp-prune-2"
+    path.write_text(yaml.safe_dump_all([spec, platform]))
+    compact(path)
+    after = spec_of(path)
+    assert after["root"]["dag"]["tasks"]["prune-2"]["componentRef"]["name"] == "comp-prune-2"
+    assert after["deploymentSpec"]["executors"]["exec-prune-2"]["container"]["image"] == "other"
