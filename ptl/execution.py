@@ -152,13 +152,17 @@ def _metrics(facts: Facts) -> dict[str, float]:
     return metrics
 
 
-def _flat(settings: Facts, prefix: str = "") -> dict[str, Any]:
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, as MLflow shows parameters; what is unset is left out."""
+    if isinstance(settings, dict):
+        entries: Any = settings.items()
+    elif isinstance(settings, list) and any(isinstance(each, dict) for each in settings):
+        entries = enumerate(settings)
+    else:
+        return {} if settings is None else {name: settings}
     flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+    for key, value in entries:
+        flat |= _flat(value, f"{name}.{key}" if name else str(key))
     return flat
 
 
