@@ -1,5 +1,6 @@
 """The loop, unrolled: a Python loop at compile time makes one flat DAG of prune, recover and evaluate tasks."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import Config
-from ptl.images import image
+from ptl.images import IMAGE_OF, image
 
 
 def parameters(config: Config) -> dict[str, Any]:
@@ -44,7 +45,6 @@ def parameters(config: Config) -> dict[str, Any]:
 def build(config: Config) -> Any:
     """The pipeline of a config: import, baseline, the loop, its control, the report."""
     defaults = parameters(config)
-    structure = config.model_dump(mode="json", exclude_none=True)  # the report puts the run's own parameters over it
 
     @dsl.pipeline(name=config.name, description="Prune-Tune Loop: prune, recover and evaluate, a little at a time")
     def prune_tune_loop(
@@ -64,102 +64,8 @@ def build(config: Config) -> Any:
         experiment: str = defaults["experiment"],
         registered_model: str = defaults["registered_model"],
     ) -> None:
-        schedule = {"target": target, "cuts": cuts, "recovery_tokens": recovery_tokens, "tokens": tokens}
-        order: list[tuple[str, Any]] = []  # step names and tasks: local runners need one fixed order
-
-        def add(name: str, task: Any) -> Any:
-            if order:
-                task.after(order[-1][1])
-            order.append((name, task.set_display_name(name)))
-            return _on_cluster(task, name, config)
-
-        def add_evaluate(name: str, arm: str, iteration: int, candidate: Any, fallback: Any) -> Any:
-            task = evaluate(
-                step=name,
-                arm=arm,
-                iteration=iteration,
-                experiment=experiment,
-                target=target,
-                evaluate=evaluate_settings,
-                gate=gate,
-                seed=seed,
-                registered_model=registered_model,
-                model=candidate,
-                fallback=fallback,
-            )
-            return add(name, task).outputs["accepted"]
-
-        def add_round(suffix: str, arm: str, iteration: int, iterations: int, start: Any) -> Any:
-            """Prune, recover and evaluate; returns the checkpoint that goes on."""
-            where = {
-                "arm": arm,
-                "iteration": iteration,
-                "iterations": iterations,
-                "experiment": experiment,
-                "seed": seed,
-            }
-            name = _name("prune", arm, suffix)
-            cut = add(
-                name,
-                prune(step=name, model=start, prune=prune_settings, calibration=calibration, **where, **schedule),
-            )
-            name = _name("recover", arm, suffix)
-            healed = add(
-                name,
-                recover(
-                    step=name,
-                    model=cut.outputs["out"],
-                    recover=recover_settings,
-                    training=training,
-                    **where,
-                    **schedule,
-                ),
-            )
-            name = _name("evaluate", arm, suffix)
-            return add_evaluate(name, arm, iteration, healed.outputs["out"], start)
-
-        dense = add(
-            "import-model",
-            import_model(
-                step="import-model",
-                experiment=experiment,
-                model=model,
-                revision=revision,
-                prune=prune_settings,
-                calibration=calibration,
-                training=training,
-                evaluate=evaluate_settings,
-                iterations=config.schedule.iterations,
-                **schedule,
-            ),
-        ).outputs["out"]
-        accepted = add_evaluate("evaluate-0", "loop", 0, dense, dense)
-        baseline = accepted
-        for iteration in range(1, config.schedule.iterations + 1):
-            accepted = add_round(str(iteration), "loop", iteration, config.schedule.iterations, accepted)
-        if config.control:
-            add_round("", "control", 1, 1, baseline)
-        add(
-            "report",
-            report(
-                step="report",
-                experiment=experiment,
-                names=[name for name, _ in order],
-                settings=structure,
-                model=model,
-                revision=revision,
-                seed=seed,
-                prune=prune_settings,
-                calibration=calibration,
-                recover=recover_settings,
-                training=training,
-                evaluate=evaluate_settings,
-                gate=gate,
-                registered_model=registered_model,
-                final=accepted,
-                **schedule,
-            ),
-        )
+        given = locals()
+        _unroll(_Dag(config, {name: given[name] for name in defaults}))
 
     return prune_tune_loop
 
@@ -170,12 +76,68 @@ def compile_pipeline(config: Config, path: Path) -> None:
     compact(path)
 
 
-def _name(stage: str, arm: str, suffix: str) -> str:
-    return f"{stage}-{suffix}" if arm == "loop" else f"control-{stage}"
+@dataclass
+class _Dag:
+    """The DAG while it grows: its parameters as KFP's placeholders, and the tasks so far in their order."""
+
+    config: Config
+    given: dict[str, Any]
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Parameters for a component; `<stage>_settings` arrives there as `<stage>`."""
+        return {name.removesuffix("_settings"): self.given[name] for name in names}
+
+    def add(self, component: Any, step: str, **inputs: Any) -> Any:
+        """A task after all that came before: local runners need one fixed order."""
+        task = component(step=step, **self.pick("experiment"), **inputs).set_display_name(step)
+        if self.tasks:
+            task.after(list(self.tasks.values())[-1])
+        self.tasks[step] = task
+        stage = next(stage for stage in IMAGE_OF if stage in step)
+        task.set_container_image(image(stage, self.config.images.registry, self.config.images.tag))
+        return cluster.configure(task, stage, self.config)
 
 
-def _on_cluster(task: Any, name: str, config: Config) -> Any:
-    """Image and cluster settings of a task; local runners ignore all but the image."""
-    stage = next(stage for stage in ("import-model", "prune", "recover", "evaluate", "report") if stage in name)
-    task.set_container_image(image(stage, config.images.registry, config.images.tag))
-    return cluster.configure(task, stage, config)
+SCHEDULE = ("target", "cuts", "recovery_tokens", "tokens")
+
+
+def _unroll(dag: _Dag) -> None:
+    """All tasks of a run."""
+    iterations = dag.config.schedule.iterations
+    settings = dag.pick(*SCHEDULE, "prune_settings", "calibration", "training", "evaluate_settings")
+    dense = dag.add(
+        import_model, "import-model", iterations=iterations, **dag.pick("model", "revision"), **settings
+    ).outputs["out"]
+    baseline = _evaluate(dag, "evaluate-0", "loop", 0, dense, dense)
+    accepted = baseline
+    for iteration in range(1, iterations + 1):
+        accepted = _round(dag, f"{{stage}}-{iteration}", "loop", iteration, iterations, accepted)
+    if dag.config.control:
+        _round(dag, "control-{stage}", "control", 1, 1, baseline)
+    dag.add(
+        report,
+        "report",
+        names=list(dag.tasks),
+        settings=dag.config.model_dump(mode="json", exclude_none=True),  # under the run's own parameters
+        final=accepted,
+        **dag.pick("model", "revision", "seed", "recover_settings", "gate", "registered_model"),
+        **settings,
+    )
+
+
+def _round(dag: _Dag, name: str, arm: str, iteration: int, iterations: int, start: Any) -> Any:
+    """Prune, recover and evaluate; returns the checkpoint that goes on."""
+    where = {"arm": arm, "iteration": iteration, "iterations": iterations, **dag.pick("seed", *SCHEDULE)}
+    settings = dag.pick("prune_settings", "calibration")
+    cut = dag.add(prune, name.format(stage="prune"), model=start, **settings, **where)
+    settings = dag.pick("recover_settings", "training")
+    healed = dag.add(recover, name.format(stage="recover"), model=cut.outputs["out"], **settings, **where)
+    return _evaluate(dag, name.format(stage="evaluate"), arm, iteration, healed.outputs["out"], start)
+
+
+def _evaluate(dag: _Dag, name: str, arm: str, iteration: int, candidate: Any, fallback: Any) -> Any:
+    """Score a candidate; returns the checkpoint that the gate lets go on, it or the fallback."""
+    settings = dag.pick("target", "evaluate_settings", "gate", "seed", "registered_model")
+    task = dag.add(evaluate, name, arm=arm, iteration=iteration, model=candidate, fallback=fallback, **settings)
+    return task.outputs["accepted"]
