@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,8 @@ def run(
     home: Home = Path(".ptl"),
     run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
     fresh: Annotated[bool, typer.Option("--new", help="begin anew although an unfinished run could go on")] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="start `ptl up`'s S3 and MLflow servers, and use them")] = False,
+    runner: Annotated[str, typer.Option(help="subprocess, or docker: each step in its image")] = "subprocess",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the steps print")] = False,
 ) -> None:
     """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
@@ -76,16 +79,48 @@ def run(
     from ptl.report import print_table
 
     checked = _load(config, sets)
+    _check_runner(runner, checked, s3)
     _preflight(checked)
+    servers = runs.start_servers(home.absolute()) if s3 else {}
     here, resumed = runs.open_run(home, checked, run_dir, fresh)
-    runs.prepare(here, checked)
-    print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
-    started = time.monotonic()
-    _execute(here, checked, verbose)
-    seconds = time.monotonic() - started
-    (here.path / "timing.json").write_text(json.dumps({"seconds": seconds, "continued": resumed}) + "\n")
-    print_table(json.loads(here.result.read_text()), here.path)
-    print(f"done in {seconds:.0f} s")
+    environment = runs.environment(here, servers)
+    runs.use(environment)
+    artifacts = runs.artifact_location(checked.storage.experiment)
+    with runs.prepare(here, checked):
+        print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
+        if servers:
+            print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
+        started = time.monotonic()
+        _execute(here, checked, runner, environment, artifacts, verbose)
+        seconds = time.monotonic() - started
+        (here.path / "timing.json").write_text(json.dumps({"seconds": seconds, "continued": resumed}) + "\n")
+        print_table(json.loads(here.result.read_text()), here.path)
+        print(f"Checkpoint: `ptl fetch {here.path} DIR` copies the final one\ndone in {seconds:.0f} s")
+
+
+@app.command()
+def fetch(
+    run: Annotated[
+        Path, typer.Argument(help="a finished run's directory, for example .ptl/latest", show_default=False)
+    ],
+    dst: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
+) -> None:
+    """Copy a run's final checkpoint, verified, and its model card into a folder of your own."""
+    import shutil
+
+    from ptl import store
+    from ptl.manifest import FILES
+
+    if not (run / "result.json").is_file():
+        raise InputError(f"run: {run} holds no result.json; give the directory of a finished run")
+    if dst.exists() and any(dst.iterdir()):
+        raise InputError(f"dst: {dst} is not empty; give a folder that does not exist yet")
+    final = json.loads((run / "result.json").read_text())["final"]
+    folder = store.fetch(store.Pointer(uri=final["uri"], digest=final["digest"]), dst.with_name(dst.name + ".fetch"))
+    shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
+    shutil.copyfile(run / "README.md", dst / "README.md")
+    shutil.rmtree(dst.with_name(dst.name + ".fetch"), ignore_errors=True)
+    print(f"wrote {dst}: {final['params']:,} parameters")
 
 
 @app.command()
@@ -166,17 +201,31 @@ def version() -> None:
     print(__version__)
 
 
-def _execute(here: Any, config: Config, verbose: bool) -> None:
+def _check_runner(runner: str, config: Config, s3: bool) -> None:
+    """What the runner needs, before anything is started."""
+    _pipelines()
+    from pipelines.prune_tune_loop import containers
+    from pipelines.prune_tune_loop.runners import RUNNERS
+
+    if runner not in RUNNERS:
+        raise InputError(f"--runner: {runner!r} must be one of {', '.join(RUNNERS)}")
+    if runner == "docker":
+        containers.check(config, "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", ""))
+
+
+def _execute(
+    here: Any, config: Config, runner: str, environment: dict[str, str], artifacts: str, verbose: bool
+) -> None:
     from ptl import runs
 
     pipeline = here.path / "pipeline.yaml"
     _pipelines().compile_pipeline(config, pipeline)
-    from pipelines.prune_tune_loop.runners import RUNNERS
+    from pipelines.prune_tune_loop.runners import RUNNERS, Job
 
     try:
-        RUNNERS["subprocess"](pipeline, here.path, runs.environment(here), verbose)
-    except WorkError as error:
-        message, code = runs.failure(here) or (str(error), 1)
+        RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts), verbose)
+    except PtlError as error:
+        message, code = runs.failure(here) or (str(error), error.exit_code)
         again = "mend it and run the same command again: finished steps are not redone"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
 

@@ -122,3 +122,8 @@ def test_validate_prints_the_plan_and_schema_the_fields():
 
 def test_a_bad_override_is_refused():
     assert "must be FIELD=VALUE" in ptl("validate", TINY, "--set", "seed").stderr
+
+
+def test_fetch_refuses_what_is_no_finished_run(tmp_path):
+    done = ptl("fetch", tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and "holds no result.json" in done.stderr

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptl import store
-
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
@@ -104,12 +102,19 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
             assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
 
 
-def test_the_final_checkpoint_is_ordinary_and_generates(finished):
+def test_the_final_checkpoint_is_ordinary_and_generates(finished, tmp_path):
     """In a new process, with plain transformers: loads, has no leftovers of training; the KV cache changes nothing."""
-    home = finished[0]
-    pointer = store.Pointer(**records(home)["recover-2"]["pointer"])
-    folder = store.fetch(pointer, home / "cache")
-    assert not (folder / "recovery_state.safetensors").exists()
+    home, folder = finished[0], tmp_path / "final"
+    fetched = subprocess.run(
+        [sys.executable, "-m", "ptl", "fetch", str(home / "latest"), str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert fetched.returncode == 0, fetched.stderr
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+    assert {path.name for path in folder.glob("*.safetensors")} == {"model.safetensors"}
+    params = records(home)["recover-2"]["pointer"]["params"]
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,7 +126,7 @@ print(tokenizer.decode(with_cache[0]), sum(p.numel() for p in model.parameters()
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "####" in done.stdout and str(pointer.params) in done.stdout
+    assert "####" in done.stdout and str(params) in done.stdout
 
 
 def test_mlflow_shows_the_lineage(finished):
