@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from ptl import checkpoint
 from ptl.errors import InputError
-from ptl.families import IN_LAYER, Family
+from ptl.families import IN_LAYER, ROTARY, Family
+from ptl.safefile import FLOATS, Entry
+
+MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
+MIN_STEPS = 8  # a multiple is taken by default where the width holds at least as many of it
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,21 @@ class Anatomy:
 
 
 def anatomy(folder: Path, family: Family) -> Anatomy:
-    """Measure a checkpoint without loading it."""
+    """Measure a checkpoint without loading it.
+
+    Raises InputError that names a missing, extra or misshapen tensor, or dtypes that cannot be cut.
+    """
     config = checkpoint.read_config(folder)
+    found = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
+    for field in (family.depth_field, family.width_field):
+        if not isinstance(config.get(field), int):
+            raise InputError(f"model.path: {folder}/config.json lacks {field}; fetch the checkpoint again")
+    _check_names(folder, family, config, found)
+    _check_tensors(folder, family, config, found)
     per_layer: dict[int, int] = {}
     per_neuron = params = 0
-    for name, shape in checkpoint.shapes(folder).items():
-        size = math.prod(shape)
+    for name, entry in found.items():
+        size = math.prod(entry.shape)
         params += size
         match = IN_LAYER.match(name)
         if match is None:
@@ -36,25 +51,40 @@ def anatomy(folder: Path, family: Family) -> Anatomy:
         per_layer[int(match["layer"])] = per_layer.get(int(match["layer"]), 0) + size
         if match["part"] in family.rows or (match["part"] == family.columns and match["kind"] == "weight"):
             per_neuron += size // config[family.width_field]
-    return Anatomy(
-        params, config[family.depth_field], config[family.width_field], per_neuron, min(per_layer.values(), default=0)
-    )
+    return Anatomy(params, config[family.depth_field], config[family.width_field], per_neuron, min(per_layer.values()))
 
 
-def width_for(body: Anatomy, goal: int, multiple: int) -> int:
+def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
+    """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
+
+    Raises InputError when the ranks do not divide the width.
+    """
+    if width % tensor_parallel:
+        raise InputError(
+            f"prune.tensor_parallel={tensor_parallel} does not divide the FFN width {width}; "
+            "give the number of GPUs that the model is really split over"
+        )
+    if multiple != "auto":
+        return math.lcm(multiple, tensor_parallel)
+    fitting = (m * tensor_parallel for m in MULTIPLES if width % (m * tensor_parallel) == 0)
+    return next((m for m in fitting if width // m >= MIN_STEPS), tensor_parallel)
+
+
+def width_for(body: Anatomy, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
     Raises InputError when fewer neurons than one multiple would be left.
     """
     if goal >= body.params:
         return body.width
+    step = resolve_multiple(body.width, multiple, tensor_parallel)
     width = body.width - math.ceil((body.params - goal) / body.params_per_neuron)
-    width -= width % multiple
-    if width < multiple:
+    width -= width % step
+    if width < step:
         rest = body.params - body.width * body.params_per_neuron
         raise InputError(
             f"schedule.target: {goal:,} parameters cannot be reached by neurons: all but the FFNs are {rest:,}, and "
-            f"prune.width_multiple={multiple} needs at least {rest + multiple * body.params_per_neuron:,}; "
+            f"prune.width_multiple={step} needs at least {rest + step * body.params_per_neuron:,}; "
             "lower schedule.target or prune.width_multiple"
         )
     return width
@@ -69,3 +99,49 @@ def layers_for(body: Anatomy, goal: int) -> int:
             "lower schedule.target or prune neurons"
         )
     return count
+
+
+def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
+    """Every tensor that the family has is there, and no other."""
+    wanted = {"model.embed_tokens.weight", "model.norm.weight"}
+    wanted |= {f"model.layers.{i}.{part}.weight" for i in range(config[family.depth_field]) for part in family.parts}
+    allowed = {"lm_head.weight", "lm_head.bias"} | {f"{name.removesuffix('weight')}bias" for name in wanted}
+    if not config.get("tie_word_embeddings", family.tied):
+        wanted.add("lm_head.weight")
+    # a bias is the family's or not, for every layer alike
+    for name in (name for name in found if name.endswith(".bias")):
+        match = IN_LAYER.match(name)
+        if match and name in allowed:
+            depth = range(config[family.depth_field])
+            wanted |= {f"{match['prefix']}{i}.{match['part']}.bias" for i in depth}
+    for problem, names in (("lacks", wanted - found.keys()), ("has an unknown", found.keys() - wanted - allowed)):
+        if names:
+            raise InputError(
+                f"model.path: {folder} {problem} tensor {min(names)}{_more(names)}, for model_type {family.model_type} "
+                f"with {config[family.depth_field]} layers; use a complete checkpoint of this architecture"
+            )
+
+
+def _check_tensors(folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
+    """FFN tensors have the config's width, and all tensors one floating-point dtype."""
+    width = config[family.width_field]
+    for name, entry in found.items():
+        match = IN_LAYER.match(name)
+        if match is None:
+            continue
+        rows, columns = match["part"] in family.rows, match["part"] == family.columns and match["kind"] == "weight"
+        if (rows and entry.shape[0] != width * family.blocks) or (columns and entry.shape[1] != width):
+            raise InputError(
+                f"model.path: tensor {name} in {entry.path} has shape {list(entry.shape)}, which does not fit "
+                f"{family.width_field}={width} in config.json; use a checkpoint with the same width in every layer"
+            )
+    dtypes = sorted({entry.dtype for entry in found.values()})
+    if len(dtypes) > 1 or dtypes[0] not in FLOATS:
+        raise InputError(
+            f"model.path: {folder} holds {' and '.join(dtypes)} tensors; one of {', '.join(FLOATS)} for all of them is "
+            "needed: load it with from_pretrained(..., dtype=...), save it, and give that folder"
+        )
+
+
+def _more(names: set[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

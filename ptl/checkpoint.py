@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptl import safefile
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def shards(folder: Path) -> list[Path]:
     """The weight files, in order. Raises InputError for pickles, missing shards and paths that leave the folder."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_weight_map(folder).values()))
         for name in names:
             if Path(name).name != name:
                 raise InputError(f"model.path: {index} names {name!r}, which is no plain file name; refused")
@@ -61,34 +60,31 @@ def shards(folder: Path) -> list[Path]:
     raise InputError(f"model.path: {folder} has no {WEIGHTS}; give the folder of a safetensors checkpoint")
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, from the shards' headers alone. Raises InputError that names a damaged shard."""
-    found: dict[str, tuple[int, ...]] = {}
+def contents(folder: Path) -> dict[str, safefile.Entry]:
+    """Every tensor of the weights by name, from the shards' headers alone. Raises InputError that names a bad shard."""
+    found: dict[str, safefile.Entry] = {}
     for path in shards(folder):
-        for name, entry in _header(path).items():
-            if name == "__metadata__":
-                continue
-            if name in found:
-                raise InputError(f"model.path: tensor {name} is in two shards, {path} among them; fetch it again")
-            found[name] = tuple(entry["shape"])
+        for entry in safefile.entries(path):
+            if entry.name in found:
+                raise InputError(f"model.path: tensor {entry.name} is in two shards, {path} among them; fetch it again")
+            found[entry.name] = entry
+    for name, file in _weight_map(folder).items():
+        if name not in found or found[name].path.name != file:
+            raise InputError(
+                f"model.path: {folder / INDEX} says that {file} holds {name}, and it does not; fetch it again"
+            )
     return found
 
 
 def num_params(folder: Path) -> int:
     """Parameters of a checkpoint; tied tensors, which are saved once, count once."""
-    return sum(math.prod(shape) for shape in shapes(folder).values())
+    return sum(math.prod(entry.shape) for entry in contents(folder).values())
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor, one after the other, so that only one is in memory."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"model.path: shard {path} is damaged ({error}); fetch the checkpoint again") from error
+    for entry in safefile.entries(path):
+        yield entry.name, safefile.read(entry)
 
 
 def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
@@ -132,16 +128,13 @@ def check_finite(paths: Iterable[Path]) -> None:
                 )
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor, by the index; empty without one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER_BYTES, path.stat().st_size):
-                raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if path.stat().st_size != 8 + length + max(ends, default=0):
-            raise ValueError("file size differs from the header")
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"model.path: shard {path} is damaged ({error}); fetch the checkpoint again") from error
-    return header
+        weight_map = json.loads(path.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"model.path: {path} is no index of shards ({error}); fetch the checkpoint again") from error

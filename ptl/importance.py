@@ -1,79 +1,112 @@
 """Scores for neurons and for layers: the less a score, the more redundant the part. CRITERIA is where a user extends.
 
 A neuron is one FFN intermediate channel: a row of gate and up, a column of down. Shape letters: B sequences, T tokens,
-H hidden size, F intermediate size.
+H hidden size, F intermediate size. Scores are joined sequence by sequence, so that no activations are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ptl.families import Family
+from ptl.stream import Batch as Batch
+from ptl.stream import Stream
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: int64 [B, T]
+Scores = list[Tensor]  # float32 [F] of each layer
+Score = Callable[[Tensor, Tensor], Tensor]  # activations float32 [T, F] of one sequence, column norms [F] -> [F]
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """How the activations of one batch become scores, and how batches are joined.
+def _max(activations: Tensor, column_norms: Tensor) -> Tensor:
+    """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
+    return (activations.abs() * column_norms).amax(dim=0)
 
-    score(activations [B, T, F], their gradients or None, mask bool [B, T], weights) -> float32 [B, F], a row each.
+
+def _mean(activations: Tensor, column_norms: Tensor) -> Tensor:
+    """The mean change of the layer's output over a sequence's tokens."""
+    return (activations.abs() * column_norms).mean(dim=0)
+
+
+def _by_activations(stream: Stream, _seed: int, progress: bool, *, score: Score, join: str) -> Scores:
+    """Score each sequence's activations, one layer after the other."""
+    totals = [_Joined(join) for _ in stream.layers]
+    states = stream.embed()
+    for i in tqdm(range(len(stream.layers)), desc="scoring neurons, by layer", disable=not progress):
+        with torch.no_grad(), stream.layer(i) as layer, _caught(layer, stream.family.columns) as caught:
+            norms = column_norms(layer, stream)
+            for b, hidden in enumerate(states):
+                states[b] = stream.run(i, b, hidden)
+                for activations, length in zip(caught.pop(), stream.tokens(b), strict=True):
+                    totals[i].add(score(activations[:length].float(), norms))
+    return [total.result() for total in totals]
+
+
+def _by_gradients(stream: Stream, _seed: int, progress: bool) -> Scores:
+    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
+
+    Runs backwards layer by layer, each forward pass done again. Memory: the hidden states of every layer, beside one
+    layer: (layers + 1) x tokens x hidden size.
     """
-
-    score: Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], Tensor]
-    join: str  # "max" or "mean" over sequences
-    needs_gradients: bool = False
-
-
-def _contribution(activations: Tensor, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """|activation| x ||down column||: how far each token's output moves without the neuron. float32 [B, T, F]."""
-    column_norms = weights["down"].float().norm(dim=0)  # [F]
-    return activations.float().abs() * column_norms * mask[..., None]
-
-
-def _max(activations: Tensor, _: Tensor | None, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The paper's criterion (arXiv 2602.04919): largest change of the layer's output over all non-padding tokens."""
-    return _contribution(activations, mask, weights).amax(dim=1)
-
-
-def _mean(activations: Tensor, _: Tensor | None, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    return _contribution(activations, mask, weights).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    inputs = [stream.embed()]
+    for i in tqdm(range(len(stream.layers)), desc="taylor, forwards", disable=not progress):
+        with torch.no_grad(), stream.layer(i):
+            inputs.append([stream.run(i, b, hidden) for b, hidden in enumerate(inputs[-1])])
+    gradients = _loss_gradients(stream, inputs.pop())
+    totals = [_Joined("mean") for _ in stream.layers]
+    for i in tqdm(reversed(range(len(stream.layers))), total=len(totals), desc="taylor, back", disable=not progress):
+        with torch.enable_grad(), stream.layer(i) as layer, _caught(layer, stream.family.columns) as caught:
+            for b, hidden in enumerate(inputs.pop()):
+                hidden = hidden.detach().requires_grad_()
+                output = stream.run(i, b, hidden)
+                activations = caught.pop()
+                wanted = torch.autograd.grad(output, (hidden, activations), gradients[b])
+                gradients[b] = wanted[0]
+                for values, slopes, length in zip(activations.detach(), wanted[1], stream.tokens(b), strict=True):
+                    totals[i].add((values[:length].float() * slopes[:length].float()).sum(dim=0).abs())
+    return [total.result() for total in totals]
 
 
-def _taylor(activations: Tensor, gradients: Tensor | None, mask: Tensor, _: dict[str, Tensor]) -> Tensor:
-    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771)."""
-    assert gradients is not None
-    return (activations.float() * gradients.float() * mask[..., None]).sum(dim=1).abs()
-
-
-def _weight(activations: Tensor, _: Tensor | None, mask: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def _by_weights(stream: Stream, _seed: int, progress: bool) -> Scores:
     """L2 norm of the neuron's weights; the data plays no part."""
-    squares = weights["rows"].float().pow(2).sum(dim=-1).sum(dim=0) + weights["down"].float().pow(2).sum(dim=0)  # [F]
-    return squares.sqrt().expand(activations.shape[0], -1)
+    scores = []
+    for i in tqdm(range(len(stream.layers)), desc="scoring neurons, by layer", disable=not progress):
+        with torch.no_grad(), stream.layer(i) as layer:
+            squares = column_norms(layer, stream).pow(2)
+            for name in stream.family.rows:
+                rows = layer.get_parameter(f"{name}.weight").float().pow(2).sum(dim=1)  # [blocks * F]
+                squares = squares + rows.view(stream.family.blocks, -1).sum(dim=0)
+            scores.append(squares.sqrt().cpu())
+    return scores
 
 
-CRITERIA: dict[str, Criterion] = {
-    "max": Criterion(_max, "max"),
-    "mean": Criterion(_mean, "mean"),
-    "weight": Criterion(_weight, "max"),
-    "taylor": Criterion(_taylor, "mean", needs_gradients=True),
-    "random": Criterion(lambda activations, _g, _m, _w: torch.zeros(activations[:, 0].shape), "max"),
+def _random(stream: Stream, seed: int, _progress: bool) -> Scores:
+    """Uniform numbers: the control of every criterion."""
+    generator = torch.Generator().manual_seed(seed)
+    downs: list[Any] = [layer.get_submodule(stream.family.columns) for layer in stream.layers]
+    return [torch.rand(down.in_features, generator=generator) for down in downs]
+
+
+CRITERIA: dict[str, Callable[[Stream, int, bool], Scores]] = {
+    "max": partial(_by_activations, score=_max, join="max"),
+    "mean": partial(_by_activations, score=_mean, join="mean"),
+    "weight": _by_weights,
+    "taylor": _by_gradients,
+    "random": _random,
 }
 
 
 def _hidden_change(before: Tensor, after: Tensor) -> Tensor:
-    """The paper's layer criterion: how far the layer moves the hidden state. float32 [B, T]."""
+    """The paper's layer criterion: how far the layer moves the hidden state. float32 [T]."""
     return (after.float() - before.float()).norm(dim=-1)
 
 
 def _block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cosine of hidden state before and after (ShortGPT, arXiv 2403.03853, eq. 1). float32 [B, T]."""
+    """1 - cosine of hidden state before and after (ShortGPT, arXiv 2403.03853, eq. 1). float32 [T]."""
     return 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
@@ -83,98 +116,28 @@ LAYER_CRITERIA: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-class _Joined:
-    """Running max or mean of rows [B, units], so that no activations are kept."""
-
-    def __init__(self, how: str) -> None:
-        self.how, self.value, self.count = how, torch.zeros(()), 0
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.float().cpu()
-        self.count += rows.shape[0]
-        if self.how == "mean":
-            self.value = self.value + rows.sum(dim=0)
-        else:
-            best = rows.amax(dim=0)
-            self.value = best if self.value.dim() == 0 else torch.maximum(self.value, best)
-
-    def result(self) -> Tensor:
-        return self.value / self.count if self.how == "mean" else self.value
+def neuron_scores(stream: Stream, criterion: str, seed: int, progress: bool = True) -> Scores:
+    """Score every neuron on the stream's batches; returns float32 [F] per layer."""
+    return CRITERIA[criterion](stream, seed, progress)
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal language model."""
-    return model.get_decoder().layers  # type: ignore[operator]
-
-
-def neuron_scores(
-    model: Any, family: Family, batches: Sequence[Batch], criterion: str, seed: int, progress: bool = True
-) -> list[Tensor]:
-    """Score every neuron on the batches; returns float32 [F] per layer."""
-    layers = decoder_layers(model)
-    downs: list[Any] = [layer.get_submodule(family.columns) for layer in layers]
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(down.weight.shape[1], generator=generator) for down in downs]
-    rule = CRITERIA[criterion]
-    totals = [_Joined(rule.join) for _ in layers]
-    caught: dict[int, Tensor] = {}
-
-    def catch(i: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if rule.needs_gradients:
-                inputs[0].retain_grad()
-                caught[i] = inputs[0]
-            else:
-                totals[i].add(rule.score(inputs[0], None, mask, _weights(layers[i], family)))
-
-        return hook
-
-    hooks = [down.register_forward_pre_hook(catch(i)) for i, down in enumerate(downs)]
-    try:
-        with torch.set_grad_enabled(rule.needs_gradients):
-            for batch in tqdm(batches, desc=f"scoring neurons ({criterion})", disable=not progress):
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                mask = batch["attention_mask"].bool()
-                output = model(**batch, use_cache=False)
-                if rule.needs_gradients:
-                    output.loss.backward()
-                    for i, activations in caught.items():
-                        totals[i].add(rule.score(activations.detach(), activations.grad, mask, {}))
-                    model.zero_grad(set_to_none=True)
-                    caught.clear()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return [total.result() for total in totals]
-
-
-def layer_scores(model: Any, batches: Iterable[Batch], criterion: str, progress: bool = True) -> Tensor:
+def layer_scores(stream: Stream, criterion: str, progress: bool = True) -> Tensor:
     """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
     change, how = LAYER_CRITERIA[criterion]
-    layers = decoder_layers(model)
-    totals = [_Joined(how) for _ in layers]
-
-    def catch(i: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = inputs[0] if inputs else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            rows = (change(before, after) * mask).sum(dim=1) / mask.sum(dim=1)  # [B]
-            totals[i].add(rows[:, None])
-
-        return hook
-
-    hooks = [layer.register_forward_hook(catch(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc=f"scoring layers ({criterion})", disable=not progress):
-                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                mask = batch["attention_mask"].bool()
-                model(**batch, use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    totals = [_Joined(how) for _ in stream.layers]
+    states = stream.embed()
+    for i in tqdm(range(len(stream.layers)), desc=f"scoring layers ({criterion})", disable=not progress):
+        with torch.no_grad(), stream.layer(i):
+            for b, before in enumerate(states):
+                states[b] = stream.run(i, b, before)
+                for old, new, length in zip(before, states[b], stream.tokens(b), strict=True):
+                    totals[i].add(change(old[:length], new[:length]).mean()[None])
     return torch.cat([total.result() for total in totals])
+
+
+def column_norms(layer: nn.Module, stream: Stream) -> Tensor:
+    """Norm of each column of down_proj: float32 [F]."""
+    return layer.get_parameter(f"{stream.family.columns}.weight").float().norm(dim=0)
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:
@@ -188,6 +151,48 @@ def num_redundant(scores: Tensor, sigma: float) -> int:
     return int((scores < sigma).sum())
 
 
-def _weights(layer: nn.Module, family: Family) -> dict[str, Tensor]:
-    rows = torch.stack([layer.get_parameter(f"{name}.weight").detach() for name in family.rows])  # [rows, F, H]
-    return {"rows": rows, "down": layer.get_parameter(f"{family.columns}.weight").detach()}
+class _Joined:
+    """Running max or mean of what the sequences say of each unit."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.value, self.count = how, torch.zeros(()), 0
+
+    def add(self, scores: Tensor) -> None:
+        scores = scores.detach().cpu()
+        first = self.count == 0
+        self.count += 1
+        if self.how == "mean":
+            self.value = self.value + scores
+        else:
+            self.value = scores if first else torch.maximum(self.value, scores)
+
+    def result(self) -> Tensor:
+        return self.value / self.count if self.how == "mean" else self.value
+
+
+@contextmanager
+def _caught(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """A list that gets the input [B, T, F] of a submodule whenever it runs."""
+    caught: list[Tensor] = []
+
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(inputs[0])
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _loss_gradients(stream: Stream, last: list[Tensor]) -> list[Tensor]:
+    """Gradient of the summed next-token loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
+    gradients = []
+    with torch.enable_grad(), stream.head():
+        for b, hidden in enumerate(last):
+            rows = []
+            for row in range(hidden.shape[0]):
+                one = hidden[row : row + 1].detach().requires_grad_()
+                rows.append(torch.autograd.grad(stream.loss(b, row, one), one)[0])
+            gradients.append(torch.cat(rows))
+    return gradients

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ptl import checkpoint, importance
 from ptl.anatomy import Anatomy, anatomy, layers_for, width_for
 from ptl.config import Calibration, Prune
 from ptl.data import calibration_batches
 from ptl.families import Family, family_of
+from ptl.stream import Stream
 from ptl.surgery import Cut, cut_checkpoint
 
 
@@ -63,8 +61,7 @@ def _select_neurons(
     width = width_for(body, goal, settings.width_multiple)
     if width == body.width:
         return Cut(every, {})
-    model, batches = _load(src, calibration, seed)
-    scores = importance.neuron_scores(model, family, batches, settings.criterion, seed)
+    scores = importance.neuron_scores(_stream(src, family, calibration, seed), settings.criterion, seed)
     if settings.sigma_neuron is not None:
         needed = body.width - min(importance.num_redundant(layer, settings.sigma_neuron) for layer in scores)
         needed += -needed % settings.width_multiple
@@ -78,19 +75,14 @@ def _select_layers(
     count = layers_for(body, goal)
     if count == 0:
         return Cut(tuple(range(body.layers)), {})
-    model, batches = _load(src, calibration, seed)
-    scores = importance.layer_scores(model, batches, settings.layer_criterion)
+    scores = importance.layer_scores(_stream(src, family, calibration, seed), settings.layer_criterion)
     if settings.sigma_layer is not None:
         count = min(count, importance.num_redundant(scores, settings.sigma_layer))
     kept = importance.keep_highest(scores, body.layers - count)
     return Cut(tuple(kept.tolist()), {})
 
 
-def _load(src: Path, calibration: Calibration, seed: int) -> tuple[Any, list[importance.Batch]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _stream(src: Path, family: Family, calibration: Calibration, seed: int) -> Stream:
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(src)
-    model = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return model, calibration_batches(calibration, tokenizer, seed)
+    return Stream(src, family, calibration_batches(calibration, AutoTokenizer.from_pretrained(src), seed))

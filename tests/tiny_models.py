@@ -1,0 +1,91 @@
+"""Random models of every family, a few thousand parameters each, as checkpoints on disk."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+VOCABULARY = 48
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,  # far enough from zero that every part matters
+}
+# One line per family and variant: what differs from SIZES.
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma2-untied": ("gemma2", {"sliding_window": 5, "tie_word_embeddings": False}),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 5}),
+    "olmo2": ("olmo2", {}),
+}
+
+
+def build(variant, seed=0, **changes):
+    """A random model of the variant, in eval mode; norms and biases are random too."""
+    model_type, fields = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40)
+    return model
+
+
+def save(model, folder, shard_size="5GB", tokenizer=True):
+    """Write the model as an ordinary checkpoint, with a tokenizer that has a chat template."""
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    if tokenizer:
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+        core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+        )
+        made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        made.save_pretrained(folder)
+    return folder
+
+
+def batches(lengths=((12, 9, 12), (5, 7)), seed=1):
+    """Right-padded batches with sequences of these lengths, as calibration_batches makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for group in lengths:
+        ids = torch.randint(3, VOCABULARY, (len(group), max(group)), generator=generator)
+        mask = (torch.arange(max(group)) < torch.tensor(group)[:, None]).long()
+        ids = ids * mask
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return made
+
+
+def logits(model, batch):
+    """Logits of the non-padding tokens: [tokens, vocabulary]."""
+    with torch.no_grad():
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return out[batch["attention_mask"].bool()]
