@@ -65,8 +65,8 @@ class Resources(Section):
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     kfp: Literal["2.14", "2.15", "2.16"] = Field(
         "2.16",
-        description="oldest KFP backend that must take the YAML, which refuses fields that it does not know: below 2.16 "
-        "there is no security context, on 2.14 every Secret and key must exist",
+        description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
+        "there is no security context; on 2.14 every Secret and key must exist",
     )
     run_as_user: int = Field(1000, ge=1, description="with KFP 2.16; non-root")
     run_as_group: int = Field(0, ge=0, description="the images are made for group 0, which has no privileges by itself")

@@ -185,7 +185,7 @@ def test_kfps_own_s3_secret_can_be_used_and_everything_be_left_out(tmp_path):
     assert set(bare) == {"fieldPathAsEnv", "podMetadata"}
 
 
-# Fields of KubernetesExecutorConfig in the protos of kfp-kubernetes 2.14.6 and 2.15.2 that this pipeline uses. A backend
+# Fields of KubernetesExecutorConfig in the protos of kfp-kubernetes 2.14.6 and 2.15.2 that are used here. A backend
 # refuses fields that it does not know.
 FIELDS_2_15 = {
     "activeDeadlineSeconds",

@@ -1,0 +1,181 @@
+"""The manifests: every overlay builds, is valid and secure, names its namespaces, and no secret value is in git."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.prune_tune_loop.cluster import ADDRESSES, MLFLOW_LOGIN
+from ptl.config import load_config
+
+ROOT = Path(__file__).parents[1]
+MANIFESTS = ROOT / "manifests"
+OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
+CLUSTER_WIDE = {"Namespace"}
+
+
+def tool(name):
+    """A checker's path; the test says loudly that it was skipped where the checker is missing."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"NOT CHECKED: {name} is not installed here; CONTRIBUTING.md says how to install it")
+    return found
+
+
+def run(*command, cwd=ROOT):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A copy in which every example file stands in for the file that a user fills in."""
+    copy = tmp_path_factory.mktemp("manifests") / "manifests"
+    shutil.copytree(MANIFESTS, copy, ignore=shutil.ignore_patterns("*.env", "ca.crt"))
+    for example in copy.rglob("*.example"):
+        shutil.copy(example, example.with_suffix(""))
+    return copy
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def built(request, filled):
+    out = filled / f"{request.param}.yaml"
+    out.write_text(run(tool("kustomize"), "build", filled / "overlays" / request.param))
+    return out
+
+
+def objects(path):
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def test_overlays_are_valid_for_kubernetes(built):
+    said = run(tool("kubernetes-validate"), "--strict", built)
+    assert "ERROR" not in said
+
+
+def test_every_object_has_a_namespace_of_the_overlay(built):
+    found = [entry for entry in objects(built) if entry["kind"] not in CLUSTER_WIDE]
+    assert found and all(entry["metadata"].get("namespace") for entry in found)
+    for part in ("mlflow", "runs"):
+        text = (MANIFESTS / "overlays" / built.stem / part / "kustomization.yaml").read_text()
+        assert yaml.safe_load(text)["namespace"]
+
+
+def test_pods_meet_the_restricted_standard(built):
+    (namespace,) = [entry for entry in objects(built) if entry["kind"] == "Namespace"]
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pods = [
+        entry["spec"]["template"]["spec"] for entry in objects(built) if entry["kind"] in ("Deployment", "StatefulSet")
+    ]
+    assert len(pods) >= 2
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["resources"]["limits"] and container["readinessProbe"] and container["livenessProbe"]
+
+
+def test_steps_find_what_the_compiled_pipeline_names(built):
+    by_name = {(entry["kind"], entry["metadata"]["name"]): entry for entry in objects(built)}
+    addresses = by_name["ConfigMap", "ptl"]["data"]
+    assert addresses["MLFLOW_TRACKING_URI"] == "http://mlflow.ptl.svc.cluster.local:5000"
+    assert set(addresses) <= set(ADDRESSES)
+    assert set(by_name["Secret", "ptl-mlflow"]["data"]) <= set(MLFLOW_LOGIN)
+    storage = load_config(ROOT / "pipelines/prune_tune_loop/configs/onprem.yaml").storage
+    assert ("PersistentVolumeClaim", storage.cache_claim) in by_name
+    if built.stem == "onprem":
+        assert ("ConfigMap", storage.ca_config_map) in by_name and ("LocalQueue", "ptl") in by_name
+        assert addresses["AWS_CA_BUNDLE"] == "/etc/ptl/ca/ca.crt"
+    if built.stem != "aws":
+        assert set(by_name["Secret", "ptl-s3"]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    allowed = next(entry["data"] for (_, name), entry in by_name.items() if name.startswith("mlflow-settings"))
+    assert "mlflow.ptl.svc.cluster.local:*" in allowed["ALLOWED_HOSTS"].split(",")
+
+
+@pytest.mark.parametrize("component", ["istio", "kfp-launcher", "kueue", "mlflow-plugin"])
+def test_components_can_be_added(filled, component, tmp_path):
+    part = {"istio": "mlflow"}.get(component, "runs")
+    folder = filled / "overlays" / "dev" / f"with-{component}"
+    folder.mkdir()
+    added = {"resources": [f"../{part}"], "components": [f"../../../components/{component}"]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(added))
+    out = tmp_path / "built.yaml"
+    out.write_text(run(tool("kustomize"), "build", folder))
+    run(tool("kubernetes-validate"), "--strict", "--quiet", out)
+    plain = len(list(yaml.safe_load_all(run(tool("kustomize"), "build", filled / "overlays/dev" / part))))
+    assert len(objects(out)) == plain + (0 if component == "mlflow-plugin" else 1)
+    if component == "mlflow-plugin":
+        (config,) = [
+            entry for entry in objects(out) if entry["metadata"]["name"] == "ptl" and entry["kind"] == "ConfigMap"
+        ]
+        assert "MLFLOW_TRACKING_URI" not in config["data"]
+
+
+def test_checkov(built):
+    """checkov pins old libraries, so it lives in an environment of its own."""
+    config = MANIFESTS / ".checkov.yaml"
+    said = run(tool("checkov"), "--skip-download", "--quiet", "--compact", "--config-file", config, "-f", built)
+    assert "FAILED" not in said
+
+
+def test_each_suppression_has_a_reason():
+    lines = (MANIFESTS / ".checkov.yaml").read_text().splitlines()
+    skips = [i for i, line in enumerate(lines) if line.strip().startswith("- CKV")]
+    assert skips and all(lines[i - 1].strip().startswith("#") for i in skips)
+
+
+def test_yamllint():
+    assert run(tool("yamllint"), "--strict", "-c", MANIFESTS / ".yamllint", MANIFESTS) == ""
+
+
+def test_the_image_of_mlflow_passes_hadolint():
+    assert run(tool("hadolint"), MANIFESTS / "mlflow-image" / "Dockerfile") == ""
+
+
+def tracked():
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard").split("\n")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+# Names whose value is a credential, as assignments in text files.
+SECRET = re.compile(
+    r"(?:AWS_SECRET_ACCESS_KEY|POSTGRES_PASSWORD|MLFLOW_TRACKING_PASSWORD|MLFLOW_AUTH_ADMIN_PASSWORD|"
+    r"MLFLOW_FLASK_SERVER_SECRET_KEY|HF_TOKEN|KFP_TOKEN)[ \t]*[=:][ \t]*[\"']?([A-Za-z0-9/+_=.-]{16,})"
+)
+TOKEN = re.compile(r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|glpat-[A-Za-z0-9_-]{20,})\b")
+PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+
+
+def test_no_secret_value_is_in_the_repository():
+    looked = 0
+    for path in tracked():
+        if path.suffix in (".safetensors", ".gz", ".png", ".parquet") or path.name == "test_manifests.py":
+            continue
+        text = path.read_text(errors="replace")
+        looked += 1
+        for pattern in (SECRET, TOKEN, PRIVATE):
+            assert not (found := pattern.search(text)), f"{path}: {found[0]}"
+        if "manifests" in path.parts and path.suffix in (".yaml", ".yml"):
+            for document in yaml.safe_load_all(text):
+                assert not (document and document.get("kind") == "Secret"), f"{path}: use a secretGenerator"
+    assert looked > 100
+    assert SECRET.search("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENGbPx")  # the patterns do find something
+
+
+def test_examples_hold_names_only_and_filled_in_files_are_ignored():
+    examples = sorted(MANIFESTS.rglob("*.env.example"))
+    assert len(examples) == 10
+    for path in examples:
+        for line in path.read_text().splitlines():
+            assert line.startswith("#") or line.split("=")[1] in ("", "admin")
+    done = subprocess.run(
+        ["git", "check-ignore", "manifests/overlays/dev/runs/s3.env"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0
