@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
 import os
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import yaml
 
+from ptl import s3_client
 from ptl.config import Config
 from ptl.errors import InputError
+
+# What steps are told of this process's environment, beside what `environment` makes.
+PASSED = (
+    *s3_client.SETTINGS,
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "OMP_NUM_THREADS",
+    *(name for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") for name in (proxy, proxy.lower())),
+)
 
 
 @dataclass(frozen=True)
@@ -60,27 +81,100 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
     return RunDir(home, home / "runs" / f"{config.name}-{stamp}-{digest}"), False
 
 
-def prepare(run: RunDir, config: Config) -> None:
-    """Make the directory, write the effective config, and point `.ptl/latest` at it."""
+def prepare(run: RunDir, config: Config) -> IO[str]:
+    """Make the directory, write the effective config, and point `.ptl/latest` at it.
+
+    Returns its lock, to be kept until the run ends. Raises InputError when another process executes the run.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
+    lock = (run.path / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+    except BlockingIOError as error:
+        raise InputError(
+            f"run {run.run_id}: another process executes it; wait for it, or start one beside it with --new"
+        ) from error
     (run.path / "config.yaml").write_text(dump(config))
     (run.path / "error.json").unlink(missing_ok=True)
     pointer = run.home / "latest"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(os.path.relpath(run.path, run.home))
+    return lock
 
 
-def environment(run: RunDir) -> dict[str, str]:
-    """What local steps need to know: where to track, where checkpoints lie, which run this is."""
-    return {
-        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.home}/mlflow.db",
-        "PTL_ARTIFACT_ROOT": (run.home / "artifacts").as_uri(),
+def start_servers(home: Path) -> dict[str, str]:
+    """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
+    from ptl import stack
+
+    def port(name: str, default: int) -> int:
+        note = home / "stack" / f"{name}.service.json"
+        return int(json.loads(note.read_text())["port"]) if note.is_file() else default
+
+    return stack.up(home, s3_port=port("s3", stack.S3_PORT), mlflow_port=port("mlflow", stack.MLFLOW_PORT))
+
+
+def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
+    """What local steps need to know: where to track, where checkpoints lie, which run this is.
+
+    `servers` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
+    database file as default, and to an MLflow server (http) is left where checkpoints go.
+    """
+    passed = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
+    if servers:
+        passed = {name: value for name, value in passed.items() if name not in s3_client.SETTINGS} | servers
+    tracking = passed.setdefault(
+        "MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.home}/mlflow.db"
+    )
+    if not tracking.startswith("http"):
+        passed["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
+    return passed | {
         "PTL_RUN_ID": run.run_id,
         "PTL_RUN_DIR": str(run.path),
         "PTL_SCRATCH": str(run.path / "scratch"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def use(settings: dict[str, str]) -> None:
+    """Make this process's environment that of the steps: other S3 settings would lead them to another store."""
+    for name in (*s3_client.SETTINGS, "PTL_ARTIFACT_ROOT"):
+        os.environ.pop(name, None)
+    os.environ.update(settings)
+
+
+def artifact_location(experiment: str) -> str:
+    """Where MLflow keeps the experiment's files, asked before any work; only `file://` without a server.
+
+    Raises InputError when the server does not answer, or its store cannot be used.
+    """
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if not uri.startswith("http"):
+        return os.environ["PTL_ARTIFACT_ROOT"]
+    _require_answer(uri)
+    from mlflow import MlflowClient
+
+    from ptl import store
+
+    client = MlflowClient(uri, registry_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        found = client.get_experiment(client.create_experiment(experiment))
+    store.check(f"{found.artifact_location.rstrip('/')}/ptl")
+    return str(found.artifact_location)
+
+
+def _require_answer(uri: str) -> None:
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers; whether it accepts our password is seen later
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        shown = uri.rpartition("@")[2]
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: no MLflow server answers at {shown} ({getattr(error, 'reason', error)}); "
+            "start it or correct the address, or let --s3 start one"
+        ) from error
 
 
 def failure(run: RunDir) -> tuple[str, int] | None:

@@ -1,43 +1,88 @@
-"""Run the compiled YAML on one machine, task after task, as the cluster would."""
+"""Run the compiled YAML on one machine, task after task, as the cluster would: in processes or in containers."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ptl.errors import WorkError
+from pipelines.prune_tune_loop import containers
+from ptl.config import Config
+from ptl.errors import InputError, WorkError
 from ptl.execution import MARK
 
+ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.M)
 
-def run_subprocess(pipeline: Path, folder: Path, environment: dict[str, str], verbose: bool = False) -> None:
-    """Execute every task in a process of this machine's Python. Raises WorkError when a task fails."""
+
+@dataclass(frozen=True)
+class Job:
+    """One execution of a compiled pipeline."""
+
+    config: Config
+    pipeline: Path  # the compiled YAML
+    folder: Path  # of the run
+    environment: dict[str, str]  # of every step
+    artifacts: str  # where the MLflow experiment keeps its files
+
+
+def run_subprocess(job: Job, verbose: bool = False) -> None:
+    """Execute every task in a process of this machine's Python. Raises the failed task's error."""
     from kfp import local
 
     warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
-    os.environ.update(environment)
-    _execute(local.SubprocessRunner(use_venv=False), pipeline, folder, verbose)
+    _execute(local.SubprocessRunner(use_venv=False), job, verbose)
 
 
-RUNNERS = {"subprocess": run_subprocess}
+def run_docker(job: Job, verbose: bool = False) -> None:
+    """Execute every task in a container of its image. Raises the failed task's error."""
+    from kfp import local
+
+    containers.remove_leftovers(job.folder)
+    arguments = containers.arguments(job.config, job.folder, job.environment, job.artifacts)
+    try:
+        _execute(local.DockerRunner(**arguments), job, verbose)
+    finally:
+        containers.remove_leftovers(job.folder)
 
 
-def _execute(runner: Any, pipeline: Path, folder: Path, verbose: bool) -> None:
+RUNNERS: dict[str, Callable[[Job, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
+
+
+def _execute(runner: Any, job: Job, verbose: bool) -> None:
     """Run the YAML with its own defaults; everything that tasks print goes to `folder/log.txt`."""
     from kfp import components, local
 
+    root, log = job.folder / "kfp", job.folder / "log.txt"
+    workspace = root / "workspace"  # KFP mounts one and removes it; by default it is a new folder in /tmp
+    workspace.mkdir(parents=True, exist_ok=True)
+    began = log.stat().st_size if log.is_file() else 0
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
-    local.init(runner, pipeline_root=str(folder / "kfp"), enable_caching=False)
-    with _logged(folder / "log.txt", verbose):
+    local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
+    with _logged(log, verbose):
         try:
-            components.load_component_from_file(str(pipeline))()
-        except RuntimeError as error:
-            raise WorkError(f"{error}; {folder / 'log.txt'} has everything that was printed") from error
+            components.load_component_from_file(str(job.pipeline))()
+        except Exception as error:
+            raise _explained(error, log, began) from error
+    # KFP takes a container that is gone before it is asked for its exit code for a success.
+    if not (job.folder / "result.json").is_file():
+        raise _explained(RuntimeError("the steps ended without a result"), log, began)
+
+
+def _explained(error: Exception, log: Path, began: int) -> InputError | WorkError:
+    """The failed step's own error, as its traceback says it: KFP itself only says which task failed."""
+    with log.open("rb") as file:
+        file.seek(began)
+        told = ERROR.findall(file.read().decode(errors="replace"))
+    kind, message = told[-1] if told else ("", str(error))
+    name = "" if kind in ("", "InputError", "WorkError") else f"{kind}: "
+    found = InputError if kind == "InputError" else WorkError
+    return found(f"{name}{message}\n{log} has everything that was printed")
 
 
 @contextlib.contextmanager
