@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.config import load_config, removal
+from ptl.config import Recovery, load_config, removal
 from ptl.errors import InputError
 
 Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
@@ -64,17 +64,15 @@ def recover(
     tokens: Annotated[int | None, typer.Option(help="token budget; none: the config's whole budget")] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as one recovery that is both first and last."""
-    from ptl.recover import Round, recover_checkpoint
+    from ptl.recover import Job, Round, recover_checkpoint
 
     settings = load_config(config)
     _fresh(dst)
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
-    here = Round(budget, 0, True, settings.seed)
+    here = Round(budget, (), 1, True, settings.seed)
     scratch = dst.with_name(dst.name + ".training")
-    report = recover_checkpoint(
-        src, dst, settings.recover[0], settings.training, here, scratch, lambda metrics, step: print(step, metrics)
-    )
-    _show(report)
+    job = Job(settings.training, here, scratch, lambda metrics, step: print(step, metrics))
+    _show(recover_checkpoint(src, dst, Recovery(stages=settings.recover), [budget], job))
 
 
 def evaluate(src: Source, dst: Target, config: ConfigFile) -> None:

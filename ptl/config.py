@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ptl import __version__
+from ptl.cluster_config import Resources, Storage
 from ptl.errors import InputError
-
-
-class Section(BaseModel):
-    """A part of the config: unknown fields are errors, values do not change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from ptl.recover_config import Cpt as Cpt
+from ptl.recover_config import DataSource as DataSource
+from ptl.recover_config import Decontaminate as Decontaminate
+from ptl.recover_config import Distil as Distil
+from ptl.recover_config import Grpo as Grpo
+from ptl.recover_config import Lora as Lora
+from ptl.recover_config import NextToken as NextToken
+from ptl.recover_config import RecoverStage as RecoverStage
+from ptl.recover_config import Recovery as Recovery
+from ptl.recover_config import Reward as Reward
+from ptl.recover_config import Stage as Stage
+from ptl.recover_config import TrainingData as TrainingData
+from ptl.recover_config import TrainingSource as TrainingSource
+from ptl.section import Section as Section
 
 S = TypeVar("S", bound=Section)
 
@@ -28,20 +36,6 @@ class ModelSource(Section):
 
     path: str = Field(min_length=1, description="hub id or local folder of a Hugging Face checkpoint (safetensors)")
     revision: str | None = Field(None, description="hub commit; pin it so that a run can be repeated")
-
-
-class DataSource(Section):
-    """Rows of text, from a local JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
-
-    source: str = Field(min_length=1, description="local .jsonl, .jsonl.gz or .parquet file, or a hub dataset id")
-    revision: str | None = Field(None, description="hub commit of the dataset")
-    subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
-    split: str = Field("train", description="hub split")
-    format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
-    text: str = Field("{text}", description="template over a row's columns (format `text`)")
-    prompt: str = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
-    completion: str = Field("{completion}", description="template over a row's columns (format `prompt_completion`)")
-    messages: str = Field("messages", description="column that holds the chat (format `messages`)")
 
 
 class Calibration(Section):
@@ -78,39 +72,6 @@ class Prune(Section):
     sigma_neuron: float | None = Field(None, gt=0, description="remove only neurons that score below; none: by budget")
     sigma_layer: float | None = Field(None, gt=0, description="remove only layers that score below; none: by budget")
     width_multiple: int = Field(1, ge=1, description="round the FFN width down to a multiple of this")
-
-
-class Cpt(Section):
-    """Recovery by continual pre-training on the training data."""
-
-    method: Literal["cpt"] = "cpt"
-    learning_rate: float = Field(3e-4, gt=0, lt=1)
-    batch_size: int = Field(16, ge=1, description="sequences per optimizer step")
-    accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
-    max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
-    loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
-    packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(10, ge=0)
-    decay: Literal["last", "each"] = Field(
-        "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
-    )
-    carry_moments: bool = Field(True, description="carry Adam's moments through the cut, sliced with the weights")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
-    logging_steps: int = Field(10, ge=1)
-
-    @model_validator(mode="after")
-    def _packing_needs_all_tokens(self) -> Cpt:
-        if self.packing and self.loss == "completion":
-            raise ValueError(
-                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
-            )
-        return self
-
-
-RecoverStage = Cpt
 
 
 class Task(Section):
@@ -162,27 +123,11 @@ class Gate(Section):
     strict: bool = Field(False, description="accept only what is shown not inferior; needs many items")
 
 
-class Resources(Section):
-    """What a step asks of the cluster; local runners ignore it."""
-
-    accelerator: str | None = Field(None, description="for example nvidia.com/gpu")
-    accelerators: int = Field(0, ge=0, description="accelerators per prune, recover and evaluate step")
-    cpu: str | None = None
-    memory: str | None = None
-
-
 class Images(Section):
     """Which images the steps run in: `<registry>/ptl-<step>:<tag>`."""
 
     registry: str = Field("", description="for example ghcr.io/you; empty: images of the local engine")
     tag: str = Field(__version__, description="the package's version by default")
-
-
-class Storage(Section):
-    """Where runs are tracked; the checkpoints lie under the experiment's artifact location."""
-
-    experiment: str = Field("ptl", min_length=1, description="MLflow experiment")
-    registered_model: str | None = Field(None, description="MLflow registry name; none: the config's name")
 
 
 class Config(Section):
@@ -191,7 +136,7 @@ class Config(Section):
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="the pipeline's name")
     model: ModelSource
     calibration: Calibration
-    training: DataSource
+    training: TrainingData
     schedule: Schedule
     prune: Prune = Prune()
     recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
@@ -202,6 +147,11 @@ class Config(Section):
     resources: Resources = Resources()
     images: Images = Images()
     storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _stages_share_the_tokens(self) -> Config:
+        Recovery(stages=self.recover)
+        return self
 
     @model_validator(mode="after")
     def _layers_fit(self) -> Config:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.config import Calibration, DataSource
+from ptl.config import Calibration, DataSource, TrainingData
 from ptl.errors import InputError
+from ptl.sources import check_rows, read_rows, texts
 
 if TYPE_CHECKING:
+    from ptl.decontaminate import Filter
     from ptl.importance import Batch
 
-JSON_LINES = (".jsonl", ".jsonl.gz")
+__all__ = ["Tokens", "calibration_batches", "check_rows", "order", "prompt_rows", "read_rows", "tokenize"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
@@ -32,31 +32,6 @@ class Tokens:
         return self.ids if loss == "all" else [IGNORED] * self.prompt + self.ids[self.prompt :]
 
 
-def read_rows(source: DataSource) -> Any:
-    """The rows of a source, indexable. Raises InputError that names the file and line of a malformed row."""
-    path = Path(source.source)
-    if path.name.endswith(JSON_LINES):
-        return list(_json_lines(path))
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise InputError(f"data.source: no file {path}; give an existing .jsonl, .jsonl.gz or .parquet file")
-        import datasets
-
-        return _not_empty(datasets.Dataset.from_parquet(str(path)), source)
-    if path.suffix in (".json", ".csv", ".txt") or path.exists():
-        raise InputError(f"data.source: {path} is no .jsonl, .jsonl.gz or .parquet file; convert it, or give a hub id")
-    return _not_empty(_from_hub(source), source)
-
-
-def check_rows(source: DataSource) -> None:
-    """Fail early: a local file must exist, parse and have the columns that its templates name."""
-    if Path(source.source).name.endswith(JSON_LINES):
-        for number, row in enumerate(_json_lines(Path(source.source)), 1):
-            _texts(row, source, number)
-    elif Path(source.source).suffix:
-        read_rows(source)
-
-
 def tokenize(row: dict[str, Any], source: DataSource, tokenizer: Any, max_length: int, number: int = 0) -> Tokens:
     """One row as tokens, ended by EOS and cut to max_length."""
     if tokenizer.eos_token_id is None:
@@ -66,7 +41,7 @@ def tokenize(row: dict[str, Any], source: DataSource, tokenizer: Any, max_length
     if source.format == "messages":
         prompt, full = _chat(row, source, tokenizer, number)
         return Tokens(full[:max_length], min(len(prompt), max_length))
-    prompt_text, completion_text = _texts(row, source, number)
+    prompt_text, completion_text = texts(row, source, number)
     head = tokenizer(prompt_text)["input_ids"] if prompt_text else []
     if head and head[-1] == tokenizer.eos_token_id:
         head = head[:-1]
@@ -96,52 +71,79 @@ def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> lis
 
 
 def training_chunk(
-    source: DataSource, tokenizer: Any, max_length: int, *, seed: int, skip: int, budget: int
+    data: TrainingData,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    seed: int,
+    earlier: Sequence[int],
+    budget: int,
+    filter_: Filter | None = None,
 ) -> list[Tokens]:
-    """The sequences of one iteration: exactly `budget` tokens, none of them among the first `skip` of the run.
+    """The sequences of one budget: exactly `budget` tokens, none from a sequence that an earlier budget began.
 
-    The run reads one endless shuffled stream; sequences that an earlier iteration began are left out, and the last
-    one is cut so that the count is exact. The cut one comes first, so that it never makes a batch of its own.
+    The run reads one endless shuffled stream, which the budgets take from one after another: `earlier` lists those
+    before this one. The last sequence is cut at its front, so that the count is exact and the answer stays; it comes
+    first, so that it never makes a batch of its own.
     """
-    rows = read_rows(source)
-    stream = (tokenize(rows[i], source, tokenizer, max_length, i + 1) for i in order(len(rows), seed))
-    passed = 0
-    while passed < skip:
-        passed += len(next(stream).ids)
+    stream = _stream(data, tokenizer, max_length, seed, filter_)
+    for before in earlier:
+        while before > 0:
+            before -= len(next(stream).ids)
     chunk: list[Tokens] = []
     left = budget
     while left > 0:
         tokens = next(stream)
-        if len(tokens.ids) > left:
-            chunk.insert(0, Tokens(tokens.ids[:left], min(tokens.prompt, left)))
+        cut = len(tokens.ids) - left
+        if cut > 0:
+            chunk.insert(0, Tokens(tokens.ids[cut:], max(0, tokens.prompt - cut)))
         else:
             chunk.append(tokens)
         left -= len(tokens.ids)
     return chunk
 
 
-def _texts(row: Any, source: DataSource, number: int) -> tuple[str, str]:
-    """Prompt and completion of a row; a text row has no prompt."""
-    templates = {"text": ("", source.text), "prompt_completion": (source.prompt, source.completion)}
-    if source.format == "messages":
-        if not isinstance(row.get(source.messages), list):
+def prompt_rows(source: DataSource, *, seed: int, skip: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+    """Numbered rows for prompts, after the first `skip` of the run's order."""
+    rows = read_rows(source)
+    picked = itertools.islice(order(len(rows), seed), skip, skip + count)
+    return [(i + 1, rows[i]) for i in picked]
+
+
+def _stream(data: TrainingData, tokenizer: Any, max_length: int, seed: int, filter_: Filter | None) -> Iterator[Tokens]:
+    """Endless sequences; with several sources the one that is furthest behind its share of the tokens comes next."""
+    streams = [_shuffled(source, tokenizer, max_length, seed, filter_) for source in data.sources]
+    taken = [0.0] * len(streams)  # tokens over weight
+    while True:
+        behind = taken.index(min(taken))
+        tokens = next(streams[behind])
+        taken[behind] += len(tokens.ids) / data.sources[behind].weight
+        yield tokens
+
+
+def _shuffled(
+    source: DataSource, tokenizer: Any, max_length: int, seed: int, filter_: Filter | None
+) -> Iterator[Tokens]:
+    """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
+    rows = read_rows(source)
+    useless = 0
+    for i in order(len(rows), seed):
+        kept = filter_ is None or filter_.keeps(source, i + 1, *texts(rows[i], source, i + 1))
+        tokens = tokenize(rows[i], source, tokenizer, max_length, i + 1) if kept else None
+        if tokens is not None and tokens.prompt < len(tokens.ids):
+            useless = 0
+            yield tokens
+            continue
+        useless += 1
+        if useless == 2 * len(rows):  # a whole permutation lies in there
             raise InputError(
-                f"data.messages: row {number} of {source.source} has no list in column {source.messages!r}"
+                f"training: no row of {source.source} is left: each is dropped by training.decontaminate or its prompt "
+                f"fills recover.max_length={max_length}; raise max_length or give other data"
             )
-        return "", ""
-    try:
-        prompt, completion = (template.format(**row) for template in templates[source.format])
-    except (KeyError, IndexError, ValueError) as error:
-        columns = ", ".join(sorted(row))
-        raise InputError(
-            f"data.{source.format}: row {number} of {source.source} lacks {error}, which a template names "
-            f"(columns there: {columns}); correct the template"
-        ) from error
-    return prompt, completion
 
 
 def _chat(row: Any, source: DataSource, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
-    _texts(row, source, number)
+    texts(row, source, number)
     if not tokenizer.chat_template:
         raise InputError(
             "data.format: `messages` needs a chat template, and the tokenizer has none; use another format"
@@ -167,41 +169,3 @@ def _pad(sequences: list[Tokens]) -> Batch:
         rows["attention_mask"].append([1] * len(tokens.ids) + [0] * padding)
         rows["labels"].append(tokens.labels("all") + [IGNORED] * padding)
     return {name: torch.tensor(values) for name, values in rows.items()}
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"data.source: no file {path}; give an existing .jsonl, .jsonl.gz or .parquet file")
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(
-                    f"data.source: {path}, line {number} is not JSON ({error}); correct the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(f"data.source: {path}, line {number} must be a JSON object; correct the line")
-            yield row
-    if number == 0:
-        raise InputError(f"data.source: {path} is empty; give a file with at least one row")
-
-
-def _from_hub(source: DataSource) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        raise InputError(
-            f"data.source: dataset {source.source!r} (subset {source.subset}, split {source.split}) cannot be loaded: "
-            f"{type(error).__name__}: {error}; check the id, or give a local .jsonl or .parquet file"
-        ) from error
-
-
-def _not_empty(rows: Any, source: DataSource) -> Any:
-    if len(rows) == 0:
-        raise InputError(f"data.source: {source.source} is empty; give a source with at least one row")
-    return rows

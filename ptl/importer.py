@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ptl import checkpoint
 from ptl.anatomy import anatomy, layers_for, width_for
-from ptl.config import Calibration, DataSource, Prune, Schedule, plan, removal
+from ptl.config import Calibration, DataSource, Prune, Schedule, TrainingData, plan, removal
 from ptl.data import check_rows
 from ptl.errors import InputError
 from ptl.families import family_of
@@ -56,10 +56,11 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     return body.params
 
 
-def check_data(calibration: Calibration, training: DataSource) -> None:
+def check_data(calibration: Calibration, training: TrainingData) -> None:
     """Read local data files once: they must exist, parse, and have the columns that the templates name."""
-    sources = {calibration.data, training}
-    for source in sorted(sources, key=lambda source: source.source):
+    against = training.decontaminate.against if training.decontaminate else ()
+    sources: list[DataSource] = [calibration.data, *training.sources, *against]
+    for source in dict.fromkeys(sources):
         check_rows(source)
 
 

@@ -17,13 +17,13 @@ from ptl import __version__, gate, store, tracking
 from ptl.config import (
     Calibration,
     Config,
-    Cpt,
-    DataSource,
     Evaluate,
     Gate,
     Iteration,
     Prune,
+    Recovery,
     Schedule,
+    TrainingData,
     check,
     plan,
     removal,
@@ -52,7 +52,7 @@ def import_model(
 
     cuts = check(Schedule, schedule, "schedule")
     pruning = check(Prune, prune, "prune")
-    importer.check_data(check(Calibration, calibration, "calibration"), check(DataSource, training, "training"))
+    importer.check_data(check(Calibration, calibration, "calibration"), check(TrainingData, training, "training"))
     scoring = check(Evaluate, evaluate, "evaluate")
     check_tasks(scoring.tasks, scoring)
     folder = importer.locate(model, revision or None)
@@ -127,31 +127,71 @@ def recover(
     if _passes_through(parent, out):
         return
     cuts = check(Schedule, schedule, "schedule")
+    rounds = [it.tokens for it in plan(cuts, Prune())][:iteration]
     this = _iteration(cuts, Prune(), iteration)
-    stages = [check(Cpt, stage, f"recover.{i}") for i, stage in enumerate(recover)]
-    data = check(DataSource, training, "training")
+    recovery = check(Recovery, {"stages": recover}, "recover")
+    data = check(TrainingData, training, "training")
+    given = {
+        "tokens": this.tokens,
+        "skip": this.tokens_before,
+        "recover": list(recovery.stages),
+        "training": data,
+        "seed": seed,
+    }
+    step = Step(name, arm, iteration, experiment)
+    vault = _vault(step, parent, given, recovery)
 
     def work(dst: Path, run: tracking.StepRun) -> Facts:
-        from ptl.recover import Round, recover_checkpoint
+        from ptl.recover import Job, Round, recover_checkpoint
 
         src = fetch(parent)
         limit_threads(parent.params)
-        here = Round(this.tokens, this.tokens_before, this.last, seed)
 
         def on_log(metrics: dict[str, float], step: int) -> None:
             tracking.log_metrics(run, {f"train/{key}": value for key, value in metrics.items()}, step)
-            if "loss" in metrics:
-                say(
-                    name,
-                    f"{metrics['num_input_tokens_seen']:,.0f} of {this.tokens:,} tokens, loss {metrics['loss']:.4f}",
-                )
+            if line := _progress(metrics, this.tokens):
+                say(name, line)
 
-        report = recover_checkpoint(src, dst, stages[0], data, here, scratch(name) / "training", on_log)
+        here = Round(this.tokens, (), iteration, this.last, seed)
+        teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
+        job = Job(data, here, scratch(name) / "training", on_log, teacher, vault)
+        report = recover_checkpoint(src, dst, recovery, rounds, job)
         return {"params": parent.params} | dataclasses.asdict(report)
 
-    given = {"tokens": this.tokens, "skip": this.tokens_before, "recover": stages, "training": data, "seed": seed}
-    record = execute(Step(name, arm, iteration, experiment), parent, given, work)
+    record = execute(step, parent, given, work)
+    if vault is not None:
+        from ptl import preempt
+
+        preempt.clear(vault, len(recovery.stages))
     write(out, record["pointer"])
+
+
+def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any:
+    """Where training checkpoints outlive the machine, when a stage wants that."""
+    minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
+    if not minutes:
+        return None
+    from ptl import preempt
+
+    run = tracking.start(
+        step.experiment, step.name, arm=step.arm, iteration=step.iteration, artifact_location=artifact_root()
+    )
+    return preempt.Vault(run.root, run.run, step.name, preempt.key_of(parent.digest, given), min(minutes))
+
+
+def _original(run: tracking.StepRun) -> Path | None:
+    """The imported dense model, which distillation learns from."""
+    record = store.committed(run.root, run.run, "import-model")
+    return fetch(Pointer(**record["pointer"])) if record is not None else None
+
+
+def _progress(metrics: dict[str, float], tokens: int) -> str:
+    """The line of progress for one log of a training; empty where there is nothing to say."""
+    if "reward" in metrics:
+        return f"reward {metrics['reward']:.3f}, answers of {metrics['completions/mean_length']:.0f} tokens"
+    if "loss" in metrics and "num_input_tokens_seen" in metrics:
+        return f"{metrics['num_input_tokens_seen']:,.0f} of {tokens:,} tokens, loss {metrics['loss']:.4f}"
+    return ""
 
 
 def evaluate(
@@ -235,7 +275,8 @@ def report(
     Path(markdown.path).write_text((folder / "report.md").read_text())
     shared = os.environ.get("PTL_RUN_DIR")
     if shared:
-        shutil.copytree(folder, shared, dirs_exist_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
+            shutil.copyfile(path, Path(shared, path.name))
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
     tracking.finish(run, params={}, metrics=metrics, inputs=[last.model_id], output=None, step=0)
 

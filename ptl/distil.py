@@ -1,0 +1,87 @@
+"""Recovery by distillation: the student matches the original model's distribution on the answer tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptl import nexttoken
+from ptl.config import Distil
+from ptl.data import IGNORED
+from ptl.errors import InputError
+from ptl.training import Job, RecoverReport
+
+
+def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
+    """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
+
+    Memory beside cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
+    carry loss, float32 [N, V] each. trl's DistillationTrainer has no next-token loss to mix in, and takes prompts, not
+    tokenized sequences of an exact total; so the loss stands here.
+    """
+    teacher = load_teacher(src, settings, job)
+    return nexttoken.train(src, dst, settings, job, _trainer(settings, teacher), {})
+
+
+def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
+    """The teacher in its stored dtype. Raises InputError for another vocabulary."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ptl.importer import locate
+
+    folder = locate(settings.teacher, None) if settings.teacher else job.teacher
+    if folder is None:
+        raise InputError("recover.teacher: the run has no original model to learn from; give a folder or a hub id")
+    mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (src, folder))
+    if mine != theirs:
+        differ = len(set(mine.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"recover.teacher: {settings.teacher or folder} has another vocabulary ({len(theirs)} tokens, the student "
+            f"{len(mine)}; {differ} entries differ); distillation needs a teacher with the same tokenizer"
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().requires_grad_(False)
+
+
+def ce_and_kl(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over N positions of the next-token loss and of T^2 KL(teacher || student) at temperature T.
+
+    Shapes: logits [N, V] of both, labels [N]. Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
+    width = min(student.shape[-1], teacher.shape[-1])  # embeddings may be padded to different multiples
+    student, teacher = student[:, :width].float(), teacher[:, :width].float()
+    ce = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+    log_p = torch.log_softmax(teacher / temperature, -1)
+    log_q = torch.log_softmax(student / temperature, -1)
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
+    return ce, kl
+
+
+def _trainer(settings: Distil, teacher: Any) -> Any:
+    from trl import SFTTrainer
+
+    class DistilTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        """SFTTrainer with another loss; data, batches, logging and checkpoints are the same."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+            labels = inputs["labels"][:, 1:]
+            counts = labels != IGNORED  # [B, T-1]
+            outputs = model(**given)
+            if teacher.device != labels.device:
+                teacher.to(labels.device)
+            with torch.no_grad():
+                wanted = teacher(**given).logits[:, :-1][counts]
+            ce, kl = ce_and_kl(outputs.logits[:, :-1][counts], wanted, labels[counts], settings.temperature)
+            count = counts.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = (settings.mix * ce + (1 - settings.mix) * kl) / torch.as_tensor(count).clamp(min=1)
+            if num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # the count is over all processes, gradients are averaged
+            return (loss, outputs) if return_outputs else loss
+
+    return DistilTrainer

@@ -1,0 +1,139 @@
+"""Training in several processes: `accelerate launch` runs this module, once for each device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptl.config import RecoverStage, Recovery, Stage, TrainingData
+from ptl.errors import InputError, WorkError
+
+METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
+
+
+def world_size() -> int:
+    """Processes of the training that this process is part of; 1 outside of `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def processes_for(settings: Stage) -> int:
+    """How many processes train: what the config says, else one for each GPU."""
+    import torch
+
+    return settings.processes or max(1, torch.cuda.device_count())
+
+
+def run(src: Path, dst: Path, settings: RecoverStage, job: Any, processes: int) -> Any:
+    """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
+    from ptl.training import RecoverReport
+
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    answer, question = job.scratch / "report.json", job.scratch / "job.json"
+    answer.unlink(missing_ok=True)
+    question.write_text(json.dumps(_dump(src, dst, settings, job, answer)))
+    process = subprocess.Popen(
+        [*command(settings, processes), str(question)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+    told = _follow(process, job.on_log)
+    if process.wait() or not answer.is_file():
+        error = job.scratch / "error.json"
+        if error.is_file():
+            raised = json.loads(error.read_text())
+            error.unlink()
+            raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
+        raise WorkError(f"recover: training in {processes} processes failed:\n{''.join(told[-30:])}")
+    report = json.loads(answer.read_text())
+    return RecoverReport(**report | {"curve": tuple((int(t), float(loss)) for t, loss in report["curve"])})
+
+
+def command(settings: Stage, processes: int) -> list[str]:
+    """The `accelerate launch` command for a stage."""
+    import torch
+
+    flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    flags += ["--mixed_precision", "bf16" if settings.dtype == "bfloat16" else "no", "--dynamo_backend", "no"]
+    if settings.sharding == "fsdp" and torch.cuda.is_available():
+        flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+        flags += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
+        flags += ["--fsdp_activation_checkpointing", str(settings.gradient_checkpointing).lower()]
+    elif settings.sharding == "zero2" and torch.cuda.is_available():
+        flags += ["--use_deepspeed", "--zero_stage", "2"]
+    else:
+        flags += ["--multi_gpu"]  # on CPUs too (gloo): `--cpu` would start one process, or need MPI
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.launch"]
+
+
+def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], int], None]) -> list[str]:
+    """Pass on what the training prints, and its metrics as such; returns the lines printed."""
+    told: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith(METRICS):
+                metrics, step = json.loads(line.removeprefix(METRICS))
+                on_log(metrics, step)
+            else:
+                told.append(line)
+                print(line, end="", flush=True)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    return told
+
+
+def _dump(src: Path, dst: Path, settings: Any, job: Any, answer: Path) -> dict[str, Any]:
+    return {
+        "src": str(src),
+        "dst": str(dst),
+        "settings": settings.model_dump(mode="json"),
+        "data": job.data.model_dump(mode="json"),
+        "this": dataclasses.asdict(job.this),
+        "scratch": str(job.scratch),
+        "teacher": job.teacher and str(job.teacher),
+        "vault": job.vault and dataclasses.asdict(job.vault),
+        "keep_moments": job.keep_moments,
+        "answer": str(answer),
+    }
+
+
+def main(question: Path) -> None:
+    """The body of one training process."""
+    from ptl import preempt, recover
+    from ptl.errors import PtlError
+    from ptl.training import Job, Round
+
+    told = json.loads(question.read_text())
+    (settings,) = Recovery(stages=[told["settings"]]).stages
+    job = Job(
+        TrainingData(**told["data"]),
+        Round(**told["this"] | {"earlier": tuple(told["this"]["earlier"])}),
+        Path(told["scratch"]),
+        lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
+        teacher=Path(told["teacher"]) if told["teacher"] else None,
+        vault=preempt.Vault(**told["vault"]) if told["vault"] else None,
+        keep_moments=told["keep_moments"],
+    )
+    try:
+        report = recover.RECOVERIES[settings.method](Path(told["src"]), Path(told["dst"]), settings, job)
+    except PtlError as error:
+        if os.environ.get("RANK", "0") == "0":
+            raised = {"message": str(error), "exit_code": error.exit_code}
+            (job.scratch / "error.json").write_text(json.dumps(raised))
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        Path(told["answer"]).write_text(json.dumps(dataclasses.asdict(report)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,226 @@
+"""The part of the config that says what recovery trains on, and how: its data and its stages."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from ptl.section import Section
+
+
+class DataSource(Section):
+    """Rows of text, from a local or s3:// JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
+
+    source: str = Field(min_length=1, description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
+    revision: str | None = Field(None, description="hub commit of the dataset; pin it so that a run can be repeated")
+    subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
+    split: str = Field("train", description="hub split")
+    format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
+    text: str = Field("{text}", description="template over a row's columns (format `text`)")
+    prompt: str = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
+    completion: str = Field("{completion}", description="template over a row's columns (format `prompt_completion`)")
+    messages: str = Field("messages", description="column that holds the chat (format `messages`)")
+
+
+class TrainingSource(DataSource):
+    """One of the training sources."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the tokens, relative to the other sources")
+
+
+class Decontaminate(Section):
+    """Leave out training rows that share text with a benchmark."""
+
+    against: tuple[DataSource, ...] = Field(min_length=1, description="the benchmarks' items; only their text is used")
+    ngram: int = Field(
+        13, ge=2, description="words in a row that must be equal; shorter items must be equal as a whole"
+    )
+
+
+class TrainingData(Section):
+    """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
+
+    sources: tuple[TrainingSource, ...] = Field(min_length=1)
+    decontaminate: Decontaminate | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, raw: Any) -> Any:
+        if isinstance(raw, DataSource):
+            return {"sources": [raw.model_dump()]}
+        if isinstance(raw, list | tuple):
+            return {"sources": raw}
+        if isinstance(raw, dict) and "sources" not in raw:
+            own = {name: raw[name] for name in ("decontaminate",) if name in raw}
+            return {"sources": [{name: value for name, value in raw.items() if name not in own}]} | own
+        return raw
+
+
+class Lora(Section):
+    """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Stage(Section):
+    """What all recovery methods share."""
+
+    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
+    accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    share: float | None = Field(
+        None, gt=0, le=1, description="share of the iteration's recovery tokens; none: what the other stages leave"
+    )
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(10, ge=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
+    logging_steps: int = Field(10, ge=1)
+    store_minutes: float | None = Field(
+        None, ge=0, description="minutes between training checkpoints that go to the store; none: they stay local"
+    )
+    processes: int | None = Field(None, ge=1, description="training processes; none: one for each GPU of the step")
+    sharding: Literal["none", "fsdp", "zero2"] = Field(
+        "none", description="with several GPUs: a whole copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"
+    )
+
+
+class NextToken(Stage):
+    """What methods share that train on an exact number of tokens of the training data."""
+
+    max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
+    loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
+    packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
+    decay: Literal["last", "each"] = Field(
+        "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
+    )
+    carry_moments: bool = Field(True, description="carry Adam's moments through the cut, sliced with the weights")
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _packing_needs_all_tokens(self) -> Self:
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
+            )
+        return self
+
+
+class Cpt(NextToken):
+    """Recovery by continual pre-training on the training data."""
+
+    method: Literal["cpt"] = "cpt"
+
+
+class Distil(NextToken):
+    """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
+
+    method: Literal["distil"] = "distil"
+    teacher: str | None = Field(None, description="local folder or hub id; none: the run's original model")
+    temperature: float = Field(1.0, gt=0, description="both distributions are softened by it; the loss is scaled back")
+    mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the rest goes to the KL")
+
+    @model_validator(mode="after")
+    def _no_packing(self) -> Self:
+        if self.packing:
+            raise ValueError("packing=true is for method=cpt; remove it")
+        return self
+
+
+class Reward(Section):
+    """One part of the reward; `answer`, `tests` and `entry_point` are templates over a row's columns."""
+
+    name: Literal["final_answer", "math", "code", "format"]
+    weight: float = Field(1.0, gt=0)
+    answer: str = Field("{answer}", description="the reference, for `final_answer` and `math`")
+    tests: str = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
+    pattern: str = Field(
+        r"(?s).*(####|\\boxed\{)[^#]*", description="regular expression that a whole answer must match, for `format`"
+    )
+
+
+class Grpo(Stage):
+    """Recovery by reinforcement learning with verifiable rewards (GRPO, arXiv 2402.03300)."""
+
+    method: Literal["grpo"] = "grpo"
+    learning_rate: float = Field(1e-6, gt=0, lt=1)
+    batch_size: int = Field(64, ge=2, description="answers per optimizer step, over all processes")
+    warmup_steps: int = Field(3, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    steps: int = Field(60, ge=1, description="optimizer steps of one iteration, at most")
+    num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
+    max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
+    beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")
+    temperature: float = Field(1.0, gt=0)
+    prompts: DataSource | None = Field(None, description="none: the prompts of `training`'s first source")
+    rewards: tuple[Reward, ...] = Field(
+        (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
+    )
+    guard_prompts: int = Field(
+        32, ge=1, description="prompts on which pass@num_generations is measured before training"
+    )
+    rollouts: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="what generates the answers; auto: vLLM where it is installed and there is a GPU"
+    )
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Self:
+        if self.batch_size % self.num_generations:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of num_generations={self.num_generations}"
+            )
+        if all(reward.name == "format" for reward in self.rewards):
+            raise ValueError("rewards need one that verifies the answer: final_answer, math or code")
+        return self
+
+
+def _method(raw: Any) -> Any:
+    return raw.get("method", "cpt") if isinstance(raw, dict) else getattr(raw, "method", None)
+
+
+RecoverStage = Annotated[
+    Annotated[Cpt, Tag("cpt")] | Annotated[Distil, Tag("distil")] | Annotated[Grpo, Tag("grpo")],
+    Discriminator(
+        _method,
+        custom_error_type="method",
+        custom_error_message="recover method must be cpt, distil or grpo",
+    ),
+]
+
+
+class Recovery(Section):
+    """The stages of one recovery, one after another."""
+
+    stages: tuple[RecoverStage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        fixed = [stage.share for stage in self.stages if stage.share is not None]
+        budgeted = [stage for stage in self.stages if stage.share is not None or stage.method != "grpo"]
+        full = len(fixed) == len(budgeted)
+        if sum(fixed) > 1 + 1e-9 or (sum(fixed) > 1 - 1e-9 and not full):
+            raise ValueError(f"the shares of the stages add up to {sum(fixed):g}, which leaves nothing for the others")
+        if budgeted and full and sum(fixed) < 1 - 1e-9:
+            raise ValueError(f"the shares of the stages add up to {sum(fixed):g}; they must add up to 1")
+        return self
+
+    def budgets(self, tokens: int) -> tuple[int | None, ...]:
+        """Tokens of each stage; they add up to `tokens`. None: a grpo stage that only its steps limit."""
+        open_stages = [s for s in self.stages if s.share is None and s.method != "grpo"]
+        rest = 1 - sum((Fraction(str(s.share)) for s in self.stages if s.share is not None), Fraction(0))
+        budgets: list[int | None] = []
+        done, spent = Fraction(0), 0
+        for stage in self.stages:
+            if stage.share is None and stage.method == "grpo":
+                budgets.append(None)
+                continue
+            done += Fraction(str(stage.share)) if stage.share is not None else rest / len(open_stages)
+            until = min(tokens, round(done * tokens))
+            budgets.append(until - spent)
+            spent = until
+        return tuple(budgets)

@@ -1,0 +1,251 @@
+"""What all recovery methods share: the round they stand in, optimizer, learning rate, callbacks, saving."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from ptl import checkpoint
+from ptl.config import NextToken, Stage, TrainingData
+from ptl.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    from ptl.preempt import Vault
+
+COMPLETE = "ptl-complete"  # marks a training checkpoint that was written to its end
+
+Log = Callable[[dict[str, float], int], None]  # metrics, optimizer step
+
+
+@dataclass(frozen=True)
+class Round:
+    """Where in the run one stage of a recovery stands."""
+
+    tokens: int | None  # its budget; None: only its steps limit it
+    earlier: tuple[int, ...]  # budgets that took their tokens from the data before this one
+    index: int  # iteration, from 1
+    last: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a method needs beside its settings and the two folders."""
+
+    data: TrainingData
+    this: Round
+    scratch: Path  # training checkpoints
+    on_log: Log
+    teacher: Path | None = None  # the original model, for distillation
+    vault: Vault | None = None  # where training checkpoints outlive the machine
+    keep_moments: bool = False  # a later recovery goes on with the optimizer's state
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What a recovery did; `curve` is (tokens seen, training loss) at each log."""
+
+    method: str
+    tokens: int
+    steps: int
+    curve: tuple[tuple[int, float], ...]
+    resumed_at: int  # optimizer step that training went on from; 0: from the start
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def load(src: Path, settings: Stage) -> tuple[Any, Any, torch.dtype]:
+    """Model in float32, tokenizer, and the dtype that the checkpoint is stored in. Raises InputError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "model.path: the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
+        )
+    stored = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True)
+    positions = getattr(stored.config, "max_position_embeddings", None)
+    wanted = settings.max_length if isinstance(settings, NextToken) else 0
+    if positions is not None and wanted > positions:
+        raise InputError(
+            f"recover.max_length: {wanted} is more than the model's {positions} positions; lower it to {positions}"
+        )
+    return stored.float(), tokenizer, stored.dtype
+
+
+def learning_rate_curve(settings: NextToken, this: Round, steps: int, carried: bool) -> Callable[[int], float]:
+    """The factor on the learning rate at each optimizer step.
+
+    Adam's moments that were carried through the cut need no warm-up; a fresh optimizer does. With decay `last` the rate
+    stays level until the last iteration, whose cosine ends the run at zero; with `each` every iteration has its own.
+    """
+    warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
+    decays = this.last or settings.decay == "each"
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2 if decays else 1.0
+
+    return factor
+
+
+def last_complete(scratch: Path) -> Path | None:
+    """The newest training checkpoint that was written to its end; what a kill left half-written is passed over."""
+    found = [path.parent for path in scratch.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in a training checkpoint's name."""
+    return int(folder.name.split("-")[-1])
+
+
+def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:
+    """AdamW without weight decay on norms and biases; with `state`, its moments go on where the last round ended."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = [p for p in named.values() if p.dim() > 1]
+    level = [p for p in named.values() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": level, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+    if state is not None:
+        saved = dict(checkpoint.tensors(state))
+        for name, parameter in named.items():
+            moments = {kind: saved[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": saved["step"].clone()} | moments
+    return optimizer
+
+
+def arguments(settings: Stage, job: Job, processes: int) -> dict[str, Any]:
+    """TrainingArguments that all methods share."""
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    size = settings.batch_size // (settings.accumulation * processes)
+    if size * settings.accumulation * processes != settings.batch_size:
+        raise InputError(
+            f"recover.batch_size: {settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
+            f"times the {processes} training processes"
+        )
+    return {
+        "output_dir": str(job.scratch),
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "bf16": settings.dtype == "bfloat16",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": job.this.seed,
+        "save_steps": settings.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+
+
+def watch(job: Job) -> Any:
+    """A callback that marks complete checkpoints, passes metrics on, and stops at a loss that is no number."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            check_finite(model, state.global_step, args.output_dir)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # each process writes a part of the checkpoint
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                (folder / COMPLETE).touch()
+                if job.vault is not None:
+                    job.vault.offer(folder)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+            if not math.isfinite(numbers.get("loss", 0.0)):
+                raise WorkError(_not_finite(f"the loss is {numbers['loss']}", state.global_step, args.output_dir))
+            if "num_input_tokens_seen" in numbers and job.this.tokens is not None:
+                # the last batch of several processes is filled up with empty sequences, which are no training tokens
+                numbers["num_input_tokens_seen"] = min(numbers["num_input_tokens_seen"], job.this.tokens)
+            if state.is_world_process_zero:
+                job.on_log(numbers, state.global_step)
+
+    return Watch()
+
+
+def check_finite(model: Any, step: int, folder: Any) -> None:
+    """Raise WorkError for weights that are no numbers."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise WorkError(_not_finite("a weight is NaN or infinite", step, folder))
+
+
+def _not_finite(what: str, step: int, folder: Any) -> str:
+    return (
+        f"recover: {what} at optimizer step {step}; the last good training checkpoint is kept in {folder}; "
+        "lower recover.learning_rate"
+    )
+
+
+def run(trainer: Any, job: Job) -> int:
+    """Train, going on from the newest complete checkpoint here or in the store; returns the step it went on from."""
+    if job.vault is not None:
+        job.vault.restore(job.scratch)
+    resume = last_complete(job.scratch)
+    with full_disk(job.scratch):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return step_of(resume) if resume else 0
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Turn a full disk into a WorkError; torch and safetensors wrap the operating system's error in their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        wrapped = [f"os error {code})" for code in codes] + ["PytorchStreamWriter failed", "unexpected pos"]
+        if getattr(error, "errno", None) in codes or any(text in str(error) for text in wrapped):
+            raise WorkError(
+                f"recover: no space left for training checkpoints in {folder}; the last complete one is intact: "
+                "free some space (or raise recover.save_steps) and run the same command again"
+            ) from error
+        raise
+
+
+def save(trainer: Any, src: Path, dst: Path, dtype: torch.dtype, with_state: bool) -> None:
+    """Write an ordinary checkpoint in the dtype it came in; config and tokenizer files are those of the source."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_finite(model, trainer.state.global_step, trainer.args.output_dir)
+    if not trainer.is_world_process_zero():
+        return
+    with full_disk(dst):
+        if with_state:
+            checkpoint.write_shard(dst / checkpoint.STATE, _moments(model, trainer.optimizer))
+        if hasattr(model, "merge_and_unload"):  # LoRA
+            model = model.merge_and_unload()
+        model.to(dtype).save_pretrained(dst)
+        (dst / "config.json").write_text((src / "config.json").read_text())
+        checkpoint.copy_companions(src, dst)
+
+
+def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = inner.state[parameter]
+        moments["step"] = state["step"].clone().reshape(())
+        moments |= {f"{kind}.{name}": state[kind].contiguous() for kind in ("exp_avg", "exp_avg_sq")}
+    return moments
+
+
+def curve_of(trainer: Any, tokens: int) -> tuple[tuple[int, float], ...]:
+    """(tokens seen, loss) at each log of a trainer."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return tuple((min(int(entry["num_input_tokens_seen"]), tokens), float(entry["loss"])) for entry in logs)

@@ -1,0 +1,41 @@
+"""What the tests of recovery share: a small cut reasoner, and one call that trains it."""
+
+from pathlib import Path
+
+from ptl.config import Calibration, Prune, Recovery, TrainingData
+from ptl.recover import Job, Round, recover_checkpoint
+
+ROOT = Path(__file__).parents[1]
+DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
+SOURCE = {
+    "source": str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"),
+    "prompt": "{question}\n",
+    "completion": "{answer}",
+}
+DATA = TrainingData(sources=[SOURCE])
+SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "logging_steps": 1, "processes": 1}
+
+
+def cut(src, dst, goal):
+    from ptl.prune import prune_checkpoint
+
+    dst.mkdir(parents=True, exist_ok=True)
+    scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
+    prune_checkpoint(src, dst, Prune(), scored, unit="neurons", goal=goal, seed=0)
+    return dst
+
+
+def recover(src, dst, *stages, tokens=1500, rounds=(), last=True, log=None, data=DATA, **more):
+    """Run the stages on `tokens` tokens after those of `rounds`; logs go into the list `log`."""
+    here = Round(tokens, (), len(rounds) + 1, last, 0)
+    scratch = more.pop("scratch", dst.with_name(dst.name + ".training"))
+    collect = log if log is not None else []
+    job = Job(data, here, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
+    recovery = Recovery(stages=[{**SHORT, **stage} if stage.get("method") != "grpo" else stage for stage in stages])
+    return recover_checkpoint(src, dst, recovery, [*rounds, tokens], job)
+
+
+def weights(folder):
+    from ptl import checkpoint
+
+    return {name: tensor for path in checkpoint.shards(folder) for name, tensor in checkpoint.tensors(path)}

@@ -1,0 +1,259 @@
+"""Rows become token sequences: budgets, disjoint chunks, labels, mixing, sources, decontamination, errors."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from ptl import decontaminate, sources
+from ptl.config import Calibration, DataSource, Decontaminate, TrainingData, TrainingSource
+from ptl.data import IGNORED, calibration_batches, tokenize, training_chunk
+from ptl.errors import InputError
+from ptl.sources import check_rows, read_rows
+
+ROOT = Path(__file__).parents[1]
+PROBLEMS = TrainingData(
+    sources=[
+        {
+            "source": str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"),
+            "prompt": "{question}\n",
+            "completion": "{answer}",
+        }
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(folder, name, count=40):
+    rows = [{"prompt": f"{name} {i} has {i} cups?\n", "completion": f"{i}+1={i + 1}"} for i in range(count)]
+    return rows_file(folder / f"{name}.jsonl", rows)
+
+
+def texts(chunk, tokenizer):
+    return [tokenizer.decode(tokens.ids) for tokens in chunk]
+
+
+@pytest.mark.parametrize("budget", [1, 50, 999, 20_000])
+def test_the_budget_is_exact_and_the_cut_sequence_keeps_its_answer(tokenizer, budget):
+    chunk = training_chunk(PROBLEMS, tokenizer, 256, seed=3, earlier=(), budget=budget)
+    assert sum(len(tokens.ids) for tokens in chunk) == budget
+    for tokens in chunk:
+        assert tokens.ids[-1] == tokenizer.eos_token_id
+        assert any(label != IGNORED for label in tokens.labels("completion"))
+
+
+def test_chunks_of_the_iterations_share_no_row(tokenizer, tmp_path):
+    """Every budget is exact and no row comes up twice before the file is used up, wherever the cuts fall."""
+    data = TrainingData(sources=[{"source": numbered(tmp_path, "Bob", 60)}])
+    for budgets in [(100, 100, 100, 100), (37, 41, 301, 5), (1, 1, 1, 1, 1)]:
+        seen = []
+        for i, budget in enumerate(budgets):
+            chunk = training_chunk(data, tokenizer, 64, seed=0, earlier=budgets[:i], budget=budget)
+            assert sum(len(tokens.ids) for tokens in chunk) == budget
+            seen += [tuple(tokens.ids[-8:]) for tokens in chunk]
+        whole = [tokens for tokens in seen if len(tokens) == 8]
+        assert len(whole) == len(set(whole))
+
+
+def test_the_order_follows_the_seed(tokenizer):
+    first, again, other = (
+        training_chunk(PROBLEMS, tokenizer, 256, seed=seed, earlier=(), budget=500) for seed in (0, 0, 1)
+    )
+    assert first == again and first != other
+
+
+def test_labels_leave_the_prompt_out(tokenizer):
+    source = DataSource(source="x.jsonl", prompt="{q}\n", completion="{a}")
+    tokens = tokenize({"q": "Bob has 3 cups.", "a": "3+1=4"}, source, tokenizer, 64)
+    labels = tokens.labels("completion")
+    assert len(labels) == len(tokens.ids)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "3+1=4" + tokenizer.eos_token
+    assert labels[: tokens.prompt] == [IGNORED] * tokens.prompt and tokens.prompt > 0
+    assert tokens.labels("all") == tokens.ids
+
+
+def test_a_prompt_that_fills_max_length_is_no_training_sequence(tokenizer, tmp_path):
+    long, short = {"prompt": "cup " * 200, "completion": "1"}, {"prompt": "cup?\n", "completion": "2"}
+    mixed = TrainingData(sources=[{"source": rows_file(tmp_path / "a.jsonl", [long, short])}])
+    chunk = training_chunk(mixed, tokenizer, 32, seed=0, earlier=(), budget=40)
+    assert all(tokens.prompt < len(tokens.ids) for tokens in chunk)
+    useless = TrainingData(sources=[{"source": rows_file(tmp_path / "b.jsonl", [long])}])
+    with pytest.raises(InputError, match="raise max_length"):
+        training_chunk(useless, tokenizer, 32, seed=0, earlier=(), budget=40)
+
+
+def test_weights_are_shares_of_the_tokens(tokenizer, tmp_path):
+    mixture = TrainingData(
+        sources=[
+            {"source": numbered(tmp_path, "Bob", 200), "weight": 3},
+            {"source": numbered(tmp_path, "Eva", 200), "weight": 1},
+        ]
+    )
+    chunk = training_chunk(mixture, tokenizer, 64, seed=0, earlier=(), budget=2000)
+    bob = sum(len(tokens.ids) for tokens in chunk if "Bob" in tokenizer.decode(tokens.ids))
+    assert sum(len(tokens.ids) for tokens in chunk) == 2000
+    assert bob / 2000 == pytest.approx(0.75, abs=0.02)
+
+
+def test_short_forms_of_the_training_data():
+    one = {"source": "a.jsonl"}
+    assert TrainingData.model_validate(one) == TrainingData(sources=(TrainingSource(source="a.jsonl"),))
+    assert TrainingData.model_validate([one, {"source": "b.jsonl", "weight": 2}]).sources[1].weight == 2
+    against = {"decontaminate": {"against": [{"source": "t.jsonl"}]}}
+    assert TrainingData.model_validate(one | against).decontaminate.ngram == 13
+    assert TrainingData.model_validate(TrainingData.model_validate(one).model_dump()).sources[0].source == "a.jsonl"
+
+
+def test_parquet_and_gzip_give_the_same_rows(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"prompt": f"{i}\n", "completion": str(i)} for i in range(5)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.parquet", "a.jsonl.gz"):
+        source = DataSource(source=str(tmp_path / name))
+        check_rows(source)
+        assert list(read_rows(source)) == rows
+    with pytest.raises(InputError, match="lacks 'answer'"):
+        check_rows(DataSource(source=str(tmp_path / "a.parquet"), completion="{answer}"))
+
+
+def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
+    from ptl.s3_client import client, split
+
+    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path))
+    bucket, key = split(f"{s3.root}/data.jsonl")
+    client().put_object(Bucket=bucket, Key=key, Body=b'{"prompt": "a", "completion": "b"}\n')
+    source = DataSource(source=f"s3://{bucket}/{key}")
+    assert read_rows(source) == [{"prompt": "a", "completion": "b"}]
+    fetched = sources.local_file(source)
+    assert sources.local_file(source) == fetched and fetched.parent.parent == tmp_path / "ptl-data"
+    client().put_object(Bucket=bucket, Key=key, Body=b'{"prompt": "c", "completion": "d"}\n')
+    assert read_rows(source) == [{"prompt": "c", "completion": "d"}]
+    with pytest.raises(InputError, match="no object s3://"):
+        read_rows(DataSource(source=f"{s3.root}/none.jsonl"))
+
+
+def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
+    """A mock stands for the hub, which tests do not reach."""
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or [{"text": "a"}]
+    )
+    read_rows(DataSource(source="org/set", subset="main", split="test", revision="abc"))
+    assert asked == [(("org/set", "main"), {"split": "test", "revision": "abc"})]
+
+    def gone(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(InputError, match="revision abc"):
+        read_rows(DataSource(source="org/set", revision="abc"))
+
+
+SENTENCE = "Ann buys seven green apples and nine red pears at the small market on Sunday morning"
+
+
+def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
+    clean = [{"prompt": f"Bob has {i} cups.\n", "completion": f"{i}"} for i in range(10)]
+    leaked = [
+        {"prompt": f"Hello! {SENTENCE.upper()}, how many?\n", "completion": "16"},  # inside, other case and punctuation
+        {"prompt": "One plus one?\n", "completion": "2"},  # a short item as a whole
+        {"prompt": "other\n", "completion": f"so {SENTENCE}"},  # in the answer
+    ]
+    near = [{"prompt": "One plus one plus three?\n", "completion": "5"}]
+    tests = [{"prompt": f"{SENTENCE}. Total?", "completion": "1"}, {"prompt": "one plus ONE", "completion": "2"}]
+    against = [{"source": rows_file(tmp_path / "test.jsonl", tests)}]
+    train = TrainingData(
+        sources=[{"source": rows_file(tmp_path / "train.jsonl", clean + leaked + near)}],
+        decontaminate={"against": against, "ngram": 8},
+    )
+    leaks = decontaminate.build(train.decontaminate)
+    chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, filter_=leaks)
+    used = "".join(texts(chunk, tokenizer))
+    assert "pears" not in used.lower() and "One plus one?" not in used
+    assert "plus three" in used and "Bob has 9" in used
+    report = leaks.report()
+    assert (report["rows"], report["dropped"], report["items"]) == (14, 3, 2)  # counted once, over several epochs
+    assert len(report["examples"]) == 3 and "train.jsonl row" in report["examples"][0]
+
+
+def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
+    path = rows_file(tmp_path / "a.jsonl", [{"prompt": SENTENCE, "completion": "1"}])
+    data = TrainingData(sources=[{"source": path}], decontaminate=Decontaminate(against=[{"source": path}]))
+    leaks = decontaminate.build(data.decontaminate)
+    with pytest.raises(InputError, match=r"dropped by training\.decontaminate"):
+        training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, filter_=leaks)
+
+
+def test_messages_need_a_chat_template(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    source = DataSource(source="a.jsonl", format="messages")
+    plain = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
+    plain.chat_template = None
+    with pytest.raises(InputError, match="needs a chat template"):
+        tokenize({"messages": chat}, source, plain, 64)
+    plain.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokens = tokenize({"messages": chat}, source, plain, 64)
+    answer = [label for label in tokens.labels("completion") if label != IGNORED]
+    assert plain.decode(answer) == "2\n"
+    with pytest.raises(InputError, match="no list in column 'chat'"):
+        tokenize({"messages": chat}, source.model_copy(update={"messages": "chat"}), plain, 64)
+
+
+def test_a_tokenizer_without_eos_is_an_error():
+    broken = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
+    broken.eos_token = None
+    with pytest.raises(InputError, match="no EOS token"):
+        tokenize({"prompt": "a", "completion": "b"}, DataSource(source="a.jsonl"), broken, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n[1]\n', "line 2 must be a JSON object"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "row 2 of .* lacks 'completion'"),
+        ("a.jsonl", b"\xff\xfe", "is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": 1, "completion": 2}\n')[:-9], "is damaged"),
+        ("a.parquet", b"not parquet", "no readable Parquet"),
+        ("a.csv", b"a,b", "convert it"),
+    ],
+)
+def test_errors_of_files_name_the_place(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said) as error:
+        check_rows(DataSource(source=str(tmp_path / name)))
+    assert name in str(error.value) and error.value.exit_code == 2
+
+
+def test_a_missing_file_is_an_error():
+    with pytest.raises(InputError, match=r"no file nowhere\.jsonl"):
+        read_rows(DataSource(source="nowhere.jsonl"))
+
+
+def test_calibration_batches_have_equal_lengths_together(tokenizer):
+    settings = Calibration(data=PROBLEMS.sources[0], num_sequences=10, max_length=40, batch_size=4)
+    batches = calibration_batches(settings, tokenizer, seed=0)
+    assert [len(batch["input_ids"]) for batch in batches] == [4, 4, 2]
+    for batch in batches:
+        padded = batch["attention_mask"] == 0
+        assert (batch["labels"][padded] == IGNORED).all() and batch["input_ids"].shape[1] <= 40

@@ -1,0 +1,325 @@
+"""Recovery on an exact budget: moments, learning rate, checkpoints, kills, processes, LoRA, chains, errors."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
+
+from ptl import checkpoint, training
+from ptl.config import Cpt, Recovery, TrainingData
+from ptl.errors import InputError, WorkError
+from ptl.recover import RECOVERIES, Job, Round, budgets_before
+from ptl.training import COMPLETE, last_complete, learning_rate_curve, optimizer_for
+
+CPT = {"method": "cpt"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """One uninterrupted recovery: folder, report, logs."""
+    dst, log = tmp_path_factory.mktemp("straight") / "out", []
+    return dst, recover(small, dst, CPT, log=log), log
+
+
+def test_two_steps_move_the_weights_and_the_loss_is_finite(small, tmp_path):
+    report = recover(small, tmp_path / "out", CPT, tokens=500)
+    before, after = weights(small), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and report.steps >= 2
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert all(math.isfinite(loss) for _, loss in report.curve)
+
+
+def test_tokens_are_exact_and_counted_while_training(straight):
+    _, report, log = straight
+    assert report.tokens == 1500 and report.curve[-1][0] == 1500
+    seen = [metrics["num_input_tokens_seen"] for _, metrics in log if "loss" in metrics]
+    assert seen == sorted(seen) and len(seen) == report.steps == math.ceil(report.details["sequences"] / 4)
+
+
+def test_the_same_seed_gives_the_same_bytes(small, straight, tmp_path):
+    recover(small, tmp_path / "out", CPT)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+
+
+def test_the_result_is_an_ordinary_checkpoint(small, straight):
+    names = {path.name for path in straight[0].iterdir()}
+    assert names == {path.name for path in small.iterdir()} | set()
+    assert (straight[0] / "config.json").read_text() == (small / "config.json").read_text()
+
+
+def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
+    report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"})
+    assert report.tokens == report.curve[-1][0] == 1500
+    assert report.steps == 4 < math.ceil(report.details["sequences"] / 4)  # 14 or so rows of 128 tokens, 4 to a step
+
+
+def test_moments_are_carried_through_the_cut(tmp_path):
+    """What Adam ends the first round with is, sliced like the weights, what it begins the second with."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    recover(DENSE, first, CPT, tokens=600, last=False)
+    before = dict(checkpoint.tensors(first / checkpoint.STATE))
+    cut(first, second, 150_000)
+    after = dict(checkpoint.tensors(second / checkpoint.STATE))
+    old, new = weights(first), weights(second)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    kept = [next(i for i, row in enumerate(old[name]) if torch.equal(row, wanted)) for wanted in new[name]]
+    assert len(kept) < len(old[name]) and before["step"] == after["step"] > 0
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[f"{kind}.{name}"], before[f"{kind}.{name}"][kept])
+        assert torch.equal(after[f"{kind}.model.norm.weight"], before[f"{kind}.model.norm.weight"])
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(second).float()
+    optimizer = optimizer_for(model, Cpt(), second / checkpoint.STATE)
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        assert torch.equal(state["exp_avg"], after[f"exp_avg.{name}"]) and state["step"] == before["step"]
+
+    carried = recover(second, tmp_path / "carried", CPT, tokens=600, rounds=(600,))
+    fresh = recover(second, tmp_path / "fresh", CPT | {"carry_moments": False}, tokens=600, rounds=(600,))
+    assert carried.tokens == fresh.tokens == 600
+    assert not torch.equal(weights(tmp_path / "carried")[name], weights(tmp_path / "fresh")[name])
+    assert not (tmp_path / "carried" / checkpoint.STATE).exists()  # it was the last round
+
+
+def test_moments_are_written_only_where_they_are_wanted(small, tmp_path):
+    recover(small, tmp_path / "kept", CPT, tokens=300, last=False)
+    recover(small, tmp_path / "switched-off", CPT | {"carry_moments": False}, tokens=300, last=False)
+    assert (tmp_path / "kept" / checkpoint.STATE).is_file()
+    assert not (tmp_path / "switched-off" / checkpoint.STATE).exists()
+
+
+def curve(*, last, carried=False, steps=100, **settings):
+    return [learning_rate_curve(Cpt(**settings), Round(1, (), 1, last, 0), steps, carried)(i) for i in range(steps)]
+
+
+def test_the_learning_rate_decays_in_the_last_iteration_only():
+    level, final = curve(last=False, warmup_steps=10), curve(last=True, warmup_steps=10)
+    assert level[10:] == [1.0] * 90 and level[0] == pytest.approx(0.1)
+    assert final[10] == 1.0 and final[55] == pytest.approx(0.5) and final[-1] < 0.001
+    assert all(later <= earlier for earlier, later in itertools.pairwise(final[10:]))
+
+
+def test_each_decays_every_time_and_carried_moments_need_no_warm_up():
+    assert curve(last=False, decay="each") == curve(last=True, decay="each")
+    assert curve(last=False, carried=True) == [1.0] * 100
+    assert curve(last=True, carried=True)[0] == 1.0
+    assert curve(last=False, warmup_steps=50, steps=10)[:5] == [pytest.approx((i + 1) / 5) for i in range(5)]
+
+
+def test_half_written_training_checkpoints_are_passed_over(small, straight, tmp_path):
+    scratch = tmp_path / "training"
+    for name, mark in (("checkpoint-2", True), ("checkpoint-10", True), ("checkpoint-99", False)):
+        (scratch / name).mkdir(parents=True)
+        if mark:
+            (scratch / name / COMPLETE).touch()
+    assert last_complete(scratch) == scratch / "checkpoint-10"
+    shutil.rmtree(scratch)
+    (scratch / "checkpoint-3").mkdir(parents=True)
+    (scratch / "checkpoint-3/model.safetensors").write_bytes(b"half")
+    report = recover(small, tmp_path / "out", CPT, scratch=scratch)
+    assert report.resumed_at == 0
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from recovering import recover
+print(recover(Path({src!r}), Path({dst!r}), {{"method": {method!r}}}).resumed_at)
+"""
+
+
+def in_a_process(src, dst, method="cpt"):
+    code = SCRIPT.format(tests=str(ROOT / "tests"), src=str(src), dst=str(dst), method=method)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
+    """kill -9 after the first training checkpoint; the second process goes on from there to the same bytes."""
+    dst = tmp_path / "out"
+    process = in_a_process(small, dst)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f"out.training/checkpoint-*/{COMPLETE}")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (dst / "model.safetensors").exists()
+    again = in_a_process(small, dst)
+    output, _ = again.communicate(timeout=120)
+    assert int(output.split()[-1]) >= 2
+    assert (dst / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+
+
+def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight, tmp_path):
+    """accelerate launch with gloo: the same batches, so the losses differ by floating point only."""
+    log = []
+    report = recover(small, tmp_path / "out", CPT | {"processes": 2}, log=log)
+    one = straight[1]
+    assert (report.details["processes"], one.details["processes"]) == (2, 1)
+    assert (report.tokens, report.steps) == (one.tokens, one.steps) == (1500, one.steps)
+    assert [tokens for tokens, _ in report.curve] == [tokens for tokens, _ in one.curve]
+    assert [loss for _, loss in report.curve] == pytest.approx([loss for _, loss in one.curve], rel=1e-4)
+    assert [step for step, metrics in log if "loss" in metrics] == list(range(1, one.steps + 1))
+    mine, theirs = weights(tmp_path / "out"), weights(straight[0])
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+
+
+def test_an_error_in_another_process_keeps_its_message(small, tmp_path):
+    with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
+        recover(small, tmp_path / "out", CPT | {"processes": 3})
+
+
+def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
+    report = recover(small, tmp_path / "out", CPT | {"lora": {"rank": 4}, "learning_rate": 1e-2}, last=False)
+    before, after = weights(small), weights(tmp_path / "out")
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in small.iterdir()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "proj" in name} and report.tokens == 1500
+
+
+def test_a_chain_runs_its_stages_on_their_own_budgets(small, tmp_path):
+    log = []
+    stages = (CPT | {"share": 0.25}, CPT | {"learning_rate": 1e-4})
+    report = recover(small, tmp_path / "out", *stages, tokens=1001, log=log)
+    first, second = report.details["stages"]
+    assert (first["tokens"], second["tokens"]) == (250, 751) and report.tokens == 1001
+    assert report.method == "cpt+cpt" and report.steps == first["steps"] + second["steps"]
+    assert [tokens for tokens, _ in report.curve] == sorted(tokens for tokens, _ in report.curve)
+    assert report.curve[-1][0] == 1001 and [step for step, _ in log] == sorted(step for step, _ in log)
+
+
+def test_a_chain_does_not_repeat_a_finished_stage(small, tmp_path, monkeypatch):
+    stages = (CPT | {"share": 0.5}, CPT)
+    recover(small, tmp_path / "whole", *stages, tokens=600)
+    ran = []
+
+    def dies(src, dst, settings, job):
+        ran.append(job.scratch.name)
+        if job.scratch.name.startswith("1-") and len(ran) == 2:
+            raise KeyboardInterrupt
+        return original(src, dst, settings, job)
+
+    original = RECOVERIES["cpt"]
+    monkeypatch.setitem(RECOVERIES, "cpt", dies)
+    with pytest.raises(KeyboardInterrupt):
+        recover(small, tmp_path / "out", *stages, tokens=600)
+    recover(small, tmp_path / "out", *stages, tokens=600)
+    assert ran == ["0-cpt", "1-cpt", "1-cpt"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_budgets_add_up_and_follow_each_other():
+    chain = Recovery(stages=[{"share": 0.3}, {"method": "grpo"}, {"method": "distil"}])
+    assert chain.budgets(1001) == (300, None, 701)
+    assert budgets_before(chain, [10, 100], 2) == (3, 7, 30)
+    assert Recovery(stages=[{}, {}, {}]).budgets(100) == (33, 34, 33)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"share": 0.6}, {"share": 0.6}], "add up to 1.2"),
+        ([{"share": 0.6}], "must add up to 1"),
+        ([{"share": 1.0}, {}], "leaves nothing"),
+        ([{"method": "magic"}], "must be cpt, distil or grpo"),
+        ([{"method": "distil", "packing": True, "loss": "all"}], "is for method=cpt"),
+        ([{"method": "grpo", "batch_size": 9}], "multiple of num_generations"),
+        ([{"method": "grpo", "rewards": [{"name": "format"}]}], "verifies the answer"),
+    ],
+)
+def test_wrong_stages_are_refused(stages, said):
+    from ptl.config import check
+
+    with pytest.raises(InputError, match=said):
+        check(Recovery, {"stages": stages}, "recover")
+
+
+def damaged(src, dst, change):
+    """A copy of a checkpoint with changed weights."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(src, dst)
+    save_file(change(weights(src)), dst / "model.safetensors", metadata={"format": "pt"})
+    return dst
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_step(small, tmp_path):
+    broken = damaged(small, tmp_path / "broken", lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1e38})
+    with pytest.raises(WorkError, match=r"optimizer step 1; .*lower recover.learning_rate"):
+        recover(broken, tmp_path / "out", CPT)
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_checkpoint_with_nan_weights_is_not_marked_complete(small, tmp_path):
+    good, bad = (tmp_path / f"checkpoint-{step}" for step in (2, 4))
+    for folder in (good, bad):
+        folder.mkdir()
+    callback = training.watch(Job(DATA, Round(1, (), 1, True, 0), tmp_path, lambda metrics, step: None))
+    model, arguments = torch.nn.Linear(2, 2), SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_save(arguments, SimpleNamespace(global_step=2, is_world_process_zero=True), None, model=model)
+    model.weight.data[0, 0] = float("nan")
+    with pytest.raises(WorkError, match="a weight is NaN or infinite at optimizer step 4"):
+        callback.on_save(arguments, SimpleNamespace(global_step=4, is_world_process_zero=True), None, model=model)
+    assert last_complete(tmp_path) == good
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small, tmp_path):
+    """A file size limit of the kernel stands for a full disk: the write fails with EFBIG in the same place."""
+    dst = tmp_path / "out"
+    code = SCRIPT.format(tests=str(ROOT / "tests"), src=str(small), dst=str(dst), method="cpt")
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+    done = subprocess.run([sys.executable, "-c", limit + code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "no space left for training checkpoints" in done.stderr, done.stderr[-2000:]
+    assert last_complete(tmp_path / "out.training") is None
+
+
+def test_longer_than_the_positions_and_missing_eos_are_refused(small, tmp_path):
+    with pytest.raises(InputError, match=r"recover.max_length: 4096 is more than the model's \d+ positions"):
+        recover(small, tmp_path / "out", CPT | {"max_length": 4096})
+    mute = tmp_path / "mute"
+    shutil.copytree(small, mute)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (mute / name).is_file():
+            told = json.loads((mute / name).read_text())
+            told.pop("eos_token", None)
+            (mute / name).write_text(json.dumps(told))
+    with pytest.raises(InputError, match="no EOS token"):
+        recover(mute, tmp_path / "out", CPT)
+
+
+def test_a_tokenizer_without_pad_token_trains(small, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(small, plain)
+    told = json.loads((plain / "tokenizer_config.json").read_text())
+    told.pop("pad_token", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(told))
+    assert recover(plain, tmp_path / "out", CPT, tokens=400).tokens == 400
+
+
+def test_what_decontamination_dropped_is_reported(small, tmp_path):
+    test = {**SOURCE, "source": str(ROOT / "examples/tiny_reasoner/test.jsonl")}
+    data = TrainingData(sources=[SOURCE], decontaminate={"against": [test]})
+    report = recover(small, tmp_path / "out", CPT, tokens=400, data=data)
+    told = report.details["decontaminated"]
+    assert told["items"] == 1000 and 0 <= told["dropped"] <= told["rows"] and report.tokens == 400
+    assert SHORT["batch_size"] == 4
