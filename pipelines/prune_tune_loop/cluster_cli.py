@@ -1,0 +1,132 @@
+"""The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`. `ptl/cli.py` adds them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from pipelines.prune_tune_loop.kfp_api import Server
+from ptl.config import load_config
+from ptl.errors import InputError
+
+Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
+Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
+TokenFile = Annotated[Path | None, typer.Option(help="service-account token; none: KFP_TOKEN, or no login")]
+CaCert = Annotated[Path | None, typer.Option(help="PEM bundle to trust; none: KFP_CA_CERT, or the public CAs")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
+UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")]
+RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
+Sets = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
+Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
+Timeout = Annotated[float | None, typer.Option(help="seconds to wait; the run goes on after them")]
+Poll = Annotated[float, typer.Option(min=1, help="seconds between looks")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (submit, status, cancel, retry):
+        app.command(command.__name__, rich_help_panel="Cluster")(command)
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    sets: Sets = [],  # noqa: B006 - typer reads the default
+    params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
+    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
+    version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
+    service_account: Annotated[str | None, typer.Option(help="of the run's pods; none: Kubeflow's default")] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    poll: Poll = 15,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+    ui_host: UiHost = None,
+) -> None:
+    """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    from pipelines.prune_tune_loop import submit as work
+
+    checked = load_config(config, _pairs("--set", sets))
+    code = work.submit(
+        checked,
+        Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host),
+        experiment=experiment,
+        parameters=_pairs("--param", params),
+        version=version_name,
+        service_account=service_account,
+        wait=wait,
+        timeout=timeout,
+        poll=poll,
+        say=_say,
+    )
+    raise typer.Exit(code)
+
+
+def status(
+    run_id: RunId,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+    ui_host: UiHost = None,
+) -> None:
+    """Print the state of a run and of its steps; exit code 1 when it failed or was canceled."""
+    from pipelines.prune_tune_loop import submit as work
+
+    server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
+    raise typer.Exit(work.status(run_id, server, say=_say))
+
+
+def cancel(
+    run_id: RunId,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """End a run; its finished steps stay, and `ptl retry` goes on from them."""
+    from pipelines.prune_tune_loop import submit as work
+
+    server = Server(host, namespace, None, token_file, ca_cert, not insecure)
+    raise typer.Exit(work.cancel(run_id, server, say=_say))
+
+
+def retry(
+    run_id: RunId,
+    config: Annotated[Path | None, typer.Option(help="the run's YAML file: its gate decides the exit code")] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    poll: Poll = 15,
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+    ui_host: UiHost = None,
+) -> None:
+    """Run a failed run's unfinished steps again."""
+    from pipelines.prune_tune_loop import submit as work
+
+    server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
+    checked = load_config(config) if config else None
+    options = {"config": checked, "wait": wait, "timeout": timeout, "poll": poll, "say": _say}
+    raise typer.Exit(work.retry(run_id, server, **options))
+
+
+def _pairs(option: str, entries: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"{option} {entry}: must be NAME=VALUE")
+        pairs[name] = yaml.safe_load(value)
+    return pairs
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

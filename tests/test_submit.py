@@ -1,0 +1,286 @@
+"""Submitting and following runs, against a stand-in for the API server (tests/kfp_standin.py), not against Kubeflow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp_standin import StandIn
+
+from pipelines.prune_tune_loop import kfp_api, submit
+from pipelines.prune_tune_loop.kfp_api import Server
+from ptl.config import load_config
+from ptl.errors import InputError, WorkError
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
+    for name in ("KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH", "KFP_NAMESPACE", "KFP_CA_CERT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def world():
+    made = StandIn()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(TINY)
+
+
+@pytest.fixture
+def go(world, said, config):
+    """Submit the tiny config and wait."""
+
+    def start(**options):
+        options = {"wait": True, "poll": 0.01, **options}
+        return submit.submit(config, Server(host=world.url), say=said.append, **options)
+
+    return start
+
+
+def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
+    world.script = [
+        ("PENDING", {}),
+        ("RUNNING", {"import-model": "RUNNING", "import-model-driver": "SUCCEEDED"}),
+        ("RUNNING", {"import-model": "SUCCEEDED", "evaluate-0": "RUNNING"}),
+        ("SUCCEEDED", {"import-model": "SUCCEEDED", "evaluate-0": "SUCCEEDED"}),
+    ]
+    assert go(parameters={"seed": 7}) == 0
+    (pipeline,), (version,), (run,) = world.pipelines, world.versions, world.runs
+    assert pipeline["display_name"] == "tiny"
+    assert yaml.safe_load(version["yaml"].split("\n---\n")[0])["pipelineInfo"]["name"] == "tiny"
+    assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-0", "pipeline_version_id": "version-0"}
+    assert run["experiment_id"] == "experiment-0" and world.experiments[0]["display_name"] == "ptl"
+    assert run["runtime_config"]["parameters"] == {"seed": 7}
+    assert f"{world.url}/#/runs/details/run-0" in said
+    states = [line for line in said if line.startswith(("import-model", "evaluate-0"))]
+    assert states == [
+        "import-model: RUNNING",
+        "import-model: SUCCEEDED",
+        "evaluate-0: RUNNING",
+        "evaluate-0: SUCCEEDED",
+    ]
+
+
+def test_the_same_content_is_one_version_and_other_content_a_new_one(world, go, said, config):
+    assert go(wait=False) == 0 and go(wait=False) == 0
+    assert len(world.pipelines) == len(world.versions) == len(world.experiments) == 1 and len(world.runs) == 2
+    other = load_config(TINY, {"schedule.iterations": 3})
+    assert submit.submit(other, Server(host=world.url), say=said.append) == 0
+    assert len(world.pipelines) == 1 and len(world.versions) == 2
+    assert world.runs[2]["pipeline_version_reference"]["pipeline_version_id"] == "version-1"
+
+
+def test_a_failed_run_names_its_step_and_the_remedy(world, said, go):
+    world.script = [("FAILED", {"import-model": "SUCCEEDED", "prune-1": "FAILED: OOMKilled"})]
+    assert go() == 1
+    assert "prune-1: FAILED (OOMKilled)" in said and "`ptl retry run-0`" in said[-1]
+
+
+def test_a_run_that_is_canceled_ends_the_wait(world, said, go):
+    world.script = [("RUNNING", {}), ("CANCELING", {}), ("CANCELED", {})]
+    assert go() == 1
+    assert "CANCELED" in said[-1]
+
+
+def test_a_run_that_never_ends_is_a_timeout(world, said, go):
+    world.script = [("RUNNING", {"import-model": "RUNNING"})]
+    assert go(timeout=0.2) == 4
+    assert "it goes on" in said[-1] and len(world.calls("GET", "/runs/run-0")) > 3
+
+
+def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path):
+    world.token = "right"
+    with pytest.raises(InputError, match="401 not logged in; set KFP_TOKEN or --token-file"):
+        go()
+    assert submit.submit(config, Server(host=world.url, token="right"), say=print) == 0
+    file = tmp_path / "token"
+    file.write_text("right")
+    assert submit.submit(config, Server(host=world.url, token_file=file), say=print) == 0
+    world.token = "rotated"
+    file.write_text("rotated")
+    assert submit.status("run-0", Server(host=world.url, token_file=file)) == 0
+
+
+def test_the_token_of_the_environment_is_used(world, config, monkeypatch):
+    world.token = "right"
+    monkeypatch.setenv("KFP_TOKEN", "right")
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", world.url)
+    assert submit.submit(config, Server(), say=print) == 0
+    assert world.requests[0][2]["authorization"] == "Bearer right"
+
+
+def test_403_names_the_rights(world, go):
+    world.faults = [("POST", "/runs", 403, False)]
+    with pytest.raises(InputError, match=r"403 not allowed; .*rbac\.yaml"):
+        go()
+    assert world.runs == []
+
+
+def test_404_says_what_to_check(world):
+    with pytest.raises(InputError, match=r"404 not found; check the id"):
+        submit.status("run-9", Server(host=world.url))
+
+
+def test_409_for_a_version_name_that_was_chosen(world, go):
+    assert go(version="v1") == 0
+    with pytest.raises(InputError, match="--version-name: 'v1' exists already"):
+        go(version="v1")
+
+
+def test_409_when_another_submit_made_the_pipeline_first(world, go):
+    world.faults = [("POST", "/pipelines", 409, True)]
+    assert go() == 0
+    assert len(world.pipelines) == 1 and world.runs[0]["pipeline_version_reference"]["pipeline_id"] == "pipeline-0"
+
+
+def test_500_then_ok(world, go):
+    world.faults = [
+        ("GET", "/pipelines", 500, False),
+        ("GET", "/runs/run-0", 503, False),
+        ("POST", "upload", 502, False),
+    ]
+    assert go() == 0
+    assert world.faults == [] and len(world.runs) == 1
+
+
+@pytest.mark.parametrize("took_effect", [True, False])
+def test_500_when_starting_never_starts_two_runs(world, go, took_effect):
+    world.faults = [("POST", "/runs", 500, took_effect)]
+    assert go() == 0
+    assert len(world.runs) == 1 and len(world.calls("POST", "/runs")) == (1 if took_effect else 2)
+
+
+def test_500_for_good_is_a_failure_of_the_work(world, go):
+    world.faults = [("GET", "/pipelines", 500, False)] * 9
+    with pytest.raises(WorkError, match=r"500 .*is it healthy"):
+        go()
+
+
+def test_no_server_and_no_address(config):
+    with pytest.raises(InputError, match="--host: give the address"):
+        submit.submit(config, Server())
+    with pytest.raises(InputError, match="must begin with https"):
+        submit.submit(config, Server(host="kubeflow"))
+    with pytest.raises(InputError, match="--token-file: no file"):
+        submit.submit(config, Server(host="http://127.0.0.1:9", token_file=Path("none")))
+    with pytest.raises(WorkError, match=r"is --host right, and is it up\?"):
+        submit.status("run-0", Server(host="http://127.0.0.1:9"))
+
+
+def test_the_namespace_goes_with_every_request_that_has_one(world, config):
+    assert submit.submit(config, Server(host=world.url, namespace="team"), say=print) == 0
+    assert world.pipelines[0]["namespace"] == world.experiments[0]["namespace"] == "team"
+
+
+def test_an_unknown_parameter_is_refused_before_anything_is_sent(world, go):
+    with pytest.raises(InputError, match="--param: sead is no parameter"):
+        go(parameters={"sead": 1})
+    assert world.requests == []
+
+
+def test_status_prints_steps_and_fails_with_the_run(world, said, go):
+    go(wait=False)
+    world.script = [("FAILED", {"prune-1": "FAILED: no memory"})]
+    assert submit.status("run-0", Server(host=world.url), say=said.append) == 1
+    assert "prune-1: FAILED (no memory)" in said and "FAILED" in said[-1]
+
+
+def test_cancel_asks_once_and_leaves_an_ended_run_alone(world, said, go):
+    go(wait=False)
+    world.script = [("RUNNING", {})]
+    assert submit.cancel("run-0", Server(host=world.url), say=said.append) == 0
+    assert len(world.calls("POST", ":terminate")) == 1
+    world.script = [("SUCCEEDED", {})]
+    assert submit.cancel("run-0", Server(host=world.url), say=said.append) == 0
+    assert len(world.calls("POST", ":terminate")) == 1 and "has ended before" in said[-1]
+
+
+def test_retry_waits_for_the_new_end(world, said, go):
+    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    assert go() == 1
+    world.runs[0]["looks"] = 0
+    world.runs[0]["finished_at"] = "2026-01-01T00:00:01Z"
+    world.script = [("FAILED", {}), ("RUNNING", {}), ("SUCCEEDED", {"prune-1": "SUCCEEDED"})]
+    assert submit.retry("run-0", Server(host=world.url), wait=True, poll=0.01, say=said.append) == 0
+    assert len(world.calls("POST", ":retry")) == 1 and said[-1].endswith("SUCCEEDED")
+
+
+def test_retry_of_a_run_that_goes_well_is_refused(world, go):
+    go(wait=False)
+    world.script = [("RUNNING", {})]
+    with pytest.raises(InputError, match="only a run that failed or was canceled"):
+        submit.retry("run-0", Server(host=world.url))
+
+
+def row(iteration, verdict):
+    return {"arm": "loop", "iteration": iteration, "verdict": verdict}
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3), ("stopped", 3)])
+def test_the_gate_decides_the_exit_code(world, said, tmp_path, monkeypatch, verdict, code):
+    import json
+
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient()
+    experiment = client.create_experiment("ptl", f"file://{tmp_path}/artifacts")
+    run = client.create_run(experiment, tags={"ptl.run": "run-0", "ptl.role": "parent"})
+    result = tmp_path / "result.json"
+    rows = [row(0, "baseline"), row(1, "accepted"), row(2, verdict)]
+    result.write_text(json.dumps({"rows": rows, "final": {"share_removed": 0.3}}))
+    client.log_artifact(run.info.run_id, str(result), "report")
+    gated = load_config(TINY, {"gate.enabled": True})
+    done = submit.submit(gated, Server(host=world.url), wait=True, poll=0.01, say=said.append)
+    assert done == code and f"round 2 {verdict}, 30.0% removed" in said[-1]
+
+
+def test_a_gate_that_cannot_be_read_is_an_error(world, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    gated = load_config(TINY, {"gate.enabled": True})
+    with pytest.raises(WorkError, match="MLFLOW_TRACKING_URI is not set here"):
+        submit.submit(gated, Server(host=world.url), wait=True, poll=0.01, say=print)
+
+
+def test_compiling_does_not_import_the_client():
+    code = (
+        "import sys, pipelines.prune_tune_loop.pipeline as p; from ptl.config import load_config;"
+        f"p.build(load_config({str(TINY)!r}));"
+        "sys.exit('pipelines.prune_tune_loop.submit' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_commands_pass_their_options_on(world, monkeypatch):
+    import typer
+    from typer.testing import CliRunner
+
+    from pipelines.prune_tune_loop import cluster_cli
+
+    app = typer.Typer()
+    cluster_cli.add_to(app)
+    runner = CliRunner()
+    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    started = ["submit", str(TINY), "--host", world.url, "--wait", "--set", "schedule.iterations=2", "--param", "seed=3"]
+    done = runner.invoke(app, started)
+    assert done.exit_code == 1 and "prune-1: FAILED" in done.output, done.output
+    assert world.runs[0]["runtime_config"]["parameters"] == {"seed": 3}
+    assert runner.invoke(app, ["status", "run-0", "--host", world.url]).exit_code == 1
+    assert runner.invoke(app, ["retry", "run-0", "--host", world.url]).exit_code == 0
+    world.script = [("RUNNING", {})]
+    assert "asked to end" in runner.invoke(app, ["cancel", "run-0", "--host", world.url]).output
