@@ -8,7 +8,8 @@ import uuid
 import boto3
 import pytest
 
-from ptl import s3_client, stack
+from ptl import images, s3_client, stack
+from ptl.errors import WorkError
 from ptl.localfs import path_of
 from ptl.s3_client import split
 
@@ -79,3 +80,17 @@ def s3(server, monkeypatch):
 @pytest.fixture(params=["file", "s3"])
 def place(request, tmp_path):
     return FilePlace(f"file://{tmp_path}/art/ptl") if request.param == "file" else request.getfixturevalue("s3")
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """An engine that holds the images; without it what needs one is skipped, and says so."""
+    try:
+        absent = images.missing(images.names())
+    except WorkError as error:
+        pytest.skip(f"skipped: no engine ({error})")
+    if absent and not os.environ.get("CI"):
+        pytest.skip(
+            f"skipped: the engine has no {', '.join(absent)}; `ptl images build` or `.ci/docker.sh build` makes them"
+        )
+    assert not absent, f"CI must build the images before this test; the engine has no {absent}"

@@ -273,19 +273,6 @@ STEPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def engine():
-    try:
-        absent = images.missing(images.names())
-    except WorkError as error:
-        pytest.skip(f"skipped: no engine ({error})")
-    if absent and not os.environ.get("CI"):
-        pytest.skip(
-            f"skipped: the engine has no {', '.join(absent)}; `ptl images build` or `.ci/docker.sh build` makes them"
-        )
-    assert not absent, f"CI must build the images before this test; the engine has no {absent}"
-
-
 def docker_run(name, *command, user="12345:0", flags=HARDENED):
     image = images.image(name)
     return subprocess.run(

@@ -1,0 +1,353 @@
+"""The tiny pipeline against the real S3 and MLflow servers: in processes while servers fail, and in containers.
+
+What needs an engine with the images is marked `docker` and skips loudly without one; the rest runs everywhere.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import free_port
+from safetensors.torch import load_file, save_file
+
+from pipelines.prune_tune_loop import containers, runners
+from ptl import images, runs, stack, store
+from ptl.config import load_config
+from ptl.errors import InputError, WorkError
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+S3_DOWN, MLFLOW_DOWN = 6, 20  # seconds
+
+pytestmark = pytest.mark.xdist_group("runners")
+
+
+# ---- refused before any work
+
+
+@pytest.fixture
+def stub_docker(tmp_path, monkeypatch):
+    """A stub named docker on PATH; fails where FAIL matches its arguments."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\ncase "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAIL", "nothing")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+
+
+@pytest.mark.parametrize(
+    ("fails", "arguments", "said"),
+    [
+        ("version*", ["--s3"], "--runner docker: docker: no engine answers (no such thing); start Docker"),
+        ("image inspect ptl-recover*", ["--s3"], f"the engine has no {images.image('recover')}; make them with"),
+        ("nothing", [], "speak to an MLflow server only, and none is given; add --s3"),
+    ],
+    ids=["no engine", "no image", "no server"],
+)
+def test_what_containers_need_is_asked_first(stub_docker, monkeypatch, tmp_path, fails, arguments, said):
+    monkeypatch.setenv("FAIL", fails)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    command = [sys.executable, "-m", "ptl", "run", TINY, "--runner", "docker", "--home", tmp_path / "home", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_unknown_runner_and_server_that_does_not_answer(tmp_path):
+    for arguments, said in (
+        (["--runner", "podman"], "--runner: 'podman' must be one of subprocess, docker"),
+        ([], "MLFLOW_TRACKING_URI: no MLflow server answers at http://127.0.0.1:9"),
+    ):
+        command = [sys.executable, "-m", "ptl", "run", TINY, "--home", tmp_path / "home", *arguments]
+        environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert not (tmp_path / "home" / "runs").exists()
+
+
+def test_a_run_is_executed_once_at_a_time(tmp_path):
+    config = load_config(TINY)
+    run, _ = runs.open_run(tmp_path, config, None, False)
+    with runs.prepare(run, config), pytest.raises(InputError, match="another process executes it"):
+        runs.prepare(*runs.open_run(tmp_path, config, None, False)[:1], config)
+    runs.prepare(run, config).close()
+
+
+# ---- what a container gets
+
+
+def test_mounts_are_the_files_that_the_config_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = load_config(TINY)
+    example = ROOT / "examples/tiny_reasoner"
+    assert not containers.uses_hub(config)
+    assert {path for path in containers.files(config) if example not in path.parents} == {example}
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    given = containers.arguments(config, tmp_path / "run", {"PTL_RUN_ID": "r"}, f"file://{tmp_path}/artifacts")
+    mounts = {mount["Target"]: mount["ReadOnly"] for mount in given["mounts"]}
+    writable = [str(tmp_path / "run"), str(tmp_path / "artifacts")]
+    assert {path for path, read_only in mounts.items() if not read_only} == set(writable)
+    assert {path for path, read_only in mounts.items() if read_only} - {
+        os.environ.get(n) for n in containers.CERTIFICATES
+    } == {str(example)}
+    assert given["working_dir"] == str(ROOT) and given["environment"]["PTL_RUN_ID"] == "r"
+    assert given["read_only"] and given["cap_drop"] == ["ALL"] and "privileged" not in given
+
+
+def test_hub_caches_are_mounted_only_for_what_is_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    config = load_config(TINY, {"model.path": "someone/model"})
+    assert containers.uses_hub(config)
+    assert all(Path(path).is_absolute() for path in containers.hub_caches().values())
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    config = load_config(TINY, {"model.path": str(snapshot)})
+    assert snapshot.parents[1] in containers.files(config)
+
+
+def test_a_failed_steps_own_error_is_told(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("ptl.errors.InputError: of an earlier attempt\n")
+    began = log.stat().st_size
+    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    assert type(error) is WorkError and str(error).startswith("Task 'prune-1' failed\n")
+    with log.open("a") as file:
+        file.write("    Traceback (most recent call last):\n    ptl.errors.InputError: model.path: no folder x\n")
+    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    assert type(error) is InputError and str(error).startswith("model.path: no folder x\n")
+    with log.open("a") as file:
+        file.write("    torch.OutOfMemoryError: no memory\n")
+    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    assert type(error) is WorkError and str(error).startswith("OutOfMemoryError: no memory\n")
+
+
+# ---- whole runs
+
+
+class Servers:
+    """The stack of one home, and what tests do to it."""
+
+    def __init__(self, home):
+        self.home = home
+        self.ports = {"s3_port": free_port(), "mlflow_port": free_port()}
+        self.env = stack.up(home, **self.ports)
+
+    def restart_s3(self):
+        os.kill(json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
+        time.sleep(S3_DOWN)
+        stack.s3_up(self.home, self.ports["s3_port"])
+
+    def pause_mlflow(self):
+        stack.down_one(self.home, "mlflow")
+        time.sleep(MLFLOW_DOWN)
+        stack.up(self.home, **self.ports)
+
+
+class Run:
+    """A `ptl run` whose lines of progress are read as they come; `on` is called at those that begin with its keys."""
+
+    def __init__(self, config, home, *arguments, on=None):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        command = [sys.executable, "-m", "ptl", "run", str(config), "--home", str(home), "--s3", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        self.on, self.lines, self.home = on or {}, [], home
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        threads = []
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip("\n")))
+            for beginning, act in self.on.items():
+                if line.startswith(beginning):
+                    threads.append(threading.Thread(target=act))
+                    threads[-1].start()
+        for thread in threads:
+            thread.join()
+
+    def finish(self):
+        code = self.process.wait(900)
+        self.reader.join()
+        assert code == 0, self.output
+        return self
+
+    @property
+    def output(self):
+        return "\n".join(line for _, line in self.lines)
+
+    @property
+    def folder(self):
+        return Path(next(line for _, line in self.lines if " run " in line and " in /" in line).rpartition(" in ")[2])
+
+    def seconds(self, start, end):
+        """Between the first lines that begin like this."""
+        first, last = (next(at for at, line in self.lines if line.startswith(text)) for text in (start, end))
+        return last - first
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    up = Servers(tmp_path_factory.mktemp("home"))
+    yield up
+    stack.down(up.home)
+
+
+@pytest.fixture
+def records(servers, monkeypatch):
+    """Records of a run's steps, from the store."""
+    for name, value in servers.env.items():
+        monkeypatch.setenv(name, value)
+    location = runs.artifact_location("ptl")
+    assert location.startswith(f"s3://{stack.BUCKET}/")
+    return lambda run: {step: store.committed(f"{location}/ptl", run.folder.name, step) for step in CHAIN}
+
+
+def digests(records):
+    return {step: record["pointer"]["digest"] for step, record in records.items() if "evaluate" not in step}
+
+
+def tasks(run):
+    return re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", (run.folder / "log.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """tiny.yaml with two short iterations and no control."""
+    raw = yaml.safe_load(TINY.read_text())
+    raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
+    raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
+    raw["evaluate"]["tasks"][0]["limit"] = 64
+    raw["evaluate"]["speed"] = {"repeats": 0}
+    raw["control"] = False
+    path = tmp_path_factory.mktemp("config") / "short.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.fixture(scope="module")
+def disturbed(config, servers):
+    """In processes; the S3 server is killed in recover-1, the MLflow server is away in recover-2."""
+    faults = {"recover-1: started": servers.restart_s3, "recover-2: started": servers.pause_mlflow}
+    return Run(config, servers.home, on=faults).finish()
+
+
+def test_s3_server_restarted_in_mid_run(disturbed, records):
+    assert disturbed.seconds("recover-1: started", "recover-1: done") > S3_DOWN
+    assert all(records(disturbed).values())
+
+
+def test_mlflow_server_down_in_mid_run(disturbed, servers):
+    assert disturbed.seconds("recover-2: started", "recover-2: done") > MLFLOW_DOWN
+    from mlflow import MlflowClient
+
+    client = MlflowClient(servers.env["MLFLOW_TRACKING_URI"])
+    (experiment,) = (found for found in client.search_experiments() if found.name == "ptl")
+    found = client.search_runs([experiment.experiment_id], f"tags.`ptl.run` = '{disturbed.folder.name}'")
+    assert {run.data.tags.get("ptl.step", "parent") for run in found} == {"parent", "report", *CHAIN}
+    assert {run.info.status for run in found} == {"FINISHED"}
+    (recovery,) = (run for run in found if run.data.tags.get("ptl.step") == "recover-2")
+    assert len(client.get_metric_history(recovery.info.run_id, "train/loss")) >= 12
+
+
+def test_no_secret_is_written_into_the_run(disturbed, servers):
+    secret = servers.env["AWS_SECRET_ACCESS_KEY"].encode()
+    written = [path for path in disturbed.folder.rglob("*") if path.is_file()]
+    assert {"pipeline.yaml", "log.txt", "result.json"} <= {path.name for path in written}
+    assert not [path for path in written if secret in path.read_bytes()]
+
+
+def inspect(folder):
+    found = subprocess.run(
+        ["docker", "ps", "--quiet", "--filter", f"label={containers.LABEL}={folder}"], capture_output=True, text=True
+    ).stdout.split()
+    return [json.loads(subprocess.check_output(["docker", "inspect", one]))[0] for one in found]
+
+
+@pytest.fixture(scope="module")
+def contained(engine, config, servers, disturbed):
+    """In containers; what the engine says of one of them is kept."""
+    seen = []
+    run = Run(config, servers.home, "--runner", "docker", on={"recover-1: 1": lambda: seen.extend(inspect(run.folder))})
+    run.finish()
+    return run, seen
+
+
+@pytest.mark.docker
+def test_both_runners_execute_the_same_tasks(contained, disturbed, records):
+    assert tasks(contained[0]) == tasks(disturbed) != []
+    found = records(contained[0])
+    assert sorted(CHAIN, key=lambda step: found[step]["facts"]["started"]) == CHAIN
+
+
+@pytest.mark.docker
+def test_containers_end_like_processes(contained, disturbed, records):
+    """The same digests for the same torch build, else accuracies within the interval."""
+    one, other = records(contained[0]), records(disturbed)
+    builds = [record["import-model"]["facts"]["versions"] for record in (one, other)]
+    if builds[0] == builds[1]:
+        print("same builds: digests are compared")
+        assert digests(one) == digests(other)
+    else:
+        print(f"other builds: accuracies are compared ({builds})")
+        rows = [json.loads((run.folder / "result.json").read_text())["rows"] for run in (contained[0], disturbed)]
+        assert len(rows[0]) == len(rows[1]) == 3
+        assert all(theirs["low"] <= mine["accuracy"] <= theirs["high"] for mine, theirs in zip(*rows, strict=True))
+
+
+@pytest.mark.docker
+def test_containers_are_unprivileged(contained, config):
+    run, (seen, *_) = contained
+    assert seen["Config"]["User"] == f"{os.getuid()}:0"
+    host = seen["HostConfig"]
+    assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and not host["Privileged"]
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+    writable = {mount["Destination"] for mount in seen["Mounts"] if mount["RW"]} - {"/kfp-workspace"}
+    assert all(Path(path) == run.folder or run.folder in Path(path).parents for path in writable)
+    assert inspect(run.folder) == []  # none is left
+
+
+@pytest.mark.docker
+def test_a_killed_run_goes_on_in_containers(contained, config, servers, records):
+    """kill -9 of `ptl run` leaves its container at work; the same command removes it and takes over."""
+    first = Run(config, servers.home, "--runner", "docker")
+    while not list(servers.home.glob("runs/*/scratch/recover-2/training/checkpoint-*/ptl-complete")):
+        assert first.process.poll() is None, first.output
+        time.sleep(0.02)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    first.reader.join()
+    (left,) = inspect(first.folder)
+    second = Run(config, servers.home, "--runner", "docker").finish()
+    assert second.folder == first.folder and "continuing run" in second.output
+    assert "recover-1: done before" in second.output
+    assert left["Id"] not in subprocess.check_output(["docker", "ps", "--all", "--quiet", "--no-trunc"], text=True)
+    assert digests(records(second)) == digests(records(contained[0]))
+
+
+@pytest.mark.docker
+def test_a_failing_container_tells_its_own_error_and_code(engine, config, servers, tmp_path):
+    checkpoint = Path(shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "checkpoint"))
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    run = Run(config, servers.home, "--runner", "docker", "--set", f"model.path={checkpoint}")
+    assert run.process.wait(300) == 2
+    run.reader.join()
+    assert "import-model: " in run.output and "tensor model.norm.weight" in run.output
+    assert "Traceback" not in run.output
