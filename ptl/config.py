@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -45,6 +45,11 @@ class Calibration(Section):
     num_sequences: int = Field(64, ge=1, description="sequences scored, drawn with the run's seed")
     max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
     batch_size: int = Field(16, ge=1, description="sequences per forward pass")
+    answers: Literal["given", "self"] = Field(
+        "given",
+        description="`self`: the current model answers the prompts itself, and its correct answers are scored on",
+    )
+    max_new_tokens: int = Field(256, ge=1, description="longest answer of its own (answers `self`)")
 
 
 class Schedule(Section):
@@ -63,15 +68,28 @@ class Schedule(Section):
 class Prune(Section):
     """What is redundant, and how widths are rounded."""
 
-    target: Literal["neurons", "layers", "neurons_then_layers"] = Field(
-        "neurons", description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`"
+    target: Literal["neurons", "layers", "neurons_then_layers", "auto"] = Field(
+        "neurons",
+        description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`; `auto` chooses in "
+        "each iteration by the measured loss per parameter",
     )
     layer_iterations: int = Field(1, ge=1, description="only with `neurons_then_layers`")
     criterion: Literal["max", "mean", "weight", "taylor", "random"] = Field("max", description="score of a neuron")
     layer_criterion: Literal["max", "block_influence"] = Field("max", description="score of a layer")
     sigma_neuron: float | None = Field(None, gt=0, description="remove only neurons that score below; none: by budget")
     sigma_layer: float | None = Field(None, gt=0, description="remove only layers that score below; none: by budget")
-    width_multiple: int = Field(1, ge=1, description="round the FFN width down to a multiple of this")
+    width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="round the FFN width down to a multiple of this; `auto`: 128, 64, 8 or 1, the first that goes into "
+        "the width at least 8 times, evenly",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that will share the model; each width is a multiple of it")
+    repair: Literal["off", "ridge", "magnitude", "both"] = Field(
+        "off",
+        description="after the cut, without training: `ridge` fits down_proj to the uncut layer's output, `magnitude` "
+        "scales what later layers add after a layer is gone",
+    )
+    ridge: float = Field(0.1, gt=0, description="strength of `ridge`, a share of the mean second moment of a neuron")
 
 
 class Task(Section):
@@ -173,7 +191,7 @@ class Iteration:
     progress: Fraction  # cuts up to and including this round; 1 in the last
     tokens: int  # recovery tokens of this round; all add up to schedule.recovery_tokens
     tokens_before: int  # recovery tokens of earlier rounds: where this round's fresh data begins
-    unit: Literal["neurons", "layers"]
+    unit: Literal["neurons", "layers", "auto"]
     last: bool
 
 
@@ -184,13 +202,15 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     1 - (1 - i/k)^3 of the removal is done. Doubling gives round i the share 2^(i-1) / (2^k - 1) of the tokens.
     """
     k = schedule.iterations
-    layer_rounds = {"neurons": 0, "layers": k, "neurons_then_layers": min(prune.layer_iterations, k - 1)}[prune.target]
+    rounds = {"neurons": 0, "layers": k, "neurons_then_layers": min(prune.layer_iterations, k - 1), "auto": 0}
+    layer_rounds = rounds[prune.target]
+    first: Literal["neurons", "auto"] = "auto" if prune.target == "auto" else "neurons"
     iterations, done, spent = [], Fraction(0), 0
     for i in range(1, k + 1):
         progress = Fraction(i, k) if schedule.cuts == "uniform" else 1 - (1 - Fraction(i, k)) ** 3
         share = Fraction(i, k) if schedule.tokens == "uniform" else Fraction(2**i - 1, 2**k - 1)
         until = int(share * schedule.recovery_tokens)
-        unit: Literal["neurons", "layers"] = "layers" if i > k - layer_rounds else "neurons"
+        unit: Literal["neurons", "layers", "auto"] = "layers" if i > k - layer_rounds else first
         iterations.append(Iteration(i, progress - done, progress, until - spent, spent, unit, i == k))
         done, spent = progress, until
     return iterations

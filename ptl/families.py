@@ -37,7 +37,8 @@ class Family:
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
     tied: bool = False  # whether embeddings are tied where the config does not say
-    writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # the last parts before the residual stream
+    # The last parts before the residual stream, where only norms read the stream; else none (see repair.magnitude).
+    writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
 
     @property
@@ -78,7 +79,7 @@ _RECORDS = (
         rows=("mlp.gate_up_proj",),
         blocks=2,
     ),
-    Family("olmo2", others=(*QKVO, *QK_NORMS, *POST_NORMS), writes=POST_NORMS),
+    Family("olmo2", others=(*QKVO, *QK_NORMS, *POST_NORMS), writes=()),  # its layers read the hidden state unnormed
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 

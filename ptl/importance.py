@@ -37,7 +37,7 @@ def _by_activations(stream: Stream, _seed: int, progress: bool, *, score: Score,
     totals = [_Joined(join) for _ in stream.layers]
     states = stream.embed()
     for i in tqdm(range(len(stream.layers)), desc="scoring neurons, by layer", disable=not progress):
-        with torch.no_grad(), stream.layer(i) as layer, _caught(layer, stream.family.columns) as caught:
+        with torch.no_grad(), stream.layer(i) as layer, caught_inputs(layer, stream.family.columns) as caught:
             norms = column_norms(layer, stream)
             for b, hidden in enumerate(states):
                 states[b] = stream.run(i, b, hidden)
@@ -59,7 +59,7 @@ def _by_gradients(stream: Stream, _seed: int, progress: bool) -> Scores:
     gradients = _loss_gradients(stream, inputs.pop())
     totals = [_Joined("mean") for _ in stream.layers]
     for i in tqdm(reversed(range(len(stream.layers))), total=len(totals), desc="taylor, back", disable=not progress):
-        with torch.enable_grad(), stream.layer(i) as layer, _caught(layer, stream.family.columns) as caught:
+        with torch.enable_grad(), stream.layer(i) as layer, caught_inputs(layer, stream.family.columns) as caught:
             for b, hidden in enumerate(inputs.pop()):
                 hidden = hidden.detach().requires_grad_()
                 output = stream.run(i, b, hidden)
@@ -171,7 +171,7 @@ class _Joined:
 
 
 @contextmanager
-def _caught(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
+def caught_inputs(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
     """A list that gets the input [B, T, F] of a submodule whenever it runs."""
     caught: list[Tensor] = []
 

@@ -1,17 +1,21 @@
-"""Score, select, cut, save: one checkpoint in, one smaller checkpoint out."""
+"""Score, select, cut, repair, save: one checkpoint in, one smaller checkpoint out."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl import checkpoint, importance
-from ptl.anatomy import Anatomy, anatomy, layers_for, width_for
+from ptl import checkpoint, repair
+from ptl.anatomy import anatomy, resolve_multiple
+from ptl.choose import CHOICES, Task
 from ptl.config import Calibration, Prune
 from ptl.data import calibration_batches
 from ptl.families import Family, family_of
-from ptl.stream import Stream
+from ptl.own_answers import own_answers
+from ptl.stream import Batch, Stream, padded
 from ptl.surgery import Cut, cut_checkpoint
 
 
@@ -19,7 +23,7 @@ from ptl.surgery import Cut, cut_checkpoint
 class PruneReport:
     """What a cut did. Widths are FFN widths, one per layer that stays."""
 
-    unit: str
+    unit: str  # what went: "neurons", "layers", "both" or "nothing"
     criterion: str
     params_before: int
     params: int
@@ -27,62 +31,73 @@ class PruneReport:
     layers: int
     widths: tuple[int, ...]
     removed_layers: tuple[int, ...]
+    width_multiple: int  # what widths were rounded down to
+    repaired: int  # tensors changed by the closed-form repair
+    sequences: int  # calibration sequences scored; 0: none were needed
     seconds: float
 
 
 def prune_checkpoint(
     src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
-    """Cut `src` to at most `goal` parameters by removing `unit` ("neurons" or "layers"); write it to `dst`."""
+    """Cut `src` to at most `goal` parameters by removing `unit` ("neurons", "layers", "auto"); write it to `dst`.
+
+    Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
+    answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
+    `taylor` and `auto` the hidden states of every layer.
+    """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
+    repair.check(settings.repair, family)
     body = anatomy(src, family)
-    cut = _select_neurons if unit == "neurons" else _select_layers
-    selected = cut(src, family, body, settings, calibration, goal, seed)
-    cut_checkpoint(src, dst, family, selected)
+    made: list[Stream] = []
+
+    @functools.cache
+    def stream() -> Stream:
+        made.append(Stream(src, family, _batches(src, calibration, seed)))
+        return made[0]
+
+    selected = CHOICES[unit](Task(body, settings, goal, seed, stream))
+    repaired = _cut(src, dst, family, settings, selected, made)
     after = anatomy(dst, family)
+    removed = tuple(i for i in range(body.layers) if i not in selected.layers)
     return PruneReport(
-        unit=unit,
-        criterion=settings.criterion if unit == "neurons" else settings.layer_criterion,
+        unit=_unit(removed, selected),
+        criterion=settings.layer_criterion if unit == "layers" else settings.criterion,
         params_before=body.params,
         params=after.params,
         goal=goal,
         layers=after.layers,
         widths=(after.width,) * after.layers,
-        removed_layers=tuple(i for i in range(body.layers) if i not in selected.layers),
+        removed_layers=removed,
+        width_multiple=resolve_multiple(body.width, settings.width_multiple, settings.tensor_parallel),
+        repaired=repaired,
+        sequences=sum(len(batch["input_ids"]) for batch in made[0].batches) if made else 0,
         seconds=time.monotonic() - started,
     )
 
 
-def _select_neurons(
-    src: Path, family: Family, body: Anatomy, settings: Prune, calibration: Calibration, goal: int, seed: int
-) -> Cut:
-    every = tuple(range(body.layers))
-    width = width_for(body, goal, settings.width_multiple)
-    if width == body.width:
-        return Cut(every, {})
-    scores = importance.neuron_scores(_stream(src, family, calibration, seed), settings.criterion, seed)
-    if settings.sigma_neuron is not None:
-        needed = body.width - min(importance.num_redundant(layer, settings.sigma_neuron) for layer in scores)
-        needed += -needed % settings.width_multiple
-        width = min(max(width, needed), body.width)
-    return Cut(every, {i: importance.keep_highest(layer, width) for i, layer in enumerate(scores)})
+def _cut(src: Path, dst: Path, family: Family, settings: Prune, selected: Cut, made: list[Stream]) -> int:
+    """Write the cut checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
+    changed: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
+        if selected.neurons and settings.repair in ("ridge", "both"):
+            changed = repair.ridge(made[0], selected, settings.ridge, Path(scratch, "ridge"))
+        if made and settings.repair in ("magnitude", "both"):
+            changed = repair.magnitude(made[0], selected, changed, Path(scratch, "magnitude"))
+        cut_checkpoint(src, dst, family, selected, changed)
+    return len(changed)
 
 
-def _select_layers(
-    src: Path, family: Family, body: Anatomy, settings: Prune, calibration: Calibration, goal: int, seed: int
-) -> Cut:
-    count = layers_for(body, goal)
-    if count == 0:
-        return Cut(tuple(range(body.layers)), {})
-    scores = importance.layer_scores(_stream(src, family, calibration, seed), settings.layer_criterion)
-    if settings.sigma_layer is not None:
-        count = min(count, importance.num_redundant(scores, settings.sigma_layer))
-    kept = importance.keep_highest(scores, body.layers - count)
-    return Cut(tuple(kept.tolist()), {})
+def _unit(removed: tuple[int, ...], selected: Cut) -> str:
+    names = {(True, True): "both", (True, False): "layers", (False, True): "neurons", (False, False): "nothing"}
+    return names[bool(removed), bool(selected.neurons)]
 
 
-def _stream(src: Path, family: Family, calibration: Calibration, seed: int) -> Stream:
+def _batches(src: Path, calibration: Calibration, seed: int) -> list[Batch]:
     from transformers import AutoTokenizer
 
-    return Stream(src, family, calibration_batches(calibration, AutoTokenizer.from_pretrained(src), seed))
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    if calibration.answers == "given":
+        return calibration_batches(calibration, tokenizer, seed)
+    return padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)

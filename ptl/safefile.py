@@ -77,7 +77,7 @@ def read(entry: Entry) -> Tensor:
             if not count:
                 raise InputError(f"model.path: shard {entry.path} is damaged (it ends early); fetch it again")
             done += count
-    return raw.view(_dtypes()[entry.dtype]).reshape(entry.shape)
+    return raw.view(dtypes()[entry.dtype]).reshape(entry.shape)
 
 
 def write(path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
@@ -93,11 +93,11 @@ def write(path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]], tensors
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    dtypes = _dtypes()
+    known = dtypes()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for (dtype, shape), tensor in zip(expected, tensors, strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
+            assert (tensor.dtype, tuple(tensor.shape)) == (known[dtype], shape), f"{tensor.dtype} {tensor.shape}"
             file.write(_bytes(tensor.contiguous().reshape(-1).view(torch.uint8)))
 
 
@@ -116,7 +116,8 @@ def _bytes(raw: Any) -> memoryview:
     return memoryview(raw.numpy())
 
 
-def _dtypes() -> dict[str, Any]:
+def dtypes() -> dict[str, Any]:
+    """torch's name of each dtype of the format."""
     import torch
 
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -21,6 +21,19 @@ from ptl.families import Family
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
 
 
+def padded(sequences: Sequence[list[int]], size: int) -> list[Batch]:
+    """Batches of at most `size` sequences of tokens, those of equal length together."""
+    batches = []
+    ordered = sorted(sequences, key=len)
+    for start in range(0, len(ordered), size):
+        group = ordered[start : start + size]
+        width = max(map(len, group))
+        ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in group])
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in group])
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return batches
+
+
 class Stream:
     """A checkpoint and the calibration batches that go through it, layer by layer.
 
