@@ -12,6 +12,7 @@ from typing import Any
 from ptl import launch
 from ptl.config import Cpt, RecoverStage, Recovery
 from ptl.distil import distil
+from ptl.grpo import grpo
 from ptl.training import Job, RecoverReport, Round
 
 __all__ = ["RECOVERIES", "Job", "RecoverReport", "Round", "budgets_before", "recover_checkpoint"]
@@ -28,7 +29,11 @@ def cpt(src: Path, dst: Path, settings: Cpt, job: Job) -> RecoverReport:
     return train(src, dst, settings, job, SFTTrainer, {})
 
 
-RECOVERIES: dict[str, Callable[[Path, Path, Any, Job], RecoverReport]] = {"cpt": cpt, "distil": distil}
+RECOVERIES: dict[str, Callable[[Path, Path, Any, Job], RecoverReport]] = {
+    "cpt": cpt,
+    "distil": distil,
+    "grpo": grpo,
+}
 
 
 def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequence[int], job: Job) -> RecoverReport:

@@ -1,0 +1,117 @@
+"""GRPO: it learns from verifiable rewards, refuses what it cannot learn from, and goes on after a kill."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recovering import DATA, DENSE, cut, recover, weights
+
+from ptl import grpo
+from ptl.config import Grpo
+from ptl.errors import InputError, WorkError
+from ptl.recover import Job, Round
+from ptl.training import COMPLETE
+
+REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
+STAGE = {
+    "method": "grpo",
+    "learning_rate": 3e-4,
+    "steps": 4,
+    "batch_size": 16,
+    "num_generations": 4,
+    "max_completion_length": 44,
+    "guard_prompts": 8,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "processes": 1,
+    "rewards": REWARDS,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    dst, log = tmp_path_factory.mktemp("grpo") / "out", []
+    return dst, recover(small, dst, STAGE, log=log), log
+
+
+def job(folder, index=1):
+    return Job(DATA, Round(None, (), index, True, 0), folder, lambda metrics, step: None)
+
+
+def test_steps_move_the_weights_and_what_matters_is_logged(small, trained):
+    dst, report, log = trained
+    before, after = weights(small), weights(dst)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    assert report.steps == 4 and 0 < report.details["pass_at_k"] <= 1
+    rewards = [metrics for _, metrics in log if "reward" in metrics]
+    assert len(rewards) == 4
+    for metrics in rewards:
+        assert {"frac_reward_zero_std", "completions/mean_length", "kl", "rewards/final_answer/mean"} <= metrics.keys()
+        assert 0 <= metrics["reward"] <= 1
+    assert [entry["tokens"] for entry in report.details["rewards"]] == [tokens for tokens, _ in report.curve]
+    assert report.tokens == report.curve[-1][0] > 0
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_same_weights(small, trained, tmp_path):
+    scratch = tmp_path / "training"
+    shutil.copytree(trained[0].with_name("out.training"), scratch)
+    shutil.rmtree(scratch / "checkpoint-4")
+    report = recover(small, tmp_path / "out", STAGE, scratch=scratch)
+    assert report.resumed_at == 2 and (scratch / "checkpoint-4" / COMPLETE).exists()
+    mine, theirs = weights(tmp_path / "out"), weights(trained[0])
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_share_of_the_tokens_ends_training(small, tmp_path):
+    chain = ({"method": "cpt", "share": 0.5}, STAGE | {"share": 0.5})
+    report = recover(small, tmp_path / "out", *chain, tokens=1600)
+    first, second = report.details["stages"]
+    assert (report.method, first["tokens"]) == ("cpt+grpo", 800)
+    assert second["steps"] < 4 and 800 <= second["tokens"] < 800 + 16 * 256
+
+
+def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+    first, second = (grpo.prompts(Grpo(**STAGE), job(tmp_path, index), tokenizer, model) for index in (1, 2))
+    assert len(first) == len(second) == 4 * 16 // 4
+    assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
+    assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
+    with pytest.raises(InputError, match="an answer of 300 tokens"):
+        grpo.prompts(Grpo(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, model)
+
+
+def test_zero_reward_is_refused_before_training(small, tmp_path):
+    """A reference that no answer equals stands for a model that solves nothing."""
+    rewards = [{"name": "final_answer", "answer": "#### 123456"}]
+    with pytest.raises(WorkError, match=r"solves none of 8 prompts in 4 tries.*recover by cpt or distil first"):
+        recover(small, tmp_path / "out", STAGE | {"rewards": rewards})
+    assert not list(tmp_path.glob("out.training/checkpoint-*"))
+
+
+def test_a_reward_without_its_column_is_refused(small, tmp_path):
+    with pytest.raises(InputError, match="lacks 'solution'"):
+        recover(small, tmp_path / "out", STAGE | {"rewards": [{"name": "math", "answer": "{solution}"}]})
+
+
+def test_vllm_without_a_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(InputError, match="vllm needs a GPU"):
+        grpo.uses_vllm(Grpo(rollouts="vllm"))
+    assert not grpo.uses_vllm(Grpo())
+
+
+def test_the_source_keeps_its_generation_config(small, trained):
+    name = "generation_config.json"
+    assert json.loads((trained[0] / name).read_text()) == json.loads((small / name).read_text())
