@@ -1,4 +1,4 @@
-"""The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`. `ptl/cli.py` adds them."""
+"""The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`. `ptl/cli.py` adds them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ Poll = Annotated[float, typer.Option(min=1, help="seconds between looks")]
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (submit, status, cancel, retry):
+    for command in (submit, status, cancel, retry, doctor):
         app.command(command.__name__, rich_help_panel="Cluster")(command)
 
 
@@ -116,6 +116,25 @@ def retry(
     checked = load_config(config) if config else None
     options = {"config": checked, "wait": wait, "timeout": timeout, "poll": poll, "say": _say}
     raise typer.Exit(work.retry(run_id, server, **options))
+
+
+def doctor(
+    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    sets: Sets = [],  # noqa: B006
+    host: Host = None,
+    namespace: Annotated[str | None, typer.Option(help="look by kubectl for the Secrets of this namespace")] = None,
+) -> None:
+    """Try out what a run will need: MLflow, the store, accelerators, images, Kubeflow; exit code 1 on an error."""
+    import os
+
+    from ptl import doctor as work
+
+    checked = load_config(config, _pairs("--set", sets))
+    address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    lines = work.here(checked) + work.outside(checked, host=address, namespace=namespace)
+    for line in lines:
+        _say(str(line))
+    raise typer.Exit(work.exit_code(lines))
 
 
 def _pairs(option: str, entries: list[str]) -> dict[str, Any]:
