@@ -1,0 +1,105 @@
+"""Training checkpoints in the store: another machine goes on from them, and nothing of them stays after success."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from recovering import DATA, DENSE, cut, recover
+
+from ptl import preempt, store
+from ptl.errors import InputError
+from ptl.preempt import Vault, clear, key_of, records, restore, save
+from ptl.recover import RECOVERIES
+from ptl.training import COMPLETE, last_complete
+
+
+def folder(tmp_path, step):
+    path = tmp_path / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(str(step))
+    (path / COMPLETE).touch()
+    return path
+
+
+def objects(place):
+    if place.root.startswith("file://"):
+        from ptl.localfs import path_of
+
+        root = path_of(place.root)
+        return [str(path) for path in root.rglob("*") if path.is_file()]
+    from ptl.s3_client import split
+
+    bucket, key = split(place.root)
+    return [item["Key"] for item in place.client.list_objects_v2(Bucket=bucket, Prefix=key).get("Contents", [])]
+
+
+def test_save_restore_and_clear(place, tmp_path):
+    vault = Vault(place.root, "run", "recover-1.0", "key", 0)
+    for step in (2, 4, 6):
+        save(vault, folder(tmp_path / "here", step))
+    assert [record["facts"]["folder"] for record in records(vault)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
+    assert sum(name.endswith("weights") for name in objects(place)) == 2  # older files are gone
+
+    other = tmp_path / "other"
+    (other / "checkpoint-6").mkdir(parents=True)  # half-written, without its mark
+    restore(vault, other)
+    assert last_complete(other) == other / "checkpoint-6" and (other / "checkpoint-6/weights").read_text() == "6"
+    folder(other, 8)
+    restore(vault, other)  # what is here is newer
+    assert last_complete(other).name == "checkpoint-8"
+
+    clear(replace(vault, name="recover-1"), stages=1)
+    assert records(vault) == [] and objects(place) == []
+    restore(vault, tmp_path / "third")
+    assert last_complete(tmp_path / "third") is None
+
+
+def test_checkpoints_of_other_settings_are_refused(tmp_path):
+    vault = Vault(f"file://{tmp_path}/art", "run", "recover-1.0", key_of("digest", DATA), 0)
+    save(vault, folder(tmp_path, 2))
+    assert key_of("digest", DATA) != key_of("other", DATA)
+    with pytest.raises(InputError, match="belongs to another run"):
+        restore(replace(vault, key="other"), tmp_path / "scratch")
+
+
+def test_the_interval_is_kept(tmp_path, monkeypatch):
+    saved, clock = [], [100.0]
+    monkeypatch.setattr(preempt, "save", lambda vault, path: saved.append(path.name))
+    monkeypatch.setattr(preempt.time, "monotonic", lambda: clock[0])
+    vault = Vault("file:///x", "run", "recover-1.0", "key", 10)
+    for minute in (0, 4, 11, 12, 25):
+        clock[0] = 100.0 + 60 * minute
+        vault.offer(tmp_path / f"checkpoint-{minute}")
+    assert saved == ["checkpoint-11", "checkpoint-25"]
+
+
+def test_another_machine_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """The first machine dies in the second stage and its disk is lost; the second machine has only the store."""
+    small = cut(DENSE, tmp_path / "cut", 130_000)
+    stages = ({"method": "cpt", "share": 0.25}, {"method": "cpt"})
+    recover(small, tmp_path / "straight", *stages)
+    vault = Vault(f"file://{tmp_path}/art", "run", "recover-1", "key", 0)
+    original, ran = RECOVERIES["cpt"], []
+
+    def dies(src, dst, settings, job):
+        def on_log(metrics, step):
+            if job.this.tokens == 1125 and metrics.get("num_input_tokens_seen", 0) > 700:
+                raise KeyboardInterrupt
+            job.on_log(metrics, step)
+
+        ran.append(job.this.tokens)
+        return original(src, dst, settings, replace(job, on_log=on_log))
+
+    monkeypatch.setitem(RECOVERIES, "cpt", dies)
+    with pytest.raises(KeyboardInterrupt):
+        recover(small, tmp_path / "out", *stages, vault=vault)
+    shutil.rmtree(tmp_path / "out.training")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setitem(RECOVERIES, "cpt", original)
+    report = recover(small, tmp_path / "out", *stages, vault=vault)
+    assert ran == [375, 1125] and report.tokens == 1500
+    assert report.details["stages"][1]["resumed_at"] >= 2
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
+    clear(vault, stages=2)
+    left = [path for path in (tmp_path / "art").rglob("*") if path.is_file()]
+    assert left == [] and store.committed(vault.root, "run", "recover-1.1.training-0") is None
