@@ -1,0 +1,1 @@
+from .component import import_model as import_model
