@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench reasoner data lock screenshot
+.PHONY: help install demo test check bench reasoner data images lock screenshot
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ reasoner: install ## train the shipped tiny reasoner again (about 5 minutes)
 data: install ## make the shipped problems again
 	$(BIN)/python examples/tiny_reasoner/problems.py --split train --count 10000 --seed 0 -o examples/tiny_reasoner/train.jsonl.gz
 	$(BIN)/python examples/tiny_reasoner/problems.py --split test --count 1000 --seed 0 -o examples/tiny_reasoner/test.jsonl
+
+images: install ## the three step images, on the Docker engine that answers (docs/images.md)
+	$(BIN)/ptl images build
 
 lock: install ## hashed lock files of the images
 	docker/lock.sh

@@ -43,6 +43,11 @@ start_engine() {
         return
     fi
     install_engine || return 1
+    if (unset DOCKER_HOST && answers); then
+        unset DOCKER_HOST
+        say "the service that the package started answers: using it"
+        return
+    fi
     mkdir -p "$dir"
     # Own folders and an own socket: nothing of another engine is touched. Its log is the first thing to read on failure.
     setsid dockerd --data-root "$dir/data" --exec-root "$dir/exec" --pidfile "$dir/dockerd.pid" --host "$socket" \
