@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# run.sh CONFIG TABLE [options of submit]: start a run on Kubeflow, wait, and write the report's table as Markdown.
+# Exit codes are those of submit: 0 done, 1 failed, 2 wrong input, 3 gate not passed, 4 timeout.
+set -uo pipefail
+config=$1 table=$2
+shift 2
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+ptl submit "$config" "$@" --wait --timeout 21000 2>&1 | tee "$log"
+code=${PIPESTATUS[0]}
+run=$(sed -n 's/^started run .* (\(.*\))$/\1/p' "$log")
+{
+    printf '**ptl %s**: ' "$(basename "$config")"
+    case $code in
+    0) echo "done" ;;
+    3) echo "gate not passed" ;;
+    4) echo "still running" ;;
+    *) echo "failed" ;;
+    esac
+    grep -E '^https?://' "$log" || true
+    if [ "$code" = 0 ] || [ "$code" = 3 ]; then
+        experiment=$(python -c 'import sys; from ptl.config import load_config; print(load_config(sys.argv[1]).storage.experiment)' "$config")
+        python -m pipelines.prune_tune_loop.table "$run" "$experiment"
+    fi
+} >"$table"
+cat "$table"
+exit "$code"

@@ -1,0 +1,111 @@
+"""The CI examples pass their linters, and their scripts do what they say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from kfp_standin import StandIn
+
+ROOT = Path(__file__).parents[1]
+CI = ROOT / "examples" / "ci"
+TINY = "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+
+def run(*command, **options):
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=ROOT, check=False, **options
+    )
+
+
+def tool(name):
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"NOT CHECKED: {name} is not installed here; `pip install '.[dev]'` brings it")
+    return found
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("actionlint", CI / "github/compress.yml"),
+        ("zizmor", "--offline", CI / "github/compress.yml"),
+        ("shellcheck", CI / "compiled.sh", CI / "run.sh"),
+        ("yamllint", "--strict", "-c", ROOT / "manifests/.yamllint", CI),
+    ],
+    ids=lambda command: command[0],
+)
+def test_linters(command):
+    done = run(tool(command[0]), *command[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_gitlab_jobs_have_scripts_and_known_stages():
+    told = yaml.safe_load((CI / "gitlab-ci.yml").read_text())
+    jobs = {name: told[name] for name in ("compile", "images", "run")}
+    assert [job["stage"] for job in jobs.values()] == told["stages"]
+    assert all(job["script"] for job in jobs.values())
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """`ptl` on the PATH: this checkout's commands."""
+    tool = tmp_path / "bin" / "ptl"
+    tool.parent.mkdir()
+    code = (
+        "from ptl.cli import app, main; from pipelines.prune_tune_loop import cluster_cli;"
+        "'submit' in [c.name for c in app.registered_commands] or cluster_cli.add_to(app); main()"
+    )
+    tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def test_a_changed_compiled_pipeline_fails(environment):
+    golden = ROOT / "tests/golden"
+    done = run(CI / "compiled.sh", env=environment)
+    assert done.returncode in (0, 1)
+    assert (done.returncode == 1) == ("differs from" in done.stderr)
+    assert all(f"{path.stem}.yaml" in done.stdout for path in golden.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3)])
+def test_a_run_is_waited_for_and_its_table_written(environment, tmp_path, verdict, code):
+    from mlflow import MlflowClient
+
+    world = StandIn()
+    try:
+        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        client = MlflowClient(uri)
+        experiment = client.create_experiment("ptl", f"file://{tmp_path}/artifacts")
+        parent = client.create_run(experiment, tags={"ptl.run": "run-0", "ptl.role": "parent"})
+        scored = {"arm": "loop", "params": 1000, "accuracy": 0.9, "low": 0.85, "high": 0.95, "items": 500}
+        rows = [{**scored, "iteration": 1, "recovery_tokens": 10, "verdict": verdict}]
+        result = tmp_path / "result.json"
+        result.write_text(json.dumps({"rows": rows, "final": {"share_removed": 0.4}}))
+        client.log_artifact(parent.info.run_id, str(result), "report")
+        done = run(
+            *(CI / "run.sh", TINY, tmp_path / "table.md", "--set", "gate.enabled=true", "--host", world.url),
+            env={**environment, "MLFLOW_TRACKING_URI": uri},
+        )
+    finally:
+        world.close()
+    text = (tmp_path / "table.md").read_text()
+    assert done.returncode == code, done.stdout + done.stderr
+    assert f"| loop | 1 | 1,000 | 0.900 (0.850 to 0.950) | 500 | 10 | {verdict} |" in text
+    assert "40.0% of all parameters removed." in text and f"{world.url}/#/runs/details/run-0" in text
+
+
+def test_a_failed_run_says_so(environment, tmp_path):
+    world = StandIn()
+    world.script = [("FAILED", {"prune-1": "FAILED"})]
+    try:
+        done = run(CI / "run.sh", TINY, tmp_path / "table.md", "--host", world.url, env=environment)
+    finally:
+        world.close()
+    assert done.returncode == 1 and "failed" in (tmp_path / "table.md").read_text()
