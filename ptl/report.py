@@ -66,7 +66,8 @@ def print_table(result: Result, out: Path | None = None) -> None:
         console.print(escape(sentence), highlight=False)
     if out is not None:
         console.print(f"\nReport: {escape(str((out / 'report.html').resolve()))}", highlight=False, soft_wrap=True)
-    console.print("MLflow: run `ptl ui` and open the address it prints", highlight=False)
+    where = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
+    console.print(f"MLflow: {escape(where)}", highlight=False)
 
 
 def _view(result: Result) -> dict[str, Any]:
