@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import fcntl
 import hashlib
+import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -153,28 +155,39 @@ def artifact_location(experiment: str) -> str:
         return os.environ["PTL_ARTIFACT_ROOT"]
     _require_answer(uri)
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     from ptl import store
 
     client = MlflowClient(uri, registry_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        found = client.get_experiment(client.create_experiment(experiment))
+    try:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            found = client.get_experiment(client.create_experiment(experiment))
+    except MlflowException as error:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: the server at {_bare(uri)} refuses to say where experiment {experiment!r} lies: "
+            f"{error}; is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
+        ) from error
     store.check(f"{found.artifact_location.rstrip('/')}/ptl")
     return str(found.artifact_location)
 
 
 def _require_answer(uri: str) -> None:
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        urllib.request.urlopen(f"{_bare(uri).rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it accepts our password is seen later
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        shown = uri.rpartition("@")[2]
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
-            f"MLFLOW_TRACKING_URI: no MLflow server answers at {shown} ({getattr(error, 'reason', error)}); "
+            f"MLFLOW_TRACKING_URI: no MLflow server answers at {_bare(uri)} ({getattr(error, 'reason', error)}); "
             "start it or correct the address, or let --s3 start one"
         ) from error
+
+
+def _bare(uri: str) -> str:
+    """An address without user and password."""
+    return re.sub(r"://[^@/]*@", "://", uri)
 
 
 def failure(run: RunDir) -> tuple[str, int] | None:

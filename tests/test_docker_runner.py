@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def stub_docker(tmp_path, monkeypatch):
     """A stub named docker on PATH; fails where FAIL matches its arguments."""
     program = tmp_path / "bin" / "docker"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\ncase "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\n')
+    program.write_text('#!/bin/sh\ncase "$*" in $FAIL) echo "no such thing" >&2; exit 1 ;; esac\necho "$ANSWER"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAIL", "nothing")
@@ -79,6 +80,20 @@ def test_unknown_runner_and_server_that_does_not_answer(tmp_path):
         assert not (tmp_path / "home" / "runs").exists()
 
 
+def test_a_server_that_is_no_mlflow_is_told(monkeypatch):
+    """A stand-in: a plain web server, asked with a password in its address."""
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
+    try:
+        with pytest.raises(InputError, match=f"the server at http://127.0.0.1:{server.server_port} refuses") as caught:
+            runs.artifact_location("ptl")
+        assert "secret" not in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_run_is_executed_once_at_a_time(tmp_path):
     config = load_config(TINY)
     run, _ = runs.open_run(tmp_path, config, None, False)
@@ -90,7 +105,7 @@ def test_a_run_is_executed_once_at_a_time(tmp_path):
 # ---- what a container gets
 
 
-def test_mounts_are_the_files_that_the_config_names(monkeypatch, tmp_path):
+def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     config = load_config(TINY)
     example = ROOT / "examples/tiny_reasoner"
@@ -105,6 +120,10 @@ def test_mounts_are_the_files_that_the_config_names(monkeypatch, tmp_path):
         os.environ.get(n) for n in containers.CERTIFICATES
     } == {str(example)}
     assert given["working_dir"] == str(ROOT) and given["environment"]["PTL_RUN_ID"] == "r"
+    assert "device_requests" not in given
+    monkeypatch.setenv("ANSWER", '{"nvidia":{"path":"nvidia-container-runtime"}}')
+    (gpus,) = containers.arguments(config, tmp_path / "run", {}, "s3://ptl/x")["device_requests"]
+    assert gpus["Count"] == -1 and gpus["Capabilities"] == [["gpu"]]
     assert given["read_only"] and given["cap_drop"] == ["ALL"] and "privileged" not in given
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -82,7 +81,7 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
         "init": True,
         "labels": {LABEL: str(folder)},
     }
-    if "nvidia" in json.loads(_docker("info", "--format", "{{json .Runtimes}}") or "{}"):
+    if '"nvidia"' in _docker("info", "--format", "{{json .Runtimes}}"):
         given["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
     return given
 
