@@ -1,0 +1,156 @@
+"""Recovery methods on the tiny reasoner: GRPO from -40 %, and a table of methods and schedules at -50 %, equal tokens.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/recovery.py grpo  [--seeds 11 12 13]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/recovery.py table [--seeds 11 12 13] [--tokens 300000]
+
+Fresh problems are generated from the test split's arithmetic with a seed that the shipped files do not use; accuracy is
+greedy exact match of the final number, with a Wilson interval. One JSON line for each run, then a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+from ptl import checkpoint, gate
+from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, plan
+from ptl.prune import prune_checkpoint
+from ptl.recover import Job, Round, recover_checkpoint
+from ptl.rewards import number
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples/tiny_reasoner"))
+from problems import generate  # noqa: E402 - an example, not a package
+
+REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+SOURCE = {
+    "source": str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"),
+    "prompt": "{question}\n",
+    "completion": "{answer}",
+}
+DATA = TrainingData(sources=[SOURCE])
+SHARED = {"processes": 1, "max_length": 256}
+CPT = SHARED | {"method": "cpt", "learning_rate": 6e-4}
+GRPO = {
+    "method": "grpo",
+    "learning_rate": 3e-4,
+    "steps": 60,
+    "batch_size": 64,
+    "max_completion_length": 44,
+    "processes": 1,
+    "rewards": [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}],
+}
+ONE, SHAPED = {"iterations": 1}, {"iterations": 4}
+UNIFORM = {"iterations": 8, "cuts": "uniform", "tokens": "uniform"}
+# name -> schedule, stages. The paper's uniform loop has a fresh optimizer and its own decay in every iteration.
+RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "one-shot, cpt": (ONE, [CPT]),
+    "one-shot, distil": (ONE, [CPT | {"method": "distil"}]),
+    "one-shot, LoRA": (ONE, [CPT | {"lora": {"rank": 16}, "learning_rate": 3e-3}]),
+    "one-shot, cpt+grpo": (ONE, [CPT | {"share": 0.5}, GRPO | {"share": 0.5}]),
+    "uniform loop (paper), cpt": (UNIFORM, [CPT | {"decay": "each", "carry_moments": False}]),
+    "shaped loop, cpt": (SHAPED, [CPT]),
+    "shaped loop, distil": (SHAPED, [CPT | {"method": "distil"}]),
+    "none": (ONE, []),
+}
+
+
+def run(schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Path) -> tuple[Path, int]:
+    """Prune and recover by a schedule; returns the final checkpoint and the tokens used."""
+    at, used = REASONER, 0
+    params = checkpoint.num_params(REASONER)
+    rounds = plan(schedule, Prune())
+    scored = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
+    for it in rounds:
+        goal = params - int(it.progress * int(schedule.target * params))
+        cut, out = folder / f"cut-{it.index}", folder / f"out-{it.index}"
+        cut.mkdir()
+        prune_checkpoint(at, cut, Prune(), scored, unit="neurons", goal=goal, seed=seed)
+        at = cut
+        if not stages:
+            continue
+        here = Round(it.tokens, (), it.index, it.last, seed)
+        job = Job(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
+        tokens = [each.tokens for each in rounds[: it.index]]
+        used += recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens
+        at = out
+    return at, used
+
+
+@torch.inference_mode()
+def correct(folder: Path, problems: list[dict[str, str]]) -> int:
+    """How many problems greedy decoding solves."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.generation_config.max_length = None
+    solved = 0
+    for begin in range(0, len(problems), 125):
+        part = problems[begin : begin + 125]
+        batch = tokenizer([row["question"] + "\n" for row in part], return_tensors="pt", padding=True)
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=60,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        solved += sum(number(answer) == number(row["answer"]) for answer, row in zip(answers, part, strict=True))
+    return solved
+
+
+def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    problems = list(generate("test", given.items, given.problem_seed))
+    chosen = RUNS if given.what == "table" else {"none": (ONE, []), "grpo, 60 steps": (ONE, [GRPO])}
+    target = 0.5 if given.what == "table" else 0.4
+    for name, (shape, stages) in chosen.items():
+        if given.only and not any(part in name for part in given.only):
+            continue
+        for seed in given.seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.monotonic()
+                schedule = Schedule(target=target, recovery_tokens=given.tokens, **shape)
+                final, used = run(schedule, stages, seed, Path(folder))
+                seconds = time.monotonic() - started
+                solved = correct(final, problems)
+                low, high = gate.wilson(solved, len(problems), 0.95)
+            row = {"run": name, "seed": seed, "tokens": used, "accuracy": solved / len(problems)}
+            yield row | {"low": round(low, 3), "high": round(high, 3), "seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["grpo", "table"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--problem-seed", type=int, default=4711, help="of the generated problems")
+    parser.add_argument("--only", nargs="+", help="parts of the names of the runs to do")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found = []
+    for row in rows(given):
+        print(json.dumps(row), flush=True)
+        found.append(row)
+    print("\n| run | tokens | accuracy (95 % interval), one for each seed | seconds |\n|---|---|---|---|")
+    for name in dict.fromkeys(row["run"] for row in found):
+        mine = [row for row in found if row["run"] == name]
+        cells = ", ".join(f"{row['accuracy']:.3f} ({row['low']:.3f}-{row['high']:.3f})" for row in mine)
+        tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in mine}))
+        seconds = ", ".join(f"{row['seconds']:.0f}" for row in mine)
+        print(f"| {name} | {tokens} | {cells} | {seconds} |")
+
+
+if __name__ == "__main__":
+    main()
