@@ -70,6 +70,7 @@ class Resources(Section):
     )
     run_as_user: int = Field(1000, ge=1, description="with KFP 2.16; non-root")
     run_as_group: int = Field(0, ge=0, description="the images are made for group 0, which has no privileges by itself")
+    doctor: bool = Field(False, description="begin with a step that tries out MLflow, the store and the accelerators")
     steps: dict[StepName, StepResources] = Field({}, description="other values for one kind of step")
 
     @model_validator(mode="after")

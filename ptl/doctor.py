@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl import doctor_http as http
-from ptl.config import Config
+from ptl.config import Config, check
 from ptl.errors import PtlError, WorkError
 
 
@@ -48,9 +48,11 @@ def outside(config: Config, *, host: str | None, namespace: str | None) -> list[
     return lines
 
 
-def task(settings: dict[str, Any]) -> None:
+def task(settings: dict[str, Any], experiment: str) -> None:
     """The body of the optional first step of a pipeline. Raises WorkError that names every fault."""
-    lines = here(Config.model_validate(settings))
+    config = check(Config, settings, "settings")
+    storage = config.storage.model_copy(update={"experiment": experiment})  # the run's parameter wins
+    lines = here(config.model_copy(update={"storage": storage}))
     print("\n".join(map(str, lines)), flush=True)
     faults = [line for line in lines if line.state == "error"]
     if faults:
@@ -203,10 +205,10 @@ def secrets(config: Config, namespace: str) -> list[Line]:
     return lines
 
 
-def _guard(what: str, check: Callable[[], Line]) -> Line:
+def _guard(what: str, look: Callable[[], Line]) -> Line:
     """A check that raises an explained error is a line too."""
     try:
-        return check()
+        return look()
     except PtlError as error:
         said, _, remedy = str(error).rpartition("; ")
         return Line(what, "error", said or remedy, remedy if said else "see the message")

@@ -41,7 +41,7 @@ def tasks_of(path):
 def test_every_shipped_config_compiles(path, tmp_path):
     tasks = tasks_of(compiled(path, tmp_path))
     config = load_config(path)
-    assert len(tasks) == 3 + 3 * config.schedule.iterations + 3 * config.control
+    assert len(tasks) == 3 + 3 * config.schedule.iterations + 3 * config.control + config.resources.doctor
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpu-gate", "onprem"])
@@ -152,3 +152,13 @@ def test_different_executors_are_not_shared(tmp_path):
     after = spec_of(path)
     assert after["root"]["dag"]["tasks"]["prune-2"]["componentRef"]["name"] == "comp-prune-2"
     assert after["deploymentSpec"]["executors"]["exec-prune-2"]["container"]["image"] == "other"
+
+
+def test_the_doctor_comes_first_where_prune_will_run(tmp_path):
+    wanted = {"resources__accelerator": "nvidia.com/gpu", "resources__accelerators": 1, "resources__doctor": True}
+    spec = spec_of(compiled(TINY, tmp_path, **wanted))
+    task = spec["root"]["dag"]["tasks"]["doctor"]
+    assert "dependentTasks" not in task and spec["root"]["dag"]["tasks"]["import-model"]["dependentTasks"] == ["doctor"]
+    containers = {name: entry["container"] for name, entry in spec["deploymentSpec"]["executors"].items()}
+    assert containers["exec-doctor"]["image"] == containers["exec-prune"]["image"]
+    assert containers["exec-doctor"]["resources"] == containers["exec-prune"]["resources"]

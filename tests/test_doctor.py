@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from kfp_standin import StandIn
+from mlflow import MlflowClient
 
 from ptl import doctor, doctor_http, stack
 from ptl.config import load_config
@@ -268,8 +269,14 @@ def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
 
 
 def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capsys):
-    doctor.task(config.model_dump(mode="json"))
+    from components.doctor import doctor as component
+
+    other = uuid.uuid4().hex  # the run's parameter, which wins over the config's
+    component.python_func(step="doctor", experiment=other, settings=config.model_dump(mode="json", exclude_none=True))
+    assert MlflowClient().get_experiment_by_name(other) and not MlflowClient().get_experiment_by_name(
+        config.storage.experiment
+    )
     assert capsys.readouterr().out.count("ok ") == 3
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(WorkError, match=r"error +store: .*\n.*set AWS_ACCESS_KEY_ID"):
-        doctor.task(config.model_dump(mode="json"))
+        doctor.task(config.model_dump(mode="json"), other)

@@ -6,6 +6,7 @@ from typing import Any
 
 from kfp import compiler, dsl
 
+from components.doctor.component import doctor
 from components.evaluate.component import evaluate
 from components.import_model.component import import_model
 from components.prune.component import prune
@@ -94,7 +95,7 @@ class _Dag:
         if self.tasks:
             task.after(list(self.tasks.values())[-1])
         self.tasks[step] = task
-        stage = next(stage for stage in IMAGE_OF if stage in step)
+        stage = next((stage for stage in IMAGE_OF if stage in step), "prune")  # the doctor looks where prune will run
         task.set_container_image(image(stage, self.config.images.registry, self.config.images.tag))
         return cluster.configure(task, stage, self.config)
 
@@ -106,6 +107,9 @@ def _unroll(dag: _Dag) -> None:
     """All tasks of a run."""
     iterations = dag.config.schedule.iterations
     settings = dag.pick(*SCHEDULE, "prune_settings", "calibration", "training", "evaluate_settings")
+    whole = dag.config.model_dump(mode="json", exclude_none=True)
+    if dag.config.resources.doctor:
+        dag.add(doctor, "doctor", settings=whole)
     dense = dag.add(
         import_model, "import-model", iterations=iterations, **dag.pick("model", "revision"), **settings
     ).outputs["out"]
@@ -119,7 +123,7 @@ def _unroll(dag: _Dag) -> None:
         report,
         "report",
         names=list(dag.tasks),
-        settings=dag.config.model_dump(mode="json", exclude_none=True),  # under the run's own parameters
+        settings=whole,  # under the run's own parameters
         final=accepted,
         **dag.pick("model", "revision", "seed", "recover_settings", "gate", "registered_model"),
         **settings,

@@ -1,0 +1,10 @@
+"""Doctor: try out MLflow, the store and the accelerators before anything expensive; an optional first step."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)
+def doctor(step: str, experiment: str, settings: dict):
+    from ptl import doctor
+
+    doctor.task(settings, experiment)
