@@ -341,22 +341,42 @@ def test_containers_are_unprivileged(contained, config):
     assert inspect(run.folder) == []  # none is left
 
 
+def kill(run):
+    """kill -9 of `ptl run`; its container stays at work."""
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    run.reader.join()
+
+
+def wait_for(found, run):
+    deadline = time.monotonic() + 300
+    while not found():
+        assert run.process.poll() is None and time.monotonic() < deadline, run.output
+        time.sleep(0.02)
+
+
 @pytest.mark.docker
 def test_a_killed_run_goes_on_in_containers(contained, config, servers, records):
-    """kill -9 of `ptl run` leaves its container at work; the same command removes it and takes over."""
+    """In mid-recovery; the same command removes the container that is left and goes on from its training checkpoint."""
     first = Run(config, servers.home, "--runner", "docker")
-    while not list(servers.home.glob("runs/*/scratch/recover-2/training/checkpoint-*/ptl-complete")):
-        assert first.process.poll() is None, first.output
-        time.sleep(0.02)
-    os.killpg(first.process.pid, signal.SIGKILL)
-    first.process.wait()
-    first.reader.join()
-    (left,) = inspect(first.folder)
-    second = Run(config, servers.home, "--runner", "docker").finish()
+    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-1/training/checkpoint-*/ptl-complete")), first)
+    left = [container["Id"] for container in inspect(first.folder)]
+    subprocess.run(
+        ["docker", "pause", *left], check=True, capture_output=True
+    )  # else it might finish before it is removed
+    kill(first)
+    second = Run(config, servers.home, "--runner", "docker")
+    wait_for(lambda: "recover-1: done" in second.output, second)  # the rest would be as in a run without a kill
+    kill(second)
+    containers.remove_leftovers(second.folder)
+    there = subprocess.check_output(["docker", "ps", "--all", "--quiet", "--no-trunc"], text=True)
+    assert left and not set(left) & set(there.split()) and inspect(second.folder) == []
     assert second.folder == first.folder and "continuing run" in second.output
-    assert "recover-1: done before" in second.output
-    assert left["Id"] not in subprocess.check_output(["docker", "ps", "--all", "--quiet", "--no-trunc"], text=True)
-    assert digests(records(second)) == digests(records(contained[0]))
+    assert "prune-1: done before" in second.output
+    found, straight = records(second), records(contained[0])
+    assert found["recover-1"]["facts"]["resumed_at"] >= 2
+    for step in ("import-model", "prune-1", "recover-1"):
+        assert found[step]["pointer"]["digest"] == straight[step]["pointer"]["digest"]
 
 
 @pytest.mark.docker
