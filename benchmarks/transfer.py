@@ -1,7 +1,7 @@
 """Publish and fetch a checkpoint side by side with plain boto3 and with cp: `python benchmarks/transfer.py --mib 1024`.
 
 Starts its own SeaweedFS in a temporary folder. Every measurement is a process of its own, the contestants take turns,
-and medians are printed. `publish` and `fetch` also hash every byte and publish on `file://` flushes to disk; boto3 and cp
+and medians are printed. `publish` and `fetch` also hash every byte, publish on `file://` flushes to disk; boto3 and cp
 do neither, `cp + sync` flushes.
 """
 

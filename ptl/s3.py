@@ -1,23 +1,24 @@
-"""Checkpoints in an S3 store: boto3's classic transfer manager, so parts in parallel within bounded memory."""
+"""Checkpoints in an S3 store: boto3, parts in parallel, within bounded memory; never the crt transfer client."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError, WorkError
 from ptl.localfs import full_disk
-from ptl.manifest import FILES, File, Progress, dump_files, sha256_of, verify, wrong_digest, wrong_size
-from ptl.s3_client import ATTEMPTS, THREADS, client, code, explained, message, split
+from ptl.manifest import BLOCK, FILES, File, Progress, dump_files, sha256_of, verify, wrong_digest, wrong_size
+from ptl.s3_client import ATTEMPTS, THREADS, broken_stream, client, code, explained, message, pause, split
 
 PART = 16 << 20  # bytes of a multipart part
-CHUNKS = 6  # parts held in memory while a download is put in order: 96 MiB
-ROUNDS = 3  # per file, where a whole transfer is lost: a multipart upload that the store forgot, a broken stream
+ROUNDS = 3  # per file, where the store forgot a multipart upload
 
 
 def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> tuple[File, ...]:
@@ -28,10 +29,7 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     with explained(location), ThreadPoolExecutor(2) as hashing:
         digests = [hashing.submit(sha256_of, folder / path) for path in paths]
 
-        def begin(manager: Any, path: str) -> Any:
-            return manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=[_counter(on_progress)])
-
-        _transfer(begin, paths)
+        _upload(folder, bucket, prefix, paths, on_progress)
         files = tuple(
             File(path, (folder / path).stat().st_size, digest.result())
             for path, digest in zip(paths, digests, strict=True)
@@ -71,12 +69,20 @@ def read(uri: str) -> bytes | None:
 
     bucket, key = split(uri)
     with explained(uri):
-        try:
-            return client().get_object(Bucket=bucket, Key=key)["Body"].read()
-        except ClientError as error:
-            if code(error) in ("NoSuchKey", "404"):
-                return None
-            raise
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                body = client().get_object(Bucket=bucket, Key=key)["Body"]
+            except ClientError as error:
+                if code(error) in ("NoSuchKey", "404"):
+                    return None
+                raise
+            try:
+                return body.read()
+            except broken_stream():
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(pause(attempt))
+    return None
 
 
 def put_once(uri: str, data: bytes) -> bytes:
@@ -112,94 +118,109 @@ def check(root: str) -> None:
 
 
 def _download(uri: str, files: tuple[File, ...], target: Path, where: str, on_progress: Progress) -> None:
+    """Parts arrive in parallel and in any order; each file is hashed in order behind them, while later parts arrive.
+
+    Not by the transfer manager: given a sink to hash, it loses bytes where a broken stream is repeated with other block
+    boundaries (s3transfer 0.19, DeferQueue).
+    """
+    with explained(uri), ThreadPoolExecutor(THREADS) as pool:
+        try:
+            work = [(file, *_begin(pool, uri, file, target / file.path, where, on_progress)) for file in files]
+            for file, opened, parts in work:
+                hasher = hashlib.sha256()
+                with opened:
+                    for start, part in parts:
+                        part.result()
+                        for offset in range(start, min(start + PART, file.size), BLOCK):
+                            hasher.update(os.pread(opened.fileno(), min(BLOCK, file.size - offset), offset))
+                if hasher.hexdigest() != file.sha256:
+                    raise WorkError(wrong_digest(where, file))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _begin(
+    pool: ThreadPoolExecutor, uri: str, file: File, path: Path, where: str, on_progress: Progress
+) -> tuple[FileIO, list[tuple[int, Future[None]]]]:
+    """Open a file and queue its parts: (start, future) in order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = FileIO(path, "x+")
+    bucket, prefix = split(uri)
+
+    def get(start: int) -> None:
+        _get_part(bucket, f"{prefix}/{file.path}", file, start, opened, where, on_progress)
+
+    # An empty file has one part too, so that it is missed when it was deleted.
+    return opened, [(start, pool.submit(get, start)) for start in range(0, max(file.size, 1), PART)]
+
+
+def _get_part(bucket: str, key: str, file: File, start: int, opened: FileIO, where: str, on_progress: Progress) -> None:
+    """Write one part of an object to its place in the file; a broken stream goes on where it broke."""
     from botocore.exceptions import ClientError
 
-    bucket, prefix = split(uri)
-    sinks: dict[str, _Sink] = {}
-
-    def begin(manager: Any, path: str) -> Any:
-        if path in sinks:
-            sinks[path].close()
-        sinks[path] = _Sink(target / path, on_progress)
-        return manager.download(bucket, f"{prefix}/{path}", sinks[path])
-
+    done, stop = start, min(start + PART, file.size)
     try:
-        with explained(uri):
+        for attempt in range(1, ATTEMPTS + 1):
+            # An empty file is asked for without a range, which would be refused.
+            wanted = f"bytes={done}-{stop - 1}" if file.size else ""
+            answer = client().get_object(Bucket=bucket, Key=key, **({"Range": wanted} if wanted else {}))  # type: ignore[arg-type]
+            size = int(answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"])
+            if size != file.size:
+                raise WorkError(wrong_size(where, file, size))
             try:
-                _transfer(begin, [file.path for file in files])
-            except ClientError as error:
-                if code(error) not in ("NoSuchKey", "404"):
+                while data := answer["Body"].read(1 << 20):
+                    done += _write_at(opened, data, done)
+                    on_progress(len(data))
+                return
+            except broken_stream():
+                if attempt == ATTEMPTS:
                     raise
-                gone = [file.path for file in files if not _exists(bucket, f"{prefix}/{file.path}")]
-                raise WorkError(
-                    f"{where}: file {', '.join(gone)} was deleted; restore it or run the step that made it again"
-                ) from error
-    finally:
-        for sink in sinks.values():
-            sink.close()
-    for file in files:
-        sink = sinks[file.path]
-        if sink.size != file.size:
-            raise WorkError(wrong_size(where, file, sink.size))
-        if sink.hexdigest() != file.sha256:
-            raise WorkError(wrong_digest(where, file))
+                time.sleep(pause(attempt))  # a server that has just started answers before it has its data
+    except ClientError as error:
+        if code(error) in ("NoSuchKey", "404"):
+            raise WorkError(
+                f"{where}: file {file.path} was deleted; restore it or run the step that made it again"
+            ) from error
+        if code(error) in ("InvalidRange", "416"):
+            raise WorkError(wrong_size(where, file, _size(bucket, key))) from error
+        raise
 
 
-def _transfer(begin: Callable[[Any, str], Any], paths: list[str]) -> None:
-    """Move all files with one transfer manager; a transfer that was lost as a whole is begun again."""
-    from botocore.exceptions import ClientError, IncompleteReadError
-    from s3transfer.exceptions import RetriesExceededError
+def _write_at(opened: FileIO, data: bytes, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(opened.fileno(), data[done:] if done else data, offset + done)
+    return done
+
+
+def _size(bucket: str, key: str) -> int:
+    return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
+
+
+def _upload(folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress) -> None:
+    """Upload all files with one transfer manager; what the store forgot half-way is uploaded again."""
+    from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
-    config = TransferConfig(
-        multipart_threshold=PART,
-        multipart_chunksize=PART,
-        max_request_concurrency=THREADS,
-        max_submission_concurrency=THREADS,
-        max_in_memory_download_chunks=CHUNKS,
-        io_chunksize=1 << 20,
-        max_io_queue_size=32,
-    )
-    lost = paths
+    config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_request_concurrency=THREADS)
     for last in [False] * (ROUNDS - 1) + [True]:
-        again = []
+        lost = []
         with TransferManager(client(), config) as manager:
-            futures = [(path, begin(manager, path)) for path in lost]
-            for path, future in futures:
+            futures = {}
+            for path in paths:
+                counter = _counter(on_progress)
+                futures[path] = manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=[counter])
+            for path, future in futures.items():
                 try:
                     future.result()
-                except (ClientError, IncompleteReadError, RetriesExceededError) as error:
-                    broken = not isinstance(error, ClientError) or code(error) == "NoSuchUpload"
-                    if last or not broken:
+                except ClientError as error:
+                    if last or code(error) != "NoSuchUpload":
                         raise
-                    again.append(path)
-        lost = again
-        if not lost:
+                    lost.append(path)
+        paths = lost
+        if not paths:
             return
-
-
-class _Sink:
-    """A file that is hashed while it is written. Without seek(), so the transfer manager writes it in order."""
-
-    def __init__(self, path: Path, on_progress: Progress) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
-        self._hasher, self._on_progress, self.size = hashlib.sha256(), on_progress, 0
-
-    def write(self, data: bytes) -> None:
-        """Called by the one thread that writes."""
-        self._hasher.update(data)
-        done = 0
-        while done < len(data):
-            done += self._file.write(data[done:] if done else data) or 0
-        self.size += len(data)
-        self._on_progress(len(data))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def hexdigest(self) -> str:
-        return self._hasher.hexdigest()
 
 
 def _counter(on_progress: Progress) -> Any:
@@ -211,13 +232,3 @@ def _counter(on_progress: Progress) -> Any:
             on_progress(bytes_transferred)
 
     return Counter()
-
-
-def _exists(bucket: str, key: str) -> bool:
-    from botocore.exceptions import ClientError
-
-    try:
-        client().head_object(Bucket=bucket, Key=key)
-    except ClientError:
-        return False
-    return True

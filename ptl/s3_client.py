@@ -64,7 +64,7 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     endpoint = endpoint_url()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _pause below
+        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _again below
         connect_timeout=5,
         read_timeout=60,
         tcp_keepalive=True,
@@ -77,11 +77,11 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
         )
     except ValueError as error:
         raise InputError(f"MLFLOW_S3_ENDPOINT_URL: {endpoint!r} is not an address; write http://host:port") from error
-    made.meta.events.register("needs-retry.s3", functools.partial(_pause, attempts))  # type: ignore[arg-type]
+    made.meta.events.register("needs-retry.s3", functools.partial(_again, attempts))  # type: ignore[arg-type]
     return made
 
 
-def _pause(limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any) -> float | None:
+def _again(limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any) -> float | None:
     """Seconds until a request is sent again, None to give up.
 
     botocore's own retries share a quota between all requests of a client (500, 14 for each retry) and pause for
@@ -96,7 +96,19 @@ def _pause(limit: int, attempts: int, response: Any = None, caught_exception: An
     else:
         status = response[0].status_code
         again = status == 429 or (status >= 500 and status != 501)
-    return min(5.0, 0.25 * 2**attempts) * (0.7 + 0.3 * random.random()) if again else None
+    return pause(attempts) if again else None
+
+
+def pause(attempts: int) -> float:
+    """Seconds to wait after so many attempts: doubling up to 5, with some noise so that parts do not return at once."""
+    return min(5.0, 0.25 * 2**attempts) * (0.7 + 0.3 * random.random())
+
+
+def broken_stream() -> tuple[type[Exception], ...]:
+    """What reading a body raises when the connection is lost or the server stops in the middle."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    return (HTTPClientError, IncompleteReadError, ConnectionError, TimeoutError)
 
 
 def endpoint_url() -> str | None:
@@ -136,13 +148,15 @@ _REMEDIES = {
 
 def message(error: Exception, uri: str) -> str:
     """What went wrong, where, and what to do."""
-    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError, PartialCredentialsError
 
     server = endpoint_url() or "AWS"
     if isinstance(error, ClientError):
         remedy = _REMEDIES.get(code(error), f"{error}; run the same command again, or look at the S3 server's log")
     elif isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         remedy = f"{error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    elif isinstance(error, FlexibleChecksumError):
+        remedy = f"digest differs ({error}); restore the checkpoint or run the step that made it again"
     else:
         remedy = f"{error}; is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
     return f"store: {uri} at {server}: {remedy}"

@@ -102,7 +102,29 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
     jwt = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
     closed = {f"WEED_{name}": secrets.token_hex(32) for name in jwt}
     _start(root, "s3", command, {**env, **closed, "GOMEMLIMIT": "768MiB"}, port, "/healthz")
+    _wait_for_bucket(env)
     return env
+
+
+def _wait_for_bucket(env: dict[str, str]) -> None:
+    """/healthz answers before the bucket is there."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.session.Session(
+        env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"], region_name=env["AWS_DEFAULT_REGION"]
+    ).client("s3", endpoint_url=env["MLFLOW_S3_ENDPOINT_URL"])
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client.head_bucket(Bucket=BUCKET)
+            return
+        except (BotoCoreError, ClientError) as error:
+            if time.monotonic() > deadline:
+                raise WorkError(
+                    f"s3 server: bucket {BUCKET} did not appear within {START_SECONDS} s: {error}"
+                ) from error
+            time.sleep(0.1)
 
 
 def down(root: Path) -> list[str]:

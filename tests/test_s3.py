@@ -257,4 +257,6 @@ def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
         restarts.pop().join()
         assert same(folder, found)
     finally:
+        for thread in restarts:  # whatever failed: no server is left behind
+            thread.join()
         assert stack.down(root) == ["s3"]
