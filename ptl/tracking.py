@@ -58,17 +58,16 @@ def start(experiment: str, step: str, *, arm: str, iteration: int, artifact_loca
     run = pipeline_run()
     with _explained():
         client = _client()
-        found = _experiment(client, experiment, artifact_location)
-        root = found.artifact_location.rstrip("/") + "/ptl"
-        parent = _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
-        tags = {
-            "ptl.run": run,
-            "ptl.step": step,
-            "ptl.arm": arm,
-            "ptl.iteration": str(iteration),
-            "mlflow.parentRunId": parent.info.run_id,
-        }
-        child = _run(client, found.experiment_id, root, run, step, tags, step)
+        own = {"ptl.run": run, "ptl.step": step, "ptl.arm": arm, "ptl.iteration": str(iteration)}
+        given = _plugin_run()
+        if given:
+            found, root, parent, child = _resume(client, given, run, own)
+        else:
+            found = _experiment(client, experiment, artifact_location)
+            root = found.artifact_location.rstrip("/") + "/ptl"
+            parent = _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
+            tags = {**own, "mlflow.parentRunId": parent.info.run_id}
+            child = _run(client, found.experiment_id, root, run, step, tags, step)
         for each in (parent, child):
             if each.info.status != "RUNNING":
                 client.update_run(each.info.run_id, status="RUNNING")
@@ -292,6 +291,28 @@ def _run(
             client.delete_run(created.info.run_id)
             return other
     return created  # the claim is older than MLflow's database, which was replaced
+
+
+def _plugin_run() -> str | None:
+    """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
+    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
+    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
+
+
+def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) -> tuple[Any, str, Run, Run]:
+    """The plugin's runs, marked as ours: its experiment, the root there, the pipeline run's parent, the step's run."""
+    child = client.get_run(given)
+    found = client.get_experiment(child.info.experiment_id)
+    root = found.artifact_location.rstrip("/") + "/ptl"
+    above = child.data.tags.get("mlflow.parentRunId")
+    parent = client.get_run(above) if above else _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
+    marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {"ptl.run": run, "ptl.role": "parent"}}
+    if not above:
+        marks[given]["mlflow.parentRunId"] = parent.info.run_id
+    for run_id, entries in marks.items():
+        for key, value in entries.items():
+            client.set_tag(run_id, key, value)
+    return found, root, parent, child
 
 
 def _search(client: MlflowClient, experiment_id: str, run: str, step: str) -> list[Run]:

@@ -161,8 +161,11 @@ def result_of(run_id: str, experiment: str) -> dict[str, Any]:
         found = client.get_experiment_by_name(experiment)
         where = f"tags.`ptl.run` = '{run_id}' and tags.`ptl.role` = 'parent'"
         runs = client.search_runs([found.experiment_id], where, max_results=1) if found else []
+        if not runs:  # Kubeflow's MLflow plugin puts runs into an experiment of its own
+            everywhere = [place.experiment_id for place in client.search_experiments()]
+            runs = client.search_runs(everywhere, where, max_results=1)
         if not runs:
-            raise WorkError(f"the run succeeded, but MLflow's experiment {experiment!r} has no run {run_id}")
+            raise WorkError(f"the run succeeded, but MLflow has no run {run_id}, in {experiment!r} or elsewhere")
         with tempfile.TemporaryDirectory() as folder:
             path = client.download_artifacts(runs[0].info.run_id, "report/result.json", folder)
             return dict(json.loads(Path(path).read_text()))
