@@ -220,14 +220,15 @@ def _recover(
         memory = max(memory, training_memory(shape, stage, dense, used))
         if isinstance(stage, Grpo):
             answers = stage.steps * stage.batch_size
-            seen = answers * (PROMPT_TOKENS + stage.max_completion_length) if budget is None else budget
+            longest = answers * (PROMPT_TOKENS + stage.max_completion_length)
+            seen = float(longest if budget is None else budget)
             passes = 4 if stage.beta else 3  # forward and backward, and the reference's forward
             decoded = seen * stage.max_completion_length / (PROMPT_TOKENS + stage.max_completion_length)
             rows = stage.batch_size / used
             seconds += decoded / stage.batch_size * _token_seconds(shape, rows, 4, stage.max_completion_length, card)
             context = PROMPT_TOKENS + stage.max_completion_length
         else:
-            seen, passes, context = budget or 0, 3, stage.max_length
+            seen, passes, context = float(budget or 0), 3, stage.max_length
         work = passes * forward_flops(shape, seen, context)
         if isinstance(stage, Distil):
             work += forward_flops(dense, seen, context)
@@ -235,7 +236,7 @@ def _recover(
             work += forward_flops(shape, seen, context)
         flops += work
         seconds += work / (peak * TRAINING_SHARE * used)
-        tokens += seen
+        tokens += int(seen)
     fits = memory <= FULL * card.memory
     return StepForecast(name, shape.params, tokens, flops, memory, seconds / 3600, fits)
 

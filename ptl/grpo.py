@@ -44,7 +44,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
         callbacks=[training.watch(job), _budget(job.this.tokens)],
     )
     resumed_at = training.run(trainer, job)
-    training.save(trainer, src, dst, dtype, with_state=False)
+    training.save(trainer, src, dst, dtype, sharded=training.is_sharded(settings))
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     details["rewards"] = [
         {"tokens": int(entry["num_tokens"])} | {name: float(entry[name]) for name in LOGGED if name in entry}

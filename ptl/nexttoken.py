@@ -25,24 +25,30 @@ def train(
     dataset, details = _dataset(tokenizer, settings, job, arguments)
     tokens = details.pop("tokens")
     state = src / checkpoint.STATE
-    carried = settings.carry_moments and settings.lora is None and state.is_file()
+    sharded = training.is_sharded(settings)
+    whole = settings.carry_moments and settings.lora is None and not sharded
+    carried = whole and state.is_file()
     if settings.lora is not None:
         model = with_adapters(model, settings)
-    optimizer = training.optimizer_for(model, settings, state if carried else None)
     steps = math.ceil(len(dataset) / settings.batch_size)
     curve = training.learning_rate_curve(settings, job.this, steps, carried)
+    optimizers: tuple[Any, Any] = (None, None)
+    if sharded:  # the optimizer is made by the Trainer, from parameters that are sharded first
+        trainer_class = training.with_curve(trainer_class, curve)
+    else:
+        optimizer = training.optimizer_for(model, settings, state if carried else None)
+        optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve))
     trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve)),
+        optimizers=optimizers,
         callbacks=[training.watch(job)],
         **more,
     )
     resumed_at = training.run(trainer, job)
-    keeps = settings.carry_moments and settings.lora is None and job.keep_moments
-    training.save(trainer, src, dst, dtype, keeps)
+    training.save(trainer, src, dst, dtype, with_state=whole and job.keep_moments, sharded=sharded)
     return RecoverReport(
         method=settings.method,  # type: ignore[attr-defined]
         tokens=tokens,
@@ -118,6 +124,7 @@ def _arguments(settings: NextToken, job: Job) -> Any:
     shared = training.arguments(settings, job, world_size())
     return SFTConfig(
         **shared,
+        weight_decay=settings.weight_decay,
         num_train_epochs=1,
         max_length=settings.max_length,
         packing=settings.packing,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from ptl import checkpoint
 from ptl.config import NextToken, Stage, TrainingData
 from ptl.errors import InputError, WorkError
+from ptl.launch import world_size
 
 if TYPE_CHECKING:
     from ptl.preempt import Vault
@@ -182,8 +185,10 @@ def watch(job: Job) -> Any:
 
 def check_finite(model: Any, step: int, folder: Any) -> None:
     """Raise WorkError for weights that are no numbers."""
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise WorkError(_not_finite("a weight is NaN or infinite", step, folder))
+    for parameter in model.parameters():
+        finite = parameter.isfinite().all()
+        if not bool(finite.full_tensor() if hasattr(finite, "full_tensor") else finite):  # FSDP: spread over GPUs
+            raise WorkError(_not_finite("a weight is NaN or infinite", step, folder))
 
 
 def _not_finite(what: str, step: int, folder: Any) -> str:
@@ -219,10 +224,14 @@ def full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def save(trainer: Any, src: Path, dst: Path, dtype: torch.dtype, with_state: bool) -> None:
+def save(
+    trainer: Any, src: Path, dst: Path, dtype: torch.dtype, *, with_state: bool = False, sharded: bool = False
+) -> None:
     """Write an ordinary checkpoint in the dtype it came in; config and tokenizer files are those of the source."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     check_finite(model, trainer.state.global_step, trainer.args.output_dir)
+    if sharded:
+        model = _gathered(trainer, dst.with_name(f"{dst.name}.gathered"))
     if not trainer.is_world_process_zero():
         return
     with full_disk(dst):
@@ -233,6 +242,40 @@ def save(trainer: Any, src: Path, dst: Path, dtype: torch.dtype, with_state: boo
         model.to(dtype).save_pretrained(dst)
         (dst / "config.json").write_text((src / "config.json").read_text())
         checkpoint.copy_companions(src, dst)
+
+
+def is_sharded(settings: Stage) -> bool:
+    """Whether weights or optimizer state are spread over GPUs. Raises InputError for what that cannot do."""
+    if settings.sharding == "none" or world_size() == 1 or not torch.cuda.is_available():
+        return False
+    if isinstance(settings, NextToken) and settings.lora is not None:
+        raise InputError(f"recover.sharding: {settings.sharding} does not go with recover.lora; remove one of the two")
+    if settings.sharding == "zero2" and find_spec("deepspeed") is None:
+        raise InputError("recover.sharding: zero2 needs the package deepspeed; install it, or use fsdp")
+    return True
+
+
+def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
+    """A kind of trainer that makes its own optimizer and follows our learning-rate curve."""
+
+    class Curved(trainer_class):  # type: ignore[misc,valid-type,unused-ignore]
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, curve)
+            return self.lr_scheduler
+
+    return Curved
+
+
+def _gathered(trainer: Any, folder: Path) -> Any:
+    """The whole model, on the first process, from weights that are spread over all."""
+    from transformers import AutoModelForCausalLM
+
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shutil.rmtree(folder)
+    return model
 
 
 def _moments(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
