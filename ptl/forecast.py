@@ -253,7 +253,7 @@ def _prune(name: str, config: Config, before: Shape, after: Shape, gpu: str) -> 
     backward = config.prune.criterion == "taylor"
     flops = forward_flops(before, tokens, scored.max_length) * (3 if backward else 1)
     batch = scored.batch_size * scored.max_length
-    memory = before.params * before.itemsize * (2 if backward else 1) + CONTEXT
+    memory = float(before.params * before.itemsize * (2 if backward else 1) + CONTEXT)
     memory += activations(before, batch, 4, not backward) + 4.0 * batch * before.vocabulary
     card = GPUS[gpu]
     hours = flops / (card.fp32 * FORWARD_SHARE) / 3600
