@@ -276,7 +276,17 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
     cluster_cli.add_to(app)
     runner = CliRunner()
     world.script = [("FAILED", {"prune-1": "FAILED"})]
-    started = ["submit", str(TINY), "--host", world.url, "--wait", "--set", "schedule.iterations=2", "--param", "seed=3"]
+    started = [
+        "submit",
+        str(TINY),
+        "--host",
+        world.url,
+        "--wait",
+        "--set",
+        "schedule.iterations=2",
+        "--param",
+        "seed=3",
+    ]
     done = runner.invoke(app, started)
     assert done.exit_code == 1 and "prune-1: FAILED" in done.output, done.output
     assert world.runs[0]["runtime_config"]["parameters"] == {"seed": 3}
