@@ -47,5 +47,16 @@ images: install ## the three step images, on the Docker engine that answers (doc
 lock: install ## hashed lock files of the images
 	docker/lock.sh
 
+docs: install ## the documentation's pages in site/
+	$(BIN)/mkdocs build --strict
+
+golden: install ## write the compiled pipelines that tests compare with; read the diff
+	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/test_compile.py -k golden
+
+# checkov pins old libraries, hence an environment of its own.
+checkov: install ## check the manifests with checkov too
+	$(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/pip install --quiet checkov
+	PATH="$$PATH:$$PWD/.venv-checkov/bin" $(BIN)/pytest tests/test_manifests.py
+
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

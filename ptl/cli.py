@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -49,6 +50,40 @@ def validate(config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006 - 
 def schema() -> None:
     """Print the config's JSON schema, for editors."""
     print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    sets: Overrides = [],  # noqa: B006
+    gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
+    count: Annotated[int | None, typer.Option(help="GPUs per step; none: as the config says")] = None,
+) -> None:
+    """Forecast parameters, tokens, FLOPs, GPU memory and hours of every step, from the model's config alone."""
+    from rich.console import Console
+
+    from ptl import forecast
+
+    said = forecast.forecast(_load(config, sets), gpu, count)
+    Console().print(forecast.table(said))
+    for warning in said.warnings:
+        print(f"warning: {warning}")
+
+
+@app.command()
+def export(
+    src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
+    to: Annotated[str, typer.Option(help="gguf")] = "gguf",
+) -> None:
+    """Write a checkpoint in the form of another runtime: GGUF, for llama.cpp."""
+    from ptl.export import export_gguf
+
+    if to != "gguf":
+        raise InputError(f"--to: {to!r} must be gguf; vLLM and transformers read the checkpoint as it is")
+    if dst.exists():
+        raise InputError(f"dst: {dst} exists; give a file that does not")
+    print(f"wrote {export_gguf(src, dst)}")
 
 
 @app.command("compile")
@@ -285,7 +320,16 @@ def _pipelines() -> Any:
     return pipeline
 
 
+def _add_cluster_commands() -> None:
+    """Commands for Kubeflow, where the checkout is at hand: pipelines/ is not in the wheel, nor in the images."""
+    if importlib.util.find_spec("pipelines") is not None:
+        from pipelines.prune_tune_loop import cluster_cli
+
+        cluster_cli.add_to(app)
+
+
 cli_steps.add_to(app)
+_add_cluster_commands()
 
 if __name__ == "__main__":
     main()

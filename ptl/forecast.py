@@ -133,6 +133,23 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     return Forecast(gpu, number, shape.params, tuple(steps), told)
 
 
+def table(said: Forecast) -> Any:
+    """A forecast as a rich table."""
+    from rich.table import Table
+
+    title = f"{said.params:,} parameters on {said.count} x {said.gpu}: {said.hours:.1f} hours (estimates)"
+    shown = Table(title=title, title_justify="left")
+    for heading in ("Step", "Parameters", "Tokens", "FLOPs", "GiB per GPU", "Hours", "Note"):
+        shown.add_column(heading, justify="left" if heading in ("Step", "Note") else "right")
+    for step in said.steps:
+        note = step.note if step.fits else f"does not fit; {step.note}".removesuffix("; ")
+        memory, hours = f"{step.memory / GIB:.1f}", f"{step.hours:.2f}"
+        tokens = f"{step.tokens:,}" if step.tokens else ""
+        style = None if step.fits else "red"
+        shown.add_row(step.step, f"{step.params:,}", tokens, f"{step.flops:.1e}", memory, hours, note, style=style)
+    return shown
+
+
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """A model's shape from its config.json, built on the meta device: no weights are read or allocated."""
     import torch

@@ -150,8 +150,8 @@ def _front_matter(result: Result) -> str:
     }
     if result["model"]["license"]:
         card["license"] = result["model"]["license"]
-    if training.get("source"):
-        card["datasets"] = [_hub_name(training["source"])]
+    if training.get("sources"):
+        card["datasets"] = [_hub_name(source["source"]) for source in training["sources"]]
     if tasks:
         metrics = [t.get("metric", "accuracy") for t in tasks]
         card["metrics"] = list(dict.fromkeys(metrics))

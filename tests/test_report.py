@@ -59,7 +59,8 @@ def curve(tokens: int, start: float) -> list[list[float]]:
 def settings() -> dict:
     return {
         "name": "tiny", "model": {"path": "examples/tiny_reasoner/checkpoint", "revision": None}, "seed": 7,
-        "training": {"source": "examples/tiny_reasoner/train.jsonl"}, "schedule": {"iterations": 4, "target": 0.4},
+        "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
+        "schedule": {"iterations": 4, "target": 0.4},
         "recover": [{"method": "cpt", "learning_rate": 3e-4}], "evaluate": {"confidence": 0.95},
         "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05},
         "run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1",
