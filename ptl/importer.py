@@ -40,6 +40,10 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     family = family_of(checkpoint.read_config(folder))
     body = anatomy(folder, family)
     checkpoint.check_tokenizer(folder)
+    if prune.repair != "off":
+        from ptl import repair
+
+        repair.check(prune.repair, family)
     remove = removal(body.params, schedule.target)
     if not 0 < remove < body.params:
         raise InputError(
@@ -49,7 +53,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     rounds = plan(schedule, prune)
     by_neurons = [it for it in rounds if it.unit == "neurons"]
     if by_neurons:
-        width_for(body, body.params - int(by_neurons[-1].progress * remove), prune.width_multiple)
+        width_for(body, body.params - int(by_neurons[-1].progress * remove), prune.width_multiple, prune.tensor_parallel)
     if len(by_neurons) < len(rounds):
         already = by_neurons[-1].progress if by_neurons else 0
         layers_for(body, body.params - int((1 - already) * remove))
