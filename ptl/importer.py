@@ -53,7 +53,8 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     rounds = plan(schedule, prune)
     by_neurons = [it for it in rounds if it.unit == "neurons"]
     if by_neurons:
-        width_for(body, body.params - int(by_neurons[-1].progress * remove), prune.width_multiple, prune.tensor_parallel)
+        goal = body.params - int(by_neurons[-1].progress * remove)
+        width_for(body, goal, prune.width_multiple, prune.tensor_parallel)
     if len(by_neurons) < len(rounds):
         already = by_neurons[-1].progress if by_neurons else 0
         layers_for(body, body.params - int((1 - already) * remove))
