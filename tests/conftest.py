@@ -57,7 +57,8 @@ def server(tmp_path_factory):
 def free_port():
     """A port p with p..p+3 and each of these + 10000 free."""
     while True:
-        port = random.randrange(20000, 50000)
+        # Not the global generator: training seeds it, and then two workers of xdist take the same port.
+        port = random.SystemRandom().randrange(20000, 50000)
         if all(unused(port + shift + extra) for shift in range(4) for extra in (0, stack.GRPC)):
             return port
 
