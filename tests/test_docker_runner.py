@@ -163,7 +163,11 @@ class Servers:
     def __init__(self, home):
         self.home = home
         self.ports = {"s3_port": free_port(), "mlflow_port": free_port()}
-        self.env = stack.up(home, **self.ports)
+        try:
+            self.env = stack.up(home, **self.ports)
+        except BaseException:
+            stack.down(home)
+            raise
 
     def restart_s3(self):
         os.kill(json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
