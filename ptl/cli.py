@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from ptl import __version__, cli_steps
-from ptl.config import Config, load_config
+from ptl.cli_steps import Overrides
+from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 
 app = typer.Typer(
@@ -25,7 +25,6 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
-Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and MLflow's database lie")]
 
 
@@ -41,7 +40,7 @@ def main() -> None:
 @app.command()
 def validate(config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006 - typer reads the default
     """Check a config, its data files and its model, and print the plan; nothing expensive is started."""
-    checked = _load(config, sets)
+    checked = load_config(config, pairs("--set", sets))
     params = _preflight(checked)
     _print_plan(checked, params)
 
@@ -64,7 +63,7 @@ def plan(
 
     from ptl import forecast
 
-    said = forecast.forecast(_load(config, sets), gpu, count)
+    said = forecast.forecast(load_config(config, pairs("--set", sets)), gpu, count)
     Console().print(forecast.table(said))
     for warning in said.warnings:
         print(f"warning: {warning}")
@@ -93,7 +92,7 @@ def compile_(
     sets: Overrides = [],  # noqa: B006
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
-    checked = _load(config, sets)
+    checked = load_config(config, pairs("--set", sets))
     _pipelines().compile_pipeline(checked, output)
     print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB)")
 
@@ -113,7 +112,7 @@ def run(
     from ptl import runs
     from ptl.report import print_table
 
-    checked = _load(config, sets)
+    checked = load_config(config, pairs("--set", sets))
     _check_runner(runner, checked, s3)
     _preflight(checked)
     servers = runs.start_servers(home.absolute()) if s3 else {}
@@ -263,16 +262,6 @@ def _execute(
         message, code = runs.failure(here) or (str(error), error.exit_code)
         again = "mend it and run the same command again: finished steps are not redone"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
-
-
-def _load(path: Path, sets: list[str]) -> Config:
-    overrides = {}
-    for entry in sets:
-        name, equals, value = entry.partition("=")
-        if not equals:
-            raise InputError(f"--set {entry}: must be FIELD=VALUE, for example --set schedule.target=0.3")
-        overrides[name] = yaml.safe_load(value)
-    return load_config(path, overrides)
 
 
 def _preflight(config: Config) -> int:

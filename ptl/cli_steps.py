@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.config import Recovery, load_config, removal
+from ptl.config import Recovery, load_config, pairs, removal
 from ptl.errors import InputError
 
 Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML file, for its settings")]
+Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,6 +41,7 @@ def prune(
     src: Source,
     dst: Target,
     config: ConfigFile,
+    sets: Overrides = [],  # noqa: B006 - typer reads the default
     target: Annotated[float | None, typer.Option(help="share of SRC to remove, or parameters to end with")] = None,
     unit: Annotated[str, typer.Option(help="neurons or layers")] = "neurons",
 ) -> None:
@@ -47,7 +49,7 @@ def prune(
     from ptl import checkpoint
     from ptl.prune import prune_checkpoint
 
-    settings = load_config(config)
+    settings = load_config(config, pairs("--set", sets))
     if unit not in ("neurons", "layers"):
         raise InputError(f"--unit: {unit!r} must be neurons or layers")
     _fresh(dst)
@@ -61,12 +63,13 @@ def recover(
     src: Source,
     dst: Target,
     config: ConfigFile,
+    sets: Overrides = [],  # noqa: B006
     tokens: Annotated[int | None, typer.Option(help="token budget; none: the config's whole budget")] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as one recovery that is both first and last."""
     from ptl.recover import Job, Round, recover_checkpoint
 
-    settings = load_config(config)
+    settings = load_config(config, pairs("--set", sets))
     _fresh(dst)
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
     here = Round(budget, (), 1, True, settings.seed)
@@ -75,11 +78,11 @@ def recover(
     _show(recover_checkpoint(src, dst, Recovery(stages=settings.recover), [budget], job))
 
 
-def evaluate(src: Source, dst: Target, config: ConfigFile) -> None:
+def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006
     """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
     from ptl.evaluate import evaluate_checkpoint
 
-    settings = load_config(config)
+    settings = load_config(config, pairs("--set", sets))
     _fresh(dst)
     _show(evaluate_checkpoint(src, dst, settings.evaluate, seed=settings.seed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -226,6 +227,17 @@ def removal(original_params: int, target: float) -> int:
     if target < 1:
         return int(Fraction(str(target)) * original_params)
     return original_params - int(target)
+
+
+def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
+    """Options of the form NAME=VALUE, the values read as YAML. Raises InputError that names the option."""
+    found = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"{option} {entry}: must be NAME=VALUE, for example --set schedule.target=0.3")
+        found[name] = yaml.safe_load(value)
+    return found
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:

@@ -121,7 +121,7 @@ def test_validate_prints_the_plan_and_schema_the_fields():
 
 
 def test_a_bad_override_is_refused():
-    assert "must be FIELD=VALUE" in ptl("validate", TINY, "--set", "seed").stderr
+    assert "must be NAME=VALUE" in ptl("validate", TINY, "--set", "seed").stderr
 
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):

@@ -1,14 +1,12 @@
 """The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`. `ptl/cli.py` adds them."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from pipelines.prune_tune_loop.kfp_api import Server
-from ptl.config import load_config
-from ptl.errors import InputError
+from ptl.config import load_config, pairs
 
 Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
 Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
@@ -49,12 +47,12 @@ def submit(
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
     from pipelines.prune_tune_loop import submit as work
 
-    checked = load_config(config, _pairs("--set", sets))
+    checked = load_config(config, pairs("--set", sets))
     code = work.submit(
         checked,
         Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host),
         experiment=experiment,
-        parameters=_pairs("--param", params),
+        parameters=pairs("--param", params),
         version=version_name,
         service_account=service_account,
         wait=wait,
@@ -129,22 +127,12 @@ def doctor(
 
     from ptl import doctor as work
 
-    checked = load_config(config, _pairs("--set", sets))
+    checked = load_config(config, pairs("--set", sets))
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
     lines = work.here(checked) + work.outside(checked, host=address, namespace=namespace)
     for line in lines:
         _say(str(line))
     raise typer.Exit(work.exit_code(lines))
-
-
-def _pairs(option: str, entries: list[str]) -> dict[str, Any]:
-    pairs = {}
-    for entry in entries:
-        name, equals, value = entry.partition("=")
-        if not equals:
-            raise InputError(f"{option} {entry}: must be NAME=VALUE")
-        pairs[name] = yaml.safe_load(value)
-    return pairs
 
 
 def _say(text: str) -> None:
