@@ -117,6 +117,9 @@ DOCKERFILE
 }
 
 build_images() {
+    if ! command -v mmdebstrap >/dev/null || ! docker buildx version >/dev/null 2>&1; then
+        install_engine || { say "mmdebstrap and docker buildx are needed"; return 1; }
+    fi
     make_base
     local args=() ca=${PIP_CERT:-}
     if [ -n "$ca" ]; then args+=(--set "*.secrets=id=ca,src=$ca"); fi

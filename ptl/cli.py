@@ -56,7 +56,7 @@ def plan(
     config: ConfigFile,
     sets: Overrides = [],  # noqa: B006
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
-    count: Annotated[int | None, typer.Option(help="GPUs per step; none: as the config says")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; none: as the config says")] = None,
 ) -> None:
     """Forecast parameters, tokens, FLOPs, GPU memory and hours of every step, from the model's config alone."""
     from rich.console import Console
@@ -92,6 +92,8 @@ def compile_(
     sets: Overrides = [],  # noqa: B006
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
+    if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
+        raise InputError(f"--output: {output} must be a .yaml file in a folder that exists")
     checked = load_config(config, pairs("--set", sets))
     _pipelines().compile_pipeline(checked, output)
     print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB)")
@@ -142,14 +144,18 @@ def fetch(
     """Copy a run's final checkpoint, verified, and its model card into a folder of your own."""
     import shutil
 
-    from ptl import store
+    from ptl import runs, store
     from ptl.manifest import FILES
 
     if not (run / "result.json").is_file():
         raise InputError(f"run: {run} holds no result.json; give the directory of a finished run")
-    if dst.exists() and any(dst.iterdir()):
-        raise InputError(f"dst: {dst} is not empty; give a folder that does not exist yet")
+    dst = dst.absolute()
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
     final = json.loads((run / "result.json").read_text())["final"]
+    home = run.resolve().parents[1]
+    if final["uri"].startswith("s3://") and "AWS_ACCESS_KEY_ID" not in os.environ and (home / "stack").is_dir():
+        runs.use(runs.start_servers(home))  # the run was made with --s3
     folder = store.fetch(store.Pointer(uri=final["uri"], digest=final["digest"]), dst.with_name(dst.name + ".fetch"))
     shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
     shutil.copyfile(run / "README.md", dst / "README.md")
@@ -162,7 +168,6 @@ def ui(home: Home = Path(".ptl"), port: Annotated[int, typer.Option(help="port o
     """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
     from ptl import stack
 
-    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C stops it)", flush=True)
     stack.ui(home.absolute(), port)
 
 

@@ -52,7 +52,7 @@ def prune(
     settings = load_config(config, pairs("--set", sets))
     if unit not in ("neurons", "layers"):
         raise InputError(f"--unit: {unit!r} must be neurons or layers")
-    _fresh(dst)
+    _folders(src, dst)
     params = checkpoint.num_params(src)
     goal = params - removal(params, settings.schedule.target if target is None else target)
     report = prune_checkpoint(src, dst, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed)
@@ -70,7 +70,7 @@ def recover(
     from ptl.recover import Job, Round, recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
-    _fresh(dst)
+    _folders(src, dst)
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
     here = Round(budget, (), 1, True, settings.seed)
     scratch = dst.with_name(dst.name + ".training")
@@ -83,7 +83,7 @@ def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = [])
     from ptl.evaluate import evaluate_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
-    _fresh(dst)
+    _folders(src, dst)
     _show(evaluate_checkpoint(src, dst, settings.evaluate, seed=settings.seed))
 
 
@@ -94,16 +94,24 @@ def report(
     """Make a run's pages again from its result.json."""
     from ptl.report import render
 
-    if not result.is_file():
-        raise InputError(f"result: no file {result}; give the result.json of a run")
-    render(json.loads(result.read_text()), dst)
+    try:
+        told = json.loads(result.read_text())
+        render(told, dst)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"result: {result} is no result.json of a run ({error!r}); give that file") from error
     print(f"wrote {dst / 'report.html'}")
 
 
 def _fresh(dst: Path) -> None:
-    if dst.exists() and any(dst.iterdir()):
-        raise InputError(f"dst: {dst} is not empty; give a folder that does not exist yet")
-    dst.mkdir(parents=True, exist_ok=True)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
+
+
+def _folders(src: Path, dst: Path) -> None:
+    from ptl import checkpoint
+
+    checkpoint.read_config(src)
+    _fresh(dst)
 
 
 def _show(report: Any) -> None:

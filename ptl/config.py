@@ -235,8 +235,11 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals:
-            raise InputError(f"{option} {entry}: must be NAME=VALUE, for example --set schedule.target=0.3")
-        found[name] = yaml.safe_load(value)
+            raise InputError(f"{option} {entry}: must be NAME=VALUE, for example seed=1")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"{option} {entry}: the value is not YAML; quote it") from error
     return found
 
 

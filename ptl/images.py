@@ -19,6 +19,7 @@ IMAGE_OF = {
     "recover": "recover",
     "evaluate": "evaluate",
     "report": "evaluate",
+    "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
 }
 IMAGES = ("prune", "recover", "evaluate")
 

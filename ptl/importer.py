@@ -63,10 +63,18 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
 
 def check_data(calibration: Calibration, training: TrainingData) -> None:
     """Read local data files once: they must exist, parse, and have the columns that the templates name."""
+    fields = {"calibration.data": calibration.data}
+    fields |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     against = training.decontaminate.against if training.decontaminate else ()
-    sources: list[DataSource] = [calibration.data, *training.sources, *against]
-    for source in dict.fromkeys(sources):
-        check_rows(source)
+    fields |= {f"training.decontaminate.against.{i}": source for i, source in enumerate(against)}
+    checked: set[DataSource] = set()
+    for field, source in fields.items():
+        if source not in checked:
+            try:
+                check_rows(source)
+            except InputError as error:  # which of the config's sources it is
+                raise InputError(str(error).replace("data.", f"{field}.", 1)) from error
+        checked.add(source)
 
 
 def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:

@@ -160,7 +160,7 @@ def ui(root: Path, port: int = UI_PORT, *, background: bool = False) -> str:
     backend, artifacts, url = f"sqlite:///{database}", f"file://{root / 'artifacts'}", f"http://{HOST}:{port}"
     if not background:
         _free(port, "--port")
-        sys.stdout.flush()
+        print(f"MLflow on {url} (Ctrl-C stops it)", flush=True)
         os.execve(sys.executable, _mlflow(port, artifacts), {**os.environ, **_mlflow_env(backend)})
     mlflow_up(root, port, backend, artifacts, {}, name="ui")
     return url

@@ -121,7 +121,23 @@ def test_validate_prints_the_plan_and_schema_the_fields():
 
 
 def test_a_bad_override_is_refused():
-    assert "must be NAME=VALUE" in ptl("validate", TINY, "--set", "seed").stderr
+    for entry, said in [("seed", "must be NAME=VALUE"), ("seed=[1", "the value is not YAML")]:
+        done = ptl("validate", TINY, "--set", entry)
+        assert done.returncode == 2 and said in done.stderr
+
+
+def test_files_and_folders_that_are_not_there_are_named(tmp_path):
+    for command in (
+        ("prune", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("recover", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("export", "./nowhere", tmp_path / "out.gguf"),
+        ("compile", TINY, "-o", tmp_path / "nowhere" / "p.yaml"),
+        ("compile", TINY, "-o", tmp_path / "p.txt"),
+    ):
+        done = ptl(*command)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (command, done.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):

@@ -96,7 +96,9 @@ class _Dag:
             task.after(list(self.tasks.values())[-1])
         self.tasks[step] = task
         stage = next((stage for stage in IMAGE_OF if stage in step), "prune")  # the doctor looks where prune will run
-        task.set_container_image(image(stage, self.config.images.registry, self.config.images.tag))
+        vllm = stage == "evaluate" and self.config.evaluate.backend == "vllm"
+        kind = "evaluate-vllm" if vllm else stage
+        task.set_container_image(image(kind, self.config.images.registry, self.config.images.tag))
         return cluster.configure(task, stage, self.config)
 
 
