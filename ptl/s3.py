@@ -17,7 +17,7 @@ from ptl.localfs import full_disk
 from ptl.manifest import BLOCK, FILES, File, Progress, dump_files, sha256_of, verify, wrong_digest, wrong_size
 from ptl.s3_client import ATTEMPTS, THREADS, broken_stream, client, code, explained, message, pause, split
 
-PART = 32 << 20  # bytes of a multipart part and of a ranged read; 16 MiB read a third slower
+PART = 32 << 20  # bytes of a multipart part and of a ranged read
 ROUNDS = 3  # per file, where the store forgot a multipart upload
 
 
@@ -120,8 +120,8 @@ def check(root: str) -> None:
 def _download(uri: str, files: tuple[File, ...], target: Path, where: str, on_progress: Progress) -> None:
     """Parts arrive in parallel and in any order; each file is hashed in order behind them, while later parts arrive.
 
-    Not by the transfer manager: given a sink to hash, it loses bytes where a broken stream is repeated with other block
-    boundaries (s3transfer 0.19, DeferQueue).
+    Not by the transfer manager: given a sink to hash, its download came out short after the server was killed in the
+    middle (seen with s3transfer 0.19).
     """
     with explained(uri), ThreadPoolExecutor(THREADS) as pool:
         try:
