@@ -272,13 +272,10 @@ def _execute(
 def _preflight(config: Config) -> int:
     """Everything that can be checked without weights in memory; returns the dense model's parameters."""
     from ptl import importer
-    from ptl.evaluate import check_tasks
 
-    importer.check_data(config.calibration, config.training)
-    check_tasks(config.evaluate.tasks, config.evaluate)
-    return importer.check_model(
-        importer.locate(config.model.path, config.model.revision), config.schedule, config.prune
-    )
+    model = config.model
+    sections = (config.schedule, config.prune, config.calibration, config.training, config.evaluate)
+    return importer.preflight(model.path, model.revision, *sections)[1]
 
 
 def _print_plan(config: Config, params: int) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ptl import checkpoint
 from ptl.anatomy import anatomy, layers_for, width_for
-from ptl.config import Calibration, DataSource, Prune, Schedule, TrainingData, plan, removal
+from ptl.config import Calibration, DataSource, Evaluate, Prune, Schedule, TrainingData, plan, removal
 from ptl.data import check_rows
 from ptl.errors import InputError
 from ptl.families import family_of
+from ptl.tasks import check_tasks
 
 NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
 
@@ -29,6 +30,22 @@ def locate(path: str, revision: str | None) -> Path:
             f"model.path: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
             f"{type(error).__name__}; check the path or id, and HF_TOKEN for a gated model"
         ) from error
+
+
+def preflight(
+    path: str,
+    revision: str | None,
+    schedule: Schedule,
+    prune: Prune,
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+) -> tuple[Path, int]:
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its parameters."""
+    check_data(calibration, training)
+    check_tasks(evaluate.tasks, evaluate)
+    folder = locate(path, revision)
+    return folder, check_model(folder, schedule, prune)
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:

@@ -48,15 +48,16 @@ def import_model(
 ) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl import importer
-    from ptl.evaluate import check_tasks
 
-    cuts = check(Schedule, schedule, "schedule")
-    pruning = check(Prune, prune, "prune")
-    importer.check_data(check(Calibration, calibration, "calibration"), check(TrainingData, training, "training"))
-    scoring = check(Evaluate, evaluate, "evaluate")
-    check_tasks(scoring.tasks, scoring)
-    folder = importer.locate(model, revision or None)
-    params = importer.check_model(folder, cuts, pruning)
+    folder, params = importer.preflight(
+        model,
+        revision or None,
+        check(Schedule, schedule, "schedule"),
+        check(Prune, prune, "prune"),
+        check(Calibration, calibration, "calibration"),
+        check(TrainingData, training, "training"),
+        check(Evaluate, evaluate, "evaluate"),
+    )
 
     def work(dst: Path, _run: tracking.StepRun) -> Facts:
         importer.import_checkpoint(str(folder), None, dst)

@@ -4,14 +4,18 @@ import os
 import random
 import socket
 import uuid
+from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 
 from ptl import images, s3_client, stack
 from ptl.errors import WorkError
 from ptl.localfs import path_of
 from ptl.s3_client import split
+
+TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 class FilePlace:
@@ -95,3 +99,17 @@ def engine():
             f"skipped: the engine has no {', '.join(absent)}; `ptl images build` or `.ci/docker.sh build` makes them"
         )
     assert not absent, f"CI must build the images before this test; the engine has no {absent}"
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """tiny.yaml with two short iterations and no control."""
+    raw = yaml.safe_load(TINY.read_text())
+    raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
+    raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
+    raw["evaluate"]["tasks"][0]["limit"] = 64
+    raw["evaluate"]["speed"] = {"repeats": 0}
+    raw["control"] = False
+    path = tmp_path_factory.mktemp("config") / "short.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import free_port
 from safetensors.torch import load_file, save_file
 
@@ -247,20 +246,6 @@ def digests(records):
 
 def tasks(run):
     return re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", (run.folder / "log.txt").read_text())
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """tiny.yaml with two short iterations and no control."""
-    raw = yaml.safe_load(TINY.read_text())
-    raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
-    raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
-    raw["evaluate"]["tasks"][0]["limit"] = 64
-    raw["evaluate"]["speed"] = {"repeats": 0}
-    raw["control"] = False
-    path = tmp_path_factory.mktemp("config") / "short.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
 
 
 @pytest.fixture(scope="module")

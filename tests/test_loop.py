@@ -9,27 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[1]
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
 
 pytestmark = pytest.mark.xdist_group("loop")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """tiny.yaml with two short iterations and no control."""
-    raw = yaml.safe_load(TINY.read_text())
-    raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
-    raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
-    raw["evaluate"]["tasks"][0]["limit"] = 64
-    raw["evaluate"]["speed"] = {"repeats": 0}
-    raw["control"] = False
-    path = tmp_path_factory.mktemp("config") / "short.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
 
 
 def start(config, home):
