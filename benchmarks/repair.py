@@ -15,11 +15,11 @@ import torch
 from ptl import checkpoint
 from ptl.anatomy import anatomy
 from ptl.config import Calibration, DataSource, Prune
-from ptl.data import order, read_rows, tokenize
+from ptl.data import order, padded, read_rows, tokenize
 from ptl.families import family_of
 from ptl.measure import Variant, losses
 from ptl.prune import prune_checkpoint
-from ptl.stream import Stream, padded
+from ptl.stream import Stream
 
 MOVES = {"neurons": ("off", "ridge"), "layers": ("off", "magnitude")}
 
@@ -28,7 +28,7 @@ def held_out(data, tokenizer, count):
     """Sequences from the end of a permutation whose beginning is not used for calibration by any seed here."""
     rows = read_rows(data)
     picked = [i for i, _ in zip(order(len(rows), 10_000), range(count), strict=False)]
-    return padded([tokenize(rows[i], data, tokenizer, 512, i).ids for i in picked], 16)
+    return padded([tokenize(rows[i], data, tokenizer, 512, i) for i in picked], 16)
 
 
 def main():

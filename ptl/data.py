@@ -13,10 +13,22 @@ from ptl.errors import InputError
 from ptl.sources import check_rows, read_rows, texts
 
 if TYPE_CHECKING:
-    from ptl.decontaminate import Filter
-    from ptl.importance import Batch
+    from torch import Tensor
 
-__all__ = ["Tokens", "calibration_batches", "check_rows", "order", "prompt_rows", "read_rows", "tokenize"]
+    from ptl.decontaminate import Filter
+
+__all__ = [
+    "Batch",
+    "Tokens",
+    "calibration_batches",
+    "check_rows",
+    "order",
+    "padded",
+    "prompt_rows",
+    "read_rows",
+    "tokenize",
+]
+Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
@@ -60,14 +72,20 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 
 def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
-    """Batches of right-padded sequences: input_ids, attention_mask, labels, int64 [B, T]."""
+    """Rows drawn with the seed, as `padded` batches."""
     rows = read_rows(settings.data)
-    count = min(settings.num_sequences, len(rows))
-    picked = [i for i, _ in zip(order(len(rows), seed), range(count), strict=False)]
+    picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
     sequences = [tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in picked]
-    sequences.sort(key=lambda tokens: len(tokens.ids))  # equal lengths together: less padding
-    size = settings.batch_size
-    return [_pad(sequences[i : i + size]) for i in range(0, count, size)]
+    return padded(sequences, settings.batch_size)
+
+
+def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
+    """Right-padded batches, those of equal length together: input_ids, attention_mask, labels, int64 [B, T].
+
+    Only the completions have labels; a text without a prompt is all completion.
+    """
+    ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
+    return [_pad(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
 def training_chunk(
@@ -167,5 +185,5 @@ def _pad(sequences: list[Tokens]) -> Batch:
         padding = width - len(tokens.ids)
         rows["input_ids"].append(tokens.ids + [0] * padding)
         rows["attention_mask"].append([1] * len(tokens.ids) + [0] * padding)
-        rows["labels"].append(tokens.labels("all") + [IGNORED] * padding)
+        rows["labels"].append(tokens.labels("completion") + [IGNORED] * padding)
     return {name: torch.tensor(values) for name, values in rows.items()}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ptl.stream import Batch as Batch
 from ptl.stream import Stream
 
 Scores = list[Tensor]  # float32 [F] of each layer
@@ -186,7 +185,7 @@ def caught_inputs(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def _loss_gradients(stream: Stream, last: list[Tensor]) -> list[Tensor]:
-    """Gradient of the summed next-token loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
+    """Gradient of the summed loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
     gradients = []
     with torch.enable_grad(), stream.head():
         for b, hidden in enumerate(last):

@@ -30,7 +30,7 @@ class _Group:
 
 
 def losses(stream: Stream, variants: Sequence[Variant], progress: bool = True) -> Tensor:
-    """Mean next-token loss of every sequence under every variant: float64 [variants, sequences].
+    """Mean loss of every sequence's answer tokens under every variant: float64 [variants, sequences].
 
     Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
     """
@@ -81,5 +81,5 @@ def masked(layer: nn.Module, columns: str, kept: Tensor | None) -> Iterator[None
 
 def _sequence_losses(stream: Stream, states: list[Tensor]) -> Iterator[float]:
     for b, hidden in enumerate(states):
-        for row, length in enumerate(stream.tokens(b).tolist()):
-            yield float(stream.loss(b, row, hidden[row : row + 1])) / max(1, length - 1)
+        for row, count in enumerate(stream.predicted(b).tolist()):
+            yield float(stream.loss(b, row, hidden[row : row + 1])) / max(1, count)

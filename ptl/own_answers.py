@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from ptl.config import Calibration
-from ptl.data import Tokens, order, read_rows, tokenize
+from ptl.data import Batch, Tokens, order, read_rows, tokenize
 from ptl.errors import InputError, WorkError
-from ptl.stream import Batch
 
 TRIES = 4  # prompts answered for each sequence that is wanted, at most
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -28,7 +27,7 @@ def final_answer(text: str) -> str:
     return numbers[-1].replace(",", "") if numbers else ""
 
 
-def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) -> list[list[int]]:
+def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
     """Prompts with the model's own greedy answers, the correct ones only, at most num_sequences.
 
     Needs the whole model in memory, unlike scoring. Raises WorkError when no answer is correct.
@@ -42,11 +41,11 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
     rows = read_rows(settings.data)
     tries = itertools.islice(order(len(rows), seed), min(len(rows), TRIES * settings.num_sequences))
     given = (tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in tries)
-    found: list[list[int]] = []
+    found: list[Tokens] = []
     asked = 0
     while len(found) < settings.num_sequences and (group := list(itertools.islice(given, settings.batch_size))):
         asked += len(group)
-        found += [ids for ids in _answered(model, tokenizer, group, settings) if ids]
+        found += _answered(model, tokenizer, group, settings)
     if not found:
         raise WorkError(
             f"calibration.answers: none of the model's own answers to {asked} prompts was correct; use `given` "
@@ -55,8 +54,8 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
     return found[: settings.num_sequences]
 
 
-def _answered(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[list[int]]:
-    """Each prompt with the model's answer as tokens; empty where that is wrong or too long."""
+def _answered(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[Tokens]:
+    """The prompts with the model's answers, where these end and are correct."""
     prompts = [tokens.ids[: tokens.prompt] for tokens in group]
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
     batch: Batch = {
@@ -77,8 +76,8 @@ def _answered(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibra
         answer = answer[: answer.index(tokenizer.eos_token_id) + 1] if ended else answer
         wanted = final_answer(tokenizer.decode(tokens.ids[tokens.prompt :], skip_special_tokens=True))
         said = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
-        right = ended and wanted != "" and said == wanted
-        found.append((prompt + answer)[: settings.max_length] if right else [])
+        if ended and wanted != "" and said == wanted:
+            found.append(Tokens((prompt + answer)[: settings.max_length], min(len(prompt), settings.max_length)))
     return found
 
 

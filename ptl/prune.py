@@ -12,10 +12,10 @@ from ptl import checkpoint, repair
 from ptl.anatomy import anatomy, resolve_multiple
 from ptl.choose import CHOICES, Task
 from ptl.config import Calibration, Prune
-from ptl.data import calibration_batches
+from ptl.data import Batch, calibration_batches, padded
 from ptl.families import Family, family_of
 from ptl.own_answers import own_answers
-from ptl.stream import Batch, Stream, padded
+from ptl.stream import Stream
 from ptl.surgery import Cut, cut_checkpoint
 
 

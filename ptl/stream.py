@@ -16,22 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ptl import checkpoint, safefile
+from ptl.data import IGNORED, Batch
 from ptl.families import Family
-
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
-
-
-def padded(sequences: Sequence[list[int]], size: int) -> list[Batch]:
-    """Batches of at most `size` sequences of tokens, those of equal length together."""
-    batches = []
-    ordered = sorted(sequences, key=len)
-    for start in range(0, len(ordered), size):
-        group = ordered[start : start + size]
-        width = max(map(len, group))
-        ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in group])
-        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in group])
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    return batches
 
 
 class Stream:
@@ -88,6 +74,10 @@ class Stream:
         """Non-padding tokens of each sequence: int64 [B]."""
         return self.batches[batch]["attention_mask"].sum(dim=1)
 
+    def predicted(self, batch: int) -> Tensor:
+        """Tokens of each sequence that count in `loss`: int64 [B]; the first token is predicted from nothing."""
+        return (self.batches[batch]["labels"][:, 1:] != IGNORED).sum(dim=1)
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """Embeddings, last norm and output projection with their weights, for as long as the block lasts."""
@@ -95,11 +85,12 @@ class Stream:
             yield
 
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
-        """Summed next-token loss of one sequence from its last hidden state [1, T, H]; needs `head()`."""
+        """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        one = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items() if name != "labels"}
+        one = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items()}
         logits = self._around(one, hidden[:, :length], [], head=True).logits
-        return nn.functional.cross_entropy(logits[0, :-1].float(), one["input_ids"][0, 1:], reduction="sum")
+        wanted = one["labels"][0, 1:]
+        return nn.functional.cross_entropy(logits[0, :-1].float(), wanted, ignore_index=IGNORED, reduction="sum")
 
     def _around(
         self, batch: Batch, last: Tensor | None, seen: list[tuple[Tensor, dict[str, Any]]], *, head: bool

@@ -257,3 +257,4 @@ def test_calibration_batches_have_equal_lengths_together(tokenizer):
     for batch in batches:
         padded = batch["attention_mask"] == 0
         assert (batch["labels"][padded] == IGNORED).all() and batch["input_ids"].shape[1] <= 40
+        assert (batch["labels"][:, 0] == IGNORED).all()  # the prompt is scored on, but its loss says nothing

@@ -151,7 +151,10 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, tmp_path):
 
 
 def test_a_stream_computes_what_the_whole_model_does(model, source):
-    stream = Stream(source, family_at(source), batches())
+    given = batches()
+    given[0]["labels"][:, :4] = -100  # a prompt
+    stream = Stream(source, family_at(source), given)
+    assert stream.predicted(0).tolist() == [8, 5, 8]
     states = stream.embed()
     with torch.no_grad():
         for i in ALL:
@@ -159,7 +162,7 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
                 states = [stream.run(i, b, hidden) for b, hidden in enumerate(states)]
         with stream.head():
             loss = sum(stream.loss(b, row, states[b][row : row + 1]) for b, row in ((0, 0), (0, 1), (0, 2)))
-    batch = batches()[0]
+    batch = given[0]
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
             model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ptl import checkpoint, choose, own_answers
 from ptl.anatomy import Anatomy, anatomy, layers_for, resolve_multiple, width_for
 from ptl.config import Calibration, DataSource, Prune
+from ptl.data import padded
 from ptl.errors import InputError, WorkError
 from ptl.families import FAMILIES
 from ptl.importance import CRITERIA, LAYER_CRITERIA, neuron_scores
@@ -21,7 +22,7 @@ from ptl.own_answers import final_answer
 from ptl.prune import prune_checkpoint
 from ptl.repair import fit, magnitude, ridge
 from ptl.sources import read_rows
-from ptl.stream import Stream, padded
+from ptl.stream import Stream
 from ptl.surgery import Cut, cut_checkpoint
 
 LLAMA = FAMILIES["llama"]
@@ -369,10 +370,12 @@ def test_only_correct_answers_are_kept(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = own_answers.own_answers(folder, settings, tokenizer, seed=0)
     assert 10 <= len(found) <= 12
-    texts = [tokenizer.decode(ids) for ids in found]
+    texts = [tokenizer.decode(tokens.ids) for tokens in found]
     assert all("####" in text and "123456" not in text for text in texts)
-    assert all(ids[-1] == tokenizer.eos_token_id for ids in found)
+    assert all(tokens.ids[-1] == tokenizer.eos_token_id for tokens in found)
     batch = padded(found, 5)[0]
+    prompts = sum(tokens.prompt for tokens in sorted(found, key=lambda tokens: len(tokens.ids))[:5])
+    assert (batch["labels"] != -100).sum() + prompts == batch["attention_mask"].sum() and prompts > 5
     assert batch["input_ids"].shape == batch["attention_mask"].shape and batch["attention_mask"].sum(dim=1).min() > 10
 
 
