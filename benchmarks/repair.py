@@ -2,8 +2,9 @@
 
     python benchmarks/repair.py [CHECKPOINT] [--shares 0.2 0.4] [--seeds 0 1 2] [--sequences 128]
 
-Each seed draws its own calibration sequences; the held-out ones are never scored on. The interval is the 95 % one of
-the mean difference from `off`, over held-out sequences and seeds, paired.
+Each seed draws its own calibration sequences; the held-out ones are never scored on. Loss is that of the answer's
+tokens. The interval is the 95 % one of the mean difference from `off`, paired, over held-out sequences (each one's
+difference is its mean over the seeds, since seeds see the same sequences); each seed's own mean stands beside it.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def main():
     parser.add_argument("--held-out", default="examples/tiny_reasoner/test.jsonl")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--moves", nargs="+", choices=MOVES, default=list(MOVES))
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--ridge", type=float, default=0.1)
     args = parser.parse_args()
@@ -49,8 +51,8 @@ def main():
     body = anatomy(args.checkpoint, family)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     test = held_out(DataSource(source=args.held_out, **template), tokenizer, args.sequences)
-    print("move     share  repair     loss   difference from off (95 % interval)")
-    for unit, kinds in MOVES.items():
+    print("move     share  repair     loss   difference from off (95 % interval)   by seed")
+    for unit, kinds in ((unit, MOVES[unit]) for unit in args.moves):
         for share in args.shares:
             found = {kind: [] for kind in kinds}
             for seed in args.seeds:
@@ -63,13 +65,14 @@ def main():
                             args.checkpoint, Path(folder), settings, calibration, unit=unit, goal=goal, seed=seed
                         )
                         found[kind].append(losses(Stream(Path(folder), family, test), [Variant()], progress=False)[0])
-            off = torch.cat(found["off"])
+            off = torch.stack(found["off"])  # [seeds, sequences]
             for kind in kinds:
-                values = torch.cat(found[kind])
-                change = values - off
+                values = torch.stack(found[kind])
+                change = (values - off).mean(dim=0)
                 half = 1.96 * float(change.std()) / len(change) ** 0.5
+                each = " ".join(f"{float(one):+.3f}" for one in (values - off).mean(dim=1))
                 mean, shift = float(values.mean()), float(change.mean())
-                print(f"{unit:8} {share:5.2f}  {kind:9} {mean:6.3f}   {shift:+.3f} +- {half:.3f}", flush=True)
+                print(f"{unit:8} {share:5.2f}  {kind:9} {mean:6.3f}   {shift:+.3f} +- {half:.3f}   {each}", flush=True)
 
 
 if __name__ == "__main__":
