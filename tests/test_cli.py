@@ -66,6 +66,14 @@ def refused(path, said, tmp_path):
         ({"model__path": "./nowhere"}, "model.path: no folder nowhere"),
         ({"evaluate__tasks": [{"name": "no_such_task"}]}, "no_such_task"),
         ({"evaluate__tasks": [{"name": "./none.yaml"}]}, "none.yaml"),
+        (
+            {
+                "evaluate__tasks": [{"name": "examples/smollm2/gsm8k_perplexity.yaml", "metric": "word_perplexity"}],
+                "gate": {"enabled": True},
+            },
+            "gate.enabled: true, but evaluate.tasks.0 ('examples/smollm2/gsm8k_perplexity.yaml') is judged by "
+            "'word_perplexity'",
+        ),
         ({"training__source": "./none.jsonl"}, "no file none.jsonl"),
         ({"training__prompt": "{question} {hint}\n"}, "lacks 'hint'"),
     ],
@@ -132,6 +140,7 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
         ("recover", "./nowhere", tmp_path / "out", "-c", TINY),
         ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
         ("export", "./nowhere", tmp_path / "out.gguf"),
+        ("export", TINY.parents[3] / "examples/tiny_reasoner/checkpoint", tmp_path / "out.gguf", "--outtype", "q4"),
         ("compile", TINY, "-o", tmp_path / "nowhere" / "p.yaml"),
         ("compile", TINY, "-o", tmp_path / "p.txt"),
     ):
