@@ -121,11 +121,21 @@ def training_chunk(
     return chunk
 
 
-def prompt_rows(source: DataSource, *, seed: int, skip: int, count: int) -> list[tuple[int, dict[str, Any]]]:
+def prompt_rows(
+    source: DataSource, *, seed: int, skip: int, count: int, filter_: Filter | None = None
+) -> list[tuple[int, dict[str, Any]]]:
     """Numbered rows for prompts, after the first `skip` of the run's order."""
     rows = read_rows(source)
-    picked = itertools.islice(order(len(rows), seed), skip, skip + count)
-    return [(i + 1, rows[i]) for i in picked]
+    if filter_ is None:
+        picked = order(len(rows), seed)
+    else:
+        kept = [i for i in range(len(rows)) if filter_.keeps(source, i + 1, rows[i])]
+        if not kept:
+            raise InputError(
+                f"training.decontaminate: each of the {len(rows)} rows of {source.source} is dropped; give other data"
+            )
+        picked = (kept[i] for i in order(len(kept), seed))
+    return [(i + 1, rows[i]) for i in itertools.islice(picked, skip, skip + count)]
 
 
 def _stream(data: TrainingData, tokenizer: Any, max_length: int, seed: int, filter_: Filter | None) -> Iterator[Tokens]:
@@ -146,7 +156,7 @@ def _shuffled(
     rows = read_rows(source)
     useless = 0
     for i in order(len(rows), seed):
-        kept = filter_ is None or filter_.keeps(source, i + 1, *texts(rows[i], source, i + 1))
+        kept = filter_ is None or filter_.keeps(source, i + 1, rows[i])
         tokens = tokenize(rows[i], source, tokenizer, max_length, i + 1) if kept else None
         if tokens is not None and tokens.prompt < len(tokens.ids):
             useless = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ptl import training
+from ptl import decontaminate, training
 from ptl.config import DataSource, Grpo, Reward
 from ptl.data import prompt_rows
 from ptl.errors import InputError, WorkError
@@ -31,8 +31,11 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
     check_patterns(settings.rewards)
     model, tokenizer, dtype = training.load(src, settings)
     model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
-    rows = prompts(settings, job, tokenizer, model)
+    leaks = decontaminate.build(job.data.decontaminate, job.scored)
+    rows = prompts(settings, job, tokenizer, model, leaks)
     details: dict[str, Any] = {"processes": world_size()}
+    if leaks is not None:
+        details["decontaminated"] = leaks.report()
     if training.last_complete(job.scratch) is None:
         details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.this.seed)
     trainer = GRPOTrainer(
@@ -61,13 +64,16 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
     )
 
 
-def prompts(settings: Grpo, job: Job, tokenizer: Any, model: Any) -> list[dict[str, Any]]:
+def prompts(
+    settings: Grpo, job: Job, tokenizer: Any, model: Any, leaks: decontaminate.Filter | None = None
+) -> list[dict[str, Any]]:
     """The prompts of this iteration, none of them in an earlier one while the data lasts, each with its references."""
     source: DataSource = settings.prompts or job.data.sources[0]
     count = settings.steps * settings.batch_size // settings.num_generations
     positions = getattr(model.config, "max_position_embeddings", None)
     rows = []
-    for number, row in prompt_rows(source, seed=job.this.seed, skip=count * (job.this.index - 1), count=count):
+    skip = count * (job.this.index - 1)
+    for number, row in prompt_rows(source, seed=job.this.seed, skip=skip, count=count, filter_=leaks):
         prompt = _prompt(source, row, number)
         references = [fill(reference_template(reward), row, source, number) for reward in settings.rewards]
         rows.append({"prompt": prompt} | {f"reference_{i}": text for i, text in enumerate(references)})

@@ -102,6 +102,7 @@ def _dump(src: Path, dst: Path, settings: Any, job: Any, answer: Path) -> dict[s
         "scratch": str(job.scratch),
         "teacher": job.teacher and str(job.teacher),
         "vault": job.vault and dataclasses.asdict(job.vault),
+        "scored": job.scored and str(job.scored),
         "keep_moments": job.keep_moments,
         "answer": str(answer),
     }
@@ -122,6 +123,7 @@ def main(question: Path) -> None:
         lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
         teacher=Path(told["teacher"]) if told["teacher"] else None,
         vault=preempt.Vault(**told["vault"]) if told["vault"] else None,
+        scored=Path(told["scored"]) if told["scored"] else None,
         keep_moments=told["keep_moments"],
     )
     try:

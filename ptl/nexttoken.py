@@ -82,7 +82,7 @@ def _dataset(tokenizer: Any, settings: NextToken, job: Job, arguments: Any) -> t
     from trl.data_utils import pack_dataset
 
     assert job.this.tokens is not None
-    leaks = decontaminate.build(job.data.decontaminate)
+    leaks = decontaminate.build(job.data.decontaminate, job.scored)
     chunk = training_chunk(
         job.data,
         tokenizer,

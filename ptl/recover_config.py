@@ -31,9 +31,12 @@ class TrainingSource(DataSource):
 
 
 class Decontaminate(Section):
-    """Leave out training rows that share text with a benchmark."""
+    """Leave out training rows and prompts that share text with a benchmark."""
 
-    against: tuple[DataSource, ...] = Field(min_length=1, description="the benchmarks' items; only their text is used")
+    tasks: bool = Field(
+        True, description="compare with the items of `evaluate.tasks`, as the first evaluation saw them"
+    )
+    against: tuple[DataSource, ...] = Field((), description="more benchmarks; only the text of their items is used")
     ngram: int = Field(
         13, ge=2, description="words in a row that must be equal; shorter items must be equal as a whole"
     )
@@ -43,7 +46,7 @@ class TrainingData(Section):
     """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
 
     sources: tuple[TrainingSource, ...] = Field(min_length=1)
-    decontaminate: Decontaminate | None = None
+    decontaminate: Decontaminate = Decontaminate()
 
     @model_validator(mode="before")
     @classmethod
@@ -52,10 +55,11 @@ class TrainingData(Section):
             return {"sources": [raw.model_dump()]}
         if isinstance(raw, list | tuple):
             return {"sources": raw}
-        if isinstance(raw, dict) and "sources" not in raw:
-            own = {name: raw[name] for name in ("decontaminate",) if name in raw}
-            return {"sources": [{name: value for name, value in raw.items() if name not in own}]} | own
-        return raw
+        if not isinstance(raw, dict):
+            return raw
+        own = {"decontaminate": raw["decontaminate"]} if raw.get("decontaminate") is not None else {}
+        rest = {name: value for name, value in raw.items() if name != "decontaminate"}
+        return (rest if "sources" in raw else {"sources": [rest]}) | own
 
 
 class Lora(Section):

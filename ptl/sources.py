@@ -8,7 +8,9 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from ptl.config import DataSource
@@ -54,6 +56,18 @@ def texts(row: Any, source: DataSource, number: int) -> tuple[str, str]:
     templates = {"text": ("", source.text), "prompt_completion": (source.prompt, source.completion)}
     prompt, completion = (fill(template, row, source, number) for template in templates[source.format])
     return prompt, completion
+
+
+def bare(source: DataSource) -> DataSource:
+    """The source with the columns of its templates alone, without the words around them (`Question: `)."""
+    names = ("text", "prompt", "completion")
+    return source.model_copy(update={name: _columns(getattr(source, name)) for name in names})
+
+
+@cache
+def _columns(template: str) -> str:
+    parts = [part for part in Formatter().parse(template) if part[1] is not None]
+    return " ".join(f"{{{name}{'!' + how if how else ''}{':' + spec if spec else ''}}}" for _, name, spec, how in parts)
 
 
 def fill(template: str, row: Any, source: DataSource, number: int) -> str:

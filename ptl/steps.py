@@ -155,9 +155,10 @@ def recover(
 
         here = Round(this.tokens, (), iteration, this.last, seed)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
-        job = Job(data, here, scratch(name) / "training", on_log, teacher, vault)
+        scored = _scored(run) if data.decontaminate.tasks else None
+        job = Job(data, here, scratch(name) / "training", on_log, teacher, vault, scored)
         report = recover_checkpoint(src, dst, recovery, rounds, job)
-        return {"params": parent.params} | dataclasses.asdict(report)
+        return {"params": parent.params} | dataclasses.asdict(report) | _dropped(name, report)
 
     record = execute(step, parent, given, work)
     if vault is not None:
@@ -184,6 +185,23 @@ def _original(run: tracking.StepRun) -> Path | None:
     """The imported dense model, which distillation learns from."""
     record = store.committed(run.root, run.run, "import-model")
     return fetch(Pointer(**record["pointer"])) if record is not None else None
+
+
+def _scored(run: tracking.StepRun) -> Path | None:
+    """What the run's first evaluation wrote: its items are those that must not be trained on."""
+    record = store.committed(run.root, run.run, "evaluate-0")
+    return fetch(Pointer(**record["pointer"])) if record is not None else None
+
+
+def _dropped(name: str, report: Any) -> Facts:
+    """Training rows that were left out because a benchmark has them; said, and a number among the step's metrics."""
+    stages = report.details.get("stages", [{"details": report.details}])
+    found = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
+    for told in found:
+        say(name, f"{told['dropped']} of {told['rows']} training rows left out: they share text with a benchmark")
+        if told["not_compared"]:
+            say(name, f"training data not compared with {', '.join(told['not_compared'])}: its items are not known")
+    return {"rows_dropped": sum(told["dropped"] for told in found)} if found else {}
 
 
 def _progress(metrics: dict[str, float], tokens: int) -> str:

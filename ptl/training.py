@@ -49,6 +49,7 @@ class Job:
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
     vault: Vault | None = None  # where training checkpoints outlive the machine
+    scored: Path | None = None  # what the first evaluation wrote: its items are not to be trained on
     keep_moments: bool = False  # a later recovery goes on with the optimizer's state
 
 

@@ -110,6 +110,7 @@ def config(tmp_path_factory):
     raw["evaluate"]["tasks"][0]["limit"] = 64
     raw["evaluate"]["speed"] = {"repeats": 0}
     raw["control"] = False
+    raw["training"]["decontaminate"] = {"ngram": 8}  # so short that some rows share text with the benchmark
     path = tmp_path_factory.mktemp("config") / "short.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path

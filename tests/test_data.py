@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from ptl import decontaminate, sources
 from ptl.config import Calibration, DataSource, Decontaminate, TrainingData, TrainingSource
-from ptl.data import IGNORED, calibration_batches, tokenize, training_chunk
+from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
 from ptl.sources import check_rows, read_rows
 
@@ -112,6 +112,8 @@ def test_short_forms_of_the_training_data():
     assert TrainingData.model_validate([one, {"source": "b.jsonl", "weight": 2}]).sources[1].weight == 2
     against = {"decontaminate": {"against": [{"source": "t.jsonl"}]}}
     assert TrainingData.model_validate(one | against).decontaminate.ngram == 13
+    off = TrainingData.model_validate(one | {"decontaminate": {"tasks": False}}).decontaminate
+    assert not off.tasks and TrainingData.model_validate(one | {"decontaminate": None}).decontaminate.tasks
     assert TrainingData.model_validate(TrainingData.model_validate(one).model_dump()).sources[0].source == "a.jsonl"
 
 
@@ -182,20 +184,66 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
         sources=[{"source": rows_file(tmp_path / "train.jsonl", clean + leaked + near)}],
         decontaminate={"against": against, "ngram": 8},
     )
-    leaks = decontaminate.build(train.decontaminate)
+    leaks = decontaminate.build(train.decontaminate, None)
     chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, filter_=leaks)
     used = "".join(texts(chunk, tokenizer))
     assert "pears" not in used.lower() and "One plus one?" not in used
     assert "plus three" in used and "Bob has 9" in used
     report = leaks.report()
-    assert (report["rows"], report["dropped"], report["items"]) == (14, 3, 2)  # counted once, over several epochs
+    assert (report["rows"], report["dropped"]) == (14, 3)  # counted once, over several epochs
+    (told,) = report["benchmarks"].values()
+    assert told == {"items": 2, "dropped": 3} and report["not_compared"] == ["evaluate.tasks"]
     assert len(report["examples"]) == 3 and "train.jsonl row" in report["examples"][0]
+
+
+def evaluated(folder, items, *unscored):
+    """What an evaluate step leaves: items.jsonl, and scores.json with the names of all tasks."""
+    folder.mkdir()
+    rows_file(folder / "items.jsonl", [{"task": task, "prompt": p, "target": t} for task, p, t in items])
+    names = [*dict.fromkeys(task for task, _, _ in items), *unscored]
+    (folder / "scores.json").write_text(json.dumps({"tasks": [{"task": name} for name in names]}))
+    return folder
+
+
+def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path):
+    """Short items are found too, whatever words the benchmark's template and the training data's put around them."""
+    asked = ("What is", "Compute")
+    shorts = [
+        ("math", f"Problem: {asked[i % 2]} {i} plus {i}{'?' * (i % 2)}\nSolution:", str(2 * i)) for i in range(40)
+    ]
+    longs = [("words", f"{SENTENCE}. Total {i}?", f"First {i} comes. So {SENTENCE}") for i in range(3)]
+    scored = evaluated(tmp_path / "scored", [*shorts, *longs], "perplexity_only")
+    source = DataSource(source="train", prompt="Question: {problem}\n", completion="Answer: {solution}")
+    filter_ = decontaminate.build(Decontaminate(ngram=8), scored)
+    rows = [
+        {"problem": "compute 7 plus 7", "solution": "14"},
+        {"problem": "Compute 7 plus 8.", "solution": "15"},
+        {"problem": "plus", "solution": "Problem Solution"},  # the template is no content
+        {"problem": f"Hello. {SENTENCE}!", "solution": "16"},
+    ]
+    assert [filter_.keeps(source, i, row) for i, row in enumerate(rows)] == [False, True, True, False]
+    report = filter_.report()
+    assert report["benchmarks"] == {"math": {"items": 40, "dropped": 1}, "words": {"items": 3, "dropped": 1}}
+    assert report["not_compared"] == ["perplexity_only"] and report["dropped"] == 2
+    assert decontaminate.build(Decontaminate(tasks=False), scored) is None
+
+
+def test_prompts_of_reinforcement_learning_are_filtered_too(tmp_path):
+    scored = evaluated(tmp_path / "scored", [("words", f"{SENTENCE}?", "16")])
+    rows = [{"prompt": SENTENCE, "completion": "16"}, {"prompt": "One plus one?", "completion": "2"}]
+    source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows))
+    filter_ = decontaminate.build(Decontaminate(), scored)
+    picked = prompt_rows(source, seed=0, skip=0, count=3, filter_=filter_)
+    assert [number for number, _ in picked] == [2, 2, 2] and filter_.report()["dropped"] == 1
+    rows_file(tmp_path / "a.jsonl", rows[:1])
+    with pytest.raises(InputError, match=r"training\.decontaminate: each of the 1 rows"):
+        prompt_rows(source, seed=0, skip=0, count=3, filter_=decontaminate.build(Decontaminate(), scored))
 
 
 def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
     path = rows_file(tmp_path / "a.jsonl", [{"prompt": SENTENCE, "completion": "1"}])
     data = TrainingData(sources=[{"source": path}], decontaminate=Decontaminate(against=[{"source": path}]))
-    leaks = decontaminate.build(data.decontaminate)
+    leaks = decontaminate.build(data.decontaminate, None)
     with pytest.raises(InputError, match=r"dropped by training\.decontaminate"):
         training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, filter_=leaks)
 

@@ -76,6 +76,14 @@ def test_the_run_leaves_what_is_promised(finished):
     assert "report.html" in output and "ptl ui" in output
 
 
+def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished):
+    for name in ("recover-1", "recover-2"):
+        facts = records(finished[0])[name]["facts"]
+        told = facts["details"]["decontaminated"]
+        assert told["benchmarks"] == {"tiny_reasoner": {"items": 64, "dropped": told["dropped"]}}
+        assert told["rows"] > facts["rows_dropped"] == told["dropped"] > 0 and told["not_compared"] == []
+
+
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
     assert set(found) == set(CHAIN)
