@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl import __version__, cli_steps
+from ptl import __version__, cli_gc, cli_steps
 from ptl.cli_steps import Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
@@ -74,15 +74,18 @@ def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
     to: Annotated[str, typer.Option(help="gguf")] = "gguf",
+    outtype: Annotated[str, typer.Option(help="auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
 ) -> None:
     """Write a checkpoint in the form of another runtime: GGUF, for llama.cpp."""
-    from ptl.export import export_gguf
+    from ptl.export import OUTTYPES, export_gguf
 
+    if outtype not in OUTTYPES:
+        raise InputError(f"--outtype: {outtype!r} must be one of {', '.join(OUTTYPES)}")
     if to != "gguf":
         raise InputError(f"--to: {to!r} must be gguf; vLLM and transformers read the checkpoint as it is")
     if dst.exists():
         raise InputError(f"dst: {dst} exists; give a file that does not")
-    print(f"wrote {export_gguf(src, dst)}")
+    print(f"wrote {export_gguf(src, dst, outtype)}")
 
 
 @app.command("compile")
@@ -275,7 +278,7 @@ def _preflight(config: Config) -> int:
 
     model = config.model
     sections = (config.schedule, config.prune, config.calibration, config.training, config.evaluate)
-    return importer.preflight(model.path, model.revision, *sections)[1]
+    return importer.preflight(model.path, model.revision, *sections, config.gate)[1]
 
 
 def _print_plan(config: Config, params: int) -> None:
@@ -320,6 +323,7 @@ def _add_cluster_commands() -> None:
 
 
 cli_steps.add_to(app)
+cli_gc.add_to(app)
 _add_cluster_commands()
 
 if __name__ == "__main__":

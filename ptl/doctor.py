@@ -79,7 +79,7 @@ def mlflow(config: Config) -> Line:
         if fault:
             return Line("MLflow", "error", *fault)
     try:
-        client = tracking._client()
+        client = tracking.connect()
         experiment = tracking._experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
         client.set_terminated(run.info.run_id, "FINISHED")
@@ -97,7 +97,7 @@ def store(config: Config) -> Line:
     from ptl import store as work
     from ptl import tracking
 
-    found = tracking._client().get_experiment_by_name(config.storage.experiment)
+    found = tracking.connect().get_experiment_by_name(config.storage.experiment)
     assert found is not None  # made by the check of MLflow
     root = found.artifact_location.rstrip("/")
     work.check(root)

@@ -83,6 +83,30 @@ def put_once(uri: str, data: bytes) -> bytes:
     return path.read_bytes()
 
 
+def walk(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Path below `uri`, size in bytes and time of change of every file there; nothing where there is no folder."""
+    folder = path_of(uri)
+    for above, _, names in os.walk(folder):
+        for path in (Path(above, name) for name in names):
+            with suppress(FileNotFoundError):  # a step that is at work removes its drafts
+                found = path.lstat()
+                yield path.relative_to(folder).as_posix(), found.st_size, found.st_mtime
+
+
+def delete(uri: str) -> None:
+    """Remove a folder, the list of its files first: a reader then sees no checkpoint instead of half of one.
+
+    Raises InputError where this user may not.
+    """
+    folder = path_of(uri)
+    try:
+        (folder / FILES).unlink(missing_ok=True)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except PermissionError as error:
+        raise InputError(f"store: {folder}: this user may not delete there ({error}); use one that may") from error
+
+
 def check(root: str) -> None:
     """Raise InputError when the root cannot be written."""
     path = path_of(root)

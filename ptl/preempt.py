@@ -53,7 +53,7 @@ def save(vault: Vault, folder: Path) -> None:
     record = {"key": vault.key, "pointer": asdict(pointer), "facts": {"folder": folder.name}}
     store.commit(vault.root, vault.run, _slot(vault, len(found)), record)
     for old in found[: len(found) + 1 - KEPT]:
-        delete(old["pointer"]["uri"])
+        store.delete(old["pointer"]["uri"])
 
 
 def restore(vault: Vault, scratch: Path) -> None:
@@ -88,24 +88,8 @@ def clear(vault: Vault, stages: int) -> None:
     """Remove all training checkpoints of a step's stages, after the step has been committed."""
     for stage in (replace(vault, name=f"{vault.name}.{i}") for i in range(stages)):
         for number, record in reversed(list(enumerate(records(stage)))):
-            delete(record["pointer"]["uri"])
-            delete(f"{stage.root}/{stage.run}/{_slot(stage, number)}")
-
-
-def delete(uri: str) -> None:
-    """Remove a folder of the store; one that is gone already is no error."""
-    if not uri.startswith("s3://"):
-        from ptl.localfs import path_of
-
-        shutil.rmtree(path_of(uri), ignore_errors=True)
-        return
-    from ptl.s3_client import client, explained, split
-
-    bucket, prefix = split(uri)
-    with explained(uri):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
-            for item in page.get("Contents", []):
-                client().delete_object(Bucket=bucket, Key=item["Key"])
+            store.delete(record["pointer"]["uri"])
+            store.delete(f"{stage.root}/{stage.run}/{_slot(stage, number)}")
 
 
 def _slot(vault: Vault, number: int) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -104,6 +105,36 @@ def put_once(uri: str, data: bytes) -> bytes:
                 elif code(error) not in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
                     raise
     raise WorkError(f"store: {uri} was written but cannot be read back; look at the S3 server's log")
+
+
+def walk(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Path below `uri`, size in bytes and time of change of every object there."""
+    bucket, prefix = split(uri)
+    with explained(uri):
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+            for item in page.get("Contents", []):
+                yield item["Key"][len(prefix) + 1 :], item["Size"], item["LastModified"].timestamp()
+
+
+def delete(uri: str) -> None:
+    """Remove all objects below `uri`, the list of files first: a reader then sees no checkpoint instead of half of one.
+
+    Raises InputError where these credentials may not delete, which is so for those of the steps.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, prefix = split(uri)
+    paths = sorted((path for path, _, _ in walk(uri)), key=lambda path: path != FILES)
+    with explained(uri):
+        for path in paths:
+            try:
+                client().delete_object(Bucket=bucket, Key=f"{prefix}/{path}")
+            except ClientError as error:
+                if code(error) not in ("AccessDenied", "403"):
+                    raise
+                raise InputError(
+                    f"store: {uri}: these credentials may not delete; use some that may (s3:DeleteObject)"
+                ) from error
 
 
 def check(root: str) -> None:

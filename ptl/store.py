@@ -15,7 +15,19 @@ from typing import Any
 from ptl.errors import InputError, WorkError
 from ptl.manifest import FILES, File, Progress, digest_of, load_files, scan
 
-__all__ = ["File", "Pointer", "check", "claim", "commit", "committed", "digest_of", "fetch", "publish"]
+__all__ = [
+    "File",
+    "Pointer",
+    "check",
+    "claim",
+    "commit",
+    "committed",
+    "delete",
+    "digest_of",
+    "fetch",
+    "publish",
+    "walk",
+]
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -146,6 +158,16 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
 def check(root: str) -> None:
     """Ask the store whether it can be used, before any work: credentials, endpoint, bucket. Raises InputError."""
     _backend(root).check(root)
+
+
+def walk(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Path below `uri`, size in bytes and time of change (unix) of every file there; in no order."""
+    yield from _backend(uri).walk(uri)
+
+
+def delete(uri: str) -> None:
+    """Remove a folder with all its files; one that is gone already is no error."""
+    _backend(uri).delete(uri)
 
 
 def _backend(uri: str) -> ModuleType:

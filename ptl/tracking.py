@@ -56,8 +56,8 @@ def start(experiment: str, step: str, *, arm: str, iteration: int, artifact_loca
     missing setting, WorkError when the server does not answer.
     """
     run = pipeline_run()
-    with _explained():
-        client = _client()
+    with explained():
+        client = connect()
         own = {"ptl.run": run, "ptl.step": step, "ptl.arm": arm, "ptl.iteration": str(iteration)}
         given = _plugin_run()
         if given:
@@ -77,8 +77,8 @@ def start(experiment: str, step: str, *, arm: str, iteration: int, artifact_loca
 
 def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
     """A LoggedModel in state PENDING: its id, and a fresh location for the files."""
-    with _explained():
-        model = _client().create_logged_model(
+    with explained():
+        model = connect().create_logged_model(
             step_run.experiment_id,
             name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows none of these
             source_run_id=step_run.run_id,
@@ -91,8 +91,8 @@ def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[s
 
 def log_metrics(step_run: StepRun, metrics: dict[str, float], step: int) -> None:
     """Metrics while a step works; `step` is the x-coordinate."""
-    with _explained():
-        _log_metrics(_client(), step_run.run_id, metrics, step)
+    with explained():
+        _log_metrics(connect(), step_run.run_id, metrics, step)
 
 
 def finish(
@@ -111,8 +111,8 @@ def finish(
     """
     from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param
 
-    with _explained():
-        client, run_id = _client(), step_run.run_id
+    with explained():
+        client, run_id = connect(), step_run.run_id
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
@@ -144,8 +144,8 @@ def finish(
 
 def fail(step_run: StepRun, message: str) -> None:
     """Mark the step and its pipeline run as failed, with the message as tag `ptl.error`. A retry reopens both."""
-    with _explained():
-        client = _client()
+    with explained():
+        client = connect()
         client.set_tag(step_run.run_id, "ptl.error", message[:4000])
         _abandon(client, step_run)
         for run_id in (step_run.run_id, step_run.parent_run_id):
@@ -156,8 +156,8 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
     """The version of a checkpoint in the registry: found by its model id, else created."""
     from mlflow.exceptions import MlflowException
 
-    with _explained():
-        client = _client()
+    with explained():
+        client = connect()
         try:
             client.create_registered_model(registered_model)
         except MlflowException as error:
@@ -181,8 +181,8 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
 
 def set_alias(registered_model: str, alias: str, version: str) -> None:
     """Point an alias (`best`, `smallest`) at a version."""
-    with _explained():
-        _client().set_registered_model_alias(registered_model, alias, version)
+    with explained():
+        connect().set_registered_model_alias(registered_model, alias, version)
 
 
 def log_progress(
@@ -191,8 +191,8 @@ def log_progress(
     """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
     prefix = "by_params/" if step_run.arm == "loop" else f"by_params/{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-    with _explained():
-        client = _client()
+    with explained():
+        client = connect()
         for name, value in values.items():
             if value is None:
                 continue
@@ -203,9 +203,9 @@ def log_progress(
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
     """Attach files to the parent run, under `report/`."""
-    with _explained():
+    with explained():
         for file in files:
-            _client().log_artifact(step_run.parent_run_id, str(file), "report")
+            connect().log_artifact(step_run.parent_run_id, str(file), "report")
 
 
 def links(step_run: StepRun) -> dict[str, str]:
@@ -219,7 +219,7 @@ def links(step_run: StepRun) -> dict[str, str]:
     }
 
 
-def _client() -> MlflowClient:
+def connect() -> MlflowClient:
     """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -238,7 +238,7 @@ def _client() -> MlflowClient:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """MLflow's own errors become one WorkError that names the server."""
     from mlflow.exceptions import MlflowException
 

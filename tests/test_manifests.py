@@ -1,5 +1,7 @@
 """The manifests: every overlay builds, is valid and secure, names its namespaces, and no secret value is in git."""
 
+import fnmatch
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from pipelines.prune_tune_loop.cluster import ADDRESSES, MLFLOW_LOGIN
+from ptl import preempt
 from ptl.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +170,21 @@ def test_no_secret_value_is_in_the_repository():
                 assert not (document and document.get("kind") == "Secret"), f"{path}: use a secretGenerator"
     assert looked > 100
     assert SECRET.search("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENGbPx")  # the patterns do find something
+
+
+def test_steps_may_delete_training_checkpoints_and_nothing_else(tmp_path):
+    """The role's policy on AWS against the paths that a step writes."""
+    policy = json.loads((MANIFESTS / "overlays/aws/s3-policy.json").read_text())
+    (allowed,) = (one["Resource"] for one in policy["Statement"] if "s3:DeleteObject" in one["Action"])
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/weights").write_text("2")
+    bucket = tmp_path / "my-bucket"
+    vault = preempt.Vault(f"file://{bucket}/ptl/1/ptl", "5f0c-run", "recover-1.0", "key", 0)
+    preempt.save(vault, tmp_path / "checkpoint-2")
+    written = [path.relative_to(tmp_path).as_posix() for path in bucket.rglob("*") if path.is_file()]
+    assert len(written) == 3 and all(fnmatch.fnmatch(f"arn:aws:s3:::{path}", allowed) for path in written)
+    kept = ("ptl/1/models/m-1/artifacts/model.safetensors", "ptl/1/ptl/5f0c-run/recover-1/manifest.json")
+    assert not any(fnmatch.fnmatch(f"arn:aws:s3:::my-bucket/{path}", allowed) for path in kept)
 
 
 def test_examples_hold_names_only_and_filled_in_files_are_ignored():

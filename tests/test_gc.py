@@ -1,0 +1,382 @@
+"""`ptl gc` on what real steps leave: in a folder with MLflow's database, and on real S3 and MLflow servers.
+
+The steps' work is a stand-in that writes a few bytes; publishing, records and tracking are the real ones.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from ptl import cli_gc, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
+from ptl.cli import app
+from ptl.errors import InputError, WorkError
+from ptl.execution import Step
+from ptl.garbage import DAY, Rules
+from ptl.store import Pointer
+from ptl.training import COMPLETE
+
+pytestmark = pytest.mark.xdist_group("gc")
+SIZES = {"model.safetensors": 50_000, "config.json": 10}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    return {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+        "PTL_ARTIFACT_ROOT": f"file://{home}/artifacts",
+    }
+
+
+@pytest.fixture(scope="module")
+def served(server, tmp_path_factory):
+    root, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    stack.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{stack.BUCKET}/gc", server)
+    yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    stack.down(root)
+
+
+@pytest.fixture(params=["local", "served"])
+def experiment(request, monkeypatch, tmp_path):
+    """A fresh experiment, with the environment of its steps."""
+    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", *s3_client.SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    name = f"gc-{uuid.uuid4().hex[:8]}"
+    settings = dict(request.getfixturevalue(request.param))
+    if request.param == "local":
+        settings["PTL_ARTIFACT_ROOT"] += f"/{name}"
+    for key, value in {**settings, "PTL_SCRATCH": str(tmp_path / "scratch")}.items():
+        monkeypatch.setenv(key, value)
+    return name
+
+
+class Loop:
+    """One run of the pipeline, step by step."""
+
+    def __init__(self, experiment, monkeypatch):
+        self.experiment, self.run = experiment, f"run-{uuid.uuid4().hex[:8]}"
+        self.use = lambda: monkeypatch.setenv("PTL_RUN_ID", self.run)
+        self.use()
+
+    def work(self, name, parent=None, facts=None):
+        """Publish and commit the checkpoint of a step."""
+        self.use()
+        number = int(name.rpartition("-")[2]) if name[-1].isdigit() else 0
+        before = Pointer(**parent["pointer"]) if parent else None
+
+        def work(dst, run):
+            if before and not facts:
+                assert (execution.fetch(before) / "config.json").is_file()
+            for path, size in SIZES.items():
+                (dst / path).write_bytes(os.urandom(size))
+            return facts(run) if facts else {"params": 100 - number, "tokens": 1, "steps": 1}
+
+        step = Step(name, "control" if "control" in name else "loop", number, self.experiment)
+        return execution.execute(step, before, {}, work)
+
+    def evaluate(self, name, candidate, fallback, accepted):
+        """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
+        mine, other = Pointer(**candidate["pointer"]), Pointer(**fallback["pointer"])
+
+        def facts(run):
+            if accepted and mine.params < 100:
+                tracking.register(run, self.experiment, mine, {})
+            task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
+            sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1)
+            return {
+                "scores": {"tasks": [task], **sizes},
+                "verdict": {"decision": "accepted" if accepted else "rejected"},
+                "checkpoint": asdict(mine),
+                "accepted": asdict(mine if accepted else other),
+            }
+
+        return self.work(name, candidate, facts)
+
+    def whole(self):
+        """Round 1 is accepted, round 2 rejected, with a control."""
+        dense = self.work("import-model")
+        self.evaluate("evaluate-0", dense, dense, True)
+        steps = {"import-model": dense}
+        for name, accepted in (("1", True), ("2", False), ("control", False)):
+            prune, recover, evaluate = (
+                f"control-{stage}" if name == "control" else f"{stage}-{name}"
+                for stage in ("prune", "recover", "evaluate")
+            )
+            start = steps["recover-1"] if name == "2" else dense
+            steps[prune] = self.work(prune, start)
+            steps[recover] = self.work(recover, steps[prune])
+            self.evaluate(evaluate, steps[recover], start, accepted)
+        self.end()
+        return steps
+
+    def end(self):
+        self.use()
+        report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
+        tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
+
+    def step_run(self, name):
+        self.use()
+        where = execution.artifact_root()
+        return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
+
+
+@pytest.fixture
+def loop(experiment, monkeypatch):
+    return lambda: Loop(experiment, monkeypatch)
+
+
+def verdicts(experiment, days=0.0, **rules):
+    (held,) = inventory.experiments([experiment])
+    return held, garbage.decide(held, Rules(**rules), time.time() + days * DAY)
+
+
+def going(experiment, days=8.0, **rules):
+    """Steps and kinds of what can go after so many days."""
+    return sorted((each.stored.step, each.stored.kind) for each in verdicts(experiment, days, **rules)[1] if each.goes)
+
+
+def collect(experiment, days=8.0, **rules):
+    held, found = verdicts(experiment, days, **rules)
+    return [garbage.delete(held, verdict) for verdict in found if verdict.goes]
+
+
+def fetchable(record, tmp_path):
+    try:
+        return store.fetch(Pointer(**record["pointer"]), tmp_path / uuid.uuid4().hex).is_dir()
+    except WorkError as error:
+        assert "is gone" in str(error) and "it was deleted" in str(error)
+        return False
+
+
+def listing(uri):
+    return sorted((path, size) for path, size, _ in store.walk(uri))
+
+
+INTERMEDIATE = [
+    ("control-prune", "cut"),
+    ("control-recover", "recovered"),
+    ("prune-1", "cut"),
+    ("prune-2", "cut"),
+    ("recover-2", "recovered"),
+]
+
+
+def test_finished_run(experiment, loop, tmp_path):
+    run = loop()
+    steps = run.whole()
+    held, found = verdicts(experiment, 8)
+    assert going(experiment) == INTERMEDIATE
+    before = listing(held.root)
+    for verdict in found:
+        uri = verdict.stored.uris[0]
+        assert verdict.stored.bytes == sum(size for _, size in listing(uri)) > sum(SIZES.values())
+    kept = {each.stored.step: each.why for each in found if not each.goes}
+    assert kept == {"import-model": "imported model; --dense lets it go", "recover-1": f"registered: {experiment} 1"}
+    assert collect(experiment) == [True] * 5
+    assert {step: fetchable(record, tmp_path) for step, record in steps.items()} == {
+        step: step in kept for step in steps
+    }
+    assert collect(experiment) == [] and going(experiment) == []
+    assert listing(held.root) == before  # records are all there
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    tags = {step: client.get_logged_model(record["pointer"]["model_id"]).tags for step, record in steps.items()}
+    assert {step for step in tags if garbage.DELETED in tags[step]} == {step for step, _ in INTERMEDIATE}
+    scored = store.committed(held.root, run.run, "evaluate-2")
+    assert fetchable(scored, tmp_path)  # scores and items stay
+
+
+def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
+    steps = loop().whole()
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.delete_model_version(experiment, "1")
+    _, found = verdicts(experiment, 8)
+    assert "final checkpoint of its run" in [each.why for each in found]
+    assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
+    collect(experiment, dense=True)
+    assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1"]
+
+
+def test_young_and_newest_runs_are_kept(experiment, loop):
+    first, second = loop(), loop()
+    first.whole()
+    second.whole()
+    assert going(experiment, days=6.9) == [] and going(experiment, days=0, older_than=0) == sorted(2 * INTERMEDIATE)
+    _, found = verdicts(experiment, 8, keep_last=1)
+    assert {each.stored.run for each in found if each.goes} == {first.run}
+    assert going(experiment, keep_last=2) == []
+
+
+DIES = """
+import os
+from pathlib import Path
+from ptl import execution, store, tracking
+
+def publish(folder, location, publish=store.publish):
+    return publish(folder, location, on_progress=lambda count: os.kill(os.getpid(), 9))
+
+def work(dst, run):
+    (dst / "a.safetensors").write_bytes(bytes(90_000))
+    (dst / "b.safetensors").write_bytes(bytes(90_000))
+    return {"params": 99, "tokens": 1, "steps": 1}
+
+store.publish = publish
+execution.execute(execution.Step("recover-1", "loop", 1, os.environ["EXPERIMENT"]), None, {}, work)
+"""
+
+
+def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
+    run = loop()
+    dense = run.work("import-model")
+    run.evaluate("evaluate-0", dense, dense, True)
+    cut = run.work("prune-1", dense)
+    environment = {**os.environ, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
+    died = subprocess.run(
+        [sys.executable, "-c", DIES], env=environment, capture_output=True, cwd=Path(__file__).parents[1]
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    step = run.step_run("recover-1")
+    vault = preempt.Vault(step.root, run.run, "recover-1.0", "key", 0)
+    for number in (2, 4):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / COMPLETE).write_text(str(number))
+        preempt.save(vault, folder)
+    store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")  # killed before its record
+
+    assert going(experiment, days=0, older_than=0) == []  # all of this may be at work
+    assert going(experiment, days=2, older_than=0) == 2 * [("recover-1", "attempt")]
+    _, found = verdicts(experiment, 8)
+    assert {each.why for each in found if not each.goes} == {"its run is not finished and can go on; --run lets it go"}
+    assert collect(experiment) == [True, True] and collect(experiment) == []
+
+    preempt.restore(vault, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/checkpoint-4" / COMPLETE).read_text() == "4"
+    healed = run.work("recover-1", cut)
+    assert fetchable(healed, tmp_path)
+    assert going(experiment) == [("recover-1", "training")]  # the step was killed before it could clear them
+    collect(experiment)
+    assert preempt.records(vault) == [] and not [path for path, _ in listing(step.root) if "training" in path]
+    run.evaluate("evaluate-1", healed, dense, True)
+    run.end()
+    assert going(experiment) == [("prune-1", "cut")]
+
+
+def test_committed_after_the_listing(experiment, loop, tmp_path):
+    """A machine that slept through the listing and then commits its attempt."""
+    run = loop()
+    step = run.step_run("import-model")
+    model, location = tracking.new_model(step, "m", {}, {"step": "import-model"})
+    (tmp_path / "config.json").write_text("{}")
+    files = store.publish(tmp_path, location)
+    held, found = verdicts(experiment, 8)
+    (verdict,) = (each for each in found if each.goes)
+    pointer = Pointer(location, store.digest_of(files), model_id=model)
+    facts = {"stage": "import", "iteration": 0}
+    record = store.commit(step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "facts": facts})
+    assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
+    with pytest.raises(ValueError, match="is to be kept"):
+        garbage.delete(held, verdicts(experiment, 8)[1][0])
+
+
+def test_runs_that_are_named(experiment, loop, tmp_path):
+    ended, open_ = loop(), loop()
+    ended.whole()
+    dense = open_.work("import-model")
+    open_.evaluate("evaluate-0", dense, dense, True)
+    cut = open_.work("prune-1", dense)
+    assert not [each for each in verdicts(experiment, 8)[1] if each.goes and each.stored.run == open_.run]
+    mlflow_id = open_.step_run("prune-1").parent_run_id
+    for name in (open_.run, mlflow_id):
+        assert going(experiment, runs=(name,)) == [("import-model", "dense"), ("prune-1", "cut")]
+    assert going(experiment, days=2, runs=(open_.run,)) == []
+    # A finished run that was deleted in MLflow is let go only by name, registered versions never.
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.delete_run(ended.step_run("report").parent_run_id)
+    assert going(experiment) == []
+    assert going(experiment, runs=(ended.run,)) == sorted([*INTERMEDIATE, ("import-model", "dense")])
+    collect(experiment, runs=(open_.run,))
+    with pytest.raises(WorkError, match=r"is gone.*it was deleted"):
+        open_.work("recover-1", cut)
+
+
+def test_a_damaged_record_keeps_its_run(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    uri = f"{held.root}/{run.run}/prune-2/manifest.json"
+    store.delete(f"{held.root}/{run.run}/prune-2")
+    garbled = b'{"format": 1}'
+    store._backend(uri).put_once(uri, garbled)
+    _, found = verdicts(experiment, 8)
+    assert [each for each in found if each.goes] == []
+    assert sum("a record of the run cannot be read" in each.why for each in found) == 6  # all but the registered one
+
+
+def test_command(experiment, loop, monkeypatch):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    before = listing(held.root.removesuffix("/ptl"))
+    goes = sum(each.stored.bytes for each in verdicts(experiment, 8)[1] if each.goes)
+
+    def ptl(*arguments):
+        answer = CliRunner().invoke(app, ["gc", "--experiment", experiment, *arguments])
+        if answer.exception and not isinstance(answer.exception, SystemExit):
+            raise answer.exception
+        return answer.output
+
+    assert "can go: 0 items, 0 B (0 bytes)" in ptl()
+    dry = ptl("--older-than", "0")
+    assert f"can go: 5 items, {cli_gc.size(goes)} ({goes:,} bytes); nothing was deleted" in dry
+    assert f"registered: {experiment} 1" in dry and "--dense lets it go" in dry
+    assert listing(held.root.removesuffix("/ptl")) == before
+    assert f"deleted: 5 items, {cli_gc.size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
+    after = listing(held.root.removesuffix("/ptl"))
+    assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
+    assert "deleted: 0 items" in ptl("--older-than", "0", "--delete")
+    with pytest.raises(InputError, match="--run: no run 'nowhere'"):
+        ptl("--run", "nowhere")
+    with pytest.raises(InputError, match="--experiment: MLflow has no 'nowhere'"):
+        ptl("--experiment", "nowhere")
+
+
+def test_where_runs_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runner = CliRunner()
+    said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
+    assert isinstance(said, InputError) and "--home: no local runs in" in str(said) and "--s3" not in str(said)
+    said = runner.invoke(app, ["gc", "--s3", "--home", str(tmp_path)]).exception
+    assert isinstance(said, InputError) and "no `ptl up` was ever made" in str(said)
+    (tmp_path / "stack").mkdir()
+    said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
+    assert "--s3 is for the runs of its servers" in str(said)
+
+
+def test_credentials_that_may_not_delete(monkeypatch):
+    """A stand-in for S3's client; those of the steps are like this."""
+    from botocore.exceptions import ClientError
+
+    class Refuses:
+        def delete_object(self, **_):
+            raise ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject")
+
+    monkeypatch.setattr(s3, "client", Refuses)
+    monkeypatch.setattr(s3, "walk", lambda uri: [("model.safetensors", 1, 0.0)])
+    with pytest.raises(InputError, match=r"s3://b/x: these credentials may not delete.*s3:DeleteObject"):
+        store.delete("s3://b/x")
+
+
+def test_sizes_in_words():
+    assert [cli_gc.size(n) for n in (0, 999, 1000, 12_345_678, 999_960_000, 16_000_000_000)] == [
+        "0 B", "999 B", "1.0 kB", "12.3 MB", "1.0 GB", "16.0 GB",
+    ]  # fmt: skip
