@@ -204,13 +204,18 @@ def images(
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
     base_image: Annotated[str | None, typer.Option(help="base of a build; none: the Dockerfile's")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
+    ca: Annotated[Path | None, typer.Option(envvar="PIP_CERT", help="CA bundle for a build's downloads")] = None,
+    index: Annotated[
+        str | None, typer.Option(envvar="PIP_INDEX_URL", help="package index of a build; none: PyPI", show_envvar=True)
+    ] = None,
+    wheels: Annotated[Path | None, typer.Option(help="folder of local wheels for a build")] = None,
 ) -> None:
     """Print, build or push the images that the pipeline's steps run in."""
     from ptl import images as work
 
     actions = {
         "print": lambda: work.names(registry, tag),
-        "build": lambda: work.build(registry, tag, base_image=base_image, cpu=cpu),
+        "build": lambda: work.build(registry, tag, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels),
         "push": lambda: work.push(registry, tag),
     }
     if action not in actions:

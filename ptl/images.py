@@ -61,14 +61,19 @@ def build(
     *,
     base_image: str | None = None,
     cpu: bool = False,
+    ca: Path | None = None,
+    index: str | None = None,
+    wheels: Path | None = None,
     flags: Sequence[str] = (),
     root: Path = ROOT,
 ) -> list[str]:
     """Build the three images with `docker buildx bake` and load them into the engine; returns their names.
 
     `root` is a checkout: docker/ is not in the wheel. `base_image` replaces the CUDA base; `cpu` takes the locks that
-    leave the CUDA libraries out (docs/images.md says where their torch comes from). `flags` go to bake as they are.
-    Raises InputError outside a checkout, WorkError when no engine answers or a build fails.
+    leave the CUDA libraries out (docs/images.md says where their torch comes from). `ca` is a CA bundle and `index` the
+    address of a package index, both only for the build's downloads; `wheels` is a folder of local wheels. `flags` go to
+    bake as they are. Raises InputError outside a checkout and for a missing file, WorkError when no engine answers or a
+    build fails.
     """
     built = names(registry, tag)
     if not (root / BAKE_FILE).is_file():
@@ -84,8 +89,27 @@ def build(
         settings["BASE_IMAGE"] = base_image
     if cpu:
         settings |= {"LOCKS": "docker/locks/cpu", "HASHES": "--verify-hashes"}
-    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *flags, cwd=root, settings=settings)
+    if index:
+        settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
+    given = _downloads(ca, index, wheels)
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *given, *flags, cwd=root, settings=settings)
     return built
+
+
+def _downloads(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
+    """Options of bake that say where packages come from."""
+    if ca is not None and not ca.is_file():
+        raise InputError(f"--ca: no file {ca}; give a CA bundle in PEM")
+    if index is not None and not index.startswith(("http://", "https://")):
+        raise InputError("--index: must be an address, http:// or https://")
+    if wheels is not None and not wheels.is_dir():
+        raise InputError(f"--wheels: no folder {wheels}; give a folder that holds wheels")
+    values = {
+        "*.secrets=id=ca,src=": ca and ca.absolute(),
+        "*.secrets=id=index,env=": index and "PIP_INDEX_URL",
+        "*.contexts.wheels=": wheels and wheels.absolute(),
+    }
+    return [word for name, value in values.items() if value for word in ("--set", f"{name}{value}")]
 
 
 def push(registry: str, tag: str | None = None) -> list[str]:

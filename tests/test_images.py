@@ -226,6 +226,44 @@ def test_build_passes_the_settings_to_bake(stub_docker):
     )
 
 
+def test_where_packages_come_from(stub_docker, tmp_path, monkeypatch):
+    """From the command line; the index's address, which may hold a password, is in no argument."""
+    from typer.testing import CliRunner
+
+    from ptl.cli import app
+
+    def build(*options):
+        answer = CliRunner().invoke(app, ["images", "build", "--cpu", *map(str, options)])
+        return answer.exception or stub_docker.read_text().splitlines()[-1]
+
+    for name in ("PIP_CERT", "PIP_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert "--set" not in build()
+    ca, wheels, index = tmp_path / "ca.pem", tmp_path / "wheels", "https://user:word@index.example/simple"
+    ca.write_text("PEM")
+    wheels.mkdir()
+    settings = f"--set *.secrets=id=ca,src={ca} --set *.secrets=id=index,env=PIP_INDEX_URL"
+    called = build("--ca", ca, "--index", index, "--wheels", wheels)
+    assert f"--load {settings} --set *.contexts.wheels={wheels} |" in called and "word" not in called
+    monkeypatch.setenv("PIP_CERT", str(ca))  # as for pip
+    monkeypatch.setenv("PIP_INDEX_URL", index)
+    assert f"--load {settings} |" in build()
+    for option, value in (("--ca", tmp_path / "none"), ("--wheels", ca), ("--index", "index.example")):
+        wrong = build(option, value)
+        assert isinstance(wrong, InputError) and str(wrong).startswith(f"{option}: ")
+
+
+def test_every_download_of_the_build_knows_ca_and_index():
+    """Each RUN that reaches out has both secrets; pip and uv read other variables."""
+    text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
+    downloads = [line for line in text.splitlines() if line.startswith("RUN") and "requirement" in line]
+    assert len(downloads) == 5
+    for line in downloads:
+        index = "PIP_INDEX_URL" if "pip install --no-cache-dir" in line else "UV_DEFAULT_INDEX"
+        assert "id=ca,target=/run/secrets/ca.crt" in line and "--mount=type=secret,id=index " in line
+        assert f"{index}=$(cat /run/secrets/index) && export {index}" in line
+
+
 def test_failed_build_is_a_work_error(stub_docker, monkeypatch):
     monkeypatch.setenv("FAIL", "buildx*")
     with pytest.raises(WorkError, match="exit code 1"):
