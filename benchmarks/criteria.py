@@ -6,7 +6,8 @@
 Every row cuts the FFN of the dense reasoner to the same width in one step and trains it with our recover step (cpt) on
 the same tokens; the seed draws calibration sequences and training order. torch-pruning scores and cuts with its own
 importance (group magnitude, and group Taylor on the gradients of the same calibration batches) and its own surgery.
-Accuracy is greedy exact match on generated problems that no shipped file holds, before and after recovery.
+`+ ridge` repairs the cut in closed form before recovery. Accuracy is greedy exact match on generated problems that no
+shipped file holds, before and after recovery.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from ptl.families import family_of
 from ptl.prune import prune_checkpoint
 from ptl.recover import Job, Round, recover_checkpoint
 
-OURS = ("max", "mean", "weight", "taylor", "random")
+OURS = ("max", "mean", "weight", "taylor", "random", "max + ridge", "weight + ridge", "taylor + ridge")
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
 CALIBRATION = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
 
 
-def cut_ours(dst: Path, criterion: str, body: Anatomy, width: int, seed: int) -> None:
+def cut_ours(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> None:
+    criterion, _, repair = kind.partition(" + ")
     goal = body.params - (body.width - width) * body.params_per_neuron
-    settings = Prune(criterion=criterion, width_multiple=1)
+    settings = Prune(criterion=criterion, repair=repair or "off", width_multiple=1)
     report = prune_checkpoint(REASONER, dst, settings, CALIBRATION, unit="neurons", goal=goal, seed=seed)
     assert set(report.widths) == {width}
 
@@ -60,7 +62,7 @@ def cut_theirs(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> No
         model,
         example_inputs=batches[0]["input_ids"][:1],
         importance=(importance or tp.importance.GroupMagnitudeImportance)(),
-        pruning_ratio=1 - width / body.width,
+        pruning_ratio=1 - (width + 0.5) / body.width,  # it rounds the rest down
         ignored_layers=[module for module in outer if id(module) not in inner],
         forward_fn=lambda it, ids: it(input_ids=ids, use_cache=False).logits,
     )
