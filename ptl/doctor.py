@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl import doctor_http as http
+from ptl.cluster_config import StepName
 from ptl.config import Config, check
 from ptl.errors import PtlError, WorkError
 
@@ -122,12 +123,16 @@ def store(config: Config) -> Line:
 
 def gpu(config: Config) -> Line:
     """Whether accelerators that the config asks for are visible here."""
-    wanted = config.resources.accelerators
+    inside = bool(os.environ.get("KFP_RUN_ID"))
+    own, common = config.resources.steps, config.resources.accelerators
+    # On the cluster this step has what prune has; elsewhere the largest step is to fit.
+    steps: tuple[StepName, ...] = ("prune",) if inside else ("prune", "recover", "evaluate")
+    asked = [own[step].accelerators if step in own else None for step in steps]
+    wanted = max(common if number is None else number for number in asked)
     tool = shutil.which("nvidia-smi")
     said = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout if tool else ""
     seen = sum(line.startswith("GPU ") for line in said.splitlines())
     if seen < wanted:
-        inside = bool(os.environ.get("KFP_RUN_ID"))
         remedy = "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin"
         return Line(
             "GPU", "error" if inside else "warning", f"{seen} visible here, the config asks for {wanted}", remedy
@@ -140,6 +145,8 @@ def images(config: Config) -> Line:
     from ptl import images as work
 
     names = work.names(config.images.registry, config.images.tag)
+    if config.evaluate.backend == "vllm":  # the report runs in evaluate's
+        names.append(work.image("evaluate-vllm", config.images.registry, config.images.tag))
     if not config.images.registry:
         absent = work.missing(names)
         if absent:
@@ -153,6 +160,8 @@ def images(config: Config) -> Line:
         if status in (401, 403):
             remedy = "make sure that resources.image_pull_secrets names a Secret that can pull them"
             return Line("images", "warning", f"{name} needs a login ({status}), so it was not looked at", remedy)
+        if status != 200:
+            return Line("images", "error", f"the registry answers {status} for {name}", "is the registry healthy?")
     return Line("images", "ok", f"{', '.join(names)} can be pulled")
 
 

@@ -6,9 +6,11 @@ import base64
 import json
 import os
 import re
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError
@@ -25,18 +27,21 @@ MANIFESTS = ", ".join(
 )
 
 
-def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, str, Any]:
+def get(url: str, headers: dict[str, str] | None = None, ca_cert: str | None = None) -> tuple[int, str, Any]:
     """Status, body and headers, whatever the status. Raises InputError where nobody answers."""
+    request = urllib.request.Request(url, headers=headers or {})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=SECONDS) as answer:
+        trust = ssl.create_default_context(cafile=ca_cert) if ca_cert else None
+        with urllib.request.urlopen(request, timeout=SECONDS, context=trust) as answer:
             return answer.status, answer.read().decode(errors="replace"), answer.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace"), error.headers
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise InputError(
-            f"{url}: {reason}; is the server up, is the address right, may this machine reach it?"
-        ) from error
+        remedy = "is the server up, is the address right, may this machine reach it?"
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            remedy = "name the CA bundle to trust: KFP_CA_CERT for Kubeflow, SSL_CERT_FILE for all else"
+        raise InputError(f"{url}: {reason}; {remedy}") from error
 
 
 def mlflow_fault(uri: str) -> tuple[str, str] | None:
@@ -87,15 +92,23 @@ def manifest_status(image: str) -> int:
 
 def kubeflow_version(host: str) -> str | None:
     """The API server's version, where it tells. Raises InputError where it is not Kubeflow, or lets nobody in."""
-    token = os.environ.get("KFP_TOKEN")
+    token, ca_cert = os.environ.get("KFP_TOKEN"), os.environ.get("KFP_CA_CERT")  # as `ptl submit` takes them
+    file = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH")
+    if file and not token:
+        if not Path(file).is_file():
+            raise InputError(f"KF_PIPELINES_SA_TOKEN_PATH: no file {file}")
+        token = Path(file).read_text().strip()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     base = host.rstrip("/")
-    status, body, _ = get(f"{base}/apis/v2beta1/healthz", headers)
+    status, body, _ = get(f"{base}/apis/v2beta1/healthz", headers, ca_cert)
     if status in (401, 403):
-        raise InputError(f"{base} refuses this user ({status}); set KFP_TOKEN to a token that is valid now")
+        raise InputError(
+            f"{base} refuses this user ({status}); set KFP_TOKEN, or KF_PIPELINES_SA_TOKEN_PATH, to a token that is "
+            "valid now"
+        )
     if status != 200:
         raise InputError(f"{base} answers {status} to /apis/v2beta1/healthz; is --host the address of the API?")
-    status, body, _ = get(f"{base}/apis/v1beta1/healthz", headers)
+    status, body, _ = get(f"{base}/apis/v1beta1/healthz", headers, ca_cert)
     try:
         told = json.loads(body).get("tag_name") if status == 200 else None
     except ValueError:

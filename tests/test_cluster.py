@@ -7,6 +7,7 @@ import yaml
 
 from pipelines.prune_tune_loop.cluster import ADDRESSES, CA_FOLDER, CACHE
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
+from ptl.cluster_config import Resources, Storage
 from ptl.config import load_config
 from ptl.errors import InputError
 
@@ -34,6 +35,17 @@ EVERYTHING = {
     "storage.cache_claim": "ptl-hf-cache",
     "storage.ca_config_map": "ptl-ca",
 }
+
+
+# What has a test of its own below, or a value by default that is looked for.
+BY_DEFAULT = {"config_map", "s3_secret", "s3_access_key", "s3_secret_key", "mlflow_secret", "hf_secret"}
+BY_DEFAULT |= {"kfp", "run_as_user", "run_as_group", "steps"}
+ELSEWHERE = {"doctor", "experiment", "registered_model"}  # the shape of the DAG and the form: test_compile.py
+
+
+def test_no_setting_is_forgotten_here():
+    tested = {name.partition(".")[2] for name in EVERYTHING} | BY_DEFAULT | ELSEWHERE
+    assert tested == set(Resources.model_fields) | set(Storage.model_fields)
 
 
 def tasks(tmp_path, sets):

@@ -62,7 +62,7 @@ def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert "kfp" in imported and not imported & set(HEAVY)
-    assert time.monotonic() - started < 30  # 0.7 s on an idle machine; `make bench` times it
+    assert time.monotonic() - started < 30  # benchmarks/compile.py times it on an idle machine
 
 
 def test_the_same_config_gives_the_same_bytes_in_another_process(tmp_path):

@@ -3,7 +3,9 @@
 import http.server
 import os
 import socket
+import ssl
 import stat
+import subprocess
 import threading
 import uuid
 from pathlib import Path
@@ -209,6 +211,18 @@ def test_an_image_that_is_missing(answers):
     assert f"{host}/team/ptl-recover:1 is not in the registry" in said and "ptl images push" in said
 
 
+def test_the_image_for_vllm_is_looked_for_too(answers):
+    host = answers(registry("team"))
+    config = with_registry(host, "team")
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})})
+    assert "ptl-evaluate-vllm:1 is not in the registry" in fault([doctor.images(config)], "images")
+
+
+def test_a_registry_that_is_ill(answers):
+    host = answers({**registry("team"), "/v2/team/ptl-recover/manifests/1": 503})
+    assert "answers 503" in fault([doctor.images(with_registry(host, "team"))], "images")
+
+
 def test_a_registry_that_is_down(tracking):
     lines = doctor.outside(with_registry("127.0.0.1:9", "team"), host=None, namespace=None)
     assert "is the server up" in fault(lines, "images")
@@ -227,10 +241,10 @@ def test_kubeflows_version(config, monkeypatch, version, state):
     try:
         real = doctor_http.get
 
-        def get(url, headers=None):
+        def get(url, headers=None, ca_cert=None):
             if "v1beta1" in url and version:
                 return 200, f'{{"tag_name": "{version}"}}', {}
-            return real(url, headers)
+            return real(url, headers, ca_cert)
 
         monkeypatch.setattr(doctor_http, "get", get)
         line = doctor.kubeflow(config, world.url)
@@ -238,6 +252,43 @@ def test_kubeflows_version(config, monkeypatch, version, state):
         assert ("resources.kfp" in line.remedy) == (state == "error")
     finally:
         world.close()
+
+
+def test_kubeflows_login_is_that_of_submit(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("KFP_TOKEN", raising=False)
+    world = StandIn(token="right")
+    try:
+        monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+        assert "no file" in fault(doctor.outside(config, host=world.url, namespace=None), "Kubeflow")
+        (tmp_path / "token").write_text("wrong")
+        said = fault(doctor.outside(config, host=world.url, namespace=None), "Kubeflow")
+        assert "refuses this user (401)" in said and "KF_PIPELINES_SA_TOKEN_PATH" in said
+        (tmp_path / "token").write_text("right\n")
+        assert doctor.kubeflow(config, world.url).state == "warning"  # the stand-in tells no version
+    finally:
+        world.close()
+
+
+def test_kubeflow_behind_a_house_ca(config, tmp_path, monkeypatch):
+    """A real TLS server with a certificate of its own making."""
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    files = [str(tmp_path / name) for name in ("key.pem", "cert.pem")]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", *names]
+    subprocess.run([*command, "-keyout", files[0], "-out", files[1]], check=True, capture_output=True)
+    made = http.server.HTTPServer(("127.0.0.1", 0), type("H", (Answers,), {"table": {"/apis/v2beta1/healthz": 200}}))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    made.socket = context.wrap_socket(made.socket, server_side=True)
+    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        host = f"https://localhost:{made.server_port}"
+        monkeypatch.delenv("KFP_CA_CERT", raising=False)
+        assert "KFP_CA_CERT" in fault(doctor.outside(config, host=host, namespace=None), "Kubeflow")
+        monkeypatch.setenv("KFP_CA_CERT", files[1])
+        assert doctor.kubeflow(config, host).state == "warning"
+    finally:
+        made.shutdown()
+        made.server_close()
 
 
 def test_secrets_are_looked_for_by_name(config, tmp_path, monkeypatch):
@@ -266,6 +317,11 @@ def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     assert doctor.gpu(config).state == "warning"
     monkeypatch.setenv("KFP_RUN_ID", "run")
     assert "tolerations" in fault([doctor.gpu(config)], "GPU")
+    own = {"resources.accelerator": "nvidia.com/gpu", "resources.steps": {"recover": {"accelerators": 64}}}
+    config = load_config(TINY, own)
+    assert doctor.gpu(config).state == "ok"  # the doctor's step has what prune has
+    monkeypatch.delenv("KFP_RUN_ID")
+    assert "asks for 64" in doctor.gpu(config).said
 
 
 def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capsys):

@@ -165,6 +165,17 @@ def test_500_when_starting_never_starts_two_runs(world, go, took_effect):
     assert len(world.runs) == 1 and len(world.calls("POST", "/runs")) == (1 if took_effect else 2)
 
 
+def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said, monkeypatch):
+    world.script = [("RUNNING", {}), ("SUCCEEDED", {})]
+    world.faults = [("GET", "/runs/run-0", 503, False)] * (kfp_api.ATTEMPTS + 2)
+    assert go() == 0
+    assert [line for line in said if line.startswith("still waiting: ")] and world.faults == []
+    monkeypatch.setattr(submit, "OUTAGE", 0.0)
+    world.faults = [("GET", "/runs/run-1", 503, False)] * 99
+    with pytest.raises(WorkError, match="503"):
+        go()
+
+
 def test_500_for_good_is_a_failure_of_the_work(world, go):
     world.faults = [("GET", "/pipelines", 500, False)] * 9
     with pytest.raises(WorkError, match=r"500 .*is it healthy"):
@@ -248,6 +259,14 @@ def test_the_gate_decides_the_exit_code(world, said, tmp_path, monkeypatch, verd
     gated = load_config(TINY, {"gate.enabled": True})
     done = submit.submit(gated, Server(host=world.url), wait=True, poll=0.01, say=said.append)
     assert done == code and f"round 2 {verdict}, 30.0% removed" in said[-1]
+
+
+def test_a_gate_that_is_a_parameter_decides_too(world, go, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(WorkError, match="its gate cannot be read"):
+        go(parameters={"gate": {"enabled": True}})
+    with pytest.raises(InputError, match=r"--param gate: wrong values\s+margin: 7"):
+        go(parameters={"gate": {"margin": 7}})
 
 
 def test_a_gate_that_cannot_be_read_is_an_error(world, monkeypatch):

@@ -13,11 +13,12 @@ from typing import Any
 
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect
 from ptl import __version__
-from ptl.config import Config
+from ptl.config import Config, Gate, check
 from ptl.errors import InputError, WorkError
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4
 ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 STEP = re.compile(r"import-model|report|doctor|(evaluate|prune|recover)-\d+|control-(prune|recover|evaluate)")
 Say = Callable[[str], None]
 
@@ -46,6 +47,8 @@ def submit(
     if unknown:
         known = ", ".join(pipeline.parameters(config))
         raise InputError(f"--param: {', '.join(sorted(unknown))} is no parameter of the run; there are {known}")
+    if "gate" in (parameters or {}):  # it decides the exit code
+        config = config.model_copy(update={"gate": check(Gate, (parameters or {})["gate"], "--param gate")})
     api = connect(server)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
@@ -115,12 +118,23 @@ def watch(
 ) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
-    kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time goes on.
+    kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time goes on. A server that is away
+    for up to OUTAGE seconds, as in an upgrade, does not end the wait.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     shown: dict[str, str] = {}
+    answered = time.monotonic()
     while True:
-        run = call(api, api.client.get_run, run_id)
+        try:
+            run = call(api, api.client.get_run, run_id)
+        except WorkError as error:
+            now = time.monotonic()
+            if now - answered > OUTAGE or (deadline is not None and now + poll > deadline):
+                raise
+            say(f"still waiting: {error}")
+            time.sleep(poll)
+            continue
+        answered = time.monotonic()
         for name, task in _steps(run).items():
             if task.state and shown.get(name) != task.state:
                 shown[name] = task.state
