@@ -50,7 +50,7 @@ def main() -> None:
     same = {
         "prompts": sum(s["prompt_hash"] == i["prompt_digest"] for s, i in zip(theirs, items, strict=True)),
         "answers": sum(s["resps"][0][0] == i["answer"] for s, i in zip(theirs, items, strict=True)),
-        "outcomes": sum(s[metric] == i["correct"] for s, i in zip(theirs, items, strict=True)),
+        "outcomes": sum(bool(s[metric] == i["correct"]) for s, i in zip(theirs, items, strict=True)),
     }
     print(f"{score.task}, {score.metric}, version {score.version}, {score.num_fewshot}-shot, {len(items)} items")
     print(f"ours {score.accuracy:.4f}, lm_eval {plain['results'][spec.name][score.metric]:.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +89,19 @@ def width_for(body: Anatomy, goal: int, multiple: int | Literal["auto"], tensor_
             "lower schedule.target or prune.width_multiple"
         )
     return width
+
+
+def smallest_cuts(
+    body: Anatomy, multiple: int | Literal["auto"], tensor_parallel: int = 1
+) -> dict[Literal["neurons", "layers"], int]:
+    """Parameters that the smallest possible cut removes, by what goes; what cannot go any more is left out."""
+    found: dict[Literal["neurons", "layers"], int] = {}
+    with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
+        width = width_for(body, body.params - 1, multiple, tensor_parallel)
+        found["neurons"] = (body.width - width) * body.params_per_neuron
+    if body.layers > 1:
+        found["layers"] = body.params_per_layer
+    return found
 
 
 def layers_for(body: Anatomy, goal: int) -> int:

@@ -3,7 +3,8 @@
 Three statements about a candidate against a reference, over the same items, with a margin m and a level alpha:
 
 - *inferior*: the accuracy fell by more than m, and the exact one-sided McNemar test calls the fall real (p <= alpha).
-  Two evaluations of the same model are therefore called inferior with a probability of at most alpha.
+  However many items change between two evaluations of the same model, each is as likely lost as won, and the test's
+  exact level is at most alpha: they are called inferior with a probability of at most alpha.
 - *not inferior*: the lower bound of the paired bootstrap (one-sided, level alpha) lies above -m.
 - *unclear*: neither; the items are too few for the margin.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from ptl.errors import InputError
 Verdict = Literal["not inferior", "unclear", "inferior"]
 Item = Mapping[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
 RESAMPLES = 10_000
+REACHED = "target reached"
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ class State:
     cap: int | None = None  # most parameters that the next cut may remove; none: as planned
     rejections: int = 0  # in a row
     stopped: bool = False  # nothing more is tried: later steps pass their input through
+    reason: str = ""  # why it stopped
 
     @staticmethod
     def load(raw: Mapping[str, Any]) -> State:
         """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
-        unknown = set(raw) - {"cap", "rejections", "stopped"}
+        unknown = set(raw) - {field.name for field in fields(State)}
         if unknown:
             raise InputError(f"gate: unknown fields {sorted(unknown)} in the pointer; it is of another version of ptl")
         return State(**raw)
@@ -205,14 +208,15 @@ def decide(
     target_params: int,
     baseline: Paired | None = None,
     parent: Paired | None = None,
-    smallest_cut: int = 1,
+    smallest_cut: int | None = 1,
 ) -> Decision:
     """The verdict on a candidate that was cut from its parent, the last accepted model.
 
     `params` of the candidate, `parent_params`, and `target_params` to end with; `baseline` and `parent` compare the
     candidate with the dense model and with its parent, and are needed when the gate is enabled. `smallest_cut` is the
-    least number of parameters that a cut can remove. A rejected candidate halves the cut for the next iteration; after
-    `max_rejections` in a row, or when half the cut is below the smallest, the loop stops with the parent.
+    least number of parameters that the next cut of the parent can remove, None where it can remove nothing. A rejected
+    candidate halves the cut for the next iteration; after `max_rejections` in a row, or when half the cut is below the
+    smallest, the loop stops with the parent: a smaller step would be rounded up to one that was just rejected.
     """
     numbers: dict[str, Any] = {"params": params, "parent_params": parent_params, "target_params": target_params}
     if state.stopped:
@@ -229,7 +233,7 @@ def decide(
             return _reject(settings, state, cut, smallest_cut, f"{describe(pair)} against the {name}", numbers)
     reason = f"{describe(baseline)} against the baseline"
     if params <= target_params:
-        return Decision("accepted", f"{reason}; target reached", numbers, State(state.cap, 0, True))
+        return Decision("accepted", f"{reason}; {REACHED}", numbers, State(state.cap, 0, True, REACHED))
     return Decision("accepted", reason, numbers, State(state.cap, 0, False))
 
 
@@ -241,18 +245,20 @@ def describe(pair: Paired) -> str:
     )
 
 
-def _reject(settings: Gate, state: State, cut: int, smallest_cut: int, why: str, numbers: dict[str, Any]) -> Decision:
+def _reject(
+    settings: Gate, state: State, cut: int, smallest_cut: int | None, why: str, numbers: dict[str, Any]
+) -> Decision:
     rejections, cap = state.rejections + 1, cut // 2
-    after = State(cap, rejections, False)
+    numbers = numbers | {"smallest_cut": smallest_cut}
+    stop = ""
     if rejections >= settings.max_rejections:
-        return Decision("rejected", f"{why}; {rejections} rejections in a row: stopped", numbers, _stop(after))
-    if cap < max(1, smallest_cut):
-        return Decision("rejected", f"{why}; no smaller step left: stopped", numbers, _stop(after))
-    return Decision("rejected", f"{why}; next cut at most {cap:,} parameters", numbers, after)
-
-
-def _stop(state: State) -> State:
-    return State(state.cap, state.rejections, True)
+        stop = f"{rejections} rejection{'s in a row' * (rejections > 1)}"
+    elif smallest_cut is None or cap < max(1, smallest_cut):
+        least = "nothing is left to cut" if smallest_cut is None else f"the smallest cut is {smallest_cut:,} parameters"
+        stop = f"no smaller step left ({least})"
+    after = State(cap, rejections, bool(stop), stop)
+    what = f"{stop}: stopped" if stop else f"next cut at most {cap:,} parameters"
+    return Decision("rejected", f"{why}; {what}", numbers, after)
 
 
 def _upper_tail(n: int, k: int) -> float:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ptl import checkpoint
 from ptl.anatomy import anatomy, layers_for, width_for
-from ptl.config import Calibration, DataSource, Evaluate, Prune, Schedule, TrainingData, plan, removal
+from ptl.config import Calibration, DataSource, Evaluate, Gate, Prune, Schedule, TrainingData, plan, removal
 from ptl.data import check_rows
 from ptl.errors import InputError
 from ptl.families import family_of
-from ptl.tasks import check_tasks
+from ptl.tasks import check_gate, check_tasks
 
 NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
 
@@ -40,10 +40,16 @@ def preflight(
     calibration: Calibration,
     training: TrainingData,
     evaluate: Evaluate,
+    gate: Gate | None = None,
 ) -> tuple[Path, int]:
-    """Check all that a run needs, without weights in memory; returns the model's local folder and its parameters."""
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its parameters.
+
+    Where the gate is not known yet (the import step), the first evaluate step checks it.
+    """
     check_data(calibration, training)
     check_tasks(evaluate.tasks, evaluate)
+    if gate is not None:
+        check_gate(evaluate, gate)
     folder = locate(path, revision)
     return folder, check_model(folder, schedule, prune)
 
@@ -82,7 +88,7 @@ def check_data(calibration: Calibration, training: TrainingData) -> None:
     """Read local data files once: they must exist, parse, and have the columns that the templates name."""
     fields = {"calibration.data": calibration.data}
     fields |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
-    against = training.decontaminate.against if training.decontaminate else ()
+    against = training.decontaminate.against
     fields |= {f"training.decontaminate.against.{i}": source for i, source in enumerate(against)}
     checked: set[DataSource] = set()
     for field, source in fields.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ptl.config import Evaluate, Task
+from ptl.config import Evaluate, Gate, Task
 from ptl.errors import InputError
 
 NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
@@ -27,6 +27,12 @@ DEFAULT_METRICS = {
     "multiple_choice": ["acc", "acc_norm"],
     "generate_until": ["exact_match"],
 }
+
+# Metrics of the harness that do not call an item right or wrong (lm_eval.api.metrics).
+NO_ACCURACY = {
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "likelihood", "brier_score", "mcc", "f1",
+    "bleu", "chrf", "chrf++", "ter",
+}  # fmt: skip
 
 SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
 
@@ -47,8 +53,7 @@ class Spec:
         listed = self.config.get("metric_list")
         if listed is None:
             return DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
-        names = [str(entry["metric"]).removeprefix("!function ").rpartition(".")[2] for entry in listed]
-        return ["pass@1" if name == "pass_at_k" else name for name in names]
+        return [_metric_name(entry) for entry in listed]
 
     @property
     def filters(self) -> list[str]:
@@ -113,6 +118,34 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
             if settings is not None:
                 check_code(spec, settings.allow_code)
                 local_splits(spec, settings.data_dir, task.num_fewshot)
+
+
+def check_gate(settings: Evaluate, gate: Gate) -> None:
+    """Raise InputError when the gate is to decide by a task that calls no item right or wrong; torch-free."""
+    first = settings.tasks[0]
+    if not gate.enabled or (not is_path(first.name) and _harness() is None):
+        return
+    if not all(is_accuracy(spec, first.metric) for spec in find(first.name)):
+        raise no_accuracy(first)
+
+
+def no_accuracy(task: Task) -> InputError:
+    """What to say of a first task that the gate cannot decide by."""
+    return InputError(
+        f"gate.enabled: true, but evaluate.tasks.0 ({task.name!r}) is judged by {task.metric!r}, which calls no item "
+        "right or wrong, and the gate compares item by item; put a task with an accuracy first (metric exact_match, "
+        "acc, ...), or set gate.enabled: false"
+    )
+
+
+def is_accuracy(spec: Spec, metric: str) -> bool:
+    """Whether each item is right or wrong by this metric, as far as the task's YAML can tell: a mean, no perplexity."""
+    name, _ = choose(spec, metric)
+    listed = spec.config.get("metric_list") or []
+    entry = next((entry for entry in listed if _metric_name(entry) == name), {})
+    joined = str(entry.get("aggregation", "mean"))
+    mean = joined in ("mean", "nanmean") or joined.startswith("!function")
+    return name not in NO_ACCURACY and mean and entry.get("higher_is_better", True) is not False
 
 
 def find(name: str) -> list[Spec]:
@@ -225,6 +258,11 @@ _Loader.add_constructor("!function", lambda _loader, node: f"!function {node.val
 def is_path(name: str) -> bool:
     """Whether a task is given by its YAML, not by its name in the harness."""
     return name.endswith((".yaml", ".yml")) or "/" in name
+
+
+def _metric_name(entry: dict[str, Any]) -> str:
+    name = str(entry["metric"]).removeprefix("!function ").rpartition(".")[2]
+    return "pass@1" if name == "pass_at_k" else name
 
 
 def _from_path(path: Path) -> Spec:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,9 +64,37 @@ def test_no_change_on_a_few_items_proves_nothing():
     assert gate.paired(outcomes(9, 10), outcomes(9, 10), 0.02, 0.05).verdict == "unclear"
 
 
-@pytest.mark.parametrize("n", [200, 1319])
+def alarms(changed, items):
+    """Exact chances that a comparison with this many changed items, each a coin's toss, says different, inferior."""
+    from scipy.stats import binom
+
+    lost = np.arange(changed + 1)
+    chance = binom.pmf(lost, changed, 0.5)
+    p_worse, p_better = binom.sf(lost - 1, changed, 0.5), binom.cdf(lost, changed, 0.5)
+    different = 2 * np.minimum(p_worse, p_better) <= ON.alpha
+    inferior = (p_worse <= ON.alpha) & (2 * lost - changed > ON.margin * items)
+    return chance[different].sum(), chance[inferior].sum()
+
+
+def test_the_level_is_exact_however_many_items_change():
+    """A/A, without chance: given the number of items that changed, a false alarm's probability is at most alpha."""
+    for items in (20, 200, 1319):
+        assert max(max(alarms(changed, items)) for changed in range(items + 1)) <= ON.alpha
+    for lost, won, items in [(12, 3, 200), (13, 2, 200), (5, 0, 200), (40, 21, 1319), (60, 30, 1319)]:
+        verdict = gate.verdict_of(lost, won, items, ON.margin, ON.alpha)  # the code follows the rule that was counted
+        p_worse = gate.mcnemar(lost, won)[1]
+        assert (verdict == "inferior") == (p_worse <= ON.alpha and lost - won > ON.margin * items)
+
+
+@pytest.mark.parametrize("n", [200, 500, 1319])
 def test_equal_models_are_called_different_at_most_as_often_as_alpha(n):
-    """A/A: 1,000 pairs of sampled evaluations of one model whose items differ in difficulty."""
+    """A/A, with chance: 1,000 pairs of sampled evaluations of one model whose items differ in difficulty.
+
+    The exact probability is below alpha; the number of alarms in 1,000 pairs scatters about it, and must be one that a
+    procedure of level alpha reaches with a probability above 1 in 1,000.
+    """
+    from scipy.stats import binom
+
     rng = np.random.default_rng(n)
     different = inferior = 0
     for _ in range(1000):
@@ -73,8 +103,13 @@ def test_equal_models_are_called_different_at_most_as_often_as_alpha(n):
         compared = gate.paired(first, second, ON.margin, ON.alpha)
         different += compared.p_different <= ON.alpha
         inferior += compared.verdict == "inferior"
-    assert different <= 1000 * ON.alpha
-    assert inferior <= 1000 * ON.alpha
+    changed = binom.pmf(np.arange(n + 1), n, 1 / 3)  # E 2p(1-p) = 1/3 for p of Beta(2, 1)
+    exact = changed @ np.array([alarms(k, n) for k in range(n + 1)])
+    assert (exact <= ON.alpha).all()
+    most = binom.ppf(0.999, 1000, ON.alpha)  # 73
+    assert max(different, inferior) <= most
+    for count, probability in zip((different, inferior), exact, strict=True):
+        assert binom.ppf(0.001, 1000, probability) <= count <= binom.ppf(0.999, 1000, probability)
 
 
 def item(i, correct=1, digest="d"):
@@ -120,12 +155,17 @@ def test_gate_accepts_rejects_halves_and_stops():
     again = gate.decide(ON, rejected.state, params=850, baseline=good, parent=bad, **given_)
     assert again.state == gate.State(75, 2, False)
     assert "against the parent" in again.reason
-    no_step = gate.decide(ON, again.state, params=925, baseline=bad, parent=bad, **given_ | {"smallest_cut": 40})
-    assert no_step.state.stopped
+    once = gate.State(75, 1)
+    no_step = gate.decide(ON, once, params=925, baseline=bad, parent=bad, **given_ | {"smallest_cut": 40})
+    assert no_step.state.stopped and "no smaller step left" in no_step.state.reason
+    nothing = gate.decide(ON, gate.State(), params=700, baseline=bad, parent=bad, **given_ | {"smallest_cut": None})
+    assert nothing.state.stopped and "nothing is left to cut" in nothing.reason
+    third = gate.decide(ON, gate.State(150, 2), params=925, baseline=bad, parent=bad, **given_)
+    assert third.state == gate.State(37, 3, True, "3 rejections in a row")
     recovered = gate.decide(ON, again.state, params=925, baseline=good, parent=good, **given_)
     assert recovered.state == gate.State(75, 0, False)
     reached = gate.decide(ON, gate.State(), params=500, baseline=good, parent=good, **given_)
-    assert (reached.decision, reached.state.stopped) == ("accepted", True)
+    assert (reached.decision, reached.state) == ("accepted", gate.State(None, 0, True, "target reached"))
     nothing_cut = gate.decide(ON, gate.State(), params=1000, baseline=good, parent=good, **given_)
     assert (nothing_cut.decision, nothing_cut.state.stopped) == ("accepted", False)
     after = gate.decide(ON, reached.state, params=500, **given_ | {"parent_params": 500})
@@ -186,6 +226,23 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         assert rejected_before < max_rejections or state.stopped
         assert current >= target
         assert current > target or state.stopped or not enabled
+
+
+@given(step=st.integers(1, 10_000), first=st.integers(1, 300), rest=st.integers(1, 300))
+def test_after_a_rejection_every_cut_is_smaller_than_the_one_before(step, first, rest):
+    """Cuts are rounded up to whole steps, as widths are rounded down: no candidate is tried twice, and it ends."""
+    rule = Gate(enabled=True, max_rejections=1000)
+    parent = (first + rest) * step
+    bad, state, cuts = pair(495, 400), gate.State(), []
+    while not state.stopped:
+        wanted = parent - gate.goal(parent, parent - first * step, state.dump())
+        cuts.append(-(-wanted // step) * step)
+        given_ = {"params": parent - cuts[-1], "parent_params": parent, "target_params": parent - first * step}
+        decided = gate.decide(rule, state, **given_, baseline=bad, parent=bad, smallest_cut=step)
+        assert decided.keep == "parent"
+        state = decided.state
+    assert cuts[0] == first * step and all(later < earlier for earlier, later in pairwise(cuts))
+    assert cuts[-1] == step and "no smaller step left" in state.reason
 
 
 @settings(max_examples=100, deadline=None)
