@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptl import garbage, inventory
 from ptl.errors import InputError
 
 
@@ -32,8 +33,6 @@ def gc(
 
     Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
     """
-    from ptl import garbage, inventory
-
     _reach(home.absolute(), s3)
     found = list(inventory.experiments(experiment))
     garbage.check_runs(run, found)
@@ -67,26 +66,23 @@ def _reach(home: Path, s3: bool) -> None:
 
 
 def _show(held: Any, verdicts: list[Any]) -> None:
-    """A table of what can go, and one line for each reason to keep the rest."""
-    from rich.console import Console
-    from rich.table import Table
-
-    goes = [verdict for verdict in verdicts if verdict.goes]
-    console = Console(highlight=False)
-    console.print(f"Experiment {held.name}: {len(held.runs)} runs in {held.root.removesuffix('/ptl')}", soft_wrap=True)
-    table = Table("Run", "Step", "Why it can go", "Size", "Days old")
-    for verdict in sorted(goes, key=lambda each: (each.stored.run, each.stored.changed)):
-        stored = verdict.stored
-        days = f"{(time.time() - stored.changed) / 86400:.1f}"
-        table.add_row(stored.run, stored.step, verdict.why, size(stored.bytes), days)
-    if goes:
-        console.print(table)
-    kept: dict[str, list[int]] = defaultdict(list)
-    for verdict in verdicts:
-        if not verdict.goes:
-            kept[f"{verdict.stored.run}: {verdict.why}"].append(verdict.stored.bytes)
-    for why, sizes in sorted(kept.items()):
-        console.print(f"  kept: {size(sum(sizes))}, {why}", soft_wrap=True)
+    """For each run one line for everything that can go, and one for each reason to keep the rest."""
+    print(f"experiment {held.name}, in {held.root.removesuffix('/ptl')}")
+    by_run: dict[str, list[Any]] = defaultdict(list)
+    for verdict in sorted(verdicts, key=lambda each: each.stored.changed):
+        by_run[verdict.stored.run].append(verdict)
+    for run, found in by_run.items():
+        print(f"  run {run}")
+        for verdict in (each for each in found if each.goes):
+            days = (time.time() - verdict.stored.changed) / garbage.DAY
+            print(
+                f"    can go {size(verdict.stored.bytes):>9} {verdict.stored.step:16} {days:6.1f} days  {verdict.why}"
+            )
+        kept: dict[str, int] = defaultdict(int)
+        for verdict in (each for each in found if not each.goes):
+            kept[verdict.why] += verdict.stored.bytes
+        for why, total in kept.items():
+            print(f"    kept   {size(total):>9} {why}")
 
 
 def size(count: int) -> str:
