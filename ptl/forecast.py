@@ -27,7 +27,10 @@ UNKNOWN_ITEMS, PROMPT_TOKENS, NEW_TOKENS = 1000, 512, 256  # where a task does n
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: bytes, dense FLOP/s in bf16 and in float32 (TF32 where it has that), bytes/s."""
+    """A GPU by its data sheet: bytes, dense FLOP/s in bf16 and in float32, bytes/s.
+
+    float32 is without TF32, which torch does not use for matrix products unless it is told to.
+    """
 
     memory: float
     bf16: float
@@ -36,16 +39,20 @@ class Gpu:
 
 
 GIB, TERA = 1 << 30, 1e12
+# NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
+# the memory itself the driver shows up to 6 % less, for which FULL leaves room.
 GPUS = {
-    "t4": Gpu(16 * GIB, 65 * TERA, 8.1 * TERA, 0.32 * TERA),
-    "l4": Gpu(24 * GIB, 121 * TERA, 60 * TERA, 0.3 * TERA),
-    "rtx4090": Gpu(24 * GIB, 165 * TERA, 82 * TERA, 1.0 * TERA),
-    "a100-40": Gpu(40 * GIB, 312 * TERA, 156 * TERA, 1.55 * TERA),
-    "l40s": Gpu(48 * GIB, 362 * TERA, 183 * TERA, 0.86 * TERA),
-    "a100-80": Gpu(80 * GIB, 312 * TERA, 156 * TERA, 2.0 * TERA),
-    "h100": Gpu(80 * GIB, 989 * TERA, 494 * TERA, 3.35 * TERA),
-    "h200": Gpu(141 * GIB, 989 * TERA, 494 * TERA, 4.8 * TERA),
-    "b200": Gpu(180 * GIB, 2250 * TERA, 1100 * TERA, 8.0 * TERA),
+    "t4": Gpu(16 * GIB, 8.1 * TERA, 8.1 * TERA, 0.32 * TERA),  # Turing has no bf16; its 65 TFLOP/s are fp16
+    "l4": Gpu(24 * GIB, 121 * TERA, 30.3 * TERA, 0.3 * TERA),
+    "a10": Gpu(24 * GIB, 125 * TERA, 31.2 * TERA, 0.6 * TERA),
+    "rtx4090": Gpu(24 * GIB, 165 * TERA, 82.6 * TERA, 1.008 * TERA),
+    "a100-40": Gpu(40 * GIB, 312 * TERA, 19.5 * TERA, 1.555 * TERA),
+    "l40s": Gpu(48 * GIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA),
+    "a100-80": Gpu(80 * GIB, 312 * TERA, 19.5 * TERA, 2.039 * TERA),  # SXM; the PCIe card has 1.935 TB/s
+    "h100": Gpu(80 * GIB, 989 * TERA, 67 * TERA, 3.35 * TERA),  # SXM
+    "h100-pcie": Gpu(80 * GIB, 756 * TERA, 51 * TERA, 2.0 * TERA),
+    "h200": Gpu(141 * GIB, 989 * TERA, 67 * TERA, 4.8 * TERA),
+    "b200": Gpu(180 * GIB, 2250 * TERA, 80 * TERA, 8.0 * TERA),  # HGX, 1,000 W
 }
 
 
@@ -236,7 +243,8 @@ def _recover(
         peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
         memory = max(memory, training_memory(shape, stage, dense, used))
         if isinstance(stage, Grpo):
-            answers = stage.steps * stage.batch_size
+            shared = config.schedule.model_copy(update={"iterations": len(rounds), "recovery_tokens": stage.steps})
+            answers = plan(shared, config.prune)[it.index - 1].tokens * stage.batch_size
             longest = answers * (PROMPT_TOKENS + stage.max_completion_length)
             seen = float(longest if budget is None else budget)
             passes = 4 if stage.beta else 3  # forward and backward, and the reference's forward

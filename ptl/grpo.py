@@ -24,7 +24,7 @@ LOGGED = ("reward", "frac_reward_zero_std", "completions/mean_length", "completi
 
 
 def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
-    """Train by trl's GRPOTrainer for `settings.steps` steps, or until the stage's share of the tokens is used up."""
+    """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from trl import GRPOTrainer
 
     started = time.monotonic()
@@ -69,10 +69,17 @@ def prompts(
 ) -> list[dict[str, Any]]:
     """The prompts of this iteration, none of them in an earlier one while the data lasts, each with its references."""
     source: DataSource = settings.prompts or job.data.sources[0]
-    count = settings.steps * settings.batch_size // settings.num_generations
+    source = source.model_copy(update={"completion": ""})  # which is not needed: the answers are the model's own
+    before, steps = job.this.part(settings.steps)
+    if not steps:
+        raise InputError(
+            f"recover.steps: {settings.steps} steps over {len(job.this.weights)} iterations leave none for iteration "
+            f"{job.this.index}; give more"
+        )
+    per_step = settings.batch_size // settings.num_generations
     positions = getattr(model.config, "max_position_embeddings", None)
     rows = []
-    skip = count * (job.this.index - 1)
+    skip, count = before * per_step, steps * per_step
     for number, row in prompt_rows(source, seed=job.this.seed, skip=skip, count=count, filter_=leaks):
         prompt = _prompt(source, row, number)
         references = [fill(reference_template(reward), row, source, number) for reward in settings.rewards]
@@ -173,7 +180,7 @@ def _arguments(settings: Grpo, job: Job) -> Any:
 
     return GRPOConfig(
         **training.arguments(settings, job, world_size()),
-        max_steps=settings.steps,
+        max_steps=job.this.part(settings.steps)[1],
         num_generations=settings.num_generations,
         max_completion_length=settings.max_completion_length,
         beta=settings.beta,

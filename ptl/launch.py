@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl.config import RecoverStage, Recovery, Stage, TrainingData
+from ptl.config import NextToken, RecoverStage, Recovery, Stage, TrainingData
 from ptl.errors import InputError, WorkError
 
 METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
@@ -51,22 +52,42 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: Any, processes: int) 
             raised = json.loads(error.read_text())
             error.unlink()
             raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
-        raise WorkError(f"recover: training in {processes} processes failed:\n{''.join(told[-30:])}")
+        # what follows is torch's launcher on the processes that it stopped, not why the first one died
+        end = next((i for i, line in enumerate(told) if "torch/distributed/elastic" in line), len(told))
+        raise WorkError(f"recover: training in {processes} processes failed:\n{''.join(told[max(0, end - 30) : end])}")
     report = json.loads(answer.read_text())
     return RecoverReport(**report | {"curve": tuple((int(t), float(loss)) for t, loss in report["curve"])})
 
 
-def command(settings: Stage, processes: int) -> list[str]:
-    """The `accelerate launch` command for a stage."""
+def can_shard() -> bool:
+    """Whether weights and optimizer state can be spread over processes: accelerate does so on GPUs only."""
     import torch
 
+    return torch.cuda.is_available()
+
+
+def check_sharding(settings: RecoverStage) -> None:
+    """Raise InputError where the stage is to be sharded and cannot be; called before any work."""
+    if settings.sharding == "none" or processes_for(settings) == 1 or not can_shard():
+        return
+    if isinstance(settings, NextToken) and settings.lora is not None:
+        raise InputError(f"recover.sharding: {settings.sharding} does not go with recover.lora; remove one of the two")
+    if settings.sharding == "zero2" and find_spec("deepspeed") is None:
+        raise InputError(
+            "recover.sharding: zero2 needs the package deepspeed, which is not installed; install ptl's extra "
+            "`deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp"
+        )
+
+
+def command(settings: Stage, processes: int) -> list[str]:
+    """The `accelerate launch` command for a stage."""
     flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     flags += ["--mixed_precision", "bf16" if settings.dtype == "bfloat16" else "no", "--dynamo_backend", "no"]
-    if settings.sharding == "fsdp" and torch.cuda.is_available():
+    if settings.sharding == "fsdp" and can_shard():
         flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
         flags += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
         flags += ["--fsdp_activation_checkpointing", str(settings.gradient_checkpointing).lower()]
-    elif settings.sharding == "zero2" and torch.cuda.is_available():
+    elif settings.sharding == "zero2" and can_shard():
         flags += ["--use_deepspeed", "--zero_stage", "2"]
     else:
         flags += ["--multi_gpu"]  # on CPUs too (gloo): `--cpu` would start one process, or need MPI
@@ -118,7 +139,7 @@ def main(question: Path) -> None:
     (settings,) = Recovery(stages=[told["settings"]]).stages
     job = Job(
         TrainingData(**told["data"]),
-        Round(**told["this"] | {"earlier": tuple(told["this"]["earlier"])}),
+        Round(**told["this"] | {name: tuple(told["this"][name]) for name in ("earlier", "weights")}),
         Path(told["scratch"]),
         lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
         teacher=Path(told["teacher"]) if told["teacher"] else None,

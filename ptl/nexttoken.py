@@ -60,6 +60,25 @@ def train(
     )
 
 
+def sft_trainer() -> Any:
+    """trl's SFTTrainer; on a CPU with the model's own loss in place of trl's.
+
+    trl's is for GPUs, where it scores only the positions with a label and never holds all logits. On a CPU it scores
+    all positions, and each for entropy and top token too, which costs a third of a step (docs/recovery.md).
+    """
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    if torch.cuda.is_available():
+        return SFTTrainer
+
+    class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return Trainer.compute_loss(self, *args, **kwargs)
+
+    return PlainLoss
+
+
 def with_adapters(model: Any, settings: NextToken) -> Any:
     """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685)."""
     from peft import LoraConfig, get_peft_model

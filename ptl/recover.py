@@ -22,11 +22,9 @@ DONE = "stage.json"  # the report of a finished stage of a chain, written after 
 
 def cpt(src: Path, dst: Path, settings: Cpt, job: Job) -> RecoverReport:
     """Continual pre-training: next-token loss on the training data, through trl's SFTTrainer."""
-    from trl import SFTTrainer
+    from ptl.nexttoken import sft_trainer, train
 
-    from ptl.nexttoken import train
-
-    return train(src, dst, settings, job, SFTTrainer, {})
+    return train(src, dst, settings, job, sft_trainer(), {})
 
 
 RECOVERIES: dict[str, Callable[[Path, Path, Any, Job], RecoverReport]] = {
@@ -42,8 +40,10 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
     `rounds` are the tokens of the iterations up to this one. An earlier try in `job.scratch` is continued: finished
     stages are taken as they are, and the stage in which it died goes on from its last training checkpoint.
     """
-    dst.mkdir(parents=True, exist_ok=True)
     stages = recovery.stages
+    for stage in stages:
+        launch.check_sharding(stage)
+    dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
         final = i == len(stages) - 1

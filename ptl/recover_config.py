@@ -156,7 +156,9 @@ class Grpo(Stage):
     batch_size: int = Field(64, ge=2, description="answers per optimizer step, over all processes")
     warmup_steps: int = Field(3, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    steps: int = Field(60, ge=1, description="optimizer steps of one iteration, at most")
+    steps: int = Field(
+        240, ge=1, description="optimizer steps over all iterations, at most; shared out over them like the tokens"
+    )
     num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
     max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
     beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")

@@ -132,8 +132,10 @@ def recover(
     this = _iteration(cuts, Prune(), iteration)
     recovery = check(Recovery, {"stages": recover}, "recover")
     data = check(TrainingData, training, "training")
+    weights = tuple(1 if cuts.tokens == "uniform" else 2**i for i in range(cuts.iterations))
     given = {
         "tokens": this.tokens,
+        "weights": list(weights),
         "skip": this.tokens_before,
         "recover": list(recovery.stages),
         "training": data,
@@ -153,7 +155,7 @@ def recover(
             if line := _progress(metrics, this.tokens):
                 say(name, line)
 
-        here = Round(this.tokens, (), iteration, this.last, seed)
+        here = Round(this.tokens, (), iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
         scored = _scored(run) if data.decontaminate.tasks else None
         job = Job(data, here, scratch(name) / "training", on_log, teacher, vault, scored)

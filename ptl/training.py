@@ -8,17 +8,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from ptl import checkpoint
+from ptl import checkpoint, launch
 from ptl.config import NextToken, Stage, TrainingData
 from ptl.errors import InputError, WorkError
-from ptl.launch import world_size
 
 if TYPE_CHECKING:
     from ptl.preempt import Vault
@@ -37,6 +35,12 @@ class Round:
     index: int  # iteration, from 1
     last: bool
     seed: int
+    weights: tuple[int, ...] = (1,)  # shares of all iterations in what is shared out, 1:2:4 for example
+
+    def part(self, whole: int) -> tuple[int, int]:
+        """Of `whole` things for the run, how many earlier iterations had and how many this one has."""
+        done = [whole * sum(self.weights[:i]) // sum(self.weights) for i in (self.index - 1, self.index)]
+        return done[0], done[1] - done[0]
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ def arguments(settings: Stage, job: Job, processes: int) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.learning_rate,
         "bf16": settings.dtype == "bfloat16",
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        # FSDP does it itself (launch.command), and the Trainer refuses both
+        "gradient_checkpointing": settings.gradient_checkpointing
+        and not (settings.sharding == "fsdp" and is_sharded(settings)),
         "use_cpu": not torch.cuda.is_available(),
         "seed": job.this.seed,
         "save_steps": settings.save_steps,
@@ -161,6 +167,8 @@ def watch(job: Job) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        logged = -1  # optimizer step of the log before; -1: none yet
+
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             check_finite(model, state.global_step, args.output_dir)
             if torch.distributed.is_initialized():
@@ -174,7 +182,11 @@ def watch(job: Job) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
             if not math.isfinite(numbers.get("loss", 0.0)):
-                raise WorkError(_not_finite(f"the loss is {numbers['loss']}", state.global_step, args.output_dir))
+                since = self.logged + 1 if self.logged >= 0 else state.global_step - args.logging_steps + 1
+                raise WorkError(
+                    _not_finite(f"the loss is {numbers['loss']}", state.global_step, args.output_dir, since)
+                )
+            self.logged = state.global_step
             if "num_input_tokens_seen" in numbers and job.this.tokens is not None:
                 # the last batch of several processes is filled up with empty sequences, which are no training tokens
                 numbers["num_input_tokens_seen"] = min(numbers["num_input_tokens_seen"], job.this.tokens)
@@ -192,15 +204,21 @@ def check_finite(model: Any, step: int, folder: Any) -> None:
             raise WorkError(_not_finite("a weight is NaN or infinite", step, folder))
 
 
-def _not_finite(what: str, step: int, folder: Any) -> str:
-    return (
-        f"recover: {what} at optimizer step {step}; the last good training checkpoint is kept in {folder}; "
-        "lower recover.learning_rate"
-    )
+def _not_finite(what: str, step: int, folder: Any, since: int | None = None) -> str:
+    where = f"at optimizer step {step}" if since is None or since >= step else f"in optimizer steps {since} to {step}"
+    return f"recover: {what} {where}; {_kept(Path(folder))}; lower recover.learning_rate"
+
+
+def _kept(scratch: Path) -> str:
+    last = last_complete(scratch)
+    return f"the last good training checkpoint is kept in {last}" if last else "no training checkpoint was written yet"
 
 
 def run(trainer: Any, job: Job) -> int:
     """Train, going on from the newest complete checkpoint here or in the store; returns the step it went on from."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # `watch` passes the metrics on
     if job.vault is not None:
         job.vault.restore(job.scratch)
     resume = last_complete(job.scratch)
@@ -219,7 +237,7 @@ def full_disk(folder: Path) -> Iterator[None]:
         wrapped = [f"os error {code})" for code in codes] + ["PytorchStreamWriter failed", "unexpected pos"]
         if getattr(error, "errno", None) in codes or any(text in str(error) for text in wrapped):
             raise WorkError(
-                f"recover: no space left for training checkpoints in {folder}; the last complete one is intact: "
+                f"recover: no space left for training checkpoints in {folder}; {_kept(folder)}: "
                 "free some space (or raise recover.save_steps) and run the same command again"
             ) from error
         raise
@@ -246,14 +264,8 @@ def save(
 
 
 def is_sharded(settings: Stage) -> bool:
-    """Whether weights or optimizer state are spread over GPUs. Raises InputError for what that cannot do."""
-    if settings.sharding == "none" or world_size() == 1 or not torch.cuda.is_available():
-        return False
-    if isinstance(settings, NextToken) and settings.lora is not None:
-        raise InputError(f"recover.sharding: {settings.sharding} does not go with recover.lora; remove one of the two")
-    if settings.sharding == "zero2" and find_spec("deepspeed") is None:
-        raise InputError("recover.sharding: zero2 needs the package deepspeed; install it, or use fsdp")
-    return True
+    """Whether weights or optimizer state are spread over processes."""
+    return settings.sharding != "none" and launch.world_size() > 1 and launch.can_shard()
 
 
 def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:

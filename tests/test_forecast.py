@@ -115,4 +115,10 @@ def test_errors_name_what_is_wrong(large, tmp_path):
         forecast(config("/nowhere"))
     with pytest.raises(InputError, match="would remove"):
         forecast(config(large, **{"schedule.target": 9e9}))
-    assert all(gpu.bf16 > gpu.fp32 > 0 for gpu in GPUS.values())
+
+
+def test_the_gpus_are_in_the_order_of_their_memory_and_in_plausible_units():
+    assert list(GPUS) == sorted(GPUS, key=lambda name: GPUS[name].memory)
+    for gpu in GPUS.values():
+        assert gpu.bf16 >= gpu.fp32 > 1e12 and 1e11 < gpu.bandwidth < 1e13 and 16 << 30 <= gpu.memory < 1 << 40
+    assert GPUS["h100"].bf16 / GPUS["a100-80"].bf16 == pytest.approx(3.17, abs=0.01)

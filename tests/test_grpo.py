@@ -41,8 +41,8 @@ def trained(small, tmp_path_factory):
     return dst, recover(small, dst, STAGE, log=log), log
 
 
-def job(folder, index=1):
-    return Job(DATA, Round(None, (), index, True, 0), folder, lambda metrics, step: None)
+def job(folder, index=1, weights=(1,)):
+    return Job(DATA, Round(None, (), index, True, 0, weights), folder, lambda metrics, step: None)
 
 
 def test_steps_move_the_weights_and_what_matters_is_logged(small, trained):
@@ -83,8 +83,12 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
 
     tokenizer = AutoTokenizer.from_pretrained(small)
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
-    first, second = (grpo.prompts(Grpo(**STAGE), job(tmp_path, index), tokenizer, model) for index in (1, 2))
-    assert len(first) == len(second) == 4 * 16 // 4
+    stage = Grpo(**STAGE | {"steps": 6})
+    first, second = (grpo.prompts(stage, job(tmp_path, index, (1, 2)), tokenizer, model) for index in (1, 2))
+    assert (len(first), len(second)) == (2 * 16 // 4, 4 * 16 // 4)  # the control has the six steps at once
+    assert [row["prompt"] for row in grpo.prompts(stage, job(tmp_path), tokenizer, model)] == [
+        row["prompt"] for row in (*first, *second)
+    ]
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
     assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
     with pytest.raises(InputError, match="an answer of 300 tokens"):
@@ -97,6 +101,25 @@ def test_zero_reward_is_refused_before_training(small, tmp_path):
     with pytest.raises(WorkError, match=r"solves none of 8 prompts in 4 tries.*recover by cpt or distil first"):
         recover(small, tmp_path / "out", STAGE | {"rewards": rewards})
     assert not list(tmp_path.glob("out.training/checkpoint-*"))
+
+
+def test_prompts_need_no_completion(small, tmp_path):
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"problem": "One plus one?", "solution": "2"}\n')
+    prompts = {"source": str(path), "prompt": "{problem}"}
+    stage = Grpo(**STAGE | {"prompts": prompts, "rewards": [{"name": "math", "answer": "{solution}"}]})
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+    found = grpo.prompts(stage, job(tmp_path), AutoTokenizer.from_pretrained(small), model)
+    assert found[0] == {"prompt": "One plus one?", "reference_0": "2"} and len(found) == 16
+
+
+def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
+    parts = [Round(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
+    assert parts == [(0, 8), (8, 17), (25, 35)] and Round(None, (), 1, True, 0).part(60) == (0, 60)
+    with pytest.raises(InputError, match="6 steps over 4 iterations leave none for iteration 1"):
+        grpo.prompts(Grpo(**STAGE | {"steps": 6}), job(tmp_path, 1, (1, 2, 4, 8)), None, None)
 
 
 def test_a_reward_without_its_column_is_refused(small, tmp_path):
