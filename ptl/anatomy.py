@@ -91,11 +91,9 @@ def width_for(body: Anatomy, goal: int, multiple: int | Literal["auto"], tensor_
     return width
 
 
-def smallest_cuts(
-    body: Anatomy, multiple: int | Literal["auto"], tensor_parallel: int = 1
-) -> dict[Literal["neurons", "layers"], int]:
-    """Parameters that the smallest possible cut removes, by what goes; what cannot go any more is left out."""
-    found: dict[Literal["neurons", "layers"], int] = {}
+def smallest_cuts(body: Anatomy, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> dict[str, int]:
+    """Parameters that the smallest cut of `neurons` or `layers` removes; what cannot go any more is left out."""
+    found: dict[str, int] = {}
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(body, body.params - 1, multiple, tensor_parallel)
         found["neurons"] = (body.width - width) * body.params_per_neuron

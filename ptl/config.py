@@ -104,12 +104,18 @@ class Task(Section):
 
 
 class Speed(Section):
-    """How generation speed is measured."""
+    """How speed is measured: the dense and the final model in turns, in one process, at the end of the loop."""
 
     batch_sizes: tuple[int, ...] = Field((1, 8, 32), description="sequences generated at once")
     prompt_tokens: int = Field(64, ge=1)
     new_tokens: int = Field(32, ge=1)
     repeats: int = Field(3, ge=0, description="the median is reported; 0: do not measure speed")
+    items: int = Field(
+        64,
+        ge=0,
+        description="problems of the first task that each model answers in every repeat, for the seconds per solved "
+        "problem; 0: tokens per second only",
+    )
 
 
 class Evaluate(Section):

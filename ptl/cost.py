@@ -13,6 +13,8 @@ from typing import Any
 from ptl import checkpoint
 from ptl.config import Speed
 
+PREFILL_SECONDS, PREFILL_PASSES = 0.1, 20  # a prompt is read that long in every repeat, but no more often than that
+
 
 @dataclass(frozen=True)
 class Static:
@@ -60,22 +62,26 @@ def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[s
 
     Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
     whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
-    The prompts are random tokens, and generation goes on for exactly `new_tokens`. No repeats, no rows.
+    The prompts are random tokens, and generation goes on for exactly `new_tokens`. A short prompt is read several times
+    in a repeat, since one pass of a small model is shorter than the system's own pauses. No repeats, no rows.
     """
     import torch
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for batch in settings.batch_sizes if settings.repeats else ():
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        passes = dict.fromkeys(models, 1)
         for repeat in range(settings.repeats + 1):
             for name, model in models.items():
                 generator = torch.Generator().manual_seed(seed)
                 prompt = torch.randint(
                     0, model.config.vocab_size, (batch, settings.prompt_tokens), generator=generator
                 ).to(model.device)  # [batch, prompt_tokens]
-                taken = _once(model, prompt, settings.new_tokens)
-                if repeat:  # the first one warms up
+                taken = _once(model, prompt, settings.new_tokens, passes[name])
+                if repeat:
                     times[name].append(taken)
+                else:  # the first one warms up
+                    passes[name] = min(PREFILL_PASSES, 1 + int(PREFILL_SECONDS / max(taken[0], 1e-9)))
         for name, pairs in times.items():
             prefill, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
             rows[name].append(
@@ -91,8 +97,8 @@ def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[s
     return rows
 
 
-def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for `new_tokens` greedy steps after it with the KV cache."""
+def _once(model: Any, prompt: Any, new_tokens: int, passes: int) -> tuple[float, float]:
+    """Seconds for the prompt, the mean of `passes`, and for `new_tokens` greedy steps after it with the KV cache."""
     import torch
 
     # transformers 5.24 renamed the argument; the old name goes in 5.40
@@ -101,7 +107,8 @@ def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
     with torch.inference_mode():
         wait()
         begin = time.perf_counter()
-        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        for _ in range(passes):
+            out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
         wait()
         filled = time.perf_counter()
@@ -109,4 +116,4 @@ def _once(model: Any, prompt: Any, new_tokens: int) -> tuple[float, float]:
             out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache: out.past_key_values})
             token = out.logits[:, -1:].argmax(-1)
         wait()
-        return filled - begin, time.perf_counter() - filled
+        return (filled - begin) / passes, time.perf_counter() - filled

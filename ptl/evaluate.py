@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -58,8 +59,8 @@ class Scores:
         return Scores(**{**raw, "tasks": tuple(TaskScore(**score) for score in raw["tasks"])})
 
 
-def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) -> Scores:
-    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
+def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, speed: bool = True) -> Scores:
+    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl. Without `speed` its rows stay empty.
 
     A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
     (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
@@ -74,14 +75,14 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
         scores.append(score)
         items += its_items
     static = cost.from_config(src)
-    speed = cost.measure({"": lm.model}, settings.speed, seed)[""]
+    rows = cost.measure({"": lm.model}, settings.speed, seed)[""] if speed else []
     result = Scores(
         tasks=tuple(scores),
         params=static.params,
         bytes=static.bytes,
         flops_per_token=static.flops_per_token,
         kv_bytes_per_token=static.kv_bytes_per_token,
-        speed=speed,
+        speed=rows,
         widths=static.widths,
         seconds=time.monotonic() - started,
     )
@@ -91,31 +92,70 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int) 
     return result
 
 
-def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, dict[str, Any]]:
-    """Speed of several checkpoints (dense, compact) in one process, taking turns: name -> facts.
+def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, Any]:
+    """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
 
-    Facts: `speed`, the rows of cost.measure; `seconds_per_solved`, the median over the repeats of the seconds that the
-    model took for the first task, divided by its right answers (None where it solved nothing), which also counts that
-    answers get longer; `accuracy` and `answer_tokens` of that task.
+    Facts: how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
+    `models`: name -> `params`; `speed`, the rows of cost.measure; `seconds_per_solved`, the median over the repeats of
+    the seconds in the model for `items` of the first task, divided by its right answers (None where it has none, or no
+    accuracy), so that longer answers count; `solved` and `answer_tokens` of these items.
     """
-    check_tasks(settings.tasks, settings)
+    import torch
+
+    started = time.monotonic()
+    gc.collect()  # a model of the harness refers to itself: what was scored before may still hold its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     models = {name: backends.language_model(folder, settings, seed) for name, folder in folders.items()}
-    speed = cost.measure({name: lm.model for name, lm in models.items()}, settings.speed, seed)
-    runs: dict[str, list[TaskScore]] = {name: [] for name in models}
-    for _ in range(max(1, settings.speed.repeats)):
-        for name, lm in models.items():
-            runs[name].append(run_task(lm, settings.tasks[0], settings, seed=seed)[0])
-    facts: dict[str, dict[str, Any]] = {}
-    for name, scores in runs.items():
-        last = scores[-1]
-        solved = round(last.accuracy * last.items) if last.low is not None else 0
-        facts[name] = {
-            "speed": speed[name],
-            "seconds_per_solved": statistics.median(score.seconds for score in scores) / solved if solved else None,
-            "accuracy": last.accuracy,
-            "answer_tokens": last.answer_tokens,
+    rows = cost.measure({name: lm.model for name, lm in models.items()}, settings.speed, seed)
+    runs = _solve_in_turns(models, settings, seed)
+    found = {}
+    for name, folder in folders.items():
+        last = runs[name][-1] if runs[name] else None
+        solved = round(last.accuracy * last.items) if last and last.low is not None else 0
+        found[name] = {
+            "params": cost.from_config(folder).params,
+            "speed": rows[name],
+            "seconds_per_solved": statistics.median(run.seconds for run in runs[name]) / solved if solved else None,
+            "solved": solved,
+            "answer_tokens": last.answer_tokens if last else 0.0,
         }
-    return facts
+    first = next(iter(runs.values()))
+    return {
+        "device": _device(),
+        "task": first[0].task if first else "",
+        "items": first[0].items if first else 0,
+        "batch_size": settings.batch_size,
+        "prompt_tokens": settings.speed.prompt_tokens,
+        "new_tokens": settings.speed.new_tokens,
+        "repeats": settings.speed.repeats,
+        "models": found,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def _solve_in_turns(models: Mapping[str, Any], settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
+    """The first task's first items, answered by every model in every repeat; no runs where there is no accuracy."""
+    task, speed = settings.tasks[0], settings.speed
+    specs = tasks.find(task.name)
+    limit = min(speed.items // len(specs), task.limit or speed.items)  # a group's limit is that of each member
+    if not limit or not all(tasks.is_accuracy(spec, task.metric) for spec in specs):
+        return {name: [] for name in models}
+    some = task.model_copy(update={"limit": limit})
+    runs: dict[str, list[TaskScore]] = {name: [] for name in models}
+    for _ in range(speed.repeats):
+        for name, lm in models.items():
+            runs[name].append(run_task(lm, some, settings, seed=seed)[0])
+    return runs
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

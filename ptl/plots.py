@@ -6,6 +6,7 @@ import io
 import re
 from typing import Any
 
+from ptl import speeds
 from ptl.result import Result, final_row
 
 # Each colour stands for a CSS variable of the page and is replaced by it after drawing.
@@ -45,12 +46,13 @@ RC: dict[Any, Any] = {
 
 def draw(result: Result) -> dict[str, dict[str, str]]:
     """Every picture that the result has data for: name -> {"wide": svg, "narrow": svg} (desktop and phone)."""
-    pictures = {"accuracy": _accuracy, "loss": _losses, "widths": _widths, "tasks": _tasks}
+    pictures = {"accuracy": _accuracy, "loss": _losses, "widths": _widths, "tasks": _tasks, "speed": _speed}
     wanted = {
         "accuracy": bool(result["rows"]),
         "loss": bool(result["curves"]),
         "widths": any(row["widths"] for row in result["rows"]),
         "tasks": any(len(row["scores"]["tasks"]) > 1 for row in result["rows"]),
+        "speed": bool(speeds.rows(result.get("speed") or {})),
     }
     return {
         name: {size: _picture(paint, result, name, size) for size in ("wide", "narrow")}
@@ -247,3 +249,28 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     if len(rows) > (12 if wide else 5):
         axis.tick_params(axis="x", labelrotation=90 if len(rows) > 20 else 60)
     axis.set_xlabel("iteration; one bar for each layer")
+
+
+def _speed(figure: Any, result: Result, wide: bool) -> None:
+    """How many times as fast the final model is as the dense one: a bar from 1 for each measure."""
+    rows = speeds.rows(result["speed"])
+    figure.set_size_inches((8.4, 0.6 + 0.3 * len(rows)) if wide else (3.9, 0.6 + 0.32 * len(rows)))
+    axis = figure.subplots()
+    times = [row.times for row in rows]
+    colours = [LOOP if value >= 1 else BAD for value in times]
+    axis.barh(range(len(rows)), [value - 1 for value in times], left=1, height=0.62, color=colours)
+    for place, value in enumerate(times):
+        side = 1 if value >= 1 else -1
+        axis.annotate(
+            f"{value:.2f}", (value, place), (4 * side, 0), textcoords="offset points", va="center",
+            ha="left" if side > 0 else "right", color=INK, fontsize=8.5,
+        )  # fmt: skip
+    axis.axvline(1, color=MUTED, linewidth=1)
+    low, high = min(1.0, *times), max(1.0, *times)
+    room = (0.1 if wide else 0.25) * max(high - low, 0.1)  # for the numbers at the bars' ends
+    axis.set_xlim(low - (room if low < 1 else room / 4), high + room)
+    axis.set_yticks(range(len(rows)), [row.label for row in rows])
+    axis.invert_yaxis()
+    axis.grid(False, axis="y")
+    axis.grid(True, axis="x")
+    axis.set_xlabel("times as fast as the dense model")

@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ptl import speeds
 from ptl.plots import draw, short
 from ptl.result import Record, Result, build, final_row, total_tokens
-from ptl.view import columns, costs, flat, lines, notes, passed_through, percent, verdict
+from ptl.view import columns, costs, flat, lines, not_needed, notes, percent, verdict
 
 PAPER = "Prune-Tune Loop, arXiv 2602.04919"
 
@@ -77,12 +78,14 @@ def _view(result: Result) -> dict[str, Any]:
         "result": result,
         "verdict": verdict(result),
         "notes": notes(result),
-        "skipped": passed_through(result),
+        "not_needed": not_needed(result),
         "lines": lines(result),
         "task_names": tasks,
         "first_task": result["rows"][0]["scores"]["tasks"][0] if result["rows"] else {},
         "columns": [name for name, _ in columns(result)],
         "costs": costs(result),
+        "speed_rows": [row.cells for row in speeds.rows(result.get("speed") or {})],
+        "speed_setting": speeds.setting(result.get("speed") or {}),
         "settings": flat(result["settings"]),
         "started": datetime.fromtimestamp(started, UTC).strftime("%d %B %Y, %H:%M UTC") if started else "",
         "seconds": sum(step["seconds"] for step in result["steps"]),
@@ -153,15 +156,16 @@ def _front_matter(result: Result) -> str:
     if training.get("sources"):
         card["datasets"] = [_hub_name(source["source"]) for source in training["sources"]]
     if tasks:
-        metrics = [t.get("metric", "accuracy") for t in tasks]
+        names = [t.get("metric", "accuracy") for t in tasks]  # metric,filter: the hub knows the metric alone
+        metrics = [name.partition(",")[0] for name in names]
         card["metrics"] = list(dict.fromkeys(metrics))
         results = [
             {
                 "task": {"type": "text-generation", "name": "Text generation"},
                 "dataset": {"type": _hub_name(t["task"]), "name": t["task"]},
-                "metrics": [{"type": metric, "name": metric, "value": round(t["accuracy"], 6)}],
+                "metrics": [{"type": metric, "name": name, "value": round(t["accuracy"], 6)}],
             }
-            for t, metric in zip(tasks, metrics, strict=True)
+            for t, metric, name in zip(tasks, metrics, names, strict=True)
         ]
         card["model-index"] = [{"name": result["name"], "results": results}]
     return "---\n" + yaml.safe_dump(card, sort_keys=False, allow_unicode=True) + "---\n"

@@ -19,9 +19,10 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`). An evaluate
-    record may carry its items under the fact `items`: paired comparisons and examples are made from them. Steps
-    without scores (passed through) give no row, but are listed under `steps`. `recovery_tokens` of a row are those of
-    its own iteration.
+    record may carry its items under the fact `items`: paired comparisons and examples are made from them. Steps that
+    the loop did not need have no record: they are listed under `not_needed` with the reason. `speed` is what the step
+    that ended the loop measured of the dense and the final model. `recovery_tokens` of a row are those of its own
+    iteration.
     """
     run = {key: settings.get(key) or "" for key in RUN}
     settings = {key: value for key, value in settings.items() if key not in RUN}
@@ -44,6 +45,8 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
         "confidence": settings.get("evaluate", {}).get("confidence", 0.95),
         "mlflow": {"url": run["mlflow_url"], "experiment_id": str(run["experiment_id"])},
         "steps": [_step(name, records[name]) for name in names],
+        "not_needed": _not_needed(records, settings),
+        "speed": next((s for name in names if (s := records[name]["facts"].get("speed"))), {}),
         "curves": {name: c for name in names if (c := records[name]["facts"].get("curve"))},
         "paired": _paired(names, records, settings.get("gate") or {}),
         "examples": _examples(names, records),
@@ -144,13 +147,25 @@ def _step(name: str, record: Record) -> dict[str, Any]:
         "stage": facts["stage"],
         "seconds": facts.get("seconds", 0.0),
         "whole_seconds": facts.get("whole_seconds", 0.0),
-        "skipped": bool(facts.get("skipped")) or (facts["stage"] == "evaluate" and not facts.get("scores")),
         "params": pointer.get("params", 0),
         "model_version": pointer.get("model_version", ""),
         "decision": (facts.get("verdict") or {}).get("decision", ""),
         "reason": (facts.get("verdict") or {}).get("reason", "") or facts.get("reason", ""),
         "tokens": facts.get("tokens", 0) if facts["stage"] == "recover" else 0,
     }
+
+
+def _not_needed(records: dict[str, Record], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Steps of the plan that passed their input through, as the gate's state at the end of the loop says."""
+    evaluated = [record["facts"] for record in records.values() if record["facts"]["stage"] == "evaluate"]
+    states = [(facts.get("accepted") or {}).get("gate") or {} for facts in evaluated if facts.get("arm") == "loop"]
+    reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
+    return [
+        {"step": step, "iteration": i, "reason": reason}
+        for i in range(1, (settings.get("schedule") or {}).get("iterations", 0) + 1)
+        for step in (f"prune-{i}", f"recover-{i}", f"evaluate-{i}")
+        if step not in records
+    ]
 
 
 def _final_step(names: list[str], records: dict[str, Record]) -> str:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, gate, store, tracking
+from ptl import __version__, gate, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -89,7 +89,7 @@ def prune(
 ) -> None:
     """Remove this iteration's share of neurons or layers."""
     parent = read(model)
-    if _passes_through(parent, out):
+    if _passes_through(name, parent, out):
         return
     cuts, settings = check(Schedule, schedule, "schedule"), check(Prune, prune, "prune")
     scoring = check(Calibration, calibration, "calibration")
@@ -125,7 +125,7 @@ def recover(
 ) -> None:
     """Train the cut model on this iteration's tokens."""
     parent = read(model)
-    if _passes_through(parent, out):
+    if _passes_through(name, parent, out):
         return
     cuts = check(Schedule, schedule, "schedule")
     rounds = [it.tokens for it in plan(cuts, Prune())][:iteration]
@@ -226,35 +226,49 @@ def evaluate(
     accepted: Any,
     metrics: Any,
     *,
+    iterations: int,
     target: float,
+    prune: Facts,
     evaluate: Facts,
     gate_settings: Facts,
     seed: int,
     registered_model: str,
 ) -> None:
-    """Score the checkpoint, and decide which one goes on: it, or the `fallback` that its iteration began with."""
+    """Score the checkpoint, and decide which one goes on: it, or the `fallback` that its iteration began with.
+
+    The step that ends the loop also measures the final model's speed beside the dense one's.
+    """
     candidate, before = read(model), read(fallback)
-    if _passes_through(candidate, out, accepted):
+    if _passes_through(name, candidate, out, accepted):
         return
     settings, rule = check(Evaluate, evaluate, "evaluate"), check(Gate, gate_settings, "gate")
+    whole = verdict.Plan(iterations, target, check(Prune, prune, "prune"))
     step = Step(name, arm, iteration, experiment)
 
     def work(dst: Path, run: tracking.StepRun) -> Facts:
+        from ptl import tasks
         from ptl.evaluate import evaluate_checkpoint
 
+        tasks.check_gate(settings, rule)
         src = fetch(candidate)
         limit_threads(candidate.params)
-        scores = evaluate_checkpoint(src, dst, settings, seed=seed)
-        verdict, onward = _decide(step, run, rule, candidate, before, dst, target, registered_model)
+        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
+        if rule.enabled and scores.tasks[0].low is None:  # the task's YAML did not tell
+            raise tasks.no_accuracy(settings.tasks[0])
+        decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered_model)
+        ends = verdict.ends_the_loop(step, whole, onward)
         return {
             "scores": dataclasses.asdict(scores),
             "checkpoint": dataclasses.asdict(candidate),
-            "verdict": verdict,
+            "smallest_cuts": whole.smallest_cuts(src),
+            "verdict": decided,
             "accepted": dataclasses.asdict(onward),
+            "speed": verdict.beside_dense(step, run, onward, settings, seed) if ends else {},
             "seconds": scores.seconds,
         }
 
-    record = execute(step, candidate, {"evaluate": settings, "gate": rule, "seed": seed}, work)
+    given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": iterations, "seed": seed}
+    record = execute(step, candidate, given, work)
     facts = record["facts"]
     write(out, record["pointer"])
     write(accepted, facts["accepted"])
@@ -302,56 +316,14 @@ def report(
     tracking.finish(run, params={}, metrics=metrics, inputs=[last.model_id], output=None, step=0)
 
 
-def _passes_through(pointer: Pointer, *outs: Any) -> bool:
+def _passes_through(name: str, pointer: Pointer, *outs: Any) -> bool:
     """Whether the loop has stopped: then the input is the output, at once."""
-    stopped = gate.State.load(pointer.gate).stopped
-    for out in outs if stopped else ():
+    state = gate.State.load(pointer.gate)
+    if state.stopped:
+        say(name, f"not needed, its input is passed through: {state.reason}")
+    for out in outs if state.stopped else ():
         write(out, dataclasses.asdict(pointer))
-    return stopped
-
-
-def _decide(
-    step: Step,
-    run: tracking.StepRun,
-    rule: Gate,
-    candidate: Pointer,
-    before: Pointer,
-    scored: Path,
-    target: float,
-    registered_model: str,
-) -> tuple[Facts, Pointer]:
-    """The gate's verdict on a scored checkpoint, and the pointer that goes on."""
-    if step.iteration == 0 or step.arm == "control":
-        return {"decision": "baseline" if step.iteration == 0 else "control", "reason": ""}, candidate
-    pairs = _compared(step, run, rule, before, scored) if rule.enabled else []
-    decided = gate.decide(
-        rule,
-        gate.State.load(before.gate),
-        params=candidate.params,
-        parent_params=before.params,
-        target_params=before.original_params - removal(before.original_params, target),
-        baseline=pairs[0] if pairs else None,
-        parent=pairs[-1] if pairs else None,
-    )
-    onward = candidate if decided.keep == "candidate" else before
-    onward = dataclasses.replace(onward, gate=decided.state.dump())
-    if decided.decision == "accepted":
-        version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
-        onward = dataclasses.replace(onward, model_version=version)
-    return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
-
-
-def _compared(step: Step, run: tracking.StepRun, rule: Gate, before: Pointer, scored: Path) -> list[gate.Paired]:
-    """The scored checkpoint against the dense model and against the one its iteration began with, item by item."""
-    from ptl.evaluate import read_items
-
-    earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
-    found = [record for record in earlier if record is not None]
-    parent = next(record for record in found if record["facts"]["checkpoint"]["digest"] == before.digest)
-    mine = read_items(scored)
-    folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
-    task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
-    return [gate.paired(*gate.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders]
+    return state.stopped
 
 
 def _set_aliases(records: dict[str, Record], registered_model: str) -> None:

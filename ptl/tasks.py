@@ -142,7 +142,7 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     """Whether each item is right or wrong by this metric, as far as the task's YAML can tell: a mean, no perplexity."""
     name, _ = choose(spec, metric)
     listed = spec.config.get("metric_list") or []
-    entry = next((entry for entry in listed if _metric_name(entry) == name), {})
+    entry: dict[str, Any] = next((entry for entry in listed if _metric_name(entry) == name), {})
     joined = str(entry.get("aggregation", "mean"))
     mean = joined in ("mean", "nanmean") or joined.startswith("!function")
     return name not in NO_ACCURACY and mean and entry.get("higher_is_better", True) is not False

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from ptl import speeds
 from ptl.plots import is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens
-
-SPEED_SETTING = (
-    "batch_size",
-    "prompt_tokens",
-    "new_tokens",
-    "repeats",
-    "batch",
-    "prefill_s",
-    "decode_s",
-)  # said by the other fields
 
 
 def verdict(result: Result) -> str:
@@ -62,18 +52,20 @@ def notes(result: Result) -> list[str]:
         )
     if not (result["settings"].get("gate") or {}).get("enabled", True):
         found.append("The gate was off: every iteration was accepted without a test.")
-    skipped = passed_through(result)
-    if skipped:
-        found.append(f"Passed through without work: iteration {', '.join(map(str, skipped))}.")
+    for reason, iterations in not_needed(result):
+        found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
+    found.append(speeds.words(result.get("speed") or {}))
     return [note for note in found if note]
 
 
-def passed_through(result: Result) -> list[int]:
-    """Iterations that the schedule has and that were never scored: the loop had stopped."""
-    planned = (result["settings"].get("schedule") or {}).get("iterations", 0)
-    scored = {row["iteration"] for row in result["rows"] if row["arm"] == "loop"}
-    seen = {step["iteration"] for step in result["steps"] if step["arm"] == "loop"}
-    return sorted({*range(1, planned + 1), *seen} - scored - {0})
+def not_needed(result: Result) -> list[tuple[str, list[int]]]:
+    """Why iterations of the plan were passed through, and which: reason -> iterations."""
+    found: dict[str, list[int]] = {}
+    for step in result.get("not_needed") or ():
+        iterations = found.setdefault(step["reason"], [])
+        if step["iteration"] not in iterations:
+            iterations.append(step["iteration"])
+    return list(found.items())
 
 
 def _compared(result: Result, label: str, name: str, final: dict[str, Any], other: dict[str, Any]) -> str:
@@ -188,29 +180,7 @@ def costs(result: Result) -> list[tuple[str, list[str]]]:
         if all(scores.get(key) is not None for scores in rows):
             first = rows[0][key] or 1
             table.append((label, [f"{scores[key]:,}{_ratio(scores[key] / first, i)}" for i, scores in enumerate(rows)]))
-    speeds = [{_speed_key(s): s for s in scores.get("speed") or []} for scores in rows]
-    for key in speeds[0] if speeds else ():
-        for field, value in speeds[0][key].items():
-            others = [speed.get(key, {}).get(field) for speed in speeds]
-            if field in SPEED_SETTING or not all(isinstance(x, (int, float)) for x in others):
-                continue
-            cells = [f"{x:,.4g}" if x < 1000 else f"{x:,.0f}" for x in others]
-            table.append(
-                (
-                    f"{_words(field)}{key}",
-                    [c + _ratio(x / (value or 1), i) for i, (c, x) in enumerate(zip(cells, others, strict=True))],
-                )
-            )
     return table
-
-
-def _speed_key(entry: dict[str, Any]) -> str:
-    return f", batch {entry.get('batch', entry.get('batch_size', '?'))}"
-
-
-def _words(field: str) -> str:
-    words = re.sub(r"_per_(s|second)$", "/s", field).replace("_", " ")
-    return words[:1].upper() + words[1:]
 
 
 def _ratio(ratio: float, column: int) -> str:

@@ -98,7 +98,8 @@ class Recorder:
         return type("Out", (), {"logits": torch.zeros(*input_ids.shape, 11), "past_key_values": past})
 
 
-def test_models_take_turns_and_the_cache_is_used():
+def test_models_take_turns_and_the_cache_is_used(monkeypatch):
+    monkeypatch.setattr(cost, "PREFILL_SECONDS", 0)
     calls = []
     models = {name: Recorder(name, calls) for name in ("dense", "compact")}
     rows = cost.measure(models, Speed(batch_sizes=(1, 2), prompt_tokens=5, new_tokens=3, repeats=2))
@@ -112,6 +113,14 @@ def test_models_take_turns_and_the_cache_is_used():
     ]
     assert calls == expected
     assert [row["batch"] for row in rows["dense"]] == [1, 2]
+
+
+def test_a_short_prompt_is_read_several_times():
+    calls = []
+    cost.measure({"m": Recorder("m", calls)}, Speed(batch_sizes=(1,), prompt_tokens=5, new_tokens=1, repeats=1))
+    prefills = [cache for _, shape, cache in calls if shape == (1, 5)]
+    assert 3 <= len(prefills) <= 1 + cost.PREFILL_PASSES  # one to warm up
+    assert set(prefills) == {None}
 
 
 def test_no_repeats_measure_nothing():
@@ -130,16 +139,47 @@ def test_speed_is_the_median_of_the_repeats(monkeypatch):
     assert row["decode_tokens_per_s"] == 4 * 6 / 4
 
 
-def test_dense_and_compact_side_by_side():
-    from ptl.evaluate import side_by_side
+def test_dense_and_compact_side_by_side(monkeypatch):
+    from ptl import evaluate
 
     settings = Evaluate(
-        tasks=[Task(name=YAML, limit=8)], speed=Speed(batch_sizes=(2,), prompt_tokens=8, new_tokens=4, repeats=1)
+        tasks=[Task(name=YAML, limit=8)],
+        speed=Speed(batch_sizes=(2,), prompt_tokens=8, new_tokens=4, repeats=2, items=6),
     )
-    facts = side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
-    assert set(facts) == {"dense", "same"}
-    assert facts["dense"]["accuracy"] == facts["same"]["accuracy"] > 0.8
-    assert facts["dense"]["answer_tokens"] == facts["same"]["answer_tokens"]
-    assert all(
-        fact["seconds_per_solved"] > 0 and fact["speed"][0]["prefill_tokens_per_s"] > 0 for fact in facts.values()
-    )
+    turns = []
+    real = evaluate.run_task
+    monkeypatch.setattr(evaluate, "run_task", lambda lm, *given, **more: turns.append(lm) or real(lm, *given, **more))
+    facts = evaluate.side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
+    assert [lm is turns[i % 2] for i, lm in enumerate(turns)] == [True] * 4 and turns[0] is not turns[1]
+    assert (facts["task"], facts["items"], facts["repeats"], facts["batch_size"]) == ("tiny_reasoner", 6, 2, 64)
+    assert list(facts["models"]) == ["dense", "same"]
+    dense, same = facts["models"].values()
+    assert dense["solved"] == same["solved"] >= 5
+    assert dense["answer_tokens"] == same["answer_tokens"] > 5
+    for model in (dense, same):
+        assert model["params"] == 213_568
+        assert model["seconds_per_solved"] > 0 and model["speed"][0]["prefill_tokens_per_s"] > 0
+
+
+def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
+    from dataclasses import replace
+
+    from ptl import evaluate
+
+    settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3, items=4))
+    taken = iter([8.0, 1.0, 2.0, 5.0, 4.0, 1.0])
+    score = evaluate.TaskScore("t", "1", "exact_match,none", 0.5, 0.1, 0.9, 4, 0, 0.0)
+    monkeypatch.setattr(evaluate, "run_task", lambda *_, **__: (replace(score, seconds=next(taken)), []))
+    models = evaluate.side_by_side({"a": REASONER, "b": REASONER}, settings, seed=0)["models"]
+    assert [models[name]["seconds_per_solved"] for name in "ab"] == [4.0 / 2, 1.0 / 2]
+
+
+def test_a_task_without_an_accuracy_has_no_seconds_per_solved(monkeypatch):
+    from ptl import evaluate
+
+    task = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
+    settings = Evaluate(tasks=[task], speed=Speed(batch_sizes=(1,), prompt_tokens=8, new_tokens=2, repeats=1))
+    facts = evaluate.side_by_side({"dense": REASONER}, settings, seed=0)
+    model = facts["models"]["dense"]
+    assert (facts["task"], facts["items"], model["seconds_per_solved"]) == ("", 0, None)
+    assert model["speed"][0]["decode_tokens_per_s"] > 0

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ptl.config import Evaluate, Speed, Task
+from ptl.config import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError
 from ptl.evaluate import ITEMS, SCORES, Scores, check_tasks, evaluate_checkpoint, read_items
 from ptl.gate import wilson
-from ptl.tasks import choose, find, local_splits
+from ptl.tasks import check_gate, choose, find, local_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
@@ -75,6 +75,11 @@ def data_dir(tmp_path):
     for name, lines in rows.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    ending = {"ind": 1, "activity_label": "Tea", "ctx_a": "Eva boils water.", "ctx_b": "she", "label": "0"}
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag/validation.jsonl").write_text(
+        json.dumps(ending | {"endings": ["pours it.", "sings."]}) + "\n"
+    )
     human = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": ""}
     human["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
@@ -165,14 +170,17 @@ def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
 def test_retention_suite_from_local_files(tmp_path, data_dir):
     """A perplexity has no interval and no items; multiple choice has both."""
     tasks = [{"name": "wikitext", "metric": "word_perplexity"}, {"name": "arc_easy", "metric": "acc"}]
+    tasks += [{"name": "hellaswag", "metric": "acc_norm"}]
     scores = evaluate_checkpoint(REASONER, tmp_path / "out", settings(*tasks, data_dir=str(data_dir)), seed=0)
-    wikitext, arc = scores.tasks
+    wikitext, arc, hellaswag = scores.tasks
     assert wikitext.accuracy > 1
     assert (wikitext.low, wikitext.high, wikitext.items, wikitext.higher_is_better) == (None, None, 2, False)
     assert 0 <= arc.low <= arc.accuracy <= arc.high <= 1
     items = read_items(tmp_path / "out")
-    assert [item["task"] for item in items] == ["arc_easy"] * 2
-    assert sum(item["correct"] for item in items) == round(2 * arc.accuracy)
+    assert [item["task"] for item in items] == ["arc_easy", "arc_easy", "hellaswag"]
+    assert sum(item["correct"] for item in items[:2]) == round(2 * arc.accuracy)
+    assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
+    assert items[2]["prompt"] == "Tea: Eva boils water. She"
 
 
 @pytest.mark.parametrize(
@@ -270,6 +278,32 @@ def test_broken_task_files_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         check_tasks([Task(name=str(path))])
+
+
+@pytest.mark.parametrize(
+    ("task", "accuracy"),
+    [
+        ({"name": "gsm8k_cot"}, True),
+        ({"name": "minerva_math", "metric": "math_verify"}, True),
+        ({"name": "humaneval", "metric": "pass@1"}, True),
+        ({"name": "mbpp", "metric": "pass_at_1"}, True),
+        ({"name": "arc_easy", "metric": "acc_norm"}, True),
+        ({"name": YAML}, True),
+        ({"name": "wikitext", "metric": "word_perplexity"}, False),
+        ({"name": "lambada_openai", "metric": "perplexity"}, False),
+        ({"name": "lambada_openai", "metric": "acc"}, True),
+        ({"name": "truthfulqa_gen", "metric": "bleu_max"}, True),  # a mean of BLEU: only the scores will tell
+    ],
+)
+def test_the_gate_needs_a_first_task_with_right_and_wrong(task, accuracy):
+    wanted = settings(task, {"name": "hellaswag", "metric": "acc"})
+    check_gate(wanted, Gate())
+    if accuracy:
+        check_gate(wanted, Gate(enabled=True))
+    else:
+        said = rf"gate\.enabled: true, but evaluate\.tasks\.0 \('{task['name']}'\) is judged by '{task['metric']}'"
+        with pytest.raises(InputError, match=said):
+            check_gate(wanted, Gate(enabled=True))
 
 
 def test_a_task_listed_twice_is_refused():

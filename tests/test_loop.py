@@ -74,6 +74,11 @@ def test_the_run_leaves_what_is_promised(finished):
     assert rows[2]["params"] <= 0.8 * rows[0]["params"]
     assert result["final"]["digest"] == rows[2]["digest"] and result["final"]["share_removed"] >= 0.2
     assert "report.html" in output and "ptl ui" in output
+    dense, final = (result["speed"]["models"][name] for name in ("dense", "final"))
+    assert (dense["params"], final["params"]) == (rows[0]["params"], rows[2]["params"])
+    assert (result["speed"]["items"], dense["solved"]) == (4, 4) and final["seconds_per_solved"] > 0
+    assert "Speed of the final model beside the dense one: prefill" in " ".join(output.split())
+    assert result["not_needed"] == []
 
 
 def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished):
@@ -144,6 +149,9 @@ def test_mlflow_shows_the_lineage(finished):
     points = client.get_metric_history(parent, "by_params/accuracy")
     assert len(points) == 3 and len({point.step for point in points}) == 3
     assert client.get_metric_history(runs["recover-1"].info.run_id, "train/loss")
+    metrics = {name: run.data.metrics for name, run in runs.items()}
+    speed = {"speed/dense/decode_tokens_per_s/batch_1", "speed/final/seconds_per_solved"}
+    assert speed <= set(metrics["evaluate-2"]) and not speed & set(metrics["evaluate-1"])
     versions = client.search_model_versions("name = 'tiny'")
     assert {version.tags["ptl.step"] for version in versions} == {"evaluate-1", "evaluate-2"}
     assert client.get_model_version_by_alias("tiny", "smallest").tags["ptl.step"] == "evaluate-2"

@@ -28,14 +28,33 @@ def pointer(step: str, params: int, parent: str = "") -> dict:
 def scores(params: int, accuracy: float, width: int) -> dict:
     def task(name: str, value: float, items: int) -> dict:
         reach = 0.02
-        return {"task": name, "version": 1, "metric": "exact_match", "accuracy": value, "low": value - reach,
-                "high": min(1.0, value + reach), "items": items, "num_fewshot": 0, "truncated": 0.0}  # fmt: skip
+        return {"task": name, "version": 1, "metric": "exact_match,final-number", "accuracy": value,
+                "low": value - reach, "high": min(1.0, value + reach), "items": items, "num_fewshot": 0,
+                "truncated": 0.0}  # fmt: skip
 
     return {
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
         "params": params, "bytes": params * 4, "flops_per_token": params * 2, "kv_bytes_per_token": 2048,
-        "speed": [{"batch": b, "decode_tokens_per_s": 900.0 * b * DENSE / params} for b in (1, 32)],
+        "speed": [],
         "widths": [width] * 4, "seconds": 4.2,
+    }  # fmt: skip
+
+
+def speed() -> dict:
+    """Facts of evaluate.side_by_side."""
+
+    def model(params: int, times: float, solved: int) -> dict:
+        rows = [
+            {"batch": b, "prefill_tokens_per_s": 4000.0 * b, "decode_tokens_per_s": 900.0 * b * times, "repeats": 3}
+            for b in (1, 32)
+        ]
+        return {"params": params, "speed": rows, "seconds_per_solved": 0.5 / solved / times, "solved": solved,
+                "answer_tokens": 22.5}  # fmt: skip
+
+    return {
+        "device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "batch_size": 128, "prompt_tokens": 64,
+        "new_tokens": 32, "repeats": 3, "models": {"dense": model(DENSE, 1.0, 64), "final": model(127_872, 1.25, 50)},
+        "seconds": 3.0,
     }  # fmt: skip
 
 
@@ -79,7 +98,7 @@ def records() -> dict:
     sizes, accuracies = (163_800, 141_100, 132_400, 127_872), (0.99, 0.986, 0.984, 0.98)
     for i, (params, accuracy) in enumerate(zip(sizes, accuracies, strict=True), 1):
         out |= arm_records(f"-{i}", "loop", i, params, accuracy, 100_000 * 2**i, WIDTHS[i])
-    out["evaluate-4"]["items"] = items({2, 11})
+    out["evaluate-4"] |= {"items": items({2, 11}), "speed": speed()}
     out |= arm_records("control", "control", 1, 127_872, 0.9, 3_000_000, WIDTHS[4])
     return {step: {"step": step, "facts": f, "pointer": pointer_of(step, f)} for step, f in out.items()}
 
@@ -170,7 +189,10 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
     assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
     assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
     for part in ("127,872", "96.0 to 100.0", "1,600,000", "Recovery loss", "Widths and layers", "tiny_retention",
-                 "control-recover", "0.0003", "2.13.0", "Seed", "Decode tokens/s, batch 32", "p value"):  # fmt: skip
+                 "control-recover", "0.0003", "2.13.0", "Seed", "p value", "Speed beside the dense model",
+                 "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 x", "Prefill, batch 1", "1.00 x",
+                 "Solved problem (ms) 7.81 8.00 0.98 x", "divided by the 64 (dense) and 50 (final)",
+                 "decode 1.25 times as fast (batch 1, 32)", "8.00 instead of 7.81 ms per solved problem"):  # fmt: skip
         assert part in text, part
     assert "prefers-color-scheme: dark" in html and "@media print" in html
 
@@ -224,20 +246,24 @@ def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
 def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     reject(records, 3)
     accepted = records["evaluate-2"]["pointer"]
-    for step in ("prune-4", "recover-4", "evaluate-4"):
-        old = records[step]["facts"]
-        records[step] = {"pointer": accepted, "facts": facts(old["stage"], 4, skipped=True, seconds=0.01)}
-    records["evaluate-4"]["facts"]["verdict"] = {"decision": "stopped", "reason": "no step left"}
+    gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "no smaller step left in iteration 3"}
+    records["evaluate-3"]["facts"]["accepted"] = accepted | {"gate": gate}
+    for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
+        del records[step]
     result = write_report(records, settings, tmp_path)
     assert [row["verdict"] for row in result["rows"]] == ["baseline", "accepted", "accepted", "rejected", "control"]
     assert result["rows"][3]["digest"] == records["recover-3"]["pointer"]["digest"]  # what was scored, not what goes on
     assert result["final"]["digest"] == accepted["digest"] and final_row(result)["iteration"] == 2
-    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
-    assert (
-        "Passed through without work: iteration 4." in text
-        and "(passed through)" in text
-        and "rejected 1 iteration;" in text
-    )
+    assert [step["step"] for step in result["not_needed"]] == ["prune-4", "recover-4", "evaluate-4"]
+    reason = "no smaller step left in iteration 3"
+    assert {step["reason"] for step in result["not_needed"]} == {reason}
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert f"Not needed: iteration 4 ({reason})." in text and "rejected 1 iteration;" in text
+    assert f"4 not needed Passed its input through: {reason}." in text
+    assert f"recover-4 \u2013 not needed: {reason}" in text
+    markdown = (tmp_path / "report.md").read_text()
+    assert f"| 4 | not needed | passed its input through: {reason} |" in markdown
+    assert f"| evaluate-4 | \u2013 | not needed: {reason} | | |" in markdown
     assert "with 40.0 % removed" in verdict(result)  # the control is smaller than where the loop stopped
 
 
@@ -263,12 +289,29 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
     for record in few.values():
         record["facts"].pop("items", None)
         record["facts"].pop("curve", None)
+        record["facts"].pop("speed", None)
         if "scores" in record["facts"]:
             record["facts"]["scores"] |= {"speed": [], "tasks": record["facts"]["scores"]["tasks"][:1]}
     result = write_report(few, settings, tmp_path)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text)
     assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
+    assert "Speed" not in text
     assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
+
+
+def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
+    records["evaluate-4"]["facts"]["speed"] = {"reason": "the GPU does not hold both"}
+    result = write_report(records, settings, tmp_path)
+    assert "Speed was not measured: the GPU does not hold both." in notes(result)
+    assert "per solved problem" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_pictures):
+    write_report(records, settings, tmp_path)
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert "| Decode, batch 1 (tokens/s) | 900 | 1,125 | 1.25 x |" in text, name
+        assert "Both models in one process on CPU, 1 thread, taking turns, median of 3" in text, name
 
 
 def test_paired_comparisons_from_the_items(records, settings):
@@ -339,6 +382,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
 
     results = ModelCard(card).data.eval_results
     assert [(r.dataset_name, r.metric_value) for r in results] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
+    assert {(r.metric_type, r.metric_name) for r in results} == {("exact_match", "exact_match,final-number")}
     records["import-model"]["facts"] |= {"model": "org/model-1", "license": "apache-2.0"}
     write_report(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])

@@ -115,7 +115,7 @@ def _unroll(dag: _Dag) -> None:
     dense = dag.add(
         import_model, "import-model", iterations=iterations, **dag.pick("model", "revision"), **settings
     ).outputs["out"]
-    baseline = _evaluate(dag, "evaluate-0", "loop", 0, dense, dense)
+    baseline = _evaluate(dag, "evaluate-0", "loop", 0, iterations, dense, dense)
     accepted = baseline
     for iteration in range(1, iterations + 1):
         accepted = _round(dag, f"{{stage}}-{iteration}", "loop", iteration, iterations, accepted)
@@ -139,11 +139,12 @@ def _round(dag: _Dag, name: str, arm: str, iteration: int, iterations: int, star
     cut = dag.add(prune, name.format(stage="prune"), model=start, **settings, **where)
     settings = dag.pick("recover_settings", "training")
     healed = dag.add(recover, name.format(stage="recover"), model=cut.outputs["out"], **settings, **where)
-    return _evaluate(dag, name.format(stage="evaluate"), arm, iteration, healed.outputs["out"], start)
+    return _evaluate(dag, name.format(stage="evaluate"), arm, iteration, iterations, healed.outputs["out"], start)
 
 
-def _evaluate(dag: _Dag, name: str, arm: str, iteration: int, candidate: Any, fallback: Any) -> Any:
+def _evaluate(dag: _Dag, name: str, arm: str, iteration: int, iterations: int, candidate: Any, fallback: Any) -> Any:
     """Score a candidate; returns the checkpoint that the gate lets go on, it or the fallback."""
-    settings = dag.pick("target", "evaluate_settings", "gate", "seed", "registered_model")
-    task = dag.add(evaluate, name, arm=arm, iteration=iteration, model=candidate, fallback=fallback, **settings)
+    where = {"arm": arm, "iteration": iteration, "iterations": iterations}
+    settings = dag.pick("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model")
+    task = dag.add(evaluate, name, model=candidate, fallback=fallback, **where, **settings)
     return task.outputs["accepted"]

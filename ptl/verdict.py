@@ -1,0 +1,137 @@
+"""The end of an evaluate step: which checkpoint goes on, and, where the loop ends, how fast it is beside the dense one.
+
+Of the same room as steps.py: it knows both the work and the store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ptl import checkpoint, gate, store, tracking
+from ptl.anatomy import anatomy, smallest_cuts
+from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
+from ptl.execution import Facts, Record, Step, fetch, say
+from ptl.families import family_of
+from ptl.store import Pointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an evaluate step knows of the whole run."""
+
+    iterations: int
+    target: float
+    prune: Prune
+
+    def cuts_next(self, iteration: int) -> str:
+        """What the iteration after this one cuts (the last one: what it cut itself): neurons, layers or auto."""
+        rounds = plan(Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0), self.prune)
+        return rounds[min(iteration, self.iterations - 1)].unit
+
+    def smallest_cuts(self, folder: Path) -> dict[str, int]:
+        """Parameters that the smallest cut of this checkpoint would remove, by what goes."""
+        body = anatomy(folder, family_of(checkpoint.read_config(folder)))
+        return smallest_cuts(body, self.prune.width_multiple, self.prune.tensor_parallel)
+
+
+def decide(
+    step: Step,
+    run: tracking.StepRun,
+    rule: Gate,
+    whole: Plan,
+    candidate: Pointer,
+    before: Pointer,
+    scored: Path,
+    registered_model: str,
+) -> tuple[Facts, Pointer]:
+    """The gate's verdict on the checkpoint whose scores lie in `scored`, and the pointer that goes on."""
+    if step.iteration == 0 or step.arm == "control":
+        return {"decision": "baseline" if step.iteration == 0 else "control", "reason": ""}, candidate
+    pairs, smallest = _compared(step, run, rule, whole, before, scored) if rule.enabled else ([], 1)
+    decided = gate.decide(
+        rule,
+        gate.State.load(before.gate),
+        params=candidate.params,
+        parent_params=before.params,
+        target_params=before.original_params - removal(before.original_params, whole.target),
+        baseline=pairs[0] if pairs else None,
+        parent=pairs[-1] if pairs else None,
+        smallest_cut=smallest,
+    )
+    state = decided.state
+    if state.stopped:
+        state = dataclasses.replace(state, reason=f"{state.reason} in iteration {step.iteration}")
+    onward = candidate if decided.keep == "candidate" else before
+    onward = dataclasses.replace(onward, gate=state.dump())
+    if decided.decision == "accepted":
+        version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
+        onward = dataclasses.replace(onward, model_version=version)
+    return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
+
+
+def _compared(
+    step: Step, run: tracking.StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
+) -> tuple[list[gate.Paired], int | None]:
+    """The scored checkpoint against the dense model and against its parent, and the parent's smallest next cut."""
+    from ptl.evaluate import read_items
+
+    earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
+    found = [record for record in earlier if record is not None]
+    parent = next(record for record in found if record["facts"]["checkpoint"]["digest"] == before.digest)
+    mine = read_items(scored)
+    folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
+    task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
+    pairs = [gate.paired(*gate.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders]
+    return pairs, _smallest(parent, whole.cuts_next(step.iteration))
+
+
+def _smallest(parent: Record, unit: str) -> int | None:
+    cuts: dict[str, int] = parent["facts"]["smallest_cuts"]
+    return min(cuts.values(), default=None) if unit == "auto" else cuts.get(unit)
+
+
+def ends_the_loop(step: Step, whole: Plan, onward: Pointer) -> bool:
+    """Whether this step's verdict is the loop's last: the model that goes on is the run's final one."""
+    if step.arm == "control" or step.iteration == 0:
+        return False
+    return step.iteration == whole.iterations or gate.State.load(onward.gate).stopped
+
+
+def beside_dense(step: Step, run: tracking.StepRun, final: Pointer, settings: Evaluate, seed: int) -> Facts:
+    """Speed of the run's final model beside the dense one, taking turns; {"reason": ...} where it is not measured.
+
+    Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
+    """
+    import torch
+
+    from ptl.evaluate import side_by_side
+
+    imported = store.committed(run.root, run.run, "import-model")
+    if imported is None:
+        return {"reason": "the record of import-model is missing"}
+    dense = Pointer(**imported["pointer"])
+    if not settings.speed.repeats:
+        return {"reason": "evaluate.speed.repeats is 0"}
+    if final.digest == dense.digest:
+        return {"reason": "the run ends with the dense model"}
+    say(step.name, "measuring speed, the dense and the final model in turns")
+    try:
+        found = side_by_side({"dense": fetch(dense), "final": fetch(final)}, settings, seed=seed)
+    except torch.OutOfMemoryError as error:
+        return {"reason": f"the GPU does not hold the dense and the final model at once ({str(error).splitlines()[0]})"}
+    tracking.log_metrics(run, _metrics(found["models"]), step.iteration)
+    return found
+
+
+def _metrics(models: dict[str, Any]) -> dict[str, float]:
+    """What MLflow shows of the speeds."""
+    shown = {}
+    for name, facts in models.items():
+        for row in facts["speed"]:
+            for phase in ("prefill", "decode"):
+                shown[f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"] = row[f"{phase}_tokens_per_s"]
+        if facts["seconds_per_solved"] is not None:
+            shown[f"speed/{name}/seconds_per_solved"] = facts["seconds_per_solved"]
+    return shown

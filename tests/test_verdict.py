@@ -1,0 +1,136 @@
+"""What an evaluate step decides, on records in a real store; only MLflow is replaced."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ptl import steps, store, verdict
+from ptl.config import Evaluate, Gate, Prune, Speed, Task
+from ptl.execution import Step
+from ptl.store import Pointer
+
+REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
+CUT = "sha256:" + "c" * 64
+DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
+RULE = Gate(enabled=True)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run whose dense model solved 200 of 200 items; its smallest cuts are 1,000 by neurons and 9,000 by layers."""
+    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
+    run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
+    (tmp_path / "scores").mkdir()
+    items(tmp_path / "scores", right=200)
+    files = store.publish(tmp_path / "scores", f"file://{tmp_path}/published")
+    pointer = Pointer(f"file://{tmp_path}/published", store.digest_of(files))
+    facts = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
+    for name, where in (("evaluate-0", pointer), ("import-model", DENSE)):
+        store.commit(run.root, run.run, name, {"key": "k", "pointer": where.__dict__, "facts": facts})
+    return run
+
+
+def items(folder, right):
+    lines = [
+        json.dumps({"task": "t", "id": str(i), "prompt_digest": "p", "correct": int(i < right)}) for i in range(200)
+    ]
+    (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def decided(run, folder, right, params, iteration=1, **prune):
+    folder.mkdir(exist_ok=True)
+    items(folder, right)
+    candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
+    whole = verdict.Plan(3, 0.4, Prune(**prune))
+    step = Step(f"evaluate-{iteration}", "loop", iteration, "ptl")
+    return verdict.decide(step, run, RULE, whole, candidate, DENSE, folder, "model")
+
+
+def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(run, tmp_path):
+    told, onward = decided(run, tmp_path / "scored", right=150, params=96_000)
+    assert told["decision"] == "rejected" and told["numbers"]["smallest_cut"] == 1_000
+    assert onward.digest == DENSE.digest
+    assert onward.gate == {"cap": 2_000, "rejections": 1, "stopped": False, "reason": ""}
+
+
+def test_a_cut_of_one_step_is_not_tried_again(run, tmp_path):
+    told, onward = decided(run, tmp_path / "scored", right=150, params=99_000)
+    assert told["reason"].endswith("no smaller step left (the smallest cut is 1,000 parameters): stopped")
+    assert onward.gate["stopped"]
+    assert onward.gate["reason"] == "no smaller step left (the smallest cut is 1,000 parameters) in iteration 1"
+
+
+def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
+    both = {"target": "neurons_then_layers", "layer_iterations": 1}
+    first, _ = decided(run, tmp_path / "scored", right=150, params=84_000, **both)
+    second, _ = decided(run, tmp_path / "scored", right=150, params=84_000, iteration=2, **both)
+    auto, _ = decided(run, tmp_path / "scored", right=150, params=84_000, target="auto")
+    smallest = [told["numbers"]["smallest_cut"] for told in (first, second, auto)]
+    assert smallest == [1_000, 9_000, 1_000]
+    assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
+
+
+def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
+    registered = []  # a mock of the registry
+    monkeypatch.setattr(verdict.tracking, "register", lambda *given: registered.append(given[1:]) or "7")
+    told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
+    assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
+    assert onward.gate["reason"] == "target reached in iteration 1"
+    assert len(registered) == 1
+
+
+def test_smallest_cuts_of_a_real_checkpoint():
+    # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
+    assert verdict.Plan(1, 0.4, Prune(width_multiple=1)).smallest_cuts(REASONER)["neurons"] == 768
+    whole = verdict.Plan(1, 0.4, Prune(width_multiple=8)).smallest_cuts(REASONER)
+    assert whole["neurons"] == 8 * 768
+    assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
+    assert "neurons" not in verdict.Plan(1, 0.4, Prune(width_multiple=192)).smallest_cuts(REASONER)
+
+
+@pytest.mark.parametrize(
+    ("arm", "iteration", "stopped", "ends"),
+    [
+        ("loop", 0, False, False),
+        ("loop", 1, False, False),
+        ("loop", 2, True, True),
+        ("loop", 3, False, True),
+        ("control", 1, False, False),
+    ],
+)
+def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
+    onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
+    step = Step(f"evaluate-{iteration}", arm, iteration, "ptl")
+    assert verdict.ends_the_loop(step, verdict.Plan(1 if arm == "control" else 3, 0.4, Prune()), onward) == ends
+
+
+def test_why_speed_is_not_measured_is_told(run, monkeypatch):
+    import torch
+
+    final = Pointer("file:///cut", CUT)
+    wanted = Evaluate(tasks=[Task(name="t")])
+    off = Evaluate(tasks=[Task(name="t")], speed=Speed(repeats=0))
+    step = Step("evaluate-1", "loop", 1, "ptl")
+    assert verdict.beside_dense(step, run, DENSE, wanted, 0) == {"reason": "the run ends with the dense model"}
+    assert verdict.beside_dense(step, run, final, off, 0) == {"reason": "evaluate.speed.repeats is 0"}
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(verdict, "fetch", lambda pointer: pointer.uri)
+    monkeypatch.setattr("ptl.evaluate.side_by_side", full)  # a mock of a GPU that is too small
+    told = verdict.beside_dense(step, run, final, wanted, 0)
+    assert told["reason"].startswith("the GPU does not hold the dense and the final model at once (CUDA out of memory")
+
+
+def test_a_step_that_is_not_needed_says_why_and_passes_its_input_on(tmp_path, capsys):
+    gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "target reached in iteration 2"}
+    (tmp_path / "in").write_text(Pointer("file:///cut", CUT, gate=gate).dump())
+    given, out = (SimpleNamespace(path=str(tmp_path / name), metadata={}) for name in ("in", "out"))
+    steps.prune("prune-3", "loop", 3, "ptl", given, out, schedule={}, prune={}, calibration={}, seed=0)
+    assert (tmp_path / "out").read_text() == (tmp_path / "in").read_text()
+    assert out.metadata["gate"] == gate
+    said = "ptl: prune-3: not needed, its input is passed through: target reached in iteration 2\n"
+    assert capsys.readouterr().out == said
