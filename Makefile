@@ -7,7 +7,7 @@ TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 .PHONY: help install demo test check bench reasoner data images lock docs golden checkov gguf screenshot
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: .venv/installed ## virtual environment with everything
 
@@ -43,6 +43,9 @@ data: install ## make the shipped problems again
 
 images: install ## the three step images, on the Docker engine that answers (docs/images.md)
 	$(BIN)/ptl images build
+
+ci-path: install ## compile, images, a short run in containers with S3, compare, report (docs/ci.md)
+	PATH="$$PWD/$(BIN):$$PATH" .ci/docker.sh run examples/ci/local_path.sh
 
 lock: install ## hashed lock files of the images
 	docker/lock.sh

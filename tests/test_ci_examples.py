@@ -34,7 +34,7 @@ def tool(name):
     [
         ("actionlint", CI / "github/compress.yml"),
         ("zizmor", "--offline", CI / "github/compress.yml"),
-        ("shellcheck", CI / "compiled.sh", CI / "run.sh"),
+        ("shellcheck", *sorted(CI.glob("*.sh"))),
         ("yamllint", "--strict", "-c", ROOT / "manifests/.yamllint", CI),
     ],
     ids=lambda command: command[0],
@@ -109,3 +109,50 @@ def test_a_failed_run_says_so(environment, tmp_path):
     finally:
         world.close()
     assert done.returncode == 1 and "failed" in (tmp_path / "table.md").read_text()
+
+
+STUB = """#!/bin/sh
+echo "$*" >>"$PTL_HOME/log"
+case "$1" in
+up) echo "export MLFLOW_TRACKING_URI=http://127.0.0.1:9" ;;
+run)
+    mkdir -p "$PTL_HOME/latest" && echo page >"$PTL_HOME/latest/report.html"
+    echo "$STEPS" >"$PTL_HOME/latest/result.json" ;;
+compare) test "$MLFLOW_TRACKING_URI" = http://127.0.0.1:9 && exit "$VERDICT" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("accepted", 1, 1), ("rejected", 0, 1)])
+def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
+    """With stubs named ptl and docker: the order of the commands, what is compared, and the exit code."""
+    for name, text in (("ptl", STUB), ("docker", "#!/bin/sh\nexit 0\n")):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][:: 1 if decision == "accepted" else 2]
+    steps = [{"stage": "prune", "decision": ""}]
+    steps += [{"stage": "evaluate", "decision": said, "run_id": run} for said, run in scored]
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PTL_HOME": str(tmp_path),
+        "STEPS": json.dumps({"steps": steps}),
+        "VERDICT": str(verdict),
+        "PIP_FIND_LINKS": str(tmp_path),
+    }
+    done = run(CI / "local_path.sh", TINY, "--set", "seed=1", env=environment)
+    assert done.returncode == code, done.stdout + done.stderr
+    called = (tmp_path / "log").read_text().splitlines()
+    compared = ["compare dense last --margin 0.05"] if decision == "accepted" else []
+    assert called == [
+        f"compile {TINY} -o {tmp_path}/pipeline.yaml --set seed=1",
+        f"images build --cpu --base-image ptl-base:cpu --wheels {tmp_path}",
+        f"up --home {tmp_path} --s3-port 8433 --mlflow-port 15000",
+        f"run {TINY} --runner docker --s3 --new --home {tmp_path} --set seed=1",
+        *compared,
+        f"down --home {tmp_path}",
+    ]
+    assert (f"report: {tmp_path}/latest/report.html" in done.stdout) == bool(compared)
+    assert bool(compared) or "no round was accepted" in done.stderr
