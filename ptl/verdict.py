@@ -62,7 +62,7 @@ def decide(
     )
     state = decided.state
     if state.stopped:
-        state = dataclasses.replace(state, reason=f"{state.reason} in iteration {step.iteration}")
+        state = dataclasses.replace(state, reason=f"the loop ended in iteration {step.iteration}: {state.reason}")
     onward = candidate if decided.keep == "candidate" else before
     onward = dataclasses.replace(onward, gate=state.dump())
     if decided.decision == "accepted":

@@ -246,7 +246,7 @@ def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
 def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     reject(records, 3)
     accepted = records["evaluate-2"]["pointer"]
-    gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "no smaller step left in iteration 3"}
+    gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "the loop ended in iteration 3: no smaller step left"}
     records["evaluate-3"]["facts"]["accepted"] = accepted | {"gate": gate}
     for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
         del records[step]
@@ -255,7 +255,7 @@ def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     assert result["rows"][3]["digest"] == records["recover-3"]["pointer"]["digest"]  # what was scored, not what goes on
     assert result["final"]["digest"] == accepted["digest"] and final_row(result)["iteration"] == 2
     assert [step["step"] for step in result["not_needed"]] == ["prune-4", "recover-4", "evaluate-4"]
-    reason = "no smaller step left in iteration 3"
+    reason = "the loop ended in iteration 3: no smaller step left"
     assert {step["reason"] for step in result["not_needed"]} == {reason}
     text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
     assert f"Not needed: iteration 4 ({reason})." in text and "rejected 1 iteration;" in text

@@ -59,7 +59,10 @@ def test_a_cut_of_one_step_is_not_tried_again(run, tmp_path):
     told, onward = decided(run, tmp_path / "scored", right=150, params=99_000)
     assert told["reason"].endswith("no smaller step left (the smallest cut is 1,000 parameters): stopped")
     assert onward.gate["stopped"]
-    assert onward.gate["reason"] == "no smaller step left (the smallest cut is 1,000 parameters) in iteration 1"
+    assert (
+        onward.gate["reason"]
+        == "the loop ended in iteration 1: no smaller step left (the smallest cut is 1,000 parameters)"
+    )
 
 
 def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
@@ -77,7 +80,7 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
     monkeypatch.setattr(verdict.tracking, "register", lambda *given: registered.append(given[1:]) or "7")
     told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
     assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
-    assert onward.gate["reason"] == "target reached in iteration 1"
+    assert onward.gate["reason"] == "the loop ended in iteration 1: target reached"
     assert len(registered) == 1
 
 
@@ -126,11 +129,11 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
 
 
 def test_a_step_that_is_not_needed_says_why_and_passes_its_input_on(tmp_path, capsys):
-    gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "target reached in iteration 2"}
+    gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "the loop ended in iteration 2: target reached"}
     (tmp_path / "in").write_text(Pointer("file:///cut", CUT, gate=gate).dump())
     given, out = (SimpleNamespace(path=str(tmp_path / name), metadata={}) for name in ("in", "out"))
     steps.prune("prune-3", "loop", 3, "ptl", given, out, schedule={}, prune={}, calibration={}, seed=0)
     assert (tmp_path / "out").read_text() == (tmp_path / "in").read_text()
     assert out.metadata["gate"] == gate
-    said = "ptl: prune-3: not needed, its input is passed through: target reached in iteration 2\n"
+    said = "ptl: prune-3: not needed, its input is passed through: the loop ended in iteration 2: target reached\n"
     assert capsys.readouterr().out == said
