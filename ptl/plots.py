@@ -98,7 +98,8 @@ def _inline(svg: str, ident: str) -> str:
     body = re.sub(r'\bid="([^"]+)"', rf'id="{ident}-\1"', body)
     body = re.sub(r"url\(#", f"url(#{ident}-", body)
     body = re.sub(r'xlink:href="#', f'href="#{ident}-', body)
-    body = re.sub(r"(\d\.\d)\d{2,}", r"\1", body)  # a tenth of a point is finer than a screen shows
+    # a tenth of a point is finer than a screen shows; in tags only, so that numbers on the axes keep their digits
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d)\d{2,}", r"\1", tag.group()), body)
     for colour, variable in VARIABLES.items():
         body = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{variable})", body)
     return f'<svg {box.group() if box else ""} aria-hidden="true" focusable="false">{body}'.rstrip()
@@ -253,6 +254,8 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
 
 def _speed(figure: Any, result: Result, wide: bool) -> None:
     """How many times as fast the final model is as the dense one: a bar from 1 for each measure."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = speeds.rows(result["speed"])
     figure.set_size_inches((8.4, 0.6 + 0.3 * len(rows)) if wide else (3.9, 0.6 + 0.32 * len(rows)))
     axis = figure.subplots()
@@ -273,4 +276,5 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.grid(True, axis="x")
+    axis.xaxis.set_major_locator(MaxNLocator(6 if wide else 3))
     axis.set_xlabel("times as fast as the dense model")

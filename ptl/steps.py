@@ -257,14 +257,15 @@ def evaluate(
             raise tasks.no_accuracy(settings.tasks[0])
         decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered_model)
         ends = verdict.ends_the_loop(step, whole, onward)
+        speed = verdict.beside_dense(step, run, onward, settings, seed) if ends else {}
         return {
             "scores": dataclasses.asdict(scores),
             "checkpoint": dataclasses.asdict(candidate),
             "smallest_cuts": whole.smallest_cuts(src),
             "verdict": decided,
             "accepted": dataclasses.asdict(onward),
-            "speed": verdict.beside_dense(step, run, onward, settings, seed) if ends else {},
-            "seconds": scores.seconds,
+            "speed": speed,
+            "seconds": scores.seconds + speed.get("seconds", 0.0),
         }
 
     given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": iterations, "seed": seed}

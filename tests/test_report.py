@@ -306,6 +306,13 @@ def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, 
     assert "per solved problem" not in (tmp_path / "report.html").read_text()
 
 
+def test_numbers_on_the_axes_keep_their_digits():
+    from ptl.plots import _inline
+
+    svg = _inline('<svg viewBox="0 0 9 9"><path d="M 1.2345 6.789"/><text>1.025</text></svg>', "speed")
+    assert svg.endswith('<path d="M 1.2 6.7"/><text>1.025</text></svg>')
+
+
 def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_pictures):
     write_report(records, settings, tmp_path)
     for name in ("report.md", "README.md"):
