@@ -79,6 +79,7 @@ def _view(result: Result) -> dict[str, Any]:
         "verdict": verdict(result),
         "notes": notes(result),
         "not_needed": not_needed(result),
+        "steps_not_needed": result.get("not_needed") or [],
         "lines": lines(result),
         "task_names": tasks,
         "first_task": result["rows"][0]["scores"]["tasks"][0] if result["rows"] else {},
