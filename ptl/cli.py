@@ -283,7 +283,7 @@ def _preflight(config: Config) -> int:
 
     model = config.model
     sections = (config.schedule, config.prune, config.calibration, config.training, config.evaluate)
-    return importer.preflight(model.path, model.revision, *sections, config.gate)[1]
+    return importer.preflight(model.path, model.revision, *sections, config.gate, config.recover)[1]
 
 
 def _print_plan(config: Config, params: int) -> None:

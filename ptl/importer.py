@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptl import checkpoint
 from ptl.anatomy import anatomy, layers_for, width_for
-from ptl.config import Calibration, DataSource, Evaluate, Gate, Prune, Schedule, TrainingData, plan, removal
-from ptl.data import check_rows
+from ptl.config import (
+    Calibration,
+    DataSource,
+    Evaluate,
+    Gate,
+    Grpo,
+    Prune,
+    RecoverStage,
+    Schedule,
+    TrainingData,
+    plan,
+    removal,
+)
 from ptl.errors import InputError
 from ptl.families import family_of
+from ptl.rewards import check_patterns, reference_template
+from ptl.sources import check_rows, fill, local_file, read_rows
 from ptl.tasks import check_gate, check_tasks
 
 NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
@@ -41,12 +55,14 @@ def preflight(
     training: TrainingData,
     evaluate: Evaluate,
     gate: Gate | None = None,
+    recover: Sequence[RecoverStage] = (),
 ) -> tuple[Path, int]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its parameters.
 
-    Where the gate is not known yet (the import step), the first evaluate step checks it.
+    Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
     """
     check_data(calibration, training)
+    check_rewards(recover, training)
     check_tasks(evaluate.tasks, evaluate)
     if gate is not None:
         check_gate(evaluate, gate)
@@ -98,6 +114,20 @@ def check_data(calibration: Calibration, training: TrainingData) -> None:
             except InputError as error:  # which of the config's sources it is
                 raise InputError(str(error).replace("data.", f"{field}.", 1)) from error
         checked.add(source)
+
+
+def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
+    """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
+    for stage in stages:
+        if not isinstance(stage, Grpo):
+            continue
+        check_patterns(stage.rewards)
+        source = (stage.prompts or training.sources[0]).model_copy(update={"completion": ""})
+        if local_file(source) is not None:
+            check_rows(source)
+            row = read_rows(source)[0]
+            for reward in stage.rewards:
+                fill(reference_template(reward), row, source, 1)
 
 
 def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:

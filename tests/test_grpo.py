@@ -11,6 +11,7 @@ from recovering import DATA, DENSE, cut, recover, weights
 from ptl import grpo
 from ptl.config import Grpo
 from ptl.errors import InputError, WorkError
+from ptl.importer import check_rewards
 from ptl.recover import Job, Round
 from ptl.training import COMPLETE
 
@@ -125,6 +126,23 @@ def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
 def test_a_reward_without_its_column_is_refused(small, tmp_path):
     with pytest.raises(InputError, match="lacks 'solution'"):
         recover(small, tmp_path / "out", STAGE | {"rewards": [{"name": "math", "answer": "{solution}"}]})
+
+
+def test_prompts_and_rewards_are_checked_before_a_run(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"problem": "One plus one?", "solution": "2"}\n')
+    prompts = {"source": str(path), "prompt": "{problem}"}
+    right = [{"name": "math", "answer": "{solution}"}]
+    check_rewards([Grpo(prompts=prompts, rewards=right)], DATA)
+    check_rewards([Grpo(rewards=[{"name": "math", "answer": "{answer}"}])], DATA)  # the training data's prompts
+    for change, said in (
+        ({"prompts": prompts}, "lacks 'answer'"),
+        ({"prompts": prompts | {"prompt": "{question}"}, "rewards": right}, "lacks 'question'"),
+        ({"prompts": {"source": "none.jsonl"}}, r"no file none\.jsonl"),
+        ({"rewards": [*right, {"name": "format", "pattern": "("}]}, "no regular expression"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_rewards([Grpo(**change)], DATA)
 
 
 def test_vllm_without_a_gpu_is_refused():
