@@ -24,6 +24,7 @@ fi
 home=${PTL_HOME:-.ptl/ci-path}
 base=${PTL_CPU_BASE:-ptl-base:cpu}
 mkdir -p "$home"
+export COLUMNS=${COLUMNS:-120} # the width of tables in a log
 
 step() { printf '\n== %s\n' "$*"; }
 
