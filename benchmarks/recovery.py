@@ -8,7 +8,8 @@ greedy exact match of the final number, with a Wilson interval. One JSON line fo
 
 Learning rates were chosen with one seed and other problems (`--seeds 5 --problem-seed 99 --learning-rate ...`), 500
 problems each, so differences below 3 points are noise: one-shot cpt 6e-4 .938, 1e-3 .940, 2e-3 .926; shaped loop cpt
-6e-4 .940, 1e-3 .920, 2e-3 .898; one-shot LoRA 3e-3 .948, 1e-2 .920, 2e-2 .738. Distillation takes cpt's.
+3e-4 .930, 6e-4 .940, 1e-3 .920, 2e-3 .898; uniform loop 3e-4 .612, 6e-4 .650, 1e-3 .640; one-shot LoRA 1.5e-3 .938,
+3e-3 .948, 1e-2 .920, 2e-2 .738. Distillation takes cpt's.
 """
 
 from __future__ import annotations
