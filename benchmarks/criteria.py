@@ -28,8 +28,9 @@ from ptl.anatomy import Anatomy, anatomy, width_for
 from ptl.config import Calibration, Prune, Recovery
 from ptl.data import calibration_batches
 from ptl.families import family_of
+from ptl.job import Job, Round
 from ptl.prune import prune_checkpoint
-from ptl.recover import Job, Round, recover_checkpoint
+from ptl.recover import recover_checkpoint
 
 OURS = ("max", "mean", "weight", "taylor", "random", "max + ridge", "weight + ridge", "taylor + ridge")
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")

@@ -28,8 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl import checkpoint, gate
 from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, plan
+from ptl.job import Job, Round
 from ptl.prune import prune_checkpoint
-from ptl.recover import Job, Round, recover_checkpoint
+from ptl.recover import recover_checkpoint
 from ptl.rewards import number
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptl import checkpoint, nexttoken
 from ptl.config import Cpt, TrainingData
-from ptl.recover import RECOVERIES, Job, Round
+from ptl.job import Job, Round
+from ptl.recover import RECOVERIES
 
 ROOT = Path(__file__).parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"

@@ -70,7 +70,8 @@ def recover(
     ] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as one recovery that is both first and last."""
-    from ptl.recover import Job, Round, recover_checkpoint
+    from ptl.job import Job, Round
+    from ptl.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
     _folders(src, dst)

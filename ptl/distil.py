@@ -11,7 +11,7 @@ from ptl import nexttoken
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
-from ptl.training import Job, RecoverReport
+from ptl.job import Job, RecoverReport
 
 
 def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:

@@ -14,10 +14,11 @@ from ptl import decontaminate, training
 from ptl.config import DataSource, Grpo, Reward
 from ptl.data import prompt_rows
 from ptl.errors import InputError, WorkError
+from ptl.job import Job, RecoverReport
 from ptl.launch import world_size
+from ptl.preempt import last_complete
 from ptl.rewards import REWARDS, check_patterns, reference_template, text_of
 from ptl.sources import fill, texts
-from ptl.training import Job, RecoverReport
 
 # What is kept of a log: reward, share of groups without variance, answer length, KL
 LOGGED = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl")
@@ -36,7 +37,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
     details: dict[str, Any] = {"processes": world_size()}
     if leaks is not None:
         details["decontaminated"] = leaks.report()
-    if training.last_complete(job.scratch) is None:
+    if last_complete(job.scratch) is None:
         details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.this.seed)
     trainer = GRPOTrainer(
         model=model,

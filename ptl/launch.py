@@ -1,4 +1,4 @@
-"""Training in several processes: `accelerate launch` runs this module, once for each device."""
+"""Training in several processes: `accelerate launch` runs ptl.worker, once for each device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl.config import NextToken, RecoverStage, Recovery, Stage, TrainingData
+from ptl.config import NextToken, RecoverStage, Stage
 from ptl.errors import InputError, WorkError
+from ptl.job import Job, RecoverReport
 
 METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
 
@@ -30,10 +31,8 @@ def processes_for(settings: Stage) -> int:
     return settings.processes or max(1, torch.cuda.device_count())
 
 
-def run(src: Path, dst: Path, settings: RecoverStage, job: Any, processes: int) -> Any:
+def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) -> RecoverReport:
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
-    from ptl.training import RecoverReport
-
     job.scratch.mkdir(parents=True, exist_ok=True)
     answer, question = job.scratch / "report.json", job.scratch / "job.json"
     answer.unlink(missing_ok=True)
@@ -91,7 +90,7 @@ def command(settings: Stage, processes: int) -> list[str]:
         flags += ["--use_deepspeed", "--zero_stage", "2"]
     else:
         flags += ["--multi_gpu"]  # on CPUs too (gloo): `--cpu` would start one process, or need MPI
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.launch"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.worker"]
 
 
 def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], int], None]) -> list[str]:
@@ -113,7 +112,7 @@ def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], 
     return told
 
 
-def _dump(src: Path, dst: Path, settings: Any, job: Any, answer: Path) -> dict[str, Any]:
+def _dump(src: Path, dst: Path, settings: RecoverStage, job: Job, answer: Path) -> dict[str, Any]:
     return {
         "src": str(src),
         "dst": str(dst),
@@ -127,36 +126,3 @@ def _dump(src: Path, dst: Path, settings: Any, job: Any, answer: Path) -> dict[s
         "keep_moments": job.keep_moments,
         "answer": str(answer),
     }
-
-
-def main(question: Path) -> None:
-    """The body of one training process."""
-    from ptl import preempt, recover
-    from ptl.errors import PtlError
-    from ptl.training import Job, Round
-
-    told = json.loads(question.read_text())
-    (settings,) = Recovery(stages=[told["settings"]]).stages
-    job = Job(
-        TrainingData(**told["data"]),
-        Round(**told["this"] | {name: tuple(told["this"][name]) for name in ("earlier", "weights")}),
-        Path(told["scratch"]),
-        lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
-        teacher=Path(told["teacher"]) if told["teacher"] else None,
-        vault=preempt.Vault(**told["vault"]) if told["vault"] else None,
-        scored=Path(told["scored"]) if told["scored"] else None,
-        keep_moments=told["keep_moments"],
-    )
-    try:
-        report = recover.RECOVERIES[settings.method](Path(told["src"]), Path(told["dst"]), settings, job)
-    except PtlError as error:
-        if os.environ.get("RANK", "0") == "0":
-            raised = {"message": str(error), "exit_code": error.exit_code}
-            (job.scratch / "error.json").write_text(json.dumps(raised))
-        raise
-    if os.environ.get("RANK", "0") == "0":
-        Path(told["answer"]).write_text(json.dumps(dataclasses.asdict(report)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

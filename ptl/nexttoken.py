@@ -12,7 +12,8 @@ import torch
 from ptl import checkpoint, decontaminate, training
 from ptl.config import NextToken
 from ptl.data import IGNORED, training_chunk
-from ptl.training import Job, RecoverReport
+from ptl.job import Job, RecoverReport
+from ptl.launch import world_size
 
 
 def train(
@@ -137,8 +138,6 @@ def _filled_up(dataset: Any, count: int, token: int) -> Any:
 
 def _arguments(settings: NextToken, job: Job) -> Any:
     from trl import SFTConfig
-
-    from ptl.launch import world_size
 
     shared = training.arguments(settings, job, world_size())
     return SFTConfig(

@@ -16,6 +16,7 @@ from ptl import store
 from ptl.manifest import FILES
 from ptl.store import Pointer
 
+COMPLETE = "ptl-complete"  # marks a training checkpoint that was written to its end
 KEPT = 2  # newest checkpoints whose files stay in the store
 
 
@@ -58,8 +59,6 @@ def save(vault: Vault, folder: Path) -> None:
 
 def restore(vault: Vault, scratch: Path) -> None:
     """Put the newest stored checkpoint under `scratch`, unless a complete one there is as new."""
-    from ptl.training import COMPLETE, last_complete, step_of
-
     found = records(vault)
     if not found:
         return
@@ -74,6 +73,17 @@ def restore(vault: Vault, scratch: Path) -> None:
     partial.rename(target)
     assert (target / COMPLETE).is_file()
     shutil.rmtree(scratch / "fetched", ignore_errors=True)
+
+
+def last_complete(scratch: Path) -> Path | None:
+    """The newest training checkpoint that was written to its end; what a kill left half-written is passed over."""
+    found = [path.parent for path in scratch.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in a training checkpoint's name."""
+    return int(folder.name.split("-")[-1])
 
 
 def records(vault: Vault) -> list[dict[str, Any]]:

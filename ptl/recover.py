@@ -13,7 +13,7 @@ from ptl import launch
 from ptl.config import Cpt, RecoverStage, Recovery
 from ptl.distil import distil
 from ptl.grpo import grpo
-from ptl.training import Job, RecoverReport, Round
+from ptl.job import Job, RecoverReport, Round
 
 __all__ = ["RECOVERIES", "Job", "RecoverReport", "Round", "budgets_before", "recover_checkpoint"]
 

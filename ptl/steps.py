@@ -145,7 +145,8 @@ def recover(
     vault = _vault(step, parent, given, recovery)
 
     def work(dst: Path, run: tracking.StepRun) -> Facts:
-        from ptl.recover import Job, Round, recover_checkpoint
+        from ptl.job import Job, Round
+        from ptl.recover import recover_checkpoint
 
         src = fetch(parent)
         limit_threads(parent.params)

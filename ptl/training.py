@@ -1,4 +1,4 @@
-"""What all recovery methods share: the round they stand in, optimizer, learning rate, callbacks, saving."""
+"""What all recovery methods share: optimizer, learning rate, callbacks, saving."""
 
 from __future__ import annotations
 
@@ -7,67 +7,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from ptl import checkpoint, launch
-from ptl.config import NextToken, Stage, TrainingData
+from ptl.config import NextToken, Stage
 from ptl.errors import InputError, WorkError
-
-if TYPE_CHECKING:
-    from ptl.preempt import Vault
-
-COMPLETE = "ptl-complete"  # marks a training checkpoint that was written to its end
-
-Log = Callable[[dict[str, float], int], None]  # metrics, optimizer step
-
-
-@dataclass(frozen=True)
-class Round:
-    """Where in the run one stage of a recovery stands."""
-
-    tokens: int | None  # its budget; None: only its steps limit it
-    earlier: tuple[int, ...]  # budgets that took their tokens from the data before this one
-    index: int  # iteration, from 1
-    last: bool
-    seed: int
-    weights: tuple[int, ...] = (1,)  # shares of all iterations in what is shared out, 1:2:4 for example
-
-    def part(self, whole: int) -> tuple[int, int]:
-        """Of `whole` things for the run, how many earlier iterations had and how many this one has."""
-        done = [whole * sum(self.weights[:i]) // sum(self.weights) for i in (self.index - 1, self.index)]
-        return done[0], done[1] - done[0]
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a method needs beside its settings and the two folders."""
-
-    data: TrainingData
-    this: Round
-    scratch: Path  # training checkpoints
-    on_log: Log
-    teacher: Path | None = None  # the original model, for distillation
-    vault: Vault | None = None  # where training checkpoints outlive the machine
-    scored: Path | None = None  # what the first evaluation wrote: its items are not to be trained on
-    keep_moments: bool = False  # a later recovery goes on with the optimizer's state
-
-
-@dataclass(frozen=True)
-class RecoverReport:
-    """What a recovery did; `curve` is (tokens seen, training loss) at each log."""
-
-    method: str
-    tokens: int
-    steps: int
-    curve: tuple[tuple[int, float], ...]
-    resumed_at: int  # optimizer step that training went on from; 0: from the start
-    seconds: float
-    details: dict[str, Any] = field(default_factory=dict)
+from ptl.job import Job, Round
+from ptl.preempt import COMPLETE, last_complete, step_of
 
 
 def load(src: Path, settings: Stage) -> tuple[Any, Any, torch.dtype]:
@@ -104,17 +54,6 @@ def learning_rate_curve(settings: NextToken, this: Round, steps: int, carried: b
         return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2 if decays else 1.0
 
     return factor
-
-
-def last_complete(scratch: Path) -> Path | None:
-    """The newest training checkpoint that was written to its end; what a kill left half-written is passed over."""
-    found = [path.parent for path in scratch.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(folder: Path) -> int:
-    """The optimizer step in a training checkpoint's name."""
-    return int(folder.name.split("-")[-1])
 
 
 def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:

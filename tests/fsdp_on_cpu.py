@@ -1,6 +1,6 @@
 """A stand-in for GPUs: accelerate shards on accelerators only, so here it is told that CPU processes (gloo) are some.
 
-Run in place of `-m ptl.launch`. What shards, trains and gathers is torch's own FSDP2; nothing of it is replaced.
+Run in place of `-m ptl.worker`. What shards, trains and gathers is torch's own FSDP2; nothing of it is replaced.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from ptl import launch
+from ptl import launch, worker
 
 original = AcceleratorState.__init__
 
@@ -25,4 +25,4 @@ AcceleratorState.__init__ = sharded
 launch.can_shard = lambda: True
 
 if __name__ == "__main__":
-    launch.main(Path(sys.argv[1]))
+    worker.main(Path(sys.argv[1]))

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from ptl.config import Calibration, Prune, Recovery, TrainingData
-from ptl.recover import Job, Round, recover_checkpoint
+from ptl.job import Job, Round
+from ptl.recover import recover_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / "examples/tiny_reasoner/checkpoint"

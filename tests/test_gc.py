@@ -22,8 +22,8 @@ from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step
 from ptl.garbage import DAY, Rules
+from ptl.preempt import COMPLETE
 from ptl.store import Pointer
-from ptl.training import COMPLETE
 
 pytestmark = pytest.mark.xdist_group("gc")
 SIZES = {"model.safetensors": 50_000, "config.json": 10}

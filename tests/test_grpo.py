@@ -12,8 +12,8 @@ from ptl import grpo
 from ptl.config import Grpo
 from ptl.errors import InputError, WorkError
 from ptl.importer import check_rewards
-from ptl.recover import Job, Round
-from ptl.training import COMPLETE
+from ptl.job import Job, Round
+from ptl.preempt import COMPLETE
 
 REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
 STAGE = {

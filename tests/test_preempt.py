@@ -8,9 +8,8 @@ from recovering import DATA, DENSE, cut, recover
 
 from ptl import preempt, store
 from ptl.errors import InputError
-from ptl.preempt import Vault, clear, key_of, records, restore, save
+from ptl.preempt import COMPLETE, Vault, clear, key_of, last_complete, records, restore, save
 from ptl.recover import RECOVERIES
-from ptl.training import COMPLETE, last_complete
 
 
 def folder(tmp_path, step):

@@ -18,8 +18,10 @@ from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
 from ptl import checkpoint, nexttoken, training
 from ptl.config import Cpt, Recovery, TrainingData
 from ptl.errors import InputError, WorkError
-from ptl.recover import RECOVERIES, Job, Round, budgets_before
-from ptl.training import COMPLETE, last_complete, learning_rate_curve, optimizer_for
+from ptl.job import Job, Round
+from ptl.preempt import COMPLETE, last_complete
+from ptl.recover import RECOVERIES, budgets_before
+from ptl.training import learning_rate_curve, optimizer_for
 
 CPT = {"method": "cpt"}
 
