@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ptl import __version__
 from ptl.cluster_config import Resources, Storage
@@ -91,6 +91,11 @@ class Prune(Section):
         "scales what later layers add after a layer is gone",
     )
     ridge: float = Field(0.1, gt=0, description="strength of `ridge`, a share of the mean second moment of a neuron")
+
+    @field_validator("repair", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
 
 
 class Task(Section):

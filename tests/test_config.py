@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptl.config import Config, Prune, Schedule, load_config, one_shot, plan, removal
+from ptl.config import Config, Prune, Schedule, load_config, one_shot, pairs, plan, removal
 from ptl.errors import InputError
 from ptl.importance import CRITERIA, LAYER_CRITERIA
 from ptl.recover import RECOVERIES
@@ -115,3 +115,9 @@ def test_overrides_are_checked_like_the_file():
         load_config(TINY, {"schedule.target": -1})
     with pytest.raises(InputError, match="is not a section"):
         load_config(TINY, {"name.first": 1})
+
+
+def test_a_bare_off_is_off():
+    overrides = pairs("--set", ["prune.repair=off"])
+    assert overrides == {"prune.repair": False}  # YAML 1.1
+    assert load_config(TINY, overrides).prune.repair == "off"
