@@ -27,8 +27,11 @@ def verdict(result: Result) -> str:
         one_shot += f" with {percent(control['share_removed'])} removed"
     gain = (final["accuracy"] - control["accuracy"]) * (1 if task.get("higher_is_better", True) else -1)
     size = points(abs(gain)) if is_share(task) else f"{abs(gain):.3g}"
+    pair = result["paired"].get("control")
     if gain == 0:
         return f"{sentence}; {one_shot}, the same."
+    if pair and pair["p_different"] > 1 - result["confidence"]:
+        return f"{sentence}; {one_shot}: the two cannot be told apart (p {pair['p_different']:.2g})."
     if gain < 0:
         return f"{sentence}; {one_shot}: the control is {size} better than the loop."
     return f"{sentence}; {one_shot}, {size} worse than the loop."

@@ -280,6 +280,10 @@ def test_a_better_control_is_not_hidden(records, settings):
     result = build(records, settings)
     assert "the control is 1.0 points better than the loop" in verdict(result)
     assert "Final and the control: the 95 % intervals overlap." in notes(result)
+    chance = result | {"paired": {"control": {"p_different": 0.06}}}
+    assert "the two cannot be told apart (p 0.06)" in verdict(chance)
+    real = result | {"paired": {"control": {"p_different": 0.04}}}
+    assert "the control is 1.0 points better than the loop" in verdict(real)
     records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.9, 122)
     assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
 
