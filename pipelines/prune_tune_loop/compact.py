@@ -31,6 +31,21 @@ def compact(path: Path) -> None:
     path.write_text(comments + yaml.safe_dump_all([spec, *platform], sort_keys=True))
 
 
+def apart(text: str) -> str:
+    """The same pipeline with a component for each task, under the task's name.
+
+    KFP's local runners name the folder of a task's outputs after its component (executor_input_utils.py): tasks that
+    share one overwrite each other's, and whoever reads an earlier output, as the control does, gets the latest.
+    """
+    spec, *platform = yaml.load_all(text, Loader)
+    shared = spec["components"]
+    tasks = spec["root"]["dag"]["tasks"]
+    spec["components"] = {f"comp-{name}": shared[task["componentRef"]["name"]] for name, task in tasks.items()}
+    for name, task in tasks.items():
+        task["componentRef"]["name"] = f"comp-{name}"
+    return str(yaml.safe_dump_all([spec, *platform], sort_keys=True))
+
+
 def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
     """An executor is what runs and where it runs: both must be equal."""
     both = {label: [executor, settings.get(label)] for label, executor in executors.items()}

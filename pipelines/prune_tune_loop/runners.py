@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.prune_tune_loop import containers
+from pipelines.prune_tune_loop.compact import apart
 from ptl.config import Config
 from ptl.errors import InputError, WorkError
 from ptl.execution import MARK
@@ -66,7 +67,7 @@ def _execute(runner: Any, job: Job, verbose: bool) -> None:
     local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
     with _logged(log, verbose):
         try:
-            components.load_component_from_file(str(job.pipeline))()
+            components.load_component_from_text(apart(job.pipeline.read_text()))()
         except Exception as error:
             raise _explained(error, log, began) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.

@@ -1,0 +1,41 @@
+"""The local runner on a small pipeline of its own: tasks that share a definition keep their own outputs."""
+
+import json
+
+from kfp import compiler, dsl
+from kfp.dsl import Artifact, Input, Output
+
+from pipelines.prune_tune_loop.compact import compact
+from pipelines.prune_tune_loop.runners import Job, run_subprocess
+from ptl.config import Config
+
+
+@dsl.component
+def write(text: str, out: Output[Artifact]):
+    with open(out.path, "w") as file:
+        file.write(text)
+
+
+@dsl.component
+def read(early: Input[Artifact], late: Input[Artifact], target: str):
+    import json
+
+    with open(target, "w") as file:
+        json.dump([open(each.path).read() for each in (early, late)], file)
+
+
+def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
+    """The control begins with the output of evaluate-0, after all other evaluate steps have written theirs."""
+
+    @dsl.pipeline
+    def small():
+        early = write(text="early")
+        late = write(text="late").after(early)
+        read(early=early.outputs["out"], late=late.outputs["out"], target=str(tmp_path / "result.json"))
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    compact(path)
+    assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
+    run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, ""))
+    assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]
