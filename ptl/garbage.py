@@ -69,6 +69,8 @@ def _kept(stored: Stored, run: Run, rules: Rules, named: bool, newest: bool) -> 
         return f"registered: {stored.version}"
     if run.damaged:  # then what it committed cannot be told from what it did not
         return f"a record of the run cannot be read: {run.damaged}"
+    if stored.kind == "attempt" and run.state == "finished" and stored.step not in run.done:
+        return "its step has no record, though the run is finished"  # records were lost: it may be the result
     if stored.kind == "attempt":
         return None  # never read by anybody: a repeated step publishes under a fresh prefix
     if stored.kind == "training" and stored.step in run.done:
@@ -115,7 +117,9 @@ def delete(held: Experiment, verdict: Verdict) -> bool:
 
 def _committed_meanwhile(held: Experiment, stored: Stored) -> bool:
     """Whether a record names these files by now: a machine that slept may have committed after the listing."""
-    record = store.committed(held.root, stored.run, stored.step)
+    above, _, name = stored.uris[0].rpartition("/")
+    training = above == f"{held.root}/{stored.run}"  # then the record is that of one training checkpoint
+    record = store.committed(held.root, stored.run, name.rpartition("-")[0] if training else stored.step)
     return record is not None and record["pointer"]["uri"] in stored.uris
 
 

@@ -62,34 +62,47 @@ def experiments(names: list[str]) -> Iterator[Experiment]:
         for name in names:
             if name not in found:
                 raise InputError(f"--experiment: MLflow has no {name!r}; it has {', '.join(sorted(found)) or 'none'}")
-        versions = _versions(client)
         for name in sorted(set(names) or found):
-            held = _experiment(client, found[name], versions)
+            others = [each for each in found.values() if each.name != name]
+            held = _experiment(client, found[name], _elsewhere(client, found[name], others))
             if held.runs or names:
                 yield held
 
 
-def _experiment(client: MlflowClient, found: Any, versions: dict[str, str]) -> Experiment:
-    # MLflow's models first and the records last: what is committed meanwhile counts as committed.
+def _elsewhere(client: MlflowClient, here: Any, others: list[Any]) -> set[str]:
+    """Runs of other experiments that keep their files in the same place, as all of `ptl run` without a server do."""
+    place = here.artifact_location.rstrip("/")
+    same = [each for each in others if each.artifact_location.rstrip("/") == place]
+    return {run for each in same for run in _parents(client, each.experiment_id)}
+
+
+def _experiment(client: MlflowClient, found: Any, elsewhere: set[str]) -> Experiment:
+    # MLflow's models first, then the records, versions last: what is committed or registered meanwhile counts.
     models = [
         model
         for model in _pages(client.search_logged_models, experiment_ids=[found.experiment_id])
         if "ptl.run" in model.tags
     ]
     parents = _parents(client, found.experiment_id)
-    root = found.artifact_location.rstrip("/") + "/ptl"
-    files = _sizes(f"{found.artifact_location.rstrip('/')}/models", depth=1) if models or parents else {}
+    place = found.artifact_location.rstrip("/")
+    root = f"{place}/ptl"
+    files = _sizes(f"{place}/models", depth=1) if models or parents else {}
     below = _sizes(root, depth=2) if models or parents else {}
     steps: dict[str, list[str]] = {run: [] for run in parents}
     for path in below:
         run, _, name = path.partition("/")
+        if (run in elsewhere and run not in parents) or not (store.is_name(run) and store.is_name(name)):
+            continue  # the latter: drafts that a killed writer left, and files of others
         steps.setdefault(run, [])
         if not name.endswith(".claim"):
             steps[run].append(name)
     records = {run: _records(root, run, names) for run, names in steps.items()}
     runs = {run: _run(run, parents.get(run), *records[run]) for run in steps}
     stored = [each for run, names in steps.items() for each in _training(root, runs[run], names, below)]
-    stored += _checkpoints(models, {run: found for run, (found, _) in records.items()}, files, versions)
+    known = {run: found for run, (found, _) in records.items()}
+    checkpoints = _checkpoints(models, known, files, _versions(client))
+    # Of a store that was moved the records still name the old place, which may be in use by others.
+    stored += [each for each in checkpoints if each.uris[0].startswith(f"{place}/")]
     return Experiment(found.name, root, runs, stored)
 
 
@@ -129,7 +142,7 @@ def _checkpoints(
     files: dict[str, tuple[int, float]],
     versions: dict[str, str],
 ) -> Iterator[Stored]:
-    """Every checkpoint that a record names or that MLflow knows, unless its files are gone."""
+    """Every checkpoint that a record names or that MLflow knows, unless its files are gone or were moved."""
     kinds = {"import": "dense", "prune": "cut", "recover": "recovered"}
     known = {model.artifact_location: model for model in models}
     committed = {
@@ -138,8 +151,11 @@ def _checkpoints(
         for step, record in steps.items()
         if record["facts"].get("stage") in kinds
     }
+    ids = {record["pointer"]["model_id"] for steps in records.values() for record in steps.values()}
     for uri in dict.fromkeys([*committed, *known]):
         model = known.get(uri)
+        if model and uri not in committed and model.model_id in ids:
+            continue  # committed under the address before the move
         size, changed = _measured(uri, files)
         if uri in committed:
             run, step, kind = committed[uri]

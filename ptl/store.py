@@ -25,6 +25,7 @@ __all__ = [
     "delete",
     "digest_of",
     "fetch",
+    "is_name",
     "publish",
     "walk",
 ]
@@ -190,8 +191,13 @@ def _manifest(root: str, run: str, step: str) -> str:
     return f"{root.rstrip('/')}/{_safe('run', run)}/{_safe('step', step)}/manifest.json"
 
 
+def is_name(name: str) -> bool:
+    """Whether a run or a step may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _safe(kind: str, name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InputError(f"{kind}: {name!r} must be 1-128 letters, digits, dots, dashes or underscores")
     return name
 

@@ -4,7 +4,9 @@ The steps' work is a stand-in that writes a few bytes; publishing, records and t
 """
 
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -286,6 +288,65 @@ def test_committed_after_the_listing(experiment, loop, tmp_path):
     assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
     with pytest.raises(ValueError, match="is to be kept"):
         garbage.delete(held, verdicts(experiment, 8)[1][0])
+
+
+def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_path):
+    run = loop()
+    step = run.step_run("recover-1")
+    (tmp_path / COMPLETE).write_text("2")
+    location = f"{step.root}/{run.run}/recover-1.0.training-0-{'a' * 12}"
+    files = store.publish(tmp_path, location)
+    held, found = verdicts(experiment, 8)
+    (verdict,) = (each for each in found if each.goes)
+    pointer = Pointer(location, store.digest_of(files))
+    record = {"key": "k", "pointer": asdict(pointer), "facts": {"folder": "checkpoint-2"}}
+    store.commit(step.root, step.run, "recover-1.0.training-0", record)
+    assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
+
+
+def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    store.delete(f"{held.root}/{run.run}/prune-2")
+    assert going(experiment) == [each for each in INTERMEDIATE if each[0] != "prune-2"]
+    assert "its step has no record, though the run is finished" in [each.why for each in verdicts(experiment, 8)[1]]
+
+
+def test_files_of_others_and_drafts_of_a_killed_writer(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    for name in (".DS_Store", f"{run.run}/.parent-1.claim.{'a' * 32}", f"{run.run}/.hidden/file"):
+        store._backend(held.root).put_once(f"{held.root}/{name}", b"x")
+    assert going(experiment) == INTERMEDIATE
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
+    """All of `ptl run` without a server do; a run is judged where MLflow knows it, also when it is named."""
+    run, other = loop(), Loop(f"{experiment}-other", monkeypatch)
+    run.whole()
+    steps = other.whole()
+    MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).delete_model_version(other.experiment, "1")
+    held, found = verdicts(experiment, 8, runs=(other.run,), dense=True)
+    assert (set(held.runs), found) == ({run.run}, [])
+    _, found = verdicts(other.experiment, 8, runs=(other.run,), dense=True)
+    assert [each.stored.uris[0] for each in found if not each.goes] == [steps["recover-1"]["pointer"]["uri"]]
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_a_store_that_was_moved(experiment, loop):
+    """MLflow was told of the new place, the records name the old one, where a copy may be in use."""
+    loop().whole()
+    old = Path(os.environ["PTL_ARTIFACT_ROOT"].removeprefix("file://"))
+    shutil.copytree(old, f"{old}-moved")
+    columns = {"experiments": "artifact_location", "logged_models": "artifact_location", "model_versions": "source"}
+    with sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")) as database:
+        for table, column in columns.items():
+            database.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(old), f"{old}-moved"))
+    held, found = verdicts(experiment, 8, dense=True)
+    assert held.root.endswith("-moved/ptl") and found == []
 
 
 def test_runs_that_are_named(experiment, loop, tmp_path):
