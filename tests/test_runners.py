@@ -12,16 +12,17 @@ from ptl.config import Config
 
 @dsl.component
 def write(text: str, out: Output[Artifact]):
-    with open(out.path, "w") as file:
-        file.write(text)
+    from pathlib import Path
+
+    Path(out.path).write_text(text)
 
 
 @dsl.component
 def read(early: Input[Artifact], late: Input[Artifact], target: str):
     import json
+    from pathlib import Path
 
-    with open(target, "w") as file:
-        json.dump([open(each.path).read() for each in (early, late)], file)
+    Path(target).write_text(json.dumps([Path(each.path).read_text() for each in (early, late)]))
 
 
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
