@@ -64,7 +64,7 @@ def recover(
     dst: Target,
     config: ConfigFile,
     sets: Overrides = [],  # noqa: B006
-    tokens: Annotated[int | None, typer.Option(help="token budget; none: the config's whole budget")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="token budget; none: the config's whole budget")] = None,
     scored: Annotated[
         Path | None, typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained")
     ] = None,
@@ -78,8 +78,9 @@ def recover(
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
     here = Round(budget, (), 1, True, settings.seed)
     scratch = dst.with_name(dst.name + ".training")
-    if scored is not None and not (scored / "items.jsonl").is_file():
-        raise InputError(f"--scored: no items.jsonl in {scored}; give a folder that `ptl evaluate` wrote")
+    for name in ("items.jsonl", "scores.json"):
+        if scored is not None and not (scored / name).is_file():
+            raise InputError(f"--scored: no {name} in {scored}; give a folder that `ptl evaluate` wrote")
     job = Job(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
     _show(recover_checkpoint(src, dst, Recovery(stages=settings.recover), [budget], job))
 

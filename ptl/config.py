@@ -179,8 +179,22 @@ class Config(Section):
     storage: Storage = Storage()
 
     @model_validator(mode="after")
-    def _stages_share_the_tokens(self) -> Config:
-        Recovery(stages=self.recover)
+    def _every_stage_trains_in_every_iteration(self) -> Config:
+        recovery, total = Recovery(stages=self.recover), self.schedule.recovery_tokens
+        without = [it.index for it in plan(self.schedule, self.prune) if 0 in recovery.budgets(it.tokens)]
+        if without:
+            raise ValueError(
+                f"schedule.recovery_tokens={total} leaves no token for a stage of iteration {without[0]}: raise it, or "
+                "set schedule.tokens=uniform"
+            )
+        for stage in recovery.stages:
+            if isinstance(stage, Grpo):
+                steps = plan(self.schedule.model_copy(update={"recovery_tokens": stage.steps}), self.prune)
+                if not all(it.tokens for it in steps):
+                    raise ValueError(
+                        f"recover.steps={stage.steps}, shared out over {len(steps)} iterations, leaves one without a "
+                        "step: raise it, or set schedule.tokens=uniform"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -38,11 +38,11 @@ class Filter:
     not_compared: tuple[str, ...] = ()  # benchmarks whose items are not known here
     dropped: int = 0
     examples: list[str] = field(default_factory=list)
-    seen: dict[tuple[str, int], bool] = field(default_factory=dict)
+    seen: dict[tuple[DataSource, int], bool] = field(default_factory=dict)
 
     def keeps(self, source: DataSource, number: int, row: Any) -> bool:
         """Whether a training row stays. A row that comes up again, after an epoch, is counted once."""
-        key = (source.source, number)
+        key = (source, number)  # not by name alone: a hub id has several subsets and splits
         if key not in self.seen:
             prompt, completion = texts(row, bare(source), number)
             grams = _grams(_words(prompt or completion), _words(completion), self.ngram)

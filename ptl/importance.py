@@ -18,17 +18,17 @@ from tqdm import tqdm
 from ptl.stream import Stream
 
 Scores = list[Tensor]  # float32 [F] of each layer
-Score = Callable[[Tensor, Tensor], Tensor]  # activations float32 [T, F] of one sequence, column norms [F] -> [F]
+Score = Callable[[Tensor, Tensor], Tensor]  # activations [T, F] of one sequence, column norms float32 [F] -> float32 [F]
 
 
 def _max(activations: Tensor, column_norms: Tensor) -> Tensor:
     """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
-    return (activations.abs() * column_norms).amax(dim=0)
+    return activations.abs().amax(dim=0).float() * column_norms
 
 
 def _mean(activations: Tensor, column_norms: Tensor) -> Tensor:
     """The mean change of the layer's output over a sequence's tokens."""
-    return (activations.abs() * column_norms).mean(dim=0)
+    return activations.abs().mean(dim=0, dtype=torch.float32) * column_norms
 
 
 def _by_activations(stream: Stream, _seed: int, progress: bool, *, score: Score, join: str) -> Scores:
@@ -41,7 +41,7 @@ def _by_activations(stream: Stream, _seed: int, progress: bool, *, score: Score,
             for b, hidden in enumerate(states):
                 states[b] = stream.run(i, b, hidden)
                 for activations, length in zip(caught.pop(), stream.tokens(b), strict=True):
-                    totals[i].add(score(activations[:length].float(), norms))
+                    totals[i].add(score(activations[:length], norms))
     return [total.result() for total in totals]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,9 +52,7 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) 
             raised = json.loads(error.read_text())
             error.unlink()
             raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
-        # what follows is torch's launcher on the processes that it stopped, not why the first one died
-        end = next((i for i, line in enumerate(told) if "torch/distributed/elastic" in line), len(told))
-        raise WorkError(f"recover: training in {processes} processes failed:\n{''.join(told[max(0, end - 30) : end])}")
+        raise WorkError(f"recover: training in {processes} processes failed{_reason(told)}")
     report = json.loads(answer.read_text())
     return RecoverReport(**report | {"curve": tuple((int(t), float(loss)) for t, loss in report["curve"])})
 
@@ -110,6 +109,18 @@ def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], 
         process.wait()
         raise
     return told
+
+
+def _reason(told: list[str]) -> str:
+    """What a failed training printed last, and the signal that killed it, which only torch's launcher tells."""
+    # from here on it is the launcher on the processes that it stopped, not why the first one died
+    end = next((i for i, line in enumerate(told) if "torch/distributed/elastic" in line), len(told))
+    root = "".join(told[end:]).partition("Root Cause")[2]
+    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root)
+    said = f": a process was killed by {killed[1]}" if killed else ""
+    if killed and killed[1] == "SIGKILL":
+        said += " (what the system does when memory is used up; recover.accumulation splits a step's batch)"
+    return f"{said}:\n{''.join(told[max(0, end - 30) : end])}"
 
 
 def _dump(src: Path, dst: Path, settings: RecoverStage, job: Job, answer: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ptl import checkpoint, repair
 from ptl.anatomy import anatomy, resolve_multiple
 from ptl.choose import CHOICES, Task
 from ptl.config import Calibration, Prune
-from ptl.data import Batch, calibration_batches, padded
+from ptl.data import IGNORED, Batch, calibration_batches, padded
+from ptl.errors import InputError
 from ptl.families import Family, family_of
 from ptl.own_answers import own_answers
 from ptl.stream import Stream
@@ -54,7 +55,10 @@ def prune_checkpoint(
 
     @functools.cache
     def stream() -> Stream:
-        made.append(Stream(src, family, _batches(src, calibration, seed)))
+        batches = _batches(src, calibration, seed)
+        if unit == "auto" or settings.criterion == "taylor":
+            _check_answers(batches, calibration)
+        made.append(Stream(src, family, batches))
         return made[0]
 
     selected = CHOICES[unit](Task(body, settings, goal, seed, stream))
@@ -101,3 +105,12 @@ def _batches(src: Path, calibration: Calibration, seed: int) -> list[Batch]:
     if calibration.answers == "given":
         return calibration_batches(calibration, tokenizer, seed)
     return padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
+
+
+def _check_answers(batches: list[Batch], calibration: Calibration) -> None:
+    """Raise InputError where there is no loss to measure: it is that of the answers' tokens."""
+    if all(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
+        raise InputError(
+            f"calibration.max_length: {calibration.max_length} tokens hold the prompts and nothing of an answer, so "
+            "that prune.criterion=taylor and prune.target=auto have no loss to measure; raise it"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ptl.section import Section
 
@@ -47,6 +47,11 @@ class TrainingData(Section):
 
     sources: tuple[TrainingSource, ...] = Field(min_length=1)
     decontaminate: Decontaminate = Decontaminate()
+
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return {"tasks": False} if value is False else value
 
     @model_validator(mode="before")
     @classmethod

@@ -161,13 +161,13 @@ def run(trainer: Any, job: Job) -> int:
     if job.vault is not None:
         job.vault.restore(job.scratch)
     resume = last_complete(job.scratch)
-    with full_disk(job.scratch):
+    with full_disk("training checkpoints", job.scratch, job.scratch):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return step_of(resume) if resume else 0
 
 
 @contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
+def full_disk(what: str, folder: Path, scratch: Path) -> Iterator[None]:
     """Turn a full disk into a WorkError; torch and safetensors wrap the operating system's error in their own."""
     try:
         yield
@@ -176,7 +176,7 @@ def full_disk(folder: Path) -> Iterator[None]:
         wrapped = [f"os error {code})" for code in codes] + ["PytorchStreamWriter failed", "unexpected pos"]
         if getattr(error, "errno", None) in codes or any(text in str(error) for text in wrapped):
             raise WorkError(
-                f"recover: no space left for training checkpoints in {folder}; {_kept(folder)}: "
+                f"recover: no space left for {what} in {folder}; {_kept(scratch)}: "
                 "free some space (or raise recover.save_steps) and run the same command again"
             ) from error
         raise
@@ -192,7 +192,7 @@ def save(
         model = _gathered(trainer, dst.with_name(f"{dst.name}.gathered"))
     if not trainer.is_world_process_zero():
         return
-    with full_disk(dst):
+    with full_disk("the trained checkpoint", dst, Path(trainer.args.output_dir)):
         if with_state:
             checkpoint.write_shard(dst / checkpoint.STATE, _moments(model, trainer.optimizer))
         if hasattr(model, "merge_and_unload"):  # LoRA

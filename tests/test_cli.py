@@ -149,6 +149,17 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
+    dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
+    (tmp_path / "scored").mkdir()
+    for name in ("items.jsonl", "scores.json"):
+        done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--scored", tmp_path / "scored")
+        assert done.returncode == 2 and f"--scored: no {name} in" in done.stderr
+        (tmp_path / "scored" / name).touch()
+    assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):
     done = ptl("fetch", tmp_path, tmp_path / "out")
     assert done.returncode == 2 and "holds no result.json" in done.stderr

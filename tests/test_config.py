@@ -88,6 +88,12 @@ def test_every_shipped_config_is_valid(path):
         ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
+        ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
+        (
+            {"recover": [{"share": 0.5}, {"method": "distil"}], "schedule": {"target": 0.4, "recovery_tokens": 15}},
+            "=15",
+        ),
+        ({"recover": [{"method": "grpo", "steps": 14}]}, "recover.steps=14, shared out over 4 iterations, leaves one"),
     ],
 )
 def test_errors_name_field_value_and_remedy(tmp_path, change, said):
@@ -121,3 +127,10 @@ def test_a_bare_off_is_off():
     overrides = pairs("--set", ["prune.repair=off"])
     assert overrides == {"prune.repair": False}  # YAML 1.1
     assert load_config(TINY, overrides).prune.repair == "off"
+    told = load_config(TINY, pairs("--set", ["training.decontaminate=off"])).training.decontaminate
+    assert not told.tasks and not told.against
+
+
+def test_reinforcement_learning_may_do_without_tokens():
+    stage = {"method": "grpo", "steps": 15}  # 1, 2, 4, 8
+    assert load_config(TINY, {"recover": [stage], "schedule.recovery_tokens": 0}).recover[0].method == "grpo"

@@ -228,6 +228,14 @@ def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path
     assert decontaminate.build(Decontaminate(tasks=False), scored) is None
 
 
+def test_subsets_of_one_hub_dataset_are_told_apart(tmp_path):
+    filter_ = decontaminate.build(Decontaminate(), evaluated(tmp_path / "scored", [("words", SENTENCE, "16")]))
+    algebra, geometry = (DataSource(source="hub/math", subset=name) for name in ("algebra", "geometry"))
+    assert filter_.keeps(algebra, 1, {"prompt": "One plus one?", "completion": "2"})
+    assert not filter_.keeps(geometry, 1, {"prompt": SENTENCE, "completion": "16"})
+    assert (filter_.report()["rows"], filter_.report()["dropped"]) == (2, 1)
+
+
 def test_prompts_of_reinforcement_learning_are_filtered_too(tmp_path):
     scored = evaluated(tmp_path / "scored", [("words", f"{SENTENCE}?", "16")])
     rows = [{"prompt": SENTENCE, "completion": "16"}, {"prompt": "One plus one?", "completion": "2"}]

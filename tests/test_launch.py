@@ -8,7 +8,7 @@ from recovering import DENSE, ROOT, cut, recover, weights
 
 from ptl import launch
 from ptl.config import Cpt
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 
 CPT = {"method": "cpt"}
 
@@ -102,6 +102,20 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
     flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4)
     assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
+
+
+def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, monkeypatch):
+    """A stand-in for the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
+    script, whole = tmp_path / "worker.py", launch.command
+    script.write_text(
+        "import os, signal, time\n"
+        "print('loading', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    )
+    monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+    with pytest.raises(WorkError, match=r"in 2 processes failed: a process was killed by SIGKILL .*memory") as error:
+        recover(small, tmp_path / "out", CPT | {"processes": 2})
+    assert "loading" in str(error.value) and "elastic" not in str(error.value)
 
 
 def test_an_error_in_another_process_keeps_its_message(small, tmp_path):

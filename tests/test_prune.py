@@ -52,6 +52,20 @@ def cut(source, calibration, folder, *, unit="neurons", share=0.2, **settings):
     return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=0)
 
 
+def test_what_measures_loss_needs_a_token_of_an_answer(source, calibration, tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"prompt": "w5 w6 w7 w8", "completion": "w9"}) + "\n")
+    asked = Calibration(data=DataSource(source=str(path)), max_length=4)
+    for settings in ({"criterion": "taylor"}, {"unit": "auto"}):
+        with pytest.raises(InputError, match=r"calibration\.max_length: 4 tokens hold the prompts and nothing of an"):
+            cut(source, asked, tmp_path / "out", **settings)
+    (tmp_path / "max").mkdir()
+    assert cut(source, asked, tmp_path / "max", criterion="max").unit == "neurons"  # activations need no answer
+    (tmp_path / "taylor").mkdir()
+    longer = asked.model_copy(update={"max_length": 5})
+    assert cut(source, longer, tmp_path / "taylor", criterion="taylor").unit == "neurons"
+
+
 # ---- widths
 
 

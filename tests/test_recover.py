@@ -1,5 +1,6 @@
 """Recovery on an exact budget: moments, learning rate, checkpoints, kills, processes, LoRA, chains, errors."""
 
+import errno
 import itertools
 import json
 import math
@@ -316,6 +317,18 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small, straight, tmp_
     report = recover(small, dst, CPT, scratch=tmp_path / "out.training")  # there is space again
     assert report.resumed_at == 4
     assert (dst / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full_at_the_end_still_has_the_training_checkpoint(small, tmp_path, monkeypatch):
+    """A mock of the last write, which finds no space."""
+
+    def full(src, dst):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "copy_companions", full)
+    said = r"for the trained checkpoint in .*/out; the last good .* is kept in .*/out\.training/checkpoint-\d"
+    with pytest.raises(WorkError, match=said):
+        recover(small, tmp_path / "out", CPT)
 
 
 def test_longer_than_the_positions_and_missing_eos_are_refused(small, tmp_path):
