@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ptl.stream import Stream
 
 Scores = list[Tensor]  # float32 [F] of each layer
-Score = Callable[[Tensor, Tensor], Tensor]  # activations [T, F] of one sequence, column norms float32 [F] -> float32 [F]
+Score = Callable[[Tensor, Tensor], Tensor]  # activations [T, F] of one sequence, norms of columns [F] -> float32 [F]
 
 
 def _max(activations: Tensor, column_norms: Tensor) -> Tensor:
