@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench reasoner data images lock docs golden checkov gguf screenshot
+.PHONY: help install demo test check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14

@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptl import gate
 from ptl.errors import InputError
@@ -61,7 +61,8 @@ def table(comparison: Comparison) -> Table:
         "p (different)",
         "verdict",
     ):
-        view.add_column(heading, justify="left" if heading in ("benchmark", "verdict") else "right")
+        side: Literal["left", "right"] = "left" if heading in ("benchmark", "verdict") else "right"
+        view.add_column(heading, justify=side, overflow="fold")  # a log of 80 columns would lose the verdict's end
     for name, pair in comparison.tasks.items():
         view.add_row(
             name,
@@ -95,7 +96,10 @@ def _published(run_id: str) -> Path:
     from ptl import store
 
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise InputError("environment: MLFLOW_TRACKING_URI is not set; a run id needs the MLflow server's address")
+        raise InputError(
+            "environment: MLFLOW_TRACKING_URI is not set; a run id needs the MLflow server's address, for local "
+            "runs that of their database: sqlite:///.ptl/mlflow.db"
+        )
     client = MlflowClient()
     try:
         run = client.get_run(run_id)

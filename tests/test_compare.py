@@ -53,6 +53,9 @@ def test_table_shows_the_numbers(tmp_path):
     Console(width=160, file=text).print(compare.table(compare.compare(a, b, 0.02, 0.05)))
     for shown in ("500", "96.0%", "88.0%", "40 / 0", "-8.0", "inferior"):
         assert shown in text.getvalue()
+    narrow = io.StringIO()
+    Console(width=80, file=narrow).print(compare.table(compare.compare(a, b, 0.02, 0.05)))
+    assert "…" not in narrow.getvalue()
 
 
 @pytest.mark.parametrize(

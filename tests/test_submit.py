@@ -170,8 +170,10 @@ def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said
     world.faults = [("GET", "/runs/run-0", 503, False)] * (kfp_api.ATTEMPTS + 2)
     assert go() == 0
     assert [line for line in said if line.startswith("still waiting: ")] and world.faults == []
-    monkeypatch.setattr(submit, "OUTAGE", 0.0)
     world.faults = [("GET", "/runs/run-1", 503, False)] * 99
+    assert go(timeout=0.0) == 4 and "does not answer" in said[-1]
+    monkeypatch.setattr(submit, "OUTAGE", 0.0)
+    world.faults = [("GET", "/runs/run-2", 503, False)] * 99
     with pytest.raises(WorkError, match="503"):
         go()
 

@@ -2,7 +2,7 @@
 # The whole path of a CI job on one machine: compile, images, the run in containers with real S3 and MLflow servers, the
 # comparison of the final model with the dense one as the check, the report.
 #
-#   examples/ci/local_path.sh [CONFIG [options of `ptl run`]]     default: tiny.yaml, cut short
+#   examples/ci/local_path.sh [CONFIG [--set field=value ...]]     default: tiny.yaml, cut short
 #
 # Exit code: of the first step that fails; of `ptl compare` (0 not inferior, 1 inferior) when all work.
 #

@@ -129,8 +129,11 @@ def watch(
             run = call(api, api.client.get_run, run_id)
         except WorkError as error:
             now = time.monotonic()
-            if now - answered > OUTAGE or (deadline is not None and now + poll > deadline):
+            if now - answered > OUTAGE:
                 raise
+            if deadline is not None and now + poll > deadline:
+                say(f"not seen to finish in {timeout:.0f} s, and Kubeflow does not answer: {error}")
+                return TIMEOUT
             say(f"still waiting: {error}")
             time.sleep(poll)
             continue
