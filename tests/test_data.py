@@ -11,6 +11,7 @@ from ptl import decontaminate, sources
 from ptl.config import Calibration, DataSource, Decontaminate, TrainingData, TrainingSource
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
+from ptl.evaluate import read_items
 from ptl.sources import check_rows, read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -226,6 +227,19 @@ def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path
     assert report["benchmarks"] == {"math": {"items": 40, "dropped": 1}, "words": {"items": 3, "dropped": 1}}
     assert report["not_compared"] == ["perplexity_only"] and report["dropped"] == 2
     assert decontaminate.build(Decontaminate(tasks=False), scored) is None
+
+
+def test_items_may_hold_any_character_and_a_benchmark_may_be_named_twice(tmp_path):
+    scored = evaluated(tmp_path / "scored", [("words", "One\u2028two\x85three", "1")])
+    items = tmp_path / "scored/items.jsonl"
+    items.write_text(json.dumps(json.loads(items.read_text()), ensure_ascii=False) + "\n")  # as evaluate writes it
+    path = rows_file(tmp_path / "test.jsonl", [{"short": "Four five six?", "long": SENTENCE, "answer": "1"}])
+    twice = [{"source": path, "prompt": prompt, "completion": "{answer}"} for prompt in ("{short}", "{long}")]
+    filter_ = decontaminate.build(Decontaminate(against=twice), scored)
+    rows = [{"prompt": text, "completion": "1"} for text in ("one two three", "four five six", SENTENCE, "seven")]
+    kept = [filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows)]
+    assert kept == [False, False, False, True] and len(filter_.report()["benchmarks"]) == 3
+    assert read_items(tmp_path / "scored")[0]["prompt"] == "One\u2028two\x85three"
 
 
 def test_subsets_of_one_hub_dataset_are_told_apart(tmp_path):

@@ -81,8 +81,16 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
 @needs_converter
 def test_a_tokenizer_that_the_converter_does_not_know_is_an_error(tmp_path):
     folder = save(build("llama"), tmp_path / "model")
-    with pytest.raises(WorkError, match=r"export: convert_hf_to_gguf ended with 1 on .*model"):
+    with pytest.raises(InputError, match=r"converter does not know the tokenizer of .*model; use transformers or vLLM"):
         export_gguf(folder, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
+    """A stand-in for the converter: a module that wants a file, not a folder."""
+    monkeypatch.setattr(export, "CONVERTER", "json.tool")
+    with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
+        export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
