@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ptl.stream import Stream
 
+ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
 Scores = list[Tensor]  # float32 [F] of each layer
 Score = Callable[[Tensor, Tensor], Tensor]  # activations [T, F] of one sequence, norms of columns [F] -> float32 [F]
 
@@ -136,7 +137,11 @@ def layer_scores(stream: Stream, criterion: str, progress: bool = True) -> Tenso
 
 def column_norms(layer: nn.Module, stream: Stream) -> Tensor:
     """Norm of each column of down_proj: float32 [F]."""
-    return layer.get_parameter(f"{stream.family.columns}.weight").float().norm(dim=0)
+    weight = layer.get_parameter(f"{stream.family.columns}.weight")  # [H, F]
+    squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+    for rows in weight.split(ROWS):
+        squares += rows.float().square().sum(dim=0)
+    return squares.sqrt_()
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:
