@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+CONTROL = [f"control-{stage}" for stage in ("prune", "recover", "evaluate")]
 
 pytestmark = pytest.mark.xdist_group("loop")
 
@@ -44,8 +46,11 @@ def records(home):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
+    """A run with the control: its folder, and what was printed."""
     home = tmp_path_factory.mktemp("finished")
-    return home, finish(start(config, home))
+    whole = home / "with-control.yaml"
+    whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"control": True}))
+    return home, finish(start(whole, home))
 
 
 def test_the_run_leaves_what_is_promised(finished):
@@ -55,7 +60,12 @@ def test_the_run_leaves_what_is_promised(finished):
     for name in ("pipeline.yaml", "config.yaml", "report.html", "report.md", "README.md"):
         assert (run / name).stat().st_size > 100, name
     rows = result["rows"]
-    assert [(row["arm"], row["iteration"]) for row in rows] == [("loop", 0), ("loop", 1), ("loop", 2)]
+    assert [(row["arm"], row["iteration"]) for row in rows] == [
+        ("loop", 0),
+        ("loop", 1),
+        ("loop", 2),
+        ("control", 1),
+    ]
     assert {
         "params",
         "accuracy",
@@ -69,7 +79,8 @@ def test_the_run_leaves_what_is_promised(finished):
         "digest",
     } <= rows[0].keys()
     assert rows[0]["accuracy"] >= 0.95 and rows[0]["verdict"] == "baseline"
-    assert sum(row["recovery_tokens"] for row in rows) == 24_000
+    assert sum(row["recovery_tokens"] for row in rows[:3]) == rows[3]["recovery_tokens"] == 24_000
+    assert rows[3]["params"] == rows[2]["params"] and rows[3]["digest"] != rows[2]["digest"]
     assert rows[2]["params"] < rows[1]["params"] < rows[0]["params"]
     assert rows[2]["params"] <= 0.8 * rows[0]["params"]
     assert result["final"]["digest"] == rows[2]["digest"] and result["final"]["share_removed"] >= 0.2
@@ -91,12 +102,15 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
 
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
-    assert set(found) == set(CHAIN)
-    assert sorted(found, key=lambda name: found[name]["facts"]["started"]) == CHAIN
+    order = sorted(found, key=lambda name: found[name]["facts"]["started"])
+    assert order == [*CHAIN, *CONTROL]
     for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):
         if not child.startswith("evaluate"):
             mother = parent.replace("evaluate", "recover") if parent != "evaluate-0" else "import-model"
             assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
+    for child, mother in (("control-prune", "import-model"), ("control-recover", "control-prune")):
+        assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
+    assert found["control-prune"]["facts"]["params_before"] == found["import-model"]["pointer"]["params"]
 
 
 def test_the_final_checkpoint_is_ordinary_and_generates(finished, tmp_path):
@@ -134,7 +148,7 @@ def test_mlflow_shows_the_lineage(finished):
     (experiment,) = (e for e in client.search_experiments() if e.name == "ptl")
     found = [client.get_run(run.info.run_id) for run in client.search_runs([experiment.experiment_id])]
     runs = {run.data.tags.get("ptl.step", "parent"): run for run in found}
-    assert set(runs) == {"parent", "report", *CHAIN}
+    assert set(runs) == {"parent", "report", *CHAIN, *CONTROL}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent = runs["parent"].info.run_id
     assert all(run.data.tags["mlflow.parentRunId"] == parent for name, run in runs.items() if name != "parent")
@@ -143,7 +157,7 @@ def test_mlflow_shows_the_lineage(finished):
         for name, run in runs.items()
         if run.outputs and run.outputs.model_outputs
     }
-    assert set(made) == {name for name in CHAIN if not name.startswith("evaluate")}
+    assert set(made) == {name for name in (*CHAIN, *CONTROL) if "evaluate" not in name}
     assert runs["recover-1"].inputs.model_inputs[0].model_id == made["prune-1"]
     assert runs["evaluate-1"].inputs.model_inputs[0].model_id == made["recover-1"]
     points = client.get_metric_history(parent, "by_params/accuracy")
