@@ -231,13 +231,16 @@ def compare(
     margin: Annotated[float, typer.Option(help="loss of accuracy that is tolerated")] = 0.02,
     alpha: Annotated[float, typer.Option(help="level of the tests")] = 0.05,
     strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown not inferior")] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="run ids are of `ptl run --s3`: `ptl up`'s servers")] = False,
+    home: Annotated[Path, typer.Option("--home", help="where local runs lie, for run ids")] = Path(".ptl"),
 ) -> None:
     """Compare two evaluations item by item: exit code 0 not inferior, 1 inferior, 2 wrong input."""
     from rich.console import Console
 
     from ptl import compare as work
 
-    outcome = work.compare(work.locate(reference), work.locate(candidate), margin, alpha, strict=strict)
+    old, new = (work.locate(each, home, s3) for each in (reference, candidate))
+    outcome = work.compare(old, new, margin, alpha, strict=strict)
     Console().print(work.table(outcome))
     raise typer.Exit(outcome.exit_code)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl import garbage, inventory
-from ptl.errors import InputError
+from ptl import garbage, inventory, runs
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,7 +31,7 @@ def gc(
 
     Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
     """
-    _reach(home.absolute(), s3)
+    runs.reach(home.absolute(), s3)
     found = list(inventory.experiments(experiment))
     garbage.check_runs(run, found)
     rules = garbage.Rules(older_than, keep_last, tuple(run), dense)
@@ -47,22 +45,6 @@ def gc(
                 count, total = count + 1, total + verdict.stored.bytes
     said = f"{count} items, {size(total)} ({total:,} bytes)"
     print(f"deleted: {said}" if delete else f"can go: {said}; nothing was deleted, --delete does it")
-
-
-def _reach(home: Path, s3: bool) -> None:
-    """The environment that leads to MLflow: the caller's own, `ptl up`'s servers, or the database of local runs."""
-    from ptl import runs
-
-    if s3:
-        if not (home / "stack").is_dir():
-            raise InputError(f"--s3: no `ptl up` was ever made in {home}; give --home, or leave --s3 out")
-        runs.use(runs.start_servers(home))
-    elif not os.environ.get("MLFLOW_TRACKING_URI"):
-        database = home / "mlflow.db"
-        if not database.is_file():
-            more = "; --s3 is for the runs of its servers" if (home / "stack").is_dir() else ""
-            raise InputError(f"--home: no local runs in {home} (no {database.name}){more}, or set MLFLOW_TRACKING_URI")
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
 
 
 def _show(held: Any, verdicts: list[Any]) -> None:

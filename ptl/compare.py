@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptl import gate
+from ptl import gate, runs
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,12 +77,16 @@ def table(comparison: Comparison) -> Table:
     return view
 
 
-def locate(what: str) -> Path:
-    """The items.jsonl of a file or folder, or of the evaluate step with that MLflow run id."""
+def locate(what: str, home: Path, s3: bool) -> Path:
+    """The items.jsonl of a file or folder, or of the evaluate step with that MLflow run id.
+
+    For a run id `home` and `s3` say where MLflow is, as in `runs.reach`.
+    """
     path = Path(what)
     if path.exists():
         return path
     if len(what) == 32 and all(c in "0123456789abcdef" for c in what):
+        runs.reach(home.absolute(), s3)
         return _published(what)
     raise InputError(f"compare: {what!r} is neither a folder with items.jsonl nor an MLflow run id (32 hex digits)")
 
@@ -95,11 +98,6 @@ def _published(run_id: str) -> Path:
 
     from ptl import store
 
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise InputError(
-            "environment: MLFLOW_TRACKING_URI is not set; a run id needs the MLflow server's address, for local "
-            "runs that of their database: sqlite:///.ptl/mlflow.db"
-        )
     client = MlflowClient()
     try:
         run = client.get_run(run_id)

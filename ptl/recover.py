@@ -12,6 +12,7 @@ from typing import Any
 from ptl import launch
 from ptl.config import Cpt, RecoverStage, Recovery
 from ptl.distil import distil
+from ptl.errors import InputError
 from ptl.grpo import grpo
 from ptl.job import Job, RecoverReport, Round
 
@@ -40,9 +41,14 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
     `rounds` are the tokens of the iterations up to this one. An earlier try in `job.scratch` is continued: finished
     stages are taken as they are, and the stage in which it died goes on from its last training checkpoint.
     """
-    stages = recovery.stages
-    for stage in stages:
+    stages, budgets = recovery.stages, recovery.budgets(rounds[-1])
+    for stage, budget in zip(stages, budgets, strict=True):
         launch.check_sharding(stage)
+        if budget == 0:
+            raise InputError(
+                f"schedule.recovery_tokens: of {rounds[-1]} tokens for iteration {job.this.index} none is left for "
+                f"{stage.method}; raise it, or set schedule.tokens=uniform"
+            )
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
@@ -50,9 +56,7 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
         alone = len(stages) == 1
         scratch = job.scratch if alone else job.scratch / f"{i}-{stage.method}"
         out = dst if final else job.scratch / f"{i}-{stage.method}-out"
-        this = dataclasses.replace(
-            job.this, tokens=recovery.budgets(rounds[-1])[i], earlier=budgets_before(recovery, rounds, i)
-        )
+        this = dataclasses.replace(job.this, tokens=budgets[i], earlier=budgets_before(recovery, rounds, i))
         offset = sum(report.tokens for report in reports)
         here = dataclasses.replace(
             job,

@@ -145,6 +145,22 @@ def use(settings: dict[str, str]) -> None:
     os.environ.update(settings)
 
 
+def reach(home: Path, s3: bool) -> None:
+    """Make this process's environment lead to the MLflow of earlier runs: the caller's own, `ptl up`'s servers, or the
+    database of local runs. Raises InputError where `home` has none of it.
+    """
+    if s3:
+        if not (home / "stack").is_dir():
+            raise InputError(f"--s3: no `ptl up` was ever made in {home}; give --home, or leave --s3 out")
+        use(start_servers(home))
+    elif not os.environ.get("MLFLOW_TRACKING_URI"):
+        database = home / "mlflow.db"
+        if not database.is_file():
+            more = "; --s3 is for the runs of its servers" if (home / "stack").is_dir() else ""
+            raise InputError(f"--home: no local runs in {home} (no {database.name}){more}, or set MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
+
+
 def artifact_location(experiment: str) -> str:
     """Where MLflow keeps the experiment's files, asked before any work; only `file://` without a server.
 

@@ -100,17 +100,18 @@ def mlflow_runs(tmp_path, monkeypatch):
 
 
 def test_an_mlflow_run_is_found(mlflow_runs, tmp_path):
-    folder = compare.locate(mlflow_runs["evaluate-0"])
+    folder = compare.locate(mlflow_runs["evaluate-0"], tmp_path, False)
     assert compare.compare(folder, tmp_path / "evaluate-0", 0.02, 0.05).tasks["t"].items == 3
 
 
 def test_other_runs_and_names_are_refused(mlflow_runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no finished evaluate step"):
-        compare.locate(mlflow_runs["recover-1"])
+        compare.locate(mlflow_runs["recover-1"], tmp_path, False)
     with pytest.raises(InputError, match="no MLflow run 0000"):
-        compare.locate("0" * 32)
+        compare.locate("0" * 32, tmp_path, False)
     with pytest.raises(InputError, match="neither a folder"):
-        compare.locate("nothing")
+        compare.locate("nothing", tmp_path, False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
-        compare.locate("0" * 32)
+    with pytest.raises(InputError, match="--home: no local runs in .*/elsewhere"):
+        compare.locate("0" * 32, tmp_path / "elsewhere", False)
+    assert compare.locate(mlflow_runs["evaluate-0"], tmp_path, False).is_dir()  # the database of --home
