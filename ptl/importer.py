@@ -42,8 +42,8 @@ def locate(path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model.path: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
-            f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and whether the hub can be reached "
-            "(with HF_HUB_OFFLINE=1 only what its cache holds)"
+            f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and that the hub can be "
+            "reached (HF_HUB_OFFLINE=1: only what its cache holds)"
         ) from error
 
 

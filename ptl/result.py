@@ -47,6 +47,7 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
         "steps": [_step(name, records[name]) for name in names],
         "not_needed": _not_needed(records, settings),
         "speed": next((s for name in names if (s := records[name]["facts"].get("speed"))), {}),
+        "decontaminated": _decontaminated(records),
         "curves": {name: c for name in names if (c := records[name]["facts"].get("curve"))},
         "paired": _paired(names, records, settings.get("gate") or {}),
         "examples": _examples(names, records),
@@ -152,6 +153,19 @@ def _step(name: str, record: Record) -> dict[str, Any]:
         "decision": (facts.get("verdict") or {}).get("decision", ""),
         "reason": (facts.get("verdict") or {}).get("reason", "") or facts.get("reason", ""),
         "tokens": facts.get("tokens", 0) if facts["stage"] == "recover" else 0,
+    }
+
+
+def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
+    """How many training rows of the loop were compared with the benchmarks and left out; {} where none was."""
+    facts = [record["facts"] for record in records.values() if "rows_compared" in record["facts"]]
+    loop = [each for each in facts if each.get("arm") == "loop"]
+    if not loop:
+        return {}
+    return {
+        "rows": sum(each["rows_compared"] for each in loop),
+        "dropped": sum(each["rows_dropped"] for each in loop),
+        "not_compared": sorted({name for each in loop for name in each["not_compared"]}),
     }
 
 

@@ -197,14 +197,20 @@ def _scored(run: tracking.StepRun) -> Path | None:
 
 
 def _dropped(name: str, report: Any) -> Facts:
-    """Training rows that were left out because a benchmark has them; said, and a number among the step's metrics."""
+    """Training rows that were left out because a benchmark has them; said, and numbers among the step's metrics."""
     stages = report.details.get("stages", [{"details": report.details}])
     found = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
     for told in found:
         say(name, f"{told['dropped']} of {told['rows']} training rows left out: they share text with a benchmark")
         if told["not_compared"]:
             say(name, f"training data not compared with {', '.join(told['not_compared'])}: its items are not known")
-    return {"rows_dropped": sum(told["dropped"] for told in found)} if found else {}
+    if not found:
+        return {}
+    return {
+        "rows_compared": sum(told["rows"] for told in found),
+        "rows_dropped": sum(told["dropped"] for told in found),
+        "not_compared": sorted({benchmark for told in found for benchmark in told["not_compared"]}),
+    }
 
 
 def _progress(metrics: dict[str, float], tokens: int) -> str:

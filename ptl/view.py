@@ -57,8 +57,17 @@ def notes(result: Result) -> list[str]:
         found.append("The gate was off: every iteration was accepted without a test.")
     for reason, iterations in not_needed(result):
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
+    found.append(_decontaminated(result.get("decontaminated") or {}))
     found.append(speeds.words(result.get("speed") or {}))
     return [note for note in found if note]
+
+
+def _decontaminated(told: dict[str, Any]) -> str:
+    if not told:
+        return ""
+    words = f"{told['dropped']:,} of {told['rows']:,} training rows were left out: they share text with a benchmark"
+    unknown = f" ({', '.join(told['not_compared'])} not compared: its items are not known)" * bool(told["not_compared"])
+    return f"{words}{unknown}."
 
 
 def not_needed(result: Result) -> list[tuple[str, list[int]]]:

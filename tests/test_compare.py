@@ -112,6 +112,6 @@ def test_other_runs_and_names_are_refused(mlflow_runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="neither a folder"):
         compare.locate("nothing", tmp_path, False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="--home: no local runs in .*/elsewhere"):
+    with pytest.raises(InputError, match="--home: no local runs in"):
         compare.locate("0" * 32, tmp_path / "elsewhere", False)
     assert compare.locate(mlflow_runs["evaluate-0"], tmp_path, False).is_dir()  # the database of --home

@@ -98,6 +98,15 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
         told = facts["details"]["decontaminated"]
         assert told["benchmarks"] == {"tiny_reasoner": {"items": 64, "dropped": told["dropped"]}}
         assert told["rows"] > facts["rows_dropped"] == told["dropped"] > 0 and told["not_compared"] == []
+    result = json.loads((finished[0] / "latest" / "result.json").read_text())
+    facts = [records(finished[0])[name]["facts"] for name in ("recover-1", "recover-2")]
+    assert result["decontaminated"] == {
+        "rows": sum(each["rows_compared"] for each in facts),
+        "dropped": sum(each["rows_dropped"] for each in facts),
+        "not_compared": [],
+    }
+    told = result["decontaminated"]
+    assert f"{told['dropped']} of {told['rows']:,} training rows were left out" in " ".join(finished[1].split())
 
 
 def test_the_steps_ran_in_the_order_of_the_plan(finished):

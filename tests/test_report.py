@@ -303,6 +303,17 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
     assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
 
 
+def test_rows_that_were_left_out_are_told(records, settings):
+    assert not [note for note in notes(build(records, settings)) if "left out" in note]
+    for name, dropped in (("recover-1", 5), ("recover-2", 7), ("control-recover", 100)):
+        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": []}
+        records[name]["facts"] |= counts
+    told = "12 of 2,000 training rows were left out: they share text with a benchmark"
+    assert f"{told}." in notes(build(records, settings))
+    records["recover-2"]["facts"]["not_compared"] = ["wikitext"]
+    assert f"{told} (wikitext not compared: its items are not known)." in notes(build(records, settings))
+
+
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
     records["evaluate-4"]["facts"]["speed"] = {"reason": "the GPU does not hold both"}
     result = write_report(records, settings, tmp_path)
