@@ -231,7 +231,7 @@ def test_a_chain_does_not_repeat_a_finished_stage(small, tmp_path, monkeypatch):
 
 def test_a_stage_without_a_token_is_refused_before_training(small, tmp_path):
     """As an iteration of a pipeline started with --param may have it, past the config's own check."""
-    with pytest.raises(InputError, match=r"schedule\.recovery_tokens: of 1 tokens for iteration 1 none is left for cpt"):
+    with pytest.raises(InputError, match="of 1 tokens for iteration 1 none is left for cpt"):
         recover(small, tmp_path / "out", {"method": "cpt"}, {"method": "distil"}, tokens=1)
 
 
