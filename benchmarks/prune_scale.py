@@ -8,6 +8,7 @@ layers and embeddings and differ in depth alone: memory that does not grow with 
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -185,6 +186,7 @@ def main():
             for name in ("make", "imports", "cp", "ptl", "forward", "full"):
                 command = [sys.executable, __file__, "--measure", name, "--size", size, "--scratch", scratch]
                 command += ["--rows", str(args.rows), "--length", str(args.length), "--threads", str(args.threads)]
+                os.sync()  # else one measurement waits for what the one before it wrote
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[size, name] = json.loads(done.stdout.splitlines()[-1])
                 print(done.stdout.splitlines()[-1], flush=True)

@@ -144,9 +144,7 @@ def images(config: Config) -> Line:
     """The steps' images exist: in the registry, or in the local engine when the config names no registry."""
     from ptl import images as work
 
-    names = work.names(config.images.registry, config.images.tag)
-    if config.evaluate.backend == "vllm":  # the report runs in evaluate's
-        names.append(work.image("evaluate-vllm", config.images.registry, config.images.tag))
+    names = work.names(config.images.registry, config.images.tag, vllm=config.evaluate.backend == "vllm")
     if not config.images.registry:
         absent = work.missing(names)
         if absent:

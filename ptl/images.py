@@ -50,9 +50,9 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
     return f"{registry}/ptl-{IMAGE_OF[step]}:{tag}" if registry else f"ptl-{IMAGE_OF[step]}:{tag}"
 
 
-def names(registry: str = "", tag: str | None = None) -> list[str]:
-    """The three images, in the order of IMAGES."""
-    return [image(step, registry, tag) for step in IMAGES]
+def names(registry: str = "", tag: str | None = None, *, vllm: bool = False) -> list[str]:
+    """The three images, in the order of IMAGES; with `vllm` also that of evaluate's steps on vLLM, which bake alone makes."""
+    return [image(step, registry, tag) for step in (*IMAGES, *(["evaluate-vllm"] if vllm else []))]
 
 
 def build(

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl.config import NextToken, RecoverStage, Stage
+from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, RecoverReport
 
@@ -68,8 +68,6 @@ def check_sharding(settings: RecoverStage) -> None:
     """Raise InputError where the stage is to be sharded and cannot be; called before any work."""
     if settings.sharding == "none" or processes_for(settings) == 1 or not can_shard():
         return
-    if isinstance(settings, NextToken) and settings.lora is not None:
-        raise InputError(f"recover.sharding: {settings.sharding} does not go with recover.lora; remove one of the two")
     if settings.sharding == "zero2" and find_spec("deepspeed") is None:
         raise InputError(
             "recover.sharding: zero2 needs the package deepspeed, which is not installed; install ptl's extra "

@@ -119,6 +119,12 @@ class NextToken(Stage):
             )
         return self
 
+    @model_validator(mode="after")
+    def _lora_is_not_sharded(self) -> Self:
+        if self.lora is not None and self.sharding != "none":
+            raise ValueError(f"sharding={self.sharding} does not go with lora; remove one of the two")
+        return self
+
 
 class Cpt(NextToken):
     """Recovery by continual pre-training on the training data."""
@@ -142,7 +148,7 @@ class Distil(NextToken):
 
 
 class Reward(Section):
-    """One part of the reward; `answer`, `tests` and `entry_point` are templates over a row's columns."""
+    """One part of the reward; `answer` and `tests` are templates over a row's columns."""
 
     name: Literal["final_answer", "math", "code", "format"]
     weight: float = Field(1.0, gt=0)

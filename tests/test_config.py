@@ -87,6 +87,7 @@ def test_every_shipped_config_is_valid(path):
         ({"name": "Not A Name"}, "name: 'Not A Name'"),
         ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
+        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp does not go with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
         ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
         (
@@ -121,6 +122,15 @@ def test_overrides_are_checked_like_the_file():
         load_config(TINY, {"schedule.target": -1})
     with pytest.raises(InputError, match="is not a section"):
         load_config(TINY, {"name.first": 1})
+    with pytest.raises(InputError, match="recover is a list; give it whole"):
+        load_config(TINY, {"recover.learning_rate": 1e-4})
+
+
+def test_an_override_leaves_other_sections_of_the_same_anchor():
+    shared = TINY.with_name("onprem.yaml")
+    before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
+    assert before.training.sources == (before.calibration.data,)  # one anchor
+    assert after.training.sources[0].source == "s3://b/other.jsonl" and after.calibration == before.calibration
 
 
 def test_a_bare_off_is_off():

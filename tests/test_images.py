@@ -45,7 +45,8 @@ def lock(path):
 
 
 def test_name_is_registry_image_and_version():
-    assert images.names() == [f"ptl-{name}:{ptl.__version__}" for name in ("prune", "recover", "evaluate")]
+    three = [f"ptl-{name}:{ptl.__version__}" for name in ("prune", "recover", "evaluate")]
+    assert images.names() == three and images.names(vllm=True) == [*three, f"ptl-evaluate-vllm:{ptl.__version__}"]
     assert (
         images.image("prune", "registry.example.com:5000/team", "1.2") == "registry.example.com:5000/team/ptl-prune:1.2"
     )
