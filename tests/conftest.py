@@ -62,7 +62,8 @@ def free_port():
     """A port p with p..p+3 and each of these + 10000 free."""
     while True:
         # Not the global generator: training seeds it, and then two workers of xdist take the same port.
-        port = random.SystemRandom().randrange(20000, 50000)
+        # All below 32768, from where the system takes the ports of outgoing connections.
+        port = random.SystemRandom().randrange(11000, 22500)
         if all(unused(port + shift + extra) for shift in range(4) for extra in (0, stack.GRPC)):
             return port
 

@@ -96,8 +96,6 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*ptl\[deepspeed\]"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
-    with pytest.raises(InputError, match=r"fsdp does not go with recover\.lora"):
-        recover(small, tmp_path / "out", CPT | {"processes": 2, "sharding": "fsdp", "lora": {"rank": 2}})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
     flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4)
