@@ -238,9 +238,11 @@ def compare(
     from rich.console import Console
 
     from ptl import compare as work
+    from ptl import runs
 
-    old, new = (work.locate(each, home, s3) for each in (reference, candidate))
-    outcome = work.compare(old, new, margin, alpha, strict=strict)
+    if work.is_run_id(reference) or work.is_run_id(candidate):
+        runs.reach(home.absolute(), s3)
+    outcome = work.compare(work.locate(reference), work.locate(candidate), margin, alpha, strict=strict)
     Console().print(work.table(outcome))
     raise typer.Exit(outcome.exit_code)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptl import gate, runs
+from ptl import gate
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ def table(comparison: Comparison) -> Table:
     return view
 
 
-def locate(what: str, home: Path, s3: bool) -> Path:
-    """The items.jsonl of a file or folder, or of the evaluate step with that MLflow run id.
+def is_run_id(what: str) -> bool:
+    """Whether it names an MLflow run and nothing on the disk."""
+    return len(what) == 32 and all(c in "0123456789abcdef" for c in what) and not Path(what).exists()
 
-    For a run id `home` and `s3` say where MLflow is, as in `runs.reach`.
-    """
-    path = Path(what)
-    if path.exists():
-        return path
-    if len(what) == 32 and all(c in "0123456789abcdef" for c in what):
-        runs.reach(home.absolute(), s3)
+
+def locate(what: str) -> Path:
+    """The items.jsonl of a file or folder, or of the evaluate step with that run id in MLFLOW_TRACKING_URI's MLflow."""
+    if Path(what).exists():
+        return Path(what)
+    if is_run_id(what):
         return _published(what)
     raise InputError(f"compare: {what!r} is neither a folder with items.jsonl nor an MLflow run id (32 hex digits)")
 

@@ -279,7 +279,6 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         raise InputError(f"config: {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"config: {path} must hold a mapping of fields, found {type(raw).__name__}")
-    raw = _apart(raw)
     for dotted, value in (overrides or {}).items():
         _assign(raw, dotted, value)
     return check(Config, raw, str(path))
@@ -304,19 +303,14 @@ def _explain(error: Any) -> str:
     return f"  {field}: {value}{message}"
 
 
-def _apart(raw: Any) -> Any:
-    """The same values with every section a copy of its own: YAML's aliases are one object, which --set would change."""
-    if isinstance(raw, dict):
-        return {name: _apart(value) for name, value in raw.items()}
-    return [_apart(value) for value in raw] if isinstance(raw, list) else raw
-
-
 def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
-        raw = raw.setdefault(name, {})
-        if isinstance(raw, list):
+        section = raw.get(name, {})
+        if isinstance(section, list):
             raise InputError(f"--set {dotted}: {name} is a list; give it whole: --set '{name}=[{{...}}]'")
-        if not isinstance(raw, dict):
+        if not isinstance(section, dict):
             raise InputError(f"--set {dotted}: {name} is not a section")
+        raw[name] = dict(section)  # a copy: sections with one YAML anchor are one object
+        raw = raw[name]
     raw[last] = value

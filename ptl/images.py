@@ -52,7 +52,8 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
 
 def names(registry: str = "", tag: str | None = None, *, vllm: bool = False) -> list[str]:
     """The three images, in the order of IMAGES; with `vllm` also that of evaluate on vLLM, made by bake alone."""
-    return [image(step, registry, tag) for step in (*IMAGES, *(["evaluate-vllm"] if vllm else []))]
+    steps = (*IMAGES, "evaluate-vllm") if vllm else IMAGES
+    return [image(step, registry, tag) for step in steps]
 
 
 def build(

@@ -2,8 +2,10 @@ import io
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from ptl import compare
+from ptl.cli import app
 from ptl.errors import InputError
 
 
@@ -100,18 +102,24 @@ def mlflow_runs(tmp_path, monkeypatch):
 
 
 def test_an_mlflow_run_is_found(mlflow_runs, tmp_path):
-    folder = compare.locate(mlflow_runs["evaluate-0"], tmp_path, False)
+    folder = compare.locate(mlflow_runs["evaluate-0"])
     assert compare.compare(folder, tmp_path / "evaluate-0", 0.02, 0.05).tasks["t"].items == 3
+
+
+def ptl_compare(a, b, home):
+    """The command's exit code; its errors are raised."""
+    return CliRunner().invoke(app, ["compare", a, b, "--home", str(home)], catch_exceptions=False).exit_code
 
 
 def test_other_runs_and_names_are_refused(mlflow_runs, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no finished evaluate step"):
-        compare.locate(mlflow_runs["recover-1"], tmp_path, False)
+        compare.locate(mlflow_runs["recover-1"])
     with pytest.raises(InputError, match="no MLflow run 0000"):
-        compare.locate("0" * 32, tmp_path, False)
+        compare.locate("0" * 32)
     with pytest.raises(InputError, match="neither a folder"):
-        compare.locate("nothing", tmp_path, False)
+        compare.locate("nothing")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(InputError, match="--home: no local runs in"):
-        compare.locate("0" * 32, tmp_path / "elsewhere", False)
-    assert compare.locate(mlflow_runs["evaluate-0"], tmp_path, False).is_dir()  # the database of --home
+        ptl_compare("0" * 32, "0" * 32, tmp_path / "elsewhere")
+    run = mlflow_runs["evaluate-0"]
+    assert ptl_compare(run, run, tmp_path) == 0  # the database of --home
