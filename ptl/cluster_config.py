@@ -15,6 +15,11 @@ from ptl.section import Section
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+# Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
+Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+
+RETRIES = 2  # further attempts on a cluster, unless the config says otherwise
+WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
 
 
 class Toleration(Section):
@@ -52,10 +57,19 @@ class Resources(Section):
     shm: Quantity | None = Field(
         None, description="size of /dev/shm of prune, recover and evaluate; it counts as memory"
     )
-    timeout: int | None = Field(None, ge=1, description="seconds after which a step's pod is ended")
-    retries: int = Field(0, ge=0, le=10, description="further attempts of a failed step; finished work is not redone")
+    timeout: int | None = Field(None, ge=1, description="wall-clock seconds that each attempt of a step may take")
+    retries: int | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="further attempts of a step that failed, in its pod or in another one; finished work is not redone, "
+        "and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
+    )
     retry_wait: int = Field(60, ge=1, description="seconds before the first further attempt; doubled each time")
-    retry_wait_max: int = Field(900, ge=1, description="seconds")
+    control: Literal["beside", "after"] = Field(
+        "beside",
+        description="when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator",
+    )
     tolerations: tuple[Toleration, ...] = Field((), description="of prune, recover and evaluate")
     node_selector: dict[str, str] = Field(
         {}, description="labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"
@@ -63,15 +77,37 @@ class Resources(Section):
     queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="Kueue LocalQueue")
     image_pull_secrets: tuple[Name, ...] = ()
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    kfp: Literal["2.14", "2.15", "2.16"] = Field(
-        "2.16",
+    kfp: Literal["2.14", "2.15", "2.16", "2.17"] = Field(
+        "2.17",
         description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
-        "there is no security context; on 2.14 every Secret and key must exist",
+        "there is no security context",
     )
-    run_as_user: int = Field(1000, ge=1, description="with KFP 2.16; non-root")
+    run_as_user: int = Field(1000, ge=1, description="with KFP 2.16 and newer; non-root")
     run_as_group: int = Field(0, ge=0, description="the images are made for group 0, which has no privileges by itself")
     doctor: bool = Field(False, description="begin with a step that tries out MLflow, the store and the accelerators")
     steps: dict[StepName, StepResources] = Field({}, description="other values for one kind of step")
+
+    @property
+    def kfp_release(self) -> tuple[int, int]:
+        """`kfp` as numbers, to compare."""
+        major, minor = self.kfp.split(".")
+        return int(major), int(minor)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts of a step on a cluster, the first one included."""
+        return 1 + (RETRIES if self.retries is None else self.retries)
+
+    def timeout_of(self, stage: str) -> int | None:
+        """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
+        own = self.steps.get(stage)  # type: ignore[call-overload]
+        return own.timeout if own and own.timeout is not None else self.timeout
+
+    def window(self, stage: str) -> int:
+        """Wall-clock seconds within which all attempts of a kind of step end, the pauses between them included."""
+        timeout = self.timeout_of(stage)
+        pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)
+        return WITHOUT_TIMEOUT if timeout is None else self.attempts * timeout + pauses
 
     @model_validator(mode="after")
     def _accelerators_have_a_name(self) -> Resources:
@@ -82,15 +118,34 @@ class Resources(Section):
 
 
 class Storage(Section):
-    """Where runs are tracked; the checkpoints lie under the experiment's artifact location."""
+    """Where runs are tracked; the checkpoints are stored under the experiment's artifact location."""
 
     experiment: str = Field("ptl", min_length=1, description="MLflow experiment")
     registered_model: str | None = Field(None, description="MLflow registry name; none: the config's name")
-    config_map: Name | None = Field("ptl", description="ConfigMap with MLFLOW_TRACKING_URI and other addresses")
-    s3_secret: Name | None = Field("ptl-s3", description="Secret with the S3 keys; not needed with a cloud identity")
+    config_map: Mounted | None = Field("ptl", description="ConfigMap with MLFLOW_TRACKING_URI and any other variable")
+    s3_secret: Mounted | None = Field("ptl-s3", description="Secret with the S3 keys; not needed with a cloud identity")
     s3_access_key: str = Field("AWS_ACCESS_KEY_ID", description="key of the Secret; KFP's own Secret has `accesskey`")
     s3_secret_key: str = Field("AWS_SECRET_ACCESS_KEY", description="key of the Secret; KFP's own has `secretkey`")
-    mlflow_secret: Name | None = Field("ptl-mlflow", description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD")
-    hf_secret: Name | None = Field("ptl-hf", description="Secret with HF_TOKEN, for gated models")
-    cache_claim: Name | None = Field(None, description="PVC (ReadWriteMany) for downloads from the hub")
-    ca_config_map: Name | None = Field(None, description="ConfigMap whose key ca.crt holds the CA bundle to trust")
+    mlflow_secret: Mounted | None = Field(
+        "ptl-mlflow", description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"
+    )
+    hf_secret: Mounted | None = Field("ptl-hf", description="Secret with HF_TOKEN, for gated models")
+    cache_claim: Mounted | None = Field(None, description="PVC (ReadWriteMany) for downloads from the hub")
+    ca_config_map: Mounted | None = Field(None, description="ConfigMap whose key ca.crt holds the CA bundle to trust")
+
+    @model_validator(mode="after")
+    def _volumes_have_names_of_their_own(self) -> Storage:
+        kinds = {
+            "secret": {self.s3_secret, self.mlflow_secret, self.hf_secret},
+            "ConfigMap": {self.config_map},
+            "CA bundle": {self.ca_config_map},
+            "claim": {self.cache_claim},
+        }
+        names = [name for held in kinds.values() for name in held if name is not None]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"{twice[0]!r} names two things of different kinds, and Kubeflow names a volume after what it holds: "
+                "rename the ConfigMap, Secret or claim"
+            )
+        return self

@@ -1,0 +1,78 @@
+"""Files that a cluster mounts into a step's pod become its environment, before anything else is imported.
+
+Addresses and credentials reach a pod as optional volumes of a ConfigMap and of Secrets, one file for each key: so a
+ConfigMap may hold any variable without a new compile, a missing Secret does not stop a pod, and no variable is there
+twice when Kubernetes or a plugin of Kubeflow sets it as well. A variable that is already set wins.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+ROOT = "/etc/ptl"
+CONFIG, S3, MLFLOW, HF, CA = (f"{ROOT}/{name}" for name in ("config", "s3", "mlflow", "hf", "ca"))
+CACHE = "/mnt/ptl-cache"  # of the hub, on a volume
+HF_HOME = f"{CACHE}/huggingface"
+FALLBACK_HF_HOME = "/tmp/cache/huggingface"  # of the images
+BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+# Variables with the names that the S3 Secret has for the two keys, where they are other ones.
+S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_SECRET_ACCESS_KEY"}
+
+
+def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
+    """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
+    base = Path(root)
+    for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
+        for key, value in _variables(base / name).items():
+            environment.setdefault(key, value)
+    for renamed, variable in S3_KEYS.items():
+        path = base / "s3" / environment.get(renamed, "")
+        if path.is_file():
+            environment.setdefault(variable, _text(path))
+    return [*_trust(environment, base / "ca"), *_cache(environment)]
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    """File names that can be names of variables, and their texts. Kubernetes' own `..data` is none."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: _text(path) for path in sorted(folder.iterdir()) if path.name.isidentifier() and path.is_file()}
+
+
+def _text(path: Path) -> str:
+    return path.read_text().rstrip("\n")  # what `kubectl create secret --from-file` takes along
+
+
+def _trust(environment: MutableMapping[str, str], folder: Path) -> list[str]:
+    """Trust the mounted CA bundle. The folder of an optional volume is there, and empty, when its ConfigMap is not."""
+    if not folder.is_dir():
+        return []
+    bundle = folder / "ca.crt"
+    if not bundle.is_file():
+        return [
+            f"warning: storage.ca_config_map: no ca.crt in {folder}: the ConfigMap is missing, or has no such key; "
+            "the public CAs are trusted"
+        ]
+    for variable in BUNDLES:
+        environment.setdefault(variable, str(bundle))
+    return []
+
+
+def _cache(environment: MutableMapping[str, str]) -> list[str]:
+    """Without the right to write to the volume of the hub's cache, /tmp serves."""
+    home = environment.get("HF_HOME", "")
+    if not home.startswith(f"{CACHE}/"):
+        return []
+    try:
+        Path(home).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            return []
+    except OSError as error:
+        environment["HF_HOME"] = FALLBACK_HF_HOME
+        return [
+            f"warning: storage.cache_claim: {home} cannot be written ({error.strerror}), so downloads are not kept: "
+            "give group 0 the right to write (docs/install.md, Cache volume)"
+        ]
