@@ -48,7 +48,7 @@ class StepResources(Section):
 
 
 class Resources(Section):
-    """What a step asks of the cluster; local runners ignore it."""
+    """What a step asks of the cluster; runners on one machine heed `timeout`, `retries` and `retry_wait` alone."""
 
     accelerator: str | None = Field(None, description="for example nvidia.com/gpu")
     accelerators: int = Field(0, ge=0, description="accelerators per prune, recover and evaluate step")
@@ -62,8 +62,8 @@ class Resources(Section):
         None,
         ge=0,
         le=10,
-        description="further attempts of a step that failed, in its pod or in another one; finished work is not redone, "
-        "and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
+        description="further attempts of a step that failed, in its pod or in another one; finished work is not "
+        "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
     )
     retry_wait: int = Field(60, ge=1, description="seconds before the first further attempt; doubled each time")
     control: Literal["beside", "after"] = Field(

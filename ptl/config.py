@@ -254,6 +254,18 @@ def removal(original_params: int, target: float) -> int:
     return original_params - int(target)
 
 
+def essentials(config: Config) -> dict[str, Any]:
+    """The config without what is a default anyway: every step of a compiled pipeline carries these bytes.
+
+    There is no null in it, which Kubeflow does not know.
+    """
+    data = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    # A stage's method is the default of its class, but says which class it is.
+    stages = [stage.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for stage in config.recover]
+    methods = [{"method": stage.method} for stage in config.recover]
+    return data | {"recover": [method | stage for method, stage in zip(methods, stages, strict=True)]}
+
+
 def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
     """Options of the form NAME=VALUE, the values read as YAML. Raises InputError that names the option."""
     found = {}

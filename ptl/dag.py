@@ -50,7 +50,7 @@ def arm_of(name: str) -> Arm:
 
 def iteration_of(name: str) -> int:
     """`prune-3` is of iteration 3, the control's steps are of its only one, all others of 0."""
-    control, stage, number = _parts(name)
+    control, _, number = _parts(name)
     return int(number or bool(control))
 
 

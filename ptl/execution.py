@@ -19,15 +19,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ptl import __version__, store, tracking
-from ptl.errors import PtlError
+from ptl import __version__, attempts, dag, store, tracking
+from ptl.log import say
 from ptl.store import Pointer
 
 Facts = dict[str, Any]
 Record = dict[str, Any]
 Work = Callable[[Path, tracking.StepRun], Facts]  # fills the folder to publish, returns the step's facts
 
-MARK = "ptl: "  # begins a line of progress
+# Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
+SHOWN = ("uri", "digest", "params", "run_id")
 SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
 
 
@@ -36,35 +37,77 @@ class Step:
     """Which step of which run this is; everything here shows in MLflow."""
 
     name: str
-    arm: str
-    iteration: int
     experiment: str
 
     @property
     def stage(self) -> str:
-        """`import`, `prune`, `recover` or `evaluate`."""
-        return next(stage for stage in ("import", "prune", "recover", "evaluate") if stage in self.name)
+        """`import`, `prune`, `recover`, `evaluate` or `report`."""
+        return dag.stage_of(self.name)
+
+    @property
+    def arm(self) -> dag.Arm:
+        """`loop` or `control`."""
+        return dag.arm_of(self.name)
+
+    @property
+    def iteration(self) -> int:
+        """From 1; 0 outside of the iterations."""
+        return dag.iteration_of(self.name)
+
+    def start(self, title: str | None = None) -> tracking.StepRun:
+        """The step's run in MLflow; `title` names the pipeline run's own where there is none yet."""
+        return tracking.start(
+            self.experiment,
+            self.name,
+            arm=self.arm,
+            iteration=self.iteration,
+            artifact_location=artifact_root(),
+            title=title,
+        )
 
 
-def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work) -> Record:
-    """Do a step's work unless this run has committed it, and make MLflow say so; both can be repeated after a kill."""
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A file to write for the steps that follow, and what Kubeflow shows beside it."""
+
+    path: Path
+    metadata: Facts = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A step with everything that its component was given."""
+
+    step: Step
+    settings: Facts  # parameters of the component
+    inputs: dict[str, Pointer]
+    outputs: dict[str, Output]
+
+
+def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, title: str | None = None) -> Record:
+    """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
+
+    `title` is what people call the pipeline run. Raises NoAttemptLeftError where earlier attempts have used all.
+    """
     settings = {name: _plain(value) for name, value in settings.items()}
-    run = tracking.start(
-        step.experiment, step.name, arm=step.arm, iteration=step.iteration, artifact_location=artifact_root()
-    )
+    run = step.start(title)
     key = _key(step, parent, settings)
     try:
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
-            say(step.name, "started")
+            attempt, allowed = attempts.claim(run.root, run.run, step.name), attempts.policy().attempts
+            tracking.tag(run, {"attempt": attempt})
+            say(step.name, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
             record = _work_and_commit(step, run, parent, settings, key, work)
             say(step.name, f"done in {record['facts']['seconds']:.0f} s: {_summary(record['facts'])}")
         else:
             say(step.name, "done before: taken as it is")
         _track(step, run, parent, settings, record)
-    except BaseException as error:
-        tracking.fail(run, f"{type(error).__name__}: {error}")
-        _leave_error(step, error)
+    except attempts.NoAttemptLeftError as error:
+        last = tracking.error_of(run)
+        raise attempts.NoAttemptLeftError(f"{error}{'. The last one failed: ' + last if last else ''}") from None
+    except Exception as error:
+        tracking.note_error(run, f"{type(error).__name__}: {error}")
         raise
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
@@ -119,6 +162,8 @@ def _track(step: Step, run: tracking.StepRun, parent: Pointer | None, settings: 
         first = facts["scores"]["tasks"][0]
         bounds = {"low": first["low"], "high": first["high"]}
         tracking.log_progress(run, facts["scores"]["params"], first["accuracy"], **bounds)
+        ended = facts["accepted"]["gate"].get("reason", "") if facts["accepted"]["gate"].get("stopped") else ""
+        tracking.tag(run, {"verdict": facts["verdict"]["decision"]} | ({"loop_ended": ended} if ended else {}))
 
 
 def _key(step: Step, parent: Pointer | None, settings: Facts) -> str:
@@ -166,11 +211,6 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def say(name: str, what: str) -> None:
-    """One line of progress; `ptl run` shows these lines of a step's output, and logs all the others."""
-    print(f"{MARK}{name}: {what}", flush=True)
-
-
 def _summary(facts: Facts) -> str:
     if facts["stage"] == "evaluate":
         first = facts["scores"]["tasks"][0]
@@ -180,17 +220,11 @@ def _summary(facts: Facts) -> str:
     return f"{facts['params']:,} parameters"
 
 
-def read(artifact: Any) -> Pointer:
-    """The pointer in an input artifact's file."""
-    return Pointer.load(Path(artifact.path).read_text())
-
-
-def write(artifact: Any, pointer: Facts) -> None:
+def write(output: Output, pointer: Facts) -> None:
     """The pointer is the artifact's file and, for the lineage view, its metadata; its uri is never touched."""
-    path = Path(artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(Pointer(**pointer).dump())
-    artifact.metadata.update({name: value for name, value in pointer.items() if value})
+    output.path.parent.mkdir(parents=True, exist_ok=True)
+    output.path.write_text(Pointer(**pointer).dump())
+    output.metadata.update({name: pointer[name] for name in SHOWN if pointer.get(name)})
 
 
 def fetch(pointer: Pointer) -> Path:
@@ -215,12 +249,3 @@ def limit_threads(params: int) -> None:
 
     if params < SMALL_MODEL:
         torch.set_num_threads(1)
-
-
-def _leave_error(step: Step, error: BaseException) -> None:
-    """Tell the local runner what happened: KFP itself only says that a task failed."""
-    folder = os.environ.get("PTL_RUN_DIR")
-    if folder:
-        code = error.exit_code if isinstance(error, PtlError) else 1
-        told = {"step": step.name, "message": str(error) or type(error).__name__, "exit_code": code}
-        Path(folder, "error.json").write_text(json.dumps(told))

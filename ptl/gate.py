@@ -83,6 +83,16 @@ class Decision:
         return "candidate" if self.decision == "accepted" else "parent"
 
 
+def check_structure(settings: Gate, compiled: bool) -> None:
+    """Raise InputError where a run's parameter switches the gate: what waits for what was compiled for `compiled`."""
+    if settings.enabled != compiled:
+        raise InputError(
+            f"gate.enabled: {str(settings.enabled).lower()}, but this pipeline was compiled with the gate "
+            f"{'on' if compiled else 'off'}, which decides what its steps wait for; set gate.enabled in the config, "
+            "and compile and submit it again"
+        )
+
+
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927): (low, high) within 0..1."""
     if not 0 <= correct <= n or n == 0:

@@ -1,7 +1,7 @@
 """One step each: fetch -> work -> publish -> track. The only module that knows both the work and the store.
 
-Each public function is the whole body of a pipeline component. Settings arrive as the component's parameters and are
-checked again here. A step whose input says that the loop has stopped passes it through.
+Each function of STEPS is the whole body of a pipeline component. Settings arrive as the component's parameters and are
+checked again here. A step whose input says that its arm has stopped passes it through.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import dataclasses
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, gate, store, tracking, verdict
+from ptl import __version__, attempts, dag, gate, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -28,73 +29,56 @@ from ptl.config import (
     plan,
     removal,
 )
-from ptl.errors import InputError
-from ptl.execution import Facts, Record, Step, artifact_root, execute, fetch, limit_threads, read, say, scratch, write
+from ptl.errors import InputError, WorkError
+from ptl.execution import Call, Facts, Output, Record, Step, execute, fetch, limit_threads, scratch, write
+from ptl.log import say
 from ptl.store import Pointer
 
+SCHEDULE = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
 
-def import_model(
-    name: str,
-    experiment: str,
-    out: Any,
-    *,
-    model: str,
-    revision: str,
-    schedule: Facts,
-    prune: Facts,
-    calibration: Facts,
-    training: Facts,
-    evaluate: Facts,
-) -> None:
+
+def doctor(call: Call) -> None:
+    """Try out MLflow, the store and the accelerators before anything expensive."""
+    from ptl import doctor as work
+
+    work.task(call.settings["settings"], call.step.experiment)
+
+
+def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl import importer
 
+    settings = call.settings
+    gate.check_structure(check(Gate, settings["gate"], "gate"), settings["gated"])
+    source = {"model": settings["model"], "revision": settings["revision"]}
     folder, params = importer.preflight(
-        model,
-        revision or None,
-        check(Schedule, schedule, "schedule"),
-        check(Prune, prune, "prune"),
-        check(Calibration, calibration, "calibration"),
-        check(TrainingData, training, "training"),
-        check(Evaluate, evaluate, "evaluate"),
+        source["model"],
+        source["revision"] or None,
+        _schedule(call),
+        check(Prune, settings["prune"], "prune"),
+        check(Calibration, settings["calibration"], "calibration"),
+        check(TrainingData, settings["training"], "training"),
+        check(Evaluate, settings["evaluate"], "evaluate"),
     )
 
     def work(dst: Path, _run: tracking.StepRun) -> Facts:
         importer.import_checkpoint(str(folder), None, dst)
-        return {
-            "model": model,
-            "revision": revision,
-            "params": params,
-            "versions": _versions(),
-            "host": platform.node(),
-        }
+        return {**source, "params": params, "versions": _versions(), "host": platform.node()}
 
-    step = Step(name, "loop", 0, experiment)
-    record = execute(step, None, {"model": model, "revision": revision}, work)
-    write(out, record["pointer"])
+    title = settings["run_name"] if attempts.on_a_cluster() else None
+    record = execute(call.step, None, source, work, title=title)
+    write(call.outputs["out"], record["pointer"])
 
 
-def prune(
-    name: str,
-    arm: str,
-    iteration: int,
-    experiment: str,
-    model: Any,
-    out: Any,
-    *,
-    schedule: Facts,
-    prune: Facts,
-    calibration: Facts,
-    seed: int,
-) -> None:
+def prune(call: Call) -> None:
     """Remove this iteration's share of neurons or layers."""
-    parent = read(model)
-    if _passes_through(name, parent, out):
+    parent = call.inputs["model"]
+    if _passes_through(call.step, parent, call.outputs["out"]):
         return
-    cuts, settings = check(Schedule, schedule, "schedule"), check(Prune, prune, "prune")
-    scoring = check(Calibration, calibration, "calibration")
-    this = _iteration(cuts, settings, iteration)
-    total = removal(parent.original_params, cuts.target)
+    schedule, settings = _schedule(call), check(Prune, call.settings["prune"], "prune")
+    scoring, seed = check(Calibration, call.settings["calibration"], "calibration"), call.settings["seed"]
+    this = _iteration(schedule, settings, call.step.iteration)
+    total = removal(parent.original_params, schedule.target)
     goal = gate.goal(parent.params, parent.original_params - int(this.progress * total), parent.gate)
 
     def work(dst: Path, _run: tracking.StepRun) -> Facts:
@@ -106,33 +90,21 @@ def prune(
         return dataclasses.asdict(report)
 
     given = {"goal": goal, "unit": this.unit, "prune": settings, "calibration": scoring, "seed": seed}
-    record = execute(Step(name, arm, iteration, experiment), parent, given, work)
-    write(out, record["pointer"])
+    record = execute(call.step, parent, given, work)
+    write(call.outputs["out"], record["pointer"])
 
 
-def recover(
-    name: str,
-    arm: str,
-    iteration: int,
-    experiment: str,
-    model: Any,
-    out: Any,
-    *,
-    schedule: Facts,
-    recover: list[Facts],
-    training: Facts,
-    seed: int,
-) -> None:
-    """Train the cut model on this iteration's tokens."""
-    parent = read(model)
-    if _passes_through(name, parent, out):
+def recover(call: Call) -> None:
+    """Train the pruned model on this iteration's tokens."""
+    step, parent, scored = call.step, call.inputs["model"], call.inputs["scored"]
+    if _passes_through(step, parent, call.outputs["out"]):
         return
-    cuts = check(Schedule, schedule, "schedule")
-    rounds = [it.tokens for it in plan(cuts, Prune())][:iteration]
-    this = _iteration(cuts, Prune(), iteration)
-    recovery = check(Recovery, {"stages": recover}, "recover")
-    data = check(TrainingData, training, "training")
-    weights = tuple(1 if cuts.tokens == "uniform" else 2**i for i in range(cuts.iterations))
+    schedule, seed = _schedule(call), call.settings["seed"]
+    rounds = [it.tokens for it in plan(schedule, Prune())][: step.iteration]
+    this = _iteration(schedule, Prune(), step.iteration)
+    recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
+    data = check(TrainingData, call.settings["training"], "training")
+    weights = tuple(1 if schedule.tokens == "uniform" else 2**i for i in range(schedule.iterations))
     given = {
         "tokens": this.tokens,
         "weights": list(weights),
@@ -141,34 +113,34 @@ def recover(
         "training": data,
         "seed": seed,
     }
-    step = Step(name, arm, iteration, experiment)
     vault = _vault(step, parent, given, recovery)
 
     def work(dst: Path, run: tracking.StepRun) -> Facts:
         from ptl.job import Job, Round
         from ptl.recover import recover_checkpoint
 
+        tracking.tag(run, {"tokens": this.tokens})
         src = fetch(parent)
         limit_threads(parent.params)
 
-        def on_log(metrics: dict[str, float], step: int) -> None:
-            tracking.log_metrics(run, {f"train/{key}": value for key, value in metrics.items()}, step)
+        def on_log(metrics: dict[str, float], step_number: int) -> None:
+            tracking.log_metrics(run, {f"train/{key}": value for key, value in metrics.items()}, step_number)
             if line := _progress(metrics, this.tokens):
-                say(name, line)
+                say(step.name, line)
 
-        here = Round(this.tokens, (), iteration, this.last, seed, weights)
+        here = Round(this.tokens, (), step.iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
-        scored = _scored(run) if data.decontaminate.tasks else None
-        job = Job(data, here, scratch(name) / "training", on_log, teacher, vault, scored)
+        items = fetch(scored) if data.decontaminate.tasks else None
+        job = Job(data, here, scratch(step.name) / "training", on_log, teacher, vault, items)
         report = recover_checkpoint(src, dst, recovery, rounds, job)
-        return {"params": parent.params} | dataclasses.asdict(report) | _dropped(name, report)
+        return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
     record = execute(step, parent, given, work)
     if vault is not None:
         from ptl import preempt
 
         preempt.clear(vault, len(recovery.stages))
-    write(out, record["pointer"])
+    write(call.outputs["out"], record["pointer"])
 
 
 def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any:
@@ -178,22 +150,18 @@ def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any
         return None
     from ptl import preempt
 
-    run = tracking.start(
-        step.experiment, step.name, arm=step.arm, iteration=step.iteration, artifact_location=artifact_root()
-    )
+    run = step.start()
     return preempt.Vault(run.root, run.run, step.name, preempt.key_of(parent.digest, given), min(minutes))
 
 
-def _original(run: tracking.StepRun) -> Path | None:
+def _original(run: tracking.StepRun) -> Path:
     """The imported dense model, which distillation learns from."""
     record = store.committed(run.root, run.run, "import-model")
-    return fetch(Pointer(**record["pointer"])) if record is not None else None
-
-
-def _scored(run: tracking.StepRun) -> Path | None:
-    """What the run's first evaluation wrote: its items are those that must not be trained on."""
-    record = store.committed(run.root, run.run, "evaluate-0")
-    return fetch(Pointer(**record["pointer"])) if record is not None else None
+    if record is None:
+        raise WorkError(
+            f"run {run.run}: the record of import-model is gone, and distil needs its model; start a new run"
+        )
+    return fetch(Pointer(**record["pointer"]))
 
 
 def _dropped(name: str, report: Any) -> Facts:
@@ -222,35 +190,23 @@ def _progress(metrics: dict[str, float], tokens: int) -> str:
     return ""
 
 
-def evaluate(
-    name: str,
-    arm: str,
-    iteration: int,
-    experiment: str,
-    model: Any,
-    fallback: Any,
-    out: Any,
-    accepted: Any,
-    metrics: Any,
-    *,
-    iterations: int,
-    target: float,
-    prune: Facts,
-    evaluate: Facts,
-    gate_settings: Facts,
-    seed: int,
-    registered_model: str,
-) -> None:
-    """Score the checkpoint, and decide which one goes on: it, or the `fallback` that its iteration began with.
+def evaluate(call: Call) -> None:
+    """Score the checkpoint, and decide which one continues: it, or the `fallback` that its iteration began with.
 
-    The step that ends the loop also measures the final model's speed beside the dense one's.
+    The step that ends the loop also measures the final model's speed beside the dense one's. With the gate off there is
+    no fallback, and the next iteration does not wait for the scores.
     """
-    candidate, before = read(model), read(fallback)
-    if _passes_through(name, candidate, out, accepted):
+    step, candidate, before = call.step, call.inputs["model"], call.inputs.get("fallback")
+    outputs = call.outputs
+    if _passes_through(step, candidate, outputs["scores"], outputs["accepted"]):
         return
-    settings, rule = check(Evaluate, evaluate, "evaluate"), check(Gate, gate_settings, "gate")
-    whole = verdict.Plan(iterations, target, check(Prune, prune, "prune"))
-    step = Step(name, arm, iteration, experiment)
+    settings = check(Evaluate, call.settings["evaluate"], "evaluate")
+    rule, seed = check(Gate, call.settings["gate"], "gate"), call.settings["seed"]
+    if step.arm == "loop" and step.iteration:
+        gate.check_structure(rule, compiled=before is not None)
+    whole = verdict.Plan(
+        call.settings["iterations"], call.settings["target"], check(Prune, call.settings["prune"], "prune")
+    )
 
     def work(dst: Path, run: tracking.StepRun) -> Facts:
         from ptl import tasks
@@ -262,7 +218,8 @@ def evaluate(
         scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
         if rule.enabled and scores.tasks[0].low is None:  # the task's YAML did not tell
             raise tasks.no_accuracy(settings.tasks[0])
-        decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered_model)
+        registered = call.settings["registered_model"]
+        decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered)
         ends = verdict.ends_the_loop(step, whole, onward)
         speed = verdict.beside_dense(step, run, onward, settings, seed) if ends else {}
         return {
@@ -275,62 +232,80 @@ def evaluate(
             "seconds": scores.seconds + speed.get("seconds", 0.0),
         }
 
-    given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": iterations, "seed": seed}
+    given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": whole.iterations, "seed": seed}
     record = execute(step, candidate, given, work)
-    facts = record["facts"]
-    write(out, record["pointer"])
-    write(accepted, facts["accepted"])
+    write(outputs["scores"], record["pointer"])
+    write(outputs["accepted"], record["facts"]["accepted"])
+    outputs["metrics"].metadata.update(_shown(record["facts"]))
+
+
+def _shown(facts: Facts) -> Facts:
+    """What Kubeflow's table of a run's metrics has of an evaluation."""
     first = facts["scores"]["tasks"][0]
-    for key in ("accuracy", "low", "high", "items"):
-        metrics.log_metric(key, first[key])
-    metrics.log_metric("params", facts["scores"]["params"])
-    metrics.metadata["verdict"] = facts["verdict"]["decision"]
+    numbers = {key: first[key] for key in ("accuracy", "low", "high", "items") if first[key] is not None}
+    return {**numbers, "params": facts["scores"]["params"], "verdict": facts["verdict"]["decision"]}
 
 
-def report(
-    name: str,
-    experiment: str,
-    names: list[str],
-    final: Any,
-    html: Any,
-    markdown: Any,
-    *,
-    settings: Facts,
-    registered_model: str,
-) -> None:
+def report(call: Call) -> None:
     """Write the run's pages and result.json from the records of its steps; name the best and smallest version."""
     from ptl import report as pages
     from ptl.evaluate import read_items
 
-    last = read(final)
-    config = check(Config, settings, "settings").model_dump(mode="json")
-    run = tracking.start(experiment, name, arm="loop", iteration=0, artifact_location=artifact_root())
-    found = {other: store.committed(run.root, run.run, other) for other in names}
-    records = {other: record for other, record in found.items() if record is not None}
-    folder = scratch(name) / "report"
+    step, final, control = call.step, call.inputs["final"], call.inputs.get("control")
+    config = check(Config, _whole(call.settings), "settings")
+    run = step.start()
+    names = [node.name for node in dag.nodes(config) if dag.stage_of(node.name) not in ("doctor", "report")]
+    found = {name: store.committed(run.root, run.run, name) for name in names}
+    records = {name: record for name, record in found.items() if record is not None}
+    folder = scratch(step.name) / "report"
     for record in records.values():
         if record["facts"]["stage"] == "evaluate":
             record["facts"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
-    result = pages.write_report(records, {**config, **tracking.links(run)}, folder)
+    stopped = gate.State.load(control.gate) if control else gate.State()
+    settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": stopped.reason}
+    result = pages.write_report(records, settings, folder)
     tracking.log_report(run, sorted(folder.iterdir()))
-    _set_aliases(records, registered_model)
-    Path(html.path).write_text((folder / "report.html").read_text())
-    Path(markdown.path).write_text((folder / "report.md").read_text())
+    _set_aliases(records, call.settings["registered_model"])
+    for name, page in (("html", "report.html"), ("markdown", "report.md")):
+        shutil.copyfile(folder / page, call.outputs[name].path)
     shared = os.environ.get("PTL_RUN_DIR")
     if shared:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
             shutil.copyfile(path, Path(shared, path.name))
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
-    tracking.finish(run, params={}, metrics=metrics, inputs=[last.model_id], output=None, step=0)
+    tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
 
 
-def _passes_through(name: str, pointer: Pointer, *outs: Any) -> bool:
-    """Whether the loop has stopped: then the input is the output, at once."""
+def _whole(settings: Facts) -> Facts:
+    """The config of the run: the compiled one, with the run's own parameters."""
+    compiled = settings["settings"]
+    schedule = {name: settings[name] for name in SCHEDULE if name in settings}
+    sections = ("seed", "prune", "calibration", "recover", "training", "evaluate", "gate")
+    return {
+        **compiled,
+        "model": {"path": settings["model"], "revision": settings["revision"] or None},
+        "schedule": {**compiled["schedule"], **schedule},
+        **{name: settings[name] for name in sections},
+    }
+
+
+STEPS: dict[str, Callable[[Call], None]] = {
+    "doctor": doctor,
+    "import": import_model,
+    "prune": prune,
+    "recover": recover,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def _passes_through(step: Step, pointer: Pointer, *outputs: Output) -> bool:
+    """Whether the arm has stopped: then the input is the output, at once."""
     state = gate.State.load(pointer.gate)
     if state.stopped:
-        say(name, f"not needed, its input is passed through: {state.reason}")
-    for out in outs if state.stopped else ():
-        write(out, dataclasses.asdict(pointer))
+        say(step.name, f"not needed, its input is passed through: {state.reason}")
+        for output in outputs:
+            write(output, dataclasses.asdict(pointer))
     return state.stopped
 
 
@@ -345,6 +320,14 @@ def _set_aliases(records: dict[str, Record], registered_model: str) -> None:
     if accepted:
         tracking.set_alias(registered_model, "best", max(accepted)[2])
         tracking.set_alias(registered_model, "smallest", max(accepted, key=lambda entry: entry[1])[2])
+
+
+def _schedule(call: Call) -> Schedule:
+    """The part of the schedule that a step is given: prune the sizes, recover the tokens, import all of it."""
+    unused = {"target": 0.5, "recovery_tokens": 0}  # fields that have no default
+    return check(
+        Schedule, unused | {name: call.settings[name] for name in SCHEDULE if name in call.settings}, "schedule"
+    )
 
 
 def _iteration(schedule: Schedule, pruning: Prune, index: int) -> Iteration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptl import store
 from ptl.errors import InputError, WorkError
+from ptl.log import say
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
+TAG = 4000  # characters of an error that a tag keeps
+NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
+LINK, FAILED = "[Run in Kubeflow]", "**Failed** in "  # how our descriptions begin
 
 
 @dataclass(frozen=True)
@@ -49,30 +54,42 @@ def pipeline_run() -> str:
     return run
 
 
-def start(experiment: str, step: str, *, arm: str, iteration: int, artifact_location: str | None = None) -> StepRun:
+def start(
+    experiment: str,
+    step: str,
+    *,
+    arm: str,
+    iteration: int,
+    artifact_location: str | None = None,
+    title: str | None = None,
+) -> StepRun:
     """Find or create the run of a step, reopened when it had ended, under the pipeline run's parent.
 
-    `artifact_location` is where a new experiment keeps its files; None leaves it to the server. Raises InputError for a
-    missing setting, WorkError when the server does not answer.
+    `artifact_location` is where a new experiment keeps its files; None leaves it to the server. `title` is the name of
+    a new parent; None: the pipeline run's id. Raises InputError for a missing setting, WorkError when the server does
+    not answer.
     """
     run = pipeline_run()
     with explained():
         client = connect()
-        own = {"ptl.run": run, "ptl.step": step, "ptl.arm": arm, "ptl.iteration": str(iteration)}
+        own = {"ptl.run": run, "ptl.step": step, "ptl.arm": arm, "ptl.iteration": str(iteration), "ptl.node": node()}
         given = _plugin_run()
         if given:
             found, root, parent, child = _resume(client, given, run, own)
         else:
             found = _experiment(client, experiment, artifact_location)
             root = found.artifact_location.rstrip("/") + "/ptl"
-            parent = _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
+            parent = _run(client, found.experiment_id, root, run, "", _of_parent(run), title or run)
             tags = {**own, "mlflow.parentRunId": parent.info.run_id}
             child = _run(client, found.experiment_id, root, run, step, tags, step)
-        for each in (parent, child):
-            if each.info.status != "RUNNING":
-                client.update_run(each.info.run_id, status="RUNNING")
+        if child.info.status != "RUNNING":
+            client.update_run(child.info.run_id, status="RUNNING")
+        if child.data.tags.get("ptl.node") != node():  # an earlier attempt ran elsewhere
+            client.set_tag(child.info.run_id, "ptl.node", node())
         ids = (child.info.run_id, parent.info.run_id, found.experiment_id)
-        return StepRun(*ids, root, run, child.info.artifact_uri, step, arm)
+        step_run = StepRun(*ids, root, run, child.info.artifact_uri, step, arm)
+        _settle(client, step_run)
+        return step_run
 
 
 def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
@@ -138,18 +155,105 @@ def finish(
         if "ptl.error" in run.data.tags:  # of an earlier attempt
             client.delete_tag(run_id, "ptl.error")
         client.set_terminated(run_id, "FINISHED")
-        if step_run.step == "report":
-            client.set_terminated(step_run.parent_run_id, "FINISHED")
+        _settle(client, step_run)
+
+
+def tag(step_run: StepRun, values: dict[str, Any]) -> None:
+    """Set tags `ptl.<name>` of a step's run."""
+    with explained():
+        for key, value in values.items():
+            connect().set_tag(step_run.run_id, _own(key), str(value))
+
+
+def note_error(step_run: StepRun, message: str) -> None:
+    """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
+    try:
+        with explained():
+            connect().set_tag(step_run.run_id, "ptl.error", message[:TAG])
+    except WorkError as error:
+        say(step_run.step, f"warning: the failure could not be recorded: {error}")
+
+
+def error_of(step_run: StepRun) -> str:
+    """Why the last attempt of a step failed, as far as it could tell."""
+    with explained():
+        return str(connect().get_run(step_run.run_id).data.tags.get("ptl.error", ""))
 
 
 def fail(step_run: StepRun, message: str) -> None:
-    """Mark the step and its pipeline run as failed, with the message as tag `ptl.error`. A retry reopens both."""
+    """Mark a step as failed for good, with the message as tag `ptl.error`; a retry reopens it.
+
+    A step of the loop fails its pipeline run too, whose page then tells which step and why.
+    """
     with explained():
         client = connect()
-        client.set_tag(step_run.run_id, "ptl.error", message[:4000])
+        client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
         _abandon(client, step_run)
-        for run_id in (step_run.run_id, step_run.parent_run_id):
-            client.set_terminated(run_id, "FAILED")
+        client.set_terminated(step_run.run_id, "FAILED")
+        _settle(client, step_run)
+
+
+def computing_beside(step_run: StepRun) -> list[str]:
+    """Names of the run's other steps that are at work on the same node now."""
+    where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step' and attributes.status = 'RUNNING'"
+    with explained():
+        found = connect().search_runs([step_run.experiment_id], where)
+    names = {run.data.tags["ptl.step"] for run in found if run.data.tags.get("ptl.node") == node()}
+    return sorted(names - {step_run.step})
+
+
+def _settle(client: MlflowClient, step_run: StepRun) -> None:
+    """Give the pipeline run's parent the status that follows from all of its steps, whichever reports last.
+
+    A failed control does not fail the run, since its loop goes on; the report ends it.
+    """
+    where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step'"
+    runs = client.search_runs([step_run.experiment_id], where)
+    steps = {run.data.tags["ptl.step"]: run for run in runs if run.info.status == "FAILED"}
+    failed = sorted(name for name, run in steps.items() if run.data.tags.get("ptl.arm") == "loop")
+    reported = any(run.data.tags["ptl.step"] == "report" and run.info.status == "FINISHED" for run in runs)
+    status = "FAILED" if failed else "FINISHED" if reported else "RUNNING"
+    parent = client.get_run(step_run.parent_run_id)
+    if parent.info.status != status:
+        client.update_run(step_run.parent_run_id, status="RUNNING")  # a run that has ended may end anew
+        if status != "RUNNING":
+            client.set_terminated(step_run.parent_run_id, status)
+    error = f"{failed[0]}: {steps[failed[0]].data.tags.get('ptl.error', '')}" if failed else ""
+    _describe(client, parent, step_run.run, error)
+
+
+def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
+    """The short report of a run that failed, on its page in MLflow: which step, why, and how it continues."""
+    tags, lines = parent.data.tags, []
+    if page := kubeflow_page(run):
+        lines.append(f"{LINK}({page})")
+    if error:
+        how = f"`ptl retry {run}`" if os.environ.get("KFP_RUN_ID") else "the same `ptl run` command"
+        lines.append(f"{FAILED}{error}\n\nOnce that is fixed, {how} resumes it from what is finished.")
+    wanted = {"ptl.error": error[:TAG]}
+    if tags.get(NOTE, LINK).startswith((LINK, FAILED)):  # else somebody wrote a note of their own
+        wanted[NOTE] = "\n\n".join(lines)
+    for key, text in wanted.items():
+        if text and tags.get(key) != text:
+            client.set_tag(parent.info.run_id, key, text)
+        elif not text and key in tags:
+            client.delete_tag(parent.info.run_id, key)
+
+
+def kubeflow_page(run: str) -> str:
+    """The run's page in Kubeflow, where the ConfigMap names the UI's address; else empty."""
+    ui = os.environ.get("PTL_KFP_UI", "").rstrip("/")
+    return f"{ui}/#/runs/details/{run}" if ui else ""
+
+
+def node() -> str:
+    """The machine that this step runs on: a cluster's node, by the pod's environment."""
+    return os.environ.get("PTL_NODE") or platform.node()
+
+
+def _of_parent(run: str) -> dict[str, str]:
+    page = kubeflow_page(run)
+    return {"ptl.run": run} | ({"ptl.kubeflow": page} if page else {})
 
 
 def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
@@ -305,8 +409,9 @@ def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) ->
     found = client.get_experiment(child.info.experiment_id)
     root = found.artifact_location.rstrip("/") + "/ptl"
     above = child.data.tags.get("mlflow.parentRunId")
-    parent = client.get_run(above) if above else _run(client, found.experiment_id, root, run, "", {"ptl.run": run}, run)
-    marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {"ptl.run": run, "ptl.role": "parent"}}
+    own = _of_parent(run)
+    parent = client.get_run(above) if above else _run(client, found.experiment_id, root, run, "", own, run)
+    marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {**own, "ptl.role": "parent"}}
     if not above:
         marks[given]["mlflow.parentRunId"] = parent.info.run_id
     for run_id, entries in marks.items():

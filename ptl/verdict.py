@@ -12,8 +12,9 @@ from typing import Any
 from ptl import checkpoint, gate, store, tracking
 from ptl.anatomy import anatomy, smallest_cuts
 from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
-from ptl.execution import Facts, Record, Step, fetch, say
+from ptl.execution import Facts, Record, Step, fetch
 from ptl.families import family_of
+from ptl.log import say
 from ptl.store import Pointer
 
 
@@ -42,20 +43,25 @@ def decide(
     rule: Gate,
     whole: Plan,
     candidate: Pointer,
-    before: Pointer,
+    before: Pointer | None,
     scored: Path,
     registered_model: str,
 ) -> tuple[Facts, Pointer]:
-    """The gate's verdict on the checkpoint whose scores lie in `scored`, and the pointer that goes on."""
+    """The gate's verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with.
+
+    `before` is the checkpoint that the iteration started from; only the gate needs it.
+    """
     if step.iteration == 0 or step.arm == "control":
         return {"decision": "baseline" if step.iteration == 0 else "control", "reason": ""}, candidate
-    pairs, smallest = _compared(step, run, rule, whole, before, scored) if rule.enabled else ([], 1)
+    # With the gate off nothing is compared, and the next iteration has begun already.
+    pairs, smallest = _compared(step, run, rule, whole, before, scored) if before else ([], 1)
+    start = before or candidate
     decided = gate.decide(
         rule,
-        gate.State.load(before.gate),
+        gate.State.load(start.gate),
         params=candidate.params,
-        parent_params=before.params,
-        target_params=before.original_params - removal(before.original_params, whole.target),
+        parent_params=start.params,
+        target_params=candidate.original_params - removal(candidate.original_params, whole.target),
         baseline=pairs[0] if pairs else None,
         parent=pairs[-1] if pairs else None,
         smallest_cut=smallest,
@@ -63,7 +69,7 @@ def decide(
     state = decided.state
     if state.stopped:
         state = dataclasses.replace(state, reason=f"the loop ended in iteration {step.iteration}: {state.reason}")
-    onward = candidate if decided.keep == "candidate" else before
+    onward = candidate if decided.keep == "candidate" else start
     onward = dataclasses.replace(onward, gate=state.dump())
     if decided.decision == "accepted":
         version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
@@ -117,12 +123,15 @@ def beside_dense(step: Step, run: tracking.StepRun, final: Pointer, settings: Ev
     if final.digest == dense.digest:
         return {"reason": "the run ends with the dense model"}
     say(step.name, "measuring speed, the dense and the final model in turns")
+    folders = {"dense": fetch(dense), "final": fetch(final)}
+    beside = tracking.computing_beside(run)
     try:
-        found = side_by_side({"dense": fetch(dense), "final": fetch(final)}, settings, seed=seed)
+        found = side_by_side(folders, settings, seed=seed)
     except torch.OutOfMemoryError as error:
         return {"reason": f"the GPU does not hold the dense and the final model at once ({str(error).splitlines()[0]})"}
     tracking.log_metrics(run, _metrics(found["models"]), step.iteration)
-    return found
+    # What began or ended in between took its share as well.
+    return found | {"beside": sorted({*beside, *tracking.computing_beside(run)})}
 
 
 def _metrics(models: dict[str, Any]) -> dict[str, float]:

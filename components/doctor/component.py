@@ -1,10 +1,14 @@
 """Doctor: try out MLflow, the store and the accelerators before anything expensive; an optional first step."""
 
-from kfp import dsl
+from kfp.dsl import component
 
 
-@dsl.component(base_image="python:3.11", install_kfp_package=False)
-def doctor(step: str, experiment: str, settings: dict):
-    from ptl import doctor
+@component(base_image="python:3.11", install_kfp_package=False)
+def doctor(
+    step: str,
+    experiment: str,
+    settings: dict,
+):
+    from ptl import attempts
 
-    doctor.task(settings, experiment)
+    attempts.run(locals())

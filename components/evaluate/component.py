@@ -1,13 +1,11 @@
 """Evaluate: score the checkpoint, and decide which checkpoint the next iteration starts from."""
 
-from kfp import dsl
+from kfp.dsl import Artifact, Input, Metrics, Model, Output, component
 
 
-@dsl.component(base_image="python:3.11", install_kfp_package=False)
+@component(base_image="python:3.11", install_kfp_package=False)
 def evaluate(
     step: str,
-    arm: str,
-    iteration: int,
     experiment: str,
     iterations: int,
     target: float,
@@ -16,29 +14,12 @@ def evaluate(
     gate: dict,
     seed: int,
     registered_model: str,
-    model: dsl.Input[dsl.Model],
-    fallback: dsl.Input[dsl.Model],
-    scores: dsl.Output[dsl.Artifact],
-    accepted: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
+    model: Input[Model],
+    scores: Output[Artifact],
+    accepted: Output[Model],
+    metrics: Output[Metrics],
+    fallback: Input[Model] = None,
 ):
-    from ptl import steps
+    from ptl import attempts
 
-    steps.evaluate(
-        step,
-        arm,
-        iteration,
-        experiment,
-        model,
-        fallback,
-        scores,
-        accepted,
-        metrics,
-        iterations=iterations,
-        target=target,
-        prune=prune,
-        evaluate=evaluate,
-        gate_settings=gate,
-        seed=seed,
-        registered_model=registered_model,
-    )
+    attempts.run(locals())

@@ -1,12 +1,13 @@
 """Import: the dense model and the run's inputs are checked, and the model is published once."""
 
-from kfp import dsl
+from kfp.dsl import Model, Output, component
 
 
-@dsl.component(base_image="python:3.11", install_kfp_package=False)
+@component(base_image="python:3.11", install_kfp_package=False)
 def import_model(
     step: str,
     experiment: str,
+    run_name: str,
     model: str,
     revision: str,
     iterations: int,
@@ -18,25 +19,10 @@ def import_model(
     calibration: dict,
     training: dict,
     evaluate: dict,
-    out: dsl.Output[dsl.Model],
+    gate: dict,
+    gated: bool,
+    out: Output[Model],
 ):
-    from ptl import steps
+    from ptl import attempts
 
-    steps.import_model(
-        step,
-        experiment,
-        out,
-        model=model,
-        revision=revision,
-        schedule={
-            "iterations": iterations,
-            "target": target,
-            "cuts": cuts,
-            "recovery_tokens": recovery_tokens,
-            "tokens": tokens,
-        },
-        prune=prune,
-        calibration=calibration,
-        training=training,
-        evaluate=evaluate,
-    )
+    attempts.run(locals())

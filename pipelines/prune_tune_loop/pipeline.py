@@ -1,6 +1,5 @@
 """The loop, unrolled: a Python loop at compile time makes one flat DAG of prune, recover and evaluate tasks."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from components.recover.component import recover
 from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
-from ptl.config import Config
-from ptl.images import IMAGE_OF, image
+from ptl import dag
+from ptl.config import Config, essentials
+from ptl.images import image
 
 
 def parameters(config: Config) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def parameters(config: Config) -> dict[str, Any]:
 
     Structure (number of iterations, control arm, images) is not among them: it is in the DAG.
     """
-    data = config.model_dump(mode="json", exclude_none=True)  # KFP has no null; each null is its field's default
+    data = essentials(config)
     return {
         "model": config.model.path,
         "revision": config.model.revision or "",
@@ -32,12 +32,12 @@ def parameters(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "cuts": config.schedule.cuts,
         "tokens": config.schedule.tokens,
-        "prune_settings": data["prune"],
+        "prune_settings": data.get("prune", {}),
         "calibration": data["calibration"],
         "recover_settings": data["recover"],
         "training": data["training"],
         "evaluate_settings": data["evaluate"],
-        "gate": data["gate"],
+        "gate": data.get("gate", {}),
         "experiment": config.storage.experiment,
         "registered_model": config.storage.registered_model or config.name,
     }
@@ -66,7 +66,7 @@ def build(config: Config) -> Any:
         registered_model: str = defaults["registered_model"],
     ) -> None:
         given = locals()
-        _unroll(_Dag(config, {name: given[name] for name in defaults}))
+        _unroll(config, {name: given[name] for name in defaults})
 
     return prune_tune_loop
 
@@ -77,74 +77,55 @@ def compile_pipeline(config: Config, path: Path) -> None:
     compact(path)
 
 
-@dataclass
-class _Dag:
-    """The DAG while it grows: its parameters as KFP's placeholders, and the tasks so far in their order."""
-
-    config: Config
-    given: dict[str, Any]
-    tasks: dict[str, Any] = field(default_factory=dict)
-
-    def pick(self, *names: str) -> dict[str, Any]:
-        """Parameters for a component; `<stage>_settings` arrives there as `<stage>`."""
-        return {name.removesuffix("_settings"): self.given[name] for name in names}
-
-    def add(self, component: Any, step: str, **inputs: Any) -> Any:
-        """A task after all that came before: local runners need one fixed order."""
-        task = component(step=step, **self.pick("experiment"), **inputs).set_display_name(step)
-        if self.tasks:
-            task.after(list(self.tasks.values())[-1])
-        self.tasks[step] = task
-        stage = next((stage for stage in IMAGE_OF if stage in step), "prune")  # the doctor looks where prune will run
-        vllm = stage == "evaluate" and self.config.evaluate.backend == "vllm"
-        kind = "evaluate-vllm" if vllm else stage
-        task.set_container_image(image(kind, self.config.images.registry, self.config.images.tag))
-        return cluster.configure(task, stage, self.config)
+COMPONENTS = {
+    "doctor": doctor,
+    "import": import_model,
+    "prune": prune,
+    "recover": recover,
+    "evaluate": evaluate,
+    "report": report,
+}
+KINDS = {"import": "import-model", "doctor": "prune"}  # the doctor looks where prune will run
+STRUCTURE = ("name", "schedule", "control", "resources", "images", "storage")
+# Run parameters that each stage takes; `<stage>_settings` arrives at the component as `<stage>`.
+TAKES = {
+    "doctor": (),
+    "import": (
+        *("model", "revision", "target", "cuts", "recovery_tokens", "tokens"),
+        *("prune_settings", "calibration", "training", "evaluate_settings", "gate"),
+    ),
+    "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
+    "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),
+    "evaluate": ("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model"),
+}
 
 
-SCHEDULE = ("target", "cuts", "recovery_tokens", "tokens")
+def _unroll(config: Config, given: dict[str, Any]) -> None:
+    """A task for every step of the DAG; `given` are the run's parameters as KFP's placeholders."""
+    tasks: dict[str, Any] = {}
+    for node in dag.nodes(config):
+        stage = dag.stage_of(node.name)
+        artifacts = {name: tasks[source.step].outputs[source.output] for name, source in node.inputs.items()}
+        takes = TAKES.get(stage, tuple(name for name in given if name != "experiment"))
+        parameters = {name.removesuffix("_settings"): given[name] for name in takes}
+        fixed = {"step": node.name, "experiment": given["experiment"], **_structure(config, node.name)}
+        task = COMPONENTS[stage](**fixed, **parameters, **artifacts).set_display_name(node.name)
+        task.after(*(tasks[name] for name in node.after))
+        kind = KINDS.get(stage, stage)
+        vllm = stage == "evaluate" and config.evaluate.backend == "vllm"
+        task.set_container_image(image("evaluate-vllm" if vllm else kind, config.images.registry, config.images.tag))
+        tasks[node.name] = cluster.configure(task, kind, config)
 
 
-def _unroll(dag: _Dag) -> None:
-    """All tasks of a run."""
-    iterations = dag.config.schedule.iterations
-    settings = dag.pick(*SCHEDULE, "prune_settings", "calibration", "training", "evaluate_settings")
-    whole = dag.config.model_dump(mode="json", exclude_none=True)
-    if dag.config.resources.doctor:
-        dag.add(doctor, "doctor", settings=whole)
-    dense = dag.add(
-        import_model, "import-model", iterations=iterations, **dag.pick("model", "revision"), **settings
-    ).outputs["out"]
-    baseline = _evaluate(dag, "evaluate-0", "loop", 0, iterations, dense, dense)
-    accepted = baseline
-    for iteration in range(1, iterations + 1):
-        accepted = _round(dag, f"{{stage}}-{iteration}", "loop", iteration, iterations, accepted)
-    if dag.config.control:
-        _round(dag, "control-{stage}", "control", 1, 1, baseline)
-    dag.add(
-        report,
-        "report",
-        names=list(dag.tasks),
-        settings=whole,  # under the run's own parameters
-        final=accepted,
-        **dag.pick("model", "revision", "seed", "recover_settings", "gate", "registered_model"),
-        **settings,
-    )
-
-
-def _round(dag: _Dag, name: str, arm: str, iteration: int, iterations: int, start: Any) -> Any:
-    """Prune, recover and evaluate; returns the checkpoint that goes on."""
-    where = {"arm": arm, "iteration": iteration, "iterations": iterations, **dag.pick("seed", *SCHEDULE)}
-    settings = dag.pick("prune_settings", "calibration")
-    cut = dag.add(prune, name.format(stage="prune"), model=start, **settings, **where)
-    settings = dag.pick("recover_settings", "training")
-    healed = dag.add(recover, name.format(stage="recover"), model=cut.outputs["out"], **settings, **where)
-    return _evaluate(dag, name.format(stage="evaluate"), arm, iteration, iterations, healed.outputs["out"], start)
-
-
-def _evaluate(dag: _Dag, name: str, arm: str, iteration: int, iterations: int, candidate: Any, fallback: Any) -> Any:
-    """Score a candidate; returns the checkpoint that the gate lets go on, it or the fallback."""
-    where = {"arm": arm, "iteration": iteration, "iterations": iterations}
-    settings = dag.pick("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model")
-    task = dag.add(evaluate, name, model=candidate, fallback=fallback, **where, **settings)
-    return task.outputs["accepted"]
+def _structure(config: Config, step: str) -> dict[str, Any]:
+    """What a step is told of the compiled pipeline itself."""
+    stage, iterations = dag.stage_of(step), config.schedule.iterations
+    if stage == "doctor":
+        return {"settings": essentials(config)}
+    if stage == "report":  # it puts the run's parameters over them
+        whole = essentials(config) | {"schedule": {"iterations": iterations}}
+        return {"settings": {name: value for name, value in whole.items() if name in STRUCTURE}}
+    if stage == "import":
+        # The run's name is not part of the step's key: the same run under another name is the same run.
+        return {"iterations": iterations, "gated": config.gate.enabled, "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER}
+    return {"iterations": iterations if dag.arm_of(step) == "loop" else 1}

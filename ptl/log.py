@@ -1,0 +1,10 @@
+"""Lines of progress: `ptl run` shows those of a step's output that begin with the mark, and logs all others."""
+
+from __future__ import annotations
+
+MARK = "ptl: "
+
+
+def say(name: str, what: str) -> None:
+    """Print one line of progress of a step."""
+    print(f"{MARK}{name}: {what}", flush=True)

@@ -1,0 +1,59 @@
+"""The process that does a step's work: ptl.attempts starts it with a call, and reads how it ended."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptl.attempts import NoAttemptLeftError
+from ptl.errors import PtlError
+
+
+def main(path: Path, parent: int) -> None:
+    """Do the work of the call in `path`; outputs and failure are written beside it."""
+    _die_with(parent)
+    call = json.loads(path.read_text())
+    try:
+        outputs = _work(call)
+    except PtlError as error:  # explained: a line, no traceback
+        _leave(path, str(error), error.exit_code, isinstance(error, NoAttemptLeftError))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        _leave(path, f"{type(error).__name__}: {error}", 1, False)
+        raise
+    path.with_name("outputs.json").write_text(json.dumps(outputs))
+
+
+def _work(call: dict[str, Any]) -> dict[str, Any]:
+    from ptl import steps
+    from ptl.execution import Call, Output, Step
+    from ptl.store import Pointer
+
+    settings = dict(call["settings"])
+    step = Step(settings.pop("step"), settings.pop("experiment"))
+    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
+    outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
+    steps.STEPS[step.stage](Call(step, settings, inputs, outputs))
+    return {name: output.metadata for name, output in outputs.items()}
+
+
+def _leave(path: Path, message: str, exit_code: int, no_attempt_left: bool) -> None:
+    failure = {"reason": message, "exit_code": exit_code, "final": exit_code == 2 or no_attempt_left}
+    path.with_name("failure.json").write_text(json.dumps(failure))
+
+
+def _die_with(parent: int) -> None:
+    """Two processes of one step must never work at once: a parent that is killed takes this one along (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit("the process that started this one has ended")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
