@@ -27,6 +27,7 @@ from ptl.log import say
 
 INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
 RETRIES_ON_A_CLUSTER = 2
+PROCESS = "ptl.step_process"  # the module that does the work
 GRACE = 20  # seconds between SIGTERM and SIGKILL
 INPUT_ERROR = 2
 
@@ -122,14 +123,13 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     answer = call.with_name("failure.json")
     answer.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    command = [sys.executable, "-m", "ptl.step_process", str(call), str(os.getpid())]
+    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
     process = subprocess.Popen(command, start_new_session=True)
-    with _passing_signals_on(process):
-        try:
+    try:
+        with _ending_together(process):
             code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
+    except subprocess.TimeoutExpired:
+        return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
     if code == 0:
         return None
     if answer.is_file():
@@ -146,16 +146,18 @@ def _death(code: int) -> str:
 
 
 @contextlib.contextmanager
-def _passing_signals_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A pod that is deleted gets SIGTERM, a terminal sends SIGINT: the work ends, and this process after it."""
+def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        _end(process)
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except BaseException:
+        _end(process)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

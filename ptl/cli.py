@@ -268,14 +268,15 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
 def _execute(
     here: Any, config: Config, runner: str, environment: dict[str, str], artifacts: str, verbose: bool
 ) -> None:
-    from ptl import runs
+    from ptl import dag, runs
 
     pipeline = here.path / "pipeline.yaml"
     _pipelines().compile_pipeline(config, pipeline)
     from pipelines.prune_tune_loop.runners import RUNNERS, Job
 
+    steps = tuple(node.name for node in dag.nodes(config))
     try:
-        RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts), verbose)
+        RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
     except PtlError as error:
         message, code = runs.failure(here) or (str(error), error.exit_code)
         again = "mend it and run the same command again: finished steps are not redone"

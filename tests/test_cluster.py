@@ -1,12 +1,13 @@
 """The platform spec: every setting of `resources` and `storage` reaches every task that it is meant for."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipelines.prune_tune_loop.cluster import ADDRESSES, CA_FOLDER, CACHE
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
+from ptl import mounts
 from ptl.cluster_config import Resources, Storage
 from ptl.config import load_config
 from ptl.errors import InputError
@@ -23,7 +24,6 @@ EVERYTHING = {
     "resources.timeout": 7200,
     "resources.retries": 3,
     "resources.retry_wait": 30,
-    "resources.retry_wait_max": 300,
     "resources.tolerations": [
         {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
         {"key": "team", "operator": "Equal", "value": "nlp"},
@@ -40,7 +40,12 @@ EVERYTHING = {
 # What has a test of its own below, or a value by default that is looked for.
 BY_DEFAULT = {"config_map", "s3_secret", "s3_access_key", "s3_secret_key", "mlflow_secret", "hf_secret"}
 BY_DEFAULT |= {"kfp", "run_as_user", "run_as_group", "steps"}
-ELSEWHERE = {"doctor", "experiment", "registered_model"}  # the shape of the DAG and the form: test_compile.py
+ELSEWHERE = {
+    "control",
+    "doctor",
+    "experiment",
+    "registered_model",
+}  # the shape of the DAG and the form: test_compile.py
 
 
 def test_no_setting_is_forgotten_here():
@@ -66,12 +71,18 @@ def is_work(name):
     return any(stage in name for stage in WORK)
 
 
-def secrets_of(kubernetes):
-    return {
-        entry["secretName"]: {pair["secretKey"]: pair["envVar"] for pair in entry["keyToEnv"]}
-        for entry in kubernetes["secretAsEnv"]
-        if entry["optional"]
-    }
+def volumes(kubernetes):
+    """What is mounted where, all of it optional."""
+    found = {}
+    for kind, name in (("secretAsVolume", "secretName"), ("configMapAsVolume", "configMapName")):
+        for entry in kubernetes.get(kind, []):
+            assert entry["optional"] is True and set(entry) == {name, "mountPath", "optional"}
+            found[entry["mountPath"]] = entry[name]
+    return found
+
+
+def variables(container):
+    return {entry["name"]: entry["value"] for entry in container.get("env", [])}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,7 @@ def test_gpu_count_cpu_and_memory_are_on_every_gpu_task(gpu_tasks):
         assert wanted["accelerator"]["resourceCount"] == "2", name
         assert wanted["resourceCpuLimit"] == wanted["resourceCpuRequest"] == "8", name
         assert wanted["resourceMemoryLimit"] == wanted["resourceMemoryRequest"] == "64Gi", name
+        assert len(wanted) == 5, "the fields that these have replaced are bytes for nothing"
 
 
 def test_nodes_and_queue_are_on_every_gpu_task(gpu_tasks):
@@ -112,20 +124,45 @@ def test_shared_memory_and_volumes_are_on_every_gpu_task(gpu_tasks):
             {"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": "16Gi"}
         ], name
         (claim,) = kubernetes["pvcMount"]
-        assert (claim["constant"], claim["mountPath"]) == ("ptl-hf-cache", CACHE), name
-        (bundle,) = kubernetes["configMapAsVolume"]
-        assert (bundle["configMapName"], bundle["mountPath"]) == ("ptl-ca", CA_FOLDER), name
+        assert (claim["constant"], claim["mountPath"]) == ("ptl-hf-cache", mounts.CACHE), name
 
 
-def test_timeouts_and_retries_are_on_every_gpu_task(gpu_tasks):
-    for name, (task, _, kubernetes) in gpu_tasks.items():
-        assert kubernetes["activeDeadlineSeconds"] == "7200", name
+def test_the_cache_is_mounted_apart_from_the_folders_of_other_caches(full):
+    """A claim's mount leaves its missing parents to root: inside /tmp/cache no other cache could be written."""
+    for name, (_, container, _) in full.items():
+        assert variables(container)["HF_HOME"] == mounts.HF_HOME, name
+    assert mounts.HF_HOME.startswith(f"{mounts.CACHE}/") and not mounts.CACHE.startswith("/tmp")
+
+
+def test_all_attempts_of_a_step_have_one_window(gpu_tasks):
+    """Four attempts of 7,200 s with pauses of 30, 60 and 120 s; Argo's maxDuration begins with the first."""
+    for name, (task, container, kubernetes) in gpu_tasks.items():
+        assert kubernetes["activeDeadlineSeconds"] == "29010", name
         assert task["retryPolicy"] == {
             "maxRetryCount": 3,
             "backoffDuration": "30s",
             "backoffFactor": 2.0,
-            "backoffMaxDuration": "300s",
+            "backoffMaxDuration": "29010s",
         }, name
+        attempts = {name: value for name, value in variables(container).items() if name.startswith("PTL_")}
+        assert attempts == {"PTL_TIMEOUT": "7200", "PTL_RETRIES": "3", "PTL_RETRY_WAIT": "30"}, name
+
+
+def test_without_a_word_a_step_has_three_attempts_within_30_days(tmp_path):
+    task, container, kubernetes = tasks(tmp_path, {})["recover-1"]
+    assert task["retryPolicy"]["maxRetryCount"] == 2 and task["retryPolicy"]["backoffMaxDuration"] == "2592000s"
+    assert "activeDeadlineSeconds" not in kubernetes and variables(container) == {}
+
+
+def test_no_retries_are_no_retries(tmp_path):
+    task, container, kubernetes = tasks(tmp_path, {"resources.retries": 0, "resources.timeout": 60})["recover-1"]
+    assert task["retryPolicy"].get("maxRetryCount", 0) == 0 and variables(container)["PTL_RETRIES"] == "0"
+    assert kubernetes["activeDeadlineSeconds"] == "60"
+
+
+def test_a_long_wait_between_attempts_is_no_longer_a_limit_on_the_first():
+    with pytest.raises(InputError, match="retry_wait_max: unknown field"):
+        load_config(CONFIGS / "tiny.yaml", {"resources.retry_wait_max": 900})
 
 
 def test_images_and_user_are_on_every_gpu_task(gpu_tasks):
@@ -135,23 +172,18 @@ def test_images_and_user_are_on_every_gpu_task(gpu_tasks):
         assert kubernetes["securityContext"] == {"runAsUser": "1000", "runAsGroup": "0", "runAsNonRoot": True}, name
 
 
-def test_environment_is_on_every_task_and_optional(full):
-    for name, (_, container, kubernetes) in full.items():
-        assert kubernetes["fieldPathAsEnv"] == [
-            {"name": "KFP_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}
-        ], name
-        (addresses,) = kubernetes["configMapAsEnv"]
-        assert (addresses["configMapName"], addresses["optional"]) == ("ptl", True), name
-        assert {pair["envVar"] for pair in addresses["keyToEnv"]} == set(ADDRESSES), name
-        assert secrets_of(kubernetes) == {
-            "ptl-s3": {key: key for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")},
-            "ptl-mlflow": {
-                key: key for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-            },
-            "ptl-hf": {"HF_TOKEN": "HF_TOKEN"},
+def test_addresses_and_credentials_are_optional_volumes_of_every_task(full):
+    """No variables: Kubernetes refuses a pod that has one twice, as with KFP's MLflow plugin (injectUserEnvVars)."""
+    for name, (_, _, kubernetes) in full.items():
+        assert not {"configMapAsEnv", "secretAsEnv"} & set(kubernetes), name
+        assert [entry["name"] for entry in kubernetes["fieldPathAsEnv"]] == ["KFP_RUN_ID", "PTL_ARGO_NODE", "PTL_NODE"]
+        assert volumes(kubernetes) == {
+            mounts.CONFIG: "ptl",
+            mounts.S3: "ptl-s3",
+            mounts.MLFLOW: "ptl-mlflow",
+            mounts.HF: "ptl-hf",
+            mounts.CA: "ptl-ca",
         }, name
-        # Set on the task itself they would also win over the environment of local runs.
-        assert not container.get("env"), name
 
 
 def test_light_steps_stay_off_the_gpu_nodes(full):
@@ -167,7 +199,8 @@ def test_one_kind_of_step_can_ask_for_something_else(tmp_path):
     found = tasks(tmp_path, {**EVERYTHING, "resources.steps": own})
     _, container, kubernetes = found["recover-2"]
     assert container["resources"]["accelerator"]["resourceCount"] == "8"
-    assert container["resources"]["resourceMemoryLimit"] == "900Gi" and kubernetes["activeDeadlineSeconds"] == "90"
+    assert container["resources"]["resourceMemoryLimit"] == "900Gi" and variables(container)["PTL_TIMEOUT"] == "90"
+    assert kubernetes["activeDeadlineSeconds"] == str(4 * 90 + 30 + 60 + 120)
     assert found["control-recover"][1] == container
     assert found["prune-2"][1]["resources"]["accelerator"]["resourceCount"] == "2"
     assert found["report"][1]["resources"]["resourceCpuLimit"] == "1"
@@ -181,27 +214,23 @@ def test_kfps_own_s3_secret_can_be_used_and_everything_be_left_out(tmp_path):
         "storage.hf_secret": None,
         "storage.mlflow_secret": None,
     }
-    kubernetes = tasks(tmp_path, kfps)["prune-1"][2]
-    assert secrets_of(kubernetes) == {
-        "mlpipeline-minio-artifact": {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
-    }
-    bare = tasks(
-        tmp_path,
-        {
-            **kfps,
-            "storage.s3_secret": None,
-            "storage.config_map": None,
-            "resources.kfp": "2.15",
-        },
-    )["prune-1"][2]
-    assert set(bare) == {"fieldPathAsEnv", "podMetadata"}
+    _, container, kubernetes = tasks(tmp_path, kfps)["prune-1"]
+    assert volumes(kubernetes) == {mounts.CONFIG: "ptl", mounts.S3: "mlpipeline-minio-artifact"}
+    assert variables(container) == {"PTL_S3_ACCESS_KEY": "accesskey", "PTL_S3_SECRET_KEY": "secretkey"}
+    bare = {**kfps, "storage.s3_secret": None, "storage.config_map": None, "resources.kfp": "2.15"}
+    _, container, kubernetes = tasks(tmp_path, bare)["prune-1"]
+    assert set(kubernetes) == {"fieldPathAsEnv", "podMetadata"} and not variables(container)
+
+
+def test_one_secret_may_serve_for_all(tmp_path):
+    same = {f"storage.{name}": "all" for name in ("s3_secret", "mlflow_secret", "hf_secret")}
+    assert volumes(tasks(tmp_path, same)["prune-1"][2]) == {mounts.CONFIG: "ptl", mounts.S3: "all"}
 
 
 # Fields of KubernetesExecutorConfig in the protos of kfp-kubernetes 2.14.6 and 2.15.2 that are used here. A backend
 # refuses fields that it does not know.
-FIELDS_2_15 = {
+FIELDS_2_14 = {
     "activeDeadlineSeconds",
-    "configMapAsEnv",
     "configMapAsVolume",
     "emptyDirMounts",
     "fieldPathAsEnv",
@@ -210,23 +239,55 @@ FIELDS_2_15 = {
     "nodeSelector",
     "podMetadata",
     "pvcMount",
-    "secretAsEnv",
+    "secretAsVolume",
     "tolerations",
-}
-ENV_FIELDS_2_14 = {
-    "configMapAsEnv": {"configMapName", "keyToEnv", "configMapNameParameter"},
-    "secretAsEnv": {"secretName", "keyToEnv", "secretNameParameter"},
 }
 
 
 @pytest.mark.parametrize("version", ["2.14", "2.15"])
 def test_older_backends_are_given_only_fields_that_they_know(version, tmp_path):
     found = tasks(tmp_path, {**EVERYTHING, "resources.kfp": version})
-    assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_15
-    for _, _, kubernetes in found.values():
-        for name, known in ENV_FIELDS_2_14.items():
-            assert all(("optional" in entry) == (version == "2.15") for entry in kubernetes[name])
-            assert all(set(entry) - {"optional"} == known for entry in kubernetes[name])
+    assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_14
+
+
+@pytest.mark.parametrize("version", ["2.16", "2.17"])
+def test_newer_backends_have_a_security_context(version, tmp_path):
+    found = tasks(tmp_path, {**EVERYTHING, "resources.kfp": version})
+    assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_14 | {"securityContext"}
+
+
+def bytes_of_a_task(path):
+    """Six copies of component, executor, values and Kubernetes settings, and the task: what etcd keeps of it."""
+    spec, *platform = yaml.safe_load_all(path.read_text())
+    settings = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    defaults = {name: field["defaultValue"] for name, field in spec["root"]["inputDefinitions"]["parameters"].items()}
+
+    def size(value):
+        return len(json.dumps(value, separators=(",", ":")))
+
+    sizes = []
+    for task in spec["root"]["dag"]["tasks"].values():
+        component = spec["components"][task["componentRef"]["name"]]
+        label = component["executorLabel"]
+        values = {
+            name: defaults[given["componentInputParameter"]]
+            if "componentInputParameter" in given
+            else given["runtimeValue"]["constant"]
+            for name, given in task["inputs"]["parameters"].items()
+        }
+        copied = (component, spec["deploymentSpec"]["executors"][label], values, settings[label])
+        sizes.append(6 * sum(map(size, copied)) + size(task))
+    return sum(sizes) / len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("tiny", 29_880), ("gpu-gate", 32_744), ("onprem", 35_523), ("gemma2-9b", 31_495)]
+)
+def test_a_task_weighs_40_percent_less_than_it_did(name, before, tmp_path):
+    """`before`: the same sum when variables, defaults and twice-written fields were part of every task."""
+    path = tmp_path / "pipeline.yaml"
+    compile_pipeline(load_config(CONFIGS / f"{name}.yaml"), path)
+    assert bytes_of_a_task(path) <= 0.6 * before
 
 
 @pytest.mark.parametrize(
@@ -238,6 +299,9 @@ def test_older_backends_are_given_only_fields_that_they_know(version, tmp_path):
         ({"resources.tolerations": [{"key": "a", "value": "b"}]}, "operator Equal needs a value"),
         ({"resources.steps": {"train": {}}}, "resources.steps.train"),
         ({"storage.s3_secret": "Not A Name"}, "storage.s3_secret: 'Not A Name'"),
+        ({"storage.s3_secret": "dots.are.no-label"}, "storage.s3_secret: 'dots.are.no-label'"),
+        ({"storage.s3_secret": "ptl"}, "'ptl' names two things of different kinds"),
+        ({"resources.kfp": "2.13"}, "resources.kfp: '2.13'"),
     ],
 )
 def test_wrong_settings_are_refused(sets, said):

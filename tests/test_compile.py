@@ -1,6 +1,7 @@
 """The compiled pipeline: same bytes, no GPU stack, small, in order, and equal to the golden files."""
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.prune_tune_loop.compact import local_copy
 from pipelines.prune_tune_loop.pipeline import compile_pipeline, parameters
-from ptl.config import load_config
+from ptl import dag
+from ptl.cluster_config import Storage
+from ptl.config import Config, check, essentials, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
@@ -87,20 +91,63 @@ def test_names_and_order(tmp_path):
     control = ["control-prune", "control-recover", "control-evaluate"]
     order = ["import-model", "evaluate-0", *rounds, *control, "report"]
     assert sorted(names.values()) == sorted(order)
-    after = {names[key]: {names[other] for other in task.get("dependentTasks", [])} for key, task in tasks.items()}
+    assert names == {name: name for name in order}, "a server lists tasks by their keys, never by display names"
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_only_data_makes_dependencies_and_no_task_takes_an_artifact_twice(path, gate, tmp_path):
+    """The metadata store has UNIQUE(artifact, execution, type): a second event of a pair kills the task's driver."""
+    config = load_config(path, {"gate.enabled": gate})
+    tasks = tasks_of(compiled(path, tmp_path, gate__enabled=gate))
+    for node in dag.nodes(config):
+        task = tasks[node.name]
+        taken = [source["taskOutputArtifact"] for source in task["inputs"].get("artifacts", {}).values()]
+        sources = [(source["producerTask"], source["outputArtifactKey"]) for source in taken]
+        assert len(sources) == len(set(sources)), node.name
+        assert sorted(sources) == sorted((source.step, source.output) for source in node.inputs.values())
+        assert set(task.get("dependentTasks", [])) == set(node.needs), node.name
+
+
+def test_one_machine_runs_the_steps_one_after_another_and_each_once(tmp_path):
+    order = [node.name for node in dag.nodes(load_config(TINY))]
+    spec = next(iter(yaml.safe_load_all(local_copy(compiled(TINY, tmp_path, resources__retries=3).read_text(), order))))
+    tasks = spec["root"]["dag"]["tasks"]
     for before, name in itertools.pairwise(order):
-        assert before in after[name], f"{name} may start before {before}"
+        assert before in tasks[name]["dependentTasks"], f"{name} may start before {before}"
+    assert not any("retryPolicy" in task for task in tasks.values()), "a step tries again by itself"
+    assert len(spec["components"]) == len(tasks), "outputs of tasks that share a component overwrite each other"
 
 
-def test_rounds_go_on_from_what_the_gate_accepted(tmp_path):
-    tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2))
+def test_what_a_cluster_mounts_is_not_looked_for_on_one_machine(tmp_path):
+    path = compiled(TINY, tmp_path, storage__cache_claim="claim", resources__timeout=60)
+    (spec, _) = yaml.safe_load_all(local_copy(path.read_text(), list(tasks_of(path))))
+    names = [{each["name"] for each in e["container"]["env"]} for e in spec["deploymentSpec"]["executors"].values()]
+    assert names and all(each == {"PTL_TIMEOUT"} for each in names)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_nothing_is_lost_with_the_defaults(path):
+    """Every step carries what the config says beyond the defaults; a stage's method is one, and is kept."""
+    config = load_config(path)
+    bare = essentials(config)
+    # Kubeflow has no null: of the volumes, a null that is no default is lost, and no step needs to know it.
+    same = {"storage": Storage()}
+    assert check(Config, bare, "bare").model_copy(update=same) == config.model_copy(update=same)
+    assert [stage["method"] for stage in bare["recover"]] == [stage.method for stage in config.recover]
+    assert "null" not in json.dumps(bare)
+
+
+def test_iterations_start_from_what_the_gate_accepted(tmp_path):
+    tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2, gate__enabled=True))
     name = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
     source = {}
     for key, task in tasks.items():
         for arg, value in task["inputs"].get("artifacts", {}).items():
             output = value["taskOutputArtifact"]
             source[name[key], arg] = (name[output["producerTask"]], output["outputArtifactKey"])
-    assert source["prune-1", "model"] == source["control-prune", "model"] == ("evaluate-0", "accepted")
+    assert source["prune-1", "model"] == source["evaluate-1", "fallback"] == ("import-model", "out")
+    assert source["control-prune", "model"] == ("import-model", "out")
     assert source["prune-2", "model"] == source["evaluate-2", "fallback"] == ("evaluate-1", "accepted")
     assert source["evaluate-1", "model"] == ("recover-1", "out")
     assert source["report", "final"] == ("evaluate-2", "accepted")

@@ -19,7 +19,7 @@ from conftest import free_port
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from ptl import cli_gc, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
+from ptl import cli_gc, dag, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step
@@ -73,7 +73,7 @@ class Loop:
     def work(self, name, parent=None, facts=None):
         """Publish and commit the checkpoint of a step."""
         self.use()
-        number = int(name.rpartition("-")[2]) if name[-1].isdigit() else 0
+        number = 0 if "control" in name else dag.iteration_of(name)
         before = Pointer(**parent["pointer"]) if parent else None
 
         def work(dst, run):
@@ -83,8 +83,7 @@ class Loop:
                 (dst / path).write_bytes(os.urandom(size))
             return facts(run) if facts else {"params": 100 - number, "tokens": 1, "steps": 1}
 
-        step = Step(name, "control" if "control" in name else "loop", number, self.experiment)
-        return execution.execute(step, before, {}, work)
+        return execution.execute(Step(name, self.experiment), before, {}, work)
 
     def evaluate(self, name, candidate, fallback, accepted):
         """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
@@ -232,7 +231,7 @@ def work(dst, run):
     return {"params": 99, "tokens": 1, "steps": 1}
 
 store.publish = publish
-execution.execute(execution.Step("recover-1", "loop", 1, os.environ["EXPERIMENT"]), None, {}, work)
+execution.execute(execution.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
 """
 
 

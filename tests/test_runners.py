@@ -26,7 +26,7 @@ def read(early: Input[Artifact], late: Input[Artifact], target: str):
 
 
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
-    """The control begins with the output of evaluate-0, after all other evaluate steps have written theirs."""
+    """Recoveries take the scores of evaluate-0, after other evaluate steps have written theirs."""
 
     @dsl.pipeline
     def small():
@@ -38,5 +38,5 @@ def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     compiler.Compiler().compile(small, str(path))
     compact(path)
     assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
-    run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, ""))
+    run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
     assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]

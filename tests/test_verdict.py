@@ -8,7 +8,7 @@ import pytest
 
 from ptl import steps, store, verdict
 from ptl.config import Evaluate, Gate, Prune, Speed, Task
-from ptl.execution import Step
+from ptl.execution import Call, Output, Step
 from ptl.store import Pointer
 
 REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
@@ -44,7 +44,7 @@ def decided(run, folder, right, params, iteration=1, **prune):
     items(folder, right)
     candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
     whole = verdict.Plan(3, 0.4, Prune(**prune))
-    step = Step(f"evaluate-{iteration}", "loop", iteration, "ptl")
+    step = Step(f"evaluate-{iteration}", "ptl")
     return verdict.decide(step, run, RULE, whole, candidate, DENSE, folder, "model")
 
 
@@ -105,7 +105,7 @@ def test_smallest_cuts_of_a_real_checkpoint():
 )
 def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
     onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
-    step = Step(f"evaluate-{iteration}", arm, iteration, "ptl")
+    step = Step("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
     assert verdict.ends_the_loop(step, verdict.Plan(1 if arm == "control" else 3, 0.4, Prune()), onward) == ends
 
 
@@ -115,13 +115,14 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
     final = Pointer("file:///cut", CUT)
     wanted = Evaluate(tasks=[Task(name="t")])
     off = Evaluate(tasks=[Task(name="t")], speed=Speed(repeats=0))
-    step = Step("evaluate-1", "loop", 1, "ptl")
+    step = Step("evaluate-1", "ptl")
     assert verdict.beside_dense(step, run, DENSE, wanted, 0) == {"reason": "the run ends with the dense model"}
     assert verdict.beside_dense(step, run, final, off, 0) == {"reason": "evaluate.speed.repeats is 0"}
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
+    monkeypatch.setattr(verdict.tracking, "computing_beside", lambda run: [])
     monkeypatch.setattr(verdict, "fetch", lambda pointer: pointer.uri)
     monkeypatch.setattr("ptl.evaluate.side_by_side", full)  # a mock of a GPU that is too small
     told = verdict.beside_dense(step, run, final, wanted, 0)
@@ -130,10 +131,9 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
 
 def test_a_step_that_is_not_needed_says_why_and_passes_its_input_on(tmp_path, capsys):
     gate = {"cap": None, "rejections": 0, "stopped": True, "reason": "the loop ended in iteration 2: target reached"}
-    (tmp_path / "in").write_text(Pointer("file:///cut", CUT, gate=gate).dump())
-    given, out = (SimpleNamespace(path=str(tmp_path / name), metadata={}) for name in ("in", "out"))
-    steps.prune("prune-3", "loop", 3, "ptl", given, out, schedule={}, prune={}, calibration={}, seed=0)
-    assert (tmp_path / "out").read_text() == (tmp_path / "in").read_text()
-    assert out.metadata["gate"] == gate
+    pointer, out = Pointer("file:///cut", CUT, gate=gate), Output(tmp_path / "out")
+    steps.prune(Call(Step("prune-3", "ptl"), {}, {"model": pointer}, {"out": out}))
+    assert out.path.read_text() == pointer.dump()
+    assert out.metadata == {"uri": "file:///cut", "digest": CUT}
     said = "ptl: prune-3: not needed, its input is passed through: the loop ended in iteration 2: target reached\n"
     assert capsys.readouterr().out == said

@@ -15,8 +15,11 @@ import yaml
 
 # libyaml's reads ten times as fast; wheels of PyYAML have it. Its writer would give other bytes.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Of a ConfigMap, Secret or claim the name stands twice: plain, and as a parameter that may come from another task.
 OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")  # beside resourceCpuLimit and so on
+# What KFP puts before a component's function. Ours name their types plainly (`Input[Model]`), so the star serves.
+UNUSED = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n"
+USED = "\nfrom kfp.dsl import *\n"
+# Of a ConfigMap, Secret or claim the name stands twice: plain, and as a parameter that may come from another task.
 NAMED = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMount"}
 
 
@@ -84,10 +87,10 @@ def _write_once(container: dict[str, Any]) -> None:
         container.get("resources", {}).pop(old, None)
     for old in ("count", "type"):
         container.get("resources", {}).get("accelerator", {}).pop(old, None)
-    shell, option, script, source = container["command"]
-    for unused in ("import kfp\nfrom kfp import dsl\n", "from typing import *\n"):
-        source = source.replace(unused, "", 1)
-    container["command"] = [shell, option, re.sub(r" {2,}", " ", script), source]
+    container["command"] = [
+        part.replace(UNUSED, USED, 1) if part.startswith(UNUSED) else re.sub(r" {2,}", " ", part)
+        for part in container["command"]
+    ]
 
 
 def _name_once(settings: dict[str, Any]) -> None:

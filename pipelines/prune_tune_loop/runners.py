@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
-from ptl import dag
 from ptl.config import Config
 from ptl.errors import InputError, WorkError
 from ptl.log import MARK
@@ -31,6 +30,7 @@ class Job:
     folder: Path  # of the run
     environment: dict[str, str]  # of every step
     artifacts: str  # where the MLflow experiment keeps its files
+    steps: tuple[str, ...]  # in the order of their execution
 
 
 def run_subprocess(job: Job, verbose: bool = False) -> None:
@@ -63,13 +63,12 @@ def _execute(runner: Any, job: Job, verbose: bool) -> None:
     root, log = job.folder / "kfp", job.folder / "log.txt"
     workspace = root / "workspace"  # KFP mounts one and removes it; by default it is a new folder in /tmp
     workspace.mkdir(parents=True, exist_ok=True)
-    order = [node.name for node in dag.nodes(job.config)]
     began = log.stat().st_size if log.is_file() else 0
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
     local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
     with _logged(log, verbose):
         try:
-            components.load_component_from_text(local_copy(job.pipeline.read_text(), order))()
+            components.load_component_from_text(local_copy(job.pipeline.read_text(), job.steps))()
         except Exception as error:
             raise _explained(error, log, began) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
