@@ -58,7 +58,10 @@ def plan(
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
     count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; none: as the config says")] = None,
 ) -> None:
-    """Forecast parameters, tokens, FLOPs, GPU memory and hours of every step, from the model's config alone."""
+    """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
+
+    From the model's config alone; no weights are read.
+    """
     from rich.console import Console
 
     from ptl import forecast

@@ -78,14 +78,20 @@ def nodes(config: Config) -> list[Node]:
         start = Source(arm[-1].name, "accepted") if config.gate.enabled else Source(arm[-2].name, "out")
     last = steps[-1].name
     if config.control:
-        waits = (last,) if config.resources.control == "after" else ()
+        waits = _ends(steps) if config.resources.control == "after" else ()
         steps += _iteration("control-{}", Source("import-model", "out"), fallback=False, after=waits)
     results = {"final": Source(last, "accepted")}
     if config.control:
         results["control"] = Source(steps[-1].name, "accepted")
-    taken = {name for node in steps for name in node.needs} | {source.step for source in results.values()}
-    steps.append(Node("report", results, tuple(node.name for node in steps if node.name not in taken)))
+    taken = {source.step for source in results.values()}
+    steps.append(Node("report", results, tuple(name for name in _ends(steps) if name not in taken)))
     return steps
+
+
+def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
+    """The steps that no other one waits for: with the gate off each evaluation is one."""
+    needed = {name for node in steps for name in node.needs}
+    return tuple(node.name for node in steps if node.name not in needed)
 
 
 def _iteration(name: str, start: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:

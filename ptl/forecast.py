@@ -2,18 +2,20 @@
 
 Estimates, not measurements. FLOPs: 2 per weight and token forward, 6 with backward (Kaplan et al. 2020, 2001.08361,
 section 2.1), attention's products added. Activations: Korthikanti et al. 2022 (2205.05198), equation 2 without the
-attention matrix, which is never stored. Hours assume the shares of the peak below.
+attention matrix, which is never stored. Hours assume the shares of the peak below. Steps that do not wait for each
+other run at the same time on a cluster: the critical path through them is the time from start to end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ptl.config import Config, Distil, Grpo, Iteration, NextToken, RecoverStage, Recovery, one_shot, plan, removal
+from ptl.dag import Node, critical_path, nodes, stage_of
 from ptl.errors import InputError
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
@@ -90,13 +92,21 @@ class StepForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A whole run on `count` GPUs of a kind."""
+    """A whole run on `count` GPUs of a kind for each step.
+
+    `critical_hours` is the time from start to end where no step waits for a GPU, `critical_steps` the chain of steps
+    that takes it. `busiest` are the steps that then run at the same time where their `busiest_gpus` are most.
+    """
 
     gpu: str
     count: int
     params: int
     steps: tuple[StepForecast, ...]
     warnings: tuple[str, ...]
+    critical_hours: float
+    critical_steps: tuple[str, ...]
+    busiest: tuple[str, ...]
+    busiest_gpus: int
 
     @property
     def hours(self) -> float:
@@ -105,13 +115,13 @@ class Forecast:
 
 
 def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> Forecast:
-    """Estimate every step of a run on `count` GPUs (none: what the config asks for, at least one).
+    """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
     Raises InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
     """
     if gpu not in GPUS:
         raise InputError(f"gpu: {gpu!r} is not known; it must be one of {', '.join(GPUS)}")
-    number = count or max(1, config.resources.accelerators)
+    number = max(1, _gpus(config, "recover", count))
     shape = shape_of(config.model.path, config.model.revision)
     total = removal(shape.params, config.schedule.target)
     if not 0 < total < shape.matrices:
@@ -137,15 +147,48 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         for step in steps
         if not step.fits
     )
-    return Forecast(gpu, number, shape.params, tuple(steps), told)
+    dag, hours = nodes(config), {step.step: step.hours for step in steps}
+    critical, path = critical_path(dag, hours)
+    asked = {step.step: _gpus(config, step.step, count) for step in steps}
+    together = busiest(dag, hours, asked)
+    gpus = sum(asked[name] for name in together)
+    return Forecast(gpu, number, shape.params, tuple(steps), told, critical, tuple(path), together, gpus)
+
+
+def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:
+    """The steps that run at the same time when most GPUs are held, each step starting as soon as it can.
+
+    Steps without hours (import, report) hold none. Of several such moments the first.
+    """
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    for node in dag:
+        starts[node.name] = max((ends[name] for name in node.needs), default=0.0)
+        ends[node.name] = starts[node.name] + hours.get(node.name, 0.0)
+    working = [node.name for node in dag if hours.get(node.name)]
+    moments = sorted({starts[name] for name in working})
+    running = [tuple(name for name in working if starts[name] <= moment < ends[name]) for moment in moments]
+    return max(running, key=lambda names: sum(gpus[name] for name in names), default=())
+
+
+def _gpus(config: Config, step: str, count: int | None) -> int:
+    """GPUs that a step holds while it runs: `count` where it is given, else what the config says.
+
+    A config without accelerators, for machines without GPUs, is forecast with one for each step.
+    """
+    own = config.resources.steps.get(stage_of(step))  # type: ignore[call-overload]
+    if count is None and own and own.accelerators is not None:
+        return int(own.accelerators)
+    return count or max(1, config.resources.accelerators)
 
 
 def table(said: Forecast) -> Any:
-    """A forecast as a rich table."""
+    """A forecast as a rich table; a star marks the steps of the critical path."""
     from rich.table import Table
 
-    title = f"{said.params:,} parameters on {said.count} x {said.gpu}: {said.hours:.1f} hours (estimates)"
-    shown = Table(title=title, title_justify="left")
+    model = f"{said.params:,} parameters on {said.count} x {said.gpu}"
+    title = f"{model}: {_duration(said.hours)} of work, {_duration(said.critical_hours)} from start to end (estimates)"
+    shown = Table(title=title, title_justify="left", caption=concurrency(said), caption_justify="left")
     for heading in ("Step", "Parameters", "Tokens", "FLOPs", "GiB per GPU", "Hours", "Note"):
         shown.add_column(heading, justify="left" if heading in ("Step", "Note") else "right")
     for step in said.steps:
@@ -153,8 +196,27 @@ def table(said: Forecast) -> Any:
         memory, hours = f"{step.memory / GIB:.1f}", f"{step.hours:.2f}"
         tokens = f"{step.tokens:,}" if step.tokens else ""
         style = None if step.fits else "red"
-        shown.add_row(step.step, f"{step.params:,}", tokens, f"{step.flops:.1e}", memory, hours, note, style=style)
+        name = f"{step.step} *" if step.step in said.critical_steps else step.step
+        shown.add_row(name, f"{step.params:,}", tokens, f"{step.flops:.1e}", memory, hours, note, style=style)
     return shown
+
+
+def concurrency(said: Forecast) -> str:
+    """What the time from start to end rests on: the steps marked, and the GPUs that must be free at the same time."""
+    *others, last = said.busiest
+    return (
+        "* critical path: no run ends sooner than these steps take, one after another. At its busiest the run holds "
+        f"{said.busiest_gpus} GPUs: {', '.join(others)} and {last} at the same time. With fewer, steps wait for each "
+        "other; on the GPUs of one step the run takes as long as its work. Start-up of pods and queues are not counted."
+    )
+
+
+def _duration(hours: float) -> str:
+    """11.24 -> `11.2 hours`, 0.2 -> `12 minutes`, 0.001 -> `3.6 seconds`."""
+    for value, unit in ((hours, "hours"), (hours * 60, "minutes")):
+        if value >= 1:
+            return f"{value:.1f} {unit}" if unit == "hours" else f"{value:.0f} {unit}"
+    return f"{hours * 3600:.2g} seconds"
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:

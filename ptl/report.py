@@ -10,8 +10,8 @@ from typing import Any
 
 from ptl import speeds
 from ptl.plots import draw, short
-from ptl.result import Record, Result, build, final_row, total_tokens
-from ptl.view import columns, costs, flat, lines, not_needed, notes, percent, verdict
+from ptl.result import Record, Result, build, final_row, total_tokens, work_seconds
+from ptl.view import columns, costs, duration, flat, lines, not_needed, notes, percent, verdict
 
 PAPER = "Prune-Tune Loop, arXiv 2602.04919"
 
@@ -79,7 +79,9 @@ def _view(result: Result) -> dict[str, Any]:
         "verdict": verdict(result),
         "notes": notes(result),
         "not_needed": not_needed(result),
-        "steps_not_needed": result.get("not_needed") or [],
+        "has_control": any(row["arm"] == "control" for row in result["rows"]),
+        "control_failed": result.get("control_failed") or "",
+        "steps_without_record": _without_record(result),
         "lines": lines(result),
         "task_names": tasks,
         "first_task": result["rows"][0]["scores"]["tasks"][0] if result["rows"] else {},
@@ -87,14 +89,25 @@ def _view(result: Result) -> dict[str, Any]:
         "costs": costs(result),
         "speed_rows": [row.cells for row in speeds.rows(result.get("speed") or {})],
         "speed_setting": speeds.setting(result.get("speed") or {}),
+        "speed_disturbed": speeds.disturbed(result.get("speed") or {}),
         "settings": flat(result["settings"]),
         "started": datetime.fromtimestamp(started, UTC).strftime("%d %B %Y, %H:%M UTC") if started else "",
-        "seconds": sum(step["seconds"] for step in result["steps"]),
+        "work_seconds": work_seconds(result),
+        "wall_seconds": result.get("wall_seconds"),
         "loop_tokens": total_tokens(result, "loop"),
         "level": f"{result['confidence'] * 100:g} %",
         "links": {step["step"]: _link(result, step["run_id"]) for step in result["steps"]},
         "paper": PAPER,
     }
+
+
+def _without_record(result: Result) -> list[dict[str, str]]:
+    """Steps that left no record, in words: those the loop did not need, then those a failed control did not finish."""
+    return [
+        {"step": step["step"], "words": f"{state}: {step['reason']}"}
+        for state, key in (("not needed", "not_needed"), ("not finished", "not_finished"))
+        for step in result.get(key) or ()
+    ]
 
 
 def _link(result: Result, run_id: str) -> str:
@@ -112,7 +125,7 @@ def _template(name: str, *, html: bool, **view: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=html, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    env.filters |= {"md": _md, "percent": percent, "seconds": _seconds, "short": short, "digest": _digest}
+    env.filters |= {"md": _md, "percent": percent, "duration": duration, "short": short, "digest": _digest}
     return env.get_template(name).render(**view)
 
 
@@ -120,13 +133,6 @@ def _md(text: Any) -> str:
     """Text that a Markdown table cell shows as it is: no markup, no new cell, no new line."""
     text = re.sub(r"([\\`*_\[\]|~])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(text.split())
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def _digest(digest: str) -> str:

@@ -18,14 +18,17 @@ MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
 def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
-    `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`). An evaluate
-    record may carry its items under the fact `items`: paired comparisons and examples are made from them. Steps that
-    the loop did not need have no record: they are listed under `not_needed` with the reason. `speed` is what the step
-    that ended the loop measured of the dense and the final model. `recovery_tokens` of a row are those of its own
-    iteration.
+    `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
+    `control_failed`, why the control arm did not finish. An evaluate record may carry its items under the fact `items`:
+    paired comparisons and examples are made from them. Steps that the loop did not need have no record: they are listed
+    under `not_needed` with the reason, those that a failed control never completed under `not_finished`. `speed` is
+    what the step that ended the loop measured of the dense and the final model. `recovery_tokens` of a row are those of
+    its own iteration. Everything is ordered by arm, iteration and stage: the arms run at the same time, and model
+    versions are numbered as they happen to be registered.
     """
     run = {key: settings.get(key) or "" for key in RUN}
-    settings = {key: value for key, value in settings.items() if key not in RUN}
+    failed = _control_failed(records, settings.get("control_failed"))
+    settings = {key: value for key, value in settings.items() if key not in (*RUN, "control_failed")}
     imported = records["import-model"]
     names = sorted((name for name in records if "stage" in records[name].get("facts", {})), key=_order(records))
     original = imported["facts"].get("params") or imported["pointer"].get("params", 0)
@@ -42,10 +45,13 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
         "original_params": original,
         "host": imported["facts"].get("host", ""),
         "started": imported["facts"].get("started"),
+        **_times([records[name]["facts"] for name in names]),
         "confidence": settings.get("evaluate", {}).get("confidence", 0.95),
         "mlflow": {"url": run["mlflow_url"], "experiment_id": str(run["experiment_id"])},
         "steps": [_step(name, records[name]) for name in names],
         "not_needed": _not_needed(records, settings),
+        "control_failed": failed,
+        "not_finished": _not_finished(records, failed),
         "speed": next((s for name in names if (s := records[name]["facts"].get("speed"))), {}),
         "decontaminated": _decontaminated(records),
         "curves": {name: c for name in names if (c := records[name]["facts"].get("curve"))},
@@ -78,6 +84,11 @@ def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
 def total_tokens(result: Result, arm: str) -> int:
     """Recovery tokens of all steps of an arm, rejected iterations included."""
     return sum(step["tokens"] for step in result["steps"] if step["arm"] == arm)
+
+
+def work_seconds(result: Result) -> float:
+    """Seconds of work in all steps together, as if one had run after another."""
+    return sum(step["seconds"] for step in result["steps"])
 
 
 def _order(records: dict[str, Record]) -> Any:
@@ -156,6 +167,36 @@ def _step(name: str, record: Record) -> dict[str, Any]:
     }
 
 
+def _times(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+    """`wall_seconds` from the first start to the last end, and `idle_seconds` of them in which no step was at work.
+
+    A step's record has the times of the attempt that committed it: a pause between two sessions, the start-up of a
+    step and an attempt that failed are all idle. None for records that do not say when their steps started.
+    """
+    if not steps or any(facts.get("started") is None for facts in steps):
+        return {"wall_seconds": None, "idle_seconds": None}
+    spans = [(f["started"], f["started"] + (f.get("whole_seconds") or f.get("seconds", 0.0))) for f in steps]
+    first = until = min(start for start, _ in spans)
+    idle = 0.0
+    for start, end in sorted(spans):
+        idle += max(0.0, start - until)
+        until = max(until, end)
+    return {"wall_seconds": round(until - first, 1), "idle_seconds": round(idle, 1)}
+
+
+def _control_failed(records: dict[str, Record], reason: str | None) -> str:
+    """Why the control has no score, as one line; empty where its evaluation was committed, whatever failed after it."""
+    if not reason or "control-evaluate" in records:
+        return ""
+    return _shortened(" ".join(str(reason).split())).rstrip(".")
+
+
+def _not_finished(records: dict[str, Record], failed: str) -> list[dict[str, Any]]:
+    """Steps of a failed control arm that left no record."""
+    steps = ("control-prune", "control-recover", "control-evaluate") if failed else ()
+    return [{"step": step, "iteration": 1, "reason": failed} for step in steps if step not in records]
+
+
 def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
     """How many training rows of the loop were compared with the benchmarks and left out; {} where none was."""
     facts = [record["facts"] for record in records.values() if "rows_compared" in record["facts"]]
@@ -225,13 +266,13 @@ def _examples(names: list[str], records: dict[str, Record]) -> dict[str, Any]:
         "won": sum(bool(new["correct"] and not old["correct"]) for old, new in pairs),
         "items": [
             {"task": str(old["task"]), "id": str(old["id"])}
-            | {key: _cut(old.get(key, "")) for key in ("prompt", "target")}
-            | {"before": _cut(old.get("answer", "")), "after": _cut(new.get("answer", ""))}
+            | {key: _shortened(old.get(key, "")) for key in ("prompt", "target")}
+            | {"before": _shortened(old.get("answer", "")), "after": _shortened(new.get("answer", ""))}
             for old, new in lost[:MAX_EXAMPLES]
         ],
     }
 
 
-def _cut(text: Any) -> str:
+def _shortened(text: Any) -> str:
     text = str(text)
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " […]"

@@ -55,7 +55,18 @@ def words(speed: dict[str, Any]) -> str:
             parts.append(f"{kind} {low if low == high else f'{low} to {high}'} times as fast (batch {batches})")
     solved = [row for row in found if row.kind == "solved"]
     parts += [f"{number(row.final)} instead of {number(row.dense)} {row.unit} per solved problem" for row in solved]
-    return f"Speed of the final model beside the dense one: {', '.join(parts)}."
+    return f"Speed of the final model beside the dense one: {', '.join(parts)}. {disturbed(speed)}".rstrip()
+
+
+def disturbed(speed: dict[str, Any]) -> str:
+    """A warning where other steps (`beside`) were computing on the same node meanwhile; else empty."""
+    others = sorted(speed.get("beside") or ())
+    if not others or not rows(speed):
+        return ""
+    were = "was" if len(others) == 1 else "were"
+    return (
+        f"While speed was measured, {' and '.join(others)} {were} computing on the same node: read the ratio with care."
+    )
 
 
 def setting(speed: dict[str, Any]) -> str:

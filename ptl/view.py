@@ -6,11 +6,20 @@ from typing import Any
 
 from ptl import speeds
 from ptl.plots import is_share
-from ptl.result import Result, final_row, overlap, row_of, total_tokens
+from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
+
+MINUTE = 60.0  # seconds: below it two durations count as the same
 
 
 def verdict(result: Result) -> str:
     """The run in one sentence: it claims no more than the numbers."""
+    sentence = _verdict(result)
+    if result.get("control_failed"):
+        return sentence.removesuffix(".") + "; the control arm did not finish."
+    return sentence
+
+
+def _verdict(result: Result) -> str:
     dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
     share = percent(result["final"]["share_removed"])
     if final is None or dense is None:
@@ -40,7 +49,7 @@ def verdict(result: Result) -> str:
 def notes(result: Result) -> list[str]:
     """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
     dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
-    found = []
+    found = [f"The control arm did not finish: {result['control_failed']}."] if result.get("control_failed") else []
     pairs = [("dense", "the dense model", dense), ("control", "the control", control)]
     for label, name, other in pairs if final and final is not dense else ():
         if other is not None and final is not None:
@@ -59,7 +68,34 @@ def notes(result: Result) -> list[str]:
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
     found.append(_decontaminated(result.get("decontaminated") or {}))
     found.append(speeds.words(result.get("speed") or {}))
+    found.append(wall_clock(result))
     return [note for note in found if note]
+
+
+def wall_clock(result: Result) -> str:
+    """How long the run took from start to end, beside the summed work of its steps where the two differ."""
+    wall, work, idle = result.get("wall_seconds"), work_seconds(result), result.get("idle_seconds") or 0.0
+    if wall is None:
+        return ""
+    if abs(wall - work) < MINUTE and idle < MINUTE:
+        return f"Wall clock: {duration(wall)}."
+    summed = f"the work of all steps adds up to {duration(work)}"
+    if idle < MINUTE:
+        return f"Wall clock: {duration(wall)}; {summed}."
+    return (
+        f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it outside the steps (pauses, start-up, "
+        f"failed attempts); {summed}."
+    )
+
+
+def duration(seconds: float) -> str:
+    """4.2 -> `4.2 s`, 230 -> `3 min 50 s`, 26,000 -> `7 h 13 min`."""
+    if round(seconds, 1) < MINUTE:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = ((hours, "h"), (minutes, "min"), (0 if hours else rest, "s"))
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
 def _decontaminated(told: dict[str, Any]) -> str:

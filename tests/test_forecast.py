@@ -1,14 +1,17 @@
 """The forecast: sizes from the config alone, the known FLOP rules, and warnings where a run cannot fit."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ptl.config import load_config, plan
+from ptl.dag import Node, Source, nodes
 from ptl.errors import InputError
-from ptl.forecast import GPUS, devices, forecast, forward_flops, shape_of, training_memory
+from ptl.forecast import GPUS, busiest, devices, forecast, forward_flops, shape_of, table, training_memory
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -122,3 +125,91 @@ def test_the_gpus_are_in_the_order_of_their_memory_and_in_plausible_units():
     for gpu in GPUS.values():
         assert gpu.bf16 >= gpu.fp32 > 1e12 and 1e11 < gpu.bandwidth < 1e13 and 16 << 30 <= gpu.memory < 1 << 40
     assert GPUS["h100"].bf16 / GPUS["a100-80"].bf16 == pytest.approx(3.17, abs=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate.enabled": True}, {"control": False}, {"resources.doctor": True}])
+def test_every_step_of_the_dag_that_computes_is_forecast(large, changes):
+    settings = config(large, **changes)
+    computing = {node.name for node in nodes(settings)} - {"doctor", "import-model", "report"}
+    told = forecast(settings)
+    assert len(told.steps) == len(computing) and {step.step for step in told.steps} == computing
+
+
+def hours_of(told):
+    """Hours by step, and the sum of those named."""
+    hours = {step.step: step.hours for step in told.steps}
+    return hours, lambda *names: sum(hours[name] for name in names)
+
+
+def test_with_the_gate_off_only_the_last_evaluation_is_waited_for(large):
+    told = forecast(config(large), "h100", 8)
+    hours, total = hours_of(told)
+    trained = [f"{stage}-{i}" for i in (2, 3, 4) for stage in ("prune", "recover")]
+    first = max(hours["evaluate-0"], hours["prune-1"])
+    assert told.critical_hours == pytest.approx(first + total("recover-1", *trained, "evaluate-4"))
+    assert told.critical_steps == ("import-model", "evaluate-0", "recover-1", *trained, "evaluate-4")
+    assert told.hours == pytest.approx(sum(hours.values())) and told.critical_hours < 0.6 * told.hours
+
+
+def test_with_the_gate_each_iteration_waits_for_its_verdict(large):
+    told = forecast(config(large, **{"gate.enabled": True}), "h100", 8)
+    hours, total = hours_of(told)
+    arm = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")]
+    assert told.critical_hours == pytest.approx(total("evaluate-0", *arm) - hours["prune-1"])
+    assert told.critical_steps == ("import-model", "evaluate-0", *arm[1:])
+
+
+def test_an_equal_control_beside_the_loop_costs_gpus_and_no_time(large):
+    """With one iteration both arms are the same work."""
+    once = {"schedule.iterations": 1}
+    told, without = (forecast(config(large, control=control, **once), "h100", 8) for control in (True, False))
+    assert told.critical_hours == pytest.approx(without.critical_hours)
+    assert told.hours > 1.5 * without.hours and told.busiest_gpus > without.busiest_gpus
+
+
+def test_a_control_after_the_loop_adds_its_hours(large):
+    changes = {"gate.enabled": True, "resources.control": "after"}
+    told = forecast(config(large, **changes), "h100", 8)
+    hours, _ = hours_of(told)
+    assert told.critical_hours == pytest.approx(told.hours - min(hours["evaluate-0"], hours["prune-1"]))
+    assert told.busiest == ("evaluate-0", "prune-1")  # the only two that do not wait for each other
+    assert told.critical_steps[-3:] == ("control-prune", "control-recover", "control-evaluate")
+
+
+def test_the_busiest_moment_by_hand():
+    """a 0-2, b 0-1, c 1-3 (after b), d 2-4 (after a): a and b, then a and c, then c and d."""
+    dag = [Node("a", {}), Node("b", {}), Node("c", {"in": Source("b", "out")}), Node("d", {}, ("a",))]
+    hours = {"a": 2.0, "b": 1.0, "c": 2.0, "d": 2.0}
+    assert busiest(dag, hours, dict.fromkeys(hours, 1)) == ("a", "b")  # the first of three
+    assert busiest(dag, hours, {"a": 1, "b": 1, "c": 1, "d": 4}) == ("c", "d")
+    assert busiest(dag, hours, {"a": 4, "b": 1, "c": 2, "d": 1}) == ("a", "c")
+    in_turn = [Node("a", {}), Node("b", {}, ("a",))]
+    assert busiest(in_turn, {"a": 1.0, "b": 1.0}, {"a": 1, "b": 1}) == ("a",)
+    assert busiest(in_turn, {}, {}) == ()
+
+
+def test_gpus_at_the_same_time_follow_the_config_and_the_command_line(large):
+    given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 1, "control": False}
+    four = {"resources.steps": {"recover": {"accelerators": 4}}}
+    assert forecast(config(large, **given)).busiest_gpus == 2
+    told = forecast(config(large, **given, **four))
+    assert told.count == 4 and told.busiest_gpus == 5  # a recovery, and an evaluation that ends meanwhile
+    assert [name.partition("-")[0] for name in told.busiest] == ["evaluate", "recover"]
+    assert forecast(config(large, **given, **four), count=2).busiest_gpus == 4
+    assert forecast(config(large)).busiest_gpus == 3  # without accelerators: one for each step
+
+
+def test_the_table_gives_both_times_and_marks_the_path(large):
+    told = forecast(config(large, **{"gate.enabled": True, "schedule.recovery_tokens": 10**9}), "h100", 8)
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(told))
+    printed = console.file.getvalue()
+    assert f"{told.hours:.1f} hours of work, {told.critical_hours:.1f} hours from start to end (estimates)" in printed
+    marked = {line.split()[1] for line in printed.splitlines() if line.startswith("│") and line.split()[2] == "*"}
+    assert marked == set(told.critical_steps) - {"import-model"}
+    assert "holds 24 GPUs: evaluate-0, prune-1 and control-prune at the same time" in " ".join(printed.split())
+
+
+def test_short_runs_are_not_0_hours(large):
+    assert ": 0 hours" not in table(forecast(config(DENSE))).title
+    assert "seconds of work" in table(forecast(config(DENSE, **{"schedule.recovery_tokens": 100_000}))).title

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from ptl.report import notes, print_table, render, verdict, write_report
-from ptl.result import build, final_row
+from ptl.result import build, final_row, work_seconds
+from ptl.view import duration, wall_clock
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -431,3 +433,176 @@ def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
     assert "…" not in printed  # 80 columns are enough
     assert str(tmp_path / "report.html") in printed and "ptl ui" in printed
     assert "8.0 points worse than the loop" in " ".join(printed.split())
+
+
+def schedule_of(records: dict, starts: dict[str, float], seconds: float) -> dict:
+    """Every step takes `seconds`; it starts at `starts[step]`, counted from the run's first."""
+    for step, record in records.items():
+        record["facts"] |= {"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds}
+    return records
+
+
+def one_after_another(records: dict, seconds: float) -> dict:
+    return schedule_of(records, {step: i * seconds for i, step in enumerate(records)}, seconds)
+
+
+def test_wall_clock_of_steps_one_after_another_is_their_sum(records, settings):
+    result = build(one_after_another(records, 600.0), settings)
+    assert result["wall_seconds"] == work_seconds(result) == 17 * 600 and result["idle_seconds"] == 0
+    assert "Wall clock: 2 h 50 min." in notes(result)
+
+
+def test_arms_beside_each_other_take_less_wall_clock_than_work(records, settings, tmp_path, no_pictures):
+    loop = [step for step in records if not step.startswith("control")]
+    starts = {step: i * 600.0 for i, step in enumerate(loop)}
+    starts |= {"control-prune": 900.0, "control-recover": 1500.0, "control-evaluate": 2100.0}
+    result = write_report(schedule_of(records, starts, 600.0), settings, tmp_path)
+    assert (result["wall_seconds"], work_seconds(result), result["idle_seconds"]) == (14 * 600, 17 * 600, 0)
+    sentence = "Wall clock: 2 h 20 min; the work of all steps adds up to 2 h 50 min."
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and sentence in text
+    assert "Work in steps 2 h 50 min" in text and "Wall clock 2 h 20 min" in text
+    assert f"- {sentence}" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "result.json").read_text())["wall_seconds"] == 8400
+
+
+def test_a_resumed_run_says_that_its_pause_is_counted(records, settings):
+    one_after_another(records, 600.0)
+    for step in ("control-prune", "control-recover", "control-evaluate"):  # the run was resumed a day later
+        records[step]["facts"]["started"] += 86_400
+    result = build(records, settings)
+    assert result["idle_seconds"] == 86_400 and result["wall_seconds"] == 86_400 + 17 * 600
+    assert wall_clock(result) == (
+        "Wall clock, pauses included: 26 h 50 min, 24 h of it outside the steps (pauses, start-up, failed "
+        "attempts); the work of all steps adds up to 2 h 50 min."
+    )
+
+
+def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
+    starts = {step: i * 600.0 for i, step in enumerate(step for step in records if not step.startswith("control"))}
+    starts |= {"control-prune": 1200.0, "control-recover": 1800.0, "control-evaluate": 2400.0}
+    starts |= {"evaluate-4": starts["evaluate-4"] + 1800}  # what the control saved
+    result = build(schedule_of(records, starts, 600.0), settings)
+    assert result["wall_seconds"] == work_seconds(result)
+    assert "pauses included: 2 h 50 min, 30 min of it outside" in wall_clock(result)
+
+
+def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, no_pictures):
+    """Records of other origin, and a result.json of an older version."""
+    del records["recover-2"]["facts"]["started"]
+    result = write_report(records, settings, tmp_path)
+    assert result["wall_seconds"] is None and wall_clock(result) == ""
+    added = ("wall_seconds", "idle_seconds", "control_failed", "not_finished")
+    render({key: value for key, value in result.items() if key not in added}, tmp_path / "old")
+    assert (tmp_path / "old/report.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+    assert "Wall clock" not in (tmp_path / "report.html").read_text()
+
+
+def test_durations():
+    cases = {4.21: "4.2 s", 59.97: "1 min", 230.4: "3 min 50 s", 3599.6: "1 h", 26_000: "7 h 13 min"}
+    assert {seconds: duration(seconds) for seconds in cases} == cases
+
+
+@pytest.mark.parametrize("completed", [0, 1, 2])
+def test_a_control_that_did_not_finish(records, settings, tmp_path, completed, capsys):
+    steps = ["control-prune", "control-recover", "control-evaluate"]
+    for step in steps[completed:]:
+        del records[step]
+    reason = "control-recover was killed after 3 attempts: out of memory;\n raise resources.memory <b>"
+    said = "control-recover was killed after 3 attempts: out of memory; raise resources.memory <b>"
+    result = write_report(records, settings | {"control_failed": reason + "."}, tmp_path)
+    assert result["control_failed"] == said and "control_failed" not in result["settings"]
+    assert {row["arm"] for row in result["rows"]} == {"loop"} and "control" not in result["paired"]
+    assert [step["step"] for step in result["steps"] if step["arm"] == "control"] == steps[:completed]
+    assert [step["step"] for step in result["not_finished"]] == steps[completed:]
+    assert result["not_needed"] == []
+    headline = "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %; the control arm did not finish."
+    assert verdict(result) == headline
+    assert notes(result)[0] == f"The control arm did not finish: {said}."
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and headline in text and notes(result)[0] in text
+    assert f"one-shot control not finished {said}." in text
+    assert f"control-evaluate \u2013 not finished: {said}" in text
+    assert "The ringed mark is the final checkpoint." in text and "the control is drawn" not in text
+    assert "Final and the control" not in text and "Final against the control" not in text
+    markdown = (tmp_path / "report.md").read_text()
+    cell = said.replace("<", "&lt;")
+    assert f"- The control arm did not finish: {cell}." in markdown
+    assert f"| one-shot control | not finished | {cell} |" in markdown
+    assert f"| control-evaluate | \u2013 | not finished: {cell} | | |" in markdown
+    print_table(result)
+    assert "The control arm did not finish" in capsys.readouterr().out
+
+
+def test_a_control_that_was_evaluated_did_finish(records, settings):
+    """Its committed record holds its score, whatever failed after the commit."""
+    result = build(records, settings | {"control_failed": "control-evaluate: MLflow cannot be reached"})
+    assert result["control_failed"] == "" and result["not_finished"] == []
+    assert "one-shot pruning reached 90.0 %" in verdict(result)
+
+
+def test_a_run_whose_control_finished_says_nothing_of_failures(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings | {"control_failed": ""}, tmp_path)
+    assert "One-shot control" in (tmp_path / "report.md").read_text()
+    assert result["control_failed"] == "" and "did not finish" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("beside", "warning"),
+    [
+        (
+            ["control-recover"],
+            "While speed was measured, control-recover was computing on the same node: read the ratio with care.",
+        ),
+        (
+            ["evaluate-3", "control-recover"],
+            "While speed was measured, control-recover and evaluate-3 were computing on the same node: read the ratio "
+            "with care.",
+        ),
+    ],
+)
+def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures, beside, warning):
+    records["evaluate-4"]["facts"]["speed"]["beside"] = beside
+    result = write_report(records, settings, tmp_path)
+    assert result["speed"]["beside"] == beside
+    html = (tmp_path / "report.html").read_text()
+    assert f"<strong>{warning}</strong>" in html[html.index("Times as fast") :]  # by the table
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert warning in text[text.index("## Speed") :], name
+    assert any(note.endswith(f"per solved problem. {warning}") for note in notes(result))
+
+
+def test_speed_measured_alone_has_no_warning(records, settings, tmp_path, no_pictures):
+    records["evaluate-4"]["facts"]["speed"]["beside"] = []
+    result = write_report(records, settings, tmp_path)
+    assert "read the ratio" not in (tmp_path / "report.html").read_text() + " ".join(notes(result))
+    records["evaluate-4"]["facts"]["speed"] = {"reason": "no memory", "beside": ["control-recover"]}
+    assert "Speed was not measured: no memory." in notes(build(records, settings))
+
+
+def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, settings, tmp_path, no_pictures):
+    """Both arms run at once: steps overlap, and versions are numbered as they happen to be registered."""
+    for iteration, version in ((1, "7"), (2, "3"), (3, "10"), (4, "2")):
+        records[f"evaluate-{iteration}"]["pointer"]["model_version"] = version
+    draw = random.Random(5)
+    starts = {step: draw.uniform(0, 900) for step in records}
+    schedule_of(records, starts, 300.0)
+    write_report(records, settings, tmp_path / "first")
+    steps = list(records)
+    for i in range(3):
+        draw.shuffle(steps)
+        result = write_report({step: records[step] for step in steps}, settings, tmp_path / str(i))
+        for name in ("report.html", "report.md", "README.md", "result.json"):
+            assert (tmp_path / str(i) / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+    stages = ("prune", "recover", "evaluate")
+    loop = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in stages]
+    expected = ["import-model", "evaluate-0", *loop, *(f"control-{stage}" for stage in stages)]
+    assert [step["step"] for step in result["steps"]] == expected
+    assert [row["step"] for row in result["rows"]] == [step for step in expected if "evaluate" in step]
+    assert result["final"]["model_version"] == "2" and final_row(result)["iteration"] == 4
+    records |= {step: {**record, "facts": record["facts"] | {"started": 1.76e9 - starts[step]}}
+                for step, record in records.items()}  # fmt: skip
+    assert [step["step"] for step in build(records, settings)["steps"]] == expected
