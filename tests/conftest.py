@@ -115,3 +115,47 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "short.yaml"
     path.write_text(yaml.safe_dump(raw))
     return path
+
+
+@pytest.fixture(scope="session")
+def mlflow_folder(tmp_path_factory):
+    """A folder whose mlflow.db serves all tests: a new database takes seconds."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def tracked(mlflow_folder, monkeypatch):
+    """Make the MLflow runs of a pipeline run: a function of its id and of its steps; returns the parent's id.
+
+    A step is a dict of status, tags (without `ptl.`), metrics and `ended` (seconds since 1970).
+    """
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{mlflow_folder}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client, made = MlflowClient(uri), []
+
+    def end(run_id, status, ended=None):
+        if status != "RUNNING":
+            client.set_terminated(run_id, status, None if ended is None else int(ended * 1000))
+
+    def make(run, steps, status="RUNNING", experiment="tracked"):
+        found = client.get_experiment_by_name(experiment)
+        place = (
+            found.experiment_id if found else client.create_experiment(experiment, f"file://{mlflow_folder}/artifacts")
+        )
+        parent = client.create_run(place, tags={"ptl.run": run, "ptl.role": "parent"}).info.run_id
+        made.append(parent)
+        for name, step in steps.items():
+            tags = {"ptl.run": run, "ptl.role": "step", "ptl.step": name, "mlflow.parentRunId": parent}
+            tags |= {f"ptl.{key}": str(value) for key, value in step.get("tags", {}).items()}
+            made.append(client.create_run(place, tags=tags).info.run_id)
+            for key, value in step.get("metrics", {}).items():
+                client.log_metric(made[-1], key, value)
+            end(made[-1], step.get("status", "FINISHED"), step.get("ended"))
+        end(parent, status)
+        return parent
+
+    yield make
+    for run_id in made:
+        client.delete_run(run_id)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kfp_standin import StandIn
+from mock_kfp import MockKubeflow
 
 ROOT = Path(__file__).parents[1]
 CI = ROOT / "examples" / "ci"
@@ -78,7 +78,7 @@ def test_a_changed_compiled_pipeline_fails(environment):
 def test_a_run_is_waited_for_and_its_table_written(environment, tmp_path, verdict, code):
     from mlflow import MlflowClient
 
-    world = StandIn()
+    world = MockKubeflow()
     try:
         uri = f"sqlite:///{tmp_path}/mlflow.db"
         client = MlflowClient(uri)
@@ -102,7 +102,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, tmp_path, verdic
 
 
 def test_a_failed_run_says_so(environment, tmp_path):
-    world = StandIn()
+    world = MockKubeflow()
     world.script = [("FAILED", {"prune-1": "FAILED"})]
     try:
         done = run(CI / "run.sh", TINY, tmp_path / "table.md", "--host", world.url, env=environment)

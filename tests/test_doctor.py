@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port
-from kfp_standin import StandIn
 from mlflow import MlflowClient
+from mock_kfp import MockKubeflow
 
 from ptl import doctor, doctor_http, stack
 from ptl.config import load_config
@@ -237,7 +237,7 @@ def test_images_of_the_local_engine_that_are_missing(config, monkeypatch):
     ("version", "state"), [("2.17.0", "ok"), ("2.16.1", "warning"), ("2.15.2", "error"), (None, "warning")]
 )
 def test_kubeflows_version(config, monkeypatch, version, state):
-    world = StandIn()
+    world = MockKubeflow()
     try:
         real = doctor_http.get
 
@@ -256,7 +256,7 @@ def test_kubeflows_version(config, monkeypatch, version, state):
 
 def test_kubeflows_login_is_that_of_submit(config, tmp_path, monkeypatch):
     monkeypatch.delenv("KFP_TOKEN", raising=False)
-    world = StandIn(token="right")
+    world = MockKubeflow(token="right")
     try:
         monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
         assert "no file" in fault(doctor.outside(config, host=world.url, namespace=None), "Kubeflow")

@@ -17,7 +17,7 @@ UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; 
 RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
 Sets = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
-Timeout = Annotated[float | None, typer.Option(help="seconds to wait; the run goes on after them")]
+Timeout = Annotated[float | None, typer.Option(help="seconds to wait; the run continues after them")]
 Poll = Annotated[float, typer.Option(min=1, help="seconds between looks")]
 
 
@@ -72,8 +72,8 @@ def status(
     insecure: Insecure = False,
     ui_host: UiHost = None,
 ) -> None:
-    """Print the state of a run and of its steps; exit code 1 when it failed or was canceled."""
-    from pipelines.prune_tune_loop import submit as work
+    """Print a run and its steps as a table; exit code 1 when it failed or was canceled."""
+    from pipelines.prune_tune_loop import follow as work
 
     server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
     raise typer.Exit(work.status(run_id, server, say=_say))
@@ -87,8 +87,8 @@ def cancel(
     ca_cert: CaCert = None,
     insecure: Insecure = False,
 ) -> None:
-    """End a run; its finished steps stay, and `ptl retry` goes on from them."""
-    from pipelines.prune_tune_loop import submit as work
+    """End a run; its finished steps stay, and `ptl retry` resumes from them."""
+    from pipelines.prune_tune_loop import follow as work
 
     server = Server(host, namespace, None, token_file, ca_cert, not insecure)
     raise typer.Exit(work.cancel(run_id, server, say=_say))
@@ -108,7 +108,7 @@ def retry(
     ui_host: UiHost = None,
 ) -> None:
     """Run a failed run's unfinished steps again."""
-    from pipelines.prune_tune_loop import submit as work
+    from pipelines.prune_tune_loop import follow as work
 
     server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
     checked = load_config(config) if config else None

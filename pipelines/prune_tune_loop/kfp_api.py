@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5  # the pauses between them double from one second: 15 s in all
 NOT_FOUND, CONFLICT = 404, 409
+TIMEOUT = (10.0, 30.0)  # seconds to connect, and seconds without a byte of the answer
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class RefusedError(InputError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnreadableError(Exception):
+    """An answer of 200 that is not what the API answers, as a login page is."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +88,62 @@ def connect(server: Server) -> Api:
             verify_ssl=server.verify,
         )
     client._context_setting["namespace"] = namespace or ""
+    _guard(client)
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
     return Api(client, namespace, ui.rstrip("/"))
 
 
-def call(api: Api, function: Callable[..., T], *args: Any, again: bool = True, **kwargs: Any) -> T:
-    """One request. With `again`, server errors and lost connections are tried again; without, they are WorkError."""
+def _guard(client: Any) -> None:
+    """Give every request of a client a timeout, and refuse answers that are not JSON objects.
+
+    kfp's methods take no timeout, and without one a server that hangs hangs the command. Its models turn a login page
+    into a record whose fields are all None. Requests are repeated by `call`, not by urllib3 as well.
+    """
+    from urllib3 import Retry
+
+    rest = client._run_api.api_client.rest_client  # every API of a kfp client shares it
+    once = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=10)
+    rest.pool_manager.connection_pool_kw["retries"] = once
+    request = rest.request
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        response = request(*args, **{**kwargs, "_request_timeout": TIMEOUT})
+        try:
+            answer = json.loads(response.data)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise UnreadableError("the answer is not JSON")
+        return response
+
+    rest.request = guarded
+
+
+def call(
+    api: Api, function: Callable[..., T], *args: Any, again: bool = True, needs: tuple[str, ...] = (), **kwargs: Any
+) -> T:
+    """One request. With `again`, server errors and lost connections are tried again; without, they are WorkError.
+
+    An answer that lacks one of the fields `needs` counts as a server error.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
-                return function(*args, **kwargs)
+                answer = function(*args, **kwargs)
+                missing = [name for name in needs if not getattr(answer, name)]
+                if missing:
+                    raise UnreadableError(f"the answer has no {' and no '.join(missing)}")
+                return answer
         except WorkError:
             if not again or attempt == ATTEMPTS:
                 raise
             time.sleep(2.0 ** (attempt - 1) * PAUSE)
     raise AssertionError("unreachable")
+
+
+def get_run(api: Api, run_id: str, again: bool = True) -> Any:
+    """A run, with its state."""
+    return call(api, api.client.get_run, run_id, again=again, needs=("run_id", "state"))
 
 
 PAUSE = 1.0  # seconds; tests shorten it
@@ -110,13 +158,22 @@ def explained(host: str) -> Any:
     try:
         yield
     except ApiException as error:
+        text = _message(error)
+        gone = re.search(r"ResourceNotFoundError: (.*)", text)  # the server answers 500 for a version that is not there
+        if error.status == 500 and gone:
+            raise RefusedError(f"Kubeflow Pipelines at {host}: {gone[1]}; it was deleted", NOT_FOUND) from error
         if error.status and error.status < 500 and error.status != 429:
-            remedy = _REMEDIES.get(error.status, _said(error))
+            remedy = f"{_REMEDIES[error.status]} ({text})" if error.status in _REMEDIES else text
             raise RefusedError(f"Kubeflow Pipelines at {host}: {error.status} {remedy}", error.status) from error
-        raise WorkError(f"Kubeflow Pipelines at {host}: {error.status} {_said(error)}; is it healthy?") from error
+        raise WorkError(f"Kubeflow Pipelines at {host}: {error.status} {text}; is it healthy?") from error
     except HTTPError as error:
         hint = "is --ca-cert right?" if "CERTIFICATE" in str(error).upper() else "is --host right, and is it up?"
         raise WorkError(f"Kubeflow Pipelines at {host}: {error}; {hint}") from error
+    except UnreadableError as error:
+        raise WorkError(
+            f"Kubeflow Pipelines at {host}: {error}; the session may have expired: log in again (KFP_TOKEN or "
+            "--token-file), and check that --host ends where the API begins"
+        ) from error
 
 
 _REMEDIES = {
@@ -128,9 +185,17 @@ _REMEDIES = {
 }
 
 
-def _said(error: Any) -> str:
+def _message(error: Any) -> str:
+    """The server's own sentence: the first detail, without the chain of functions that it went through."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
-    return " ".join(body.split())[:300]
+    try:
+        answer = json.loads(body)
+        texts = [answer.get("message"), answer.get("error_message"), answer.get("error")]
+        texts = [detail["message"] for detail in answer.get("details", []) if error.status != 500] + texts
+    except (ValueError, AttributeError, KeyError, TypeError):
+        texts = []
+    text = next((text for text in texts if isinstance(text, str) and text), body)
+    return " ".join(text.split())[:500]
 
 
 def _path(name: str) -> Path | None:

@@ -3,13 +3,13 @@
 import sys
 from typing import Any
 
-from pipelines.prune_tune_loop.submit import result_of
+from pipelines.prune_tune_loop.outcome import result_of
 
 
 def table(result: dict[str, Any]) -> str:
     """One line for each scored checkpoint."""
     lines = [
-        "| arm | round | parameters | accuracy | items | recovery tokens | verdict |",
+        "| arm | iteration | parameters | accuracy | items | recovery tokens | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

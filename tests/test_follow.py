@@ -1,0 +1,403 @@
+"""Following runs: answers of a real Kubeflow 2.17, played by a mock, and real MLflow runs in a database."""
+
+from datetime import datetime
+
+import pytest
+from mlflow import MlflowClient
+from mock_kfp import MockKubeflow, recorded
+
+from pipelines.prune_tune_loop import follow, kfp_api, task_list
+from pipelines.prune_tune_loop.kfp_api import Server
+from ptl.errors import InputError
+
+SIX = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
+EIGHTEEN = [
+    "import-model",
+    "evaluate-0",
+    *(f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")),
+    *(f"control-{stage}" for stage in ("prune", "recover", "evaluate")),
+    "report",
+]
+NOT_LISTED = "not listed by Kubeflow"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
+    for name in ("MLFLOW_TRACKING_URI", "KFP_NAMESPACE", "KFP_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def world():
+    made = MockKubeflow()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def status(world, said):
+    def ask(run="run"):
+        said.clear()
+        return follow.status(run, Server(host=world.url), say=said.append)
+
+    return ask
+
+
+@pytest.fixture
+def watch(world, said):
+    def wait(run="run", **options):
+        api = kfp_api.connect(Server(host=world.url))
+        return follow.watch(api, run, None, options.pop("timeout", None), 0.01, said.append, **options)
+
+    return wait
+
+
+def rows(said):
+    """The cells of the table by step."""
+    table = next(text for text in said if "Step" in text and "State" in text)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def states(said):
+    return {step: cells[0] for step, cells in rows(said).items()}
+
+
+def six(*values):
+    return dict(zip(SIX, values, strict=True))
+
+
+REST = ("not started",) * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "expected", "last"),
+    [
+        ("run-pending", 0, six(*(NOT_LISTED,) * 6), "RUNNING"),
+        ("run-running", 0, six("PENDING", *(NOT_LISTED,) * 5), "RUNNING"),
+        ("run-canceling", 0, six("PENDING", *(NOT_LISTED,) * 5), "is being canceled"),
+        ("run-canceled", 1, six("SUCCEEDED", "CANCELED", *REST), "canceled"),
+        ("run-failed-step", 1, six("FAILED", "not started", *REST), "FAILED"),
+        ("run-failed-driver", 1, six("SUCCEEDED", "FAILED", *REST), "FAILED"),
+        ("run-pod-refused", 1, six("FAILED", "not started", *REST), "FAILED"),
+        ("run-retried", 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
+        ("run-succeeded-6-tasks", 0, six(*("SUCCEEDED",) * 6), "SUCCEEDED"),
+    ],
+)
+def test_recorded_runs_by_the_names_of_their_steps(world, said, status, name, code, expected, last):
+    assert world.play(name) and status() == code
+    assert states(said) == expected and list(states(said)) == list(SIX)
+    assert f": {last}  {world.url}/#/runs/details/" in said[-1]
+    assert len(world.calls("GET", "/versions/")) == 1
+
+
+def test_a_list_that_froze_does_not_call_steps_missing(world, said, status):
+    world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
+    assert status() == 0
+    assert list(states(said)) == EIGHTEEN
+    assert [step for step, state in states(said).items() if state != "SUCCEEDED"] == EIGHTEEN[12:]
+    assert {states(said)[step] for step in EIGHTEEN[12:]} == {NOT_LISTED}
+    assert any(text.startswith("not listed by Kubeflow: ") and "1 MiB" in text for text in said)
+
+
+def test_a_frozen_list_of_a_run_that_is_going_is_completed_by_the_steps_records(world, said, status, tracked):
+    run = world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
+    world.played[0] |= {"state": "RUNNING", "finished_at": "1970-01-01T00:00:00Z"}
+    del world.played[0]["state_history"][2:]
+    training = {"train/num_input_tokens_seen": 51_200, "train/loss": 0.4567}
+    tracked(
+        run,
+        {
+            "evaluate-4": {"tags": {"verdict": "accepted"}, "metrics": {"seconds": 21.4, "accuracy": 0.998}},
+            "control-recover": {"status": "RUNNING", "tags": {"tokens": 500_000, "attempt": 2}, "metrics": training},
+            "recover-4": {"metrics": {"seconds": 60}},  # Kubeflow's list says that its driver is running
+        },
+    )
+    assert status() == 0
+    table = rows(said)
+    assert table["evaluate-4"] == ["SUCCEEDED", "", "21", "0.998", "accepted", ""]
+    assert table["control-recover"] == ["RUNNING", "2", "", "", "", "51,200 of 500,000 tokens, loss 0.457"]
+    assert table["recover-4"][0] == table["prune-4"][0] == "SUCCEEDED" and table["control-evaluate"][0] == "waiting"
+    assert not any("records are not read" in text for text in said)
+
+
+def test_records_that_cannot_be_read_are_said_once(world, said, watch, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    world.play("run-running", "run-running", "run-succeeded-6-tasks")
+    assert watch() == 0
+    assert len([text for text in said if "the steps' own records are not read" in text]) == 1
+    assert said[-1].endswith(": SUCCEEDED")
+
+
+def test_a_run_that_mlflow_does_not_know_is_shown_by_kubeflows_list(world, said, status, tracked):
+    tracked("another run", {"import-model": {}})
+    world.play("run-failed-driver")
+    assert status() == 1 and said[0].startswith("MLflow has no records of this run")
+    assert states(said)["evaluate-0"] == "FAILED"
+
+
+def test_steps_after_the_end_of_the_loop_are_not_needed(world, said, status, tracked):
+    run = world.play("run-succeeded-18-tasks", version="version-of-run-succeeded-18-tasks")
+    tracked(run, {"evaluate-2": {"tags": {"verdict": "rejected", "loop_ended": "no smaller cut"}}}, status="FINISHED")
+    assert status() == 0
+    assert [step for step, state in states(said).items() if state == "not needed"] == EIGHTEEN[8:14]
+    assert states(said)["evaluate-2"] == "SUCCEEDED" and states(said)["control-prune"] == NOT_LISTED
+
+
+POD = "kubectl get pods -n kubeflow -l pipeline/runid={run}"
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "reason"),
+    [
+        ("run-failed-step", "import-model", "see `kubectl logs -n kubeflow $(POD -o name | grep -e -756052251)`"),
+        (
+            "run-failed-driver",
+            "evaluate-0",
+            "its driver failed: no container of the step was started; "
+            "see `kubectl logs -n kubeflow $(POD -o name | grep -e -2237824766)`",
+        ),
+        (
+            "run-pod-refused",
+            "import-model",
+            "no container of the step was started: Kubernetes refused its pod; "
+            "see `kubectl get workflow -n kubeflow -l pipeline/runid={run} -o yaml`",
+        ),
+        (
+            "run-timeout",
+            "doctor",
+            "its pod did not start before its time ran out, as with an image, a volume or a node that is not there; "
+            "see `kubectl describe -n kubeflow $(POD -o name | grep -e -788006056)`",
+        ),
+    ],
+)
+def test_a_failure_without_a_record_says_where_to_look(world, said, status, name, step, reason):
+    run = world.play(name, version=None)  # as after the version was deleted: tasks are named by their keys
+    step = {"evaluate-0": "evaluate"}.get(step, step)
+    assert status() == 1
+    text = reason.replace("POD", POD).replace("{run}", run)
+    assert f"{step}: {text} and {world.url}/#/runs/details/{run}" in said
+
+
+def test_a_failure_with_a_record_gives_its_reason(world, said, status, tracked):
+    run = world.play("run-failed-step")
+    tracked(run, {"import-model": {"status": "FAILED", "tags": {"error": "InputError: model.path: no folder x"}}})
+    assert status() == 1
+    assert "import-model: InputError: model.path: no folder x" in said
+
+
+def test_a_record_that_is_running_after_the_end_means_killed_and_is_closed(world, said, status, tracked):
+    run = world.play("run-retried")
+    world.played[0] |= {"state": "FAILED"}
+    world.played[0]["run_details"]["task_details"] = [
+        {**task, "state": "FAILED"} if task["display_name"].startswith(("recover", "executor")) else task
+        for task in world.played[0]["run_details"]["task_details"]
+        if not task["display_name"].startswith(("evaluate-2", "report", "recover-driver"))
+    ]
+    parent = tracked(run, {"prune-1": {}, "recover-1": {"status": "RUNNING"}})
+    assert status() == 1
+    reason = next(text for text in said if text.startswith("recover-1: "))
+    assert "killed from outside, most likely out of memory" in reason
+    for remedy in ("resources.memory", "resources.steps.recover.memory", "recover.accumulation", "kubectl logs"):
+        assert remedy in reason
+    client = MlflowClient()
+    closed = client.get_run(parent)
+    assert closed.info.status == "FAILED" and closed.data.tags["ptl.error"] == reason
+    step = client.search_runs(
+        [closed.info.experiment_id], f"tags.`ptl.run` = '{run}' and tags.`ptl.step` = 'recover-1'"
+    )
+    assert step[0].info.status == "FAILED" and step[0].data.tags["ptl.error"] == reason.removeprefix("recover-1: ")
+    assert status() == 1 and reason in said  # what was closed says the same
+
+
+def test_a_step_that_another_took_with_it_is_not_called_out_of_memory(world, said, status, tracked):
+    run = world.play("run-failed-driver")
+    failed = {"status": "FAILED", "tags": {"error": "WorkError: the loss is nan"}}
+    tracked(run, {"evaluate-0": failed, "prune-1": {"status": "RUNNING"}})
+    assert status() == 1
+    assert "evaluate-0: WorkError: the loss is nan" in said
+    assert "prune-1: it was stopped when the run failed" in said
+
+
+def test_a_drivers_failure_closes_the_parent(world, status, tracked):
+    parent = tracked(world.play("run-failed-driver"), {"import-model": {}})
+    assert status() == 1
+    run = MlflowClient().get_run(parent)
+    assert run.info.status == "FAILED" and run.data.tags["ptl.error"].startswith("evaluate-0: its driver failed")
+
+
+def test_a_canceled_run_is_killed_in_mlflow_and_says_so(world, said, status, tracked):
+    parent = tracked(world.play("run-canceled"), {"import-model": {}, "evaluate-0": {"status": "RUNNING"}})
+    assert status() == 1 and states(said)["evaluate-0"] == "CANCELED"
+    run = MlflowClient().get_run(parent)
+    assert run.info.status == "KILLED" and run.data.tags["ptl.error"] == "canceled"
+    assert status() == 1 and states(said)["evaluate-0"] == "CANCELED"
+
+
+def test_a_run_that_is_going_or_done_is_not_closed(world, status, tracked):
+    parent = tracked(world.play("run-running"), {"import-model": {"status": "RUNNING"}})
+    assert status() == 0 and MlflowClient().get_run(parent).info.status == "RUNNING"
+    parent = tracked(world.play("run-succeeded-6-tasks"), {}, status="FINISHED")
+    assert status() == 0
+    run = MlflowClient().get_run(parent)
+    assert run.info.status == "FINISHED" and "ptl.error" not in run.data.tags
+
+
+def test_a_mlflow_that_refuses_to_close_is_one_line(world, said, status, tracked, monkeypatch):
+    tracked(world.play("run-canceled"), {})
+
+    def refuse(*_):
+        raise InputError("read only")
+
+    monkeypatch.setattr(follow.progress, "close", refuse)
+    assert status() == 1 and "MLflow: the run could not be closed: read only" in said
+
+
+def test_a_wait_has_one_line_for_each_change(world, said, watch, tracked, monkeypatch):
+    run = recorded("run-running")["run_id"]
+    tracked(run, {"import-model": {"status": "RUNNING", "tags": {"attempt": 1}}})
+    world.play("run-pending", "run-running", "run-running", "run-running")
+    looks, client = [], MlflowClient()
+    experiment = client.get_experiment_by_name("tracked").experiment_id
+
+    def log(**metrics):
+        child = client.search_runs([experiment], f"tags.`ptl.run` = '{run}' and tags.`ptl.step` = 'import-model'")[0]
+        for name, value in metrics.items():
+            client.log_metric(child.info.run_id, name.replace("train_", "train/"), value)
+        return child.info.run_id
+
+    def sleep(_):
+        looks.append(None)
+        if len(looks) == 1:
+            log(train_num_input_tokens_seen=100, train_loss=2)
+        if len(looks) == 2:  # within a minute: not shown
+            log(train_num_input_tokens_seen=200, train_loss=1)
+        if len(looks) == 3:
+            client.set_terminated(log(seconds=12, accuracy=0.5), "FINISHED")
+            client.set_tag(log(), "ptl.verdict", "accepted")
+            world.play("run-succeeded-6-tasks")
+            world.played[0]["run_id"] = run
+
+    monkeypatch.setattr(follow.time, "sleep", sleep)
+    assert watch() == 0
+    assert said[:3] == [
+        "import-model: RUNNING",
+        "import-model: 100 tokens, loss 2.000",
+        "import-model: SUCCEEDED in 12 s, accuracy 0.500, accepted",
+    ]
+    assert len([text for text in said if text.startswith("import-model")]) == 3
+    assert "evaluate-1: SUCCEEDED in 33 s" in said and said[-1].endswith(": SUCCEEDED")
+
+
+def test_a_failed_wait_ends_with_the_reason(world, said, watch, tracked):
+    run = world.play("run-pending", "run-running", "run-failed-step")
+    for played in world.played:
+        played["run_id"] = run
+    tracked(run, {"import-model": {"status": "FAILED", "tags": {"error": "InputError: x", "attempt": 3}}})
+    assert watch() == 1
+    assert "import-model: FAILED (attempt 3): InputError: x" in said
+    assert said[-1].endswith(f": FAILED: import-model: InputError: x; `ptl retry {run}` resumes from what is finished")
+
+
+def test_cancel_waits_for_the_end_and_closes_mlflow(world, said, tracked):
+    world.play("run-running", "run-canceling", "run-canceling", "run-canceled")
+    run = recorded("run-canceled")["run_id"]
+    for played in world.played:
+        played["run_id"] = run
+    world.answers = [("POST", ":terminate", "post-terminate")]
+    parent = tracked(run, {"import-model": {"status": "RUNNING"}})
+    assert follow.cancel(run, Server(host=world.url), say=said.append, poll=0.01) == 0
+    assert "asked to end" in said[0] and said[-1].endswith(": canceled")
+    assert MlflowClient().get_run(parent).info.status == "KILLED"
+
+
+def test_cancel_of_a_run_that_has_ended_meanwhile(world, said):
+    world.play("run-running", "run-succeeded-6-tasks")
+    world.answers = [("POST", ":terminate", "post-terminate-finished")]
+    assert follow.cancel("run", Server(host=world.url), say=said.append) == 0
+    assert "has ended before (SUCCEEDED)" in said[-1]
+    world.play("run-running")
+    world.answers = [("POST", ":terminate", "post-terminate-unknown")]
+    with pytest.raises(InputError, match=r"404 not found; .*\(Run 0{8}-[0-]* not found\)"):
+        follow.cancel("run", Server(host=world.url), say=said.append)
+
+
+def test_cancel_of_a_failed_run_closes_it(world, said, tracked):
+    parent = tracked(world.play("run-failed-driver"), {})
+    assert follow.cancel("run", Server(host=world.url), say=said.append) == 0
+    assert world.calls("POST", ":terminate") == []
+    assert MlflowClient().get_run(parent).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("name", ["run-failed-step", "run-canceled"])
+def test_retry_of_a_failed_and_of_a_canceled_run_reopens_it(world, said, tracked, name):
+    run = world.play(name)
+    parent = tracked(run, {"import-model": {"status": "RUNNING"}})
+    assert follow.retry(run, Server(host=world.url), say=said.append) == 0
+    assert len(world.calls("POST", ":retry")) == 1 and "runs again" in said[-1]
+    reopened = MlflowClient().get_run(parent)
+    assert reopened.info.status == "RUNNING" and "ptl.error" not in reopened.data.tags
+
+
+def test_retry_waits_for_the_new_end(world, said):
+    world.play("run-failed-step", "run-failed-step", "run-retried")
+    assert follow.retry("run", Server(host=world.url), wait=True, poll=0.01, say=said.append) == 0
+    assert "still waiting: run has not begun again yet" in said and said[-1].endswith("SUCCEEDED")
+
+
+def test_a_retry_that_is_refused_says_which_runs_can_be_retried(world, said, tracked):
+    world.play("run-running")
+    with pytest.raises(InputError, match="is RUNNING; only a run that failed or was canceled"):
+        follow.retry("run", Server(host=world.url))
+    parent = tracked(world.play("run-failed-step"), {})
+    world.answers = [("POST", ":retry", "post-retry-succeeded")]
+    with pytest.raises(InputError, match=r"run: run cannot be retried: .*Workflow must be Failed/Error to retry"):
+        follow.retry("run", Server(host=world.url), say=said.append)
+    assert MlflowClient().get_run(parent).info.status == "FAILED"
+
+
+def test_after_a_retry_an_old_failure_is_not_the_steps_state(world, said, status, tracked):
+    """Recorded: failed 17:48:32, retried 17:49:03. The step's record is from before, its pod has not begun again."""
+    run = world.play("run-retried")
+    world.played[0] |= {"state": "RUNNING"}
+    del world.played[0]["state_history"][4:]
+    for task in world.played[0]["run_details"]["task_details"]:
+        if task["display_name"] == "prune":
+            task["state"] = "RUNNING"
+    before = datetime.fromisoformat("2026-11-25T17:48:30+00:00").timestamp()
+    tracked(run, {"prune-1": {"status": "FAILED", "tags": {"error": "old"}, "ended": before}})
+    assert status() == 0
+    assert states(said)["prune-1"] == "RUNNING" and not any("old" in text for text in said)
+
+
+def test_an_unknown_run(world, status):
+    with pytest.raises(InputError, match=r"404 not found; check the id.*\(Run 0{8}-[0-]* not found\)"):
+        status("00000000-0000-0000-0000-000000000000")
+
+
+def test_a_retry_above_the_step_shows_the_newest_entry():
+    """Recorded: Argo ran the DAG again and again; its list ends with a driver that was just started."""
+    from types import SimpleNamespace
+
+    def task(name, state, start, **more):
+        moment = datetime.fromisoformat(f"2026-11-25T18:{start}+00:00")
+        fields = {"end_time": None, "child_tasks": [], "state_history": [], **more}
+        return SimpleNamespace(display_name=name, state=state, start_time=moment, **fields)
+
+    tasks = [
+        task("prune-1-driver", "SUCCEEDED", "00:00"),
+        task("prune-1", "FAILED", "00:10"),
+        task("prune-1-driver", "RUNNING", "00:20"),
+    ]
+    run = SimpleNamespace(state="RUNNING", run_details=SimpleNamespace(task_details=tasks))
+    assert task_list.fold(run, ["prune-1", "recover-1"])["prune-1"].state == "PENDING"
+    run.state = "FAILED"
+    assert task_list.fold(run, ["prune-1", "recover-1"]).keys() == {"prune-1"}
+    assert task_list.fold(run, ["prune-1"])["prune-1"].state == "FAILED"
