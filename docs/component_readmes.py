@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 BEGIN = "<!-- custom-content -->"
 
 ABOUT = {
-    "step": "Name of the step in this run, for example `prune-1`; it names the MLflow run and the committed record, and says which arm and iteration it is of.",
+    "step": "Name of the step, for example `prune-1`: it names the MLflow run and the record, and says which arm and "
+    "iteration it is of.",
     "iterations": "Iterations of the step's arm: the loop's, or 1 for the control.",
     "experiment": "MLflow experiment; its artifact location is where checkpoints are stored.",
     "run_name": "What people call the run; MLflow shows it under this name.",

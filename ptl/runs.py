@@ -11,6 +11,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -131,6 +132,7 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
         passed["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
     return passed | {
         "PTL_RUN_ID": run.run_id,
+        "PTL_LAUNCH": uuid.uuid4().hex,  # each command gives a step new attempts
         "PTL_RUN_DIR": str(run.path),
         "PTL_SCRATCH": str(run.path / "scratch"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
