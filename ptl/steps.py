@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, gate, store, tracking, verdict
+from ptl import __version__, aliases, gate, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -29,7 +29,7 @@ from ptl.config import (
     removal,
 )
 from ptl.errors import InputError
-from ptl.execution import Facts, Record, Step, artifact_root, execute, fetch, limit_threads, read, say, scratch, write
+from ptl.execution import Facts, Step, artifact_root, execute, fetch, limit_threads, read, say, scratch, write
 from ptl.store import Pointer
 
 
@@ -313,7 +313,8 @@ def report(
             record["facts"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
     result = pages.write_report(records, {**config, **tracking.links(run)}, folder)
     tracking.log_report(run, sorted(folder.iterdir()))
-    _set_aliases(records, registered_model)
+    for sentence in aliases.set_aliases(run, records, registered_model, check(Gate, config["gate"], "gate")):
+        say(name, sentence)
     Path(html.path).write_text((folder / "report.html").read_text())
     Path(markdown.path).write_text((folder / "report.md").read_text())
     shared = os.environ.get("PTL_RUN_DIR")
@@ -332,19 +333,6 @@ def _passes_through(name: str, pointer: Pointer, *outs: Any) -> bool:
     for out in outs if state.stopped else ():
         write(out, dataclasses.asdict(pointer))
     return state.stopped
-
-
-def _set_aliases(records: dict[str, Record], registered_model: str) -> None:
-    """`best`: the highest score; `smallest`: the smallest that was accepted."""
-    accepted = [
-        (record["facts"]["scores"]["tasks"][0]["accuracy"], -record["facts"]["scores"]["params"], version)
-        for record in records.values()
-        if record["facts"]["stage"] == "evaluate" and (version := record["facts"]["accepted"]["model_version"])
-        if record["facts"]["verdict"]["decision"] == "accepted"
-    ]
-    if accepted:
-        tracking.set_alias(registered_model, "best", max(accepted)[2])
-        tracking.set_alias(registered_model, "smallest", max(accepted, key=lambda entry: entry[1])[2])
 
 
 def _iteration(schedule: Schedule, pruning: Prune, index: int) -> Iteration:
