@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl import __version__, cli_gc, cli_steps
+from ptl import __version__, cli_gc, cli_results, cli_steps
 from ptl.cli_steps import Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
@@ -141,35 +141,6 @@ def run(
 
 
 @app.command()
-def fetch(
-    run: Annotated[
-        Path, typer.Argument(help="a finished run's directory, for example .ptl/latest", show_default=False)
-    ],
-    dst: Annotated[Path, typer.Argument(help="folder to write", show_default=False)],
-) -> None:
-    """Copy a run's final checkpoint, verified, and its model card into a folder of your own."""
-    import shutil
-
-    from ptl import runs, store
-    from ptl.manifest import FILES
-
-    if not (run / "result.json").is_file():
-        raise InputError(f"run: {run} holds no result.json; give the directory of a finished run")
-    dst = dst.absolute()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
-    final = json.loads((run / "result.json").read_text())["final"]
-    home = run.resolve().parents[1]
-    if final["uri"].startswith("s3://") and "AWS_ACCESS_KEY_ID" not in os.environ and (home / "stack").is_dir():
-        runs.use(runs.start_servers(home))  # the run was made with --s3
-    folder = store.fetch(store.Pointer(uri=final["uri"], digest=final["digest"]), dst.with_name(dst.name + ".fetch"))
-    shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
-    shutil.copyfile(run / "README.md", dst / "README.md")
-    shutil.rmtree(dst.with_name(dst.name + ".fetch"), ignore_errors=True)
-    print(f"wrote {dst}: {final['params']:,} parameters")
-
-
-@app.command()
 def ui(home: Home = Path(".ptl"), port: Annotated[int, typer.Option(help="port on loopback")] = 5000) -> None:
     """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
     from ptl import stack
@@ -225,29 +196,6 @@ def images(
         raise InputError(f"action: {action!r} must be one of {', '.join(actions)}")
     for name in actions[action]() or ():
         print(name)
-
-
-@app.command()
-def compare(
-    reference: Annotated[str, typer.Argument(help="folder with items.jsonl, or MLflow run id of an evaluate step")],
-    candidate: Annotated[str, typer.Argument(help="likewise: what is compared with the reference")],
-    margin: Annotated[float, typer.Option(help="loss of accuracy that is tolerated")] = 0.02,
-    alpha: Annotated[float, typer.Option(help="level of the tests")] = 0.05,
-    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown not inferior")] = False,
-    s3: Annotated[bool, typer.Option("--s3", help="run ids are of `ptl run --s3`: `ptl up`'s servers")] = False,
-    home: Annotated[Path, typer.Option("--home", help="where local runs lie, for run ids")] = Path(".ptl"),
-) -> None:
-    """Compare two evaluations item by item: exit code 0 not inferior, 1 inferior, 2 wrong input."""
-    from rich.console import Console
-
-    from ptl import compare as work
-    from ptl import runs
-
-    if work.is_run_id(reference) or work.is_run_id(candidate):
-        runs.reach(home.absolute(), s3)
-    outcome = work.compare(work.locate(reference), work.locate(candidate), margin, alpha, strict=strict)
-    Console().print(work.table(outcome))
-    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
@@ -336,6 +284,7 @@ def _add_cluster_commands() -> None:
         cluster_cli.add_to(app)
 
 
+cli_results.add_to(app)
 cli_steps.add_to(app)
 cli_gc.add_to(app)
 _add_cluster_commands()

@@ -20,7 +20,7 @@ Overrides = Annotated[list[str], typer.Option("--set", help="override a field: -
 
 def add_to(app: typer.Typer) -> None:
     """Register the step commands."""
-    for command in (import_model, prune, recover, evaluate, report):
+    for command in (import_model, prune, recover, evaluate):
         app.command(command.__name__.replace("_", "-"), rich_help_panel="Single steps")(command)
 
 
@@ -92,21 +92,6 @@ def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = [])
     settings = load_config(config, pairs("--set", sets))
     _folders(src, dst)
     _show(evaluate_checkpoint(src, dst, settings.evaluate, seed=settings.seed))
-
-
-def report(
-    result: Annotated[Path, typer.Argument(help="result.json of a run", show_default=False)],
-    dst: Annotated[Path, typer.Argument(help="folder for the pages", show_default=False)],
-) -> None:
-    """Make a run's pages again from its result.json."""
-    from ptl.report import render
-
-    try:
-        told = json.loads(result.read_text())
-        render(told, dst)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"result: {result} is no result.json of a run ({error!r}); give that file") from error
-    print(f"wrote {dst / 'report.html'}")
 
 
 def _fresh(dst: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ptl import gate
 from ptl.errors import InputError
@@ -75,39 +74,3 @@ def table(comparison: Comparison) -> Table:
             pair.verdict,
         )
     return view
-
-
-def is_run_id(what: str) -> bool:
-    """Whether it names an MLflow run and nothing on the disk."""
-    return len(what) == 32 and all(c in "0123456789abcdef" for c in what) and not Path(what).exists()
-
-
-def locate(what: str) -> Path:
-    """The items.jsonl of a file or folder, or of the evaluate step with that run id in MLFLOW_TRACKING_URI's MLflow."""
-    if Path(what).exists():
-        return Path(what)
-    if is_run_id(what):
-        return _published(what)
-    raise InputError(f"compare: {what!r} is neither a folder with items.jsonl nor an MLflow run id (32 hex digits)")
-
-
-def _published(run_id: str) -> Path:
-    """Fetch what an evaluate step published, verified."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    from ptl import store
-
-    client = MlflowClient()
-    try:
-        run = client.get_run(run_id)
-        root = client.get_experiment(run.info.experiment_id).artifact_location.rstrip("/") + "/ptl"
-    except MlflowException as error:
-        raise InputError(f"compare: no MLflow run {run_id}: {error}") from error
-    tags: dict[str, Any] = run.data.tags
-    step = tags.get("ptl.step", "")
-    record = store.committed(root, tags["ptl.run"], step) if "ptl.run" in tags else None
-    if record is None or "evaluate" not in step:
-        raise InputError(f"compare: the MLflow run {run_id} is no finished evaluate step of ptl (its step: {step!r})")
-    pointer = store.Pointer(**record["pointer"])
-    return store.fetch(pointer, Path(tempfile.gettempdir()) / "ptl-compare")

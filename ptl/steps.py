@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, attempts, dag, gate, store, tracking, verdict
+from ptl import __version__, aliases, attempts, dag, gate, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -30,7 +30,7 @@ from ptl.config import (
     removal,
 )
 from ptl.errors import InputError, WorkError
-from ptl.execution import Call, Facts, Output, Record, Step, execute, fetch, limit_threads, scratch, write
+from ptl.execution import Call, Facts, Output, Step, execute, fetch, limit_threads, scratch, write
 from ptl.log import say
 from ptl.store import Pointer
 
@@ -265,7 +265,8 @@ def report(call: Call) -> None:
     settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": stopped.reason}
     result = pages.write_report(records, settings, folder)
     tracking.log_report(run, sorted(folder.iterdir()))
-    _set_aliases(records, call.settings["registered_model"])
+    for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
+        say(step.name, sentence)
     for name, page in (("html", "report.html"), ("markdown", "report.md")):
         shutil.copyfile(folder / page, call.outputs[name].path)
     shared = os.environ.get("PTL_RUN_DIR")
@@ -307,19 +308,6 @@ def _passes_through(step: Step, pointer: Pointer, *outputs: Output) -> bool:
         for output in outputs:
             write(output, dataclasses.asdict(pointer))
     return state.stopped
-
-
-def _set_aliases(records: dict[str, Record], registered_model: str) -> None:
-    """`best`: the highest score; `smallest`: the smallest that was accepted."""
-    accepted = [
-        (record["facts"]["scores"]["tasks"][0]["accuracy"], -record["facts"]["scores"]["params"], version)
-        for record in records.values()
-        if record["facts"]["stage"] == "evaluate" and (version := record["facts"]["accepted"]["model_version"])
-        if record["facts"]["verdict"]["decision"] == "accepted"
-    ]
-    if accepted:
-        tracking.set_alias(registered_model, "best", max(accepted)[2])
-        tracking.set_alias(registered_model, "smallest", max(accepted, key=lambda entry: entry[1])[2])
 
 
 def _schedule(call: Call) -> Schedule:

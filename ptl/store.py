@@ -27,6 +27,7 @@ __all__ = [
     "fetch",
     "is_name",
     "publish",
+    "read",
     "walk",
 ]
 
@@ -154,6 +155,12 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
         target = Path(cache) / pointer.digest.removeprefix("sha256:")
         folder: Path = backend.fetch(uri, files, target, where, progress)
     return folder
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of one small file, or None where there is none."""
+    data: bytes | None = _backend(uri).read(uri)
+    return data
 
 
 def check(root: str) -> None:

@@ -257,7 +257,10 @@ def _of_parent(run: str) -> dict[str, str]:
 
 
 def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
-    """The version of a checkpoint in the registry: found by its model id, else created."""
+    """The version of a checkpoint in the registry: found by its model id, else created.
+
+    Its tags say where its score and its items are: run, step and root of the evaluate step that registers it.
+    """
     from mlflow.exceptions import MlflowException
 
     with explained():
@@ -271,7 +274,8 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
         same = f"name = '{registered_model}' and tags.`ptl.model_id` = '{pointer.model_id}'"
         for version in client.search_model_versions(same):
             return str(version.version)
-        own = {**tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
+        scored = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
+        own = {**scored, **tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
         version = client.create_model_version(
             registered_model,
             pointer.uri,

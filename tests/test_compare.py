@@ -2,10 +2,8 @@ import io
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 from ptl import compare
-from ptl.cli import app
 from ptl.errors import InputError
 
 
@@ -79,47 +77,3 @@ def test_margin_and_alpha_are_checked(tmp_path, margin, alpha):
     a = written(tmp_path / "a", 1)
     with pytest.raises(InputError, match="compare: margin="):
         compare.compare(a, a, margin, alpha)
-
-
-@pytest.fixture
-def mlflow_runs(tmp_path, monkeypatch):
-    """An evaluate step and a recover step as the pipeline leaves them in MLflow and the store."""
-    from ptl import store, tracking
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("PTL_RUN_ID", "run-1")
-    ids = {}
-    for name in ("evaluate-0", "recover-1"):
-        run = tracking.start("e", name, arm="loop", iteration=0, artifact_location=f"file://{tmp_path}/artifacts")
-        folder = written(tmp_path / name, 1, 1, 0)
-        location = f"{run.artifact_uri}/files"
-        files = store.publish(folder, location)
-        pointer = {"uri": location, "digest": store.digest_of(files)}
-        listed = [{"path": f.path, "size": f.size, "sha256": f.sha256} for f in files]
-        store.commit(run.root, run.run, name, {"key": "k", "files": listed, "pointer": pointer, "facts": {}})
-        ids[name] = run.run_id
-    return ids
-
-
-def test_an_mlflow_run_is_found(mlflow_runs, tmp_path):
-    folder = compare.locate(mlflow_runs["evaluate-0"])
-    assert compare.compare(folder, tmp_path / "evaluate-0", 0.02, 0.05).tasks["t"].items == 3
-
-
-def ptl_compare(a, b, home):
-    """The command's exit code; its errors are raised."""
-    return CliRunner().invoke(app, ["compare", a, b, "--home", str(home)], catch_exceptions=False).exit_code
-
-
-def test_other_runs_and_names_are_refused(mlflow_runs, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no finished evaluate step"):
-        compare.locate(mlflow_runs["recover-1"])
-    with pytest.raises(InputError, match="no MLflow run 0000"):
-        compare.locate("0" * 32)
-    with pytest.raises(InputError, match="neither a folder"):
-        compare.locate("nothing")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(InputError, match="--home: no local runs in"):
-        ptl_compare("0" * 32, "0" * 32, tmp_path / "elsewhere")
-    run = mlflow_runs["evaluate-0"]
-    assert ptl_compare(run, run, tmp_path) == 0  # the database of --home
