@@ -199,7 +199,8 @@ def claim(root: str, run: str, step: str) -> int:
     """
     from ptl import store
 
-    mine = {"launch": _launch(), "id": uuid.uuid4().hex}
+    launch = _launch()
+    mine = {"launch": launch, "id": uuid.uuid4().hex}
     earlier: list[str | None] = []
     while True:
         name = f"{step}.attempt-{len(earlier) + 1}"
@@ -207,7 +208,7 @@ def claim(root: str, run: str, step: str) -> int:
         if won["id"] == mine["id"]:
             break
         earlier.append(won["launch"])
-        if _launch() is None:
+        if launch is None:
             mine["launch"] = won["launch"]
     number = earlier.count(mine["launch"]) + 1
     allowed = policy().attempts
@@ -226,7 +227,7 @@ def _launch() -> str | None:
     at 0 when a run is retried by a person.
     """
     if not on_a_cluster():
-        return os.environ.get("PTL_LAUNCH")
+        return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex  # called by hand: each call is a launch
     node = os.environ.get("PTL_ARGO_NODE") or f"({os.environ.get('KFP_RETRY_INDEX') or 0})"
     first = all(part.startswith("0)") for part in node.split("(")[1:])
     return os.environ.get("KFP_POD_UID") or os.environ.get("PTL_LAUNCH") if first else None
