@@ -629,7 +629,7 @@ def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     assert "asks for 64" in doctor.gpu(config).message
 
 
-def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capsys):
+def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd):
     from components.doctor import doctor as component
 
     other = uuid.uuid4().hex  # the run's parameter, which wins over the config's
@@ -637,7 +637,7 @@ def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capsys
     assert MlflowClient().get_experiment_by_name(other) and not MlflowClient().get_experiment_by_name(
         config.storage.experiment
     )
-    assert capsys.readouterr().out.count("ok ") == 3
+    assert capfd.readouterr().out.count("ok ") == 3
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(WorkError, match=r"error +store: .*\n.*set AWS_ACCESS_KEY_ID"):
         doctor.task(config.model_dump(mode="json"), other)

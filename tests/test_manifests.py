@@ -1,11 +1,15 @@
 """The manifests: every overlay builds, is valid and secure, names its namespaces, and no secret value is in git."""
 
+import base64
 import fnmatch
+import http.server
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -206,3 +210,40 @@ def test_examples_hold_names_only_and_filled_in_files_are_ignored():
         ["git", "check-ignore", "manifests/overlays/dev/runs/s3.env"], cwd=ROOT, capture_output=True, check=False
     )
     assert done.returncode == 0
+
+
+def test_the_command_that_makes_a_user_of_mlflow():
+    """As docs/install.md has it, without mlflow[auth]; that package's own route is what it must ask for.
+
+    It was tried on a real server of MLflow 3.17 with `--app-name basic-auth`; here a mock takes the request.
+    """
+    tool("curl")
+    package = importlib.util.find_spec("mlflow").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("routes", f"{package}/server/auth/routes.py")
+    routes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(routes)  # not by its package, which needs mlflow[auth]
+    seen = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers["Authorization"], self.headers["Content-Type"], json.loads(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    guide = (ROOT / "docs/install.md").read_text()
+    command = re.search(r"^curl (?:.*\\\n)*.*$", guide, re.M)[0]
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        address = f"127.0.0.1:{server.server_port}"
+        changed = command.replace("localhost:5000", address).replace("--user admin ", "--user admin:word ")
+        run("sh", "-c", changed.replace("curl ", "curl --noproxy '*' ", 1))
+    finally:
+        server.shutdown()
+        server.server_close()
+    login = "Basic " + base64.b64encode(b"admin:word").decode()
+    assert seen == [(routes.CREATE_USER, login, "application/json", {"username": "ptl", "password": "..."})]
