@@ -57,29 +57,29 @@ def names_a_cluster(host: str | None) -> str | None:
     """What of the environment says that the run goes to a cluster; None for a run on this machine."""
     if host:
         return "the address of Kubeflow is given"
-    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
-        return "MLFLOW_TRACKING_URI is a server"
-    return None
+    return "MLFLOW_TRACKING_URI is a server" if _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")) else None
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Line]:
     """MLflow, and the store that it names; `elsewhere`: the steps run on a cluster, with settings of their own."""
     storage = config.storage
     step = "with resources.doctor, the first step of the run checks it"
-    if elsewhere and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if elsewhere and not _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
         message = (
-            f"not looked at: MLFLOW_TRACKING_URI is not set here (steps take it from ConfigMap {storage.config_map})"
+            "not looked at: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
+            f"{storage.config_map}"
         )
         return [Line("MLflow and store", "warning", message, f"set it to check both from here; {step}")]
     line = guard("MLflow", lambda: mlflow(config))
     if line.state != "ok":
         return [line, Line("store", "warning", "not looked at: MLflow says where it is", "fix MLflow first")]
-    if (
-        elsewhere
-        and not any(os.environ.get(name) for name in s3_client.CREDENTIALS)
-        and _store_root(config).startswith("s3://")
-    ):
-        message = f"not looked at: no S3 credentials are set here (steps take them from Secret {storage.s3_secret})"
+    with_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
+    if elsewhere and not with_keys and _store_root(config).startswith("s3://"):
+        message = f"not looked at: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
         return [line, Line("store", "warning", message, f"set them to check it from here; {step}")]
     return [line, guard("store", lambda: store(config))]
 
@@ -153,8 +153,6 @@ def store(config: Config) -> Line:
     work.check(root)
     if not root.startswith("s3://"):
         return _folder(root)
-    from ptl import s3_client
-
     bucket, prefix = s3_client.split(root)
     key = f"{prefix}/doctor-{uuid.uuid4().hex}"
     client = s3_client.client(attempts=2)
@@ -221,10 +219,8 @@ def kubeflow(config: Config, host: str) -> Line:
         return Line("Kubeflow", "warning", message, "make sure that it is 2.14 or newer")
     oldest = config.resources.kfp
     if http.numbers(version) < http.numbers(oldest):
-        remedy = (
-            f'compile for it, if it is 2.14 or newer: resources.kfp: "{".".join(map(str, http.numbers(version)))}"; '
-        )
-        remedy += "or upgrade Kubeflow Pipelines"
+        major, minor = http.numbers(version)
+        remedy = f'upgrade Kubeflow Pipelines, or compile for it, from 2.14 on: resources.kfp: "{major}.{minor}"'
         return Line("Kubeflow", "error", f"{host} is {version}, the YAML is compiled for {oldest} and newer", remedy)
     if http.numbers(version) < (2, 17):
         return Line("Kubeflow", "warning", f"{host} is {version}", "it works with 2.14 and newer; 2.17 is recommended")

@@ -301,8 +301,11 @@ def test_disk(config, tmp_path, monkeypatch):
     assert line.state == "warning" and "1.0 MB free" in line.message and "--home" in line.remedy
 
 
-def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, monkeypatch):
+def test_what_is_not_set_here_is_no_error_of_a_run_on_a_cluster(config, bucket, tracking_server, monkeypatch):
     """The steps take addresses and keys from the cluster."""
+    (line,) = doctor.tracking_and_store(config, elsewhere=True)
+    assert line.state == "warning" and "names no server" in line.message  # a database of this machine
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
     assert states(doctor.tracking_and_store(config, elsewhere=True)) == {"MLflow": "ok", "store": "ok"}
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     lines = doctor.tracking_and_store(config, elsewhere=True)
