@@ -42,10 +42,11 @@ target "image" {
   matrix     = { step = ["prune", "recover", "evaluate"] }
   context    = "."
   dockerfile = "docker/Dockerfile"
-  target     = step
+  target     = "step"
   platforms  = ["linux/amd64"]
   tags       = ["${REGISTRY}ptl-${step}:${TAG}"]
   args = {
+    STEP            = step
     BASE_IMAGE      = BASE_IMAGE
     SYSTEM_PACKAGES = SYSTEM_PACKAGES
     LOCKS           = LOCKS
@@ -59,10 +60,12 @@ target "image" {
 target "evaluate-vllm" {
   context    = "."
   dockerfile = "docker/Dockerfile"
-  target     = "evaluate-vllm"
+  target     = "step"
   platforms  = ["linux/amd64"]
   tags       = ["${REGISTRY}ptl-evaluate-vllm:${TAG}"]
   args = {
+    STEP            = "evaluate-vllm"
+    PARENT          = "runtime"
     BASE_IMAGE      = BASE_IMAGE
     SYSTEM_PACKAGES = SYSTEM_PACKAGES
     VERSION         = VERSION

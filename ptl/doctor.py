@@ -6,47 +6,90 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ptl import doctor_http as http
+from ptl import doctor_kubernetes, doctor_local, s3_client
 from ptl.cluster_config import StepName
 from ptl.config import Config, check
+from ptl.doctor_line import Line as Line
+from ptl.doctor_line import guard
 from ptl.errors import PtlError, WorkError
 
 
-@dataclass(frozen=True)
-class Line:
-    """One finding; `remedy` is empty where all is well."""
-
-    what: str
-    state: str  # ok, warning, error
-    said: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.state:7} {self.what}: {self.said}" + (f"\n        -> {self.remedy}" if self.remedy else "")
-
-
 def here(config: Config) -> list[Line]:
-    """What a step sees from where this runs: MLflow, the store, accelerators."""
-    lines = [_guard("MLflow", lambda: mlflow(config))]
-    if lines[0].state == "ok":
-        lines.append(_guard("store", lambda: store(config)))
-    else:
-        lines.append(Line("store", "warning", "not checked: MLflow says where it is", "mend MLflow first"))
-    return [*lines, gpu(config)]
+    """What a step sees from where this runs: MLflow, the store, accelerators. The doctor's own step checks these."""
+    return [*tracking_and_store(config), gpu(config)]
 
 
-def outside(config: Config, *, host: str | None, namespace: str | None) -> list[Line]:
-    """What the cluster will need: images, names of Secrets, Kubeflow's version."""
-    lines = [_guard("images", lambda: images(config))]
-    if host:
-        lines.append(_guard("Kubeflow", lambda: kubeflow(config, host)))
-    if namespace:
-        lines += secrets(config, namespace)
+def local(config: Config, *, home: Path, runner: str = "subprocess") -> list[Line]:
+    """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
+    doctor_local.as_run_does(home)
+    model = guard("model and data", lambda: doctor_local.model_and_data(config))
+    lines = [model, *here(config)]
+    if model.state == "ok":
+        lines.append(guard("disk", lambda: doctor_local.disk(config, home)))
+    if runner == "docker":
+        lines.append(guard("images", lambda: doctor_local.engine(config)))
     return lines
+
+
+def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow_namespace: str) -> list[Line]:
+    """What a run on Kubeflow needs: images in a registry, a backend of the right version, objects of the namespace.
+
+    MLflow and the store are tried from here where this environment says how; the steps have their own addresses and
+    credentials, so what is not set here is a warning.
+    """
+    lines = [*tracking_and_store(config, elsewhere=True), guard("images", lambda: images(config))]
+    if host is None:
+        message = "not looked at: neither --host nor KF_PIPELINES_ENDPOINT is set"
+        lines.append(Line("Kubeflow", "warning", message, "give the address of the API; `ptl submit` needs it too"))
+    else:
+        lines.append(guard("Kubeflow", lambda: kubeflow(config, host)))
+        if namespace is None:
+            namespace = _standalone_namespace(host, kubeflow_namespace)
+    return [*lines, *doctor_kubernetes.cluster(config, namespace, kubeflow_namespace)]
+
+
+def names_a_cluster(host: str | None) -> str | None:
+    """What of the environment says that the run goes to a cluster; None for a run on this machine."""
+    if host:
+        return "the address of Kubeflow is given"
+    return "MLFLOW_TRACKING_URI is a server" if _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")) else None
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Line]:
+    """MLflow, and the store that it names; `elsewhere`: the steps run on a cluster, with settings of their own."""
+    storage = config.storage
+    step = "with resources.doctor, the first step of the run checks it"
+    if elsewhere and not _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        message = (
+            "not looked at: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
+            f"{storage.config_map}"
+        )
+        return [Line("MLflow and store", "warning", message, f"set it to check both from here; {step}")]
+    line = guard("MLflow", lambda: mlflow(config))
+    if line.state != "ok":
+        return [line, Line("store", "warning", "not looked at: MLflow says where it is", "fix MLflow first")]
+    with_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
+    if elsewhere and not with_keys and _store_root(config).startswith("s3://"):
+        message = f"not looked at: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
+        return [line, Line("store", "warning", message, f"set them to check it from here; {step}")]
+    return [line, guard("store", lambda: store(config))]
+
+
+def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
+    """Where the pods of runs start when nobody names a profile: beside Kubeflow, unless it has several users."""
+    try:
+        return kubeflow_namespace if http.kubeflow(host).multi_user is False else None
+    except PtlError:
+        return None  # the check of Kubeflow says why
 
 
 def task(settings: dict[str, Any], experiment: str) -> None:
@@ -93,19 +136,23 @@ def mlflow(config: Config) -> Line:
     )
 
 
+def _store_root(config: Config) -> str:
+    """The experiment's artifact location."""
+    from ptl import tracking
+
+    experiment = tracking.connect().get_experiment_by_name(config.storage.experiment)
+    assert experiment is not None  # made by the check of MLflow
+    return str(experiment.artifact_location).rstrip("/")
+
+
 def store(config: Config) -> Line:
     """The experiment's artifact location can be written, and a second writer of one name is refused."""
     from ptl import store as work
-    from ptl import tracking
 
-    found = tracking.connect().get_experiment_by_name(config.storage.experiment)
-    assert found is not None  # made by the check of MLflow
-    root = found.artifact_location.rstrip("/")
+    root = _store_root(config)
     work.check(root)
     if not root.startswith("s3://"):
         return _folder(root)
-    from ptl import s3_client
-
     bucket, prefix = s3_client.split(root)
     key = f"{prefix}/doctor-{uuid.uuid4().hex}"
     client = s3_client.client(attempts=2)
@@ -128,28 +175,29 @@ def gpu(config: Config) -> Line:
     # On the cluster this step has what prune has; elsewhere the largest step is to fit.
     steps: tuple[StepName, ...] = ("prune",) if inside else ("prune", "recover", "evaluate")
     asked = [own[step].accelerators if step in own else None for step in steps]
-    wanted = max(common if number is None else number for number in asked)
+    needed = max(common if number is None else number for number in asked)
     tool = shutil.which("nvidia-smi")
-    said = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout if tool else ""
-    seen = sum(line.startswith("GPU ") for line in said.splitlines())
-    if seen < wanted:
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout if tool else ""
+    visible = sum(line.startswith("GPU ") for line in listed.splitlines())
+    if visible < needed:
         remedy = "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin"
         return Line(
-            "GPU", "error" if inside else "warning", f"{seen} visible here, the config asks for {wanted}", remedy
+            "GPU", "error" if inside else "warning", f"{visible} visible here, the config asks for {needed}", remedy
         )
-    return Line("GPU", "ok", f"{seen} visible here, the config asks for {wanted}")
+    return Line("GPU", "ok", f"{visible} visible here, the config asks for {needed}")
 
 
 def images(config: Config) -> Line:
-    """The steps' images exist: in the registry, or in the local engine when the config names no registry."""
+    """The steps' images are in the registry, from which the cluster pulls them."""
     from ptl import images as work
 
     names = work.names(config.images.registry, config.images.tag, vllm=config.evaluate.backend == "vllm")
     if not config.images.registry:
-        absent = work.missing(names)
-        if absent:
-            return Line("images", "error", f"the engine has no {', '.join(absent)}", "build them: ptl images build")
-        return Line("images", "ok", f"{', '.join(names)} are in the local engine")
+        if config.resources.image_pull_policy == "Never":
+            return Line("images", "ok", f"the nodes must hold {', '.join(names)}: resources.image_pull_policy is Never")
+        message = "images.registry is not set: a cluster cannot pull from the Docker engine of this machine"
+        remedy = "ptl images push --registry HOST/PATH, and set images.registry to it; where the nodes hold the images "
+        return Line("images", "error", message, remedy + "already (kind load), set resources.image_pull_policy: Never")
     for name in names:
         status = http.manifest_status(name)
         if status == 404:
@@ -165,60 +213,18 @@ def images(config: Config) -> Line:
 
 def kubeflow(config: Config, host: str) -> Line:
     """Kubeflow answers, in a version that takes the compiled YAML."""
-    version = http.kubeflow_version(host)
+    version = http.kubeflow(host).version
     if version is None:
-        return Line(
-            "Kubeflow",
-            "warning",
-            f"{host} answers, but does not tell its version",
-            "make sure that it is 2.14 or newer",
-        )
+        message = f"{host} answers, but does not say its version"
+        return Line("Kubeflow", "warning", message, "make sure that it is 2.14 or newer")
     oldest = config.resources.kfp
     if http.numbers(version) < http.numbers(oldest):
-        remedy = "set resources.kfp to the backend's version (2.14 or 2.15), or upgrade Kubeflow Pipelines"
+        major, minor = http.numbers(version)
+        remedy = f'upgrade Kubeflow Pipelines, or compile for it, from 2.14 on: resources.kfp: "{major}.{minor}"'
         return Line("Kubeflow", "error", f"{host} is {version}, the YAML is compiled for {oldest} and newer", remedy)
     if http.numbers(version) < (2, 17):
         return Line("Kubeflow", "warning", f"{host} is {version}", "it works with 2.14 and newer; 2.17 is recommended")
     return Line("Kubeflow", "ok", f"{host} is {version}")
-
-
-def secrets(config: Config, namespace: str) -> list[Line]:
-    """Secrets and ConfigMaps that the config names exist; only their names are read."""
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        return [Line("secrets", "warning", "not checked: kubectl is not on PATH", "install it, or look by hand")]
-    own, lines = config.storage, []
-    wanted = [
-        ("configmap", own.config_map),
-        ("configmap", own.ca_config_map),
-        ("persistentvolumeclaim", own.cache_claim),
-    ]
-    wanted += [("secret", name) for name in (own.s3_secret, own.mlflow_secret, own.hf_secret)]
-    wanted += [("secret", name) for name in config.resources.image_pull_secrets]
-    for kind, name in wanted:
-        if name is None:
-            continue
-        command = [kubectl, "get", kind, name, "--namespace", namespace, "--output", "name"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        what = f"{kind} {name}"
-        if done.returncode == 0:
-            lines.append(Line(what, "ok", f"is in {namespace}"))
-        elif "NotFound" in done.stderr:
-            hint = f"make it (manifests/overlays/*/runs), or set the field that names {name} to null"
-            optional = kind == "secret" and name in (own.s3_secret, own.mlflow_secret, own.hf_secret)
-            lines.append(Line(what, "warning" if optional else "error", f"is not in {namespace}", hint))
-        else:
-            lines.append(Line(what, "warning", f"not checked: {done.stderr.strip()[:200]}", "check kubectl's context"))
-    return lines
-
-
-def _guard(what: str, look: Callable[[], Line]) -> Line:
-    """A check that raises an explained error is a line too."""
-    try:
-        return look()
-    except PtlError as error:
-        said, _, remedy = str(error).rpartition("; ")
-        return Line(what, "error", said or remedy, remedy if said else "see the message")
 
 
 def _folder(root: str) -> Line:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ def get(url: str, headers: dict[str, str] | None = None, ca_cert: str | None = N
             return answer.status, answer.read().decode(errors="replace"), answer.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace"), error.headers
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error) or type(error).__name__
         remedy = "is the server up, is the address right, may this machine reach it?"
         if isinstance(reason, ssl.SSLCertVerificationError):
             remedy = "name the CA bundle to trust: KFP_CA_CERT for Kubeflow, SSL_CERT_FILE for all else"
@@ -82,16 +84,24 @@ def manifest_status(image: str) -> int:
     if status == 401 and challenge.lower().startswith("bearer "):
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = {key: fields[key] for key in ("service", "scope") if key in fields}
-        given, body, _ = get(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}")
-        if given == 200:
-            answer = json.loads(body)
+        answer_status, body, _ = get(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}")
+        answer = _object(body) if answer_status == 200 else None
+        if answer is not None:
             token = answer.get("token") or answer.get("access_token")
             status, _, _ = get(url, {"Accept": MANIFESTS, "Authorization": f"Bearer {token}"})
     return status
 
 
-def kubeflow_version(host: str) -> str | None:
-    """The API server's version, where it tells. Raises InputError where it is not Kubeflow, or lets nobody in."""
+@dataclass(frozen=True)
+class Kubeflow:
+    """What an API server says of itself; None where it does not say it."""
+
+    version: str | None
+    multi_user: bool | None
+
+
+def kubeflow(host: str) -> Kubeflow:
+    """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
     token, ca_cert = os.environ.get("KFP_TOKEN"), os.environ.get("KFP_CA_CERT")  # as `ptl submit` takes them
     file = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH")
     if file and not token:
@@ -108,12 +118,24 @@ def kubeflow_version(host: str) -> str | None:
         )
     if status != 200:
         raise InputError(f"{base} answers {status} to /apis/v2beta1/healthz; is --host the address of the API?")
-    status, body, _ = get(f"{base}/apis/v1beta1/healthz", headers, ca_cert)
+    health = _object(body)
+    if health is None:
+        raise InputError(
+            f"{base} answers with a page instead of JSON, which is what a login page does; set KFP_TOKEN to a token "
+            "that is valid now, and make sure that --host is the address of the API"
+        )
+    tag, mode = health.get("tag_name"), health.get("multi_user")
+    version = tag if isinstance(tag, str) and re.match(r"v?\d+\.\d+", tag) else None
+    return Kubeflow(version, mode if isinstance(mode, bool) else None)
+
+
+def _object(body: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else, such as a login page."""
     try:
-        told = json.loads(body).get("tag_name") if status == 200 else None
+        answer = json.loads(body)
     except ValueError:
         return None
-    return told if told and re.match(r"v?\d+\.\d+", told) else None
+    return answer if isinstance(answer, dict) else None
 
 
 def numbers(version: str) -> tuple[int, int]:

@@ -1,17 +1,20 @@
 """The manifests: every overlay builds, is valid and secure, names its namespaces, and no secret value is in git."""
 
+import base64
 import fnmatch
+import http.server
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipelines.prune_tune_loop.cluster import ADDRESSES, MLFLOW_LOGIN
 from ptl import preempt
 from ptl.config import load_config
 
@@ -89,20 +92,35 @@ def test_steps_find_what_the_compiled_pipeline_names(built):
     by_name = {(entry["kind"], entry["metadata"]["name"]): entry for entry in objects(built)}
     addresses = by_name["ConfigMap", "ptl"]["data"]
     assert addresses["MLFLOW_TRACKING_URI"] == "http://mlflow.ptl.svc.cluster.local:5000"
-    assert set(addresses) <= set(ADDRESSES)
-    assert set(by_name["Secret", "ptl-mlflow"]["data"]) <= set(MLFLOW_LOGIN)
+    guide = (ROOT / "docs/install.md").read_text()
+    assert all(f"`{key}`" in guide for key in [*addresses, *by_name["Secret", "ptl-mlflow"]["data"]])
+    assert not set(addresses) & {"AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"}  # the step sets them
     storage = load_config(ROOT / "pipelines/prune_tune_loop/configs/onprem.yaml").storage
     assert ("PersistentVolumeClaim", storage.cache_claim) in by_name
     if built.stem == "onprem":
         assert ("ConfigMap", storage.ca_config_map) in by_name and ("LocalQueue", "ptl") in by_name
-        assert addresses["AWS_CA_BUNDLE"] == "/etc/ptl/ca/ca.crt"
+        assert set(by_name["ConfigMap", storage.ca_config_map]["data"]) == {"ca.crt"}  # the key that the step reads
     if built.stem != "aws":
         assert set(by_name["Secret", "ptl-s3"]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     allowed = next(entry["data"] for (_, name), entry in by_name.items() if name.startswith("mlflow-settings"))
     assert "mlflow.ptl.svc.cluster.local:*" in allowed["ALLOWED_HOSTS"].split(",")
 
 
-@pytest.mark.parametrize("component", ["istio", "kfp-launcher", "kueue", "mlflow-plugin"])
+def test_dev_keeps_to_what_a_profile_may_reach(filled):
+    """Of Kubeflow 2.17's SeaweedFS, by its profile controller's policies and its NetworkPolicy.
+
+    `private-artifacts/` is open to a profile as well, but Kubeflow can be set to delete old files there.
+    """
+    found = list(yaml.safe_load_all(run(tool("kustomize"), "build", filled / "overlays/dev")))
+    (profile,) = {entry["metadata"]["namespace"] for entry in found if entry["metadata"]["name"] == "ptl-submit"}
+    settings = next(entry["data"] for entry in found if entry["metadata"]["name"].startswith("mlflow-settings"))
+    root = settings["ARTIFACT_ROOT"].removeprefix("s3://mlpipeline/")
+    assert root.startswith(("artifacts/", f"private/{profile}/", "shared/"))
+    (namespace,) = [entry for entry in found if entry["kind"] == "Namespace"]
+    assert namespace["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubeflow-profile"
+
+
+@pytest.mark.parametrize("component", ["istio", "kfp-launcher", "kueue"])
 def test_components_can_be_added(filled, component, tmp_path):
     part = {"istio": "mlflow"}.get(component, "runs")
     folder = filled / "overlays" / "dev" / f"with-{component}"
@@ -113,12 +131,7 @@ def test_components_can_be_added(filled, component, tmp_path):
     out.write_text(run(tool("kustomize"), "build", folder))
     run(tool("kubernetes-validate"), "--strict", "--quiet", out)
     plain = len(list(yaml.safe_load_all(run(tool("kustomize"), "build", filled / "overlays/dev" / part))))
-    assert len(objects(out)) == plain + (0 if component == "mlflow-plugin" else 1)
-    if component == "mlflow-plugin":
-        (config,) = [
-            entry for entry in objects(out) if entry["metadata"]["name"] == "ptl" and entry["kind"] == "ConfigMap"
-        ]
-        assert "MLFLOW_TRACKING_URI" not in config["data"]
+    assert len(objects(out)) == plain + 1
 
 
 def test_checkov(built):
@@ -197,3 +210,40 @@ def test_examples_hold_names_only_and_filled_in_files_are_ignored():
         ["git", "check-ignore", "manifests/overlays/dev/runs/s3.env"], cwd=ROOT, capture_output=True, check=False
     )
     assert done.returncode == 0
+
+
+def test_the_command_that_makes_a_user_of_mlflow():
+    """As docs/install.md has it, without mlflow[auth]; that package's own route is what it must ask for.
+
+    It was tried on a real server of MLflow 3.17 with `--app-name basic-auth`; here a mock takes the request.
+    """
+    tool("curl")
+    package = importlib.util.find_spec("mlflow").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("routes", f"{package}/server/auth/routes.py")
+    routes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(routes)  # not by its package, which needs mlflow[auth]
+    seen = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append((self.path, self.headers["Authorization"], self.headers["Content-Type"], json.loads(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    guide = (ROOT / "docs/install.md").read_text()
+    command = re.search(r"^curl (?:.*\\\n)*.*$", guide, re.M)[0]
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        address = f"127.0.0.1:{server.server_port}"
+        changed = command.replace("localhost:5000", address).replace("--user admin ", "--user admin:word ")
+        run("sh", "-c", changed.replace("curl ", "curl --noproxy '*' ", 1))
+    finally:
+        server.shutdown()
+        server.server_close()
+    login = "Basic " + base64.b64encode(b"admin:word").decode()
+    assert seen == [(routes.CREATE_USER, login, "application/json", {"username": "ptl", "password": "..."})]

@@ -7,6 +7,7 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl.config import load_config, pairs
+from ptl.errors import InputError
 
 Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
 Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
@@ -119,17 +120,35 @@ def retry(
 def doctor(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
     sets: Sets = [],  # noqa: B006
+    local: Annotated[
+        bool | None,
+        typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
+    ] = None,
+    runner: Annotated[str, typer.Option(help="of a local run: subprocess, or docker")] = "subprocess",
+    home: Annotated[Path, typer.Option(help="of a local run: where runs and checkpoints are")] = Path(".ptl"),
     host: Host = None,
-    namespace: Annotated[str | None, typer.Option(help="look by kubectl for the Secrets of this namespace")] = None,
+    namespace: Annotated[str | None, typer.Option(help="where the run's pods start; none: KFP_NAMESPACE")] = None,
+    kubeflow_namespace: Annotated[str, typer.Option(help="where Kubeflow itself is")] = "kubeflow",
 ) -> None:
-    """Try out what a run will need: MLflow, the store, accelerators, images, Kubeflow; exit code 1 on an error."""
+    """Try out what a run will need before it costs anything; exit code 1 on an error."""
     import os
 
     from ptl import doctor as work
 
     checked = load_config(config, pairs("--set", sets))
+    if runner not in ("subprocess", "docker"):
+        raise InputError(f"--runner: {runner!r} must be subprocess or docker")
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
-    lines = work.here(checked) + work.outside(checked, host=address, namespace=namespace)
+    reason = work.names_a_cluster(address)
+    if local is None:
+        local = reason is None
+        other = "--cluster checks one on Kubeflow" if local else f"{reason}; --local checks one on this machine"
+        _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
+    if local:
+        lines = work.local(checked, home=home, runner=runner)
+    else:
+        own = namespace or os.environ.get("KFP_NAMESPACE")
+        lines = work.cluster(checked, host=address, namespace=own, kubeflow_namespace=kubeflow_namespace)
     for line in lines:
         _say(str(line))
     raise typer.Exit(work.exit_code(lines))
