@@ -102,7 +102,13 @@ def compile_(
         raise InputError(f"--output: {output} must be a .yaml file in a folder that exists")
     checked = load_config(config, pairs("--set", sets))
     _pipelines().compile_pipeline(checked, output)
-    print(f"wrote {output} ({output.stat().st_size / 1024:.0f} KB)")
+    from pipelines.prune_tune_loop.compact import weigh
+
+    weight = weigh(output)
+    print(
+        f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, each about "
+        f"{weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
+    )
 
 
 @app.command()
@@ -230,7 +236,7 @@ def _execute(
         RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
     except PtlError as error:
         message, code = runs.failure(here) or (str(error), error.exit_code)
-        again = "mend it and run the same command again: finished steps are not redone"
+        again = "fix it and run the same command again to resume: finished steps are not redone"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
 
 

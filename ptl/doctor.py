@@ -16,7 +16,7 @@ from ptl.cluster_config import StepName
 from ptl.config import Config, check
 from ptl.doctor_line import Line as Line
 from ptl.doctor_line import guard
-from ptl.errors import PtlError, WorkError
+from ptl.errors import InputError, PtlError
 
 
 def here(config: Config) -> list[Line]:
@@ -93,14 +93,14 @@ def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
 
 
 def task(settings: dict[str, Any], experiment: str) -> None:
-    """The body of the optional first step of a pipeline. Raises WorkError that names every fault."""
+    """The body of the optional first step of a pipeline. Raises InputError that names every fault."""
     config = check(Config, settings, "settings")
     storage = config.storage.model_copy(update={"experiment": experiment})  # the run's parameter wins
     lines = here(config.model_copy(update={"storage": storage}))
     print("\n".join(map(str, lines)), flush=True)
     faults = [line for line in lines if line.state == "error"]
     if faults:
-        raise WorkError("doctor:\n" + "\n".join(map(str, faults)))
+        raise InputError("doctor:\n" + "\n".join(map(str, faults)))  # another attempt would find the same
 
 
 def exit_code(lines: Iterable[Line]) -> int:

@@ -1,11 +1,11 @@
 """The platform spec: every setting of `resources` and `storage` reaches every task that it is meant for."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipelines.prune_tune_loop.compact import weigh
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl import mounts
 from ptl.cluster_config import Resources, Storage
@@ -256,30 +256,6 @@ def test_newer_backends_have_a_security_context(version, tmp_path):
     assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_14 | {"securityContext"}
 
 
-def bytes_of_a_task(path):
-    """Six copies of component, executor, values and Kubernetes settings, and the task: what etcd keeps of it."""
-    spec, *platform = yaml.safe_load_all(path.read_text())
-    settings = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    defaults = {name: field["defaultValue"] for name, field in spec["root"]["inputDefinitions"]["parameters"].items()}
-
-    def size(value):
-        return len(json.dumps(value, separators=(",", ":")))
-
-    sizes = []
-    for task in spec["root"]["dag"]["tasks"].values():
-        component = spec["components"][task["componentRef"]["name"]]
-        label = component["executorLabel"]
-        values = {
-            name: defaults[given["componentInputParameter"]]
-            if "componentInputParameter" in given
-            else given["runtimeValue"]["constant"]
-            for name, given in task["inputs"]["parameters"].items()
-        }
-        copied = (component, spec["deploymentSpec"]["executors"][label], values, settings[label])
-        sizes.append(6 * sum(map(size, copied)) + size(task))
-    return sum(sizes) / len(sizes)
-
-
 @pytest.mark.parametrize(
     ("name", "before"), [("tiny", 29_880), ("gpu-gate", 32_744), ("onprem", 35_523), ("gemma2-9b", 31_495)]
 )
@@ -287,7 +263,7 @@ def test_a_task_weighs_40_percent_less_than_it_did(name, before, tmp_path):
     """`before`: the same sum when variables, defaults and twice-written fields were part of every task."""
     path = tmp_path / "pipeline.yaml"
     compile_pipeline(load_config(CONFIGS / f"{name}.yaml"), path)
-    assert bytes_of_a_task(path) <= 0.6 * before
+    assert weigh(path).task_bytes <= 0.6 * before
 
 
 @pytest.mark.parametrize(

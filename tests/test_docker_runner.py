@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import free_port
 from safetensors.torch import load_file, save_file
 
 from pipelines.prune_tune_loop import containers, runners
+from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl import images, runs, stack, store
 from ptl.config import load_config
 from ptl.errors import InputError, WorkError
@@ -379,3 +381,88 @@ def test_a_failing_container_tells_its_own_error_and_code(engine, config, server
     run.reader.join()
     assert "import-model: " in run.output and "tensor model.norm.weight" in run.output
     assert "Traceback" not in run.output
+
+
+# ---- as a cluster starts a step
+
+
+POD = {
+    "KFP_POD_UID": "399d90a8-b29c-45bc-8b83-72354165788b",
+    "PTL_ARGO_NODE": "tiny-w6n7q(0).root(0).import-model(0).executor(0)",
+    "PTL_NODE": "node-1",
+}
+
+
+def pod(folder, env, name, values):
+    """Start the compiled import-model as Kubeflow's launcher does: its command, its executor input, its mounts.
+
+    Files in place of volumes, and no variable of MLflow or S3 in the pod. Returns exit code, log and output folder.
+    """
+    pipeline = folder / "pipeline.yaml"
+    compile_pipeline(load_config(TINY), pipeline)
+    spec, _ = yaml.safe_load_all(pipeline.read_text())
+    task = spec["root"]["dag"]["tasks"]["import-model"]
+    defaults = spec["root"]["inputDefinitions"]["parameters"]
+    parameters = {
+        key: defaults[source["componentInputParameter"]]["defaultValue"]
+        if "componentInputParameter" in source
+        else source["runtimeValue"]["constant"]
+        for key, source in task["inputs"]["parameters"].items()
+    }
+    container = spec["deploymentSpec"]["executors"]["exec-import-model"]["container"]
+    out = "minio://mlpipeline/v2/artifacts/tiny/run/import-model/1/out"
+    given = {
+        "inputs": {"parameterValues": parameters | values},
+        "outputs": {
+            "artifacts": {"out": {"artifacts": [{"name": "out", "type": {"schemaTitle": "system.Model"}, "uri": out}]}},
+            "outputFile": "/minio/output_metadata.json",
+        },
+    }
+    volumes = {"config": ("MLFLOW_", "AWS_DEFAULT"), "s3": ("AWS_ACCESS", "AWS_SECRET")}
+    for volume, prefixes in volumes.items():
+        (folder / volume).mkdir(exist_ok=True)
+        for key, value in env.items():
+            if key.startswith(prefixes):
+                (folder / volume / key).write_text(value)
+    (folder / "minio").mkdir(exist_ok=True)
+    (folder / "minio").chmod(0o777)
+    mounts = [f"--mount=type=bind,src={folder / volume},dst=/etc/ptl/{volume},readonly" for volume in volumes]
+    variables = POD | {"KFP_RUN_ID": name, "PTL_KFP_UI": "https://kubeflow.example.com/pipeline"}
+    command = ["docker", "run", "--rm", "--network=host", "--user=12345:0", "--read-only", "--tmpfs=/tmp:rw,exec"]
+    command += ["--cap-drop=ALL", "--security-opt=no-new-privileges", *mounts]
+    command += [f"--mount=type=bind,src={folder / 'minio'},dst=/minio"]
+    command += [f"--env={key}={value}" for key, value in variables.items()]
+    command += [container["image"], *container["command"]]
+    command += [json.dumps(given) if argument == "{{$}}" else argument for argument in container["args"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done, folder / "minio"
+
+
+@pytest.mark.docker
+def test_a_pods_files_become_the_steps_environment(engine, servers, monkeypatch, tmp_path):
+    from mlflow import MlflowClient
+
+    name = f"kfp-{os.urandom(4).hex()}"
+    done, minio = pod(tmp_path, servers.env, name, {"run_name": "tiny-20261125-184122-9d1f"})
+    assert done.returncode == 0, done.stderr
+    pointer = store.Pointer.load((minio / "mlpipeline/v2/artifacts/tiny/run/import-model/1/out").read_text())
+    (artifact,) = json.loads((minio / "output_metadata.json").read_text())["artifacts"]["out"]["artifacts"]
+    assert artifact["metadata"]["digest"] == pointer.digest and artifact["uri"].startswith("minio://")
+    assert servers.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    client = MlflowClient(servers.env["MLFLOW_TRACKING_URI"])
+    everywhere = [each.experiment_id for each in client.search_experiments()]
+    runs_ = client.search_runs(everywhere, f"tags.`ptl.run` = '{name}'")
+    by_role = {run.data.tags["ptl.role"]: run for run in runs_}
+    assert by_role["parent"].info.run_name == "tiny-20261125-184122-9d1f"
+    page = f"https://kubeflow.example.com/pipeline/#/runs/details/{name}"
+    assert by_role["parent"].data.tags["ptl.kubeflow"] == page
+    assert by_role["step"].data.tags["ptl.node"] == "node-1" and by_role["step"].data.tags["ptl.attempt"] == "1"
+
+
+@pytest.mark.docker
+def test_a_pod_with_wrong_input_ends_its_log_with_one_line(engine, servers, tmp_path):
+    name = f"kfp-{os.urandom(4).hex()}"
+    done, minio = pod(tmp_path, servers.env, name, {"gate": {"enabled": True}})
+    assert done.returncode == 2 and not (minio / "output_metadata.json").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: import-model: gate.enabled: true, but this pipeline was")
+    assert "Traceback" not in done.stdout + done.stderr

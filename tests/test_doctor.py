@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from ptl import doctor, doctor_http, doctor_kubernetes, doctor_local, stack
 from ptl.cli import app
 from ptl.config import load_config
-from ptl.errors import WorkError
+from ptl.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -642,5 +642,5 @@ def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd)
     )
     assert capfd.readouterr().out.count("ok ") == 3
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(WorkError, match=r"error +store: .*\n.*set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(InputError, match=r"error +store: .*\n.*set AWS_ACCESS_KEY_ID"):
         doctor.task(config.model_dump(mode="json"), other)

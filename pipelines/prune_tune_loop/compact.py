@@ -8,6 +8,7 @@ server lists tasks by key and never by display name. And what the SDK writes twi
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,40 @@ def local_copy(text: str, order: Sequence[str]) -> str:
         variables = executor["container"].get("env", [])
         executor["container"]["env"] = [each for each in variables if each["name"].startswith("PTL_")]
     return str(yaml.safe_dump_all([spec, *platform], sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a compiled pipeline costs a cluster beyond its file."""
+
+    tasks: int
+    task_bytes: float  # mean over the tasks
+
+
+def weigh(path: Path) -> Weight:
+    """Bytes in a cluster's Workflow that come from the compiled YAML; Kubeflow's own are not counted.
+
+    The pod of a task, with its component, executor, parameter values and Kubernetes settings, is in six of the seven
+    nodes that Argo makes of it, and the task itself in one (seen in a Workflow of Kubeflow 2.17).
+    """
+    spec, *platform = yaml.load_all(path.read_text(), Loader)
+    settings = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
+    defaults = {name: each.get("defaultValue") for name, each in spec["root"]["inputDefinitions"]["parameters"].items()}
+    tasks, total = spec["root"]["dag"]["tasks"].values(), 0
+    for task in tasks:
+        component = spec["components"][task["componentRef"]["name"]]
+        label = component["executorLabel"]
+        values = {name: _value(source, defaults) for name, source in task["inputs"].get("parameters", {}).items()}
+        copied = (component, spec["deploymentSpec"]["executors"][label], values, settings.get(label, {}))
+        total += 6 * sum(len(json.dumps(each, separators=(",", ":"))) for each in copied)
+        total += len(json.dumps(task, separators=(",", ":")))
+    return Weight(len(tasks), total / len(tasks))
+
+
+def _value(source: dict[str, Any], defaults: dict[str, Any]) -> Any:
+    if "componentInputParameter" in source:
+        return defaults[source["componentInputParameter"]]
+    return source["runtimeValue"]["constant"]
 
 
 def _name_by_step(dag: dict[str, Any]) -> None:
