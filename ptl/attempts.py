@@ -26,7 +26,7 @@ from ptl.errors import WorkError
 from ptl.log import say
 
 INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
-RETRIES_ON_A_CLUSTER = 2
+RETRIES, RETRY_WAIT = 2, 60  # on a cluster, unless the config says otherwise; seconds
 PROCESS = "ptl.step_process"  # the module that does the work
 GRACE = 20  # seconds between SIGTERM and SIGKILL
 INPUT_ERROR = 2
@@ -34,6 +34,10 @@ INPUT_ERROR = 2
 
 class NoAttemptLeftError(WorkError):
     """The step has used all of its attempts; it is not tried again until somebody asks for it."""
+
+
+class LoopFailedError(WorkError):
+    """A step of the control has nothing to be compared with until the loop's failure is overcome."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +61,16 @@ class Failure:
     reason: str
     exit_code: int = 1
     final: bool = False
+    exhausted: bool = False  # earlier attempts have used all, and the last of them has reported why
 
 
 def policy() -> Policy:
     """What this pod's or process's environment asks for."""
-    usual = RETRIES_ON_A_CLUSTER if on_a_cluster() else 0
+    retries, pause = (RETRIES, RETRY_WAIT) if on_a_cluster() else (0, 1)
     timeout = os.environ.get("PTL_TIMEOUT")
     return Policy(
-        int(os.environ.get("PTL_RETRIES") or usual),
-        float(os.environ.get("PTL_RETRY_WAIT") or (60 if on_a_cluster() else 1)),
+        int(os.environ.get("PTL_RETRIES") or retries),
+        float(os.environ.get("PTL_RETRY_WAIT") or pause),
         float(timeout) if timeout else None,
     )
 
@@ -130,6 +135,9 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
             code = process.wait(timeout)
     except subprocess.TimeoutExpired:
         return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
+    finally:  # a crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     if code == 0:
         return None
     if answer.is_file():
@@ -164,13 +172,12 @@ def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the work and all that it started, SIGKILL to what is left after a while."""
-    os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """SIGTERM to the work and all that it started, SIGKILL to what is left after a while (or when the pod ends)."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
@@ -185,8 +192,8 @@ def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
 
     step = str(arguments["step"])
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
-    reports.announce(step, str(arguments["experiment"]), failure.reason, failure.exit_code)
-    if step.startswith("control-"):
+    loop_failed = reports.announce(step, str(arguments["experiment"]), failure)
+    if step.startswith("control-") and not loop_failed:
         reports.pass_on(step, failure.reason, arguments)
     else:
         sys.exit(failure.exit_code)

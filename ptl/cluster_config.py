@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ptl.attempts import RETRIES, RETRY_WAIT
 from ptl.section import Section
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
@@ -18,7 +19,13 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
 Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
-RETRIES = 2  # further attempts on a cluster, unless the config says otherwise
+# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
+RESERVED = {
+    *("shm", "kfp-launcher", "kfp-workspace", "custom-ca", "gcs-scratch", "s3-scratch", "minio-scratch"),
+    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
+    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
+}
+START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
 WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
 
 
@@ -57,7 +64,12 @@ class Resources(Section):
     shm: Quantity | None = Field(
         None, description="size of /dev/shm of prune, recover and evaluate; it counts as memory"
     )
-    timeout: int | None = Field(None, ge=1, description="wall-clock seconds that each attempt of a step may take")
+    timeout: int | None = Field(
+        None,
+        ge=1,
+        description="wall-clock seconds that each attempt of a step may take, its pod's start included: up to 5 "
+        "minutes of it, at most a quarter, are left to that",
+    )
     retries: int | None = Field(
         None,
         ge=0,
@@ -65,7 +77,7 @@ class Resources(Section):
         description="further attempts of a step that failed, in its pod or in another one; finished work is not "
         "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: int = Field(60, ge=1, description="seconds before the first further attempt; doubled each time")
+    retry_wait: int = Field(RETRY_WAIT, ge=1, description="seconds before the first further attempt; doubled each time")
     control: Literal["beside", "after"] = Field(
         "beside",
         description="when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator",
@@ -102,6 +114,14 @@ class Resources(Section):
         """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
         own = self.steps.get(stage)  # type: ignore[call-overload]
         return own.timeout if own and own.timeout is not None else self.timeout
+
+    def work_timeout(self, stage: str) -> int | None:
+        """The seconds of a timeout that an attempt's work may take.
+
+        A pod's deadline counts from before its image is pulled, and kills without a word: the work must end before it.
+        """
+        timeout = self.timeout_of(stage)
+        return None if timeout is None else timeout - min(START, timeout // 4)
 
     def window(self, stage: str) -> int:
         """Wall-clock seconds within which all attempts of a kind of step end, the pauses between them included."""
@@ -142,6 +162,11 @@ class Storage(Section):
             "claim": {self.cache_claim},
         }
         names = [name for held in kinds.values() for name in held if name is not None]
+        reserved = sorted(RESERVED & set(names))
+        if reserved:
+            raise ValueError(
+                f"{reserved[0]!r} is the name of a volume that each step's pod has already: choose another"
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(

@@ -95,6 +95,7 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
     try:
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
+            _require_loop(step, run)
             attempt, allowed = attempts.claim(run.root, run.run, step.name), attempts.policy().attempts
             tracking.tag(run, {"attempt": attempt})
             say(step.name, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
@@ -111,6 +112,13 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
         raise
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
+
+
+def _require_loop(step: Step, run: tracking.StepRun) -> None:
+    """The control does not spend tokens beside a loop that has failed; a retry of the run starts both again."""
+    failed = tracking.failed_loop_steps(run) if step.arm == "control" else []
+    if failed:
+        raise attempts.LoopFailedError(f"not started, since {failed[0]} has failed; a retry of the run starts both")
 
 
 def _work_and_commit(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptl import gate, tracking
-from ptl.errors import PtlError
-from ptl.execution import Output, Step, artifact_root, write
+from ptl.attempts import Failure
+from ptl.execution import Output, Step, write
 from ptl.log import say
 from ptl.store import Pointer
 
@@ -19,20 +19,25 @@ WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10
 
 
-def announce(step: str, experiment: str, reason: str, exit_code: int) -> None:
-    """Report it to the local runner, in MLflow and to the webhook: what cannot be reached is a line in the log."""
+def announce(step: str, experiment: str, failure: Failure) -> bool:
+    """Report it to the local runner, in MLflow and to the webhook; returns whether the loop has failed.
+
+    What cannot be reached is a line in the log. A step whose attempts are used up has posted to the webhook before.
+    """
     folder = os.environ.get("PTL_RUN_DIR")
     if folder and not step.startswith("control-"):  # KFP's local runner itself only says that a task failed
-        Path(folder, "error.json").write_text(json.dumps({"step": step, "message": reason, "exit_code": exit_code}))
-    _try(step, "MLflow", lambda: _track(Step(step, experiment), reason))
-    if os.environ.get(WEBHOOK):
-        _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, reason))
+        error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
+        Path(folder, "error.json").write_text(json.dumps(error))
+    loop_failed = _try(step, "MLflow", lambda: _track(Step(step, experiment), failure.reason))
+    if os.environ.get(WEBHOOK) and not failure.exhausted:
+        _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))
+    return loop_failed
 
 
 def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
     """Let a control step that failed end as after a stop by the gate: its outputs point to its input, and say why.
 
-    Argo ends a whole run as soon as one task fails, and the loop must not end with its control.
+    A failed task would fail the run and keep its report from being written, and the loop can do without its control.
     """
     pointer = Pointer.load(Path(arguments["model"].path).read_text())
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
@@ -45,14 +50,13 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
     say(step, "the loop goes on without its control")
 
 
-def _track(step: Step, reason: str) -> None:
-    run = tracking.start(
-        step.experiment, step.name, arm=step.arm, iteration=step.iteration, artifact_location=artifact_root()
-    )
+def _track(step: Step, reason: str) -> bool:
+    run = step.start()
     tracking.fail(run, reason)
+    return bool(tracking.failed_loop_steps(run))
 
 
-def _post(url: str, step: str, reason: str) -> None:
+def _post(url: str, step: str, reason: str) -> bool:
     """A short JSON; `text` is what chat services show."""
     import requests
 
@@ -60,11 +64,14 @@ def _post(url: str, step: str, reason: str) -> None:
     message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
     page = tracking.kubeflow_page(run)
     requests.post(url, json=message | ({"kubeflow": page} if page else {}), timeout=SECONDS).raise_for_status()
+    return True
 
 
-def _try(step: str, what: str, report: Callable[[], None]) -> None:
+def _try(step: str, what: str, report: Callable[[], bool]) -> bool:
+    """What a report returns, False where it failed: nothing that goes wrong here may hide the failure itself."""
     try:
-        report()
-    except (PtlError, OSError) as error:  # of requests' errors OSError is the base
-        said = str(error).replace(os.environ.get(WEBHOOK) or "\0", "***")  # the address may be a secret
-        say(step, f"warning: the failure could not be reported to {what}: {said}")
+        return report()
+    except Exception as error:
+        message = str(error).replace(os.environ.get(WEBHOOK) or "\0", "***")  # the address may be a secret
+        say(step, f"warning: the failure could not be reported to {what}: {message}")
+        return False

@@ -24,26 +24,23 @@ S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_S
 
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
-    base = Path(root)
+    base, warnings = Path(root), []
+    renamed = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
-        for key, value in _variables(base / name).items():
-            environment.setdefault(key, value)
-    for renamed, variable in S3_KEYS.items():
-        path = base / "s3" / environment.get(renamed, "")
-        if path.is_file():
-            environment.setdefault(variable, _text(path))
-    return [*_trust(environment, base / "ca"), *_cache(environment)]
+        for path in _files(base / name):
+            variable = renamed.get(path.name, path.name) if name == "s3" else path.name
+            if not variable.isidentifier() or variable in environment:
+                continue
+            try:
+                environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
+            except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
+                warnings.append(f"warning: {path} is not a variable of the step: {error}")
+    return [*warnings, *_trust(environment, base / "ca"), *_cache(environment)]
 
 
-def _variables(folder: Path) -> dict[str, str]:
-    """File names that can be names of variables, and their texts. Kubernetes' own `..data` is none."""
-    if not folder.is_dir():
-        return {}
-    return {path.name: _text(path) for path in sorted(folder.iterdir()) if path.name.isidentifier() and path.is_file()}
-
-
-def _text(path: Path) -> str:
-    return path.read_text().rstrip("\n")  # what `kubectl create secret --from-file` takes along
+def _files(folder: Path) -> list[Path]:
+    """The keys of a mounted ConfigMap or Secret."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
 
 
 def _trust(environment: MutableMapping[str, str], folder: Path) -> list[str]:
@@ -56,9 +53,8 @@ def _trust(environment: MutableMapping[str, str], folder: Path) -> list[str]:
             f"warning: storage.ca_config_map: no ca.crt in {folder}: the ConfigMap is missing, or has no such key; "
             "the public CAs are trusted"
         ]
-    for variable in BUNDLES:
-        environment.setdefault(variable, str(bundle))
-    return []
+    others = [variable for variable in BUNDLES if environment.setdefault(variable, str(bundle)) != str(bundle)]
+    return [f"storage.ca_config_map: not used for {', '.join(others)}, which the pod has already"] if others else []
 
 
 def _cache(environment: MutableMapping[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -10,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptl.attempts import NoAttemptLeftError
-from ptl.errors import PtlError
+from ptl.attempts import Failure, LoopFailedError, NoAttemptLeftError
+from ptl.errors import InputError, PtlError
 
 
 def main(path: Path, parent: int) -> None:
@@ -21,10 +22,12 @@ def main(path: Path, parent: int) -> None:
     try:
         outputs = _work(call)
     except PtlError as error:  # explained: a line, no traceback
-        _leave(path, str(error), error.exit_code, isinstance(error, NoAttemptLeftError))
+        exhausted = isinstance(error, NoAttemptLeftError)
+        final = exhausted or isinstance(error, InputError | LoopFailedError)
+        _leave(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:
-        _leave(path, f"{type(error).__name__}: {error}", 1, False)
+        _leave(path, Failure(f"{type(error).__name__}: {error}"))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
@@ -42,9 +45,8 @@ def _work(call: dict[str, Any]) -> dict[str, Any]:
     return {name: output.metadata for name, output in outputs.items()}
 
 
-def _leave(path: Path, message: str, exit_code: int, no_attempt_left: bool) -> None:
-    failure = {"reason": message, "exit_code": exit_code, "final": exit_code == 2 or no_attempt_left}
-    path.with_name("failure.json").write_text(json.dumps(failure))
+def _leave(path: Path, failure: Failure) -> None:
+    path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
 
 
 def _die_with(parent: int) -> None:

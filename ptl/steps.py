@@ -233,6 +233,7 @@ def evaluate(call: Call) -> None:
         }
 
     given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": whole.iterations, "seed": seed}
+    given |= {"target": whole.target, "fallback": before and before.digest, "state": before and before.gate}
     record = execute(step, candidate, given, work)
     write(outputs["scores"], record["pointer"])
     write(outputs["accepted"], record["facts"]["accepted"])
@@ -254,6 +255,7 @@ def report(call: Call) -> None:
     step, final, control = call.step, call.inputs["final"], call.inputs.get("control")
     config = check(Config, _whole(call.settings), "settings")
     run = step.start()
+    attempts.claim(run.root, run.run, step.name)
     names = [node.name for node in dag.nodes(config) if dag.stage_of(node.name) not in ("doctor", "report")]
     found = {name: store.committed(run.root, run.run, name) for name in names}
     records = {name: record for name, record in found.items() if record is not None}

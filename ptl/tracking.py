@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
+SETTLING = 5  # times that a status is computed anew when others change theirs at the same time
 TAG = 4000  # characters of an error that a tag keeps
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
 LINK, FAILED = "[Run in Kubeflow]", "**Failed** in "  # how our descriptions begin
@@ -80,6 +81,8 @@ def start(
             found = _experiment(client, experiment, artifact_location)
             root = found.artifact_location.rstrip("/") + "/ptl"
             parent = _run(client, found.experiment_id, root, run, "", _of_parent(run), title or run)
+            if title and parent.info.run_name == run:  # made by a doctor that failed
+                client.update_run(parent.info.run_id, name=title)
             tags = {**own, "mlflow.parentRunId": parent.info.run_id}
             child = _run(client, found.experiment_id, root, run, step, tags, step)
         if child.info.status != "RUNNING":
@@ -153,7 +156,7 @@ def finish(
             client.finalize_logged_model(output, "READY")
         _abandon(client, step_run)
         if "ptl.error" in run.data.tags:  # of an earlier attempt
-            client.delete_tag(run_id, "ptl.error")
+            _untag(client, run_id, "ptl.error")
         client.set_terminated(run_id, "FINISHED")
         _settle(client, step_run)
 
@@ -195,11 +198,18 @@ def fail(step_run: StepRun, message: str) -> None:
 
 def computing_beside(step_run: StepRun) -> list[str]:
     """Names of the run's other steps that are at work on the same node now."""
-    where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step' and attributes.status = 'RUNNING'"
     with explained():
-        found = connect().search_runs([step_run.experiment_id], where)
-    names = {run.data.tags["ptl.step"] for run in found if run.data.tags.get("ptl.node") == node()}
-    return sorted(names - {step_run.step})
+        runs = _steps_of(connect(), step_run)
+    here = [run for run in runs if run.info.status == "RUNNING" and run.data.tags.get("ptl.node") == node()]
+    return [name for run in here if (name := run.data.tags["ptl.step"]) != step_run.step]
+
+
+def failed_loop_steps(step_run: StepRun) -> list[str]:
+    """Names of the loop's steps that have failed for good."""
+    with explained():
+        runs = _steps_of(connect(), step_run)
+    failed = [run.data.tags for run in runs if run.info.status == "FAILED"]
+    return [tags["ptl.step"] for tags in failed if tags.get("ptl.arm") == "loop"]
 
 
 def _settle(client: MlflowClient, step_run: StepRun) -> None:
@@ -207,19 +217,36 @@ def _settle(client: MlflowClient, step_run: StepRun) -> None:
 
     A failed control does not fail the run, since its loop goes on; the report ends it.
     """
+    status, failed = _status(client, step_run)
+    for _ in range(SETTLING):
+        parent = client.get_run(step_run.parent_run_id)
+        if parent.info.status != status:
+            client.update_run(step_run.parent_run_id, status="RUNNING")  # a run that has ended may end anew
+            if status != "RUNNING":
+                client.set_terminated(step_run.parent_run_id, status)
+        _describe(client, parent, step_run.run, failed)
+        before, (status, failed) = status, _status(client, step_run)
+        if status == before:  # else another step has ended or begun between the search and the write
+            return
+
+
+def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
+    """A pipeline run's status by those of its steps, and what failed."""
+    runs = _steps_of(client, step_run)
+    failed = [run for run in runs if run.info.status == "FAILED" and run.data.tags.get("ptl.arm") == "loop"]
+    if failed:
+        tags = failed[0].data.tags
+        return "FAILED", f"{tags['ptl.step']}: {tags.get('ptl.error', '')}"
+    reported = any(run.data.tags["ptl.step"] == "report" and run.info.status == "FINISHED" for run in runs)
+    return "FINISHED" if reported else "RUNNING", ""
+
+
+def _steps_of(client: MlflowClient, step_run: StepRun) -> list[Run]:
+    """The runs of all steps that have begun, by name."""
     where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step'"
     runs = client.search_runs([step_run.experiment_id], where)
-    steps = {run.data.tags["ptl.step"]: run for run in runs if run.info.status == "FAILED"}
-    failed = sorted(name for name, run in steps.items() if run.data.tags.get("ptl.arm") == "loop")
-    reported = any(run.data.tags["ptl.step"] == "report" and run.info.status == "FINISHED" for run in runs)
-    status = "FAILED" if failed else "FINISHED" if reported else "RUNNING"
-    parent = client.get_run(step_run.parent_run_id)
-    if parent.info.status != status:
-        client.update_run(step_run.parent_run_id, status="RUNNING")  # a run that has ended may end anew
-        if status != "RUNNING":
-            client.set_terminated(step_run.parent_run_id, status)
-    error = f"{failed[0]}: {steps[failed[0]].data.tags.get('ptl.error', '')}" if failed else ""
-    _describe(client, parent, step_run.run, error)
+    named = {run.data.tags["ptl.step"]: run for run in runs if "ptl.step" in run.data.tags}
+    return [named[name] for name in sorted(named)]
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
@@ -237,7 +264,18 @@ def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
         if text and tags.get(key) != text:
             client.set_tag(parent.info.run_id, key, text)
         elif not text and key in tags:
-            client.delete_tag(parent.info.run_id, key)
+            _untag(client, parent.info.run_id, key)
+
+
+def _untag(client: MlflowClient, run_id: str, key: str) -> None:
+    """Delete a tag, unless another step has done so meanwhile."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_tag(run_id, key)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def kubeflow_page(run: str) -> str:

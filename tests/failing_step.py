@@ -30,9 +30,11 @@ def work(call):
         raise WorkError("the store is away")
     if what == "exit":
         os._exit(9)
-    if what == "hangs-with-child":
+    if "with-child" in what:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (folder / "grandchild").write_text(str(child.pid))
+    if what == "crash-with-child":
+        os.abort()
     if what.startswith("hangs"):
         (folder / "hangs").write_text("")
         time.sleep(600)

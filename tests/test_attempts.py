@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ptl import attempts, store
+from ptl import attempts, store, tracking
+from ptl.execution import Step
 from ptl.store import Pointer
 
 HERE = Path(__file__).parent
@@ -128,6 +129,12 @@ def test_pauses_double(go, monkeypatch):
 def test_the_timeout_is_of_one_attempt_and_ends_all_of_its_processes(go, tmp_path):
     assert go("hangs-with-child ok", PTL_TIMEOUT="6") == (0, {"digest": "sha256:1"})
     assert tried(tmp_path) == 2
+    assert gone(int((tmp_path / "grandchild").read_text()))
+
+
+def test_what_a_crash_leaves_behind_is_ended_before_the_next_attempt(go, tmp_path):
+    """Launchers, workers and loaders: they hold the GPU, and would write into the same folder."""
+    assert go("crash-with-child ok") == (0, {"digest": "sha256:1"})
     assert gone(int((tmp_path / "grandchild").read_text()))
 
 
@@ -310,12 +317,58 @@ def test_a_failed_control_does_not_end_the_run_and_says_why(go, mlflow, tmp_path
     assert mlflow("control-prune")[0] == "FAILED" and mlflow("")[0] == "RUNNING"
 
 
-def test_the_parents_status_follows_all_steps_not_the_last_writer(go, mlflow, tmp_path):
-    assert go("work", retries=0)[0] == 1
+def started(step):
+    return Step(step, "ptl-test").start()
+
+
+def finished(run):
+    tracking.finish(run, params={}, metrics={}, inputs=[], output=None, step=0)
+
+
+def test_the_parents_status_follows_all_steps_not_the_last_writer(mlflow):
+    loop, control = started("prune-1"), started("control-prune")
+    tracking.fail(loop, "the store is away")
     assert mlflow("")[0] == "FAILED"
-    pointer = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params=9)
-    assert go("ok", step="control-prune", pointer=pointer)[0] == 0  # still at work when the loop had failed
+    finished(control)  # it was still at work when the loop failed
     assert mlflow("control-prune")[0] == "FINISHED" and mlflow("")[0] == "FAILED"
+    started("control-recover")
+    assert mlflow("")[0] == "FAILED"
+    started("prune-1")  # a retry
+    assert mlflow("")[0] == "RUNNING" and "ptl.error" not in mlflow("")[1]
+
+
+def test_steps_that_settle_at_the_same_time_end_with_the_truth(mlflow, monkeypatch):
+    """Another step fails between this one's search and its write."""
+    control, loop = started("control-prune"), started("prune-1")
+    search, late = tracking._status, iter([lambda: tracking.fail(loop, "late")])
+
+    def status(client, run):
+        seen = search(client, run)
+        for act in late:  # once
+            act()
+        return seen
+
+    monkeypatch.setattr(tracking, "_status", status)
+    finished(control)
+    assert mlflow("")[0] == "FAILED" and mlflow("")[1]["ptl.error"] == "prune-1: late"
+
+
+def test_a_control_is_not_worked_on_beside_a_loop_that_has_failed_and_a_retry_starts_both(go, mlflow, tmp_path, capfd):
+    pointer = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params=9)
+    assert go("work", retries=0)[0] == 1
+    before = tried(tmp_path)
+    code, _ = go("ok", step="control-prune", pointer=pointer)
+    assert code == 1 and tried(tmp_path) == before, "were it passed on, a retry of the run would not start it again"
+    assert "error: control-prune: not started, since prune-1 has failed" in capfd.readouterr().err
+    assert go("ok")[0] == 0 and go("ok", step="control-prune", pointer=pointer)[0] == 0
+    assert {mlflow(step)[0] for step in ("prune-1", "control-prune")} == {"FINISHED"}
+
+
+def test_a_webhook_is_not_told_of_pods_that_found_no_attempt_left(go, mlflow, webhook, monkeypatch):
+    monkeypatch.setenv("PTL_WEBHOOK_URL", webhook[0])
+    for _ in range(3):  # as with the policy Always
+        assert go("work", retries=0, PTL_LAUNCH="one")[0] == 1
+    assert len(webhook[1]) == 1
 
 
 def test_mlflow_away_does_not_hide_why_a_step_failed(go, tmp_path, capfd):

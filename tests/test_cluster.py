@@ -145,7 +145,7 @@ def test_all_attempts_of_a_step_have_one_window(gpu_tasks):
             "backoffMaxDuration": "29010s",
         }, name
         attempts = {name: value for name, value in variables(container).items() if name.startswith("PTL_")}
-        assert attempts == {"PTL_TIMEOUT": "7200", "PTL_RETRIES": "3", "PTL_RETRY_WAIT": "30"}, name
+        assert attempts == {"PTL_TIMEOUT": "6900", "PTL_RETRIES": "3", "PTL_RETRY_WAIT": "30"}, name
 
 
 def test_without_a_word_a_step_has_three_attempts_within_30_days(tmp_path):
@@ -158,6 +158,7 @@ def test_no_retries_are_no_retries(tmp_path):
     task, container, kubernetes = tasks(tmp_path, {"resources.retries": 0, "resources.timeout": 60})["recover-1"]
     assert task["retryPolicy"].get("maxRetryCount", 0) == 0 and variables(container)["PTL_RETRIES"] == "0"
     assert kubernetes["activeDeadlineSeconds"] == "60"
+    assert variables(container)["PTL_TIMEOUT"] == "45", "else the pod's deadline ends the step before it can say why"
 
 
 def test_a_long_wait_between_attempts_is_no_longer_a_limit_on_the_first():
@@ -199,7 +200,7 @@ def test_one_kind_of_step_can_ask_for_something_else(tmp_path):
     found = tasks(tmp_path, {**EVERYTHING, "resources.steps": own})
     _, container, kubernetes = found["recover-2"]
     assert container["resources"]["accelerator"]["resourceCount"] == "8"
-    assert container["resources"]["resourceMemoryLimit"] == "900Gi" and variables(container)["PTL_TIMEOUT"] == "90"
+    assert container["resources"]["resourceMemoryLimit"] == "900Gi" and variables(container)["PTL_TIMEOUT"] == "68"
     assert kubernetes["activeDeadlineSeconds"] == str(4 * 90 + 30 + 60 + 120)
     assert found["control-recover"][1] == container
     assert found["prune-2"][1]["resources"]["accelerator"]["resourceCount"] == "2"
@@ -277,6 +278,7 @@ def test_a_task_weighs_40_percent_less_than_it_did(name, before, tmp_path):
         ({"storage.s3_secret": "Not A Name"}, "storage.s3_secret: 'Not A Name'"),
         ({"storage.s3_secret": "dots.are.no-label"}, "storage.s3_secret: 'dots.are.no-label'"),
         ({"storage.s3_secret": "ptl"}, "'ptl' names two things of different kinds"),
+        ({"storage.cache_claim": "shm"}, "'shm' is the name of a volume that each step's pod has already"),
         ({"resources.kfp": "2.13"}, "resources.kfp: '2.13'"),
     ],
 )

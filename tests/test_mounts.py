@@ -1,5 +1,7 @@
 """What a cluster mounts becomes a step's environment, and model-written code cannot read it."""
 
+import os
+
 import pytest
 
 from ptl import mounts, sandbox
@@ -54,6 +56,17 @@ def test_files_that_are_no_variables_are_left_alone(root):
     assert loaded(root)[0] == {"GOOD": "y"}
 
 
+def test_a_key_that_is_no_text_is_a_warning(root):
+    volume(root, "mlflow", MLFLOW_TRACKING_TOKEN="t")
+    for name, data in (("KEYSTORE", b"\xff\xfe\x00"), ("NUL", b"a\0b")):
+        (root / "mlflow" / name).write_bytes(data)
+    environment = os.environ.copy()
+    before = dict(environment)
+    warnings = mounts.load(environment, str(root))
+    assert [warning.partition(" is not")[0].rpartition("/")[2] for warning in warnings][:1] == ["KEYSTORE"]
+    assert environment.keys() - before.keys() <= {"MLFLOW_TRACKING_TOKEN", "NUL"}
+
+
 def test_kfps_own_s3_keys_are_renamed(root):
     volume(root, "s3", accesskey="id", secretkey="key")
     environment, _ = loaded(root, PTL_S3_ACCESS_KEY="accesskey", PTL_S3_SECRET_KEY="secretkey")
@@ -68,10 +81,11 @@ def test_optional_volumes_that_are_missing_change_nothing(root):
 
 def test_a_mounted_ca_bundle_is_trusted_unless_another_one_is_named(root):
     volume(root, "ca", **{"ca.crt": "-----BEGIN CERTIFICATE-----"})
-    environment, warnings = loaded(root, SSL_CERT_FILE="/other.crt")
     bundle = str(root / "ca" / "ca.crt")
+    assert loaded(root) == (dict.fromkeys(mounts.BUNDLES, bundle), [])
+    environment, (said,) = loaded(root, SSL_CERT_FILE="/other.crt")  # as where Kubeflow mounts a bundle of its own
     assert environment == {"SSL_CERT_FILE": "/other.crt", "AWS_CA_BUNDLE": bundle, "REQUESTS_CA_BUNDLE": bundle}
-    assert warnings == []
+    assert said == "storage.ca_config_map: not used for SSL_CERT_FILE, which the pod has already"
 
 
 def test_a_missing_ca_bundle_is_said_and_does_not_stop_the_step(root):

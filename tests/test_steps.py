@@ -49,7 +49,8 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
         steps.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
 
 
-def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path):
+def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
     run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
     with pytest.raises(WorkError, match="the record of import-model is gone"):
         steps._original(run)

@@ -5,6 +5,7 @@ from typing import Any
 from kfp import kubernetes
 
 from ptl import mounts
+from ptl.attempts import RETRY_WAIT
 from ptl.cluster_config import Resources, StepResources, Storage
 from ptl.config import Config
 
@@ -46,13 +47,13 @@ def _attempts(task: Any, stage: str, wanted: Resources) -> None:
 
     Both in one window: Argo's `maxDuration` begins with the first attempt, and so does the pod's deadline.
     """
-    window, timeout = wanted.window(stage), wanted.timeout_of(stage)
+    window, timeout = wanted.window(stage), wanted.work_timeout(stage)
     if timeout is not None:
         kubernetes.set_timeout(task, window)
         task.set_env_variable("PTL_TIMEOUT", str(timeout))
     if wanted.retries is not None:
         task.set_env_variable("PTL_RETRIES", str(wanted.retries))
-    if wanted.retry_wait != Resources().retry_wait:
+    if wanted.retry_wait != RETRY_WAIT:
         task.set_env_variable("PTL_RETRY_WAIT", str(wanted.retry_wait))
     task.set_retry(
         wanted.attempts - 1,
