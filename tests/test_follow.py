@@ -226,6 +226,17 @@ def test_a_step_that_another_took_with_it_is_not_called_out_of_memory(world, sai
     assert "prune-1: it was stopped when the run failed" in said
 
 
+def test_a_loop_that_failed_while_the_control_works_says_how_to_end_the_run(world, said, status, tracked):
+    """The run's own state stays RUNNING until what can still run has ended."""
+    run = world.play("run-running")
+    failed = {"status": "FAILED", "tags": {"error": "the loss is nan"}}
+    world.played[0] |= {"state": "RUNNING", "state_history": []}
+    tracked(run, {"import-model": failed, "evaluate-0": {"status": "RUNNING"}})
+    assert status() == 0
+    hint = next(text for text in said if "has failed, and the run ends when" in text)
+    assert hint.startswith("import-model has failed, and the run ends when evaluate-0 has ended; `ptl cancel ")
+
+
 def test_a_drivers_failure_closes_the_parent(world, status, tracked):
     parent = tracked(world.play("run-failed-driver"), {"import-model": {}})
     assert status() == 1

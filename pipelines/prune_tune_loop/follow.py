@@ -87,6 +87,8 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
             f"workflow is larger than 1 MiB; {api.link(run_id)} shows all"
         )
     observer.settle(view, records)
+    if hint := _still_at_work(view):
+        say(hint)
     say(f"{view.name}: {_words(view)}  {api.link(run_id)}")
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
 
@@ -189,6 +191,7 @@ def watch(
         answered = time.monotonic()
         view, records = observer.look(run)
         shown.steps(view.steps)
+        shown.once(_still_at_work(view))
         if view.ended:
             observer.settle(view, records)
             return _outcome(view, config, say)
@@ -206,6 +209,7 @@ class _Shown:
     states: dict[str, tuple[str, int | None]] = field(default_factory=dict)
     trained: dict[str, tuple[float, str]] = field(default_factory=dict)
     error: str = ""
+    hint: str = ""
 
     def steps(self, steps: list[StepView]) -> None:
         self.error = ""
@@ -219,10 +223,27 @@ class _Shown:
                 self.trained[step.name] = (time.monotonic(), step.progress)
                 self.say(f"{step.name}: {step.progress}")
 
+    def once(self, hint: str) -> None:
+        if hint and hint != self.hint:
+            self.say(hint)
+        self.hint = hint
+
     def outage(self, error: str) -> None:
         if error != self.error:
             self.say(f"still waiting: {error}")
         self.error = error
+
+
+def _still_at_work(view: RunView) -> str:
+    """What to do about a run that has failed but has not ended, since the other arm is still at work."""
+    failed = [step.name for step in view.steps if step.state == "FAILED" and not step.name.startswith("control-")]
+    working = [step.name for step in view.steps if step.state == "RUNNING"]
+    if view.state != "RUNNING" or not failed or not working:
+        return ""
+    return (
+        f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; `ptl cancel {view.run_id}` "
+        "ends it now, and `ptl retry` then resumes both"
+    )
 
 
 def table(view: RunView) -> str:
