@@ -1,4 +1,4 @@
-"""The process that does a step's work: ptl.attempts starts it with a call, and reads how it ended."""
+"""The process that does a step's work: ptl.supervisor starts it with a call, and reads how it ended."""
 
 from __future__ import annotations
 

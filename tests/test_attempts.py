@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ptl import attempts, store, tracking
+from ptl import attempts, store, supervisor, tracking
 from ptl.execution import Step
 from ptl.store import Pointer
 
@@ -41,7 +41,7 @@ def environment(tmp_path, monkeypatch):
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(attempts, "PROCESS", "failing_step")
+    monkeypatch.setattr(supervisor, "PROCESS", "failing_step")
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def go(tmp_path, monkeypatch):
         for name, value in more.items():
             monkeypatch.setenv(name, value)
         out = SimpleNamespace(path=str(tmp_path / "out"), metadata={})
-        names = {"step": step, "experiment": "ptl-test", "out": out, "attempts": attempts}
+        names = {"step": step, "experiment": "ptl-test", "out": out, "supervisor": supervisor}
         if pointer is not None:
             (tmp_path / "model").write_text(pointer.dump())
             names["model"] = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
         try:
-            attempts.run(names)
+            supervisor.run(names)
         except SystemExit as end:
             return end.code, out.metadata
         return 0, out.metadata
@@ -121,7 +121,7 @@ def test_one_machine_does_not_try_again_unless_told_and_a_cluster_does(monkeypat
 
 def test_pauses_double(go, monkeypatch):
     slept = []
-    monkeypatch.setattr(attempts.time, "sleep", slept.append)
+    monkeypatch.setattr(supervisor.time, "sleep", slept.append)
     go("work", retries=3, PTL_RETRY_WAIT="5")
     assert slept == [5, 10, 20]
 
@@ -154,12 +154,12 @@ def gone(pid):
 PARENT = """
 import sys
 from types import SimpleNamespace
-from ptl import attempts
+from ptl import supervisor
 
-attempts.PROCESS = "failing_step"
+supervisor.PROCESS = "failing_step"
 out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
 try:
-    attempts.run({"step": "prune-1", "experiment": "e", "out": out})
+    supervisor.run({"step": "prune-1", "experiment": "e", "out": out})
 finally:
     heavy = {"torch", "transformers", "mlflow", "pydantic", "numpy"} & set(sys.modules)
     print("heavy:", sorted(heavy))

@@ -9,6 +9,6 @@ def doctor(
     experiment: str,
     settings: dict,
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

@@ -20,6 +20,6 @@ def evaluate(
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

@@ -23,6 +23,6 @@ def import_model(
     gated: bool,
     out: Output[Model],
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

@@ -16,6 +16,6 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

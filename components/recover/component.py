@@ -17,6 +17,6 @@ def recover(
     scored: Input[Artifact],
     out: Output[Model],
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

@@ -27,6 +27,6 @@ def report(
     markdown: Output[Markdown],
     control: Input[Model] = None,
 ):
-    from ptl import attempts
+    from ptl import supervisor
 
-    attempts.run(locals())
+    supervisor.run(locals())

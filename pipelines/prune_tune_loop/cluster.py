@@ -43,7 +43,7 @@ def _compute(task: Any, stage: str, wanted: Resources) -> None:
 
 
 def _attempts(task: Any, stage: str, wanted: Resources) -> None:
-    """A step tries again by itself (ptl.attempts), and Argo starts a pod anew that was deleted or evicted.
+    """A step tries again by itself (ptl.supervisor), and Argo starts a pod anew that was deleted or evicted.
 
     Both in one window: Argo's `maxDuration` begins with the first attempt, and so does the pod's deadline.
     """
