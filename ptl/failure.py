@@ -13,6 +13,7 @@ from ptl import gate, tracking
 from ptl.attempts import Failure
 from ptl.execution import Output, Step, write
 from ptl.log import say
+from ptl.run_status import kubeflow_page
 from ptl.store import Pointer
 
 WEBHOOK = "PTL_WEBHOOK_URL"
@@ -62,7 +63,7 @@ def _post(url: str, step: str, reason: str) -> bool:
 
     run = tracking.pipeline_run()
     message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
-    page = tracking.kubeflow_page(run)
+    page = kubeflow_page(run)
     requests.post(url, json=message | ({"kubeflow": page} if page else {}), timeout=SECONDS).raise_for_status()
     return True
 

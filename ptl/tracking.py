@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import store
 from ptl.errors import InputError, WorkError
 from ptl.log import say
+from ptl.run_status import TAG, node, settle, steps_of, tags_of_parent, untag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,10 +25,6 @@ log = logging.getLogger(__name__)
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
-SETTLING = 5  # times that a status is computed anew when others change theirs at the same time
-TAG = 4000  # characters of an error that a tag keeps
-NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
-LINK, FAILED = "[Run in Kubeflow]", "**Failed** in "  # how our descriptions begin
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def start(
         else:
             found = _experiment(client, experiment, artifact_location)
             root = found.artifact_location.rstrip("/") + "/ptl"
-            parent = _run(client, found.experiment_id, root, run, "", _of_parent(run), title or run)
+            parent = _run(client, found.experiment_id, root, run, "", tags_of_parent(run), title or run)
             if title and parent.info.run_name == run:  # made by a doctor that failed
                 client.update_run(parent.info.run_id, name=title)
             tags = {**own, "mlflow.parentRunId": parent.info.run_id}
@@ -91,7 +87,7 @@ def start(
             client.set_tag(child.info.run_id, "ptl.node", node())
         ids = (child.info.run_id, parent.info.run_id, found.experiment_id)
         step_run = StepRun(*ids, root, run, child.info.artifact_uri, step, arm)
-        _settle(client, step_run)
+        settle(client, step_run)
         return step_run
 
 
@@ -156,9 +152,9 @@ def finish(
             client.finalize_logged_model(output, "READY")
         _abandon(client, step_run)
         if "ptl.error" in run.data.tags:  # of an earlier attempt
-            _untag(client, run_id, "ptl.error")
+            untag(client, run_id, "ptl.error")
         client.set_terminated(run_id, "FINISHED")
-        _settle(client, step_run)
+        settle(client, step_run)
 
 
 def tag(step_run: StepRun, values: dict[str, Any]) -> None:
@@ -193,13 +189,13 @@ def fail(step_run: StepRun, message: str) -> None:
         client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
         _abandon(client, step_run)
         client.set_terminated(step_run.run_id, "FAILED")
-        _settle(client, step_run)
+        settle(client, step_run)
 
 
 def computing_beside(step_run: StepRun) -> list[str]:
     """Names of the run's other steps that are at work on the same node now."""
     with explained():
-        runs = _steps_of(connect(), step_run)
+        runs = steps_of(connect(), step_run)
     here = [run for run in runs if run.info.status == "RUNNING" and run.data.tags.get("ptl.node") == node()]
     return [name for run in here if (name := run.data.tags["ptl.step"]) != step_run.step]
 
@@ -207,91 +203,9 @@ def computing_beside(step_run: StepRun) -> list[str]:
 def failed_loop_steps(step_run: StepRun) -> list[str]:
     """Names of the loop's steps that have failed for good."""
     with explained():
-        runs = _steps_of(connect(), step_run)
+        runs = steps_of(connect(), step_run)
     failed = [run.data.tags for run in runs if run.info.status == "FAILED"]
     return [tags["ptl.step"] for tags in failed if tags.get("ptl.arm") == "loop"]
-
-
-def _settle(client: MlflowClient, step_run: StepRun) -> None:
-    """Give the pipeline run's parent the status that follows from all of its steps, whichever reports last.
-
-    A failed control does not fail the run, since its loop goes on; the report ends it.
-    """
-    status, failed = _status(client, step_run)
-    for _ in range(SETTLING):
-        parent = client.get_run(step_run.parent_run_id)
-        if parent.info.status != status:
-            client.update_run(step_run.parent_run_id, status="RUNNING")  # a run that has ended may end anew
-            if status != "RUNNING":
-                client.set_terminated(step_run.parent_run_id, status)
-        _describe(client, parent, step_run.run, failed)
-        before, (status, failed) = status, _status(client, step_run)
-        if status == before:  # else another step has ended or begun between the search and the write
-            return
-
-
-def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
-    """A pipeline run's status by those of its steps, and what failed."""
-    runs = _steps_of(client, step_run)
-    failed = [run for run in runs if run.info.status == "FAILED" and run.data.tags.get("ptl.arm") == "loop"]
-    if failed:
-        tags = failed[0].data.tags
-        return "FAILED", f"{tags['ptl.step']}: {tags.get('ptl.error', '')}"
-    reported = any(run.data.tags["ptl.step"] == "report" and run.info.status == "FINISHED" for run in runs)
-    return "FINISHED" if reported else "RUNNING", ""
-
-
-def _steps_of(client: MlflowClient, step_run: StepRun) -> list[Run]:
-    """The runs of all steps that have begun, by name."""
-    where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step'"
-    runs = client.search_runs([step_run.experiment_id], where)
-    named = {run.data.tags["ptl.step"]: run for run in runs if "ptl.step" in run.data.tags}
-    return [named[name] for name in sorted(named)]
-
-
-def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
-    """The short report of a run that failed, on its page in MLflow: which step, why, and how it continues."""
-    tags, lines = parent.data.tags, []
-    if page := kubeflow_page(run):
-        lines.append(f"{LINK}({page})")
-    if error:
-        how = f"`ptl retry {run}`" if os.environ.get("KFP_RUN_ID") else "the same `ptl run` command"
-        lines.append(f"{FAILED}{error}\n\nOnce that is fixed, {how} resumes it from what is finished.")
-    wanted = {"ptl.error": error[:TAG]}
-    if tags.get(NOTE, LINK).startswith((LINK, FAILED)):  # else somebody wrote a note of their own
-        wanted[NOTE] = "\n\n".join(lines)
-    for key, text in wanted.items():
-        if text and tags.get(key) != text:
-            client.set_tag(parent.info.run_id, key, text)
-        elif not text and key in tags:
-            _untag(client, parent.info.run_id, key)
-
-
-def _untag(client: MlflowClient, run_id: str, key: str) -> None:
-    """Delete a tag, unless another step has done so meanwhile."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.delete_tag(run_id, key)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-
-
-def kubeflow_page(run: str) -> str:
-    """The run's page in Kubeflow, where the ConfigMap names the UI's address; else empty."""
-    ui = os.environ.get("PTL_KFP_UI", "").rstrip("/")
-    return f"{ui}/#/runs/details/{run}" if ui else ""
-
-
-def node() -> str:
-    """The machine that this step runs on: a cluster's node, by the pod's environment."""
-    return os.environ.get("PTL_NODE") or platform.node()
-
-
-def _of_parent(run: str) -> dict[str, str]:
-    page = kubeflow_page(run)
-    return {"ptl.run": run} | ({"ptl.kubeflow": page} if page else {})
 
 
 def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
@@ -339,9 +253,7 @@ def log_progress(
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     with explained():
         client = connect()
-        for name, value in values.items():
-            if value is None:
-                continue
+        for name, value in ((name, value) for name, value in values.items() if value is not None):
             logged = client.get_metric_history(step_run.parent_run_id, prefix + name)
             if (params, value) not in {(point.step, point.value) for point in logged}:
                 _log_metrics(client, step_run.parent_run_id, {prefix + name: value}, params)
@@ -451,7 +363,7 @@ def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) ->
     found = client.get_experiment(child.info.experiment_id)
     root = found.artifact_location.rstrip("/") + "/ptl"
     above = child.data.tags.get("mlflow.parentRunId")
-    own = _of_parent(run)
+    own = tags_of_parent(run)
     parent = client.get_run(above) if above else _run(client, found.experiment_id, root, run, "", own, run)
     marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {**own, "ptl.role": "parent"}}
     if not above:

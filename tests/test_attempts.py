@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ptl import attempts, store, supervisor, tracking
+from ptl import attempts, run_status, store, supervisor, tracking
 from ptl.execution import Step
 from ptl.store import Pointer
 
@@ -340,7 +340,7 @@ def test_the_parents_status_follows_all_steps_not_the_last_writer(mlflow):
 def test_steps_that_settle_at_the_same_time_end_with_the_truth(mlflow, monkeypatch):
     """Another step fails between this one's search and its write."""
     control, loop = started("control-prune"), started("prune-1")
-    search, late = tracking._status, iter([lambda: tracking.fail(loop, "late")])
+    search, late = run_status._status, iter([lambda: tracking.fail(loop, "late")])
 
     def status(client, run):
         seen = search(client, run)
@@ -348,7 +348,7 @@ def test_steps_that_settle_at_the_same_time_end_with_the_truth(mlflow, monkeypat
             act()
         return seen
 
-    monkeypatch.setattr(tracking, "_status", status)
+    monkeypatch.setattr(run_status, "_status", status)
     finished(control)
     assert mlflow("")[0] == "FAILED" and mlflow("")[1]["ptl.error"] == "prune-1: late"
 
