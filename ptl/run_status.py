@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-    from ptl.tracking import StepRun
-
 SETTLING = 5  # times that a status is computed anew when others change theirs at the same time
 TAG = 4000  # characters of an error that a tag keeps
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
 LINK, FAILED = "[Run in Kubeflow]", "**Failed** in "  # how our descriptions begin
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """One step's MLflow run, and where its files go."""
+
+    run_id: str
+    parent_run_id: str
+    experiment_id: str
+    root: str  # the experiment's artifact location + /ptl: where records lie
+    run: str  # id of the pipeline run
+    artifact_uri: str  # of this MLflow run
+    step: str = ""
+    arm: str = "loop"
 
 
 def settle(client: MlflowClient, step_run: StepRun) -> None:

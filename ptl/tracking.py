@@ -8,14 +8,13 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import store
 from ptl.errors import InputError, WorkError
 from ptl.log import say
-from ptl.run_status import TAG, node, settle, steps_of, tags_of_parent, untag
+from ptl.run_status import TAG, StepRun, node, settle, steps_of, tags_of_parent, untag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,20 +24,6 @@ log = logging.getLogger(__name__)
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
-
-
-@dataclass(frozen=True)
-class StepRun:
-    """One step's MLflow run, and where its files go."""
-
-    run_id: str
-    parent_run_id: str
-    experiment_id: str
-    root: str  # the experiment's artifact location + /ptl: where records lie
-    run: str  # id of the pipeline run
-    artifact_uri: str  # of this MLflow run
-    step: str = ""
-    arm: str = "loop"
 
 
 def pipeline_run() -> str:
