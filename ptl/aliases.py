@@ -15,6 +15,7 @@ from ptl import gate, store, tracking
 from ptl.config import Gate
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.execution import Record, fetch
+from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Candidate:
         return f"version {self.version} ({self.step}: {self.accuracy:.1%}, {self.params:,} parameters)"
 
 
-def set_aliases(run: tracking.StepRun, records: dict[str, Record], registered_model: str, rule: Gate) -> list[str]:
+def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str, rule: Gate) -> list[str]:
     """Move both aliases where this run has earned them; returns sentences that say what became of each.
 
     `records` are those of the run's steps; an evaluate record carries its items under the fact `items`. Where two runs
@@ -75,7 +76,7 @@ def _candidates(records: dict[str, Record], rule: Gate) -> tuple[list[Candidate]
 
 
 def _move(
-    run: tracking.StepRun,
+    run: StepRun,
     records: dict[str, Record],
     registered_model: str,
     alias: str,
@@ -99,7 +100,7 @@ def _move(
 
 
 def _stays(
-    run: tracking.StepRun,
+    run: StepRun,
     records: dict[str, Record],
     alias: str,
     candidate: Candidate,
@@ -130,7 +131,7 @@ def _stays(
     return "" if proven else f"is not shown to be as good as {against}: {gate.describe(pair)}; {by_hand}"
 
 
-def _record(run: tracking.StepRun, records: dict[str, Record], holder: ModelVersion, step: str) -> Record:
+def _record(run: StepRun, records: dict[str, Record], holder: ModelVersion, step: str) -> Record:
     """An evaluate step of the run that registered the holder, with its items.
 
     Raises PtlError or OSError where they cannot be read.

@@ -21,11 +21,12 @@ from pydantic import BaseModel
 
 from ptl import __version__, attempts, dag, store, tracking
 from ptl.log import say
+from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 Facts = dict[str, Any]
 Record = dict[str, Any]
-Work = Callable[[Path, tracking.StepRun], Facts]  # fills the folder to publish, returns the step's facts
+Work = Callable[[Path, StepRun], Facts]  # fills the folder to publish, returns the step's facts
 
 # Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
 SHOWN = ("uri", "digest", "params", "run_id")
@@ -54,7 +55,7 @@ class Step:
         """From 1; 0 outside of the iterations."""
         return dag.iteration_of(self.name)
 
-    def start(self, title: str | None = None) -> tracking.StepRun:
+    def start(self, title: str | None = None) -> StepRun:
         """The step's run in MLflow; `title` names the pipeline run's own where there is none yet."""
         return tracking.start(
             self.experiment,
@@ -114,16 +115,14 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
     return record
 
 
-def _require_loop(step: Step, run: tracking.StepRun) -> None:
+def _require_loop(step: Step, run: StepRun) -> None:
     """The control does not spend tokens beside a loop that has failed; a retry of the run starts both again."""
     failed = tracking.failed_loop_steps(run) if step.arm == "control" else []
     if failed:
         raise attempts.LoopFailedError(f"not started, since {failed[0]} has failed; a retry of the run starts both")
 
 
-def _work_and_commit(
-    step: Step, run: tracking.StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work
-) -> Record:
+def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work) -> Record:
     folder = scratch(step.name) / "out"
     shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
     folder.mkdir(parents=True)
@@ -158,7 +157,7 @@ def _work_and_commit(
     return store.commit(run.root, run.run, step.name, record)
 
 
-def _track(step: Step, run: tracking.StepRun, parent: Pointer | None, settings: Facts, record: Record) -> None:
+def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, record: Record) -> None:
     """Say in MLflow what a record says; repeating it changes nothing."""
     facts, pointer = record["facts"], record["pointer"]
     inputs = [parent.model_id] if parent else []

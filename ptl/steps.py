@@ -32,6 +32,7 @@ from ptl.config import (
 from ptl.errors import InputError, WorkError
 from ptl.execution import Call, Facts, Output, Step, execute, fetch, limit_threads, scratch, write
 from ptl.log import say
+from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 SCHEDULE = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
@@ -61,7 +62,7 @@ def import_model(call: Call) -> None:
         check(Evaluate, settings["evaluate"], "evaluate"),
     )
 
-    def work(dst: Path, _run: tracking.StepRun) -> Facts:
+    def work(dst: Path, _run: StepRun) -> Facts:
         importer.import_checkpoint(str(folder), None, dst)
         return {**source, "params": params, "versions": _versions(), "host": platform.node()}
 
@@ -81,7 +82,7 @@ def prune(call: Call) -> None:
     total = removal(parent.original_params, schedule.target)
     goal = gate.goal(parent.params, parent.original_params - int(this.progress * total), parent.gate)
 
-    def work(dst: Path, _run: tracking.StepRun) -> Facts:
+    def work(dst: Path, _run: StepRun) -> Facts:
         from ptl.prune import prune_checkpoint
 
         src = fetch(parent)
@@ -115,7 +116,7 @@ def recover(call: Call) -> None:
     }
     vault = _vault(step, parent, given, recovery)
 
-    def work(dst: Path, run: tracking.StepRun) -> Facts:
+    def work(dst: Path, run: StepRun) -> Facts:
         from ptl.job import Job, Round
         from ptl.recover import recover_checkpoint
 
@@ -154,7 +155,7 @@ def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any
     return preempt.Vault(run.root, run.run, step.name, preempt.key_of(parent.digest, given), min(minutes))
 
 
-def _original(run: tracking.StepRun) -> Path:
+def _original(run: StepRun) -> Path:
     """The imported dense model, which distillation learns from."""
     record = store.committed(run.root, run.run, "import-model")
     if record is None:
@@ -208,7 +209,7 @@ def evaluate(call: Call) -> None:
         call.settings["iterations"], call.settings["target"], check(Prune, call.settings["prune"], "prune")
     )
 
-    def work(dst: Path, run: tracking.StepRun) -> Facts:
+    def work(dst: Path, run: StepRun) -> Facts:
         from ptl import tasks
         from ptl.evaluate import evaluate_checkpoint
 

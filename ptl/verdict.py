@@ -15,6 +15,7 @@ from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
 from ptl.execution import Facts, Record, Step, fetch
 from ptl.families import family_of
 from ptl.log import say
+from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 
@@ -39,7 +40,7 @@ class Plan:
 
 def decide(
     step: Step,
-    run: tracking.StepRun,
+    run: StepRun,
     rule: Gate,
     whole: Plan,
     candidate: Pointer,
@@ -78,7 +79,7 @@ def decide(
 
 
 def _compared(
-    step: Step, run: tracking.StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
+    step: Step, run: StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
 ) -> tuple[list[gate.Paired], int | None]:
     """The scored checkpoint against the dense model and against its parent, and the parent's smallest next cut."""
     from ptl.evaluate import read_items
@@ -105,7 +106,7 @@ def ends_the_loop(step: Step, whole: Plan, onward: Pointer) -> bool:
     return step.iteration == whole.iterations or gate.State.load(onward.gate).stopped
 
 
-def beside_dense(step: Step, run: tracking.StepRun, final: Pointer, settings: Evaluate, seed: int) -> Facts:
+def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Facts:
     """Speed of the run's final model beside the dense one, taking turns; {"reason": ...} where it is not measured.
 
     Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
