@@ -53,8 +53,8 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
 
 
 def _candidates(records: dict[str, Record], rule: Gate) -> tuple[list[Candidate], list[str]]:
-    """The registered checkpoints of a run that the gate would accept, were it off or on; a sentence for each other."""
-    candidates, sentences = [], []
+    """The registered checkpoints of a run that the gate would accept, were it off or on; sentences about the others."""
+    candidates, sentences, worse = [], [], []
     for step, record in records.items():
         facts = record["facts"]
         accepted = facts.get("accepted") or {}
@@ -71,7 +71,10 @@ def _candidates(records: dict[str, Record], rule: Gate) -> tuple[list[Candidate]
         if _acceptable(pair, rule):
             candidates.append(candidate)
         else:
-            sentences.append(f"no alias for {candidate.describe()}: {gate.describe(pair)} against the dense model")
+            worse.append(f"{candidate.version} ({step}: {accuracy:.1%})")
+    if worse:
+        plural = "s" * (len(worse) > 1)
+        sentences.append(f"no alias for version{plural} {', '.join(worse)}: not shown as good as the dense model")
     return candidates, sentences
 
 

@@ -19,10 +19,6 @@ class NoAttemptLeftError(WorkError):
     """The step has used all of its attempts; it is not tried again until somebody asks for it."""
 
 
-class LoopFailedError(WorkError):
-    """A step of the control has nothing to be compared with until the loop's failure is overcome."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """How often a step is tried, and for how long. The compiled pipeline sets the variables of the pod."""

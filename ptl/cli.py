@@ -234,6 +234,9 @@ def _execute(
     steps = tuple(node.name for node in dag.nodes(config))
     try:
         RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume; finished steps are not redone", file=sys.stderr)
+        raise typer.Exit(130) from None
     except PtlError as error:
         message, code = runs.failure(here) or (str(error), error.exit_code)
         again = "fix it and run the same command again to resume: finished steps are not redone"

@@ -77,7 +77,11 @@ class Resources(Section):
         description="further attempts of a step that failed, in its pod or in another one; finished work is not "
         "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: int = Field(RETRY_WAIT, ge=1, description="seconds before the first further attempt; doubled each time")
+    retry_wait: int = Field(
+        RETRY_WAIT,
+        ge=1,
+        description="seconds before the first further attempt, doubled each time; by default 1 on one machine",
+    )
     control: Literal["beside", "after"] = Field(
         "beside",
         description="when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator",

@@ -31,8 +31,8 @@ MANIFESTS = ", ".join(
 
 def get(url: str, headers: dict[str, str] | None = None, ca_cert: str | None = None) -> tuple[int, str, Any]:
     """Status, body and headers, whatever the status. Raises InputError where nobody answers."""
-    request = urllib.request.Request(url, headers=headers or {})
     try:
+        request = urllib.request.Request(url, headers=headers or {})
         trust = ssl.create_default_context(cafile=ca_cert) if ca_cert else None
         with urllib.request.urlopen(request, timeout=SECONDS, context=trust) as answer:
             return answer.status, answer.read().decode(errors="replace"), answer.headers

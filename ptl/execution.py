@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Step:
 
     @property
     def stage(self) -> str:
-        """`import`, `prune`, `recover`, `evaluate` or `report`."""
+        """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
         return dag.stage_of(self.name)
 
     @property
@@ -93,33 +94,41 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
     settings = {name: _plain(value) for name, value in settings.items()}
     run = step.start(title)
     key = _key(step, parent, settings)
-    try:
+    with noting_errors(run):
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
-            _require_loop(step, run)
-            attempt, allowed = attempts.claim(run.root, run.run, step.name), attempts.policy().attempts
-            tracking.tag(run, {"attempt": attempt})
-            say(step.name, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
+            begin(run)
             record = _work_and_commit(step, run, parent, settings, key, work)
             say(step.name, f"done in {record['facts']['seconds']:.0f} s: {_summary(record['facts'])}")
         else:
             say(step.name, "done before: taken as it is")
         _track(step, run, parent, settings, record)
-    except attempts.NoAttemptLeftError as error:
-        last = tracking.error_of(run)
-        raise attempts.NoAttemptLeftError(f"{error}{'. The last one failed: ' + last if last else ''}") from None
-    except Exception as error:
-        tracking.note_error(run, f"{type(error).__name__}: {error}")
-        raise
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
 
 
-def _require_loop(step: Step, run: StepRun) -> None:
-    """The control does not spend tokens beside a loop that has failed; a retry of the run starts both again."""
-    failed = tracking.failed_loop_steps(run) if step.arm == "control" else []
-    if failed:
-        raise attempts.LoopFailedError(f"not started, since {failed[0]} has failed; a retry of the run starts both")
+def begin(run: StepRun) -> None:
+    """Count an attempt, in the store and on the step's page. Raises NoAttemptLeftError, with the last one's reason."""
+    allowed = attempts.policy().attempts
+    try:
+        attempt = attempts.claim(run.root, run.run, run.step)
+    except attempts.NoAttemptLeftError as error:
+        last = tracking.error_of(run)
+        raise attempts.NoAttemptLeftError(f"{error}{'. The last one failed: ' + last if last else ''}") from None
+    tracking.tag(run, {"attempt": attempt})
+    say(run.step, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
+
+
+@contextmanager
+def noting_errors(run: StepRun) -> Iterator[None]:
+    """Keep on the step's page why an attempt failed; another one may follow."""
+    try:
+        yield
+    except attempts.NoAttemptLeftError:
+        raise  # the page has the reason of the last one
+    except Exception as error:
+        tracking.note_error(run, f"{type(error).__name__}: {error}")
+        raise
 
 
 def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work) -> Record:

@@ -20,19 +20,18 @@ WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10
 
 
-def announce(step: str, experiment: str, failure: Failure) -> bool:
-    """Report it to the local runner, in MLflow and to the webhook; returns whether the loop has failed.
+def announce(step: str, experiment: str, failure: Failure) -> None:
+    """Report it to the local runner, in MLflow and to the webhook; what cannot be reached is a line in the log.
 
-    What cannot be reached is a line in the log. A step whose attempts are used up has posted to the webhook before.
+    A step whose attempts are used up has posted to the webhook before.
     """
     folder = os.environ.get("PTL_RUN_DIR")
-    if folder and not step.startswith("control-"):  # KFP's local runner itself only says that a task failed
+    if folder:  # KFP's local runner itself only says that a task failed
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
         Path(folder, "error.json").write_text(json.dumps(error))
-    loop_failed = _try(step, "MLflow", lambda: _track(Step(step, experiment), failure.reason))
+    _try(step, "MLflow", lambda: tracking.fail(Step(step, experiment).start(), failure.reason))
     if os.environ.get(WEBHOOK) and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))
-    return loop_failed
 
 
 def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
@@ -48,16 +47,10 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
             output = Output(Path(arguments[name].path))
             write(output, asdict(onward))
             arguments[name].metadata.update(output.metadata)
-    say(step, "the loop goes on without its control")
+    say(step, f"failed: {reason}; the run continues without its control")
 
 
-def _track(step: Step, reason: str) -> bool:
-    run = step.start()
-    tracking.fail(run, reason)
-    return bool(tracking.failed_loop_steps(run))
-
-
-def _post(url: str, step: str, reason: str) -> bool:
+def _post(url: str, step: str, reason: str) -> None:
     """A short JSON; `text` is what chat services show."""
     import requests
 
@@ -65,14 +58,12 @@ def _post(url: str, step: str, reason: str) -> bool:
     message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
     page = kubeflow_page(run)
     requests.post(url, json=message | ({"kubeflow": page} if page else {}), timeout=SECONDS).raise_for_status()
-    return True
 
 
-def _try(step: str, what: str, report: Callable[[], bool]) -> bool:
-    """What a report returns, False where it failed: nothing that goes wrong here may hide the failure itself."""
+def _try(step: str, what: str, report: Callable[[], None]) -> None:
+    """Nothing that goes wrong with a report may hide the failure itself."""
     try:
-        return report()
+        report()
     except Exception as error:
         message = str(error).replace(os.environ.get(WEBHOOK) or "\0", "***")  # the address may be a secret
         say(step, f"warning: the failure could not be reported to {what}: {message}")
-        return False

@@ -75,8 +75,13 @@ def checkpoint(what: str, arm: str = "loop") -> Checkpoint:
 
 def evaluation(what: str, cache: Path) -> Path:
     """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
-    if Path(what).exists():
-        return Path(what)
+    path = Path(what)
+    if path.exists() and not (path / "result.json").is_file():
+        return path
+    if path.exists():
+        what = str(result(what)["run_id"])  # the directory of a run
+    elif what.startswith("models:") or "://" in what:
+        raise InputError(f"compare: {what!r} is a checkpoint; give RUN_ID:evaluate-4, RUN_ID, or a folder of items")
     run, step = find_run(what)
     step = step or _final_evaluation(result_of(run), run.id)
     record = store.committed(run.root, run.id, step)

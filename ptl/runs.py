@@ -58,7 +58,7 @@ class RunDir:
 
 
 def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tuple[RunDir, bool]:
-    """The directory to run in, and whether it continues an unfinished run of the very same config.
+    """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
 
     Raises InputError when `chosen` belongs to another run.
     """
@@ -66,7 +66,7 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
     if chosen is not None:
         run = RunDir(home, chosen.absolute())
         held = run.path / "config.yaml"
-        if held.is_file() and held.read_text() != dump(config):
+        if held.is_file() and not _same_run(held, config):
             raise InputError(
                 f"--run-dir: {chosen} belongs to another run: its config.yaml differs from this config; "
                 "choose another directory"
@@ -77,11 +77,17 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
     for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
         run = RunDir(home, path)
         held = path / "config.yaml"
-        if not fresh and held.is_file() and held.read_text() == dump(config) and not run.result.is_file():
+        if not fresh and held.is_file() and _same_run(held, config) and not run.result.is_file():
             return run, True
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(os.urandom(8)).hexdigest()[:4]
     return RunDir(home, home / "runs" / f"{config.name}-{stamp}-{digest}"), False
+
+
+def _same_run(held: Path, config: Config) -> bool:
+    """Whether a run's config is this one but for `resources`, on which no result depends."""
+    old, new = yaml.safe_load(held.read_text()), yaml.safe_load(dump(config))
+    return isinstance(old, dict) and {**old, "resources": None} == {**new, "resources": None}
 
 
 def prepare(run: RunDir, config: Config) -> IO[str]:

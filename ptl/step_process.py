@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptl.attempts import Failure, LoopFailedError, NoAttemptLeftError
+from ptl.attempts import Failure, NoAttemptLeftError
 from ptl.errors import InputError, PtlError
 
 
@@ -23,7 +23,7 @@ def main(path: Path, parent: int) -> None:
         outputs = _work(call)
     except PtlError as error:  # explained: a line, no traceback
         exhausted = isinstance(error, NoAttemptLeftError)
-        final = exhausted or isinstance(error, InputError | LoopFailedError)
+        final = exhausted or isinstance(error, InputError)
         _leave(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:

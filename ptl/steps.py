@@ -30,7 +30,7 @@ from ptl.config import (
     removal,
 )
 from ptl.errors import InputError, WorkError
-from ptl.execution import Call, Facts, Output, Step, execute, fetch, limit_threads, scratch, write
+from ptl.execution import Call, Facts, Output, Step, begin, execute, fetch, limit_threads, noting_errors, scratch, write
 from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer
@@ -250,13 +250,18 @@ def _shown(facts: Facts) -> Facts:
 
 def report(call: Call) -> None:
     """Write the run's pages and result.json from the records of its steps; name the best and smallest version."""
+    run = call.step.start()
+    with noting_errors(run):
+        begin(run)
+        _report(call, run)
+
+
+def _report(call: Call, run: StepRun) -> None:
     from ptl import report as pages
     from ptl.evaluate import read_items
 
     step, final, control = call.step, call.inputs["final"], call.inputs.get("control")
     config = check(Config, _whole(call.settings), "settings")
-    run = step.start()
-    attempts.claim(run.root, run.run, step.name)
     names = [node.name for node in dag.nodes(config) if dag.stage_of(node.name) not in ("doctor", "report")]
     found = {name: store.committed(run.root, run.run, name) for name in names}
     records = {name: record for name, record in found.items() if record is not None}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptl import mounts
-from ptl.attempts import Failure, Policy, policy
+from ptl.attempts import Failure, Policy, on_a_cluster, policy
 from ptl.log import say
 
 INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
@@ -88,7 +88,7 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
             os.killpg(process.pid, signal.SIGKILL)
     if code == 0:
         return None
-    if answer.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it said why, or while it did
         return Failure(**json.loads(answer.read_text()))
     return Failure(_death(code))
 
@@ -97,8 +97,10 @@ def _death(code: int) -> str:
     if code > 0:
         return f"its process ended with exit code {code} and without a word"
     name = signal.Signals(-code).name
-    memory = " (what the kernel does when memory is used up: raise resources.memory, or lower the batch size)"
-    return f"its process was killed by {name}{memory * (name == 'SIGKILL')}"
+    if name != "SIGKILL":
+        return f"its process was killed by {name}"
+    remedy = "raise resources.memory, or lower the batch size" if on_a_cluster() else "free memory"
+    return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"
 
 
 @contextlib.contextmanager
@@ -135,13 +137,15 @@ def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
 
 
 def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
-    """Report a failure wherever somebody may look, and end the process; but a failed control must not end the loop."""
+    """Report a failure wherever somebody may look, and end the process.
+
+    On a cluster a control that fails must not fail the run; on one machine the same command resumes it.
+    """
     from ptl import failure as reports
 
     step = str(arguments["step"])
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
-    loop_failed = reports.announce(step, str(arguments["experiment"]), failure)
-    if step.startswith("control-") and not loop_failed:
-        reports.pass_on(step, failure.reason, arguments)
-    else:
+    reports.announce(step, str(arguments["experiment"]), failure)
+    if not (step.startswith("control-") and on_a_cluster()):
         sys.exit(failure.exit_code)
+    reports.pass_on(step, failure.reason, arguments)

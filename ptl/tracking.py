@@ -185,14 +185,6 @@ def computing_beside(step_run: StepRun) -> list[str]:
     return [name for run in here if (name := run.data.tags["ptl.step"]) != step_run.step]
 
 
-def failed_loop_steps(step_run: StepRun) -> list[str]:
-    """Names of the loop's steps that have failed for good."""
-    with explained():
-        runs = steps_of(connect(), step_run)
-    failed = [run.data.tags for run in runs if run.info.status == "FAILED"]
-    return [tags["ptl.step"] for tags in failed if tags.get("ptl.arm") == "loop"]
-
-
 def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
     """The version of a checkpoint in the registry: found by its model id, else created.
 

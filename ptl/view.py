@@ -83,8 +83,8 @@ def wall_clock(result: Result) -> str:
     if idle < MINUTE:
         return f"Wall clock: {duration(wall)}; {summed}."
     return (
-        f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it outside the steps (pauses, start-up, "
-        f"failed attempts); {summed}."
+        f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it between the steps (pauses, start-up, "
+        f"failed attempts); {summed}, without loading libraries and checkpoints."
     )
 
 

@@ -474,8 +474,8 @@ def test_a_resumed_run_says_that_its_pause_is_counted(records, settings):
     result = build(records, settings)
     assert result["idle_seconds"] == 86_400 and result["wall_seconds"] == 86_400 + 17 * 600
     assert wall_clock(result) == (
-        "Wall clock, pauses included: 26 h 50 min, 24 h of it outside the steps (pauses, start-up, failed "
-        "attempts); the work of all steps adds up to 2 h 50 min."
+        "Wall clock, pauses included: 26 h 50 min, 24 h of it between the steps (pauses, start-up, failed "
+        "attempts); the work of all steps adds up to 2 h 50 min, without loading libraries and checkpoints."
     )
 
 
@@ -485,7 +485,7 @@ def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
     starts |= {"evaluate-4": starts["evaluate-4"] + 1800}  # what the control saved
     result = build(schedule_of(records, starts, 600.0), settings)
     assert result["wall_seconds"] == work_seconds(result)
-    assert "pauses included: 2 h 50 min, 30 min of it outside" in wall_clock(result)
+    assert "pauses included: 2 h 50 min, 30 min of it between" in wall_clock(result)
 
 
 def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, no_pictures):
