@@ -20,8 +20,7 @@ run=$(sed -n 's/^started run .* (\(.*\))$/\1/p' "$log")
     esac
     grep -E '^https?://' "$log" || true
     if [ "$code" = 0 ] || [ "$code" = 3 ]; then
-        experiment=$(python -c 'import sys; from ptl.config import load_config; print(load_config(sys.argv[1]).storage.experiment)' "$config")
-        python -m pipelines.prune_tune_loop.table "$run" "$experiment"
+        python -m pipelines.prune_tune_loop.table "$run"
     fi
 } >"$table"
 cat "$table"

@@ -31,7 +31,7 @@ class Observer:
     say: Say
     names: dict[str, str] = field(default_factory=dict)
     experiments: list[str] | None = None  # None until the run has been found
-    read: RunProgress | None = None  # the last answer of MLflow, which stands in for one that does not come
+    read: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     silent: bool = False  # that MLflow does not answer has been said
 
     def look(self, run: Any) -> tuple[RunView, RunProgress | None]:
@@ -293,6 +293,6 @@ def _outcome(view: RunView, config: Config | None, say: Say) -> int:
     if config is None or not config.gate.enabled:
         say(f"{view.name}: SUCCEEDED")
         return DONE
-    passed, why = outcome.gate_passed(outcome.result_of(view.run_id, config.storage.experiment))
+    passed, why = outcome.gate_passed(outcome.result_of(view.run_id))
     say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {why}")
     return DONE if passed else GATE

@@ -118,7 +118,7 @@ def _unroll(config: Config, given: dict[str, Any]) -> None:
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:
-    """What a step is told of the compiled pipeline itself."""
+    """What a step gets that is the same in every run of the compiled pipeline."""
     stage, iterations = dag.stage_of(step), config.schedule.iterations
     if stage == "doctor":
         return {"settings": essentials(config)}

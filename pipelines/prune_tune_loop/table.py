@@ -1,4 +1,4 @@
-"""A finished run as a Markdown table, for a comment: `python -m pipelines.prune_tune_loop.table RUN EXPERIMENT`."""
+"""A finished run as a Markdown table, for a comment: `python -m pipelines.prune_tune_loop.table RUN`."""
 
 import sys
 from typing import Any
@@ -22,4 +22,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(result_of(sys.argv[1], sys.argv[2])))
+    print(table(result_of(sys.argv[1])))
