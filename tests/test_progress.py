@@ -26,6 +26,13 @@ SCORED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def patience_of_a_watcher(monkeypatch):
+    """Steps that ran in this process before have left MLflow's own patience, minutes, in its environment."""
+    for name in progress.WATCHING:
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_what_each_step_says_of_itself(tracked):
     parent = tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING})
     tracked("run-q", {"evaluate-1": {"status": "FAILED"}})
