@@ -9,6 +9,7 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from mock_kfp import MockKubeflow
 
 from ptl import images, s3_client, stack
 from ptl.errors import WorkError
@@ -159,3 +160,17 @@ def tracked(mlflow_folder, monkeypatch):
     yield make
     for run_id in made:
         client.delete_run(run_id)
+
+
+@pytest.fixture
+def world():
+    """The mock of Kubeflow's API server."""
+    made = MockKubeflow()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def said():
+    """What a command of the cluster has printed."""
+    return []

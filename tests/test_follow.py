@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 from mlflow import MlflowClient
-from mock_kfp import MockKubeflow, recorded
+from mock_kfp import recorded
 
 from pipelines.prune_tune_loop import follow, kfp_api, task_list
 from pipelines.prune_tune_loop.kfp_api import Server
@@ -26,18 +26,6 @@ def alone(monkeypatch):
     monkeypatch.setattr(kfp_api, "PAUSE", 0.01)
     for name in ("MLFLOW_TRACKING_URI", "KFP_NAMESPACE", "KFP_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def world():
-    made = MockKubeflow()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def said():
-    return []
 
 
 @pytest.fixture

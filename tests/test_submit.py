@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mock_kfp import ADDED, MockKubeflow
+from mock_kfp import ADDED
 
 from pipelines.prune_tune_loop import follow, kfp_api, submit
 from pipelines.prune_tune_loop.kfp_api import Server
@@ -26,18 +26,6 @@ def quick(monkeypatch):
     for name in ("KF_PIPELINES_ENDPOINT", "KFP_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH", "KFP_NAMESPACE", "KFP_CA_CERT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture
-def world():
-    made = MockKubeflow()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def said():
-    return []
 
 
 @pytest.fixture(scope="module")
