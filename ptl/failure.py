@@ -29,7 +29,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     if folder:  # KFP's local runner itself only says that a task failed
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
         Path(folder, "error.json").write_text(json.dumps(error))
-    _try(step, "MLflow", lambda: tracking.fail(Step(step, experiment).start(), failure.reason))
+    _try(step, "MLflow", lambda: _track(Step(step, experiment), failure))
     if os.environ.get(WEBHOOK) and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))
 
@@ -48,6 +48,12 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
             write(output, asdict(onward))
             arguments[name].metadata.update(output.metadata)
     say(step, f"failed: {reason}; the run continues without its control")
+
+
+def _track(step: Step, failure: Failure) -> None:
+    """Used-up attempts are no reason of their own: the page keeps why the last one failed, however many pods follow."""
+    run = step.start()
+    tracking.fail(run, (failure.exhausted and tracking.error_of(run)) or failure.reason)
 
 
 def _post(url: str, step: str, reason: str) -> None:

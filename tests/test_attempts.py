@@ -389,6 +389,7 @@ def test_a_webhook_hears_nothing_of_pods_that_found_no_attempt_left(go, mlflow, 
     for _ in range(3):  # as with the policy Always
         assert go("work", retries=0, PTL_LAUNCH="one")[0] == 1
     assert len(webhook[1]) == 1
+    assert mlflow("prune-1")[1]["ptl.error"] == "the store is away", "not an error around an error for each pod"
 
 
 def test_mlflow_away_does_not_hide_why_a_step_failed(go, tmp_path, capfd):
