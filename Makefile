@@ -4,32 +4,34 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
+.PHONY: help install demo test test-fast check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-install: .venv/installed ## virtual environment with everything
+install: .venv/installed ## virtual environment with the versions that were tested (constraints.txt)
 
-# pip, not uv: where a torch build lies on the disk, pip takes it.
-.venv/installed: setup.cfg pyproject.toml
+# pip, not uv: where a torch build is on the disk, pip takes it.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	@echo "installing into .venv: minutes, and 7 GB with torch's CUDA build (docs/install.md: the CPU build)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: install ## the Prune-Tune Loop on the shipped tiny reasoner, through the compiled pipeline
 	$(BIN)/ptl run $(TINY)
 
-test: install ## lint, types and the whole test suite
-	$(BIN)/ruff check --quiet .
-	$(BIN)/mypy --no-error-summary
+test: check ## format, lint, types and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-check: install ## formatting, lint and types only
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+test-fast: install ## the tests that take less than a second each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+
+check: install ## format, lint and types only
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
 
 bench: install ## share of the demo's time that is not prune, recover or evaluate work
 	$(BIN)/python benchmarks/orchestration.py
@@ -47,7 +49,7 @@ images: install ## the three step images, on the Docker engine that answers (doc
 ci-path: install ## compile, images, a short run in containers with S3, compare, report (docs/ci.md)
 	PATH="$$PWD/$(BIN):$$PATH" .ci/docker.sh run examples/ci/local_path.sh
 
-lock: install ## hashed lock files of the images
+lock: install ## exact versions again: constraints.txt and the images' hashed locks
 	docker/lock.sh
 
 docs: install ## the documentation's pages in site/

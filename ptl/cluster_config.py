@@ -114,10 +114,14 @@ class Resources(Section):
         """Attempts of a step on a cluster, the first one included."""
         return 1 + (RETRIES if self.retries is None else self.retries)
 
+    def of_step(self, stage: str) -> StepResources:
+        """What `steps` says of a kind of step; nothing for one that it does not name."""
+        return next((own for name, own in self.steps.items() if name == stage), StepResources())
+
     def timeout_of(self, stage: str) -> int | None:
         """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
-        own = self.steps.get(stage)  # type: ignore[call-overload]
-        return own.timeout if own and own.timeout is not None else self.timeout
+        own = self.of_step(stage).timeout
+        return self.timeout if own is None else own
 
     def work_timeout(self, stage: str) -> int | None:
         """The seconds of a timeout that an attempt's work may take.

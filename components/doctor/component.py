@@ -8,7 +8,7 @@ def doctor(
     step: str,
     experiment: str,
     settings: dict,
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

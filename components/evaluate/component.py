@@ -19,7 +19,7 @@ def evaluate(
     accepted: Output[Model],
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

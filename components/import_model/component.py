@@ -22,7 +22,7 @@ def import_model(
     gate: dict,
     gated: bool,
     out: Output[Model],
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

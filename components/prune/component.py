@@ -15,7 +15,7 @@ def prune(
     seed: int,
     model: Input[Model],
     out: Output[Model],
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

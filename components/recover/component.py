@@ -16,7 +16,7 @@ def recover(
     model: Input[Model],
     scored: Input[Artifact],
     out: Output[Model],
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

@@ -26,7 +26,7 @@ def report(
     html: Output[HTML],
     markdown: Output[Markdown],
     control: Input[Model] = None,
-):
+) -> None:
     from ptl import supervisor
 
     supervisor.run(locals())

@@ -6,7 +6,7 @@ from kfp import kubernetes
 
 from ptl import mounts
 from ptl.attempts import RETRY_WAIT
-from ptl.cluster_config import Resources, StepResources, Storage
+from ptl.cluster_config import Resources, Storage
 from ptl.config import Config
 
 WORK = ("prune", "recover", "evaluate")  # the steps that need accelerators and their nodes
@@ -28,7 +28,7 @@ def configure(task: Any, stage: str, config: Config) -> Any:
 
 
 def _compute(task: Any, stage: str, wanted: Resources) -> None:
-    own = wanted.steps.get(stage, StepResources())
+    own = wanted.of_step(stage)
     accelerators = _first(own.accelerators, wanted.accelerators if stage in WORK else 0)
     if accelerators:
         task.set_accelerator_type(wanted.accelerator).set_accelerator_limit(accelerators)

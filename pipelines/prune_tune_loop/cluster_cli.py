@@ -113,8 +113,7 @@ def retry(
 
     server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
     checked = load_config(config) if config else None
-    options = {"config": checked, "wait": wait, "timeout": timeout, "poll": poll, "say": _say}
-    raise typer.Exit(work.retry(run_id, server, **options))
+    raise typer.Exit(work.retry(run_id, server, config=checked, wait=wait, timeout=timeout, poll=poll, say=_say))
 
 
 def doctor(
