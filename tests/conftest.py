@@ -1,7 +1,10 @@
-"""Places to store things in: a folder, and a bucket of a real S3 server that is started once."""
+"""What all tests share: plain test ids, the mark `slow`, and places to store things in (a folder, a real S3 server)."""
 
+import functools
+import inspect
 import os
 import random
+import re
 import socket
 import uuid
 from pathlib import Path
@@ -17,6 +20,20 @@ from ptl.localfs import path_of
 from ptl.s3_client import split
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+# kfp asks for the whole stack, source lines included, at every setting of a task. Below pytest-xdist are frames without
+# a file, for which `inspect` looks through all modules that are loaded: a compile took 50 times as long.
+inspect.stack = functools.partial(inspect.stack, 0)
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """An id of plain words: the same in every process, whatever the value holds."""
+    if isinstance(val, bytes) or getattr(val, "__name__", "") == "<lambda>":
+        return argname
+    if isinstance(val, str | list | tuple | dict | set | frozenset | Path):
+        text = val.name if isinstance(val, Path) else str(val)
+        return re.sub(r"[^A-Za-z0-9.]+", "-", text)[:40].strip("-.") or argname
+    return None  # numbers, functions and classes have plain names
 
 
 class FilePlace:

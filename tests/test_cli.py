@@ -77,7 +77,6 @@ def refused(path, said, tmp_path):
         ({"training__source": "./none.jsonl"}, "no file none.jsonl"),
         ({"training__prompt": "{question} {hint}\n"}, "lacks 'hint'"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
     assert refused(config(**fields), said, tmp_path)

@@ -58,7 +58,7 @@ def stub_docker(tmp_path, monkeypatch):
         ("image inspect ptl-recover*", ["--s3"], f"the engine has no {images.image('recover')}; make them with"),
         ("nothing", [], "speak to an MLflow server only, and none is given; add --s3"),
     ],
-    ids=["no engine", "no image", "no server"],
+    ids=["no-engine", "no-image", "no-server"],
 )
 def test_what_containers_need_is_asked_first(stub_docker, monkeypatch, tmp_path, fails, arguments, said):
     monkeypatch.setenv("FAIL", fails)
