@@ -146,7 +146,7 @@ class Evaluate(Section):
 class Gate(Section):
     """Whether an iteration is accepted: each is compared with the dense model and with its parent, item by item."""
 
-    enabled: bool = Field(False, description="false: every iteration is accepted")
+    enabled: bool = Field(False, description="false: no iteration is tested, the next begins with what it made")
     margin: float = Field(0.02, ge=0, lt=1, description="loss of accuracy that is tolerated, a share of the items")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of each test: how often no real loss is taken for one")
     max_rejections: int = Field(3, ge=1, description="rejections in a row, each halves the cut, before the loop stops")

@@ -29,6 +29,10 @@ def _verdict(result: Result) -> str:
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {value(dense)} {what}."
     sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
+    against_dense = result["paired"].get("dense")
+    if against_dense and against_dense["verdict"] == "inferior":
+        margin, p = 100 * against_dense["margin"], against_dense["p_worse"]
+        sentence += f": inferior to the dense model (margin {margin:g} points, p {p:.2g})"
     if control is None:
         return sentence + "."
     one_shot = f"one-shot pruning reached {value(control)}"
@@ -63,7 +67,7 @@ def notes(result: Result) -> list[str]:
             f"The gate rejected {rejected} iteration{'s' * (rejected > 1)}; the next began from the last accepted."
         )
     if not (result["settings"].get("gate") or {}).get("enabled", True):
-        found.append("The gate was off: every iteration was accepted without a test.")
+        found.append("The gate was off: no iteration was tested before the next began.")
     for reason, iterations in not_needed(result):
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
     found.append(_decontaminated(result.get("decontaminated") or {}))

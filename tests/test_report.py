@@ -350,7 +350,21 @@ def test_paired_comparisons_from_the_items(records, settings):
 
 def test_a_gate_that_was_off_is_said(records, settings):
     settings["gate"]["enabled"] = False
-    assert "The gate was off: every iteration was accepted without a test." in notes(build(records, settings))
+    assert "The gate was off: no iteration was tested before the next began." in notes(build(records, settings))
+
+
+def test_the_headline_says_inferior_when_the_final_model_is(records, settings, tmp_path, no_pictures):
+    settings["gate"]["enabled"] = False
+    for step, wrong in (("evaluate-0", {3}), ("evaluate-4", set(range(18)))):
+        records[step]["facts"]["items"] = items(wrong)
+        records[step]["facts"]["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
+    result = write_report(records, settings, tmp_path)
+    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points, p 7.6e-06); one-shot"
+    for name in ("report.html", "report.md", "README.md"):
+        assert sentence in (tmp_path / name).read_text(), name
+    assert sentence in verdict(result)
+    records["evaluate-4"]["facts"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
+    assert "inferior" not in verdict(build(records, settings))
 
 
 def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
