@@ -308,12 +308,19 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
 def test_rows_that_were_left_out_are_told(records, settings):
     assert not [note for note in notes(build(records, settings)) if "left out" in note]
     for name, dropped in (("recover-1", 5), ("recover-2", 7), ("control-recover", 100)):
-        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": []}
+        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": [],
+                  "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["facts"] |= counts
-    told = "12 of 2,000 training rows were left out: they share text with a benchmark"
-    assert f"{told}." in notes(build(records, settings))
+    told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
+    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    assert told in notes(build(records, settings))
     records["recover-2"]["facts"]["not_compared"] = ["wikitext"]
-    assert f"{told} (wikitext not compared: its items are not known)." in notes(build(records, settings))
+    told += " Training rows were not compared with wikitext, whose items are not known."
+    assert told in notes(build(records, settings))
+    for name in ("recover-1", "recover-2"):
+        nothing = {"rows_compared": 0, "rows_dropped": 0, "benchmark_items": 0, "benchmark_items_short": 0}
+        records[name]["facts"] |= nothing
+    assert not [note for note in notes(build(records, settings)) if "left out" in note]
 
 
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
