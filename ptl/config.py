@@ -132,7 +132,10 @@ class Evaluate(Section):
     max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
     chat_template: bool = False
     data_dir: str | None = Field(None, description="read the tasks' data from files in this folder, not from the hub")
-    allow_code: bool = Field(False, description="run model-written code (humaneval, mbpp), in the sandbox only")
+    allow_code: bool = Field(
+        False,
+        description="run model-written code (humaneval, mbpp), in the sandbox only, and a task YAML's own functions",
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1)
     speed: Speed = Speed()
 
