@@ -2,7 +2,8 @@
 
 `best`: the highest accuracy; it moves to a checkpoint that is shown to be not inferior to its holder, and that has a
 higher accuracy, or the same accuracy with fewer parameters. `smallest`: the fewest parameters; it moves to a smaller
-checkpoint that the gate would accept against the dense model of the holder's run too. Both on the same items.
+checkpoint that the gate would accept against the dense model of the holder's run too. Both on the same items. What no
+gate has tested must be shown to be not inferior to the dense model: an unclear comparison gives it no alias.
 Versions are compared by their scores, never by their numbers: steps that run side by side number them out of order.
 """
 
@@ -53,7 +54,7 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
 
 
 def _candidates(records: dict[str, Record], rule: Gate) -> tuple[list[Candidate], list[str]]:
-    """The registered checkpoints of a run that the gate would accept, were it off or on; sentences about the others."""
+    """The registered checkpoints of a run that may have an alias; sentences about the others."""
     candidates, sentences, worse = [], [], []
     for step, record in records.items():
         facts = record["facts"]
@@ -166,8 +167,8 @@ def _paired(reference: Record, candidate: Record, rule: Gate) -> gate.Paired:
 
 
 def _acceptable(pair: gate.Paired, rule: Gate) -> bool:
-    """The gate's own rule: inferior is refused, with `strict` also what is not shown to be not inferior."""
-    return pair.verdict == "not inferior" or (pair.verdict == "unclear" and not rule.strict)
+    """The gate's rule: inferior is refused; with `strict`, and with the gate off, also what is unclear."""
+    return pair.verdict == "not inferior" or (pair.verdict == "unclear" and rule.enabled and not rule.strict)
 
 
 def _holder(registered_model: str, alias: str) -> ModelVersion | None:

@@ -132,7 +132,10 @@ class Evaluate(Section):
     max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
     chat_template: bool = False
     data_dir: str | None = Field(None, description="read the tasks' data from files in this folder, not from the hub")
-    allow_code: bool = Field(False, description="run model-written code (humaneval, mbpp), in the sandbox only")
+    allow_code: bool = Field(
+        False,
+        description="run model-written code (humaneval, mbpp), in the sandbox only, and a task YAML's own functions",
+    )
     confidence: float = Field(0.95, gt=0.5, lt=1)
     speed: Speed = Speed()
 
@@ -146,7 +149,7 @@ class Evaluate(Section):
 class Gate(Section):
     """Whether an iteration is accepted: each is compared with the dense model and with its parent, item by item."""
 
-    enabled: bool = Field(False, description="false: every iteration is accepted")
+    enabled: bool = Field(False, description="false: no iteration is tested, the next begins with what it made")
     margin: float = Field(0.02, ge=0, lt=1, description="loss of accuracy that is tolerated, a share of the items")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of each test: how often no real loss is taken for one")
     max_rejections: int = Field(3, ge=1, description="rejections in a row, each halves the cut, before the loop stops")

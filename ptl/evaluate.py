@@ -51,7 +51,7 @@ class Scores:
     kv_bytes_per_token: int
     speed: list[dict[str, Any]]
     widths: list[int]
-    seconds: float
+    seconds: float = 0.0  # of the whole evaluation
 
     @staticmethod
     def load(raw: dict[str, Any]) -> Scores:
@@ -60,8 +60,9 @@ class Scores:
 
 
 def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, speed: bool = True) -> Scores:
-    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl. Without `speed` its rows stay empty.
+    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
 
+    Without `speed` its rows stay empty, and the files have nothing that was timed: equal models give equal bytes.
     A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
     (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
     before the model is loaded.
@@ -88,8 +89,16 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     )
     dst.mkdir(parents=True, exist_ok=True)
     (dst / ITEMS).write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-    (dst / SCORES).write_text(json.dumps(asdict(result), indent=2) + "\n")
+    (dst / SCORES).write_text(json.dumps(asdict(result) if speed else _without_seconds(result), indent=2) + "\n")
     return result
+
+
+def _without_seconds(scores: Scores) -> dict[str, Any]:
+    raw = asdict(scores)
+    del raw["seconds"]
+    for task in raw["tasks"]:
+        del task["seconds"]
+    return raw
 
 
 def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, Any]:
@@ -223,13 +232,28 @@ def run_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[Tas
     ] if binary else []
 
 
+def _likeliest(likelihoods: list[float], loaded: Any, doc: Any, metric: str) -> int:
+    """The choice that the metric takes for the answer, by what lm_eval.api.task.ConfigurableTask compares."""
+    count = len(likelihoods)
+    if loaded.get_config("output_type") == "multiple_choice":
+        choices = loaded.doc_to_choice(doc)
+        count = len(choices)
+        if metric == "acc_norm":
+            likelihoods = [value / len(text) for value, text in zip(likelihoods, choices, strict=False)]
+        elif metric == "acc_bytes":
+            likelihoods = [value / len(text.encode()) for value, text in zip(likelihoods, choices, strict=False)]
+        elif metric == "acc_mutual_info":  # the second half is without the question
+            likelihoods = [likelihoods[i] - likelihoods[count + i] for i in range(count)]
+    return likelihoods.index(max(likelihoods[:count]))
+
+
 def _item(task: str, loaded: Any, sample: dict[str, Any], metric: str, notes: dict[str, Any]) -> dict[str, Any]:
     """One line of items.jsonl from a sample that the harness logged."""
     answer = sample["resps"][0][0]
     length, cut = notes.get(sample["arguments"][0][0], (0, False))
-    if not isinstance(answer, str):  # log-likelihoods of the choices: the answer is the likeliest
+    if not isinstance(answer, str):  # log-likelihoods of the choices
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
-        answer = likelihoods.index(max(likelihoods))
+        answer = _likeliest(likelihoods, loaded, sample["doc"], metric)
     return {
         "task": task,
         "id": str(sample["doc_id"]) if loaded.task_name == task else f"{loaded.task_name}/{sample['doc_id']}",

@@ -25,6 +25,7 @@ Verdict = Literal["not inferior", "unclear", "inferior"]
 Item = Mapping[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
 RESAMPLES = 10_000
 REACHED = "target reached"
+NOT_TESTED = "not tested"  # the decision on every iteration of a run without the gate
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class State:
 class Decision:
     """The verdict on one iteration, and the state that goes on with the model that goes on."""
 
-    decision: Literal["accepted", "rejected", "stopped"]
+    decision: Literal["accepted", "rejected", "stopped", "not tested"]
     reason: str
     numbers: dict[str, Any]
     state: State
@@ -80,7 +81,7 @@ class Decision:
     @property
     def keep(self) -> Literal["candidate", "parent"]:
         """Which model the next iteration gets."""
-        return "candidate" if self.decision == "accepted" else "parent"
+        return "candidate" if self.decision in ("accepted", NOT_TESTED) else "parent"
 
 
 def check_structure(settings: Gate, compiled: bool) -> None:
@@ -214,28 +215,30 @@ def decide(
     state: State,
     *,
     params: int,
-    parent_params: int,
     target_params: int,
+    parent_params: int | None = None,
     baseline: Paired | None = None,
     parent: Paired | None = None,
     smallest_cut: int | None = 1,
 ) -> Decision:
     """The verdict on a candidate that was cut from its parent, the last accepted model.
 
-    `params` of the candidate, `parent_params`, and `target_params` to end with; `baseline` and `parent` compare the
-    candidate with the dense model and with its parent, and are needed when the gate is enabled. `smallest_cut` is the
-    least number of parameters that the next cut of the parent can remove, None where it can remove nothing. A rejected
-    candidate halves the cut for the next iteration; after `max_rejections` in a row, or when half the cut is below the
-    smallest, the loop stops with the parent: a smaller step would be rounded up to one that was just rejected.
+    `params` of the candidate, and `target_params` to end with. When the gate is enabled it needs the parent:
+    `parent_params`, and `baseline` and `parent`, which compare the candidate with the dense model and with its parent.
+    `smallest_cut` is the least number of parameters that the next cut of the parent can remove, None where it can
+    remove nothing. A rejected candidate halves the cut for the next iteration; after `max_rejections` in a row, or when
+    half the cut is below the smallest, the loop stops with the parent: a smaller step would be rounded up to one that
+    was just rejected.
     """
-    numbers: dict[str, Any] = {"params": params, "parent_params": parent_params, "target_params": target_params}
+    numbers: dict[str, Any] = {"params": params, "target_params": target_params}
     if state.stopped:
         return Decision("stopped", "the loop had stopped: nothing was tried", numbers, state)
     if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
-        return Decision("accepted", "the gate is off", numbers, state)
+        return Decision(NOT_TESTED, "the gate is off", numbers, state)
+    if baseline is None or parent is None or parent_params is None:
+        raise ValueError("the gate needs the parent's size and the comparisons with the baseline and with the parent")
+    numbers["parent_params"] = parent_params
     cut = parent_params - params
-    if baseline is None or parent is None:
-        raise ValueError("the gate needs the comparisons with the baseline and with the parent")
     compared = {"baseline": baseline, "parent": parent}
     numbers |= {name: asdict(pair) for name, pair in compared.items()}
     for name, pair in compared.items():

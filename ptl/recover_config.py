@@ -37,9 +37,7 @@ class Decontaminate(Section):
         True, description="compare with the items of `evaluate.tasks`, as the first evaluation saw them"
     )
     against: tuple[DataSource, ...] = Field((), description="more benchmarks; only the text of their items is used")
-    ngram: int = Field(
-        13, ge=2, description="words in a row that must be equal; shorter items must be equal as a whole"
-    )
+    ngram: int = Field(13, ge=2, description="words in a row that must be equal; of a shorter item all of its words")
 
 
 class TrainingData(Section):

@@ -53,7 +53,7 @@ def print_table(result: Result, out: Path | None = None) -> None:
     )
     for heading in ("Iteration", "Params", "Removed", "Accuracy", "Interval", "Items", "Recovery\ntokens", "Verdict"):
         table.add_column(heading, no_wrap=True, justify="left" if heading in ("Iteration", "Verdict") else "right")
-    colours = {"accepted": "green", "rejected": "red", "control": "yellow"}
+    colours = {"accepted": "green", "rejected": "red", "control": "yellow"}  # not tested: the terminal's own
     for row in lines(result):
         label = "control" if row["arm"] == "control" else row["label"]
         table.add_row(

@@ -198,7 +198,7 @@ def _not_finished(records: dict[str, Record], failed: str) -> list[dict[str, Any
 
 
 def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
-    """How many training rows of the loop were compared with the benchmarks and left out; {} where none was."""
+    """How many training rows of the loop were compared with the benchmarks and left out; {} where nothing was asked."""
     facts = [record["facts"] for record in records.values() if "rows_compared" in record["facts"]]
     loop = [each for each in facts if each.get("arm") == "loop"]
     if not loop:
@@ -206,6 +206,8 @@ def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
     return {
         "rows": sum(each["rows_compared"] for each in loop),
         "dropped": sum(each["rows_dropped"] for each in loop),
+        "items": max(each["benchmark_items"] for each in loop),
+        "short": max(each["benchmark_items_short"] for each in loop),
         "not_compared": sorted({name for each in loop for name in each["not_compared"]}),
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, aliases, attempts, dag, gate, store, tracking, verdict
+from ptl import __version__, aliases, attempts, dag, decontaminate, gate, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -169,16 +169,16 @@ def _dropped(name: str, report: Any) -> Facts:
     """Training rows that were left out because a benchmark has them; said, and numbers among the step's metrics."""
     stages = report.details.get("stages", [{"details": report.details}])
     found = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
-    for told in found:
-        say(name, f"{told['dropped']} of {told['rows']} training rows left out: they share text with a benchmark")
-        if told["not_compared"]:
-            say(name, f"training data not compared with {', '.join(told['not_compared'])}: its items are not known")
+    for counts in found:
+        say(name, decontaminate.sentence(counts))
     if not found:
         return {}
     return {
-        "rows_compared": sum(told["rows"] for told in found),
-        "rows_dropped": sum(told["dropped"] for told in found),
-        "not_compared": sorted({benchmark for told in found for benchmark in told["not_compared"]}),
+        "rows_compared": sum(counts["rows"] for counts in found),
+        "rows_dropped": sum(counts["dropped"] for counts in found),
+        "benchmark_items": max(counts["items"] for counts in found),  # the same ones in every stage
+        "benchmark_items_short": max(counts["short"] for counts in found),
+        "not_compared": sorted({benchmark for counts in found for benchmark in counts["not_compared"]}),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,9 @@ NO_ACCURACY = {
     "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "likelihood", "brier_score", "mcc", "f1",
     "bleu", "chrf", "chrf++", "ter",
 }  # fmt: skip
+
+# All of the harness's own (lm_eval.api.metrics); another name is looked up on the hub, as code.
+METRICS = {"acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bypass", "exact_match", *NO_ACCURACY}
 
 SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
 
@@ -106,7 +109,7 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
     for task in tasks:
         if names.count(task.name) > 1:
             raise InputError(f"evaluate.tasks: {task.name!r} is listed twice; remove one")
-        if not is_path(task.name) and _harness() is None:
+        if not can_find(task.name):
             continue
         for spec in find(task.name):
             choose(spec, task.metric)
@@ -123,7 +126,7 @@ def check_tasks(tasks: Sequence[Task], settings: Evaluate | None = None) -> None
 def check_gate(settings: Evaluate, gate: Gate) -> None:
     """Raise InputError when the gate is to decide by a task that calls no item right or wrong; torch-free."""
     first = settings.tasks[0]
-    if not gate.enabled or (not is_path(first.name) and _harness() is None):
+    if not gate.enabled or not can_find(first.name):
         return
     if not all(is_accuracy(spec, first.metric) for spec in find(first.name)):
         raise no_accuracy(first)
@@ -146,6 +149,11 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     joined = str(entry.get("aggregation", "mean"))
     mean = joined in ("mean", "nanmean") or joined.startswith("!function")
     return name not in NO_ACCURACY and mean and entry.get("higher_is_better", True) is not False
+
+
+def can_find(name: str) -> bool:
+    """Whether a task can be looked up here: by its path, or by its name where the harness is installed."""
+    return is_path(name) or _harness() is not None
 
 
 def find(name: str) -> list[Spec]:
@@ -184,7 +192,13 @@ def choose(spec: Spec, metric: str) -> tuple[str, str]:
 
 
 def check_code(spec: Spec, allow_code: bool) -> None:
-    """Raise InputError when scoring would run model-written code unasked, or outside the sandbox."""
+    """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
+    functions = [] if _of_the_harness(spec.path) else [*_functions(spec.config), *_unknown_metrics(spec.config)]
+    if functions and not allow_code:
+        raise InputError(
+            f"evaluate.allow_code: {spec.path} has {', '.join(functions[:3])}: code that would run with all rights of "
+            "the step, outside the sandbox; read it, and set evaluate.allow_code: true to have it run"
+        )
     if not spec.runs_code:
         return
     if not allow_code:
@@ -197,6 +211,28 @@ def check_code(spec: Spec, allow_code: bool) -> None:
             f"evaluate.tasks: the task {spec.name!r} runs model-written code by means of its own, outside the sandbox; "
             f"only the tasks of {' and '.join(CODE_FOLDERS)} can be scored"
         )
+
+
+def _functions(value: Any, name: str = "") -> Iterator[str]:
+    """What of a task's YAML is code: `!function` tags, and a class in place of the harness's."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if isinstance(value, str) and (value.startswith("!function") or name == "class"):
+        yield f"{name}: {value}"
+    for key, inner in entries:
+        yield from _functions(inner, f"{name}.{key}" if name else str(key))
+
+
+def _unknown_metrics(config: dict[str, Any]) -> Iterator[str]:
+    """Metrics that the harness does not have, and would fetch as code from the hub."""
+    for entry in config.get("metric_list") or []:
+        name = str(entry["metric"])
+        if entry.get("hf_evaluate") or (name not in METRICS and not name.startswith("!function")):
+            yield f"metric_list: {name} (from the hub)"
+
+
+def _of_the_harness(path: Path) -> bool:
+    root = _harness()
+    return root is not None and path.resolve().is_relative_to(root.resolve())
 
 
 def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, LocalFile]:

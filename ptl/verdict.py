@@ -61,7 +61,7 @@ def decide(
         rule,
         gate.State.load(start.gate),
         params=candidate.params,
-        parent_params=start.params,
+        parent_params=before.params if before else None,
         target_params=candidate.original_params - removal(candidate.original_params, whole.target),
         baseline=pairs[0] if pairs else None,
         parent=pairs[-1] if pairs else None,
@@ -72,7 +72,7 @@ def decide(
         state = dataclasses.replace(state, reason=f"the loop ended in iteration {step.iteration}: {state.reason}")
     onward = candidate if decided.keep == "candidate" else start
     onward = dataclasses.replace(onward, gate=state.dump())
-    if decided.decision == "accepted":
+    if decided.keep == "candidate":
         version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
         onward = dataclasses.replace(onward, model_version=version)
     return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptl import speeds
+from ptl import decontaminate, speeds
 from ptl.plots import is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
 
@@ -29,6 +29,10 @@ def _verdict(result: Result) -> str:
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {value(dense)} {what}."
     sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
+    against_dense = result["paired"].get("dense")
+    if against_dense and against_dense["verdict"] == "inferior":
+        margin, p = 100 * against_dense["margin"], against_dense["p_worse"]
+        sentence += f": inferior to the dense model (margin {margin:g} points, p {p:.2g})"
     if control is None:
         return sentence + "."
     one_shot = f"one-shot pruning reached {value(control)}"
@@ -63,10 +67,10 @@ def notes(result: Result) -> list[str]:
             f"The gate rejected {rejected} iteration{'s' * (rejected > 1)}; the next began from the last accepted."
         )
     if not (result["settings"].get("gate") or {}).get("enabled", True):
-        found.append("The gate was off: every iteration was accepted without a test.")
+        found.append("The gate was off: no iteration was tested before the next began.")
     for reason, iterations in not_needed(result):
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
-    found.append(_decontaminated(result.get("decontaminated") or {}))
+    found.append(decontaminate.sentence(result["decontaminated"]) if result.get("decontaminated") else "")
     found.append(speeds.words(result.get("speed") or {}))
     found.append(wall_clock(result))
     return [note for note in found if note]
@@ -96,14 +100,6 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = ((hours, "h"), (minutes, "min"), (0 if hours else rest, "s"))
     return " ".join(f"{number} {unit}" for number, unit in parts if number)
-
-
-def _decontaminated(told: dict[str, Any]) -> str:
-    if not told:
-        return ""
-    words = f"{told['dropped']:,} of {told['rows']:,} training rows were left out: they share text with a benchmark"
-    unknown = f" ({', '.join(told['not_compared'])} not compared: its items are not known)" * bool(told["not_compared"])
-    return f"{words}{unknown}."
 
 
 def not_needed(result: Result) -> list[tuple[str, list[int]]]:

@@ -201,6 +201,17 @@ def test_a_run_of_inferior_models_leaves_no_alias(pipeline, model, holders):
     assert holders() == {}
 
 
+def test_what_too_few_items_leave_unclear_gets_an_alias_from_the_gate_alone(pipeline, model, holders):
+    """The defect: 83 % and 5 % of a handful of items are not significantly different, and both aliases moved there."""
+    run, records = pipeline((0, 500), dense=4, items=4)
+    said = aliases.set_aliases(run, records, model, OFF)
+    assert holders() == {} and said == [
+        "no alias for version 1 (evaluate-1: 0.0%): not shown as good as the dense model"
+    ]
+    aliases.set_aliases(run, records, model, RULE)
+    assert holders() == dict.fromkeys(("best", "smallest"), (run.run, "evaluate-1"))
+
+
 def test_a_task_without_right_and_wrong_gives_no_alias(pipeline, model, holders):
     run, records = pipeline((495, 800))
     for record in records.values():

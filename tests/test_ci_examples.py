@@ -123,7 +123,9 @@ esac
 """
 
 
-@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("accepted", 1, 1), ("rejected", 0, 1)])
+@pytest.mark.parametrize(
+    ("decision", "verdict", "code"), [("accepted", 0, 0), ("not tested", 1, 1), ("rejected", 0, 1)]
+)
 def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
     """With stubs named ptl and docker: the order of the commands, what is compared, and the exit code."""
     for name, text in (("ptl", STUB), ("docker", "#!/bin/sh\nexit 0\n")):
@@ -131,7 +133,7 @@ def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
         program.parent.mkdir(exist_ok=True)
         program.write_text(text)
         program.chmod(0o755)
-    scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][:: 1 if decision == "accepted" else 2]
+    scored = [("baseline", "dense"), ("accepted", "first"), (decision, "last")][:: 2 if decision == "rejected" else 1]
     steps = [{"stage": "prune", "decision": ""}]
     steps += [{"stage": "evaluate", "decision": said, "run_id": run} for said, run in scored]
     environment = {
@@ -145,7 +147,7 @@ def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
     done = run(CI / "local_path.sh", TINY, "--set", "seed=1", env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     called = (tmp_path / "log").read_text().splitlines()
-    compared = ["compare dense last --margin 0.05"] if decision == "accepted" else []
+    compared = [] if decision == "rejected" else ["compare dense last --margin 0.05"]
     assert called == [
         f"compile {TINY} -o {tmp_path}/pipeline.yaml --set seed=1",
         f"images build --cpu --base-image ptl-base:cpu --wheels {tmp_path}",
@@ -155,4 +157,4 @@ def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
         f"down --home {tmp_path}",
     ]
     assert (f"report: {tmp_path}/latest/report.html" in done.stdout) == bool(compared)
-    assert bool(compared) or "no round was accepted" in done.stderr
+    assert bool(compared) or "no iteration was accepted" in done.stderr

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
     report = leaks.report()
     assert (report["rows"], report["dropped"]) == (14, 3)  # counted once, over several epochs
     (told,) = report["benchmarks"].values()
-    assert told == {"items": 2, "dropped": 3} and report["not_compared"] == ["evaluate.tasks"]
+    assert told == {"items": 2, "short": 1, "dropped": 3} and report["not_compared"] == ["evaluate.tasks"]
     assert len(report["examples"]) == 3 and "train.jsonl row" in report["examples"][0]
 
 
@@ -224,7 +225,8 @@ def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path
     ]
     assert [filter_.keeps(source, i, row) for i, row in enumerate(rows)] == [False, True, True, False]
     report = filter_.report()
-    assert report["benchmarks"] == {"math": {"items": 40, "dropped": 1}, "words": {"items": 3, "dropped": 1}}
+    counts = {"math": {"items": 40, "short": 0, "dropped": 1}, "words": {"items": 3, "short": 0, "dropped": 1}}
+    assert report["benchmarks"] == counts
     assert report["not_compared"] == ["perplexity_only"] and report["dropped"] == 2
     assert decontaminate.build(Decontaminate(tasks=False), scored) is None
 
@@ -240,6 +242,93 @@ def test_items_may_hold_any_character_and_a_benchmark_may_be_named_twice(tmp_pat
     kept = [filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows)]
     assert kept == [False, False, False, True] and len(filter_.report()["benchmarks"]) == 3
     assert read_items(tmp_path / "scored")[0]["prompt"] == "One\u2028two\x85three"
+
+
+QUESTIONS = {
+    "long": [f"Zoé buys {i} green apples, {i + 1} pears and a crème brûlée for {i + 2} friends; how many?" for i in range(100)],
+    "short": [f"How many crêpes are {i} and {i + 3}?" for i in range(100)],
+    "sums": [f"What is {i} + {i + 3}?" for i in range(100)],  # two words beside the template
+    "Chinese": [f"小明有{i}个苹果又买了{i + 3}个，一共几个？" for i in range(100)],
+}  # fmt: skip
+TEMPLATES = {"bare": "{}", "template": "Question: {}\nAnswer:"}
+SYSTEM = {"role": "system", "content": "You are a careful assistant. Think, then answer."}
+
+
+def chat(question, answer, *before):
+    return {"messages": [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+ROWS = {
+    "prompt and completion": (DataSource(source="train"), lambda q, a: {"prompt": q, "completion": a}),
+    "template of the config": (
+        DataSource(source="train", prompt="### Problem: {q}\n", completion="### Solution: {a}"),
+        lambda q, a: {"q": q, "a": a},
+    ),
+    "template in the rows": (
+        DataSource(source="train"),
+        lambda q, a: {"prompt": f"Q: {q}\nA:", "completion": f" {a}"},
+    ),
+    "text": (DataSource(source="train", format="text"), lambda q, a: {"text": f"Some words. {q} It is {a}."}),
+    "messages": (DataSource(source="train", format="messages"), chat),
+    "messages with a system message": (
+        DataSource(source="train", format="messages"),
+        lambda q, a: chat(q, a, SYSTEM),
+    ),
+    "a later turn": (
+        DataSource(source="train", format="messages"),
+        lambda q, a: chat(f"Thanks. {q.upper()}", a, SYSTEM, {"role": "user", "content": "Hello!"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("questions", QUESTIONS)
+def test_every_exact_copy_is_found(tmp_path, questions, template, row, form):
+    """The defect: of 100 exact copies in rows of another form none was left out."""
+    asked, (source, make) = QUESTIONS[questions], ROWS[row]
+    scored = evaluated(
+        tmp_path / "scored", [("words", TEMPLATES[template].format(q), str(i)) for i, q in enumerate(asked)]
+    )
+    filter_ = decontaminate.build(Decontaminate(), scored)
+    copies = [make(unicodedata.normalize(form, question), str(i)) for i, question in enumerate(asked)]
+    others = [make(f"How many words has sentence number {i} of the book on our table?", str(i)) for i in range(100)]
+    assert [filter_.keeps(source, i, each) for i, each in enumerate(copies)] == [False] * 100
+    assert [filter_.keeps(source, 100 + i, each) for i, each in enumerate(others)] == [True] * 100
+
+
+def test_items_that_could_not_be_compared_are_counted(tmp_path):
+    rows = [{"prompt": f"Row {i} of the training data.", "completion": "1"} for i in range(10)]
+
+    def said(*scored, drops=0):
+        filter_ = decontaminate.build(
+            Decontaminate(), evaluated(tmp_path / str(len(list(tmp_path.iterdir()))), *scored)
+        )
+        kept = [filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows)]
+        assert kept.count(False) == drops
+        return decontaminate.sentence(filter_.report())
+
+    long, short, none = ("words", SENTENCE, "1"), ("words", "Why?", "1"), ("words", "", "1")
+    assert said([long]) == "None of 10 training rows shares text with one of 1 benchmark items."
+    some = "None of 10 training rows shares text with one of 1 benchmark items. "
+    assert said([long, short, none]) == some + "2 of 3 benchmark items have too few words to be found inside a row."
+    assert said([short, none]) == "2 of 2 benchmark items have too few words to be found inside a row."
+    unknown = "Training rows were not compared with perplexity, whose items are not known."
+    assert said([], "perplexity") == unknown
+    leaked = ("words", "ROW 3 of the training data", "1")
+    found = "1 of 10 training rows were left out: they share text with a benchmark. "
+    assert said([leaked], "perplexity", drops=1) == found + unknown
+    nothing = decontaminate.build(Decontaminate(), evaluated(tmp_path / "unscored", [], "perplexity"))
+    assert nothing.keeps(DataSource(source="train"), 0, rows[0]) and nothing.report()["rows"] == 0
+
+
+def test_a_benchmark_of_chats_is_compared_without_its_system_message(tmp_path):
+    path = rows_file(tmp_path / "chats.jsonl", [chat("How many crêpes are 3 and 4?", "7", SYSTEM)])
+    filter_ = decontaminate.build(Decontaminate(against=[{"source": path, "format": "messages"}]), None)
+    assert not filter_.keeps(
+        DataSource(source="train"), 0, {"prompt": "how many crêpes are 3 and 4", "completion": "7"}
+    )
 
 
 def test_subsets_of_one_hub_dataset_are_told_apart(tmp_path):

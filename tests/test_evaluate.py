@@ -256,6 +256,86 @@ def test_tasks_that_run_code_by_other_means_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "doc_to_text: !function utils.ask",
+        "metric_list: [{metric: !function utils.score}]",
+        "metric_list: [{metric: score}]",  # code of this name would be fetched from the hub
+    ],
+)
+def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path, line):
+    ran = tmp_path / "ran"
+    (tmp_path / "utils.py").write_text(f"open({str(ran)!r}, 'w')\nask = score = str\n")
+    (tmp_path / "base.yaml").write_text(f"include: {YAML}\n{line}\n")
+    path = tmp_path / "own.yaml"
+    path.write_text("include: base.yaml\ntask: own\n")
+    task = {"name": str(path), "metric": "score" if "metric" in line else "exact_match"}
+    for refuses in (check_tasks, lambda _, wanted: evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)):
+        with pytest.raises(InputError, match=rf"evaluate\.allow_code: {path} has .*(!function utils\.|score)"):
+            refuses([Task(**task)], settings(task))
+    check_tasks([Task(**task)], settings(task, allow_code=True))
+    check_tasks([Task(name="minerva_math500", metric="math_verify")], settings({"name": "minerva_math500"}))
+    assert not ran.exists()
+
+
+def test_a_template_of_a_task_cannot_reach_python():
+    from jinja2.exceptions import SecurityError
+    from lm_eval.utils import apply_template
+
+    from ptl.harness import keep_templates
+
+    keep_templates()
+    assert apply_template("{{a | regex_replace('x', 'y')}}\n", {"a": "x"}) == "y\n"
+    with pytest.raises(SecurityError):
+        apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
+
+
+@pytest.mark.parametrize(("metric", "answer"), [("acc", 0), ("acc_norm", 1), ("acc_bytes", 2), ("acc_mutual_info", 3)])
+def test_the_stored_answer_is_the_one_that_the_metric_takes(metric, answer):
+    """The defect: it was always that of `acc`, so that a right item could show a wrong answer."""
+    from types import SimpleNamespace
+
+    from lm_eval.api.task import ConfigurableTask
+
+    from ptl.evaluate import _likeliest
+
+    choices = ["ab", "abcdefgh", "éééééé", "abc"]
+    conditional, alone = [-4.0, -8.0, -6.5, -9.0], [-4.0, -8.0, -6.0, -14.0]
+    likelihoods = [*conditional, *alone] if metric == "acc_mutual_info" else conditional
+    names = {"acc": 1, "acc_norm": 1, "acc_bytes": 1, "acc_mutual_info": 1}
+
+    class Loaded(ConfigurableTask):  # the harness's own arithmetic, without its data
+        def __init__(self):
+            self.OUTPUT_TYPE, self.multiple_input, self.multiple_target = "multiple_choice", 0, 0
+            self._config = SimpleNamespace(process_results=None)
+            self._metric_fn_list = {name: None for name in names if name != "acc_mutual_info" or "mutual" in metric}
+
+        def get_config(self, key):
+            return self.OUTPUT_TYPE
+
+        def doc_to_choice(self, doc):
+            return choices
+
+        def doc_to_target(self, doc):
+            return doc["gold"]
+
+    loaded = Loaded()
+    chosen = _likeliest(likelihoods, loaded, {}, metric)
+    results = [(value, False) for value in likelihoods]
+    right = [loaded.process_results({"gold": i}, results)[metric] for i in range(4)]
+    assert right.index(1.0) == chosen == answer
+
+
+def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
+    """The defect: scores.json had the seconds, and so had the digest of every evaluation."""
+    for name in "ab":
+        evaluate_checkpoint(REASONER, tmp_path / name, settings({"name": YAML, "limit": 2}), seed=0, speed=False)
+    for file in (ITEMS, SCORES):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert Scores.load(json.loads((tmp_path / "a" / SCORES).read_text())).tasks[0].items == 2
+
+
+@pytest.mark.parametrize(
     "task, message",
     [
         ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),

@@ -172,9 +172,10 @@ def test_gate_accepts_rejects_halves_and_stops():
     assert (after.decision, after.keep) == ("stopped", "parent")
 
 
-def test_disabled_gate_accepts_everything():
-    decided = gate.decide(Gate(), gate.State(), params=700, parent_params=1000, target_params=500)
-    assert decided.decision == "accepted"
+def test_without_the_gate_nothing_is_called_accepted():
+    decided = gate.decide(Gate(), gate.State(), params=700, target_params=500)
+    assert (decided.decision, decided.keep) == ("not tested", "candidate")
+    assert decided.numbers == {"params": 700, "target_params": 500}  # no parent is known: nothing was compared with it
 
 
 def test_strict_gate_rejects_what_is_not_shown():
@@ -211,8 +212,9 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         compared = {"baseline": pair(400, candidate_right), "parent": pair(right, candidate_right)}
         decided = gate.decide(rule, state, params=wanted, parent_params=current, target_params=target, **compared)
         assert not after_stop or decided.decision == "stopped"
-        assert (decided.keep == "candidate") == (decided.decision == "accepted")
-        if decided.decision == "accepted":
+        assert (decided.keep == "candidate") == (decided.decision in ("accepted", "not tested"))
+        assert (decided.decision == "not tested") == (not enabled)
+        if decided.keep == "candidate":
             if enabled:
                 assert all(each.verdict != "inferior" for each in compared.values())
             current, right = wanted, candidate_right

@@ -96,13 +96,15 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
     for name in ("recover-1", "recover-2"):
         facts = records(finished[0])[name]["facts"]
         told = facts["details"]["decontaminated"]
-        assert told["benchmarks"] == {"tiny_reasoner": {"items": 64, "dropped": told["dropped"]}}
+        assert told["benchmarks"] == {"tiny_reasoner": {"items": 64, "short": 0, "dropped": told["dropped"]}}
         assert told["rows"] > facts["rows_dropped"] == told["dropped"] > 0 and told["not_compared"] == []
     result = json.loads((finished[0] / "latest" / "result.json").read_text())
     facts = [records(finished[0])[name]["facts"] for name in ("recover-1", "recover-2")]
     assert result["decontaminated"] == {
         "rows": sum(each["rows_compared"] for each in facts),
         "dropped": sum(each["rows_dropped"] for each in facts),
+        "items": 64,
+        "short": 0,
         "not_compared": [],
     }
     told = result["decontaminated"]

@@ -308,12 +308,19 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
 def test_rows_that_were_left_out_are_told(records, settings):
     assert not [note for note in notes(build(records, settings)) if "left out" in note]
     for name, dropped in (("recover-1", 5), ("recover-2", 7), ("control-recover", 100)):
-        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": []}
+        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": [],
+                  "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["facts"] |= counts
-    told = "12 of 2,000 training rows were left out: they share text with a benchmark"
-    assert f"{told}." in notes(build(records, settings))
+    told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
+    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    assert told in notes(build(records, settings))
     records["recover-2"]["facts"]["not_compared"] = ["wikitext"]
-    assert f"{told} (wikitext not compared: its items are not known)." in notes(build(records, settings))
+    told += " Training rows were not compared with wikitext, whose items are not known."
+    assert told in notes(build(records, settings))
+    for name in ("recover-1", "recover-2"):
+        nothing = {"rows_compared": 0, "rows_dropped": 0, "benchmark_items": 0, "benchmark_items_short": 0}
+        records[name]["facts"] |= nothing
+    assert not [note for note in notes(build(records, settings)) if "left out" in note]
 
 
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
@@ -350,7 +357,21 @@ def test_paired_comparisons_from_the_items(records, settings):
 
 def test_a_gate_that_was_off_is_said(records, settings):
     settings["gate"]["enabled"] = False
-    assert "The gate was off: every iteration was accepted without a test." in notes(build(records, settings))
+    assert "The gate was off: no iteration was tested before the next began." in notes(build(records, settings))
+
+
+def test_the_headline_says_inferior_when_the_final_model_is(records, settings, tmp_path, no_pictures):
+    settings["gate"]["enabled"] = False
+    for step, wrong in (("evaluate-0", {3}), ("evaluate-4", set(range(18)))):
+        records[step]["facts"]["items"] = items(wrong)
+        records[step]["facts"]["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
+    result = write_report(records, settings, tmp_path)
+    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points, p 7.6e-06); one-shot"
+    for name in ("report.html", "report.md", "README.md"):
+        assert sentence in (tmp_path / name).read_text(), name
+    assert sentence in verdict(result)
+    records["evaluate-4"]["facts"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
+    assert "inferior" not in verdict(build(records, settings))
 
 
 def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):

@@ -84,6 +84,19 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
     assert len(registered) == 1
 
 
+def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict.tracking, "register", lambda *given: "7")  # a mock of the registry
+    candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
+    whole, step = verdict.Plan(3, 0.4, Prune()), Step("evaluate-1", "ptl")
+    told, onward = verdict.decide(step, run, Gate(), whole, candidate, None, tmp_path, "model")
+    assert told == {
+        "decision": "not tested",
+        "reason": "the gate is off",
+        "numbers": {"params": 60_000, "target_params": 60_000},
+    }
+    assert (onward.digest, onward.model_version) == (CUT, "7")
+
+
 def test_smallest_cuts_of_a_real_checkpoint():
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
     assert verdict.Plan(1, 0.4, Prune(width_multiple=1)).smallest_cuts(REASONER)["neurons"] == 768

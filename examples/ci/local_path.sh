@@ -51,17 +51,17 @@ ptl run "$config" --runner docker --s3 --new --home "$home" "${options[@]}"
 
 step "compare the final model with the dense one"
 result=$home/latest/result.json
-# MLflow's ids of two evaluations: of the dense model, and of the last one that was accepted.
+# MLflow's ids of two evaluations: of the dense model, and of the last one that was not rejected.
 evaluated() {
-    python - "$result" "$1" <<'PYTHON'
+    python - "$result" "$@" <<'PYTHON'
 import json, sys
 steps = json.load(open(sys.argv[1]))["steps"]
-found = [one for one in steps if one["stage"] == "evaluate" and one["decision"] == sys.argv[2]]
+found = [one for one in steps if one["stage"] == "evaluate" and one["decision"] in sys.argv[2:]]
 print(found[-1]["run_id"] if found else "")
 PYTHON
 }
-dense=$(evaluated baseline) final=$(evaluated accepted)
-[ -n "$final" ] || { echo "no round was accepted: the final model is the dense one" >&2; exit 1; }
+dense=$(evaluated baseline) final=$(evaluated accepted "not tested")
+[ -n "$final" ] || { echo "no iteration was accepted: the final model is the dense one" >&2; exit 1; }
 verdict=0
 ptl compare "$dense" "$final" --margin "${MARGIN:-0.05}" || verdict=$?
 
