@@ -40,6 +40,7 @@ class Family:
     # The last parts before the residual stream, where only norms read the stream; else none (see repair.magnitude).
     writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
+    post_norm: str = ""  # the norm between `columns` and the residual stream, where there is one
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -64,6 +65,7 @@ _RECORDS = (
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
     ),
     Family(
         "gemma3_text",
@@ -72,6 +74,7 @@ _RECORDS = (
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
     ),
     Family(
         "phi3",
@@ -79,7 +82,12 @@ _RECORDS = (
         rows=("mlp.gate_up_proj",),
         blocks=2,
     ),
-    Family("olmo2", others=(*QKVO, *QK_NORMS, *POST_NORMS), writes=()),  # its layers read the hidden state unnormed
+    Family(
+        "olmo2",
+        others=(*QKVO, *QK_NORMS, *POST_NORMS),
+        writes=(),  # its layers read the hidden state without a norm
+        post_norm="post_feedforward_layernorm",
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 
