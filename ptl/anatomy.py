@@ -118,7 +118,7 @@ def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found:
     wanted = {"model.embed_tokens.weight", "model.norm.weight"}
     wanted |= {f"model.layers.{i}.{part}.weight" for i in range(config[family.depth_field]) for part in family.parts}
     allowed = {"lm_head.weight", "lm_head.bias"} | {f"{name.removesuffix('weight')}bias" for name in wanted}
-    if not config.get("tie_word_embeddings", family.tied):
+    if not family.is_tied(config):
         wanted.add("lm_head.weight")
     # a bias is the family's or not, for every layer alike
     for name in (name for name in found if name.endswith(".bias")):

@@ -47,6 +47,10 @@ class Family:
         """Every part of a layer."""
         return (*self.others, *self.rows, self.columns)
 
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output layer is the embeddings."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
 
 _RECORDS = (
     Family("llama"),
