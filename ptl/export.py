@@ -72,12 +72,6 @@ def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:
     found = []
     if not config.get("architectures"):
         found.append("config.json names no architectures, by which vLLM chooses the model class")
-    depth = config[family.depth_field]
-    found += [
-        f"{field} has {len(config[field])} entries for {depth} layers"
-        for field in family.per_layer_fields
-        if isinstance(config.get(field), list) and len(config[field]) != depth
-    ]
     found += [
         f"{field}={config[field]} is no multiple of the tensor-parallel size {tensor_parallel}"
         for field in (family.width_field, "num_attention_heads", "vocab_size")
