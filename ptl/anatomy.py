@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ptl import checkpoint
+from ptl import checkpoint, shapes
 from ptl.errors import InputError
 from ptl.families import IN_LAYER, ROTARY, Family
 from ptl.safefile import FLOATS, Entry
@@ -32,27 +32,31 @@ class Anatomy:
 def anatomy(folder: Path, family: Family) -> Anatomy:
     """Measure a checkpoint without loading it.
 
-    Raises InputError that names a missing, extra or misshapen tensor, or dtypes that cannot be cut.
+    Raises InputError that names a field of config.json that cannot be, a missing, extra or misshapen tensor, or dtypes
+    that cannot be cut.
     """
     config = checkpoint.read_config(folder)
+    sizes = shapes.sizes(config, family, folder / "config.json")
+    checkpoint.check_no_adapter(folder)
     found = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
-    for field in (family.depth_field, family.width_field):
-        if not isinstance(config.get(field), int):
-            raise InputError(f"model.path: {folder}/config.json lacks {field}; fetch the checkpoint again")
     _check_names(folder, family, config, found)
-    _check_tensors(folder, family, config, found)
+    _check_shapes(family, sizes, found)
+    _check_dtypes(folder, found)
+    tied = family.is_tied(config)
+    if tied:
+        checkpoint.check_tied(found)
     per_layer: dict[int, int] = {}
-    per_neuron = params = 0
+    per_neuron = 0
     for name, entry in found.items():
         size = math.prod(entry.shape)
-        params += size
         match = IN_LAYER.match(name)
         if match is None:
             continue
         per_layer[int(match["layer"])] = per_layer.get(int(match["layer"]), 0) + size
         if match["part"] in family.rows or (match["part"] == family.columns and match["kind"] == "weight"):
-            per_neuron += size // config[family.width_field]
-    return Anatomy(params, config[family.depth_field], config[family.width_field], per_neuron, min(per_layer.values()))
+            per_neuron += size // sizes.width
+    params = checkpoint.count(found, tied)
+    return Anatomy(params, sizes.layers, sizes.width, per_neuron, min(per_layer.values()))
 
 
 def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
@@ -118,7 +122,7 @@ def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found:
     wanted = {"model.embed_tokens.weight", "model.norm.weight"}
     wanted |= {f"model.layers.{i}.{part}.weight" for i in range(config[family.depth_field]) for part in family.parts}
     allowed = {"lm_head.weight", "lm_head.bias"} | {f"{name.removesuffix('weight')}bias" for name in wanted}
-    if not config.get("tie_word_embeddings", family.tied):
+    if not family.is_tied(config):
         wanted.add("lm_head.weight")
     # a bias is the family's or not, for every layer alike
     for name in (name for name in found if name.endswith(".bias")):
@@ -134,19 +138,24 @@ def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found:
             )
 
 
-def _check_tensors(folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
-    """FFN tensors have the config's width, and all tensors one floating-point dtype."""
-    width = config[family.width_field]
+def _check_shapes(family: Family, sizes: shapes.Sizes, found: Mapping[str, Entry]) -> None:
+    """Every tensor has the shape that config.json gives it."""
+    named = vars(sizes) | {family.width_field: sizes.width}
     for name, entry in found.items():
         match = IN_LAYER.match(name)
-        if match is None:
-            continue
-        rows, columns = match["part"] in family.rows, match["part"] == family.columns and match["kind"] == "weight"
-        if (rows and entry.shape[0] != width * family.blocks) or (columns and entry.shape[1] != width):
+        part, kind = (match["part"], match["kind"]) if match else name.removeprefix("model.").rsplit(".", 1)
+        shape, fields = shapes.expected(part, family, sizes)
+        shape = shape[:1] if kind == "bias" else shape
+        if entry.shape != shape:
             raise InputError(
-                f"model.path: tensor {name} in {entry.path} has shape {list(entry.shape)}, which does not fit "
-                f"{family.width_field}={width} in config.json; use a checkpoint with the same width in every layer"
+                f"model.path: tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
+                f"{list(shape)} by {', '.join(f'{field}={named[field]}' for field in fields)}; correct config.json, or "
+                "use a checkpoint with the same shapes in every layer"
             )
+
+
+def _check_dtypes(folder: Path, found: Mapping[str, Entry]) -> None:
+    """All tensors have one floating-point dtype."""
     dtypes = sorted({entry.dtype for entry in found.values()})
     if len(dtypes) > 1 or dtypes[0] not in FLOATS:
         raise InputError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import safefile
+from ptl import bounded_json, safefile
 from ptl.errors import InputError
+from ptl.families import ROTARY, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
+ADAPTER = "adapter_config.json"  # of PEFT
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -30,8 +32,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"model.path: {folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        config = bounded_json.loads(path.read_bytes())
+    except ValueError as error:
         raise InputError(f"model.path: {path} is not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise InputError(f"model.path: {path} must hold a JSON object; fetch the checkpoint again")
@@ -77,8 +79,39 @@ def contents(folder: Path) -> dict[str, safefile.Entry]:
 
 
 def num_params(folder: Path) -> int:
-    """Parameters of a checkpoint; tied tensors, which are saved once, count once."""
-    return sum(math.prod(entry.shape) for entry in contents(folder).values())
+    """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
+    config = read_config(folder)
+    return count(contents(folder), family_of(config).is_tied(config))
+
+
+def count(found: Mapping[str, safefile.Entry], tied: bool) -> int:
+    """Parameters of these tensors. An output layer that is the embeddings counts once, also where both are stored."""
+    return sum(
+        math.prod(entry.shape)
+        for name, entry in found.items()
+        if not ROTARY.match(name) and not (tied and name == "lm_head.weight")
+    )
+
+
+def check_tied(found: Mapping[str, safefile.Entry]) -> None:
+    """Raise InputError where a tied output layer is stored with other values: transformers would then not tie it."""
+    if "lm_head.weight" not in found or "model.embed_tokens.weight" not in found:
+        return
+    output, embeddings = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    if any(one != other for one, other in zip(safefile.blocks(output), safefile.blocks(embeddings), strict=True)):
+        raise InputError(
+            f"model.path: {output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but "
+            "config.json ties them; set tie_word_embeddings to false there, or remove that tensor"
+        )
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise InputError where an adapter is left in the folder: transformers would load it on top of the weights."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"model.path: {folder} has {ADAPTER}, with which transformers loads an adapter, or the adapter's own base "
+            "model, in place of these weights; merge the adapter and save the model, or remove its files"
+        )
 
 
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -134,7 +167,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map = bounded_json.loads(path.read_bytes())["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"model.path: {path} is no index of shards ({error}); fetch the checkpoint again") from error

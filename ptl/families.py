@@ -40,38 +40,58 @@ class Family:
     # The last parts before the residual stream, where only norms read the stream; else none (see repair.magnitude).
     writes: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
+    norm_per_head: bool = True  # q_norm and k_norm: of each head, or of all heads together
+    defaults: tuple[tuple[str, int], ...] = ()  # sizes that transformers takes where config.json leaves them out
+    post_norm: str = ""  # the norm between `columns` and the residual stream, where there is one
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Every part of a layer."""
         return (*self.others, *self.rows, self.columns)
 
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output layer is the embeddings."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
 
 _RECORDS = (
     Family("llama"),
-    Family("mistral"),
-    Family("qwen2", per_layer_fields=("layer_types",), prefix_fields=("max_window_layers",)),
+    Family("mistral", defaults=(("num_key_value_heads", 8),)),
+    Family(
+        "qwen2",
+        per_layer_fields=("layer_types",),
+        prefix_fields=("max_window_layers",),
+        defaults=(("num_key_value_heads", 32),),
+    ),
     Family(
         "qwen3",
         others=(*QKVO, *QK_NORMS, *PRE_NORMS),
         per_layer_fields=("layer_types",),
         prefix_fields=("max_window_layers",),
+        defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
     ),
     Family(
         "gemma2",
         others=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
         per_layer_fields=("layer_types",),
+        defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
     ),
     Family(
         "gemma3_text",
         others=(*QKVO, *QK_NORMS, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
         per_layer_fields=("layer_types",),
+        defaults=(
+            *(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
+            ("vocab_size", 262_208),
+        ),
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
     ),
     Family(
         "phi3",
@@ -79,7 +99,13 @@ _RECORDS = (
         rows=("mlp.gate_up_proj",),
         blocks=2,
     ),
-    Family("olmo2", others=(*QKVO, *QK_NORMS, *POST_NORMS), writes=()),  # its layers read the hidden state unnormed
+    Family(
+        "olmo2",
+        others=(*QKVO, *QK_NORMS, *POST_NORMS),
+        norm_per_head=False,
+        writes=(),  # its layers read the hidden state without a norm
+        post_norm="post_feedforward_layernorm",
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
 

@@ -32,17 +32,27 @@ def ridge(stream: Stream, cut: Cut, strength: float, folder: Path, progress: boo
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
     min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
     C = X^T X; lambda is `strength` times the mean of C's diagonal. Memory: C, float32 [F, F], beside one layer.
+    Where an RMS norm follows down_proj, each token's error is divided by the root mean square of its output, as the
+    norm divides it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     states, written = stream.embed(), {}
-    columns = stream.family.columns
+    columns, norm = stream.family.columns, stream.family.post_norm
     for i in tqdm(range(len(stream.layers)), desc="repairing down_proj, by layer", disable=not progress):
         kept = cut.neurons.get(i)
-        with torch.no_grad(), stream.layer(i) as layer, caught_inputs(layer, columns) as caught:
+        with (
+            torch.no_grad(),
+            stream.layer(i) as layer,
+            caught_inputs(layer, columns) as inputs,
+            caught_inputs(layer, norm or columns) as outputs,
+        ):
             moments: Tensor | None = None
             for b, hidden in enumerate(states):
                 states[b] = stream.run(i, b, hidden)
-                rows = caught.pop()[stream.batches[b]["attention_mask"].bool()].float()  # [tokens, F]
+                tokens = stream.batches[b]["attention_mask"].bool()
+                rows, output = inputs.pop()[tokens].float(), outputs.pop()[tokens].float()  # [tokens, F], [tokens, H]
+                if norm:
+                    rows *= (output.square().mean(dim=1, keepdim=True) + stream.model.config.rms_norm_eps).rsqrt()
                 if kept is not None and i in cut.layers:
                     moments = rows.t() @ rows if moments is None else moments.addmm_(rows.t(), rows)
             if moments is not None and kept is not None:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptl import bounded_json
 from ptl.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
@@ -48,7 +50,7 @@ def entries(path: Path) -> list[Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, path.stat().st_size):
                 raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
+            header = bounded_json.loads(file.read(length))
         header.pop("__metadata__", None)
         found = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
         found.sort(key=lambda entry: (entry.start, entry.size))
@@ -80,6 +82,14 @@ def read(entry: Entry) -> Tensor:
     return raw.view(dtypes()[entry.dtype]).reshape(entry.shape)
 
 
+def blocks(entry: Entry) -> Iterator[bytes]:
+    """The bytes of a tensor, 1 MiB at a time."""
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        for done in range(0, entry.size, BLOCK):
+            yield file.read(min(BLOCK, entry.size - done))
+
+
 def write(path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
@@ -105,8 +115,10 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data: int) -> Entry:
     begin, end = fields["data_offsets"]
     if fields["dtype"] not in ITEM_BYTES:
         raise ValueError(f"tensor {name} has dtype {fields['dtype']!r}, which is not known here")
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *fields["shape"])):
+        raise ValueError(f"tensor {name} has sizes that are no whole numbers")
     entry = Entry(path, name, fields["dtype"], tuple(fields["shape"]), data + begin)
-    if end - begin != entry.size or begin < 0:
+    if end - begin != entry.size:
         raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {entry.size}")
     return entry
 

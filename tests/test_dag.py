@@ -26,7 +26,10 @@ def shipped(request):
     return request.param
 
 
-@pytest.fixture(params=OPTIONS, ids=lambda option: f"{'gate' if option[0] else 'no-gate'}-control-{option[1]}{'-doctor' * option[2]}")
+@pytest.fixture(
+    params=OPTIONS,
+    ids=lambda option: f"{'gate' if option[0] else 'no-gate'}-control-{option[1]}{'-doctor' * option[2]}",
+)
 def case(request, shipped):
     """A config, its gate, its control (off, beside, after), and its nodes by name."""
     gate, control, doctor = request.param

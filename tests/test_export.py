@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_models import build, save
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ptl import export
+from ptl import export, llama_cpp
 from ptl.errors import InputError, WorkError
 from ptl.export import export_gguf, vllm_problems
 from ptl.families import FAMILIES
@@ -100,12 +101,145 @@ def test_a_missing_converter_is_named(tmp_path, monkeypatch):
         export_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 
 
+# ---- what llama.cpp fixes by architecture: fields of published checkpoints, and what a pruned or other one may have
+
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
+PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 4096}
+LLAMA3 = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 131072} | {
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+OLMO2 = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
+GEMMA2 = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 3584} | {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 42,
+}
+GEMMA2_27B = GEMMA2 | {"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128, "query_pre_attn_scalar": 144}
+GEMMA3 = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window_pattern": 6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+WINDOWED = ["sliding_attention"] * 2 + ["full_attention"] * 30
+
+
+def told(config, biases=(), tied=None):
+    family = FAMILIES[config["model_type"]]
+    return " | ".join(llama_cpp.differences(config, family.is_tied(config) if tied is None else tied, biases))
+
+
 @pytest.mark.parametrize(
-    ("variant", "layers"), [("gemma3_text", (0, 1, 3)), ("gemma2", (0, 2, 3)), ("qwen2-sliding", (0, 3))]
+    "config",
+    [
+        pytest.param(MISTRAL | {"sliding_window": None}, id="mistral-without-a-window"),
+        pytest.param(MISTRAL | {"sliding_window": 32768}, id="mistral-with-a-window-as-long-as-its-context"),
+        pytest.param(PHI3 | {"sliding_window": None}, id="phi3-without-a-window"),
+        pytest.param(LLAMA3, id="llama-3.1"),
+        pytest.param(QWEN2 | {"use_sliding_window": False, "sliding_window": 131072}, id="qwen2"),
+        pytest.param(QWEN2 | {"rope_scaling": YARN}, id="qwen2-with-yarn"),
+        pytest.param(QWEN3, id="qwen3"),
+        pytest.param(OLMO2, id="olmo2"),
+        pytest.param(GEMMA2, id="gemma2-9b"),
+        pytest.param(GEMMA2_27B | {"num_hidden_layers": 46}, id="gemma2-27b"),
+        pytest.param(GEMMA3, id="gemma3"),
+    ],
 )
-def test_windows_that_llama_cpp_would_place_otherwise_are_refused(variant, layers, tmp_path):
-    with pytest.raises(InputError, match="layer_types"):
-        export_gguf(cut_model(variant, tmp_path, layers), tmp_path / "x.gguf")
+def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
+    assert told(config) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        pytest.param(MISTRAL | {"sliding_window": 4096}, "sliding_window is 4096", id="mistral-0.1"),
+        pytest.param(MISTRAL, "sliding_window is 4096", id="mistral-s-default-window"),
+        pytest.param(PHI3 | {"sliding_window": 2047}, "from token 2048 on", id="phi3-mini-4k"),
+        pytest.param(
+            QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "layer_types": WINDOWED},
+            "sliding_window is 4096",
+            id="qwen2-with-windows",
+        ),
+        pytest.param(OLMO2 | {"sliding_window": 4096}, "which transformers ignores", id="olmo2-with-a-window"),
+        pytest.param(
+            GEMMA2 | {"query_pre_attn_scalar": 224},
+            "query_pre_attn_scalar is 224, and for 42 layers it takes 256",
+            id="gemma2-with-another-scale",
+        ),
+        pytest.param(
+            GEMMA2_27B | {"num_hidden_layers": 44},
+            "query_pre_attn_scalar is 144, and for 44 layers it takes 128",
+            id="gemma2-27b-after-a-layer-cut",
+        ),
+        pytest.param(
+            GEMMA2 | {"num_hidden_layers": 46},
+            "query_pre_attn_scalar is 256, and for 46 layers it takes 224",
+            id="gemma2-of-as-many-layers-as-the-27b",
+        ),
+        pytest.param(
+            GEMMA2 | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            "layer_types",
+            id="gemma2-after-a-layer-cut",
+        ),
+        pytest.param(
+            GEMMA2 | {"final_logit_softcapping": None}, "final_logit_softcapping is None", id="gemma2-uncapped"
+        ),
+        pytest.param(GEMMA2 | {"tie_word_embeddings": False}, "tie_word_embeddings is false", id="gemma2-untied"),
+        pytest.param(GEMMA2 | {"hidden_activation": "relu"}, "the activation is relu", id="gemma2-with-relu"),
+        pytest.param(
+            GEMMA3 | {"sliding_window_pattern": 2}, "layer_types .* one of 6 layers", id="gemma3-of-pattern-two"
+        ),
+        pytest.param(GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0", id="gemma3-capped"),
+        pytest.param(LLAMA3 | {"hidden_act": "gelu"}, "the activation is gelu", id="llama-with-gelu"),
+        pytest.param(
+            LLAMA3 | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+            "rope_type is llama3",
+            id="qwen2-with-llama-s-rope",
+        ),
+        pytest.param(
+            QWEN2 | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is dynamic", id="dynamic-rope"
+        ),
+        pytest.param(
+            QWEN2 | {"rope_scaling": YARN | {"attention_factor": 1.5}}, "attention_factor", id="yarn-s-factor"
+        ),
+        pytest.param(QWEN2 | {"head_dim": 64}, "head_dim is 64", id="qwen2-with-another-head-size"),
+        pytest.param(OLMO2 | {"tie_word_embeddings": True}, "tie_word_embeddings is true", id="olmo2-tied"),
+        pytest.param(GEMMA3 | {"architectures": ["Gemma3TextModel"]}, "architectures is", id="an-embedding-model"),
+        pytest.param(QWEN3 | {"architectures": None}, "architectures is None", id="no-class"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_named(config, reason):
+    assert re.search(reason, told(config))
+
+
+def test_biases_that_llama_cpp_has_no_place_for_are_named():
+    every = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
+    assert told(LLAMA3, every) == "" == told(QWEN2, every[:1])
+    assert "no biases for mlp.down_proj, self_attn.o_proj of this" in told(QWEN2, every)
+    for config in (QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3):
+        assert "no biases for self_attn.q_proj" in told(config, every[:1])
+
+
+def test_every_family_is_known_to_the_export():
+    assert llama_cpp.ARCHITECTURES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "reason"),
+    [
+        pytest.param("mistral", {}, "sliding_window is 5", id="mistral-with-a-window"),
+        pytest.param("qwen3", {"attention_bias": True}, "no biases for self_attn.k_proj", id="qwen3-with-biases"),
+        pytest.param("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 24", id="gemma2-s-scale"),
+    ],
+)
+def test_export_refuses_before_it_converts(variant, changes, reason, tmp_path):
+    with pytest.raises(InputError, match=f"export: llama.cpp would compute otherwise.*{reason}.*transformers or vLLM"):
+        export_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2"])
@@ -116,18 +250,20 @@ def test_cut_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
     assert "intermediate_size=128 is no multiple of the tensor-parallel size 3" in problem
 
 
-def test_what_vllm_would_stumble_over_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"architectures": []}, r"^config.json names no architectures"),
+        ({"layer_types": ["full_attention"] * 6}, "must have 3 entries in layer_types"),
+        ({"intermediate_size": 192}, r"\[64, 128\], and config.json gives it \[64, 192\] by intermediate_size=192"),
+    ],
+)
+def test_what_vllm_would_stumble_over_is_named(changes, problem, tmp_path):
     folder = cut_model("gemma2", tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "layer_types": config["layer_types"] * 2, "architectures": []})
-    )
-    said = vllm_problems(folder)
-    assert (
-        said[0].startswith("config.json names no architectures") and said[1] == "layer_types has 6 entries for 3 layers"
-    )
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
-    assert "does not fit intermediate_size=192" in vllm_problems(folder)[0]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (found,) = vllm_problems(folder)
+    assert re.search(problem, found)
 
 
 @pytest.mark.gpu

@@ -135,7 +135,9 @@ def test_make_install_and_the_images_take_the_same_versions():
                 assert package not in tested  # torch pins its own
             elif package == "torch":
                 (version,) = versions
-                assert list(tested["torch"]) == [f"{version.rsplit('.', 1)[0]}.*"]  # a CPU build on the disk satisfies it
+                assert list(tested["torch"]) == [
+                    f"{version.rsplit('.', 1)[0]}.*"
+                ]  # a CPU build on the disk satisfies it
             else:
                 assert set(versions) == set(tested[package]), f"{package}: run `make lock`"
 

@@ -36,7 +36,7 @@ class ByHand:
     Layer i computes h + down_i(relu(h)[.., [0, 1, 1]]): neuron activations are (h0, h1, h1).
     """
 
-    family = Family("by_hand", rows=("rows",), columns="down")
+    family, device = Family("by_hand", rows=("rows",), columns="down"), torch.device("cpu")
     downs = (torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
 
@@ -101,6 +101,38 @@ def test_formulas_on_single_sequences():
     assert _block_influence(before, 2 * before).item() == 0
 
 
+def changes_by_removal(variant, stream):
+    """Largest change of each layer's output, over all tokens, when one neuron is removed: float32 [layers, F]."""
+    found = torch.zeros(4, 40)
+    states = stream.embed()
+    with torch.no_grad():
+        for i in range(4):
+            with stream.layer(i) as layer:
+                down = layer.get_submodule(stream.family.columns)
+                for b, hidden in enumerate(states):
+                    states[b] = stream.run(i, b, hidden)
+                    kept = stream.batches[b]["attention_mask"].bool()
+                    for j in range(40):
+                        column = down.weight[:, j].clone()
+                        down.weight[:, j] = 0
+                        change = (stream.run(i, b, hidden) - states[b]).norm(dim=-1)[kept].max()
+                        found[i, j] = torch.maximum(found[i, j], change)
+                        down.weight[:, j] = column
+    return found
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2"])
+def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
+    """Each neuron is taken away by itself, and the layer run again; a norm may follow down_proj."""
+    stream = stream_of(variant, tmp_path)
+    scores = torch.stack(neuron_scores(stream, "max", seed=0, progress=False))
+    changes = changes_by_removal(variant, stream)
+    torch.testing.assert_close(scores, changes, rtol=1e-4, atol=1e-4)
+    # so a threshold removes exactly the neurons whose removal changes every token by less
+    sigma = float(changes.median()) * 1.001
+    assert [num_redundant(layer, sigma) for layer in scores] == (changes < sigma).sum(dim=1).tolist()
+
+
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "phi3"])
 def test_taylor_is_activation_times_gradient_of_the_whole_model(variant, tmp_path):
     model = build(variant)
@@ -126,7 +158,7 @@ def test_taylor_is_activation_times_gradient_of_the_whole_model(variant, tmp_pat
 
 
 @pytest.mark.parametrize("criterion", ["max", "mean", "weight", "taylor"])
-@pytest.mark.parametrize("variant", ["llama", "phi3"])
+@pytest.mark.parametrize("variant", ["llama", "phi3", "olmo2"])
 def test_zeroed_neurons_go_first(criterion, variant, tmp_path):
     model = build(variant)
     dead = [3, 17, 39]
