@@ -20,6 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
 ADAPTER = "adapter_config.json"  # of PEFT
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -135,11 +136,14 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
 
 
 def copy_companions(src: Path, dst: Path) -> None:
-    """Everything beside the weights: tokenizer, generation config, chat template; no pickles, no weights."""
+    """Everything beside the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
     weights = {path.name for path in shards(src)} | {INDEX, "config.json", STATE, "ptl-files.json"}
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name not in weights and path.suffix not in (*PICKLES, ".safetensors"):
             shutil.copyfile(path, dst / path.name)
+    for path in sorted((src / CHAT_TEMPLATES).glob("*.jinja")):
+        (dst / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, dst / CHAT_TEMPLATES / path.name)
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ptl import __version__
 from ptl.cluster_config import Resources, Storage
 from ptl.errors import InputError
+from ptl.recover_config import MIN_TOKENS as MIN_TOKENS
 from ptl.recover_config import Cpt as Cpt
 from ptl.recover_config import DataSource as DataSource
 from ptl.recover_config import Decontaminate as Decontaminate
@@ -184,12 +185,13 @@ class Config(Section):
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
         recovery, total = Recovery(stages=self.recover), self.schedule.recovery_tokens
-        without = [it.index for it in plan(self.schedule, self.prune) if 0 in recovery.budgets(it.tokens)]
-        if without:
-            raise ValueError(
-                f"schedule.recovery_tokens={total} leaves no token for a stage of iteration {without[0]}: raise it, or "
-                "set schedule.tokens=uniform"
-            )
+        for it in plan(self.schedule, self.prune):
+            fewest = min(budget for budget in (*recovery.budgets(it.tokens), MIN_TOKENS) if budget is not None)
+            if fewest < MIN_TOKENS:
+                raise ValueError(
+                    f"schedule.recovery_tokens={total} leaves {fewest or 'no'} token for a stage of iteration "
+                    f"{it.index}: raise it, or set schedule.tokens=uniform"
+                )
         for stage in recovery.stages:
             if isinstance(stage, Grpo):
                 steps = plan(self.schedule.model_copy(update={"recovery_tokens": stage.steps}), self.prune)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptl.config import Calibration, DataSource, TrainingData
 from ptl.errors import InputError
-from ptl.sources import check_rows, read_rows, texts
+from ptl.sources import Message, chat_and_answer, check_rows, read_rows, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,19 +171,32 @@ def _shuffled(
 
 
 def _chat(row: Any, source: DataSource, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
-    texts(row, source, number)
-    if not tokenizer.chat_template:
-        raise InputError(
-            "data.format: `messages` needs a chat template, and the tokenizer has none; use another format"
-        )
-    messages = row[source.messages]
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    full = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    chat, answer = chat_and_answer(row, source, number)
+    prompt, full = chat_ids(tokenizer, chat, number), chat_ids(tokenizer, [*chat, *answer], number, ended=True)
     if full[: len(prompt)] != prompt:
         raise InputError(
             f"data.messages: row {number}: the chat template renders the prompt differently with its answer"
         )
     return prompt, full
+
+
+def chat_ids(tokenizer: Any, chat: list[Message], number: int, ended: bool = False) -> list[int]:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            "data.format: `messages` needs a chat template, and the tokenizer has none; use another format"
+        )
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)[
+            "input_ids"
+        ]
+    except (TemplateError, TypeError) as error:
+        raise InputError(
+            f"data.messages: row {number}: the model's chat template does not take it ({error}); correct the row"
+        ) from error
+    return ids
 
 
 def _pad(sequences: list[Tokens]) -> Batch:

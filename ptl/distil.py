@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ptl import nexttoken
+from ptl import model_checks, nexttoken
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
@@ -27,21 +27,17 @@ def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
 
 def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ptl.importer import locate
 
-    folder = locate(settings.teacher, None) if settings.teacher else job.teacher
+    folder = locate(settings.teacher, None, field="recover.teacher") if settings.teacher else job.teacher
     if folder is None:
         raise InputError("recover.teacher: the run has no original model to learn from; give a folder or a hub id")
-    mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (src, folder))
-    if mine != theirs:
-        differ = len(set(mine.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"recover.teacher: {settings.teacher or folder} has another vocabulary ({len(theirs)} tokens, the student "
-            f"{len(mine)}; {differ} entries differ); distillation needs a teacher with the same tokenizer"
-        )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().requires_grad_(False)
+    mine, theirs = (model_checks.load_tokenizer(path).get_vocab() for path in (src, folder))
+    model_checks.compare_vocabularies(mine, theirs, settings.teacher or str(folder))
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    return teacher.eval().requires_grad_(False)
 
 
 def ce_and_kl(

@@ -23,15 +23,17 @@ def as_run_does(home: Path) -> None:
 
 def model_and_data(config: Config) -> Line:
     """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
-    from ptl import forecast, importer, tasks
+    from ptl import forecast, importer, model_checks, tasks
 
-    importer.check_data(config.calibration, config.training)
+    importer.check_data(config.calibration, config.training, config.recover)
     importer.check_rewards(config.recover, config.training)
     tasks.check_tasks(config.evaluate.tasks, config.evaluate)
     tasks.check_gate(config.evaluate, config.gate)
     model = config.model
     if Path(model.path).expanduser().exists():
-        importer.check_model(Path(model.path).expanduser(), config.schedule, config.prune)
+        folder = Path(model.path).expanduser()
+        importer.check_model(folder, config.schedule, config.prune)
+        model_checks.check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
         return Line("model and data", "ok", f"{model.path} and the data files can be read")
     shape = forecast.shape_of(model.path, model.revision)
     message = f"{model.path} is on the hub ({shape.params:,} parameters); the run downloads it"

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from ptl import decontaminate, training
+from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import DataSource, Grpo, Reward
-from ptl.data import prompt_rows
+from ptl.data import chat_ids, prompt_rows
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, RecoverReport
 from ptl.launch import world_size
 from ptl.preempt import last_complete
 from ptl.rewards import REWARDS, check_patterns, reference_template, text_of
-from ptl.sources import fill, texts
+from ptl.sources import fill, prompt_of
 
 # What is kept of a log: reward, share of groups without variance, answer length, KL
 LOGGED = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl")
@@ -30,16 +30,18 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
 
     started = time.monotonic()
     check_patterns(settings.rewards)
-    model, tokenizer, dtype = training.load(src, settings)
-    model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
+    tokenizer = model_checks.load_tokenizer(src)
     leaks = decontaminate.build(job.data.decontaminate, job.scored)
-    rows = prompts(settings, job, tokenizer, model, leaks)
+    rows = prompts(settings, job, tokenizer, checkpoint.read_config(src).get("max_position_embeddings"), leaks)
+    model, dtype = training.load(src)
+    model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
     details: dict[str, Any] = {"processes": world_size()}
     if leaks is not None:
         details["decontaminated"] = leaks.report()
     if last_complete(job.scratch) is None:
         details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.this.seed)
-    trainer = GRPOTrainer(
+    curve = training.learning_rate_curve(settings, job.this, job.this.part(settings.steps)[1], carried=False)
+    trainer = training.with_curve(GRPOTrainer, curve)(
         model=model,
         reward_funcs=[reward_function(i, reward) for i, reward in enumerate(settings.rewards)],
         args=_arguments(settings, job),
@@ -66,7 +68,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
 
 
 def prompts(
-    settings: Grpo, job: Job, tokenizer: Any, model: Any, leaks: decontaminate.Filter | None = None
+    settings: Grpo, job: Job, tokenizer: Any, positions: int | None, leaks: decontaminate.Filter | None = None
 ) -> list[dict[str, Any]]:
     """The prompts of this iteration, none of them in an earlier one while the data lasts, each with its references."""
     source: DataSource = settings.prompts or job.data.sources[0]
@@ -78,14 +80,13 @@ def prompts(
             f"{job.this.index}; give more"
         )
     per_step = settings.batch_size // settings.num_generations
-    positions = getattr(model.config, "max_position_embeddings", None)
     rows = []
     skip, count = before * per_step, steps * per_step
     for number, row in prompt_rows(source, seed=job.this.seed, skip=skip, count=count, filter_=leaks):
-        prompt = _prompt(source, row, number)
+        prompt = prompt_of(row, source, number)
         references = [fill(reference_template(reward), row, source, number) for reward in settings.rewards]
         rows.append({"prompt": prompt} | {f"reference_{i}": text for i, text in enumerate(references)})
-        length = len(_ids(tokenizer, prompt)) + settings.max_completion_length
+        length = len(_ids(tokenizer, prompt, number)) + settings.max_completion_length
         if positions is not None and length > positions:
             raise InputError(
                 f"recover.max_completion_length: prompt {number} of {source.source} and an answer of "
@@ -157,17 +158,8 @@ def _generate(model: Any, tokenizer: Any, settings: Grpo, given: Sequence[Any]) 
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
-def _prompt(source: DataSource, row: dict[str, Any], number: int) -> Any:
-    if source.format == "text":
-        raise InputError("recover.prompts: format `text` has no prompt; use prompt_completion or messages")
-    prompt, _ = texts(row, source, number)
-    return row[source.messages][:-1] if source.format == "messages" else prompt
-
-
-def _ids(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+def _ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
+    return tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else chat_ids(tokenizer, prompt, number)
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:
@@ -188,8 +180,6 @@ def _arguments(settings: Grpo, job: Job) -> Any:
         temperature=settings.temperature,
         reward_weights=[reward.weight for reward in settings.rewards],
         weight_decay=settings.weight_decay,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
         shuffle_dataset=False,  # the prompts come shuffled
         use_vllm=uses_vllm(settings),
         vllm_mode="colocate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl import checkpoint
+from ptl import checkpoint, model_checks
 from ptl.anatomy import anatomy, layers_for, width_for
 from ptl.config import (
     Calibration,
@@ -13,6 +13,7 @@ from ptl.config import (
     Evaluate,
     Gate,
     Grpo,
+    NextToken,
     Prune,
     RecoverStage,
     Schedule,
@@ -23,13 +24,18 @@ from ptl.config import (
 from ptl.errors import InputError
 from ptl.families import family_of
 from ptl.rewards import check_patterns, reference_template
-from ptl.sources import check_rows, fill, local_file, read_rows
+from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
 from ptl.tasks import check_gate, check_tasks
 
-NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what stands beside the weights; no pickles, no code
 
 
-def locate(path: str, revision: str | None) -> Path:
+def locate(
+    path: str,
+    revision: str | None,
+    patterns: Sequence[str] = (*SMALL_FILES, "*.safetensors"),
+    field: str = "model.path",
+) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
     folder = Path(path)
     if folder.exists() or path.startswith((".", "/", "~")):
@@ -38,10 +44,10 @@ def locate(path: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"model.path: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
+            f"{field}: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
             f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and that the hub can be "
             "reached (HF_HUB_OFFLINE=1: only what its cache holds)"
         ) from error
@@ -62,13 +68,15 @@ def preflight(
 
     Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
     """
-    check_data(calibration, training)
+    check_data(calibration, training, recover)
     check_rewards(recover, training)
     check_tasks(evaluate.tasks, evaluate)
     if gate is not None:
         check_gate(evaluate, gate)
     folder = locate(path, revision)
-    return folder, check_model(folder, schedule, prune)
+    params = check_model(folder, schedule, prune)
+    model_checks.check_settings(folder, calibration, training, evaluate, recover)
+    return folder, params
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
@@ -101,20 +109,24 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     return body.params
 
 
-def check_data(calibration: Calibration, training: TrainingData) -> None:
-    """Read local data files once: they must exist, parse, and have the columns that the templates name."""
-    fields = {"calibration.data": calibration.data}
-    fields |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
+def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
+    """Read local data files once: they must exist, parse, and have in each row what the templates name.
+
+    Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
+    """
+    learned = any(isinstance(stage, NextToken) for stage in recover)
+    fields: dict[str, tuple[DataSource, bool]] = {"calibration.data": (calibration.data, True)}
+    fields |= {f"training.sources.{i}": (source, learned) for i, source in enumerate(training.sources)}
     against = training.decontaminate.against
-    fields |= {f"training.decontaminate.against.{i}": source for i, source in enumerate(against)}
-    checked: set[DataSource] = set()
-    for field, source in fields.items():
-        if source not in checked:
+    fields |= {f"training.decontaminate.against.{i}": (source, False) for i, source in enumerate(against)}
+    checked: set[tuple[DataSource, bool]] = set()
+    for field, (source, answers) in fields.items():
+        if (source, answers) not in checked:
             try:
-                check_rows(source)
+                check_rows(source, answers)
             except InputError as error:  # which of the config's sources it is
                 raise InputError(str(error).replace("data.", f"{field}.", 1)) from error
-        checked.add(source)
+        checked.add((source, answers))
 
 
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
@@ -125,10 +137,10 @@ def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> Non
         check_patterns(stage.rewards)
         source = (stage.prompts or training.sources[0]).model_copy(update={"completion": ""})
         if local_file(source) is not None:
-            check_rows(source)
-            row = read_rows(source)[0]
-            for reward in stage.rewards:
-                fill(reference_template(reward), row, source, 1)
+            for number, row in enumerate(read_rows(source), 1):
+                prompt_of(row, source, number)
+                for reward in stage.rewards:
+                    fill(reference_template(reward), row, source, number)
 
 
 def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptl import checkpoint, decontaminate, training
+from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import NextToken
 from ptl.data import IGNORED, training_chunk
 from ptl.job import Job, RecoverReport
@@ -21,15 +21,17 @@ def train(
 ) -> RecoverReport:
     """Train `src` on exactly the round's tokens by a kind of trl's SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
-    model, tokenizer, dtype = training.load(src, settings)
+    tokenizer = model_checks.load_tokenizer(src)
     arguments = _arguments(settings, job)
-    dataset, details = _dataset(tokenizer, settings, job, arguments)
+    dataset, details = _dataset(tokenizer, settings, job, arguments)  # before the weights: a wrong row is found at once
     tokens = details.pop("tokens")
+    model, dtype = training.load(src)
     state = src / checkpoint.STATE
     sharded = training.is_sharded(settings)
     whole = settings.carry_moments and settings.lora is None and not sharded
     carried = whole and state.is_file()
     if settings.lora is not None:
+        torch.manual_seed(job.this.seed)  # the Trainer's seed comes later than the adapters' first values
         model = with_adapters(model, settings)
     steps = math.ceil(len(dataset) / settings.batch_size)
     curve = training.learning_rate_curve(settings, job.this, steps, carried)
@@ -74,8 +76,12 @@ def sft_trainer() -> Any:
         return SFTTrainer
 
     class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            return Trainer.compute_loss(self, *args, **kwargs)
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if num_items_in_batch is not None:  # zero for a batch of one token; trl's loss does the same
+                num_items_in_batch = num_items_in_batch.clamp(min=1)
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     return PlainLoss
 

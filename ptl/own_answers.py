@@ -36,11 +36,12 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
 
     if settings.data.format == "text":
         raise InputError("calibration.answers: `self` needs prompts: data.format must be prompt_completion or messages")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_rows(settings.data)
     tries = itertools.islice(order(len(rows), seed), min(len(rows), TRIES * settings.num_sequences))
-    given = (tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in tries)
+    # all at once, so that a wrong row is found before any answer is generated
+    given = iter([tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in tries])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     found: list[Tokens] = []
     asked = 0
     while len(found) < settings.num_sequences and (group := list(itertools.islice(given, settings.batch_size))):

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptl import launch
-from ptl.config import Cpt, RecoverStage, Recovery
+from ptl import launch, model_checks
+from ptl.config import MIN_TOKENS, Cpt, RecoverStage, Recovery
 from ptl.distil import distil
 from ptl.errors import InputError
 from ptl.grpo import grpo
+from ptl.importer import check_rewards
 from ptl.job import Job, RecoverReport, Round
 
 __all__ = ["RECOVERIES", "Job", "RecoverReport", "Round", "budgets_before", "recover_checkpoint"]
-
-DONE = "stage.json"  # the report of a finished stage of a chain, written after its checkpoint
 
 
 def cpt(src: Path, dst: Path, settings: Cpt, job: Job) -> RecoverReport:
@@ -44,11 +43,14 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
     stages, budgets = recovery.stages, recovery.budgets(rounds[-1])
     for stage, budget in zip(stages, budgets, strict=True):
         launch.check_sharding(stage)
-        if budget == 0:
+        if budget is not None and budget < MIN_TOKENS:
             raise InputError(
-                f"schedule.recovery_tokens: of {rounds[-1]} tokens for iteration {job.this.index} none is left for "
-                f"{stage.method}; raise it, or set schedule.tokens=uniform"
+                f"schedule.recovery_tokens: {rounds[-1]} tokens for iteration {job.this.index} leave "
+                f"{budget or 'none'} for {stage.method}, which needs {MIN_TOKENS}; raise it, or set "
+                "schedule.tokens=uniform"
             )
+    check_rewards(stages, job.data)  # of later stages too, before the first one trains
+    model_checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
@@ -79,7 +81,7 @@ def budgets_before(recovery: Recovery, rounds: Sequence[int], stage: int) -> tup
 
 def _stage(src: Path, out: Path, stage: RecoverStage, job: Job, final: bool) -> RecoverReport:
     """One stage; what a chain's earlier stage has finished is not done again."""
-    done = out / DONE
+    done = out.with_name(f"{out.name}.json")  # beside the checkpoint: the next stage copies all files of its source
     if not final and done.is_file():
         report = json.loads(done.read_text())
         return RecoverReport(**report | {"curve": tuple(map(tuple, report["curve"]))})
@@ -91,7 +93,9 @@ def _stage(src: Path, out: Path, stage: RecoverStage, job: Job, final: bool) -> 
     else:
         report = RECOVERIES[stage.method](src, out, stage, job)
     if not final:
-        done.write_text(json.dumps(dataclasses.asdict(report)))
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(report)))
+        partial.replace(done)
     return report
 
 

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from ptl.section import Section
+
+MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
+
+
+COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
+
+
+def columns_of(template: str) -> tuple[str, ...]:
+    """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
+    try:
+        names = tuple(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+    except ValueError as error:
+        raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
+    for name in names:
+        if not COLUMN.fullmatch(name):
+            raise ValueError(
+                f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
+            )
+    return names
+
+
+def _checked(template: str) -> str:
+    columns_of(template)
+    return template
+
+
+Template = Annotated[str, AfterValidator(_checked)]  # text with {column}s of a row
 
 
 class DataSource(Section):
@@ -18,9 +47,11 @@ class DataSource(Section):
     subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
     split: str = Field("train", description="hub split")
     format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
-    text: str = Field("{text}", description="template over a row's columns (format `text`)")
-    prompt: str = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
-    completion: str = Field("{completion}", description="template over a row's columns (format `prompt_completion`)")
+    text: Template = Field("{text}", description="template over a row's columns (format `text`)")
+    prompt: Template = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
+    completion: Template = Field(
+        "{completion}", description="template over a row's columns (format `prompt_completion`)"
+    )
     messages: str = Field("messages", description="column that holds the chat (format `messages`)")
 
 
@@ -150,8 +181,8 @@ class Reward(Section):
 
     name: Literal["final_answer", "math", "code", "format"]
     weight: float = Field(1.0, gt=0)
-    answer: str = Field("{answer}", description="the reference, for `final_answer` and `math`")
-    tests: str = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
+    answer: Template = Field("{answer}", description="the reference, for `final_answer` and `math`")
+    tests: Template = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
     pattern: str = Field(
         r"(?s).*(####|\\boxed\{)[^#]*", description="regular expression that a whole answer must match, for `format`"
     )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,47 +16,93 @@ from typing import Any
 
 from ptl.config import DataSource
 from ptl.errors import InputError
+from ptl.recover_config import columns_of
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
+MAX_LINE = 2**26  # characters of one row
+MAX_EXPANSION = 200  # a gzip file of rows holds 3 to 20 times its size
+Message = dict[str, Any]  # one turn of a chat: role and content
+_names = cache(columns_of)
 KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 
 
 def read_rows(source: DataSource) -> Any:
     """The rows of a source, indexable. Raises InputError that names the file and line of a malformed row."""
-    path = local_file(source)
-    if path is None:
-        return _not_empty(_from_hub(source), source)
-    if path.name.endswith(JSON_LINES):
-        return list(_json_lines(path, source.source))
-    return _not_empty(_parquet(path), source)
+    rows = _rows(source)
+    return rows if hasattr(rows, "__len__") else list(rows)
 
 
-def check_rows(source: DataSource) -> None:
-    """Fail early: a file must exist, parse and have the columns that its templates name."""
+def _rows(source: DataSource) -> Any:
     path = local_file(source)
-    if path is None:
+    if path is not None and path.name.endswith(JSON_LINES):
+        return _json_lines(path, source.source)
+    return _not_empty(_from_hub(source) if path is None else _parquet(path), source)
+
+
+def check_rows(source: DataSource, answers: bool = True) -> None:
+    """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
+
+    Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
+    """
+    if local_file(source) is None:
         return
-    if path.name.endswith(JSON_LINES):
-        for number, row in enumerate(_json_lines(path, source.source), 1):
-            texts(row, source, number)
-    else:
-        texts(_not_empty(_parquet(path), source)[0], source, 1)  # all rows of a table have the same columns
+    read = chat_and_answer if answers and source.format == "messages" else texts
+    for number, row in enumerate(_rows(source), 1):
+        read(row, source, number)
 
 
 def texts(row: Any, source: DataSource, number: int) -> tuple[str, str]:
     """Prompt and completion of a row; a text row has no prompt. Raises InputError for a missing column."""
     if source.format == "messages":
-        chat = row.get(source.messages)
-        if not isinstance(chat, list) or not chat:
-            raise InputError(
-                f"data.messages: row {number} of {source.source} has no list in column {source.messages!r} "
-                f"(columns there: {', '.join(sorted(row))}); name the column that holds the chat"
-            )
-        parts = [str(message.get("content", "")) for message in chat]
-        return "\n".join(parts[:-1]), parts[-1]
+        chat, answer = turns(row, source, number)
+        asked, answered = ("\n".join(message["content"] or "" for message in part) for part in (chat, answer))
+        return asked, answered
     templates = {"text": ("", source.text), "prompt_completion": (source.prompt, source.completion)}
     prompt, completion = (fill(template, row, source, number) for template in templates[source.format])
     return prompt, completion
+
+
+def turns(row: Any, source: DataSource, number: int) -> tuple[list[Message], list[Message]]:
+    """The turns of a row's chat before its answer, and the assistant's last turn; none where another's ends the chat.
+
+    Raises InputError for what is no chat of text.
+    """
+    where = f"data.messages: row {number} of {source.source}"
+    chat = row.get(source.messages)
+    if not isinstance(chat, list) or not chat:
+        raise InputError(
+            f"{where} has no list in column {source.messages!r} "
+            f"(columns there: {', '.join(sorted(row))}); name the column that holds the chat"
+        )
+    for i, message in enumerate(chat, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"{where}: message {i} is no object with a role and a content; correct the row")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise InputError(f"{where}: the content of message {i} is no text ({_shown(content)}); correct the row")
+        _check_unicode(content or "", where)
+    answered = chat[-1]["role"] == "assistant"
+    if answered and len(chat) == 1:
+        raise InputError(f"{where}: nothing comes before the assistant's turn; leave such rows out")
+    return (chat[:-1], chat[-1:]) if answered else (chat, [])
+
+
+def chat_and_answer(row: Any, source: DataSource, number: int) -> tuple[list[Message], list[Message]]:
+    """Like `turns`, for training and scoring. Raises InputError for a chat without an answer."""
+    chat, answer = turns(row, source, number)
+    if not answer:
+        raise InputError(
+            f"data.messages: row {number} of {source.source} ends with a turn of role {chat[-1]['role']!r}, so that "
+            "there is no answer to learn from; leave such rows out"
+        )
+    return chat, answer
+
+
+def prompt_of(row: Any, source: DataSource, number: int) -> Any:
+    """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
+    if source.format == "text":
+        raise InputError("recover.prompts: format `text` has no prompt; use prompt_completion or messages")
+    return turns(row, source, number)[0] if source.format == "messages" else texts(row, source, number)[0]
 
 
 def bare(source: DataSource) -> DataSource:
@@ -71,15 +118,37 @@ def _columns(template: str) -> str:
 
 
 def fill(template: str, row: Any, source: DataSource, number: int) -> str:
-    """A template over the columns of a row. Raises InputError that names the column that is not there."""
+    """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
+    where = f"data.{source.format}: row {number} of {source.source}"
     try:
-        return template.format(**row)
-    except (KeyError, IndexError, ValueError) as error:
+        for name in _names(template):
+            value, _ = Formatter().get_field(name, (), row)
+            # neither the word None nor brackets and quotes of Python are what the row's author wrote
+            if value is None or value != value or isinstance(value, list | dict):
+                raise InputError(
+                    f"{where} holds {_shown(value)} for {{{name}}}, which is no text; leave such rows out, or name a "
+                    f"part of it ({{{name}[0]}}, {{{name}[key]}})"
+                )
+        text = template.format_map(row)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
         columns = ", ".join(sorted(row))
         raise InputError(
-            f"data.{source.format}: row {number} of {source.source} lacks {error}, which a template names "
-            f"(columns there: {columns}); correct the template"
+            f"{where} lacks {error}, which a template names (columns there: {columns}); correct the template"
         ) from error
+    _check_unicode(text, where)
+    return text
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Raise InputError for half of a surrogate pair, which JSON can hold (\\ud83d) and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: character {error.start} is no Unicode ({error.reason}); correct the row") from error
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else "NaN" if value != value else f"a {type(value).__name__}"
 
 
 def local_file(source: DataSource) -> Path | None:
@@ -99,23 +168,33 @@ def local_file(source: DataSource) -> Path | None:
 
 def _json_lines(path: Path, named: str) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number = size = 0
+    most = max(MAX_EXPANSION * path.stat().st_size, MAX_LINE)  # a bomb of gzip has 1,000 times the size of its file
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                size += len(line)
+                if len(line) == MAX_LINE or size > most:
                     raise InputError(
-                        f"data.source: {named}, line {number} is not JSON ({error}); correct the line"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise InputError(f"data.source: {named}, line {number} must be a JSON object; correct the line")
-                yield row
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+                        f"data.source: {named}, line {number}: {size:,} characters so far from a file of "
+                        f"{path.stat().st_size:,} bytes are no rows of text; correct the file"
+                    )
+                yield _json_object(line, f"data.source: {named}, line {number}")
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"data.source: {named} is damaged after line {number} ({error}); fetch it again") from error
     if number == 0:
         raise InputError(f"data.source: {named} is empty; give a file with at least one row")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); correct the line") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where} must be a JSON object; correct the line")
+    return row
 
 
 def _parquet(path: Path) -> Any:

@@ -20,33 +20,29 @@ from ptl.job import Job, Round
 from ptl.preempt import COMPLETE, last_complete, step_of
 
 
-def load(src: Path, settings: Stage) -> tuple[Any, Any, torch.dtype]:
-    """Model in float32, tokenizer, and the dtype that the checkpoint is stored in. Raises InputError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(src: Path) -> tuple[Any, torch.dtype]:
+    """Model in float32, and the dtype that the checkpoint is stored in.
 
-    tokenizer = AutoTokenizer.from_pretrained(src)
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "model.path: the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
-        )
-    stored = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True)
-    positions = getattr(stored.config, "max_position_embeddings", None)
-    wanted = settings.max_length if isinstance(settings, NextToken) else 0
-    if positions is not None and wanted > positions:
-        raise InputError(
-            f"recover.max_length: {wanted} is more than the model's {positions} positions; lower it to {positions}"
-        )
-    return stored.float(), tokenizer, stored.dtype
+    Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
+    `recover.dtype` only says in what the forward pass computes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stored = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    dtype = stored.dtype  # read first: float() converts the model in place
+    return stored.float(), dtype
 
 
-def learning_rate_curve(settings: NextToken, this: Round, steps: int, carried: bool) -> Callable[[int], float]:
+def learning_rate_curve(settings: Stage, this: Round, steps: int, carried: bool) -> Callable[[int], float]:
     """The factor on the learning rate at each optimizer step.
 
-    Adam's moments that were carried through the cut need no warm-up; a fresh optimizer does. With decay `last` the rate
-    stays level until the last iteration, whose cosine ends the run at zero; with `each` every iteration has its own.
+    Adam's moments that were carried through the cut need no warm-up; a fresh optimizer does, for at most half of the
+    steps and from a rate above zero, so that an iteration of one step trains too. With decay `last` the rate stays
+    level until the last iteration, whose cosine ends the run at zero; with `each` every iteration has its own.
+    Reinforcement learning has no decay.
     """
     warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
-    decays = this.last or settings.decay == "each"
+    decays = isinstance(settings, NextToken) and (this.last or settings.decay == "each")
 
     def factor(step: int) -> float:
         if step < warmup:

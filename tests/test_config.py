@@ -90,6 +90,7 @@ def test_every_shipped_config_is_valid(path):
         ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp does not go with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
         ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
+        ({"schedule": {"target": 0.4, "recovery_tokens": 15}}, "recovery_tokens=15 leaves 1 token for a stage"),
         (
             {"recover": [{"share": 0.5}, {"method": "distil"}], "schedule": {"target": 0.4, "recovery_tokens": 15}},
             "=15",

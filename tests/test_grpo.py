@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from recovering import DATA, DENSE, cut, recover, weights
+from safetensors.torch import save_file
 
 from ptl import grpo
 from ptl.config import Grpo
@@ -14,6 +14,7 @@ from ptl.errors import InputError, WorkError
 from ptl.importer import check_rewards
 from ptl.job import Job, Round
 from ptl.preempt import COMPLETE
+from ptl.training import learning_rate_curve
 
 REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
 STAGE = {
@@ -71,6 +72,27 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_weights(small, trained, 
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
+def test_the_warm_up_leaves_no_step_without_training(steps):
+    curve = learning_rate_curve(Grpo(), Round(None, (), 2, True, 0, (1, 2)), steps, carried=False)
+    factors = [curve(step) for step in range(steps)]
+    assert min(factors) > 0 and factors[steps // 2 :] == [1.0] * (steps - steps // 2)
+    assert factors == sorted(factors)
+
+
+def test_an_iteration_of_one_step_trains_and_keeps_the_dtype(small, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(small, half)
+    stored = {name: tensor.bfloat16() for name, tensor in weights(small).items()}
+    save_file(stored, half / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    report = recover(half, tmp_path / "out", STAGE | {"steps": 1, "learning_rate": 1e-2})
+    after = weights(tmp_path / "out")
+    assert report.steps == 1 and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(after[name], stored[name]) for name in stored)
+
+
 def test_a_share_of_the_tokens_ends_training(small, tmp_path):
     chain = ({"method": "cpt", "share": 0.5}, STAGE | {"share": 0.5})
     report = recover(small, tmp_path / "out", *chain, tokens=1600)
@@ -83,17 +105,17 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small)
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+    positions = 256
     stage = Grpo(**STAGE | {"steps": 6})
-    first, second = (grpo.prompts(stage, job(tmp_path, index, (1, 2)), tokenizer, model) for index in (1, 2))
+    first, second = (grpo.prompts(stage, job(tmp_path, index, (1, 2)), tokenizer, positions) for index in (1, 2))
     assert (len(first), len(second)) == (2 * 16 // 4, 4 * 16 // 4)  # the control has the six steps at once
-    assert [row["prompt"] for row in grpo.prompts(stage, job(tmp_path), tokenizer, model)] == [
+    assert [row["prompt"] for row in grpo.prompts(stage, job(tmp_path), tokenizer, positions)] == [
         row["prompt"] for row in (*first, *second)
     ]
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in second}
     assert all(row["prompt"].endswith("?\n") and "####" in row["reference_0"] for row in first)
     with pytest.raises(InputError, match="an answer of 300 tokens"):
-        grpo.prompts(Grpo(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, model)
+        grpo.prompts(Grpo(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, positions)
 
 
 def test_zero_reward_is_refused_before_training(small, tmp_path):
@@ -111,8 +133,8 @@ def test_prompts_need_no_completion(small, tmp_path):
     path.write_text('{"problem": "One plus one?", "solution": "2"}\n')
     prompts = {"source": str(path), "prompt": "{problem}"}
     stage = Grpo(**STAGE | {"prompts": prompts, "rewards": [{"name": "math", "answer": "{solution}"}]})
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
-    found = grpo.prompts(stage, job(tmp_path), AutoTokenizer.from_pretrained(small), model)
+    positions = 256
+    found = grpo.prompts(stage, job(tmp_path), AutoTokenizer.from_pretrained(small), positions)
     assert found[0] == {"prompt": "One plus one?", "reference_0": "2"} and len(found) == 16
 
 

@@ -247,7 +247,7 @@ def test_the_chooser_takes_neurons_of_the_tiny_reasoner(tmp_path):
     """Its four layers are all needed: without any one of them the loss is far higher (no mock here)."""
     folder = Path("examples/tiny_reasoner/checkpoint")
     data = DataSource(source="examples/tiny_reasoner/train.jsonl.gz", prompt="{question}\n", completion="{answer}")
-    settings = Calibration(data=data, num_sequences=16)
+    settings = Calibration(data=data, num_sequences=16, max_length=256)
     report = prune_checkpoint(folder, tmp_path / "cut", Prune(), settings, unit="auto", goal=160_000, seed=0)
     assert (report.unit, report.layers) == ("neurons", 4) and report.params <= 160_000
 

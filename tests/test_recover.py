@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
+from transformers import AutoTokenizer
 
 from ptl import checkpoint, nexttoken, training
 from ptl.config import Cpt, Recovery, TrainingData
+from ptl.data import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, Round
 from ptl.preempt import COMPLETE, last_complete
@@ -74,6 +76,45 @@ def test_the_result_is_an_ordinary_checkpoint(small, straight):
     names = {path.name for path in straight[0].iterdir()}
     assert names == {path.name for path in small.iterdir()} | set()
     assert (straight[0] / "config.json").read_text() == (small / "config.json").read_text()
+
+
+def stored_as(src, dst, dtype):
+    """A copy of a checkpoint in another dtype, which its config names."""
+    stored = getattr(torch, dtype)
+    copy = damaged(src, dst, lambda named: {name: tensor.to(stored) for name, tensor in named.items()})
+    config = json.loads((dst / "config.json").read_text())
+    (dst / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    return copy
+
+
+STORED = {
+    "cpt-bfloat16": ("bfloat16", CPT),
+    "cpt-float16": ("float16", CPT),
+    "distil-bfloat16": ("bfloat16", {"method": "distil"}),
+    "lora-float16": ("float16", CPT | {"lora": {"rank": 2}}),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_weights_keep_the_dtype_that_the_config_names(small, tmp_path, case):
+    """Training is in float32: its result differs from that of a float32 copy by the rounding of the last write only."""
+    dtype, stage = STORED[case]
+    half = stored_as(small, tmp_path / "half", dtype)
+    full = stored_as(half, tmp_path / "full", "float32")
+    for src, dst in ((half, "out"), (full, "reference")):
+        recover(src, tmp_path / dst, stage | {"learning_rate": 1e-2}, tokens=150, teacher=DENSE)
+    before, after, reference = (weights(folder) for folder in (half, tmp_path / "out", tmp_path / "reference"))
+    assert {tensor.dtype for tensor in after.values()} == {getattr(torch, dtype)}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert all(torch.equal(after[name], reference[name].to(after[name].dtype)) for name in after)
+
+
+def test_a_chain_keeps_the_dtype_between_its_stages(small, tmp_path):
+    half = stored_as(small, tmp_path / "half", "bfloat16")
+    recover(half, tmp_path / "out", CPT | {"share": 0.5}, CPT, tokens=200)
+    for folder in (tmp_path / "out.training/0-cpt-out", tmp_path / "out"):
+        assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
 
 
 def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
@@ -198,6 +239,23 @@ def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
     assert again.resumed_at == 4 and all(torch.equal(resumed[name], after[name]) for name in after)
 
 
+def test_lora_begins_with_what_the_seed_says(small, tmp_path):
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))  # what ran before in this process
+        recover(small, tmp_path / name, CPT | {"lora": {"rank": 2}}, tokens=150)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_chain_leaves_nothing_of_its_own_in_the_checkpoint(small, tmp_path):
+    stages = (CPT | {"share": 0.5}, CPT)
+    for name in ("first", "second"):
+        recover(small, tmp_path / name, *stages, tokens=200)
+    assert {path.name for path in (tmp_path / "first").iterdir()} == {path.name for path in small.iterdir()}
+    for path in (tmp_path / "first").iterdir():
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+
+
 def test_a_chain_runs_its_stages_on_their_own_budgets(small, tmp_path):
     log = []
     stages = (CPT | {"share": 0.25}, CPT | {"learning_rate": 1e-4})
@@ -231,8 +289,25 @@ def test_a_chain_does_not_repeat_a_finished_stage(small, tmp_path, monkeypatch):
 
 def test_a_stage_without_a_token_is_refused_before_training(small, tmp_path):
     """As an iteration of a pipeline started with --param may have it, past the config's own check."""
-    with pytest.raises(InputError, match="of 1 tokens for iteration 1 none is left for cpt"):
+    with pytest.raises(InputError, match="1 tokens for iteration 1 leave none for cpt"):
         recover(small, tmp_path / "out", {"method": "cpt"}, {"method": "distil"}, tokens=1)
+
+
+@pytest.mark.parametrize("stage", [CPT, CPT | {"loss": "all"}, {"method": "distil"}], ids=["cpt", "all", "distil"])
+def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path, stage):
+    """It has nothing to be predicted from, so its loss is zero: the budget stays exact, the weights are numbers."""
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    whole = training_chunk(DATA, tokenizer, SHORT["max_length"], seed=0, earlier=(), budget=2000)[1]
+    budget = len(whole.ids) + 1
+    report = recover(small, tmp_path / "out", stage | {"batch_size": 1}, tokens=budget, teacher=DENSE)
+    assert report.tokens == budget and report.steps == 2
+    assert report.curve[0] == (1, 0.0) and report.curve[1][1] > 0
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(tmp_path / "out").values())
+
+
+def test_a_budget_of_one_token_is_refused(small, tmp_path):
+    with pytest.raises(InputError, match="1 tokens for iteration 1 leave 1 for cpt, which needs 2"):
+        recover(small, tmp_path / "out", CPT, tokens=1)
 
 
 def test_budgets_add_up_and_follow_each_other():
