@@ -49,7 +49,7 @@ def gc(
 
 def _show(held: Any, verdicts: list[Any]) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
-    print(f"experiment {held.name}, in {held.root.removesuffix('/ptl')}")
+    print(f"experiment {held.name}, in {held.place}")
     by_run: dict[str, list[Any]] = defaultdict(list)
     for verdict in sorted(verdicts, key=lambda each: each.stored.changed):
         by_run[verdict.stored.run].append(verdict)

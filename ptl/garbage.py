@@ -38,20 +38,25 @@ def decide(held: Experiment, rules: Rules, now: float) -> list[Verdict]:
     """A verdict on everything in an experiment, or only in `rules.runs`; `now` is unix time."""
     finished = sorted(run.started for run in held.runs.values() if run.state == "finished")
     kept = finished[-rules.keep_last :] if rules.keep_last else []
-    verdicts = []
+    verdicts: dict[str, list[Verdict]] = {}  # by the files, which several runs may name
+    selected = {run.id for run in held.runs.values() if {run.id, run.mlflow_id} & set(rules.runs)}
     for stored in held.stored:
         run = held.runs.get(stored.run) or Run(stored.run, "", "unknown", 0.0, frozenset(), None)
-        named = bool({run.id, run.mlflow_id} & set(rules.runs))
-        if rules.runs and not named:
-            continue
         days = (now - stored.changed) / DAY
-        why = _kept(stored, run, rules, named, newest=run.state == "finished" and run.started in kept)
+        newest = run.state == "finished" and run.started in kept
+        why = _kept(stored, run, rules, run.id in selected, newest)
         if why is None and days < rules.older_than:
             why = f"younger than {rules.older_than:g} days"
         elif why is None and stored.kind == "attempt" and days < LIVE_DAYS:
             why = f"younger than {LIVE_DAYS:g} day: an attempt that may be at work"
-        verdicts.append(Verdict(stored, why is None, why or _GOES[stored.kind]))
-    return verdicts
+        verdicts.setdefault(stored.uris[0], []).append(Verdict(stored, why is None, why or _GOES[stored.kind]))
+    agreed = [_agreed(named) for named in verdicts.values()]
+    return [verdict for verdict in agreed if not rules.runs or verdict.stored.run in selected]
+
+
+def _agreed(verdicts: list[Verdict]) -> Verdict:
+    """The verdict on files that several runs name: they go only when none of them needs them."""
+    return next((verdict for verdict in verdicts if not verdict.goes), verdicts[0])
 
 
 _GOES = {
@@ -81,6 +86,8 @@ def _kept(stored: Stored, run: Run, rules: Rules, named: bool, newest: bool) -> 
         return "the run's final checkpoint is not known"
     if stored.uris[0] == run.final:
         return "final checkpoint of its run"
+    if stored.uris[0] == run.control:
+        return "the control of its run"
     if stored.kind == "dense" and not rules.dense:
         return "imported model; --dense lets it go"
     return "one of the newest finished runs" if newest else None
@@ -109,7 +116,7 @@ def delete(held: Experiment, verdict: Verdict) -> bool:
             moment = datetime.datetime.fromtimestamp(time.time(), datetime.UTC).isoformat(timespec="seconds")
             client.set_logged_model_tags(stored.model_id, {DELETED: moment})
         for uri in stored.uris:
-            store.delete(uri)
+            store.delete(uri, below=held.place)
         if stored.model_id and stored.kind == "attempt":
             client.delete_logged_model(stored.model_id)  # part of no lineage
     return True

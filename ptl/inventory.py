@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ptl import store, tracking
@@ -23,10 +23,11 @@ class Run:
 
     id: str
     mlflow_id: str  # its parent run in MLflow; empty where MLflow knows none
-    state: str  # finished, unfinished, deleted (in MLflow), unknown (to MLflow)
+    state: str  # finished (its report has a record), unfinished, deleted (in MLflow), unknown (to MLflow)
     started: float  # unix time
     done: frozenset[str]  # steps with a record
     final: str | None  # URI of the checkpoint that the run ended with; None: not known
+    control: str | None = None  # that of the control; None: there is none
     damaged: str = ""  # what is wrong with a record
 
 
@@ -49,9 +50,14 @@ class Experiment:
     """All that one experiment keeps in the store."""
 
     name: str
-    root: str
+    place: str  # MLflow's artifact location: nothing outside of it is the experiment's
     runs: dict[str, Run]
-    stored: list[Stored]
+    stored: list[Stored]  # files that records of several runs name appear once for each
+
+    @property
+    def root(self) -> str:
+        """Where the records are."""
+        return f"{self.place}/ptl"
 
 
 def experiments(names: list[str]) -> Iterator[Experiment]:
@@ -88,22 +94,31 @@ def _experiment(client: MlflowClient, found: Any, elsewhere: set[str]) -> Experi
     root = f"{place}/ptl"
     files = _sizes(f"{place}/models", depth=1) if models or parents else {}
     below = _sizes(root, depth=2) if models or parents else {}
-    steps: dict[str, list[str]] = {run: [] for run in parents}
+    names = {run: [] for run in parents} | _names(below)
+    records = {run: _records(root, run, steps) for run, steps in names.items()}
+    others = {run for run in names if run in elsewhere and run not in parents}
+    runs = {run: _run(run, parents.get(run), *records[run]) for run in names if run not in others}
+    stored = [each for run in runs for each in _training(root, runs[run], names[run], below)]
+    checkpoints = _checkpoints(place, models, {run: found for run, (found, _) in records.items()}, files)
+    versions = _versions(client)
+    foreign = {each.uris[0] for each in checkpoints if each.run in others}
+    for each in checkpoints:
+        if each.uris[0] not in foreign:  # else a run of another experiment needs it
+            version = versions.get(each.uris[0]) or versions.get(each.model_id, "")
+            stored.append(replace(each, version=version))
+    return Experiment(found.name, place, runs, stored)
+
+
+def _names(below: dict[str, tuple[int, float]]) -> dict[str, list[str]]:
+    """What each run keeps beside its checkpoints, without claims, drafts of a killed writer and files of others."""
+    found: dict[str, list[str]] = {}
     for path in below:
         run, _, name = path.partition("/")
-        if (run in elsewhere and run not in parents) or not (store.is_name(run) and store.is_name(name)):
-            continue  # the latter: drafts that a killed writer left, and files of others
-        steps.setdefault(run, [])
-        if not name.endswith(".claim"):
-            steps[run].append(name)
-    records = {run: _records(root, run, names) for run, names in steps.items()}
-    runs = {run: _run(run, parents.get(run), *records[run]) for run in steps}
-    stored = [each for run, names in steps.items() for each in _training(root, runs[run], names, below)]
-    known = {run: found for run, (found, _) in records.items()}
-    checkpoints = _checkpoints(models, known, files, _versions(client))
-    # Of a store that was moved the records still name the old place, which may be in use by others.
-    stored += [each for each in checkpoints if each.uris[0].startswith(f"{place}/")]
-    return Experiment(found.name, root, runs, stored)
+        if store.is_name(run) and store.is_name(name):
+            found.setdefault(run, [])
+            if not name.endswith(".claim"):
+                found[run].append(name)
+    return found
 
 
 def _records(root: str, run: str, names: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
@@ -121,53 +136,58 @@ def _records(root: str, run: str, names: list[str]) -> tuple[dict[str, dict[str,
 
 
 def _run(run: str, parent: Any, records: dict[str, dict[str, Any]], damaged: str) -> Run:
-    scored = [
-        record["facts"]
-        for step, record in records.items()
-        if step.startswith("evaluate-") and "accepted" in record["facts"]
-    ]
-    final = max(scored, key=lambda facts: facts["iteration"])["accepted"]["uri"] if scored else None
-    if parent is None:
-        return Run(run, "", "unknown", 0.0, frozenset(records), final, damaged)
-    state = "finished" if parent.info.status == "FINISHED" else "unfinished"
-    if parent.info.lifecycle_stage != "active":
-        state = "deleted"
-    started = parent.info.start_time / 1000
-    return Run(run, parent.info.run_id, state, started, frozenset(records), final, damaged)
+    finals = {}
+    for arm in ("loop", "control"):
+        facts = [record["facts"] for record in records.values() if record["facts"].get("arm", "loop") == arm]
+        scored = [each for each in facts if "accepted" in each]
+        finals[arm] = max(scored, key=lambda facts: facts["iteration"])["accepted"]["uri"] if scored else None
+    mlflow_id, state, started = "", "unknown", 0.0
+    if parent is not None:
+        # A status can be set by anybody; the report's record is written when all that it needs is there.
+        ended = parent.info.status == "FINISHED" and "report" in records
+        state = "finished" if ended else "unfinished"
+        if parent.info.lifecycle_stage != "active":
+            state = "deleted"
+        mlflow_id, started = parent.info.run_id, parent.info.start_time / 1000
+    return Run(run, mlflow_id, state, started, frozenset(records), finals["loop"], finals["control"], damaged)
 
 
 def _checkpoints(
-    models: list[Any],
-    records: dict[str, dict[str, dict[str, Any]]],
-    files: dict[str, tuple[int, float]],
-    versions: dict[str, str],
-) -> Iterator[Stored]:
-    """Every checkpoint that a record names or that MLflow knows, unless its files are gone or were moved."""
+    place: str, models: list[Any], records: dict[str, dict[str, dict[str, Any]]], files: dict[str, tuple[int, float]]
+) -> list[Stored]:
+    """Every checkpoint that a record names or that MLflow knows, unless its files are gone.
+
+    Only folders of the form that MLflow gives models of this experiment. Any other URI is not ours to judge: of a store
+    that was moved, records name the old place, which others may use, and a forged record names what it likes.
+    """
     kinds = {"import": "dense", "prune": "cut", "recover": "recovered"}
     known = {model.artifact_location: model for model in models}
-    committed = {
-        record["pointer"]["uri"]: (run, step, kinds[record["facts"]["stage"]])
-        for run, steps in records.items()
-        for step, record in steps.items()
-        if record["facts"].get("stage") in kinds
-    }
+    owners: dict[str, list[tuple[str, str, str]]] = {}
+    for run, steps in records.items():
+        for step, record in steps.items():
+            if record["facts"].get("stage") in kinds:
+                owner = (run, step, kinds[record["facts"]["stage"]])
+                owners.setdefault(record["pointer"]["uri"], []).append(owner)
     ids = {record["pointer"]["model_id"] for steps in records.values() for record in steps.values()}
-    for uri in dict.fromkeys([*committed, *known]):
+    for uri, model in known.items():
+        run = model.tags["ptl.run"]
+        moved = uri not in owners and model.model_id in ids  # committed under the address before the move
+        if not moved and run not in [owner for owner, _, _ in owners.get(uri, [])]:
+            owners.setdefault(uri, []).append((run, model.tags.get("ptl.step", model.name), "attempt"))
+    found = []
+    for uri, claims in owners.items():
+        match = re.fullmatch(re.escape(place) + r"/models/([^/]+)/artifacts", uri)
+        if match is None or not store.is_below(uri, place):
+            continue
         model = known.get(uri)
-        if model and uri not in committed and model.model_id in ids:
-            continue  # committed under the address before the move
-        size, changed = _measured(uri, files)
-        if uri in committed:
-            run, step, kind = committed[uri]
-        else:
-            assert model is not None
-            run, step, kind = model.tags["ptl.run"], model.tags.get("ptl.step", model.name), "attempt"
-            changed = max(changed, model.last_updated_timestamp / 1000)
-        if size == 0 and kind != "attempt":
-            continue  # deleted before
-        model_id = model.model_id if model else ""
-        version = versions.get(uri) or versions.get(model_id, "")
-        yield Stored(run, step, kind, (uri, f"{uri}.partial"), size, changed, model_id, version)
+        for run, step, kind in claims:
+            size, changed = files.get(match[1], (0, 0.0))
+            if kind == "attempt" and model:
+                changed = max(changed, model.last_updated_timestamp / 1000)
+            if size or kind == "attempt":  # else deleted before
+                uris = (uri, f"{uri}.partial")
+                found.append(Stored(run, step, kind, uris, size, changed, model.model_id if model else ""))
+    return found
 
 
 def _training(root: str, run: Run, names: list[str], below: dict[str, tuple[int, float]]) -> Iterator[Stored]:
@@ -194,15 +214,6 @@ def _sizes(uri: str, depth: int) -> dict[str, tuple[int, float]]:
         total, newest = found.get(key, (0, 0.0))
         found[key] = (total + size, max(newest, changed))
     return found
-
-
-def _measured(uri: str, files: dict[str, tuple[int, float]]) -> tuple[int, float]:
-    """Of a checkpoint: MLflow puts it into `<experiment>/models/<model id>/artifacts`."""
-    above, _, last = uri.rpartition("/")
-    folder, _, model = above.rpartition("/")
-    if last == "artifacts" and folder.endswith("/models"):
-        return files.get(model, (0, 0.0))
-    return _sizes(uri, depth=0).get("", (0, 0.0))
 
 
 def _parents(client: MlflowClient, experiment_id: str) -> dict[str, Any]:

@@ -93,12 +93,17 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
                 yield path.relative_to(folder).as_posix(), found.st_size, found.st_mtime
 
 
-def delete(uri: str) -> None:
+def delete(uri: str, below: str) -> None:
     """Remove a folder, the list of its files first: a reader then sees no checkpoint instead of half of one.
 
-    Raises InputError where this user may not.
+    Raises InputError where this user may not, WorkError where a symlink leads out of the folder `below`.
     """
     folder = path_of(uri)
+    real, root = folder.resolve(), path_of(below).resolve()
+    if folder.is_symlink() or not real.is_relative_to(root) or real == root:
+        raise WorkError(
+            f"store: {folder} is {real}, which is not below {root}; nothing was deleted: remove the symlink"
+        )
     try:
         (folder / FILES).unlink(missing_ok=True)
         if folder.is_dir():

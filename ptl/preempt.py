@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -48,13 +49,13 @@ class Vault:
 def save(vault: Vault, folder: Path) -> None:
     """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
     found = records(vault)
-    location = f"{vault.root}/{vault.run}/{_slot(vault, len(found))}-{uuid.uuid4().hex[:12]}"
+    location = f"{_folder(vault)}/{_slot(vault, len(found))}-{uuid.uuid4().hex[:12]}"
     files = store.publish(folder, location, on_progress=lambda _: None)
     pointer = Pointer(location, store.digest_of(files))
     record = {"key": vault.key, "pointer": asdict(pointer), "facts": {"folder": folder.name}}
     store.commit(vault.root, vault.run, _slot(vault, len(found)), record)
-    for old in found[: len(found) + 1 - KEPT]:
-        store.delete(old["pointer"]["uri"])
+    for number, old in enumerate(found[: len(found) + 1 - KEPT]):
+        _delete_files(vault, number, old)
 
 
 def restore(vault: Vault, scratch: Path) -> None:
@@ -98,8 +99,20 @@ def clear(vault: Vault, stages: int) -> None:
     """Remove all training checkpoints of a step's stages, after the step has been committed."""
     for stage in (replace(vault, name=f"{vault.name}.{i}") for i in range(stages)):
         for number, record in reversed(list(enumerate(records(stage)))):
-            store.delete(record["pointer"]["uri"])
-            store.delete(f"{stage.root}/{stage.run}/{_slot(stage, number)}")
+            _delete_files(stage, number, record)
+            store.delete(f"{_folder(stage)}/{_slot(stage, number)}", below=_folder(stage))
+
+
+def _delete_files(vault: Vault, number: int, record: dict[str, Any]) -> None:
+    """Delete the files of a checkpoint: of its record only the name counts, and that must be one which `save` gives."""
+    name = record["pointer"]["uri"].rpartition("/")[2]
+    if re.fullmatch(rf"{re.escape(_slot(vault, number))}-[0-9a-f]{{12}}", name):
+        store.delete(f"{_folder(vault)}/{name}", below=_folder(vault))
+
+
+def _folder(vault: Vault) -> str:
+    """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
+    return f"{vault.root.rstrip('/')}/{vault.run}"
 
 
 def _slot(vault: Vault, number: int) -> str:

@@ -116,8 +116,8 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
                 yield item["Key"][len(prefix) + 1 :], item["Size"], item["LastModified"].timestamp()
 
 
-def delete(uri: str) -> None:
-    """Remove all objects below `uri`, the list of files first: a reader then sees no checkpoint instead of half of one.
+def delete(uri: str, below: str) -> None:
+    """Remove all objects below `uri`, which is below `below`, the list of files first: a reader then sees no checkpoint instead of half of one.
 
     Raises InputError where these credentials may not delete, which is so for those of the steps.
     """

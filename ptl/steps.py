@@ -281,6 +281,9 @@ def _report(call: Call, run: StepRun) -> None:
     if shared:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
             shutil.copyfile(path, Path(shared, path.name))
+    # What it has written may differ after a retry; that all steps had ended, which the record says, does not.
+    ended = {"key": "report", "pointer": dataclasses.asdict(final), "facts": {"stage": "report"}}
+    store.commit(run.root, run.run, step.name, ended)
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
     tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
 

@@ -25,6 +25,7 @@ __all__ = [
     "delete",
     "digest_of",
     "fetch",
+    "is_below",
     "is_name",
     "publish",
     "read",
@@ -173,9 +174,20 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     yield from _backend(uri).walk(uri)
 
 
-def delete(uri: str) -> None:
-    """Remove a folder with all its files; one that is gone already is no error."""
-    _backend(uri).delete(uri)
+def delete(uri: str, *, below: str) -> None:
+    """Remove a folder with all its files, which must be below the folder `below`; one that is gone is no error.
+
+    Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
+    """
+    if not is_below(uri, below):
+        raise WorkError(f"store: {uri!r} is not a plain folder below {below}; nothing was deleted: who wrote that URI?")
+    _backend(uri).delete(uri, below)
+
+
+def is_below(uri: str, root: str) -> bool:
+    """Whether a URI begins with `root` and continues with plain names: no `..`, nothing empty, nothing encoded."""
+    above = root.rstrip("/") + "/"
+    return uri.startswith(above) and all(is_name(part) for part in uri.removeprefix(above).split("/"))
 
 
 def _backend(uri: str) -> ModuleType:

@@ -167,7 +167,7 @@ def test_a_holder_whose_items_are_gone_keeps_the_aliases(pipeline, model, holder
     first, records = pipeline((490, 800))
     aliases.set_aliases(first, records, model, RULE)
     for record in records.values():
-        store.delete(record["pointer"]["uri"])
+        store.delete(record["pointer"]["uri"], below=first.root.removesuffix("/ptl"))
     second, records = pipeline((500, 700))
     said = aliases.set_aliases(second, records, model, RULE)
     assert set(holders().values()) == {(first.run, "evaluate-1")}

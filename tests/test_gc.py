@@ -98,7 +98,7 @@ class Loop:
                 "scores": {"tasks": [task], **sizes},
                 "verdict": {"decision": "accepted" if accepted else "rejected"},
                 "checkpoint": asdict(mine),
-                "accepted": asdict(mine if accepted else other),
+                "accepted": asdict(mine if accepted or "control" in name else other),
             }
 
         return self.work(name, candidate, facts)
@@ -117,12 +117,16 @@ class Loop:
             steps[prune] = self.work(prune, start)
             steps[recover] = self.work(recover, steps[prune])
             self.evaluate(evaluate, steps[recover], start, accepted)
-        self.end()
+        self.end(steps["recover-1"])
         return steps
 
-    def end(self):
+    def end(self, final=None):
+        """As the report step does; without `final` only MLflow says that the run has ended."""
         self.use()
         report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
+        if final:
+            record = {"key": "report", "pointer": final["pointer"], "facts": {"stage": "report"}}
+            store.commit(report.root, self.run, "report", record)
         tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
 
     def step_run(self, name):
@@ -165,7 +169,6 @@ def listing(uri):
 
 INTERMEDIATE = [
     ("control-prune", "cut"),
-    ("control-recover", "recovered"),
     ("prune-1", "cut"),
     ("prune-2", "cut"),
     ("recover-2", "recovered"),
@@ -182,8 +185,12 @@ def test_finished_run(experiment, loop, tmp_path):
         uri = verdict.stored.uris[0]
         assert verdict.stored.bytes == sum(size for _, size in listing(uri)) > sum(SIZES.values())
     kept = {each.stored.step: each.why for each in found if not each.goes}
-    assert kept == {"import-model": "imported model; --dense lets it go", "recover-1": f"registered: {experiment} 1"}
-    assert collect(experiment) == [True] * 5
+    assert kept == {
+        "import-model": "imported model; --dense lets it go",
+        "recover-1": f"registered: {experiment} 1",
+        "control-recover": "the control of its run",
+    }
+    assert collect(experiment) == [True] * 4
     assert {step: fetchable(record, tmp_path) for step, record in steps.items()} == {
         step: step in kept for step in steps
     }
@@ -204,7 +211,7 @@ def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
     assert "final checkpoint of its run" in [each.why for each in found]
     assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
     collect(experiment, dense=True)
-    assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1"]
+    assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
 
 
 def test_young_and_newest_runs_are_kept(experiment, loop):
@@ -268,7 +275,7 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     collect(experiment)
     assert preempt.records(vault) == [] and not [path for path, _ in listing(step.root) if "training" in path]
     run.evaluate("evaluate-1", healed, dense, True)
-    run.end()
+    run.end(healed)
     assert going(experiment) == [("prune-1", "cut")]
 
 
@@ -307,7 +314,7 @@ def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
     run = loop()
     run.whole()
     (held,) = inventory.experiments([experiment])
-    store.delete(f"{held.root}/{run.run}/prune-2")
+    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
     assert going(experiment) == [each for each in INTERMEDIATE if each[0] != "prune-2"]
     assert "its step has no record, though the run is finished" in [each.why for each in verdicts(experiment, 8)[1]]
 
@@ -331,7 +338,8 @@ def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
     held, found = verdicts(experiment, 8, runs=(other.run,), dense=True)
     assert (set(held.runs), found) == ({run.run}, [])
     _, found = verdicts(other.experiment, 8, runs=(other.run,), dense=True)
-    assert [each.stored.uris[0] for each in found if not each.goes] == [steps["recover-1"]["pointer"]["uri"]]
+    kept = [steps[name]["pointer"]["uri"] for name in ("recover-1", "control-recover")]
+    assert [each.stored.uris[0] for each in found if not each.goes] == kept
 
 
 @pytest.mark.parametrize("experiment", ["local"], indirect=True)
@@ -346,6 +354,107 @@ def test_a_store_that_was_moved(experiment, loop):
             database.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(old), f"{old}-moved"))
     held, found = verdicts(experiment, 8, dense=True)
     assert held.root.endswith("-moved/ptl") and found == []
+
+
+def model_of(uri):
+    return uri.split("/")[-2]
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
+    """Records of a finished run that name files outside of the experiment, of other runs, and of none."""
+    victim, forger = loop(), loop()
+    final = victim.work("import-model")  # of a run that is under way
+    (held,) = inventory.experiments([experiment])
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "key").write_text("x")
+    (Path(held.place.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/mine").write_text("x")
+    victims = final["pointer"]["uri"]
+    attacks = [
+        f"file://{secrets}",
+        str(secrets),
+        f"{held.place}/../{os.path.relpath(secrets, held.place.removeprefix('file://'))}",
+        f"{held.place}/models/../ptl/artifacts",
+        f"{held.place}/models/%2e%2e/artifacts",
+        f"{held.place}/models//{model_of(victims)}/artifacts",
+        f"{held.place}/models/{model_of(victims)}/artifacts/",
+        f"{held.place}/models/{model_of(victims)}/./artifacts",
+        f"{held.place}/models/linked/artifacts",
+        held.place,
+        held.root,
+        victims,
+    ]
+    for number, uri in enumerate(attacks):
+        pointer = asdict(Pointer(uri, "sha256:" + "0" * 64))
+        facts = {"stage": "prune", "iteration": number}
+        step = forger.step_run("evaluate-1")
+        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "facts": facts})
+    forger.evaluate("evaluate-1", forger.work("import-model"), final, True)
+    forger.end(final)
+    before = set(tmp_path.rglob("*"))
+    try:
+        collect(experiment, dense=True)
+    except WorkError as error:
+        assert "linked" in str(error)  # a symlink is seen only when it is to be deleted
+    assert fetchable(final, tmp_path / "cache") and set(tmp_path.rglob("*")) == before
+    assert {each.stored.uris[0] for each in verdicts(experiment, 8)[1]} & set(attacks) <= {victims, attacks[8]}
+
+
+def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    location = f"{place.root}/models/a/artifacts"
+    pointer = Pointer(location, store.digest_of(store.publish(folder, location)))
+    for uri in (
+        location.replace("/models/", "/models/../models/"),
+        location.replace("/models/", "//models/"),
+        location.replace("/models/", "/models/%61/../"),
+        location.replace("/models/", "/m%6fdels/"),
+        location.replace("/a/", "/a/./"),
+        f"{location}/",
+        place.root,
+        f"{place.root}/",
+        f"file://{folder}",
+        str(folder),
+        "s3://other/models/a/artifacts",
+        f"{place.root}-other/a",
+        f"{location}?versionId=1",
+    ):
+        with pytest.raises(WorkError, match="is not a plain folder below"):
+            store.delete(uri, below=place.root)
+    assert fetchable({"pointer": asdict(pointer)}, tmp_path) and (folder / "config.json").is_file()
+    store.delete(location, below=place.root)
+    assert listing(place.root) == []
+
+
+def test_a_symlink_does_not_lead_out_of_the_root(tmp_path):
+    kept = tmp_path / "kept/artifacts"
+    kept.mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a").symlink_to(kept.parent)
+    (tmp_path / "root/b").symlink_to(tmp_path / "root")
+    for name in ("a", "a/artifacts", "b"):
+        with pytest.raises(WorkError, match=r"nothing was deleted: remove the symlink"):
+            store.delete(f"file://{tmp_path}/root/{name}", below=f"file://{tmp_path}/root")
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_only_a_report_finishes_a_run(experiment, loop):
+    """Somebody set the run to FINISHED in MLflow, which keeps no report of it."""
+    run = loop()
+    dense = run.work("import-model")
+    run.evaluate("evaluate-0", dense, dense, True)
+    run.work("prune-1", dense)
+    run.end()
+    held, found = verdicts(experiment, 8)
+    assert held.runs[run.run].state == "unfinished" and not [each for each in found if each.goes]
+    run.end(dense)
+    assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "cut")]
 
 
 def test_runs_that_are_named(experiment, loop, tmp_path):
@@ -363,7 +472,8 @@ def test_runs_that_are_named(experiment, loop, tmp_path):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     client.delete_run(ended.step_run("report").parent_run_id)
     assert going(experiment) == []
-    assert going(experiment, runs=(ended.run,)) == sorted([*INTERMEDIATE, ("import-model", "dense")])
+    everything = [*INTERMEDIATE, ("control-recover", "recovered"), ("import-model", "dense")]
+    assert going(experiment, runs=(ended.run,)) == sorted(everything)
     collect(experiment, runs=(open_.run,))
     with pytest.raises(WorkError, match=r"is gone.*it was deleted"):
         open_.work("recover-1", cut)
@@ -374,7 +484,7 @@ def test_a_damaged_record_keeps_its_run(experiment, loop):
     run.whole()
     (held,) = inventory.experiments([experiment])
     uri = f"{held.root}/{run.run}/prune-2/manifest.json"
-    store.delete(f"{held.root}/{run.run}/prune-2")
+    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
     garbled = b'{"format": 1}'
     store._backend(uri).put_once(uri, garbled)
     _, found = verdicts(experiment, 8)
@@ -397,10 +507,10 @@ def test_command(experiment, loop, monkeypatch):
 
     assert "can go: 0 items, 0 B (0 bytes)" in ptl()
     dry = ptl("--older-than", "0")
-    assert f"can go: 5 items, {cli_gc.size(goes)} ({goes:,} bytes); nothing was deleted" in dry
+    assert f"can go: 4 items, {cli_gc.size(goes)} ({goes:,} bytes); nothing was deleted" in dry
     assert f"registered: {experiment} 1" in dry and "--dense lets it go" in dry
     assert listing(held.root.removesuffix("/ptl")) == before
-    assert f"deleted: 5 items, {cli_gc.size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
+    assert f"deleted: 4 items, {cli_gc.size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
     after = listing(held.root.removesuffix("/ptl"))
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
     assert "deleted: 0 items" in ptl("--older-than", "0", "--delete")
@@ -433,7 +543,7 @@ def test_credentials_that_may_not_delete(monkeypatch):
     monkeypatch.setattr(s3, "client", Refuses)
     monkeypatch.setattr(s3, "walk", lambda uri: [("model.safetensors", 1, 0.0)])
     with pytest.raises(InputError, match=r"s3://b/x: these credentials may not delete.*s3:DeleteObject"):
-        store.delete("s3://b/x")
+        store.delete("s3://b/x", below="s3://b")
 
 
 def test_sizes_in_words():

@@ -53,6 +53,26 @@ def test_save_restore_and_clear(place, tmp_path):
     assert last_complete(tmp_path / "third") is None
 
 
+@pytest.mark.parametrize(
+    "uri", ["{art}/run/prune-1", "{art}/run/../run/prune-1", "file://{home}", "{art}/run//", "{art}"]
+)
+def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri):
+    art = f"file://{tmp_path}/art"
+    vault = Vault(art, "run", "recover-1.0", "key", 0)
+    kept = tmp_path / "art/run/prune-1/manifest.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    pointer = {"uri": uri.format(art=art, home=tmp_path), "digest": "sha256:" + "0" * 64}
+    store.commit(art, "run", "recover-1.0.training-0", {"key": "key", "pointer": pointer, "facts": {}})
+    for step in (2, 4):
+        save(vault, folder(tmp_path / "here", step))
+    clear(replace(vault, name="recover-1"), stages=1)
+    assert [path.relative_to(tmp_path / "art").as_posix() for path in (tmp_path / "art").rglob("*.json")] == [
+        "run/prune-1/manifest.json"
+    ]
+    assert last_complete(tmp_path / "here") is not None and records(vault) == []
+
+
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
     vault = Vault(f"file://{tmp_path}/art", "run", "recover-1.0", key_of("digest", DATA), 0)
     save(vault, folder(tmp_path, 2))
