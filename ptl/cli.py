@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl import __version__, cli_gc, cli_results, cli_steps
+from ptl import __version__, address, cli_gc, cli_results, cli_steps
 from ptl.cli_steps import Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
@@ -30,6 +30,7 @@ Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and 
 
 def main() -> None:
     """Run a command; an error that a user can mend is one message and its exit code, without a traceback."""
+    address.split_login()
     try:
         app(standalone_mode=True)
     except PtlError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import doctor_http as http
-from ptl import doctor_kubernetes, doctor_local, s3_client
+from ptl import address, doctor_kubernetes, doctor_local, s3_client
 from ptl.cluster_config import StepName
 from ptl.config import Config, check
 from ptl.doctor_line import Line as Line
@@ -57,18 +57,14 @@ def names_a_cluster(host: str | None) -> str | None:
     """What of the environment says that the run goes to a cluster; None for a run on this machine."""
     if host:
         return "the address of Kubeflow is given"
-    return "MLFLOW_TRACKING_URI is a server" if _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")) else None
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
+    return "MLFLOW_TRACKING_URI is a server" if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")) else None
 
 
 def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Line]:
     """MLflow, and the store that it names; `elsewhere`: the steps run on a cluster, with settings of their own."""
     storage = config.storage
     step = "with resources.doctor, the first step of the run checks it"
-    if elsewhere and not _is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+    if elsewhere and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
         message = (
             "not looked at: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
             f"{storage.config_map}"
@@ -114,11 +110,12 @@ def mlflow(config: Config) -> Line:
 
     from ptl import tracking
 
+    address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         remedy = "set it to the server's address; on a cluster it is a key of the ConfigMap storage.config_map"
         return Line("MLflow", "error", "MLFLOW_TRACKING_URI is not set", remedy)
-    if uri.startswith("http"):
+    if address.is_server(uri):
         fault = http.mlflow_fault(uri)
         if fault:
             return Line("MLflow", "error", *fault)
@@ -131,9 +128,8 @@ def mlflow(config: Config) -> Line:
     except MlflowException as error:
         remedy = "the user needs the right to write: EDIT on the experiment, or the right to create it"
         return Line("MLflow", "error", f"answers, but does not take a run: {str(error)[:200]}", remedy)
-    return Line(
-        "MLflow", "ok", f"{tracking._without_password(uri)} takes runs in experiment {config.storage.experiment!r}"
-    )
+    experiment_name = config.storage.experiment
+    return Line("MLflow", "ok", f"{address.without_login(uri)} takes runs in experiment {experiment_name!r}")
 
 
 def _store_root(config: Config) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import ssl
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptl import address
 from ptl.errors import InputError
 
 SECONDS = 10
+LIMIT = 1 << 20  # bytes of an answer
+REDIRECTS = (301, 302, 303, 307, 308)
 MANIFESTS = ", ".join(
     f"application/vnd.{kind}+json"
     for kind in (
@@ -29,15 +33,35 @@ MANIFESTS = ", ".join(
 )
 
 
-def get(url: str, headers: dict[str, str] | None = None, ca_cert: str | None = None) -> tuple[int, str, Any]:
-    """Status, body and headers, whatever the status. Raises InputError where nobody answers."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """None: the redirect itself is the answer."""
+
+
+def get(
+    url: str, headers: dict[str, str] | None = None, ca_cert: str | None = None, *, follow: bool = False
+) -> tuple[int, str, Any]:
+    """Status, body and headers, whatever the status.
+
+    A login would go wherever a redirect points to, so only `follow`, for requests without a login of the user's, goes
+    there. Raises InputError for a redirect, and where nobody answers.
+    """
     try:
-        request = urllib.request.Request(url, headers=headers or {})
-        trust = ssl.create_default_context(cafile=ca_cert) if ca_cert else None
-        with urllib.request.urlopen(request, timeout=SECONDS, context=trust) as answer:
-            return answer.status, answer.read().decode(errors="replace"), answer.headers
+        request = urllib.request.Request(url)
+        for name, value in (headers or {}).items():  # what a redirect does not take along
+            request.add_unredirected_header(name, value)
+        secure = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_cert))
+        opener = urllib.request.build_opener(secure, *([] if follow else [_NoRedirect]))
+        with opener.open(request, timeout=SECONDS) as answer:
+            return answer.status, _text(answer), answer.headers
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace"), error.headers
+        if error.code in REDIRECTS and not follow:
+            target = address.page(urllib.parse.urljoin(url, error.headers.get("Location", "")))
+            raise InputError(
+                f"{address.page(url)} redirects to {target}, where no login is sent; give that address if it is the "
+                "server's own, or log in again if it is a login page"
+            ) from error
+        return error.code, _text(error), error.headers
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error) or type(error).__name__
         remedy = "is the server up, is the address right, may this machine reach it?"
@@ -46,30 +70,43 @@ def get(url: str, headers: dict[str, str] | None = None, ca_cert: str | None = N
         raise InputError(f"{url}: {reason}; {remedy}") from error
 
 
+def _text(answer: Any) -> str:
+    """The body, as far as it matters here: no answer that is asked for is long. Raises TimeoutError for a slow one."""
+    deadline, body = time.monotonic() + SECONDS, b""
+    while len(body) < LIMIT and (piece := answer.read1(LIMIT)):
+        body += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer takes too long")
+    if len(body) < min(LIMIT, int(answer.headers.get("Content-Length") or 0)):
+        raise http.client.IncompleteRead(body)
+    return body[:LIMIT].decode(errors="replace")
+
+
 def mlflow_fault(uri: str) -> tuple[str, str] | None:
-    """What keeps requests out of an MLflow server, and the remedy; None when they come in.
+    """What keeps requests out of an MLflow server, and the remedy; None when they come in. `uri` has no login in it.
 
     /health says 200 even where the host check or the login refuses everything else, so the API itself is asked.
     """
-    parts = urllib.parse.urlsplit(uri)
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or parts.username
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or parts.password
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     headers = {}
     if user:
         headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password or ''}".encode()).decode()
     elif token:
         headers["Authorization"] = f"Bearer {token}"
-    base = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    base = uri.rstrip("/")
     status, body, _ = get(f"{base}/api/2.0/mlflow/experiments/search?max_results=1", headers)
     if status == 403 and "host" in body.lower():
-        name = parts.netloc.rpartition("@")[2]
+        name = urllib.parse.urlsplit(uri).netloc
         remedy = f'start it with --allowed-hosts "{name.partition(":")[0]}:*" (this replaces the default list)'
         return f"{base} refuses the host name {name} (403)", remedy
     if status in (401, 403):
         return f"{base} refuses this user ({status})", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if status != 200:
         return f"{base} answers {status}: {body[:100]}", "is MLFLOW_TRACKING_URI an MLflow server of version 3?"
+    if _object(body) is None:
+        remedy = "log in again where it is a login page, or correct MLFLOW_TRACKING_URI"
+        return f"{base} answers with a page instead of JSON", remedy
     return None
 
 
@@ -79,16 +116,16 @@ def manifest_status(image: str) -> int:
     host, _, repository = name.partition("/")
     local = host.partition(":")[0] in ("localhost", "127.0.0.1")
     url = f"{'http' if local else 'https'}://{host}/v2/{repository}/manifests/{tag}"
-    status, _, headers = get(url, {"Accept": MANIFESTS})
+    status, _, headers = get(url, {"Accept": MANIFESTS}, follow=True)
     challenge = headers.get("WWW-Authenticate", "")
     if status == 401 and challenge.lower().startswith("bearer "):
         fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         query = {key: fields[key] for key in ("service", "scope") if key in fields}
-        answer_status, body, _ = get(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}")
+        answer_status, body, _ = get(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}", follow=True)
         answer = _object(body) if answer_status == 200 else None
         if answer is not None:
             token = answer.get("token") or answer.get("access_token")
-            status, _, _ = get(url, {"Accept": MANIFESTS, "Authorization": f"Bearer {token}"})
+            status, _, _ = get(url, {"Accept": MANIFESTS, "Authorization": f"Bearer {token}"}, follow=True)
     return status
 
 

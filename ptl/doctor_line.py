@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ptl.address import without_login
 from ptl.errors import PtlError
 
 
@@ -18,7 +19,8 @@ class Line:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:7} {self.what}: {self.message}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+        remedy = f"\n        -> {self.remedy}" if self.remedy else ""
+        return without_login(f"{self.state:7} {self.what}: {self.message}{remedy}")
 
 
 def guard(what: str, check: Callable[[], Line]) -> Line:

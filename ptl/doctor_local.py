@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ptl import address
 from ptl.config import Config, Iteration, one_shot, plan, removal
 from ptl.doctor_line import Line
 from ptl.recover_config import NextToken
@@ -17,7 +18,7 @@ def as_run_does(home: Path) -> None:
     """Let this process track where `ptl run` would: in `home`, unless the environment names another place."""
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.absolute()}/mlflow.db")
-    if not uri.startswith("http"):
+    if not address.is_server(uri):
         os.environ.setdefault("PTL_ARTIFACT_ROOT", (home.absolute() / "artifacts").as_uri())
 
 
@@ -83,7 +84,7 @@ def engine(config: Config) -> Line:
     absent = images.missing(names)
     if absent:
         return Line("images", "error", f"the engine has no {', '.join(absent)}", "build them: ptl images build")
-    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http://", "https://")):
+    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
         message = f"the engine has {', '.join(names)}, which speak to an MLflow server only, and none is set"
         return Line("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
     return Line("images", "ok", f"{', '.join(names)} are in the local engine")

@@ -1,10 +1,15 @@
 """Errors that a user sees, each with the exit code of the command that raised it."""
 
+from ptl.address import without_login
+
 
 class PtlError(Exception):
     """Something that ends a command with a message instead of a traceback."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_login(message))  # libraries quote addresses with the password in them
 
 
 class InputError(PtlError):

@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ptl import gate, tracking
+from ptl import address, gate, tracking
 from ptl.attempts import Failure
+from ptl.errors import WorkError
 from ptl.execution import Output, Step, write
 from ptl.log import say
 from ptl.run_status import kubeflow_page
@@ -63,7 +64,11 @@ def _post(url: str, step: str, reason: str) -> None:
     run = tracking.pipeline_run()
     message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
     page = kubeflow_page(run)
-    requests.post(url, json=message | ({"kubeflow": page} if page else {}), timeout=SECONDS).raise_for_status()
+    body = message | ({"kubeflow": page} if page else {})
+    answer = requests.post(url, json=body, timeout=SECONDS, allow_redirects=False)
+    answer.raise_for_status()
+    if answer.is_redirect:  # it may lead to anybody, and a POST that is redirected loses its body
+        raise WorkError(f"it points to {address.page(answer.headers['location'])}; set {WEBHOOK} to that address")
 
 
 def _try(step: str, what: str, report: Callable[[], None]) -> None:

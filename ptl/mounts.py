@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from ptl import address
+
 ROOT = "/etc/ptl"
 CONFIG, S3, MLFLOW, HF, CA = (f"{ROOT}/{name}" for name in ("config", "s3", "mlflow", "hf", "ca"))
 CACHE = "/mnt/ptl-cache"  # of the hub, on a volume
@@ -35,6 +37,7 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
                 environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
             except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
                 warnings.append(f"warning: {path} is not a variable of the step: {error}")
+    address.split_login(environment)
     return [*warnings, *_trust(environment, base / "ca"), *_cache(environment)]
 
 

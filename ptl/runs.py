@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 import uuid
@@ -18,7 +17,7 @@ from typing import IO
 
 import yaml
 
-from ptl import s3_client
+from ptl import address, s3_client
 from ptl.config import Config
 from ptl.errors import InputError
 
@@ -128,6 +127,7 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
     `servers` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
     database file as default, and to an MLflow server (http) is left where checkpoints go.
     """
+    address.split_login()
     passed = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
     if servers:
         passed = {name: value for name, value in passed.items() if name not in s3_client.SETTINGS} | servers
@@ -190,7 +190,7 @@ def artifact_location(experiment: str) -> str:
             found = client.get_experiment(client.create_experiment(experiment))
     except MlflowException as error:
         raise InputError(
-            f"MLFLOW_TRACKING_URI: the server at {_bare(uri)} refuses to say where experiment {experiment!r} lies: "
+            f"MLFLOW_TRACKING_URI: the server at {uri} refuses to say where experiment {experiment!r} lies: "
             f"{error}; is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
         ) from error
     store.check(f"{found.artifact_location.rstrip('/')}/ptl")
@@ -199,19 +199,14 @@ def artifact_location(experiment: str) -> str:
 
 def _require_answer(uri: str) -> None:
     try:
-        urllib.request.urlopen(f"{_bare(uri).rstrip('/')}/health", timeout=10).close()
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it accepts our password is seen later
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
-            f"MLFLOW_TRACKING_URI: no MLflow server answers at {_bare(uri)} ({getattr(error, 'reason', error)}); "
+            f"MLFLOW_TRACKING_URI: no MLflow server answers at {uri} ({getattr(error, 'reason', error)}); "
             "start it or correct the address, or let --s3 start one"
         ) from error
-
-
-def _bare(uri: str) -> str:
-    """An address without user and password."""
-    return re.sub(r"://[^@/]*@", "://", uri)
 
 
 def failure(run: RunDir) -> tuple[str, int] | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import store
+from ptl import address, store
 from ptl.errors import InputError, WorkError
 from ptl.log import say
 from ptl.run_status import TAG, StepRun, node, settle, steps_of, tags_of_parent, untag
@@ -250,12 +250,13 @@ def links(step_run: StepRun) -> dict[str, str]:
         "run_id": step_run.run,
         "mlflow_run_id": step_run.parent_run_id,
         "experiment_id": step_run.experiment_id,
-        "mlflow_url": _without_password(uri).rstrip("/") if uri.startswith("http") else "",
+        "mlflow_url": address.bare(uri).rstrip("/") if address.is_server(uri) else "",
     }
 
 
 def connect() -> MlflowClient:
     """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
+    address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise InputError("environment: MLFLOW_TRACKING_URI is not set; set it to your MLflow server's address")
@@ -281,13 +282,7 @@ def explained() -> Iterator[None]:
         yield
     except MlflowException as error:
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        raise WorkError(
-            f"MLflow at {_without_password(uri)}: {error}; is the server up and is the address right?"
-        ) from error
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"://[^@/]*@", "://***@", uri)
+        raise WorkError(f"MLflow at {uri}: {error}; is the server up and is the address right?") from error
 
 
 def _own(key: str) -> str:

@@ -37,6 +37,7 @@ ADDED = {  # not recorded: what proxies and broken connections make of an answer
     "bad JSON": b'{"run_id": "run-0", "state": ',
     "cut answer": CUT,
     "hang": HANG,
+    "long answer": b'{"run_id": "' + b"0" * (1 << 17) + b'"}',
 }
 
 
@@ -53,6 +54,7 @@ class MockKubeflow:
         self.version = None  # the recorded version of a played run
         self.faults = []  # (method, part of the path, status, whether the request takes effect), each used once
         self.answers = []  # (method, part of the path, name of a recorded or an added answer), each used once
+        self.redirect = ""  # the server that every request is redirected to
         self.requests, self.bodies = [], []
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"world": self})
@@ -247,6 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data) + 100 * (body is CUT)))
+        if status == 302:
+            self.send_header("Location", f"{self.world.redirect}{self.path}")
         self.end_headers()
         self.wfile.write(data)
         if body is CUT:
@@ -254,6 +258,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def respond(self, path, query, raw):
         world = self.world
+        if world.redirect:
+            return 302, b""
         if world.token and self.headers.get("authorization") != f"Bearer {world.token}":
             return 401, {"error": "token is not valid"}
         answer = next((a for a in world.answers if a[0] == self.command and a[1] in path), None)

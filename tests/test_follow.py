@@ -4,11 +4,11 @@ from datetime import datetime
 
 import pytest
 from mlflow import MlflowClient
-from mock_kfp import recorded
+from mock_kfp import ADDED, MockKubeflow, recorded
 
 from pipelines.prune_tune_loop import follow, kfp_api, task_list
 from pipelines.prune_tune_loop.kfp_api import Server
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 
 SIX = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
 EIGHTEEN = [
@@ -337,7 +337,9 @@ def test_cancel_of_a_failed_run_closes_it(world, said, tracked):
 
 @pytest.mark.parametrize("name", ["run-failed-step", "run-canceled"])
 def test_retry_of_a_failed_and_of_a_canceled_run_reopens_it(world, said, tracked, name):
-    run = world.play(name)
+    run = world.play(name, name, "run-retried")
+    for played in world.played:
+        played["run_id"] = run
     parent = tracked(run, {"import-model": {"status": "RUNNING"}})
     assert follow.retry(run, Server(host=world.url), say=said.append) == 0
     assert len(world.calls("POST", ":retry")) == 1 and "runs again" in said[-1]
@@ -348,7 +350,49 @@ def test_retry_of_a_failed_and_of_a_canceled_run_reopens_it(world, said, tracked
 def test_retry_waits_for_the_new_end(world, said):
     world.play("run-failed-step", "run-failed-step", "run-retried")
     assert follow.retry("run", Server(host=world.url), wait=True, poll=0.01, say=said.append) == 0
-    assert "still waiting: run has not begun again yet" in said and said[-1].endswith("SUCCEEDED")
+    assert any(": runs again" in text for text in said) and said[-1].endswith("SUCCEEDED")
+
+
+@pytest.mark.parametrize("command", [follow.cancel, follow.retry])
+def test_an_empty_answer_without_an_effect_is_no_success(world, said, monkeypatch, command):
+    """The server's own answer is `{}`, and so may be that of a proxy that has passed nothing on."""
+    monkeypatch.setattr(follow, "SETTLING", 0.05)
+    run = world.play("run-running" if command is follow.cancel else "run-failed-step")
+    world.answers = [("POST", run, "empty object")]
+    with pytest.raises(WorkError, match="as before; the session may have expired: log in again"):
+        command(run, Server(host=world.url), say=said.append, poll=0.01)
+    assert world.answers == [] and not any("asked to end" in text or "runs again" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [(follow.status, fault) for fault in sorted(ADDED)]
+    + [
+        (command, fault) for command in (follow.cancel, follow.retry) for fault in sorted(set(ADDED) - {"empty object"})
+    ],
+)
+def test_nonsense_for_good_is_no_success_of_any_command(world, said, monkeypatch, command, fault):
+    monkeypatch.setattr(kfp_api, "TIMEOUT", (0.2, 0.02))
+    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
+    run = world.play("run-running" if command is follow.cancel else "run-failed-step")
+    asked = ("GET", "/runs/") if command is follow.status else ("POST", run)
+    world.answers = [(*asked, fault)] * kfp_api.ATTEMPTS
+    with pytest.raises(WorkError, match="Kubeflow Pipelines at"):
+        command(run, Server(host=world.url), say=said.append)
+    assert not any("asked to end" in text or "runs again" in text for text in said)
+
+
+@pytest.mark.parametrize("command", [follow.status, follow.cancel, follow.retry])
+def test_no_request_follows_a_redirect(world, command):
+    """A token would go with it, or a login page would come back."""
+    other = MockKubeflow()
+    world.redirect = f"http://user:secret@{other.url.removeprefix('http://')}"
+    try:
+        with pytest.raises(InputError, match=r"302 it points to http://\*\*\*@127.*log in again") as error:
+            command("run-0", Server(host=world.url, token="secret"))
+        assert len(world.requests) == 1 and other.requests == [] and "secret" not in str(error.value)
+    finally:
+        other.close()
 
 
 def test_a_retry_that_is_refused_says_which_runs_can_be_retried(world, said, tracked):

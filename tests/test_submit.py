@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -264,6 +266,7 @@ def test_a_recorded_success_and_a_recorded_version_that_exists(world, go, said):
 def test_added_faults_of_any_request_are_tried_again(world, go, fault, monkeypatch):
     """Not recorded: what a proxy or a broken connection makes of an answer."""
     monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.3))
+    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     requests = (("POST", "upload"), ("POST", "/runs"), ("GET", "/runs/"))
     world.answers = [(method, part, fault) for method, part in requests]
     assert go() == 0
@@ -282,12 +285,21 @@ def test_added_faults_for_good_say_that_the_session_may_have_expired(world, go):
 @pytest.mark.parametrize("fault", sorted(ADDED))
 def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypatch, fault):
     monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))
+    monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     world.answers = [("GET", "/runs/", fault)] * 99
     assert go(timeout=0.3) == 4 and "not seen to finish" in said[-1]
     assert len([line for line in said if line.startswith("still waiting: ")]) <= 2
     monkeypatch.setattr(follow, "OUTAGE", 0.0)
     with pytest.raises(WorkError):
         go()
+
+
+def test_a_server_that_drips_is_not_waited_for(monkeypatch):
+    """Made up: each byte comes in time, the answer does not."""
+    monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))
+    pieces = (b"0" for _ in iter(lambda: time.sleep(0.02), 1))
+    with pytest.raises(kfp_api.UnreadableError, match=r"takes longer than 0\.4 s"):
+        kfp_api._read(SimpleNamespace(stream=lambda _: pieces))
 
 
 def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):

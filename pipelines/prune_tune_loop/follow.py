@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from pipelines.prune_tune_loop import outcome, run_view, task_list
@@ -17,7 +16,7 @@ from ptl.progress import RunProgress
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
-CANCELING = 60.0  # seconds that `cancel` waits for the end; 15 were seen
+SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
 Say = Callable[[str], None]
@@ -110,8 +109,11 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
         observer.settle(view, records)
         say(f"{view.name}: has ended before ({_words(view)})")
         return DONE
+    # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
+    run = _until(api, run_id, lambda run: run.state in (*task_list.ENDED, "CANCELING"), poll, "does not end")
+    view, records = observer.look(run)
     say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
-    deadline = time.monotonic() + CANCELING
+    deadline = time.monotonic() + SETTLING
     while records is not None and not view.ended and time.monotonic() < deadline:
         time.sleep(poll)
         view, records = observer.look(get_run(api, run_id))
@@ -119,6 +121,19 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
         observer.settle(view, records)
         say(f"{view.name}: {_words(view)}")
     return DONE
+
+
+def _until(api: Api, run_id: str, done: Callable[[Any], bool], poll: float, fault: str) -> Any:
+    """The run, once a request has had its effect. Raises WorkError where it has none."""
+    deadline = time.monotonic() + SETTLING
+    while not done(run := get_run(api, run_id)):
+        if time.monotonic() > deadline:
+            raise WorkError(
+                f"run: {run_id} {fault}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} "
+                "as before; the session may have expired: log in again (KFP_TOKEN or --token-file)"
+            )
+        time.sleep(poll)
+    return run
 
 
 def retry(
@@ -145,14 +160,19 @@ def retry(
         if error.status != CONFLICT:
             raise
         raise InputError(f"run: {run_id} cannot be retried: {error}; `ptl status {run_id}` shows its state") from error
+    before = run.finished_at
+
+    def begun(run: Any) -> bool:
+        return run.state not in task_list.ENDED or run.finished_at != before
+
+    _until(api, run_id, begun, min(poll, 2.0), "does not run again")
     if records is not None:
         try:
             progress.reopen(records)
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")
-    # Until the server has accepted the retry, the state is still the old one.
-    return watch(api, run_id, config, timeout, poll, say, ended_before=run.finished_at) if wait else DONE
+    return watch(api, run_id, config, timeout, poll, say) if wait else DONE
 
 
 def watch(
@@ -162,7 +182,6 @@ def watch(
     timeout: float | None,
     poll: float,
     say: Say,
-    ended_before: datetime | None = None,
 ) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
@@ -176,9 +195,6 @@ def watch(
         late = deadline is not None and time.monotonic() + poll > deadline
         try:
             run = get_run(api, run_id, again=False)
-            stale = run.state in task_list.ENDED and ended_before is not None and run.finished_at == ended_before
-            if stale:
-                raise WorkError(f"{run_id} has not begun again yet")
         except WorkError as error:
             if time.monotonic() - answered > OUTAGE:
                 raise

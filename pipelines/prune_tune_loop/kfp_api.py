@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urljoin
 
+from ptl import address
 from ptl.errors import InputError, WorkError
 
 T = TypeVar("T")
@@ -19,6 +21,7 @@ T = TypeVar("T")
 ATTEMPTS = 5  # the pauses between them double from one second: 15 s in all
 NOT_FOUND, CONFLICT = 404, 409
 TIMEOUT = (10.0, 30.0)  # seconds to connect, and seconds without a byte of the answer
+LIMIT = 64 << 20  # bytes of an answer; the longest is a pipeline's version, of a few MB
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class RefusedError(InputError):
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
+        self.status = status
+
+
+class RedirectError(Exception):
+    """An answer that points to another address."""
+
+    def __init__(self, target: str, status: int) -> None:
+        super().__init__(target)
         self.status = status
 
 
@@ -94,29 +105,49 @@ def connect(server: Server) -> Api:
 
 
 def _guard(client: Any) -> None:
-    """Give every request of a client a timeout, and refuse answers that are not JSON objects.
+    """Bound every request of a client in time and size, and refuse redirects and answers that are not JSON objects.
 
     kfp's methods take no timeout, and without one a server that hangs hangs the command. Its models turn a login page
-    into a record whose fields are all None. Requests are repeated by `call`, not by urllib3 as well.
+    into a record whose fields are all None. A redirect leads to a login page, or takes the token to another server, and
+    a POST loses its body by it. Requests are repeated by `call`, not by urllib3 as well.
     """
-    from urllib3 import Retry
+    from urllib3 import HTTPResponse, Retry, Timeout
 
-    rest = client._run_api.api_client.rest_client  # every API of a kfp client shares it
-    once = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=10)
-    rest.pool_manager.connection_pool_kw["retries"] = once
-    request = rest.request
+    pool = client._run_api.api_client.rest_client.pool_manager  # every API of a kfp client shares it
+    send = pool.request
 
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        response = request(*args, **{**kwargs, "_request_timeout": TIMEOUT})
-        try:
-            answer = json.loads(response.data)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
+    def guarded(method: str, url: str, **options: Any) -> HTTPResponse:
+        options |= {"preload_content": False, "redirect": False, "timeout": Timeout(*TIMEOUT)}
+        once = Retry(total=None, connect=0, read=0, status=0, other=0)
+        with contextlib.closing(send(method, url, **options, retries=once)) as answer:
+            if 300 <= answer.status < 400:
+                target = urljoin(url, answer.headers.get("Location", ""))
+                raise RedirectError(address.page(target), answer.status)
+            body = _read(answer)
+        if answer.status < 300 and not _is_object(body):
             raise UnreadableError("the answer is not JSON")
-        return response
+        return HTTPResponse(body, answer.headers, answer.status, reason=answer.reason)
 
-    rest.request = guarded
+    pool.request = guarded
+
+
+def _read(answer: Any) -> bytes:
+    """The body of an answer. Raises UnreadableError where it is too long, or takes too long."""
+    deadline, body = time.monotonic() + 4 * TIMEOUT[1], b""
+    for piece in answer.stream(1 << 16):
+        body += piece
+        if len(body) > LIMIT:
+            raise UnreadableError(f"the answer is longer than {LIMIT >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise UnreadableError(f"the answer takes longer than {4 * TIMEOUT[1]:g} s")
+    return body
+
+
+def _is_object(body: bytes) -> bool:
+    try:
+        return isinstance(json.loads(body), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def call(
@@ -169,6 +200,13 @@ def explained(host: str) -> Any:
     except HTTPError as error:
         hint = "is --ca-cert right?" if "CERTIFICATE" in str(error).upper() else "is --host right, and is it up?"
         raise WorkError(f"Kubeflow Pipelines at {host}: {error}; {hint}") from error
+    except RedirectError as error:
+        raise RefusedError(
+            f"Kubeflow Pipelines at {host}: {error.status} it points to {error}, where no token is sent: the session "
+            "may have expired; log in again (KFP_TOKEN or --token-file), or give that address as --host if it is the "
+            "server's own",
+            error.status,
+        ) from error
     except UnreadableError as error:
         raise WorkError(
             f"Kubeflow Pipelines at {host}: {error}; the session may have expired: log in again (KFP_TOKEN or "

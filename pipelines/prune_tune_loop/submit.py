@@ -7,11 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect
-from ptl import __version__, progress
+from ptl import __version__, address, progress
 from ptl.config import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
 
@@ -82,11 +82,10 @@ def _check_gate(config: Config, parameter: Any) -> None:
 
 def _description(name: str, experiment: str) -> str | None:
     """A link to the run in MLflow, where MLFLOW_TRACKING_URI is a server here: its parent run is named as the run."""
-    address = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if address.scheme not in ("http", "https"):
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not address.is_server(uri):
         return None
-    host = address.netloc.rpartition("@")[2]  # without the password
-    page = urlunsplit((address.scheme, host, address.path.rstrip("/"), "", "")) + "/#/experiments"
+    page = f"{address.page(address.bare(uri)).rstrip('/')}/#/experiments"
     try:
         experiment_id = progress.experiment_id(experiment)
     except PtlError:

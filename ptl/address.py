@@ -1,0 +1,48 @@
+"""Addresses that may hold a login: its password reaches no log, message or record, and no server but its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+from urllib.parse import unquote, urlsplit
+
+# The second form is a password with a slash, which no parser takes, in an address that is no HOST:PORT/PATH.
+LOGIN = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@")
+
+
+def is_server(uri: str) -> bool:
+    """Whether an MLflow address is that of a server, not of a database."""
+    return uri.startswith(("http://", "https://"))
+
+
+def without_login(text: str) -> str:
+    """A text whose addresses show `***` in place of user and password."""
+    return LOGIN.sub("***@", text)
+
+
+def bare(uri: str) -> str:
+    """An address without user and password."""
+    return LOGIN.sub("", uri)
+
+
+def page(uri: str) -> str:
+    """An address as it may be printed: a login page's query may hold secrets."""
+    return without_login(re.split(r"[?#]", uri, maxsplit=1)[0])
+
+
+def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Move the login of MLFLOW_TRACKING_URI to the variables that MLflow has for it: it prints the address.
+
+    A login in the address comes before theirs, as it does in MLflow.
+    """
+    uri = environment.get("MLFLOW_TRACKING_URI", "")
+    try:
+        parts = urlsplit(uri)
+        user, password = parts.username, parts.password
+    except ValueError:  # no address at all, which its first use reports
+        return
+    if is_server(uri) and password:
+        environment["MLFLOW_TRACKING_USERNAME"] = unquote(user or "")
+        environment["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+        environment["MLFLOW_TRACKING_URI"] = bare(uri)
