@@ -44,10 +44,10 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, vocabulary
 LOGGED = 10  # optimizer steps between two logs, the default; those before the first do not count
 
 
-def make(shape: str, folder: Path) -> int:
+def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> int:
     """A random model of a shape with the tiny reasoner's tokenizer; returns its parameters."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -55,11 +55,11 @@ def make(shape: str, folder: Path) -> int:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=json.loads((REASONER / "config.json").read_text())["eos_token_id"],
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     checkpoint.copy_companions(REASONER, folder)
     return checkpoint.num_params(folder)
 
@@ -92,7 +92,7 @@ def bare(src: Path, settings: Cpt, job: Job) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
     for step, begin in enumerate(range(0, len(dataset), settings.batch_size)):
-        if step == LOGGED:
+        if step == settings.logging_steps:  # as in `product`, those before the first log do not count
             _wait()
             seen, began = 0, time.perf_counter()
         rows = dataset[begin : begin + settings.batch_size]

@@ -1,0 +1,166 @@
+"""Which schedule a gate can follow: the tiny reasoner's loop with the gate on, equal tokens and target for each schedule.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/gated_schedule.py [--seeds 0 1 2] [--only NAME ...]
+
+Prune, recover, evaluate and the gate's verdict are ptl's own, in one process; every other setting is that of tiny.yaml.
+The gate judges 500 of the shipped test problems. The accuracy of the final model is that of 500 generated problems that
+no shipped file has and no verdict has seen, with Wilson's interval. One JSON line for each run, then a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import logging
+
+from ptl import checkpoint, gate
+from ptl.anatomy import anatomy, smallest_cuts
+from ptl.config import Config, Recovery, load_config, plan, removal
+from ptl.evaluate import evaluate_checkpoint, read_items
+from ptl.families import family_of
+from ptl.job import Job, Round
+from ptl.prune import prune_checkpoint
+from ptl.recover import recover_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
+from recovery import REASONER, ROOT, correct, generate
+
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+# name -> cuts, tokens, decay of the learning rate
+SCHEDULES = {
+    "cubic cuts, doubling tokens, decay last": ("cubic", "doubling", "last"),
+    "cubic cuts, doubling tokens, decay each": ("cubic", "doubling", "each"),
+    "cubic cuts, uniform tokens, decay each": ("cubic", "uniform", "each"),
+    "uniform cuts, uniform tokens, decay each": ("uniform", "uniform", "each"),
+    "uniform cuts, doubling tokens, decay each": ("uniform", "doubling", "each"),
+}
+
+
+def configured(name: str, seed: int, given: argparse.Namespace) -> Config:
+    """tiny.yaml with the gate on and a schedule."""
+    cuts, tokens, decay = SCHEDULES[name]
+    config = load_config(TINY)
+    (stage,) = config.recover
+    schedule = {"iterations": given.iterations, "target": given.target, "recovery_tokens": given.tokens}
+    changed = config.model_dump() | {
+        "seed": seed,
+        "schedule": schedule | {"cuts": cuts, "tokens": tokens},
+        "recover": [stage.model_dump() | {"decay": decay, "processes": 1, "learning_rate": given.learning_rate}],
+        "gate": {"enabled": True, "margin": given.margin},
+    }
+    changed["evaluate"]["tasks"][0]["limit"] = given.items
+    return Config.model_validate(changed)
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """The loop with its gate; returns the final checkpoint, the decisions and the tokens that were trained on."""
+    accepted, state, used = REASONER, gate.State(), 0
+    dense = checkpoint.num_params(REASONER)
+    total = removal(dense, config.schedule.target)
+    rule, iterations = config.gate, plan(config.schedule, config.prune)
+    items = {REASONER: scored(config, REASONER, folder / "scores-0")}
+    decisions = []
+    for it in iterations:
+        if state.stopped:
+            break
+        pruned, candidate = folder / f"pruned-{it.index}", folder / f"recovered-{it.index}"
+        pruned.mkdir()
+        params = checkpoint.num_params(accepted)
+        goal = gate.goal(params, dense - int(it.progress * total), state.dump())
+        prune_checkpoint(
+            accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed
+        )
+        untrained = scored(config, pruned, folder / f"scores-pruned-{it.index}")
+        here = Round(it.tokens, (), it.index, it.last, config.seed)
+        job = Job(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
+        budgets = [each.tokens for each in iterations[: it.index]]
+        used += recover_checkpoint(pruned, candidate, Recovery(stages=config.recover), budgets, job).tokens
+        items[candidate] = scored(config, candidate, folder / f"scores-{it.index}")
+        pairs = [
+            gate.paired(*gate.match(items[reference], items[candidate]), rule.margin, rule.alpha)
+            for reference in (REASONER, accepted)
+        ]
+        body = anatomy(accepted, family_of(checkpoint.read_config(accepted)))
+        decision = gate.decide(
+            rule,
+            state,
+            params=checkpoint.num_params(candidate),
+            parent_params=params,
+            target_params=dense - total,
+            baseline=pairs[0],
+            parent=pairs[1],
+            smallest_cut=smallest_cuts(body, config.prune.width_multiple, 1).get("neurons"),
+        )
+        state = decision.state
+        decisions.append({"decision": decision.decision, "tokens": it.tokens, "accuracy": pairs[0].candidate})
+        before = sum(item["correct"] for item in untrained) / len(untrained)
+        decisions[-1] |= {"params": checkpoint.num_params(candidate), "before_recovery": before}
+        said = f"{it.index}: {decision.decision}, {100 * before:.1f} % before recovery, {decision.reason}"
+        print(f"  {said}", file=sys.stderr, flush=True)
+        accepted = candidate if decision.keep == "candidate" else accepted
+    params = checkpoint.num_params(accepted)
+    return {
+        "decisions": decisions,
+        "tokens": used,
+        "params": params,
+        "removed": round(1 - params / dense, 3),
+        "final": accepted,
+    }
+
+
+def scored(config: Config, folder: Path, out: Path) -> list[dict[str, Any]]:
+    """The items of the gate's benchmark, as a checkpoint answers them."""
+    evaluate_checkpoint(folder, out, config.evaluate, seed=config.seed, speed=False)
+    return read_items(out)
+
+
+def marks(decisions: list[dict[str, Any]]) -> str:
+    """One letter for each iteration: accepted or rejected; none once the loop had stopped."""
+    return "".join("A" if each["decision"] == "accepted" else "R" for each in decisions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--target", type=float, default=0.4)
+    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--margin", type=float, default=0.03)
+    parser.add_argument("--items", type=int, default=500, help="problems, of the gate and of the final accuracy each")
+    parser.add_argument("--problem-seed", type=int, default=4711, help="of the generated problems")
+    parser.add_argument("--only", nargs="+", default=list(SCHEDULES), choices=SCHEDULES, metavar="NAME")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    os.chdir(ROOT)  # the config's paths are those of the checkout
+    problems = list(generate("test", given.items, given.problem_seed))
+    rows = []
+    for name in given.only:
+        for seed in given.seeds:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                found = run(configured(name, seed, given), Path(folder))
+                solved = correct(found.pop("final"), problems)
+            low, high = gate.wilson(solved, len(problems))
+            row = {"schedule": name, "seed": seed, **found, "accuracy": solved / len(problems)}
+            row |= {"low": round(low, 3), "high": round(high, 3), "seconds": round(time.monotonic() - started, 1)}
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    print("\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|")
+    for row in rows:
+        interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+        cells = (row["schedule"], row["seed"], marks(row["decisions"]), f"{row['tokens']:,}")
+        print(f"| {' | '.join(map(str, cells))} | {100 * row['removed']:.1f} % | {interval} |")
+
+
+if __name__ == "__main__":
+    main()
