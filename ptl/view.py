@@ -31,8 +31,7 @@ def _verdict(result: Result) -> str:
     sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
     against_dense = result["paired"].get("dense")
     if against_dense and against_dense["verdict"] == "inferior":
-        margin, p = 100 * against_dense["margin"], against_dense["p_worse"]
-        sentence += f": inferior to the dense model (margin {margin:g} points, p {p:.2g})"
+        sentence += f": inferior to the dense model (margin {100 * against_dense['margin']:g} points)"
     if control is None:
         return sentence + "."
     one_shot = f"one-shot pruning reached {value(control)}"

@@ -430,7 +430,7 @@ def test_the_headline_says_inferior_when_the_final_model_is(records, settings, t
         records[step]["facts"]["items"] = items(wrong)
         records[step]["facts"]["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
     result = write_report(records, settings, tmp_path)
-    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points, p 7.6e-06); one-shot"
+    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points); one-shot"
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text(), name
     assert sentence in verdict(result)
