@@ -1,8 +1,8 @@
 """Training rows that share text with a benchmark: overlap of word n-grams, as for GPT-3 (2005.14165, appendix C).
 
-An item of at least `ngram` words shares text with a row that has `ngram` words in a row of it; a shorter item with a row
-that has all of its words in a row, whatever surrounds them. Words are compared after Unicode's NFKC normalisation and
-case folding, without punctuation, so that none of these hides a copy.
+An item of at least `ngram` words shares text with a row that has `ngram` of its words one after another; a shorter item
+with a row that has all of its words so, whatever surrounds them. Words are compared after Unicode's NFKC normalisation
+and case folding, without punctuation, so that none of these hides a copy.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ptl import __version__, attempts, dag, store, tracking
+from ptl import __version__, attempts, dag, run_page, store, tracking
 from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer
@@ -172,12 +172,14 @@ def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, re
     inputs = [parent.model_id] if parent else []
     output = pointer["model_id"] if step.stage != "evaluate" else None
     tracking.finish(
-        run, params=_flat(settings), metrics=_metrics(facts), inputs=inputs, output=output, step=step.iteration
+        run, params=flat(settings), metrics=_metrics(facts), inputs=inputs, output=output, step=step.iteration
     )
     if step.stage == "evaluate":
         first = facts["scores"]["tasks"][0]
         bounds = {"low": first["low"], "high": first["high"]}
         tracking.log_progress(run, facts["scores"]["params"], first["accuracy"], **bounds)
+        if step.iteration == 0:
+            run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
         ended = facts["accepted"]["gate"].get("reason", "") if facts["accepted"]["gate"].get("stopped") else ""
         tracking.tag(run, {"verdict": facts["verdict"]["decision"]} | ({"loop_ended": ended} if ended else {}))
 
@@ -213,7 +215,7 @@ def _metrics(facts: Facts) -> dict[str, float]:
     return metrics
 
 
-def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+def flat(settings: Any, name: str = "") -> dict[str, Any]:
     """Nested settings as dotted names, as MLflow shows parameters; what is unset is left out."""
     if isinstance(settings, dict):
         entries: Any = settings.items()
@@ -221,10 +223,10 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
         entries = enumerate(settings)
     else:
         return {} if settings is None else {name: settings}
-    flat: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in entries:
-        flat |= _flat(value, f"{name}.{key}" if name else str(key))
-    return flat
+        dotted |= flat(value, f"{name}.{key}" if name else str(key))
+    return dotted
 
 
 def _summary(facts: Facts) -> str:

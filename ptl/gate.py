@@ -25,7 +25,7 @@ Verdict = Literal["not inferior", "unclear", "inferior"]
 Item = Mapping[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
 RESAMPLES = 10_000
 REACHED = "target reached"
-NOT_TESTED = "not tested"  # the decision on every iteration of a run without the gate
+NOT_TESTED: Literal["not tested"] = "not tested"  # the decision on every iteration of a run without the gate
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,6 @@ def _budget(tokens: int | None) -> Any:
     class Budget(TrainerCallback):  # type: ignore[misc,unused-ignore]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if tokens is not None and state.num_input_tokens_seen >= tokens:
-                control.should_training_stop = True
+                control.should_training_stop = control.should_log = True
 
     return Budget()

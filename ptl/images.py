@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ptl import __version__
 from ptl.errors import InputError, WorkError
+from ptl.provenance import revision_of
 
 # Which image a kind of step runs in: five steps, three images.
 IMAGE_OF = {
@@ -84,7 +85,7 @@ def build(
         "REGISTRY": f"{registry}/" if registry else "",
         "TAG": tag or __version__,
         "VERSION": __version__,
-        "REVISION": _revision(root),
+        "REVISION": revision_of(root) or "unknown",
     }
     if base_image:
         settings["BASE_IMAGE"] = base_image
@@ -140,18 +141,6 @@ def require_engine() -> None:
     if answer.returncode != 0:
         reason = answer.stderr.strip().splitlines()[-1:] or ["no answer"]
         raise WorkError(f"docker: no engine answers ({reason[0]}); start Docker, or set DOCKER_HOST to one that runs")
-
-
-def _revision(root: Path) -> str:
-    """The commit of the checkout, with `-dirty` where tracked files differ from it; `unknown` outside git."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def _docker(*command: str, cwd: Path | None = None, settings: dict[str, str] | None = None) -> None:

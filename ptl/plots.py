@@ -210,7 +210,9 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
         bad = not control and step["iteration"] in rejected
         colour, label = (CONTROL, "one-shot control") if control else (BAD, "rejected") if bad else (LOOP, "loop")
         style: Any = "--" if bad else "-"
-        axis.plot([offset + t for t, _ in curve], [loss for _, loss in curve], color=colour, linewidth=1.5, ls=style)
+        mark = "o" if len({t for t, _ in curve}) == 1 else ""  # a line of one point is not seen
+        x, y = [offset + t for t, _ in curve], [loss for _, loss in curve]
+        axis.plot(x, y, marker=mark, color=colour, linewidth=1.5, ls=style, markersize=4)
         arms[label] = Line2D([], [], color=colour, linestyle=style, label=label)
         if not control:
             axis.axvline(offset, color=GRID, linewidth=0.8, linestyle=(0, (2, 3)))

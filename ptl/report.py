@@ -11,7 +11,20 @@ from typing import Any
 from ptl import speeds
 from ptl.plots import draw, short
 from ptl.result import Record, Result, build, final_row, total_tokens, work_seconds
-from ptl.view import columns, costs, duration, flat, lines, not_needed, notes, percent, verdict
+from ptl.view import (
+    accuracy_caption,
+    columns,
+    costs,
+    duration,
+    flat,
+    lines,
+    loss_caption,
+    not_needed,
+    notes,
+    percent,
+    table_caption,
+    verdict,
+)
 
 PAPER = "Prune-Tune Loop, arXiv 2602.04919"
 
@@ -79,12 +92,14 @@ def _view(result: Result) -> dict[str, Any]:
         "verdict": verdict(result),
         "notes": notes(result),
         "not_needed": not_needed(result),
-        "has_control": any(row["arm"] == "control" for row in result["rows"]),
+        "table_caption": table_caption(result),
+        "accuracy_caption": accuracy_caption(result),
+        "loss_caption": loss_caption(result),
+        "layers_removed": any(row.get("removed_layers") for row in result["rows"]),
         "control_failed": result.get("control_failed") or "",
         "steps_without_record": _without_record(result),
         "lines": lines(result),
         "task_names": tasks,
-        "first_task": result["rows"][0]["scores"]["tasks"][0] if result["rows"] else {},
         "columns": [name for name, _ in columns(result)],
         "costs": costs(result),
         "speed_rows": [row.cells for row in speeds.rows(result.get("speed") or {})],

@@ -11,7 +11,7 @@ Result = dict[str, Any]
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
-MAX_EXAMPLES = 8
+MAX_CHANGED = 250  # regressions, and improvements, that the report shows: a page of a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
 
 
@@ -32,7 +32,8 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
     imported = records["import-model"]
     names = sorted((name for name in records if "stage" in records[name].get("facts", {})), key=_order(records))
     original = imported["facts"].get("params") or imported["pointer"].get("params", 0)
-    rows = [_row(name, records, original) for name in names if records[name]["facts"].get("scores")]
+    removed = _removed_layers(names, records)
+    rows = [_row(name, records, original, removed) for name in names if records[name]["facts"].get("scores")]
     result = {
         "run_id": run["run_id"],
         "mlflow_run_id": run["mlflow_run_id"],
@@ -108,7 +109,7 @@ def _scored(name: str, records: dict[str, Record]) -> Record:
     return pointer
 
 
-def _row(name: str, records: dict[str, Record], original: int) -> dict[str, Any]:
+def _row(name: str, records: dict[str, Record], original: int, removed: dict[str, list[int]]) -> dict[str, Any]:
     facts, pointer = records[name]["facts"], _scored(name, records)
     scores, first = facts["scores"], facts["scores"]["tasks"][0]
     recover = records.get(name.replace("evaluate", "recover"), {"facts": {}})["facts"]
@@ -131,8 +132,25 @@ def _row(name: str, records: dict[str, Record], original: int) -> dict[str, Any]
         "step": name,
         "gate": {key: value for key, value in verdict.items() if key != "decision"},
         "widths": list(scores.get("widths", [])),
+        "removed_layers": removed.get(name.replace("evaluate", "prune"), []),
         "scores": scores,
     }
+
+
+def _removed_layers(names: list[str], records: dict[str, Record]) -> dict[str, list[int]]:
+    """What each prune step removed, in the dense model's numbers: a step counts the layers that were left to it."""
+    dense = records.get("evaluate-0", {"facts": {}})["facts"].get("scores") or {}
+    left = {records["import-model"]["pointer"]["digest"]: list(range(len(dense.get("widths") or ())))}
+    removed: dict[str, list[int]] = {}
+    for name in names:
+        facts, pointer = records[name]["facts"], records[name]["pointer"]
+        before = left.get(pointer.get("parent_digest", ""))
+        if before is None or facts["stage"] not in ("prune", "recover"):
+            continue
+        gone = set(facts.get("removed_layers", ()) if facts["stage"] == "prune" else ())
+        removed[name] = [layer for i, layer in enumerate(before) if i in gone]
+        left[pointer["digest"]] = [layer for i, layer in enumerate(before) if i not in gone]
+    return removed
 
 
 def _final(names: list[str], records: dict[str, Record], original: int) -> dict[str, Any]:
@@ -254,25 +272,30 @@ def _paired(names: list[str], records: dict[str, Record], gate: dict[str, Any]) 
 
 
 def _examples(names: list[str], records: dict[str, Record]) -> dict[str, Any]:
-    """Answers that changed between the dense model and the final one, where the records carry their items."""
+    """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
     final = _final_step(names, records)
     before, after = _items("evaluate-0", records), _items(final, records)
     pairs = [(before[key], after[key]) for key in before if key in after]
     if not pairs or final == "evaluate-0":
         return {}
     lost = [(old, new) for old, new in pairs if old["correct"] and not new["correct"]]
+    won = [(old, new) for old, new in pairs if new["correct"] and not old["correct"]]
     return {
         "step": final,
         "compared": len(pairs),
         "lost": len(lost),
-        "won": sum(bool(new["correct"] and not old["correct"]) for old, new in pairs),
-        "items": [
-            {"task": str(old["task"]), "id": str(old["id"])}
-            | {key: _shortened(old.get(key, "")) for key in ("prompt", "target")}
-            | {"before": _shortened(old.get("answer", "")), "after": _shortened(new.get("answer", ""))}
-            for old, new in lost[:MAX_EXAMPLES]
-        ],
+        "won": len(won),
+        "regressions": [_changed(old, new) for old, new in lost[:MAX_CHANGED]],
+        "improvements": [_changed(old, new) for old, new in won[:MAX_CHANGED]],
     }
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """An item with the answers of both models."""
+    texts = {"prompt": old.get("prompt"), "target": old.get("target")}
+    texts |= {"before": old.get("answer"), "after": new.get("answer")}
+    short = {key: _shortened("" if text is None else text) for key, text in texts.items()}
+    return {"task": str(old["task"]), "id": str(old["id"]), **short}
 
 
 def _shortened(text: Any) -> str:

@@ -14,7 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, aliases, attempts, dag, decontaminate, gate, store, tracking, verdict
+from ptl import (
+    __version__,
+    aliases,
+    attempts,
+    dag,
+    decontaminate,
+    gate,
+    provenance,
+    run_page,
+    store,
+    tracking,
+    verdict,
+)
 from ptl.config import (
     Calibration,
     Config,
@@ -30,7 +42,20 @@ from ptl.config import (
     removal,
 )
 from ptl.errors import InputError, WorkError
-from ptl.execution import Call, Facts, Output, Step, begin, execute, fetch, limit_threads, noting_errors, scratch, write
+from ptl.execution import (
+    Call,
+    Facts,
+    Output,
+    Step,
+    begin,
+    execute,
+    fetch,
+    flat,
+    limit_threads,
+    noting_errors,
+    scratch,
+    write,
+)
 from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer
@@ -50,19 +75,24 @@ def import_model(call: Call) -> None:
     from ptl import importer
 
     settings = call.settings
-    gate.check_structure(check(Gate, settings["gate"], "gate"), settings["gated"])
+    rule = check(Gate, settings["gate"], "gate")
+    gate.check_structure(rule, settings["gated"])
     source = {"model": settings["model"], "revision": settings["revision"]}
+    schedule, pruning = _schedule(call), check(Prune, settings["prune"], "prune")
+    calibration = check(Calibration, settings["calibration"], "calibration")
+    training = check(TrainingData, settings["training"], "training")
+    scoring = check(Evaluate, settings["evaluate"], "evaluate")
     folder, params = importer.preflight(
-        source["model"],
-        source["revision"] or None,
-        _schedule(call),
-        check(Prune, settings["prune"], "prune"),
-        check(Calibration, settings["calibration"], "calibration"),
-        check(TrainingData, settings["training"], "training"),
-        check(Evaluate, settings["evaluate"], "evaluate"),
+        source["model"], source["revision"] or None, schedule, pruning, calibration, training, scoring
     )
 
-    def work(dst: Path, _run: StepRun) -> Facts:
+    def work(dst: Path, run: StepRun) -> Facts:
+        model = {"path": source["model"], "revision": source["revision"] or None}
+        sections = {"schedule": schedule, "prune": pruning, "calibration": calibration, "training": training}
+        sections |= {"evaluate": scoring, "gate": rule}
+        written = {"model": model, **{name: section.model_dump(mode="json") for name, section in sections.items()}}
+        data = provenance.data_sets(calibration, training, scoring)
+        run_page.describe(run, flat(written), provenance.revision(), data)
         importer.import_checkpoint(str(folder), None, dst)
         return {**source, "params": params, "versions": _versions(), "host": platform.node()}
 
@@ -273,6 +303,8 @@ def _report(call: Call, run: StepRun) -> None:
     settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": stopped.reason}
     result = pages.write_report(records, settings, folder)
     tracking.log_report(run, sorted(folder.iterdir()))
+    run_page.describe(run, flat(config.model_dump(mode="json")))  # what import-model was not given
+    run_page.log_result(run, run_page.result_metrics(result))
     for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
         say(step.name, sentence)
     for name, page in (("html", "report.html"), ("markdown", "report.md")):

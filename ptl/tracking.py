@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -77,11 +78,13 @@ def start(
 
 
 def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
-    """A LoggedModel in state PENDING: its id, and a fresh location for the files."""
+    """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
     with explained():
-        model = connect().create_logged_model(
+        client = connect()
+        run_name = client.get_run(step_run.parent_run_id).info.run_name
+        model = client.create_logged_model(
             step_run.experiment_id,
-            name=re.sub(r"[/:.%\"']", "-", name),  # MLflow allows none of these
+            name=re.sub(r"[/:.%\"']", "-", f"{run_name}-{name}"),  # MLflow allows none of these
             source_run_id=step_run.run_id,
             tags={_own(key): str(value) for key, value in {**tags, "run": step_run.run}.items()},
             params={_own(key): str(value) for key, value in params.items()},
@@ -202,6 +205,7 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
         # ModelVersion.model_id is None when read back (MLflow 3.17), hence the tag.
         same = f"name = '{registered_model}' and tags.`ptl.model_id` = '{pointer.model_id}'"
         for version in client.search_model_versions(same):
+            _mark_registered(client, registered_model, str(version.version), pointer.model_id)
             return str(version.version)
         scored = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
         own = {**scored, **tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
@@ -213,7 +217,30 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
             model_id=pointer.model_id or None,
             await_creation_for=0,
         )
+        _mark_registered(client, registered_model, str(version.version), pointer.model_id)
         return str(version.version)
+
+
+def _mark_registered(client: MlflowClient, registered_model: str, version: str, model_id: str) -> None:
+    """What MLflow's server adds to a LoggedModel that gets a version, and a local database does not.
+
+    Without it the page of the model says that it is not registered.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    if not model_id:
+        return
+    try:
+        model = client.get_logged_model(model_id)
+    except MlflowException as error:  # the database was replaced, or the model deleted: then no page says so
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return
+    known = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    if (registered_model, version) not in {(each["name"], str(each["version"])) for each in known}:
+        added = [*known, {"name": registered_model, "version": version}]
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(added)})
 
 
 def set_alias(registered_model: str, alias: str, version: str) -> None:

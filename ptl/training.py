@@ -104,6 +104,10 @@ def watch(job: Job) -> Any:
     class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
         logged = -1  # optimizer step of the log before; -1: none yet
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= state.max_steps:  # an iteration shorter than logging_steps has a curve too
+                control.should_log = True
+
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             check_finite(model, state.global_step, args.output_dir)
             if torch.distributed.is_initialized():
@@ -117,7 +121,7 @@ def watch(job: Job) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
             if not math.isfinite(numbers.get("loss", 0.0)):
-                since = self.logged + 1 if self.logged >= 0 else state.global_step - args.logging_steps + 1
+                since = self.logged + 1 if self.logged >= 0 else max(1, state.global_step - args.logging_steps + 1)
                 raise WorkError(
                     _not_finite(f"the loss is {numbers['loss']}", state.global_step, args.output_dir, since)
                 )

@@ -31,8 +31,7 @@ def _verdict(result: Result) -> str:
     sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
     against_dense = result["paired"].get("dense")
     if against_dense and against_dense["verdict"] == "inferior":
-        margin, p = 100 * against_dense["margin"], against_dense["p_worse"]
-        sentence += f": inferior to the dense model (margin {margin:g} points, p {p:.2g})"
+        sentence += f": inferior to the dense model (margin {100 * against_dense['margin']:g} points)"
     if control is None:
         return sentence + "."
     one_shot = f"one-shot pruning reached {value(control)}"
@@ -200,11 +199,57 @@ def lines(result: Result) -> list[dict[str, Any]]:
             "bar": [] if r["low"] is None else [round((r[x] - low) * scale, 1) for x in ("low", "accuracy", "high")],
             "shape": _shape(r["widths"]),
             "layers": len(r["widths"]) or "",
+            "removed_layers": ", ".join(map(str, r.get("removed_layers") or ())),
             "tasks": [{"task": t["task"], "score": score(t), **t} for t in r["scores"]["tasks"]],
             "gate": gate_words(r["gate"]),
         }
         for r in rows
     ]  # fmt: skip
+
+
+def table_caption(result: Result) -> str:
+    """What the main table's numbers are; nothing about columns and marks that it does not have."""
+    rows = result["rows"]
+    task: dict[str, Any] = rows[0]["scores"]["tasks"][0] if rows else {}
+    if not task:
+        return ""
+    metric = task.get("metric") or "accuracy"
+    what = f"Accuracy is {metric}" if is_share(task) else f"The score is {metric}"
+    version = f", version {task['version']}" if task.get("version") else ""
+    shots = f", {task['num_fewshot']}-shot" if task.get("num_fewshot") is not None else ""
+    parts = [f"{what} on {task['task']}{version}{shots}."]
+    if any(row["recovery_tokens"] for row in rows):
+        parts.append("Recovery tokens are those of each iteration alone.")
+    bounds = [row["low"] for row in rows if row["low"] is not None]
+    if bounds:
+        parts.append(
+            "The drawn intervals share one scale" + (" that does not begin at zero." if min(bounds) > 0 else ".")
+        )
+    return " ".join(parts)
+
+
+def accuracy_caption(result: Result) -> str:
+    """What is seen in the chart of scores against parameters."""
+    rows = result["rows"]
+    parts = []
+    if any(row["low"] is not None for row in rows):
+        parts.append(f"Bars are {result['confidence'] * 100:g} % intervals.")
+    parts.append("The vertical axis does not begin at zero.")
+    if final_row(result) is not None:
+        parts.append("The ringed mark is the final checkpoint.")
+    if any(row["arm"] == "control" for row in rows):
+        parts.append("The control is drawn a little to the right of its size.")
+    return " ".join(parts)
+
+
+def loss_caption(result: Result) -> str:
+    """What is seen in the chart of losses."""
+    methods = {stage.get("method") for stage in result["settings"].get("recover") or ()}
+    what = "Training loss of each recovery"
+    if "grpo" in methods:
+        what += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
+    loop = any(step["arm"] == "loop" and result["curves"].get(step["step"]) for step in result["steps"])
+    return what + ("; the numbers at the dotted lines are the iterations." if loop else ".")
 
 
 def _shape(widths: list[int]) -> str:

@@ -245,10 +245,10 @@ def test_items_may_hold_any_character_and_a_benchmark_may_be_named_twice(tmp_pat
 
 
 QUESTIONS = {
-    "long": [f"Zoé buys {i} green apples, {i + 1} pears and a crème brûlée for {i + 2} friends; how many?" for i in range(100)],
+    "long": [f"Zoé buys {i} green apples, {i + 1} pears and a brûlée for {i + 2} boys; how many?" for i in range(100)],
     "short": [f"How many crêpes are {i} and {i + 3}?" for i in range(100)],
     "sums": [f"What is {i} + {i + 3}?" for i in range(100)],  # two words beside the template
-    "Chinese": [f"小明有{i}个苹果又买了{i + 3}个，一共几个？" for i in range(100)],
+    "Chinese": [f"小明有{i}个苹果又买了{i + 3}个\uff0c一共几个\uff1f" for i in range(100)],  # full-width , and ?
 }  # fmt: skip
 TEMPLATES = {"bare": "{}", "template": "Question: {}\nAnswer:"}
 SYSTEM = {"role": "system", "content": "You are a careful assistant. Think, then answer."}

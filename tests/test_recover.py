@@ -49,6 +49,12 @@ def test_two_steps_move_the_weights_and_the_loss_is_finite(small, tmp_path):
     assert all(math.isfinite(loss) for _, loss in report.curve)
 
 
+def test_an_iteration_shorter_than_logging_steps_has_a_curve(small, tmp_path):
+    report = recover(small, tmp_path / "out", {**CPT, "logging_steps": 100}, tokens=500)
+    ((tokens, loss),) = report.curve
+    assert report.steps > 1 and tokens == 500 and 0 < loss < 10
+
+
 def test_tokens_are_exact_and_counted_while_training(straight):
     _, report, log = straight
     assert report.tokens == 1500 and report.curve[-1][0] == 1500

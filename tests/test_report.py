@@ -1,6 +1,7 @@
 """The report, from records that are a fixture: their numbers are made up for the tests and measured nowhere."""
 
 import copy
+import itertools
 import json
 import random
 import re
@@ -11,7 +12,7 @@ import yaml
 
 from ptl.report import notes, print_table, render, verdict, write_report
 from ptl.result import build, final_row, work_seconds
-from ptl.view import duration, wall_clock
+from ptl.view import accuracy_caption, duration, loss_caption, table_caption, wall_clock
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -241,8 +242,10 @@ def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
     assert result["final"]["digest"] == records["recover-4"]["pointer"]["digest"]
     assert (result["run_id"], result["mlflow_run_id"], result["seed"]) == ("run-1", "f" * 32, 7)
     assert result["curves"].keys() == {f"recover-{i}" for i in (1, 2, 3, 4)} | {"control-recover"}
-    lost = result["examples"]
-    assert (lost["compared"], lost["lost"], lost["won"], lost["items"][0]["after"]) == (20, 2, 1, "7")
+    changed = result["examples"]
+    assert (changed["compared"], changed["lost"], changed["won"]) == (20, 2, 1)
+    assert [(item["id"], item["after"]) for item in changed["regressions"]] == [("2", "7"), ("11", "16")]
+    assert [(item["id"], item["before"], item["after"]) for item in changed["improvements"]] == [("3", "8", "7")]
 
 
 def test_rejected_and_skipped_iterations(records, settings, tmp_path):
@@ -303,6 +306,67 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
     assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
     assert "Speed" not in text
     assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
+
+
+def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_path, no_pictures):
+    records["evaluate-0"]["facts"]["items"] = items({0, 1, 2})
+    records["evaluate-4"]["facts"]["items"] = items(set(range(3, 20)))
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Regressions: 17<" in html and "Improvements: 3<" in html
+    assert html.count("<summary>") == 20 and all(f"<summary>tiny_reasoner, item {i}<" in html for i in range(20))
+    assert html.count('<details class="example" open>') == 4  # the first two of each
+
+
+def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
+    monkeypatch.setattr("ptl.result.MAX_CHANGED", 1)
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Regressions: 2, the first 1<" in html and "items.jsonl of evaluate-0 and of evaluate-4" in html
+
+
+def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings, tmp_path, no_pictures):
+    chain = ["import-model", "prune-1", "recover-1", "prune-2", "recover-2"]
+    for parent, child in itertools.pairwise(chain):
+        records[child]["pointer"]["parent_digest"] = records[parent]["pointer"]["digest"]
+    records["prune-1"]["facts"]["removed_layers"] = [1]
+    records["prune-2"]["facts"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
+    result = write_report(records, settings, tmp_path)
+    assert [row["removed_layers"] for row in result["rows"]] == [[], [1], [2], [], [], []]
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert "Removed layers are those of the iteration, counted from 0 as in the dense model." in text
+    assert "| 2 | 4 | 170 | 2 |" in (tmp_path / "report.md").read_text()
+
+
+def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings, tmp_path)
+    assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
+    assert table_caption(result).endswith("share one scale that does not begin at zero.")
+    assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
+    few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
+    few["evaluate-4"]["facts"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
+    for record in few.values():
+        for task in record["facts"].get("scores", {}).get("tasks", []):
+            task.update(metric="word_perplexity,none", accuracy=20.0, low=None, high=None)
+        if record["facts"]["stage"] == "recover":
+            record["facts"].update(tokens=0)
+    bare = build(few, settings | {"recover": [{"method": "grpo"}]})
+    assert accuracy_caption(bare) == "The vertical axis does not begin at zero."
+    assert table_caption(bare) == "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
+    assert "GRPO" in loss_caption(bare)
+    assert "Removed layers" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_curve_of_one_point_is_drawn(records, settings):
+    from ptl.plots import draw
+
+    for name, record in records.items():
+        if record["facts"]["stage"] == "recover":
+            record["facts"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
+    svg = draw(build(records, settings))["loss"]["wide"]
+    assert re.search(r"<use[^>]*stroke: var\(--loop\)", svg)  # a mark: a line of one point has no length
+    records["recover-1"]["facts"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
+    assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"]["wide"])
 
 
 def test_rows_that_were_left_out_are_told(records, settings):
@@ -366,7 +430,7 @@ def test_the_headline_says_inferior_when_the_final_model_is(records, settings, t
         records[step]["facts"]["items"] = items(wrong)
         records[step]["facts"]["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
     result = write_report(records, settings, tmp_path)
-    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points, p 7.6e-06); one-shot"
+    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points); one-shot"
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text(), name
     assert sentence in verdict(result)

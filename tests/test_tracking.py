@@ -1,13 +1,19 @@
 """Against a real MLflow database on sqlite; the first connection is slow, so one database serves all tests here."""
 
+import hashlib
+import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from ptl import store, tracking
+from ptl import provenance, run_page, store, tracking
+from ptl.config import Calibration, Evaluate, Task, TrainingData
 from ptl.errors import InputError, WorkError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -139,6 +145,71 @@ def test_versions_and_aliases(client, begin, tmp_path):
     tracking.set_alias(name, "smallest", "2")
     found = {alias: client.get_model_version_by_alias(name, alias).version for alias in ("best", "smallest")}
     assert {alias: str(version) for alias, version in found.items()} == {"best": "1", "smallest": "2"}
+
+
+def test_a_model_is_named_by_its_run_and_shows_its_versions(client, begin):
+    """A local database does not say so on the LoggedModel, as the server does: its page read `not registered`."""
+    step, name = begin("recover-1", 1), f"tiny-{uuid.uuid4().hex[:6]}"
+    model, place = tracking.new_model(step, "recover-1", {}, {})
+    assert client.get_logged_model(model).name == f"{step.run}-recover-1"
+    pointer = store.Pointer(place, "sha256:" + "0" * 64, 90, run_id=step.run_id, model_id=model)
+    for _ in range(2):
+        tracking.register(step, name, pointer, {})
+    tags = client.get_logged_model(model).tags
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
+    other = f"{name}-other"
+    tracking.register(step, other, pointer, {})
+    tags = client.get_logged_model(model).tags
+    assert [each["name"] for each in json.loads(tags["mlflow.modelVersions"])] == [name, other]
+
+
+def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    local = {"source": str(tmp_path / "train.jsonl")}
+    hub = {"source": "org/chats", "split": "test", "revision": "abc"}
+    data = provenance.data_sets(
+        Calibration(data=local),
+        TrainingData(sources=[local, {"source": "org/math"}], decontaminate={"against": [hub]}),
+        Evaluate(tasks=[Task(name="examples/tiny_reasoner/tiny_reasoner.yaml")]),
+    )
+    step = begin("import-model")
+    settings = {"seed": 1, "prune.criterion": "max", **{f"field_{i}": i for i in range(150)}}
+    for _ in range(2):
+        run_page.describe(step, settings, "0" * 40, data)
+    run_page.describe(step, {"seed": 2, "name": "tiny"})
+    parent = client.get_run(step.parent_run_id)
+    assert parent.data.tags["mlflow.source.git.commit"] == "0" * 40
+    assert parent.data.params["ptl.seed"] == "1" and parent.data.params["ptl.name"] == "tiny"
+    assert len(parent.data.params) == 153
+    shown = {each.dataset.name: (each.dataset.digest, each.tags[0].value) for each in parent.inputs.dataset_inputs}
+    digest = hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()[:32]
+    assert shown.pop("tiny_reasoner")[1] == "evaluation"
+    assert shown == {
+        "train.jsonl": (digest, "calibration, training"),
+        "org/math": ("unpinned", "training"),
+        "org/chats": ("abc", "decontamination"),
+    }
+
+
+def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_path):
+    monkeypatch.setenv("PTL_REVISION", "unknown")
+    assert provenance.revision() == provenance.revision_of(ROOT)
+    monkeypatch.setenv("PTL_REVISION", "abc")
+    assert provenance.revision() == "abc"
+    assert provenance.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
+
+
+def test_the_result_is_on_the_run(client, begin):
+    """The defect: MLflow shows the value of the largest step, which of `by_params/accuracy` is the dense model's."""
+    step = begin("report")
+    row = {"arm": "loop", "iteration": 1, "digest": "d", "accuracy": 0.9}
+    result = {"rows": [row], "final": {"digest": "d", "share_removed": 0.4}, "paired": {"dense": {"p_different": 0.03}}}
+    for _ in range(2):
+        run_page.log_result(step, run_page.result_metrics(result))
+    metrics = client.get_run(step.parent_run_id).data.metrics
+    assert metrics == {"final/accuracy": 0.9, "final/removed": 0.4, "final/p": 0.03}
+    assert len(client.get_metric_history(step.parent_run_id, "final/accuracy")) == 1
+    assert run_page.result_metrics({**result, "rows": [], "paired": {}}) == {"final/removed": 0.4}
 
 
 def test_progress_is_on_the_parent_by_params(client, begin):
