@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
+DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
 ADAPTER = "adapter_config.json"  # of PEFT
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -82,6 +83,16 @@ def num_params(folder: Path) -> int:
     """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
     config = read_config(folder)
     return count(contents(folder), family_of(config).is_tied(config))
+
+
+def itemsize(folder: Path) -> int:
+    """Bytes of a number in the model as transformers loads it: in the config's dtype, else in that of the weights."""
+    config = read_config(folder)
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named:
+        return DTYPES[named]
+    found = contents(folder) if any(folder.glob("*.safetensors")) else {}
+    return max((safefile.ITEM_BYTES[entry.dtype] for entry in found.values()), default=DTYPES["bfloat16"])
 
 
 def count(found: Mapping[str, safefile.Entry], tied: bool) -> int:

@@ -26,10 +26,10 @@ from ptl.rewards import check_patterns, reference_template
 from ptl.sources import check_rows, fill, local_file, read_rows
 from ptl.tasks import check_gate, check_tasks
 
-NEEDED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+NEEDED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # no pickles, no code
 
 
-def locate(path: str, revision: str | None) -> Path:
+def locate(path: str, revision: str | None, files: Sequence[str] = NEEDED) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
     folder = Path(path)
     if folder.exists() or path.startswith((".", "/", "~")):
@@ -38,13 +38,18 @@ def locate(path: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model.path: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
             f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and that the hub can be "
             "reached (HF_HUB_OFFLINE=1: only what its cache holds)"
         ) from error
+
+
+def locate_config(path: str, revision: str | None) -> Path:
+    """A folder that holds the checkpoint's config.json; of a hub id nothing else is downloaded."""
+    return locate(path, revision, ["config.json"])
 
 
 def preflight(

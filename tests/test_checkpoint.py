@@ -93,9 +93,13 @@ def test_layers_beyond_the_config_are_extra(single):
     refused(single, "has an unknown tensor model.layers.3.", "and 8 more", "with 3 layers")
 
 
-def test_a_bias_in_some_layers_only_is_refused(single):
-    change(single, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}))
-    refused(single, "lacks tensor model.layers.0.self_attn.q_proj.bias and 2 more")
+def test_biases_are_those_of_the_config(single):
+    name = "model.layers.1.self_attn.q_proj.bias"
+    change(single, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    refused(single, f"has an unknown tensor {name},")  # transformers would leave it out
+    config = checkpoint.read_config(single) | {"attention_bias": True}
+    (single / "config.json").write_text(json.dumps(config))
+    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 14 more")  # transformers would make them up
 
 
 def test_old_rotary_buffers_are_let_through_and_not_counted(single):
