@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from ptl import nexttoken
+from ptl import nexttoken, pretrained
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
 from ptl.job import Job, RecoverReport
+
+TEACHER = "recover.teacher"
 
 
 def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
@@ -27,21 +29,20 @@ def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
 
 def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ptl.importer import locate
 
     folder = locate(settings.teacher, None) if settings.teacher else job.teacher
     if folder is None:
         raise InputError("recover.teacher: the run has no original model to learn from; give a folder or a hub id")
-    mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (src, folder))
+    mine = pretrained.tokenizer(src).get_vocab()
+    theirs = pretrained.tokenizer(folder, TEACHER).get_vocab()
     if mine != theirs:
         differ = len(set(mine.items()) ^ set(theirs.items()))
         raise InputError(
             f"recover.teacher: {settings.teacher or folder} has another vocabulary ({len(theirs)} tokens, the student "
             f"{len(mine)}; {differ} entries differ); distillation needs a teacher with the same tokenizer"
         )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().requires_grad_(False)
+    return pretrained.causal_lm(folder, field=TEACHER).eval().requires_grad_(False)
 
 
 def ce_and_kl(

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl import checkpoint, repair
+from ptl import checkpoint, pretrained, repair
 from ptl.anatomy import anatomy, resolve_multiple
 from ptl.choose import CHOICES, Task
 from ptl.config import Calibration, Prune
@@ -99,9 +99,7 @@ def _unit(removed: tuple[int, ...], selected: Cut) -> str:
 
 
 def _batches(src: Path, calibration: Calibration, seed: int) -> list[Batch]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(src)
+    tokenizer = pretrained.tokenizer(src)
     if calibration.answers == "given":
         return calibration_batches(calibration, tokenizer, seed)
     return padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ptl import checkpoint, launch
+from ptl import checkpoint, launch, pretrained
 from ptl.config import NextToken, Stage
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, Round
@@ -22,14 +22,12 @@ from ptl.preempt import COMPLETE, last_complete, step_of
 
 def load(src: Path, settings: Stage) -> tuple[Any, Any, torch.dtype]:
     """Model in float32, tokenizer, and the dtype that the checkpoint is stored in. Raises InputError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(src)
+    tokenizer = pretrained.tokenizer(src)
     if tokenizer.eos_token_id is None:
         raise InputError(
             "model.path: the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
         )
-    stored = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True)
+    stored = pretrained.causal_lm(src)
     positions = getattr(stored.config, "max_position_embeddings", None)
     wanted = settings.max_length if isinstance(settings, NextToken) else 0
     if positions is not None and wanted > positions:
@@ -220,12 +218,10 @@ def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
 
 def _gathered(trainer: Any, folder: Path) -> Any:
     """The whole model, on the first process, from weights that are spread over all."""
-    from transformers import AutoModelForCausalLM
-
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = pretrained.causal_lm(folder, torch.float32)
     shutil.rmtree(folder)
     return model
 

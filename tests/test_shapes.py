@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +12,20 @@ from tiny_models import VARIANTS, build, save
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typer.testing import CliRunner
 
 from ptl import bounded_json, checkpoint, shapes
 from ptl.anatomy import anatomy
-from ptl.config import Prune, Schedule
+from ptl.cli import app
+from ptl.config import Prune, Schedule, load_config
 from ptl.cost import from_config
 from ptl.errors import InputError
+from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
 from ptl.forecast import shape_of
 from ptl.importer import check_model
 
+TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
@@ -275,3 +280,16 @@ def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
     )
     out = subprocess.run([sys.executable, "-c", code, folders("llama")], check=True, capture_output=True, text=True)
     assert out.stdout == "4 set()\n"
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "evaluate"])
+def test_an_unsupported_family_is_refused_before_the_work(folders, tmp_path, monkeypatch, command):
+    """Evaluation used to find it after its benchmark, recovery after its training."""
+    folder = changed(folders("llama"), tmp_path, model_type="gpt2")
+    for module in ("ptl.backends.language_model", "ptl.recover.recover_checkpoint", "ptl.prune.prune_checkpoint"):
+        monkeypatch.setattr(module, lambda *_, **__: pytest.fail("it began to work"))
+    found = CliRunner().invoke(app, [command, str(folder), str(tmp_path / "out"), "--config", str(TINY)])
+    assert isinstance(found.exception, InputError), found.output
+    assert "'gpt2' is not supported" in str(found.exception)
+    with pytest.raises(InputError, match="'gpt2' is not supported"):
+        evaluate_checkpoint(folder, tmp_path / "out", load_config(TINY).evaluate, seed=0)
