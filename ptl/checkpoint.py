@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -145,8 +146,26 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link to a file outside the folder: its content would be copied and published.
+
+    A snapshot in the hub's cache is made of links to the `blobs` beside it, which are its own.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise InputError(
+                    f"model.path: {folder / path.relative_to(root)} is a link to {target}, outside of that folder; "
+                    "copy the file there in its place"
+                )
+
+
 def copy_companions(src: Path, dst: Path) -> None:
     """Everything beside the weights: tokenizer, generation config, chat template; no pickles, no weights."""
+    check_links(src)
     weights = {path.name for path in shards(src)} | {INDEX, "config.json", STATE, "ptl-files.json"}
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name not in weights and path.suffix not in (*PICKLES, ".safetensors"):

@@ -104,6 +104,7 @@ def _folders(src: Path, dst: Path) -> None:
     from ptl.anatomy import anatomy
     from ptl.families import family_of
 
+    checkpoint.check_links(src)
     anatomy(src, family_of(checkpoint.read_config(src)))
     _fresh(dst)
 

@@ -83,6 +83,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     target that the plan cannot reach.
     """
     family = family_of(checkpoint.read_config(folder))
+    checkpoint.check_links(folder)
     body = anatomy(folder, family)
     checkpoint.check_tokenizer(folder)
     if prune.repair != "off":
@@ -142,6 +143,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
 
     src = locate(path, revision)
     checkpoint.read_config(src)
+    checkpoint.check_links(src)
     weights = checkpoint.shards(src)
     checkpoint.check_finite(weights)
     dst.mkdir(parents=True, exist_ok=True)

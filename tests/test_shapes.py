@@ -1,6 +1,7 @@
 """A config.json that does not fit its weights, or that transformers would stumble over, is named from the headers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,8 @@ def changed(folder, tmp_path, **changes):
     copy = tmp_path / "changed"
     copy.mkdir()
     for path in folder.iterdir():
-        (copy / path.name).symlink_to(path)
+        shutil.copyfile(path, copy / path.name)
     config = json.loads((folder / "config.json").read_text()) | changes
-    (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
     return copy
 
