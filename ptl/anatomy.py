@@ -118,18 +118,13 @@ def layers_for(body: Anatomy, goal: int) -> int:
 
 
 def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
-    """Every tensor that the family has is there, and no other."""
+    """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
+    named = [f"{part}.weight" for part in family.parts] + [f"{part}.bias" for part in family.biased(config)]
     wanted = {"model.embed_tokens.weight", "model.norm.weight"}
-    wanted |= {f"model.layers.{i}.{part}.weight" for i in range(config[family.depth_field]) for part in family.parts}
-    allowed = {"lm_head.weight", "lm_head.bias"} | {f"{name.removesuffix('weight')}bias" for name in wanted}
+    wanted |= {f"model.layers.{i}.{name}" for i in range(config[family.depth_field]) for name in named}
+    allowed = {"lm_head.weight"}  # a tied one may be stored
     if not family.is_tied(config):
-        wanted.add("lm_head.weight")
-    # a bias is the family's or not, for every layer alike
-    for name in (name for name in found if name.endswith(".bias")):
-        match = IN_LAYER.match(name)
-        if match and name in allowed:
-            depth = range(config[family.depth_field])
-            wanted |= {f"{match['prefix']}{i}.{match['part']}.bias" for i in depth}
+        wanted |= allowed
     for problem, names in (("lacks", wanted - found.keys()), ("has an unknown", found.keys() - wanted - allowed)):
         if names:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # Adam's moments between two recoveries; transformers does not read it
+DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -85,6 +87,16 @@ def num_params(folder: Path) -> int:
     return count(contents(folder), family_of(config).is_tied(config))
 
 
+def itemsize(folder: Path) -> int:
+    """Bytes of a number in the model as transformers loads it: in the config's dtype, else in that of the weights."""
+    config = read_config(folder)
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named:
+        return DTYPES[named]
+    found = contents(folder) if any(folder.glob("*.safetensors")) else {}
+    return max((safefile.ITEM_BYTES[entry.dtype] for entry in found.values()), default=DTYPES["bfloat16"])
+
+
 def count(found: Mapping[str, safefile.Entry], tied: bool) -> int:
     """Parameters of these tensors. An output layer that is the embeddings counts once, also where both are stored."""
     return sum(
@@ -135,8 +147,26 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link to a file outside the folder: its content would be copied and published.
+
+    A snapshot in the hub's cache is made of links to the `blobs` beside it, which are its own.
+    """
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise InputError(
+                    f"model.path: {folder / path.relative_to(root)} is a link to {target}, outside of that folder; "
+                    "copy the file there in its place"
+                )
+
+
 def copy_companions(src: Path, dst: Path) -> None:
     """Everything beside the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
+    check_links(src)
     weights = {path.name for path in shards(src)} | {INDEX, "config.json", STATE, "ptl-files.json"}
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name not in weights and path.suffix not in (*PICKLES, ".safetensors"):

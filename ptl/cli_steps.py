@@ -101,8 +101,11 @@ def _fresh(dst: Path) -> None:
 
 def _folders(src: Path, dst: Path) -> None:
     from ptl import checkpoint
+    from ptl.anatomy import anatomy
+    from ptl.families import family_of
 
-    checkpoint.read_config(src)
+    checkpoint.check_links(src)
+    anatomy(src, family_of(checkpoint.read_config(src)))
     _fresh(dst)
 
 

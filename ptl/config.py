@@ -78,8 +78,18 @@ class Prune(Section):
     layer_iterations: int = Field(1, ge=1, description="only with `neurons_then_layers`")
     criterion: Literal["max", "mean", "weight", "taylor", "random"] = Field("max", description="score of a neuron")
     layer_criterion: Literal["max", "block_influence"] = Field("max", description="score of a layer")
-    sigma_neuron: float | None = Field(None, gt=0, description="remove only neurons that score below; none: by budget")
-    sigma_layer: float | None = Field(None, gt=0, description="remove only layers that score below; none: by budget")
+    sigma_neuron: float | None = Field(
+        None,
+        gt=0,
+        description="remove only neurons that score below; none: by budget. With criterion `max`: whose removal moves "
+        "the layer's output by less than that (Euclidean norm) for every token",
+    )
+    sigma_layer: float | None = Field(
+        None,
+        gt=0,
+        description="remove only layers that score below; none: by budget. With layer_criterion `max`: which move the "
+        "hidden state by less than that (Euclidean norm) in the mean over a sequence's tokens",
+    )
     width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: 128, 64, 8 or 1, the first that goes into "

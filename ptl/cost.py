@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl import checkpoint
+from ptl import checkpoint, shapes
+from ptl.anatomy import anatomy
 from ptl.config import Speed
+from ptl.families import family_of
 
 PREFILL_SECONDS, PREFILL_PASSES = 0.1, 20  # a prompt is read that long in every repeat, but no more often than that
 
@@ -29,32 +31,20 @@ class Static:
 
 
 def from_config(folder: Path) -> Static:
-    """Measure a checkpoint folder without loading its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    """Measure a checkpoint folder without loading its weights. Raises InputError for what anatomy() refuses."""
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    params = anatomy(folder, family).params
+    sizes = shapes.sizes(config, family, folder / "config.json")
+    heads_width = sizes.num_attention_heads * sizes.head_dim
     return Static(
-        params=checkpoint.num_params(folder),
+        params=params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
-        flops_per_token=weight_flops(model),
-        attention_flops=4 * config.num_hidden_layers * heads * head_dim,
-        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize,
-        widths=[int(config.intermediate_size)] * config.num_hidden_layers,
+        flops_per_token=2 * shapes.count(config, family, sizes)[1],
+        attention_flops=4 * sizes.layers * heads_width,
+        kv_bytes_per_token=2 * sizes.layers * sizes.num_key_value_heads * sizes.head_dim * checkpoint.itemsize(folder),
+        widths=[sizes.width] * sizes.layers,
     )
-
-
-def weight_flops(model: Any) -> int:
-    """FLOPs per token of a forward pass in the linear layers, the output layer included: 2 per weight."""
-    import torch
-
-    return sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[str, list[dict[str, Any]]]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from ptl import model_checks, nexttoken
+from ptl import model_checks, nexttoken, pretrained
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
 from ptl.job import Job, RecoverReport
+
+TEACHER = "recover.teacher"
 
 
 def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
@@ -27,17 +29,15 @@ def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
 
 def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
-    from transformers import AutoModelForCausalLM
-
     from ptl.importer import locate
 
     folder = locate(settings.teacher, None, field="recover.teacher") if settings.teacher else job.teacher
     if folder is None:
         raise InputError("recover.teacher: the run has no original model to learn from; give a folder or a hub id")
-    mine, theirs = (model_checks.load_tokenizer(path).get_vocab() for path in (src, folder))
+    mine = model_checks.load_tokenizer(src).get_vocab()
+    theirs = model_checks.load_tokenizer(folder, TEACHER).get_vocab()
     model_checks.compare_vocabularies(mine, theirs, settings.teacher or str(folder))
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    return teacher.eval().requires_grad_(False)
+    return pretrained.causal_lm(folder, field=TEACHER).eval().requires_grad_(False)
 
 
 def ce_and_kl(

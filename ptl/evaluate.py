@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl import backends, cost, harness, tasks
+from ptl import backends, cost, harness, pretrained, tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError
 from ptl.gate import wilson
@@ -65,17 +65,18 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     Without `speed` its rows stay empty, and the files have nothing that was timed: equal models give equal bytes.
     A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
     (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
-    before the model is loaded.
+    and for a checkpoint that is not supported before the model is loaded.
     """
     started = time.monotonic()
     check_tasks(settings.tasks, settings)
+    static = cost.from_config(src)
+    pretrained.tokenizer(src)
     lm = backends.language_model(src, settings, seed)
     scores, items = [], []
     for task in settings.tasks:
         score, its_items = run_task(lm, task, settings, seed=seed)
         scores.append(score)
         items += its_items
-    static = cost.from_config(src)
     rows = cost.measure({"": lm.model}, settings.speed, seed)[""] if speed else []
     result = Scores(
         tasks=tuple(scores),

@@ -14,6 +14,7 @@ IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.
 ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # old files hold it; it is recomputed
 
 QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -32,6 +33,7 @@ class Family:
     rows: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")  # [blocks * intermediate, hidden]; biases are cut alike
     blocks: int = 1  # how often the neurons stand in one `rows` tensor: twice where gate and up are fused
     columns: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
+    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()  # config field that switches biases on ("": always), parts
     width_field: str = "intermediate_size"
     depth_field: str = "num_hidden_layers"
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
@@ -49,19 +51,24 @@ class Family:
         """Every part of a layer."""
         return (*self.others, *self.rows, self.columns)
 
+    def biased(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The parts of a layer that have a bias."""
+        return tuple(part for field, parts in self.biases if not field or config.get(field) for part in parts)
+
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the output layer is the embeddings."""
         return bool(config.get("tie_word_embeddings", self.tied))
 
 
 _RECORDS = (
-    Family("llama"),
+    Family("llama", biases=(("attention_bias", QKVO), ("mlp_bias", MLP))),
     Family("mistral", defaults=(("num_key_value_heads", 8),)),
     Family(
         "qwen2",
         per_layer_fields=("layer_types",),
         prefix_fields=("max_window_layers",),
         defaults=(("num_key_value_heads", 32),),
+        biases=(("", QKVO[:3]),),
     ),
     Family(
         "qwen3",
@@ -69,12 +76,14 @@ _RECORDS = (
         per_layer_fields=("layer_types",),
         prefix_fields=("max_window_layers",),
         defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
+        biases=(("attention_bias", QKVO),),
     ),
     Family(
         "gemma2",
         others=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
         per_layer_fields=("layer_types",),
         defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
+        biases=(("attention_bias", QKVO),),
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
@@ -88,6 +97,7 @@ _RECORDS = (
             *(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
             ("vocab_size", 262_208),
         ),
+        biases=(("attention_bias", QKVO),),
         tied=True,
         writes=POST_NORMS,
         norm_offset=1.0,
@@ -103,6 +113,7 @@ _RECORDS = (
         "olmo2",
         others=(*QKVO, *QK_NORMS, *POST_NORMS),
         norm_per_head=False,
+        biases=(("attention_bias", QKVO),),
         writes=(),  # its layers read the hidden state without a norm
         post_norm="post_feedforward_layernorm",
     ),

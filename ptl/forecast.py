@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from ptl import checkpoint, shapes
 from ptl.config import Config, Distil, Grpo, Iteration, NextToken, RecoverStage, Recovery, one_shot, plan, removal
 from ptl.dag import Node, critical_path, nodes, stage_of
 from ptl.errors import InputError
+from ptl.families import family_of
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
@@ -220,36 +221,23 @@ def _duration(hours: float) -> str:
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
-    """A model's shape from its config.json, built on the meta device: no weights are read or allocated."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A model's shape from its config.json alone; of a folder without a dtype there, from the weights' headers too."""
+    from ptl.importer import locate_config
 
-    from ptl.cost import weight_flops
-
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"model.path: no folder {path}; give a checkpoint folder or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model.path: the config of {path!r} cannot be had ({type(error).__name__}); check the path or id, and "
-            "HF_TOKEN for a gated model"
-        ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text: Any = config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    itemsize = (getattr(config, "dtype", None) or torch.float32).itemsize
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    folder = locate_config(path, revision)
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    sizes = shapes.sizes(config, family, f"config.json of {path}")
+    params, matrices = shapes.count(config, family, sizes)
+    itemsize = checkpoint.itemsize(folder)
     return Shape(
-        params=sum({id(p): p.numel() for p in model.parameters()}.values()),
-        matrices=weight_flops(model) // 2,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        vocabulary=text.vocab_size,
-        heads_width=heads * head_dim,
-        kv_bytes=2 * text.num_hidden_layers * kv_heads * head_dim * itemsize,
+        params=params,
+        matrices=matrices,
+        layers=sizes.layers,
+        hidden=sizes.hidden_size,
+        vocabulary=sizes.vocab_size,
+        heads_width=sizes.num_attention_heads * sizes.head_dim,
+        kv_bytes=2 * sizes.layers * sizes.num_key_value_heads * sizes.head_dim * itemsize,
         itemsize=itemsize,
     )
 

@@ -191,7 +191,7 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
 
 
 def num_redundant(scores: Tensor, sigma: float) -> int:
-    """How many units score below the threshold, so that removing each changes the output by less than sigma."""
+    """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
     return int((scores < sigma).sum())
 
 

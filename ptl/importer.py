@@ -53,6 +53,11 @@ def locate(
         ) from error
 
 
+def locate_config(path: str, revision: str | None) -> Path:
+    """A folder that holds the checkpoint's config.json; of a hub id nothing else is downloaded."""
+    return locate(path, revision, ["config.json"])
+
+
 def preflight(
     path: str,
     revision: str | None,
@@ -86,6 +91,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     target that the plan cannot reach.
     """
     family = family_of(checkpoint.read_config(folder))
+    checkpoint.check_links(folder)
     body = anatomy(folder, family)
     checkpoint.check_tokenizer(folder)
     if prune.repair != "off":
@@ -149,6 +155,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
 
     src = locate(path, revision)
     checkpoint.read_config(src)
+    checkpoint.check_links(src)
     weights = checkpoint.shards(src)
     checkpoint.check_finite(weights)
     dst.mkdir(parents=True, exist_ok=True)

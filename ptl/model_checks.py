@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl import checkpoint
+from ptl import bounded_json, checkpoint, pretrained
 from ptl.config import Calibration, DataSource, Distil, Evaluate, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.errors import InputError
 
@@ -20,16 +19,16 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 NO_EOS = "the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = pretrained.tokenizer(folder, field)
+    except InputError:
+        raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
         raise _unreadable(folder, error) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"model.path: {folder}: {NO_EOS}")
+        raise InputError(f"{field}: {folder}: {NO_EOS}")
     return tokenizer
 
 
@@ -133,8 +132,8 @@ def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
     for name in JSON_FILES:
         path = folder / name
         try:
-            found[name] = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
+            found[name] = bounded_json.loads(path.read_bytes()) if path.is_file() else {}
+        except ValueError as error:
             raise _unreadable(folder, f"{name}: {error}") from error
         if not isinstance(found[name], dict):
             raise _unreadable(folder, f"{name} holds no JSON object")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptl import pretrained
 from ptl.config import Calibration
 from ptl.data import Batch, Tokens, order, read_rows, tokenize
 from ptl.errors import InputError, WorkError
@@ -32,16 +33,14 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
 
     Needs the whole model in memory, unlike scoring. Raises WorkError when no answer is correct.
     """
-    from transformers import AutoModelForCausalLM
-
     if settings.data.format == "text":
         raise InputError("calibration.answers: `self` needs prompts: data.format must be prompt_completion or messages")
     rows = read_rows(settings.data)
     tries = itertools.islice(order(len(rows), seed), min(len(rows), TRIES * settings.num_sequences))
     # all at once, so that a wrong row is found before any answer is generated
     given = iter([tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in tries])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = pretrained.causal_lm(folder).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     found: list[Tokens] = []
     asked = 0
     while len(found) < settings.num_sequences and (group := list(itertools.islice(given, settings.batch_size))):

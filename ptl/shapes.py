@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptl.checkpoint import DTYPES
 from ptl.errors import InputError
 from ptl.families import Family
 
@@ -102,6 +104,17 @@ def expected(part: str, family: Family, found: Sizes) -> tuple[tuple[int, ...], 
     return shapes.get(name, ((hidden,), ("hidden_size",)))
 
 
+def count(config: Mapping[str, Any], family: Family, found: Sizes) -> tuple[int, int]:
+    """Parameters of the model, and those among them that stand in products with a token: the output layer's too."""
+    layer = {part: expected(part, family, found)[0] for part in family.parts}
+    products = found.layers * sum(math.prod(shape) for shape in layer.values() if len(shape) > 1)
+    vectors = found.layers * sum(shape[0] for shape in layer.values() if len(shape) == 1) + found.hidden_size
+    vectors += found.layers * sum(layer[part][0] for part in family.biased(config))
+    embeddings = found.vocab_size * found.hidden_size
+    outer = embeddings if family.is_tied(config) else 2 * embeddings
+    return products + vectors + outer, products + embeddings
+
+
 def _check_loading(config: Mapping[str, Any], where: Path | str) -> None:
     """Fields that make transformers load something else than the weights that are there."""
     quantization = config.get("quantization_config")
@@ -152,6 +165,11 @@ def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
         value = config.get(field)
         if value is not None and not (_is_number(value) and value > 0):
             raise InputError(f"model.path: {where} has {field}={value!r}, which must be a number above 0")
+
+    for field in ("dtype", "torch_dtype"):
+        value = config.get(field)
+        if value is not None and (not isinstance(value, str) or value not in DTYPES):
+            raise InputError(f"model.path: {where} has {field}={value!r}, which must be one of {', '.join(DTYPES)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptl import checkpoint, safefile
+from ptl import checkpoint, pretrained, safefile
 from ptl.data import IGNORED, Batch
 from ptl.families import Family
 
@@ -28,14 +28,16 @@ class Stream:
 
     def __init__(self, folder: Path, family: Family, batches: Sequence[Batch]) -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.family = family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.entries = checkpoint.contents(folder)
         self.dtype = safefile.read(self.entries["model.norm.weight"]).dtype
         with init_empty_weights(include_buffers=False):  # buffers follow from the config and are not in the file
-            self.model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=self.dtype)
+            self.model: Any = AutoModelForCausalLM.from_config(
+                pretrained.config(folder), dtype=self.dtype, trust_remote_code=False
+            )
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_decoder().layers
         self.batches = [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]

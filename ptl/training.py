@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ptl import checkpoint, launch
+from ptl import checkpoint, launch, pretrained
 from ptl.config import NextToken, Stage
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, Round
@@ -26,9 +26,7 @@ def load(src: Path) -> tuple[Any, torch.dtype]:
     Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
     `recover.dtype` only says in what the forward pass computes.
     """
-    from transformers import AutoModelForCausalLM
-
-    stored = AutoModelForCausalLM.from_pretrained(src, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    stored = pretrained.causal_lm(src)
     dtype = stored.dtype  # read first: float() converts the model in place
     return stored.float(), dtype
 
@@ -220,12 +218,10 @@ def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
 
 def _gathered(trainer: Any, folder: Path) -> Any:
     """The whole model, on the first process, from weights that are spread over all."""
-    from transformers import AutoModelForCausalLM
-
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = pretrained.causal_lm(folder, torch.float32)
     shutil.rmtree(folder)
     return model
 

@@ -10,8 +10,10 @@ from tiny_models import build, save
 
 from ptl import checkpoint, safefile
 from ptl.anatomy import anatomy
+from ptl.config import Prune, Schedule
 from ptl.errors import InputError
 from ptl.families import FAMILIES
+from ptl.importer import check_model, import_checkpoint
 
 LLAMA = FAMILIES["llama"]
 
@@ -93,9 +95,13 @@ def test_layers_beyond_the_config_are_extra(single):
     refused(single, "has an unknown tensor model.layers.3.", "and 8 more", "with 3 layers")
 
 
-def test_a_bias_in_some_layers_only_is_refused(single):
-    change(single, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(32)}))
-    refused(single, "lacks tensor model.layers.0.self_attn.q_proj.bias and 2 more")
+def test_biases_are_those_of_the_config(single):
+    name = "model.layers.1.self_attn.q_proj.bias"
+    change(single, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    refused(single, f"has an unknown tensor {name},")  # transformers would leave it out
+    config = checkpoint.read_config(single) | {"attention_bias": True}
+    (single / "config.json").write_text(json.dumps(config))
+    refused(single, "lacks tensor model.layers.0.self_attn.k_proj.bias and 14 more")  # transformers would make them up
 
 
 def test_old_rotary_buffers_are_let_through_and_not_counted(single):
@@ -247,3 +253,94 @@ def test_pickles_and_foreign_weights_are_not_copied(single, tmp_path):
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert {"notes.txt", "tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
     assert not names & {"optimizer.bin", "other.safetensors", "model.safetensors", "config.json"}
+
+
+# ---- links: what is copied is also published
+
+
+@pytest.fixture
+def secret(tmp_path):
+    path = tmp_path / "secret"
+    path.mkdir()
+    (path / "key").write_text("secret")
+    return path
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.json", "model.safetensors", "config.json"])
+def test_a_link_that_leaves_the_folder_is_refused_and_not_copied(single, secret, tmp_path, name):
+    outside = secret / name
+    if (single / name).exists():
+        (single / name).rename(outside)
+    else:
+        outside.write_text("secret")
+    (single / name).symlink_to(outside)
+    dst = tmp_path / "copy"
+    with pytest.raises(InputError, match=rf"model.path: .*{name} is a link to .*secret/{name}, outside of that folder"):
+        import_checkpoint(str(single), None, dst)
+    assert not dst.exists()
+    with pytest.raises(InputError, match="is a link to"):
+        check_model(single, Schedule(target=0.3, recovery_tokens=10), Prune())
+    dst.mkdir()
+    with pytest.raises(InputError, match="is a link to"):
+        checkpoint.copy_companions(single, dst)
+
+
+@pytest.mark.parametrize("link", ["../secret/key", "chain", "templates/key"])
+def test_links_in_every_disguise_are_refused(single, secret, link):
+    """Relative, through another link, and a folder of files."""
+    (single / "first").symlink_to("../secret/key")
+    if link == "templates/key":
+        (single / "first").unlink()
+        (single / "templates").symlink_to(secret)
+    elif link == "chain":
+        (single / "chain").symlink_to("first")
+    with pytest.raises(InputError, match="is a link to"):
+        checkpoint.check_links(single)
+
+
+def test_a_link_within_the_folder_is_copied_as_a_file(single, tmp_path):
+    (single / "notes.txt").write_text("kept")
+    (single / "more.txt").symlink_to("notes.txt")
+    import_checkpoint(str(single), None, tmp_path / "copy")
+    assert (tmp_path / "copy/more.txt").read_text() == "kept" and not (tmp_path / "copy/more.txt").is_symlink()
+
+
+def hub_cache(single, tmp_path):
+    """As huggingface_hub keeps it: files by hash in blobs, a snapshot of links."""
+    repository = tmp_path / "hub/models--org--name"
+    snapshot = repository / "snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(single.iterdir())):
+        path.rename(repository / f"blobs/{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_a_snapshot_of_the_hubs_cache_is_imported(single, tmp_path):
+    names = {path.name for path in single.iterdir()}
+    snapshot = hub_cache(single, tmp_path)
+    import_checkpoint(str(snapshot), None, tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+    linked = tmp_path / "by-name"
+    linked.symlink_to(snapshot)
+    import_checkpoint(str(linked), None, tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names
+
+
+@pytest.mark.parametrize("target", ["../../../../secret/key", "../../blobs/../../../secret/key", "/etc/passwd"])
+def test_a_snapshot_that_leaves_the_cache_is_refused(single, secret, tmp_path, target):
+    snapshot = hub_cache(single, tmp_path)
+    (snapshot / "notes.txt").symlink_to(target)
+    with pytest.raises(InputError, match=r"notes.txt is a link to"):
+        import_checkpoint(str(snapshot), None, tmp_path / "copy")
+
+
+def test_blobs_that_are_a_link_do_not_count(single, secret, tmp_path):
+    snapshot = hub_cache(single, tmp_path)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link to"):
+        import_checkpoint(str(snapshot), None, tmp_path / "copy")

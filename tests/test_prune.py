@@ -301,6 +301,31 @@ def test_ridge_brings_each_layer_nearer_to_the_uncut_one(variant, tmp_path):
     assert change(repaired) < 0.9 * change(plain)
 
 
+def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
+    """A few tokens of outsize hidden states dominate the MLP's outputs, and the norm makes them as small as all others.
+
+    Without the weights the repair did more harm here than the cut: 41.4 against 30.1, and 23.8 with them.
+    """
+    model, family = build("olmo2"), FAMILIES["olmo2"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3:12] *= 20
+    source = save(model, tmp_path / "source")
+    stream = Stream(source, family, batches(((40,) * 8,)))
+    scores = neuron_scores(stream, "max", 0, progress=False)
+    selected = Cut(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
+    files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
+    states = []
+    for name, repaired in (("repaired", files), ("plain", None)):
+        cut_checkpoint(source, tmp_path / name, family, selected, repaired)
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            both = [
+                m(stream.batches[0]["input_ids"], output_hidden_states=True).hidden_states[1] for m in (pruned, model)
+            ]
+        states.append(float((both[0] - both[1]).norm()))
+    assert states[0] < 0.85 * states[1]
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "olmo2"])
 def test_magnitude_equals_a_scaled_hidden_state(variant, tmp_path):
     model, family = build(variant), FAMILIES[VARIANTS[variant][0]]

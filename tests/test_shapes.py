@@ -1,24 +1,32 @@
 """A config.json that does not fit its weights, or that transformers would stumble over, is named from the headers."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, build, save
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typer.testing import CliRunner
 
 from ptl import bounded_json, checkpoint, shapes
 from ptl.anatomy import anatomy
-from ptl.config import Prune, Schedule
+from ptl.cli import app
+from ptl.config import Prune, Schedule, load_config
 from ptl.cost import from_config
 from ptl.errors import InputError
+from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
+from ptl.forecast import shape_of
 from ptl.importer import check_model
 
+TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 YARN = {"rope_type": "yarn", "factor": 2.0}
 
 
@@ -40,9 +48,8 @@ def changed(folder, tmp_path, **changes):
     copy = tmp_path / "changed"
     copy.mkdir()
     for path in folder.iterdir():
-        (copy / path.name).symlink_to(path)
+        shutil.copyfile(path, copy / path.name)
     config = json.loads((folder / "config.json").read_text()) | changes
-    (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
     return copy
 
@@ -64,6 +71,15 @@ def test_shapes_are_those_of_the_real_model(folders, variant):
         shape, fields = shapes.expected(part, family, sizes)
         assert entry.shape == (shape[:1] if name.endswith("bias") else shape), name
         assert all(field in vars(sizes) | {family.width_field: 0} for field in fields)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_those_of_the_real_model(folders, variant):
+    model, config = build(variant), checkpoint.read_config(folders(variant))
+    family = FAMILIES[VARIANTS[variant][0]]
+    params, products = shapes.count(config, family, shapes.sizes(config, family, "config.json"))
+    assert params == model.num_parameters() == anatomy(folders(variant), family).params
+    assert products == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,6 +136,8 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("rope_parameters", {"full_attention": {"rope_type": "spiral"}}, "rope_parameters.full_attention.rope_type"),
         ("rope_scaling", "yarn", "must be a JSON object"),
         ("rope_scaling", {"type": "spiral"}, "rope_scaling.rope_type='spiral'"),
+        ("dtype", "float8", "must be one of float64, float32, float16, bfloat16"),
+        ("dtype", ["float32"], "must be one of float64"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "has a quantization_config (gptq)"),
     ],
 )
@@ -198,6 +216,20 @@ def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
     assert "differs from the embeddings" in refusal(folder, "llama-tied")
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+@pytest.mark.parametrize("named", [None, ...])
+def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size, named):
+    folder = changed(save(build("llama").to(dtype), tmp_path / "stored"), tmp_path, dtype=named)
+    assert from_config(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size  # keys and values, layers, KV heads, head_dim
+    assert (shape_of(str(folder)).kv_bytes, shape_of(str(folder)).itemsize) == (2 * 4 * 2 * 8 * size, size)
+
+
+def test_of_a_model_without_dtype_and_weights_sixteen_bits_are_assumed(folders, tmp_path):
+    config = checkpoint.read_config(folders("llama")) | {"dtype": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert shape_of(str(tmp_path)).itemsize == 2
+
+
 # ---- JSON that is nested too deeply
 
 
@@ -240,10 +272,24 @@ def test_sizes_of_a_tensor_that_are_no_whole_numbers_are_refused(tmp_path, shape
         list(checkpoint.tensors(path))
 
 
-def test_a_checkpoint_is_checked_without_torch(folders):
+def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
     code = (
         "import sys; from pathlib import Path; from ptl.anatomy import anatomy; from ptl.families import FAMILIES;"
-        "print(anatomy(Path(sys.argv[1]), FAMILIES['llama']).layers, 'torch' in sys.modules)"
+        "from ptl.forecast import shape_of; shape_of(sys.argv[1]);"
+        "print(anatomy(Path(sys.argv[1]), FAMILIES['llama']).layers, {'torch', 'transformers'} & sys.modules.keys())"
     )
     out = subprocess.run([sys.executable, "-c", code, folders("llama")], check=True, capture_output=True, text=True)
-    assert out.stdout == "4 False\n"
+    assert out.stdout == "4 set()\n"
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "evaluate"])
+def test_an_unsupported_family_is_refused_before_the_work(folders, tmp_path, monkeypatch, command):
+    """Evaluation used to find it after its benchmark, recovery after its training."""
+    folder = changed(folders("llama"), tmp_path, model_type="gpt2")
+    for module in ("ptl.backends.language_model", "ptl.recover.recover_checkpoint", "ptl.prune.prune_checkpoint"):
+        monkeypatch.setattr(module, lambda *_, **__: pytest.fail("it began to work"))
+    found = CliRunner().invoke(app, [command, str(folder), str(tmp_path / "out"), "--config", str(TINY)])
+    assert isinstance(found.exception, InputError), found.output
+    assert "'gpt2' is not supported" in str(found.exception)
+    with pytest.raises(InputError, match="'gpt2' is not supported"):
+        evaluate_checkpoint(folder, tmp_path / "out", load_config(TINY).evaluate, seed=0)

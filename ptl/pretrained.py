@@ -1,0 +1,57 @@
+"""Configs, tokenizers and models through transformers: never with code of the checkpoint's own, and from no pickles.
+
+Where transformers needs such code (`auto_map` in a JSON file names it) and is not told, it asks on the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptl import bounded_json
+from ptl.errors import InputError
+
+MODEL = "model.path"  # the field of the config that names the checkpoint
+
+
+def config(folder: Path, field: str = MODEL) -> Any:
+    """The config of a checkpoint. Raises InputError where it needs code of its own."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig.from_pretrained, folder, field)
+
+
+def tokenizer(folder: Path, field: str = MODEL) -> Any:
+    """The tokenizer of a checkpoint. Raises InputError where it needs code of its own."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, folder, field)
+
+
+def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
+    """The model in its stored dtype, or in the one given. Raises InputError where it needs code of its own."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True)
+
+
+def _load(load: Callable[..., Any], folder: Path, field: str, **options: Any) -> Any:
+    try:
+        return load(folder, trust_remote_code=False, **options)
+    except ValueError as error:  # transformers has no error of its own for it
+        for name in ("config.json", "tokenizer_config.json"):
+            if _names_code(folder / name):
+                raise InputError(
+                    f"{field}: {folder} needs code of its own (auto_map in {name}), which is never run; use a "
+                    "checkpoint that transformers loads without trust_remote_code"
+                ) from error
+        raise
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        content = bounded_json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.get("auto_map"))

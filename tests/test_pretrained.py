@@ -1,0 +1,122 @@
+"""A checkpoint's own Python is never run, and nobody is asked whether it may be."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import build, save
+
+from ptl import pretrained
+from ptl.config import Calibration, DataSource, Prune, load_config
+from ptl.distil import load_teacher
+from ptl.errors import InputError
+from ptl.evaluate import evaluate_checkpoint
+from ptl.forecast import forecast
+from ptl.job import Job, Round
+from ptl.prune import prune_checkpoint
+from ptl.recover_config import Distil, TrainingData, TrainingSource
+from ptl.training import load
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+REFUSED = (
+    r": .*(needs code of its own \(auto_map in (config|tokenizer_config)\.json\), which is never run|not supported)"
+)
+
+
+@pytest.fixture(autouse=True)
+def nobody_answers(monkeypatch):
+    """transformers asks by input() where it is not told."""
+
+    def asked(prompt=""):
+        raise AssertionError(f"asked on the terminal: {prompt}")
+
+    monkeypatch.setattr("builtins.input", asked)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return save(build("llama"), tmp_path_factory.mktemp("plain") / "model")
+
+
+@pytest.fixture(params=["model", "tokenizer"])
+def own_code(request, plain, tmp_path):
+    """A checkpoint whose model or tokenizer is a class in a file beside it."""
+    folder = tmp_path / "own"
+    shutil.copytree(plain, folder)
+    name = {"model": "config.json", "tokenizer": "tokenizer_config.json"}[request.param]
+    content = json.loads((folder / name).read_text())
+    if request.param == "model":
+        classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        content |= {"model_type": "own", "auto_map": classes}
+    else:
+        content |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+        (folder / "tokenizer.json").unlink()
+    (folder / name).write_text(json.dumps(content))
+    (folder / "own.py").write_text(CODE)
+    yield folder
+    assert not (folder / "ran").exists()
+
+
+def test_each_way_into_transformers_refuses(own_code):
+    name = "config.json" if "own" in (own_code / "config.json").read_text() else "tokenizer_config.json"
+    loads = [pretrained.config, pretrained.causal_lm] if name == "config.json" else [pretrained.tokenizer]
+    for way in loads:
+        with pytest.raises(InputError, match=rf"needs code of its own \(auto_map in {name}\), which is never run"):
+            way(own_code)
+
+
+def job(tmp_path):
+    data = TrainingData(sources=[TrainingSource(source="x.jsonl", format="text")])
+    return Job(data, Round(10, (), 1, True, 0), tmp_path / "scratch", lambda *_: None)
+
+
+def test_every_command_refuses(own_code, plain, tmp_path):
+    settings = load_config(TINY, {"model.path": str(own_code)})
+    calibration = Calibration(data=DataSource(source="x.jsonl", format="text"))
+    ways = [
+        lambda: prune_checkpoint(own_code, tmp_path / "a", Prune(), calibration, unit="neurons", goal=20_000, seed=0),
+        lambda: load(own_code, settings.recover[0]),
+        lambda: load_teacher(plain, Distil(teacher=str(own_code)), job(tmp_path)),
+    ]
+    ways += [lambda: evaluate_checkpoint(own_code, tmp_path / "b", settings.evaluate, seed=0)]
+    if "own" in (own_code / "config.json").read_text():
+        ways += [lambda: forecast(settings)]
+    for way in ways:
+        with pytest.raises(InputError, match=REFUSED):
+            way()
+
+
+def test_a_known_family_that_names_code_too_is_loaded_without_it(plain, tmp_path):
+    """Phi-3's checkpoints on the hub do so."""
+    folder = tmp_path / "phi"
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": classes}))
+    (folder / "own.py").write_text(CODE)
+    assert pretrained.causal_lm(folder).num_parameters() == build("llama").num_parameters()
+    assert not (folder / "ran").exists()
+
+
+def test_other_errors_of_transformers_stay_as_they_are(plain, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(plain, folder)
+    (folder / "config.json").write_text('{"model_type": "no_such_type"}')
+    with pytest.raises(ValueError, match="no_such_type"):
+        pretrained.config(folder)
+
+
+def test_no_other_module_loads_by_itself():
+    """Each call of from_pretrained is in ptl/pretrained.py, and the harness is told as well."""
+    calls = {
+        path.name
+        for path in (ROOT / "ptl").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
+    }
+    assert calls == {"pretrained.py"}
+    assert (ROOT / "ptl/backends.py").read_text().count("trust_remote_code=False") == 2
