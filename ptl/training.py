@@ -120,9 +120,13 @@ def watch(job: Job) -> Any:
             numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
             if not math.isfinite(numbers.get("loss", 0.0)):
                 since = self.logged + 1 if self.logged >= 0 else max(1, state.global_step - args.logging_steps + 1)
-                raise WorkError(
-                    _not_finite(f"the loss is {numbers['loss']}", state.global_step, args.output_dir, since)
-                )
+                what = f"the loss is {numbers['loss']}"
+                if state.global_step == 1:
+                    raise WorkError(
+                        f"recover: {what} at optimizer step 1, before any weight has changed: the model itself "
+                        "computes it; check its weights (ptl evaluate), or use a sound checkpoint"
+                    )
+                raise WorkError(_not_finite(what, state.global_step, args.output_dir, since))
             self.logged = state.global_step
             if "num_input_tokens_seen" in numbers and job.this.tokens is not None:
                 # the last batch of several processes is filled up with empty sequences, which are no training tokens
@@ -195,7 +199,9 @@ def save(
             checkpoint.write_shard(dst / checkpoint.STATE, _moments(model, trainer.optimizer))
         if hasattr(model, "merge_and_unload"):  # LoRA
             model = model.merge_and_unload()
-        model.to(dtype).save_pretrained(dst)
+        model = model.to(dtype)
+        check_finite(model, trainer.state.global_step, trainer.args.output_dir)  # float16 ends at 65,504
+        model.save_pretrained(dst)
         (dst / "config.json").write_text((src / "config.json").read_text())
         checkpoint.copy_companions(src, dst)
 

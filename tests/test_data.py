@@ -1,15 +1,18 @@
 """Rows become token sequences: budgets, disjoint chunks, labels, mixing, sources, decontamination, errors."""
 
+import contextlib
 import gzip
 import json
 import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ptl import decontaminate, sources
-from ptl.config import Calibration, DataSource, Decontaminate, TrainingData, TrainingSource
+from ptl.config import Calibration, DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
 from ptl.evaluate import read_items
@@ -27,9 +30,23 @@ PROBLEMS = TrainingData(
 )
 
 
+ASKED, ANSWERED = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
+
+
+@pytest.fixture
+def chatty():
+    """A tokenizer with a chat template."""
+    made = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
+    made.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    return made
 
 
 def rows_file(path, rows):
@@ -359,22 +376,17 @@ def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
         training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, filter_=leaks)
 
 
-def test_messages_need_a_chat_template(tokenizer, tmp_path):
-    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+def test_messages_need_a_chat_template(chatty):
+    chat = [ASKED, ANSWERED]
     source = DataSource(source="a.jsonl", format="messages")
-    plain = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
-    plain.chat_template = None
-    with pytest.raises(InputError, match="needs a chat template"):
-        tokenize({"messages": chat}, source, plain, 64)
-    plain.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokens = tokenize({"messages": chat}, source, plain, 64)
+    tokens = tokenize({"messages": chat}, source, chatty, 64)
     answer = [label for label in tokens.labels("completion") if label != IGNORED]
-    assert plain.decode(answer) == "2\n"
+    assert chatty.decode(answer) == "2\n"
     with pytest.raises(InputError, match="no list in column 'chat'"):
-        tokenize({"messages": chat}, source.model_copy(update={"messages": "chat"}), plain, 64)
+        tokenize({"messages": chat}, source.model_copy(update={"messages": "chat"}), chatty, 64)
+    chatty.chat_template = None
+    with pytest.raises(InputError, match="needs a chat template"):
+        tokenize({"messages": chat}, source, chatty, 64)
 
 
 def test_a_tokenizer_without_eos_is_an_error():
@@ -417,3 +429,132 @@ def test_calibration_batches_have_equal_lengths_together(tokenizer):
         padded = batch["attention_mask"] == 0
         assert (batch["labels"][padded] == IGNORED).all() and batch["input_ids"].shape[1] <= 40
         assert (batch["labels"][:, 0] == IGNORED).all()  # the prompt is scored on, but its loss says nothing
+
+
+NOT_TEXT = {
+    "null": ({"prompt": "a", "completion": None}, "row 2 .* holds null for {completion}"),
+    "not-a-number": ({"prompt": float("nan"), "completion": "b"}, "row 2 .* holds NaN for {prompt}"),
+    "list": ({"prompt": "a", "completion": ["b"]}, "row 2 .* holds a list for {completion}"),
+    "half-a-pair": ({"prompt": "a", "completion": "\ud83d"}, "row 2 .* is no Unicode"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TEXT)
+def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_path, case):
+    row, said = NOT_TEXT[case]
+    source = DataSource(source=rows_file(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, row]))
+    with pytest.raises(InputError, match=said):
+        check_rows(source)
+    with pytest.raises(InputError, match=said):
+        tokenize(row, source, tokenizer, 64, 2)
+    with pytest.raises(InputError, match=said):
+        decontaminate.build(Decontaminate(against=[source]), None)
+
+
+def test_a_null_in_a_later_row_of_a_table_is_found_by_the_check(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["a", "b", "c"], "completion": ["1", "2", None]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 3 .* holds null for {completion}"):
+        check_rows(DataSource(source=str(tmp_path / "a.parquet")))
+
+
+def test_a_part_of_a_value_may_be_named():
+    source = DataSource(source="a.jsonl", completion="{answer[steps][0]} #### {answer[value]}")
+    row = {"prompt": "1+1?", "answer": {"steps": ["1+1=2"], "value": 2}}
+    assert sources.texts(row, source, 1) == ("1+1?", "1+1=2 #### 2")
+    with pytest.raises(InputError, match="lacks 'steps'"):
+        sources.texts({"prompt": "1+1?", "answer": {}}, source, 1)
+    with pytest.raises(InputError, match="lacks"):
+        sources.texts({"prompt": "1+1?", "answer": "2"}, source, 1)
+
+
+@pytest.mark.parametrize("template", ["{x.foo}", "{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}"])
+def test_templates_name_columns_only(template):
+    with pytest.raises(ValueError, match=r"is no template|which is no column"):
+        DataSource(source="a.jsonl", prompt=template)
+    with pytest.raises(ValueError, match=r"is no template|which is no column"):
+        Reward(name="math", answer=template)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="{}[].!:x0 \ud800", max_size=9))
+def test_any_template_is_refused_or_fills(template):
+    """What the config accepts never ends in a traceback."""
+    try:
+        source = DataSource(source="a.jsonl", prompt=template)
+    except ValueError:
+        return
+    with contextlib.suppress(InputError):
+        assert isinstance(sources.texts({"prompt": "a", "completion": "b", "x": 1}, source, 1)[0], str)
+
+
+CHATS = {
+    "ends-with-the-user": ([ASKED, ANSWERED, ASKED], "ends with a turn of role 'user'"),
+    "one-message": ([ASKED], "ends with a turn of role 'user'"),
+    "an-answer-alone": ([ANSWERED], "nothing comes before"),
+    "text": ("1+1?", "no list in column"),
+    "list-of-texts": (["1+1?", "2"], "message 1 is no object"),
+    "no-role": ([{"content": "1+1?"}, ANSWERED], "message 1 is no object with a role"),
+    "null-content": ([ASKED, ANSWERED | {"content": None}], r"content of message 2 is no text \(null\)"),
+    "parts": ([ASKED | {"content": [{"type": "text"}]}, ANSWERED], r"message 1 is no text \(a list\)"),
+    "half-a-pair": ([ASKED | {"content": "\udc00"}, ANSWERED], "is no Unicode"),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_chats_without_something_to_learn_are_refused_wherever_they_are_read(chatty, tmp_path, case):
+    chat, said = CHATS[case]
+    source = DataSource(source=rows_file(tmp_path / "a.jsonl", [{"messages": chat}]), format="messages")
+    with pytest.raises(InputError, match=said):
+        check_rows(source)
+    with pytest.raises(InputError, match=said):
+        tokenize({"messages": chat}, source, chatty, 64, 1)
+
+
+def test_a_chat_without_an_answer_is_a_prompt_for_reinforcement_learning(tmp_path):
+    rows = [{"messages": [ASKED]}, {"messages": [ASKED, ANSWERED, ASKED]}, {"messages": [ASKED, ANSWERED]}]
+    source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows), format="messages")
+    check_rows(source, answers=False)
+    prompts = [sources.prompt_of(row, source, 1) for row in rows]
+    assert prompts == [[ASKED], [ASKED, ANSWERED, ASKED], [ASKED]]
+
+
+def test_a_chat_that_the_template_refuses_names_its_row(chatty):
+    source = DataSource(source="a.jsonl", format="messages")
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"row 7: .*roles must alternate"):
+        tokenize({"messages": [ASKED, ANSWERED]}, source, chatty, 64, 7)
+
+
+ROW = b'{"prompt": "a", "completion": "b"}\n'
+DAMAGED = {
+    "flipped": lambda packed: packed[:20] + bytes([packed[20] ^ 255]) + packed[21:],
+    "truncated": lambda packed: packed[:-12],
+    "wrong-checksum": lambda packed: packed[:-8] + b"\0\0\0\0" + packed[-4:],
+    "no-gzip": lambda packed: ROW,
+    "rubbish-behind": lambda packed: packed + b"rubbish",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_gzip_is_an_error_of_the_input(tmp_path, case):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(DAMAGED[case](gzip.compress(ROW * 50, mtime=0)))
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz"):
+        check_rows(DataSource(source=str(path)))
+
+
+@pytest.mark.parametrize("content", [b"0" * 300_000, b"{}\n" * 100_000], ids=["one-line", "many-lines"])
+def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(sources, "MAX_LINE", 10_000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(InputError, match=r"characters so far from a file of [\d,]+ bytes"):
+        read_rows(DataSource(source=str(path)))
+
+
+def test_json_that_is_too_deep_names_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(ROW + b"[" * 100_000 + b"\n")
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        check_rows(DataSource(source=str(tmp_path / "a.jsonl")))
