@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,8 +133,9 @@ def noting_errors(run: StepRun) -> Iterator[None]:
 
 
 def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work) -> Record:
-    folder = scratch(step.name) / "out"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
+    for left in scratch(step.name).glob("out-*"):  # by killed attempts
+        shutil.rmtree(left, ignore_errors=True)
+    folder = scratch(step.name) / f"out-{uuid.uuid4().hex[:12]}"  # of this attempt alone
     folder.mkdir(parents=True)
     started = time.time()
     facts = work(folder, run)

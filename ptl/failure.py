@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ptl import gate, tracking
+from ptl import gate, localfs, tracking
 from ptl.attempts import Failure
 from ptl.execution import Output, Step, write
 from ptl.log import say
@@ -28,7 +28,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     folder = os.environ.get("PTL_RUN_DIR")
     if folder:  # KFP's local runner itself only says that a task failed
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
-        Path(folder, "error.json").write_text(json.dumps(error))
+        localfs.replace(Path(folder, "error.json"), json.dumps(error).encode())
     _try(step, "MLflow", lambda: _track(Step(step, experiment), failure))
     if os.environ.get(WEBHOOK) and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))

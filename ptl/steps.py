@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, aliases, attempts, dag, gate, store, tracking, verdict
+from ptl import __version__, aliases, attempts, dag, gate, localfs, preempt, store, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -114,7 +114,8 @@ def recover(call: Call) -> None:
         "training": data,
         "seed": seed,
     }
-    vault = _vault(step, parent, given, recovery)
+    key = preempt.key_of(parent.digest, given)
+    vault = _vault(step, key, recovery)
 
     def work(dst: Path, run: StepRun) -> Facts:
         from ptl.job import Job, Round
@@ -132,27 +133,23 @@ def recover(call: Call) -> None:
         here = Round(this.tokens, (), step.iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
         items = fetch(scored) if data.decontaminate.tasks else None
-        job = Job(data, here, scratch(step.name) / "training", on_log, teacher, vault, items)
+        job = Job(data, here, scratch(step.name) / f"training-{key[:12]}", on_log, teacher, vault, items)
         report = recover_checkpoint(src, dst, recovery, rounds, job)
         return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
     record = execute(step, parent, given, work)
     if vault is not None:
-        from ptl import preempt
-
         preempt.clear(vault, len(recovery.stages))
     write(call.outputs["out"], record["pointer"])
 
 
-def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any:
+def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
     """Where training checkpoints outlive the machine, when a stage wants that."""
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
         return None
-    from ptl import preempt
-
     run = step.start()
-    return preempt.Vault(run.root, run.run, step.name, preempt.key_of(parent.digest, given), min(minutes))
+    return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
 
 
 def _original(run: StepRun) -> Path:
@@ -280,7 +277,7 @@ def _report(call: Call, run: StepRun) -> None:
     shared = os.environ.get("PTL_RUN_DIR")
     if shared:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
-            shutil.copyfile(path, Path(shared, path.name))
+            localfs.replace(Path(shared, path.name), path.read_bytes())
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
     tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
 
