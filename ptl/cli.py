@@ -139,6 +139,8 @@ def run(
         artifacts = runs.artifact_location(checked.storage.experiment)
         with run_directory.working(here, checked):
             print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}", flush=True)
+            if here.earlier:
+                print(f"steps with the same inputs and settings are taken over from {', '.join(here.earlier)}")
             if servers:
                 print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
             mlflow_database.create(environment["MLFLOW_TRACKING_URI"], artifacts)
@@ -240,7 +242,10 @@ def _execute(
         RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
     except PtlError as error:
         message, code = run_directory.failure(here) or (str(error), error.exit_code)
-        again = "fix it and run the same command again to resume: finished steps are not redone"
+        again = (
+            "fix it and run the same command again to resume: finished steps are not redone (with a corrected config: "
+        )
+        again += "those whose inputs and settings stay the same)"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
 
 

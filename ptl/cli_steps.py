@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -150,14 +151,16 @@ def _writing(dst: Path) -> Iterator[Path]:
 def _key(src: Path, settings: Config, budget: int, scored: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
     from ptl import preempt, sources
-    from ptl.manifest import sha256_of
 
     files = [path for path in src.iterdir() if path.is_file()]  # links too: a snapshot in the hub's cache has only such
     files += [path for source in settings.training.sources if (path := sources.local_file(source)) is not None]
     if scored is not None:
         files.append(scored / "items.jsonl")
-    contents = sorted([path.name, sha256_of(path)] for path in files)
-    return preempt.key_of(__version__, contents, settings.training, settings.recover, settings.seed, budget)
+    contents = []
+    for path in files:
+        with path.open("rb") as file:
+            contents.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return preempt.key_of(__version__, sorted(contents), settings.training, settings.recover, settings.seed, budget)
 
 
 def _show(report: Any) -> None:

@@ -28,6 +28,7 @@ class RunDir:
 
     home: Path  # .ptl
     path: Path
+    earlier: tuple[str, ...] = ()  # unfinished runs of this name with another config, the newest first
     launch: str = field(default_factory=lambda: uuid.uuid4().hex)  # each command gives a step new attempts
 
     @property
@@ -54,25 +55,33 @@ class RunDir:
 def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tuple[RunDir, bool]:
     """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
 
-    Raises InputError when `chosen` belongs to another run.
+    Unless it is to begin anew, it names unfinished runs of other configs, whose steps may be taken over. Raises
+    InputError when `chosen` belongs to another run.
     """
     home = home.absolute()
+    unfinished = [] if fresh else _unfinished(home, config)
+    earlier = tuple(path.name for path, held in unfinished if not _same_run(held, config))
     if chosen is not None:
-        run = RunDir(home, chosen.absolute())
+        run = RunDir(home, chosen.absolute(), earlier)
         held = _config(run.path)
         if not (_is_ours(run.path) if held is None else _same_run(held, config)):
             another = "belongs to another run: its config.yaml differs from this config"
             why = another if (run.path / "config.yaml").is_file() else "is not empty and holds no run"
             raise InputError(f"--run-dir: {chosen} {why}; choose another directory")
         return run, held is not None
-    for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
-        run = RunDir(home, path)
-        held = _config(path)
-        if not fresh and held is not None and _same_run(held, config) and not run.result.is_file():
-            return run, True
+    for path, held in unfinished:
+        if _same_run(held, config):
+            return RunDir(home, path, earlier), True
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     digest = hashlib.sha256(os.urandom(8)).hexdigest()[:4]
-    return RunDir(home, home / "runs" / f"{config.name}-{stamp}-{digest}"), False
+    return RunDir(home, home / "runs" / f"{config.name}-{stamp}-{digest}", earlier), False
+
+
+def _unfinished(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories and configs of the runs of this name that have no result yet, the newest first."""
+    paths = sorted((home / "runs").glob(f"{config.name}-*"), reverse=True)
+    configs = [(path, _config(path)) for path in paths if not (path / "result.json").is_file()]
+    return [(path, held) for path, held in configs if held is not None and held["name"] == config.name]
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -62,6 +62,7 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
         "PTL_LAUNCH": run.launch,
         LIFELINE: str(run.lifeline),
         "PTL_RUN_DIR": str(run.path),
+        "PTL_EARLIER_RUNS": " ".join(run.earlier),
         "PTL_SCRATCH": str(run.scratch),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ptl import __version__, aliases, attempts, dag, gate, localfs, preempt, store, tracking, verdict
+from ptl import __version__, aliases, attempts, dag, gate, localfs, preempt, store, takeover, tracking, verdict
 from ptl.config import (
     Calibration,
     Config,
@@ -91,7 +91,7 @@ def prune(call: Call) -> None:
         return dataclasses.asdict(report)
 
     given = {"goal": goal, "unit": this.unit, "prune": settings, "calibration": scoring, "seed": seed}
-    record = execute(call.step, parent, given, work)
+    record = execute(call.step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
     write(call.outputs["out"], record["pointer"])
 
 
@@ -137,7 +137,7 @@ def recover(call: Call) -> None:
         report = recover_checkpoint(src, dst, recovery, rounds, job)
         return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
-    record = execute(step, parent, given, work)
+    record = execute(step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
     if vault is not None:
         preempt.clear(vault, len(recovery.stages))
     write(call.outputs["out"], record["pointer"])
@@ -206,6 +206,8 @@ def evaluate(call: Call) -> None:
         call.settings["iterations"], call.settings["target"], check(Prune, call.settings["prune"], "prune")
     )
 
+    content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
+
     def work(dst: Path, run: StepRun) -> Facts:
         from ptl import tasks
         from ptl.evaluate import evaluate_checkpoint
@@ -213,21 +215,27 @@ def evaluate(call: Call) -> None:
         tasks.check_gate(settings, rule)
         src = fetch(candidate)
         limit_threads(candidate.params)
-        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
-        if rule.enabled and scores.tasks[0].low is None:  # the task's YAML did not tell
+        # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
+        earlier = takeover.take(run, content_key, dst)
+        if earlier is None:
+            scores = dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
+        else:
+            scores = earlier["scores"]
+        if rule.enabled and scores["tasks"][0]["low"] is None:  # the task's YAML did not tell
             raise tasks.no_accuracy(settings.tasks[0])
         registered = call.settings["registered_model"]
         decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered)
         ends = verdict.ends_the_loop(step, whole, onward)
         speed = verdict.beside_dense(step, run, onward, settings, seed) if ends else {}
         return {
-            "scores": dataclasses.asdict(scores),
+            "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
             "smallest_cuts": whole.smallest_cuts(src),
             "verdict": decided,
             "accepted": dataclasses.asdict(onward),
             "speed": speed,
-            "seconds": scores.seconds + speed.get("seconds", 0.0),
+            "seconds": scores["seconds"] + speed.get("seconds", 0.0),
+            takeover.KEY: content_key,
         }
 
     given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": whole.iterations, "seed": seed}
