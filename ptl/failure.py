@@ -29,7 +29,8 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     if folder:  # KFP's local runner itself only says that a task failed
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
         localfs.replace(Path(folder, "error.json"), json.dumps(error).encode())
-    _try(step, "MLflow", lambda: _track(Step(step, experiment), failure))
+    with tracking.briefly():
+        _try(step, "MLflow", lambda: _track(Step(step, experiment), failure))
     if os.environ.get(WEBHOOK) and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))
 
