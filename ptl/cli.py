@@ -168,9 +168,10 @@ def up(
     backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; none: sqlite")] = None,
 ) -> None:
     """Start a real S3 server and a real MLflow server on loopback, and print the environment that reaches them."""
-    from ptl import stack
+    from ptl import processes, stack
 
-    env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
+    with processes.interruptible("the same command starts what is missing; `ptl down` stops what was started"):
+        env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
     for name, value in env.items():
         print(f"export {name}={value}")
 
