@@ -75,9 +75,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         pruned.mkdir()
         params = checkpoint.num_params(accepted)
         goal = gate.goal(params, dense - int(it.progress * total), state.dump())
-        prune_checkpoint(
-            accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed
-        )
+        prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
         untrained = scored(config, pruned, folder / f"scores-pruned-{it.index}")
         here = Round(it.tokens, (), it.index, it.last, config.seed)
         job = Job(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
@@ -155,7 +153,9 @@ def main() -> None:
             row |= {"low": round(low, 3), "high": round(high, 3), "seconds": round(time.monotonic() - started, 1)}
             print(json.dumps(row), flush=True)
             rows.append(row)
-    print("\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|")
+    print(
+        "\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|"
+    )
     for row in rows:
         interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
         cells = (row["schedule"], row["seed"], marks(row["decisions"]), f"{row['tokens']:,}")

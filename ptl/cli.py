@@ -124,27 +124,33 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the steps print")] = False,
 ) -> None:
     """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
-    from ptl import runs
-    from ptl.report import print_table
+    from ptl import processes
 
-    checked = load_config(config, pairs("--set", sets))
-    _check_runner(runner, checked, s3)
-    _preflight(checked)
-    servers = runs.start_servers(home.absolute()) if s3 else {}
-    here, resumed = runs.open_run(home, checked, run_dir, fresh)
-    environment = runs.environment(here, servers)
-    runs.use(environment)
-    artifacts = runs.artifact_location(checked.storage.experiment)
-    with runs.prepare(here, checked):
-        print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}")
-        if servers:
-            print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
-        started = time.monotonic()
-        _execute(here, checked, runner, environment, artifacts, verbose)
-        seconds = time.monotonic() - started
-        (here.path / "timing.json").write_text(json.dumps({"seconds": seconds, "continued": resumed}) + "\n")
-        print_table(json.loads(here.result.read_text()), here.path)
-        print(f"Checkpoint: `ptl fetch {here.path} DIR` copies the final one\ndone in {seconds:.0f} s")
+    with processes.interruptible("run the same command again to resume; finished steps are not redone"):
+        from ptl import mlflow_database, run_directory, runs
+        from ptl.report import print_table
+
+        checked = load_config(config, pairs("--set", sets))
+        _check_runner(runner, checked, s3)
+        _preflight(checked)
+        servers = runs.start_servers(home.absolute()) if s3 else {}
+        here, resumed = run_directory.open_run(home, checked, run_dir, fresh)
+        environment = runs.environment(here, servers)
+        runs.use(environment)
+        artifacts = runs.artifact_location(checked.storage.experiment)
+        with run_directory.working(here, checked):
+            print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}", flush=True)
+            if here.earlier:
+                print(f"steps with the same inputs and settings are taken over from {', '.join(here.earlier)}")
+            if servers:
+                print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
+            mlflow_database.create(environment["MLFLOW_TRACKING_URI"], artifacts)
+            started = time.monotonic()
+            _execute(here, checked, runner, environment, artifacts, verbose)
+            seconds = time.monotonic() - started
+            (here.path / "timing.json").write_text(json.dumps({"seconds": seconds, "continued": resumed}) + "\n")
+            print_table(json.loads(here.result.read_text()), here.path)
+            print(f"Checkpoint: `ptl fetch {here.path} DIR` copies the final one\ndone in {seconds:.0f} s")
 
 
 @app.command()
@@ -163,9 +169,10 @@ def up(
     backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; none: sqlite")] = None,
 ) -> None:
     """Start a real S3 server and a real MLflow server on loopback, and print the environment that reaches them."""
-    from ptl import stack
+    from ptl import processes, stack
 
-    env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
+    with processes.interruptible("the same command starts what is missing; `ptl down` stops what was started"):
+        env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
     for name, value in env.items():
         print(f"export {name}={value}")
 
@@ -226,7 +233,7 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
 def _execute(
     here: Any, config: Config, runner: str, environment: dict[str, str], artifacts: str, verbose: bool
 ) -> None:
-    from ptl import dag, runs
+    from ptl import dag, run_directory
 
     pipeline = here.path / "pipeline.yaml"
     _pipelines().compile_pipeline(config, pipeline)
@@ -235,12 +242,12 @@ def _execute(
     steps = tuple(node.name for node in dag.nodes(config))
     try:
         RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume; finished steps are not redone", file=sys.stderr)
-        raise typer.Exit(130) from None
     except PtlError as error:
-        message, code = runs.failure(here) or (str(error), error.exit_code)
-        again = "fix it and run the same command again to resume: finished steps are not redone"
+        message, code = run_directory.failure(here) or (str(error), error.exit_code)
+        again = (
+            "fix it and run the same command again to resume: finished steps are not redone (with a corrected config: "
+        )
+        again += "those whose inputs and settings stay the same)"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ptl.config import Recovery, load_config, pairs, removal
+from ptl import __version__, processes
+from ptl.config import Config, Recovery, load_config, pairs, removal
 from ptl.errors import InputError
+
+OUT = "out"  # of a work folder: what becomes the target
 
 Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
@@ -33,7 +40,8 @@ def import_model(
     from ptl import importer
 
     _fresh(dst)
-    importer.import_checkpoint(source, revision, dst)
+    with _writing(dst) as work:
+        importer.import_checkpoint(source, revision, work / OUT)
     print(f"wrote {dst}")
 
 
@@ -55,8 +63,12 @@ def prune(
     _folders(src, dst)
     params = checkpoint.num_params(src)
     goal = params - removal(params, settings.schedule.target if target is None else target)
-    report = prune_checkpoint(src, dst, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed)
-    _show(report)
+    with _writing(dst) as work:
+        _show(
+            prune_checkpoint(
+                src, work / OUT, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed
+            )
+        )
 
 
 def recover(
@@ -69,7 +81,10 @@ def recover(
         Path | None, typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained")
     ] = None,
 ) -> None:
-    """Train a checkpoint on the config's training data, as one recovery that is both first and last."""
+    """Train a checkpoint on the config's training data, as one recovery that is both first and last.
+
+    Training checkpoints are in DST.partial until it is done; the same command resumes from them.
+    """
     from ptl.job import Job, Round
     from ptl.recover import recover_checkpoint
 
@@ -77,12 +92,15 @@ def recover(
     _folders(src, dst)
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
     here = Round(budget, (), 1, True, settings.seed)
-    scratch = dst.with_name(dst.name + ".training")
     for name in ("items.jsonl", "scores.json"):
         if scored is not None and not (scored / name).is_file():
             raise InputError(f"--scored: no {name} in {scored}; give a folder that `ptl evaluate` wrote")
-    job = Job(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
-    _show(recover_checkpoint(src, dst, Recovery(stages=settings.recover), [budget], job))
+    with _writing(dst) as work:
+        scratch = work / f"training-{_key(src, settings, budget, scored)[:12]}"
+        for other in set(work.glob("training-*")) - {scratch}:
+            print(f"{other} is not resumed: it belongs to another source, other settings or other data")
+        job = Job(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
+        _show(recover_checkpoint(src, work / OUT, Recovery(stages=settings.recover), [budget], job))
 
 
 def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006
@@ -91,7 +109,8 @@ def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = [])
 
     settings = load_config(config, pairs("--set", sets))
     _folders(src, dst)
-    _show(evaluate_checkpoint(src, dst, settings.evaluate, seed=settings.seed))
+    with _writing(dst) as work:
+        _show(evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed))
 
 
 def _fresh(dst: Path) -> None:
@@ -107,6 +126,44 @@ def _folders(src: Path, dst: Path) -> None:
     checkpoint.check_links(src)
     anatomy(src, family_of(checkpoint.read_config(src)))
     _fresh(dst)
+
+
+@contextmanager
+def _writing(dst: Path) -> Iterator[Path]:
+    """A work folder whose `out` becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
+
+    Raises InputError when another process writes the same `dst`.
+    """
+    work = dst.absolute().with_name(f"{dst.absolute().name}.partial")
+    out = work / OUT
+    interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
+    with interruptible, processes.exclusive(work / "lock", f"dst: {dst}"):
+        _fresh(dst)
+        shutil.rmtree(out, ignore_errors=True)  # by a killed command
+        out.mkdir()
+        try:
+            yield work
+            out.rename(dst)
+            shutil.rmtree(work)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+            if work.is_dir() and [path.name for path in work.iterdir()] == ["lock"]:
+                shutil.rmtree(work)
+
+
+def _key(src: Path, settings: Config, budget: int, scored: Path | None) -> str:
+    """What the training of `ptl recover` depends on; only training with the same key is resumed."""
+    from ptl import preempt, sources
+
+    files = [path for path in src.iterdir() if path.is_file()]  # links too: a snapshot in the hub's cache has only such
+    files += [path for source in settings.training.sources if (path := sources.local_file(source)) is not None]
+    if scored is not None:
+        files.append(scored / "items.jsonl")
+    contents = []
+    for path in files:
+        with path.open("rb") as file:
+            contents.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    return preempt.key_of(__version__, sorted(contents), settings.training, settings.recover, settings.seed, budget)
 
 
 def _show(report: Any) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ptl import __version__, attempts, dag, run_page, store, tracking
+from ptl.errors import WorkError
 from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer
@@ -100,6 +102,8 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
             begin(run)
             record = _work_and_commit(step, run, parent, settings, key, work)
             say(step.name, f"done in {record['facts']['seconds']:.0f} s: {_summary(record['facts'])}")
+        elif _doubtful(record["pointer"]["digest"]).exists():
+            _check_or_repair(run, Pointer(**record["pointer"]), work)
         else:
             say(step.name, "done before: taken as it is")
         _track(step, run, parent, settings, record)
@@ -132,9 +136,7 @@ def noting_errors(run: StepRun) -> Iterator[None]:
 
 
 def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work) -> Record:
-    folder = scratch(step.name) / "out"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
-    folder.mkdir(parents=True)
+    folder = _out(step.name)
     started = time.time()
     facts = work(folder, run)
     facts = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration, "started": started, **facts}
@@ -156,6 +158,7 @@ def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings:
         run_id=run.run_id,
         model_id=model_id,
         gate=parent.gate if parent else {},
+        step=step.name,
     )
     record = {
         "key": key,
@@ -164,6 +167,44 @@ def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings:
         "facts": facts,
     }
     return store.commit(run.root, run.run, step.name, record)
+
+
+def _out(step: str) -> Path:
+    """An empty folder of this attempt alone."""
+    for left in scratch(step).glob("out-*"):  # by killed attempts
+        shutil.rmtree(left, ignore_errors=True)
+    folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _check_or_repair(run: StepRun, pointer: Pointer, work: Work) -> None:
+    """Do the work of a committed step again where its files are damaged; the same bytes take their place.
+
+    The record stays, and so do all pointers to the files. Raises WorkError where the work comes out otherwise now.
+    """
+    try:
+        store.fetch(pointer, scratch("cache"))
+        say(run.step, "done before: its files were verified")
+    except WorkError as error:
+        say(run.step, f"done again, since its files are damaged: {error}")
+        begin(run)
+        folder = _out(run.step)
+        work(folder, run)
+        copy = store.publish(folder, (scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}").as_uri())
+        if store.digest_of(copy) != pointer.digest:
+            raise WorkError(
+                f"{run.step}: its files are damaged, and doing it again gave others, as on another machine or with "
+                "other versions; start a new run with --new"
+            ) from error
+        store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
+        store.publish(folder, pointer.uri)
+    _doubtful(pointer.digest).unlink()
+
+
+def _doubtful(digest: str) -> Path:
+    """A file that says that a checkpoint could not be fetched: the step that made it checks it when it runs again."""
+    return scratch("doubtful") / digest.removeprefix("sha256:")
 
 
 def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, record: Record) -> None:
@@ -246,8 +287,18 @@ def write(output: Output, pointer: Facts) -> None:
 
 
 def fetch(pointer: Pointer) -> Path:
-    """The verified folder of a pointer."""
-    return store.fetch(pointer, scratch("cache"))
+    """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
+    try:
+        return store.fetch(pointer, scratch("cache"))
+    except WorkError as error:
+        doubt = _doubtful(pointer.digest)
+        doubt.parent.mkdir(parents=True, exist_ok=True)
+        doubt.touch()
+        if attempts.on_a_cluster() or not pointer.step:
+            raise
+        raise WorkError(
+            f"{error}. The same command checks step {pointer.step}, and does it again if need be"
+        ) from error
 
 
 def scratch(name: str) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.job import Job, RecoverReport
+from ptl.processes import tied
 
 METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
 
@@ -36,10 +37,11 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) 
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     answer, question = job.scratch / "report.json", job.scratch / "job.json"
-    answer.unlink(missing_ok=True)
+    for left in (answer, job.scratch / "error.json"):  # by an earlier attempt
+        left.unlink(missing_ok=True)
     question.write_text(json.dumps(_dump(src, dst, settings, job, answer)))
     process = subprocess.Popen(
-        [*command(settings, processes), str(question)],
+        tied([*command(settings, processes), str(question)]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,7 +52,6 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) 
         error = job.scratch / "error.json"
         if error.is_file():
             raised = json.loads(error.read_text())
-            error.unlink()
             raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
         raise WorkError(f"recover: training in {processes} processes failed{_reason(told)}")
     report = json.loads(answer.read_text())

@@ -83,6 +83,17 @@ def put_once(uri: str, data: bytes) -> bytes:
     return path.read_bytes()
 
 
+def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a small file whole or not at all, whatever it held before."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.touch(mode)
+    try:
+        _write(draft, data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     """Path below `uri`, size in bytes and time of change of every file there; nothing where there is no folder."""
     folder = path_of(uri)

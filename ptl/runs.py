@@ -1,25 +1,18 @@
-"""Run directories on one machine: a new one for each run, the same one again for a run that did not finish."""
+"""Where the runs of one machine are tracked and stored: servers, and the environment of their steps."""
 
 from __future__ import annotations
 
-import datetime
-import fcntl
-import hashlib
 import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-import yaml
 
 from ptl import address, s3_client
-from ptl.config import Config
 from ptl.errors import InputError
+from ptl.processes import LIFELINE
+from ptl.run_directory import RunDir
 
 # What steps are told of this process's environment, beside what `environment` makes.
 PASSED = (
@@ -36,78 +29,6 @@ PASSED = (
     "OMP_NUM_THREADS",
     *(name for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY") for name in (proxy, proxy.lower())),
 )
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """`.ptl/runs/<id>/` holds the pipeline, the config, the result and the report of one run."""
-
-    home: Path  # .ptl
-    path: Path
-
-    @property
-    def run_id(self) -> str:
-        """The folder's name; it also names the run in MLflow and in the store."""
-        return self.path.name
-
-    @property
-    def result(self) -> Path:
-        """Written by the last step: its presence means that the run is finished."""
-        return self.path / "result.json"
-
-
-def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tuple[RunDir, bool]:
-    """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
-
-    Raises InputError when `chosen` belongs to another run.
-    """
-    home = home.absolute()
-    if chosen is not None:
-        run = RunDir(home, chosen.absolute())
-        held = run.path / "config.yaml"
-        if held.is_file() and not _same_run(held, config):
-            raise InputError(
-                f"--run-dir: {chosen} belongs to another run: its config.yaml differs from this config; "
-                "choose another directory"
-            )
-        if not held.is_file() and run.path.is_dir() and any(run.path.iterdir()):
-            raise InputError(f"--run-dir: {chosen} is not empty and holds no run; choose another directory")
-        return run, held.is_file()
-    for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
-        run = RunDir(home, path)
-        held = path / "config.yaml"
-        if not fresh and held.is_file() and _same_run(held, config) and not run.result.is_file():
-            return run, True
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    digest = hashlib.sha256(os.urandom(8)).hexdigest()[:4]
-    return RunDir(home, home / "runs" / f"{config.name}-{stamp}-{digest}"), False
-
-
-def _same_run(held: Path, config: Config) -> bool:
-    """Whether a run's config is this one but for `resources`, on which no result depends."""
-    old, new = yaml.safe_load(held.read_text()), yaml.safe_load(dump(config))
-    return isinstance(old, dict) and {**old, "resources": None} == {**new, "resources": None}
-
-
-def prepare(run: RunDir, config: Config) -> IO[str]:
-    """Make the directory, write the effective config, and point `.ptl/latest` at it.
-
-    Returns its lock, to be kept until the run ends. Raises InputError when another process executes the run.
-    """
-    run.path.mkdir(parents=True, exist_ok=True)
-    lock = (run.path / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
-    except BlockingIOError as error:
-        raise InputError(
-            f"run {run.run_id}: another process executes it; wait for it, or start one beside it with --new"
-        ) from error
-    (run.path / "config.yaml").write_text(dump(config))
-    (run.path / "error.json").unlink(missing_ok=True)
-    pointer = run.home / "latest"
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(os.path.relpath(run.path, run.home))
-    return lock
 
 
 def start_servers(home: Path) -> dict[str, str]:
@@ -138,9 +59,11 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
         passed["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
     return passed | {
         "PTL_RUN_ID": run.run_id,
-        "PTL_LAUNCH": uuid.uuid4().hex,  # each command gives a step new attempts
+        "PTL_LAUNCH": run.launch,
+        LIFELINE: str(run.lifeline),
         "PTL_RUN_DIR": str(run.path),
-        "PTL_SCRATCH": str(run.path / "scratch"),
+        "PTL_EARLIER_RUNS": " ".join(run.earlier),
+        "PTL_SCRATCH": str(run.scratch),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -207,17 +130,3 @@ def _require_answer(uri: str) -> None:
             f"MLFLOW_TRACKING_URI: no MLflow server answers at {uri} ({getattr(error, 'reason', error)}); "
             "start it or correct the address, or let --s3 start one"
         ) from error
-
-
-def failure(run: RunDir) -> tuple[str, int] | None:
-    """Message and exit code that a failed step left behind."""
-    path = run.path / "error.json"
-    if not path.is_file():
-        return None
-    told = json.loads(path.read_text())
-    return f"{told['step']}: {told['message']}", int(told["exit_code"])
-
-
-def dump(config: Config) -> str:
-    """The effective config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

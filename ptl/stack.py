@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ptl import localfs, mlflow_database, processes
 from ptl.errors import InputError, WorkError
 
 HOST = "127.0.0.1"
@@ -51,12 +52,13 @@ def up(
     of the log when a server does not start.
     """
     root = root.resolve()
-    if not _running(root, "mlflow", mlflow_port, "--mlflow-port"):
-        _free(mlflow_port, "--mlflow-port")  # before anything is started
-    env = {**s3_up(root, s3_port), "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}"}
     stack = _folder(root)
-    database = backend_store_uri or f"sqlite:///{stack / 'mlflow.db'}"
-    mlflow_up(root, mlflow_port, database, f"s3://{BUCKET}/mlflow", env)
+    with processes.exclusive(stack / "lock", f"`ptl up` in {root}", wait=START_SECONDS):
+        if not _running(root, "mlflow", mlflow_port, "--mlflow-port"):
+            _free(mlflow_port, "--mlflow-port")  # before anything is started
+        env = {**s3_up(root, s3_port), "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}"}
+        database = backend_store_uri or f"sqlite:///{stack / 'mlflow.db'}"
+        mlflow_up(root, mlflow_port, database, f"s3://{BUCKET}/mlflow", env)
     return env
 
 
@@ -68,6 +70,7 @@ def mlflow_up(
     option = "--mlflow-port" if name == "mlflow" else "--port"
     if not _running(root, name, port, option):
         _free(port, option)
+        mlflow_database.create(database, artifacts)
         _start(root, name, _mlflow(port, artifacts), {**env, **_mlflow_env(database)}, port, "/health")
 
 
@@ -189,16 +192,19 @@ def _start(root: Path, name: str, command: list[str], env: dict[str, str], port:
     log.touch(mode=0o600)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            ["/bin/sh", "-c", 'read -r line && exec "$@" < /dev/null', "sh", *command],
             env={**inherited, **env},
             cwd=_folder(root),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it waits for a line: killed before the note is written, it ends too
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
-    service = Service(process.pid, _start_time(process.pid), port, url, str(log))
-    _note(root, name).write_text(json.dumps(asdict(service)))
+    service = Service(process.pid, processes.start_time(process.pid), port, url, str(log))
+    localfs.replace(_note(root, name), json.dumps(asdict(service)).encode())
+    assert process.stdin is not None
+    process.stdin.write(b"\n")  # from here on `down` finds it
+    process.stdin.close()
     deadline = time.monotonic() + START_SECONDS
     while not _answers(url + health):
         gone = process.poll() is not None
@@ -239,20 +245,7 @@ def _stop(service: Service) -> None:
 def _alive(service: Service) -> bool:
     with suppress(ChildProcessError):
         os.waitpid(service.pid, os.WNOHANG)  # a child of this very process would stay a zombie
-    return _start_time(service.pid) == service.started != ""
-
-
-def _start_time(pid: int) -> str:
-    """When a process started, as the system says it; empty when there is none (or only its zombie)."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            return ""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return "" if fields[0] == "Z" else f"{boot}-{fields[19]}"
-    return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return processes.start_time(service.pid) == service.started != ""
 
 
 def _free(port: int, option: str) -> None:
@@ -277,9 +270,8 @@ def _answers(url: str) -> bool:
 def _keys(root: Path) -> dict[str, str]:
     path = _folder(root) / "keys.json"
     if not path.is_file():
-        path.touch(mode=0o600)
         made = {"AWS_ACCESS_KEY_ID": "ptl", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
-        path.write_text(json.dumps(made))
+        localfs.replace(path, json.dumps(made).encode(), 0o600)
     return dict(json.loads(path.read_text()))
 
 

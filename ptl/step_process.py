@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from ptl import processes
 from ptl.attempts import Failure, NoAttemptLeftError
 from ptl.errors import InputError, PtlError
+
+WAIT = 30  # seconds for an earlier process of the same step to end
 
 
 def main(path: Path, parent: int) -> None:
     """Do the work of the call in `path`; outputs and failure are written beside it."""
-    _die_with(parent)
+    processes.die_with(parent)
     call = json.loads(path.read_text())
     try:
         outputs = _work(call)
@@ -34,27 +34,21 @@ def main(path: Path, parent: int) -> None:
 
 def _work(call: dict[str, Any]) -> dict[str, Any]:
     from ptl import steps
-    from ptl.execution import Call, Output, Step
+    from ptl.execution import Call, Output, Step, scratch
     from ptl.store import Pointer
 
     settings = dict(call["settings"])
     step = Step(settings.pop("step"), settings.pop("experiment"))
     inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
-    steps.STEPS[step.stage](Call(step, settings, inputs, outputs))
+    # What an earlier command left behind ends with it; whatever does not must not write into the same folder.
+    with processes.exclusive(scratch(f"{step.name}.lock"), f"step {step.name}", wait=WAIT):
+        steps.STEPS[step.stage](Call(step, settings, inputs, outputs))
     return {name: output.metadata for name, output in outputs.items()}
 
 
 def _leave(path: Path, failure: Failure) -> None:
     path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
-
-
-def _die_with(parent: int) -> None:
-    """Two processes of one step must never work at once: a parent that is killed takes this one along (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit("the process that started this one has ended")
 
 
 if __name__ == "__main__":

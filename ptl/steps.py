@@ -21,9 +21,12 @@ from ptl import (
     dag,
     decontaminate,
     gate,
+    localfs,
+    preempt,
     provenance,
     run_page,
     store,
+    takeover,
     tracking,
     verdict,
 )
@@ -121,7 +124,7 @@ def prune(call: Call) -> None:
         return dataclasses.asdict(report)
 
     given = {"goal": goal, "unit": this.unit, "prune": settings, "calibration": scoring, "seed": seed}
-    record = execute(call.step, parent, given, work)
+    record = execute(call.step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
     write(call.outputs["out"], record["pointer"])
 
 
@@ -144,7 +147,8 @@ def recover(call: Call) -> None:
         "training": data,
         "seed": seed,
     }
-    vault = _vault(step, parent, given, recovery)
+    key = preempt.key_of(parent.digest, given)
+    vault = _vault(step, key, recovery)
 
     def work(dst: Path, run: StepRun) -> Facts:
         from ptl.job import Job, Round
@@ -162,27 +166,23 @@ def recover(call: Call) -> None:
         here = Round(this.tokens, (), step.iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
         items = fetch(scored) if data.decontaminate.tasks else None
-        job = Job(data, here, scratch(step.name) / "training", on_log, teacher, vault, items)
+        job = Job(data, here, scratch(step.name) / f"training-{key[:12]}", on_log, teacher, vault, items)
         report = recover_checkpoint(src, dst, recovery, rounds, job)
         return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
-    record = execute(step, parent, given, work)
+    record = execute(step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
     if vault is not None:
-        from ptl import preempt
-
         preempt.clear(vault, len(recovery.stages))
     write(call.outputs["out"], record["pointer"])
 
 
-def _vault(step: Step, parent: Pointer, given: Facts, recovery: Recovery) -> Any:
+def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
     """Where training checkpoints outlive the machine, when a stage wants that."""
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
         return None
-    from ptl import preempt
-
     run = step.start()
-    return preempt.Vault(run.root, run.run, step.name, preempt.key_of(parent.digest, given), min(minutes))
+    return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
 
 
 def _original(run: StepRun) -> Path:
@@ -239,6 +239,8 @@ def evaluate(call: Call) -> None:
         call.settings["iterations"], call.settings["target"], check(Prune, call.settings["prune"], "prune")
     )
 
+    content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
+
     def work(dst: Path, run: StepRun) -> Facts:
         from ptl import tasks
         from ptl.evaluate import evaluate_checkpoint
@@ -246,21 +248,27 @@ def evaluate(call: Call) -> None:
         tasks.check_gate(settings, rule)
         src = fetch(candidate)
         limit_threads(candidate.params)
-        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
-        if rule.enabled and scores.tasks[0].low is None:  # the task's YAML did not tell
+        # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
+        earlier = takeover.take(run, content_key, dst)
+        if earlier is None:
+            scores = dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
+        else:
+            scores = earlier["scores"]
+        if rule.enabled and scores["tasks"][0]["low"] is None:  # the task's YAML did not tell
             raise tasks.no_accuracy(settings.tasks[0])
         registered = call.settings["registered_model"]
         decided, onward = verdict.decide(step, run, rule, whole, candidate, before, dst, registered)
         ends = verdict.ends_the_loop(step, whole, onward)
         speed = verdict.beside_dense(step, run, onward, settings, seed) if ends else {}
         return {
-            "scores": dataclasses.asdict(scores),
+            "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
             "smallest_cuts": whole.smallest_cuts(src),
             "verdict": decided,
             "accepted": dataclasses.asdict(onward),
             "speed": speed,
-            "seconds": scores.seconds + speed.get("seconds", 0.0),
+            "seconds": scores["seconds"] + speed.get("seconds", 0.0),
+            takeover.KEY: content_key,
         }
 
     given = {"evaluate": settings, "gate": rule, "prune": whole.prune, "iterations": whole.iterations, "seed": seed}
@@ -312,7 +320,7 @@ def _report(call: Call, run: StepRun) -> None:
     shared = os.environ.get("PTL_RUN_DIR")
     if shared:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
-            shutil.copyfile(path, Path(shared, path.name))
+            localfs.replace(Path(shared, path.name), path.read_bytes())
     # What it has written may differ after a retry; that all steps had ended, which the record says, does not.
     ended = {"key": "report", "pointer": dataclasses.asdict(final), "facts": {"stage": "report"}}
     store.commit(run.root, run.run, step.name, ended)

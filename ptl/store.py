@@ -49,6 +49,7 @@ class Pointer:
     model_id: str = ""  # MLflow LoggedModel
     model_version: str = ""  # version in the registry, when registered
     gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
+    step: str = ""  # that made it
 
     def dump(self) -> str:
         """JSON with sorted keys."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptl import mounts
+from ptl import mounts, processes
 from ptl.attempts import Failure, Policy, on_a_cluster, policy
 from ptl.log import say
 
@@ -38,6 +38,7 @@ def run(names: dict[str, Any]) -> None:
     for warning in mounts.load():
         say(step, warning)
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
+    processes.follow_lifeline()
     with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
         call = Path(folder, "call.json")
         call.write_text(json.dumps(_dump(arguments)))

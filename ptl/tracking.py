@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
+REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
 
 
 def pipeline_run() -> str:
@@ -155,7 +156,7 @@ def tag(step_run: StepRun, values: dict[str, Any]) -> None:
 def note_error(step_run: StepRun, message: str) -> None:
     """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
     try:
-        with explained():
+        with briefly(), explained():
             connect().set_tag(step_run.run_id, "ptl.error", message[:TAG])
     except WorkError as error:
         say(step_run.step, f"warning: the failure could not be recorded: {error}")
@@ -298,6 +299,20 @@ def connect() -> MlflowClient:
             f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny; "
             "install mlflow, or give the address of a server (http://...)"
         ) from error
+
+
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Give up on a server sooner, where a failure is reported: the failure itself must not wait for minutes."""
+    before = {name: os.environ.get(name) for name in REPORTING}
+    ours = [name for name, value in before.items() if value in (None, RETRIES)]  # not what a user has set
+    os.environ.update({name: REPORTING[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name)
+        os.environ.update({name: value for name in ours if (value := before[name]) is not None})
 
 
 @contextmanager

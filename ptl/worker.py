@@ -13,11 +13,13 @@ from ptl.errors import PtlError
 from ptl.job import Job, Round
 from ptl.launch import METRICS
 from ptl.preempt import Vault
+from ptl.processes import die_with_tied
 from ptl.recover import RECOVERIES
 
 
 def main(question: Path) -> None:
     """The body of one training process."""
+    die_with_tied()
     told = json.loads(question.read_text())
     (settings,) = Recovery(stages=[told["settings"]]).stages
     job = Job(

@@ -193,6 +193,16 @@ def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(numb
     assert gone(int((tmp_path / "attempt-1").read_text())) and tried(tmp_path) == 1
 
 
+def test_a_failure_is_reported_with_fewer_retries_than_work_has(monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")  # the user's own
+    tracking.connect()  # sets the default of work
+    with tracking.briefly():
+        assert tracking.connect() and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == tracking.RETRIES
+
+
 @pytest.fixture
 def root(tmp_path):
     return f"file://{tmp_path}/art/ptl"

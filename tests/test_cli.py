@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ptl.config import Config
+from ptl.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -162,3 +163,43 @@ def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):
     done = ptl("fetch", tmp_path, tmp_path / "out")
     assert done.returncode == 2 and "holds no result.json" in done.stderr
+
+
+def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):
+    """A leftover of another source must not become this one's weights."""
+    from ptl.cli_steps import _key
+    from ptl.config import load_config
+
+    def key(path, budget=1000, folder=checkpoint):
+        return _key(folder, load_config(path), budget, None)
+
+    source = ROOT / "examples/tiny_reasoner/train.jsonl.gz"
+    data = shutil.copyfile(source, tmp_path / "train.jsonl.gz")
+    sources = [{"source": str(data), "prompt": "{question}\n", "completion": "{answer}"}]
+    first = key(config(training={"sources": sources}))
+    moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
+    assert key(config(training={"sources": sources}), folder=moved) == first
+    others = [key(config(training={"sources": sources}), 2000), key(config(training={"sources": sources}, seed=1))]
+    data.write_bytes(data.read_bytes() + b"\0")
+    others.append(key(config(training={"sources": sources})))
+    (checkpoint / "model.safetensors").write_bytes(b"other weights")
+    others.append(key(config(training={"sources": sources})))
+    assert len({first, *others}) == 5
+
+
+def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
+    from ptl.cli_steps import OUT, _writing
+
+    dst, work = tmp_path / "dst", tmp_path / "dst.partial"
+    with pytest.raises(RuntimeError), _writing(dst) as folder:
+        (folder / OUT / "model.safetensors").touch()
+        (folder / "training-1").mkdir()
+        with pytest.raises(InputError, match="another process executes it"), _writing(dst):
+            raise AssertionError("two writers")
+        raise RuntimeError("it died")
+    assert not dst.exists() and (work / "training-1").is_dir() and not (work / OUT).exists()
+    (work / OUT).mkdir()
+    (work / OUT / "left").touch()  # as by kill -9
+    with _writing(dst) as folder:
+        (folder / OUT / "model.safetensors").touch()
+    assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()

@@ -95,14 +95,6 @@ def test_a_server_that_is_no_mlflow_is_told(monkeypatch):
         server.server_close()
 
 
-def test_a_run_is_executed_once_at_a_time(tmp_path):
-    config = load_config(TINY)
-    run, _ = runs.open_run(tmp_path, config, None, False)
-    with runs.prepare(run, config), pytest.raises(InputError, match="another process executes it"):
-        runs.prepare(*runs.open_run(tmp_path, config, None, False)[:1], config)
-    runs.prepare(run, config).close()
-
-
 # ---- what a container gets
 
 

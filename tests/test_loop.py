@@ -215,7 +215,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(finished, config, tmp_path):
     """kill -9 in the middle of recover-2: finished steps stay, training goes on from its last training checkpoint."""
     process = start(config, tmp_path)
     deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("runs/*/scratch/recover-2/training/checkpoint-*/ptl-complete")):
+    while not list(tmp_path.glob("runs/*/scratch/recover-2/training-*/checkpoint-*/ptl-complete")):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 from kfp import compiler, dsl
 from kfp.dsl import Artifact, Input, Output
 
 from pipelines.prune_tune_loop.compact import compact
 from pipelines.prune_tune_loop.runners import Job, run_subprocess
 from ptl.config import Config
+from ptl.errors import WorkError
 
 
 @dsl.component
@@ -23,6 +25,28 @@ def read(early: Input[Artifact], late: Input[Artifact], target: str):
     from pathlib import Path
 
     Path(target).write_text(json.dumps([Path(each.path).read_text() for each in (early, late)]))
+
+
+@dsl.component
+def dies():
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_reported_as_such(tmp_path):
+    """Not the one of the work, whose death its supervisor reports: the supervisor itself."""
+
+    @dsl.pipeline
+    def small():
+        dies()
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    with pytest.raises(WorkError, match=r"'dies'\. Its process left no reason, as when it is killed") as caught:
+        run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, "", ("dies",)))
+    assert "\x1b" not in str(caught.value)
 
 
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):

@@ -18,6 +18,10 @@ from ptl.config import Config
 from ptl.errors import InputError, WorkError
 from ptl.log import MARK
 
+COLOUR = re.compile(r"\x1b\[\d*m")
+NO_REASON = (
+    "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
+)
 ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.M)
 
 
@@ -81,7 +85,10 @@ def _explained(error: Exception, log: Path, began: int) -> InputError | WorkErro
     with log.open("rb") as file:
         file.seek(began)
         told = ERROR.findall(file.read().decode(errors="replace"))
-    kind, message = told[-1] if told else ("", str(error))
+    if not told:
+        kind, message = "", f"{COLOUR.sub('', str(error))} {NO_REASON}"
+    else:
+        kind, message = told[-1]
     name = "" if kind in ("", "InputError", "WorkError") else f"{kind}: "
     found = InputError if kind == "InputError" else WorkError
     return found(f"{name}{message}\n{log} has everything that was printed")

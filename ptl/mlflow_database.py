@@ -1,0 +1,48 @@
+"""MLflow's sqlite database appears complete or not at all.
+
+MLflow takes seconds to make its tables in place: a kill meanwhile leaves a database that it can neither use nor repair.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ptl import processes
+from ptl.errors import WorkError
+
+SQLITE = "sqlite:///"
+WAIT = 120  # seconds for another process to make it
+# In a process of its own: closing it is certain, and this one does not import MLflow's server.
+CODE = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+SqlAlchemyStore(*sys.argv[1:]).engine.dispose()
+"""
+
+
+def create(uri: str, artifacts: str) -> None:
+    """Make the database of a sqlite URI unless it exists; any other address is left to MLflow.
+
+    `artifacts` is where MLflow's default experiment keeps its files. Raises WorkError with the end of MLflow's output.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    with processes.exclusive(path.with_name(f"{path.name}.lock"), f"creating {path}", wait=WAIT):
+        if path.exists():
+            return
+        draft = path.with_name(f".{path.name}.new")
+        for left in path.parent.glob(f"{draft.name}*"):  # by a killed command, sqlite's journal too
+            left.unlink()
+        made = subprocess.run(
+            processes.tied([sys.executable, "-c", CODE, f"{SQLITE}{draft}", artifacts]),
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode:
+            raise WorkError(f"MLflow could not create its database {path}:\n{made.stderr[-2000:]}")
+        draft.replace(path)
