@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ptl import doctor_http as http
 from ptl import address, doctor_kubernetes, doctor_local, s3_client
+from ptl import doctor_http as http
 from ptl.cluster_config import StepName
 from ptl.config import Config, check
 from ptl.doctor_line import Line as Line
