@@ -33,7 +33,7 @@ class Toleration(Section):
     """A taint of nodes that a step may run on."""
 
     key: str = Field(min_length=1, description="for example nvidia.com/gpu")
-    operator: Literal["Exists", "Equal"] = "Exists"
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="`Equal`: only a taint with this `value`")
     value: str | None = Field(None, description="only with operator Equal")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="none: all effects")
 
@@ -47,10 +47,10 @@ class Toleration(Section):
 class StepResources(Section):
     """What one kind of step asks for instead; a field that is left out is as for all steps."""
 
-    accelerators: int | None = Field(None, ge=0)
-    cpu: Quantity | None = None
-    memory: Quantity | None = None
-    shm: Quantity | None = None
+    accelerators: int | None = Field(None, ge=0, description="accelerators of the step")
+    cpu: Quantity | None = Field(None, description="CPU cores")
+    memory: Quantity | None = Field(None, description="for example 64Gi")
+    shm: Quantity | None = Field(None, description="size of /dev/shm; it counts as memory")
     timeout: int | None = Field(None, ge=1, description="seconds")
 
 
@@ -91,8 +91,10 @@ class Resources(Section):
         {}, description="labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"
     )
     queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="Kueue LocalQueue")
-    image_pull_secrets: tuple[Name, ...] = ()
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    image_pull_secrets: tuple[Name, ...] = Field((), description="Secrets with the registry's login")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="`Never`: the nodes hold the images already; none: Kubernetes' default"
+    )
     kfp: Literal["2.14", "2.15", "2.16", "2.17"] = Field(
         "2.17",
         description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
@@ -149,7 +151,13 @@ class Storage(Section):
     """Where runs are tracked; the checkpoints are stored under the experiment's artifact location."""
 
     experiment: str = Field("ptl", min_length=1, description="MLflow experiment")
-    registered_model: str | None = Field(None, description="MLflow registry name; none: the config's name")
+    registered_model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=250,
+        pattern=r"^[^/:'\"`]+$",
+        description="MLflow registry name, without / : and quotes; none: the config's name",
+    )
     config_map: Mounted | None = Field("ptl", description="ConfigMap with MLFLOW_TRACKING_URI and any other variable")
     s3_secret: Mounted | None = Field("ptl-s3", description="Secret with the S3 keys; not needed with a cloud identity")
     s3_access_key: str = Field("AWS_ACCESS_KEY_ID", description="key of the Secret; KFP's own Secret has `accesskey`")

@@ -8,12 +8,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from ptl import __version__
+from ptl import __version__, suggest, yaml_text
 from ptl.cluster_config import Resources, Storage
 from ptl.errors import InputError
+from ptl.location import FOLDER, Folder, Location
 from ptl.recover_config import MIN_TOKENS as MIN_TOKENS
 from ptl.recover_config import Cpt as Cpt
 from ptl.recover_config import DataSource as DataSource
@@ -32,18 +32,21 @@ from ptl.section import Section as Section
 
 S = TypeVar("S", bound=Section)
 
+SHOWN = 200  # characters of a wrong value
+FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
+
 
 class ModelSource(Section):
     """The dense model to compress."""
 
-    path: str = Field(min_length=1, description="hub id or local folder of a Hugging Face checkpoint (safetensors)")
+    path: Location = Field(description="hub id or local folder of a Hugging Face checkpoint (safetensors)")
     revision: str | None = Field(None, description="hub commit; pin it so that a run can be repeated")
 
 
 class Calibration(Section):
     """The reasoning text on which neurons and layers are scored."""
 
-    data: DataSource
+    data: DataSource = Field(description="where the text comes from")
     num_sequences: int = Field(64, ge=1, description="sequences scored, drawn with the run's seed")
     max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are cut")
     batch_size: int = Field(16, ge=1, description="sequences per forward pass")
@@ -54,13 +57,24 @@ class Calibration(Section):
     max_new_tokens: int = Field(256, ge=1, description="longest answer of its own (answers `self`)")
 
 
+def _share_or_count(target: float) -> float:
+    if target >= 1 and (target < FEWEST or not target.is_integer()):
+        raise ValueError(
+            f"must be a share of the parameters to remove, below 1, or the whole number of parameters to end with, "
+            f"{FEWEST} or more"
+        )
+    return target
+
+
+Target = Annotated[float, Field(gt=0, le=2**53), AfterValidator(_share_or_count)]
+
+
 class Schedule(Section):
     """How much goes in each iteration, and how many tokens each recovery gets."""
 
     iterations: int = Field(4, ge=1, le=64, description="prune-recover-evaluate rounds")
-    target: float = Field(
-        gt=0,
-        description="below 1: share of all parameters to remove; 1 or more: the number of parameters to end with",
+    target: Target = Field(
+        description="below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with",
     )
     cuts: Literal["uniform", "cubic"] = Field("cubic", description="equal cuts, or large ones first on a cubic curve")
     tokens: Literal["uniform", "doubling"] = Field("doubling", description="equal budgets, or twice as much each time")
@@ -112,7 +126,7 @@ class Prune(Section):
 class Task(Section):
     """One benchmark: a task name of lm-evaluation-harness, or the path of a task YAML."""
 
-    name: str = Field(min_length=1, description="lm-eval task name, or the path of a task YAML in the checkout")
+    name: Location = Field(description="lm-eval task name, or the path of a task YAML")
     metric: str = Field("exact_match", description="the metric of the task that is reported as accuracy")
     num_fewshot: int | None = Field(None, ge=0, description="none: what the task says")
     limit: int | None = Field(None, ge=1, description="first N items; none: all")
@@ -123,8 +137,8 @@ class Speed(Section):
     """How speed is measured: the dense and the final model in turns, in one process, at the end of the loop."""
 
     batch_sizes: tuple[int, ...] = Field((1, 8, 32), description="sequences generated at once")
-    prompt_tokens: int = Field(64, ge=1)
-    new_tokens: int = Field(32, ge=1)
+    prompt_tokens: int = Field(64, ge=1, description="tokens of each prompt")
+    new_tokens: int = Field(32, ge=1, description="tokens generated after each prompt")
     repeats: int = Field(3, ge=0, description="the median is reported; 0: do not measure speed")
     items: int = Field(
         64,
@@ -139,16 +153,18 @@ class Evaluate(Section):
 
     tasks: tuple[Task, ...] = Field(min_length=1, description="the first one is the run's accuracy")
     backend: Literal["hf", "vllm"] = Field("hf", description="what generates the answers; vllm needs a GPU")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="items answered at once")
     max_length: int | None = Field(None, ge=2, description="none: the model's own context length")
-    chat_template: bool = False
-    data_dir: str | None = Field(None, description="read the tasks' data from files in this folder, not from the hub")
+    chat_template: bool = Field(False, description="put each item through the tokenizer's chat template")
+    data_dir: Folder | None = Field(
+        None, description="read the tasks' data from files in this folder, not from the hub"
+    )
     allow_code: bool = Field(
         False,
         description="run model-written code (humaneval, mbpp), in the sandbox only, and a task YAML's own functions",
     )
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    speed: Speed = Speed()
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the intervals of accuracies")
+    speed: Speed = Field(Speed(), description="how speed is measured")
 
     @model_validator(mode="after")
     def _speed_is_measured_with_transformers(self) -> Evaluate:
@@ -178,19 +194,21 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="the pipeline's name")
-    model: ModelSource
-    calibration: Calibration
-    training: TrainingData
-    schedule: Schedule
-    prune: Prune = Prune()
-    recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
-    evaluate: Evaluate
-    gate: Gate = Gate()
+    model: ModelSource = Field(description="the dense model")
+    calibration: Calibration = Field(description="the text on which neurons and layers are scored")
+    training: TrainingData = Field(description="what recovery trains on; one source may stand alone")
+    schedule: Schedule = Field(description="how much goes in each iteration, and the tokens of each recovery")
+    prune: Prune = Field(Prune(), description="what is redundant")
+    recover: tuple[RecoverStage, ...] = Field(
+        (Cpt(),), min_length=1, description="stages of a recovery, in the order of their work: cpt, distil or grpo"
+    )
+    evaluate: Evaluate = Field(description="benchmarks, and how they are run")
+    gate: Gate = Field(Gate(), description="whether an iteration must hold against the dense model to be accepted")
     control: bool = Field(True, description="add one-shot pruning to the same size with the same total tokens")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-    resources: Resources = Resources()
-    images: Images = Images()
-    storage: Storage = Storage()
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of calibration, training and generation")
+    resources: Resources = Field(Resources(), description="what the steps ask of the cluster")
+    images: Images = Field(Images(), description="container images of the steps")
+    storage: Storage = Field(Storage(), description="where runs are tracked and credentials come from")
 
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
@@ -272,11 +290,13 @@ def removal(original_params: int, target: float) -> int:
 def essentials(config: Config) -> dict[str, Any]:
     """The config without what is a default anyway: every step of a compiled pipeline carries these bytes.
 
-    There is no null in it, which Kubeflow does not know.
+    There is no null in it, which Kubeflow does not know. Paths below the working directory are relative to it: the
+    steps run there on one machine, and in their images' own, which hold the examples.
     """
-    data = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    options: Any = {"mode": "json", "exclude_defaults": True, "exclude_none": True, "context": {FOLDER: Path.cwd()}}
+    data = config.model_dump(**options)
     # A stage's method is the default of its class, but says which class it is.
-    stages = [stage.model_dump(mode="json", exclude_defaults=True, exclude_none=True) for stage in config.recover]
+    stages = [stage.model_dump(**options) for stage in config.recover]
     methods = [{"method": stage.method} for stage in config.recover]
     return data | {"recover": [method | stage for method, stage in zip(methods, stages, strict=True)]}
 
@@ -288,46 +308,62 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise InputError(f"{option} {entry}: must be NAME=VALUE, for example seed=1")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"{option} {entry}: the value is not YAML; quote it") from error
+        found[name] = yaml_text.load(value, f"{option} {name}: the value")
     return found
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read and check a config file. Raises InputError that names every wrong field, its value and the allowed range."""
+    """Read and check a config file; relative paths in it, and in overrides, are relative to it.
+
+    Raises InputError that names every wrong field, its value and the allowed range.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"config: no file {path}; give the path of a YAML file")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config: {path} is not valid YAML: {error}") from error
+        if not path.is_file():
+            raise InputError(f"config: no file {path}; give the path of a YAML file")
+        raw = yaml_text.load(path.read_text(encoding="utf-8"), f"config: {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {str(path)[:200]} cannot be read: {error}"[:500]) from error
     if not isinstance(raw, dict):
         raise InputError(f"config: {path} must hold a mapping of fields, found {type(raw).__name__}")
     for dotted, value in (overrides or {}).items():
         _assign(raw, dotted, value)
-    return check(Config, raw, str(path))
+    return check(Config, raw, str(path), folder=path.absolute().parent)
 
 
-def check(section: type[S], raw: dict[str, Any], where: str) -> S:
-    """Validate a mapping; pydantic's errors become one InputError with a line for each field."""
+def check(section: type[S], raw: dict[str, Any], where: str, *, folder: Path | None = None) -> S:
+    """Validate a mapping; pydantic's errors become one InputError with a line for each field.
+
+    Relative paths are taken from `folder`; without one they stay as they are.
+    """
     try:
-        return section.model_validate(raw)
+        return section.model_validate(raw, context=folder and {FOLDER: folder})
     except ValidationError as error:
-        raise InputError("\n".join([f"{where}: wrong values", *map(_explain, error.errors())])) from error
+        lines = [_explain(section, each) for each in _causes(error)]
+        raise InputError("\n".join([f"{where}: wrong values", *lines])) from error
 
 
-def _explain(error: Any) -> str:
+def _causes(error: ValidationError) -> list[Any]:
+    """Without what follows from the others: a list whose entries are wrong counts as empty."""
+    return [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+
+
+def _explain(section: type[Section], error: Any) -> str:
     field = ".".join(str(part) for part in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        return f"  {field}: unknown field; remove it, or see `ptl schema` for the fields there are"
+        meant = " or ".join(suggest.fields(section, error["loc"]))
+        remedy = f"did you mean {meant}?" if meant else "remove it, or see `ptl schema` for the fields there are"
+        return f"  {field}: unknown field; {remedy}"
     if error["type"] == "missing":
         return f"  {field}: missing; add it"
     message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], dict) else f"{error['input']!r}: "
+    value = "" if isinstance(error["input"], dict) else f"{_shown(error['input'])}: "
     return f"  {field}: {value}{message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
 
 
 def _assign(raw: dict[str, Any], dotted: str, value: Any) -> None:

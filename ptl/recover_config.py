@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from ptl.location import Location
 from ptl.section import Section
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
@@ -42,11 +43,13 @@ Template = Annotated[str, AfterValidator(_checked)]  # text with {column}s of a 
 class DataSource(Section):
     """Rows of text, from a local or s3:// JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
 
-    source: str = Field(min_length=1, description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
+    source: Location = Field(description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
     revision: str | None = Field(None, description="hub commit of the dataset; pin it so that a run can be repeated")
     subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
     split: str = Field("train", description="hub split")
-    format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
+    format: Literal["text", "prompt_completion", "messages"] = Field(
+        "prompt_completion", description="what a row is: one text, a prompt with its completion, or a chat"
+    )
     text: Template = Field("{text}", description="template over a row's columns (format `text`)")
     prompt: Template = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
     completion: Template = Field(
@@ -74,8 +77,8 @@ class Decontaminate(Section):
 class TrainingData(Section):
     """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1)
-    decontaminate: Decontaminate = Decontaminate()
+    sources: tuple[TrainingSource, ...] = Field(min_length=1, description="where the rows come from, mixed by weight")
+    decontaminate: Decontaminate = Field(Decontaminate(), description="rows to leave out; `off`: none")
 
     @field_validator("decontaminate", mode="before")
     @classmethod
@@ -99,26 +102,30 @@ class TrainingData(Section):
 class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="rank of each adapter's two matrices")
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is zeroed in training")
 
 
 class Stage(Section):
     """What all recovery methods share."""
 
-    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak, after the warm-up")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
     accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
     share: float | None = Field(
         None, gt=0, le=1, description="share of the iteration's recovery tokens; none: what the other stages leave"
     )
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(10, ge=0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    warmup_steps: int = Field(10, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of the forward and backward passes; `bfloat16` is for GPUs"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, about a third more time"
+    )
     save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(10, ge=1, description="optimizer steps between logged losses")
     store_minutes: float | None = Field(
         None, ge=0, description="minutes between training checkpoints that go to the store; none: they stay local"
     )
@@ -138,7 +145,7 @@ class NextToken(Stage):
         "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
     )
     carry_moments: bool = Field(True, description="carry Adam's moments through the cut, sliced with the weights")
-    lora: Lora | None = None
+    lora: Lora | None = Field(None, description="train low-rank adapters; none: all weights")
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
@@ -158,14 +165,14 @@ class NextToken(Stage):
 class Cpt(NextToken):
     """Recovery by continual pre-training on the training data."""
 
-    method: Literal["cpt"] = "cpt"
+    method: Literal["cpt"] = Field("cpt", description="continual pre-training")
 
 
 class Distil(NextToken):
     """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
 
-    method: Literal["distil"] = "distil"
-    teacher: str | None = Field(None, description="local folder or hub id; none: the run's original model")
+    method: Literal["distil"] = Field("distil", description="distillation")
+    teacher: Location | None = Field(None, description="local folder or hub id; none: the run's original model")
     temperature: float = Field(1.0, gt=0, description="both distributions are softened by it; the loss is scaled back")
     mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the rest goes to the KL")
 
@@ -179,8 +186,10 @@ class Distil(NextToken):
 class Reward(Section):
     """One part of the reward; `answer` and `tests` are templates over a row's columns."""
 
-    name: Literal["final_answer", "math", "code", "format"]
-    weight: float = Field(1.0, gt=0)
+    name: Literal["final_answer", "math", "code", "format"] = Field(
+        description="what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"
+    )
+    weight: float = Field(1.0, gt=0, description="of this part in the sum")
     answer: Template = Field("{answer}", description="the reference, for `final_answer` and `math`")
     tests: Template = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
     pattern: str = Field(
@@ -191,21 +200,23 @@ class Reward(Section):
 class Grpo(Stage):
     """Recovery by reinforcement learning with verifiable rewards (GRPO, arXiv 2402.03300)."""
 
-    method: Literal["grpo"] = "grpo"
-    learning_rate: float = Field(1e-6, gt=0, lt=1)
+    method: Literal["grpo"] = Field("grpo", description="reinforcement learning with verifiable rewards")
+    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak, after the warm-up")
     batch_size: int = Field(64, ge=2, description="answers per optimizer step, over all processes")
-    warmup_steps: int = Field(3, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(3, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     steps: int = Field(
         240, ge=1, description="optimizer steps over all iterations, at most; shared out over them like the tokens"
     )
     num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
     max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
     beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the sampled answers")
     prompts: DataSource | None = Field(None, description="none: the prompts of `training`'s first source")
     rewards: tuple[Reward, ...] = Field(
-        (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
+        (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)),
+        min_length=1,
+        description="parts of an answer's reward, added up by weight",
     )
     guard_prompts: int = Field(
         32, ge=1, description="prompts on which pass@num_generations is measured before training"
@@ -242,7 +253,7 @@ RecoverStage = Annotated[
 class Recovery(Section):
     """The stages of one recovery, one after another."""
 
-    stages: tuple[RecoverStage, ...] = Field(min_length=1)
+    stages: tuple[RecoverStage, ...] = Field(min_length=1, description="in the order of their work")
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

@@ -1,9 +1,24 @@
 """The base of every part of the config."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from ptl.address import without_login
+
+LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with other digits
 
 
 class Section(BaseModel):
-    """A part of the config: unknown fields are errors, values do not change once read."""
+    """A part of the config: unknown fields are errors, values do not change once read, and each can be passed on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_passed_on(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError("must be at most 2^53")
+        if isinstance(value, str) and without_login(value) != value:
+            raise ValueError("holds a login, and a config is kept with its run and in MLflow; leave the login out")
+        return value

@@ -15,6 +15,7 @@ import yaml
 from mock_kfp import MockKubeflow
 
 from ptl import images, s3_client, stack
+from ptl.config import load_config
 from ptl.errors import WorkError
 from ptl.localfs import path_of
 from ptl.s3_client import split
@@ -123,7 +124,7 @@ def engine():
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     """tiny.yaml with two short iterations and no control."""
-    raw = yaml.safe_load(TINY.read_text())
+    raw = load_config(TINY).model_dump(mode="json")  # with the paths of its own folder
     raw["schedule"] |= {"iterations": 2, "target": 0.2, "recovery_tokens": 24_000}
     raw["recover"][0] |= {"save_steps": 2, "logging_steps": 1}
     raw["evaluate"]["tasks"][0]["limit"] = 64

@@ -11,11 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ptl.config import Config
+from ptl.config import Config, load_config
 from ptl.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+PERPLEXITY = str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml")
+DATA = str(ROOT / "examples/tiny_reasoner/train.jsonl.gz")
 CHECKPOINT = ROOT / "examples/tiny_reasoner/checkpoint"
 
 
@@ -29,7 +31,7 @@ def config(tmp_path):
     """Write tiny.yaml with changes given as dotted fields."""
 
     def write(**fields):
-        raw = yaml.safe_load(TINY.read_text())
+        raw = load_config(TINY).model_dump(mode="json")  # with the paths of its own folder
         for dotted, value in fields.items():
             *parents, last = dotted.split("__")
             section = raw
@@ -64,19 +66,21 @@ def refused(path, said, tmp_path):
         ({"schedule__target": 10_000_000}, "schedule.target: 1e+07 is no size below the model's own"),
         ({"prune__width_multiple": 128}, "prune.width_multiple=128"),
         ({"prune__criterion": "magic"}, "prune.criterion: 'magic'"),
-        ({"model__path": "./nowhere"}, "model.path: no folder nowhere"),
+        ({"model__path": "./nowhere"}, "nowhere"),
         ({"evaluate__tasks": [{"name": "no_such_task"}]}, "no_such_task"),
         ({"evaluate__tasks": [{"name": "./none.yaml"}]}, "none.yaml"),
         (
             {
-                "evaluate__tasks": [{"name": "examples/smollm2/gsm8k_perplexity.yaml", "metric": "word_perplexity"}],
+                "evaluate__tasks": [{"name": PERPLEXITY, "metric": "word_perplexity"}],
                 "gate": {"enabled": True},
             },
-            "gate.enabled: true, but evaluate.tasks.0 ('examples/smollm2/gsm8k_perplexity.yaml') is judged by "
-            "'word_perplexity'",
+            f"gate.enabled: true, but evaluate.tasks.0 ({PERPLEXITY!r}) is judged by 'word_perplexity'",
         ),
-        ({"training__source": "./none.jsonl"}, "no file none.jsonl"),
-        ({"training__prompt": "{question} {hint}\n"}, "lacks 'hint'"),
+        ({"training__sources": [{"source": "./none.jsonl"}]}, "/none.jsonl; give an existing"),
+        (
+            {"training__sources": [{"source": DATA, "prompt": "{question} {hint}\n", "completion": "{answer}"}]},
+            "lacks 'hint'",
+        ),
     ],
 )
 def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
@@ -89,7 +93,11 @@ def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, sai
 def test_a_bad_data_file_is_refused_with_its_line(config, tmp_path, text, said):
     data = tmp_path / "data.jsonl"
     data.write_text(text)
-    assert refused(config(training__source=str(data)), said, tmp_path)
+    assert refused(
+        config(training__sources=[{"source": str(data), "prompt": "{question}", "completion": "{answer}"}]),
+        said,
+        tmp_path,
+    )
 
 
 def test_only_pickled_weights_are_refused(config, checkpoint, tmp_path):

@@ -133,7 +133,8 @@ def test_nothing_is_lost_with_the_defaults(path):
     bare = essentials(config)
     # Kubeflow has no null: of the volumes, a null that is no default is lost, and no step needs to know it.
     same = {"storage": Storage()}
-    assert check(Config, bare, "bare").model_copy(update=same) == config.model_copy(update=same)
+    whole = check(Config, bare, "bare", folder=Path.cwd())
+    assert whole.model_copy(update=same) == config.model_copy(update=same)
     assert [stage["method"] for stage in bare["recover"]] == [stage.method for stage in config.recover]
     assert "null" not in json.dumps(bare)
 

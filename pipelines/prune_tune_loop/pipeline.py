@@ -25,7 +25,7 @@ def parameters(config: Config) -> dict[str, Any]:
     """
     data = essentials(config)
     return {
-        "model": config.model.path,
+        "model": data["model"]["path"],
         "revision": config.model.revision or "",
         "target": config.schedule.target,
         "recovery_tokens": config.schedule.recovery_tokens,
