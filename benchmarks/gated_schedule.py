@@ -1,4 +1,4 @@
-"""Which schedule a gate can follow: the tiny reasoner's loop with the gate on, equal tokens and target for each schedule.
+"""Which schedule a gate can follow: the tiny reasoner's loop with the gate on, equal tokens and target for each.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/gated_schedule.py [--seeds 0 1 2] [--only NAME ...]
 
@@ -56,6 +56,7 @@ def configured(name: str, seed: int, given: argparse.Namespace) -> Config:
         "recover": [stage.model_dump() | {"decay": decay, "processes": 1, "learning_rate": given.learning_rate}],
         "gate": {"enabled": True, "margin": given.margin},
     }
+    changed["prune"]["criterion"] = given.criterion
     changed["evaluate"]["tasks"][0]["limit"] = given.items
     return Config.model_validate(changed)
 
@@ -75,9 +76,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         pruned.mkdir()
         params = checkpoint.num_params(accepted)
         goal = gate.goal(params, dense - int(it.progress * total), state.dump())
-        prune_checkpoint(
-            accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed
-        )
+        prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
         untrained = scored(config, pruned, folder / f"scores-pruned-{it.index}")
         here = Round(it.tokens, (), it.index, it.last, config.seed)
         job = Job(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
@@ -133,6 +132,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--target", type=float, default=0.4)
     parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--criterion", default="max", help="`random`: a model in which every cut does damage")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--margin", type=float, default=0.03)
     parser.add_argument("--items", type=int, default=500, help="problems, of the gate and of the final accuracy each")
@@ -155,9 +155,11 @@ def main() -> None:
             row |= {"low": round(low, 3), "high": round(high, 3), "seconds": round(time.monotonic() - started, 1)}
             print(json.dumps(row), flush=True)
             rows.append(row)
-    print("\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|")
+    print(
+        "\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|"
+    )
     for row in rows:
-        interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+        interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
         cells = (row["schedule"], row["seed"], marks(row["decisions"]), f"{row['tokens']:,}")
         print(f"| {' | '.join(map(str, cells))} | {100 * row['removed']:.1f} % | {interval} |")
 

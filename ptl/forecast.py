@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ptl import advice
 from ptl.config import Config, Distil, Grpo, Iteration, NextToken, RecoverStage, Recovery, one_shot, plan, removal
 from ptl.dag import Node, critical_path, nodes, stage_of
 from ptl.errors import InputError
@@ -141,7 +142,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
             steps.append(_recover(f"{prefix}recover{suffix}", config, rounds, it, after, shape, gpu, number))
             steps.append(_evaluate(f"{prefix}evaluate{suffix}", config, after, gpu))
             before = after
-    told = tuple(
+    too_large = tuple(
         f"{step.step}: about {step.memory / GIB:.0f} GiB on each GPU, {gpu} has {GPUS[gpu].memory / GIB:.0f} GiB: "
         f"{_remedy(step.step, config, number)}"
         for step in steps
@@ -152,7 +153,17 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     asked = {step.step: _gpus(config, step.step, count) for step in steps}
     together = busiest(dag, hours, asked)
     gpus = sum(asked[name] for name in together)
-    return Forecast(gpu, number, shape.params, tuple(steps), told, critical, tuple(path), together, gpus)
+    return Forecast(
+        gpu,
+        number,
+        shape.params,
+        tuple(steps),
+        (*advice.warnings(config), *too_large),
+        critical,
+        tuple(path),
+        together,
+        gpus,
+    )
 
 
 def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:

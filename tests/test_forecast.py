@@ -77,6 +77,11 @@ def test_what_cannot_fit_is_said_with_a_remedy(large):
     assert forecast(config(DENSE), "t4").warnings == ()
 
 
+def test_settings_that_would_waste_the_run_are_said_as_well():
+    (warning,) = forecast(config(DENSE, **{"gate.enabled": True}, recover=[{"decay": "last"}])).warnings[1:]
+    assert warning.startswith("recover.decay=last")
+
+
 def test_memory_follows_the_settings(large):
     shape = shape_of(str(large))
     plain, bits = config(large).recover[0], 16 * shape.params
