@@ -10,7 +10,7 @@
   lm-evaluation-harness (HFLM), the same items and batch size; loading the model does not count.
 
 MFU is the model's FLOPs per second (6 per weight of the linear layers and token, and attention's; recomputed
-activations do not count) over the peak of the GPU's data sheet (ptl/forecast.py; --peak for others). Every part has a
+activations do not count) over the peak of the GPU's data sheet (ptl/gpus.py; --peak for others). Every part has a
 process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
 """
 
@@ -36,6 +36,7 @@ import torch
 
 import ptl
 from ptl import forecast
+from ptl.gpus import DRIVER_NAMES, GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -44,22 +45,6 @@ import train
 ROOT = Path(__file__).parents[1]
 TASK = "examples/tiny_reasoner/tiny_reasoner.yaml"
 ROWS = 64  # of text, each longer than --length; drawn again and again
-# The driver's name of a device -> its data sheet. A part of a GPU (MIG) or another model is no match: give --peak.
-DATA_SHEETS = {
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA A10": "a10",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-PCIE-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100-pcie",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
 
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -196,9 +181,9 @@ def device() -> str:
 
 def peak_flops(name: str, dtype: str, peak: float | None) -> float | None:
     """Dense FLOP/s of a device by its data sheet; None for a CPU or a device that is not in the table."""
-    if peak is not None or name not in DATA_SHEETS:
+    if peak is not None or name not in DRIVER_NAMES:
         return peak
-    card = forecast.GPUS[DATA_SHEETS[name]]
+    card = GPUS[DRIVER_NAMES[name]]
     return card.bf16 if dtype == "bfloat16" else card.fp32
 
 

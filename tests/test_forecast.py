@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from ptl.config import load_config, plan
 from ptl.dag import Node, Source, nodes
 from ptl.errors import InputError
-from ptl.forecast import GPUS, busiest, devices, forecast, forward_flops, shape_of, table, training_memory
+from ptl.forecast import busiest, devices, forecast, forward_flops, shape_of, table, training_memory
+from ptl.gpus import GPUS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
