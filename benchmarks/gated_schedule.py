@@ -1,4 +1,4 @@
-"""Which schedule a gate can follow: the tiny reasoner's loop with the gate on, equal tokens and target for each schedule.
+"""Which schedule a gate can follow: the tiny reasoner's loop with the gate on, equal tokens and target for each.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/gated_schedule.py [--seeds 0 1 2] [--only NAME ...]
 
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def configured(name: str, seed: int, given: argparse.Namespace) -> Config:
         "recover": [stage.model_dump() | {"decay": decay, "processes": 1, "learning_rate": given.learning_rate}],
         "gate": {"enabled": True, "margin": given.margin},
     }
+    changed["prune"]["criterion"] = given.criterion
     changed["evaluate"]["tasks"][0]["limit"] = given.items
     return Config.model_validate(changed)
 
@@ -64,8 +66,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
     """The loop with its gate; returns the final checkpoint, the decisions and the tokens that were trained on."""
     accepted, state, used = REASONER, gate.State(), 0
     dense = checkpoint.num_params(REASONER)
-    total = removal(dense, config.schedule.target)
-    rule, iterations = config.gate, plan(config.schedule, config.prune)
+    iterations = plan(config.schedule, config.prune)
     items = {REASONER: scored(config, REASONER, folder / "scores-0")}
     decisions = []
     for it in iterations:
@@ -73,51 +74,64 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
             break
         pruned, candidate = folder / f"pruned-{it.index}", folder / f"recovered-{it.index}"
         pruned.mkdir()
-        params = checkpoint.num_params(accepted)
-        goal = gate.goal(params, dense - int(it.progress * total), state.dump())
+        planned = dense - int(it.progress * removal(dense, config.schedule.target))
+        goal = gate.goal(checkpoint.num_params(accepted), planned, state.dump())
         prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
-        untrained = scored(config, pruned, folder / f"scores-pruned-{it.index}")
         here = Round(it.tokens, (), it.index, it.last, config.seed)
         job = Job(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
         budgets = [each.tokens for each in iterations[: it.index]]
         used += recover_checkpoint(pruned, candidate, Recovery(stages=config.recover), budgets, job).tokens
+        before = scored(config, pruned, folder / f"scores-pruned-{it.index}")
         items[candidate] = scored(config, candidate, folder / f"scores-{it.index}")
-        pairs = [
-            gate.paired(*gate.match(items[reference], items[candidate]), rule.margin, rule.alpha)
-            for reference in (REASONER, accepted)
-        ]
-        body = anatomy(accepted, family_of(checkpoint.read_config(accepted)))
-        decision = gate.decide(
-            rule,
-            state,
-            params=checkpoint.num_params(candidate),
-            parent_params=params,
-            target_params=dense - total,
-            baseline=pairs[0],
-            parent=pairs[1],
-            smallest_cut=smallest_cuts(body, config.prune.width_multiple, 1).get("neurons"),
-        )
+        decision = decide(config, state, accepted, candidate, items)
         state = decision.state
-        decisions.append({"decision": decision.decision, "tokens": it.tokens, "accuracy": pairs[0].candidate})
-        before = sum(item["correct"] for item in untrained) / len(untrained)
-        decisions[-1] |= {"params": checkpoint.num_params(candidate), "before_recovery": before}
-        said = f"{it.index}: {decision.decision}, {100 * before:.1f} % before recovery, {decision.reason}"
-        print(f"  {said}", file=sys.stderr, flush=True)
+        decisions.append(
+            {
+                "decision": decision.decision,
+                "tokens": it.tokens,
+                "params": checkpoint.num_params(candidate),
+                "before_recovery": accuracy(before),
+                "accuracy": accuracy(items[candidate]),
+            }
+        )
+        said = f"{decision.decision}, {100 * accuracy(before):.1f} % before recovery, {decision.reason}"
+        print(f"  {it.index}: {said}", file=sys.stderr, flush=True)
         accepted = candidate if decision.keep == "candidate" else accepted
     params = checkpoint.num_params(accepted)
-    return {
-        "decisions": decisions,
-        "tokens": used,
-        "params": params,
-        "removed": round(1 - params / dense, 3),
-        "final": accepted,
-    }
+    removed = round(1 - params / dense, 3)
+    return {"decisions": decisions, "tokens": used, "params": params, "removed": removed, "final": accepted}
+
+
+def decide(
+    config: Config, state: gate.State, accepted: Path, candidate: Path, items: Mapping[Path, list[dict[str, Any]]]
+) -> gate.Decision:
+    """The gate's decision on a candidate that was pruned from the last accepted checkpoint."""
+    rule, dense = config.gate, checkpoint.num_params(REASONER)
+    baseline, parent = (
+        gate.paired(*gate.match(items[reference], items[candidate]), rule.margin, rule.alpha)
+        for reference in (REASONER, accepted)
+    )
+    body = anatomy(accepted, family_of(checkpoint.read_config(accepted)))
+    return gate.decide(
+        rule,
+        state,
+        params=checkpoint.num_params(candidate),
+        parent_params=checkpoint.num_params(accepted),
+        target_params=dense - removal(dense, config.schedule.target),
+        baseline=baseline,
+        parent=parent,
+        smallest_cut=smallest_cuts(body, config.prune.width_multiple, 1).get("neurons"),
+    )
 
 
 def scored(config: Config, folder: Path, out: Path) -> list[dict[str, Any]]:
     """The items of the gate's benchmark, as a checkpoint answers them."""
     evaluate_checkpoint(folder, out, config.evaluate, seed=config.seed, speed=False)
     return read_items(out)
+
+
+def accuracy(items: list[dict[str, Any]]) -> float:
+    return sum(item["correct"] for item in items) / len(items)
 
 
 def marks(decisions: list[dict[str, Any]]) -> str:
@@ -131,6 +145,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--target", type=float, default=0.4)
     parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--criterion", default="max", help="`random`: a model in which every cut does damage")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--margin", type=float, default=0.03)
     parser.add_argument("--items", type=int, default=500, help="problems, of the gate and of the final accuracy each")
@@ -157,7 +172,7 @@ def main() -> None:
         "\n| schedule | seed | verdicts | tokens used | removed | accuracy (95 % interval) |\n|---|---|---|---|---|---|"
     )
     for row in rows:
-        interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+        interval = f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
         cells = (row["schedule"], row["seed"], marks(row["decisions"]), f"{row['tokens']:,}")
         print(f"| {' | '.join(map(str, cells))} | {100 * row['removed']:.1f} % | {interval} |")
 

@@ -3,15 +3,15 @@
     python benchmarks/gpu.py                                              # a 1B model, on a GPU
     OMP_NUM_THREADS=1 python benchmarks/gpu.py --shape 0.5M --steps 60 --length 256 --items 200    # on a CPU
 
-- Recovery: tokens per second and model FLOPs utilization (MFU) of the recover step (cpt) and of a bare torch loop, with
-  the same model, batches, AdamW and precision (float32 weights, bf16 autocast on a GPU), in turns (benchmarks/train.py).
+- Recovery: tokens per second and model FLOPs utilization (MFU) of the recover step (cpt) and of a bare torch loop with
+  the same model, batches, AdamW and precision (float32 weights, on a GPU bf16 autocast), in turns: see train.py.
 - Prune: seconds and peak memory of one neuron iteration.
 - Evaluation: generated answers per second of the evaluate step's backends (vllm where it is installed) and of plain
   lm-evaluation-harness (HFLM), the same items and batch size; loading the model does not count.
 
-MFU is 6 FLOPs per weight of the linear layers and token, attention added, per second, over the peak of the GPU's data sheet
-(ptl/forecast.py; --peak for others); recomputed activations do not count. Every part has a process of its own, so that
-its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
+MFU is the model's FLOPs per second (6 per weight of the linear layers and token, and attention's; recomputed
+activations do not count) over the peak of the GPU's data sheet (ptl/gpus.py; --peak for others). Every part has a
+process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ import torch
 
 import ptl
 from ptl import forecast
+from ptl.gpus import DRIVER_NAMES, GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -43,22 +45,6 @@ import train
 ROOT = Path(__file__).parents[1]
 TASK = "examples/tiny_reasoner/tiny_reasoner.yaml"
 ROWS = 64  # of text, each longer than --length; drawn again and again
-# The driver's name of a device -> its data sheet. A part of a GPU (MIG) or another model is no match: give --peak.
-DATA_SHEETS = {
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA A10": "a10",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-PCIE-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100-pcie",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
-}
 
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -195,9 +181,9 @@ def device() -> str:
 
 def peak_flops(name: str, dtype: str, peak: float | None) -> float | None:
     """Dense FLOP/s of a device by its data sheet; None for a CPU or a device that is not in the table."""
-    if peak is not None or name not in DATA_SHEETS:
+    if peak is not None or name not in DRIVER_NAMES:
         return peak
-    card = forecast.GPUS[DATA_SHEETS[name]]
+    card = GPUS[DRIVER_NAMES[name]]
     return card.bf16 if dtype == "bfloat16" else card.fp32
 
 
@@ -216,8 +202,8 @@ def table(found: dict[str, Any]) -> str:
     rows = [("measure", "ptl", "beside it", "ratio"), ("---", "---:", "---:", "---:")]
 
     def row(measure: str, ours: float, other: float | None = None, name: str = "", digits: int = 0) -> None:
-        beside = "–" if other is None else f"{name} {other:,.{digits}f}"
-        rows.append((measure, f"{ours:,.{digits}f}", beside, f"{ours / other:.3f}" if other else "–"))
+        beside = "-" if other is None else f"{name} {other:,.{digits}f}"
+        rows.append((measure, f"{ours:,.{digits}f}", beside, f"{ours / other:.3f}" if other else "-"))
 
     results = found["results"]
     if "ptl" in results.get("recovery", {}):
@@ -244,12 +230,19 @@ def table(found: dict[str, Any]) -> str:
 def in_a_process(part: str, folder: Path, arguments: list[str]) -> dict[str, Any]:
     """One part in a process of its own; its error is a result, since the other parts' numbers count all the same."""
     command = [sys.executable, __file__, *arguments, "--measure", part, "--folder", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(done.stderr[-4000:], file=sys.stderr)
-        lines = done.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return (
+        {"error": f"exit code {done.returncode}"} if done.returncode else dict(json.loads(done.stdout.splitlines()[-1]))
+    )
+
+
+def measured(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One part in this process."""
+    try:
+        return PARTS[part](given.folder, given)
+    except Exception as error:  # whatever it is (no memory, a library's): it is reported beside the other parts
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -284,7 +277,7 @@ def main() -> None:
         parser.error(f"--steps {given.steps} must be a multiple of --warmup {given.warmup}, and at least twice as many")
     os.chdir(ROOT)  # the task's and the text's paths are those of the checkout
     if given.measure:
-        print(json.dumps(PARTS[given.measure](given.folder, given)))
+        print(json.dumps(measured(given.measure, given)))
         return
     out = given.out and given.out.absolute()
     with tempfile.TemporaryDirectory(prefix="ptl-gpu-") as scratch:

@@ -253,8 +253,10 @@ def _execute(
 
 def _preflight(config: Config) -> int:
     """Everything that can be checked without weights in memory; returns the dense model's parameters."""
-    from ptl import importer
+    from ptl import advice, importer
 
+    for warning in advice.warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
     model = config.model
     sections = (config.schedule, config.prune, config.calibration, config.training, config.evaluate)
     return importer.preflight(model.path, model.revision, *sections, config.gate, config.recover)[1]

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptl import checkpoint, shapes
+from ptl import advice, checkpoint, shapes
 from ptl.config import Config, Distil, Grpo, Iteration, NextToken, RecoverStage, Recovery, one_shot, plan, removal
 from ptl.dag import Node, critical_path, nodes, stage_of
 from ptl.errors import InputError
 from ptl.families import family_of
+from ptl.gpus import GIB, GPUS, Gpu
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
@@ -26,37 +27,6 @@ FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
 ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
 UNKNOWN_ITEMS, PROMPT_TOKENS, NEW_TOKENS = 1000, 512, 256  # where a task does not say
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU by its data sheet: bytes, dense FLOP/s in bf16 and in float32, bytes/s.
-
-    float32 is without TF32, which torch does not use for matrix products unless it is told to.
-    """
-
-    memory: float
-    bf16: float
-    fp32: float
-    bandwidth: float
-
-
-GIB, TERA = 1 << 30, 1e12
-# NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
-# the memory itself the driver shows up to 6 % less, for which FULL leaves room.
-GPUS = {
-    "t4": Gpu(16 * GIB, 8.1 * TERA, 8.1 * TERA, 0.32 * TERA),  # Turing has no bf16; its 65 TFLOP/s are fp16
-    "l4": Gpu(24 * GIB, 121 * TERA, 30.3 * TERA, 0.3 * TERA),
-    "a10": Gpu(24 * GIB, 125 * TERA, 31.2 * TERA, 0.6 * TERA),
-    "rtx4090": Gpu(24 * GIB, 165 * TERA, 82.6 * TERA, 1.008 * TERA),
-    "a100-40": Gpu(40 * GIB, 312 * TERA, 19.5 * TERA, 1.555 * TERA),
-    "l40s": Gpu(48 * GIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA),
-    "a100-80": Gpu(80 * GIB, 312 * TERA, 19.5 * TERA, 2.039 * TERA),  # SXM; the PCIe card has 1.935 TB/s
-    "h100": Gpu(80 * GIB, 989 * TERA, 67 * TERA, 3.35 * TERA),  # SXM
-    "h100-pcie": Gpu(80 * GIB, 756 * TERA, 51 * TERA, 2.0 * TERA),
-    "h200": Gpu(141 * GIB, 989 * TERA, 67 * TERA, 4.8 * TERA),
-    "b200": Gpu(180 * GIB, 2250 * TERA, 80 * TERA, 8.0 * TERA),  # HGX, 1,000 W
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +112,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
             steps.append(_recover(f"{prefix}recover{suffix}", config, rounds, it, after, shape, gpu, number))
             steps.append(_evaluate(f"{prefix}evaluate{suffix}", config, after, gpu))
             before = after
-    told = tuple(
+    too_large = tuple(
         f"{step.step}: about {step.memory / GIB:.0f} GiB on each GPU, {gpu} has {GPUS[gpu].memory / GIB:.0f} GiB: "
         f"{_remedy(step.step, config, number)}"
         for step in steps
@@ -153,7 +123,17 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     asked = {step.step: _gpus(config, step.step, count) for step in steps}
     together = busiest(dag, hours, asked)
     gpus = sum(asked[name] for name in together)
-    return Forecast(gpu, number, shape.params, tuple(steps), told, critical, tuple(path), together, gpus)
+    return Forecast(
+        gpu,
+        number,
+        shape.params,
+        tuple(steps),
+        (*advice.warnings(config), *too_large),
+        critical,
+        tuple(path),
+        together,
+        gpus,
+    )
 
 
 def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:

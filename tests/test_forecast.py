@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from ptl.config import load_config, plan
 from ptl.dag import Node, Source, nodes
 from ptl.errors import InputError
-from ptl.forecast import GPUS, busiest, devices, forecast, forward_flops, shape_of, table, training_memory
+from ptl.forecast import busiest, devices, forecast, forward_flops, shape_of, table, training_memory
+from ptl.gpus import GPUS
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -75,6 +76,11 @@ def test_what_cannot_fit_is_said_with_a_remedy(large):
     roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
     assert forecast(config(large, recover=roomy), "h100", 8).warnings == ()
     assert forecast(config(DENSE), "t4").warnings == ()
+
+
+def test_settings_that_would_waste_the_run_are_said_as_well():
+    (warning,) = forecast(config(DENSE, **{"gate.enabled": True}, recover=[{"decay": "last"}])).warnings[1:]
+    assert warning.startswith("recover.decay=last")
 
 
 def test_memory_follows_the_settings(large):

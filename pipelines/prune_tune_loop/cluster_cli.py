@@ -1,11 +1,13 @@
 """The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`. `ptl/cli.py` adds them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
+from ptl import advice
 from ptl.config import load_config, pairs
 from ptl.errors import InputError
 
@@ -49,6 +51,8 @@ def submit(
     from pipelines.prune_tune_loop import submit as work
 
     checked = load_config(config, pairs("--set", sets))
+    for warning in advice.warnings(checked):
+        print(f"warning: {warning}", file=sys.stderr)
     code = work.submit(
         checked,
         Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host),

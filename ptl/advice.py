@@ -1,0 +1,40 @@
+"""Warnings: settings that are allowed, and yet likely to waste a run. Pure and torch-free."""
+
+from __future__ import annotations
+
+from ptl.config import Config, NextToken, plan
+
+FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
+
+
+def warnings(config: Config) -> list[str]:
+    """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
+    return [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
+
+
+def _starved_iterations(config: Config) -> list[str]:
+    """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
+    schedule = config.schedule
+    if not schedule.recovery_tokens:  # GRPO alone, limited by its steps, which are shared out in the same way
+        schedule = schedule.model_copy(update={"recovery_tokens": 10**9})
+    total = schedule.recovery_tokens
+    starved = [it for it in plan(schedule, config.prune) if it.tokens < FAIR * it.cut * total]
+    if not starved:
+        return []
+    first = starved[0]
+    removed, trained = 100 * float(first.cut), 100 * first.tokens / total
+    return [
+        f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
+        f"{first.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; the gate "
+        "judges it right then, and a rejection halves the cuts that follow: set schedule.tokens=uniform"
+    ]
+
+
+def _undecayed(config: Config) -> list[str]:
+    """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
+    if all(stage.decay == "each" for stage in config.recover if isinstance(stage, NextToken)):
+        return []
+    return [
+        "recover.decay=last, with the gate on: all iterations but the last are judged at the full learning rate, and a "
+        "loop that the gate stops ends with such a model: set decay: each in every stage of recover"
+    ]
