@@ -94,7 +94,7 @@ def _experiment(client: MlflowClient, found: Any, elsewhere: set[str]) -> Experi
     root = f"{place}/ptl"
     files = _sizes(f"{place}/models", depth=1) if models or parents else {}
     below = _sizes(root, depth=2) if models or parents else {}
-    names = {run: [] for run in parents} | _names(below)
+    names: dict[str, list[str]] = {run: [] for run in parents} | _names(below)
     records = {run: _records(root, run, steps) for run, steps in names.items()}
     others = {run for run in names if run in elsewhere and run not in parents}
     runs = {run: _run(run, parents.get(run), *records[run]) for run in names if run not in others}
