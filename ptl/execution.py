@@ -162,7 +162,6 @@ def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings:
     )
     record = {
         "key": key,
-        "files": [dataclasses.asdict(file) for file in files],
         "pointer": dataclasses.asdict(pointer),
         "facts": facts,
     }

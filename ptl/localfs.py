@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ptl.errors import InputError, WorkError
-from ptl.manifest import BLOCK, FILES, File, Progress, dump_files, verify
+from ptl.manifest import FILES, THREADS, File, Progress, chunks, dump_files, starts, verify
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -39,7 +39,7 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            with ThreadPoolExecutor(4) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 files = tuple(pool.map(lambda path: _copy(folder, partial, path, on_progress), paths))
             _write(partial / FILES, dump_files(files))
             for inner in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
@@ -152,18 +152,19 @@ def full_disk(path: Path) -> Iterator[None]:
 def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
     """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
     (target / path).parent.mkdir(parents=True, exist_ok=True)
-    hasher, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(BLOCK))
-    with (source / path).open("rb", buffering=0) as reader, (target / path).open("wb", buffering=0) as writer:
-        while count := reader.readinto(buffer):
-            hasher.update(buffer[:count])
-            done = 0
-            while done < count:
-                done += writer.write(buffer[done:count]) or 0
-            size += count
-            on_progress(count)
+    blocks = []
+    with (source / path).open("rb", buffering=0) as reader, (target / path).open("wb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        for start in starts(size):
+            hasher = hashlib.sha256()
+            for data in chunks(reader.fileno(), start, size):
+                hasher.update(data)
+                writer.write(data)
+                on_progress(len(data))
+            blocks.append(hasher.hexdigest())
+        writer.flush()
         os.fsync(writer.fileno())
-    return File(path, size, hasher.hexdigest())
+    return File(path, size, tuple(blocks))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,20 +5,35 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError, WorkError
 from ptl.localfs import full_disk
-from ptl.manifest import BLOCK, FILES, File, Progress, dump_files, sha256_of, verify, wrong_digest, wrong_size
-from ptl.s3_client import ATTEMPTS, THREADS, broken_stream, client, code, explained, message, pause, split
+from ptl.manifest import (
+    BLOCK,
+    CHUNK,
+    FILES,
+    THREADS,
+    File,
+    Progress,
+    dump_files,
+    sha256_of,
+    starts,
+    verify,
+    wrong_digest,
+    wrong_size,
+)
+from ptl.s3_client import ATTEMPTS, broken_stream, client, code, explained, message, pause, split
 
-PART = 32 << 20  # bytes of a multipart part and of a ranged read
+SMALL = 64 << 20  # bytes that a list of files or a record may have
 ROUNDS = 3  # per file, where the store forgot a multipart upload
 
 
@@ -27,20 +42,20 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     if read(f"{location}/{FILES}") is not None:
         raise WorkError(f"store: {location} already holds a checkpoint; publish every attempt under a fresh prefix")
     bucket, prefix = split(location)
+    sizes = {path: (folder / path).stat().st_size for path in paths}
     with explained(location), ThreadPoolExecutor(2) as hashing:
-        digests = [hashing.submit(sha256_of, folder / path) for path in paths]
-
+        blocks = {
+            path: [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
+            for path, size in sizes.items()
+        }
         _upload(folder, bucket, prefix, paths, on_progress)
-        files = tuple(
-            File(path, (folder / path).stat().st_size, digest.result())
-            for path, digest in zip(paths, digests, strict=True)
-        )
+        files = tuple(File(path, size, tuple(block.result() for block in blocks[path])) for path, size in sizes.items())
         client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
     return files
 
 
 def fetch(uri: str, files: tuple[File, ...], cache: Path, where: str, on_progress: Progress) -> Path:
-    """Download into `<cache>.partial`, verified while it streams, then rename; a complete earlier download is taken.
+    """Download into `<cache>.partial`, each block verified as it arrives, then rename; or take an earlier download.
 
     Processes that want the same checkpoint wait for each other (a lock file beside `cache`). Raises WorkError.
     """
@@ -77,8 +92,15 @@ def read(uri: str) -> bytes | None:
                 if code(error) in ("NoSuchKey", "404"):
                     return None
                 raise
+            data = bytearray()
             try:
-                return body.read()
+                while chunk := body.read(CHUNK):  # to its end, which is where a short answer is noticed
+                    data += chunk
+                    if len(data) > SMALL:
+                        raise WorkError(
+                            f"store: {uri} has more than {SMALL:,} bytes, so it is not what ptl wrote there"
+                        )
+                return bytes(data)
             except broken_stream():
                 if attempt == ATTEMPTS:
                     raise
@@ -117,8 +139,9 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
 
 
 def delete(uri: str, below: str) -> None:
-    """Remove all objects below `uri`, which is below `below`, the list of files first: a reader then sees no checkpoint instead of half of one.
+    """Remove all objects below `uri`, the list of files first: a reader then sees no checkpoint instead of half of one.
 
+    Keys are taken literally, so that `uri`, which begins with `below`, cannot lead out of it.
     Raises InputError where these credentials may not delete, which is so for those of the steps.
     """
     from botocore.exceptions import ClientError
@@ -149,73 +172,94 @@ def check(root: str) -> None:
 
 
 def _download(uri: str, files: tuple[File, ...], target: Path, where: str, on_progress: Progress) -> None:
-    """Parts arrive in parallel and in any order; each file is hashed in order behind them, while later parts arrive.
+    """Blocks arrive side by side and in any order, and each is hashed by the thread that receives it.
 
     Not by the transfer manager: given a sink to hash, its download came out short after the server was killed in the
     middle (seen with s3transfer 0.19).
     """
-    with explained(uri), ThreadPoolExecutor(THREADS) as pool:
+    with explained(uri), ExitStack() as opened, ThreadPoolExecutor(THREADS) as pool:
         try:
-            work = [(file, *_begin(pool, uri, file, target / file.path, where, on_progress)) for file in files]
-            for file, opened, parts in work:
-                hasher = hashlib.sha256()
-                with opened:
-                    for start, part in parts:
-                        part.result()
-                        for offset in range(start, min(start + PART, file.size), BLOCK):
-                            hasher.update(os.pread(opened.fileno(), min(BLOCK, file.size - offset), offset))
-                if hasher.hexdigest() != file.sha256:
-                    raise WorkError(wrong_digest(where, file))
+            blocks = []
+            for file in files:
+                path = target / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                out = opened.enter_context(FileIO(path, "x+"))
+                # An empty file has one block too, so that it is missed when it was deleted.
+                blocks += [
+                    pool.submit(_get_block, uri, file, start, out, where, on_progress) for start in starts(file.size)
+                ]
+            for block in blocks:
+                block.result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _begin(
-    pool: ThreadPoolExecutor, uri: str, file: File, path: Path, where: str, on_progress: Progress
-) -> tuple[FileIO, list[tuple[int, Future[None]]]]:
-    """Open a file and queue its parts: (start, future) in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opened = FileIO(path, "x+")
-    bucket, prefix = split(uri)
-
-    def get(start: int) -> None:
-        _get_part(bucket, f"{prefix}/{file.path}", file, start, opened, where, on_progress)
-
-    # An empty file has one part too, so that it is missed when it was deleted.
-    return opened, [(start, pool.submit(get, start)) for start in range(0, max(file.size, 1), PART)]
+def _get_block(uri: str, file: File, start: int, out: FileIO, where: str, on_progress: Progress) -> None:
+    """Write one block of an object to its place in the file; one that arrives wrong is fetched once more."""
+    for last in (False, True):
+        try:
+            if _receive(uri, file, start, out, where) != file.blocks[start // BLOCK]:
+                raise WorkError(wrong_digest(where, file))
+            on_progress(min(BLOCK, file.size - start))
+            return
+        except WorkError:
+            if last:
+                raise
 
 
-def _get_part(bucket: str, key: str, file: File, start: int, opened: FileIO, where: str, on_progress: Progress) -> None:
-    """Write one part of an object to its place in the file; a broken stream goes on where it broke."""
+def _receive(uri: str, file: File, start: int, out: FileIO, where: str) -> str:
+    """Hex sha256 of the block at `start`, written to its place; a stream that ends early is continued where it ended.
+
+    Not a byte is written beyond the block, whatever the server sends.
+    """
+    hasher, done, stop, failures = hashlib.sha256(), start, min(start + BLOCK, file.size), 0
+    while True:
+        before, broken = done, None
+        try:
+            with closing(_stream(uri, file, done, stop, where)) as body:
+                while done < stop and (data := body.read(min(CHUNK, stop - done))):
+                    hasher.update(data)
+                    done += _write_at(out, data, done)
+        except broken_stream() as error:
+            broken = error
+        if done == stop:
+            return hasher.hexdigest()
+        failures = 0 if done > before else failures + 1
+        if failures == ATTEMPTS:
+            raise broken or WorkError(f"{where}: the S3 server sends no more of {file.path} than {done:,} bytes")
+        if failures:
+            time.sleep(pause(failures))  # a server that has just started answers before it has its data
+
+
+def _stream(uri: str, file: File, start: int, stop: int, where: str) -> Any:
+    """The stream of an object's bytes from `start`. Raises WorkError for a file that is not the published one."""
     from botocore.exceptions import ClientError
 
-    done, stop = start, min(start + PART, file.size)
+    bucket, prefix = split(uri)
+    place: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
+    # An empty file is asked for without a range, which would be refused.
+    span: dict[str, Any] = {"Range": f"bytes={start}-{stop - 1}"} if file.size else {}
     try:
-        for attempt in range(1, ATTEMPTS + 1):
-            # An empty file is asked for without a range, which would be refused.
-            wanted = f"bytes={done}-{stop - 1}" if file.size else ""
-            answer = client().get_object(Bucket=bucket, Key=key, **({"Range": wanted} if wanted else {}))  # type: ignore[arg-type]
-            size = int(answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"])
-            if size != file.size:
-                raise WorkError(wrong_size(where, file, size))
-            try:
-                while data := answer["Body"].read(1 << 20):
-                    done += _write_at(opened, data, done)
-                    on_progress(len(data))
-                return
-            except broken_stream():
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(pause(attempt))  # a server that has just started answers before it has its data
+        answer = client().get_object(**place, **span)
     except ClientError as error:
         if code(error) in ("NoSuchKey", "404"):
             raise WorkError(
                 f"{where}: file {file.path} was deleted; restore it or run the step that made it again"
             ) from error
         if code(error) in ("InvalidRange", "416"):
-            raise WorkError(wrong_size(where, file, _size(bucket, key))) from error
+            raise WorkError(wrong_size(where, file, client().head_object(**place)["ContentLength"])) from error
         raise
+    sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
+    first, size = (int(sent[1]), int(sent[2])) if sent else (0, answer["ContentLength"])
+    if size != file.size:
+        raise WorkError(wrong_size(where, file, size))
+    if first != start:
+        raise WorkError(
+            f"{where}: file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}; "
+            "does a proxy before the S3 server ignore ranges?"
+        )
+    return answer["Body"]
 
 
 def _write_at(opened: FileIO, data: bytes, offset: int) -> int:
@@ -225,16 +269,12 @@ def _write_at(opened: FileIO, data: bytes, offset: int) -> int:
     return done
 
 
-def _size(bucket: str, key: str) -> int:
-    return client().head_object(Bucket=bucket, Key=key)["ContentLength"]
-
-
 def _upload(folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress) -> None:
     """Upload all files with one transfer manager; what the store forgot half-way is uploaded again."""
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
-    config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_request_concurrency=THREADS)
+    config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
     for last in [False] * (ROUNDS - 1) + [True]:
         lost = []
         with TransferManager(client(), config) as manager:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ptl.errors import InputError, WorkError
+from ptl.manifest import THREADS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-THREADS = 4  # requests at once
 ATTEMPTS = 24  # per request; the pauses between them add up to some 90 seconds, which outlasts a restart of the server
 
 SETTINGS = (
@@ -78,7 +78,27 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     except ValueError as error:
         raise InputError(f"MLFLOW_S3_ENDPOINT_URL: {endpoint!r} is not an address; write http://host:port") from error
     made.meta.events.register("needs-retry.s3", functools.partial(_again, attempts))  # type: ignore[arg-type]
+    made.meta.events.register("after-call.s3", _require_receipt)
     return made
+
+
+# What the answer to a write must have. A proxy or a login page says 200 too, and then nothing was stored.
+_RECEIPTS = {
+    "PutObject": "ETag",
+    "UploadPart": "ETag",
+    "CreateMultipartUpload": "UploadId",
+    "CompleteMultipartUpload": "ETag",
+}
+
+
+def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> None:
+    """Raise WorkError for a write that was answered with success, but not as an S3 server does."""
+    receipt = _RECEIPTS.get(model.name)
+    if receipt and http_response.status_code < 300 and not parsed.get(receipt):
+        raise WorkError(
+            f"store: {model.name} at {endpoint_url() or 'AWS'}: answered {http_response.status_code} without "
+            f"{receipt}, so that nothing says that it was stored; is MLFLOW_S3_ENDPOINT_URL the S3 server itself?"
+        )
 
 
 def _again(limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any) -> float | None:
@@ -121,6 +141,7 @@ def explained(uri: str) -> Iterator[None]:
     """Errors of the settings become InputError, those of the transfer WorkError; both name endpoint and URI."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError
 
     try:
@@ -130,7 +151,7 @@ def explained(uri: str) -> Iterator[None]:
     except ClientError as error:
         kind = InputError if code(error) in _REMEDIES else WorkError
         raise kind(message(error, uri)) from error
-    except (BotoCoreError, Boto3Error, RetriesExceededError) as error:
+    except (BotoCoreError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
         raise WorkError(message(error, uri)) from error
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ptl.errors import InputError, WorkError
 from ptl.manifest import FILES, File, Progress, digest_of, load_files, scan
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -41,7 +42,7 @@ class Pointer:
     """What travels between steps instead of weights."""
 
     uri: str  # folder of the files: file:///... or s3://...
-    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256)
+    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256 of blocks)
     params: int = 0
     original_params: int = 0  # of the imported dense model; prune's goals are computed from it
     parent_digest: str = ""
@@ -116,11 +117,13 @@ def commit(root: str, run: str, step: str, record: dict[str, Any]) -> dict[str, 
 def committed(root: str, run: str, step: str, key: str | None = None) -> dict[str, Any] | None:
     """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
     uri = _manifest(root, run, step)
-    data = _backend(root).read(uri)
-    if data is None:
-        return None
-    record = _record(data, uri, step)
-    if key is not None:
+
+    def read() -> dict[str, Any] | None:
+        data = _backend(root).read(uri)
+        return None if data is None else _record(data, uri, step)
+
+    record = _once_more(read)
+    if record is not None and key is not None:
         _same_key(record, key, run, uri)
     return record
 
@@ -141,7 +144,16 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     where = f"checkpoint {pointer.uri}" + (f" of run {pointer.run_id}" if pointer.run_id else "")
     backend = _backend(pointer.uri)
     uri = pointer.uri.rstrip("/")
-    listing = backend.read(f"{uri}/{FILES}")
+    files = _once_more(lambda: _listed(pointer, uri, where))
+    with _bar("fetch", sum(file.size for file in files), on_progress) as progress:
+        target = Path(cache) / pointer.digest.removeprefix("sha256:")
+        folder: Path = backend.fetch(uri, files, target, where, progress)
+    return folder
+
+
+def _listed(pointer: Pointer, uri: str, where: str) -> tuple[File, ...]:
+    """The files of a checkpoint, by the list whose digest the pointer has."""
+    listing = _backend(uri).read(f"{uri}/{FILES}")
     if listing is None:
         raise WorkError(
             f"{where} is gone: no {FILES} there; it was deleted or never completely published. "
@@ -150,13 +162,18 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     files = load_files(listing, where)
     if digest_of(files) != pointer.digest:
         raise WorkError(
-            f"{where}: digest differs: {FILES} lists {digest_of(files)}, wanted {pointer.digest}; the checkpoint was "
+            f"{where}: digest differs: {FILES} lists {digest_of(files)}, not {pointer.digest}; the checkpoint was "
             "replaced. Restore it, or start a new run to make it again"
         )
-    with _bar("fetch", sum(file.size for file in files), on_progress) as progress:
-        target = Path(cache) / pointer.digest.removeprefix("sha256:")
-        folder: Path = backend.fetch(uri, files, target, where, progress)
-    return folder
+    return files
+
+
+def _once_more(checked: Callable[[], T]) -> T:
+    """What is read and checked; a failed check has it read once more, since a byte may have changed on its way."""
+    try:
+        return checked()
+    except WorkError:
+        return checked()
 
 
 def read(uri: str) -> bytes | None:

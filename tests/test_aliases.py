@@ -70,7 +70,7 @@ def pipeline(client, database, model, monkeypatch, tmp_path):
         location = f"{step.artifact_uri}/{name}"
         files = store.publish(folder, location)
         pointer = {"uri": location, "digest": store.digest_of(files)}
-        record = store.commit(step.root, step.run, name, {"key": "k", "files": [], "pointer": pointer, "facts": facts})
+        record = store.commit(step.root, step.run, name, {"key": "k", "pointer": pointer, "facts": facts})
         return {**record, "facts": {**record["facts"], "items": found}}
 
     return make

@@ -113,7 +113,10 @@ def test_refused_download_leaves_nothing(s3, folder, tmp_path):
 
 @contextmanager
 def fake_faults(monkeypatch, endpoint, fault):
-    """A fake: a proxy before the real server; a status from `fault(method, headers, count)` is the answer."""
+    """A fake: a proxy before the real server; a status from `fault(method, headers, count)` is the answer.
+
+    A function from there edits the server's answer: (status, headers, body) -> the same.
+    """
     target, seen, lock = urlsplit(endpoint).netloc, [], threading.Lock()
 
     class Proxy(BaseHTTPRequestHandler):
@@ -124,18 +127,22 @@ def fake_faults(monkeypatch, endpoint, fault):
             with lock:
                 seen.append(self.command)
                 status, answer, headers = fault(self.command, self.headers, len(seen)), b"", []
-            if status is None:
+            if status is None or callable(status):
+                edit = status
                 upstream = http.client.HTTPConnection(target)
                 # The client signed the proxy's address as Host, and it is forwarded as it came.
                 upstream.request(self.command, self.path, body, dict(self.headers))
                 reply = upstream.getresponse()
                 status, answer, headers = reply.status, reply.read(), reply.getheaders()
                 upstream.close()
+                if edit is not None:
+                    status, edited, answer = edit(status, dict(headers), answer)
+                    headers = list(edited.items())
             else:
                 code = {501: "NotImplemented"}.get(status, "InternalError")
                 answer = f"<Error><Code>{code}</Code></Error>".encode()
             self.send_response(status)
-            length = dict(headers).get("Content-Length", len(answer)) if self.command == "HEAD" else len(answer)
+            length = dict(headers)["Content-Length"] if self.command == "HEAD" else len(answer)
             for name, value in headers:
                 if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                     self.send_header(name, value)
@@ -165,8 +172,8 @@ def test_store_without_conditional_writes(s3, server, folder, monkeypatch):
 
     with fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], fault) as seen:
         pointer = publish(folder, s3.root)
-        first = store.commit(s3.root, "run1", "prune-1", {"key": "k", "files": [], "pointer": asdict(pointer)})
-        assert store.commit(s3.root, "run1", "prune-1", {"key": "k", "files": [1], "pointer": asdict(pointer)}) == first
+        first = store.commit(s3.root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
+        assert store.commit(s3.root, "run1", "prune-1", {"key": "k", "other": 1, "pointer": asdict(pointer)}) == first
     assert store.committed(s3.root, "run1", "prune-1") == first
     assert "PUT" in seen
 
@@ -179,6 +186,107 @@ def test_server_errors_are_retried(s3, server, folder, monkeypatch, tmp_path, st
         pointer = publish(folder, s3.root)
         assert same(folder, store.fetch(pointer, tmp_path / "cache"))
     assert len(seen) > 8
+
+
+def on_blocks(edit, times=1):
+    """A fault: so many answers to requests for a range are edited."""
+    left = [times]
+
+    def fault(method, headers, count):
+        if method != "GET" or "Range" not in headers or not left[0]:
+            return None
+        left[0] -= 1
+        return edit
+
+    return fault
+
+
+def flipped(status, headers, body):
+    return status, headers, body[:100] + bytes([body[100] ^ 1]) + body[101:]
+
+
+def longer(status, headers, body):
+    return status, headers, body + b"x" * 5000
+
+
+def shorter(status, headers, body):
+    span, _, size = headers["Content-Range"].partition("/")
+    first = int(span.split()[1].split("-")[0])
+    body = body[: len(body) // 2]
+    return status, {**headers, "Content-Range": f"bytes {first}-{first + len(body) - 1}/{size}"}, body
+
+
+def login_page(status, headers, body):
+    return 200, {"Content-Type": "text/html"}, b"<html>please log in</html>"
+
+
+@pytest.mark.parametrize("edit, times", [(flipped, 1), (flipped, 2), (longer, 9), (shorter, 9), (login_page, 1)])
+def test_wrong_answers_to_ranges_do_no_harm(s3, server, folder, monkeypatch, tmp_path, edit, times):
+    pointer = publish(folder, s3.root)
+    with fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], on_blocks(edit, times)):
+        assert same(folder, store.fetch(pointer, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (flipped, "digest differs in file config.json"),
+        (login_page, "config.json has 26 bytes, 2000 were published"),
+        (lambda status, headers, body: (206, headers, b""), r"sends no more of config.json than 0 bytes"),
+    ],
+    ids=["flipped", "login_page", "empty"],
+)
+def test_answers_that_stay_wrong_are_refused(s3, server, folder, monkeypatch, tmp_path, edit, message):
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_bytes(bytes(2000))
+    pointer = publish(folder, s3.root)
+    monkeypatch.setattr("ptl.s3.ATTEMPTS", 3)
+    faults = fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], on_blocks(edit, 99))
+    with faults as seen, pytest.raises(WorkError, match=message):
+        store.fetch(pointer, tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert len(seen) < 10
+
+
+def test_a_server_that_ignores_ranges_is_refused(s3, server, folder, monkeypatch, tmp_path):
+    pointer = publish(folder, s3.root)
+    whole = (folder / "model.safetensors").read_bytes()
+
+    def ignore(status, headers, body):
+        return 200, {name: value for name, value in headers.items() if name != "Content-Range"}, whole
+
+    def fault(method, headers, count):
+        return ignore if f"-{len(whole) - 1}" in headers.get("Range", "") else None  # the last block
+
+    with (
+        fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], fault),
+        pytest.raises(WorkError, match=r"asked for from byte 33,554,432 and is sent from byte 0"),
+    ):
+        store.fetch(pointer, tmp_path / "cache")
+
+
+def test_a_byte_that_flips_in_a_list_or_a_record_is_read_again(s3, server, folder, monkeypatch, tmp_path):
+    (folder / "model.safetensors").unlink()
+    pointer = publish(folder, s3.root)
+    record = store.commit(s3.root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
+    with fake_faults(
+        monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], lambda method, headers, count: flipped if count % 2 else None
+    ):
+        assert store.committed(s3.root, "run1", "prune-1") == record
+        assert same(folder, store.fetch(pointer, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("method, large", [("PUT", False), ("PUT", True), ("POST", True)])
+def test_a_write_without_receipt_does_not_count(s3, server, folder, monkeypatch, method, large):
+    if not large:
+        (folder / "model.safetensors").unlink()
+    fault = lambda sent, headers, count: login_page if sent == method else None  # noqa: E731
+    with fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], fault):
+        with pytest.raises(WorkError, match=r"MLFLOW_S3_ENDPOINT_URL"):
+            publish(folder, s3.root)
+        if not large:
+            with pytest.raises(WorkError, match=r"PutObject at .*: answered 200 without ETag"):
+                store.claim(s3.root, "run1", "parent", "1")
 
 
 MOVE = """

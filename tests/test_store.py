@@ -1,5 +1,6 @@
 """The same tests hold for every kind of store."""
 
+import hashlib
 import json
 import random
 import signal
@@ -15,7 +16,7 @@ from conftest import FilePlace
 from ptl import store
 from ptl.errors import InputError, WorkError
 from ptl.localfs import path_of
-from ptl.manifest import FILES
+from ptl.manifest import BLOCK, FILES
 
 
 @pytest.fixture
@@ -36,10 +37,9 @@ def publish(folder, place, attempt="a"):
     return store.Pointer(uri, store.digest_of(files), run_id="0123abcd"), files
 
 
-def record(pointer, files, key="k1"):
+def record(pointer, key="k1"):
     return {
         "key": key,
-        "files": [asdict(file) for file in files],
         "pointer": asdict(pointer),
         "facts": {"seconds": 1.5},
     }
@@ -54,13 +54,40 @@ def test_round_trip(place, folder, tmp_path):
     pointer, files = publish(folder, place)
     assert [file.path for file in files] == ["config.json", "model.safetensors", "sub/empty.txt"]
     assert store.committed(place.root, "run1", "prune-1") is None
-    written = store.commit(place.root, "run1", "prune-1", record(pointer, files))
+    written = store.commit(place.root, "run1", "prune-1", record(pointer))
     assert store.committed(place.root, "run1", "prune-1") == written
     assert written["facts"] == {"seconds": 1.5}
     found = store.fetch(store.pointer_of(written["pointer"]), tmp_path / "cache")
     assert contents(found) == contents(folder)
     assert (found / "model.safetensors").stat().st_mode & 0o044  # safetensors writes 0600: other UIDs must read too
     assert store.fetch(pointer, tmp_path / "cache") == found
+
+
+def test_every_block_has_a_digest(place, folder, tmp_path):
+    data = random.Random(4).randbytes(2 * BLOCK)
+    for name, size in (("model.safetensors", 2 * BLOCK), ("other.safetensors", BLOCK + 1)):
+        (folder / name).write_bytes(data[:size])
+    pointer, files = publish(folder, place)
+    blocks = {file.path: file.blocks for file in files}
+    whole, second = (hashlib.sha256(part).hexdigest() for part in (data[:BLOCK], data[BLOCK:]))
+    assert blocks["model.safetensors"] == (whole, second)
+    assert blocks["other.safetensors"] == (whole, hashlib.sha256(data[BLOCK : BLOCK + 1]).hexdigest())
+    assert blocks["sub/empty.txt"] == (hashlib.sha256().hexdigest(),)
+    assert contents(store.fetch(pointer, tmp_path / "cache")) == contents(folder)
+
+
+@pytest.mark.parametrize("change", [{"blocks": []}, {"size": -1}, {"size": BLOCK + 1}], ids=["none", "negative", "few"])
+def test_a_list_with_other_blocks_than_its_size_is_refused(place, folder, tmp_path, change):
+    pointer, _ = publish(folder, place)
+
+    def edit(data):
+        raw = json.loads(data)
+        raw["files"][0] |= change
+        return json.dumps(raw).encode()
+
+    place.change(f"{pointer.uri}/{FILES}", edit)
+    with pytest.raises(WorkError, match="digests for"):
+        store.fetch(pointer, tmp_path / "cache")
 
 
 def test_digest_is_of_contents_not_of_place(place, folder):
@@ -109,8 +136,8 @@ def test_replaced_checkpoint_is_refused(place, folder, tmp_path):
 
 
 def test_damaged_list_and_record_are_refused(place, folder, tmp_path):
-    pointer, files = publish(folder, place)
-    store.commit(place.root, "run1", "prune-1", record(pointer, files))
+    pointer, _ = publish(folder, place)
+    store.commit(place.root, "run1", "prune-1", record(pointer))
     place.change(f"{place.root}/run1/prune-1/manifest.json", lambda data: data.replace(b"1.5", b"1.6"))
     with pytest.raises(WorkError, match=r"digest differs.*delete .*manifest.json"):
         store.committed(place.root, "run1", "prune-1")
@@ -153,10 +180,10 @@ def test_empty_and_missing_folders_are_refused(place, tmp_path):
 
 
 def test_another_key_is_refused(place, folder):
-    pointer, files = publish(folder, place)
-    store.commit(place.root, "run1", "prune-1", record(pointer, files, "k1"))
+    pointer, _ = publish(folder, place)
+    store.commit(place.root, "run1", "prune-1", record(pointer, "k1"))
     with pytest.raises(InputError, match=r"run1.*prune-1 belongs to another run"):
-        store.commit(place.root, "run1", "prune-1", record(pointer, files, "k2"))
+        store.commit(place.root, "run1", "prune-1", record(pointer, "k2"))
     with pytest.raises(InputError, match="belongs to another run"):
         store.committed(place.root, "run1", "prune-1", key="k2")
     assert store.committed(place.root, "run1", "prune-1", key="k1")["key"] == "k1"
@@ -172,8 +199,8 @@ def test_names_cannot_leave_the_root(place, name):
 
 def test_four_writers_one_commit(place, folder):
     def write(attempt):
-        pointer, files = publish(folder, place, attempt)
-        return store.commit(place.root, "run1", "prune-1", record(pointer, files))
+        pointer, _ = publish(folder, place, attempt)
+        return store.commit(place.root, "run1", "prune-1", record(pointer))
 
     with ThreadPoolExecutor(4) as pool:
         records = list(pool.map(write, "abcd"))
@@ -199,7 +226,7 @@ sys.stdin.readline()
 uri = f"{root}/models/{attempt}/artifacts"
 files = store.publish(Path(folder), uri)
 pointer = store.Pointer(uri, store.digest_of(files))
-store.commit(root, "run1", "prune-1", {"key": "k", "files": [asdict(f) for f in files], "pointer": asdict(pointer)})
+store.commit(root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
 """
 
 
@@ -207,7 +234,7 @@ def test_kill_at_random_moments(place, folder, tmp_path):
     (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(24 << 20))
     expected = contents(folder)
     start = time.perf_counter()
-    pointer, files = publish(folder, place, "timing")
+    pointer, _ = publish(folder, place, "timing")
     seconds = time.perf_counter() - start
     rng, outcomes = random.Random(2), []
     for number in range(10):
@@ -230,8 +257,8 @@ def test_kill_at_random_moments(place, folder, tmp_path):
             assert half is None
         outcomes.append(half is not None)
         if half is None:
-            again, files = publish(folder, FilePlace(root), "second")
-            half = store.commit(root, "run1", "prune-1", {**record(again, files), "key": "k"})
+            again, _ = publish(folder, FilePlace(root), "second")
+            half = store.commit(root, "run1", "prune-1", {**record(again), "key": "k"})
         assert contents(store.fetch(store.pointer_of(half["pointer"]), cache)) == expected
     assert False in outcomes  # at least one kill came before the commit, else nothing was tested
 
