@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ptl import model_checks, nexttoken, pretrained
+from ptl import hub, model_checks, nexttoken, pretrained
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
@@ -29,9 +29,7 @@ def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
 
 def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
-    from ptl.importer import locate
-
-    folder = locate(settings.teacher, None, field="recover.teacher") if settings.teacher else job.teacher
+    folder = hub.locate(settings.teacher, None, field="recover.teacher") if settings.teacher else job.teacher
     if folder is None:
         raise InputError("recover.teacher: the run has no original model to learn from; give a folder or a hub id")
     mine = model_checks.load_tokenizer(src).get_vocab()

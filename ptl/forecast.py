@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptl import advice, checkpoint, shapes
+from ptl import advice, checkpoint, hub, shapes
 from ptl.config import Config, Distil, Grpo, Iteration, NextToken, RecoverStage, Recovery, one_shot, plan, removal
 from ptl.dag import Node, critical_path, nodes, stage_of
 from ptl.errors import InputError
@@ -202,9 +202,7 @@ def _duration(hours: float) -> str:
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """A model's shape from its config.json alone; of a folder without a dtype there, from the weights' headers too."""
-    from ptl.importer import locate_config
-
-    folder = locate_config(path, revision)
+    folder = hub.locate_config(path, revision)
     config = checkpoint.read_config(folder)
     family = family_of(config)
     sizes = shapes.sizes(config, family, f"config.json of {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl import checkpoint, model_checks
+from ptl import checkpoint, hub, model_checks
 from ptl.anatomy import anatomy, layers_for, width_for
 from ptl.config import (
     Calibration,
@@ -26,36 +26,6 @@ from ptl.families import family_of
 from ptl.rewards import check_patterns, reference_template
 from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
 from ptl.tasks import check_gate, check_tasks
-
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what stands beside the weights; no pickles, no code
-
-
-def locate(
-    path: str,
-    revision: str | None,
-    patterns: Sequence[str] = (*SMALL_FILES, "*.safetensors"),
-    field: str = "model.path",
-) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
-    folder = Path(path)
-    if folder.exists() or path.startswith((".", "/", "~")):
-        return folder.expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{field}: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
-            f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and that the hub can be "
-            "reached (HF_HUB_OFFLINE=1: only what its cache holds)"
-        ) from error
-
-
-def locate_config(path: str, revision: str | None) -> Path:
-    """A folder that holds the checkpoint's config.json; of a hub id nothing else is downloaded."""
-    return locate(path, revision, ["config.json"])
 
 
 def preflight(
@@ -78,7 +48,7 @@ def preflight(
     check_tasks(evaluate.tasks, evaluate)
     if gate is not None:
         check_gate(evaluate, gate)
-    folder = locate(path, revision)
+    folder = hub.locate(path, revision)
     params = check_model(folder, schedule, prune)
     model_checks.check_settings(folder, calibration, training, evaluate, recover)
     return folder, params
@@ -153,7 +123,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     """Copy an ordinary checkpoint to `dst`, weights checked for NaN; raises InputError for what is wrong with it."""
     import shutil
 
-    src = locate(path, revision)
+    src = hub.locate(path, revision)
     checkpoint.read_config(src)
     checkpoint.check_links(src)
     weights = checkpoint.shards(src)

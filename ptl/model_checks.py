@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl import bounded_json, checkpoint, pretrained
+from ptl import bounded_json, checkpoint, hub, pretrained
 from ptl.config import Calibration, DataSource, Distil, Evaluate, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.errors import InputError
 
@@ -151,9 +151,7 @@ def _vocabulary(core: dict[str, Any]) -> dict[str, int]:
 
 def _teacher_files(teacher: str) -> Path:
     """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    from ptl.importer import SMALL_FILES, locate
-
-    return locate(teacher, None, SMALL_FILES, field="recover.teacher")
+    return hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
 
 
 def _unreadable(folder: Path, why: object) -> InputError:
