@@ -139,6 +139,28 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
         other.wait()
 
 
+def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
+    """Killed between the two, `ptl up` would leave a server that nothing stops, on a port that stays taken."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack.localfs, "replace", killed)
+    begun = tmp_path / "begun"
+    with pytest.raises(KeyboardInterrupt):
+        stack._start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")
+    time.sleep(0.3)
+    assert not begun.exists()
+
+
+def test_half_written_notes_and_keys_do_not_occur(tmp_path):
+    """Each is written under another name and renamed."""
+    keys = stack._keys(tmp_path)
+    assert stack._keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
+    assert (tmp_path / "stack/keys.json").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
+
+
 def test_server_that_does_not_start_shows_its_log(tmp_path):
     with pytest.raises(
         WorkError, match=r"mlflow server ended with code[\s\S]*mlflow.log[\s\S]*nosuchdatabase"
