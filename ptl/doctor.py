@@ -108,7 +108,7 @@ def mlflow(config: Config) -> Line:
     """MLflow answers under this name, lets this user in, and takes a run."""
     from mlflow.exceptions import MlflowException
 
-    from ptl import tracking
+    from ptl import mlflow_objects, tracking
 
     address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -121,7 +121,7 @@ def mlflow(config: Config) -> Line:
             return Line("MLflow", "error", *fault)
     try:
         client = tracking.connect()
-        experiment = tracking._experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
+        experiment = mlflow_objects.experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
         client.set_terminated(run.info.run_id, "FINISHED")
         client.delete_run(run.info.run_id)

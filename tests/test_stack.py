@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -119,6 +120,31 @@ def test_only_loopback_and_no_open_door(running):
         ours = {int(row[1].split(":")[1], 16): row[1].split(":")[0] for row in listening if row[3] == "0A"}
         wanted = {port + extra for port in range(s3_port, s3_port + 4) for extra in (0, stack.GRPC)}
         assert {ours[port] for port in wanted if port in ours} == {"0100007F"}
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
+
+
+@pytest.mark.parametrize("part", range(4), ids=["s3", "filer", "master", "volume"])
+def test_grpc_ports_answer_nobody_without_the_key(running, part):
+    root, s3_port, _, _ = running
+    address = (stack.HOST, s3_port + part + stack.GRPC)
+    with socket.create_connection(address, timeout=5) as plain:
+        plain.sendall(PREFACE)
+        assert plain.recv(100) == b""
+    context = ssl.create_default_context(cafile=root / "stack" / "grpc.crt")
+    context.set_alpn_protocols(["h2"])
+
+    def answer():
+        with context.wrap_socket(socket.create_connection(address, timeout=5), server_hostname="localhost") as client:
+            client.sendall(PREFACE)
+            return client.recv(100)
+
+    with pytest.raises(ssl.SSLError, match="certificate required"):
+        answer()
+    context.load_cert_chain(root / "stack" / "grpc.crt", root / "stack" / "grpc.key")
+    assert answer().startswith(b"\0\0")  # a SETTINGS frame: with the key it is a gRPC server
+    assert stat_mode(root / "stack" / "grpc.key") == 0o600
 
 
 def stat_mode(path):
