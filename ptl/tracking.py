@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -258,15 +259,14 @@ def connect() -> MlflowClient:
         raise InputError("environment: MLFLOW_TRACKING_URI is not set; set it to your MLflow server's address")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if not address.is_server(uri) and importlib.util.find_spec("sqlalchemy") is None:
+        raise InputError(
+            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny: "
+            "pip install 'ptl[pipelines]', or give the address of a server (http://...)"
+        )
     from mlflow import MlflowClient
 
-    try:
-        return MlflowClient(uri, registry_uri=uri)
-    except ImportError as error:
-        raise InputError(
-            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny; "
-            "install mlflow, or give the address of a server (http://...)"
-        ) from error
+    return MlflowClient(uri, registry_uri=uri)
 
 
 @contextmanager
