@@ -132,8 +132,10 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     import shutil
 
     src = hub.locate(path, revision)
-    checkpoint.read_config(src)
+    family = family_of(checkpoint.read_config(src))
     checkpoint.check_links(src)
+    anatomy(src, family)
+    model_checks.check_tokenizer(src)
     weights = checkpoint.shards(src)
     checkpoint.check_finite(weights)
     dst.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from ptl.config import Calibration, DataSource, Distil, Evaluate, Grpo, NextToke
 from ptl.errors import InputError
 
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 NO_EOS = "the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
 
@@ -41,6 +42,7 @@ def check_settings(
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it."""
     check_tokenizer(folder)
+    check_generation_config(folder)
     check_positions(folder, {"calibration.max_length": calibration.max_length})
     if evaluate.max_length is not None:
         check_positions(folder, {"evaluate.max_length": evaluate.max_length})
@@ -66,6 +68,19 @@ def check_tokenizer(folder: Path) -> None:
     # a few classes of transformers have an EOS token of their own
     if not any(named) and find_spec("transformers") is not None:
         load_tokenizer(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
+    path = folder / GENERATION
+    if not path.is_file():
+        return
+    try:
+        content = bounded_json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"model.path: {path} is not valid JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"model.path: {path} must hold a JSON object; fetch the checkpoint again")
 
 
 def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:

@@ -14,6 +14,10 @@ from ptl.families import Family
 
 LARGEST = 1 << 31  # of a size; a model beyond it is a typing error
 MOST_LAYERS = 10_000
+POSITIVE = (
+    *("max_position_embeddings", "sliding_window", "rms_norm_eps", "rope_theta", "rope_local_base_freq"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Names that transformers gives to activations without weights of their own (tests/test_shapes.py compares)
 ACTIVATIONS = (
@@ -72,6 +76,7 @@ def sizes(config: Mapping[str, Any], family: Family, where: Path | str) -> Sizes
         raise InputError(f"model.path: {where} gives the odd head_dim={head_dim}; fetch the checkpoint again")
     _check_types(config, family, found.layers, where)
     _check_numbers(config, where)
+    _check_padding(config, found.vocab_size, where)
     _check_activation(config, where)
     _check_rope(config, where)
     return found
@@ -161,7 +166,7 @@ def _check_types(config: Mapping[str, Any], family: Family, layers: int, where: 
 
 
 def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
-    for field in ("max_position_embeddings", "sliding_window", "rms_norm_eps", "rope_theta"):
+    for field in POSITIVE:
         value = config.get(field)
         if value is not None and not (_is_number(value) and value > 0):
             raise InputError(f"model.path: {where} has {field}={value!r}, which must be a number above 0")
@@ -170,6 +175,16 @@ def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
         value = config.get(field)
         if value is not None and (not isinstance(value, str) or value not in DTYPES):
             raise InputError(f"model.path: {where} has {field}={value!r}, which must be one of {', '.join(DTYPES)}")
+
+
+def _check_padding(config: Mapping[str, Any], vocabulary: int, where: Path | str) -> None:
+    """The embeddings are made with the padding token's number, which counts from the end where it is negative."""
+    value = config.get("pad_token_id")
+    if value is not None and not (isinstance(value, int) and -vocabulary <= value < vocabulary):
+        raise InputError(
+            f"model.path: {where} has pad_token_id={value!r}, which is no token of the {vocabulary} in vocab_size; set "
+            "it to one, or to null"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.forecast import forecast
 from ptl.job import Job, Round
+from ptl.model_checks import load_tokenizer
 from ptl.prune import prune_checkpoint
 from ptl.recover_config import Distil, TrainingData, TrainingSource
 from ptl.training import load
@@ -76,15 +77,16 @@ def job(tmp_path):
 
 def test_every_command_refuses(own_code, plain, tmp_path):
     settings = load_config(TINY, {"model.path": str(own_code)})
-    calibration = Calibration(data=DataSource(source="x.jsonl", format="text"))
+    calibration = Calibration(data=DataSource(source="x.jsonl", format="text"), max_length=32)
     ways = [
         lambda: prune_checkpoint(own_code, tmp_path / "a", Prune(), calibration, unit="neurons", goal=20_000, seed=0),
-        lambda: load(own_code, settings.recover[0]),
         lambda: load_teacher(plain, Distil(teacher=str(own_code)), job(tmp_path)),
     ]
     ways += [lambda: evaluate_checkpoint(own_code, tmp_path / "b", settings.evaluate, seed=0)]
     if "own" in (own_code / "config.json").read_text():
-        ways += [lambda: forecast(settings)]
+        ways += [lambda: forecast(settings), lambda: load(own_code)]
+    else:
+        ways += [lambda: load_tokenizer(own_code)]
     for way in ways:
         with pytest.raises(InputError, match=REFUSED):
             way()

@@ -24,7 +24,8 @@ from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
 from ptl.forecast import shape_of
-from ptl.importer import check_model
+from ptl.importer import check_model, import_checkpoint
+from ptl.model_checks import check_generation_config
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 YARN = {"rope_type": "yarn", "factor": 2.0}
@@ -136,6 +137,10 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("rope_parameters", {"full_attention": {"rope_type": "spiral"}}, "rope_parameters.full_attention.rope_type"),
         ("rope_scaling", "yarn", "must be a JSON object"),
         ("rope_scaling", {"type": "spiral"}, "rope_scaling.rope_type='spiral'"),
+        ("rope_theta", float("nan"), "above 0"),
+        ("query_pre_attn_scalar", 0, "above 0"),
+        ("pad_token_id", 48, "no token of the 48"),
+        ("pad_token_id", "0", "no token of the 48"),
         ("dtype", "float8", "must be one of float64, float32, float16, bfloat16"),
         ("dtype", ["float32"], "must be one of float64"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "has a quantization_config (gptq)"),
@@ -293,3 +298,19 @@ def test_an_unsupported_family_is_refused_before_the_work(folders, tmp_path, mon
     assert "'gpt2' is not supported" in str(found.exception)
     with pytest.raises(InputError, match="'gpt2' is not supported"):
         evaluate_checkpoint(folder, tmp_path / "out", load_config(TINY).evaluate, seed=0)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", DEEP], ids=["half", "a-list", "deep"])
+def test_a_generation_config_that_cannot_be_read_is_named(folders, tmp_path, text):
+    folder = changed(folders("llama"), tmp_path)
+    check_generation_config(folder)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"model.path: .*generation_config.json (is not valid JSON|must hold a JSON)"):
+        check_generation_config(folder)
+
+
+def test_import_by_hand_checks_what_the_pipeline_checks(folders, tmp_path):
+    folder = changed(folders("llama"), tmp_path, num_attention_heads=8)
+    with pytest.raises(InputError, match="num_attention_heads=8"):
+        import_checkpoint(str(folder), None, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
