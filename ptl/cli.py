@@ -276,9 +276,9 @@ def _execute(
     except PtlError as error:
         message, code = run_directory.failure(here) or (str(error), error.exit_code)
         again = (
-            "fix it and run the same command again to resume: finished steps are not redone (with a corrected config: "
+            "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
+            "those with the same inputs and settings are taken over"
         )
-        again += "those whose inputs and settings stay the same)"
         raise (InputError if code == 2 else WorkError)(f"{message}\n{again}") from error
 
 
