@@ -17,6 +17,7 @@ process of its own, so that its peak memory is its own. Prints a Markdown table;
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -60,7 +61,6 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
         logging_steps=given.warmup,
         processes=1,
         dtype=given.dtype,
-        gradient_checkpointing=given.gradient_checkpointing,
     )
     data = TrainingData(sources=[{"source": str(text(model, given)), "format": "text"}])
     this = Round(given.steps * given.batch_size * given.length, (), 1, False, given.seed)
@@ -69,6 +69,7 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     memory: dict[str, float] = {}
     for _ in range(given.repeats):
         for name, loop in (("ptl", train.product), ("bare", train.bare)):
+            gpu_peak()  # of the loop before: its model is released
             rates[name].append(loop(model, settings, job))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
     flops = 3 * forecast.forward_flops(forecast.shape_of(str(model)), 1, given.length)  # of a token, with backward
@@ -165,9 +166,11 @@ def text(model: Path, given: argparse.Namespace) -> Path:
 
 def gpu_peak() -> float:
     """GiB of GPU memory at its peak since the last call; 0 without a GPU. vLLM's own process is not seen."""
+    gc.collect()  # a trainer refers to itself
     if not torch.cuda.is_available():
         return 0.0
     peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return peak
 
@@ -255,7 +258,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a training step or a scoring pass")
     parser.add_argument("--steps", type=int, default=40, help="of training, the warm-up among them")
     parser.add_argument("--warmup", type=int, default=10, help="first steps that do not count; --steps is a multiple")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="in the recover step alone")
     parser.add_argument("--sequences", type=int, default=64, help="calibration sequences")
     parser.add_argument("--items", type=int, default=500, help="problems to answer, at most 1,000")
     parser.add_argument("--new-tokens", type=int, default=60, help="longest answer")

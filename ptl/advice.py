@@ -32,7 +32,8 @@ def _starved_iterations(config: Config) -> list[str]:
 
 def _undecayed(config: Config) -> list[str]:
     """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
-    if all(stage.decay == "each" for stage in config.recover if isinstance(stage, NextToken)):
+    decayed = all(stage.decay == "each" for stage in config.recover if isinstance(stage, NextToken))
+    if decayed or config.schedule.iterations == 1:
         return []
     return [
         "recover.decay=last, with the gate on: all iterations but the last are judged at the full learning rate, and a "

@@ -44,7 +44,7 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
     `records` are those of the run's steps; an evaluate record carries its items under the fact `items`. Where two runs
     end at the same moment the last one to look at an alias decides: it is read again right before it is moved.
     """
-    candidates, sentences = _candidates(records, rule)
+    candidates, sentences = _candidates(run, records, registered_model, rule)
     if candidates:
         best = max(candidates, key=lambda one: (one.accuracy, -one.params))
         smallest = min(candidates, key=lambda one: (one.params, -one.accuracy))
@@ -53,15 +53,24 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
     return sentences
 
 
-def _candidates(records: dict[str, Record], rule: Gate) -> tuple[list[Candidate], list[str]]:
+def _candidates(
+    run: StepRun, records: dict[str, Record], registered_model: str, rule: Gate
+) -> tuple[list[Candidate], list[str]]:
     """The registered checkpoints of a run that may have an alias; sentences about the others."""
     candidates, sentences, worse = [], [], []
     for step, record in records.items():
         facts = record["facts"]
         accepted = facts.get("accepted") or {}
-        version = str(accepted.get("model_version") or "")
-        if facts["stage"] != "evaluate" or not version or accepted["digest"] != facts["checkpoint"]["digest"]:
+        registered = facts["stage"] == "evaluate" and accepted.get("model_version")
+        if not registered or accepted["digest"] != facts["checkpoint"]["digest"]:
             continue  # what is passed on after a rejection was scored by an earlier step
+        # The number that it has now: of a registry that was lost, the record's is out of date.
+        tags = {"step": step, "params": accepted["params"]}
+        try:
+            version = tracking.register(run, registered_model, Pointer(**accepted), tags)
+        except WorkError as error:  # MLflow refuses some sources of models that it has lost
+            sentences.append(f"no alias for {step}: it cannot be registered: {error}")
+            continue
         accuracy, params = facts["scores"]["tasks"][0]["accuracy"], facts["scores"]["params"]
         candidate = Candidate(version, step, params, accuracy, record)
         try:

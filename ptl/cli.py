@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptl import __version__, address, cli_gc, cli_results, cli_steps
+from ptl import __version__, address, cli_gc, cli_results, cli_steps, extras
 from ptl.cli_steps import Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 
 app = typer.Typer(
-    help="Compress a language model without losing its reasoning.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# Of a path that was given: too long, no folder on the way to it, links in a circle, not allowed.
+NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EROFS)
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
 Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and MLflow's database lie")]
 
 
 def main() -> None:
-    """Run a command; an error that a user can mend is one message and its exit code, without a traceback."""
+    """Run a command; an error that a user can fix is one message and its exit code, without a traceback."""
     address.split_login()
     try:
         app(standalone_mode=True)
     except PtlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error)
+    except ModuleNotFoundError as error:
+        _end(extras.missing(error.name or "", _command()) or error)
+    except OSError as error:
+        if error.errno not in NO_SUCH_PATH:
+            raise
+        _end(InputError(f"{str(error.filename)[:200]!r}: {error.strerror}; give a path that can be used"))
+
+
+def _end(error: Exception) -> NoReturn:
+    if not isinstance(error, PtlError):
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _command() -> str:
+    """The command that was given; its options come after it."""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress a language model without losing its reasoning."""
 
 
 @app.command()
@@ -158,6 +193,7 @@ def ui(home: Home = Path(".ptl"), port: Annotated[int, typer.Option(help="port o
     """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
     from ptl import stack
 
+    extras.need("flask", "ui")
     stack.ui(home.absolute(), port)
 
 
@@ -171,6 +207,7 @@ def up(
     """Start a real S3 server and a real MLflow server on loopback, and print the environment that reaches them."""
     from ptl import processes, stack
 
+    extras.need("flask", "up")
     with processes.interruptible("the same command starts what is missing; `ptl down` stops what was started"):
         env = stack.up(home.absolute(), s3_port=s3_port, mlflow_port=mlflow_port, backend_store_uri=backend_store_uri)
     for name, value in env.items():
@@ -210,12 +247,6 @@ def images(
         raise InputError(f"action: {action!r} must be one of {', '.join(actions)}")
     for name in actions[action]() or ():
         print(name)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
 
 
 def _check_runner(runner: str, config: Config, s3: bool) -> None:
@@ -284,14 +315,14 @@ def _print_plan(config: Config, params: int) -> None:
 
 
 def _pipelines() -> Any:
-    """pipelines/ lies in the checkout, not in the wheel."""
-    try:
-        from pipelines.prune_tune_loop import pipeline
-    except ModuleNotFoundError as error:
+    """pipelines/ is in the checkout, not in the wheel."""
+    if importlib.util.find_spec("pipelines") is None:
         raise InputError(
-            f"this command needs the checkout and the `pipelines` extra ({error}); "
-            "clone the repository and run `make install` in it"
-        ) from error
+            f"ptl {_command()}: needs the folder pipelines/ of the checkout; clone the repository, and run "
+            "`make install` in it (or pip install 'ptl[pipelines]' to compile only)"
+        )
+    from pipelines.prune_tune_loop import pipeline
+
     return pipeline
 
 

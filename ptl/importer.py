@@ -105,6 +105,14 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
         checked.add((source, answers))
 
 
+def check_chats(stages: Sequence[RecoverStage], training: TrainingData) -> None:
+    """Check that local chats end with an answer, where a stage trains on them; the import step does not know that."""
+    if any(isinstance(stage, NextToken) for stage in stages):
+        for source in training.sources:
+            if source.format == "messages":
+                check_rows(source)
+
+
 def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
     """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
     for stage in stages:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import store, tracking
 from ptl.errors import InputError
 from ptl.manifest import FILES, digest_of, load_files
+from ptl.run_status import by_step
 
 if TYPE_CHECKING:
     import mlflow.entities
@@ -254,9 +255,8 @@ def _steps(run: Run) -> dict[str, str]:
     """The steps of a run that have begun, in order, with the states of their MLflow runs."""
     with _client() as client:
         where = f"tags.`ptl.run` = '{run.id}' and tags.`ptl.role` = 'step'"
-        order = ["attributes.start_time ASC"]
-        found = client.search_runs([run.experiment_id], where, order_by=order, max_results=1000)
-        return {each.data.tags["ptl.step"]: each.info.status for each in found}
+        found = by_step(client.search_runs([run.experiment_id], where, max_results=1000))
+        return {step: each.info.status for step, each in found.items()}
 
 
 def _by_mlflow_id(client: MlflowClient, run_id: str) -> mlflow.entities.Run | None:

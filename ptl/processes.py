@@ -34,14 +34,21 @@ def exclusive(path: Path, what: str, *, wait: float = 0.0, remedy: str = "") -> 
         while not _taken(file):
             if time.monotonic() >= deadline:
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
-                remedy = remedy or f"wait for it, or end it (kill {holder}) and run the same command again"
-                raise InputError(f"{what}: another process executes it (process id {holder}); {remedy}")
+                pid, _, namespace = file.read().partition(" ")
+                here = namespace == _namespace()
+                who, end = (f"id {pid}", f"kill {pid}") if here else ("in another container", "remove its container")
+                remedy = remedy or f"wait for it, or end it ({end}) and run the same command again"
+                raise InputError(f"{what}: another process executes it (process {who}); {remedy}")
             time.sleep(0.05)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()} {_namespace()}")
         file.flush()
         yield
+
+
+def _namespace() -> str:
+    """In which process ids have their meaning: a container has one of its own."""
+    return str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
 
 
 def _taken(file: IO[str]) -> bool:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ptl import tracking
+from ptl.run_status import by_step
 
 # A watcher looks again soon: MLflow's own retries take minutes, and its timeout is two.
 WATCHING = {
@@ -65,18 +66,13 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
             experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
         if not experiment_ids:
             return None
-        # The oldest first: where two were made in a race, it is the one that the steps use.
         order = ["attributes.start_time ASC"]
         runs = client.search_runs(experiment_ids, f"tags.`ptl.run` = '{run}'", order_by=order, max_results=MAX_RUNS)
     parents = [entry for entry in runs if entry.data.tags.get("ptl.role") == "parent"]
     if not parents:
         return None
-    steps: dict[str, StepProgress] = {}
-    for entry in runs:
-        step = entry.data.tags.get("ptl.step")
-        if step:
-            steps.setdefault(step, _step(step, entry))
-    info = parents[0].info
+    steps = {step: _step(step, entry) for step, entry in by_step(runs).items()}
+    info = min(parents, key=lambda entry: (entry.info.status != "FINISHED", entry.info.start_time)).info
     return RunProgress(info.experiment_id, info.run_id, info.status, steps)
 
 

@@ -14,7 +14,7 @@ from ptl.config import MIN_TOKENS, Cpt, RecoverStage, Recovery
 from ptl.distil import distil
 from ptl.errors import InputError
 from ptl.grpo import grpo
-from ptl.importer import check_rewards
+from ptl.importer import check_chats, check_rewards
 from ptl.job import Job, RecoverReport, Round
 
 __all__ = ["RECOVERIES", "Job", "RecoverReport", "Round", "budgets_before", "recover_checkpoint"]
@@ -50,6 +50,7 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
                 "schedule.tokens=uniform"
             )
     check_rewards(stages, job.data)  # of later stages too, before the first one trains
+    check_chats(stages, job.data)
     model_checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []

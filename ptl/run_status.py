@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,18 @@ def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
 def steps_of(client: MlflowClient, step_run: StepRun) -> list[Run]:
     """The runs of all steps that have begun, by name."""
     where = f"tags.`ptl.run` = '{step_run.run}' and tags.`ptl.role` = 'step'"
-    runs = client.search_runs([step_run.experiment_id], where)
-    named = {run.data.tags["ptl.step"]: run for run in runs if "ptl.step" in run.data.tags}
+    named = by_step(client.search_runs([step_run.experiment_id], where))
     return [named[name] for name in sorted(named)]
+
+
+def by_step(runs: Iterable[Run]) -> dict[str, Run]:
+    """The run of each step, in the order in which they began; of several the one that finished, else the newest."""
+    found: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda run: run.info.start_time):
+        step = run.data.tags.get("ptl.step")
+        if step and (step not in found or found[step].info.status != "FINISHED"):
+            found[step] = run
+    return found
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:

@@ -104,13 +104,11 @@ def artifact_location(experiment: str) -> str:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from ptl import store
+    from ptl import mlflow_objects, store
 
     client = MlflowClient(uri, registry_uri=uri)
     try:
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            found = client.get_experiment(client.create_experiment(experiment))
+        found = mlflow_objects.experiment(client, experiment)
     except MlflowException as error:
         raise InputError(
             f"MLFLOW_TRACKING_URI: the server at {uri} refuses to say where experiment {experiment!r} lies: "

@@ -55,7 +55,7 @@ def texts(row: Any, source: DataSource, number: int) -> tuple[str, str]:
     """Prompt and completion of a row; a text row has no prompt. Raises InputError for a missing column."""
     if source.format == "messages":
         chat, answer = turns(row, source, number)
-        asked, answered = ("\n".join(message["content"] or "" for message in part) for part in (chat, answer))
+        asked, answered = ("\n".join(message.get("content") or "" for message in part) for part in (chat, answer))
         return asked, answered
     templates = {"text": ("", source.text), "prompt_completion": (source.prompt, source.completion)}
     prompt, completion = (fill(template, row, source, number) for template in templates[source.format])

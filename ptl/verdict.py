@@ -52,8 +52,14 @@ def decide(
 
     `before` is the checkpoint that the iteration started from; only the gate needs it.
     """
-    if step.iteration == 0 or step.arm == "control":
-        return {"decision": "baseline" if step.iteration == 0 else "control", "reason": ""}, candidate
+    if step.iteration == 0:
+        return {"decision": "baseline", "reason": ""}, candidate
+    if (
+        step.arm == "control"
+    ):  # it may have won, and whether it takes an alias is decided by its score, as of the loop's
+        tags = {"step": step.name, "params": candidate.params, "arm": "control"}
+        version = tracking.register(run, registered_model, candidate, tags)
+        return {"decision": "control", "reason": ""}, dataclasses.replace(candidate, model_version=version)
     # With the gate off nothing is compared, and the next iteration has begun already.
     pairs, smallest = _compared(step, run, rule, whole, before, scored) if before else ([], 1)
     start = before or candidate

@@ -60,6 +60,8 @@ def notes(result: Result) -> list[str]:
     loop, one_shot = total_tokens(result, "loop"), total_tokens(result, "control")
     if control and loop != one_shot:
         found.append(f"The arms had different recovery tokens: loop {loop:,}, control {one_shot:,}.")
+    if _control_is_better(result):
+        found.append(f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control")
     rejected = sum(row["verdict"] == "rejected" for row in result["rows"])
     if rejected:
         found.append(
@@ -73,6 +75,15 @@ def notes(result: Result) -> list[str]:
     found.append(speeds.words(result.get("speed") or {}))
     found.append(wall_clock(result))
     return [note for note in found if note]
+
+
+def _control_is_better(result: Result) -> bool:
+    """Whether the verdict says that the control is better than the loop."""
+    final, control, pair = final_row(result), row_of(result, "control"), result["paired"].get("control")
+    if final is None or control is None or (pair and pair["p_different"] > 1 - result["confidence"]):
+        return False
+    sign = 1 if _first(final).get("higher_is_better", True) else -1
+    return bool(sign * control["accuracy"] > sign * final["accuracy"])
 
 
 def wall_clock(result: Result) -> str:

@@ -48,6 +48,7 @@ def test_a_rate_that_decays_only_in_the_last_iteration_is_warned_of():
     stages = [STAGE | {"share": 0.5}, {"method": "distil"}]
     (warning,) = warnings(recover=stages, schedule__tokens="uniform")
     assert warning.startswith("recover.decay=last, with the gate on") and "set decay: each" in warning
+    assert warnings(recover=stages, schedule__iterations=1) == []  # the last iteration is the only one
 
 
 def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():

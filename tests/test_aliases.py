@@ -163,6 +163,18 @@ def test_other_items_or_tasks_leave_the_aliases(pipeline, model, holders, other,
         assert f"MlflowClient().set_registered_model_alias('{model}', '{alias}', '2')" in sentence
 
 
+def test_a_registry_that_was_lost_is_filled_from_the_records(pipeline, model, holders, client):
+    """MLflow's database is from before the run: its versions are registered again, under other numbers."""
+    run, records = pipeline((495, 900), (498, 800))
+    client.delete_registered_model(model)
+    client.create_registered_model(model)
+    client.create_model_version(model, "file:///another")
+    aliases.set_aliases(run, records, model, RULE)
+    assert holders() == {"best": (run.run, "evaluate-2"), "smallest": (run.run, "evaluate-2")}
+    versions = {version.tags.get("ptl.step"): str(version.version) for version in client.search_model_versions()}
+    assert versions["evaluate-1"] == "2" and versions["evaluate-2"] == "3"
+
+
 def test_a_holder_whose_items_are_gone_keeps_the_aliases(pipeline, model, holders, client):
     first, records = pipeline((490, 800))
     aliases.set_aliases(first, records, model, RULE)

@@ -520,6 +520,14 @@ def test_a_chat_without_an_answer_is_a_prompt_for_reinforcement_learning(tmp_pat
     assert prompts == [[ASKED], [ASKED, ANSWERED, ASKED], [ASKED]]
 
 
+def test_a_turn_that_calls_tools_needs_no_content(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 1}}}]}
+    chat = [ASKED, call, {"role": "tool", "content": "2"}, ANSWERED]
+    source = DataSource(source=rows_file(tmp_path / "a.jsonl", [{"messages": chat}]), format="messages")
+    check_rows(source)
+    assert sources.texts({"messages": chat}, source, 1) == ("1+1?\n\n2", "2")
+
+
 def test_a_chat_that_the_template_refuses_names_its_row(chatty):
     source = DataSource(source="a.jsonl", format="messages")
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -274,8 +274,22 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")  # so that what the doctor sets is undone
         monkeypatch.delenv(name)
     lines = doctor.local(config, home=tmp_path / "home")
-    assert states(lines) == {"model and data": "ok", "MLflow": "ok", "store": "ok", "GPU": "ok", "disk": "ok"}, lines
+    assert set(states(lines)) == {"packages", "model and data", "MLflow", "store", "GPU", "disk"}
+    assert set(states(lines).values()) == {"ok"}, lines
     assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[2].message
+
+
+def test_packages_that_the_steps_import(config, monkeypatch):
+    from ptl import doctor_local, extras
+
+    assert doctor_local.packages(config, "subprocess").state == "ok"
+    monkeypatch.setitem(extras.MODULES, "recover", ("trl", "no_such_module"))
+    line = doctor_local.packages(config, "subprocess")
+    assert line.state == "error" and line.message == "not installed: no_such_module"
+    assert line.remedy == "pip install 'ptl[prune,recover,evaluate,pipelines]'"
+    assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
+    whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
+    assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
 
 
 def test_data_and_model_that_are_missing(tracking, tmp_path):

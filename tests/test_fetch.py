@@ -306,7 +306,7 @@ def test_compare_by_name(here, tmp_path):
     ]
     last = [here.directory / "evaluate-2" / "items.jsonl", f"{here.id}:evaluate-2", here.id, here.parent]
     for reference, candidate in zip(files, last, strict=True):
-        assert "100.0% │ 90.0% │ 1 / 0" in ptl("compare", reference, candidate)
+        assert " 10 100.0% 1 -10.0 0.5 unclear 90.0% 0 (-30.0 to" in ptl("compare", reference, candidate)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_fetch_and_compare_from_a_laptop(cluster, tmp_path):
         assert same and more == ["README.md"] * card, what
     ptl("fetch", cluster.id, tmp_path / "control", "--arm", "control")
     assert holds(tmp_path / "control", cluster.directory / "control-recover") == (True, [])
-    assert "1 / 0" in ptl("compare", f"{cluster.id}:evaluate-0", cluster.id)
+    assert " 10 100.0% 1 -10.0 0.5 unclear 90.0% 0 (-30.0 to" in ptl("compare", f"{cluster.id}:evaluate-0", cluster.id)
 
 
 def test_the_servers_of_ptl_up_are_reached_by_home(cluster, running, tmp_path, monkeypatch):

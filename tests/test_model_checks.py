@@ -143,6 +143,23 @@ def test_chats_need_a_template(model, tmp_path):
     validate(model, training=chats)
 
 
+def test_a_chat_that_only_reinforcement_learning_can_use(tmp_path, no_weights):
+    chats = [[{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]] * 3
+    chats.append([{"role": "user", "content": "1+1?"}])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": chat, "answer": "2"}) + "\n" for chat in chats))
+    model = shutil.copytree(DENSE, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    data = type(TINY.training)(sources=[{"source": str(tmp_path / "a.jsonl"), "format": "messages"}])
+    grpo = {"method": "grpo", "max_completion_length": 44, "rewards": [{"name": "math"}]}
+    validate(model, grpo, training=data)
+    for check in (
+        lambda: validate(model, CPT, grpo, training=data),
+        lambda: recover(model, tmp_path / "out", CPT, grpo, data=data),
+    ):
+        with pytest.raises(InputError, match=r"row 4 of .* ends with a turn of role 'user'"):
+            check()
+
+
 def test_a_later_stage_is_checked_before_the_first_one_trains(tmp_path, no_weights):
     rewards = [{"name": "math", "answer": "{solution}"}]
     with pytest.raises(InputError, match="lacks 'solution'"):

@@ -289,6 +289,8 @@ def test_a_better_control_is_not_hidden(records, settings):
     assert "the two cannot be told apart (p 0.06)" in verdict(chance)
     real = result | {"paired": {"control": {"p_different": 0.04}}}
     assert "the control is 1.0 points better than the loop" in verdict(real)
+    fetch = f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control"
+    assert fetch in notes(result)
     records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.9, 122)
     assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
 
@@ -415,6 +417,7 @@ def test_paired_comparisons_from_the_items(records, settings):
     dense, control = result["paired"]["dense"], result["paired"]["control"]
     assert (dense["lost"], dense["won"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
     assert (control["lost"], control["won"]) == (2, 6)
+    assert not any("--arm control" in note for note in notes(result))
     assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
     assert "2 lost and 6 won of 20 items, p 0.29" in notes(result)[1]
 

@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -121,6 +122,31 @@ def test_only_loopback_and_no_open_door(running):
         assert {ours[port] for port in wanted if port in ours} == {"0100007F"}
 
 
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
+
+
+@pytest.mark.parametrize("part", range(4), ids=["s3", "filer", "master", "volume"])
+def test_grpc_ports_answer_nobody_without_the_key(running, part):
+    root, s3_port, _, _ = running
+    address = (stack.HOST, s3_port + part + stack.GRPC)
+    with socket.create_connection(address, timeout=5) as plain:
+        plain.sendall(PREFACE)
+        assert plain.recv(100) == b""
+    context = ssl.create_default_context(cafile=root / "stack" / "grpc.crt")
+    context.set_alpn_protocols(["h2"])
+
+    def answer():
+        with context.wrap_socket(socket.create_connection(address, timeout=5), server_hostname="localhost") as client:
+            client.sendall(PREFACE)
+            return client.recv(100)
+
+    with pytest.raises(ssl.SSLError, match="certificate required"):
+        answer()
+    context.load_cert_chain(root / "stack" / "grpc.crt", root / "stack" / "grpc.key")
+    assert answer().startswith(b"\0\0")  # a SETTINGS frame: with the key it is a gRPC server
+    assert stat_mode(root / "stack" / "grpc.key") == 0o600
+
+
 def stat_mode(path):
     return path.stat().st_mode & 0o777
 
@@ -137,6 +163,28 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
+    """Killed between the two, `ptl up` would leave a server that nothing stops, on a port that stays taken."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack.localfs, "replace", killed)
+    begun = tmp_path / "begun"
+    with pytest.raises(KeyboardInterrupt):
+        stack._start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")
+    time.sleep(0.3)
+    assert not begun.exists()
+
+
+def test_half_written_notes_and_keys_do_not_occur(tmp_path):
+    """Each is written under another name and renamed."""
+    keys = stack._keys(tmp_path)
+    assert stack._keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
+    assert (tmp_path / "stack/keys.json").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
 
 
 def test_server_that_does_not_start_shows_its_log(tmp_path):

@@ -186,8 +186,18 @@ def test_no_server_and_no_address(config):
         submit.submit(config, Server(host="kubeflow"))
     with pytest.raises(InputError, match="--token-file: no file"):
         submit.submit(config, Server(host="http://127.0.0.1:9", token_file=Path("none")))
-    with pytest.raises(WorkError, match=r"is --host right, and is it up\?"):
-        follow.status("run-0", Server(host="http://127.0.0.1:9"))
+
+
+def test_a_dead_server_is_one_short_line_at_once(config, monkeypatch):
+    monkeypatch.setattr(kfp_api, "PAUSE", 60.0)  # no request is repeated
+    for start in (
+        lambda server: submit.submit(config, server),
+        *(lambda server, command=command: command("run-0", server) for command in (follow.status, follow.cancel)),
+    ):
+        with pytest.raises(WorkError) as error:
+            start(Server(host="http://127.0.0.1:9"))
+        said = "Failed to establish a new connection: [Errno 111] Connection refused; is --host right, and is it up?"
+        assert str(error.value) == f"Kubeflow Pipelines at http://127.0.0.1:9: {said}"
 
 
 def test_the_namespace_goes_with_every_request_that_has_one(world, config):

@@ -97,6 +97,20 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
     assert (onward.digest, onward.model_version) == (CUT, "7")
 
 
+def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
+    registered = []  # a mock of the registry
+    monkeypatch.setattr(verdict.tracking, "register", lambda *given: registered.append(given[1:]) or "8")
+    candidate, whole = (
+        Pointer("file:///cut", CUT, params=60_000, original_params=100_000),
+        verdict.Plan(1, 0.4, Prune()),
+    )
+    decision, onward = verdict.decide(
+        Step("control-evaluate", "ptl"), run, RULE, whole, candidate, None, tmp_path, "model"
+    )
+    assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
+    assert registered == [("model", candidate, {"step": "control-evaluate", "params": 60_000, "arm": "control"})]
+
+
 def test_smallest_cuts_of_a_real_checkpoint():
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
     assert verdict.Plan(1, 0.4, Prune(width_multiple=1)).smallest_cuts(REASONER)["neurons"] == 768

@@ -45,6 +45,10 @@ class RefusedError(InputError):
         self.status = status
 
 
+class UnreachableError(WorkError):
+    """Nobody listens at the address; a server that restarts behind a gateway answers 502 or 503 instead."""
+
+
 class RedirectError(Exception):
     """An answer that points to another address."""
 
@@ -165,8 +169,8 @@ def call(
                 if missing:
                     raise UnreadableError(f"the answer has no {' and no '.join(missing)}")
                 return answer
-        except WorkError:
-            if not again or attempt == ATTEMPTS:
+        except WorkError as error:
+            if not again or attempt == ATTEMPTS or isinstance(error, UnreachableError):
                 raise
             time.sleep(2.0 ** (attempt - 1) * PAUSE)
     raise AssertionError("unreachable")
@@ -184,7 +188,7 @@ PAUSE = 1.0  # seconds; tests shorten it
 def explained(host: str) -> Any:
     """Answers below 500 become RefusedError with a remedy; what may pass (500 and above, 429, no answer) WorkError."""
     from kfp_server_api.exceptions import ApiException
-    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import HTTPError, NewConnectionError
 
     try:
         yield
@@ -199,7 +203,11 @@ def explained(host: str) -> Any:
         raise WorkError(f"Kubeflow Pipelines at {host}: {error.status} {text}; is it healthy?") from error
     except HTTPError as error:
         hint = "is --ca-cert right?" if "CERTIFICATE" in str(error).upper() else "is --host right, and is it up?"
-        raise WorkError(f"Kubeflow Pipelines at {host}: {error}; {hint}") from error
+        reason = getattr(error, "reason", None) or error
+        kind = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
+        # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
+        text = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
+        raise kind(f"Kubeflow Pipelines at {host}: {text}; {hint}") from error
     except RedirectError as error:
         raise RefusedError(
             f"Kubeflow Pipelines at {host}: {error.status} it points to {error}, where no token is sent: the session "
