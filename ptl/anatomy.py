@@ -33,7 +33,7 @@ def anatomy(folder: Path, family: Family) -> Anatomy:
     """Measure a checkpoint without loading it.
 
     Raises InputError that names a field of config.json that cannot be, a missing, extra or misshapen tensor, or dtypes
-    that cannot be cut.
+    that cannot be pruned.
     """
     config = checkpoint.read_config(folder)
     sizes = shapes.sizes(config, family, folder / "config.json")

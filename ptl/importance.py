@@ -37,7 +37,7 @@ def _by_output_change(stream: Stream, _seed: int, progress: bool, *, score: Scor
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
     A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
-    stands between down_proj and the residual stream: see `changes_after_norm`.
+    is between down_proj and the residual stream: see `changes_after_norm`.
     """
     family = stream.family
     totals = [_Joined(join) for _ in stream.layers]

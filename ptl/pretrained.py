@@ -1,6 +1,6 @@
 """Configs, tokenizers and models through transformers: never with code of the checkpoint's own, and from no pickles.
 
-Where transformers needs such code (`auto_map` in a JSON file names it) and is not told, it asks on the terminal.
+transformers asks on the terminal where it needs such code (`auto_map` in a JSON file names it) and is not forbidden to.
 """
 
 from __future__ import annotations

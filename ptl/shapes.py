@@ -188,7 +188,7 @@ def _check_padding(config: Mapping[str, Any], vocabulary: int, where: Path | str
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_activation(config: Mapping[str, Any], where: Path | str) -> None:

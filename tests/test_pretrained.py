@@ -30,7 +30,7 @@ REFUSED = (
 
 @pytest.fixture(autouse=True)
 def nobody_answers(monkeypatch):
-    """transformers asks by input() where it is not told."""
+    """transformers asks by input() where it is not forbidden to run code."""
 
     def asked(prompt=""):
         raise AssertionError(f"asked on the terminal: {prompt}")
@@ -113,7 +113,7 @@ def test_other_errors_of_transformers_stay_as_they_are(plain, tmp_path):
 
 
 def test_no_other_module_loads_by_itself():
-    """Each call of from_pretrained is in ptl/pretrained.py, and the harness is told as well."""
+    """Each call of from_pretrained is in ptl/pretrained.py, and the harness gets the same option."""
     calls = {
         path.name
         for path in (ROOT / "ptl").rglob("*.py")

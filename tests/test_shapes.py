@@ -138,6 +138,7 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("rope_scaling", "yarn", "must be a JSON object"),
         ("rope_scaling", {"type": "spiral"}, "rope_scaling.rope_type='spiral'"),
         ("rope_theta", float("nan"), "above 0"),
+        ("rope_theta", float("inf"), "above 0"),
         ("query_pre_attn_scalar", 0, "above 0"),
         ("pad_token_id", 48, "no token of the 48"),
         ("pad_token_id", "0", "no token of the 48"),
