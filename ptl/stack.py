@@ -102,7 +102,9 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
     command += [f"-{name}.port={number}" for name, number in ports.items()]
     # Telemetry is on by default, and so are a web UI, WebDAV and two table services.
     command += ["-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    # Without these keys the filer's port reads and writes with no credentials.
+    # Else one POST to the master's port, by any local user or web page, deletes the bucket. S3 needs gRPC only.
+    command.append("-disableHttp")
+    # Without these keys the volumes' port reads and writes with no credentials.
     jwt = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
     closed = {f"WEED_{name}": secrets.token_hex(32) for name in jwt} | _grpc_keys(root)
     _start(root, "s3", command, {**env, **closed, "GOMEMLIMIT": "768MiB"}, port, "/healthz")

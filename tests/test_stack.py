@@ -111,10 +111,18 @@ def test_port_in_use(running, tmp_path):
 def test_only_loopback_and_no_open_door(running):
     root, s3_port, _, _ = running
     assert stat_mode(root / "stack" / "keys.json") == 0o600
-    for port in (s3_port, s3_port + 1):  # S3 and the filer: nothing without credentials
+    for shift, method, path, code in (
+        (0, "GET", f"/{stack.BUCKET}/?list-type=2", 403),
+        (1, "GET", f"/buckets/{stack.BUCKET}/", 404),
+        (2, "POST", f"/col/delete?collection={stack.BUCKET}", 404),  # the bucket's data, all of it
+        (2, "GET", "/dir/assign", 404),
+        (2, "POST", "/submit", 404),
+        (3, "GET", "/1,00", 401),
+    ):
+        request = urllib.request.Request(f"http://{stack.HOST}:{s3_port + shift}{path}", method=method)
         with pytest.raises(urllib.request.HTTPError) as refused:
-            urllib.request.urlopen(f"http://{stack.HOST}:{port}/{stack.BUCKET}/?list-type=2", timeout=5)
-        assert refused.value.code in (401, 403)
+            urllib.request.urlopen(request, timeout=5)
+        assert (shift, path, refused.value.code) == (shift, path, code)
     if Path("/proc/net/tcp").exists():
         listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         ours = {int(row[1].split(":")[1], 16): row[1].split(":")[0] for row in listening if row[3] == "0A"}
