@@ -276,7 +276,7 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
     lines = doctor.local(config, home=tmp_path / "home")
     assert set(states(lines)) == {"packages", "model and data", "MLflow", "store", "GPU", "disk"}
     assert set(states(lines).values()) == {"ok"}, lines
-    assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[2].message
+    assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[3].message
 
 
 def test_packages_that_the_steps_import(config, monkeypatch):
