@@ -5,16 +5,18 @@ import inspect
 import os
 import random
 import re
+import shutil
 import socket
 import uuid
 from pathlib import Path
 
 import boto3
 import pytest
+import whole_run
 import yaml
 from mock_kfp import MockKubeflow
 
-from ptl import images, s3_client, stack
+from ptl import images, mlflow_database, s3_client, stack
 from ptl.config import load_config
 from ptl.errors import WorkError
 from ptl.localfs import path_of
@@ -137,9 +139,30 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def mlflow_folder(tmp_path_factory):
-    """A folder whose mlflow.db serves all tests: a new database takes seconds."""
-    return tmp_path_factory.mktemp("mlflow")
+def finished(config, tmp_path_factory):
+    """A whole run with the control, undisturbed, in a local store: its home, and what was printed."""
+    home = tmp_path_factory.mktemp("finished")
+    whole = home / "with-control.yaml"
+    whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"control": True}))
+    return home, whole_run.finish(whole_run.start(whole, home))
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory):
+    """Put an empty MLflow database, mlflow.db, into a folder, and return the folder.
+
+    MLflow takes seconds to make one, so one is made for all processes of the suite, and copied.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    mlflow_database.create(f"sqlite:///{shared}/empty.db", f"file://{shared}/artifacts")
+    return lambda folder: Path(shutil.copyfile(shared / "empty.db", folder / "mlflow.db")).parent
+
+
+@pytest.fixture(scope="session")
+def mlflow_folder(new_database, tmp_path_factory):
+    """A folder whose mlflow.db serves all tests."""
+    return new_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture

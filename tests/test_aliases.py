@@ -17,8 +17,8 @@ ITEMS = 500
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    return tmp_path_factory.mktemp("mlflow")
+def database(new_database, tmp_path_factory):
+    return new_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture

@@ -273,8 +273,8 @@ def test_a_local_runner_that_repeats_the_component_gets_no_more_attempts(monkeyp
 
 
 @pytest.fixture
-def mlflow(tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def mlflow(new_database, tmp_path, monkeypatch):
+    uri = f"sqlite:///{new_database(tmp_path)}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/art")
     monkeypatch.setenv("PTL_TEST_STORE", "1")

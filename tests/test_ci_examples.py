@@ -75,12 +75,12 @@ def test_a_changed_compiled_pipeline_fails(environment):
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3)])
-def test_a_run_is_waited_for_and_its_table_written(environment, tmp_path, verdict, code):
+def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tmp_path, verdict, code):
     from mlflow import MlflowClient
 
     world = MockKubeflow()
     try:
-        uri = f"sqlite:///{tmp_path}/mlflow.db"
+        uri = f"sqlite:///{new_database(tmp_path)}/mlflow.db"
         client = MlflowClient(uri)
         experiment = client.create_experiment("ptl", f"file://{tmp_path}/artifacts")
         parent = client.create_run(experiment, tags={"ptl.run": "run-0", "ptl.role": "parent"})

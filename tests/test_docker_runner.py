@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import whole_run
 import yaml
 from conftest import free_port
 from safetensors.torch import load_file, save_file
+from whole_run import CHAIN
 
 from pipelines.prune_tune_loop import containers, runners
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
@@ -30,10 +32,9 @@ from ptl.errors import InputError, WorkError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
 S3_DOWN, MLFLOW_DOWN = 6, 20  # seconds
 
-pytestmark = pytest.mark.xdist_group("runners")
+pytestmark = pytest.mark.xdist_group("loop")  # beside the undisturbed run that is compared with
 
 
 # ---- refused before any work
@@ -177,11 +178,7 @@ class Run:
     """A `ptl run` whose lines of progress are read as they come; `on` is called at those that begin with its keys."""
 
     def __init__(self, config, home, *arguments, on=None):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        command = [sys.executable, "-m", "ptl", "run", str(config), "--home", str(home), "--s3", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        self.process = whole_run.start(config, home, "--s3", *arguments)
         self.on, self.lines, self.home = on or {}, [], home
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
@@ -234,24 +231,54 @@ def records(servers, monkeypatch):
     return lambda run: {step: store.committed(f"{location}/ptl", run.folder.name, step) for step in CHAIN}
 
 
-def digests(records):
-    return {step: record["pointer"]["digest"] for step, record in records.items() if "evaluate" not in step}
+def kill(run):
+    """kill -9 of `ptl run`; its container stays at work."""
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    run.reader.join()
+
+
+def wait_for(found, run):
+    deadline = time.monotonic() + 300
+    while not found():
+        assert run.process.poll() is None and time.monotonic() < deadline, run.output
+        time.sleep(0.02)
 
 
 def tasks(run):
-    return re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", (run.folder / "log.txt").read_text())
+    """In the order of their first start."""
+    found = re.findall(r"Executing task (?:\x1b\[\d+m)?'([\w-]+)'", (run.folder / "log.txt").read_text())
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="module")
-def disturbed(config, servers):
-    """In processes; the S3 server is killed in recover-1, the MLflow server is away in recover-2."""
-    faults = {"recover-1: started": servers.restart_s3, "recover-2: started": servers.pause_mlflow}
-    return Run(config, servers.home, on=faults).finish()
+def killed(config, servers):
+    """In processes; the S3 server is killed in recover-1, and `ptl run` (kill -9) in the middle of recover-2."""
+    run = Run(config, servers.home, on={"recover-1: started": servers.restart_s3})
+    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-2/training-*/checkpoint-*/ptl-complete")), run)
+    run.process.kill()  # alone: what it has started must end by itself, before the same command writes there
+    run.reader.join()
+    return run
 
 
-def test_s3_server_restarted_in_mid_run(disturbed, records):
-    assert disturbed.seconds("recover-1: started", "recover-1: done") > S3_DOWN
-    assert all(records(disturbed).values())
+@pytest.fixture(scope="module")
+def disturbed(config, servers, killed):
+    """The same command again; the MLflow server is away in recover-2."""
+    return Run(config, servers.home, on={"recover-2: started": servers.pause_mlflow}).finish()
+
+
+def test_s3_server_restarted_in_mid_run(killed):
+    assert killed.seconds("recover-1: started", "recover-1: done") > S3_DOWN
+
+
+def test_a_killed_run_is_resumed_and_ends_the_same(finished, killed, disturbed, records):
+    """Finished steps stay, training resumes from its checkpoint, and all bytes are those of an undisturbed run."""
+    assert disturbed.folder == killed.folder and "continuing run" in disturbed.output
+    resumed, straight = records(disturbed), whole_run.records(finished[0])
+    for step in CHAIN:
+        assert (f"{step}: done before" in disturbed.output) == (CHAIN.index(step) < CHAIN.index("recover-2"))
+    assert resumed["recover-2"]["facts"]["resumed_at"] >= 2
+    assert whole_run.digests(resumed) == whole_run.digests(straight)
 
 
 def test_mlflow_server_down_in_mid_run(disturbed, servers):
@@ -304,7 +331,7 @@ def test_containers_end_like_processes(contained, disturbed, records):
     builds = [record["import-model"]["facts"]["versions"] for record in (one, other)]
     if builds[0] == builds[1]:
         print("same builds: digests are compared")
-        assert digests(one) == digests(other)
+        assert whole_run.digests(one) == whole_run.digests(other)
     else:
         print(f"other builds: accuracies are compared ({builds})")
         rows = [json.loads((run.folder / "result.json").read_text())["rows"] for run in (contained[0], disturbed)]
@@ -322,20 +349,6 @@ def test_containers_are_unprivileged(contained, config):
     writable = {mount["Destination"] for mount in seen["Mounts"] if mount["RW"]} - {"/kfp-workspace"}
     assert all(Path(path) == run.folder or run.folder in Path(path).parents for path in writable)
     assert inspect(run.folder) == []  # none is left
-
-
-def kill(run):
-    """kill -9 of `ptl run`; its container stays at work."""
-    os.killpg(run.process.pid, signal.SIGKILL)
-    run.process.wait()
-    run.reader.join()
-
-
-def wait_for(found, run):
-    deadline = time.monotonic() + 300
-    while not found():
-        assert run.process.poll() is None and time.monotonic() < deadline, run.output
-        time.sleep(0.02)
 
 
 @pytest.mark.docker

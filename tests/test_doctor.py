@@ -35,8 +35,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    return tmp_path_factory.mktemp("database") / "mlflow.db"  # its tables take seconds to make
+def database(new_database, tmp_path_factory):
+    return new_database(tmp_path_factory.mktemp("database")) / "mlflow.db"
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def bucket(tracking, s3, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tracking_server(tmp_path_factory):
+def tracking_server(new_database, tmp_path_factory):
     """A real MLflow server."""
-    root, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
     stack.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", {})
     yield f"http://127.0.0.1:{port}"
     stack.down(root)

@@ -98,9 +98,9 @@ def items(right):
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
+def database(new_database, tmp_path_factory):
     """A folder that serves as --home."""
-    return tmp_path_factory.mktemp("home")
+    return new_database(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ SIZES = {"model.safetensors": 50_000, "config.json": 10}
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+def local(new_database, tmp_path_factory):
+    home = new_database(tmp_path_factory.mktemp("home"))
     return {
         "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
         "PTL_ARTIFACT_ROOT": f"file://{home}/artifacts",
@@ -41,8 +41,8 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(server, tmp_path_factory):
-    root, port = tmp_path_factory.mktemp("mlflow"), free_port()
+def served(server, new_database, tmp_path_factory):
+    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
     stack.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{stack.BUCKET}/gc", server)
     yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     stack.down(root)

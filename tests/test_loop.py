@@ -1,55 +1,17 @@
-"""The whole loop through the compiled pipeline, as a user runs it; and a run that dies half-way and goes on."""
+"""The whole loop through the compiled pipeline, as a user runs it."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import yaml
+from whole_run import CHAIN, records
 
 ROOT = Path(__file__).parents[1]
-CHAIN = ["import-model", "evaluate-0"] + [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
 CONTROL = [f"control-{stage}" for stage in ("prune", "recover", "evaluate")]
 
 pytestmark = pytest.mark.xdist_group("loop")
-
-
-def start(config, home):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "ptl", "run", str(config), "--home", str(home)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
-
-
-def records(home):
-    found = (home / "artifacts").glob("ptl/*/*/manifest.json")
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    """A run with the control: its folder, and what was printed."""
-    home = tmp_path_factory.mktemp("finished")
-    whole = home / "with-control.yaml"
-    whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"control": True}))
-    return home, finish(start(whole, home))
 
 
 def test_the_run_leaves_what_is_promised(finished):
@@ -208,26 +170,3 @@ def test_the_page_of_the_run_in_mlflow_says_what_came_out_of_what(finished):
     assert names["train.jsonl.gz"] == "calibration, training" and "evaluation" in names.values()
     models = client.search_logged_models([experiment.experiment_id])
     assert f"{parent.info.run_name}-recover-2" in {model.name for model in models}
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(finished, config, tmp_path):
-    """kill -9 in the middle of recover-2: finished steps stay, training goes on from its last training checkpoint."""
-    process = start(config, tmp_path)
-    deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("runs/*/scratch/recover-2/training-*/checkpoint-*/ptl-complete")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.02)
-    process.kill()  # alone: what it has started must end by itself, before the same command writes there
-    process.communicate()
-    before = records(tmp_path)
-    assert "recover-2" not in before and set(CHAIN[:6]) <= set(before)
-
-    output = finish(start(config, tmp_path))
-    after = records(tmp_path)
-    assert len(list(tmp_path.glob("runs/*"))) == 1 and "continuing run" in output
-    assert all(after[name] == record for name, record in before.items())
-    assert after["recover-2"]["facts"]["resumed_at"] >= 2
-    straight = records(finished[0])
-    assert {name: after[name]["pointer"]["digest"] for name in CHAIN if "evaluate" not in name} == {
-        name: straight[name]["pointer"]["digest"] for name in CHAIN if "evaluate" not in name
-    }

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import sqlite3
 import threading
 import uuid
@@ -22,11 +23,11 @@ pytestmark = pytest.mark.xdist_group("mlflow_objects")
 
 
 @pytest.fixture(scope="module")
-def mlflow(server, tmp_path_factory):
-    """A real MLflow server, and a copy of its database from before anything was in it: to make one takes seconds."""
-    root, port = tmp_path_factory.mktemp("mlflow"), free_port()
+def mlflow(server, new_database, tmp_path_factory):
+    """A real MLflow server, and an empty database like its own was."""
+    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
+    shutil.copyfile(root / "mlflow.db", root / "empty.db")
     stack.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{stack.BUCKET}/objects", server)
-    copy(root / "mlflow.db", root / "empty.db")
     yield SimpleNamespace(root=root, port=port, empty=root / "empty.db")
     stack.down(root)
 

@@ -7,8 +7,8 @@ from ptl import tracking
 
 
 @pytest.fixture
-def client(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def client(new_database, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new_database(tmp_path)}/mlflow.db")
     monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", "kfp-run")
     return MlflowClient()

@@ -217,10 +217,10 @@ def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
     assert tracking.start("survives", "prune-1", arm="loop", iteration=1) == step
 
 
-def test_ui_shows_local_runs(tmp_path, monkeypatch):
+def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no runs yet"):
         stack.ui(tmp_path, free_port(), background=True)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new_database(tmp_path)}/mlflow.db")
     monkeypatch.setenv("PTL_RUN_ID", "local")
     step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
     port = free_port()

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    return tmp_path_factory.mktemp("mlflow")
+def database(new_database, tmp_path_factory):
+    return new_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
