@@ -51,6 +51,8 @@ def report(
     home: Home = Path(".ptl"),
 ) -> None:
     """Make a run's pages again from its result.json."""
+    from jinja2 import UndefinedError
+
     from ptl.report import render
 
     _reach(home, s3, what)
@@ -58,7 +60,7 @@ def report(
     try:
         folder = dst or Path(f"report-{result['run_id']}")
         render(result, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
         raise InputError(f"result: {what} is no result of a run ({error!r}); give its result.json") from error
     print(f"wrote {folder / 'report.html'}")
 

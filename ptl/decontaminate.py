@@ -55,9 +55,7 @@ class Benchmark:
 class RowWords:
     """The words of a training row."""
 
-    texts: list[
-        Gram
-    ]  # as it is trained on; and its columns alone, where the source's templates have words of their own
+    texts: list[Gram]  # as it is trained on; its columns alone too, where the templates have words of their own
     lines: list[Gram]  # the lines of its prompt, and all of it
     grams: set[Gram]  # n-grams of the texts
 
@@ -205,7 +203,8 @@ def _widened(question: Words, template: tuple[Gram, Gram], least: int) -> list[W
         return []
     begin, end = template
     missing = max(0, least - len(question))
-    return [question, [*begin[len(begin) - missing :], *question], [*question, *end[:missing]]]
+    before = begin[max(0, len(begin) - missing) :]
+    return [question, [*before, *question], [*question, *end[:missing]]]
 
 
 def _row_words(columns: tuple[str, str], trained: tuple[str, str], ngram: int) -> RowWords:

@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from ptl import cli_results
+from ptl.errors import InputError
 from ptl.report import notes, print_table, render, verdict, write_report
 from ptl.result import build, final_row, work_seconds
 from ptl.view import accuracy_caption, duration, loss_caption, table_caption, wall_clock
@@ -318,6 +320,14 @@ def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_
     assert "Regressions: 17<" in html and "Improvements: 3<" in html
     assert html.count("<summary>") == 20 and all(f"<summary>tiny_reasoner, item {i}<" in html for i in range(20))
     assert html.count('<details class="example" open>') == 4  # the first two of each
+
+
+def test_a_result_of_another_version_is_named(records, settings, tmp_path, no_pictures):
+    result = build(records, settings)
+    del result["examples"]["regressions"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match=r"is no result of a run .*regressions"):
+        cli_results.report(str(tmp_path / "result.json"), tmp_path / "pages")
 
 
 def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
