@@ -49,12 +49,13 @@ def prune(
     from ptl import checkpoint
     from ptl.prune import prune_checkpoint
 
-    settings = load_config(config, pairs("--set", sets))
+    overrides = pairs("--set", sets) | ({} if target is None else {"schedule.target": target})
+    settings = load_config(config, overrides)
     if unit not in ("neurons", "layers"):
         raise InputError(f"--unit: {unit!r} must be neurons or layers")
     _folders(src, dst)
     params = checkpoint.num_params(src)
-    goal = params - removal(params, settings.schedule.target if target is None else target)
+    goal = params - removal(params, settings.schedule.target)
     report = prune_checkpoint(src, dst, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed)
     _show(report)
 
