@@ -55,7 +55,7 @@ def prune(
         raise InputError(f"--unit: {unit!r} must be neurons or layers")
     _folders(src, dst)
     params = checkpoint.num_params(src)
-    goal = params - removal(params, settings.schedule.target)
+    goal = params - removal(params, settings.schedule.target if target is None else target)
     report = prune_checkpoint(src, dst, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed)
     _show(report)
 
