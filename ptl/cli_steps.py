@@ -57,7 +57,8 @@ def prune(
     from ptl import checkpoint
     from ptl.prune import prune_checkpoint
 
-    settings = load_config(config, pairs("--set", sets))
+    overrides = pairs("--set", sets) | ({} if target is None else {"schedule.target": target})
+    settings = load_config(config, overrides)
     if unit not in ("neurons", "layers"):
         raise InputError(f"--unit: {unit!r} must be neurons or layers")
     _folders(src, dst)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from ptl import __version__, suggest, yaml_text
 from ptl.cluster_config import Resources, Storage
 from ptl.errors import InputError
-from ptl.location import FOLDER, Folder, Location
+from ptl.location import FOLDER, Folder, Location, typed
 from ptl.recover_config import MIN_TOKENS as MIN_TOKENS
 from ptl.recover_config import Cpt as Cpt
 from ptl.recover_config import DataSource as DataSource
@@ -313,7 +313,7 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Read and check a config file; relative paths in it, and in overrides, are relative to it.
+    """Read and check a config file; its paths are relative to it, those in overrides to the working directory.
 
     Raises InputError that names every wrong field, its value and the allowed range.
     """
@@ -327,7 +327,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     if not isinstance(raw, dict):
         raise InputError(f"config: {path} must hold a mapping of fields, found {type(raw).__name__}")
     for dotted, value in (overrides or {}).items():
-        _assign(raw, dotted, value)
+        _assign(raw, dotted, typed(value))
     return check(Config, raw, str(path), folder=path.absolute().parent)
 
 

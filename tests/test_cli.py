@@ -145,6 +145,7 @@ def test_a_bad_override_is_refused():
 def test_files_and_folders_that_are_not_there_are_named(tmp_path):
     for command in (
         ("prune", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("prune", CHECKPOINT, tmp_path / "out", "-c", TINY, "--target", "1.5"),
         ("recover", "./nowhere", tmp_path / "out", "-c", TINY),
         ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
         ("export", "./nowhere", tmp_path / "out.gguf"),

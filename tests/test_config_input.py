@@ -1,6 +1,7 @@
 """Configs that nobody meant to write: each is an InputError, or a config that can be planned, stored and compiled."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl import runs, suggest, yaml_text
-from ptl.config import Config, check, essentials, load_config, pairs, plan, removal
+from ptl.config import Config, _assign, check, essentials, load_config, pairs, plan, removal
 from ptl.errors import InputError
 from ptl.section import Section
 
@@ -145,6 +146,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("storage.registered_model", "it's", "storage.registered_model"),
         ("training.source", "s3://key:secret@bucket/x.jsonl", r"'s3://\*\*\*@bucket/x.jsonl': holds a login"),
         ("calibration.batch_size", 10**17, "must be at most 2"),
+        *(
+            (name, "y" * 300, "a name in it than 255")
+            for name in ("model.path", "training.source", "evaluate.data_dir")
+        ),
+        *((name, "y/" * 3000, "longer than 4096 bytes") for name in ("model.path", "calibration.data.source")),
+        ("evaluate.tasks", [{"name": "y" * 300}], "a name in it than 255"),
+        ("recover", [{"method": "distil", "teacher": "y" * 300}], "a name in it than 255"),
+        ("model.path", "a\0b", "has a NUL"),
     ],
     ids=lambda value: "" if not isinstance(value, str) or " " in value else value,
 )
@@ -185,15 +194,26 @@ def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     (folder / "models/mine").mkdir(parents=True)
     raw = yaml.safe_load(TINY.read_text())
+    for dotted, value in PATHS.items():
+        _assign(raw, dotted, value)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
-    config = load_config(folder / "config.yaml", PATHS)
+    config = load_config(folder / "config.yaml")
     names = ["models/mine", "calibration.parquet", "training.jsonl", "data", "task.yaml"]
     assert located(config) == [*(str(folder / name) for name in names), str(tmp_path / "teacher")]
     assert config.evaluate.tasks[1].name == "gsm8k"
     monkeypatch.chdir(folder)
-    assert load_config("config.yaml", PATHS) == config
+    assert load_config("config.yaml") == config
     (tmp_path / "kept.yaml").write_text(runs.dump(config))
     assert load_config(tmp_path / "kept.yaml") == config  # that of a run's directory
+
+
+def test_paths_of_the_command_line_are_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "models/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(TINY, PATHS | {"evaluate.data_dir": "./data"})
+    names = ["models/mine", "calibration.parquet", "training.jsonl", "data", "task.yaml", "../teacher"]
+    assert located(config) == [os.path.normpath(tmp_path / name) for name in names]
+    yaml.safe_dump(config.model_dump(), default_flow_style=True)  # plain texts again
 
 
 def test_a_pipeline_has_paths_relative_to_the_working_directory(tmp_path, monkeypatch):

@@ -331,6 +331,24 @@ def test_a_mlflow_that_is_away_does_not_hinder_a_start(world, go, monkeypatch):
     assert world.runs[0]["description"].startswith("MLflow: http://127.0.0.1:9/#/experiments, experiment ptl")
 
 
+def test_a_path_of_this_machine_is_a_warning(world, tmp_path, monkeypatch):
+    import shutil
+
+    import typer
+    from typer.testing import CliRunner
+
+    from pipelines.prune_tune_loop import cluster_cli
+
+    app = typer.Typer()
+    cluster_cli.add_to(app)
+    own = shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "model")
+    monkeypatch.chdir(ROOT)
+    command = ["submit", str(TINY), "--host", world.url]
+    assert "warning" not in CliRunner().invoke(app, command).output
+    shown = CliRunner().invoke(app, [*command, "--set", f"model.path={own}"]).output
+    assert f"warning: {own} is on this machine" in shown and shown.count("warning") == 1
+
+
 def test_compiling_does_not_import_the_client():
     code = (
         "import sys, pipelines.prune_tune_loop.pipeline as p; from ptl.config import load_config;"

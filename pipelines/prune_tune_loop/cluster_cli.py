@@ -48,11 +48,15 @@ def submit(
     ui_host: UiHost = None,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    from pipelines.prune_tune_loop import containers
     from pipelines.prune_tune_loop import submit as work
 
     checked = load_config(config, pairs("--set", sets))
     for warning in advice.warnings(checked):
         print(f"warning: {warning}", file=sys.stderr)
+    for path in sorted(containers.files(checked)):
+        if not path.is_relative_to(Path.cwd() / "examples"):  # which the images hold
+            _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
     code = work.submit(
         checked,
         Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host),
