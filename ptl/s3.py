@@ -216,8 +216,9 @@ def _receive(uri: str, file: File, start: int, out: FileIO, where: str) -> str:
     hasher, done, stop, failures = hashlib.sha256(), start, min(start + BLOCK, file.size), 0
     while True:
         before, broken = done, None
+        stream = _stream(uri, file, done, stop, where)  # the client has tried it often enough
         try:
-            with closing(_stream(uri, file, done, stop, where)) as body:
+            with closing(stream) as body:
                 while done < stop and (data := body.read(min(CHUNK, stop - done))):
                     hasher.update(data)
                     done += _write_at(out, data, done)

@@ -115,7 +115,7 @@ def test_refused_download_leaves_nothing(s3, folder, tmp_path):
 def fake_faults(monkeypatch, endpoint, fault):
     """A fake: a proxy before the real server; a status from `fault(method, headers, count)` is the answer.
 
-    A function from there edits the server's answer: (status, headers, body) -> the same.
+    0 closes the connection. A function edits the server's answer: (status, headers, body) -> the same.
     """
     target, seen, lock = urlsplit(endpoint).netloc, [], threading.Lock()
 
@@ -127,6 +127,9 @@ def fake_faults(monkeypatch, endpoint, fault):
             with lock:
                 seen.append(self.command)
                 status, answer, headers = fault(self.command, self.headers, len(seen)), b"", []
+            if status == 0:
+                self.close_connection = True
+                return
             if status is None or callable(status):
                 edit = status
                 upstream = http.client.HTTPConnection(target)
@@ -246,6 +249,27 @@ def test_answers_that_stay_wrong_are_refused(s3, server, folder, monkeypatch, tm
         store.fetch(pointer, tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
     assert len(seen) < 10
+
+
+def test_a_server_that_is_gone_is_not_waited_for_twice(s3, server, folder, monkeypatch, tmp_path):
+    """An empty file too is missed, though there is nothing of it to receive."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "empty.txt").touch()
+    pointer = publish(folder, s3.root)
+    monkeypatch.setattr(s3_client.client, "__defaults__", (2,))
+    whole = []
+
+    def fault(method, headers, count):
+        whole.append(count)
+        return 0 if count > 1 else None  # after the list of files
+
+    with (
+        fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], fault),
+        pytest.raises(WorkError, match="s3://"),
+    ):
+        store.fetch(pointer, tmp_path / "cache")
+    assert len(whole) == 3
 
 
 def test_a_server_that_ignores_ranges_is_refused(s3, server, folder, monkeypatch, tmp_path):
