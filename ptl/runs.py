@@ -97,6 +97,7 @@ def artifact_location(experiment: str) -> str:
 
     Raises InputError when the server does not answer, or its store cannot be used.
     """
+    address.split_login()
     uri = os.environ["MLFLOW_TRACKING_URI"]
     if not uri.startswith("http"):
         return os.environ["PTL_ARTIFACT_ROOT"]

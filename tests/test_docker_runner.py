@@ -86,6 +86,8 @@ def test_a_server_that_is_no_mlflow_is_told(monkeypatch):
     """A stand-in: a plain web server, asked with a password in its address."""
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that what is taken from the address is undone
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
     try:
         with pytest.raises(InputError, match=f"the server at http://127.0.0.1:{server.server_port} refuses") as caught:

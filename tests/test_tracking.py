@@ -249,11 +249,13 @@ def test_missing_settings(begin, monkeypatch):
 
 
 def test_server_that_does_not_answer(begin, monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")  # so that what is taken from the address is undone
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(WorkError, match=r"MLflow at http://\*\*\*@127.0.0.1:9: .*is the server up") as caught:
+    with pytest.raises(WorkError, match=r"MLflow at http://127.0.0.1:9: .*is the server up") as caught:
         begin("prune-1")
-    assert "is the server up" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_deleted_experiment(client, database):
@@ -271,5 +273,5 @@ def test_links_hide_passwords(begin, monkeypatch):
         "run_id": step.run,
         "mlflow_run_id": step.parent_run_id,
         "experiment_id": step.experiment_id,
-        "mlflow_url": "https://***@mlflow.example",
+        "mlflow_url": "https://mlflow.example",
     }
