@@ -115,6 +115,7 @@ def test_what_needs_no_extra_works(base, tmp_path):
         ("--version",): 0,
         ("schema",): 0,
         ("validate", TINY): 0,
+        ("plan", TINY): 0,
         ("compare", "a", "a"): 0,
         ("compare", "a", "b"): 1,
         ("images",): 0,
