@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
-from ptl import advice
+from ptl import advice, extras
 from ptl.config import load_config, pairs
 from ptl.errors import InputError
 
@@ -51,6 +51,7 @@ def submit(
     from pipelines.prune_tune_loop import containers
     from pipelines.prune_tune_loop import submit as work
 
+    extras.need("kfp", "submit")
     checked = load_config(config, pairs("--set", sets))
     for warning in advice.warnings(checked):
         print(f"warning: {warning}", file=sys.stderr)
