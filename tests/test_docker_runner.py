@@ -32,7 +32,7 @@ from ptl.errors import InputError, WorkError
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-S3_DOWN, MLFLOW_DOWN = 6, 20  # seconds
+S3_DOWN, MLFLOW_DOWN = 6, 10  # seconds
 
 pytestmark = pytest.mark.xdist_group("loop")  # beside the undisturbed run that is compared with
 
