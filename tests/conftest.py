@@ -1,12 +1,12 @@
 """What all tests share: plain test ids, the mark `slow`, and places to store things in (a folder, a real S3 server)."""
 
-import functools
 import inspect
 import os
 import random
 import re
 import shutil
 import socket
+import sys
 import uuid
 from pathlib import Path
 
@@ -24,9 +24,34 @@ from ptl.s3_client import split
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
-# kfp asks for the whole stack, source lines included, at every setting of a task. Below pytest-xdist are frames without
-# a file, for which `inspect` looks through all modules that are loaded: a compile took 50 times as long.
-inspect.stack = functools.partial(inspect.stack, 0)
+
+def stack_without_sources(context=0):
+    """The callers, without the lines of their sources."""
+    frames, frame = [], sys._getframe(1)
+    while frame:
+        frames.append(
+            inspect.FrameInfo(frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None, None)
+        )
+        frame = frame.f_back
+    return frames
+
+
+# kfp asks for the whole stack at every setting of a task, to know one name. Below pytest-xdist are frames of no file,
+# for which `inspect` looks through all modules that are loaded: a compile took 50 times as long.
+inspect.stack = stack_without_sources
+
+# What is set up for many tests, in more than a second.
+SLOW_FIXTURES = {"finished", "killed", "disturbed", "contained", "engine", "running", "tracking_server", "served"}
+SLOW_FIXTURES |= {"servers", "trained", "straight", "mlflow"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test that needs something slow is slow, whichever test happens to pay for it."""
+    for item in items:
+        chosen = item.callspec.params.values() if hasattr(item, "callspec") else ()  # names of fixtures, for some
+        if SLOW_FIXTURES & {*item.fixturenames, *(each for each in chosen if isinstance(each, str))}:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_make_parametrize_id(config, val, argname):

@@ -126,6 +126,7 @@ def test_pauses_double(go, monkeypatch):
     assert slept == [5, 10, 20]
 
 
+@pytest.mark.slow
 def test_the_timeout_is_of_one_attempt_and_ends_all_of_its_processes(go, tmp_path):
     assert go("hangs-with-child ok", PTL_TIMEOUT="6") == (0, {"digest": "sha256:1"})
     assert tried(tmp_path) == 2
@@ -289,6 +290,7 @@ def mlflow(new_database, tmp_path, monkeypatch):
     return tags
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_attempt_and_forgets_errors_that_were_overcome(go, mlflow, tmp_path, capfd):
     assert go("cuda killed ok")[0] == 0
     status, tags = mlflow("prune-1")
@@ -297,6 +299,7 @@ def test_mlflow_shows_the_attempt_and_forgets_errors_that_were_overcome(go, mlfl
     assert "ptl: prune-1: started, attempt 3 of 3" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_that_failed_for_good_says_so_on_the_runs_page_too(go, mlflow):
     assert go("killed", retries=1)[0] == 1
     for name in ("prune-1", ""):
@@ -309,6 +312,7 @@ def test_a_step_that_failed_for_good_says_so_on_the_runs_page_too(go, mlflow):
     assert status == "RUNNING" and "ptl.error" not in tags and "mlflow.note.content" not in tags
 
 
+@pytest.mark.slow
 def test_an_exhausted_step_says_why_its_last_attempt_failed(go, mlflow, capfd):
     assert go("work", retries=0, PTL_LAUNCH="one")[0] == 1
     assert go("ok", retries=0, PTL_LAUNCH="one")[0] == 1
@@ -319,6 +323,7 @@ def test_an_exhausted_step_says_why_its_last_attempt_failed(go, mlflow, capfd):
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params=9)
 
 
+@pytest.mark.slow
 def test_a_failed_control_does_not_fail_a_run_on_a_cluster_and_says_why(go, mlflow, tmp_path, monkeypatch, capfd):
     """A failed task would fail the run and keep its report from being written."""
     monkeypatch.delenv("PTL_RUN_ID")
@@ -331,6 +336,7 @@ def test_a_failed_control_does_not_fail_a_run_on_a_cluster_and_says_why(go, mlfl
     assert "failed: the store is away; the run continues without its control" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_on_one_machine_a_failed_control_is_resumed_like_any_step(go, mlflow, tmp_path):
     assert go("work", retries=0, step="control-prune", pointer=DENSE)[0] == 1
     assert json.loads((tmp_path / "error.json").read_text())["step"] == "control-prune"
@@ -373,6 +379,7 @@ def test_steps_that_settle_at_the_same_time_end_with_the_truth(mlflow, monkeypat
     assert mlflow("")[0] == "FAILED" and mlflow("")[1]["ptl.error"] == "prune-1: late"
 
 
+@pytest.mark.slow
 def test_a_control_works_beside_a_loop_that_has_failed(go, mlflow):
     """After a retry of the run its steps start in any order, and the loop's failure is still there to see."""
     assert go("work", retries=0)[0] == 1
@@ -394,6 +401,7 @@ def test_a_failure_that_was_half_written_is_a_death(go, tmp_path, monkeypatch, c
     assert go("work ok")[0] == 0 and "ended with exit code 1" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_webhook_hears_nothing_of_pods_that_found_no_attempt_left(go, mlflow, webhook, monkeypatch):
     monkeypatch.setenv("PTL_WEBHOOK_URL", webhook[0])
     for _ in range(3):  # as with the policy Always

@@ -38,6 +38,7 @@ def measured(model, monkeypatch, capsys):
     return of
 
 
+@pytest.mark.slow
 def test_recovery_is_measured_beside_the_bare_loop(measured):
     found = measured("recovery")
     assert found["ptl"]["tokens_per_s"] > 0 and found["bare"]["tokens_per_s"] > 0

@@ -66,6 +66,7 @@ def environment(tmp_path):
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_a_changed_compiled_pipeline_fails(environment):
     golden = ROOT / "tests/golden"
     done = run(CI / "compiled.sh", env=environment)
@@ -75,6 +76,7 @@ def test_a_changed_compiled_pipeline_fails(environment):
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("accepted", 0), ("rejected", 3)])
+@pytest.mark.slow
 def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tmp_path, verdict, code):
     from mlflow import MlflowClient
 
@@ -101,6 +103,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
     assert "40.0% of all parameters removed." in text and f"{world.url}/#/runs/details/run-0" in text
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_so(environment, tmp_path):
     world = MockKubeflow()
     world.script = [("FAILED", {"prune-1": "FAILED"})]

@@ -83,6 +83,7 @@ def refused(path, said, tmp_path):
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
     assert refused(config(**fields), said, tmp_path)
 
@@ -90,6 +91,7 @@ def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, sai
 @pytest.mark.parametrize(
     ("text", "said"), [("", "is empty"), ('{"question": "1", "answer": "2"}\n{"question":\n', "line 2 is not JSON")]
 )
+@pytest.mark.slow
 def test_a_bad_data_file_is_refused_with_its_line(config, tmp_path, text, said):
     data = tmp_path / "data.jsonl"
     data.write_text(text)
@@ -100,17 +102,20 @@ def test_a_bad_data_file_is_refused_with_its_line(config, tmp_path, text, said):
     )
 
 
+@pytest.mark.slow
 def test_only_pickled_weights_are_refused(config, checkpoint, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
     assert refused(config(model__path=str(checkpoint)), "has only pickled weights (pytorch_model.bin)", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_missing_tokenizer_is_refused(config, checkpoint, tmp_path):
     (checkpoint / "tokenizer.json").unlink()
     assert refused(config(model__path=str(checkpoint)), "has no tokenizer", tmp_path)
 
 
+@pytest.mark.slow
 def test_nan_in_the_weights_is_refused_by_the_first_step(config, checkpoint, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
@@ -142,6 +147,7 @@ def test_a_bad_override_is_refused():
         assert done.returncode == 2 and said in done.stderr
 
 
+@pytest.mark.slow
 def test_files_and_folders_that_are_not_there_are_named(tmp_path):
     for command in (
         ("prune", "./nowhere", tmp_path / "out", "-c", TINY),
@@ -158,6 +164,7 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
     dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
     (tmp_path / "scored").mkdir()

@@ -195,6 +195,7 @@ def test_light_steps_stay_off_the_gpu_nodes(full):
         assert kubernetes["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
 
 
+@pytest.mark.slow
 def test_one_kind_of_step_can_ask_for_something_else(tmp_path):
     own = {"recover": {"accelerators": 8, "memory": "900Gi", "timeout": 90}, "report": {"cpu": "1"}}
     found = tasks(tmp_path, {**EVERYTHING, "resources.steps": own})
@@ -207,6 +208,7 @@ def test_one_kind_of_step_can_ask_for_something_else(tmp_path):
     assert found["report"][1]["resources"]["resourceCpuLimit"] == "1"
 
 
+@pytest.mark.slow
 def test_kfps_own_s3_secret_can_be_used_and_everything_be_left_out(tmp_path):
     kfps = {
         "storage.s3_secret": "mlpipeline-minio-artifact",
@@ -246,12 +248,14 @@ FIELDS_2_14 = {
 
 
 @pytest.mark.parametrize("version", ["2.14", "2.15"])
+@pytest.mark.slow
 def test_older_backends_are_given_only_fields_that_they_know(version, tmp_path):
     found = tasks(tmp_path, {**EVERYTHING, "resources.kfp": version})
     assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_14
 
 
 @pytest.mark.parametrize("version", ["2.16", "2.17"])
+@pytest.mark.slow
 def test_newer_backends_have_a_security_context(version, tmp_path):
     found = tasks(tmp_path, {**EVERYTHING, "resources.kfp": version})
     assert {field for _, _, kubernetes in found.values() for field in kubernetes} == FIELDS_2_14 | {"securityContext"}
@@ -260,6 +264,7 @@ def test_newer_backends_have_a_security_context(version, tmp_path):
 @pytest.mark.parametrize(
     ("name", "before"), [("tiny", 29_880), ("gpu-gate", 32_744), ("onprem", 35_523), ("gemma2-9b", 31_495)]
 )
+@pytest.mark.slow
 def test_a_task_weighs_40_percent_less_than_it_did(name, before, tmp_path):
     """`before`: the same sum when variables, defaults and twice-written fields were part of every task."""
     path = tmp_path / "pipeline.yaml"

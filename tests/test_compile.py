@@ -69,6 +69,7 @@ def test_golden(name, tmp_path):
     assert text == golden.read_text()
 
 
+@pytest.mark.slow
 def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
     started = time.monotonic()
     command = [sys.executable, "-X", "importtime", "-m", "ptl", "compile", str(TINY), "-o", str(tmp_path / "p.yaml")]
@@ -79,6 +80,7 @@ def test_compiling_is_quick_and_imports_nothing_heavy(tmp_path):
     assert time.monotonic() - started < 30  # benchmarks/compile.py times it on an idle machine
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_bytes_in_another_process(tmp_path):
     mine = compiled(TINY, tmp_path).read_bytes()
     for seed in ("1", "2"):
@@ -88,6 +90,7 @@ def test_the_same_config_gives_the_same_bytes_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "iterations", "tasks", "limit"), [("tiny", 12, 42, 150), ("onprem", 12, 42, 400)])
+@pytest.mark.slow
 def test_many_tasks_stay_small(config, iterations, tasks, limit, tmp_path):
     path = compiled(TINY.with_name(f"{config}.yaml"), tmp_path, schedule__iterations=iterations)
     assert len(tasks_of(path)) == tasks

@@ -48,6 +48,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(small, tmp_path):
     assert report.curve[0][1] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_it_approaches_the_teacher(tmp_path):
     small = cut(DENSE, tmp_path / "cut", 85_000)
     report = recover(small, tmp_path / "out", DISTIL | {"mix": 0.0}, tokens=12_000, teacher=DENSE)

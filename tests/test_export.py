@@ -80,6 +80,7 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
 
 
 @needs_converter
+@pytest.mark.slow
 def test_a_tokenizer_that_the_converter_does_not_know_is_an_error(tmp_path):
     folder = save(build("llama"), tmp_path / "model")
     with pytest.raises(InputError, match=r"converter does not know the tokenizer of .*model; use transformers or vLLM"):

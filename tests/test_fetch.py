@@ -249,6 +249,7 @@ def test_a_failure_half_way_leaves_nothing(here, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_half_way_leaves_nothing_under_the_name(here, tmp_path):
     """kill -9 while the second file is copied; the same command again succeeds."""
     code = """

@@ -336,6 +336,7 @@ def test_cancel_of_a_failed_run_closes_it(world, said, tracked):
 
 
 @pytest.mark.parametrize("name", ["run-failed-step", "run-canceled"])
+@pytest.mark.slow
 def test_retry_of_a_failed_and_of_a_canceled_run_reopens_it(world, said, tracked, name):
     run = world.play(name, name, "run-retried")
     for played in world.played:

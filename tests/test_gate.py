@@ -87,6 +87,7 @@ def test_the_level_is_exact_however_many_items_change():
 
 
 @pytest.mark.parametrize("n", [200, 500, 1319])
+@pytest.mark.slow
 def test_equal_models_are_called_different_at_most_as_often_as_alpha(n):
     """A/A, with chance: 1,000 pairs of sampled evaluations of one model whose items differ in difficulty.
 

@@ -175,6 +175,7 @@ INTERMEDIATE = [
 ]
 
 
+@pytest.mark.slow
 def test_finished_run(experiment, loop, tmp_path):
     run = loop()
     steps = run.whole()
@@ -203,6 +204,7 @@ def test_finished_run(experiment, loop, tmp_path):
     assert fetchable(scored, tmp_path)  # scores and items stay
 
 
+@pytest.mark.slow
 def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
     steps = loop().whole()
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
@@ -214,6 +216,7 @@ def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
     assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
 
 
+@pytest.mark.slow
 def test_young_and_newest_runs_are_kept(experiment, loop):
     first, second = loop(), loop()
     first.whole()
@@ -242,6 +245,7 @@ execution.execute(execution.Step("recover-1", os.environ["EXPERIMENT"]), None, {
 """
 
 
+@pytest.mark.slow
 def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     run = loop()
     dense = run.work("import-model")
@@ -310,6 +314,7 @@ def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_p
     assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
     run = loop()
     run.whole()
@@ -319,6 +324,7 @@ def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
     assert "its step has no record, though the run is finished" in [each.why for each in verdicts(experiment, 8)[1]]
 
 
+@pytest.mark.slow
 def test_files_of_others_and_drafts_of_a_killed_writer(experiment, loop):
     run = loop()
     run.whole()
@@ -329,6 +335,7 @@ def test_files_of_others_and_drafts_of_a_killed_writer(experiment, loop):
 
 
 @pytest.mark.parametrize("experiment", ["local"], indirect=True)
+@pytest.mark.slow
 def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
     """All of `ptl run` without a server do; a run is judged where MLflow knows it, also when it is named."""
     run, other = loop(), Loop(f"{experiment}-other", monkeypatch)
@@ -343,6 +350,7 @@ def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
 
 
 @pytest.mark.parametrize("experiment", ["local"], indirect=True)
+@pytest.mark.slow
 def test_a_store_that_was_moved(experiment, loop):
     """MLflow was told of the new place, the records name the old one, where a copy may be in use."""
     loop().whole()
@@ -457,6 +465,7 @@ def test_only_a_report_finishes_a_run(experiment, loop):
     assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "cut")]
 
 
+@pytest.mark.slow
 def test_runs_that_are_named(experiment, loop, tmp_path):
     ended, open_ = loop(), loop()
     ended.whole()
@@ -479,6 +488,7 @@ def test_runs_that_are_named(experiment, loop, tmp_path):
         open_.work("recover-1", cut)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_keeps_its_run(experiment, loop):
     run = loop()
     run.whole()
@@ -492,6 +502,7 @@ def test_a_damaged_record_keeps_its_run(experiment, loop):
     assert sum("a record of the run cannot be read" in each.why for each in found) == 6  # all but the registered one
 
 
+@pytest.mark.slow
 def test_command(experiment, loop, monkeypatch):
     run = loop()
     run.whole()

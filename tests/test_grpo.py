@@ -62,6 +62,7 @@ def test_steps_move_the_weights_and_what_matters_is_logged(small, trained):
     assert report.tokens == report.curve[-1][0] > 0
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_to_the_same_weights(small, trained, tmp_path):
     scratch = tmp_path / "training"
     shutil.copytree(trained[0].with_name("out.training"), scratch)
@@ -80,6 +81,7 @@ def test_the_warm_up_leaves_no_step_without_training(steps):
     assert factors == sorted(factors)
 
 
+@pytest.mark.slow
 def test_an_iteration_of_one_step_trains_and_keeps_the_dtype(small, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(small, half)
@@ -93,6 +95,7 @@ def test_an_iteration_of_one_step_trains_and_keeps_the_dtype(small, tmp_path):
     assert any(not torch.equal(after[name], stored[name]) for name in stored)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_tokens_ends_training(small, tmp_path):
     chain = ({"method": "cpt", "share": 0.5}, STAGE | {"share": 0.5})
     report = recover(small, tmp_path / "out", *chain, tokens=1600)
@@ -118,6 +121,7 @@ def test_prompts_of_the_iterations_are_others_and_carry_their_references(small, 
         grpo.prompts(Grpo(**STAGE | {"max_completion_length": 300}), job(tmp_path), tokenizer, positions)
 
 
+@pytest.mark.slow
 def test_zero_reward_is_refused_before_training(small, tmp_path):
     """A reference that no answer equals stands for a model that solves nothing."""
     rewards = [{"name": "final_answer", "answer": "#### 123456"}]

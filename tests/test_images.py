@@ -85,6 +85,7 @@ def test_bake_file_has_the_same_images_and_version():
     assert re.findall(r"^\s+STEP += (.*)$", bake, re.M) == ["step", '"evaluate-vllm"']
 
 
+@pytest.mark.slow
 def test_compiled_pipeline_names_exactly_these_images(tmp_path):
     yaml = pytest.importorskip("yaml")
     pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")

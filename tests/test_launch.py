@@ -33,6 +33,7 @@ def sharding(monkeypatch):
     monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(ROOT / "tests/fsdp_on_cpu.py")])
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight, tmp_path):
     """accelerate launch with gloo: the same batches, so the losses differ by floating point only."""
     log = []
@@ -47,6 +48,7 @@ def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
 
 
+@pytest.mark.slow
 def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(small, straight, tmp_path, sharding):
     """FSDP2 with gloo: weights and moments are halved, the tokens and, up to floating point, the result are not."""
     stage, dst = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}, tmp_path / "out"
@@ -68,6 +70,7 @@ def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(
     assert all(torch.equal(resumed[name], mine[name]) for name in mine)
 
 
+@pytest.mark.slow
 def test_sharded_training_in_bf16(small, straight, tmp_path, sharding):
     """The weights stay float32, and are saved in the dtype they came in."""
     stage = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True, "dtype": "bfloat16"}
@@ -79,6 +82,7 @@ def test_sharded_training_in_bf16(small, straight, tmp_path, sharding):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_goes_with_sharding(small, tmp_path, sharding):
     """Generation, reference model and saving, with the weights spread."""
     stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
@@ -102,6 +106,7 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
     assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, monkeypatch):
     """A stand-in for the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
     script, whole = tmp_path / "worker.py", launch.command
@@ -122,6 +127,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_pa
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_an_error_in_another_process_keeps_its_message(small, tmp_path, monkeypatch):
     """A method that fails in both processes stands in for training."""
     script, whole = tmp_path / "worker.py", launch.command

@@ -86,6 +86,7 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
     assert found["control-prune"]["facts"]["params_before"] == found["import-model"]["pointer"]["params"]
 
 
+@pytest.mark.slow
 def test_the_final_checkpoint_is_ordinary_and_generates(finished, tmp_path):
     """In a new process, with plain transformers: loads, has no leftovers of training; the KV cache changes nothing."""
     home, folder = finished[0], tmp_path / "final"
@@ -113,6 +114,7 @@ print(tokenizer.decode(with_cache[0]), sum(p.numel() for p in model.parameters()
     assert "####" in done.stdout and str(params) in done.stdout
 
 
+@pytest.mark.slow
 def test_mlflow_shows_the_lineage(finished):
     from mlflow import MlflowClient
 

@@ -114,6 +114,7 @@ def whole(experiment, name):
 CREATES = ("experiments/create", "runs/create", "logged-models", "registered-models/create", "model-versions/create")
 
 
+@pytest.mark.slow
 def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environment):
     """Of every kind of writing request to every address the first two answers are lost."""
     seen, experiment, name = Counter(), f"lost-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"
@@ -207,6 +208,7 @@ def database(request, environment, mlflow, server, tmp_path):
 @pytest.mark.parametrize(
     "database, state", [("local", "lost"), ("local", "older"), ("served", "older")], indirect=["database"]
 )
+@pytest.mark.slow
 def test_a_run_continues_after_its_database_was_lost(database, state):
     """Its finished steps are taken as they are, what follows has them as input, and MLflow shows the run anew."""
     experiment, name = f"db-{uuid.uuid4().hex[:6]}", f"tiny-{uuid.uuid4().hex[:6]}"

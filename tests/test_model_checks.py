@@ -97,6 +97,7 @@ def test_a_tokenizer_without_an_end_of_text(model, tmp_path, no_weights):
         prune(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_lengths_above_the_context(model, tmp_path, no_weights):
     said = r"{}: {} is more than the model's 256 positions .*; lower it to 256"
     long = TINY.calibration.model_copy(update={"max_length": 300})
@@ -173,6 +174,7 @@ def test_an_eos_token_of_the_class_itself_counts(model, monkeypatch):
     model_checks.check_tokenizer(model)
 
 
+@pytest.mark.slow
 def test_validation_needs_neither_torch_nor_transformers():
     code = "import sys; sys.argv = ['ptl', 'validate', 'pipelines/prune_tune_loop/configs/tiny.yaml']\n"
     code += "from ptl.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
@@ -181,6 +183,7 @@ def test_validation_needs_neither_torch_nor_transformers():
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_templates_beside_the_default_one_travel_with_the_model(model, tmp_path):
     from transformers import AutoTokenizer
 

@@ -92,6 +92,7 @@ def test_the_interval_is_kept(tmp_path, monkeypatch):
     assert saved == ["checkpoint-11", "checkpoint-25"]
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     """The first machine dies in the second stage and its disk is lost; the second machine has only the store."""
     small = cut(DENSE, tmp_path / "cut", 130_000)

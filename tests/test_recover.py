@@ -67,6 +67,7 @@ def test_the_same_seed_gives_the_same_bytes(small, straight, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
     """On a CPU the model's own loss stands in for trl's fused one, for speed; the numbers are the same."""
     from trl import SFTTrainer
@@ -102,6 +103,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("case", STORED)
+@pytest.mark.slow
 def test_weights_keep_the_dtype_that_the_config_names(small, tmp_path, case):
     """Training is in float32: its result differs from that of a float32 copy by the rounding of the last write only."""
     dtype, stage = STORED[case]
@@ -116,18 +118,21 @@ def test_weights_keep_the_dtype_that_the_config_names(small, tmp_path, case):
     assert all(torch.equal(after[name], reference[name].to(after[name].dtype)) for name in after)
 
 
+@pytest.mark.slow
 def test_a_chain_keeps_the_dtype(small, tmp_path):
     half = stored_as(small, tmp_path / "half", "bfloat16")
     recover(half, tmp_path / "out", CPT | {"share": 0.5}, CPT, tokens=200)
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
     report = recover(small, tmp_path / "out", CPT | {"packing": True, "loss": "all"})
     assert report.tokens == report.curve[-1][0] == 1500
     assert report.steps == 4 < math.ceil(report.details["sequences"] / 4)  # 14 or so rows of 128 tokens, 4 to a step
 
 
+@pytest.mark.slow
 def test_moments_are_carried_through_the_cut(tmp_path):
     """What Adam ends the first round with is, sliced like the weights, what it begins the second with."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -157,6 +162,7 @@ def test_moments_are_carried_through_the_cut(tmp_path):
     assert not (tmp_path / "carried" / checkpoint.STATE).exists()  # it was the last round
 
 
+@pytest.mark.slow
 def test_moments_are_written_only_where_they_are_wanted(small, tmp_path):
     recover(small, tmp_path / "kept", CPT, tokens=300, last=False)
     recover(small, tmp_path / "switched-off", CPT | {"carry_moments": False}, tokens=300, last=False)
@@ -182,6 +188,7 @@ def test_each_decays_every_time_and_carried_moments_need_no_warm_up():
     assert curve(last=False, warmup_steps=50, steps=10)[:5] == [pytest.approx((i + 1) / 5) for i in range(5)]
 
 
+@pytest.mark.slow
 def test_half_written_training_checkpoints_are_passed_over(small, straight, tmp_path):
     scratch = tmp_path / "training"
     for name, mark in (("checkpoint-2", True), ("checkpoint-10", True), ("checkpoint-99", False)):
@@ -211,6 +218,7 @@ def in_a_process(src, dst, method="cpt"):
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
     """kill -9 after the first training checkpoint; the second process goes on from there to the same bytes."""
     dst = tmp_path / "out"
@@ -228,6 +236,7 @@ def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
     assert (dst / "model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
     report = recover(small, tmp_path / "out", CPT | {"lora": {"rank": 4}, "learning_rate": 1e-2}, last=False)
     before, after = weights(small), weights(tmp_path / "out")
@@ -244,6 +253,7 @@ def test_lora_is_merged_into_an_ordinary_checkpoint(small, tmp_path):
     assert again.resumed_at == 4 and all(torch.equal(resumed[name], after[name]) for name in after)
 
 
+@pytest.mark.slow
 def test_lora_begins_with_what_the_seed_says(small, tmp_path):
     for name in ("first", "second"):
         torch.manual_seed(len(name))  # what ran before in this process
@@ -252,6 +262,7 @@ def test_lora_begins_with_what_the_seed_says(small, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_chain_leaves_nothing_of_its_own_in_the_checkpoint(small, tmp_path):
     stages = (CPT | {"share": 0.5}, CPT)
     for name in ("first", "second"):
@@ -261,6 +272,7 @@ def test_a_chain_leaves_nothing_of_its_own_in_the_checkpoint(small, tmp_path):
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_chain_runs_its_stages_on_their_own_budgets(small, tmp_path):
     log = []
     stages = (CPT | {"share": 0.25}, CPT | {"learning_rate": 1e-4})
@@ -272,6 +284,7 @@ def test_a_chain_runs_its_stages_on_their_own_budgets(small, tmp_path):
     assert report.curve[-1][0] == 1001 and [step for step, _ in log] == sorted(step for step, _ in log)
 
 
+@pytest.mark.slow
 def test_a_chain_does_not_repeat_a_finished_stage(small, tmp_path, monkeypatch):
     stages = (CPT | {"share": 0.5}, CPT)
     recover(small, tmp_path / "whole", *stages, tokens=600)
@@ -299,6 +312,7 @@ def test_a_stage_without_a_token_is_refused_before_training(small, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [CPT, CPT | {"loss": "all"}, {"method": "distil"}], ids=["cpt", "all", "distil"])
+@pytest.mark.slow
 def test_a_sequence_of_one_token_alone_in_its_batch_is_no_error(small, tmp_path, stage):
     """It has nothing to be predicted from, so its loss is zero: the budget stays exact, the weights are numbers."""
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -350,6 +364,7 @@ def damaged(src, dst, change):
     return dst
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_and_names_the_step(small, tmp_path):
     broken = damaged(small, tmp_path / "broken", lambda w: w | {"model.norm.weight": w["model.norm.weight"] * 1e38})
     with pytest.raises(WorkError, match=r"optimizer step 1, before any weight has changed: .*a sound checkpoint"):
@@ -373,6 +388,7 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
     """A mock of the learning-rate curve, which explodes after the second step; the loss is no number in the fourth."""
     monkeypatch.setattr(training, "learning_rate_curve", lambda *args: lambda step: 1.0 if step < 2 else 1e38)
@@ -398,6 +414,7 @@ def test_a_checkpoint_with_nan_weights_is_not_marked_complete(small, tmp_path):
 
 
 @pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small, straight, tmp_path, earlier):
     """A file size limit of the kernel stands for a full disk: the write fails with EFBIG in the same place."""
     dst = tmp_path / "out"
@@ -447,6 +464,7 @@ def test_longer_than_the_positions_and_missing_eos_are_refused(small, tmp_path):
         recover(mute, tmp_path / "out", CPT)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_pad_token_trains(small, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(small, plain)
@@ -456,6 +474,7 @@ def test_a_tokenizer_without_pad_token_trains(small, tmp_path):
     assert recover(plain, tmp_path / "out", CPT, tokens=400).tokens == 400
 
 
+@pytest.mark.slow
 def test_what_decontamination_dropped_is_reported(small, tmp_path):
     test = {**SOURCE, "source": str(ROOT / "examples/tiny_reasoner/test.jsonl")}
     data = TrainingData(sources=[SOURCE], decontaminate={"against": [test]})

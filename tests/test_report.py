@@ -221,6 +221,7 @@ def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
     assert len({line.count("|") for line in (tmp_path / "report.md").read_text().splitlines() if "script" in line}) <= 6
 
 
+@pytest.mark.slow
 def test_same_records_same_bytes_and_render_needs_only_the_result(records, settings, tmp_path):
     write_report(records, settings, tmp_path / "a")
     write_report(dict(reversed(records.items())), copy.deepcopy(settings), tmp_path / "b")
@@ -511,6 +512,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
     long = {"import-model": records["import-model"], "evaluate-0": records["evaluate-0"]}
     for i in range(1, 65):

@@ -182,6 +182,7 @@ def test_store_without_conditional_writes(s3, server, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.slow
 def test_server_errors_are_retried(s3, server, folder, monkeypatch, tmp_path, status):
     with fake_faults(
         monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], lambda method, headers, count: status if count % 4 == 1 else None
@@ -239,6 +240,7 @@ def test_wrong_answers_to_ranges_do_no_harm(s3, server, folder, monkeypatch, tmp
     ],
     ids=["flipped", "login_page", "empty"],
 )
+@pytest.mark.slow
 def test_answers_that_stay_wrong_are_refused(s3, server, folder, monkeypatch, tmp_path, edit, message):
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_bytes(bytes(2000))
@@ -349,6 +351,7 @@ def test_no_space_for_a_download(s3, folder, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.slow
 def test_memory_is_bounded(s3, folder, tmp_path):
     with (folder / "model.safetensors").open("wb") as file:
         for _ in range(320):
@@ -360,6 +363,7 @@ def test_memory_is_bounded(s3, folder, tmp_path):
     assert peak < 300, f"{peak:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
     root, port = tmp_path / "own", free_port()
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")

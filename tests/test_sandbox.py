@@ -430,6 +430,7 @@ def test_a_memory_bomb_is_stopped():
     assert not slow.passed and slow.status in ("failed", "killed")
 
 
+@pytest.mark.slow
 def test_endless_loops_end_by_cpu_or_by_wall_time():
     started = time.monotonic()
     cpu = run_tests("while True: pass", "assert 1", Limits(cpu_s=1, wall_s=20))

@@ -195,6 +195,7 @@ def test_half_written_notes_and_keys_do_not_occur(tmp_path):
     assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
 
 
+@pytest.mark.slow
 def test_server_that_does_not_start_shows_its_log(tmp_path):
     with pytest.raises(
         WorkError, match=r"mlflow server ended with code[\s\S]*mlflow.log[\s\S]*nosuchdatabase"
@@ -204,6 +205,7 @@ def test_server_that_does_not_start_shows_its_log(tmp_path):
     assert stack.down(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
     root, s3_port, mlflow_port, _ = running
     step = tracking.start("survives", "prune-1", arm="loop", iteration=1)
@@ -217,6 +219,7 @@ def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
     assert tracking.start("survives", "prune-1", arm="loop", iteration=1) == step
 
 
+@pytest.mark.slow
 def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no runs yet"):
         stack.ui(tmp_path, free_port(), background=True)
@@ -285,6 +288,7 @@ def database(tmp_path):
         shutil.rmtree(place)
 
 
+@pytest.mark.slow
 def test_mlflow_on_postgresql(database, running, environment, tmp_path, monkeypatch):
     pytest.importorskip(
         "psycopg", reason="NO psycopg HERE: MLflow on PostgreSQL is not tested; pip install psycopg[binary]"

@@ -230,6 +230,7 @@ store.commit(root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
 """
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(place, folder, tmp_path):
     (folder / "model.safetensors").write_bytes(random.Random(1).randbytes(24 << 20))
     expected = contents(folder)

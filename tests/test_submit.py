@@ -70,6 +70,7 @@ def test_a_run_is_compiled_uploaded_started_and_followed(world, said, go):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_content_is_one_version_and_other_content_a_new_one(world, go, said, config):
     assert go(wait=False) == 0 and go(wait=False) == 0
     assert len(world.pipelines) == len(world.versions) == len(world.experiments) == 1 and len(world.runs) == 2
@@ -131,6 +132,7 @@ def test_404_says_what_to_check(world):
         follow.status("run-9", Server(host=world.url))
 
 
+@pytest.mark.slow
 def test_409_for_a_version_name_that_was_chosen(world, go):
     assert go(version="v1") == 0
     with pytest.raises(InputError, match="--version-name: 'v1' exists already"):
@@ -160,6 +162,7 @@ def test_500_when_starting_never_starts_two_runs(world, go, took_effect):
     assert len(world.runs) == 1 and len(world.calls("POST", "/runs")) == (1 if took_effect else 2)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_while_does_not_end_the_wait(world, go, said, monkeypatch):
     world.script = [("RUNNING", {}), ("SUCCEEDED", {})]
     world.faults = [("GET", "/runs/run-0", 503, False)] * (kfp_api.ATTEMPTS + 2)
@@ -273,6 +276,7 @@ def test_a_recorded_success_and_a_recorded_version_that_exists(world, go, said):
 
 
 @pytest.mark.parametrize("fault", sorted(ADDED))
+@pytest.mark.slow
 def test_added_faults_of_any_request_are_tried_again(world, go, fault, monkeypatch):
     """Not recorded: what a proxy or a broken connection makes of an answer."""
     monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.3))
@@ -293,6 +297,7 @@ def test_added_faults_for_good_say_that_the_session_may_have_expired(world, go):
 
 
 @pytest.mark.parametrize("fault", sorted(ADDED))
+@pytest.mark.slow
 def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypatch, fault):
     monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))
     monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
@@ -312,6 +317,7 @@ def test_a_server_that_drips_is_not_waited_for(monkeypatch):
         kfp_api._read(SimpleNamespace(stream=lambda _: pieces))
 
 
+@pytest.mark.slow
 def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):
     assert go(wait=False) == 0 and "description" not in world.runs[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow.example.com/base/")

@@ -116,6 +116,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_loads_it_and_generates_with_the_cache(tmp_path):
     cut_checkpoint(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, CUT)
     subprocess.run(

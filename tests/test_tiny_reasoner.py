@@ -200,6 +200,7 @@ def test_shipped_checkpoint_is_small_and_is_a_checkpoint(tokenizer):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_shipped_checkpoint_solves_held_out_problems(tokenizer, held_out):
     import torch
     from transformers import AutoModelForCausalLM
