@@ -105,7 +105,7 @@ def connect(server: Server) -> Api:
     client._context_setting["namespace"] = namespace or ""
     _guard(client)
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
-    return Api(client, namespace, ui.rstrip("/"))
+    return Api(client, namespace, address.bare(ui).rstrip("/"))
 
 
 def _guard(client: Any) -> None:
