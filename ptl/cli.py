@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ptl import __version__, address, cli_gc, cli_results, cli_steps, extras, localfs
-from ptl.cli_steps import Overrides
+from ptl.cli_options import Home, Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 
@@ -28,7 +28,6 @@ app = typer.Typer(
 NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EROFS)
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
-Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and MLflow's database lie")]
 
 
 def main() -> None:

@@ -11,11 +11,9 @@ from typing import Annotated
 import typer
 
 from ptl import destination, localfs, locate, runs, store
+from ptl.cli_options import Home, Servers
 from ptl.errors import InputError
 from ptl.manifest import FILES
-
-Servers = Annotated[bool, typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers")]
-Home = Annotated[Path, typer.Option("--home", help="where local runs are, for run ids")]
 
 RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
 
@@ -58,6 +56,8 @@ def report(
     _reach(home, s3, what)
     result = locate.result(what)
     try:
+        if dst is None and not store.is_name(result["run_id"]):
+            raise ValueError(f"run_id {result['run_id']!r} is not the name of a run")
         folder = dst or Path(f"report-{result['run_id']}")
         render(result, folder)
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ptl import __version__
+from ptl.cli_options import Overrides
 from ptl.config import Config, Recovery, load_config, pairs, removal
 from ptl.destination import OUT, check_free, writing
 from ptl.errors import InputError
@@ -18,7 +19,6 @@ from ptl.errors import InputError
 Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML file, for its settings")]
-Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 
 
 def add_to(app: typer.Typer) -> None:

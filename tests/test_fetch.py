@@ -289,6 +289,9 @@ def test_report_from_a_run_a_directory_and_a_file(here, tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(InputError, match=r"other.json is no result.json of a run"):
         ptl("report", "other.json", "pages")
+    (tmp_path / "other.json").write_text('{"run_id": "../../elsewhere"}')
+    with pytest.raises(InputError, match="is not the name of a run"):
+        ptl("report", "other.json")
     with pytest.raises(InputError, match="neither a folder nor a run"):
         ptl("report", "nothing")
 

@@ -312,7 +312,7 @@ def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
     monkeypatch.setitem(ADDED, "made up", body)
     monkeypatch.setattr(follow, "OUTAGE", 0.0)
     world.answers = [("GET", "/runs/", "made up")] * 99
-    with pytest.raises(WorkError, match="which is not known|is not one of the API's"):
+    with pytest.raises(WorkError, match=r"which is not known|is not one of the API's"):
         go()
 
 
