@@ -13,8 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ptl import __version__, address, cli_gc, cli_results, cli_steps, extras
-from ptl.cli_steps import Overrides
+from ptl import __version__, address, cli_gc, cli_results, cli_steps, extras, localfs
+from ptl.cli_options import Home, Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 
@@ -28,7 +28,6 @@ app = typer.Typer(
 NO_SUCH_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EROFS)
 
 ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
-Home = Annotated[Path, typer.Option("--home", help="where runs, checkpoints and MLflow's database lie")]
 
 
 def main() -> None:
@@ -41,6 +40,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _end(extras.missing(error.name or "", _command()) or error)
     except OSError as error:
+        if error.errno in localfs.FULL:
+            _end(WorkError(f"no space left while writing {error.filename or 'a file'}: {error.strerror}; free some"))
         if error.errno not in NO_SUCH_PATH:
             raise
         _end(InputError(f"{str(error.filename)[:200]!r}: {error.strerror}; give a path that can be used"))
@@ -162,7 +163,7 @@ def run(
     from ptl import processes
 
     with processes.interruptible("run the same command again to resume; finished steps are not redone"):
-        from ptl import mlflow_database, run_directory, runs
+        from ptl import run_directory, runs
         from ptl.report import print_table
 
         checked = load_config(config, pairs("--set", sets))
@@ -179,7 +180,6 @@ def run(
                 print(f"steps with the same inputs and settings are taken over from {', '.join(here.earlier)}")
             if servers:
                 print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
-            mlflow_database.create(environment["MLFLOW_TRACKING_URI"], artifacts)
             started = time.monotonic()
             _execute(here, checked, runner, environment, artifacts, verbose)
             seconds = time.monotonic() - started

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ptl import garbage, inventory, runs
+from ptl.cli_options import Home, Servers
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,8 +25,8 @@ def gc(
     keep_last: Annotated[int, typer.Option(min=0, help="newest finished runs per experiment that keep all")] = 0,
     dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
-    s3: Annotated[bool, typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers")] = False,
-    home: Annotated[Path, typer.Option("--home", help="where local runs lie")] = Path(".ptl"),
+    s3: Servers = False,
+    home: Home = Path(".ptl"),
 ) -> None:
     """List the checkpoints that nobody needs any more, with their bytes; --delete removes them.
 

@@ -10,12 +10,10 @@ from typing import Annotated
 
 import typer
 
-from ptl import localfs, locate, runs, store
+from ptl import destination, localfs, locate, runs, store
+from ptl.cli_options import Home, Servers
 from ptl.errors import InputError
 from ptl.manifest import FILES
-
-Servers = Annotated[bool, typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers")]
-Home = Annotated[Path, typer.Option("--home", help="where local runs are, for run ids")]
 
 RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
 
@@ -34,7 +32,7 @@ def fetch(
     home: Home = Path(".ptl"),
 ) -> None:
     """Copy a checkpoint, verified by its digest, into a folder of your own; with the model card of its run."""
-    dst = _free(dst)
+    destination.check_free(dst.resolve())
     _reach(home, s3, what)
     found = locate.checkpoint(what, arm)
     _servers_of_directory(what, found.pointer.uri)
@@ -58,6 +56,8 @@ def report(
     _reach(home, s3, what)
     result = locate.result(what)
     try:
+        if dst is None and not store.is_name(result["run_id"]):
+            raise ValueError(f"run_id {result['run_id']!r} is not the name of a run")
         folder = dst or Path(f"report-{result['run_id']}")
         render(result, folder)
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
@@ -103,31 +103,18 @@ def _servers_of_directory(what: str, uri: str) -> None:
         runs.use(runs.start_servers(home))
 
 
-def _free(dst: Path) -> Path:
-    """The folder to write, if nothing is lost by it."""
-    dst = dst.resolve()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
-    if dst.is_mount():
-        raise InputError(f"dst: {dst} is a mount point, which cannot be replaced; give a folder in it: {dst / 'model'}")
-    return dst
-
-
 def _copy(found: locate.Checkpoint, dst: Path) -> None:
-    """Fill a folder beside `dst` and rename it when it is whole: what a kill leaves is never found under `dst`."""
-    work = dst.with_name(dst.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)  # what an earlier call left
-    try:
-        with localfs.full_disk(work):
-            work.mkdir(parents=True)
-            folder = store.fetch(found.pointer, work / "cache")
-            whole = work / "whole"
-            if folder.is_relative_to(work):
-                folder.rename(whole)
+    """Fill `dst` with a verified checkpoint, and the model card where it has one."""
+    with destination.writing(dst) as work, localfs.full_disk(work):
+        cache, out = work / "cache", work / destination.OUT
+        shutil.rmtree(cache, ignore_errors=True)  # by a killed command
+        try:
+            folder = store.fetch(found.pointer, cache)
+            if folder.is_relative_to(cache):
+                folder.rename(out)
             else:  # a store of files hands out its own folder
-                shutil.copytree(folder, whole, ignore=shutil.ignore_patterns(FILES))
+                shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES), dirs_exist_ok=True)
             if found.card is not None:
-                (whole / "README.md").write_bytes(found.card)
-            whole.rename(dst)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                (out / "README.md").write_bytes(found.card)
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)

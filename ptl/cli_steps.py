@@ -5,24 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ptl import __version__, processes
+from ptl import __version__
+from ptl.cli_options import Overrides
 from ptl.config import Config, Recovery, load_config, pairs, removal
+from ptl.destination import OUT, check_free, writing
 from ptl.errors import InputError
-
-OUT = "out"  # of a work folder: what becomes the target
 
 Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML file, for its settings")]
-Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,8 +35,8 @@ def import_model(
     """Check a dense checkpoint, weights included, and copy it."""
     from ptl import importer
 
-    _fresh(dst)
-    with _writing(dst) as work:
+    check_free(dst)
+    with writing(dst) as work:
         importer.import_checkpoint(source, revision, work / OUT)
     print(f"wrote {dst}")
 
@@ -64,7 +60,7 @@ def prune(
     _folders(src, dst)
     params = checkpoint.num_params(src)
     goal = params - removal(params, settings.schedule.target if target is None else target)
-    with _writing(dst) as work:
+    with writing(dst) as work:
         _show(
             prune_checkpoint(
                 src, work / OUT, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed
@@ -96,7 +92,7 @@ def recover(
     for name in ("items.jsonl", "scores.json"):
         if scored is not None and not (scored / name).is_file():
             raise InputError(f"--scored: no {name} in {scored}; give a folder that `ptl evaluate` wrote")
-    with _writing(dst) as work:
+    with writing(dst) as work:
         scratch = work / f"training-{_key(src, settings, budget, scored)[:12]}"
         for other in set(work.glob("training-*")) - {scratch}:
             print(f"{other} is not resumed: it belongs to another source, other settings or other data")
@@ -110,13 +106,8 @@ def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = [])
 
     settings = load_config(config, pairs("--set", sets))
     _folders(src, dst)
-    with _writing(dst) as work:
+    with writing(dst) as work:
         _show(evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed))
-
-
-def _fresh(dst: Path) -> None:
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
 
 
 def _folders(src: Path, dst: Path) -> None:
@@ -126,30 +117,7 @@ def _folders(src: Path, dst: Path) -> None:
 
     checkpoint.check_links(src)
     anatomy(src, family_of(checkpoint.read_config(src)))
-    _fresh(dst)
-
-
-@contextmanager
-def _writing(dst: Path) -> Iterator[Path]:
-    """A work folder whose `out` becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
-
-    Raises InputError when another process writes the same `dst`.
-    """
-    work = dst.absolute().with_name(f"{dst.absolute().name}.partial")
-    out = work / OUT
-    interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
-    with interruptible, processes.exclusive(work / "lock", f"dst: {dst}"):
-        _fresh(dst)
-        shutil.rmtree(out, ignore_errors=True)  # by a killed command
-        out.mkdir()
-        try:
-            yield work
-            out.rename(dst)
-            shutil.rmtree(work)
-        finally:
-            shutil.rmtree(out, ignore_errors=True)
-            if work.is_dir() and [path.name for path in work.iterdir()] == ["lock"]:
-                shutil.rmtree(work)
+    check_free(dst)
 
 
 def _key(src: Path, settings: Config, budget: int, scored: Path | None) -> str:

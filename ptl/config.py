@@ -321,7 +321,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     try:
         if not path.is_file():
             raise InputError(f"config: no file {path}; give the path of a YAML file")
-        raw = yaml_text.load(path.read_text(encoding="utf-8"), f"config: {path}")
+        with path.open(encoding="utf-8") as file:
+            raw = yaml_text.load(file.read(yaml_text.BYTES + 1), f"config: {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config: {str(path)[:200]} cannot be read: {error}"[:500]) from error
     if not isinstance(raw, dict):

@@ -46,6 +46,10 @@ def get(
     A login would go wherever a redirect points to, so only `follow`, for requests without a login of the user's, goes
     there. Raises InputError for a redirect, and where nobody answers.
     """
+    if not url.startswith(("http://", "https://")):  # urllib also reads files, which a registry may name
+        raise InputError(
+            f"{address.page(url)[:200]}: not the address of a server; it must begin with https:// or http://"
+        )
     try:
         request = urllib.request.Request(url)
         for name, value in (headers or {}).items():  # what a redirect does not take along

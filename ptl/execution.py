@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ptl import __version__, attempts, dag, run_page, store, tracking
+from ptl.address import without_login
 from ptl.errors import WorkError
 from ptl.log import say
 from ptl.run_status import StepRun
@@ -131,7 +132,7 @@ def noting_errors(run: StepRun) -> Iterator[None]:
     except attempts.NoAttemptLeftError:
         raise  # the page has the reason of the last one
     except Exception as error:
-        tracking.note_error(run, f"{type(error).__name__}: {error}")
+        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
         raise
 
 

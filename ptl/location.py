@@ -52,7 +52,7 @@ def typed(value: Any) -> Any:
 
 
 def _from_here(value: Any) -> Any:
-    return _located(value, Path.cwd()) if isinstance(value, Typed) else value
+    return _located(value, Path.cwd()) if isinstance(value, Typed) and value else value
 
 
 def _relative(value: str, info: SerializationInfo) -> str:

@@ -24,12 +24,12 @@ SqlAlchemyStore(*sys.argv[1:]).engine.dispose()
 
 
 def create(uri: str, artifacts: str) -> None:
-    """Make the database of a sqlite URI unless it exists; any other address is left to MLflow.
+    """Make the database of a sqlite URI unless it exists; any other address, or one with options, is left to MLflow.
 
     `artifacts` is where MLflow's default experiment keeps its files. Raises WorkError with the end of MLflow's output.
     """
     path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
+    if not uri.startswith(SQLITE) or "?" in uri or path.exists():
         return
     with processes.exclusive(path.with_name(f"{path.name}.lock"), f"creating {path}", wait=WAIT):
         if path.exists():

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ptl import localfs, processes
+from ptl import localfs, processes, store
 from ptl.config import Config
 from ptl.errors import InputError
 
@@ -62,6 +62,8 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
     unfinished = [] if fresh else _unfinished(home, config)
     earlier = tuple(path.name for path, held in unfinished if not _same_run(held, config))
     if chosen is not None:
+        if not store.is_name(chosen.absolute().name):  # it names the run in the store
+            raise InputError(f"--run-dir: {chosen.name!r} must be 1-128 letters, digits, dots, dashes or underscores")
         run = RunDir(home, chosen.absolute(), earlier)
         held = _config(run.path)
         if not (_is_ours(run.path) if held is None else _same_run(held, config)):

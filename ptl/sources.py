@@ -215,7 +215,9 @@ def _from_s3(uri: str) -> Path:
 
     bucket, key = s3_client.split(uri)
     try:
-        tag = s3_client.client().head_object(Bucket=bucket, Key=key)["ETag"]
+        tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
+        if not tag:
+            raise InputError(f"data.source: {uri}: no ETag in the answer; is MLFLOW_S3_ENDPOINT_URL an S3 server?")
         folder = _cache() / hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()[:32]
         target = folder / Path(key).name
         if not target.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import processes
+from ptl.address import without_login
 from ptl.attempts import Failure, NoAttemptLeftError
 from ptl.errors import InputError, PtlError
 
@@ -27,7 +28,7 @@ def main(path: Path, parent: int) -> None:
         _leave(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:
-        _leave(path, Failure(f"{type(error).__name__}: {error}"))
+        _leave(path, Failure(without_login(f"{type(error).__name__}: {error}")))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import address, mlflow_objects, store
+from ptl import address, mlflow_database, mlflow_objects, store
 from ptl.errors import InputError, WorkError
 from ptl.log import say
 from ptl.run_status import TAG, StepRun, node, settle, steps_of, tags_of_parent, untag
@@ -164,7 +164,7 @@ def note_error(step_run: StepRun, message: str) -> None:
     try:
         with briefly(), explained():
             connect().set_tag(step_run.run_id, "ptl.error", message[:TAG])
-    except WorkError as error:
+    except Exception as error:
         say(step_run.step, f"warning: the failure could not be recorded: {error}")
 
 
@@ -264,6 +264,7 @@ def connect() -> MlflowClient:
             f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny: "
             "pip install 'ptl[pipelines]', or give the address of a server (http://...)"
         )
+    mlflow_database.create(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)

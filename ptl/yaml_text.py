@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -71,7 +72,7 @@ def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
 
 
 def _check_keys(node: yaml.MappingNode, line: str) -> None:
-    names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+    twice = sorted(name for name, count in names.items() if count > 1)
     if twice:
         raise InputError(f"{line}: {twice[0]!r} is there twice in one section; remove one")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipelines.prune_tune_loop import kfp_api
 from ptl import address, failure, tracking
 from ptl.errors import InputError, WorkError
 
@@ -136,3 +137,7 @@ def test_a_page_in_place_of_mlflow_is_an_error(serve, monkeypatch):
     assert "answers with a page instead of JSON" in mlflow_fault(url)[0]
     _, url = serve(200, body=json.dumps({"x": "0" * (2 << 20)}).encode())
     assert "answers with a page instead of JSON" in mlflow_fault(url)[0]  # more than is read
+
+
+def test_links_to_kubeflow_have_no_login():
+    assert kfp_api.connect(kfp_api.Server("http://user:secret@127.0.0.1:9/")).ui == "http://127.0.0.1:9"

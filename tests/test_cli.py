@@ -1,5 +1,6 @@
 """The command line on wrong input: a clear message, exit code 2, and nothing expensive started."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ptl import cli
 from ptl.config import Config, load_config
 from ptl.errors import InputError
 
@@ -204,18 +206,29 @@ def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, 
 
 
 def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
-    from ptl.cli_steps import OUT, _writing
+    from ptl.destination import OUT, writing
 
     dst, work = tmp_path / "dst", tmp_path / "dst.partial"
-    with pytest.raises(RuntimeError), _writing(dst) as folder:
+    with pytest.raises(RuntimeError), writing(dst) as folder:
         (folder / OUT / "model.safetensors").touch()
         (folder / "training-1").mkdir()
-        with pytest.raises(InputError, match="another process executes it"), _writing(dst):
+        with pytest.raises(InputError, match="another process executes it"), writing(dst):
             raise AssertionError("two writers")
         raise RuntimeError("it died")
     assert not dst.exists() and (work / "training-1").is_dir() and not (work / OUT).exists()
     (work / OUT).mkdir()
     (work / OUT / "left").touch()  # as by kill -9
-    with _writing(dst) as folder:
+    with writing(dst) as folder:
         (folder / OUT / "model.safetensors").touch()
     assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/model.safetensors")
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "no space left while writing /data/model.safetensors" in capsys.readouterr().err

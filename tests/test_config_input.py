@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,24 @@ def test_other_names_stay_as_they_are(name):
 def test_the_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load_config(TINY, {"model.path": "~/model"}).model.path == "/home/somebody/model"
+
+
+def test_a_section_of_very_many_keys_is_refused_at_once():
+    text, began = "".join(f"k{i}: 1\n" for i in range(15_000)), time.process_time()
+    with pytest.raises(InputError, match="more than 10,000 values"):
+        yaml_text.load(text, "config")
+    assert time.process_time() - began < 2.5  # quadratic: 5
+
+
+def test_a_file_is_read_only_as_far_as_a_config_may_be_long(tmp_path):
+    path = tmp_path / "config.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="longer than 256 KiB"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["model.path", "evaluate.data_dir", "calibration.data.source"])
+def test_an_empty_path_is_not_the_working_directory(name):
+    with pytest.raises(InputError, match=name):
+        load_config(TINY, pairs("--set", [f"{name}=''"]))

@@ -5,13 +5,14 @@ import gzip
 import json
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ptl import decontaminate, sources
+from ptl import decontaminate, s3_client, sources
 from ptl.config import Calibration, DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
@@ -566,3 +567,9 @@ def test_json_that_is_too_deep_names_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(ROW + b"[" * 100_000 + b"\n")
     with pytest.raises(InputError, match="line 2 is not JSON"):
         check_rows(DataSource(source=str(tmp_path / "a.jsonl")))
+
+
+def test_an_answer_that_is_no_s3_servers_is_an_error(monkeypatch):
+    monkeypatch.setattr(s3_client, "client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
+    with pytest.raises(InputError, match="no ETag in the answer"):
+        sources._from_s3("s3://bucket/rows.jsonl")

@@ -157,6 +157,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """A mock that gives every path of `table` its status, or a status and a body."""
 
     table = None
+    realm = "http://127.0.0.1:{}/token"
 
     def do_GET(self):
         path = self.path.partition("?")[0]
@@ -170,7 +171,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         else:
             body = b"{}"
         self.send_response(status)
-        realm = f"http://127.0.0.1:{self.server.server_port}/token"
+        realm = self.realm.format(self.server.server_port)
         self.send_header("WWW-Authenticate", f'Bearer realm="{realm}",service="s",scope="pull"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -245,6 +246,15 @@ def test_a_registry_that_answers_with_pages(answers):
     host = answers({**registry("login"), "/token": (200, b"<html>log in</html>")})
     line = doctor.images(with_registry(host, "login"))
     assert line.state == "warning" and "needs a login (401)" in line.message
+
+
+def test_a_registry_cannot_have_a_file_of_this_machine_sent_as_its_token(answers, tmp_path, monkeypatch):
+    """The address of the token's server is the registry's to choose, and urllib opens files too."""
+    (tmp_path / "config.json").write_text('{"token": "anonymous"}')
+    monkeypatch.setattr(Answers, "realm", f"file://{tmp_path}/config.json#")
+    host = answers(registry("login"))
+    with pytest.raises(InputError, match="not the address of a server"):
+        doctor.images(with_registry(host, "login"))
 
 
 def test_a_cluster_cannot_pull_from_a_local_engine(config, monkeypatch):

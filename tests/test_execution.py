@@ -163,3 +163,22 @@ def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):
         step_process._work(call)
     monkeypatch.setitem(steps.STEPS, "prune", lambda call: None)
     assert step_process._work(call) == {}
+
+
+def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
+    _run, experiment = begin()
+    step = Step("import-model", experiment)
+
+    def work(_dst, _run):
+        raise ValueError("no answer from https://user:secret@proxy/x")
+
+    with pytest.raises(ValueError, match="no answer"):
+        execute(step, None, {}, work)
+    assert tracking.error_of(step.start()) == "ValueError: no answer from https://***@proxy/x"
+
+    monkeypatch.setattr(step_process, "_work", lambda _call: work(None, None))
+    monkeypatch.setattr(processes, "die_with", lambda _parent: None)
+    (tmp_path / "call.json").write_text("{}")
+    with pytest.raises(ValueError, match="no answer"):
+        step_process.main(tmp_path / "call.json", 0)
+    assert "secret" not in (tmp_path / "failure.json").read_text()

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +87,24 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_an_error(tmp_path):
     folder = save(build("llama"), tmp_path / "model")
     with pytest.raises(InputError, match=r"converter does not know the tokenizer of .*model; use transformers or vLLM"):
         export_gguf(folder, tmp_path / "model.gguf")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, monkeypatch):
+    files, source = [], save(build("llama"), tmp_path / "model")
+
+    def convert(command, **_):
+        files.append(Path(command[command.index("--outfile") + 1]))
+        files[-1].write_text("whole")
+        if len(files) == 1:
+            export_gguf(source, dst)  # meanwhile
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    dst = tmp_path / "model.gguf"
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(export.subprocess, "run", convert)
+    export_gguf(source, dst)
+    assert files[0] != files[1] and {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
 
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
@@ -93,7 +112,7 @@ def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatc
     monkeypatch.setattr(export, "CONVERTER", "json.tool")
     with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
         export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_missing_converter_is_named(tmp_path, monkeypatch):
@@ -240,7 +259,7 @@ def test_every_family_is_known_to_the_export():
 def test_export_refuses_before_it_converts(variant, changes, reason, tmp_path):
     with pytest.raises(InputError, match=f"export: llama.cpp would compute otherwise.*{reason}.*transformers or vLLM"):
         export_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2"])

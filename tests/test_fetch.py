@@ -18,7 +18,7 @@ from conftest import free_port
 from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
-from ptl import cli_results, locate, s3_client, stack, store, tracking
+from ptl import cli_results, destination, locate, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.store import Pointer
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_leaves_nothing(here, tmp_path):
 
 def test_a_failure_half_way_leaves_nothing(here, tmp_path, monkeypatch):
     def full(source, target, **_):
-        Path(target).mkdir()
+        Path(target).mkdir(exist_ok=True)
         Path(target, "config.json").touch()
         raise OSError(28, "No space left on device")
 
@@ -257,7 +257,7 @@ import shutil, sys, time
 from pathlib import Path
 from ptl import cli_results, locate
 def slow(source, target, **_):
-    Path(target).mkdir()
+    Path(target).mkdir(exist_ok=True)
     shutil.copyfile(Path(source, "config.json"), Path(target, "config.json"))
     print("half", flush=True)
     time.sleep(60)
@@ -272,6 +272,8 @@ cli_results._copy(locate.checkpoint(sys.argv[1]), Path(sys.argv[2]))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not out.exists() and (tmp_path / "out.partial").exists()
+    with destination.writing(out), pytest.raises(InputError, match="another process executes it"):
+        ptl("fetch", here.id, out)
     ptl("fetch", here.id, out)
     assert holds(out, here.directory / "recover-2")[0] and not (tmp_path / "out.partial").exists()
 
@@ -288,6 +290,9 @@ def test_report_from_a_run_a_directory_and_a_file(here, tmp_path, monkeypatch):
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(InputError, match=r"other.json is no result.json of a run"):
         ptl("report", "other.json", "pages")
+    (tmp_path / "other.json").write_text('{"run_id": "../../elsewhere"}')
+    with pytest.raises(InputError, match="is not the name of a run"):
+        ptl("report", "other.json")
     with pytest.raises(InputError, match="neither a folder nor a run"):
         ptl("report", "nothing")
 

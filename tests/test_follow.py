@@ -1,5 +1,6 @@
 """Following runs: answers of a real Kubeflow 2.17, played by a mock, and real MLflow runs in a database."""
 
+import signal
 from datetime import datetime
 
 import pytest
@@ -445,3 +446,14 @@ def test_a_retry_above_the_step_shows_the_newest_entry():
     run.state = "FAILED"
     assert task_list.fold(run, ["prune-1", "recover-1"]).keys() == {"prune-1"}
     assert task_list.fold(run, ["prune-1"])["prune-1"].state == "FAILED"
+
+
+def test_ctrl_c_ends_the_wait_and_says_that_the_run_continues(watch, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(follow, "get_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        watch()
+    assert ended.value.code == 130
+    assert "interrupted by SIGINT: the run continues; `ptl status run` shows it" in capsys.readouterr().err

@@ -89,3 +89,9 @@ def test_a_failure_that_was_left_is_read(tmp_path, config):
     assert run_directory.failure(run) is None
     (tmp_path / "error.json").write_text(json.dumps({"step": "prune-1", "message": "away", "exit_code": 1}))
     assert run_directory.failure(run) == ("prune-1: away", 1)
+
+
+@pytest.mark.parametrize("name", ["my run", "..", "x" * 129], ids=["space", "parent", "long"])
+def test_a_directory_whose_name_cannot_name_a_run_is_refused_before_any_work(tmp_path, config, name):
+    with pytest.raises(InputError, match=r"--run-dir: .* must be"):
+        open_run(tmp_path, config, tmp_path / name, False)

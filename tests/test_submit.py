@@ -309,6 +309,18 @@ def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypa
         go()
 
 
+@pytest.mark.parametrize(
+    "field", [{"state": "LOGGED_OUT"}, {"state": {"a": 1}}, {"created_at": 5}], ids=["state", "kind of state", "time"]
+)
+def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
+    body = json.dumps({"run_id": "run-0", "state": "RUNNING"} | field).encode()
+    monkeypatch.setitem(ADDED, "made up", body)
+    monkeypatch.setattr(follow, "OUTAGE", 0.0)
+    world.answers = [("GET", "/runs/", "made up")] * 99
+    with pytest.raises(WorkError, match=r"which is not known|is not one of the API's"):
+        go()
+
+
 def test_a_server_that_drips_is_not_waited_for(monkeypatch):
     """Made up: each byte comes in time, the answer does not."""
     monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))

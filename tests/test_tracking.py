@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ptl import provenance, run_page, store, tracking
+from ptl import mlflow_database, provenance, run_page, store, tracking
 from ptl.config import Calibration, Evaluate, Task, TrainingData
 from ptl.errors import InputError, WorkError
 
@@ -275,3 +275,25 @@ def test_links_hide_passwords(begin, monkeypatch):
         "experiment_id": step.experiment_id,
         "mlflow_url": "https://mlflow.example",
     }
+
+
+def test_a_database_is_made_by_the_one_way_that_a_kill_cannot_break(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow_database, "CODE", "raise SystemExit('not in place')")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(WorkError, match="not in place"):
+        tracking.connect()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("not set"), OSError("no route"), KeyError("x")], ids=lambda e: type(e).__name__
+)
+def test_what_keeps_a_failure_from_being_recorded_does_not_hide_it(begin, monkeypatch, capsys, error):
+    step_run = begin("prune-1")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(tracking, "connect", fail)
+    tracking.note_error(step_run, "ValueError: broken")
+    assert "the failure could not be recorded" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import advice, extras
+from ptl.cli_options import Overrides
 from ptl.config import load_config, pairs
 from ptl.errors import InputError
 
@@ -18,10 +19,9 @@ CaCert = Annotated[Path | None, typer.Option(help="PEM bundle to trust; none: KF
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
 UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")]
 RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
-Sets = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
 Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
-Timeout = Annotated[float | None, typer.Option(help="seconds to wait; the run continues after them")]
-Poll = Annotated[float, typer.Option(min=1, help="seconds between looks")]
+Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the run continues after them")]
+Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Sets = [],  # noqa: B006 - typer reads the default
+    sets: Overrides = [],  # noqa: B006 - typer reads the default
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
     version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
@@ -127,7 +127,7 @@ def retry(
 
 def doctor(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Sets = [],  # noqa: B006
+    sets: Overrides = [],  # noqa: B006
     local: Annotated[
         bool | None,
         typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),

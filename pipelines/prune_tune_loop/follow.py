@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.prune_tune_loop import outcome, run_view, task_list
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect, get_run
 from pipelines.prune_tune_loop.run_view import RunView, StepView
-from ptl import progress
+from ptl import processes, progress
 from ptl.config import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.progress import RunProgress
@@ -186,8 +186,14 @@ def watch(
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
     kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
-    away for up to OUTAGE seconds, as in an upgrade, does not end the wait, nor does one that answers nonsense.
+    away for up to OUTAGE seconds, as in an upgrade, does not end the wait, nor does one that answers nonsense. Ctrl-C
+    ends the wait alone.
     """
+    with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
+        return _watch(api, run_id, config, timeout, poll, say)
+
+
+def _watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
     observer, shown = Observer(api, say), _Shown(say)
     deadline = None if timeout is None else time.monotonic() + timeout
     answered = time.monotonic()

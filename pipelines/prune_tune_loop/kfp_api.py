@@ -105,7 +105,7 @@ def connect(server: Server) -> Api:
     client._context_setting["namespace"] = namespace or ""
     _guard(client)
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
-    return Api(client, namespace, ui.rstrip("/"))
+    return Api(client, namespace, address.bare(ui).rstrip("/"))
 
 
 def _guard(client: Any) -> None:
@@ -164,7 +164,7 @@ def call(
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
-                answer = function(*args, **kwargs)
+                answer = _parsed(function, *args, **kwargs)
                 missing = [name for name in needs if not getattr(answer, name)]
                 if missing:
                     raise UnreadableError(f"the answer has no {' and no '.join(missing)}")
@@ -176,9 +176,23 @@ def call(
     raise AssertionError("unreachable")
 
 
+def _parsed(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """The answer as the client's record. Raises UnreadableError for fields of another kind, where the client fails."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UnreadableError(f"the answer is not one of the API's ({error})") from error
+
+
 def get_run(api: Api, run_id: str, again: bool = True) -> Any:
-    """A run, with its state."""
-    return call(api, api.client.get_run, run_id, again=again, needs=("run_id", "state"))
+    """A run, with its state, which is one that can be waited on or has ended."""
+    from kfp_server_api import V2beta1RuntimeState
+
+    run = call(api, api.client.get_run, run_id, again=again, needs=("run_id", "state"))
+    if run.state not in V2beta1RuntimeState.allowable_values:
+        host = api.client._existing_config.host
+        raise WorkError(f"Kubeflow Pipelines at {host}: run {run_id} is in the state {run.state!r}, which is not known")
+    return run
 
 
 PAUSE = 1.0  # seconds; tests shorten it

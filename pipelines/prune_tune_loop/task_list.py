@@ -127,7 +127,7 @@ def _continued(node_id: str, text: str) -> str:
 
 
 def _tasks(run: Any) -> list[Any]:
-    return (run.run_details and run.run_details.task_details) or []
+    return [task for task in (run.run_details and run.run_details.task_details) or [] if task is not None]
 
 
 def _newest(entries: list[Any] | None) -> Any:

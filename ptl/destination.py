@@ -1,0 +1,45 @@
+"""The folder that a command writes: it appears whole or not at all, and one process writes it at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ptl import processes
+from ptl.errors import InputError
+
+OUT = "out"  # of a work folder: what becomes the destination
+
+
+def check_free(dst: Path) -> None:
+    """Raise InputError where something would be lost by writing `dst`, or where it cannot be replaced."""
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
+    if dst.is_mount():
+        raise InputError(f"dst: {dst} is a mount point, which cannot be replaced; give a folder in it: {dst / 'model'}")
+
+
+@contextmanager
+def writing(dst: Path) -> Iterator[Path]:
+    """A work folder whose `out` becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
+
+    Raises InputError when another process writes the same `dst`.
+    """
+    dst = dst.resolve()
+    work = dst.with_name(f"{dst.name}.partial")
+    out = work / OUT
+    interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
+    with interruptible, processes.exclusive(work / "lock", f"dst: {dst}"):
+        check_free(dst)
+        shutil.rmtree(out, ignore_errors=True)  # by a killed command
+        out.mkdir()
+        try:
+            yield work
+            out.rename(dst)
+            shutil.rmtree(work)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+            if work.is_dir() and [path.name for path in work.iterdir()] == ["lock"]:
+                shutil.rmtree(work)
