@@ -106,6 +106,11 @@ class Filter:
         }
 
 
+def most(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The count of most rows: each stage reads the training data from its start, and so counts what others counted."""
+    return max(counts, key=lambda each: each["rows"])
+
+
 def sentence(report: dict[str, Any]) -> str:
     """What a report's counts say: never that no row was left out where nothing could be compared."""
     rows, dropped, items, short = (report[name] for name in ("rows", "dropped", "items", "short"))

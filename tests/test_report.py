@@ -383,8 +383,8 @@ def test_a_curve_of_one_point_is_drawn(records, settings):
 
 def test_rows_that_were_left_out_are_told(records, settings):
     assert not [note for note in notes(build(records, settings)) if "left out" in note]
-    for name, dropped in (("recover-1", 5), ("recover-2", 7), ("control-recover", 100)):
-        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": [],
+    for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
+        counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["facts"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
