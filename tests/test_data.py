@@ -315,6 +315,20 @@ def test_every_exact_copy_is_found(tmp_path, questions, template, row, form):
     assert [filter_.keeps(source, 100 + i, each) for i, each in enumerate(others)] == [True] * 100
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_item_of_three_words_is_found_as_a_line_and_counted_as_short(tmp_path, template):
+    """The defect: the word that all items share was taken for the template's, and `None shares text` was said."""
+    asked = [f"Calculate {i}*{i + 7}" for i in range(100)]
+    scored = evaluated(tmp_path / "scored", [("words", TEMPLATES[template].format(q), "1") for q in asked])
+    filter_ = decontaminate.build(Decontaminate(), scored)
+    lines = ("{}", "Q:\n{}\nA:")
+    rows = [{"prompt": line.format(question), "completion": "1"} for line in lines for question in asked]
+    assert not any(filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows))
+    inside = decontaminate.build(Decontaminate(), scored)
+    inside.keeps(DataSource(source="train", format="text"), 1, {"text": f"Say, {asked[0]} is 0."})
+    assert "100 of 100 benchmark items have too few words" in decontaminate.sentence(inside.report())
+
+
 def test_items_that_could_not_be_compared_are_counted(tmp_path):
     rows = [{"prompt": f"Row {i} of the training data.", "completion": "1"} for i in range(10)]
 
