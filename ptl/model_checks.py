@@ -170,7 +170,10 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 def _teacher_files(teacher: str) -> Path:
     """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    return hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"recover.teacher: no config.json in {folder}; give the folder of a checkpoint, or a hub id")
+    return folder
 
 
 def _unreadable(folder: Path, why: object) -> InputError:

@@ -280,6 +280,8 @@ def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictur
     result = write_report(records, settings, tmp_path)
     assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
     assert result["final"]["share_removed"] == 0.0
+    card = (tmp_path / "README.md").read_text()
+    assert "unchanged: no iteration of the Prune-Tune Loop passed." in card and "made smaller" not in card
 
 
 def test_a_better_control_is_not_hidden(records, settings):
@@ -354,6 +356,8 @@ def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictu
     result = write_report(records, settings, tmp_path)
     assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
     assert table_caption(result).endswith("share one scale that does not begin at zero.")
+    low = dict(result, rows=[dict(row, low=0.0) for row in result["rows"]])  # the axis has zero on it then
+    assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
     assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
     few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
     few["evaluate-4"]["facts"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
