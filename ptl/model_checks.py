@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
     try:
         tokenizer = pretrained.tokenizer(folder, field)
-    except InputError:
+    except (InputError, ModuleNotFoundError):  # the latter: without transformers
         raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
         raise _unreadable(folder, error) from error

@@ -453,7 +453,7 @@ def test_malformed_local_line_is_named(tmp_path):
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(InputError, match=r"rows\.jsonl line 2"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
         read_splits({"test": LocalFile(str(path))})
 
 
