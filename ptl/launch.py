@@ -33,6 +33,17 @@ def processes_for(settings: Stage) -> int:
     return settings.processes or max(1, torch.cuda.device_count())
 
 
+def batch_of_one(settings: Stage, processes: int) -> int:
+    """Sequences of one forward pass in one process. Raises InputError where a batch cannot be divided like that."""
+    parts = settings.accumulation * processes
+    if settings.batch_size % parts:
+        raise InputError(
+            f"recover.batch_size: {settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
+            f"times the {processes} training processes"
+        )
+    return settings.batch_size // parts
+
+
 def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) -> RecoverReport:
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
     job.scratch.mkdir(parents=True, exist_ok=True)
@@ -65,8 +76,9 @@ def can_shard() -> bool:
     return torch.cuda.is_available()
 
 
-def check_sharding(settings: RecoverStage) -> None:
-    """Raise InputError where the stage is to be sharded and cannot be; called before any work."""
+def check(settings: RecoverStage) -> None:
+    """Raise InputError where the stage cannot be divided among its processes as wanted; called before any work."""
+    batch_of_one(settings, processes_for(settings) if world_size() == 1 else world_size())
     if settings.sharding == "none" or processes_for(settings) == 1 or not can_shard():
         return
     if settings.sharding == "zero2" and find_spec("deepspeed") is None:

@@ -84,7 +84,7 @@ def logged_model(client: MlflowClient, experiment_id: str, tags: dict[str, str],
 
 def existing_models(client: MlflowClient, model_ids: list[str]) -> list[str]:
     """Those of the LoggedModels that MLflow has, in the same order, each once."""
-    return [each for each in dict.fromkeys(model_ids) if _get(client.get_logged_model, each) is not None]
+    return [each for each in dict.fromkeys(filter(None, model_ids)) if _get(client.get_logged_model, each) is not None]
 
 
 def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:
@@ -125,7 +125,7 @@ def version(client: MlflowClient, registered_model: str, model_id: str, **fields
 
     numbers = found()
     if not numbers:
-        known = existing_models(client, [model_id]) if model_id else []
+        known = existing_models(client, [model_id])
         client.create_model_version(
             registered_model, model_id=known[0] if known else None, await_creation_for=0, **fields
         )

@@ -42,7 +42,7 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
     """
     stages, budgets = recovery.stages, recovery.budgets(rounds[-1])
     for stage, budget in zip(stages, budgets, strict=True):
-        launch.check_sharding(stage)
+        launch.check(stage)
         if budget is not None and budget < MIN_TOKENS:
             raise InputError(
                 f"schedule.recovery_tokens: {rounds[-1]} tokens for iteration {job.this.index} leave "

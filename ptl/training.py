@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ptl import checkpoint, launch, pretrained, safefile
 from ptl.config import NextToken, Stage
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
 from ptl.job import Job, Round
 from ptl.preempt import COMPLETE, last_complete, step_of
 
@@ -67,15 +67,9 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
 def arguments(settings: Stage, job: Job, processes: int) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
-    size = settings.batch_size // (settings.accumulation * processes)
-    if size * settings.accumulation * processes != settings.batch_size:
-        raise InputError(
-            f"recover.batch_size: {settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
-            f"times the {processes} training processes"
-        )
     return {
         "output_dir": str(job.scratch),
-        "per_device_train_batch_size": size,
+        "per_device_train_batch_size": launch.batch_of_one(settings, processes),
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.learning_rate,
         "bf16": settings.dtype == "bfloat16",

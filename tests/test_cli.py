@@ -137,7 +137,7 @@ def test_validate_prints_the_plan_and_schema_the_fields():
 
 
 def test_a_bad_override_is_refused():
-    for entry, said in [("seed", "must be NAME=VALUE"), ("seed=[1", "the value is not YAML")]:
+    for entry, said in [("seed", "must be NAME=VALUE"), ("seed=[1", "the value is not valid YAML")]:
         done = ptl("validate", TINY, "--set", entry)
         assert done.returncode == 2 and said in done.stderr
 

@@ -1,11 +1,13 @@
 """The compiled pipeline: same bytes, no GPU stack, small, in order, and equal to the golden files."""
 
+import functools
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,9 +29,17 @@ HEAVY = ("torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets"
 STRUCTURE = {"name", "schedule.iterations", "control", "resources", "images", "storage"}
 
 
+@functools.cache
+def text_of(path, sets):
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "pipeline.yaml"
+        compile_pipeline(load_config(path, dict(sets)), out)
+        return out.read_text()
+
+
 def compiled(path, tmp_path, **sets):
     out = tmp_path / "pipeline.yaml"
-    compile_pipeline(load_config(path, {name.replace("__", "."): value for name, value in sets.items()}), out)
+    out.write_text(text_of(path, tuple((name.replace("__", "."), value) for name, value in sets.items())))
     return out
 
 

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ptl import runs, suggest, yaml_text
+from ptl import run_directory, suggest, yaml_text
 from ptl.config import Config, _assign, check, essentials, load_config, pairs, plan, removal
 from ptl.errors import InputError
 from ptl.section import Section
@@ -40,7 +40,7 @@ def is_whole(config):
     for it in plan(config.schedule, config.prune):
         assert it.tokens >= 0
     removal(10**6, config.schedule.target)
-    runs.dump(config).encode()
+    run_directory.dump(config).encode()
     json.dumps(essentials(config), allow_nan=False).encode()
 
 
@@ -203,7 +203,7 @@ def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     assert config.evaluate.tasks[1].name == "gsm8k"
     monkeypatch.chdir(folder)
     assert load_config("config.yaml") == config
-    (tmp_path / "kept.yaml").write_text(runs.dump(config))
+    (tmp_path / "kept.yaml").write_text(run_directory.dump(config))
     assert load_config(tmp_path / "kept.yaml") == config  # that of a run's directory
 
 

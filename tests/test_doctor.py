@@ -650,6 +650,7 @@ def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd)
     from components.doctor import doctor as component
 
     other = uuid.uuid4().hex  # the run's parameter, which wins over the config's
+    monkeypatch.setenv("KFP_RUN_ID", f"run-{other}")
     component.python_func(step="doctor", experiment=other, settings=config.model_dump(mode="json", exclude_none=True))
     assert MlflowClient().get_experiment_by_name(other) and not MlflowClient().get_experiment_by_name(
         config.storage.experiment

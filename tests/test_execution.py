@@ -150,7 +150,7 @@ def test_each_attempt_has_a_folder_of_its_own(begin):
         execute(step, None, {}, dies)
     record = execute(step, None, {}, dies)
     assert folders[0] != folders[1] and not folders[0].exists()
-    assert [file["path"] for file in record["files"]] == ["half"]
+    assert [path.name for path in fetch(Pointer(**record["pointer"])).glob("half*")] == ["half"]
 
 
 def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):

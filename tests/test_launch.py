@@ -116,6 +116,20 @@ def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, monke
     assert "loading" in str(error.value) and "elastic" not in str(error.value)
 
 
-def test_an_error_in_another_process_keeps_its_message(small, tmp_path):
+def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_path):
     with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
-        recover(small, tmp_path / "out", CPT | {"processes": 3})
+        recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_error_in_another_process_keeps_its_message(small, tmp_path, monkeypatch):
+    """A method that fails in both processes stands in for training."""
+    script, whole = tmp_path / "worker.py", launch.command
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom ptl import worker\nfrom ptl.errors import InputError\n"
+        "def refuses(*_): raise InputError('recover.x: refused in a process')\n"
+        "worker.RECOVERIES = {'cpt': refuses}\nworker.main(Path(sys.argv[1]))\n"
+    )
+    monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+    with pytest.raises(InputError, match=r"^recover\.x: refused in a process$"):
+        recover(small, tmp_path / "out", CPT | {"processes": 2})

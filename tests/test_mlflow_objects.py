@@ -137,7 +137,9 @@ def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environm
     )
     assert {run.info.status for run in active} == {"FINISHED"}
     models = client.search_logged_models([place])
-    assert sorted(model.name for model in models) == ["import-model", "prune-1"]
+    assert sorted(model.name for model in models) == [
+        f"{tracking.pipeline_run()}-{step}" for step in ("import-model", "prune-1")
+    ]
     assert {str(model.status) for model in models} == {"READY"}
     versions = client.search_model_versions(f"name = '{name}'")
     assert [str(each.version) for each in versions] == [version]
