@@ -177,7 +177,7 @@ def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
         if value is not None and not (_is_number(value) and isinstance(value, int) and value > 0):
             raise InputError(f"model.path: {where} has {field}={value!r}, which must be a whole number above 0")
     for field in SWITCHES:
-        if not isinstance(config.get(field, False), bool):
+        if not isinstance(config.get(field), bool | None):  # null where a family does not have the field
             raise InputError(f"model.path: {where} has {field}={config[field]!r}, which must be true or false")
     dropout = config.get("attention_dropout")
     if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):

@@ -129,7 +129,7 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("max_position_embeddings", 0, "above 0"),
         ("max_position_embeddings", 64.5, "whole number above 0"),
         ("tie_word_embeddings", "yes", "must be true or false"),
-        ("use_cache", None, "must be true or false"),
+        ("use_cache", 1, "must be true or false"),
         ("attention_dropout", 2, "from 0 to below 1"),
         ("initializer_range", "x", "above 0"),
         ("rope_scaling", {"rope_type": "linear", "factor": -1}, "needs a number there above 0"),
