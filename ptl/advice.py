@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptl.config import Config, NextToken, plan
+from ptl.config import Config, NextToken, Prune, Schedule, plan, removal
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
 
@@ -10,6 +10,20 @@ FAIR = 0.25  # an iteration whose share of the tokens is below this part of its 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
     return [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
+
+
+def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
+    """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
+    removed = removal(params, schedule.target)
+    small = [it for it in plan(schedule, prune) if it.unit == "layers" and it.cut * removed < params_per_layer]
+    if not small:
+        return []
+    which = ", ".join(str(it.index) for it in small)
+    return [
+        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {which} is planned to remove "
+        f"{int(small[-1].cut * removed):,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or "
+        "none; set schedule.cuts=uniform, or fewer iterations for layers"
+    ]
 
 
 def _starved_iterations(config: Config) -> list[str]:

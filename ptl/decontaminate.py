@@ -35,7 +35,7 @@ class Benchmark:
     """What of a benchmark is searched for in training rows, and how many were dropped for it."""
 
     items: int
-    short: int  # items of too few words to be found inside a row, unless it has their template too
+    short: int  # items of too few words beside the template: inside a row they are found with words of it only
     grams: frozenset[Gram]  # the n-grams of long items and answers
     inside: dict[Gram, tuple[Gram, ...]]  # short items, by their first words
     whole: frozenset[Gram]  # items that are too short to be found inside a row
@@ -104,6 +104,11 @@ class Filter:
             "not_compared": list(self.not_compared),
             "examples": self.examples,
         }
+
+
+def most(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The count of most rows: each stage reads the training data from its start, and so counts what others counted."""
+    return max(counts, key=lambda each: each["rows"])
 
 
 def sentence(report: dict[str, Any]) -> str:
@@ -185,7 +190,7 @@ def _benchmark(items: Sequence[tuple[str, str]], ngram: int) -> Benchmark:
             grams |= _grams(words, ngram)
             continue
         searched = [each for each in (words, *_widened(question, template, least)) if len(each) >= least]
-        short += not searched
+        short += len(words) < least
         if question and len(prompt) >= least:
             searched.append(prompt)  # a copy may have the template's words too
         inside.update(map(tuple, searched))
@@ -227,11 +232,11 @@ def _holds(words: Gram, inside: dict[Gram, tuple[Gram, ...]]) -> bool:
 
 
 def _stripped(line: Gram, template: tuple[Gram, Gram]) -> Gram:
-    """A line without the words of a benchmark's template."""
+    """A line without the words of a benchmark's template, or those next to the item: `Calculate` of `Q: Calculate`."""
     begin, end = template
-    if begin and line[: len(begin)] == begin:
-        line = line[len(begin) :]
-    return line[: -len(end)] if end and line[-len(end) :] == end else line
+    before = next((n for n in range(len(begin), 0, -1) if line[:n] == begin[-n:]), 0)
+    after = next((n for n in range(len(end), 0, -1) if line[-n:] == end[:n]), 0)
+    return line[before : len(line) - after]
 
 
 def _without_template(items: Sequence[Words]) -> tuple[list[Words], tuple[Gram, Gram]]:

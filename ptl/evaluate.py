@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ptl import backends, cost, harness, pretrained, tasks
+from ptl import backends, cost, harness, model_checks, tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError
 from ptl.gate import wilson
@@ -70,7 +70,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     started = time.monotonic()
     check_tasks(settings.tasks, settings)
     static = cost.from_config(src)
-    pretrained.tokenizer(src)
+    model_checks.load_tokenizer(src)
     lm = backends.language_model(src, settings, seed)
     scores, items = [], []
     for task in settings.tasks:

@@ -140,7 +140,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"model: model_type {model_type!r} is more than a language model (config field {modality}); save its text "
             f"model as a checkpoint of its own and give that ({supported})"
         )
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise InputError(
         f"model: model_type {model_type!r} is not supported ({supported}); "

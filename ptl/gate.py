@@ -228,7 +228,7 @@ def decide(
     `smallest_cut` is the least number of parameters that the next cut of the parent can remove, None where it can
     remove nothing. A rejected candidate halves the cut for the next iteration; after `max_rejections` in a row, or when
     half the cut is below the smallest, the loop stops with the parent: a smaller step would be rounded up to one that
-    was just rejected.
+    was just rejected. An accepted candidate doubles that limit: one early rejection does not hold the whole run.
     """
     numbers: dict[str, Any] = {"params": params, "target_params": target_params}
     if state.stopped:
@@ -245,9 +245,10 @@ def decide(
         if pair.verdict == "inferior" or (settings.strict and pair.verdict != "not inferior"):
             return _reject(settings, state, cut, smallest_cut, f"{describe(pair)} against the {name}", numbers)
     reason = f"{describe(baseline)} against the baseline"
+    cap = None if state.cap is None else 2 * state.cap
     if params <= target_params:
-        return Decision("accepted", f"{reason}; {REACHED}", numbers, State(state.cap, 0, True, REACHED))
-    return Decision("accepted", reason, numbers, State(state.cap, 0, False))
+        return Decision("accepted", f"{reason}; {REACHED}", numbers, State(cap, 0, True, REACHED))
+    return Decision("accepted", reason, numbers, State(cap, 0, False))
 
 
 def describe(pair: Paired) -> str:

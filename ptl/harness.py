@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
 import logging
 import random
 import sys
@@ -17,6 +15,7 @@ from typing import Any
 from ptl import tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError, WorkError
+from ptl.sources import json_lines
 
 
 def check_lengths(lm: Any, loaded: Any) -> None:
@@ -69,7 +68,11 @@ def read_splits(splits: dict[str, tasks.LocalFile]) -> dict[str, Any]:
     found = {}
     for split, local in splits.items():
         path = Path(local.file)
-        raw = list(Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else _json_lines(path))
+        raw = list(
+            Dataset.from_parquet(str(path))
+            if path.suffix == ".parquet"
+            else json_lines(path, f"evaluate.data_dir: {path}")
+        )
         found[split] = Dataset.from_list([row for line in raw if (row := local.row(line)) is not None])
     return found
 
@@ -96,17 +99,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"evaluate.data_dir: {path} line {number} is not JSON: {error}") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl import checkpoint, hub, model_checks
+from ptl import checkpoint, hub, model_checks, pretrained
 from ptl.anatomy import anatomy, layers_for, width_for
 from ptl.config import (
     Calibration,
@@ -135,6 +135,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     family = family_of(checkpoint.read_config(src))
     checkpoint.check_links(src)
     anatomy(src, family)
+    pretrained.config(src)
     model_checks.check_tokenizer(src)
     weights = checkpoint.shards(src)
     checkpoint.check_finite(weights)

@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
     try:
         tokenizer = pretrained.tokenizer(folder, field)
-    except InputError:
+    except (InputError, ModuleNotFoundError):  # the latter: without transformers
         raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
         raise _unreadable(folder, error) from error
@@ -113,7 +113,7 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
 
 def check_teacher(folder: Path, teacher: Path, named: str) -> None:
     """Raise InputError for a teacher with another vocabulary, where both store it in tokenizer.json."""
-    mine, theirs = (_vocabulary(_json_files(each)["tokenizer.json"]) for each in (folder, teacher))
+    mine, theirs = _vocabulary(folder), _vocabulary(teacher)
     if mine and theirs:
         compare_vocabularies(mine, theirs, named)
 
@@ -155,18 +155,25 @@ def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _vocabulary(core: dict[str, Any]) -> dict[str, int]:
+def _vocabulary(folder: Path) -> dict[str, int]:
     """Tokens and their numbers, from tokenizer.json; empty without one."""
+    core = _json_files(folder)["tokenizer.json"]
     if not core:
         return {}
-    vocabulary = core.get("model", {}).get("vocab", {})
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((row[0], i) for i, row in enumerate(vocabulary))
-    return dict(pairs) | {token["content"]: token["id"] for token in core.get("added_tokens", [])}
+    try:
+        vocabulary = core["model"].get("vocab", {})
+        numbered = vocabulary if isinstance(vocabulary, dict) else {row[0]: i for i, row in enumerate(vocabulary)}
+        return numbered | {token["content"]: token["id"] for token in core.get("added_tokens") or ()}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise _unreadable(folder, f"tokenizer.json: {type(error).__name__}: {error}") from error
 
 
 def _teacher_files(teacher: str) -> Path:
     """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    return hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"recover.teacher: no config.json in {folder}; give the folder of a checkpoint, or a hub id")
+    return folder
 
 
 def _unreadable(folder: Path, why: object) -> InputError:

@@ -12,6 +12,7 @@ from ptl.result import Result, final_row
 # Each colour stands for a CSS variable of the page and is replaced by it after drawing.
 INK, MUTED, GRID, LOOP, CONTROL, BAD, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", LOOP: "loop", CONTROL: "control", BAD: "bad", PAPER: "paper"}
+MARGIN = 0.12  # of the scores' range, above and below them
 MAX_POINTS = 4000  # of all loss curves together: keeps the page far below 1 MB
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, searchable, readable aloud
@@ -66,6 +67,12 @@ def is_share(task: dict[str, Any]) -> bool:
     return task.get("low") is not None and 0 <= task["accuracy"] <= 1
 
 
+def begins_at_zero(rows: list[dict[str, Any]]) -> bool:
+    """Whether the axis of the scores reaches down to zero, with its margin."""
+    ends = [row[end] for row in rows for end in ("low", "accuracy", "high") if row[end] is not None]
+    return min(ends) - MARGIN * (max(ends) - min(ends)) <= 0
+
+
 def short(number: float) -> str:
     """A count in three or four characters: 950, 82 k, 1.23 M, 7 B."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -118,7 +125,7 @@ def _points(axis: Any, result: Result, task: str | None) -> None:
     """One task's scores against parameters; the dense model is on the left, the smallest on the right."""
     from matplotlib.transforms import ScaledTranslation
 
-    axis.margins(0.08, 0.12)
+    axis.margins(0.08, MARGIN)
     found: list[tuple[dict[str, Any], dict[str, Any]]]
     found = [(r, t) for r in result["rows"] for t in r["scores"]["tasks"] if task in (None, t["task"])]
     if task is None:

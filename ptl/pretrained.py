@@ -16,10 +16,17 @@ MODEL = "model.path"  # the field of the config that names the checkpoint
 
 
 def config(folder: Path, field: str = MODEL) -> Any:
-    """The config of a checkpoint. Raises InputError where it needs code of its own."""
+    """The config of a checkpoint. Raises InputError where it needs code of its own, or transformers refuses a field."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return _load(AutoConfig.from_pretrained, folder, field)
+    try:
+        return _load(AutoConfig.from_pretrained, folder, field)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
+        raise InputError(
+            f"{field}: transformers cannot read config.json in {folder} ({' '.join(str(error).split())[:300]}); "
+            "correct it, or fetch the checkpoint again"
+        ) from error
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:

@@ -15,21 +15,24 @@ from ptl.section import Section
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
 
+NUMBER = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
 
 
 def columns_of(template: str) -> tuple[str, ...]:
     """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
     try:
-        names = tuple(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+        fields = [(name, spec or "", how) for _, name, spec, how in Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
-    for name in names:
+    for name, spec, how in fields:
         if not COLUMN.fullmatch(name):
             raise ValueError(
                 f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
             )
-    return names
+        if "{" in spec or NUMBER.search(spec) or how not in (None, "r", "s", "a"):
+            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
+    return tuple(name for name, _, _ in fields)
 
 
 def _checked(template: str) -> str:

@@ -221,9 +221,10 @@ def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
     loop = [each for each in facts if each.get("arm") == "loop"]
     if not loop:
         return {}
+    last = max(loop, key=lambda each: each["rows_compared"])  # each iteration reads the data from its start
     return {
-        "rows": sum(each["rows_compared"] for each in loop),
-        "dropped": sum(each["rows_dropped"] for each in loop),
+        "rows": last["rows_compared"],
+        "dropped": last["rows_dropped"],
         "items": max(each["benchmark_items"] for each in loop),
         "short": max(each["benchmark_items_short"] for each in loop),
         "not_compared": sorted({name for each in loop for name in each["not_compared"]}),

@@ -14,8 +14,10 @@ from ptl.families import Family
 
 LARGEST = 1 << 31  # of a size; a model beyond it is a typing error
 MOST_LAYERS = 10_000
+WHOLE = ("max_position_embeddings", "sliding_window")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window")
 POSITIVE = (
-    *("max_position_embeddings", "sliding_window", "rms_norm_eps", "rope_theta", "rope_local_base_freq"),
+    *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -170,7 +172,16 @@ def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
         value = config.get(field)
         if value is not None and not (_is_number(value) and value > 0):
             raise InputError(f"model.path: {where} has {field}={value!r}, which must be a number above 0")
-
+    for field in WHOLE:
+        value = config.get(field)
+        if value is not None and not (_is_number(value) and isinstance(value, int) and value > 0):
+            raise InputError(f"model.path: {where} has {field}={value!r}, which must be a whole number above 0")
+    for field in SWITCHES:
+        if not isinstance(config.get(field), bool | None):  # null where a family does not have the field
+            raise InputError(f"model.path: {where} has {field}={config[field]!r}, which must be true or false")
+    dropout = config.get("attention_dropout")
+    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+        raise InputError(f"model.path: {where} has attention_dropout={dropout!r}, which must be from 0 to below 1")
     for field in ("dtype", "torch_dtype"):
         value = config.get(field)
         if value is not None and (not isinstance(value, str) or value not in DTYPES):
@@ -222,8 +233,8 @@ def _check_rope(config: Mapping[str, Any], where: Path | str) -> None:
             for needed in ROPES[kind]:
                 values = parameters.get(needed)
                 values = values if isinstance(values, list) and needed in ROPES["longrope"] else [values]
-                if not all(map(_is_number, values)):
+                if not all(_is_number(each) and each > 0 for each in values):
                     raise InputError(
                         f"model.path: {where} has {name}.{needed}={parameters.get(needed)!r}, and rope_type={kind} "
-                        "needs a number there, or a list of them for short_factor and long_factor"
+                        "needs a number there above 0, or a list of them for short_factor and long_factor"
                     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -35,7 +36,7 @@ def read_rows(source: DataSource) -> Any:
 def _rows(source: DataSource) -> Any:
     path = local_file(source)
     if path is not None and path.name.endswith(JSON_LINES):
-        return _json_lines(path, source.source)
+        return json_lines(path, f"data.source: {source.source}")
     return _not_empty(_from_hub(source) if path is None else _parquet(path), source)
 
 
@@ -80,7 +81,7 @@ def turns(row: Any, source: DataSource, number: int) -> tuple[list[Message], lis
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise InputError(f"{where}: the content of message {i} is no text ({_shown(content)}); correct the row")
-        _check_unicode(content or "", where)
+        _check_unicode(message["role"] + (content or ""), where)
     answered = chat[-1]["role"] == "assistant"
     if answered and len(chat) == 1:
         raise InputError(f"{where}: nothing comes before the assistant's turn; leave such rows out")
@@ -124,7 +125,8 @@ def fill(template: str, row: Any, source: DataSource, number: int) -> str:
         for name in _names(template):
             value, _ = Formatter().get_field(name, (), row)
             # neither the word None nor brackets and quotes of Python are what the row's author wrote
-            if value is None or value != value or isinstance(value, list | dict):
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            if value is None or infinite or isinstance(value, list | dict | bytes):
                 raise InputError(
                     f"{where} holds {_shown(value)} for {{{name}}}, which is no text; leave such rows out, or name a "
                     f"part of it ({{{name}[0]}}, {{{name}[key]}})"
@@ -148,7 +150,9 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else "NaN" if value != value else f"a {type(value).__name__}"
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else str(value)
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def local_file(source: DataSource) -> Path | None:
@@ -166,9 +170,10 @@ def local_file(source: DataSource) -> Path | None:
     return None
 
 
-def _json_lines(path: Path, named: str) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, where: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, gzipped or not. Raises InputError that begins with `where` and names the line."""
     opener = gzip.open if path.suffix == ".gz" else open
-    number = size = 0
+    number = size = rows = 0
     most = max(MAX_EXPANSION * path.stat().st_size, MAX_LINE)  # a bomb of gzip has 1,000 times the size of its file
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -177,14 +182,16 @@ def _json_lines(path: Path, named: str) -> Iterator[dict[str, Any]]:
                 size += len(line)
                 if len(line) == MAX_LINE or size > most:
                     raise InputError(
-                        f"data.source: {named}, line {number}: {size:,} characters so far from a file of "
+                        f"{where}, line {number}: {size:,} characters so far from a file of "
                         f"{path.stat().st_size:,} bytes are no rows of text; correct the file"
                     )
-                yield _json_object(line, f"data.source: {named}, line {number}")
+                if line.strip():
+                    rows += 1
+                    yield _json_object(line, f"{where}, line {number}")
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"data.source: {named} is damaged after line {number} ({error}); fetch it again") from error
-    if number == 0:
-        raise InputError(f"data.source: {named} is empty; give a file with at least one row")
+        raise InputError(f"{where} is damaged after line {number} ({error}); fetch it again") from error
+    if rows == 0:
+        raise InputError(f"{where} is empty; give a file with at least one row")
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ptl import yaml_text
 from ptl.config import Evaluate, Gate, Task
 from ptl.errors import InputError
 
@@ -37,6 +38,7 @@ NO_ACCURACY = {
 # All of the harness's own (lm_eval.api.metrics); another name is looked up on the hub, as code.
 METRICS = {"acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bypass", "exact_match", *NO_ACCURACY}
 
+FUNCTIONS = "!function"  # a tag of YAML: the harness imports what it names; also the key that keeps all of a file
 SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
 
 Row = dict[str, Any]
@@ -213,13 +215,11 @@ def check_code(spec: Spec, allow_code: bool) -> None:
         )
 
 
-def _functions(value: Any, name: str = "") -> Iterator[str]:
+def _functions(config: dict[str, Any]) -> Iterator[str]:
     """What of a task's YAML is code: `!function` tags, and a class in place of the harness's."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if isinstance(value, str) and (value.startswith("!function") or name == "class"):
-        yield f"{name}: {value}"
-    for key, inner in entries:
-        yield from _functions(inner, f"{name}.{key}" if name else str(key))
+    yield from config.get(FUNCTIONS, ())
+    if config.get("class"):
+        yield f"class: {config['class']}"
 
 
 def _unknown_metrics(config: dict[str, Any]) -> Iterator[str]:
@@ -268,27 +268,42 @@ def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = Non
 
 
 def read_yaml(path: Path, seen: frozenset[Path] = frozenset()) -> dict[str, Any]:
-    """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read."""
+    """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read.
+
+    All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
+    includes this one replaces it.
+    """
+    where = f"evaluate.tasks: {path}"
     if path in seen or not path.is_file():
-        raise InputError(f"evaluate.tasks: no task file {path}" if path not in seen else f"{path} includes itself")
+        raise InputError(f"{where} is no file" if path not in seen else f"{where} includes itself")
+    functions: list[str] = []
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def function(_loader: Any, node: yaml.Node) -> str:
+        functions.append(f"!function {node.value}")
+        return functions[-1]
+
+    Loader.add_constructor(FUNCTIONS, function)
     try:
-        config = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"evaluate.tasks: {path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} cannot be read: {error}") from error
+    # The harness's own files are trusted, and some name a field twice.
+    config = yaml.load(text, Loader=Loader) if _of_the_harness(path) else yaml_text.load(text, where, Loader)
     if not isinstance(config, dict):
-        raise InputError(f"evaluate.tasks: {path} must hold a mapping, found {type(config).__name__}")
+        raise InputError(f"{where} must hold a mapping, found {type(config).__name__}")
     included = config.pop("include", [])
+    names = included if isinstance(included, list) else [included]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: include must be the path of a YAML file, or a list of them")
     merged: dict[str, Any] = {}
-    for name in included if isinstance(included, list) else [included]:
-        merged |= read_yaml((path.parent / name).resolve(), seen | {path})
-    return merged | config
-
-
-class _Loader(yaml.SafeLoader):
-    pass
-
-
-_Loader.add_constructor("!function", lambda _loader, node: f"!function {node.value}")
+    for name in names:
+        inner = read_yaml((path.parent / name).resolve(), seen | {path})
+        functions += inner.pop(FUNCTIONS, ())
+        merged |= inner
+    return merged | config | ({FUNCTIONS: list(dict.fromkeys(functions))} if functions else {})
 
 
 def is_path(name: str) -> bool:
@@ -307,7 +322,30 @@ def _from_path(path: Path) -> Spec:
     config = read_yaml(path.resolve())
     if not isinstance(config.get("task"), str):
         raise InputError(f"evaluate.tasks: {path} has no `task: NAME`; it must be a single task of lm-eval")
+    _check_fields(config, path)
     return Spec(config["task"], path.resolve(), config)
+
+
+def _check_fields(config: dict[str, Any], path: Path) -> None:
+    """Raise InputError where a field of a task's YAML that we read is not what the harness takes there."""
+    kind = config.get("output_type", "generate_until")
+    if not isinstance(kind, str) or kind not in DEFAULT_METRICS:
+        raise InputError(
+            f"evaluate.tasks: {path} has output_type={kind!r}; it must be one of {', '.join(DEFAULT_METRICS)}"
+        )
+    for field, key in (("metric_list", "metric"), ("filter_list", "name")):
+        entries = config.get(field)
+        named = isinstance(entries, list) and all(
+            isinstance(entry, dict) and isinstance(entry.get(key), str) for entry in entries
+        )
+        if entries is not None and not (named and entries):
+            raise InputError(f"evaluate.tasks: {path} must have a list in {field}, each entry with a `{key}`")
+    for field in ("dataset_kwargs", "fewshot_config"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise InputError(f"evaluate.tasks: {path} must have a mapping in {field}")
+    for field in SPLITS:
+        if not isinstance(config.get(field) or "", str):
+            raise InputError(f"evaluate.tasks: {path} must have the name of a split in {field}")
 
 
 def _beside(spec: Spec, file: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ptl import checkpoint, launch, pretrained
+from ptl import checkpoint, launch, pretrained, safefile
 from ptl.config import NextToken, Stage
 from ptl.errors import WorkError
 from ptl.job import Job, Round
@@ -21,14 +21,13 @@ from ptl.preempt import COMPLETE, last_complete, step_of
 
 
 def load(src: Path) -> tuple[Any, torch.dtype]:
-    """Model in float32, and the dtype that the checkpoint is stored in.
+    """Model in float32, and the dtype of the stored weights, whatever config.json names.
 
     Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
     `recover.dtype` only says in what the forward pass computes.
     """
-    stored = pretrained.causal_lm(src)
-    dtype = stored.dtype  # read first: float() converts the model in place
-    return stored.float(), dtype
+    stored = checkpoint.contents(src)["model.embed_tokens.weight"].dtype  # as that of all weights, see anatomy()
+    return pretrained.causal_lm(src, torch.float32), safefile.dtypes()[stored]
 
 
 def learning_rate_curve(settings: Stage, this: Round, steps: int, carried: bool) -> Callable[[int], float]:

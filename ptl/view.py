@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ptl import decontaminate, speeds
-from ptl.plots import is_share
+from ptl.plots import begins_at_zero, is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
 
 MINUTE = 60.0  # seconds: below it two durations count as the same
@@ -245,7 +245,8 @@ def accuracy_caption(result: Result) -> str:
     parts = []
     if any(row["low"] is not None for row in rows):
         parts.append(f"Bars are {result['confidence'] * 100:g} % intervals.")
-    parts.append("The vertical axis does not begin at zero.")
+    if rows and not begins_at_zero(rows):
+        parts.append("The vertical axis does not begin at zero.")
     if final_row(result) is not None:
         parts.append("The ringed mark is the final checkpoint.")
     if any(row["arm"] == "control" for row in rows):

@@ -17,12 +17,12 @@ DIGITS = 400  # of one number; Python refuses to read 4,300
 UNSTORABLE = re.compile("[\\0\\ud800-\\udfff]")  # no UTF-8 file or database takes them
 
 
-def load(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises InputError that begins with `where`."""
+def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The value of a YAML text; `kind` may know more tags. Raises InputError that begins with `where`."""
     if len(text) > BYTES:
         raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = kind(text)
         try:
             node = loader.get_single_node()
             if node is None:

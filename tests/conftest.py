@@ -96,6 +96,12 @@ class S3Place(FilePlace):
             self.client.delete_object(Bucket=bucket, Key=item["Key"])
 
 
+@pytest.fixture(autouse=True)
+def no_session_of_an_earlier_test(monkeypatch):
+    """boto3's default session, which MLflow uses, keeps the keys that it has seen first: those of another server."""
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""

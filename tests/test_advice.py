@@ -6,10 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl import advice, cli
-from ptl.config import load_config
+from ptl.config import Prune, Schedule, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
+REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
 STAGE = {"method": "cpt", "decay": "each"}
 
 
@@ -55,6 +56,16 @@ def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
     assert warnings(gate__enabled=False, recover=[{"method": "cpt"}]) == []
 
 
+def test_an_iteration_that_removes_less_than_a_layer_is_warned_of():
+    schedule = Schedule(target=0.4, iterations=8, recovery_tokens=0, cuts="cubic")
+    (warning,) = advice.layer_warnings(schedule, Prune(target="neurons_then_layers"), 800_000, 50_000)
+    assert warning.startswith("prune.target=neurons_then_layers, with schedule.cuts=cubic: iteration 8 is planned to")
+    assert "remove 625 parameters, and a layer has 50,000" in warning and "set schedule.cuts=uniform" in warning
+    uniform = schedule.model_copy(update={"cuts": "uniform"})
+    assert advice.layer_warnings(uniform, Prune(target="neurons_then_layers"), 800_000, 40_000) == []
+    assert advice.layer_warnings(schedule, Prune(), 800_000, 50_000) == []  # neurons alone
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_shipped_config_is_warned_of(path):
     assert advice.warnings(load_config(path)) == []
@@ -62,7 +73,7 @@ def test_no_shipped_config_is_warned_of(path):
 
 @pytest.mark.parametrize("command", ["validate", "submit"])
 def test_a_command_that_starts_something_warns_first(monkeypatch, command):
-    monkeypatch.setattr("ptl.importer.preflight", lambda *sections: (Path(), 213_568))
+    monkeypatch.setattr("ptl.importer.preflight", lambda *sections: (REASONER, 213_568))
     monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
     done = CliRunner().invoke(
         cli.app, [command, str(TINY), "--set", "gate.enabled=true", "--set", "schedule.iterations=8"]

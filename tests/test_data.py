@@ -316,6 +316,20 @@ def test_every_exact_copy_is_found(tmp_path, questions, template, row, form):
     assert [filter_.keeps(source, 100 + i, each) for i, each in enumerate(others)] == [True] * 100
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_item_of_three_words_is_found_as_a_line_and_counted_as_short(tmp_path, template):
+    """The defect: the word that all items share was taken for the template's, and `None shares text` was said."""
+    asked = [f"Calculate {i}*{i + 7}" for i in range(100)]
+    scored = evaluated(tmp_path / "scored", [("words", TEMPLATES[template].format(q), "1") for q in asked])
+    filter_ = decontaminate.build(Decontaminate(), scored)
+    lines = ("{}", "Q:\n{}\nA:")
+    rows = [{"prompt": line.format(question), "completion": "1"} for line in lines for question in asked]
+    assert not any(filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows))
+    inside = decontaminate.build(Decontaminate(), scored)
+    inside.keeps(DataSource(source="train", format="text"), 1, {"text": f"Say, {asked[0]} is 0."})
+    assert "100 of 100 benchmark items have too few words" in decontaminate.sentence(inside.report())
+
+
 def test_items_that_could_not_be_compared_are_counted(tmp_path):
     rows = [{"prompt": f"Row {i} of the training data.", "completion": "1"} for i in range(10)]
 
@@ -436,6 +450,7 @@ NOT_TEXT = {
     "null": ({"prompt": "a", "completion": None}, "row 2 .* holds null for {completion}"),
     "not-a-number": ({"prompt": float("nan"), "completion": "b"}, "row 2 .* holds NaN for {prompt}"),
     "list": ({"prompt": "a", "completion": ["b"]}, "row 2 .* holds a list for {completion}"),
+    "infinite": ({"prompt": float("inf"), "completion": "b"}, "row 2 .* holds inf for {prompt}"),
     "half-a-pair": ({"prompt": "a", "completion": "\ud83d"}, "row 2 .* is no Unicode"),
 }
 
@@ -450,6 +465,19 @@ def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_p
         tokenize(row, source, tokenizer, 64, 2)
     with pytest.raises(InputError, match=said):
         decontaminate.build(Decontaminate(against=[source]), None)
+
+
+def test_bytes_of_a_table_are_no_text(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": [b"abc"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 1 .* holds a bytes for {text}"):
+        check_rows(DataSource(source=str(tmp_path / "a.parquet"), format="text"))
+
+
+def test_an_empty_line_is_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n\n')
+    assert read_rows(DataSource(source=str(tmp_path / "a.jsonl"), format="text")) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_null_in_a_later_row_of_a_table_is_found_by_the_check(tmp_path):
@@ -470,11 +498,13 @@ def test_a_part_of_a_value_may_be_named():
         sources.texts({"prompt": "1+1?", "answer": "2"}, source, 1)
 
 
-@pytest.mark.parametrize("template", ["{x.foo}", "{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}"])
+@pytest.mark.parametrize(
+    "template", ["{x.foo}", "{x.__class__}", "{}", "{0}", "{", "x}", "{x[}", "{x[]}", "{x:{y.z}}", "{x:9999}", "{x!z}"]
+)
 def test_templates_name_columns_only(template):
-    with pytest.raises(ValueError, match=r"is no template|which is no column"):
+    with pytest.raises(ValueError, match=r"is no template|which is no column|no plain format"):
         DataSource(source="a.jsonl", prompt=template)
-    with pytest.raises(ValueError, match=r"is no template|which is no column"):
+    with pytest.raises(ValueError, match=r"is no template|which is no column|no plain format"):
         Reward(name="math", answer=template)
 
 

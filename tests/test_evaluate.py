@@ -278,6 +278,48 @@ def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path, li
     assert not ran.exists()
 
 
+REPLACED = {
+    "by-a-later-field": "process_docs: !function utils.ask\nprocess_docs: null\n",
+    "by-the-including-file": "include: base.yaml\nprocess_docs: null\n",
+    "as-a-name": "? !function utils.ask\n: text\n",
+    "in-a-merge": "metadata: {<<: {a: !function utils.ask}, a: 1}\n",
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_a_function_of_a_task_file_that_no_field_keeps_is_refused_too(tmp_path, case):
+    """The harness imports it while it reads the file."""
+    (tmp_path / "base.yaml").write_text("process_docs: !function utils.ask\n")
+    path = tmp_path / "own.yaml"
+    path.write_text(f"task: own\noutput_type: generate_until\n{REPLACED[case]}")
+    with pytest.raises(InputError, match=r"code that would run with all rights|is there twice"):
+        check_tasks([Task(name=str(path))], settings({"name": str(path)}))
+
+
+NO_TASK = {
+    "metric-without-a-name": "metric_list: [{aggregation: mean}]",
+    "metric-that-is-a-text": "metric_list: acc",
+    "filters-that-are-texts": "filter_list: [first]",
+    "unknown-output-type": "output_type: essay",
+    "output-type-that-is-a-list": "output_type: [generate_until]",
+    "dataset-kwargs-that-are-a-number": "dataset_kwargs: 5",
+    "split-that-is-a-number": "test_split: 5",
+    "include-that-is-a-number": "include: 5",
+    "deep": "x: " + "[" * 3000 + "]" * 3000,
+    "wrong-date": "x: 2026-13-01",
+    "endless-aliases": "a: &a [x, x]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1 or ''}, *a{i - 1 or ''}]\n" for i in range(1, 25)),
+}
+
+
+@pytest.mark.parametrize("case", NO_TASK)
+def test_a_task_file_that_is_no_task_is_refused(tmp_path, case):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"task: own\n{NO_TASK[case]}\n")
+    with pytest.raises(InputError, match=rf"evaluate\.tasks: {path}"):
+        check_tasks([Task(name=str(path))], settings({"name": str(path)}))
+
+
 def test_a_template_of_a_task_cannot_reach_python():
     from jinja2.exceptions import SecurityError
     from lm_eval.utils import apply_template
@@ -411,7 +453,7 @@ def test_malformed_local_line_is_named(tmp_path):
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(InputError, match=r"rows\.jsonl line 2"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
         read_splits({"test": LocalFile(str(path))})
 
 

@@ -164,7 +164,7 @@ def test_gate_accepts_rejects_halves_and_stops():
     third = gate.decide(ON, gate.State(150, 2), params=925, baseline=bad, parent=bad, **given_)
     assert third.state == gate.State(37, 3, True, "3 rejections in a row")
     recovered = gate.decide(ON, again.state, params=925, baseline=good, parent=good, **given_)
-    assert recovered.state == gate.State(75, 0, False)
+    assert recovered.state == gate.State(150, 0, False)
     reached = gate.decide(ON, gate.State(), params=500, baseline=good, parent=good, **given_)
     assert (reached.decision, reached.state) == ("accepted", gate.State(None, 0, True, "target reached"))
     nothing_cut = gate.decide(ON, gate.State(), params=1000, baseline=good, parent=good, **given_)
@@ -216,6 +216,7 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         assert (decided.keep == "candidate") == (decided.decision in ("accepted", "not tested"))
         assert (decided.decision == "not tested") == (not enabled)
         if decided.keep == "candidate":
+            assert decided.state.cap == (None if state.cap is None else 2 * state.cap if enabled else state.cap)
             if enabled:
                 assert all(each.verdict != "inferior" for each in compared.values())
             current, right = wanted, candidate_right
@@ -229,6 +230,17 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         assert rejected_before < max_rejections or state.stopped
         assert current >= target
         assert current > target or state.stopped or not enabled
+
+
+def test_one_early_rejection_does_not_hold_the_whole_run():
+    """The defect: all later iterations could remove half of the rejected one at most, here 350 of 800 in all."""
+    good, bad, current, state = pair(495, 495), pair(495, 400), 2000, gate.State()
+    for i in range(1, 9):
+        wanted = gate.goal(current, 2000 - 100 * i, state.dump())
+        compared = {"baseline": bad, "parent": bad} if i == 1 else {"baseline": good, "parent": good}
+        decided = gate.decide(ON, state, params=wanted, parent_params=current, target_params=1200, **compared)
+        current, state = wanted if decided.keep == "candidate" else current, decided.state
+    assert current == 1200 and state.reason == gate.REACHED
 
 
 @given(step=st.integers(1, 10_000), first=st.integers(1, 300), rest=st.integers(1, 300))

@@ -129,8 +129,17 @@ def test_a_teacher_with_another_vocabulary_or_a_shorter_context(model, tmp_path,
     edited(model, "config.json", lambda fields: fields | {"max_position_embeddings": 64})
     with pytest.raises(InputError, match=r"recover\.max_length \(for recover\.teacher\): 128 is more than"):
         validate(DENSE, *stages)
-    with pytest.raises(InputError, match=r"no folder .*nowhere"):
+    with pytest.raises(InputError, match=r"recover\.teacher: no config\.json in .*nowhere"):
         validate(DENSE, stages[0], stages[1] | {"teacher": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize(
+    "core", [{"model": None}, {"model": {"vocab": [1]}}, {"model": {}, "added_tokens": [1]}], ids=str
+)
+def test_a_teacher_s_tokenizer_that_is_none_is_refused(model, core):
+    (model / "tokenizer.json").write_text(json.dumps(core))
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be read \(tokenizer\.json: "):
+        model_checks.check_teacher(DENSE, model, str(model))
 
 
 def test_chats_need_a_template(model, tmp_path):

@@ -14,6 +14,7 @@ from ptl.distil import load_teacher
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.forecast import forecast
+from ptl.importer import import_checkpoint
 from ptl.job import Job, Round
 from ptl.model_checks import load_tokenizer
 from ptl.prune import prune_checkpoint
@@ -104,12 +105,19 @@ def test_a_known_family_that_names_code_too_is_loaded_without_it(plain, tmp_path
     assert not (folder / "ran").exists()
 
 
-def test_other_errors_of_transformers_stay_as_they_are(plain, tmp_path):
+@pytest.mark.parametrize(
+    "fields", [{"model_type": "no_such_type"}, {"eos_token_id": "a"}, {"id2label": 5}, {"num_labels": "x"}], ids=str
+)
+def test_a_config_that_transformers_refuses_is_wrong_input(plain, tmp_path, fields):
     folder = tmp_path / "broken"
     shutil.copytree(plain, folder)
-    (folder / "config.json").write_text('{"model_type": "no_such_type"}')
-    with pytest.raises(ValueError, match="no_such_type"):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | fields))
+    with pytest.raises(InputError, match=r"model\.path: transformers cannot read config\.json in .*broken"):
         pretrained.config(folder)
+    if "model_type" not in fields:
+        with pytest.raises(InputError, match=r"transformers cannot read"):
+            import_checkpoint(str(folder), None, tmp_path / "out")
 
 
 def test_no_other_module_loads_by_itself():

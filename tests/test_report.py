@@ -281,6 +281,8 @@ def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictur
     result = write_report(records, settings, tmp_path)
     assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
     assert result["final"]["share_removed"] == 0.0
+    card = (tmp_path / "README.md").read_text()
+    assert "unchanged: no iteration of the Prune-Tune Loop passed." in card and "made smaller" not in card
 
 
 def test_a_better_control_is_not_hidden(records, settings):
@@ -355,6 +357,8 @@ def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictu
     result = write_report(records, settings, tmp_path)
     assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
     assert table_caption(result).endswith("share one scale that does not begin at zero.")
+    low = dict(result, rows=[dict(row, low=0.0) for row in result["rows"]])  # the axis has zero on it then
+    assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
     assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
     few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
     few["evaluate-4"]["facts"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
@@ -384,8 +388,8 @@ def test_a_curve_of_one_point_is_drawn(records, settings):
 
 def test_rows_that_were_left_out_are_told(records, settings):
     assert not [note for note in notes(build(records, settings)) if "left out" in note]
-    for name, dropped in (("recover-1", 5), ("recover-2", 7), ("control-recover", 100)):
-        counts = {"rows_compared": 1_000, "rows_dropped": dropped, "not_compared": [],
+    for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
+        counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["facts"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
