@@ -118,9 +118,7 @@ def test_weights_keep_the_dtype_that_the_config_names(small, tmp_path, case):
     assert all(torch.equal(after[name], reference[name].to(after[name].dtype)) for name in after)
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
-=======
 @pytest.mark.parametrize("named", ["bfloat16", "float32", None], ids=str)
 def test_the_weights_dtype_counts_where_the_config_names_another(small, tmp_path, named):
     """As in prune; the defect: float32 weights were read and written in the bfloat16 of config.json."""
@@ -132,7 +130,7 @@ def test_the_weights_dtype_counts_where_the_config_names_another(small, tmp_path
     assert (tmp_path / "out/config.json").read_text() == (src / "config.json").read_text()
 
 
->>>>>>> r-two
+@pytest.mark.slow
 def test_a_chain_keeps_the_dtype(small, tmp_path):
     half = stored_as(small, tmp_path / "half", "bfloat16")
     recover(half, tmp_path / "out", CPT | {"share": 0.5}, CPT, tokens=200)
