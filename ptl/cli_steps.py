@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl import __version__
 from ptl.cli_options import Overrides
 from ptl.config import Config, Recovery, load_config, pairs, removal
 from ptl.destination import OUT, check_free, writing
@@ -122,17 +121,17 @@ def _folders(src: Path, dst: Path) -> None:
 
 def _key(src: Path, settings: Config, budget: int, scored: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl import preempt, sources
+    from ptl import takeover
 
     files = [path for path in src.iterdir() if path.is_file()]  # links too: a snapshot in the hub's cache has only such
-    files += [path for source in settings.training.sources if (path := sources.local_file(source)) is not None]
     if scored is not None:
         files.append(scored / "items.jsonl")
     contents = []
     for path in files:
         with path.open("rb") as file:
-            contents.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-    return preempt.key_of(__version__, sorted(contents), settings.training, settings.recover, settings.seed, budget)
+            contents.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    given = {"training": settings.training, "recover": settings.recover, "seed": settings.seed, "budget": budget}
+    return takeover.key("\n".join(sorted(contents)), given)
 
 
 def _show(report: Any) -> None:

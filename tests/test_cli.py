@@ -200,9 +200,14 @@ def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, 
     others = [key(config(training={"sources": sources}), 2000), key(config(training={"sources": sources}, seed=1))]
     data.write_bytes(data.read_bytes() + b"\0")
     others.append(key(config(training={"sources": sources})))
+    teacher = Path(shutil.copytree(moved, tmp_path / "teacher"))
+    distil = {"training": {"sources": sources}, "recover": [{"method": "distil", "teacher": str(teacher)}]}
+    others.append(key(config(**distil)))
+    (teacher / "model.safetensors").write_bytes(b"another teacher")
+    others.append(key(config(**distil)))
     (checkpoint / "model.safetensors").write_bytes(b"other weights")
     others.append(key(config(training={"sources": sources})))
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 7
 
 
 def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
