@@ -62,7 +62,7 @@ def _paths(value: Any) -> Iterator[Path]:
     """Existing files and folders that settings name; not those that hold the working directory, `.` or `/`."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _paths(inner)
     elif isinstance(value, str) and "\n" not in value and 0 < len(value) < 256:
