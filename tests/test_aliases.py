@@ -171,7 +171,10 @@ def test_a_registry_that_was_lost_is_filled_from_the_records(pipeline, model, ho
     client.create_model_version(model, "file:///another")
     aliases.set_aliases(run, records, model, RULE)
     assert holders() == {"best": (run.run, "evaluate-2"), "smallest": (run.run, "evaluate-2")}
-    versions = {version.tags.get("ptl.step"): str(version.version) for version in client.search_model_versions()}
+    versions = {
+        version.tags.get("ptl.step"): str(version.version)
+        for version in client.search_model_versions(f"name = '{model}'")
+    }
     assert versions["evaluate-1"] == "2" and versions["evaluate-2"] == "3"
 
 

@@ -357,7 +357,7 @@ def test_containers_are_unprivileged(contained, config):
 def test_a_killed_run_goes_on_in_containers(contained, config, servers, records):
     """In mid-recovery; the same command removes the container that is left and goes on from its training checkpoint."""
     first = Run(config, servers.home, "--runner", "docker")
-    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-1/training/checkpoint-*/ptl-complete")), first)
+    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")), first)
     left = [container["Id"] for container in inspect(first.folder)]
     subprocess.run(
         ["docker", "pause", *left], check=True, capture_output=True

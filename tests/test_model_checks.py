@@ -133,9 +133,7 @@ def test_a_teacher_with_another_vocabulary_or_a_shorter_context(model, tmp_path,
         validate(DENSE, stages[0], stages[1] | {"teacher": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize(
-    "core", [{"model": None}, {"model": {"vocab": [1]}}, {"model": {}, "added_tokens": [1]}], ids=str
-)
+@pytest.mark.parametrize("core", [{"model": None}, {"model": {"vocab": [1]}}, {"model": {}, "added_tokens": [1]}])
 def test_a_teacher_s_tokenizer_that_is_none_is_refused(model, core):
     (model / "tokenizer.json").write_text(json.dumps(core))
     with pytest.raises(InputError, match=r"the tokenizer of .* cannot be read \(tokenizer\.json: "):

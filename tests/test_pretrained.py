@@ -106,7 +106,7 @@ def test_a_known_family_that_names_code_too_is_loaded_without_it(plain, tmp_path
 
 
 @pytest.mark.parametrize(
-    "fields", [{"model_type": "no_such_type"}, {"eos_token_id": "a"}, {"id2label": 5}, {"num_labels": "x"}], ids=str
+    "fields", [{"model_type": "no_such_type"}, {"eos_token_id": "a"}, {"id2label": 5}, {"num_labels": "x"}]
 )
 def test_a_config_that_transformers_refuses_is_wrong_input(plain, tmp_path, fields):
     folder = tmp_path / "broken"

@@ -119,7 +119,7 @@ def test_weights_keep_the_dtype_that_the_config_names(small, tmp_path, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", ["bfloat16", "float32", None], ids=str)
+@pytest.mark.parametrize("named", ["bfloat16", "float32", None])
 def test_the_weights_dtype_counts_where_the_config_names_another(small, tmp_path, named):
     """As in prune; the defect: float32 weights were read and written in the bfloat16 of config.json."""
     src = stored_as(small, tmp_path / "src", "float32" if named == "bfloat16" else "float16")

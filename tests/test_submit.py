@@ -310,7 +310,7 @@ def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypa
 
 
 @pytest.mark.parametrize(
-    "field", [{"state": "LOGGED_OUT"}, {"state": {"a": 1}}, {"created_at": 5}], ids=["state", "kind of state", "time"]
+    "field", [{"state": "LOGGED_OUT"}, {"state": {"a": 1}}, {"created_at": 5}], ids=["state", "kind-of-state", "time"]
 )
 def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
     body = json.dumps({"run_id": "run-0", "state": "RUNNING"} | field).encode()
