@@ -177,8 +177,10 @@ def test_a_later_stage_is_checked_before_the_first_one_trains(tmp_path, no_weigh
 def test_an_eos_token_of_the_class_itself_counts(model, monkeypatch):
     """A mock of transformers, for a tokenizer whose files name no EOS token but whose class has one."""
     without_eos(model)
-    monkeypatch.setattr(model_checks, "load_tokenizer", lambda folder: None)
+    asked = []
+    monkeypatch.setattr(model_checks, "load_tokenizer", asked.append)
     model_checks.check_tokenizer(model)
+    assert asked == [model]
 
 
 @pytest.mark.slow
