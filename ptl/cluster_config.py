@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ptl.attempts import RETRIES, RETRY_WAIT
 from ptl.section import Section
@@ -155,7 +155,6 @@ class Storage(Section):
         None,
         min_length=1,
         max_length=250,
-        pattern=r"^[^/:'\"`]+$",
         description="MLflow registry name, without / : and quotes; none: the config's name",
     )
     config_map: Mounted | None = Field("ptl", description="ConfigMap with MLFLOW_TRACKING_URI and any other variable")
@@ -190,3 +189,10 @@ class Storage(Section):
                 "rename the ConfigMap, Secret or claim"
             )
         return self
+
+    @field_validator("registered_model")
+    @classmethod
+    def _name_that_mlflow_takes(cls, name: str | None) -> str | None:
+        if name and set(name) & set("/:'\"`"):
+            raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
+        return name
