@@ -163,6 +163,7 @@ def run(
     from ptl import processes
 
     with processes.interruptible("run the same command again to resume; finished steps are not redone"):
+        from pipelines.prune_tune_loop.runners import CLEAR
         from ptl import run_directory, runs
         from ptl.report import print_table
 
@@ -174,7 +175,7 @@ def run(
         environment = runs.environment(here, servers)
         runs.use(environment)
         artifacts = runs.artifact_location(checked.storage.experiment)
-        with run_directory.working(here, checked):
+        with run_directory.working(here, checked, CLEAR[runner]):
             print(f"{'continuing' if resumed else 'starting'} run {here.run_id} in {here.path}", flush=True)
             if here.earlier:
                 print(f"steps with the same inputs and settings are taken over from {', '.join(here.earlier)}")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,16 +114,18 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def working(run: RunDir, config: Config) -> Iterator[None]:
+def working(run: RunDir, config: Config, clear: Callable[[Path], None] = lambda folder: None) -> Iterator[None]:
     """Make the directory, write the effective config, point `.ptl/latest` at it; the block is this run's only command.
 
-    Steps that a killed command left behind have ended before it begins, and its own steps when it ends. Raises
-    InputError when another process executes the run.
+    Steps that a killed command left behind have ended before it begins, and its own steps when it ends; `clear` ends
+    those that do not see by themselves that their command is gone, such as a paused container. Raises InputError when
+    another process executes the run.
     """
     remedy = "wait for it, or start one beside it with --new"
     with processes.exclusive(run.path / "lock", f"run {run.run_id}", remedy=remedy):
         for left in run.path.glob("lifeline-*"):
             left.unlink()  # whoever comes too late to follow it ends as well
+        clear(run.path)
         _await_steps(run)
         localfs.replace(run.path / "config.yaml", dump(config).encode())
         (run.path / "error.json").unlink(missing_ok=True)

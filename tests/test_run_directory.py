@@ -42,6 +42,16 @@ def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_n
         pass
 
 
+def test_what_does_not_end_by_itself_is_ended_before_it_is_waited_for(tmp_path, config, monkeypatch):
+    """As a paused container of a killed command, which holds its step's lock."""
+    run, _ = open_run(tmp_path, config, None, False)
+    monkeypatch.setattr(run_directory, "ENDING", 0.1)
+    left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
+    left.__enter__()
+    with working(run, config, lambda folder: left.__exit__(None, None, None) if folder == run.path else None):
+        assert (run.path / "config.yaml").is_file()
+
+
 def test_a_lifeline_of_an_earlier_command_is_cut(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
     run.path.mkdir(parents=True)

@@ -49,7 +49,6 @@ def run_docker(job: Job, verbose: bool = False) -> None:
     """Execute every task in a container of its image. Raises the failed task's error."""
     from kfp import local
 
-    containers.remove_leftovers(job.folder)
     arguments = containers.arguments(job.config, job.folder, job.environment, job.artifacts)
     try:
         _execute(local.DockerRunner(**arguments), job, verbose)
@@ -58,6 +57,8 @@ def run_docker(job: Job, verbose: bool = False) -> None:
 
 
 RUNNERS: dict[str, Callable[[Job, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
+# What an earlier command may have left at work in a run's folder: a killed one's containers outlive it.
+CLEAR: dict[str, Callable[[Path], None]] = {"subprocess": lambda folder: None, "docker": containers.remove_leftovers}
 
 
 def _execute(runner: Any, job: Job, verbose: bool) -> None:
