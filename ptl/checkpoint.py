@@ -34,13 +34,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"model.path: no folder {folder}; give a checkpoint folder or a hub id")
     if not path.is_file():
         raise InputError(f"model.path: {folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    return json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises InputError when it holds no JSON object."""
     try:
-        config = bounded_json.loads(path.read_bytes())
+        content = bounded_json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"model.path: {path} is not valid JSON ({error}); fetch the checkpoint again") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise InputError(f"model.path: {path} must hold a JSON object; fetch the checkpoint again")
-    return config
+    return content
 
 
 def shards(folder: Path) -> list[Path]:

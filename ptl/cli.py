@@ -285,19 +285,16 @@ def _execute(
 
 def _preflight(config: Config) -> int:
     """Everything that can be checked without weights in memory; returns the dense model's parameters."""
-    from ptl import advice, checkpoint, importer
-    from ptl.anatomy import anatomy
-    from ptl.families import family_of
+    from ptl import advice, importer
 
     for warning in advice.warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
     model = config.model
     sections = (config.schedule, config.prune, config.calibration, config.training, config.evaluate)
-    folder, params = importer.preflight(model.path, model.revision, *sections, config.gate, config.recover)
-    body = anatomy(folder, family_of(checkpoint.read_config(folder)))
-    for warning in advice.layer_warnings(config.schedule, config.prune, params, body.params_per_layer):
+    _, body = importer.preflight(model.path, model.revision, *sections, config.gate, config.recover)
+    for warning in advice.layer_warnings(config.schedule, config.prune, body.params, body.params_per_layer):
         print(f"warning: {warning}", file=sys.stderr)
-    return params
+    return body.params
 
 
 def _print_plan(config: Config, params: int) -> None:

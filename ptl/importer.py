@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptl import checkpoint, hub, model_checks, pretrained
-from ptl.anatomy import anatomy, layers_for, width_for
+from ptl.anatomy import Anatomy, anatomy, layers_for, width_for
 from ptl.config import (
     Calibration,
     DataSource,
@@ -38,8 +38,8 @@ def preflight(
     evaluate: Evaluate,
     gate: Gate | None = None,
     recover: Sequence[RecoverStage] = (),
-) -> tuple[Path, int]:
-    """Check all that a run needs, without weights in memory; returns the model's local folder and its parameters.
+) -> tuple[Path, Anatomy]:
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its sizes.
 
     Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
     """
@@ -49,13 +49,13 @@ def preflight(
     if gate is not None:
         check_gate(evaluate, gate)
     folder = hub.locate(path, revision)
-    params = check_model(folder, schedule, prune)
+    body = check_model(folder, schedule, prune)
     model_checks.check_settings(folder, calibration, training, evaluate, recover)
-    return folder, params
+    return folder, body
 
 
-def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
-    """Check files, family and target without loading weights; returns the parameter count.
+def check_model(folder: Path, schedule: Schedule, prune: Prune) -> Anatomy:
+    """Check files, family and target without loading weights; returns the model's sizes.
 
     Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
     target that the plan cannot reach.
@@ -82,7 +82,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> int:
     if len(by_neurons) < len(rounds):
         already = by_neurons[-1].progress if by_neurons else 0
         layers_for(body, body.params - int((1 - already) * remove))
-    return body.params
+    return body
 
 
 def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:

@@ -46,7 +46,7 @@ def check_settings(
     check_positions(folder, {"calibration.max_length": calibration.max_length})
     if evaluate.max_length is not None:
         check_positions(folder, {"evaluate.max_length": evaluate.max_length})
-    check_stages(folder, recover, None)
+    _check_each(folder, recover, None)
     sources: dict[str, DataSource] = {"calibration.data": calibration.data}
     sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     check_chat_template(folder, sources)
@@ -73,14 +73,8 @@ def check_tokenizer(folder: Path) -> None:
 def check_generation_config(folder: Path) -> None:
     """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
     path = folder / GENERATION
-    if not path.is_file():
-        return
-    try:
-        content = bounded_json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"model.path: {path} is not valid JSON ({error}); fetch the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"model.path: {path} must hold a JSON object; fetch the checkpoint again")
+    if path.is_file():
+        checkpoint.json_object(path)
 
 
 def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
@@ -99,6 +93,10 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
     `teacher` is the run's original model; None: not known yet, or the model itself.
     """
     check_tokenizer(folder)
+    _check_each(folder, stages, teacher)
+
+
+def _check_each(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
     for stage in stages:
         if isinstance(stage, NextToken):
             check_positions(folder, {"recover.max_length": stage.max_length})

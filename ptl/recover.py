@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptl import launch, model_checks
+from ptl import launch, localfs, model_checks
 from ptl.config import MIN_TOKENS, Cpt, RecoverStage, Recovery
 from ptl.distil import distil
 from ptl.errors import InputError
@@ -94,9 +94,7 @@ def _stage(src: Path, out: Path, stage: RecoverStage, job: Job, final: bool) -> 
     else:
         report = RECOVERIES[stage.method](src, out, stage, job)
     if not final:
-        partial = done.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(report)))
-        partial.replace(done)
+        localfs.replace(done, json.dumps(dataclasses.asdict(report)).encode())
     return report
 
 

@@ -12,22 +12,15 @@ from ptl.run_status import StepRun
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BATCH = 100  # parameters that MLflow takes in one request
-LONGEST = 6000  # characters of a parameter
-
 
 def describe(run: StepRun, params: dict[str, Any], revision: str = "", data_sets: list[DataSet] | None = None) -> None:
     """Give the pipeline run parameters (`ptl.<name>`), the commit and data sets. What it has already stays as it is."""
-    from mlflow.entities import Param
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
     with tracking.explained():
         client = tracking.connect()
         parent = client.get_run(run.parent_run_id)
-        named = {f"ptl.{name}": str(value)[:LONGEST] for name, value in params.items()}
-        new = [Param(name, value) for name, value in named.items() if name not in parent.data.params]
-        for start in range(0, len(new), BATCH):
-            client.log_batch(run.parent_run_id, params=new[start : start + BATCH])
+        tracking.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
         _log_data_sets(client, parent, data_sets or [])
@@ -57,10 +50,7 @@ def log_result(run: StepRun, metrics: dict[str, float]) -> None:
     """Metrics of the whole run, such as `final/accuracy`. Calling it again changes nothing."""
     with tracking.explained():
         client = tracking.connect()
-        known = client.get_run(run.parent_run_id).data.metrics
-        for name, value in metrics.items():
-            if known.get(name) != float(value):
-                client.log_metric(run.parent_run_id, name, float(value))
+        tracking.add_metrics(client, client.get_run(run.parent_run_id), metrics)
 
 
 def result_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -85,7 +85,7 @@ def import_model(call: Call) -> None:
     calibration = check(Calibration, settings["calibration"], "calibration")
     training = check(TrainingData, settings["training"], "training")
     scoring = check(Evaluate, settings["evaluate"], "evaluate")
-    folder, params = importer.preflight(
+    folder, body = importer.preflight(
         source["model"], source["revision"] or None, schedule, pruning, calibration, training, scoring
     )
 
@@ -97,7 +97,7 @@ def import_model(call: Call) -> None:
         data = provenance.data_sets(calibration, training, scoring)
         run_page.describe(run, flat(written), provenance.revision(), data)
         importer.import_checkpoint(str(folder), None, dst)
-        return {**source, "params": params, "versions": _versions(), "host": platform.node()}
+        return {**source, "params": body.params, "versions": _versions(), "host": platform.node()}
 
     title = settings["run_name"] if attempts.on_a_cluster() else None
     record = execute(call.step, None, source, work, title=title)

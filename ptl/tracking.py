@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
 RETRIES = "6"
 REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
+BATCH = 100  # parameters that MLflow takes in one request
+LONGEST = 6000  # characters of a parameter
 
 
 def pipeline_run() -> str:
@@ -116,7 +118,7 @@ def finish(
     A parameter that an earlier attempt logged keeps its value, and a model that MLflow has lost is left out. The last
     step, `report`, ends the parent too.
     """
-    from mlflow.entities import LoggedModelInput, Param
+    from mlflow.entities import LoggedModelInput
 
     with explained():
         client, run_id = connect(), step_run.run_id
@@ -128,16 +130,9 @@ def finish(
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
-        known = run.data.params
-        wanted = {_own(key): str(value)[:6000] for key, value in params.items()}
-        for key in [key for key in wanted if known.get(key, wanted[key]) != wanted[key]]:
-            log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, known[key], wanted[key])
-        new = [Param(key, value) for key, value in wanted.items() if key not in known]
-        if new:
-            client.log_batch(run_id, params=new)
-        old = run.data.metrics
-        model_id = output or (inputs[0] if len(inputs) == 1 else None)
-        _log_metrics(client, run_id, {k: v for k, v in metrics.items() if old.get(k) != v}, step, model_id)
+        for key, before, now in add_params(client, run, params):
+            log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
+        add_metrics(client, run, metrics, step, output or (inputs[0] if len(inputs) == 1 else None))
         had = {model.model_id for model in (run.inputs.model_inputs if run.inputs else [])}
         new_inputs = [LoggedModelInput(each) for each in dict.fromkeys(inputs) if each not in had]
         if new_inputs:
@@ -324,6 +319,29 @@ def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) ->
         for key, value in entries.items():
             client.set_tag(run_id, key, value)
     return found, root, parent, child
+
+
+def add_params(client: MlflowClient, run: Run, params: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
+
+    MLflow never changes a parameter: what was logged first stays.
+    """
+    from mlflow.entities import Param
+
+    known = run.data.params
+    wanted = {_own(key): str(value)[:LONGEST] for key, value in params.items()}
+    new = [Param(key, value) for key, value in wanted.items() if key not in known]
+    for start in range(0, len(new), BATCH):
+        client.log_batch(run.info.run_id, params=new[start : start + BATCH])
+    return [(key, known[key], value) for key, value in wanted.items() if known.get(key, value) != value]
+
+
+def add_metrics(
+    client: MlflowClient, run: Run, metrics: dict[str, float], step: int = 0, model_id: str | None = None
+) -> None:
+    """Log the metrics whose newest value is another; of a run as it was read."""
+    changed = {key: value for key, value in metrics.items() if run.data.metrics.get(key) != float(value)}
+    _log_metrics(client, run.info.run_id, changed, step, model_id)
 
 
 def _log_metrics(

@@ -26,11 +26,17 @@ def straight(small, tmp_path_factory):
 
 
 @pytest.fixture
-def sharding(monkeypatch):
-    """accelerate shards on GPUs only: a stand-in tells it that CPU processes are some."""
+def replace_worker(monkeypatch):
+    """Have accelerate start a script in place of ptl.worker."""
     whole = launch.command
+    return lambda script: monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+
+
+@pytest.fixture
+def sharding(monkeypatch, replace_worker):
+    """accelerate shards on GPUs only: a stand-in tells it that CPU processes are some."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
-    monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(ROOT / "tests/fsdp_on_cpu.py")])
+    replace_worker(ROOT / "tests/fsdp_on_cpu.py")
 
 
 @pytest.mark.slow
@@ -107,15 +113,15 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, monkeypatch):
+def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, replace_worker):
     """A stand-in for the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
-    script, whole = tmp_path / "worker.py", launch.command
+    script = tmp_path / "worker.py"
     script.write_text(
         "import os, signal, time\n"
         "print('loading', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)\n"
     )
-    monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+    replace_worker(script)
     with pytest.raises(WorkError, match=r"in 2 processes failed: a process was killed by SIGKILL .*memory") as error:
         recover(small, tmp_path / "out", CPT | {"processes": 2})
     assert "loading" in str(error.value) and "elastic" not in str(error.value)
@@ -128,14 +134,14 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_error_in_another_process_keeps_its_message(small, tmp_path, monkeypatch):
+def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_worker):
     """A method that fails in both processes stands in for training."""
-    script, whole = tmp_path / "worker.py", launch.command
+    script = tmp_path / "worker.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom ptl import worker\nfrom ptl.errors import InputError\n"
         "def refuses(*_): raise InputError('recover.x: refused in a process')\n"
         "worker.RECOVERIES = {'cpt': refuses}\nworker.main(Path(sys.argv[1]))\n"
     )
-    monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+    replace_worker(script)
     with pytest.raises(InputError, match=r"^recover\.x: refused in a process$"):
         recover(small, tmp_path / "out", CPT | {"processes": 2})

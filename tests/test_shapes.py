@@ -191,7 +191,7 @@ def test_names_and_defaults_are_those_of_transformers():
 def test_validate_finds_it_before_any_work(folders, tmp_path):
     folder = changed(folders("llama"), tmp_path, num_attention_heads=8)
     schedule = Schedule(target=0.3, recovery_tokens=100)
-    assert check_model(folders("llama"), schedule, Prune()) == build("llama").num_parameters()
+    assert check_model(folders("llama"), schedule, Prune()).params == build("llama").num_parameters()
     with pytest.raises(InputError, match="num_attention_heads=8"):
         check_model(folder, schedule, Prune())
 

@@ -95,7 +95,7 @@ def test_a_run_that_is_canceled_ends_the_wait(world, said, go):
 
 def test_a_run_that_never_ends_is_a_timeout(world, said, go):
     world.script = [("RUNNING", {"import-model": "RUNNING"})]
-    assert go(timeout=0.2) == 4
+    assert go(timeout=1.5) == 4
     assert "it continues" in said[-1] and len(world.calls("GET", "/runs/run-0")) > 3
 
 

@@ -137,14 +137,14 @@ def _guard(client: Any) -> None:
 
 def _read(answer: Any) -> bytes:
     """The body of an answer. Raises UnreadableError where it is too long, or takes too long."""
-    deadline, body = time.monotonic() + 4 * TIMEOUT[1], b""
+    deadline, body = time.monotonic() + 4 * TIMEOUT[1], bytearray()
     for piece in answer.stream(1 << 16):
         body += piece
         if len(body) > LIMIT:
             raise UnreadableError(f"the answer is longer than {LIMIT >> 20} MiB")
         if time.monotonic() > deadline:
             raise UnreadableError(f"the answer takes longer than {4 * TIMEOUT[1]:g} s")
-    return body
+    return bytes(body)
 
 
 def _is_object(body: bytes) -> bool:
