@@ -6,11 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl import advice, cli
+from ptl.anatomy import Anatomy
 from ptl.config import Prune, Schedule, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
 REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
+BODY = Anatomy(params=213_568, layers=6, width=64, params_per_neuron=1_152, params_per_layer=30_000)
 STAGE = {"method": "cpt", "decay": "each"}
 
 
@@ -73,7 +75,7 @@ def test_no_shipped_config_is_warned_of(path):
 
 @pytest.mark.parametrize("command", ["validate", "submit"])
 def test_a_command_that_starts_something_warns_first(monkeypatch, command):
-    monkeypatch.setattr("ptl.importer.preflight", lambda *sections: (REASONER, 213_568))
+    monkeypatch.setattr("ptl.importer.preflight", lambda *sections: (REASONER, BODY))
     monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
     done = CliRunner().invoke(
         cli.app, [command, str(TINY), "--set", "gate.enabled=true", "--set", "schedule.iterations=8"]
