@@ -24,11 +24,11 @@ from recovery import CPT, DATA, REASONER, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl import checkpoint, gate
-from ptl.anatomy import Anatomy, anatomy, width_for
+from ptl.anatomy import ModelDimensions, model_dimensions, width_for
 from ptl.config import Calibration, Prune, Recovery
 from ptl.data import calibration_batches
 from ptl.families import family_of
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
 
@@ -37,7 +37,7 @@ THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
 CALIBRATION = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
 
 
-def cut_ours(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> None:
+def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
     criterion, _, repair = kind.partition(" + ")
     goal = body.params - (body.width - width) * body.params_per_neuron
     settings = Prune(criterion=criterion, repair=repair or "off", width_multiple=1)
@@ -45,7 +45,7 @@ def cut_ours(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> None
     assert set(report.widths) == {width}
 
 
-def cut_theirs(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> None:
+def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
     """The same cut by torch-pruning's dependency graph, importance and surgery."""
     import torch_pruning as tp
 
@@ -76,14 +76,14 @@ def cut_theirs(dst: Path, kind: str, body: Anatomy, width: int, seed: int) -> No
 
 
 def recovered(cut: Path, out: Path, tokens: int, seed: int) -> Path:
-    job = Job(DATA, Round(tokens, (), 1, True, seed), out / "training", lambda metrics, step: None)
+    job = RecoveryJob(DATA, StageBudget(tokens, (), 1, True, seed), out / "training", lambda metrics, step: None)
     (out / "model").mkdir(parents=True)
     recover_checkpoint(cut, out / "model", Recovery(stages=[CPT]), [tokens], job)
     return out / "model"
 
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    body = anatomy(REASONER, family_of(checkpoint.read_config(REASONER)))
+    body = model_dimensions(REASONER, family_of(checkpoint.read_config(REASONER)))
     asked = list(generate("test", given.items, given.problem_seed))
     for share in given.shares:
         width = width_for(body, int(body.params * (1 - share)), 1, 1)

@@ -23,11 +23,11 @@ import torch
 from transformers import logging
 
 from ptl import checkpoint, gate
-from ptl.anatomy import anatomy, smallest_cuts
+from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.config import Config, Recovery, load_config, plan, removal
 from ptl.evaluate import evaluate_checkpoint, read_items
 from ptl.families import family_of
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
 
@@ -77,8 +77,8 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         planned = dense - int(it.progress * removal(dense, config.schedule.target))
         goal = gate.goal(checkpoint.num_params(accepted), planned, state.dump())
         prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
-        here = Round(it.tokens, (), it.index, it.last, config.seed)
-        job = Job(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
+        here = StageBudget(it.tokens, (), it.index, it.last, config.seed)
+        job = RecoveryJob(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
         budgets = [each.tokens for each in iterations[: it.index]]
         used += recover_checkpoint(pruned, candidate, Recovery(stages=config.recover), budgets, job).tokens
         before = scored(config, pruned, folder / f"scores-pruned-{it.index}")
@@ -111,7 +111,7 @@ def decide(
         gate.paired(*gate.match(items[reference], items[candidate]), rule.margin, rule.alpha)
         for reference in (REASONER, accepted)
     )
-    body = anatomy(accepted, family_of(checkpoint.read_config(accepted)))
+    body = model_dimensions(accepted, family_of(checkpoint.read_config(accepted)))
     return gate.decide(
         rule,
         state,

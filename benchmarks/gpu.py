@@ -51,7 +51,7 @@ ROWS = 64  # of text, each longer than --length; drawn again and again
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU and peak GPU memory of the recover step and the bare loop: the median of the repeats."""
     from ptl.config import Cpt, TrainingData
-    from ptl.job import Job, Round
+    from ptl.job import RecoveryJob, StageBudget
 
     settings = Cpt(
         batch_size=given.batch_size,
@@ -63,8 +63,8 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
         dtype=given.dtype,
     )
     data = TrainingData(sources=[{"source": str(text(model, given)), "format": "text"}])
-    this = Round(given.steps * given.batch_size * given.length, (), 1, False, given.seed)
-    job = Job(data, this, model / "training", lambda metrics, step: None)
+    this = StageBudget(given.steps * given.batch_size * given.length, (), 1, False, given.seed)
+    job = RecoveryJob(data, this, model / "training", lambda metrics, step: None)
     rates: dict[str, list[float]] = {"ptl": [], "bare": []}
     memory: dict[str, float] = {}
     for _ in range(given.repeats):

@@ -137,14 +137,14 @@ def work(args, folder, out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ptl import checkpoint
-    from ptl.anatomy import anatomy
+    from ptl.anatomy import model_dimensions
     from ptl.config import Prune
     from ptl.data import calibration_batches
     from ptl.families import family_of
     from ptl.prune import prune_checkpoint
 
     torch.set_num_threads(args.threads)
-    body = anatomy(folder, family_of(checkpoint.read_config(folder)))
+    body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
     if args.measure == "ptl":
         goal = body.params - REMOVE * body.params_per_neuron
         report = prune_checkpoint(folder, out, Prune(), settings(args), unit="neurons", goal=goal, seed=0)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl import checkpoint, gate
 from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, plan
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
 from ptl.rewards import number
@@ -84,8 +84,8 @@ def run(schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Pat
         at = cut
         if not stages:
             continue
-        here = Round(it.tokens, (), it.index, it.last, seed)
-        job = Job(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
+        here = StageBudget(it.tokens, (), it.index, it.last, seed)
+        job = RecoveryJob(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
         tokens = [each.tokens for each in rounds[: it.index]]
         used += recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens
         at = out

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from ptl import checkpoint
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.config import Calibration, DataSource, Prune
 from ptl.data import order, padded, read_rows, tokenize
 from ptl.families import family_of
 from ptl.measure import Variant, losses
 from ptl.prune import prune_checkpoint
-from ptl.stream import Stream
+from ptl.stream import LayerwiseModel
 
 MOVES = {"neurons": ("off", "ridge"), "layers": ("off", "magnitude")}
 
@@ -48,7 +48,7 @@ def main():
     template = {"prompt": "{question}\n", "completion": "{answer}"}
     data = DataSource(source=args.calibration, **template)
     family = family_of(checkpoint.read_config(args.checkpoint))
-    body = anatomy(args.checkpoint, family)
+    body = model_dimensions(args.checkpoint, family)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     test = held_out(DataSource(source=args.held_out, **template), tokenizer, args.sequences)
     print("move     share  repair     loss   difference from off (95 % interval)   by seed")
@@ -64,7 +64,9 @@ def main():
                         prune_checkpoint(
                             args.checkpoint, Path(folder), settings, calibration, unit=unit, goal=goal, seed=seed
                         )
-                        found[kind].append(losses(Stream(Path(folder), family, test), [Variant()], progress=False)[0])
+                        found[kind].append(
+                            losses(LayerwiseModel(Path(folder), family, test), [Variant()], progress=False)[0]
+                        )
             off = torch.stack(found["off"])  # [seeds, sequences]
             for kind in kinds:
                 values = torch.stack(found[kind])

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptl import checkpoint, nexttoken
 from ptl.config import Cpt, TrainingData
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import RECOVERIES
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def make(shape: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int
     return checkpoint.num_params(folder)
 
 
-def product(src: Path, settings: Cpt, job: Job) -> float:
+def product(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     """Tokens per second of the recover step's own training."""
     marks: list[tuple[float, float]] = []
 
@@ -73,7 +73,7 @@ def product(src: Path, settings: Cpt, job: Job) -> float:
             marks.append((time.perf_counter(), metrics["num_input_tokens_seen"]))
 
     with tempfile.TemporaryDirectory() as scratch:
-        here = Job(job.data, job.this, Path(scratch) / "training", on_log)
+        here = RecoveryJob(job.data, job.this, Path(scratch) / "training", on_log)
         dst = Path(scratch) / "out"
         dst.mkdir()
         RECOVERIES["cpt"](src, dst, settings, here)
@@ -81,13 +81,13 @@ def product(src: Path, settings: Cpt, job: Job) -> float:
     return (last - first) / (ended - began)
 
 
-def bare(src: Path, settings: Cpt, job: Job) -> float:
+def bare(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     """The same batches through a loop of a dozen lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(src)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = nexttoken._arguments(settings, Job(job.data, job.this, Path(scratch), job.on_log))
+        arguments = nexttoken._arguments(settings, RecoveryJob(job.data, job.this, Path(scratch), job.on_log))
         dataset, _ = nexttoken._dataset(tokenizer, settings, job, arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
@@ -142,7 +142,9 @@ def main() -> None:
                 processes=1,
                 dtype="bfloat16" if given.bf16 else "float32",
             )
-            job = Job(DATA, Round(tokens, (), 1, False, 0), Path(folder) / "t", lambda metrics, step: None)
+            job = RecoveryJob(
+                DATA, StageBudget(tokens, (), 1, False, 0), Path(folder) / "t", lambda metrics, step: None
+            )
             rates: dict[str, list[float]] = {"product": [], "bare": []}
             for _ in range(given.repeats):
                 rates["product"].append(product(Path(folder), settings, job))

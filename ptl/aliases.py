@@ -59,10 +59,10 @@ def _candidates(
     """The registered checkpoints of a run that may have an alias; sentences about the others."""
     candidates, sentences, worse = [], [], []
     for step, record in records.items():
-        facts = record["facts"]
-        accepted = facts.get("accepted") or {}
-        registered = facts["stage"] == "evaluate" and accepted.get("model_version")
-        if not registered or accepted["digest"] != facts["checkpoint"]["digest"]:
+        metadata = record["metadata"]
+        accepted = metadata.get("accepted") or {}
+        registered = metadata["stage"] == "evaluate" and accepted.get("model_version")
+        if not registered or accepted["digest"] != metadata["checkpoint"]["digest"]:
             continue  # what is passed on after a rejection was scored by an earlier step
         # The number that it has now: of a registry that was lost, the record's is out of date.
         tags = {"step": step, "params": accepted["params"]}
@@ -71,7 +71,7 @@ def _candidates(
         except WorkError as error:  # MLflow refuses some sources of models that it has lost
             sentences.append(f"no alias for {step}: it cannot be registered: {error}")
             continue
-        accuracy, params = facts["scores"]["tasks"][0]["accuracy"], facts["scores"]["params"]
+        accuracy, params = metadata["scores"]["tasks"][0]["accuracy"], metadata["scores"]["params"]
         candidate = Candidate(version, step, params, accuracy, record)
         try:
             pair = _paired(records["evaluate-0"], record, rule)
@@ -127,7 +127,7 @@ def _stays(
     )
     try:
         scored = _record(run, records, holder, holder.tags.get("ptl.step", ""))
-        smaller = candidate.params < scored["facts"]["scores"]["params"]
+        smaller = candidate.params < scored["metadata"]["scores"]["params"]
         if alias == "best":
             pair = _paired(scored, candidate.record, rule)
             better = pair.difference > 0 or (pair.difference == 0 and smaller)
@@ -162,16 +162,16 @@ def _record(run: StepRun, records: dict[str, Record], holder: ModelVersion, step
     if record is None:
         raise WorkError(f"{root} has no record of {step} of run {its_run}, which scored version {holder.version}")
     items = read_items(fetch(Pointer(**record["pointer"])))
-    return {**record, "facts": {**record["facts"], "items": items}}
+    return {**record, "metadata": {**record["metadata"], "items": items}}
 
 
 def _paired(reference: Record, candidate: Record, rule: Gate) -> gate.Paired:
     """Two evaluations on the first task. Raises InputError for another task or other items."""
-    old, new = ({"metric": "", "version": ""} | one["facts"]["scores"]["tasks"][0] for one in (reference, candidate))
+    old, new = ({"metric": "", "version": ""} | one["metadata"]["scores"]["tasks"][0] for one in (reference, candidate))
     for field in ("task", "version", "metric"):
         if old[field] != new[field]:
             raise InputError(f"scored on another {field} ({old[field]!r} and {new[field]!r})")
-    pairs = gate.match(reference["facts"]["items"], candidate["facts"]["items"], str(new["task"]))
+    pairs = gate.match(reference["metadata"]["items"], candidate["metadata"]["items"], str(new["task"]))
     return gate.paired(*pairs, rule.margin, rule.alpha)
 
 

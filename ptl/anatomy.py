@@ -19,7 +19,7 @@ MIN_STEPS = 8  # a multiple is taken by default where the width holds at least a
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelDimensions:
     """Sizes of a checkpoint, read from the headers of its shards and its config."""
 
     params: int
@@ -29,7 +29,7 @@ class Anatomy:
     params_per_layer: int  # of the smallest layer
 
 
-def anatomy(folder: Path, family: Family) -> Anatomy:
+def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     """Measure a checkpoint without loading it.
 
     Raises InputError that names a field of config.json that cannot be, a missing, extra or misshapen tensor, or dtypes
@@ -56,7 +56,7 @@ def anatomy(folder: Path, family: Family) -> Anatomy:
         if match["part"] in family.rows or (match["part"] == family.columns and match["kind"] == "weight"):
             per_neuron += size // sizes.width
     params = checkpoint.count(found, tied)
-    return Anatomy(params, sizes.layers, sizes.width, per_neuron, min(per_layer.values()))
+    return ModelDimensions(params, sizes.layers, sizes.width, per_neuron, min(per_layer.values()))
 
 
 def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
@@ -75,7 +75,7 @@ def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_paralle
     return next((m for m in fitting if width // m >= MIN_STEPS), tensor_parallel)
 
 
-def width_for(body: Anatomy, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
+def width_for(body: ModelDimensions, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
     Raises InputError when fewer neurons than one multiple would be left.
@@ -95,7 +95,7 @@ def width_for(body: Anatomy, goal: int, multiple: int | Literal["auto"], tensor_
     return width
 
 
-def smallest_cuts(body: Anatomy, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> dict[str, int]:
+def smallest_cuts(body: ModelDimensions, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> dict[str, int]:
     """Parameters that the smallest cut of `neurons` or `layers` removes; what cannot go any more is left out."""
     found: dict[str, int] = {}
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
@@ -106,7 +106,7 @@ def smallest_cuts(body: Anatomy, multiple: int | Literal["auto"], tensor_paralle
     return found
 
 
-def layers_for(body: Anatomy, goal: int) -> int:
+def layers_for(body: ModelDimensions, goal: int) -> int:
     """How many layers must go to reach the goal. Raises InputError when none would be left."""
     count = max(0, math.ceil((body.params - goal) / body.params_per_layer))
     if count >= body.layers:

@@ -7,59 +7,59 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptl import importance
-from ptl.anatomy import Anatomy, layers_for, resolve_multiple, width_for
+from ptl.anatomy import ModelDimensions, layers_for, resolve_multiple, width_for
 from ptl.config import Prune
 from ptl.errors import InputError
 from ptl.measure import Variant, losses
-from ptl.stream import Stream
-from ptl.surgery import Cut
+from ptl.stream import LayerwiseModel
+from ptl.surgery import Selection
 
 
 @dataclass(frozen=True)
-class Task:
+class SelectionTask:
     """One cut to be chosen: the model's sizes, the rules, and the number of parameters to get down to."""
 
-    body: Anatomy
+    body: ModelDimensions
     settings: Prune
     goal: int
     seed: int
-    stream: Callable[[], Stream]  # made when first needed: some cuts are nothing
+    stream: Callable[[], LayerwiseModel]  # made when first needed: some cuts are nothing
 
 
-def neurons(task: Task) -> Cut:
+def neurons(task: SelectionTask) -> Selection:
     """The lowest-scored neurons of each layer, as many in each: by budget, or below the threshold if that is fewer."""
     every = tuple(range(task.body.layers))
     width = _width(task.settings, task.body, task.goal)
     if width == task.body.width:
-        return Cut(every, {})
+        return Selection(every, {})
     scores = importance.neuron_scores(task.stream(), task.settings.criterion, task.seed)
     if task.settings.sigma_neuron is not None:
         needed = task.body.width - min(importance.num_redundant(layer, task.settings.sigma_neuron) for layer in scores)
         step = resolve_multiple(task.body.width, task.settings.width_multiple, task.settings.tensor_parallel)
         width = min(max(width, needed + -needed % step), task.body.width)
-    return Cut(every, {i: importance.keep_highest(layer, width) for i, layer in enumerate(scores)})
+    return Selection(every, {i: importance.keep_highest(layer, width) for i, layer in enumerate(scores)})
 
 
-def layers(task: Task) -> Cut:
+def layers(task: SelectionTask) -> Selection:
     """The lowest-scored layers: by budget, or below the threshold if that is fewer."""
     count = layers_for(task.body, task.goal)
     if count == 0:
-        return Cut(tuple(range(task.body.layers)), {})
+        return Selection(tuple(range(task.body.layers)), {})
     scores = importance.layer_scores(task.stream(), task.settings.layer_criterion)
     if task.settings.sigma_layer is not None:
         count = min(count, importance.num_redundant(scores, task.settings.sigma_layer))
     kept = importance.keep_highest(scores, task.body.layers - count)
-    return Cut(tuple(kept.tolist()), {})
+    return Selection(tuple(kept.tolist()), {})
 
 
-def cheapest(task: Task) -> Cut:
+def cheapest(task: SelectionTask) -> Selection:
     """Layers as long as the best one costs less loss per parameter than neurons do, then neurons to the goal.
 
     Greedy: after each removed layer everything is measured again. A layer is tried while at least half of one must go;
     its loss is measured with the layers before it gone.
     """
     if task.goal >= task.body.params:
-        return Cut(tuple(range(task.body.layers)), {})
+        return Selection(tuple(range(task.body.layers)), {})
     stream = task.stream()
     scores = importance.neuron_scores(stream, task.settings.criterion, task.seed)
     removed: frozenset[int] = frozenset()
@@ -83,18 +83,18 @@ def cheapest(task: Task) -> Cut:
     rest = _without(task.body, len(removed))
     width = _width(task.settings, rest, task.goal)
     if width == rest.width:
-        return Cut(kept, {})
-    return Cut(kept, {i: importance.keep_highest(scores[i], width) for i in kept})
+        return Selection(kept, {})
+    return Selection(kept, {i: importance.keep_highest(scores[i], width) for i in kept})
 
 
-CHOICES: dict[str, Callable[[Task], Cut]] = {"neurons": neurons, "layers": layers, "auto": cheapest}
+CHOICES: dict[str, Callable[[SelectionTask], Selection]] = {"neurons": neurons, "layers": layers, "auto": cheapest}
 
 
-def _width(settings: Prune, body: Anatomy, goal: int) -> int:
+def _width(settings: Prune, body: ModelDimensions, goal: int) -> int:
     return width_for(body, goal, settings.width_multiple, settings.tensor_parallel)
 
 
-def _without(body: Anatomy, count: int) -> Anatomy:
+def _without(body: ModelDimensions, count: int) -> ModelDimensions:
     """Sizes after `count` layers are gone."""
     return dataclasses.replace(
         body,
@@ -105,7 +105,7 @@ def _without(body: Anatomy, count: int) -> Anatomy:
 
 
 def _narrowed(
-    task: Task, scores: importance.Scores, rest: Anatomy, goal: int, removed: frozenset[int]
+    task: SelectionTask, scores: importance.Scores, rest: ModelDimensions, goal: int, removed: frozenset[int]
 ) -> Variant | None:
     """The cut by neurons that saves about as much as a layer; None where the neurons do not suffice."""
     try:

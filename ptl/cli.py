@@ -269,11 +269,11 @@ def _execute(
 
     pipeline = here.path / "pipeline.yaml"
     _pipelines().compile_pipeline(config, pipeline)
-    from pipelines.prune_tune_loop.runners import RUNNERS, Job
+    from pipelines.prune_tune_loop.runners import RUNNERS, RunnerJob
 
     steps = tuple(node.name for node in dag.nodes(config))
     try:
-        RUNNERS[runner](Job(config, pipeline, here.path, environment, artifacts, steps), verbose)
+        RUNNERS[runner](RunnerJob(config, pipeline, here.path, environment, artifacts, steps), verbose)
     except PtlError as error:
         message, code = run_directory.failure(here) or (str(error), error.exit_code)
         again = (

@@ -81,13 +81,13 @@ def recover(
 
     Training checkpoints are in DST.partial until it is done; the same command resumes from them.
     """
-    from ptl.job import Job, Round
+    from ptl.job import RecoveryJob, StageBudget
     from ptl.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
     _folders(src, dst)
     budget = settings.schedule.recovery_tokens if tokens is None else tokens
-    here = Round(budget, (), 1, True, settings.seed)
+    here = StageBudget(budget, (), 1, True, settings.seed)
     for name in ("items.jsonl", "scores.json"):
         if scored is not None and not (scored / name).is_file():
             raise InputError(f"--scored: no {name} in {scored}; give a folder that `ptl evaluate` wrote")
@@ -95,7 +95,7 @@ def recover(
         scratch = work / f"training-{_key(src, settings, budget, scored)[:12]}"
         for other in set(work.glob("training-*")) - {scratch}:
             print(f"{other} is not resumed: it belongs to another source, other settings or other data")
-        job = Job(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
+        job = RecoveryJob(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
         _show(recover_checkpoint(src, work / OUT, Recovery(stages=settings.recover), [budget], job))
 
 
@@ -111,11 +111,11 @@ def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = [])
 
 def _folders(src: Path, dst: Path) -> None:
     from ptl import checkpoint
-    from ptl.anatomy import anatomy
+    from ptl.anatomy import model_dimensions
     from ptl.families import family_of
 
     checkpoint.check_links(src)
-    anatomy(src, family_of(checkpoint.read_config(src)))
+    model_dimensions(src, family_of(checkpoint.read_config(src)))
     check_free(dst)
 
 

@@ -51,7 +51,15 @@ def table(comparison: Comparison) -> Table:
     title = f"B against A, margin {100 * first.margin:g} points, one-sided level {first.alpha:g} each"
     view = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=len(comparison.tasks) > 1)
     # Two lines for each benchmark: in the 80 columns of a log only a long name folds.
-    headings = ("benchmark", "items", "A\nB", "lost\nwon", "difference\n(interval)", "p worse\np different", "verdict")
+    headings = (
+        "benchmark",
+        "items",
+        "A\nB",
+        "regressions\nwon",
+        "difference\n(interval)",
+        "p worse\np different",
+        "verdict",
+    )
     for heading in headings:
         side: Literal["left", "right"] = "left" if heading in ("benchmark", "verdict") else "right"
         view.add_column(heading, justify=side, overflow="fold", no_wrap=heading != "benchmark")
@@ -60,7 +68,7 @@ def table(comparison: Comparison) -> Table:
             name,
             f"{pair.items:,}",
             f"{pair.reference:.1%}\n{pair.candidate:.1%}",
-            f"{pair.lost}\n{pair.won}",
+            f"{pair.regressions}\n{pair.improvements}",
             f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
             f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
             pair.verdict,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import checkpoint, shapes
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.config import Speed
 from ptl.families import family_of
 
@@ -31,10 +31,10 @@ class Static:
 
 
 def from_config(folder: Path) -> Static:
-    """Measure a checkpoint folder without loading its weights. Raises InputError for what anatomy() refuses."""
+    """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    params = anatomy(folder, family).params
+    params = model_dimensions(folder, family).params
     sizes = shapes.sizes(config, family, folder / "config.json")
     heads_width = sizes.num_attention_heads * sizes.head_dim
     return Static(

@@ -89,7 +89,7 @@ class Filter:
         return self.seen[key]
 
     def report(self) -> dict[str, Any]:
-        """What was compared and dropped, for the step's facts; see `sentence`."""
+        """What was compared and dropped, for the step's metadata; see `sentence`."""
         items = sum(each.items for each in self.benchmarks.values())
         return {
             "rows": len(self.seen) if items else 0,

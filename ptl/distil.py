@@ -11,12 +11,12 @@ from ptl import hub, model_checks, nexttoken, pretrained
 from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
-from ptl.job import Job, RecoverReport
+from ptl.job import RecoverReport, RecoveryJob
 
 TEACHER = "recover.teacher"
 
 
-def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
+def distil(src: Path, dst: Path, settings: Distil, job: RecoveryJob) -> RecoverReport:
     """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
 
     Memory beside cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
@@ -27,7 +27,7 @@ def distil(src: Path, dst: Path, settings: Distil, job: Job) -> RecoverReport:
     return nexttoken.train(src, dst, settings, job, _trainer(settings, teacher), {})
 
 
-def load_teacher(src: Path, settings: Distil, job: Job) -> Any:
+def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
     """The teacher in its stored dtype. Raises InputError for another vocabulary."""
     folder = hub.locate(settings.teacher, None, field="recover.teacher") if settings.teacher else job.teacher
     if folder is None:

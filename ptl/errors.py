@@ -1,19 +1,38 @@
-"""Errors that a user sees, each with the exit code of the command that raised it."""
+"""Errors that a user sees: what was wrong, in which field, what to do; each with the exit code of its command."""
+
+from __future__ import annotations
 
 from ptl.address import without_login
 
 
 class PtlError(Exception):
-    """Something that ends a command with a message instead of a traceback."""
+    """Something that ends a command with a message instead of a traceback.
+
+    `field` is the setting, option or file that was wrong; `remedy` is what to do. The sentence is made here alone.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
-        super().__init__(without_login(message))  # libraries quote addresses with the password in them
+    def __init__(self, problem: str, *, field: str = "", remedy: str = "") -> None:
+        # Libraries quote addresses with the password in them.
+        self.problem = without_login(problem)
+        self.field = field
+        self.remedy = without_login(remedy)
+        super().__init__(self.sentence)
+
+    @property
+    def sentence(self) -> str:
+        """`field: problem; remedy`, without the parts that are empty."""
+        where = f"{self.field}: " if self.field else ""
+        advice = f"; {self.remedy}" if self.remedy else ""
+        return f"{where}{self.problem}{advice}"
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class InputError(PtlError):
-    """The input was wrong and nothing expensive was started: names the field, the value and the remedy."""
+    """The input was wrong and nothing expensive was started: give `field` and `remedy`."""
 
     exit_code = 2
 

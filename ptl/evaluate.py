@@ -105,7 +105,7 @@ def _without_seconds(scores: Scores) -> dict[str, Any]:
 def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, Any]:
     """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
 
-    Facts: how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
+    Metadata: how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
     `models`: name -> `params`; `speed`, the rows of cost.measure; `seconds_per_solved`, the median over the repeats of
     the seconds in the model for `items` of the first task, divided by its right answers (None where it has none, or no
     accuracy), so that longer answers count; `solved` and `answer_tokens` of these items.

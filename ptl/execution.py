@@ -28,9 +28,9 @@ from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
-Facts = dict[str, Any]
+Metadata = dict[str, Any]
 Record = dict[str, Any]
-Work = Callable[[Path, StepRun], Facts]  # fills the folder to publish, returns the step's facts
+Work = Callable[[Path, StepRun], Metadata]  # fills the folder to publish, returns the step's metadata
 
 # Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
 SHOWN = ("uri", "digest", "params", "run_id")
@@ -76,7 +76,7 @@ class Output:
     """A file to write for the steps that follow, and what Kubeflow shows beside it."""
 
     path: Path
-    metadata: Facts = dataclasses.field(default_factory=dict)
+    metadata: Metadata = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Call:
     """A step with everything that its component was given."""
 
     step: Step
-    settings: Facts  # parameters of the component
+    settings: Metadata  # parameters of the component
     inputs: dict[str, Pointer]
     outputs: dict[str, Output]
 
 
-def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, title: str | None = None) -> Record:
+def execute(step: Step, parent: Pointer | None, settings: Metadata, work: Work, *, title: str | None = None) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
     `title` is what people call the pipeline run. Raises NoAttemptLeftError where earlier attempts have used all.
@@ -102,7 +102,7 @@ def execute(step: Step, parent: Pointer | None, settings: Facts, work: Work, *, 
         if record is None:
             begin(run)
             record = _work_and_commit(step, run, parent, settings, key, work)
-            say(step.name, f"done in {record['facts']['seconds']:.0f} s: {_summary(record['facts'])}")
+            say(step.name, f"done in {record['metadata']['seconds']:.0f} s: {_summary(record['metadata'])}")
         elif _doubtful(record["pointer"]["digest"]).exists():
             _check_or_repair(run, Pointer(**record["pointer"]), work)
         else:
@@ -136,25 +136,27 @@ def noting_errors(run: StepRun) -> Iterator[None]:
         raise
 
 
-def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, key: str, work: Work) -> Record:
+def _work_and_commit(
+    step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, key: str, work: Work
+) -> Record:
     folder = _out(step.name)
     started = time.time()
-    facts = work(folder, run)
-    facts = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration, "started": started, **facts}
+    metadata = work(folder, run)
+    metadata = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration, "started": started, **metadata}
     whole = time.time() - started  # with the libraries' imports and the fetch of the parent, which `seconds` leaves out
-    facts = {"seconds": whole, **facts, "whole_seconds": whole}
+    metadata = {"seconds": whole, **metadata, "whole_seconds": whole}
     if step.stage == "evaluate":
         assert parent is not None
         model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
     else:
-        tags = {"step": step.name, "params": facts["params"], "digest_of_parent": parent.digest if parent else ""}
-        model_id, location = tracking.new_model(run, step.name, {"params": facts["params"]}, tags)
+        tags = {"step": step.name, "params": metadata["params"], "digest_of_parent": parent.digest if parent else ""}
+        model_id, location = tracking.new_model(run, step.name, {"params": metadata["params"]}, tags)
     files = store.publish(folder, location)
     pointer = Pointer(
         uri=location,
         digest=store.digest_of(files),
-        params=int(facts["params"] if "params" in facts else facts["scores"]["params"]),
-        original_params=parent.original_params if parent else facts["params"],
+        params=int(metadata["params"] if "params" in metadata else metadata["scores"]["params"]),
+        original_params=parent.original_params if parent else metadata["params"],
         parent_digest=parent.digest if parent else "",
         run_id=run.run_id,
         model_id=model_id,
@@ -164,7 +166,7 @@ def _work_and_commit(step: Step, run: StepRun, parent: Pointer | None, settings:
     record = {
         "key": key,
         "pointer": dataclasses.asdict(pointer),
-        "facts": facts,
+        "metadata": metadata,
     }
     return store.commit(run.root, run.run, step.name, record)
 
@@ -207,28 +209,28 @@ def _doubtful(digest: str) -> Path:
     return scratch("doubtful") / digest.removeprefix("sha256:")
 
 
-def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Facts, record: Record) -> None:
+def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, record: Record) -> None:
     """Say in MLflow what a record says; repeating it changes nothing."""
-    facts, pointer = record["facts"], record["pointer"]
+    metadata, pointer = record["metadata"], record["pointer"]
     inputs = [parent.model_id] if parent else []
     output = pointer["model_id"] if step.stage != "evaluate" else None
     tracking.finish(
-        run, params=flat(settings), metrics=_metrics(facts), inputs=inputs, output=output, step=step.iteration
+        run, params=flat(settings), metrics=_metrics(metadata), inputs=inputs, output=output, step=step.iteration
     )
     if step.stage == "evaluate":
-        first = facts["scores"]["tasks"][0]
+        first = metadata["scores"]["tasks"][0]
         bounds = {"low": first["low"], "high": first["high"]}
-        tracking.log_progress(run, facts["scores"]["params"], first["accuracy"], **bounds)
+        tracking.log_progress(run, metadata["scores"]["params"], first["accuracy"], **bounds)
         if step.iteration == 0:
             run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
-        ended = facts["accepted"]["gate"].get("reason", "") if facts["accepted"]["gate"].get("stopped") else ""
-        tracking.tag(run, {"verdict": facts["verdict"]["decision"]} | ({"loop_ended": ended} if ended else {}))
+        ended = metadata["accepted"]["gate"].get("reason", "") if metadata["accepted"]["gate"].get("stopped") else ""
+        tracking.tag(run, {"verdict": metadata["verdict"]["decision"]} | ({"loop_ended": ended} if ended else {}))
 
 
-def _key(step: Step, parent: Pointer | None, settings: Facts) -> str:
+def _key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
     """What a step's result depends on; the same key means that a committed result may be taken."""
-    facts = {"version": __version__, "step": step.name, "parent": parent and parent.digest, "settings": settings}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    metadata = {"version": __version__, "step": step.name, "parent": parent and parent.digest, "settings": settings}
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -238,13 +240,13 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
-def _metrics(facts: Facts) -> dict[str, float]:
-    """The numbers of a step's facts that MLflow shows."""
+def _metrics(metadata: Metadata) -> dict[str, float]:
+    """The numbers of a step's metadata that MLflow shows."""
     metrics = {
-        k: float(v) for k, v in facts.items() if isinstance(v, int | float) and k not in ("iteration", "started")
+        k: float(v) for k, v in metadata.items() if isinstance(v, int | float) and k not in ("iteration", "started")
     }
-    if "scores" in facts:
-        scores = facts["scores"]
+    if "scores" in metadata:
+        scores = metadata["scores"]
         metrics |= {k: float(scores[k]) for k in ("params", "bytes", "flops_per_token", "kv_bytes_per_token")}
         for task in scores["tasks"]:
             metrics |= {
@@ -270,16 +272,16 @@ def flat(settings: Any, name: str = "") -> dict[str, Any]:
     return dotted
 
 
-def _summary(facts: Facts) -> str:
-    if facts["stage"] == "evaluate":
-        first = facts["scores"]["tasks"][0]
-        return f"{first['metric']} {first['accuracy']:.3f} on {first['items']} items, {facts['verdict']['decision']}"
-    if facts["stage"] == "recover":
-        return f"{facts['tokens']:,} tokens in {facts['steps']} steps"
-    return f"{facts['params']:,} parameters"
+def _summary(metadata: Metadata) -> str:
+    if metadata["stage"] == "evaluate":
+        first = metadata["scores"]["tasks"][0]
+        return f"{first['metric']} {first['accuracy']:.3f} on {first['items']} items, {metadata['verdict']['decision']}"
+    if metadata["stage"] == "recover":
+        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
+    return f"{metadata['params']:,} parameters"
 
 
-def write(output: Output, pointer: Facts) -> None:
+def write(output: Output, pointer: Metadata) -> None:
     """The pointer is the artifact's file and, for the lineage view, its metadata; its uri is never touched."""
     output.path.parent.mkdir(parents=True, exist_ok=True)
     output.path.write_text(Pointer(**pointer).dump())

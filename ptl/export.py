@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from ptl import checkpoint, llama_cpp, processes
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.errors import InputError, WorkError
 from ptl.families import IN_LAYER, family_of
 
@@ -25,7 +25,7 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     """
     config = checkpoint.read_config(src)
     family = family_of(config)
-    anatomy(src, family)
+    model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
     biased = {
         match["part"] for match in map(IN_LAYER.match, checkpoint.contents(src)) if match and match["kind"] == "bias"
@@ -70,7 +70,7 @@ def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:
     config = checkpoint.read_config(folder)
     try:
         family = family_of(config)
-        anatomy(folder, family)
+        model_dimensions(folder, family)
         checkpoint.check_tokenizer(folder)
     except InputError as error:
         return [str(error)]

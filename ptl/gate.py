@@ -3,8 +3,8 @@
 Three statements about a candidate against a reference, over the same items, with a margin m and a level alpha:
 
 - *inferior*: the accuracy fell by more than m, and the exact one-sided McNemar test calls the fall real (p <= alpha).
-  However many items change between two evaluations of the same model, each is as likely lost as won, and the test's
-  exact level is at most alpha: they are called inferior with a probability of at most alpha.
+  However many items change between two evaluations of the same model, each is as likely a regression as an
+  improvement, and the test's exact significance level is at most alpha: they are called inferior with a probability of at most alpha.
 - *not inferior*: the lower bound of the paired bootstrap (one-sided, level alpha) lies above -m.
 - *unclear*: neither; the items are too few for the margin.
 """
@@ -35,8 +35,8 @@ class Paired:
     items: int
     reference: float  # accuracy, 0..1
     candidate: float
-    lost: int  # right before, wrong now
-    won: int  # wrong before, right now
+    regressions: int  # right before, wrong now
+    improvements: int  # wrong before, right now
     difference: float  # candidate - reference
     low: float  # bounds of the difference, each one-sided at level alpha: together a 1 - 2 alpha interval
     high: float
@@ -105,15 +105,17 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
     return (0.0 if correct == 0 else max(0.0, center - half)), (1.0 if correct == n else min(1.0, center + half))
 
 
-def mcnemar(lost: int, won: int) -> tuple[float, float]:
+def mcnemar(regressions: int, improvements: int) -> tuple[float, float]:
     """McNemar's exact test on the items that changed: (p two-sided, p one-sided for "worse")."""
-    changed = lost + won
-    p_worse = _upper_tail(changed, lost)
-    return min(1.0, 2 * min(p_worse, _upper_tail(changed, won))), p_worse
+    changed = regressions + improvements
+    p_worse = _upper_tail(changed, regressions)
+    return min(1.0, 2 * min(p_worse, _upper_tail(changed, improvements))), p_worse
 
 
 @lru_cache(maxsize=1024)
-def paired_bootstrap(lost: int, won: int, items: int, alpha: float, seed: int = 0) -> tuple[float, float]:
+def paired_bootstrap(
+    regressions: int, improvements: int, items: int, alpha: float, seed: int = 0
+) -> tuple[float, float]:
     """Bounds of the accuracy difference, each one-sided at level alpha, by resampling the items.
 
     Half an item is added to each of the four cells of the paired table (Agresti & Min 2005), so that a few items
@@ -121,8 +123,8 @@ def paired_bootstrap(lost: int, won: int, items: int, alpha: float, seed: int = 
     """
     import numpy as np
 
-    same = items - lost - won
-    cells = np.array([lost + 0.5, won + 0.5, same + 1.0])
+    same = items - regressions - improvements
+    cells = np.array([regressions + 0.5, improvements + 0.5, same + 1.0])
     drawn = np.random.default_rng(seed).multinomial(items, cells / cells.sum(), size=RESAMPLES)  # [resamples, 3]
     low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / items, [alpha, 1 - alpha])
     return float(low), float(high)
@@ -133,32 +135,32 @@ def paired(reference: Sequence[int], candidate: Sequence[int], margin: float, al
     n = len(reference)
     if n == 0 or n != len(candidate):
         raise ValueError(f"{n} and {len(candidate)} outcomes")
-    lost = sum(1 for old, new in zip(reference, candidate, strict=True) if old > new)
-    won = sum(1 for old, new in zip(reference, candidate, strict=True) if new > old)
-    low, high = paired_bootstrap(lost, won, n, alpha, seed)
-    p_different, p_worse = mcnemar(lost, won)
+    regressions = sum(1 for old, new in zip(reference, candidate, strict=True) if old > new)
+    improvements = sum(1 for old, new in zip(reference, candidate, strict=True) if new > old)
+    low, high = paired_bootstrap(regressions, improvements, n, alpha, seed)
+    p_different, p_worse = mcnemar(regressions, improvements)
     return Paired(
         items=n,
         reference=sum(reference) / n,
         candidate=sum(candidate) / n,
-        lost=lost,
-        won=won,
-        difference=(won - lost) / n,
+        regressions=regressions,
+        improvements=improvements,
+        difference=(improvements - regressions) / n,
         low=low,
         high=high,
         p_different=p_different,
         p_worse=p_worse,
         margin=margin,
         alpha=alpha,
-        verdict=verdict_of(lost, won, n, margin, alpha, seed),
+        verdict=verdict_of(regressions, improvements, n, margin, alpha, seed),
     )
 
 
-def verdict_of(lost: int, won: int, items: int, margin: float, alpha: float, seed: int = 0) -> Verdict:
+def verdict_of(regressions: int, improvements: int, items: int, margin: float, alpha: float, seed: int = 0) -> Verdict:
     """The statement that the numbers allow; see the top of this module."""
-    if lost - won > margin * items and mcnemar(lost, won)[1] <= alpha:
+    if regressions - improvements > margin * items and mcnemar(regressions, improvements)[1] <= alpha:
         return "inferior"
-    return "not inferior" if paired_bootstrap(lost, won, items, alpha, seed)[0] > -margin else "unclear"
+    return "not inferior" if paired_bootstrap(regressions, improvements, items, alpha, seed)[0] > -margin else "unclear"
 
 
 def power(
@@ -166,15 +168,15 @@ def power(
 ) -> dict[Verdict, float]:
     """How often each verdict falls when the accuracy truly drops by `drop`, by simulation.
 
-    `churn` is the share of the items that are lost, and again that are won, beside the drop: two models of equal
-    accuracy seldom solve the same items.
+    `churn` is the share of the items that are regressions, and again that are improvements, beside the drop: two
+    models of equal accuracy seldom solve the same items.
     """
     import numpy as np
 
     cells = [churn + drop, churn, 1 - 2 * churn - drop]
     counts: dict[Verdict, float] = {"inferior": 0, "unclear": 0, "not inferior": 0}
-    for lost, won, _ in np.random.default_rng(seed).multinomial(items, cells, size=trials):
-        counts[verdict_of(int(lost), int(won), items, margin, alpha)] += 1 / trials
+    for regressions, improvements, _ in np.random.default_rng(seed).multinomial(items, cells, size=trials):
+        counts[verdict_of(int(regressions), int(improvements), items, margin, alpha)] += 1 / trials
     return counts
 
 

@@ -14,7 +14,7 @@ from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import DataSource, Grpo, Reward
 from ptl.data import chat_ids, prompt_rows
 from ptl.errors import InputError, WorkError
-from ptl.job import Job, RecoverReport
+from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
 from ptl.preempt import last_complete
 from ptl.rewards import REWARDS, check_patterns, reference_template, text_of
@@ -24,7 +24,7 @@ from ptl.sources import fill, prompt_of
 LOGGED = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl")
 
 
-def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
+def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
     """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from trl import GRPOTrainer
 
@@ -68,7 +68,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: Job) -> RecoverReport:
 
 
 def prompts(
-    settings: Grpo, job: Job, tokenizer: Any, positions: int | None, leaks: decontaminate.Filter | None = None
+    settings: Grpo, job: RecoveryJob, tokenizer: Any, positions: int | None, leaks: decontaminate.Filter | None = None
 ) -> list[dict[str, Any]]:
     """The prompts of this iteration, none of them in an earlier one while the data lasts, each with its references."""
     source: DataSource = settings.prompts or job.data.sources[0]
@@ -168,7 +168,7 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
     return Dataset.from_list(rows)
 
 
-def _arguments(settings: Grpo, job: Job) -> Any:
+def _arguments(settings: Grpo, job: RecoveryJob) -> Any:
     from trl import GRPOConfig
 
     return GRPOConfig(

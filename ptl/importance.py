@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ptl.stream import Stream
+from ptl.stream import LayerwiseModel
 
 ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
 Scores = list[Tensor]  # float32 [F] of each layer
@@ -33,7 +33,7 @@ def _mean(changes: Tensor, units: Tensor) -> Tensor:
     return changes.abs().mean(dim=0, dtype=torch.float32) * units
 
 
-def _by_output_change(stream: Stream, _seed: int, progress: bool, *, score: Score, join: str) -> Scores:
+def _by_output_change(stream: LayerwiseModel, _seed: int, progress: bool, *, score: Score, join: str) -> Scores:
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
     A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
@@ -59,7 +59,7 @@ def _by_output_change(stream: Stream, _seed: int, progress: bool, *, score: Scor
     return [total.result() for total in totals]
 
 
-def _by_gradients(stream: Stream, _seed: int, progress: bool) -> Scores:
+def _by_gradients(stream: LayerwiseModel, _seed: int, progress: bool) -> Scores:
     """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
 
     Runs backwards layer by layer, each forward pass done again. Memory: the hidden states of every layer, beside one
@@ -84,7 +84,7 @@ def _by_gradients(stream: Stream, _seed: int, progress: bool) -> Scores:
     return [total.result() for total in totals]
 
 
-def _by_weights(stream: Stream, _seed: int, progress: bool) -> Scores:
+def _by_weights(stream: LayerwiseModel, _seed: int, progress: bool) -> Scores:
     """L2 norm of the neuron's weights; the data plays no part."""
     scores = []
     for i in tqdm(range(len(stream.layers)), desc="scoring neurons, by layer", disable=not progress):
@@ -97,14 +97,14 @@ def _by_weights(stream: Stream, _seed: int, progress: bool) -> Scores:
     return scores
 
 
-def _random(stream: Stream, seed: int, _progress: bool) -> Scores:
+def _random(stream: LayerwiseModel, seed: int, _progress: bool) -> Scores:
     """Uniform numbers: the control of every criterion."""
     generator = torch.Generator().manual_seed(seed)
     downs: list[Any] = [layer.get_submodule(stream.family.columns) for layer in stream.layers]
     return [torch.rand(down.in_features, generator=generator) for down in downs]
 
 
-CRITERIA: dict[str, Callable[[Stream, int, bool], Scores]] = {
+CRITERIA: dict[str, Callable[[LayerwiseModel, int, bool], Scores]] = {
     "max": partial(_by_output_change, score=_max, join="max"),
     "mean": partial(_by_output_change, score=_mean, join="mean"),
     "weight": _by_weights,
@@ -129,12 +129,12 @@ LAYER_CRITERIA: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-def neuron_scores(stream: Stream, criterion: str, seed: int, progress: bool = True) -> Scores:
+def neuron_scores(stream: LayerwiseModel, criterion: str, seed: int, progress: bool = True) -> Scores:
     """Score every neuron on the stream's batches; returns float32 [F] per layer."""
     return CRITERIA[criterion](stream, seed, progress)
 
 
-def layer_scores(stream: Stream, criterion: str, progress: bool = True) -> Tensor:
+def layer_scores(stream: LayerwiseModel, criterion: str, progress: bool = True) -> Tensor:
     """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
     change, how = LAYER_CRITERIA[criterion]
     totals = [_Joined(how) for _ in stream.layers]
@@ -148,7 +148,7 @@ def layer_scores(stream: Stream, criterion: str, progress: bool = True) -> Tenso
     return torch.cat([total.result() for total in totals])
 
 
-def column_norms(layer: nn.Module, stream: Stream) -> Tensor:
+def column_norms(layer: nn.Module, stream: LayerwiseModel) -> Tensor:
     """Norm of each column of down_proj: float32 [F]."""
     weight = layer.get_parameter(f"{stream.family.columns}.weight")  # [H, F]
     squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
@@ -157,7 +157,7 @@ def column_norms(layer: nn.Module, stream: Stream) -> Tensor:
     return squares.sqrt_()
 
 
-def changes_after_norm(layer: nn.Module, stream: Stream) -> Callable[[Tensor, Tensor], Tensor]:
+def changes_after_norm(layer: nn.Module, stream: LayerwiseModel) -> Callable[[Tensor, Tensor], Tensor]:
     """How far each neuron's removal moves what the RMS norm after down_proj gives: exact, not to first order.
 
     Returns a function of the activations [T, F] and the MLP's output y [T, H]; its value is float32 [T, F]. With g the
@@ -229,7 +229,7 @@ def caught_inputs(layer: nn.Module, name: str) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _loss_gradients(stream: Stream, last: list[Tensor]) -> list[Tensor]:
+def _loss_gradients(stream: LayerwiseModel, last: list[Tensor]) -> list[Tensor]:
     """Gradient of the summed loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
     gradients = []
     with torch.enable_grad(), stream.head():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptl import checkpoint, hub, model_checks, pretrained
-from ptl.anatomy import Anatomy, anatomy, layers_for, width_for
+from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.config import (
     Calibration,
     DataSource,
@@ -38,7 +38,7 @@ def preflight(
     evaluate: Evaluate,
     gate: Gate | None = None,
     recover: Sequence[RecoverStage] = (),
-) -> tuple[Path, Anatomy]:
+) -> tuple[Path, ModelDimensions]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its sizes.
 
     Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
@@ -54,7 +54,7 @@ def preflight(
     return folder, body
 
 
-def check_model(folder: Path, schedule: Schedule, prune: Prune) -> Anatomy:
+def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:
     """Check files, family and target without loading weights; returns the model's sizes.
 
     Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
@@ -62,7 +62,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> Anatomy:
     """
     family = family_of(checkpoint.read_config(folder))
     checkpoint.check_links(folder)
-    body = anatomy(folder, family)
+    body = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)
     if prune.repair != "off":
         from ptl import repair
@@ -134,7 +134,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     src = hub.locate(path, revision)
     family = family_of(checkpoint.read_config(src))
     checkpoint.check_links(src)
-    anatomy(src, family)
+    model_dimensions(src, family)
     pretrained.config(src)
     model_checks.check_tokenizer(src)
     weights = checkpoint.shards(src)

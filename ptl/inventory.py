@@ -139,9 +139,9 @@ def _records(root: str, run: str, names: list[str]) -> tuple[dict[str, dict[str,
 def _run(run: str, parent: Any, records: dict[str, dict[str, Any]], damaged: str) -> Run:
     finals = {}
     for arm in ("loop", "control"):
-        facts = [record["facts"] for record in records.values() if record["facts"].get("arm", "loop") == arm]
-        scored = [each for each in facts if "accepted" in each]
-        finals[arm] = max(scored, key=lambda facts: facts["iteration"])["accepted"]["uri"] if scored else None
+        metadata = [record["metadata"] for record in records.values() if record["metadata"].get("arm", "loop") == arm]
+        scored = [each for each in metadata if "accepted" in each]
+        finals[arm] = max(scored, key=lambda metadata: metadata["iteration"])["accepted"]["uri"] if scored else None
     mlflow_id, state, started = "", "unknown", 0.0
     if parent is not None:
         # A status can be set by anybody; the report's record is written when all that it needs is there.
@@ -166,8 +166,8 @@ def _checkpoints(
     owners: dict[str, list[tuple[str, str, str]]] = {}
     for run, steps in records.items():
         for step, record in steps.items():
-            if record["facts"].get("stage") in kinds:
-                owner = (run, step, kinds[record["facts"]["stage"]])
+            if record["metadata"].get("stage") in kinds:
+                owner = (run, step, kinds[record["metadata"]["stage"]])
                 owners.setdefault(record["pointer"]["uri"], []).append(owner)
     ids = {record["pointer"]["model_id"] for steps in records.values() for record in steps.values()}
     for uri, model in known.items():

@@ -14,7 +14,7 @@ Log = Callable[[dict[str, float], int], None]  # metrics, optimizer step
 
 
 @dataclass(frozen=True)
-class Round:
+class StageBudget:
     """Where in the run one stage of a recovery stands."""
 
     tokens: int | None  # its budget; None: only its steps limit it
@@ -31,17 +31,17 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Job:
+class RecoveryJob:
     """All that a method needs beside its settings and the two folders."""
 
     data: TrainingData
-    this: Round
+    this: StageBudget
     scratch: Path  # training checkpoints
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
     vault: Vault | None = None  # where training checkpoints outlive the machine
     scored: Path | None = None  # what the first evaluation wrote: its items are not to be trained on
-    keep_moments: bool = False  # a later recovery goes on with the optimizer's state
+    keep_optimizer_state: bool = False  # a later recovery goes on with the optimizer's state
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
-from ptl.job import Job, RecoverReport
+from ptl.job import RecoverReport, RecoveryJob
 from ptl.processes import tied
 
 METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
@@ -44,7 +44,7 @@ def batch_of_one(settings: Stage, processes: int) -> int:
     return settings.batch_size // parts
 
 
-def run(src: Path, dst: Path, settings: RecoverStage, job: Job, processes: int) -> RecoverReport:
+def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processes: int) -> RecoverReport:
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     answer, question = job.scratch / "report.json", job.scratch / "job.json"
@@ -134,7 +134,7 @@ def _reason(told: list[str]) -> str:
     return f"{said}:\n{''.join(told[max(0, end - 30) : end])}"
 
 
-def _dump(src: Path, dst: Path, settings: RecoverStage, job: Job, answer: Path) -> dict[str, Any]:
+def _dump(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, answer: Path) -> dict[str, Any]:
     return {
         "src": str(src),
         "dst": str(dst),
@@ -145,6 +145,6 @@ def _dump(src: Path, dst: Path, settings: RecoverStage, job: Job, answer: Path) 
         "teacher": job.teacher and str(job.teacher),
         "vault": job.vault and dataclasses.asdict(job.vault),
         "scored": job.scored and str(job.scored),
-        "keep_moments": job.keep_moments,
+        "keep_optimizer_state": job.keep_optimizer_state,
         "answer": str(answer),
     }

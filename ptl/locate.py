@@ -174,7 +174,7 @@ def _of_step(run: Run, step: str) -> Checkpoint:
     if record is None:
         done = ", ".join(name for name in _finished(run) if "evaluate" not in name and name != "report")
         raise InputError(f"step: run {run.id} has no finished step {step!r}; it has {done or 'none yet'}")
-    if record["facts"].get("stage", step).startswith("evaluate"):
+    if record["metadata"].get("stage", step).startswith("evaluate"):
         raise InputError(f"step: {step} is an evaluation, which `ptl compare` reads; name a step that makes a model")
     pointer = store.Pointer(**record["pointer"])
     return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))

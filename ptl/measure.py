@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ptl.stream import Stream
+from ptl.stream import LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class _Group:
     members: list[int]
 
 
-def losses(stream: Stream, variants: Sequence[Variant], progress: bool = True) -> Tensor:
+def losses(stream: LayerwiseModel, variants: Sequence[Variant], progress: bool = True) -> Tensor:
     """Mean loss of every sequence's answer tokens under every variant: float64 [variants, sequences].
 
     Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
@@ -45,7 +45,9 @@ def losses(stream: Stream, variants: Sequence[Variant], progress: bool = True) -
     return found
 
 
-def _advance(stream: Stream, layer: nn.Module, i: int, group: _Group, variants: Sequence[Variant]) -> Iterator[_Group]:
+def _advance(
+    stream: LayerwiseModel, layer: nn.Module, i: int, group: _Group, variants: Sequence[Variant]
+) -> Iterator[_Group]:
     """The group after layer i, parted by what its members do there."""
     parts: dict[tuple[int, ...] | None, list[int]] = {}
     for member in group.members:
@@ -79,7 +81,7 @@ def masked(layer: nn.Module, columns: str, kept: Tensor | None) -> Iterator[None
         handle.remove()
 
 
-def _sequence_losses(stream: Stream, states: list[Tensor]) -> Iterator[float]:
+def _sequence_losses(stream: LayerwiseModel, states: list[Tensor]) -> Iterator[float]:
     for b, hidden in enumerate(states):
         for row, count in enumerate(stream.predicted(b).tolist()):
             yield float(stream.loss(b, row, hidden[row : row + 1])) / max(1, count)

@@ -12,12 +12,12 @@ import torch
 from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import NextToken
 from ptl.data import IGNORED, training_chunk
-from ptl.job import Job, RecoverReport
+from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
 
 
 def train(
-    src: Path, dst: Path, settings: NextToken, job: Job, trainer_class: Any, more: dict[str, Any]
+    src: Path, dst: Path, settings: NextToken, job: RecoveryJob, trainer_class: Any, more: dict[str, Any]
 ) -> RecoverReport:
     """Train `src` on exactly the round's tokens by a kind of trl's SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
@@ -51,7 +51,7 @@ def train(
         **more,
     )
     resumed_at = training.run(trainer, job)
-    training.save(trainer, src, dst, dtype, with_state=whole and job.keep_moments, sharded=sharded)
+    training.save(trainer, src, dst, dtype, with_state=whole and job.keep_optimizer_state, sharded=sharded)
     return RecoverReport(
         method=settings.method,  # type: ignore[attr-defined]
         tokens=tokens,
@@ -102,7 +102,7 @@ def with_adapters(model: Any, settings: NextToken) -> Any:
     return get_peft_model(model, config)
 
 
-def _dataset(tokenizer: Any, settings: NextToken, job: Job, arguments: Any) -> tuple[Any, dict[str, Any]]:
+def _dataset(tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any) -> tuple[Any, dict[str, Any]]:
     """The tokenized chunk of this round, packed if wanted, in batches that are whole for every process."""
     from datasets import Dataset
     from trl.data_utils import pack_dataset
@@ -142,7 +142,7 @@ def _filled_up(dataset: Any, count: int, token: int) -> Any:
     return concatenate_datasets([dataset, Dataset.from_dict(empty, features=dataset.features)])
 
 
-def _arguments(settings: NextToken, job: Job) -> Any:
+def _arguments(settings: NextToken, job: RecoveryJob) -> Any:
     from trl import SFTConfig
 
     shared = training.arguments(settings, job, world_size())

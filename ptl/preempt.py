@@ -52,7 +52,7 @@ def save(vault: Vault, folder: Path) -> None:
     location = f"{_folder(vault)}/{_slot(vault, len(found))}-{uuid.uuid4().hex[:12]}"
     files = store.publish(folder, location, on_progress=lambda _: None)
     pointer = Pointer(location, store.digest_of(files))
-    record = {"key": vault.key, "pointer": asdict(pointer), "facts": {"folder": folder.name}}
+    record = {"key": vault.key, "pointer": asdict(pointer), "metadata": {"folder": folder.name}}
     store.commit(vault.root, vault.run, _slot(vault, len(found)), record)
     for number, old in enumerate(found[: len(found) + 1 - KEPT]):
         _delete_files(vault, number, old)
@@ -63,7 +63,7 @@ def restore(vault: Vault, scratch: Path) -> None:
     found = records(vault)
     if not found:
         return
-    target = scratch / found[-1]["facts"]["folder"]
+    target = scratch / found[-1]["metadata"]["folder"]
     here = last_complete(scratch)
     if here is not None and step_of(here) >= step_of(target):
         return

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl import checkpoint, model_checks, repair
-from ptl.anatomy import anatomy, resolve_multiple
-from ptl.choose import CHOICES, Task
+from ptl.anatomy import model_dimensions, resolve_multiple
+from ptl.choose import CHOICES, SelectionTask
 from ptl.config import Calibration, Prune
 from ptl.data import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
 from ptl.families import Family, family_of
 from ptl.own_answers import own_answers
-from ptl.stream import Stream
-from ptl.surgery import Cut, cut_checkpoint
+from ptl.stream import LayerwiseModel
+from ptl.surgery import Selection, cut_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     repair.check(settings.repair, family)
-    body = anatomy(src, family)
-    made: list[Stream] = []
+    body = model_dimensions(src, family)
+    made: list[LayerwiseModel] = []
 
     @functools.cache
-    def stream() -> Stream:
+    def stream() -> LayerwiseModel:
         batches = _batches(src, calibration, seed)
         if unit == "auto" or settings.criterion == "taylor":
             _check_answers(batches, calibration)
-        made.append(Stream(src, family, batches))
+        made.append(LayerwiseModel(src, family, batches))
         return made[0]
 
-    selected = CHOICES[unit](Task(body, settings, goal, seed, stream))
+    selected = CHOICES[unit](SelectionTask(body, settings, goal, seed, stream))
     repaired = _cut(src, dst, family, settings, selected, made)
-    after = anatomy(dst, family)
+    after = model_dimensions(dst, family)
     removed = tuple(i for i in range(body.layers) if i not in selected.layers)
     return PruneReport(
         unit=_unit(removed, selected),
@@ -81,7 +81,7 @@ def prune_checkpoint(
     )
 
 
-def _cut(src: Path, dst: Path, family: Family, settings: Prune, selected: Cut, made: list[Stream]) -> int:
+def _cut(src: Path, dst: Path, family: Family, settings: Prune, selected: Selection, made: list[LayerwiseModel]) -> int:
     """Write the cut checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
     changed: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
@@ -93,7 +93,7 @@ def _cut(src: Path, dst: Path, family: Family, settings: Prune, selected: Cut, m
     return len(changed)
 
 
-def _unit(removed: tuple[int, ...], selected: Cut) -> str:
+def _unit(removed: tuple[int, ...], selected: Selection) -> str:
     names = {(True, True): "both", (True, False): "layers", (False, True): "neurons", (False, False): "nothing"}
     return names[bool(removed), bool(selected.neurons)]
 

@@ -15,26 +15,28 @@ from ptl.distil import distil
 from ptl.errors import InputError
 from ptl.grpo import grpo
 from ptl.importer import check_chats, check_rewards
-from ptl.job import Job, RecoverReport, Round
+from ptl.job import RecoverReport, RecoveryJob, StageBudget
 
-__all__ = ["RECOVERIES", "Job", "RecoverReport", "Round", "budgets_before", "recover_checkpoint"]
+__all__ = ["RECOVERIES", "RecoverReport", "RecoveryJob", "StageBudget", "budgets_before", "recover_checkpoint"]
 
 
-def cpt(src: Path, dst: Path, settings: Cpt, job: Job) -> RecoverReport:
+def cpt(src: Path, dst: Path, settings: Cpt, job: RecoveryJob) -> RecoverReport:
     """Continual pre-training: next-token loss on the training data, through trl's SFTTrainer."""
     from ptl.nexttoken import sft_trainer, train
 
     return train(src, dst, settings, job, sft_trainer(), {})
 
 
-RECOVERIES: dict[str, Callable[[Path, Path, Any, Job], RecoverReport]] = {
+RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] = {
     "cpt": cpt,
     "distil": distil,
     "grpo": grpo,
 }
 
 
-def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequence[int], job: Job) -> RecoverReport:
+def recover_checkpoint(
+    src: Path, dst: Path, recovery: Recovery, rounds: Sequence[int], job: RecoveryJob
+) -> RecoverReport:
     """Run the stages one after another, on the tokens of this round in all, and write the result to `dst`.
 
     `rounds` are the tokens of the iterations up to this one. An earlier try in `job.scratch` is continued: finished
@@ -66,7 +68,7 @@ def recover_checkpoint(src: Path, dst: Path, recovery: Recovery, rounds: Sequenc
             this=this,
             scratch=scratch,
             on_log=_shifted(job, offset, sum(report.steps for report in reports)),
-            keep_moments=not (final and this.last),
+            keep_optimizer_state=not (final and this.last),
             vault=job.vault and dataclasses.replace(job.vault, name=f"{job.vault.name}.{i}"),
         )
         reports.append(_stage(src, out, stage, here, final))
@@ -80,7 +82,7 @@ def budgets_before(recovery: Recovery, rounds: Sequence[int], stage: int) -> tup
     return tuple(budget for budget in (*earlier, *recovery.budgets(rounds[-1])[:stage]) if budget)
 
 
-def _stage(src: Path, out: Path, stage: RecoverStage, job: Job, final: bool) -> RecoverReport:
+def _stage(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob, final: bool) -> RecoverReport:
     """One stage; what a chain's earlier stage has finished is not done again."""
     done = out.with_name(f"{out.name}.json")  # beside the checkpoint: the next stage copies all files of its source
     if not final and done.is_file():
@@ -98,7 +100,7 @@ def _stage(src: Path, out: Path, stage: RecoverStage, job: Job, final: bool) -> 
     return report
 
 
-def _shifted(job: Job, tokens: int, steps: int) -> Callable[[dict[str, float], int], None]:
+def _shifted(job: RecoveryJob, tokens: int, steps: int) -> Callable[[dict[str, float], int], None]:
     """Metrics of a later stage, at steps and tokens after those of the stages before it."""
 
     def on_log(metrics: dict[str, float], step: int) -> None:

@@ -13,8 +13,8 @@ from ptl import safefile
 from ptl.errors import InputError
 from ptl.families import Family
 from ptl.importance import caught_inputs
-from ptl.stream import Stream
-from ptl.surgery import Cut, cut_tensor
+from ptl.stream import LayerwiseModel
+from ptl.surgery import Selection, cut_tensor
 
 
 def check(kind: str, family: Family) -> None:
@@ -26,7 +26,9 @@ def check(kind: str, family: Family) -> None:
         )
 
 
-def ridge(stream: Stream, cut: Cut, strength: float, folder: Path, progress: bool = True) -> dict[str, Path]:
+def ridge(
+    stream: LayerwiseModel, cut: Selection, strength: float, folder: Path, progress: bool = True
+) -> dict[str, Path]:
     """Fit each cut down_proj to the output of the uncut one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
@@ -76,7 +78,7 @@ def fit(weight: Tensor, moments: Tensor, kept: Tensor, strength: float) -> Tenso
 
 
 def magnitude(
-    stream: Stream, cut: Cut, repaired: dict[str, Path], folder: Path, progress: bool = True
+    stream: LayerwiseModel, cut: Selection, repaired: dict[str, Path], folder: Path, progress: bool = True
 ) -> dict[str, Path]:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
@@ -103,7 +105,7 @@ def magnitude(
     return found
 
 
-def _growth(stream: Stream, removed: set[int], progress: bool) -> dict[int, float]:
+def _growth(stream: LayerwiseModel, removed: set[int], progress: bool) -> dict[int, float]:
     """Mean over tokens of |hidden state after| / |before|, for each removed layer."""
     states, found = stream.embed(), {}
     for i in tqdm(range(len(stream.layers)), desc="measuring magnitudes, by layer", disable=not progress):

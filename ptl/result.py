@@ -30,32 +30,32 @@ def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
     failed = _control_failed(records, settings.get("control_failed"))
     settings = {key: value for key, value in settings.items() if key not in (*RUN, "control_failed")}
     imported = records["import-model"]
-    names = sorted((name for name in records if "stage" in records[name].get("facts", {})), key=_order(records))
-    original = imported["facts"].get("params") or imported["pointer"].get("params", 0)
+    names = sorted((name for name in records if "stage" in records[name].get("metadata", {})), key=_order(records))
+    original = imported["metadata"].get("params") or imported["pointer"].get("params", 0)
     removed = _removed_layers(names, records)
-    rows = [_row(name, records, original, removed) for name in names if records[name]["facts"].get("scores")]
+    rows = [_row(name, records, original, removed) for name in names if records[name]["metadata"].get("scores")]
     result = {
         "run_id": run["run_id"],
         "mlflow_run_id": run["mlflow_run_id"],
         "seed": settings.get("seed", 0),
-        "versions": dict(sorted(imported["facts"].get("versions", {}).items())),
+        "versions": dict(sorted(imported["metadata"].get("versions", {}).items())),
         "rows": rows,
         "final": _final(names, records, original),
         "name": settings.get("name", "ptl"),
-        "model": {key: imported["facts"].get(key) or "" for key in ("model", "revision", "license")},
+        "model": {key: imported["metadata"].get(key) or "" for key in ("model", "revision", "license")},
         "original_params": original,
-        "host": imported["facts"].get("host", ""),
-        "started": imported["facts"].get("started"),
-        **_times([records[name]["facts"] for name in names]),
+        "host": imported["metadata"].get("host", ""),
+        "started": imported["metadata"].get("started"),
+        **_times([records[name]["metadata"] for name in names]),
         "confidence": settings.get("evaluate", {}).get("confidence", 0.95),
         "mlflow": {"url": run["mlflow_url"], "experiment_id": str(run["experiment_id"])},
         "steps": [_step(name, records[name]) for name in names],
         "not_needed": _not_needed(records, settings),
         "control_failed": failed,
         "not_finished": _not_finished(records, failed),
-        "speed": next((s for name in names if (s := records[name]["facts"].get("speed"))), {}),
+        "speed": next((s for name in names if (s := records[name]["metadata"].get("speed"))), {}),
         "decontaminated": _decontaminated(records),
-        "curves": {name: c for name in names if (c := records[name]["facts"].get("curve"))},
+        "curves": {name: c for name in names if (c := records[name]["metadata"].get("curve"))},
         "paired": _paired(names, records, settings.get("gate") or {}),
         "examples": _examples(names, records),
         "settings": settings,
@@ -94,30 +94,30 @@ def work_seconds(result: Result) -> float:
 
 def _order(records: dict[str, Record]) -> Any:
     def key(name: str) -> tuple[Any, ...]:
-        facts = records[name]["facts"]
-        return facts.get("arm") == "control", facts.get("iteration", 0), STAGES.get(facts["stage"], 9), name
+        metadata = records[name]["metadata"]
+        return metadata.get("arm") == "control", metadata.get("iteration", 0), STAGES.get(metadata["stage"], 9), name
 
     return key
 
 
 def _scored(name: str, records: dict[str, Record]) -> Record:
     """The checkpoint that an evaluate step scored: after a rejection it is not the one that goes on."""
-    if records[name]["facts"].get("checkpoint"):
-        return dict(records[name]["facts"]["checkpoint"])
+    if records[name]["metadata"].get("checkpoint"):
+        return dict(records[name]["metadata"]["checkpoint"])
     parent = name.replace("evaluate", "recover") if name != "evaluate-0" else "import-model"
     pointer: Record = records.get(parent, records[name])["pointer"]
     return pointer
 
 
 def _row(name: str, records: dict[str, Record], original: int, removed: dict[str, list[int]]) -> dict[str, Any]:
-    facts, pointer = records[name]["facts"], _scored(name, records)
-    scores, first = facts["scores"], facts["scores"]["tasks"][0]
-    recover = records.get(name.replace("evaluate", "recover"), {"facts": {}})["facts"]
+    metadata, pointer = records[name]["metadata"], _scored(name, records)
+    scores, first = metadata["scores"], metadata["scores"]["tasks"][0]
+    recover = records.get(name.replace("evaluate", "recover"), {"metadata": {}})["metadata"]
     params = scores.get("params") or pointer.get("params", 0)
-    verdict = facts.get("verdict") or {}
+    verdict = metadata.get("verdict") or {}
     return {
-        "arm": facts.get("arm", "loop"),
-        "iteration": facts.get("iteration", 0),
+        "arm": metadata.get("arm", "loop"),
+        "iteration": metadata.get("iteration", 0),
         "params": params,
         "accuracy": first["accuracy"],
         "low": first["low"],
@@ -139,15 +139,15 @@ def _row(name: str, records: dict[str, Record], original: int, removed: dict[str
 
 def _removed_layers(names: list[str], records: dict[str, Record]) -> dict[str, list[int]]:
     """What each prune step removed, in the dense model's numbers: a step counts the layers that were left to it."""
-    dense = records.get("evaluate-0", {"facts": {}})["facts"].get("scores") or {}
+    dense = records.get("evaluate-0", {"metadata": {}})["metadata"].get("scores") or {}
     left = {records["import-model"]["pointer"]["digest"]: list(range(len(dense.get("widths") or ())))}
     removed: dict[str, list[int]] = {}
     for name in names:
-        facts, pointer = records[name]["facts"], records[name]["pointer"]
+        metadata, pointer = records[name]["metadata"], records[name]["pointer"]
         before = left.get(pointer.get("parent_digest", ""))
-        if before is None or facts["stage"] not in ("prune", "recover"):
+        if before is None or metadata["stage"] not in ("prune", "recover"):
             continue
-        gone = set(facts.get("removed_layers", ()) if facts["stage"] == "prune" else ())
+        gone = set(metadata.get("removed_layers", ()) if metadata["stage"] == "prune" else ())
         removed[name] = [layer for i, layer in enumerate(before) if i in gone]
         left[pointer["digest"]] = [layer for i, layer in enumerate(before) if i not in gone]
     return removed
@@ -155,10 +155,10 @@ def _removed_layers(names: list[str], records: dict[str, Record]) -> dict[str, l
 
 def _final(names: list[str], records: dict[str, Record], original: int) -> dict[str, Any]:
     """What the last loop evaluation passed on (its fact `accepted`, else its pointer); never a rejected checkpoint."""
-    loop = [n for n in names if records[n]["facts"].get("arm", "loop") == "loop"]
-    evaluated = [n for n in loop if records[n]["facts"]["stage"] == "evaluate"]
+    loop = [n for n in names if records[n]["metadata"].get("arm", "loop") == "loop"]
+    evaluated = [n for n in loop if records[n]["metadata"]["stage"] == "evaluate"]
     last = records[(evaluated or loop)[-1]]
-    pointer = last["facts"].get("accepted") or last["pointer"]
+    pointer = last["metadata"].get("accepted") or last["pointer"]
     keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
     return {key: pointer.get(key, "") for key in keys} | {"share_removed": _share(pointer.get("params", 0), original)}
 
@@ -168,20 +168,20 @@ def _share(params: int, original: int) -> float:
 
 
 def _step(name: str, record: Record) -> dict[str, Any]:
-    facts, pointer = record["facts"], record["pointer"]
+    metadata, pointer = record["metadata"], record["pointer"]
     own = {key: pointer.get(key, "") for key in ("uri", "digest", "parent_digest", "run_id", "model_id")}
     return own | {
         "step": name,
-        "arm": facts.get("arm", "loop"),
-        "iteration": facts.get("iteration", 0),
-        "stage": facts["stage"],
-        "seconds": facts.get("seconds", 0.0),
-        "whole_seconds": facts.get("whole_seconds", 0.0),
+        "arm": metadata.get("arm", "loop"),
+        "iteration": metadata.get("iteration", 0),
+        "stage": metadata["stage"],
+        "seconds": metadata.get("seconds", 0.0),
+        "whole_seconds": metadata.get("whole_seconds", 0.0),
         "params": pointer.get("params", 0),
         "model_version": pointer.get("model_version", ""),
-        "decision": (facts.get("verdict") or {}).get("decision", ""),
-        "reason": (facts.get("verdict") or {}).get("reason", "") or facts.get("reason", ""),
-        "tokens": facts.get("tokens", 0) if facts["stage"] == "recover" else 0,
+        "decision": (metadata.get("verdict") or {}).get("decision", ""),
+        "reason": (metadata.get("verdict") or {}).get("reason", "") or metadata.get("reason", ""),
+        "tokens": metadata.get("tokens", 0) if metadata["stage"] == "recover" else 0,
     }
 
 
@@ -191,7 +191,7 @@ def _times(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     A step's record has the times of the attempt that committed it: a pause between two sessions, the start-up of a
     step and an attempt that failed are all idle. None for records that do not say when their steps started.
     """
-    if not steps or any(facts.get("started") is None for facts in steps):
+    if not steps or any(metadata.get("started") is None for metadata in steps):
         return {"wall_seconds": None, "idle_seconds": None}
     spans = [(f["started"], f["started"] + (f.get("whole_seconds") or f.get("seconds", 0.0))) for f in steps]
     first = until = min(start for start, _ in spans)
@@ -217,8 +217,8 @@ def _not_finished(records: dict[str, Record], failed: str) -> list[dict[str, Any
 
 def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
     """How many training rows of the loop were compared with the benchmarks and left out; {} where nothing was asked."""
-    facts = [record["facts"] for record in records.values() if "rows_compared" in record["facts"]]
-    loop = [each for each in facts if each.get("arm") == "loop"]
+    metadata = [record["metadata"] for record in records.values() if "rows_compared" in record["metadata"]]
+    loop = [each for each in metadata if each.get("arm") == "loop"]
     if not loop:
         return {}
     last = max(loop, key=lambda each: each["rows_compared"])  # each iteration reads the data from its start
@@ -233,8 +233,10 @@ def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
 
 def _not_needed(records: dict[str, Record], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Steps of the plan that passed their input through, as the gate's state at the end of the loop says."""
-    evaluated = [record["facts"] for record in records.values() if record["facts"]["stage"] == "evaluate"]
-    states = [(facts.get("accepted") or {}).get("gate") or {} for facts in evaluated if facts.get("arm") == "loop"]
+    evaluated = [record["metadata"] for record in records.values() if record["metadata"]["stage"] == "evaluate"]
+    states = [
+        (metadata.get("accepted") or {}).get("gate") or {} for metadata in evaluated if metadata.get("arm") == "loop"
+    ]
     reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
     return [
         {"step": step, "iteration": i, "reason": reason}
@@ -247,12 +249,14 @@ def _not_needed(records: dict[str, Record], settings: dict[str, Any]) -> list[di
 def _final_step(names: list[str], records: dict[str, Record]) -> str:
     """The evaluate step that scored the final checkpoint; empty where none did."""
     final = _final(names, records, 0)["digest"]
-    loop = [n for n in names if records[n]["facts"].get("arm", "loop") == "loop" and records[n]["facts"].get("scores")]
+    loop = [
+        n for n in names if records[n]["metadata"].get("arm", "loop") == "loop" and records[n]["metadata"].get("scores")
+    ]
     return next((name for name in reversed(loop) if _scored(name, records)["digest"] == final), "")
 
 
 def _items(name: str, records: dict[str, Record]) -> dict[tuple[str, str], dict[str, Any]]:
-    found = records.get(name, {"facts": {}})["facts"].get("items") or []
+    found = records.get(name, {"metadata": {}})["metadata"].get("items") or []
     return {(str(item["task"]), str(item["id"])): item for item in found}
 
 
@@ -261,7 +265,7 @@ def _paired(names: list[str], records: dict[str, Record], gate: dict[str, Any]) 
     from ptl.gate import paired
 
     final, found = _final_step(names, records), {}
-    task = records[final]["facts"]["scores"]["tasks"][0]["task"] if final else ""
+    task = records[final]["metadata"]["scores"]["tasks"][0]["task"] if final else ""
     after = _items(final, records)
     for label, name in (("dense", "evaluate-0"), ("control", "control-evaluate")):
         before = _items(name, records)

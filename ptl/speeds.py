@@ -24,7 +24,7 @@ class SpeedRow:
 
 
 def rows(speed: dict[str, Any]) -> list[SpeedRow]:
-    """From the facts of evaluate.side_by_side; none where nothing was measured."""
+    """From the metadata of evaluate.side_by_side; none where nothing was measured."""
     if "models" not in speed:
         return []
     dense, final = speed["models"]["dense"], speed["models"]["final"]

@@ -47,7 +47,7 @@ from ptl.config import (
 from ptl.errors import InputError, WorkError
 from ptl.execution import (
     Call,
-    Facts,
+    Metadata,
     Output,
     Step,
     begin,
@@ -89,7 +89,7 @@ def import_model(call: Call) -> None:
         source["model"], source["revision"] or None, schedule, pruning, calibration, training, scoring
     )
 
-    def work(dst: Path, run: StepRun) -> Facts:
+    def work(dst: Path, run: StepRun) -> Metadata:
         model = {"path": source["model"], "revision": source["revision"] or None}
         sections = {"schedule": schedule, "prune": pruning, "calibration": calibration, "training": training}
         sections |= {"evaluate": scoring, "gate": rule}
@@ -115,7 +115,7 @@ def prune(call: Call) -> None:
     total = removal(parent.original_params, schedule.target)
     goal = gate.goal(parent.params, parent.original_params - int(this.progress * total), parent.gate)
 
-    def work(dst: Path, _run: StepRun) -> Facts:
+    def work(dst: Path, _run: StepRun) -> Metadata:
         from ptl.prune import prune_checkpoint
 
         src = fetch(parent)
@@ -150,8 +150,8 @@ def recover(call: Call) -> None:
     key = preempt.key_of(parent.digest, given)
     vault = _vault(step, key, recovery)
 
-    def work(dst: Path, run: StepRun) -> Facts:
-        from ptl.job import Job, Round
+    def work(dst: Path, run: StepRun) -> Metadata:
+        from ptl.job import RecoveryJob, StageBudget
         from ptl.recover import recover_checkpoint
 
         tracking.tag(run, {"tokens": this.tokens})
@@ -163,10 +163,10 @@ def recover(call: Call) -> None:
             if line := _progress(metrics, this.tokens):
                 say(step.name, line)
 
-        here = Round(this.tokens, (), step.iteration, this.last, seed, weights)
+        here = StageBudget(this.tokens, (), step.iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
         items = fetch(scored) if data.decontaminate.tasks else None
-        job = Job(data, here, scratch(step.name) / f"training-{key[:12]}", on_log, teacher, vault, items)
+        job = RecoveryJob(data, here, scratch(step.name) / f"training-{key[:12]}", on_log, teacher, vault, items)
         report = recover_checkpoint(src, dst, recovery, rounds, job)
         return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
@@ -195,7 +195,7 @@ def _original(run: StepRun) -> Path:
     return fetch(Pointer(**record["pointer"]))
 
 
-def _dropped(name: str, report: Any) -> Facts:
+def _dropped(name: str, report: Any) -> Metadata:
     """Training rows that were left out because a benchmark has them; said, and numbers among the step's metrics."""
     stages = report.details.get("stages", [{"details": report.details}])
     found = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
@@ -242,7 +242,7 @@ def evaluate(call: Call) -> None:
 
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
-    def work(dst: Path, run: StepRun) -> Facts:
+    def work(dst: Path, run: StepRun) -> Metadata:
         from ptl import tasks
         from ptl.evaluate import evaluate_checkpoint
 
@@ -276,15 +276,15 @@ def evaluate(call: Call) -> None:
     given |= {"target": whole.target, "fallback": before and before.digest, "state": before and before.gate}
     record = execute(step, candidate, given, work)
     write(outputs["scores"], record["pointer"])
-    write(outputs["accepted"], record["facts"]["accepted"])
-    outputs["metrics"].metadata.update(_shown(record["facts"]))
+    write(outputs["accepted"], record["metadata"]["accepted"])
+    outputs["metrics"].metadata.update(_shown(record["metadata"]))
 
 
-def _shown(facts: Facts) -> Facts:
+def _shown(metadata: Metadata) -> Metadata:
     """What Kubeflow's table of a run's metrics has of an evaluation."""
-    first = facts["scores"]["tasks"][0]
+    first = metadata["scores"]["tasks"][0]
     numbers = {key: first[key] for key in ("accuracy", "low", "high", "items") if first[key] is not None}
-    return {**numbers, "params": facts["scores"]["params"], "verdict": facts["verdict"]["decision"]}
+    return {**numbers, "params": metadata["scores"]["params"], "verdict": metadata["verdict"]["decision"]}
 
 
 def report(call: Call) -> None:
@@ -306,8 +306,8 @@ def _report(call: Call, run: StepRun) -> None:
     records = {name: record for name, record in found.items() if record is not None}
     folder = scratch(step.name) / "report"
     for record in records.values():
-        if record["facts"]["stage"] == "evaluate":
-            record["facts"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
+        if record["metadata"]["stage"] == "evaluate":
+            record["metadata"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
     stopped = gate.State.load(control.gate) if control else gate.State()
     settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": stopped.reason}
     result = pages.write_report(records, settings, folder)
@@ -323,13 +323,13 @@ def _report(call: Call, run: StepRun) -> None:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):  # it says that all is there
             localfs.replace(Path(shared, path.name), path.read_bytes())
     # What it has written may differ after a retry; that all steps had ended, which the record says, does not.
-    ended = {"key": "report", "pointer": dataclasses.asdict(final), "facts": {"stage": "report"}}
+    ended = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
     store.commit(run.root, run.run, step.name, ended)
     metrics = {"share_removed": result["final"]["share_removed"], "params": result["final"]["params"]}
     tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
 
 
-def _whole(settings: Facts) -> Facts:
+def _whole(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
     compiled = settings["settings"]
     schedule = {name: settings[name] for name in SCHEDULE if name in settings}

@@ -20,7 +20,7 @@ from ptl.data import IGNORED, Batch
 from ptl.families import Family
 
 
-class Stream:
+class LayerwiseModel:
     """A checkpoint and the calibration batches that go through it, layer by layer.
 
     Memory: embeddings (while they are used), one layer, and the hidden states of the batches.

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Selection:
     """What stays. `neurons` maps a kept layer's old index to int64 [width], ascending; empty: all neurons stay."""
 
     layers: tuple[int, ...]
     neurons: Mapping[int, Tensor]
 
 
-def cut_tensor(name: str, tensor: Tensor, family: Family, cut: Cut) -> tuple[str, Tensor] | None:
+def cut_tensor(name: str, tensor: Tensor, family: Family, cut: Selection) -> tuple[str, Tensor] | None:
     """The tensor's new name and value, or None when its layer goes. Serves weights and their Adam moments alike."""
     placed = _place(name, tensor.shape[0] if tensor.dim() else 0, family, cut)
     if placed is None:
@@ -41,7 +41,7 @@ class _Placed:
     kept: Tensor | None = None
 
 
-def _place(name: str, rows: int, family: Family, cut: Cut) -> _Placed | None:
+def _place(name: str, rows: int, family: Family, cut: Selection) -> _Placed | None:
     if ROTARY.match(name):
         return None
     match = IN_LAYER.match(name)
@@ -67,7 +67,7 @@ def block_index(family: Family) -> Tensor:
     return torch.arange(family.blocks)
 
 
-def cut_config(config: dict[str, Any], family: Family, cut: Cut) -> dict[str, Any]:
+def cut_config(config: dict[str, Any], family: Family, cut: Selection) -> dict[str, Any]:
     """The config of the cut model, with no field that the family does not have already."""
     config = dict(config)
     for field in family.per_layer_fields:
@@ -97,7 +97,9 @@ def _default(config: Mapping[str, Any], field: str) -> Any:
     return getattr(AutoConfig.for_model(config["model_type"], **fields), field, None)
 
 
-def cut_checkpoint(src: Path, dst: Path, family: Family, cut: Cut, repaired: Mapping[str, Path] | None = None) -> None:
+def cut_checkpoint(
+    src: Path, dst: Path, family: Family, cut: Selection, repaired: Mapping[str, Path] | None = None
+) -> None:
     """Write the cut checkpoint to `dst`, tensor by tensor; the optimizer state beside it is cut with it.
 
     `repaired` names tensors of the source whose new value, already cut, stands in a file of its own (ptl/repair.py).
@@ -119,7 +121,7 @@ def cut_checkpoint(src: Path, dst: Path, family: Family, cut: Cut, repaired: Map
     checkpoint.copy_companions(src, dst)
 
 
-def _cut_file(src: Path, dst: Path, family: Family, cut: Cut, repaired: Mapping[str, Path]) -> dict[str, int]:
+def _cut_file(src: Path, dst: Path, family: Family, cut: Selection, repaired: Mapping[str, Path]) -> dict[str, int]:
     """Cut one safetensors file; returns the bytes of each tensor written. A file of which nothing stays is left out."""
     found = safefile.entries(src)
     placed = [(entry, _place(entry.name, entry.shape[0] if entry.shape else 0, family, cut)) for entry in found]

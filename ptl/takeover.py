@@ -15,14 +15,14 @@ from pydantic import BaseModel
 
 from ptl import __version__, preempt, store, tracking
 from ptl.errors import WorkError
-from ptl.execution import Facts, Work, scratch
+from ptl.execution import Metadata, Work, scratch
 from ptl.log import say
 from ptl.manifest import FILES
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 EARLIER = "PTL_EARLIER_RUNS"  # ids of unfinished runs, the newest first
-KEY = "content_key"  # among a record's facts
+KEY = "content_key"  # among a record's metadata
 
 
 def key(digest: str, settings: dict[str, Any]) -> str:
@@ -33,19 +33,19 @@ def key(digest: str, settings: dict[str, Any]) -> str:
 def or_taken(work: Work, content_key: str) -> Work:
     """The same work, unless an earlier run has done it."""
 
-    def taken(dst: Path, run: StepRun) -> Facts:
-        facts = take(run, content_key, dst)
-        return {**(work(dst, run) if facts is None else facts), KEY: content_key}
+    def taken(dst: Path, run: StepRun) -> Metadata:
+        metadata = take(run, content_key, dst)
+        return {**(work(dst, run) if metadata is None else metadata), KEY: content_key}
 
     return taken
 
 
-def take(run: StepRun, content_key: str, dst: Path) -> Facts | None:
-    """Copy what an earlier run has committed for this step under the same key; returns its facts, or None."""
+def take(run: StepRun, content_key: str, dst: Path) -> Metadata | None:
+    """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
     for name in os.environ.get(EARLIER, "").split():
         try:
             record = store.committed(run.root, name, run.step)
-            if record is None or record["facts"].get(KEY) != content_key:
+            if record is None or record["metadata"].get(KEY) != content_key:
                 continue
             folder = store.fetch(Pointer(**record["pointer"]), scratch("cache"))
         except WorkError as error:
@@ -54,7 +54,7 @@ def take(run: StepRun, content_key: str, dst: Path) -> Facts | None:
         shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
         say(run.step, f"taken over from run {name}: same inputs, same settings")
         tracking.tag(run, {"taken_over_from": name})
-        return {fact: value for fact, value in record["facts"].items() if fact != "started"}
+        return {fact: value for fact, value in record["metadata"].items() if fact != "started"}
     return None
 
 

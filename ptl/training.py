@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from ptl import checkpoint, launch, pretrained, safefile
 from ptl.config import NextToken, Stage
 from ptl.errors import WorkError
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.preempt import COMPLETE, last_complete, step_of
 
 
@@ -26,11 +26,13 @@ def load(src: Path) -> tuple[Any, torch.dtype]:
     Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
     `recover.dtype` only says in what the forward pass computes.
     """
-    stored = checkpoint.contents(src)["model.embed_tokens.weight"].dtype  # as that of all weights, see anatomy()
+    stored = checkpoint.contents(src)[
+        "model.embed_tokens.weight"
+    ].dtype  # as that of all weights, see model_dimensions()
     return pretrained.causal_lm(src, torch.float32), safefile.dtypes()[stored]
 
 
-def learning_rate_curve(settings: Stage, this: Round, steps: int, carried: bool) -> Callable[[int], float]:
+def learning_rate_curve(settings: Stage, this: StageBudget, steps: int, carried: bool) -> Callable[[int], float]:
     """The factor on the learning rate at each optimizer step.
 
     Adam's moments that were carried through the cut need no warm-up; a fresh optimizer does, for at most half of the
@@ -64,7 +66,7 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     return optimizer
 
 
-def arguments(settings: Stage, job: Job, processes: int) -> dict[str, Any]:
+def arguments(settings: Stage, job: RecoveryJob, processes: int) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     return {
@@ -88,7 +90,7 @@ def arguments(settings: Stage, job: Job, processes: int) -> dict[str, Any]:
     }
 
 
-def watch(job: Job) -> Any:
+def watch(job: RecoveryJob) -> Any:
     """A callback that marks complete checkpoints, passes metrics on, and stops at a loss that is no number."""
     from transformers import TrainerCallback
 
@@ -148,7 +150,7 @@ def _kept(scratch: Path) -> str:
     return f"the last good training checkpoint is kept in {last}" if last else "no training checkpoint was written yet"
 
 
-def run(trainer: Any, job: Job) -> int:
+def run(trainer: Any, job: RecoveryJob) -> int:
     """Train, going on from the newest complete checkpoint here or in the store; returns the step it went on from."""
     from transformers import PrinterCallback
 

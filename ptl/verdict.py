@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl import checkpoint, gate, store, tracking
-from ptl.anatomy import anatomy, smallest_cuts
+from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
-from ptl.execution import Facts, Record, Step, fetch
+from ptl.execution import Metadata, Record, Step, fetch
 from ptl.families import family_of
 from ptl.log import say
 from ptl.run_status import StepRun
@@ -34,7 +34,7 @@ class Plan:
 
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
         """Parameters that the smallest cut of this checkpoint would remove, by what goes."""
-        body = anatomy(folder, family_of(checkpoint.read_config(folder)))
+        body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
         return smallest_cuts(body, self.prune.width_multiple, self.prune.tensor_parallel)
 
 
@@ -47,7 +47,7 @@ def decide(
     before: Pointer | None,
     scored: Path,
     registered_model: str,
-) -> tuple[Facts, Pointer]:
+) -> tuple[Metadata, Pointer]:
     """The gate's verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with.
 
     `before` is the checkpoint that the iteration started from; only the gate needs it.
@@ -92,7 +92,7 @@ def _compared(
 
     earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
     found = [record for record in earlier if record is not None]
-    parent = next(record for record in found if record["facts"]["checkpoint"]["digest"] == before.digest)
+    parent = next(record for record in found if record["metadata"]["checkpoint"]["digest"] == before.digest)
     mine = read_items(scored)
     folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
     task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
@@ -101,7 +101,7 @@ def _compared(
 
 
 def _smallest(parent: Record, unit: str) -> int | None:
-    cuts: dict[str, int] = parent["facts"]["smallest_cuts"]
+    cuts: dict[str, int] = parent["metadata"]["smallest_cuts"]
     return min(cuts.values(), default=None) if unit == "auto" else cuts.get(unit)
 
 
@@ -112,7 +112,7 @@ def ends_the_loop(step: Step, whole: Plan, onward: Pointer) -> bool:
     return step.iteration == whole.iterations or gate.State.load(onward.gate).stopped
 
 
-def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Facts:
+def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Metadata:
     """Speed of the run's final model beside the dense one, taking turns; {"reason": ...} where it is not measured.
 
     Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
@@ -144,10 +144,10 @@ def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, s
 def _metrics(models: dict[str, Any]) -> dict[str, float]:
     """What MLflow shows of the speeds."""
     shown = {}
-    for name, facts in models.items():
-        for row in facts["speed"]:
+    for name, metadata in models.items():
+        for row in metadata["speed"]:
             for phase in ("prefill", "decode"):
                 shown[f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"] = row[f"{phase}_tokens_per_s"]
-        if facts["seconds_per_solved"] is not None:
-            shown[f"speed/{name}/seconds_per_solved"] = facts["seconds_per_solved"]
+        if metadata["seconds_per_solved"] is not None:
+            shown[f"speed/{name}/seconds_per_solved"] = metadata["seconds_per_solved"]
     return shown

@@ -138,7 +138,8 @@ def paired_words(pair: dict[str, Any]) -> str:
     change, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
     return (
         f"{change} points ({low} to {high} at {100 * (1 - 2 * pair['alpha']):g} %), "
-        f"{pair['lost']} lost and {pair['won']} won of {pair['items']:,} items, p {pair['p_different']:.2g}"
+        f"{pair['regressions']} regressions and {pair['improvements']} improvements on {pair['items']:,} items, "
+        f"p {pair['p_different']:.2g}"
     )
 
 

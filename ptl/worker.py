@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptl.config import Recovery, TrainingData
 from ptl.errors import PtlError
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.launch import METRICS
 from ptl.preempt import Vault
 from ptl.processes import die_with_tied
@@ -22,15 +22,15 @@ def main(question: Path) -> None:
     die_with_tied()
     told = json.loads(question.read_text())
     (settings,) = Recovery(stages=[told["settings"]]).stages
-    job = Job(
+    job = RecoveryJob(
         TrainingData(**told["data"]),
-        Round(**told["this"] | {name: tuple(told["this"][name]) for name in ("earlier", "weights")}),
+        StageBudget(**told["this"] | {name: tuple(told["this"][name]) for name in ("earlier", "weights")}),
         Path(told["scratch"]),
         lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
         teacher=Path(told["teacher"]) if told["teacher"] else None,
         vault=Vault(**told["vault"]) if told["vault"] else None,
         scored=Path(told["scored"]) if told["scored"] else None,
-        keep_moments=told["keep_moments"],
+        keep_optimizer_state=told["keep_optimizer_state"],
     )
     try:
         report = RECOVERIES[settings.method](Path(told["src"]), Path(told["dst"]), settings, job)

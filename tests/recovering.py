@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ptl.config import Calibration, Prune, Recovery, TrainingData
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import recover_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +28,10 @@ def cut(src, dst, goal):
 
 def recover(src, dst, *stages, tokens=1500, rounds=(), last=True, log=None, data=DATA, **more):
     """Run the stages on `tokens` tokens after those of `rounds`; logs go into the list `log`."""
-    here = Round(tokens, (), len(rounds) + 1, last, 0)
+    here = StageBudget(tokens, (), len(rounds) + 1, last, 0)
     scratch = more.pop("scratch", dst.with_name(dst.name + ".training"))
     collect = log if log is not None else []
-    job = Job(data, here, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
+    job = RecoveryJob(data, here, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
     recovery = Recovery(stages=[{**SHORT, **stage} if stage.get("method") != "grpo" else stage for stage in stages])
     return recover_checkpoint(src, dst, recovery, [*rounds, tokens], job)
 

@@ -6,13 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl import advice, cli
-from ptl.anatomy import Anatomy
+from ptl.anatomy import ModelDimensions
 from ptl.config import Prune, Schedule, load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
 REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
-BODY = Anatomy(params=213_568, layers=6, width=64, params_per_neuron=1_152, params_per_layer=30_000)
+BODY = ModelDimensions(params=213_568, layers=6, width=64, params_per_neuron=1_152, params_per_layer=30_000)
 STAGE = {"method": "cpt", "decay": "each"}
 
 

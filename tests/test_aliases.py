@@ -52,7 +52,7 @@ def pipeline(client, database, model, monkeypatch, tmp_path):
                 version = tracking.register(step, model, candidate, {"step": name, "params": params})
                 accepted = Pointer(**asdict(candidate) | {"model_version": version})
             score = {"task": "t", "version": "1", "metric": "m", "accuracy": right / items, "items": items} | task
-            facts = {
+            metadata = {
                 "stage": "evaluate",
                 "scores": {"tasks": [score], "params": params},
                 "checkpoint": asdict(candidate),
@@ -60,18 +60,18 @@ def pipeline(client, database, model, monkeypatch, tmp_path):
                 "verdict": {"decision": "accepted" if i else "baseline"},
             }
             records[name] = publish(
-                step, tmp_path / run / name, name, facts, lines(right, items, prompts, score["task"])
+                step, tmp_path / run / name, name, metadata, lines(right, items, prompts, score["task"])
             )
         return step, dict(sorted(records.items()))
 
-    def publish(step, folder, name, facts, found):
+    def publish(step, folder, name, metadata, found):
         folder.mkdir(parents=True)
         (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
         location = f"{step.artifact_uri}/{name}"
         files = store.publish(folder, location)
         pointer = {"uri": location, "digest": store.digest_of(files)}
-        record = store.commit(step.root, step.run, name, {"key": "k", "pointer": pointer, "facts": facts})
-        return {**record, "facts": {**record["facts"], "items": found}}
+        record = store.commit(step.root, step.run, name, {"key": "k", "pointer": pointer, "metadata": metadata})
+        return {**record, "metadata": {**record["metadata"], "items": found}}
 
     return make
 
@@ -230,7 +230,7 @@ def test_what_too_few_items_leave_unclear_gets_an_alias_from_the_gate_alone(pipe
 def test_a_task_without_right_and_wrong_gives_no_alias(pipeline, model, holders):
     run, records = pipeline((495, 800))
     for record in records.values():
-        record["facts"]["items"] = []
+        record["metadata"]["items"] = []
     said = aliases.set_aliases(run, records, model, OFF)
     assert holders() == {} and "no items with a 0/1 outcome" in said[0]
 
@@ -238,8 +238,8 @@ def test_a_task_without_right_and_wrong_gives_no_alias(pipeline, model, holders)
 def test_what_a_rejection_passes_on_is_not_scored_again(pipeline, model, holders):
     """evaluate-2 rejects its candidate and passes on iteration 1's: its score is not that of the version it carries."""
     run, records = pipeline((490, 800), (500, 700))
-    records["evaluate-2"]["facts"] |= {
-        "accepted": records["evaluate-1"]["facts"]["accepted"],
+    records["evaluate-2"]["metadata"] |= {
+        "accepted": records["evaluate-1"]["metadata"]["accepted"],
         "verdict": {"decision": "rejected"},
     }
     aliases.set_aliases(run, records, model, RULE)
@@ -248,7 +248,7 @@ def test_what_a_rejection_passes_on_is_not_scored_again(pipeline, model, holders
 
 def test_versions_numbered_out_of_order(pipeline, model, holders):
     run, records = pipeline((499, 900), (495, 700), reverse=True)
-    assert [records[f"evaluate-{i}"]["facts"]["accepted"]["model_version"] for i in (1, 2)] == ["2", "1"]
+    assert [records[f"evaluate-{i}"]["metadata"]["accepted"]["model_version"] for i in (1, 2)] == ["2", "1"]
     aliases.set_aliases(run, records, model, RULE)
     assert holders() == {"best": (run.run, "evaluate-1"), "smallest": (run.run, "evaluate-2")}
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, save
 
 from ptl import checkpoint, safefile
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.config import Prune, Schedule
 from ptl.errors import InputError
 from ptl.families import FAMILIES
@@ -43,7 +43,7 @@ def change_index(folder, edit):
 
 def refused(folder, *said):
     with pytest.raises(InputError) as error:
-        anatomy(folder, LLAMA)
+        model_dimensions(folder, LLAMA)
     assert all(words in str(error.value) for words in said), str(error.value)
     assert str(error.value).startswith("model.path: ")
 
@@ -67,8 +67,8 @@ def test_a_written_file_is_read_by_the_safetensors_library(tmp_path):
 
 def test_sizes_are_read_from_the_headers(single, sharded):
     model = build("llama")
-    assert anatomy(single, LLAMA) == anatomy(sharded, LLAMA)
-    body = anatomy(single, LLAMA)
+    assert model_dimensions(single, LLAMA) == model_dimensions(sharded, LLAMA)
+    body = model_dimensions(single, LLAMA)
     assert (body.params, body.layers, body.width) == (model.num_parameters(), 4, 40)
     assert body.params_per_neuron == 4 * 3 * 32
     assert body.params_per_layer == sum(p.numel() for p in model.model.layers[0].parameters())
@@ -105,9 +105,9 @@ def test_biases_are_those_of_the_config(single):
 
 
 def test_old_rotary_buffers_are_let_through_and_not_counted(single):
-    params = anatomy(single, LLAMA).params
+    params = model_dimensions(single, LLAMA).params
     change(single, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
-    assert anatomy(single, LLAMA).params == params
+    assert model_dimensions(single, LLAMA).params == params
 
 
 def test_a_width_that_differs_from_the_config_is_refused(single):

@@ -24,7 +24,7 @@ def test_equal_and_worse_models(tmp_path):
     equal, worse, better = (compare.compare(*pair, 0.02, 0.05) for pair in ((a, a), (a, b), (b, a)))
     assert [c.exit_code for c in (equal, worse, better)] == [0, 1, 0]
     assert worse.tasks["t"].difference == pytest.approx(-0.08)
-    assert (worse.tasks["t"].lost, worse.tasks["t"].won) == (40, 0)
+    assert (worse.tasks["t"].regressions, worse.tasks["t"].improvements) == (40, 0)
 
 
 def test_unclear_fails_only_when_strict(tmp_path):

@@ -149,11 +149,16 @@ def test_dense_and_compact_side_by_side(monkeypatch):
     turns = []
     real = evaluate.run_task
     monkeypatch.setattr(evaluate, "run_task", lambda lm, *given, **more: turns.append(lm) or real(lm, *given, **more))
-    facts = evaluate.side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
+    metadata = evaluate.side_by_side({"dense": REASONER, "same": REASONER}, settings, seed=0)
     assert [lm is turns[i % 2] for i, lm in enumerate(turns)] == [True] * 4 and turns[0] is not turns[1]
-    assert (facts["task"], facts["items"], facts["repeats"], facts["batch_size"]) == ("tiny_reasoner", 6, 2, 64)
-    assert list(facts["models"]) == ["dense", "same"]
-    dense, same = facts["models"].values()
+    assert (metadata["task"], metadata["items"], metadata["repeats"], metadata["batch_size"]) == (
+        "tiny_reasoner",
+        6,
+        2,
+        64,
+    )
+    assert list(metadata["models"]) == ["dense", "same"]
+    dense, same = metadata["models"].values()
     assert dense["solved"] == same["solved"] >= 5
     assert dense["answer_tokens"] == same["answer_tokens"] > 5
     for model in (dense, same):
@@ -179,7 +184,7 @@ def test_a_task_without_an_accuracy_has_no_seconds_per_solved(monkeypatch):
 
     task = Task(name=str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml"), metric="word_perplexity")
     settings = Evaluate(tasks=[task], speed=Speed(batch_sizes=(1,), prompt_tokens=8, new_tokens=2, repeats=1))
-    facts = evaluate.side_by_side({"dense": REASONER}, settings, seed=0)
-    model = facts["models"]["dense"]
-    assert (facts["task"], facts["items"], model["seconds_per_solved"]) == ("", 0, None)
+    metadata = evaluate.side_by_side({"dense": REASONER}, settings, seed=0)
+    model = metadata["models"]["dense"]
+    assert (metadata["task"], metadata["items"], model["seconds_per_solved"]) == ("", 0, None)
     assert model["speed"][0]["decode_tokens_per_s"] > 0

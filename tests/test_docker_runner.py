@@ -279,7 +279,7 @@ def test_a_killed_run_is_resumed_and_ends_the_same(finished, killed, disturbed, 
     resumed, straight = records(disturbed), whole_run.records(finished[0])
     for step in CHAIN:
         assert (f"{step}: done before" in disturbed.output) == (CHAIN.index(step) < CHAIN.index("recover-2"))
-    assert resumed["recover-2"]["facts"]["resumed_at"] >= 2
+    assert resumed["recover-2"]["metadata"]["resumed_at"] >= 2
     assert whole_run.digests(resumed) == whole_run.digests(straight)
 
 
@@ -323,14 +323,14 @@ def contained(engine, config, servers, disturbed):
 def test_both_runners_execute_the_same_tasks(contained, disturbed, records):
     assert tasks(contained[0]) == tasks(disturbed) != []
     found = records(contained[0])
-    assert sorted(CHAIN, key=lambda step: found[step]["facts"]["started"]) == CHAIN
+    assert sorted(CHAIN, key=lambda step: found[step]["metadata"]["started"]) == CHAIN
 
 
 @pytest.mark.docker
 def test_containers_end_like_processes(contained, disturbed, records):
     """The same digests for the same torch build, else accuracies within the interval."""
     one, other = records(contained[0]), records(disturbed)
-    builds = [record["import-model"]["facts"]["versions"] for record in (one, other)]
+    builds = [record["import-model"]["metadata"]["versions"] for record in (one, other)]
     if builds[0] == builds[1]:
         print("same builds: digests are compared")
         assert whole_run.digests(one) == whole_run.digests(other)
@@ -372,7 +372,7 @@ def test_a_killed_run_goes_on_in_containers(contained, config, servers, records)
     assert second.folder == first.folder and "continuing run" in second.output
     assert "prune-1: done before" in second.output
     found, straight = records(second), records(contained[0])
-    assert found["recover-1"]["facts"]["resumed_at"] >= 2
+    assert found["recover-1"]["metadata"]["resumed_at"] >= 2
     for step in ("import-model", "prune-1", "recover-1"):
         assert found[step]["pointer"]["digest"] == straight[step]["pointer"]["digest"]
 

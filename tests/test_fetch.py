@@ -55,7 +55,7 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
         pointer = Pointer(
             location, store.digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
         )
-        record = {"key": "k", "pointer": asdict(pointer), "facts": {"stage": stage}}
+        record = {"key": "k", "pointer": asdict(pointer), "metadata": {"stage": stage}}
         store.commit(started.root, run, step, record)
         tracking.finish(started, params={}, metrics={}, inputs=[], output=model or None, step=0)
         pointers[step] = pointer

@@ -33,28 +33,28 @@ def test_wilson_stays_within_0_and_1():
 def test_mcnemar_is_the_exact_binomial_test():
     from scipy.stats import binomtest
 
-    for lost, won in [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 21)]:
-        n = lost + won
-        two_sided, worse = gate.mcnemar(lost, won)
-        assert two_sided == pytest.approx(binomtest(lost, n).pvalue if n else 1.0)
-        assert worse == pytest.approx(binomtest(lost, n, alternative="greater").pvalue if n else 1.0)
+    for regressions, improvements in [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 21)]:
+        n = regressions + improvements
+        two_sided, worse = gate.mcnemar(regressions, improvements)
+        assert two_sided == pytest.approx(binomtest(regressions, n).pvalue if n else 1.0)
+        assert worse == pytest.approx(binomtest(regressions, n, alternative="greater").pvalue if n else 1.0)
 
 
 def test_bootstrap_covers_the_true_difference():
     rng = np.random.default_rng(1)
     misses = 0
     for trial in range(300):
-        lost, won, _ = rng.multinomial(500, (0.06, 0.03, 0.91))
-        low, _ = gate.paired_bootstrap(int(lost), int(won), 500, 0.05, seed=trial)
+        regressions, improvements, _ = rng.multinomial(500, (0.06, 0.03, 0.91))
+        low, _ = gate.paired_bootstrap(int(regressions), int(improvements), 500, 0.05, seed=trial)
         misses += low > -0.03
     assert misses / 300 <= 0.088  # 5 % and three standard errors of 300 trials
 
 
 def test_paired_counts_and_verdicts():
     same = gate.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
-    assert (same.lost, same.won, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
+    assert (same.regressions, same.improvements, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
     worse = gate.paired(outcomes(480, 500), outcomes(450, 500), 0.02, 0.05)
-    assert (worse.lost, worse.won, worse.verdict) == (30, 0, "inferior")
+    assert (worse.regressions, worse.improvements, worse.verdict) == (30, 0, "inferior")
     assert worse.difference == pytest.approx(-0.06)
     few = gate.paired(outcomes(18, 20), outcomes(17, 20), 0.02, 0.05)
     assert few.verdict == "unclear"
@@ -68,11 +68,11 @@ def alarms(changed, items):
     """Exact chances that a comparison with this many changed items, each a coin's toss, says different, inferior."""
     from scipy.stats import binom
 
-    lost = np.arange(changed + 1)
-    chance = binom.pmf(lost, changed, 0.5)
-    p_worse, p_better = binom.sf(lost - 1, changed, 0.5), binom.cdf(lost, changed, 0.5)
+    regressions = np.arange(changed + 1)
+    chance = binom.pmf(regressions, changed, 0.5)
+    p_worse, p_better = binom.sf(regressions - 1, changed, 0.5), binom.cdf(regressions, changed, 0.5)
     different = 2 * np.minimum(p_worse, p_better) <= ON.alpha
-    inferior = (p_worse <= ON.alpha) & (2 * lost - changed > ON.margin * items)
+    inferior = (p_worse <= ON.alpha) & (2 * regressions - changed > ON.margin * items)
     return chance[different].sum(), chance[inferior].sum()
 
 
@@ -80,10 +80,12 @@ def test_the_level_is_exact_however_many_items_change():
     """A/A, without chance: given the number of items that changed, a false alarm's probability is at most alpha."""
     for items in (20, 200, 1319):
         assert max(max(alarms(changed, items)) for changed in range(items + 1)) <= ON.alpha
-    for lost, won, items in [(12, 3, 200), (13, 2, 200), (5, 0, 200), (40, 21, 1319), (60, 30, 1319)]:
-        verdict = gate.verdict_of(lost, won, items, ON.margin, ON.alpha)  # the code follows the rule that was counted
-        p_worse = gate.mcnemar(lost, won)[1]
-        assert (verdict == "inferior") == (p_worse <= ON.alpha and lost - won > ON.margin * items)
+    for regressions, improvements, items in [(12, 3, 200), (13, 2, 200), (5, 0, 200), (40, 21, 1319), (60, 30, 1319)]:
+        verdict = gate.verdict_of(
+            regressions, improvements, items, ON.margin, ON.alpha
+        )  # the code follows the rule that was counted
+        p_worse = gate.mcnemar(regressions, improvements)[1]
+        assert (verdict == "inferior") == (p_worse <= ON.alpha and regressions - improvements > ON.margin * items)
 
 
 @pytest.mark.parametrize("n", [200, 500, 1319])
@@ -152,7 +154,7 @@ def test_gate_accepts_rejects_halves_and_stops():
     rejected = gate.decide(ON, gate.State(), params=700, baseline=bad, parent=good, **given_)
     assert (rejected.decision, rejected.keep, rejected.state) == ("rejected", "parent", gate.State(150, 1, False))
     assert "against the baseline" in rejected.reason
-    assert rejected.numbers["baseline"]["lost"] == 45
+    assert rejected.numbers["baseline"]["regressions"] == 45
     again = gate.decide(ON, rejected.state, params=850, baseline=good, parent=bad, **given_)
     assert again.state == gate.State(75, 2, False)
     assert "against the parent" in again.reason
@@ -261,10 +263,14 @@ def test_after_a_rejection_every_cut_is_smaller_than_the_one_before(step, first,
 
 
 @settings(max_examples=100, deadline=None)
-@given(lost=st.integers(0, 100), won=st.integers(0, 100), margins=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)))
-def test_a_larger_margin_never_turns_acceptance_into_rejection(lost, won, margins):
-    before = [1] * lost + [0] * won + [1] * 300
-    after = [0] * lost + [1] * won + [1] * 300
+@given(
+    regressions=st.integers(0, 100),
+    improvements=st.integers(0, 100),
+    margins=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+)
+def test_a_larger_margin_never_turns_acceptance_into_rejection(regressions, improvements, margins):
+    before = [1] * regressions + [0] * improvements + [1] * 300
+    after = [0] * regressions + [1] * improvements + [1] * 300
     order = ["inferior", "unclear", "not inferior"]
     small, large = (gate.paired(before, after, margin, 0.05) for margin in sorted(margins))
     assert order.index(small.verdict) <= order.index(large.verdict)

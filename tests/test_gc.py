@@ -70,18 +70,18 @@ class Loop:
         self.use = lambda: monkeypatch.setenv("PTL_RUN_ID", self.run)
         self.use()
 
-    def work(self, name, parent=None, facts=None):
+    def work(self, name, parent=None, metadata=None):
         """Publish and commit the checkpoint of a step."""
         self.use()
         number = 0 if "control" in name else dag.iteration_of(name)
         before = Pointer(**parent["pointer"]) if parent else None
 
         def work(dst, run):
-            if before and not facts:
+            if before and not metadata:
                 assert (execution.fetch(before) / "config.json").is_file()
             for path, size in SIZES.items():
                 (dst / path).write_bytes(os.urandom(size))
-            return facts(run) if facts else {"params": 100 - number, "tokens": 1, "steps": 1}
+            return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
 
         return execution.execute(Step(name, self.experiment), before, {}, work)
 
@@ -89,7 +89,7 @@ class Loop:
         """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
         mine, other = Pointer(**candidate["pointer"]), Pointer(**fallback["pointer"])
 
-        def facts(run):
+        def metadata(run):
             if accepted and mine.params < 100:
                 tracking.register(run, self.experiment, mine, {})
             task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
@@ -101,7 +101,7 @@ class Loop:
                 "accepted": asdict(mine if accepted or "control" in name else other),
             }
 
-        return self.work(name, candidate, facts)
+        return self.work(name, candidate, metadata)
 
     def whole(self):
         """Round 1 is accepted, round 2 rejected, with a control."""
@@ -125,7 +125,7 @@ class Loop:
         self.use()
         report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
         if final:
-            record = {"key": "report", "pointer": final["pointer"], "facts": {"stage": "report"}}
+            record = {"key": "report", "pointer": final["pointer"], "metadata": {"stage": "report"}}
             store.commit(report.root, self.run, "report", record)
         tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
 
@@ -293,8 +293,10 @@ def test_committed_after_the_listing(experiment, loop, tmp_path):
     held, found = verdicts(experiment, 8)
     (verdict,) = (each for each in found if each.goes)
     pointer = Pointer(location, store.digest_of(files), model_id=model)
-    facts = {"stage": "import", "iteration": 0}
-    record = store.commit(step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "facts": facts})
+    metadata = {"stage": "import", "iteration": 0}
+    record = store.commit(
+        step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "metadata": metadata}
+    )
     assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
     with pytest.raises(ValueError, match="is to be kept"):
         garbage.delete(held, verdicts(experiment, 8)[1][0])
@@ -309,7 +311,7 @@ def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_p
     held, found = verdicts(experiment, 8)
     (verdict,) = (each for each in found if each.goes)
     pointer = Pointer(location, store.digest_of(files))
-    record = {"key": "k", "pointer": asdict(pointer), "facts": {"folder": "checkpoint-2"}}
+    record = {"key": "k", "pointer": asdict(pointer), "metadata": {"folder": "checkpoint-2"}}
     store.commit(step.root, step.run, "recover-1.0.training-0", record)
     assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
 
@@ -397,9 +399,9 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     ]
     for number, uri in enumerate(attacks):
         pointer = asdict(Pointer(uri, "sha256:" + "0" * 64))
-        facts = {"stage": "prune", "iteration": number}
+        metadata = {"stage": "prune", "iteration": number}
         step = forger.step_run("evaluate-1")
-        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "facts": facts})
+        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "metadata": metadata})
     forger.evaluate("evaluate-1", forger.work("import-model"), final, True)
     forger.end(final)
     before = set(tmp_path.rglob("*"))

@@ -12,7 +12,7 @@ from ptl import grpo
 from ptl.config import Grpo
 from ptl.errors import InputError, WorkError
 from ptl.importer import check_rewards
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.preempt import COMPLETE
 from ptl.training import learning_rate_curve
 
@@ -44,7 +44,7 @@ def trained(small, tmp_path_factory):
 
 
 def job(folder, index=1, weights=(1,)):
-    return Job(DATA, Round(None, (), index, True, 0, weights), folder, lambda metrics, step: None)
+    return RecoveryJob(DATA, StageBudget(None, (), index, True, 0, weights), folder, lambda metrics, step: None)
 
 
 def test_steps_move_the_weights_and_what_matters_is_logged(small, trained):
@@ -75,7 +75,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_weights(small, trained, 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
 def test_the_warm_up_leaves_no_step_without_training(steps):
-    curve = learning_rate_curve(Grpo(), Round(None, (), 2, True, 0, (1, 2)), steps, carried=False)
+    curve = learning_rate_curve(Grpo(), StageBudget(None, (), 2, True, 0, (1, 2)), steps, carried=False)
     factors = [curve(step) for step in range(steps)]
     assert min(factors) > 0 and factors[steps // 2 :] == [1.0] * (steps - steps // 2)
     assert factors == sorted(factors)
@@ -143,8 +143,8 @@ def test_prompts_need_no_completion(small, tmp_path):
 
 
 def test_steps_are_shared_out_and_none_is_an_error(small, tmp_path):
-    parts = [Round(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
-    assert parts == [(0, 8), (8, 17), (25, 35)] and Round(None, (), 1, True, 0).part(60) == (0, 60)
+    parts = [StageBudget(None, (), i, i == 3, 0, (1, 2, 4)).part(60) for i in (1, 2, 3)]
+    assert parts == [(0, 8), (8, 17), (25, 35)] and StageBudget(None, (), 1, True, 0).part(60) == (0, 60)
     with pytest.raises(InputError, match="6 steps over 4 iterations leave none for iteration 1"):
         grpo.prompts(Grpo(**STAGE | {"steps": 6}), job(tmp_path, 1, (1, 2, 4, 8)), None, None)
 

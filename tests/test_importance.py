@@ -20,18 +20,18 @@ from ptl.importance import (
     neuron_scores,
     num_redundant,
 )
-from ptl.stream import Stream
+from ptl.stream import LayerwiseModel
 
 PADDED = batches()
 
 
 def stream_of(variant, folder, model=None):
     source = save(model or build(variant), folder, tokenizer=False)
-    return Stream(source, FAMILIES[VARIANTS[variant][0]], PADDED)
+    return LayerwiseModel(source, FAMILIES[VARIANTS[variant][0]], PADDED)
 
 
 class ByHand:
-    """Two layers with three neurons on hidden states of size 2, small enough for a pencil; stands in for a Stream.
+    """Two layers with three neurons on hidden states of size 2, small enough for a pencil; mocks a LayerwiseModel.
 
     Layer i computes h + down_i(relu(h)[.., [0, 1, 1]]): neuron activations are (h0, h1, h1).
     """
@@ -184,7 +184,8 @@ def test_batches_and_padding_play_no_part(tmp_path):
     ]
     for criterion in ("max", "mean", "taylor"):
         one, other = (
-            neuron_scores(Stream(source, FAMILIES["llama"], data), criterion, 0, False) for data in (PADDED, single)
+            neuron_scores(LayerwiseModel(source, FAMILIES["llama"], data), criterion, 0, False)
+            for data in (PADDED, single)
         )
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -55,16 +55,16 @@ def test_the_run_leaves_what_is_promised(finished):
 
 def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished):
     for name in ("recover-1", "recover-2"):
-        facts = records(finished[0])[name]["facts"]
-        told = facts["details"]["decontaminated"]
+        metadata = records(finished[0])[name]["metadata"]
+        told = metadata["details"]["decontaminated"]
         assert told["benchmarks"] == {"tiny_reasoner": {"items": 64, "short": 0, "dropped": told["dropped"]}}
-        assert told["rows"] > facts["rows_dropped"] == told["dropped"] > 0 and told["not_compared"] == []
+        assert told["rows"] > metadata["rows_dropped"] == told["dropped"] > 0 and told["not_compared"] == []
     result = json.loads((finished[0] / "latest" / "result.json").read_text())
-    facts = [records(finished[0])[name]["facts"] for name in ("recover-1", "recover-2")]
-    assert facts[1]["rows_compared"] > facts[0]["rows_compared"]
+    metadata = [records(finished[0])[name]["metadata"] for name in ("recover-1", "recover-2")]
+    assert metadata[1]["rows_compared"] > metadata[0]["rows_compared"]
     assert result["decontaminated"] == {
-        "rows": facts[1]["rows_compared"],  # the second reads the data from its start: it counts those of the first
-        "dropped": facts[1]["rows_dropped"],
+        "rows": metadata[1]["rows_compared"],  # the second reads the data from its start: it counts those of the first
+        "dropped": metadata[1]["rows_dropped"],
         "items": 64,
         "short": 0,
         "not_compared": [],
@@ -75,8 +75,8 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
 
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
-    assert found.pop("report")["facts"] == {"stage": "report"}  # the run is finished
-    order = sorted(found, key=lambda name: found[name]["facts"]["started"])
+    assert found.pop("report")["metadata"] == {"stage": "report"}  # the run is finished
+    order = sorted(found, key=lambda name: found[name]["metadata"]["started"])
     assert order == [*CHAIN, *CONTROL]
     for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):
         if not child.startswith("evaluate"):
@@ -84,7 +84,7 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
             assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
     for child, mother in (("control-prune", "import-model"), ("control-recover", "control-prune")):
         assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
-    assert found["control-prune"]["facts"]["params_before"] == found["import-model"]["pointer"]["params"]
+    assert found["control-prune"]["metadata"]["params_before"] == found["import-model"]["pointer"]["params"]
 
 
 @pytest.mark.slow

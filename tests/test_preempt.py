@@ -36,7 +36,7 @@ def test_save_restore_and_clear(place, tmp_path):
     vault = Vault(place.root, "run", "recover-1.0", "key", 0)
     for step in (2, 4, 6):
         save(vault, folder(tmp_path / "here", step))
-    assert [record["facts"]["folder"] for record in records(vault)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
+    assert [record["metadata"]["folder"] for record in records(vault)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
     assert sum(name.endswith("weights") for name in objects(place)) == 2  # older files are gone
 
     other = tmp_path / "other"
@@ -63,7 +63,7 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri)
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
     pointer = {"uri": uri.format(art=art, home=tmp_path), "digest": "sha256:" + "0" * 64}
-    store.commit(art, "run", "recover-1.0.training-0", {"key": "key", "pointer": pointer, "facts": {}})
+    store.commit(art, "run", "recover-1.0.training-0", {"key": "key", "pointer": pointer, "metadata": {}})
     for step in (2, 4):
         save(vault, folder(tmp_path / "here", step))
     clear(replace(vault, name="recover-1"), stages=1)

@@ -15,7 +15,7 @@ from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.forecast import forecast
 from ptl.importer import import_checkpoint
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.model_checks import load_tokenizer
 from ptl.prune import prune_checkpoint
 from ptl.recover_config import Distil, TrainingData, TrainingSource
@@ -73,7 +73,7 @@ def test_each_way_into_transformers_refuses(own_code):
 
 def job(tmp_path):
     data = TrainingData(sources=[TrainingSource(source="x.jsonl", format="text")])
-    return Job(data, Round(10, (), 1, True, 0), tmp_path / "scratch", lambda *_: None)
+    return RecoveryJob(data, StageBudget(10, (), 1, True, 0), tmp_path / "scratch", lambda *_: None)
 
 
 def test_every_command_refuses(own_code, plain, tmp_path):

@@ -11,7 +11,7 @@ from tiny_models import VARIANTS, batches, build, logits, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl import checkpoint, choose, own_answers
-from ptl.anatomy import Anatomy, anatomy, layers_for, resolve_multiple, width_for
+from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, resolve_multiple, width_for
 from ptl.config import Calibration, DataSource, Prune
 from ptl.data import padded
 from ptl.errors import InputError, WorkError
@@ -22,8 +22,8 @@ from ptl.own_answers import final_answer
 from ptl.prune import prune_checkpoint
 from ptl.repair import fit, magnitude, ridge
 from ptl.sources import read_rows
-from ptl.stream import Stream
-from ptl.surgery import Cut, cut_checkpoint
+from ptl.stream import LayerwiseModel
+from ptl.surgery import Selection, cut_checkpoint
 
 LLAMA = FAMILIES["llama"]
 ALL = tuple(range(4))
@@ -47,7 +47,7 @@ def calibration(tmp_path):
 
 
 def cut(source, calibration, folder, *, unit="neurons", share=0.2, **settings):
-    body = anatomy(source, LLAMA)
+    body = model_dimensions(source, LLAMA)
     goal = int(body.params * (1 - share))
     return prune_checkpoint(source, folder, Prune(**settings), calibration, unit=unit, goal=goal, seed=0)
 
@@ -101,7 +101,7 @@ def test_a_multiple_is_made_to_fit_the_ranks():
 @pytest.mark.parametrize("multiple", [1, 8, 16, 24, 64])
 @pytest.mark.parametrize("goal", range(49_000, 100_001, 3_000))
 def test_widths_are_rounded_down_and_never_grow(goal, multiple):
-    body = Anatomy(params=100_000, layers=4, width=192, params_per_neuron=400, params_per_layer=24_000)
+    body = ModelDimensions(params=100_000, layers=4, width=192, params_per_neuron=400, params_per_layer=24_000)
     width = width_for(body, goal, multiple)
     assert 0 < width <= 192 and (width % multiple == 0 or width == 192)
     after = body.params - (192 - width) * 400
@@ -111,12 +111,12 @@ def test_widths_are_rounded_down_and_never_grow(goal, multiple):
 
 
 def test_an_odd_width_stays_when_nothing_goes():
-    body = Anatomy(params=1000, layers=1, width=10, params_per_neuron=10, params_per_layer=500)
+    body = ModelDimensions(params=1000, layers=1, width=10, params_per_neuron=10, params_per_layer=500)
     assert width_for(body, 1000, 8) == 10 and width_for(body, 2000, 8) == 10 and width_for(body, 999, 8) == 8
 
 
 def test_targets_beyond_reach_are_refused():
-    body = Anatomy(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
+    body = ModelDimensions(params=1000, layers=2, width=16, params_per_neuron=10, params_per_layer=300)
     with pytest.raises(InputError, match=r"schedule.target: 900 .*prune.width_multiple=16 needs at least 1,000"):
         width_for(body, 900, 16)
     with pytest.raises(InputError, match=r"schedule.target"):
@@ -138,7 +138,7 @@ def test_settings_and_criteria_are_the_same_names():
 def test_every_criterion_reaches_the_goal(source, calibration, tmp_path, criterion):
     report = cut(source, calibration, tmp_path / "cut", criterion=criterion)
     assert (report.unit, report.criterion, report.width_multiple) == ("neurons", criterion, 1)
-    assert report.params <= report.goal < report.params + anatomy(source, LLAMA).params_per_neuron
+    assert report.params <= report.goal < report.params + model_dimensions(source, LLAMA).params_per_neuron
     assert report.widths == (report.widths[0],) * 4
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "cut").num_parameters() == report.params
 
@@ -199,11 +199,11 @@ def test_measured_losses_are_those_of_the_cut_checkpoints(variant, tmp_path):
     kept = {i: torch.arange(i, 40, 2)[:18] for i in ALL}
     variants = [Variant(), Variant(frozenset({1})), Variant(frozenset({1, 2})), Variant(neurons=kept)]
     variants.append(Variant(frozenset({3}), {i: kept[i] for i in (0, 1, 2)}))
-    found = losses(Stream(source, family, data), variants, progress=False)
+    found = losses(LayerwiseModel(source, family, data), variants, progress=False)
     assert found.shape == (5, 5)
     for number, one in enumerate(variants):
         folder = tmp_path / str(number)
-        cut_checkpoint(source, folder, family, Cut(tuple(i for i in ALL if i not in one.skipped), one.neurons))
+        cut_checkpoint(source, folder, family, Selection(tuple(i for i in ALL if i not in one.skipped), one.neurons))
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         expected = [
             torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:]).item()
@@ -280,9 +280,9 @@ def test_ridge_is_the_least_squares_solution():
 @pytest.mark.parametrize("variant", ["llama-biases", "gemma2", "phi3", "olmo2"])
 def test_ridge_brings_each_layer_nearer_to_the_uncut_one(variant, tmp_path):
     source, family = save(build(variant), tmp_path / "source"), FAMILIES[VARIANTS[variant][0]]
-    stream = Stream(source, family, batches(((40,) * 8,)))
+    stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
     scores = neuron_scores(stream, "max", 0, progress=False)
-    selected = Cut(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
+    selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
     files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
     assert sorted(files) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
     cut_checkpoint(source, tmp_path / "cut", family, selected, files)
@@ -310,9 +310,9 @@ def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[3:12] *= 20
     source = save(model, tmp_path / "source")
-    stream = Stream(source, family, batches(((40,) * 8,)))
+    stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
     scores = neuron_scores(stream, "max", 0, progress=False)
-    selected = Cut(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
+    selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
     files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
     states = []
     for name, repaired in (("repaired", files), ("plain", None)):
@@ -330,7 +330,7 @@ def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
 def test_magnitude_equals_a_scaled_hidden_state(variant, tmp_path):
     model, family = build(variant), FAMILIES[VARIANTS[variant][0]]
     source = save(model, tmp_path / "source")
-    stream, selected = Stream(source, family, batches()), Cut((0, 3), {})
+    stream, selected = LayerwiseModel(source, family, batches()), Selection((0, 3), {})
     files = magnitude(stream, selected, {}, tmp_path / "repair", progress=False)
     assert files and all(name.startswith("model.layers.3.") for name in files)
     cut_checkpoint(source, tmp_path / "cut", family, selected, files)

@@ -21,7 +21,7 @@ from ptl import checkpoint, nexttoken, training
 from ptl.config import Cpt, Recovery, TrainingData
 from ptl.data import training_chunk
 from ptl.errors import InputError, WorkError
-from ptl.job import Job, Round
+from ptl.job import RecoveryJob, StageBudget
 from ptl.preempt import COMPLETE, last_complete
 from ptl.recover import RECOVERIES, budgets_before
 from ptl.training import learning_rate_curve, optimizer_for
@@ -183,7 +183,9 @@ def test_moments_are_written_only_where_they_are_wanted(small, tmp_path):
 
 
 def curve(*, last, carried=False, steps=100, **settings):
-    return [learning_rate_curve(Cpt(**settings), Round(1, (), 1, last, 0), steps, carried)(i) for i in range(steps)]
+    return [
+        learning_rate_curve(Cpt(**settings), StageBudget(1, (), 1, last, 0), steps, carried)(i) for i in range(steps)
+    ]
 
 
 def test_the_learning_rate_decays_in_the_last_iteration_only():
@@ -416,7 +418,7 @@ def test_a_checkpoint_with_nan_weights_is_not_marked_complete(small, tmp_path):
     good, bad = (tmp_path / f"checkpoint-{step}" for step in (2, 4))
     for folder in (good, bad):
         folder.mkdir()
-    callback = training.watch(Job(DATA, Round(1, (), 1, True, 0), tmp_path, lambda metrics, step: None))
+    callback = training.watch(RecoveryJob(DATA, StageBudget(1, (), 1, True, 0), tmp_path, lambda metrics, step: None))
     model, arguments = torch.nn.Linear(2, 2), SimpleNamespace(output_dir=str(tmp_path))
     callback.on_save(arguments, SimpleNamespace(global_step=2, is_world_process_zero=True), None, model=model)
     model.weight.data[0, 0] = float("nan")

@@ -46,7 +46,7 @@ def scores(params: int, accuracy: float, width: int) -> dict:
 
 
 def speed() -> dict:
-    """Facts of evaluate.side_by_side."""
+    """Metadata of evaluate.side_by_side."""
 
     def model(params: int, times: float, solved: int) -> dict:
         rows = [
@@ -63,7 +63,7 @@ def speed() -> dict:
     }  # fmt: skip
 
 
-def facts(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:
+def metadata(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:
     return {"stage": stage, "arm": arm, "iteration": iteration, "seconds": 3.5 + iteration, "started": 1.76e9} | more
 
 
@@ -95,9 +95,9 @@ def settings() -> dict:
 def records() -> dict:
     """Four accepted iterations that end at 0.98, a control that ends at 0.90."""
     out = {
-        "import-model": facts("import", 0, model="examples/tiny_reasoner/checkpoint", revision="", params=DENSE,
+        "import-model": metadata("import", 0, model="examples/tiny_reasoner/checkpoint", revision="", params=DENSE,
                               versions={"torch": "2.13.0", "ptl": "0.1.0"}, host="fixture"),
-        "evaluate-0": facts("evaluate", 0, scores=scores(DENSE, 0.996, 256), items=items({3}),
+        "evaluate-0": metadata("evaluate", 0, scores=scores(DENSE, 0.996, 256), items=items({3}),
                             verdict={"decision": "baseline", "reason": "the dense model"}),
     }  # fmt: skip
     sizes, accuracies = (163_800, 141_100, 132_400, 127_872), (0.99, 0.986, 0.984, 0.98)
@@ -105,7 +105,7 @@ def records() -> dict:
         out |= arm_records(f"-{i}", "loop", i, params, accuracy, 100_000 * 2**i, WIDTHS[i])
     out["evaluate-4"] |= {"items": items({2, 11}), "speed": speed()}
     out |= arm_records("control", "control", 1, 127_872, 0.9, 3_000_000, WIDTHS[4])
-    return {step: {"step": step, "facts": f, "pointer": pointer_of(step, f)} for step, f in out.items()}
+    return {step: {"step": step, "metadata": f, "pointer": pointer_of(step, f)} for step, f in out.items()}
 
 
 def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
@@ -114,9 +114,9 @@ def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, token
 
     decision = "control" if arm == "control" else "accepted"
     return {
-        step("prune"): facts("prune", i, arm, params=params, criterion="max"),
-        step("recover"): facts("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
-        step("evaluate"): facts("evaluate", i, arm, scores=scores(params, accuracy, width),
+        step("prune"): metadata("prune", i, arm, params=params, criterion="max"),
+        step("recover"): metadata("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
+        step("evaluate"): metadata("evaluate", i, arm, scores=scores(params, accuracy, width),
                                 verdict={"decision": decision, "reason": "within the margin", "p_value": 0.0213}),
     }  # fmt: skip
 
@@ -138,7 +138,7 @@ def no_pictures(monkeypatch):
 
 def reject(records: dict, i: int) -> None:
     """Iteration i fails the gate: its evaluate step passes on what iteration i-1 ended with."""
-    records[f"evaluate-{i}"]["facts"]["verdict"] = {
+    records[f"evaluate-{i}"]["metadata"]["verdict"] = {
         "decision": "rejected",
         "reason": "2.1 points below",
         "margin": 0.01,
@@ -203,14 +203,14 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
 
 
 def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
-    records["import-model"]["facts"]["model"] = NASTY
+    records["import-model"]["metadata"]["model"] = NASTY
     settings["name"] = NASTY
     for record in records.values():
-        for task in record["facts"].get("scores", {}).get("tasks", [])[:1]:
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
             task["task"] = NASTY
-        for item in record["facts"].get("items", []):
+        for item in record["metadata"].get("items", []):
             item["prompt"] = item["task"] = NASTY
-    records["evaluate-1"]["facts"]["verdict"]["reason"] = NASTY
+    records["evaluate-1"]["metadata"]["verdict"]["reason"] = NASTY
     write_report(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
@@ -255,7 +255,7 @@ def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     reject(records, 3)
     accepted = records["evaluate-2"]["pointer"]
     gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "the loop ended in iteration 3: no smaller step left"}
-    records["evaluate-3"]["facts"]["accepted"] = accepted | {"gate": gate}
+    records["evaluate-3"]["metadata"]["accepted"] = accepted | {"gate": gate}
     for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
         del records[step]
     result = write_report(records, settings, tmp_path)
@@ -286,7 +286,7 @@ def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictur
 
 
 def test_a_better_control_is_not_hidden(records, settings):
-    records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.99, 122)
+    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.99, 122)
     result = build(records, settings)
     assert "the control is 1.0 points better than the loop" in verdict(result)
     assert "Final and the control: the 95 % intervals overlap." in notes(result)
@@ -296,18 +296,18 @@ def test_a_better_control_is_not_hidden(records, settings):
     assert "the control is 1.0 points better than the loop" in verdict(real)
     fetch = f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control"
     assert fetch in notes(result)
-    records["control-evaluate"]["facts"]["scores"] = scores(127_872, 0.9, 122)
+    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.9, 122)
     assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
 
 
 def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_path):
     few = {step: record for step, record in records.items() if "control" not in step}
     for record in few.values():
-        record["facts"].pop("items", None)
-        record["facts"].pop("curve", None)
-        record["facts"].pop("speed", None)
-        if "scores" in record["facts"]:
-            record["facts"]["scores"] |= {"speed": [], "tasks": record["facts"]["scores"]["tasks"][:1]}
+        record["metadata"].pop("items", None)
+        record["metadata"].pop("curve", None)
+        record["metadata"].pop("speed", None)
+        if "scores" in record["metadata"]:
+            record["metadata"]["scores"] |= {"speed": [], "tasks": record["metadata"]["scores"]["tasks"][:1]}
     result = write_report(few, settings, tmp_path)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text)
     assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
@@ -316,8 +316,8 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
 
 
 def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_path, no_pictures):
-    records["evaluate-0"]["facts"]["items"] = items({0, 1, 2})
-    records["evaluate-4"]["facts"]["items"] = items(set(range(3, 20)))
+    records["evaluate-0"]["metadata"]["items"] = items({0, 1, 2})
+    records["evaluate-4"]["metadata"]["items"] = items(set(range(3, 20)))
     write_report(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Regressions: 17<" in html and "Improvements: 3<" in html
@@ -344,8 +344,8 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
     chain = ["import-model", "prune-1", "recover-1", "prune-2", "recover-2"]
     for parent, child in itertools.pairwise(chain):
         records[child]["pointer"]["parent_digest"] = records[parent]["pointer"]["digest"]
-    records["prune-1"]["facts"]["removed_layers"] = [1]
-    records["prune-2"]["facts"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
+    records["prune-1"]["metadata"]["removed_layers"] = [1]
+    records["prune-2"]["metadata"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
     result = write_report(records, settings, tmp_path)
     assert [row["removed_layers"] for row in result["rows"]] == [[], [1], [2], [], [], []]
     text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
@@ -361,12 +361,12 @@ def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictu
     assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
     assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
     few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
-    few["evaluate-4"]["facts"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
+    few["evaluate-4"]["metadata"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
     for record in few.values():
-        for task in record["facts"].get("scores", {}).get("tasks", []):
+        for task in record["metadata"].get("scores", {}).get("tasks", []):
             task.update(metric="word_perplexity,none", accuracy=20.0, low=None, high=None)
-        if record["facts"]["stage"] == "recover":
-            record["facts"].update(tokens=0)
+        if record["metadata"]["stage"] == "recover":
+            record["metadata"].update(tokens=0)
     bare = build(few, settings | {"recover": [{"method": "grpo"}]})
     assert accuracy_caption(bare) == "The vertical axis does not begin at zero."
     assert table_caption(bare) == "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
@@ -378,11 +378,11 @@ def test_a_curve_of_one_point_is_drawn(records, settings):
     from ptl.plots import draw
 
     for name, record in records.items():
-        if record["facts"]["stage"] == "recover":
-            record["facts"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
+        if record["metadata"]["stage"] == "recover":
+            record["metadata"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
     svg = draw(build(records, settings))["loss"]["wide"]
     assert re.search(r"<use[^>]*stroke: var\(--loop\)", svg)  # a mark: a line of one point has no length
-    records["recover-1"]["facts"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
+    records["recover-1"]["metadata"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
     assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"]["wide"])
 
 
@@ -391,21 +391,21 @@ def test_rows_that_were_left_out_are_told(records, settings):
     for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
         counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
-        records[name]["facts"] |= counts
+        records[name]["metadata"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
     told += "7 of 500 benchmark items have too few words to be found inside a row."
     assert told in notes(build(records, settings))
-    records["recover-2"]["facts"]["not_compared"] = ["wikitext"]
+    records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
     told += " Training rows were not compared with wikitext, whose items are not known."
     assert told in notes(build(records, settings))
     for name in ("recover-1", "recover-2"):
         nothing = {"rows_compared": 0, "rows_dropped": 0, "benchmark_items": 0, "benchmark_items_short": 0}
-        records[name]["facts"] |= nothing
+        records[name]["metadata"] |= nothing
     assert not [note for note in notes(build(records, settings)) if "left out" in note]
 
 
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
-    records["evaluate-4"]["facts"]["speed"] = {"reason": "the GPU does not hold both"}
+    records["evaluate-4"]["metadata"]["speed"] = {"reason": "the GPU does not hold both"}
     result = write_report(records, settings, tmp_path)
     assert "Speed was not measured: the GPU does not hold both." in notes(result)
     assert "per solved problem" not in (tmp_path / "report.html").read_text()
@@ -427,14 +427,14 @@ def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_picture
 
 
 def test_paired_comparisons_from_the_items(records, settings):
-    records["control-evaluate"]["facts"]["items"] = items({0, 1, 4, 5, 6, 7})
+    records["control-evaluate"]["metadata"]["items"] = items({0, 1, 4, 5, 6, 7})
     result = build(records, settings)
     dense, control = result["paired"]["dense"], result["paired"]["control"]
-    assert (dense["lost"], dense["won"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
-    assert (control["lost"], control["won"]) == (2, 6)
+    assert (dense["regressions"], dense["improvements"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
+    assert (control["regressions"], control["improvements"]) == (2, 6)
     assert not any("--arm control" in note for note in notes(result))
     assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
-    assert "2 lost and 6 won of 20 items, p 0.29" in notes(result)[1]
+    assert "2 regressions and 6 improvements on 20 items, p 0.29" in notes(result)[1]
 
 
 def test_a_gate_that_was_off_is_said(records, settings):
@@ -445,32 +445,35 @@ def test_a_gate_that_was_off_is_said(records, settings):
 def test_the_headline_says_inferior_when_the_final_model_is(records, settings, tmp_path, no_pictures):
     settings["gate"]["enabled"] = False
     for step, wrong in (("evaluate-0", {3}), ("evaluate-4", set(range(18)))):
-        records[step]["facts"]["items"] = items(wrong)
-        records[step]["facts"]["scores"] = scores(DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122)
+        records[step]["metadata"]["items"] = items(wrong)
+        records[step]["metadata"]["scores"] = scores(
+            DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122
+        )
     result = write_report(records, settings, tmp_path)
     sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points); one-shot"
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text(), name
     assert sentence in verdict(result)
-    records["evaluate-4"]["facts"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
+    records["evaluate-4"]["metadata"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
     assert "inferior" not in verdict(build(records, settings))
 
 
 def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
-    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "lost": 11, "won": 3, "items": 500,
+    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "regressions": 11, "improvements": 3, "items": 500,
             "p_different": 0.0574, "alpha": 0.05, "margin": 0.02}  # fmt: skip
-    records["evaluate-4"]["facts"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
+    records["evaluate-4"]["metadata"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
     write_report(records, settings, tmp_path)
     text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 lost and 3 won of 500 items, p 0.057" in text
+    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 regressions and 3 improvements" in text
+    assert "improvements on 500 items, p 0.057" in text
     assert "target params 127,873" in text
 
 
 def test_a_run_judged_by_perplexity(records, settings, tmp_path):
     """A run may be judged by a metric without intervals, where less is better."""
     for record in records.values():
-        for task in record["facts"].get("scores", {}).get("tasks", [])[:1]:
-            worse = 25.0 if record["facts"]["arm"] == "control" else 20.0 + record["facts"]["iteration"] / 2
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
+            worse = 25.0 if record["metadata"]["arm"] == "control" else 20.0 + record["metadata"]["iteration"] / 2
             task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
     result = write_report(records, settings, tmp_path)
     assert verdict(result).endswith(
@@ -480,7 +483,7 @@ def test_a_run_judged_by_perplexity(records, settings, tmp_path):
 
 def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, tmp_path, no_pictures):
     for record in records.values():
-        for task in record["facts"].get("scores", {}).get("tasks", [])[1:]:
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[1:]:
             task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
     write_report(records, settings, tmp_path)
     assert '<td class="n">21.53</td>' in (tmp_path / "report.html").read_text()
@@ -510,7 +513,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     results = ModelCard(card).data.eval_results
     assert [(r.dataset_name, r.metric_value) for r in results] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in results} == {("exact_match", "exact_match,final-number")}
-    records["import-model"]["facts"] |= {"model": "org/model-1", "license": "apache-2.0"}
+    records["import-model"]["metadata"] |= {"model": "org/model-1", "license": "apache-2.0"}
     write_report(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
@@ -523,7 +526,7 @@ def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
         made = arm_records(f"-{i}", "loop", i, 213_000 - 1_000 * i, 0.98, 100_000, 250 - i)
         made[f"recover-{i}"]["curve"] = curve(100_000, 1.2) * 50
         made[f"evaluate-{i}"]["scores"]["widths"] = [250 - i] * 64
-        long |= {step: {"facts": f, "pointer": pointer_of(step, f)} for step, f in made.items()}
+        long |= {step: {"metadata": f, "pointer": pointer_of(step, f)} for step, f in made.items()}
     write_report(long, settings, tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
@@ -542,7 +545,7 @@ def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
 def schedule_of(records: dict, starts: dict[str, float], seconds: float) -> dict:
     """Every step takes `seconds`; it starts at `starts[step]`, counted from the run's first."""
     for step, record in records.items():
-        record["facts"] |= {"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds}
+        record["metadata"] |= {"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds}
     return records
 
 
@@ -574,7 +577,7 @@ def test_arms_beside_each_other_take_less_wall_clock_than_work(records, settings
 def test_a_resumed_run_says_that_its_pause_is_counted(records, settings):
     one_after_another(records, 600.0)
     for step in ("control-prune", "control-recover", "control-evaluate"):  # the run was resumed a day later
-        records[step]["facts"]["started"] += 86_400
+        records[step]["metadata"]["started"] += 86_400
     result = build(records, settings)
     assert result["idle_seconds"] == 86_400 and result["wall_seconds"] == 86_400 + 17 * 600
     assert wall_clock(result) == (
@@ -594,7 +597,7 @@ def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
 
 def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, no_pictures):
     """Records of other origin, and a result.json of an older version."""
-    del records["recover-2"]["facts"]["started"]
+    del records["recover-2"]["metadata"]["started"]
     result = write_report(records, settings, tmp_path)
     assert result["wall_seconds"] is None and wall_clock(result) == ""
     added = ("wall_seconds", "idle_seconds", "control_failed", "not_finished")
@@ -668,7 +671,7 @@ def test_a_run_whose_control_finished_says_nothing_of_failures(records, settings
     ],
 )
 def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures, beside, warning):
-    records["evaluate-4"]["facts"]["speed"]["beside"] = beside
+    records["evaluate-4"]["metadata"]["speed"]["beside"] = beside
     result = write_report(records, settings, tmp_path)
     assert result["speed"]["beside"] == beside
     html = (tmp_path / "report.html").read_text()
@@ -680,10 +683,10 @@ def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path,
 
 
 def test_speed_measured_alone_has_no_warning(records, settings, tmp_path, no_pictures):
-    records["evaluate-4"]["facts"]["speed"]["beside"] = []
+    records["evaluate-4"]["metadata"]["speed"]["beside"] = []
     result = write_report(records, settings, tmp_path)
     assert "read the ratio" not in (tmp_path / "report.html").read_text() + " ".join(notes(result))
-    records["evaluate-4"]["facts"]["speed"] = {"reason": "no memory", "beside": ["control-recover"]}
+    records["evaluate-4"]["metadata"]["speed"] = {"reason": "no memory", "beside": ["control-recover"]}
     assert "Speed was not measured: no memory." in notes(build(records, settings))
 
 
@@ -707,6 +710,6 @@ def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, setting
     assert [step["step"] for step in result["steps"]] == expected
     assert [row["step"] for row in result["rows"]] == [step for step in expected if "evaluate" in step]
     assert result["final"]["model_version"] == "2" and final_row(result)["iteration"] == 4
-    records |= {step: {**record, "facts": record["facts"] | {"started": 1.76e9 - starts[step]}}
+    records |= {step: {**record, "metadata": record["metadata"] | {"started": 1.76e9 - starts[step]}}
                 for step, record in records.items()}  # fmt: skip
     assert [step["step"] for step in build(records, settings)["steps"]] == expected

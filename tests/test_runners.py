@@ -7,7 +7,7 @@ from kfp import compiler, dsl
 from kfp.dsl import Artifact, Input, Output
 
 from pipelines.prune_tune_loop.compact import compact
-from pipelines.prune_tune_loop.runners import Job, run_subprocess
+from pipelines.prune_tune_loop.runners import RunnerJob, run_subprocess
 from ptl.config import Config
 from ptl.errors import WorkError
 
@@ -45,7 +45,7 @@ def test_a_killed_process_is_reported_as_such(tmp_path):
     path = tmp_path / "pipeline.yaml"
     compiler.Compiler().compile(small, str(path))
     with pytest.raises(WorkError, match=r"'dies'\. Its process left no reason, as when it is killed") as caught:
-        run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, "", ("dies",)))
+        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("dies",)))
     assert "\x1b" not in str(caught.value)
 
 
@@ -62,5 +62,5 @@ def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     compiler.Compiler().compile(small, str(path))
     compact(path)
     assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
-    run_subprocess(Job(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
+    run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
     assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 from ptl import bounded_json, checkpoint, shapes
-from ptl.anatomy import anatomy
+from ptl.anatomy import model_dimensions
 from ptl.cli import app
 from ptl.config import Prune, Schedule, load_config
 from ptl.cost import from_config
@@ -57,7 +57,7 @@ def changed(folder, tmp_path, **changes):
 
 def refusal(folder, variant):
     with pytest.raises(InputError) as error:
-        anatomy(folder, FAMILIES[VARIANTS[variant][0]])
+        model_dimensions(folder, FAMILIES[VARIANTS[variant][0]])
     assert str(error.value).startswith("model.path: ")
     return str(error.value)
 
@@ -79,7 +79,7 @@ def test_parameters_are_those_of_the_real_model(folders, variant):
     model, config = build(variant), checkpoint.read_config(folders(variant))
     family = FAMILIES[VARIANTS[variant][0]]
     params, products = shapes.count(config, family, shapes.sizes(config, family, "config.json"))
-    assert params == model.num_parameters() == anatomy(folders(variant), family).params
+    assert params == model.num_parameters() == model_dimensions(folders(variant), family).params
     assert products == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
@@ -103,7 +103,7 @@ def test_a_size_that_differs_from_the_weights_is_named(folders, tmp_path, varian
 
 def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
     folder = changed(folders("llama"), tmp_path, head_dim=...)
-    assert anatomy(folder, FAMILIES["llama"]).layers == 4
+    assert model_dimensions(folder, FAMILIES["llama"]).layers == 4
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 8')
     )
@@ -171,7 +171,7 @@ def test_layer_types_fit_the_layers(folders, tmp_path, types):
 
 def test_what_transformers_knows_is_let_through(folders, tmp_path):
     changes = {"rope_parameters": YARN | {"rope_theta": 1e4}, "hidden_act": "swish", "quantization_config": None}
-    assert anatomy(changed(folders("llama"), tmp_path, **changes), FAMILIES["llama"]).layers == 4
+    assert model_dimensions(changed(folders("llama"), tmp_path, **changes), FAMILIES["llama"]).layers == 4
 
 
 def test_names_and_defaults_are_those_of_transformers():
@@ -219,7 +219,7 @@ def with_output_layer(folder, tmp_path, change=0.0):
 def test_a_tied_output_layer_that_is_stored_too_counts_once(folders, tmp_path, variant):
     folder = with_output_layer(folders(variant), tmp_path)
     params = build(variant).num_parameters()
-    assert anatomy(folder, FAMILIES[VARIANTS[variant][0]]).params == checkpoint.num_params(folder) == params
+    assert model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params == checkpoint.num_params(folder) == params
     assert from_config(folder).params == params
 
 
@@ -286,9 +286,11 @@ def test_sizes_of_a_tensor_that_are_no_whole_numbers_are_refused(tmp_path, shape
 
 def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
     code = (
-        "import sys; from pathlib import Path; from ptl.anatomy import anatomy; from ptl.families import FAMILIES;"
+        "import sys; from pathlib import Path; from ptl.anatomy import model_dimensions;"
+        "from ptl.families import FAMILIES;"
         "from ptl.forecast import shape_of; shape_of(sys.argv[1]);"
-        "print(anatomy(Path(sys.argv[1]), FAMILIES['llama']).layers, {'torch', 'transformers'} & sys.modules.keys())"
+        "print(model_dimensions(Path(sys.argv[1]), FAMILIES['llama']).layers,"
+        "{'torch', 'transformers'} & sys.modules.keys())"
     )
     out = subprocess.run([sys.executable, "-c", code, folders("llama")], check=True, capture_output=True, text=True)
     assert out.stdout == "4 set()\n"

@@ -55,7 +55,7 @@ def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, mo
     with pytest.raises(WorkError, match="the record of import-model is gone"):
         steps._original(run)
     pointer = Pointer(f"file://{tmp_path}/gone", "sha256:" + "d" * 64)
-    store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "facts": {}})
+    store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
     with pytest.raises(WorkError, match="is gone"):
         steps._original(run)
 

@@ -41,7 +41,7 @@ def record(pointer, key="k1"):
     return {
         "key": key,
         "pointer": asdict(pointer),
-        "facts": {"seconds": 1.5},
+        "metadata": {"seconds": 1.5},
     }
 
 
@@ -56,7 +56,7 @@ def test_round_trip(place, folder, tmp_path):
     assert store.committed(place.root, "run1", "prune-1") is None
     written = store.commit(place.root, "run1", "prune-1", record(pointer))
     assert store.committed(place.root, "run1", "prune-1") == written
-    assert written["facts"] == {"seconds": 1.5}
+    assert written["metadata"] == {"seconds": 1.5}
     found = store.fetch(store.pointer_of(written["pointer"]), tmp_path / "cache")
     assert contents(found) == contents(folder)
     assert (found / "model.safetensors").stat().st_mode & 0o044  # safetensors writes 0600: other UIDs must read too

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from ptl import checkpoint
 from ptl.families import FAMILIES
-from ptl.surgery import Cut, cut_checkpoint, cut_config, cut_tensor
+from ptl.surgery import Selection, cut_checkpoint, cut_config, cut_tensor
 
 LLAMA = FAMILIES["llama"]
 ALL = tuple(range(4))
 KEPT = torch.tensor([0, 2, 3])
-CUT = Cut((0, 2), {0: KEPT, 2: KEPT + 1})
+CUT = Selection((0, 2), {0: KEPT, 2: KEPT + 1})
 
 
 @pytest.mark.parametrize("moment", ["", "exp_avg.", "exp_avg_sq."])
@@ -58,20 +58,20 @@ def test_both_blocks_of_a_fused_tensor_are_cut():
 
 def test_config_counts_of_leading_layers():
     config = {"num_hidden_layers": 6, "intermediate_size": 8, "max_window_layers": 3, "layer_types": list("aaabbb")}
-    cut = cut_config(config, FAMILIES["qwen2"], Cut((0, 2, 4, 5), {}))
+    cut = cut_config(config, FAMILIES["qwen2"], Selection((0, 2, 4, 5), {}))
     assert cut == {
         "num_hidden_layers": 4,
         "intermediate_size": 8,
         "max_window_layers": 2,
         "layer_types": list("aabb"),
     }
-    beyond = cut_config({**config, "max_window_layers": 28}, FAMILIES["qwen2"], Cut((0, 5), {}))
+    beyond = cut_config({**config, "max_window_layers": 28}, FAMILIES["qwen2"], Selection((0, 5), {}))
     assert beyond["max_window_layers"] >= beyond["num_hidden_layers"]
 
 
 def test_widths_must_be_uniform():
     with pytest.raises(AssertionError, match="widths differ"):
-        cut_config({"num_hidden_layers": 2}, LLAMA, Cut((0, 1), {0: KEPT, 1: KEPT[:2]}))
+        cut_config({"num_hidden_layers": 2}, LLAMA, Selection((0, 1), {0: KEPT, 1: KEPT[:2]}))
 
 
 def test_adam_moments_are_cut_with_the_weights(tmp_path):
@@ -82,7 +82,7 @@ def test_adam_moments_are_cut_with_the_weights(tmp_path):
     state = {f"exp_avg.{name}": p.detach() * 2 for name, p in model.named_parameters()}
     state |= {f"exp_avg_sq.{name}": p.detach() ** 2 for name, p in model.named_parameters()}
     checkpoint.write_shard(source / checkpoint.STATE, state | {"step": torch.tensor(7.0)})
-    cut_checkpoint(source, tmp_path / "cut", LLAMA, Cut((0, 1, 3), dict.fromkeys((0, 1, 3), KEPT)))
+    cut_checkpoint(source, tmp_path / "cut", LLAMA, Selection((0, 1, 3), dict.fromkeys((0, 1, 3), KEPT)))
     weights = dict(checkpoint.tensors(tmp_path / "cut/model.safetensors"))
     after = dict(checkpoint.tensors(tmp_path / "cut" / checkpoint.STATE))
     assert after.pop("step") == 7 and len(after) == 2 * len(weights) < 2 * len(names)
@@ -93,7 +93,7 @@ def test_adam_moments_are_cut_with_the_weights(tmp_path):
 
 def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):
     source = save(build("llama"), tmp_path / "source", "8KB")
-    cut_checkpoint(source, tmp_path / "cut", LLAMA, Cut((0,), {}))
+    cut_checkpoint(source, tmp_path / "cut", LLAMA, Selection((0,), {}))
     index = json.loads((tmp_path / "cut" / checkpoint.INDEX).read_text())
     files = {path.name for path in (tmp_path / "cut").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files and len(files) < len(checkpoint.shards(source))
@@ -101,7 +101,7 @@ def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):
 
 
 def test_weight_files_can_be_read_by_others(tmp_path):
-    cut_checkpoint(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, Cut(ALL, {}))
+    cut_checkpoint(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, Selection(ALL, {}))
     assert (tmp_path / "cut/model.safetensors").stat().st_mode & 0o777 == 0o644
 
 

@@ -26,9 +26,9 @@ def run(tmp_path, monkeypatch):
     items(tmp_path / "scores", right=200)
     files = store.publish(tmp_path / "scores", f"file://{tmp_path}/published")
     pointer = Pointer(f"file://{tmp_path}/published", store.digest_of(files))
-    facts = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
+    metadata = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
     for name, where in (("evaluate-0", pointer), ("import-model", DENSE)):
-        store.commit(run.root, run.run, name, {"key": "k", "pointer": where.__dict__, "facts": facts})
+        store.commit(run.root, run.run, name, {"key": "k", "pointer": where.__dict__, "metadata": metadata})
     return run
 
 

@@ -26,7 +26,7 @@ ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.
 
 
 @dataclass(frozen=True)
-class Job:
+class RunnerJob:
     """One execution of a compiled pipeline."""
 
     config: Config
@@ -37,7 +37,7 @@ class Job:
     steps: tuple[str, ...]  # in the order of their execution
 
 
-def run_subprocess(job: Job, verbose: bool = False) -> None:
+def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     """Execute every task in a process of this machine's Python. Raises the failed task's error."""
     from kfp import local
 
@@ -45,7 +45,7 @@ def run_subprocess(job: Job, verbose: bool = False) -> None:
     _execute(local.SubprocessRunner(use_venv=False), job, verbose)
 
 
-def run_docker(job: Job, verbose: bool = False) -> None:
+def run_docker(job: RunnerJob, verbose: bool = False) -> None:
     """Execute every task in a container of its image. Raises the failed task's error."""
     from kfp import local
 
@@ -56,12 +56,12 @@ def run_docker(job: Job, verbose: bool = False) -> None:
         containers.remove_leftovers(job.folder)
 
 
-RUNNERS: dict[str, Callable[[Job, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
+RUNNERS: dict[str, Callable[[RunnerJob, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
 # What an earlier command may have left at work in a run's folder: a killed one's containers outlive it.
 CLEAR: dict[str, Callable[[Path], None]] = {"subprocess": lambda folder: None, "docker": containers.remove_leftovers}
 
 
-def _execute(runner: Any, job: Job, verbose: bool) -> None:
+def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     """Run the YAML with its own defaults; everything that tasks print goes to `folder/log.txt`."""
     from kfp import components, local
 
