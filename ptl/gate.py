@@ -4,7 +4,8 @@ Three statements about a candidate against a reference, over the same items, wit
 
 - *inferior*: the accuracy fell by more than m, and the exact one-sided McNemar test calls the fall real (p <= alpha).
   However many items change between two evaluations of the same model, each is as likely a regression as an
-  improvement, and the test's exact significance level is at most alpha: they are called inferior with a probability of at most alpha.
+  improvement, and the test's exact significance level is at most alpha: they are called inferior with a probability of
+  at most alpha.
 - *not inferior*: the lower bound of the paired bootstrap (one-sided, level alpha) lies above -m.
 - *unclear*: neither; the items are too few for the margin.
 """
