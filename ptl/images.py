@@ -1,9 +1,8 @@
-"""The steps' images: their names, and building and pushing them with buildx. Light: compiling imports it."""
+"""Building and pushing the steps' images with buildx, and asking the engine for them."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,50 +10,11 @@ from pathlib import Path
 
 from ptl import __version__
 from ptl.errors import InputError, WorkError
+from ptl.image_names import IMAGE_OF, IMAGES, image, names  # noqa: F401
 from ptl.provenance import revision_of
-
-# Which image a kind of step runs in: five steps, three images.
-IMAGE_OF = {
-    "import-model": "prune",
-    "prune": "prune",
-    "recover": "recover",
-    "evaluate": "evaluate",
-    "report": "evaluate",
-    "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
-}
-IMAGES = ("prune", "recover", "evaluate")
 
 ROOT = Path(__file__).parents[1]
 BAKE_FILE = Path("docker", "docker-bake.hcl")
-
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_REGISTRY = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*")
-
-
-def image(step: str, registry: str = "", tag: str | None = None) -> str:
-    """The image of a step: `[<registry>/]ptl-<image>:<tag>`.
-
-    `step` is a key of IMAGE_OF; `registry` is a host with an optional path and without scheme, or empty for the local
-    engine's own images; without a tag it is the package's version. Raises InputError for anything that the image
-    reference grammar refuses.
-    """
-    tag = __version__ if tag is None else tag
-    if step not in IMAGE_OF:
-        raise InputError(f"step: {step!r} has no image; steps are {', '.join(IMAGE_OF)}")
-    if registry and not _REGISTRY.fullmatch(registry):
-        raise InputError(
-            f"registry: {registry!r} is not a registry; give host[:port][/path] in lower case, without scheme and "
-            "without a slash at the end, for example registry.example.com/team"
-        )
-    if not _TAG.fullmatch(tag):
-        raise InputError(f"tag: {tag!r} is not an image tag; use up to 128 letters, digits, '_', '.' and '-'")
-    return f"{registry}/ptl-{IMAGE_OF[step]}:{tag}" if registry else f"ptl-{IMAGE_OF[step]}:{tag}"
-
-
-def names(registry: str = "", tag: str | None = None, *, vllm: bool = False) -> list[str]:
-    """The three images, in the order of IMAGES; with `vllm` also that of evaluate on vLLM, made by bake alone."""
-    steps = (*IMAGES, "evaluate-vllm") if vllm else IMAGES
-    return [image(step, registry, tag) for step in steps]
 
 
 def build(
