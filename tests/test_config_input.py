@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl import run_directory, suggest, yaml_text
-from ptl.config import Config, _assign, check, essentials, load_config, pairs, plan, removal
+from ptl.config import Config, assign, check, essentials, load_config, pairs, plan, removal
 from ptl.errors import InputError
 from ptl.section import Section
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-FIELDS = suggest._names(Config)
+FIELDS = suggest.field_names(Config)
 
 numbers = st.one_of(
     st.integers(-3, 3),
@@ -195,7 +195,7 @@ def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     (folder / "models/mine").mkdir(parents=True)
     raw = yaml.safe_load(TINY.read_text())
     for dotted, value in PATHS.items():
-        _assign(raw, dotted, value)
+        assign(raw, dotted, value)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
     config = load_config(folder / "config.yaml")
     names = ["models/mine", "calibration.parquet", "training.jsonl", "data", "task.yaml"]
