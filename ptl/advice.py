@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from ptl.config import Config, NextToken, Prune, Schedule, plan, removal
+from ptl.config import Config
+from ptl.recover_config import NextToken
+from ptl.schedule import Prune, Schedule, plan, removal
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
+SOME_TOKENS = 10**9  # enough to divide
 
 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
-    return [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
+    if not config.gate.enabled:
+        return []
+    return [*_starved_iterations(config), *_undecayed(config)]
 
 
 def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
     """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
-    removed = removal(params, schedule.target)
-    small = [it for it in plan(schedule, prune) if it.unit == "layers" and it.cut * removed < params_per_layer]
-    if not small:
+    total = removal(params, schedule.target)
+    layer_iterations = [iteration for iteration in plan(schedule, prune) if iteration.unit == "layers"]
+    too_small = [iteration for iteration in layer_iterations if iteration.cut * total < params_per_layer]
+    if not too_small:
         return []
-    which = ", ".join(str(it.index) for it in small)
+    numbers = ", ".join(str(iteration.index) for iteration in too_small)
+    planned = int(too_small[-1].cut * total)
     return [
-        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {which} is planned to remove "
-        f"{int(small[-1].cut * removed):,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or "
-        "none; set schedule.cuts=uniform, or fewer iterations for layers"
+        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {numbers} is planned to remove "
+        f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
+        "set schedule.cuts=uniform, or fewer iterations for layers"
     ]
 
 
@@ -30,13 +37,15 @@ def _starved_iterations(config: Config) -> list[str]:
     """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
     schedule = config.schedule
     if not schedule.recovery_tokens:  # GRPO alone, limited by its steps, which are shared out in the same way
-        schedule = schedule.model_copy(update={"recovery_tokens": 10**9})
+        schedule = schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
     total = schedule.recovery_tokens
-    starved = [it for it in plan(schedule, config.prune) if it.tokens < FAIR * it.cut * total]
+    iterations = plan(schedule, config.prune)
+    starved = [iteration for iteration in iterations if iteration.tokens < FAIR * iteration.cut * total]
     if not starved:
         return []
     first = starved[0]
-    removed, trained = 100 * float(first.cut), 100 * first.tokens / total
+    removed = 100 * float(first.cut)  # percent of the removal
+    trained = 100 * first.tokens / total  # percent of the recovery
     return [
         f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
         f"{first.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; the gate "
@@ -46,8 +55,10 @@ def _starved_iterations(config: Config) -> list[str]:
 
 def _undecayed(config: Config) -> list[str]:
     """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
-    decayed = all(stage.decay == "each" for stage in config.recover if isinstance(stage, NextToken))
-    if decayed or config.schedule.iterations == 1:
+    if config.schedule.iterations == 1:
+        return []
+    stages = [stage for stage in config.recover if isinstance(stage, NextToken)]
+    if all(stage.decay == "each" for stage in stages):
         return []
     return [
         "recover.decay=last, with the gate on: all iterations but the last are judged at the full learning rate, and a "

@@ -20,22 +20,23 @@ _NAME = re.compile(r"(control-)?(doctor|import|prune|recover|evaluate|report)(?:
 class Source:
     """An output of another step."""
 
-    step: str
-    output: str
+    step: str  # for example prune-1
+    output: str  # name of the artifact
 
 
 @dataclass(frozen=True)
 class Node:
     """One step: `inputs` are its artifacts by name, `after` the steps that it waits for without taking anything."""
 
-    name: str
-    inputs: Mapping[str, Source]
-    after: tuple[str, ...] = ()
+    name: str  # for example control-recover
+    inputs: Mapping[str, Source]  # artifact's name in this step -> where it comes from
+    after: tuple[str, ...] = ()  # steps that are waited for
 
     @property
     def needs(self) -> tuple[str, ...]:
         """All steps that must have ended before this one starts."""
-        return tuple(dict.fromkeys([*(source.step for source in self.inputs.values()), *self.after]))
+        makers = [source.step for source in self.inputs.values()]
+        return tuple(dict.fromkeys([*makers, *self.after]))  # each once, in order
 
 
 def stage_of(name: str) -> str:
@@ -51,14 +52,18 @@ def arm_of(name: str) -> Arm:
 def iteration_of(name: str) -> int:
     """`prune-3` is of iteration 3, the control's steps are of its only one, all others of 0."""
     control, _, number = _parts(name)
-    return int(number or bool(control))
+    if number:
+        return int(number)
+    return 1 if control else 0
 
 
 def _parts(name: str) -> tuple[str, str, str]:
+    """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
-    return match[1] or "", match[2], match[3] or ""
+    control, stage, number = match.groups(default="")
+    return control, stage, number
 
 
 def nodes(config: Config) -> list[Node]:
@@ -68,41 +73,52 @@ def nodes(config: Config) -> list[Node]:
     an iteration starts from the recovered model while that is still being evaluated. Every recovery takes what
     evaluate-0 wrote, because training rows are compared with the items of the benchmarks.
     """
-    doctor = [Node("doctor", {})] if config.resources.doctor else []
-    steps = [*doctor, Node("import-model", {}, ("doctor",) if doctor else ())]
-    steps.append(Node("evaluate-0", {"model": Source("import-model", "out")}))
-    start = Source("import-model", "out")
-    for iteration in range(1, config.schedule.iterations + 1):
-        arm = _iteration(f"{{}}-{iteration}", start, fallback=config.gate.enabled)
-        steps += arm
-        start = Source(arm[-1].name, "accepted") if config.gate.enabled else Source(arm[-2].name, "out")
-    last = steps[-1].name
+    steps: list[Node] = []
+    if config.resources.doctor:
+        steps.append(Node("doctor", {}))
+    steps.append(Node("import-model", {}, after=_ends(steps)))
+    dense = Source("import-model", "out")
+    steps.append(Node("evaluate-0", {"model": dense}))
+
+    # The loop.
+    parent = dense
+    for number in range(1, config.schedule.iterations + 1):
+        prune, recover, evaluate = _iteration(f"{{}}-{number}", parent, fallback=config.gate.enabled)
+        steps += [prune, recover, evaluate]
+        # With the gate on the next iteration waits for the verdict, which decides what it starts from.
+        parent = Source(evaluate.name, "accepted") if config.gate.enabled else Source(recover.name, "out")
+    results = {"final": Source(steps[-1].name, "accepted")}
+
+    # The control arm.
     if config.control:
-        waits = _ends(steps) if config.resources.control == "after" else ()
-        steps += _iteration("control-{}", Source("import-model", "out"), fallback=False, after=waits)
-    results = {"final": Source(last, "accepted")}
-    if config.control:
+        after = _ends(steps) if config.resources.control == "after" else ()
+        steps += _iteration("control-{}", dense, fallback=False, after=after)
         results["control"] = Source(steps[-1].name, "accepted")
-    taken = {source.step for source in results.values()}
-    steps.append(Node("report", results, tuple(name for name in _ends(steps) if name not in taken)))
+
+    # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
+    inputs = {source.step for source in results.values()}
+    others = tuple(name for name in _ends(steps) if name not in inputs)
+    steps.append(Node("report", results, after=others))
     return steps
 
 
 def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
     """The steps that no other one waits for: with the gate off each evaluation is one."""
-    needed = {name for node in steps for name in node.needs}
+    needed: set[str] = set()
+    for node in steps:
+        needed.update(node.needs)
     return tuple(node.name for node in steps if node.name not in needed)
 
 
-def _iteration(name: str, start: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
+def _iteration(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
     """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started."""
-    prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
-    scored = {"model": Source(recover, "out")} | ({"fallback": start} if fallback else {})
-    return [
-        Node(prune, {"model": start}, after),
-        Node(recover, {"model": Source(prune, "out"), "scored": Source("evaluate-0", "scores")}),
-        Node(evaluate, scored),
-    ]
+    prune = Node(name.format("prune"), {"model": parent}, after)
+    pruned = Source(prune.name, "out")
+    recover = Node(name.format("recover"), {"model": pruned, "scored": Source("evaluate-0", "scores")})
+    inputs = {"model": Source(recover.name, "out")}
+    if fallback:
+        inputs["fallback"] = parent
+    return [prune, recover, Node(name.format("evaluate"), inputs)]
 
 
 def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[float, list[str]]:
@@ -111,14 +127,19 @@ def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[flo
     A step without a cost counts as 0. No run can end earlier, whatever runs beside it.
     """
     ends: dict[str, float] = {}
-    before: dict[str, str | None] = {}
+    latest_needs: dict[str, str | None] = {}
     for node in steps:  # nodes are listed after those that they need
         latest = max(node.needs, key=ends.__getitem__, default=None)
-        before[node.name] = latest
-        ends[node.name] = cost.get(node.name, 0.0) + (ends[latest] if latest else 0.0)
-    name: str | None = max(ends, key=ends.__getitem__)
-    total, path = ends[str(name)], []
+        start = 0.0 if latest is None else ends[latest]
+        ends[node.name] = start + cost.get(node.name, 0.0)
+        latest_needs[node.name] = latest
+
+    # Back from the step that ends last.
+    last = max(ends, key=ends.__getitem__)
+    path: list[str] = []
+    name: str | None = last
     while name is not None:
         path.append(name)
-        name = before[name]
-    return total, path[::-1]
+        name = latest_needs[name]
+    path.reverse()
+    return ends[last], path

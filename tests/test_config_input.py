@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl import run_directory, suggest, yaml_text
-from ptl.config import Config, assign, check, essentials, load_config, pairs, plan, removal
+from ptl.config import Config, assign, check, essentials, load_config, pairs
 from ptl.errors import InputError
+from ptl.schedule import plan, removal
 from ptl.section import Section
 
 ROOT = Path(__file__).parents[1]
