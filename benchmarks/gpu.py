@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 import ptl
-from ptl import forecast
+from ptl import forecast_model
 from ptl.gpus import DRIVER_NAMES, GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
@@ -72,7 +72,8 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             gpu_peak()  # of the loop before: its model is released
             rates[name].append(loop(model, settings, job))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
-    flops = 3 * forecast.forward_flops(forecast.shape_of(str(model)), 1, given.length)  # of a token, with backward
+    shape = forecast_model.shape_of(str(model))
+    flops = 3 * forecast_model.forward_flops(shape, 1, given.length)  # of a token, with backward
     peak = peak_flops(device(), given.dtype, given.peak)
     found = {}
     for name, values in rates.items():

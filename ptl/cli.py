@@ -101,10 +101,10 @@ def plan(
     """
     from rich.console import Console
 
-    from ptl import forecast
+    from ptl import forecast, forecast_table
 
     said = forecast.forecast(load_config(config, pairs("--set", sets)), gpu, count)
-    Console().print(forecast.table(said))
+    Console().print(forecast_table.table(said))
     for warning in said.warnings:
         print(f"warning: {warning}")
 

@@ -11,6 +11,7 @@ import typer
 
 from ptl import garbage, inventory, runs
 from ptl.cli_options import Home, Servers
+from ptl.units import size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,13 +67,3 @@ def _show(held: Any, verdicts: list[Any]) -> None:
             kept[verdict.why] += verdict.stored.bytes
         for why, total in kept.items():
             print(f"    kept   {size(total):>9} {why}")
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -7,6 +7,7 @@ from typing import Any
 from ptl import decontaminate, speeds
 from ptl.plots import begins_at_zero, is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
+from ptl.units import duration
 
 MINUTE = 60.0  # seconds: below it two durations count as the same
 
@@ -100,16 +101,6 @@ def wall_clock(result: Result) -> str:
         f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it between the steps (pauses, start-up, "
         f"failed attempts); {summed}, without loading libraries and checkpoints."
     )
-
-
-def duration(seconds: float) -> str:
-    """4.2 -> `4.2 s`, 230 -> `3 min 50 s`, 26,000 -> `7 h 13 min`."""
-    if round(seconds, 1) < MINUTE:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = ((hours, "h"), (minutes, "min"), (0 if hours else rest, "s"))
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
 def not_needed(result: Result) -> list[tuple[str, list[int]]]:

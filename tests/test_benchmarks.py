@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import train
 
-from ptl import forecast
+from ptl import forecast_model
 from ptl.gpus import DRIVER_NAMES, GPUS
 
 TINY = ["--shape", "0.5M", "--steps", "4", "--warmup", "2", "--length", "32", "--batch-size", "2", "--items", "4"]
@@ -59,9 +59,9 @@ def test_evaluation_is_measured_by_either(measured, part):
 
 def test_utilization_is_that_of_the_data_sheet(model):
     """By hand: 6 FLOPs per weight and token, of a causal context of n tokens on average n / 2."""
-    shape = forecast.shape_of(str(model))
+    shape = forecast_model.shape_of(str(model))
     weights = 4 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 288) + 96 * 512
-    assert 3 * forecast.forward_flops(shape, 1, 1024) == 6 * weights + 6 * 4 * 96 * 1024
+    assert 3 * forecast_model.forward_flops(shape, 1, 1024) == 6 * weights + 6 * 4 * 96 * 1024
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16", None) == 989e12
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None) is None
     assert gpu.peak_flops("NVIDIA H100 NVL", "bfloat16", 835e12) == 835e12

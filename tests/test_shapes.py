@@ -23,7 +23,7 @@ from ptl.cost import from_config
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
-from ptl.forecast import shape_of
+from ptl.forecast_model import shape_of
 from ptl.importer import check_model, import_checkpoint
 from ptl.model_checks import check_generation_config
 
@@ -288,7 +288,7 @@ def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
     code = (
         "import sys; from pathlib import Path; from ptl.anatomy import model_dimensions;"
         "from ptl.families import FAMILIES;"
-        "from ptl.forecast import shape_of; shape_of(sys.argv[1]);"
+        "from ptl.forecast_model import shape_of; shape_of(sys.argv[1]);"
         "print(model_dimensions(Path(sys.argv[1]), FAMILIES['llama']).layers,"
         "{'torch', 'transformers'} & sys.modules.keys())"
     )
