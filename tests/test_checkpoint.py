@@ -13,7 +13,8 @@ from ptl.anatomy import model_dimensions
 from ptl.config import Prune, Schedule
 from ptl.errors import InputError
 from ptl.families import FAMILIES
-from ptl.importer import check_model, import_checkpoint
+from ptl.import_checkpoint import import_checkpoint
+from ptl.importer import check_model
 
 LLAMA = FAMILIES["llama"]
 

@@ -24,7 +24,8 @@ from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
 from ptl.forecast_model import shape_of
-from ptl.importer import check_model, import_checkpoint
+from ptl.import_checkpoint import import_checkpoint
+from ptl.importer import check_model
 from ptl.model_checks import check_generation_config
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
