@@ -37,7 +37,7 @@ import torch
 
 import ptl
 from ptl import forecast_model
-from ptl.gpus import DRIVER_NAMES, GPUS
+from ptl.gpus import GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -46,6 +46,22 @@ import train
 ROOT = Path(__file__).parents[1]
 TASK = "examples/tiny_reasoner/tiny_reasoner.yaml"
 ROWS = 64  # of text, each longer than --length; drawn again and again
+# The driver's name of a device -> its data sheet. A part of a GPU (MIG) and other cards are not here.
+DRIVER_NAMES = {
+    "Tesla T4": "t4",
+    "NVIDIA L4": "l4",
+    "NVIDIA A10": "a10",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
 
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:

@@ -140,8 +140,10 @@ class Resources(Section):
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
-        by_name: dict[str, StepResources] = dict(self.steps)  # a stage is any text, the keys are literals
-        return by_name.get(stage, StepResources())
+        for name, own in self.steps.items():
+            if name == stage:
+                return own
+        return StepResources()
 
     def accelerators_of(self, stage: str) -> int:
         """Accelerators of a kind of step."""

@@ -26,7 +26,12 @@ from ptl.recover_config import Reward as Reward
 from ptl.recover_config import Stage as Stage
 from ptl.recover_config import TrainingData as TrainingData
 from ptl.recover_config import TrainingSource as TrainingSource
-from ptl.schedule import Iteration, Prune, Schedule, one_shot, plan, removal  # noqa: F401
+from ptl.schedule import Iteration as Iteration
+from ptl.schedule import Prune as Prune
+from ptl.schedule import Schedule as Schedule
+from ptl.schedule import one_shot as one_shot
+from ptl.schedule import plan as plan
+from ptl.schedule import removal as removal
 from ptl.section import Section as Section
 
 S = TypeVar("S", bound=Section)

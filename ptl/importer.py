@@ -10,7 +10,7 @@ from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.config import Calibration, Evaluate, Gate
 from ptl.errors import InputError
 from ptl.families import family_of
-from ptl.import_checkpoint import import_checkpoint  # noqa: F401
+from ptl.import_checkpoint import import_checkpoint as import_checkpoint
 from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.rewards import check_patterns, reference_template
 from ptl.schedule import Prune, Schedule, plan, removal

@@ -11,11 +11,11 @@ from typing import Any
 from ptl import speeds
 from ptl.plots import draw, short
 from ptl.result import Record, Result, build, final_row, total_tokens, work_seconds
+from ptl.units import duration
 from ptl.view import (
     accuracy_caption,
     columns,
     costs,
-    duration,
     flat,
     lines,
     loss_caption,

@@ -12,7 +12,7 @@ import gpu
 import train
 
 from ptl import forecast_model
-from ptl.gpus import DRIVER_NAMES, GPUS
+from ptl.gpus import GPUS
 
 TINY = ["--shape", "0.5M", "--steps", "4", "--warmup", "2", "--length", "32", "--batch-size", "2", "--items", "4"]
 TINY += ["--new-tokens", "4", "--sequences", "4", "--repeats", "1", "--eval-batch-size", "4", "--dtype", "float32"]
@@ -65,7 +65,7 @@ def test_utilization_is_that_of_the_data_sheet(model):
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16", None) == 989e12
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None) is None
     assert gpu.peak_flops("NVIDIA H100 NVL", "bfloat16", 835e12) == 835e12
-    assert set(DRIVER_NAMES.values()) == set(GPUS)
+    assert set(gpu.DRIVER_NAMES.values()) == set(GPUS)
 
 
 def test_the_table_has_what_was_measured_and_what_failed():

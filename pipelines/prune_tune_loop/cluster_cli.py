@@ -142,6 +142,7 @@ def doctor(
     import os
 
     from ptl import doctor as work
+    from ptl import images
 
     checked = load_config(config, pairs("--set", sets))
     if runner not in ("subprocess", "docker"):
@@ -153,7 +154,7 @@ def doctor(
         other = "--cluster checks one on Kubeflow" if local else f"{reason}; --local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
-        lines = work.local(checked, home=home, runner=runner)
+        lines = work.local(checked, home=home, runner=runner, missing_images=images.missing)
     else:
         own = namespace or os.environ.get("KFP_NAMESPACE")
         lines = work.cluster(checked, host=address, namespace=own, kubeflow_namespace=kubeflow_namespace)
