@@ -16,6 +16,7 @@ from ptl.section import Section
 RETRIES, RETRY_WAIT = 2, 60  # on a cluster, unless the config says otherwise; seconds
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
+# Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
@@ -27,6 +28,7 @@ RESERVED = {
     *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
     *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
 }
+# Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
 WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
 
@@ -135,8 +137,7 @@ class Resources(Section):
     @property
     def attempts(self) -> int:
         """Attempts of a step on a cluster, the first one included."""
-        retries = RETRIES if self.retries is None else self.retries
-        return 1 + retries
+        return 1 + (RETRIES if self.retries is None else self.retries)
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
@@ -175,6 +176,7 @@ class Resources(Section):
 
     @model_validator(mode="after")
     def _accelerators_have_a_name(self) -> Resources:
+        # Kubernetes counts a named resource, such as nvidia.com/gpu.
         numbers = [self.accelerators]
         numbers += [step.accelerators or 0 for step in self.steps.values()]
         if any(numbers) and not self.accelerator:
@@ -213,6 +215,7 @@ class Storage(Section):
         secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}  # the same Secret is one volume
         names = [*secrets, self.config_map, self.ca_config_map, self.cache_claim]
         counts = Counter(name for name in names if name is not None)
+        # Two volumes of one name: Kubernetes refuses the pod, hours after the run was submitted.
         reserved = sorted(RESERVED.intersection(counts))
         if reserved:
             raise ValueError(

@@ -51,6 +51,7 @@ class ModelSource(Section):
 class Calibration(Section):
     """The reasoning text on which neurons and layers are scored."""
 
+    # Which text, and how much of it.
     data: DataSource
     """where the text comes from"""
     num_sequences: int = Field(64, ge=1)
@@ -59,6 +60,8 @@ class Calibration(Section):
     """tokens per sequence; longer ones are cut"""
     batch_size: int = Field(16, ge=1)
     """sequences per forward pass"""
+
+    # A model's own answers are nearer to what it will write than a data set's are.
     answers: Literal["given", "self"] = "given"
     """`self`: the current model answers the prompts itself, and its correct answers are scored on"""
     max_new_tokens: int = Field(256, ge=1)
@@ -72,6 +75,8 @@ class Task(Section):
     """lm-eval task name, or the path of a task YAML"""
     metric: str = "exact_match"
     """the metric of the task that is reported as accuracy"""
+
+    # What the task's YAML says holds unless it is set here.
     num_fewshot: int | None = Field(None, ge=0)
     """none: what the task says"""
     limit: int | None = Field(None, ge=1)
@@ -105,6 +110,7 @@ class Speed(Section):
 class Evaluate(Section):
     """Which benchmarks decide, and how."""
 
+    # What is measured.
     tasks: tuple[Task, ...] = Field(min_length=1)
     """the first one is the run's accuracy"""
 
@@ -142,10 +148,14 @@ class Gate(Section):
 
     enabled: bool = False
     """false: no iteration is tested, the next begins with what it made"""
+
+    # The test of one iteration: paired, and one-sided.
     margin: float = Field(0.02, ge=0, lt=1)
     """loss of accuracy that is tolerated, a share of the items"""
     alpha: float = Field(0.05, gt=0, lt=0.5)
     """significance level of each test: how often no real loss is taken for one"""
+
+    # What follows from its result.
     max_rejections: int = Field(3, ge=1)
     """rejections in a row, each halves the cut, before the loop stops"""
     strict: bool = False
@@ -206,6 +216,7 @@ class Config(Section):
     def _every_stage_trains_in_every_iteration(self) -> Config:
         recovery = Recovery(stages=self.recover)
         total = self.schedule.recovery_tokens
+        # Early iterations of a doubling budget get little, and a stage only its share of it.
         for iteration in plan(self.schedule, self.prune):
             # None: a grpo stage that only its steps limit.
             budgets = [budget for budget in recovery.budgets(iteration.tokens) if budget is not None]
@@ -223,7 +234,8 @@ class Config(Section):
             if not isinstance(stage, Grpo):
                 continue
             # Steps are shared out over the iterations as tokens are.
-            iterations = plan(self.schedule.model_copy(update={"recovery_tokens": stage.steps}), self.prune)
+            steps = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
+            iterations = plan(steps, self.prune)
             if not all(iteration.tokens for iteration in iterations):
                 raise ValueError(
                     f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
@@ -233,10 +245,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _layers_fit(self) -> Config:
-        if self.prune.target == "neurons_then_layers" and self.prune.layer_iterations >= self.schedule.iterations:
+        for_layers, iterations = self.prune.layer_iterations, self.schedule.iterations
+        if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
             raise ValueError(
-                f"prune.layer_iterations={self.prune.layer_iterations} leaves no iteration for neurons: "
-                f"it must be below schedule.iterations={self.schedule.iterations}"
+                f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "
+                f"it must be below schedule.iterations={iterations}"
             )
         return self
 
@@ -247,10 +260,18 @@ def essentials(config: Config) -> dict[str, Any]:
     There is no null in it, which Kubeflow does not know. Paths below the working directory are relative to it: the
     steps run there on one machine, and in their images' own, which hold the examples.
     """
-    options: Any = {"mode": "json", "exclude_defaults": True, "exclude_none": True, "context": {FOLDER: Path.cwd()}}
+    options: Any = {
+        "mode": "json",
+        "exclude_defaults": True,
+        "exclude_none": True,
+        "context": {FOLDER: Path.cwd()},  # to which paths are made relative
+    }
     settings = config.model_dump(**options)
     # A stage's method is the default of its class, but says which class it is.
-    settings["recover"] = [{"method": stage.method, **stage.model_dump(**options)} for stage in config.recover]
+    settings["recover"] = []
+    for stage in config.recover:
+        stage_settings = {"method": stage.method, **stage.model_dump(**options)}
+        settings["recover"].append(stage_settings)
     return settings
 
 
@@ -272,6 +293,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """
     path = Path(path)
     settings = _read(path)
+    # Overrides are checked with the file, so that fields which need each other can be set together.
     for dotted, value in (overrides or {}).items():
         assign(settings, dotted, typed(value))
     return check(Config, settings, str(path), folder=path.absolute().parent)
@@ -284,7 +306,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise InputError(f"no file {path}", field="config", remedy="give the path of a YAML file")
         # One character more than is allowed: a file of any length is refused at once.
         with path.open(encoding="utf-8") as file:
-            settings = yaml_text.load(file.read(yaml_text.BYTES + 1), str(path), field="config")
+            text = file.read(yaml_text.BYTES + 1)
+        settings = yaml_text.load(text, str(path), field="config")
     except (OSError, UnicodeDecodeError) as error:
         problem = f"{str(path)[:200]} cannot be read: {error}"
         raise InputError(problem[:500], field="config") from error
@@ -333,17 +356,20 @@ def _explanations(section: type[Section], error: ValidationError) -> Iterator[st
 
 
 def _explanation(section: type[Section], details: Any) -> str:
+    """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
         similar = " or ".join(suggest.fields(section, details["loc"]))
         remedy = f"did you mean {similar}?" if similar else "remove it, or see `ptl schema` for the fields there are"
         return f"unknown field; {remedy}"
     if details["type"] == "missing":
         return "missing; add it"
-    # The message of an error of our own, without the words that pydantic puts before it.
-    message = details["ctx"]["error"] if details["type"] == "value_error" else details["msg"]
-    if isinstance(details["input"], dict):
-        return str(message)
-    return f"{_beginning(details['input'])}: {message}"
+    message = details["msg"]
+    if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
+        message = str(details["ctx"]["error"])
+    value = details["input"]
+    if isinstance(value, dict):  # a whole section says less than the message
+        return message
+    return f"{_beginning(value)}: {message}"
 
 
 def _beginning(value: Any) -> str:

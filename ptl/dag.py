@@ -81,19 +81,24 @@ def nodes(config: Config) -> list[Node]:
     steps.append(Node("evaluate-0", {"model": dense}))
 
     # The loop.
+    gated = config.gate.enabled
     parent = dense
     for number in range(1, config.schedule.iterations + 1):
-        prune, recover, evaluate = _iteration(f"{{}}-{number}", parent, fallback=config.gate.enabled)
+        prune, recover, evaluate = _iteration(f"{{}}-{number}", parent, fallback=gated)
         steps += [prune, recover, evaluate]
-        # With the gate on the next iteration waits for the verdict, which decides what it starts from.
-        parent = Source(evaluate.name, "accepted") if config.gate.enabled else Source(recover.name, "out")
-    results = {"final": Source(steps[-1].name, "accepted")}
+        # With the gate the next iteration waits for the verdict, which decides what it starts from.
+        accepted = Source(evaluate.name, "accepted")
+        parent = accepted if gated else Source(recover.name, "out")
+    results = {"final": accepted}
 
     # The control arm.
     if config.control:
-        after = _ends(steps) if config.resources.control == "after" else ()
-        steps += _iteration("control-{}", dense, fallback=False, after=after)
-        results["control"] = Source(steps[-1].name, "accepted")
+        after: tuple[str, ...] = ()
+        if config.resources.control == "after":
+            after = _ends(steps)
+        prune, recover, evaluate = _iteration("control-{}", dense, fallback=False, after=after)
+        steps += [prune, recover, evaluate]
+        results["control"] = Source(evaluate.name, "accepted")
 
     # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
     inputs = {source.step for source in results.values()}
@@ -112,13 +117,31 @@ def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
 
 def _iteration(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
     """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started."""
-    prune = Node(name.format("prune"), {"model": parent}, after)
-    pruned = Source(prune.name, "out")
-    recover = Node(name.format("recover"), {"model": pruned, "scored": Source("evaluate-0", "scores")})
-    inputs = {"model": Source(recover.name, "out")}
+    prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
+    pruned = Source(prune, "out")
+    scores = Source("evaluate-0", "scores")
+    inputs = {"model": Source(recover, "out")}
     if fallback:
         inputs["fallback"] = parent
-    return [prune, recover, Node(name.format("evaluate"), inputs)]
+    return [
+        Node(prune, {"model": parent}, after),
+        Node(recover, {"model": pruned, "scored": scores}),
+        Node(evaluate, inputs),
+    ]
+
+
+def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """When each step starts and ends, from 0, in the unit of the costs, where none waits for anything but its needs.
+
+    A step without a cost takes no time.
+    """
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    for node in steps:  # nodes are listed after those that they need
+        start = max((ends[name] for name in node.needs), default=0.0)
+        starts[node.name] = start
+        ends[node.name] = start + cost.get(node.name, 0.0)
+    return starts, ends
 
 
 def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[float, list[str]]:
@@ -126,20 +149,12 @@ def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[flo
 
     A step without a cost counts as 0. No run can end earlier, whatever runs beside it.
     """
-    ends: dict[str, float] = {}
-    latest_needs: dict[str, str | None] = {}
-    for node in steps:  # nodes are listed after those that they need
-        latest = max(node.needs, key=ends.__getitem__, default=None)
-        start = 0.0 if latest is None else ends[latest]
-        ends[node.name] = start + cost.get(node.name, 0.0)
-        latest_needs[node.name] = latest
-
-    # Back from the step that ends last.
-    last = max(ends, key=ends.__getitem__)
-    path: list[str] = []
-    name: str | None = last
-    while name is not None:
-        path.append(name)
-        name = latest_needs[name]
+    _, ends = times(steps, cost)
+    needs = {node.name: node.needs for node in steps}
+    # Back from the step that ends last, always to what it waited for longest.
+    path = [max(ends, key=ends.__getitem__)]
+    while needs[path[-1]]:
+        latest = max(needs[path[-1]], key=ends.__getitem__)
+        path.append(latest)
     path.reverse()
-    return ends[last], path
+    return ends[path[-1]], path

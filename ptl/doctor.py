@@ -14,7 +14,7 @@ from ptl import doctor_http as http
 from ptl.config import Config, check
 from ptl.doctor_line import Finding, guard
 from ptl.doctor_local import MissingImages
-from ptl.doctor_tracking import tracking_and_store
+from ptl.doctor_tracking import tracking_and_store, tracking_uri
 from ptl.errors import InputError, PtlError
 
 OLDEST, RECOMMENDED = "2.14", "2.17"  # releases of Kubeflow Pipelines
@@ -28,12 +28,15 @@ def step_environment(config: Config) -> list[Finding]:
 def local(config: Config, *, home: Path, missing_images: MissingImages, runner: str = "subprocess") -> list[Finding]:
     """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
     doctor_local.track_as_run_does(home)
-    model = guard("model and data", lambda: doctor_local.model_and_data(config))
-    findings = [guard("packages", lambda: doctor_local.packages(config, runner)), model, *step_environment(config)]
+    model = guard("model and data", doctor_local.model_and_data, config)
+    packages = guard("packages", doctor_local.packages, config, runner)
+    findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
-        findings.append(guard("disk", lambda: doctor_local.disk(config, home)))
+        disk = guard("disk", doctor_local.disk, config, home)
+        findings.append(disk)
     if runner == "docker":
-        findings.append(guard("images", lambda: doctor_local.engine(config, missing_images)))
+        engine = guard("images", doctor_local.engine, config, missing_images)
+        findings.append(engine)
     return findings
 
 
@@ -43,13 +46,15 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
     MLflow and the store are tried from here where this environment says how; the steps have their own addresses and
     credentials, so what is not set here is a warning.
     """
-    findings = [*tracking_and_store(config, elsewhere=True), guard("images", lambda: images(config))]
+    findings = tracking_and_store(config, elsewhere=True)
+    findings.append(guard("images", images, config))
     if host is None:
         message = "not looked at: neither --host nor KF_PIPELINES_ENDPOINT is set"
         remedy = "give the address of the API; `ptl submit` needs it too"
         findings.append(Finding("Kubeflow", "warning", message, remedy))
     else:
-        findings.append(guard("Kubeflow", lambda: kubeflow(config, host)))
+        findings.append(guard("Kubeflow", kubeflow, config, host))
+        # What no option names, the server itself may say.
         if namespace is None:
             namespace = _standalone_namespace(host, kubeflow_namespace)
     return [*findings, *doctor_kubernetes.cluster(config, namespace, kubeflow_namespace)]
@@ -68,19 +73,22 @@ def names_a_cluster(host: str | None) -> str | None:
     """What of the environment says that the run goes to a cluster; None for a run on this machine."""
     if host:
         return "the address of Kubeflow is given"
-    if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-        return "MLFLOW_TRACKING_URI is a server"
-    return None
+    return "MLFLOW_TRACKING_URI is a server" if address.is_server(tracking_uri()) else None
 
 
 def task(settings: dict[str, Any], experiment: str) -> None:
     """The work of the optional first step of a pipeline. Raises InputError that names every error."""
     config = check(Config, settings, "settings")
-    storage = config.storage.model_copy(update={"experiment": experiment})  # the run's parameter wins
-    findings = step_environment(config.model_copy(update={"storage": storage}))
-    for finding in findings:
+    # The run's parameter wins over the config's value.
+    storage = config.storage.model_copy(update={"experiment": experiment})
+    config = config.model_copy(update={"storage": storage})
+
+    # All findings go to the step's log, the errors into its message too.
+    errors: list[str] = []
+    for finding in step_environment(config):
         print(finding, flush=True)
-    errors = [str(finding) for finding in findings if finding.state == "error"]
+        if finding.state == "error":
+            errors.append(str(finding))
     if errors:
         lines = "\n".join(errors)
         raise InputError(f"doctor:\n{lines}")  # of the input: another attempt would find the same
@@ -95,7 +103,9 @@ def gpu(config: Config) -> Finding:
     """Whether accelerators that the config asks for are visible here."""
     # On the cluster this step has what prune has; elsewhere the largest step is to fit.
     in_step = bool(os.environ.get("KFP_RUN_ID"))
-    steps = ["prune"] if in_step else ["prune", "recover", "evaluate"]
+    steps = ["prune"]
+    if not in_step:
+        steps += ["recover", "evaluate"]
     needed = max(config.resources.accelerators_of(step) for step in steps)
     visible = _visible_gpus()
     message = f"{visible} visible here, the config asks for {needed}"
@@ -118,6 +128,7 @@ def images(config: Config) -> Finding:
     names = config.image_names()
     listed = ", ".join(names)
     if not config.images.registry:
+        # Nodes that hold the images already (kind, minikube) need no registry.
         if config.resources.image_pull_policy == "Never":
             message = f"the nodes must hold {listed}: resources.image_pull_policy is Never"
             return Finding("images", "ok", message)
@@ -139,6 +150,7 @@ def _registry_problem(name: str) -> Finding | None:
     status = http.manifest_status(name)
     if status == 200:
         return None
+    # 404 is what a public registry says of a missing image; a private one may ask for a login instead.
     if status == 404:
         remedy = "ptl images build, then ptl images push, with this registry and tag; or correct images.registry"
         return Finding("images", "error", f"{name} is not in the registry", remedy)
@@ -158,6 +170,7 @@ def kubeflow(config: Config, host: str) -> Finding:
     message = f"{host} is {version}"
     release = http.release(version)
     oldest = config.resources.kfp
+    # An older backend refuses fields that it does not know.
     if release < http.release(oldest):
         major, minor = release
         message += f", the YAML is compiled for {oldest} and newer"

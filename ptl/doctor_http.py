@@ -24,6 +24,7 @@ SECONDS = 10  # for the connection, for each read, and for all of the body
 LIMIT = 1 << 20  # bytes of an answer
 REDIRECTS = (301, 302, 303, 307, 308)
 REFUSED = (401, 403)
+LOCAL = ("localhost", "127.0.0.1")
 # Media types of an image's manifest.
 MANIFESTS = (
     "application/vnd.oci.image.index.v1+json, "
@@ -121,7 +122,9 @@ def mlflow_fault(uri: str) -> tuple[str, str] | None:
     /health says 200 even where the host check or the login refuses everything else, so the API itself is asked.
     """
     base = uri.rstrip("/")
+    # A request that any user may make, and that costs the server little.
     answer = get(f"{base}/api/2.0/mlflow/experiments/search?max_results=1", _mlflow_login())
+    # MLflow 3 checks the Host header against a list, and answers 403 as for a wrong user.
     if answer.status == 403 and "host" in answer.text.lower():
         name = urlsplit(uri).netloc
         host = name.partition(":")[0]
@@ -157,9 +160,13 @@ def manifest_status(image: str) -> int:
     """HTTP status of an image's manifest in its registry, asked as anybody may ask (with an anonymous token)."""
     name, _, tag = image.rpartition(":")
     host, _, repository = name.partition("/")
-    scheme = "http" if host.partition(":")[0] in ("localhost", "127.0.0.1") else "https"
+    # As Docker does: a registry of this machine may be without TLS.
+    machine = host.partition(":")[0]
+    scheme = "http" if machine in LOCAL else "https"
     url = f"{scheme}://{host}/v2/{repository}/manifests/{tag}"
     answer = get(url, {"Accept": MANIFESTS}, follow=True)
+
+    # Public registries give a token to anybody who asks, and nothing without one.
     challenge = answer.headers.get("WWW-Authenticate", "")
     if answer.status == 401 and challenge.lower().startswith("bearer "):
         token = _anonymous_token(challenge)
@@ -170,10 +177,11 @@ def manifest_status(image: str) -> int:
 
 def _anonymous_token(challenge: str) -> str | None:
     """The token that a registry's token server gives to anybody; None where it gives none."""
+    # Bearer realm="https://auth.example.com/token",service="...",scope="repository:...:pull"
     fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-    query = urlencode({name: fields[name] for name in ("service", "scope") if name in fields})
+    asked = {name: fields[name] for name in ("service", "scope") if name in fields}
     realm = fields.get("realm", "")
-    answer = get(f"{realm}?{query}", follow=True)
+    answer = get(f"{realm}?{urlencode(asked)}", follow=True)
     content = answer.json_object()
     if answer.status != 200 or content is None:
         return None
@@ -192,7 +200,8 @@ class Kubeflow:
 def kubeflow(host: str) -> Kubeflow:
     """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
     base = host.rstrip("/")
-    answer = get(f"{base}/apis/v2beta1/healthz", _bearer(_kubeflow_token()), os.environ.get("KFP_CA_CERT"))
+    login = _bearer(_kubeflow_token())
+    answer = get(f"{base}/apis/v2beta1/healthz", login, os.environ.get("KFP_CA_CERT"))
     if answer.status in REFUSED:
         raise InputError(
             f"{base} refuses this user ({answer.status})",
@@ -209,6 +218,7 @@ def kubeflow(host: str) -> Kubeflow:
             f"{base} answers with a page instead of JSON, which is what a login page does",
             remedy="set KFP_TOKEN to a token that is valid now, and make sure that --host is the address of the API",
         )
+    # A build of somebody's own may have any tag.
     version = health.get("tag_name")
     if not isinstance(version, str) or not re.match(r"v?\d+\.\d+", version):
         version = None

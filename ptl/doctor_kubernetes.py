@@ -97,12 +97,14 @@ def retry_policy(kubeflow_namespace: str) -> Finding:
     except NotSeenError as error:
         return _not_seen(subject, error)
     in_pod = "failed attempts are repeated inside the step's pod (resources.retries)"
+    # Without a default the task's own retries hold, which ptl sets together with those in the pod.
     if policy is None:
         message = (
             "the cluster sets no default: Argo repeats a task's failed pods, as often as the task says; "
             f"{in_pod}, and all attempts count together"
         )
         return Finding(subject, "ok", message)
+    # A default is inherited by every template: by steps, and by the DAGs around them.
     name = policy.get("retryPolicy") or "OnFailure"  # Argo's own default
     if name in ONLY_DELETED_PODS:
         message = f"{name}: the cluster starts only pods again that were deleted or evicted; {in_pod}"
@@ -125,6 +127,7 @@ def _default_retries(data: dict[str, str]) -> dict[str, Any] | None:
         else:
             older = yaml.safe_load(data.get("config", "")) or {}
             section = older.get("workflowDefaults")
+        # Each level may be missing, or null.
         for key in ("spec", "templateDefaults", "retryStrategy"):
             section = (section or {}).get(key)
     except (yaml.YAMLError, AttributeError) as error:
@@ -155,11 +158,14 @@ def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
     except NotSeenError as error:
         return _not_seen(subject, error)
     injects = settings.injects_run if override is None else override
+
+    # Both are allowed: ptl's runs take the plugin's as their parent where there is one.
     message = f"on ({settings.endpoint}, login {settings.auth_type})"
     if injects:
         message += ", and injects its run into the steps: ptl's runs hang below the plugin's"
     else:
         message += " without injectUserEnvVars: it keeps runs of its own beside ptl's"
+    # The manifests' own MLflow has basic auth.
     if settings.auth_type not in BEARER:
         return Finding(subject, "ok", message)
     remedy = (
@@ -173,6 +179,8 @@ def _mounted_config(kubeflow_namespace: str) -> str | None:
     """Name of the ConfigMap that is mounted as the API server's config.json; None if the image's own is used."""
     deployment = _json("get", "deployment", API_SERVER, "--namespace", kubeflow_namespace)
     pod = deployment["spec"]["template"]["spec"]
+
+    # Volumes that are mounted at the config's path, and the one among them that is a ConfigMap.
     volumes: set[str] = set()
     for container in pod["containers"]:
         for mount in container.get("volumeMounts", []):
@@ -187,7 +195,8 @@ def _mounted_config(kubeflow_namespace: str) -> str | None:
 def _plugin_settings(data: dict[str, str], namespace: str | None) -> PluginSettings | None:
     """plugins.mlflow of the API server's config for this namespace; None where the plugin is off."""
     try:
-        common = json.loads(data.get("config.json", "{}")).get("plugins", {}).get("mlflow")
+        config = json.loads(data.get("config.json", "{}"))
+        common = config.get("plugins", {}).get("mlflow")
         if common is None:
             return None
         # A namespace may have values of its own.
@@ -209,8 +218,8 @@ def _injects_by_namespace(namespace: str | None) -> bool | None:
         return None
     try:
         data = _config_map(LAUNCHER, namespace)
-        settings = json.loads(data.get("plugins.mlflow", "{}")).get("settings", {})
-        injects = settings.get("injectUserEnvVars")
+        overrides = json.loads(data.get("plugins.mlflow", "{}"))
+        injects = overrides.get("settings", {}).get("injectUserEnvVars")
     except NoSuchObjectError:
         return None
     except (ValueError, AttributeError) as error:
@@ -241,12 +250,15 @@ def _kubectl(*arguments: str) -> str:
     """What kubectl prints. Raises NotSeenError where it does not, with what it says."""
     command = ["kubectl", *arguments, f"--request-timeout={SECONDS}s"]
     try:
+        # The request has a timeout of its own; a plugin for logins that asks on the terminal has none.
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotSeenError(f"kubectl gave no answer ({type(error).__name__})") from error
     if done.returncode == 0:
         return done.stdout
-    message = done.stderr.strip()[:200] or f"kubectl ended with exit code {done.returncode}"
+    message = done.stderr.strip()[:200]
+    if not message:
+        message = f"kubectl ended with exit code {done.returncode}"
     if "NotFound" in done.stderr:
         raise NoSuchObjectError(message)
     raise NotSeenError(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ptl.address import without_login
 from ptl.errors import PtlError
@@ -26,10 +26,12 @@ class Finding:
         return without_login(line)
 
 
-def guard(subject: str, check: Callable[[], Finding]) -> Finding:
-    """A check that raises an explained error is a finding too."""
+def guard(subject: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
+    """What a check finds; an explained error that it raises is a finding too."""
     try:
-        return check()
+        return check(*arguments)
     except PtlError as error:
-        message = f"{error.field}: {error.problem}" if error.field else error.problem
+        message = error.problem
+        if error.field:
+            message = f"{error.field}: {message}"
         return Finding(subject, "error", message, error.remedy or "see the message")

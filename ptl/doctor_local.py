@@ -11,6 +11,7 @@ from pathlib import Path
 from ptl import address, extras
 from ptl.config import Config
 from ptl.doctor_line import Finding
+from ptl.doctor_tracking import tracking_uri
 from ptl.recover_config import NextToken
 from ptl.schedule import Schedule, one_shot, plan, removal
 from ptl.units import size
@@ -24,6 +25,7 @@ def track_as_run_does(home: Path) -> None:
     """Let this process track where `ptl run` would: in `home`, unless the environment names another location."""
     home.mkdir(parents=True, exist_ok=True)
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.absolute()}/mlflow.db")
+    # A server has an artifact location of its own.
     if not address.is_server(uri):
         artifacts = home.absolute() / "artifacts"
         os.environ.setdefault("PTL_ARTIFACT_ROOT", artifacts.as_uri())
@@ -31,14 +33,16 @@ def track_as_run_does(home: Path) -> None:
 
 def packages(config: Config, runner: str) -> Finding:
     """What the steps import on this machine; in containers they bring their own."""
-    needed = ["pipelines"] if runner == "docker" else ["prune", "recover", "evaluate", "pipelines"]
+    needed = ["pipelines"]
+    backends: list[str] = []
+    if runner != "docker":
+        needed = ["prune", "recover", "evaluate", *needed]
+        backends = _missing_backends(config)
     names = ",".join(needed)
-    missing = extras.absent(needed)
-    others = [] if runner == "docker" else _missing_backends(config)
-    if missing or others:
-        listed = ", ".join([*missing, *others])
-        remedy = " ".join([f"pip install 'ptl[{names}]'", *others])
-        return Finding("packages", "error", f"not installed: {listed}", remedy)
+    missing = ", ".join([*extras.absent(needed), *backends])
+    if missing:
+        remedy = " ".join([f"pip install 'ptl[{names}]'", *backends])
+        return Finding("packages", "error", f"not installed: {missing}", remedy)
     return Finding("packages", "ok", f"what the steps import is installed (ptl[{names}])")
 
 
@@ -56,15 +60,20 @@ def model_and_data(config: Config) -> Finding:
     """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
     from ptl import forecast_model, importer, setting_checks
 
-    importer.check_data_and_tasks(config.calibration, config.training, config.evaluate, config.gate, config.recover)
-    model = config.model
-    folder = Path(model.path).expanduser()
+    calibration, training = config.calibration, config.training
+    evaluate, recover = config.evaluate, config.recover
+    importer.check_data_and_tasks(calibration, training, evaluate, config.gate, recover)
+
+    path = config.model.path
+    folder = Path(path).expanduser()
     if folder.exists():
         importer.check_model(folder, config.schedule, config.prune)
-        setting_checks.check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
-        return Finding("model and data", "ok", f"{model.path} and the data files can be read")
-    params = forecast_model.shape_of(model.path, model.revision).params
-    message = f"{model.path} is on the hub ({params:,} parameters); the run downloads it"
+        setting_checks.check_settings(folder, calibration, training, evaluate, recover)
+        return Finding("model and data", "ok", f"{path} and the data files can be read")
+
+    # Weights of many gigabytes are nothing to download for a check.
+    params = forecast_model.shape_of(path, config.model.revision).params
+    message = f"{path} is on the hub ({params:,} parameters); the run downloads it"
     return Finding("model and data", "ok", message)
 
 
@@ -72,45 +81,49 @@ def disk(config: Config, home: Path) -> Finding:
     """Whether the checkpoints of a whole run fit beside what is there; on S3 only one at a time is here."""
     from ptl import forecast_model
 
-    shape = forecast_model.shape_of(config.model.path, config.model.revision)
+    model = config.model
+    shape = forecast_model.shape_of(model.path, model.revision)
     needed = checkpoint_bytes(config, shape.params, shape.itemsize)
     free = shutil.disk_usage(home).free
     message = f"{home} has {size(free)} free; the checkpoints of a whole run are about {size(needed)}"
-    if free < needed:
-        remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
-        return Finding("disk", "warning", message, remedy)
-    return Finding("disk", "ok", message)
+    if free >= needed:
+        return Finding("disk", "ok", message)
+    remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
+    return Finding("disk", "warning", message, remedy)
 
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
     """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
     imported = params * itemsize
-    arms = [config.schedule]
+    needed = imported + _arm_bytes(config, config.schedule, params, itemsize)
     if config.control:
-        arms.append(one_shot(config.schedule))
-    return imported + sum(_arm_bytes(config, schedule, params, itemsize) for schedule in arms)
+        needed += _arm_bytes(config, one_shot(config.schedule), params, itemsize)
+    return needed
 
 
 def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
+    """Bytes of all checkpoints of one arm."""
     total = removal(params, schedule.target)
     keeps_state = any(isinstance(stage, NextToken) and stage.carry_moments for stage in config.recover)
     needed = 0
     for iteration in plan(schedule, config.prune):
         after = params - int(iteration.progress * total)
-        needed += 2 * after * itemsize  # pruned, and recovered
+        of_parameter = itemsize
         if keeps_state and not iteration.last:  # after the last there is nothing to carry it to
-            needed += 2 * after * OPTIMIZER_STATE
+            of_parameter += OPTIMIZER_STATE
+        needed += 2 * after * of_parameter  # pruned, and recovered
     return needed
 
 
 def engine(config: Config, missing_images: MissingImages) -> Finding:
     """The steps' images are in the local engine, and MLflow is a server, which is all that they speak to."""
     names = config.image_names()
+    listed = ", ".join(names)
     absent = ", ".join(missing_images(names))
     if absent:
         return Finding("images", "error", f"the engine has no {absent}", "build them: ptl images build")
-    listed = ", ".join(names)
-    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+    # A database's file is outside of the containers.
+    if not address.is_server(tracking_uri()):
         message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"
         return Finding("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
     return Finding("images", "ok", f"{listed} are in the local engine")

@@ -16,38 +16,49 @@ FORBIDDEN = 403
 CONFLICTS = (409, 412)  # HTTP statuses of a conditional write that another one was before
 
 
+def tracking_uri() -> str:
+    """Address of MLflow in this environment; empty where none is set."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Finding]:
     """MLflow, and the store that it names; `elsewhere`: the steps run on a cluster, with settings of their own."""
     storage = config.storage
     step = "with resources.doctor, the first step of the run checks it"
-    if elsewhere and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+    # A local database is nothing that a pod could use.
+    if elsewhere and not address.is_server(tracking_uri()):
         message = (
             "not looked at: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
             f"{storage.config_map}"
         )
-        return [Finding("MLflow and store", "warning", message, f"set it to check both from here; {step}")]
+        remedy = f"set it to check both from here; {step}"
+        return [Finding("MLflow and store", "warning", message, remedy)]
 
-    tracking = guard("MLflow", lambda: mlflow(config))
+    # The store is where MLflow's experiment keeps its artifacts, so MLflow comes first.
+    tracking = guard("MLflow", mlflow, config)
     if tracking.state != "ok":
         unknown = Finding("store", "warning", "not looked at: MLflow says where it is", "fix MLflow first")
         return [tracking, unknown]
 
-    with_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
-    if elsewhere and not with_keys and _store_root(config).startswith("s3://"):
+    # On a cluster the pods have keys of their own, which this machine need not have.
+    has_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
+    if elsewhere and not has_keys and _store_root(config).startswith("s3://"):
         message = f"not looked at: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
-        return [tracking, Finding("store", "warning", message, f"set them to check it from here; {step}")]
-    return [tracking, guard("store", lambda: store(config))]
+        remedy = f"set them to check it from here; {step}"
+        return [tracking, Finding("store", "warning", message, remedy)]
+    return [tracking, guard("store", store, config)]
 
 
 def mlflow(config: Config) -> Finding:
     """MLflow answers under this name, lets this user in, and takes a run."""
     from mlflow.exceptions import MlflowException
 
-    address.split_login()
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    address.split_login()  # no message below shows a password
+    uri = tracking_uri()
     if not uri:
         remedy = "set it to the server's address; on a cluster it is a key of the ConfigMap storage.config_map"
         return Finding("MLflow", "error", "MLFLOW_TRACKING_URI is not set", remedy)
+    # MLflow's client retries for minutes where nobody answers, and says little of why.
     if address.is_server(uri):
         fault = http.mlflow_fault(uri)
         if fault:
@@ -70,6 +81,7 @@ def _make_a_run(experiment_name: str) -> None:
     client = tracking.connect()
     experiment = mlflow_objects.experiment(client, experiment_name, os.environ.get("PTL_ARTIFACT_ROOT"))
     run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
+    # A run that stays open would be listed as one that still works.
     client.set_terminated(run.info.run_id, "FINISHED")
     client.delete_run(run.info.run_id)
 
@@ -95,7 +107,7 @@ def store(config: Config) -> Finding:
     # An object of its own, which is deleted again.
     bucket, prefix = s3_client.split(root)
     key = f"{prefix}/doctor-{uuid.uuid4().hex}"
-    client = s3_client.client(attempts=2)
+    client = s3_client.client(attempts=2)  # a step tries longer; here somebody waits
     with s3_client.explained(root):
         client.put_object(Bucket=bucket, Key=key, Body=b"ptl doctor", IfNoneMatch="*")
         refused = _second_put_is_refused(client, bucket, key)

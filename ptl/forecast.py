@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ptl import advice
 from ptl.config import Config
-from ptl.dag import Node, critical_path, nodes, stage_of
+from ptl.dag import Node, critical_path, nodes, stage_of, times
 from ptl.errors import InputError
 from ptl.forecast_model import Shape, shape_of
 from ptl.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
@@ -48,18 +48,20 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     if gpu not in GPUS:
         kinds = ", ".join(GPUS)
         raise InputError(f"{gpu!r} is not known; it must be one of {kinds}", field="gpu")
+    # What each step takes.
     dense = shape_of(config.model.path, config.model.revision)
     gpus = max(1, _gpus(config, "recover", count))
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
     steps = _steps(assumed)
 
-    # When they run.
+    # When they run, and how many GPUs that needs at once.
     dag = nodes(config)
     hours = {step.step: step.hours for step in steps}
     held = {step.step: _gpus(config, step.step, count) for step in steps}
     critical_hours, critical_steps = critical_path(dag, hours)
     together = busiest(dag, hours, held)
 
+    # What would waste the run.
     too_large = [_too_large(step, gpu, assumed) for step in steps if not step.fits]
     return Forecast(
         gpu=gpu,
@@ -81,7 +83,8 @@ def _gpus(config: Config, step: str, count: int | None) -> int:
     """
     if count is not None:
         return count
-    own = config.resources.of_step(stage_of(step)).accelerators
+    stage = stage_of(step)
+    own = config.resources.of_step(stage).accelerators
     if own is not None:
         return own
     return max(1, config.resources.accelerators)
@@ -99,16 +102,22 @@ def _steps(assumed: Assumptions) -> list[StepForecast]:
 
 def _arm(schedule: Schedule, assumed: Assumptions, *, control: bool = False) -> list[StepForecast]:
     """Prune, recover and evaluate of each iteration of an arm."""
-    total = _removal(assumed.dense, schedule.target)
+    dense = assumed.dense
+    total = _removal(dense, schedule.target)
     steps: list[StepForecast] = []
-    before = assumed.dense
+    before = dense
     for iteration in plan(schedule, assumed.config.prune):
+        # Names as the DAG has them.
         name = "control-{}" if control else f"{{}}-{iteration.index}"
+        prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
+
         removed = int(iteration.progress * total)
-        after = assumed.dense.scaled(assumed.dense.params - removed)
-        steps.append(prune_step(name.format("prune"), before, after.params, assumed))
-        steps.append(recover_step(name.format("recover"), after, schedule, iteration, assumed))
-        steps.append(evaluate_step(name.format("evaluate"), after, assumed))
+        after = dense.scaled(dense.params - removed)
+        steps += [
+            prune_step(prune, before, after.params, assumed),
+            recover_step(recover, after, schedule, iteration, assumed),
+            evaluate_step(evaluate, after, assumed),
+        ]
         before = after
     return steps
 
@@ -116,6 +125,7 @@ def _arm(schedule: Schedule, assumed: Assumptions, *, control: bool = False) -> 
 def _removal(dense: Shape, target: float) -> int:
     """Parameters to remove in all. Raises InputError for more than the linear layers have."""
     total = removal(dense.params, target)
+    # All of it comes out of linear layers.
     if not 0 < total < dense.matrices:
         raise InputError(
             f"{target:g} would remove {total:,} of {dense.params:,} parameters",
@@ -130,13 +140,7 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
 
     Steps without hours (import, report) hold none. Of several such moments the first.
     """
-    starts: dict[str, float] = {}
-    ends: dict[str, float] = {}
-    for node in dag:
-        start = max((ends[name] for name in node.needs), default=0.0)
-        starts[node.name] = start
-        ends[node.name] = start + hours.get(node.name, 0.0)
-
+    starts, ends = times(dag, hours)
     # The most are held at a moment when a step starts.
     working = [node.name for node in dag if hours.get(node.name)]
     most: tuple[str, ...] = ()
@@ -151,10 +155,13 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
 
 def _too_large(step: StepForecast, gpu: str, assumed: Assumptions) -> str:
     """The warning of a step that does not fit."""
+    name = step.step
     needed = step.memory / GIB
     there = assumed.card.memory / GIB
-    remedy = _smaller_recovery(assumed) if "recover" in step.step else "lower the batch size, or take a larger GPU"
-    return f"{step.step}: about {needed:.0f} GiB on each GPU, {gpu} has {there:.0f} GiB: {remedy}"
+    remedy = "lower the batch size, or take a larger GPU"
+    if stage_of(name) == "recover":
+        remedy = _smaller_recovery(assumed)
+    return f"{name}: about {needed:.0f} GiB on each GPU, {gpu} has {there:.0f} GiB: {remedy}"
 
 
 def _smaller_recovery(assumed: Assumptions) -> str:
@@ -168,5 +175,6 @@ def _smaller_recovery(assumed: Assumptions) -> str:
     if not all(stage.gradient_checkpointing for stage in stages):
         remedies.append("recover.gradient_checkpointing: true")
     remedies.append("a larger recover.accumulation")
-    advised = ", ".join(remedies)
-    return f"{advised} or more GPUs" if assumed.gpus > 1 else advised
+    if assumed.gpus > 1:
+        remedies[-1] += " or more GPUs"
+    return ", ".join(remedies)

@@ -76,6 +76,7 @@ def decode_seconds(shape: Shape, rows: float, itemsize: int, context: float, car
 
 def activations(shape: Shape, tokens: float, itemsize: int, checkpointed: bool) -> float:
     """Bytes kept for the backward pass of `tokens` tokens on one device."""
+    # 34 bytes for each hidden value in a layer at 2 bytes a number.
     layer = 34 / 2 * itemsize * shape.hidden * tokens
     if not checkpointed:
         return shape.layers * layer
@@ -97,10 +98,12 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: in
         trained /= count
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
-    rows = math.ceil(stage.batch_size / (stage.accumulation * count))
+    micro_batches = stage.accumulation * count
+    rows = math.ceil(stage.batch_size / micro_batches)
     tokens = rows * sequence_length(stage)
     itemsize = 2 if stage.dtype == "bfloat16" else 4
-    memory = weights + trained + activations(shape, tokens, itemsize, stage.gradient_checkpointing)
+    kept = activations(shape, tokens, itemsize, stage.gradient_checkpointing)
+    memory = weights + trained + kept
     if isinstance(stage, Distil):
         memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
         memory += teacher.params * teacher.itemsize

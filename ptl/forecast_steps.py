@@ -24,7 +24,13 @@ TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
-ITEMS = {"gsm8k": 1319, "gsm8k_cot": 1319, "minerva_math500": 500, "humaneval": 164, "mbpp": 500}
+ITEMS = {  # of tasks' test splits
+    "gsm8k": 1319,
+    "gsm8k_cot": 1319,
+    "minerva_math500": 500,
+    "humaneval": 164,
+    "mbpp": 500,
+}
 UNKNOWN_ITEMS, NEW_TOKENS = 1000, 256  # where a task does not say
 
 
@@ -54,7 +60,8 @@ class StepForecast:
 
 def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> StepForecast:
     """Scoring: one forward pass over the calibration text, with Taylor a backward pass too; whole model on one GPU."""
-    calibration, card = assumed.config.calibration, assumed.card
+    card = assumed.card
+    calibration = assumed.config.calibration
     backward = assumed.config.prune.criterion == "taylor"
 
     tokens = calibration.num_sequences * calibration.max_length
@@ -81,7 +88,8 @@ def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> S
 
 def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:
     """Generation on one GPU: prompts at a share of the peak, answers at a share of the bandwidth."""
-    card, batch_size = assumed.card, assumed.config.evaluate.batch_size
+    card = assumed.card
+    batch_size = assumed.config.evaluate.batch_size
     tokens = longest = 0
     flops = seconds = 0.0
     note = ""
@@ -100,7 +108,8 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         flops += prefill + forward_flops(shape, items * new_tokens, length)
         batches = math.ceil(items / batch_size)
         seconds += prefill / (card.bf16 * FORWARD_SHARE)
-        seconds += batches * new_tokens * decode_seconds(shape, batch_size, shape.itemsize, length, card)
+        token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
+        seconds += batches * new_tokens * token_seconds
 
     weights = shape.params * shape.itemsize
     cache = batch_size * longest * shape.kv_bytes
@@ -125,11 +134,13 @@ def recover_step(
     tokens = 0
     flops = seconds = memory = 0.0
     recovery = Recovery(stages=assumed.config.recover)
-    for stage, budget in zip(recovery.stages, recovery.budgets(iteration.tokens), strict=True):
+    budgets = recovery.budgets(iteration.tokens)
+    for stage, budget in zip(recovery.stages, budgets, strict=True):
         if isinstance(stage, Grpo):
             # Steps are shared out over the iterations as tokens are.
             shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
-            steps = plan(shared, assumed.config.prune)[iteration.index - 1].tokens
+            iterations = plan(shared, assumed.config.prune)
+            steps = iterations[iteration.index - 1].tokens
             work = _reinforcement_learning(stage, budget, steps, pruned, assumed)
         else:
             work = _Work(tokens=float(budget or 0), passes=3, context=stage.max_length)
@@ -169,7 +180,7 @@ def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned:
     """A stage ends with its steps or its tokens; where nothing limits the tokens, each answer is of full length."""
     context = sequence_length(stage)
     answers = steps * stage.batch_size
-    tokens = float(answers * context if budget is None else budget)
+    tokens = float(answers * context) if budget is None else float(budget)
 
     # The answers' part of the tokens, a batch at a time.
     new_tokens = stage.max_completion_length

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from ptl.forecast import Forecast
 from ptl.forecast_steps import HOUR, StepForecast
 from ptl.gpus import GIB
 from ptl.units import duration
 
-COLUMNS = ("Step", "Parameters", "Tokens", "FLOPs", "GiB per GPU", "Hours", "Note")
-TEXTS = ("Step", "Note")  # all others are numbers
+# Heading -> side on which the column is flush: texts left, numbers right.
+COLUMNS: dict[str, Literal["left", "right"]] = {
+    "Step": "left",
+    "Parameters": "right",
+    "Tokens": "right",
+    "FLOPs": "right",
+    "GiB per GPU": "right",
+    "Hours": "right",
+    "Note": "left",
+}
 
 
 def table(forecast: Forecast) -> Any:
     """A forecast as a rich table; a star marks the steps of the critical path."""
     from rich.table import Table
 
+    # The work of all steps, and the time from start to end where none waits for a GPU.
     work = duration(forecast.hours * HOUR)
     wall_clock = duration(forecast.critical_hours * HOUR)
     model = f"{forecast.params:,} parameters on {forecast.count} x {forecast.gpu}"
     title = f"{model}: {work} of work, {wall_clock} from start to end (estimates)"
-    rows = Table(title=title, title_justify="left", caption=concurrency(forecast), caption_justify="left")
-    for heading in COLUMNS:
-        rows.add_column(heading, justify="left" if heading in TEXTS else "right")
+    caption = concurrency(forecast)
+    rows = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for heading, side in COLUMNS.items():
+        rows.add_column(heading, justify=side)
     for step in forecast.steps:
         critical = step.step in forecast.critical_steps
-        rows.add_row(*_cells(step, critical), style=None if step.fits else "red")
+        style = None if step.fits else "red"
+        rows.add_row(*_cells(step, critical), style=style)
     return rows
 
 
 def _cells(step: StepForecast, critical: bool) -> list[str]:
+    """A step's row, in the order of COLUMNS."""
     name = f"{step.step} *" if critical else step.step
     notes = [] if step.fits else ["does not fit"]
     if step.note:
         notes.append(step.note)
+    memory = step.memory / GIB
     return [
         name,
         f"{step.params:,}",
         f"{step.tokens:,}" if step.tokens else "",
         f"{step.flops:.1e}",
-        f"{step.memory / GIB:.1f}",
+        f"{memory:.1f}",
         f"{step.hours:.2f}",
         "; ".join(notes),
     ]

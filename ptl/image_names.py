@@ -32,6 +32,7 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
     """
     if tag is None:
         tag = __version__
+    # Checked before a build or a compile: the engine's own messages name neither option.
     if step not in IMAGE_OF:
         steps = ", ".join(IMAGE_OF)
         raise InputError(f"{step!r} has no image; steps are {steps}", field="step")

@@ -12,12 +12,15 @@ from ptl.families import family_of
 
 def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     """Copy an ordinary checkpoint to `dst`, weights checked for NaN; raises InputError for what is wrong with it."""
+    # Headers and small files first: what is wrong there is found in seconds.
     src = hub.locate(path, revision)
     family = family_of(checkpoint.read_config(src))
     checkpoint.check_links(src)
     model_dimensions(src, family)
     pretrained.config(src)
     model_checks.check_tokenizer(src)
+
+    # Then every value.
     weights = checkpoint.shards(src)
     checkpoint.check_finite(weights)
 

@@ -34,6 +34,7 @@ def preflight(
     Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
     """
     check_data_and_tasks(calibration, training, evaluate, gate, recover)
+    # Only now a download, which may take an hour.
     folder = hub.locate(path, revision)
     dimensions = check_model(folder, schedule, prune)
     setting_checks.check_settings(folder, calibration, training, evaluate, recover)
@@ -61,10 +62,13 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
     target that the plan cannot reach.
     """
+    # Its files.
     family = family_of(checkpoint.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)
+
+    # What the config will do to it.
     if prune.repair != "off":
         from ptl import repair
 
@@ -82,6 +86,7 @@ def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )
+    # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
     iterations = plan(schedule, prune)
     neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
     progress = neuron_iterations[-1].progress if neuron_iterations else 0  # share of the removal that neurons make

@@ -54,6 +54,7 @@ def _locate(value: str, folder: Path) -> str:
         return value
     # Functions of os.path, since those of Path raise for an unknown user, or where the whole path is too long.
     path = os.path.join(folder, os.path.expanduser(value))  # noqa: PTH111, PTH118
+    # `org/model` may be a folder here and a name on the hub: what exists is the folder.
     looks_local = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
     if looks_local or os.path.exists(path):  # noqa: PTH110
         return os.path.normpath(path)
@@ -64,7 +65,8 @@ def _check_length(value: str) -> None:
     """Refuse a text that no path can be, for which the system's own answers differ."""
     encoded = value.encode(errors="surrogatepass")
     longest_name = max(len(name) for name in encoded.split(b"/"))
-    if len(encoded) > LONGEST or longest_name > LONGEST_NAME:
+    too_long = len(encoded) > LONGEST or longest_name > LONGEST_NAME
+    if too_long:
         raise ValueError(f"longer than {LONGEST} bytes, or a name in it than {LONGEST_NAME}; give a path or a name")
     if "\0" in value:
         raise ValueError("has a NUL, which no path can have; remove it")
@@ -73,11 +75,18 @@ def _check_length(value: str) -> None:
 def _relative(value: str, info: SerializationInfo) -> str:
     """A path below the context's folder as seen from there: a compiled pipeline is the same on every machine."""
     folder = info.context and info.context[FOLDER]
-    if folder and Path(value).is_relative_to(folder):
-        return str(Path(value).relative_to(folder))
+    path = Path(value)
+    if folder and path.is_relative_to(folder):
+        return str(path.relative_to(folder))
     return value
 
 
-Text = Annotated[str, Field(min_length=1), BeforeValidator(_from_working_directory), PlainSerializer(_relative, str)]
+# The order counts: texts of the command line are located first, all others by the validators below.
+Text = Annotated[
+    str,
+    Field(min_length=1),
+    BeforeValidator(_from_working_directory),
+    PlainSerializer(_relative, str),
+]
 Location = Annotated[Text, AfterValidator(_absolute)]  # a local path, or a name on the hub or of the harness
 Folder = Annotated[Text, AfterValidator(_absolute_folder)]

@@ -39,6 +39,7 @@ def check_tokenizer(folder: Path) -> None:
     """Raise InputError for a tokenizer that is not there, cannot be read or has no EOS token, as far as files say."""
     checkpoint.check_tokenizer(folder)
     files = _json_files(folder)
+    # The library that transformers uses for it reads the file in milliseconds.
     core = folder / "tokenizer.json"
     if core.is_file() and find_spec("tokenizers") is not None:
         from tokenizers import Tokenizer
@@ -49,8 +50,8 @@ def check_tokenizer(folder: Path) -> None:
             raise _unreadable_tokenizer(folder, error) from error
 
     # A few classes of transformers have an EOS token of their own, so files without one are asked of it.
-    names_eos = any(files[name].get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    if not names_eos and find_spec("transformers") is not None:
+    eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
+    if not eos and find_spec("transformers") is not None:
         load_tokenizer(folder)
 
 
@@ -64,7 +65,7 @@ def check_generation_config(folder: Path) -> None:
 def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
     """Raise InputError for a config field whose sequences are longer than the model's context; `lengths` in tokens."""
     positions = checkpoint.read_config(folder).get("max_position_embeddings")
-    if not isinstance(positions, int):
+    if not isinstance(positions, int):  # a family without a limit
         return
     for field, length in lengths.items():
         if length > positions:
@@ -94,10 +95,11 @@ def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int],
     """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
     if student == teacher:
         return
-    num_different = len(set(student.items()) ^ set(teacher.items()))
+    # An entry is a token with its number; a token that has moved counts on both sides.
+    different = set(student.items()) ^ set(teacher.items())
     raise InputError(
-        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; {num_different} entries "
-        "differ)",
+        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; "
+        f"{len(different)} entries differ)",
         field="recover.teacher",
         remedy="distillation needs a teacher with the same tokenizer",
     )
@@ -109,13 +111,14 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     if not core:
         return {}
     try:
-        tokens = core["model"].get("vocab", {})
-        if not isinstance(tokens, dict):  # Unigram: pairs of a token and its score, in the order of their numbers
-            tokens = {pair[0]: number for number, pair in enumerate(tokens)}
-        added = {token["content"]: token["id"] for token in core.get("added_tokens") or ()}
+        vocabulary = core["model"].get("vocab", {})
+        if not isinstance(vocabulary, dict):  # Unigram: pairs of a token and its score, in the order of their numbers
+            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+        added = core.get("added_tokens") or ()
+        return {**vocabulary, **{token["content"]: token["id"] for token in added}}
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise _unreadable_tokenizer(folder, f"tokenizer.json: {type(error).__name__}: {error}") from error
-    return {**tokens, **added}
+        kind = type(error).__name__
+        raise _unreadable_tokenizer(folder, f"tokenizer.json: {kind}: {error}") from error
 
 
 def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -124,7 +127,8 @@ def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
     for name in JSON_FILES:
         path = folder / name
         try:
-            content = bounded_json.loads(path.read_bytes()) if path.is_file() else {}
+            text = path.read_bytes() if path.is_file() else b"{}"
+            content = bounded_json.loads(text)
         except ValueError as error:
             raise _unreadable_tokenizer(folder, f"{name}: {error}") from error
         if not isinstance(content, dict):

@@ -19,14 +19,18 @@ def check_settings(
     recover: Sequence[RecoverStage],
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it."""
+    # What every step needs.
     model_checks.check_tokenizer(folder)
     model_checks.check_generation_config(folder)
+
+    # Lengths; what is not set follows the model.
     lengths = {"calibration.max_length": calibration.max_length}
     if evaluate.max_length is not None:
         lengths["evaluate.max_length"] = evaluate.max_length
     model_checks.check_positions(folder, lengths)
     _check_recovery(folder, recover, teacher=None)
 
+    # Chats, by the field that names them.
     sources: dict[str, DataSource] = {"calibration.data": calibration.data}
     for number, source in enumerate(training.sources):
         sources[f"training.sources.{number}"] = source
@@ -43,10 +47,11 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
 
 
 def _check_recovery(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
+    """Lengths and teachers of all stages, before the first of them trains."""
     for stage in stages:
         if isinstance(stage, NextToken):
             model_checks.check_positions(folder, {"recover.max_length": stage.max_length})
-        if isinstance(stage, Grpo):
+        if isinstance(stage, Grpo):  # prompts that leave no room are found when the data is read
             model_checks.check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
         if isinstance(stage, Distil):
             _check_distillation(folder, stage, teacher)
@@ -55,9 +60,12 @@ def _check_recovery(folder: Path, stages: Sequence[RecoverStage], teacher: Path 
 def _check_distillation(folder: Path, stage: Distil, original: Path | None) -> None:
     """The teacher reads the same sequences, and numbers tokens in the same way."""
     teacher = _teacher_files(stage.teacher) if stage.teacher else original
-    if teacher is not None:
-        model_checks.check_positions(teacher, {"recover.max_length (for recover.teacher)": stage.max_length})
-        model_checks.check_teacher(folder, teacher, stage.teacher or str(teacher))
+    if teacher is None:
+        return
+    lengths = {"recover.max_length (for recover.teacher)": stage.max_length}
+    model_checks.check_positions(teacher, lengths)
+    name = stage.teacher or str(teacher)  # as the user knows it
+    model_checks.check_teacher(folder, teacher, name)
 
 
 def _teacher_files(teacher: str) -> Path:

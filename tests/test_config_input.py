@@ -18,7 +18,7 @@ from ptl.section import Section
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-FIELDS = suggest.field_names(Config)
+FIELDS = [".".join(path) for path in suggest.field_paths(Config)]
 
 numbers = st.one_of(
     st.integers(-3, 3),
