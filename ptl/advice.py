@@ -20,14 +20,18 @@ def warnings(config: Config) -> list[str]:
 def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
     """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
     total = removal(params, schedule.target)
-    layer_iterations = [iteration for iteration in plan(schedule, prune) if iteration.unit == "layers"]
-    too_small = [iteration for iteration in layer_iterations if iteration.cut * total < params_per_layer]
-    if not too_small:
+    numbers: list[str] = []
+    planned = 0  # parameters that the last of them is to remove
+    for iteration in plan(schedule, prune):
+        removed = iteration.cut * total
+        if iteration.unit == "layers" and removed < params_per_layer:
+            numbers.append(str(iteration.index))
+            planned = int(removed)
+    if not numbers:
         return []
-    numbers = ", ".join(str(iteration.index) for iteration in too_small)
-    planned = int(too_small[-1].cut * total)
+    listed = ", ".join(numbers)
     return [
-        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {numbers} is planned to remove "
+        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {listed} is planned to remove "
         f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
         "set schedule.cuts=uniform, or fewer iterations for layers"
     ]
@@ -39,18 +43,18 @@ def _starved_iterations(config: Config) -> list[str]:
     if not schedule.recovery_tokens:  # GRPO alone, limited by its steps, which are shared out in the same way
         schedule = schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
     total = schedule.recovery_tokens
-    iterations = plan(schedule, config.prune)
-    starved = [iteration for iteration in iterations if iteration.tokens < FAIR * iteration.cut * total]
-    if not starved:
-        return []
-    first = starved[0]
-    removed = 100 * float(first.cut)  # percent of the removal
-    trained = 100 * first.tokens / total  # percent of the recovery
-    return [
-        f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
-        f"{first.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; the gate "
-        "judges it right then, and a rejection halves the cuts that follow: set schedule.tokens=uniform"
-    ]
+    for iteration in plan(schedule, config.prune):
+        if iteration.tokens >= FAIR * iteration.cut * total:
+            continue
+        removed = 100 * float(iteration.cut)  # percent of the removal
+        trained = 100 * iteration.tokens / total  # percent of the recovery
+        # The first one is enough: the remedy is the same for all.
+        return [
+            f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
+            f"{iteration.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; "
+            "the gate judges it right then, and a rejection halves the cuts that follow: set schedule.tokens=uniform"
+        ]
+    return []
 
 
 def _undecayed(config: Config) -> list[str]:

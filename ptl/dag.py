@@ -62,8 +62,8 @@ def _parts(name: str) -> tuple[str, str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
-    control, stage, number = match.groups(default="")
-    return control, stage, number
+    control, stage, iteration = match.groups(default="")
+    return control, stage, iteration
 
 
 def nodes(config: Config) -> list[Node]:
@@ -73,6 +73,7 @@ def nodes(config: Config) -> list[Node]:
     an iteration starts from the recovered model while that is still being evaluated. Every recovery takes what
     evaluate-0 wrote, because training rows are compared with the items of the benchmarks.
     """
+    # The dense model, and its scores.
     steps: list[Node] = []
     if config.resources.doctor:
         steps.append(Node("doctor", {}))
@@ -93,17 +94,15 @@ def nodes(config: Config) -> list[Node]:
 
     # The control arm.
     if config.control:
-        after: tuple[str, ...] = ()
-        if config.resources.control == "after":
-            after = _ends(steps)
-        prune, recover, evaluate = _iteration("control-{}", dense, fallback=False, after=after)
-        steps += [prune, recover, evaluate]
-        results["control"] = Source(evaluate.name, "accepted")
+        after = _ends(steps) if config.resources.control == "after" else ()
+        control = _iteration("control-{}", dense, fallback=False, after=after)
+        steps += control
+        results["control"] = Source(control[-1].name, "accepted")
 
     # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
     inputs = {source.step for source in results.values()}
-    others = tuple(name for name in _ends(steps) if name not in inputs)
-    steps.append(Node("report", results, after=others))
+    others = [name for name in _ends(steps) if name not in inputs]
+    steps.append(Node("report", results, after=tuple(others)))
     return steps
 
 
@@ -116,13 +115,17 @@ def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
 
 
 def _iteration(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
-    """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started."""
+    """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started.
+
+    `name` is a template of the steps' names.
+    """
     prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
     pruned = Source(prune, "out")
     scores = Source("evaluate-0", "scores")
     inputs = {"model": Source(recover, "out")}
     if fallback:
         inputs["fallback"] = parent
+    # Recovery takes the dense model's scores for the benchmarks' items, which it does not train on.
     return [
         Node(prune, {"model": parent}, after),
         Node(recover, {"model": pruned, "scored": scores}),
@@ -138,7 +141,8 @@ def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, f
     starts: dict[str, float] = {}
     ends: dict[str, float] = {}
     for node in steps:  # nodes are listed after those that they need
-        start = max((ends[name] for name in node.needs), default=0.0)
+        needed = [ends[name] for name in node.needs]
+        start = max(needed, default=0.0)
         starts[node.name] = start
         ends[node.name] = start + cost.get(node.name, 0.0)
     return starts, ends
@@ -152,9 +156,9 @@ def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[flo
     _, ends = times(steps, cost)
     needs = {node.name: node.needs for node in steps}
     # Back from the step that ends last, always to what it waited for longest.
-    path = [max(ends, key=ends.__getitem__)]
-    while needs[path[-1]]:
-        latest = max(needs[path[-1]], key=ends.__getitem__)
-        path.append(latest)
-    path.reverse()
-    return ends[path[-1]], path
+    last = max(ends, key=ends.__getitem__)
+    path = [last]
+    while needs[path[0]]:
+        latest = max(needs[path[0]], key=ends.__getitem__)
+        path.insert(0, latest)
+    return ends[last], path

@@ -66,6 +66,7 @@ def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
         multi_user = http.kubeflow(host).multi_user
     except PtlError:
         return None  # the check of Kubeflow says why
+    # A version that does not say it may have several.
     return kubeflow_namespace if multi_user is False else None
 
 
@@ -106,7 +107,8 @@ def gpu(config: Config) -> Finding:
     steps = ["prune"]
     if not in_step:
         steps += ["recover", "evaluate"]
-    needed = max(config.resources.accelerators_of(step) for step in steps)
+    resources = config.resources
+    needed = max(resources.accelerators_of(step) for step in steps)
     visible = _visible_gpus()
     message = f"{visible} visible here, the config asks for {needed}"
     if visible >= needed:
@@ -119,8 +121,10 @@ def _visible_gpus() -> int:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout
-    return sum(line.startswith("GPU ") for line in listing.splitlines())
+    # One line for each GPU, and an indented one for each part of a GPU (MIG).
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    lines = listing.stdout.splitlines()
+    return sum(line.startswith("GPU ") for line in lines)
 
 
 def images(config: Config) -> Finding:
@@ -158,7 +162,8 @@ def _registry_problem(name: str) -> Finding | None:
         message = f"{name} needs a login ({status}), so it was not looked at"
         remedy = "make sure that resources.image_pull_secrets names a Secret that can pull them"
         return Finding("images", "warning", message, remedy)
-    return Finding("images", "error", f"the registry answers {status} for {name}", "is the registry healthy?")
+    message = f"the registry answers {status} for {name}"
+    return Finding("images", "error", message, "is the registry healthy?")
 
 
 def kubeflow(config: Config, host: str) -> Finding:

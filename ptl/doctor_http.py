@@ -71,7 +71,8 @@ def get(
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
         raise _no_answer(url, error) from error
     if answer.status in REDIRECTS and not follow:
-        target = address.page(urljoin(url, answer.headers.get("Location", "")))
+        location = answer.headers.get("Location", "")
+        target = address.page(urljoin(url, location))
         raise InputError(
             f"{page} redirects to {target}, where no login is sent",
             remedy="give that address if it is the server's own, or log in again if it is a login page",
@@ -134,8 +135,9 @@ def mlflow_fault(uri: str) -> tuple[str, str] | None:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"{base} refuses this user ({answer.status})", remedy
     if answer.status != 200:
+        beginning = answer.text[:100]
         remedy = "is MLFLOW_TRACKING_URI an MLflow server of version 3?"
-        return f"{base} answers {answer.status}: {answer.text[:100]}", remedy
+        return f"{base} answers {answer.status}: {beginning}", remedy
     if answer.json_object() is None:
         remedy = "log in again where it is a login page, or correct MLFLOW_TRACKING_URI"
         return f"{base} answers with a page instead of JSON", remedy
@@ -147,8 +149,9 @@ def _mlflow_login() -> dict[str, str]:
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if user:
         password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        login = base64.b64encode(f"{user}:{password}".encode()).decode()
-        return {"Authorization": f"Basic {login}"}
+        login = f"{user}:{password}".encode()
+        encoded = base64.b64encode(login).decode()
+        return {"Authorization": f"Basic {encoded}"}
     return _bearer(os.environ.get("MLFLOW_TRACKING_TOKEN"))
 
 
@@ -171,7 +174,8 @@ def manifest_status(image: str) -> int:
     if answer.status == 401 and challenge.lower().startswith("bearer "):
         token = _anonymous_token(challenge)
         if token is not None:
-            answer = get(url, {"Accept": MANIFESTS, **_bearer(token)}, follow=True)
+            headers = {"Accept": MANIFESTS, **_bearer(token)}
+            answer = get(url, headers, follow=True)
     return answer.status
 
 
@@ -201,7 +205,8 @@ def kubeflow(host: str) -> Kubeflow:
     """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
     base = host.rstrip("/")
     login = _bearer(_kubeflow_token())
-    answer = get(f"{base}/apis/v2beta1/healthz", login, os.environ.get("KFP_CA_CERT"))
+    ca_cert = os.environ.get("KFP_CA_CERT")
+    answer = get(f"{base}/apis/v2beta1/healthz", login, ca_cert)
     if answer.status in REFUSED:
         raise InputError(
             f"{base} refuses this user ({answer.status})",

@@ -30,7 +30,7 @@ def guard(subject: str, check: Callable[..., Finding], *arguments: Any) -> Findi
     """What a check finds; an explained error that it raises is a finding too."""
     try:
         return check(*arguments)
-    except PtlError as error:
+    except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
         message = error.problem
         if error.field:
             message = f"{error.field}: {message}"

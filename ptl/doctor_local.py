@@ -23,11 +23,12 @@ MissingImages = Callable[[Sequence[str]], list[str]]  # those of the images that
 
 def track_as_run_does(home: Path) -> None:
     """Let this process track where `ptl run` would: in `home`, unless the environment names another location."""
+    home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
-    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.absolute()}/mlflow.db")
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
     # A server has an artifact location of its own.
     if not address.is_server(uri):
-        artifacts = home.absolute() / "artifacts"
+        artifacts = home / "artifacts"
         os.environ.setdefault("PTL_ARTIFACT_ROOT", artifacts.as_uri())
 
 
@@ -38,16 +39,19 @@ def packages(config: Config, runner: str) -> Finding:
     if runner != "docker":
         needed = ["prune", "recover", "evaluate", *needed]
         backends = _missing_backends(config)
-    names = ",".join(needed)
-    missing = ", ".join([*extras.absent(needed), *backends])
-    if missing:
-        remedy = " ".join([f"pip install 'ptl[{names}]'", *backends])
-        return Finding("packages", "error", f"not installed: {missing}", remedy)
-    return Finding("packages", "ok", f"what the steps import is installed (ptl[{names}])")
+    package = f"ptl[{','.join(needed)}]"
+    missing = [*extras.absent(needed), *backends]
+    if not missing:
+        return Finding("packages", "ok", f"what the steps import is installed ({package})")
+    listed = ", ".join(missing)
+    # The backends are not in these extras: each goes with one kind of CUDA.
+    remedy = " ".join([f"pip install '{package}'", *backends])
+    return Finding("packages", "error", f"not installed: {listed}", remedy)
 
 
 def _missing_backends(config: Config) -> list[str]:
     """Packages that only some settings need, and that no extra of these brings."""
+    # Neither works everywhere, so neither comes with what the steps need anyway.
     backends: list[str] = []
     if config.evaluate.backend == "vllm":
         backends.append("vllm")
@@ -86,6 +90,7 @@ def disk(config: Config, home: Path) -> Finding:
     needed = checkpoint_bytes(config, shape.params, shape.itemsize)
     free = shutil.disk_usage(home).free
     message = f"{home} has {size(free)} free; the checkpoints of a whole run are about {size(needed)}"
+    # An estimate, and a run that stops for want of space can be resumed: no error.
     if free >= needed:
         return Finding("disk", "ok", message)
     remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
@@ -121,7 +126,8 @@ def engine(config: Config, missing_images: MissingImages) -> Finding:
     listed = ", ".join(names)
     absent = ", ".join(missing_images(names))
     if absent:
-        return Finding("images", "error", f"the engine has no {absent}", "build them: ptl images build")
+        message = f"the engine has no {absent}"
+        return Finding("images", "error", message, "build them: ptl images build")
     # A database's file is outside of the containers.
     if not address.is_server(tracking_uri()):
         message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ptl import advice
 from ptl.config import Config
-from ptl.dag import Node, critical_path, nodes, stage_of, times
+from ptl.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
 from ptl.errors import InputError
 from ptl.forecast_model import Shape, shape_of
 from ptl.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
@@ -52,10 +52,10 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     dense = shape_of(config.model.path, config.model.revision)
     gpus = max(1, _gpus(config, "recover", count))
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
-    steps = _steps(assumed)
+    dag = nodes(config)
+    steps = _steps(dag, assumed)
 
     # When they run, and how many GPUs that needs at once.
-    dag = nodes(config)
     hours = {step.step: step.hours for step in steps}
     held = {step.step: _gpus(config, step.step, count) for step in steps}
     critical_hours, critical_steps = critical_path(dag, hours)
@@ -90,36 +90,37 @@ def _gpus(config: Config, step: str, count: int | None) -> int:
     return max(1, config.resources.accelerators)
 
 
-def _steps(assumed: Assumptions) -> list[StepForecast]:
-    """The steps that compute, arm after arm."""
-    steps = [evaluate_step("evaluate-0", assumed.dense, assumed)]
-    schedule = assumed.config.schedule
-    steps += _arm(schedule, assumed)
-    if assumed.config.control:
-        steps += _arm(one_shot(schedule), assumed, control=True)
+def _steps(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
+    """What each step that computes takes, in the DAG's order."""
+    config = assumed.config
+    schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
+    shapes = {arm: _shapes(schedule, assumed) for arm, schedule in schedules.items()}
+    steps: list[StepForecast] = []
+    for node in dag:
+        name = node.name
+        arm = arm_of(name)
+        number = iteration_of(name)
+        stage = stage_of(name)
+        after = shapes[arm][number]
+        if stage == "evaluate":
+            steps.append(evaluate_step(name, after, assumed))
+        elif stage == "prune":
+            before = shapes[arm][number - 1]
+            steps.append(prune_step(name, before, after.params, assumed))
+        elif stage == "recover":
+            steps.append(recover_step(name, after, schedules[arm], number, assumed))
     return steps
 
 
-def _arm(schedule: Schedule, assumed: Assumptions, *, control: bool = False) -> list[StepForecast]:
-    """Prune, recover and evaluate of each iteration of an arm."""
+def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
+    """The model after each iteration of an arm; first the dense one, which is that after iteration 0."""
     dense = assumed.dense
     total = _removal(dense, schedule.target)
-    steps: list[StepForecast] = []
-    before = dense
+    shapes = [dense]
     for iteration in plan(schedule, assumed.config.prune):
-        # Names as the DAG has them.
-        name = "control-{}" if control else f"{{}}-{iteration.index}"
-        prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
-
         removed = int(iteration.progress * total)
-        after = dense.scaled(dense.params - removed)
-        steps += [
-            prune_step(prune, before, after.params, assumed),
-            recover_step(recover, after, schedule, iteration, assumed),
-            evaluate_step(evaluate, after, assumed),
-        ]
-        before = after
-    return steps
+        shapes.append(dense.scaled(dense.params - removed))
+    return shapes
 
 
 def _removal(dense: Shape, target: float) -> int:
@@ -146,10 +147,11 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
     most: tuple[str, ...] = ()
     most_gpus = 0
     for moment in sorted({starts[name] for name in working}):
-        running = tuple(name for name in working if starts[name] <= moment < ends[name])
+        running = [name for name in working if starts[name] <= moment < ends[name]]
         held = sum(gpus[name] for name in running)
         if held > most_gpus:
-            most, most_gpus = running, held
+            most_gpus = held
+            most = tuple(running)
     return most
 
 
@@ -170,7 +172,8 @@ def _smaller_recovery(assumed: Assumptions) -> str:
     stages = assumed.config.recover
     if any(stage.sharding == "none" for stage in stages):
         remedies.append("recover.sharding: fsdp over several GPUs")
-    if any(isinstance(stage, NextToken) and stage.lora is None for stage in stages):
+    next_token = [stage for stage in stages if isinstance(stage, NextToken)]
+    if any(stage.lora is None for stage in next_token):
         remedies.append("recover.lora")
     if not all(stage.gradient_checkpointing for stage in stages):
         remedies.append("recover.gradient_checkpointing: true")

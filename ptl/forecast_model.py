@@ -47,7 +47,8 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     sizes = shapes.sizes(config, family, f"config.json of {path}")
     params, matrices = shapes.count(config, family, sizes)
     itemsize = checkpoint.itemsize(folder)
-    kv_width = 2 * sizes.num_key_value_heads * sizes.head_dim  # keys and values of a layer
+    # Keys and values of one token in one layer.
+    kv_width = 2 * sizes.num_key_value_heads * sizes.head_dim
     return Shape(
         params=params,
         matrices=matrices,
@@ -69,9 +70,10 @@ def forward_flops(shape: Shape, tokens: float, context: float) -> float:
 
 def decode_seconds(shape: Shape, rows: float, itemsize: int, context: float, card: Gpu) -> float:
     """Seconds to decode one token of every row: all weights and the cache are read once."""
-    weights = shape.params * itemsize
-    cache = rows * context * shape.kv_bytes
-    return (weights + cache) / (card.bandwidth * DECODE_SHARE)
+    weights = shape.params * itemsize  # bytes
+    cache = rows * context * shape.kv_bytes  # bytes
+    bandwidth = card.bandwidth * DECODE_SHARE
+    return (weights + cache) / bandwidth
 
 
 def activations(shape: Shape, tokens: float, itemsize: int, checkpointed: bool) -> float:

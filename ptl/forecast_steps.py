@@ -18,7 +18,7 @@ from ptl.forecast_model import (
 )
 from ptl.gpus import Gpu
 from ptl.recover_config import Distil, Grpo, RecoverStage, Recovery
-from ptl.schedule import Iteration, Schedule, plan
+from ptl.schedule import Schedule, plan
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
@@ -126,21 +126,19 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
     )
 
 
-def recover_step(
-    name: str, pruned: Shape, schedule: Schedule, iteration: Iteration, assumed: Assumptions
-) -> StepForecast:
-    """All stages of one recovery; the hungriest decides the memory. `schedule` is that of the arm."""
+def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assumed: Assumptions) -> StepForecast:
+    """All stages of the recovery of iteration `number`; the hungriest decides the memory. `schedule`: of the arm."""
     card = assumed.card
     tokens = 0
     flops = seconds = memory = 0.0
     recovery = Recovery(stages=assumed.config.recover)
-    budgets = recovery.budgets(iteration.tokens)
+    iterations = plan(schedule, assumed.config.prune)
+    budgets = recovery.budgets(iterations[number - 1].tokens)
     for stage, budget in zip(recovery.stages, budgets, strict=True):
         if isinstance(stage, Grpo):
             # Steps are shared out over the iterations as tokens are.
             shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
-            iterations = plan(shared, assumed.config.prune)
-            steps = iterations[iteration.index - 1].tokens
+            steps = plan(shared, assumed.config.prune)[number - 1].tokens
             work = _reinforcement_learning(stage, budget, steps, pruned, assumed)
         else:
             work = _Work(tokens=float(budget or 0), passes=3, context=stage.max_length)

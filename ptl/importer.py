@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from ptl import checkpoint, hub, setting_checks
@@ -89,13 +90,14 @@ def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
     # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
     iterations = plan(schedule, prune)
     neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
-    progress = neuron_iterations[-1].progress if neuron_iterations else 0  # share of the removal that neurons make
+    by_neurons = Fraction(0)  # share of the removal
     if neuron_iterations:
-        goal = dimensions.params - int(progress * total)
-        width_for(dimensions, goal, prune.width_multiple, prune.tensor_parallel)
+        by_neurons = neuron_iterations[-1].progress
+        removed = int(by_neurons * total)
+        width_for(dimensions, dimensions.params - removed, prune.width_multiple, prune.tensor_parallel)
     if len(neuron_iterations) < len(iterations):
-        goal = dimensions.params - int((1 - progress) * total)
-        layers_for(dimensions, goal)
+        removed = int((1 - by_neurons) * total)
+        layers_for(dimensions, dimensions.params - removed)
 
 
 def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:

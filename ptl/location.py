@@ -64,9 +64,8 @@ def _locate(value: str, folder: Path) -> str:
 def _check_length(value: str) -> None:
     """Refuse a text that no path can be, for which the system's own answers differ."""
     encoded = value.encode(errors="surrogatepass")
-    longest_name = max(len(name) for name in encoded.split(b"/"))
-    too_long = len(encoded) > LONGEST or longest_name > LONGEST_NAME
-    if too_long:
+    longest_name = max(encoded.split(b"/"), key=len)
+    if len(encoded) > LONGEST or len(longest_name) > LONGEST_NAME:
         raise ValueError(f"longer than {LONGEST} bytes, or a name in it than {LONGEST_NAME}; give a path or a name")
     if "\0" in value:
         raise ValueError("has a NUL, which no path can have; remove it")

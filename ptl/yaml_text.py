@@ -21,11 +21,13 @@ UNSTORABLE = re.compile("[\\0\\ud800-\\udfff]")  # no UTF-8 file or database tak
 def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = "") -> Any:
     """The value of a YAML text; `kind` may know more tags. Raises InputError whose problem begins with `where`."""
     if len(text) > BYTES:
-        raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
+        limit = BYTES >> 10
+        raise InputError(f"{where} is longer than {limit} KiB, which no config is", field=field)
     try:
         return _construct(kind(text))
-    except InputError as error:
-        raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
+    except InputError as error:  # of a line
+        problem = f"{where}, {error.problem}"
+        raise InputError(problem, field=field, remedy=error.remedy) from error
     except RecursionError as error:
         raise InputError(f"{where} is nested too deeply", field=field) from error
     except Exception as error:  # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`
@@ -54,7 +56,8 @@ class _Measure:
 
 def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measure:
     """Size of a node; each is visited once, however many aliases name it. Raises InputError that begins with a line."""
-    line = f"line {node.start_mark.line + 1}"
+    number = node.start_mark.line + 1
+    line = f"line {number}"
     if id(node) in known:
         return known[id(node)]
     if depth > DEPTH:  # also where an anchor holds itself
@@ -65,11 +68,13 @@ def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measur
         below = _measure(child, known, depth + 1)
         values += below.values
         height = max(height, 1 + below.height)
+    # Only aliases bring a node that was read as a small one above these.
     if values > VALUES or height > DEPTH:
         raise InputError(f"{line} holds more than {VALUES:,} values, or more than {DEPTH} levels, by its aliases")
 
-    known[id(node)] = _Measure(values, height)
-    return known[id(node)]
+    measure = _Measure(values, height)
+    known[id(node)] = measure
+    return measure
 
 
 def _children(node: yaml.Node, line: str) -> list[yaml.Node]:
@@ -94,10 +99,10 @@ def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
 
 def _check_keys(node: yaml.MappingNode, line: str) -> None:
     """PyYAML keeps the last of two equal keys without a word."""
-    counts: Counter[str] = Counter()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # merges may be several
-            counts[key.value] += 1
+    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    counts = Counter(key.value for key in keys)
+    del counts["<<"]  # merges may be several
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
-        raise InputError(f"{line}: {repeated[0]!r} is there twice in one section", remedy="remove one")
+        name = repeated[0]
+        raise InputError(f"{line}: {name!r} is there twice in one section", remedy="remove one")
