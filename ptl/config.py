@@ -57,7 +57,7 @@ class Calibration(Section):
     num_sequences: int = Field(64, ge=1)
     """sequences scored, drawn with the run's seed"""
     max_length: int = Field(512, ge=2)
-    """tokens per sequence; longer ones are cut"""
+    """tokens per sequence; longer ones are truncated"""
     batch_size: int = Field(16, ge=1)
     """sequences per forward pass"""
 

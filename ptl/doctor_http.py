@@ -20,7 +20,7 @@ import urllib3
 from ptl import address
 from ptl.errors import InputError
 
-SECONDS = 10  # for the connection, for each read, and for all of the body
+SECONDS = 10  # for the connection, for each read, and for all of the content
 LIMIT = 1 << 20  # bytes of an answer
 REDIRECTS = (301, 302, 303, 307, 308)
 REFUSED = (401, 403)
@@ -93,17 +93,17 @@ def _session(url: str, ca_cert: str | None) -> requests.Session:
 
 
 def _text(response: requests.Response) -> str:
-    """The body, as far as it matters: no answer that is asked for is long. Raises TimeoutError for a slow one."""
+    """The content, as far as it matters: no answer that is asked for is long. Raises TimeoutError for a slow one."""
     deadline = time.monotonic() + SECONDS
-    body = b""
-    while len(body) < LIMIT:
+    content = b""
+    while len(content) < LIMIT:
         piece = response.raw.read1(LIMIT)  # what has arrived, so that a server which drips is noticed
         if not piece:
             break
-        body += piece
+        content += piece
         if time.monotonic() > deadline:
             raise TimeoutError("the answer takes too long")
-    return body[:LIMIT].decode(errors="replace")
+    return content[:LIMIT].decode(errors="replace")
 
 
 def _no_answer(url: str, error: BaseException) -> InputError:

@@ -3,6 +3,7 @@
 Kubeflow is a mock server that answers as the recorded one did (tests/data/kfp-2.17), kubectl is a script.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -11,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -259,6 +261,78 @@ def test_a_registry_cannot_have_a_file_of_this_machine_sent_as_its_token(answers
     host = answers(registry("login"))
     with pytest.raises(InputError, match="not the address of a server"):
         doctor.images(with_registry(host, "login"))
+
+
+@pytest.fixture
+def recording():
+    """A mock of a server that answers `answer(handler)` and keeps the headers of each request."""
+    started = []
+
+    def start(answer):
+        seen = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(dict(self.headers))
+                answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        started.append(server)
+        return seen, f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def empty(handler, status=200, **headers):
+    handler.send_response(status)
+    for name, value in {"Content-Length": "0", **headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+
+
+def test_a_token_follows_no_redirect_to_another_server(recording):
+    elsewhere, target = recording(empty)
+    first, url = recording(lambda handler: empty(handler, 307, Location=target.replace("127.0.0.1", "localhost")))
+    assert doctor_http.get(url, {"Authorization": "Bearer secret"}, follow=True).status == 200
+    assert first[0]["Authorization"] == "Bearer secret" and "Authorization" not in elsewhere[0]
+    with pytest.raises(InputError, match=f"{url} redirects to http://localhost.* where no login is sent; give that"):
+        doctor_http.get(url)
+    assert len(elsewhere) == 1
+
+
+def test_no_login_but_the_doctors_own_is_sent(recording, tmp_path, monkeypatch):
+    """requests would put that of ~/.netrc in its place."""
+    (tmp_path / "netrc").write_text("default login somebody password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    seen, url = recording(empty)
+    doctor_http.get(url)
+    doctor_http.get(url, {"Authorization": "Bearer own"})
+    assert "Authorization" not in seen[0] and seen[1]["Authorization"] == "Bearer own"
+
+
+def test_a_server_that_answers_byte_by_byte_is_not_waited_for(recording, monkeypatch):
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # the doctor has hung up
+            for _ in range(1000):
+                handler.wfile.write(b"x")
+                time.sleep(0.05)
+
+    monkeypatch.setattr(doctor_http, "SECONDS", 0.3)
+    _, url = recording(drip)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="the answer takes too long; is the server up"):
+        doctor_http.get(url)
+    assert time.monotonic() - began < 10  # the whole answer: 50 s
 
 
 def test_a_cluster_cannot_pull_from_a_local_engine(config, monkeypatch):
