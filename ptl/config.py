@@ -292,14 +292,14 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     Raises InputError that names every wrong field, its value and the allowed range.
     """
     path = Path(path)
-    settings = _read(path)
+    settings = _read_mapping(path)
     # Overrides are checked with the file, so that fields which need each other can be set together.
     for dotted, value in (overrides or {}).items():
         assign(settings, dotted, typed(value))
     return check(Config, settings, str(path), folder=path.absolute().parent)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a config file."""
     try:
         if not path.is_file():

@@ -41,23 +41,23 @@ class Node:
 
 def stage_of(name: str) -> str:
     """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
-    return _parts(name)[1]
+    return _name_parts(name)[1]
 
 
 def arm_of(name: str) -> Arm:
     """The arm that a step belongs to; what both arms need is of the loop."""
-    return "control" if _parts(name)[0] else "loop"
+    return "control" if _name_parts(name)[0] else "loop"
 
 
 def iteration_of(name: str) -> int:
     """`prune-3` is of iteration 3, the control's steps are of its only one, all others of 0."""
-    control, _, number = _parts(name)
+    control, _, number = _name_parts(name)
     if number:
         return int(number)
     return 1 if control else 0
 
 
-def _parts(name: str) -> tuple[str, str, str]:
+def _name_parts(name: str) -> tuple[str, str, str]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
     match = _NAME.fullmatch(name)
     if match is None:
@@ -85,7 +85,7 @@ def nodes(config: Config) -> list[Node]:
     gated = config.gate.enabled
     parent = dense
     for number in range(1, config.schedule.iterations + 1):
-        prune, recover, evaluate = _iteration(f"{{}}-{number}", parent, fallback=gated)
+        prune, recover, evaluate = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
         steps += [prune, recover, evaluate]
         # With the gate the next iteration waits for the verdict, which decides what it starts from.
         accepted = Source(evaluate.name, "accepted")
@@ -95,7 +95,7 @@ def nodes(config: Config) -> list[Node]:
     # The control arm.
     if config.control:
         after = _ends(steps) if config.resources.control == "after" else ()
-        control = _iteration("control-{}", dense, fallback=False, after=after)
+        control = _iteration_nodes("control-{}", dense, fallback=False, after=after)
         steps += control
         results["control"] = Source(control[-1].name, "accepted")
 
@@ -114,7 +114,7 @@ def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
     return tuple(node.name for node in steps if node.name not in needed)
 
 
-def _iteration(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
+def _iteration_nodes(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
     """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started.
 
     `name` is a template of the steps' names.

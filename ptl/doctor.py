@@ -12,7 +12,7 @@ from typing import Any
 from ptl import address, doctor_kubernetes, doctor_local
 from ptl import doctor_http as http
 from ptl.config import Config, check
-from ptl.doctor_line import Finding, guard
+from ptl.doctor_line import Finding, as_finding
 from ptl.doctor_local import MissingImages
 from ptl.doctor_tracking import tracking_and_store, tracking_uri
 from ptl.errors import InputError, PtlError
@@ -28,14 +28,14 @@ def step_environment(config: Config) -> list[Finding]:
 def local(config: Config, *, home: Path, missing_images: MissingImages, runner: str = "subprocess") -> list[Finding]:
     """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
     doctor_local.track_as_run_does(home)
-    model = guard("model and data", doctor_local.model_and_data, config)
-    packages = guard("packages", doctor_local.packages, config, runner)
+    model = as_finding("model and data", doctor_local.model_and_data, config)
+    packages = as_finding("packages", doctor_local.packages, config, runner)
     findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
-        disk = guard("disk", doctor_local.disk, config, home)
+        disk = as_finding("disk", doctor_local.disk, config, home)
         findings.append(disk)
     if runner == "docker":
-        engine = guard("images", doctor_local.engine, config, missing_images)
+        engine = as_finding("images", doctor_local.engine, config, missing_images)
         findings.append(engine)
     return findings
 
@@ -47,23 +47,23 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
     credentials, so what is not set here is a warning.
     """
     findings = tracking_and_store(config, elsewhere=True)
-    findings.append(guard("images", images, config))
+    findings.append(as_finding("images", images, config))
     if host is None:
         message = "not looked at: neither --host nor KF_PIPELINES_ENDPOINT is set"
         remedy = "give the address of the API; `ptl submit` needs it too"
         findings.append(Finding("Kubeflow", "warning", message, remedy))
     else:
-        findings.append(guard("Kubeflow", kubeflow, config, host))
+        findings.append(as_finding("Kubeflow", kubeflow, config, host))
         # What no option names, the server itself may say.
         if namespace is None:
             namespace = _standalone_namespace(host, kubeflow_namespace)
-    return [*findings, *doctor_kubernetes.cluster(config, namespace, kubeflow_namespace)]
+    return [*findings, *doctor_kubernetes.cluster_objects(config, namespace, kubeflow_namespace)]
 
 
 def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
     """Where the pods of runs start when nobody names a profile: beside Kubeflow, unless it has several users."""
     try:
-        multi_user = http.kubeflow(host).multi_user
+        multi_user = http.kubeflow_server(host).multi_user
     except PtlError:
         return None  # the check of Kubeflow says why
     # A version that does not say it may have several.
@@ -168,7 +168,7 @@ def _registry_problem(name: str) -> Finding | None:
 
 def kubeflow(config: Config, host: str) -> Finding:
     """Kubeflow answers, in a version that takes the compiled YAML."""
-    version = http.kubeflow(host).version
+    version = http.kubeflow_server(host).version
     if version is None:
         message = f"{host} answers, but does not say its version"
         return Finding("Kubeflow", "warning", message, f"make sure that it is {OLDEST} or newer")

@@ -201,7 +201,7 @@ class Kubeflow:
     multi_user: bool | None  # whether each user has a namespace
 
 
-def kubeflow(host: str) -> Kubeflow:
+def kubeflow_server(host: str) -> Kubeflow:
     """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
     base = host.rstrip("/")
     login = _bearer(_kubeflow_token())

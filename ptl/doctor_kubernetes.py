@@ -43,7 +43,7 @@ class NoSuchObjectError(NotSeenError):
     """The cluster has no object of that name."""
 
 
-def cluster(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
+def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
     """Everything that kubectl is asked. `namespace` is where the steps' pods start, None if nobody says it."""
     if shutil.which("kubectl") is None:
         message = "Secrets, retry policy and MLflow plugin were not looked at: kubectl is not on PATH"
@@ -177,7 +177,7 @@ def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
 
 def _mounted_config(kubeflow_namespace: str) -> str | None:
     """Name of the ConfigMap that is mounted as the API server's config.json; None if the image's own is used."""
-    deployment = _json("get", "deployment", API_SERVER, "--namespace", kubeflow_namespace)
+    deployment = _json_object("get", "deployment", API_SERVER, "--namespace", kubeflow_namespace)
     pod = deployment["spec"]["template"]["spec"]
 
     # Volumes that are mounted at the config's path, and the one among them that is a ConfigMap.
@@ -233,11 +233,11 @@ def _not_seen(subject: str, error: NotSeenError) -> Finding:
 
 
 def _config_map(name: str, namespace: str) -> dict[str, str]:
-    config_map = _json("get", "configmap", name, "--namespace", namespace)
+    config_map = _json_object("get", "configmap", name, "--namespace", namespace)
     return dict(config_map.get("data") or {})
 
 
-def _json(*arguments: str) -> dict[str, Any]:
+def _json_object(*arguments: str) -> dict[str, Any]:
     output = _kubectl(*arguments, "--output", "json")
     try:
         return dict(json.loads(output))

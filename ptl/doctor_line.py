@@ -26,7 +26,7 @@ class Finding:
         return without_login(line)
 
 
-def guard(subject: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
+def as_finding(subject: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
     """What a check finds; an explained error that it raises is a finding too."""
     try:
         return check(*arguments)

@@ -10,7 +10,7 @@ from typing import Any
 from ptl import address, s3_client
 from ptl import doctor_http as http
 from ptl.config import Config
-from ptl.doctor_line import Finding, guard
+from ptl.doctor_line import Finding, as_finding
 
 FORBIDDEN = 403
 CONFLICTS = (409, 412)  # HTTP statuses of a conditional write that another one was before
@@ -35,7 +35,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
         return [Finding("MLflow and store", "warning", message, remedy)]
 
     # The store is where MLflow's experiment keeps its artifacts, so MLflow comes first.
-    tracking = guard("MLflow", mlflow, config)
+    tracking = as_finding("MLflow", mlflow, config)
     if tracking.state != "ok":
         unknown = Finding("store", "warning", "not looked at: MLflow says where it is", "fix MLflow first")
         return [tracking, unknown]
@@ -46,7 +46,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
         message = f"not looked at: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
         remedy = f"set them to check it from here; {step}"
         return [tracking, Finding("store", "warning", message, remedy)]
-    return [tracking, guard("store", store, config)]
+    return [tracking, as_finding("store", store, config)]
 
 
 def mlflow(config: Config) -> Finding:
@@ -102,7 +102,7 @@ def store(config: Config) -> Finding:
     root = _store_root(config)
     checkpoints.check(root)
     if not root.startswith("s3://"):
-        return _folder(root)
+        return _writable_folder(root)
 
     # An object of its own, which is deleted again.
     bucket, prefix = s3_client.split(root)
@@ -118,7 +118,7 @@ def store(config: Config) -> Finding:
     return Finding("store", "warning", f"{root} is writable, but ignores If-None-Match", remedy)
 
 
-def _folder(root: str) -> Finding:
+def _writable_folder(root: str) -> Finding:
     from ptl.localfs import path_of
 
     folder = path_of(root)
@@ -133,7 +133,7 @@ def _second_put_is_refused(client: Any, bucket: str, key: str) -> bool:
     try:
         client.put_object(Bucket=bucket, Key=key, Body=b"second", IfNoneMatch="*")
     except ClientError as error:
-        if _status(error) not in CONFLICTS:
+        if _http_status(error) not in CONFLICTS:
             raise
         return True
     return False
@@ -146,9 +146,9 @@ def _delete(client: Any, bucket: str, key: str) -> None:
     try:
         client.delete_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if _status(error) != FORBIDDEN:
+        if _http_status(error) != FORBIDDEN:
             raise
 
 
-def _status(error: Any) -> int:
+def _http_status(error: Any) -> int:
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"])

@@ -53,7 +53,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     gpus = max(1, _gpus(config, "recover", count))
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
     dag = nodes(config)
-    steps = _steps(dag, assumed)
+    steps = _step_forecasts(dag, assumed)
 
     # When they run, and how many GPUs that needs at once.
     hours = {step.step: step.hours for step in steps}
@@ -90,7 +90,7 @@ def _gpus(config: Config, step: str, count: int | None) -> int:
     return max(1, config.resources.accelerators)
 
 
-def _steps(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
+def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
     """What each step that computes takes, in the DAG's order."""
     config = assumed.config
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}

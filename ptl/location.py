@@ -33,7 +33,7 @@ def _from_working_directory(value: Any) -> Any:
     return value
 
 
-def _absolute(value: str, info: ValidationInfo) -> str:
+def _absolute_path(value: str, info: ValidationInfo) -> str:
     """A local path made absolute; names on the hub and addresses of a store stay as they are."""
     if info.context:
         return _locate(value, info.context[FOLDER])
@@ -45,7 +45,7 @@ def _absolute_folder(value: str, info: ValidationInfo) -> str:
     """What is a local folder, whatever its name looks like."""
     if info.context and not value.startswith(("/", "~")):
         value = f"./{value}"
-    return _absolute(value, info)
+    return _absolute_path(value, info)
 
 
 def _locate(value: str, folder: Path) -> str:
@@ -87,5 +87,5 @@ Text = Annotated[
     BeforeValidator(_from_working_directory),
     PlainSerializer(_relative, str),
 ]
-Location = Annotated[Text, AfterValidator(_absolute)]  # a local path, or a name on the hub or of the harness
+Location = Annotated[Text, AfterValidator(_absolute_path)]  # a local path, or a name on the hub or of the harness
 Folder = Annotated[Text, AfterValidator(_absolute_folder)]

@@ -119,7 +119,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     progress_before = Fraction(0)
     tokens_before = 0
     for index in range(1, schedule.iterations + 1):
-        progress = _progress(schedule, index)
+        progress = _removed_share(schedule, index)
         tokens_after = int(_token_share(schedule, index) * schedule.recovery_tokens)
         iteration = Iteration(
             index,
@@ -127,7 +127,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
             progress=progress,
             tokens=tokens_after - tokens_before,
             tokens_before=tokens_before,
-            unit=_unit(schedule, prune, index),
+            unit=_unit_of(schedule, prune, index),
             last=index == schedule.iterations,
         )
         iterations.append(iteration)
@@ -136,7 +136,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     return iterations
 
 
-def _progress(schedule: Schedule, index: int) -> Fraction:
+def _removed_share(schedule: Schedule, index: int) -> Fraction:
     """Share of the removal that is done after an iteration."""
     uniform = Fraction(index, schedule.iterations)
     if schedule.cuts == "uniform":
@@ -151,7 +151,7 @@ def _token_share(schedule: Schedule, index: int) -> Fraction:
     return Fraction(2**index - 1, 2**schedule.iterations - 1)
 
 
-def _unit(schedule: Schedule, prune: Prune, index: int) -> Unit:
+def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
     if prune.target != "neurons_then_layers":
         return prune.target
     # At least one iteration is for neurons: the control's only one is.

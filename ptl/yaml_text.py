@@ -64,7 +64,7 @@ def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measur
         raise InputError(f"{line} is nested more than {DEPTH} deep")
 
     values = height = 1
-    for child in _children(node, line):
+    for child in _child_nodes(node, line):
         below = _measure(child, known, depth + 1)
         values += below.values
         height = max(height, 1 + below.height)
@@ -77,7 +77,7 @@ def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measur
     return measure
 
 
-def _children(node: yaml.Node, line: str) -> list[yaml.Node]:
+def _child_nodes(node: yaml.Node, line: str) -> list[yaml.Node]:
     """The nodes directly below a node, which is checked."""
     if isinstance(node, yaml.ScalarNode):
         _check_scalar(node, line)

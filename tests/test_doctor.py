@@ -490,7 +490,7 @@ def test_kubeflows_version(answers, version, oldest, state):
 def test_kubeflow_2_17_as_recorded(config, answers):
     """It answers below v2beta1 only here: the older API may go."""
     host = answers({HEALTH: (200, RECORDED)})
-    assert doctor_http.kubeflow(f"http://{host}") == doctor_http.Kubeflow("2.17.0", multi_user=False)
+    assert doctor_http.kubeflow_server(f"http://{host}") == doctor_http.Kubeflow("2.17.0", multi_user=False)
     assert doctor.kubeflow(config, f"http://{host}").state == "ok"
 
 
@@ -515,7 +515,9 @@ def test_an_answer_that_is_cut_short(config):
 
         threading.Thread(target=answer, daemon=True).start()
         host = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        assert "IncompleteRead" in fault([doctor.guard("Kubeflow", lambda: doctor.kubeflow(config, host))], "Kubeflow")
+        assert "IncompleteRead" in fault(
+            [doctor.as_finding("Kubeflow", lambda: doctor.kubeflow(config, host))], "Kubeflow"
+        )
 
 
 def test_kubeflows_login_is_that_of_submit(config, tmp_path, monkeypatch):
@@ -695,14 +697,14 @@ def test_the_plugin_in_the_config_of_kubeflows_own_image(kubectl):
 
 
 def test_a_kubectl_that_may_not_look_gives_warnings(config, kubectl):
-    lines = doctor_kubernetes.cluster(config, None, "kubeflow")
+    lines = doctor_kubernetes.cluster_objects(config, None, "kubeflow")
     assert states(lines) == {"retry policy": "warning", "MLflow plugin": "warning", "Secrets and ConfigMaps": "warning"}
     assert "Forbidden" in lines[0].message and "--namespace" in lines[2].remedy
 
 
 def test_no_kubectl_is_one_warning(config, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    (line,) = doctor_kubernetes.cluster(config, "team", "kubeflow")
+    (line,) = doctor_kubernetes.cluster_objects(config, "team", "kubeflow")
     assert line.state == "warning" and "kubectl is not on PATH" in line.message
 
 
