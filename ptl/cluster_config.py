@@ -141,6 +141,7 @@ class Resources(Section):
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
+        # A stage is any text, and the names are literals.
         for name, own in self.steps.items():
             if name == stage:
                 return own
@@ -171,6 +172,7 @@ class Resources(Section):
         timeout = self.timeout_of(stage)
         if timeout is None:
             return WITHOUT_TIMEOUT
+        # All pauses but none after the last attempt.
         pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)  # 1 + 2 + 4 + ... times the first
         return self.attempts * timeout + pauses
 

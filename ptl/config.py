@@ -279,6 +279,7 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
     """Options of the form NAME=VALUE, the values read as YAML. Raises InputError that names the option."""
     values: dict[str, Any] = {}
     for entry in entries:
+        # A value may have further equals signs in it.
         name, equals, text = entry.partition("=")
         if not equals:
             raise InputError("must be NAME=VALUE, for example seed=1", field=f"{option} {entry}")
@@ -340,7 +341,7 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     """
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
-    except ValidationError as error:
+    except ValidationError as error:  # which lists all wrong fields, and so does ours
         lines = "\n".join(_explanations(section, error))
         raise InputError(f"wrong values\n{lines}", field=where) from error
 

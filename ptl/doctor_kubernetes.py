@@ -48,6 +48,7 @@ def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: s
     if shutil.which("kubectl") is None:
         message = "Secrets, retry policy and MLflow plugin were not looked at: kubectl is not on PATH"
         return [Finding("kubectl", "warning", message, "install it, or look by hand (docs/install.md)")]
+    # First what Kubeflow's own namespace says, which not everybody may read.
     findings = [retry_policy(kubeflow_namespace), plugin(kubeflow_namespace, namespace)]
     if namespace is None:
         message = "not looked at: the namespace of the run is not known"
@@ -199,7 +200,7 @@ def _plugin_settings(data: dict[str, str], namespace: str | None) -> PluginSetti
         common = config.get("plugins", {}).get("mlflow")
         if common is None:
             return None
-        # A namespace may have values of its own.
+        # A namespace may have values of its own; its settings are merged, not replaced.
         own = common.get("namespaces", {}).get(namespace or "", {})
         settings = {**common.get("settings", {}), **own.get("settings", {})}
         endpoint = own.get("endpoint", common.get("endpoint", "no endpoint"))

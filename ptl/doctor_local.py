@@ -99,17 +99,19 @@ def disk(config: Config, home: Path) -> Finding:
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
     """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
-    imported = params * itemsize
-    needed = imported + _arm_bytes(config, config.schedule, params, itemsize)
+    schedule = config.schedule
+    needed = params * itemsize  # the imported model
+    needed += _arm_bytes(config, schedule, params, itemsize)
     if config.control:
-        needed += _arm_bytes(config, one_shot(config.schedule), params, itemsize)
+        needed += _arm_bytes(config, one_shot(schedule), params, itemsize)
     return needed
 
 
 def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
     """Bytes of all checkpoints of one arm."""
     total = removal(params, schedule.target)
-    keeps_state = any(isinstance(stage, NextToken) and stage.carry_moments for stage in config.recover)
+    next_token = [stage for stage in config.recover if isinstance(stage, NextToken)]
+    keeps_state = any(stage.carry_moments for stage in next_token)
     needed = 0
     for iteration in plan(schedule, config.prune):
         after = params - int(iteration.progress * total)

@@ -31,6 +31,8 @@ def table(forecast: Forecast) -> Any:
     model = f"{forecast.params:,} parameters on {forecast.count} x {forecast.gpu}"
     title = f"{model}: {work} of work, {wall_clock} from start to end (estimates)"
     caption = concurrency(forecast)
+
+    # A step that does not fit is red, and says so too where there are no colours.
     rows = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for heading, side in COLUMNS.items():
         rows.add_column(heading, justify=side)
@@ -48,10 +50,11 @@ def _cells(step: StepForecast, critical: bool) -> list[str]:
     if step.note:
         notes.append(step.note)
     memory = step.memory / GIB
+    tokens = f"{step.tokens:,}" if step.tokens else ""  # a recovery by steps alone may have none
     return [
         name,
         f"{step.params:,}",
-        f"{step.tokens:,}" if step.tokens else "",
+        tokens,
         f"{step.flops:.1e}",
         f"{memory:.1f}",
         f"{step.hours:.2f}",

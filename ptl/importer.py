@@ -53,6 +53,7 @@ def check_data_and_tasks(
     check_data(calibration, training, recover)
     check_rewards(recover, training)
     check_tasks(evaluate.tasks, evaluate)
+    # The gate compares item by item, so its task must call each item right or wrong.
     if gate is not None:
         check_gate(evaluate, gate)
 

@@ -43,6 +43,7 @@ def _absolute_path(value: str, info: ValidationInfo) -> str:
 
 def _absolute_folder(value: str, info: ValidationInfo) -> str:
     """What is a local folder, whatever its name looks like."""
+    # Without a context nothing is located: a step reads what the command has made absolute.
     if info.context and not value.startswith(("/", "~")):
         value = f"./{value}"
     return _absolute_path(value, info)

@@ -37,6 +37,7 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
 
 def check_tokenizer(folder: Path) -> None:
     """Raise InputError for a tokenizer that is not there, cannot be read or has no EOS token, as far as files say."""
+    # Is there one, and is each of its files JSON?
     checkpoint.check_tokenizer(folder)
     files = _json_files(folder)
     # The library that transformers uses for it reads the file in milliseconds.
@@ -110,6 +111,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     core = _json_files(folder)["tokenizer.json"]
     if not core:
         return {}
+    # Tokens that were added later (of chats, for example) are listed apart.
     try:
         vocabulary = core["model"].get("vocab", {})
         if not isinstance(vocabulary, dict):  # Unigram: pairs of a token and its score, in the order of their numbers

@@ -71,6 +71,7 @@ def _check_distillation(folder: Path, stage: Distil, original: Path | None) -> N
 def _teacher_files(teacher: str) -> Path:
     """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
     folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    # A local path that does not exist is only seen here.
     if not (folder / "config.json").is_file():
         raise InputError(
             f"no config.json in {folder}",

@@ -26,4 +26,5 @@ def duration(seconds: float) -> str:
     parts = {"h": hours, "min": minutes, "s": rest}
     if hours:
         del parts["s"]  # beside hours nobody needs them
-    return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
+    shown = [f"{number} {unit}" for unit, number in parts.items() if number]
+    return " ".join(shown)

@@ -105,4 +105,4 @@ def _check_keys(node: yaml.MappingNode, line: str) -> None:
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
         name = repeated[0]
-        raise InputError(f"{line}: {name!r} is there twice in one section", remedy="remove one")
+        raise InputError(f"{line}: {name!r} appears twice in one section", remedy="remove one")

@@ -101,7 +101,7 @@ def bomb(levels):
         ("name: x\nseed: 0x" + "f" * 5000, "line 2 is a number of 5,002 digits"),
         ('name: "\\ud800"', "a character that no file can hold"),
         ('name: "a\\0b"', "a character that no file can hold"),
-        ("seed: 1\nname: x\nseed: 2", "line 1: 'seed' is there twice"),
+        ("seed: 1\nname: x\nseed: 2", "line 1: 'seed' appears twice"),
         ("seed: 2026-13-01", "is not valid YAML: month must be"),
         ("seed: !!bool x", "is not valid YAML"),
         ("seed: !!python/object:os.system x", "is not valid YAML"),

@@ -292,7 +292,7 @@ def test_a_function_of_a_task_file_that_no_field_keeps_is_refused_too(tmp_path, 
     (tmp_path / "base.yaml").write_text("process_docs: !function utils.ask\n")
     path = tmp_path / "own.yaml"
     path.write_text(f"task: own\noutput_type: generate_until\n{REPLACED[case]}")
-    with pytest.raises(InputError, match=r"code that would run with all rights|is there twice"):
+    with pytest.raises(InputError, match=r"code that would run with all rights|appears twice"):
         check_tasks([Task(name=str(path))], settings({"name": str(path)}))
 
 
