@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ptl.retry_defaults import RETRIES, RETRY_WAIT
 from ptl.section import Section
-
-RETRIES, RETRY_WAIT = 2, 60  # on a cluster, unless the config says otherwise; seconds
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
 # Kubernetes' quantities, and names of its objects.

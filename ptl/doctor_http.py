@@ -85,9 +85,10 @@ def _session(url: str, ca_cert: str | None) -> requests.Session:
     # Of the environment only the proxies: ~/.netrc would add a login of its own, and replace ours.
     session.trust_env = False
     session.proxies = requests.utils.get_environ_proxies(url)
-    # The CA bundle that is named, else what OpenSSL trusts: SSL_CERT_FILE, or the system's own.
-    trusted = ssl.get_default_verify_paths()
-    session.verify = ca_cert or trusted.cafile or trusted.capath or True
+    # What OpenSSL trusts, unless a CA bundle is named: requests alone would trust a bundle of its own.
+    named = ca_cert or os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    system = ssl.get_default_verify_paths()
+    session.verify = named or system.cafile or system.capath or True
     session.headers["Accept-Encoding"] = "identity"  # the limit is one of bytes on the wire
     return session
 
