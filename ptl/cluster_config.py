@@ -23,9 +23,22 @@ Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
 # Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
 RESERVED = {
-    *("shm", "kfp-launcher", "kfp-workspace", "custom-ca", "gcs-scratch", "s3-scratch", "minio-scratch"),
-    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
-    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
+    "shm",
+    # Kubeflow's launcher.
+    "kfp-launcher",
+    "kfp-workspace",
+    "custom-ca",
+    "gcs-scratch",
+    "s3-scratch",
+    "minio-scratch",
+    "dot-local-scratch",
+    "dot-cache-scratch",
+    "dot-config-scratch",
+    # Argo's executor.
+    "var-run-argo",
+    "tmp-dir-argo",
+    "argo-env-config",
+    "argo-staging",
 }
 # Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs

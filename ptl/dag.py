@@ -62,6 +62,7 @@ def _name_parts(name: str) -> tuple[str, str, str]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
+    # Groups that took no part in the match are None.
     control, stage, iteration = match.groups(default="")
     return control, stage, iteration
 
@@ -155,6 +156,7 @@ def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[flo
     """
     _, ends = times(steps, cost)
     needs = {node.name: node.needs for node in steps}
+
     # Back from the step that ends last, always to what it waited for longest.
     last = max(ends, key=ends.__getitem__)
     path = [last]

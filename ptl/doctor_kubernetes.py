@@ -61,10 +61,10 @@ def objects(config: Config, namespace: str) -> list[Finding]:
     """ConfigMaps, Secrets and the claim that the config names exist."""
     storage = config.storage
     findings = [
-        # Without these no pod starts: they are mounted, or set variables that are required.
+        # Without these no run works: MLflow's address, and a volume that pods wait for.
         _exists("configmap", storage.config_map, namespace, "error"),
         _exists("persistentvolumeclaim", storage.cache_claim, namespace, "error"),
-        # Without these a run may do: they are optional in the pods.
+        # Without these a run may work: a cloud identity needs no keys, a public model no token.
         _exists("configmap", storage.ca_config_map, namespace, "warning", MAKE_BUNDLE),
         _exists("secret", storage.s3_secret, namespace, "warning"),
         _exists("secret", storage.mlflow_secret, namespace, "warning"),

@@ -50,7 +50,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         raise InputError(f"{gpu!r} is not known; it must be one of {kinds}", field="gpu")
     # What each step takes.
     dense = shape_of(config.model.path, config.model.revision)
-    gpus = max(1, _gpus(config, "recover", count))
+    gpus = max(1, _gpus(config, "recover", count))  # of a recovery, which alone uses several
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
     dag = nodes(config)
     steps = _step_forecasts(dag, assumed)
@@ -95,6 +95,7 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
     config = assumed.config
     schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
     shapes = {arm: _shapes(schedule, assumed) for arm, schedule in schedules.items()}
+    # The others take minutes without a GPU.
     steps: list[StepForecast] = []
     for node in dag:
         name = node.name
@@ -144,7 +145,7 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
     starts, ends = times(dag, hours)
     # The most are held at a moment when a step starts.
     working = [node.name for node in dag if hours.get(node.name)]
-    most: tuple[str, ...] = ()
+    most: tuple[str, ...] = ()  # steps
     most_gpus = 0
     for moment in sorted({starts[name] for name in working}):
         running = [name for name in working if starts[name] <= moment < ends[name]]

@@ -10,7 +10,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Se
 
 FOLDER = "folder"  # key of pydantic's context: validation takes relative paths from there, serialization makes such
 # What is always a file and never the name of something on the hub or of the harness.
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".txt", ".yaml", ".yml")
+SUFFIXES = (
+    # data
+    ".jsonl",
+    ".jsonl.gz",
+    ".parquet",
+    ".json",
+    ".csv",
+    ".txt",
+    # tasks
+    ".yaml",
+    ".yml",
+)
 LONGEST, LONGEST_NAME = 4096, 255  # bytes of a path and of each part of it, as Linux has them
 
 

@@ -13,7 +13,12 @@ from typing import Any
 from ptl import bounded_json, checkpoint, pretrained
 from ptl.errors import InputError
 
-JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+JSON_FILES = (
+    "tokenizer.json",  # the tokenizer itself, vocabulary included
+    "tokenizer_config.json",  # special tokens and chat template
+    "special_tokens_map.json",  # special tokens, in older checkpoints
+    "vocab.json",  # the vocabulary, where there is no tokenizer.json
+)
 GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 

@@ -51,7 +51,7 @@ def _check_recovery(folder: Path, stages: Sequence[RecoverStage], teacher: Path 
     for stage in stages:
         if isinstance(stage, NextToken):
             model_checks.check_positions(folder, {"recover.max_length": stage.max_length})
-        if isinstance(stage, Grpo):  # prompts that leave no room are found when the data is read
+        if isinstance(stage, Grpo):
             model_checks.check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
         if isinstance(stage, Distil):
             _check_distillation(folder, stage, teacher)
