@@ -49,7 +49,7 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
     findings = tracking_and_store(config, elsewhere=True)
     findings.append(as_finding("images", images, config))
     if host is None:
-        message = "not looked at: neither --host nor KF_PIPELINES_ENDPOINT is set"
+        message = "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set"
         remedy = "give the address of the API; `ptl submit` needs it too"
         findings.append(Finding("Kubeflow", "warning", message, remedy))
     else:
@@ -159,7 +159,7 @@ def _registry_problem(name: str) -> Finding | None:
         remedy = "ptl images build, then ptl images push, with this registry and tag; or correct images.registry"
         return Finding("images", "error", f"{name} is not in the registry", remedy)
     if status in http.REFUSED:
-        message = f"{name} needs a login ({status}), so it was not looked at"
+        message = f"{name} needs a login ({status}), so it was not checked"
         remedy = "make sure that resources.image_pull_secrets names a Secret that can pull them"
         return Finding("images", "warning", message, remedy)
     message = f"the registry answers {status} for {name}"

@@ -46,12 +46,12 @@ class NoSuchObjectError(NotSeenError):
 def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
     """Everything that kubectl is asked. `namespace` is where the steps' pods start, None if nobody says it."""
     if shutil.which("kubectl") is None:
-        message = "Secrets, retry policy and MLflow plugin were not looked at: kubectl is not on PATH"
-        return [Finding("kubectl", "warning", message, "install it, or look by hand (docs/install.md)")]
+        message = "Secrets, retry policy and MLflow plugin were not checked: kubectl is not on PATH"
+        return [Finding("kubectl", "warning", message, "install it, or check by hand (docs/install.md)")]
     # First what Kubeflow's own namespace says, which not everybody may read.
     findings = [retry_policy(kubeflow_namespace), plugin(kubeflow_namespace, namespace)]
     if namespace is None:
-        message = "not looked at: the namespace of the run is not known"
+        message = "not checked: the namespace of the run is not known"
         remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
         return [*findings, Finding("Secrets and ConfigMaps", "warning", message, remedy)]
     return [*findings, *objects(config, namespace)]
@@ -86,7 +86,7 @@ def _exists(
     except NoSuchObjectError:
         return Finding(subject, absent, f"is not in {namespace}", remedy.format(name=name))
     except NotSeenError as error:
-        return Finding(subject, "warning", f"not looked at: {error}", "check kubectl's context and your rights")
+        return Finding(subject, "warning", f"not checked: {error}", "check kubectl's context and your rights")
     return Finding(subject, "ok", f"is in {namespace}")
 
 
@@ -229,8 +229,8 @@ def _injects_by_namespace(namespace: str | None) -> bool | None:
 
 
 def _not_seen(subject: str, error: NotSeenError) -> Finding:
-    remedy = "somebody who may read Kubeflow's namespace can look; --kubeflow-namespace names another one than kubeflow"
-    return Finding(subject, "warning", f"not looked at: {error}", remedy)
+    remedy = "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow"
+    return Finding(subject, "warning", f"not checked: {error}", remedy)
 
 
 def _config_map(name: str, namespace: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
     # A local database is nothing that a pod could use.
     if elsewhere and not address.is_server(tracking_uri()):
         message = (
-            "not looked at: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
+            "not checked: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
             f"{storage.config_map}"
         )
         remedy = f"set it to check both from here; {step}"
@@ -37,13 +37,13 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
     # The store is where MLflow's experiment keeps its artifacts, so MLflow comes first.
     tracking = as_finding("MLflow", mlflow, config)
     if tracking.state != "ok":
-        unknown = Finding("store", "warning", "not looked at: MLflow says where it is", "fix MLflow first")
+        unknown = Finding("store", "warning", "not checked: MLflow says where it is", "fix MLflow first")
         return [tracking, unknown]
 
     # On a cluster the pods have keys of their own, which this machine need not have.
     has_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
     if elsewhere and not has_keys and _store_root(config).startswith("s3://"):
-        message = f"not looked at: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
+        message = f"not checked: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
         remedy = f"set them to check it from here; {step}"
         return [tracking, Finding("store", "warning", message, remedy)]
     return [tracking, as_finding("store", store, config)]

@@ -633,8 +633,8 @@ spec:
         (controller(), "ok", "sets no default"),
         ({}, "ok", "sets no default"),
         ({"config": "workflowDefaults:" + OWN_DEFAULTS.replace("\n", "\n  ")}, "ok", "OnError"),
-        ({"workflowDefaults": "spec: ["}, "warning", "not looked at"),
-        ({"workflowDefaults": "a text"}, "warning", "not looked at"),
+        ({"workflowDefaults": "spec: ["}, "warning", "not checked"),
+        ({"workflowDefaults": "a text"}, "warning", "not checked"),
     ],
 )
 def test_the_clusters_retry_policy(kubectl, data, state, message):
