@@ -229,7 +229,9 @@ def _injects_by_namespace(namespace: str | None) -> bool | None:
 
 
 def _not_seen(subject: str, error: NotSeenError) -> Finding:
-    remedy = "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow"
+    remedy = (
+        "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow"
+    )
     return Finding(subject, "warning", f"not checked: {error}", remedy)
 
 
