@@ -5,7 +5,7 @@ Run: python benchmarks/power.py [--margin 0.02] [--alpha 0.05] [--churn 0.03]
 
 import argparse
 
-from ptl import gate
+from ptl import paired
 
 ITEMS = (200, 500, 1319)
 DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)
@@ -25,7 +25,7 @@ def main() -> None:
     for drop in DROPS:
         cells = []
         for n in ITEMS:
-            shares = gate.power(n, drop, args.churn, args.margin, args.alpha, args.trials)
+            shares = paired.power(n, drop, args.churn, args.margin, args.alpha, args.trials)
             cells.append(" / ".join(f"{100 * shares[v]:.0f}" for v in ("inferior", "unclear", "not inferior")))
         print(f"| {100 * drop:.0f} points | " + " | ".join(cells) + " |", flush=True)
 

@@ -1,0 +1,146 @@
+"""One benchmark by lm-evaluation-harness: its score with an interval, and the outcome of every item."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ptl import harness, tasks
+from ptl.backends import AnswerNote
+from ptl.config import Evaluate, Task
+from ptl.errors import InputError
+from ptl.paired import wilson
+
+Item = dict[str, Any]  # a line of items.jsonl
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One benchmark. Metrics that are no share of right answers (perplexity) have neither interval nor items."""
+
+    task: str  # name of the task or group
+    version: str  # of the task's YAML
+    metric: str  # metric,filter of lm-eval
+    accuracy: float  # the metric's value: 0..1 for accuracies
+    low: float | None  # Wilson interval
+    high: float | None
+    items: int
+    num_fewshot: int
+    truncated: float  # share of the answers that hit the token limit
+    higher_is_better: bool = True
+    cut_prompts: float = 0.0  # share of the prompts whose beginning did not fit into the context
+    answer_tokens: float = 0.0  # mean length of the generated answers
+    seconds: float = 0.0  # in the model; divided by the right answers it is the time per solved problem
+
+
+def score_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[TaskScore, list[Item]]:
+    """Score one task, or the pooled items of a group; no items where none is right or wrong."""
+    specs = tasks.find(task.name)
+    first = specs[0]
+    is_group = len(specs) > 1
+    name = task.name if is_group else first.name
+
+    harness.seed_everything(seed)
+    loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
+    for harness_task in loaded.values():
+        harness.check_lengths(lm, harness_task)
+    lm.start_notes()
+    results = _run_harness(lm, loaded, task, settings)
+
+    metric, extraction = tasks.choose(first, task.metric)
+    samples = []  # of every member; each is logged once for every way of extracting the answer
+    for spec in specs:
+        logged = results["samples"][spec.name]
+        samples += [(spec.name, sample) for sample in logged if sample["filter"] == extraction]
+    values = [sample[metric] for _, sample in samples]
+    items: list[Item] = []
+    low = high = None
+    if all(value in (0, 1) for value in values):
+        correct = values.count(1)
+        accuracy = correct / len(values)
+        low, high = wilson(correct, len(values), settings.confidence)
+        items = [_item(name, loaded[member], sample, metric, lm.notes) for member, sample in samples]
+    elif is_group:
+        problem = f"the group {task.name!r} has no accuracy to pool"
+        raise InputError(problem, field="evaluate.tasks", remedy="name its tasks one by one")
+    else:
+        accuracy = float(results["results"][first.name][f"{metric},{extraction}"])
+
+    notes = lm.notes.values()
+    versions = {str(results["versions"][spec.name]) for spec in specs}
+    score = TaskScore(
+        task=name,
+        version=", ".join(sorted(versions)),
+        metric=f"{metric},{extraction}",
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        items=len(values),
+        num_fewshot=int(results["n-shot"][first.name]),
+        truncated=_mean([note.truncated for note in notes]),
+        higher_is_better=bool(results["higher_is_better"][first.name].get(metric, True)),
+        answer_tokens=_mean([note.tokens for note in notes]),
+        cut_prompts=lm.cut_prompts / len(values),
+        seconds=lm.seconds,
+    )
+    return score, items
+
+
+def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:
+    """The harness's results, with the samples it logged."""
+    from lm_eval.evaluator import evaluate
+
+    return evaluate(
+        lm=lm,
+        task_dict={"tasks": loaded},
+        limit=task.limit,
+        bootstrap_iters=0,  # its standard errors are not used
+        apply_chat_template=settings.chat_template,
+        fewshot_as_multiturn=settings.chat_template,
+        confirm_run_unsafe_code=settings.allow_code,
+    )
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _item(task: str, harness_task: Any, sample: dict[str, Any], metric: str, notes: dict[str, AnswerNote]) -> Item:
+    """One line of items.jsonl from a sample that the harness logged."""
+    prompt = sample["arguments"][0][0]
+    note = notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
+    answer = sample["resps"][0][0]
+    if not isinstance(answer, str):
+        likelihoods = [float(response[0][0]) for response in sample["resps"]]
+        answer = _likeliest(likelihoods, harness_task, sample["doc"], metric)
+    item_id = str(sample["doc_id"])
+    if harness_task.task_name != task:  # a member of a group: each counts from 0
+        item_id = f"{harness_task.task_name}/{item_id}"
+    return {
+        "task": task,
+        "id": item_id,
+        "prompt_digest": sample["prompt_hash"],
+        "correct": int(sample[metric]),
+        "prompt": str(harness_task.doc_to_text(sample["doc"])),  # without few-shot examples
+        "answer": answer,
+        "target": sample["target"],
+        "tokens": note.tokens,
+        "truncated": note.truncated,
+    }
+
+
+def _likeliest(likelihoods: list[float], harness_task: Any, doc: Any, metric: str) -> int:
+    """The choice that the metric takes for the answer, by what lm_eval.api.task.ConfigurableTask compares."""
+    if harness_task.get_config("output_type") != "multiple_choice":
+        return likelihoods.index(max(likelihoods))
+    choices = harness_task.doc_to_choice(doc)
+    conditional = likelihoods[: len(choices)]
+    compared = conditional
+    if metric in ("acc_norm", "acc_bytes"):  # per character, per byte
+        texts = choices if metric == "acc_norm" else [choice.encode() for choice in choices]
+        compared = [value / len(text) for value, text in zip(conditional, texts, strict=True)]
+    elif metric == "acc_mutual_info":
+        without_question = likelihoods[len(choices) :]
+        compared = [value - alone for value, alone in zip(conditional, without_question, strict=True)]
+    return compared.index(max(compared))
