@@ -117,9 +117,11 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
     try:
         from lm_eval.models.vllm_causallms import VLLM
     except ModuleNotFoundError as error:
-        problem = f"vllm is not installed here ({error})"
-        remedy = "use the image evaluate-vllm, or backend: hf"
-        raise InputError(problem, field="evaluate.backend", remedy=remedy) from error
+        raise InputError(
+            f"vllm is not installed here ({error})",
+            field="evaluate.backend",
+            remedy="use the image evaluate-vllm, or backend: hf",
+        ) from error
 
     class NotedModel(AnswerNotes, VLLM):
         def __init__(self, **kwargs: Any) -> None:

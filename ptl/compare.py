@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
 
 from ptl import paired
 from ptl.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ptl.evaluate import read_items
 
 # Exit codes; errors of the user's input are 2, as everywhere.
 NOT_INFERIOR = 0
@@ -33,15 +33,20 @@ class Comparison:
     exit_code: int
 
 
-def compare(items_a: Path, items_b: Path, margin: float, alpha: float, *, strict: bool = False) -> Comparison:
+def compare(
+    items_a: Path,
+    items_b: Path,
+    margin: float,  # loss of accuracy that is tolerated, 0..1
+    alpha: float,  # significance level of all tests together
+    *,
+    strict: bool = False,
+) -> Comparison:
     """Compare two items.jsonl (files, or folders that hold one); A is the reference.
 
     Exit code 1 where B is inferior on any benchmark; with `strict` also where it is not shown to be not inferior. The
     significance level alpha is shared among the benchmarks, so that equal models are called different with a
     probability of at most alpha in all. Raises InputError when the items or prompts differ.
     """
-    from ptl.evaluate import read_items
-
     if not 0 <= margin < 1 or not 0 < alpha < 0.5:
         problem = f"margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5"
         raise InputError(problem, field="compare")
@@ -61,23 +66,26 @@ def compare(items_a: Path, items_b: Path, margin: float, alpha: float, *, strict
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
-    from rich import box
-    from rich.table import Table
-
     first = next(iter(comparison.tasks.values()))
     title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
-    view = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=len(comparison.tasks) > 1)
+    view = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_lines=len(comparison.tasks) > 1,
+    )
     view.add_column("benchmark", overflow="fold")
     for heading in NUMBERS:
         view.add_column(heading, justify="right", overflow="fold", no_wrap=True)
     view.add_column("verdict", overflow="fold", no_wrap=True)
     for name, pair in comparison.tasks.items():
+        interval = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"  # percentage points
         view.add_row(
             name,
             f"{pair.items:,}",
             f"{pair.reference:.1%}\n{pair.candidate:.1%}",
             f"{pair.regressions}\n{pair.improvements}",
-            f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",  # percentage points
+            f"{100 * pair.difference:+.1f}\n({interval})",
             f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
             pair.verdict,
         )

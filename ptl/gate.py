@@ -31,8 +31,11 @@ class State:
         """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
         unknown = set(raw) - {field.name for field in fields(State)}
         if unknown:
-            problem = f"unknown fields {sorted(unknown)} in the pointer, which another version of ptl wrote"
-            raise InputError(problem, field="gate", remedy="continue the run with that version")
+            raise InputError(
+                f"unknown fields {sorted(unknown)} in the pointer, which another version of ptl wrote",
+                field="gate",
+                remedy="continue the run with that version",
+            )
         return State(**raw)
 
     def dump(self) -> dict[str, Any]:
@@ -45,9 +48,9 @@ class Decision:
     """The decision on one iteration, and the state that the next one begins with."""
 
     decision: Literal["accepted", "rejected", "stopped", "not tested"]
-    reason: str
+    reason: str  # for a reader
     numbers: dict[str, Any]  # what it was decided by: sizes in parameters, and the two comparisons
-    state: State
+    state: State  # for the next iteration
 
     @property
     def keep(self) -> Literal["candidate", "parent"]:
@@ -61,9 +64,11 @@ def check_structure(settings: Gate, compiled: bool) -> None:
         return
     enabled = str(settings.enabled).lower()
     gate = "on" if compiled else "off"
-    problem = f"{enabled}, but this pipeline was compiled with the gate {gate}, which decides what its steps wait for"
-    remedy = "set gate.enabled in the config, and compile and submit it again"
-    raise InputError(problem, field="gate.enabled", remedy=remedy)
+    raise InputError(
+        f"{enabled}, but this pipeline was compiled with the gate {gate}, which decides what its steps wait for",
+        field="gate.enabled",
+        remedy="set gate.enabled in the config, and compile and submit it again",
+    )
 
 
 def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> int:
@@ -71,6 +76,7 @@ def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> in
     carried = State.load(state)
     if carried.stopped:
         return current_params
+    # After a rejection the step is half of the one that was rejected, at most.
     if carried.cap is not None:
         planned_goal = max(planned_goal, current_params - carried.cap)
     return min(current_params, planned_goal)
@@ -102,6 +108,7 @@ def decide(
     if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
         return Decision(NOT_TESTED, "the gate is off", numbers, state)
     assert baseline is not None and parent is not None and parent_params is not None, "the gate needs the parent"
+    # Both must hold: many small losses against the parent add up to a large one against the dense model.
     numbers["parent_params"] = parent_params
     numbers["baseline"] = asdict(baseline)
     numbers["parent"] = asdict(parent)
@@ -119,6 +126,7 @@ def _accepted(reason: str, numbers: dict[str, Any], state: State) -> Decision:
     cap = None if state.cap is None else 2 * state.cap
     if numbers["params"] > numbers["target_params"]:
         return Decision("accepted", reason, numbers, State(cap))
+    # Smaller than the target is not asked for.
     reached = State(cap, stopped=True, reason=REACHED)
     return Decision("accepted", f"{reason}; {REACHED}", numbers, reached)
 
@@ -132,7 +140,7 @@ def _state_after_rejection(settings: Gate, state: State, removed: int, smallest_
     """Half of the `removed` parameters are the next cap; the loop stops where that is no smaller step."""
     rejections = state.rejections + 1
     cap = removed // 2
-    reason = ""
+    reason = ""  # why the loop stops
     if rejections >= settings.max_rejections:
         in_a_row = "s in a row" if rejections > 1 else ""
         reason = f"{rejections} rejection{in_a_row}"

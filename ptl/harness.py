@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import sys
 import types
 from collections.abc import Iterator
@@ -36,36 +35,41 @@ def check_lengths(lm: Any, loaded: Any) -> None:
 def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     """The harness's task object, with the overrides of the config. May fetch data from the hub."""
     tasks.check_code(spec, settings.allow_code)
-    loaded = _load_with_the_harness(spec, _config(spec, task, settings))
+    config = _read_config(spec, task, settings)
+    loaded = _load_quietly(spec, config)
+    # The config's overrides; few-shot examples are drawn with the run's seed.
     if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
         loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
     if task.num_fewshot is not None:
         loaded.set_config("num_fewshot", task.num_fewshot)
-    elif loaded.get_config("num_fewshot") is None:
+    elif loaded.get_config("num_fewshot") is None:  # neither the config nor the task says
         loaded.set_config("num_fewshot", 0)
     loaded.set_fewshot_seed(seed)
     return loaded
 
 
-def _config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
+def _read_config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
     """The task's YAML as the harness reads it, with local files in place of the hub's data set."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    # Reading the YAML imports its functions, and with them what scores code.
     code_eval = _sandboxed_code_eval() if spec.runs_code else contextlib.nullcontext()
     with code_eval:
         config: dict[str, Any] = load_yaml(spec.path)
     splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
     if not splits:
         return config
-    for field in SPLITS:  # a split without a file would be looked for
+    # A split that is named but has no file would be looked for.
+    for field in SPLITS:
         if config.get(field) not in splits:
             config[field] = None
+    # In place of dataset_path.
     config["dataset_kwargs"] = None
     config["custom_dataset"] = lambda **_: task_data.read_splits(splits)
     return config
 
 
-def _load_with_the_harness(spec: Spec, config: dict[str, Any]) -> Any:
+def _load_quietly(spec: Spec, config: dict[str, Any]) -> Any:
     from lm_eval.tasks import TaskManager
 
     # The harness explains custom_dataset, which the user did not write.
@@ -73,10 +77,13 @@ def _load_with_the_harness(spec: Spec, config: dict[str, Any]) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
+        # Only this task: the index of all that the harness ships takes seconds.
         return TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
     except (OSError, ValueError, KeyError, ImportError) as error:
-        problem = f"the task {spec.name!r} did not load: {error}"
-        raise WorkError(problem, field="evaluate.tasks") from error
+        raise WorkError(
+            f"the task {spec.name!r} did not load: {error}",
+            field="evaluate.tasks",
+        ) from error
     finally:
         logger.setLevel(level)
 
@@ -96,16 +103,6 @@ def cache_templates() -> None:
     env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)
 
 
-def seed_everything(seed: int) -> None:
-    """As simple_evaluate does, with one seed for all generators."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @contextlib.contextmanager
 def _sandboxed_code_eval() -> Iterator[None]:
     """While a code task's module is imported, `evaluate.load("code_eval")` gives the sandbox instead.
@@ -119,6 +116,7 @@ def _sandboxed_code_eval() -> Iterator[None]:
     substitute = types.ModuleType("evaluate")
     code_eval = types.SimpleNamespace(compute=pass_at_1)
     substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
+    # The real module may be loaded already, by others who need it.
     before = sys.modules.get("evaluate")
     sys.modules["evaluate"] = substitute
     try:

@@ -35,19 +35,20 @@ class Paired:
     regressions: int  # right before, wrong now
     improvements: int  # wrong before, right now
     difference: float  # candidate - reference
-    low: float  # bounds of the difference, each one-sided at level alpha: together a 1 - 2 alpha interval
-    high: float
+    low: float  # bound of the difference, one-sided at alpha; with `high` a 1 - 2 alpha interval
+    high: float  # upper bound of the difference, one-sided at alpha
     p_different: float  # exact McNemar, two-sided
     p_worse: float  # exact McNemar, one-sided: the candidate is worse
     margin: float  # loss of accuracy that is tolerated, 0..1
     alpha: float  # significance level of each test
-    verdict: Verdict
+    verdict: Verdict  # for this margin and alpha
 
 
 def wilson(correct: int, items: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927): (low, high) within 0..1."""
     from scipy.stats import binomtest
 
+    # Within 0..1 to the last digit: 0 where none is right, 1 where all are.
     interval = binomtest(correct, items).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -67,7 +68,11 @@ def mcnemar(regressions: int, improvements: int) -> tuple[float, float]:
 
 @lru_cache(maxsize=1024)
 def paired_bootstrap(
-    regressions: int, improvements: int, items: int, alpha: float, seed: int = 0
+    regressions: int,
+    improvements: int,
+    items: int,
+    alpha: float,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Bounds of the accuracy difference, each one-sided at significance level alpha, by resampling the items.
 
@@ -85,9 +90,15 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def paired(reference: Sequence[int], candidate: Sequence[int], margin: float, alpha: float) -> Paired:
-    """Compare two lists of 0/1 outcomes of the same items in the same order; `margin` is a share of the items."""
+def paired(
+    reference: Sequence[int],
+    candidate: Sequence[int],
+    margin: float,  # a share of the items
+    alpha: float,  # significance level of each test
+) -> Paired:
+    """Compare two lists of 0/1 outcomes of the same items in the same order."""
     items = len(reference)
+    # (before, after) -> number of items
     changes = Counter(zip(reference, candidate, strict=True))
     regressions = changes[1, 0]
     improvements = changes[0, 1]
@@ -110,7 +121,13 @@ def paired(reference: Sequence[int], candidate: Sequence[int], margin: float, al
     )
 
 
-def verdict_of(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> Verdict:
+def verdict_of(
+    regressions: int,
+    improvements: int,
+    items: int,
+    margin: float,
+    alpha: float,
+) -> Verdict:
     """The verdict that the counts allow; see the top of this module."""
     _, p_worse = mcnemar(regressions, improvements)
     if regressions - improvements > margin * items and p_worse <= alpha:
@@ -119,43 +136,36 @@ def verdict_of(regressions: int, improvements: int, items: int, margin: float, a
     return "not inferior" if low > -margin else "unclear"
 
 
-def power(
-    items: int, drop: float, churn: float, margin: float, alpha: float, trials: int = 2000
-) -> dict[Verdict, float]:
-    """The share of each verdict when the accuracy truly drops by `drop`, by simulation.
-
-    `churn` is the share of the items that are regressions, and again that are improvements, beside the drop: two
-    models of equal accuracy seldom solve the same items.
-    """
-    import numpy as np
-
-    shares = [churn + drop, churn, 1 - 2 * churn - drop]  # regressions, improvements, unchanged
-    simulated = np.random.default_rng(0).multinomial(items, shares, size=trials)  # [trials, 3]
-    counts: dict[Verdict, float] = {"inferior": 0, "unclear": 0, "not inferior": 0}
-    for regressions, improvements, _ in simulated.tolist():
-        verdict = verdict_of(regressions, improvements, items, margin, alpha)
-        counts[verdict] += 1 / trials
-    return counts
-
-
-def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None = None) -> tuple[list[int], list[int]]:
+def match(
+    reference: Sequence[Item],
+    candidate: Sequence[Item],
+    task: str | None = None,
+) -> tuple[list[int], list[int]]:
     """Outcomes of two evaluations, item by item, of one task or all. Raises InputError for other items or prompts."""
     old = _items_by_key(reference, task)
     new = _items_by_key(candidate, task)
     if not old or not new:
-        problem = "no items with a 0/1 outcome"
-        raise InputError(problem, field="compare", remedy="evaluate a task that has an accuracy")
+        raise InputError(
+            "no items with a 0/1 outcome",
+            field="compare",
+            remedy="evaluate a task that has an accuracy",
+        )
     if old.keys() != new.keys():
         its_task, its_id = min(old.keys() ^ new.keys())
         example = f"for example {its_task} item {its_id} is in one only"
-        problem = f"different items ({len(old)} and {len(new)}; {example})"
-        raise InputError(problem, field="compare", remedy="evaluate both with the same tasks and the same limit")
-    for key, item in old.items():
-        # The same item asked in another way is another item.
-        if item["prompt_digest"] != new[key]["prompt_digest"]:
-            problem = f"the prompts of {key[0]} item {key[1]} differ"
-            remedy = "evaluate both with the same task version, few-shot examples, seed and chat template"
-            raise InputError(problem, field="compare", remedy=remedy)
+        raise InputError(
+            f"different items ({len(old)} and {len(new)}; {example})",
+            field="compare",
+            remedy="evaluate both with the same tasks and the same limit",
+        )
+    for (its_task, its_id), item in old.items():
+        # An item that was asked in another way is another item.
+        if item["prompt_digest"] != new[its_task, its_id]["prompt_digest"]:
+            raise InputError(
+                f"the prompts of {its_task} item {its_id} differ",
+                field="compare",
+                remedy="evaluate both with the same task version, few-shot examples, seed and chat template",
+            )
     before = [int(item["correct"]) for item in old.values()]
     after = [int(new[key]["correct"]) for key in old]
     return before, after
@@ -163,7 +173,12 @@ def match(reference: Sequence[Item], candidate: Sequence[Item], task: str | None
 
 def _items_by_key(items: Sequence[Item], task: str | None) -> dict[tuple[str, str], Item]:
     """(task, id) -> item, of one task or all."""
-    return {(str(item["task"]), str(item["id"])): item for item in items if task in (None, item["task"])}
+    by_key = {}
+    for item in items:
+        if task in (None, item["task"]):
+            key = (str(item["task"]), str(item["id"]))
+            by_key[key] = item
+    return by_key
 
 
 def describe(pair: Paired) -> str:

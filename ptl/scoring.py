@@ -23,10 +23,10 @@ class TaskScore:
     version: str  # of the task's YAML
     metric: str  # metric,filter of lm-eval
     accuracy: float  # the metric's value: 0..1 for accuracies
-    low: float | None  # Wilson interval
+    low: float | None  # Wilson interval of the accuracy
     high: float | None
-    items: int
-    num_fewshot: int
+    items: int  # that were scored
+    num_fewshot: int  # examples before each item
     truncated: float  # share of the answers that hit the token limit
     higher_is_better: bool = True
     cut_prompts: float = 0.0  # share of the prompts whose beginning did not fit into the context
@@ -34,25 +34,36 @@ class TaskScore:
     seconds: float = 0.0  # in the model; divided by the right answers it is the time per solved problem
 
 
-def score_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[TaskScore, list[Item]]:
+def score_task(
+    lm: Any,  # of backends.language_model
+    task: Task,
+    settings: Evaluate,
+    *,
+    seed: int,
+) -> tuple[TaskScore, list[Item]]:
     """Score one task, or the pooled items of a group; no items where none is right or wrong."""
+    from transformers import set_seed
+
     specs = tasks.find(task.name)
     first = specs[0]
     is_group = len(specs) > 1
     name = task.name if is_group else first.name
 
-    harness.seed_everything(seed)
+    set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
     loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
+    # Before the first answer is generated.
     for harness_task in loaded.values():
         harness.check_lengths(lm, harness_task)
     lm.start_notes()
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose(first, task.metric)
-    samples = []  # of every member; each is logged once for every way of extracting the answer
+    # Every sample is logged once for every way of extracting the answer.
+    samples = []
     for spec in specs:
+        harness_task = loaded[spec.name]
         logged = results["samples"][spec.name]
-        samples += [(spec.name, sample) for sample in logged if sample["filter"] == extraction]
+        samples += [(harness_task, sample) for sample in logged if sample["filter"] == extraction]
     values = [sample[metric] for _, sample in samples]
     items: list[Item] = []
     low = high = None
@@ -60,10 +71,13 @@ def score_task(lm: Any, task: Task, settings: Evaluate, *, seed: int) -> tuple[T
         correct = values.count(1)
         accuracy = correct / len(values)
         low, high = wilson(correct, len(values), settings.confidence)
-        items = [_item(name, loaded[member], sample, metric, lm.notes) for member, sample in samples]
+        items = [_item(name, harness_task, sample, metric, lm.notes) for harness_task, sample in samples]
     elif is_group:
-        problem = f"the group {task.name!r} has no accuracy to pool"
-        raise InputError(problem, field="evaluate.tasks", remedy="name its tasks one by one")
+        raise InputError(
+            f"the group {task.name!r} has no accuracy to pool",
+            field="evaluate.tasks",
+            remedy="name its tasks one by one",
+        )
     else:
         accuracy = float(results["results"][first.name][f"{metric},{extraction}"])
 
@@ -106,16 +120,23 @@ def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _item(task: str, harness_task: Any, sample: dict[str, Any], metric: str, notes: dict[str, AnswerNote]) -> Item:
+def _item(
+    task: str,
+    harness_task: Any,
+    sample: dict[str, Any],
+    metric: str,
+    notes: dict[str, AnswerNote],  # by prompt
+) -> Item:
     """One line of items.jsonl from a sample that the harness logged."""
     prompt = sample["arguments"][0][0]
     note = notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
     answer = sample["resps"][0][0]
-    if not isinstance(answer, str):
+    if not isinstance(answer, str):  # log-likelihoods of the choices
         likelihoods = [float(response[0][0]) for response in sample["resps"]]
         answer = _likeliest(likelihoods, harness_task, sample["doc"], metric)
     item_id = str(sample["doc_id"])
-    if harness_task.task_name != task:  # a member of a group: each counts from 0
+    # The members of a group all count from 0.
+    if harness_task.task_name != task:
         item_id = f"{harness_task.task_name}/{item_id}"
     return {
         "task": task,

@@ -6,7 +6,7 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from ptl.scoring import TaskScore, score_task
 
 PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
 PREFILL_PASSES = 20  # ... but no more often than that
+
+Models = Mapping[str, Any]  # by name: of transformers, or of the harness
 Row = dict[str, Any]  # the speed of one model at one batch size
-Times = tuple[float, float]  # seconds of one repeat: the prompt, the new tokens
+Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
 
 
-def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[str, list[Row]]:
+def measure(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Row]]:
     """Prefill and decode speed of models side by side: name -> one row for each batch size.
 
     Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
@@ -37,20 +39,27 @@ def measure(models: Mapping[str, Any], settings: Speed, seed: int = 0) -> dict[s
     return rows
 
 
-def _times_in_turns(models: Mapping[str, Any], settings: Speed, batch: int, seed: int) -> dict[str, list[Times]]:
+def _times_in_turns(
+    models: Models,
+    settings: Speed,
+    batch: int,
+    seed: int,
+) -> dict[str, list[Times]]:
     """The times of every repeat, by model."""
-    prompts = {name: _random_prompts(model, batch, settings.prompt_tokens, seed) for name, model in models.items()}
+    new_tokens = settings.new_tokens
+    prompts = {}
     passes = {}
     # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
     # read several times in a repeat.
     for name, model in models.items():
-        prefill, _ = _time_once(model, prompts[name], settings.new_tokens, passes=1)
+        prompts[name] = _random_prompts(model, batch, settings.prompt_tokens, seed)
+        prefill, _ = _time_once(model, prompts[name], new_tokens, passes=1)
         needed = 1 + int(PREFILL_SECONDS / max(prefill, 1e-9))
         passes[name] = min(PREFILL_PASSES, needed)
     times: dict[str, list[Times]] = {name: [] for name in models}
     for _ in range(settings.repeats):
         for name, model in models.items():
-            seconds = _time_once(model, prompts[name], settings.new_tokens, passes[name])
+            seconds = _time_once(model, prompts[name], new_tokens, passes[name])
             times[name].append(seconds)
     return times
 
@@ -79,23 +88,34 @@ def _row(times: list[Times], settings: Speed, batch: int) -> Row:
     }
 
 
-def _time_once(model: Any, prompts: Any, new_tokens: int, passes: int) -> Times:
+def _time_once(
+    model: Any,
+    prompts: Any,  # int64 [batch, prompt_tokens]
+    new_tokens: int,
+    passes: int,
+) -> Times:
     """Seconds for the prompts, the mean of `passes`, and for `new_tokens` greedy steps after them with the KV cache."""
     import torch
 
     # transformers 5.24 renamed the argument; the old name goes in 5.40
     parameters = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in parameters else "past_key_values"
-    # A GPU works on after the call has returned.
-    wait: Callable[[], None] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    on_gpu = model.device.type == "cuda"
+
+    def wait() -> None:
+        if on_gpu:  # it works on after a call has returned
+            torch.cuda.synchronize()
+
     with torch.inference_mode():
         wait()
         started = time.perf_counter()
+        # Only the last position's logits: as when the answer begins.
         for _ in range(passes):
             out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
         wait()
         filled = time.perf_counter()
+        # One token for each sequence at a time, after the cache of all before it.
         for _ in range(new_tokens):
             past = {cache: out.past_key_values}
             out = model(input_ids=token, use_cache=True, logits_to_keep=1, **past)
@@ -105,7 +125,12 @@ def _time_once(model: Any, prompts: Any, new_tokens: int, passes: int) -> Times:
     return (filled - started) / passes, ended - filled
 
 
-def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) -> dict[str, Any]:
+def side_by_side(
+    folders: Mapping[str, Path],  # checkpoints by name
+    settings: Evaluate,
+    *,
+    seed: int,
+) -> dict[str, Any]:
     """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
 
     Metadata: how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
@@ -120,8 +145,9 @@ def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) 
     runs = _solve_in_turns(models, settings, seed)
     measured = {}
     for name, folder in folders.items():
-        params = cost.from_config(folder).params
-        measured[name] = {"params": params, "speed": rows[name], **_solving(runs[name])}
+        static = cost.from_config(folder)
+        measured[name] = {"params": static.params, "speed": rows[name]}
+        measured[name] |= _solving(runs[name])
     metadata = {
         "device": _device(),
         "task": "",
@@ -132,10 +158,11 @@ def side_by_side(folders: Mapping[str, Path], settings: Evaluate, *, seed: int) 
         "repeats": settings.speed.repeats,
         "models": measured,
     }
-    first_model = next(iter(runs.values()))
-    if first_model:
-        metadata["task"] = first_model[0].task
-        metadata["items"] = first_model[0].items
+    # All have answered the same items.
+    scores = next(iter(runs.values()))
+    if scores:
+        metadata["task"] = scores[0].task
+        metadata["items"] = scores[0].items
     metadata["seconds"] = time.monotonic() - started
     return metadata
 
@@ -159,7 +186,7 @@ def _device() -> str:
     return f"CPU, {threads} thread{plural}"
 
 
-def _solve_in_turns(models: Mapping[str, Any], settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
+def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
     """The first task's first items, answered by every model in every repeat; no runs where there is no accuracy."""
     runs: dict[str, list[TaskScore]] = {name: [] for name in models}
     task = settings.tasks[0]
@@ -181,13 +208,19 @@ def _solve_in_turns(models: Mapping[str, Any], settings: Evaluate, seed: int) ->
 
 def _solving(runs: list[TaskScore]) -> dict[str, Any]:
     """Seconds per solved problem of one model, from the same items in every repeat."""
-    metadata: dict[str, Any] = {"seconds_per_solved": None, "solved": 0, "answer_tokens": 0.0}
-    if not runs:
-        return metadata
-    last = runs[-1]
-    metadata["answer_tokens"] = last.answer_tokens
-    if last.low is not None:  # an accuracy
-        metadata["solved"] = round(last.accuracy * last.items)
-    if metadata["solved"]:
-        metadata["seconds_per_solved"] = statistics.median(run.seconds for run in runs) / metadata["solved"]
-    return metadata
+    seconds_per_solved = None
+    solved = 0
+    answer_tokens = 0.0
+    if runs:
+        last = runs[-1]
+        answer_tokens = last.answer_tokens
+        if last.low is not None:  # an accuracy
+            solved = round(last.accuracy * last.items)
+    if solved:
+        seconds = statistics.median(run.seconds for run in runs)
+        seconds_per_solved = seconds / solved
+    return {
+        "seconds_per_solved": seconds_per_solved,
+        "solved": solved,
+        "answer_tokens": answer_tokens,
+    }

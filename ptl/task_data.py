@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,22 +56,27 @@ def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = Non
     """
     config = spec.config
     data_files = (config.get("dataset_kwargs") or {}).get("data_files")
+    # The YAML has local files of its own.
     if config.get("dataset_path") == "json" and isinstance(data_files, dict):
         return {split: LocalFile(_absolute(spec, str(file))) for split, file in data_files.items()}
+    # Nobody names files, or a function of the task makes its data.
     if data_dir is None or "custom_dataset" in config:
         return {}
     root = Path(data_dir)
     needed = _needed_splits(spec, num_fewshot)
     splits = {}
+    known_files = LOCAL.get(spec.name, {})
     for split in spec.splits:
         default = LocalFile(f"{spec.name}/{split}.jsonl")
-        local = LOCAL.get(spec.name, {}).get(split, default)
+        local = known_files.get(split, default)
         path = root / local.file
         if path.is_file():
             splits[split] = LocalFile(str(path.resolve()), local.row)
         elif split in needed:
-            problem = f"{root} has no {local.file}, which the task {spec.name!r} needs"
-            raise InputError(problem, field="evaluate.data_dir")
+            raise InputError(
+                f"{root} has no {local.file}, which the task {spec.name!r} needs",
+                field="evaluate.data_dir",
+            )
     return splits
 
 
@@ -79,11 +84,15 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
     """The scored split, and that of the few-shot examples where the task has no examples of its own."""
     config = spec.config
     if not spec.scored_split:
-        problem = f"the task {spec.name!r} names no test or validation split"
-        raise InputError(problem, field="evaluate.tasks")
+        raise InputError(
+            f"the task {spec.name!r} names no test or validation split",
+            field="evaluate.tasks",
+        )
     needed = {spec.scored_split}
+    # The split of the examples, as the harness chooses it.
     shots = config.get("num_fewshot") if num_fewshot is None else num_fewshot
     examples = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
+    # Some tasks write their examples down.
     own_examples = "samples" in (config.get("fewshot_config") or {})
     if shots and examples and not own_examples:
         needed.add(examples)
@@ -97,8 +106,10 @@ def _absolute(spec: Spec, file: str) -> str:
         if path.is_file():
             return str(path.resolve())
     reads = f"the task {spec.name!r} reads {file}"
-    problem = f"{reads}, which is neither in the working directory nor in a folder above {spec.path}"
-    raise InputError(problem, field="evaluate.tasks")
+    raise InputError(
+        f"{reads}, which is neither in the working directory nor in a folder above {spec.path}",
+        field="evaluate.tasks",
+    )
 
 
 def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
@@ -108,10 +119,12 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
     data_sets = {}
     for split, local in splits.items():
         path = Path(local.file)
+        raw: Iterable[Row]
         if path.suffix == ".parquet":
-            raw = list(Dataset.from_parquet(str(path)))
+            raw = Dataset.from_parquet(str(path))
         else:
-            raw = list(json_lines(path, f"evaluate.data_dir: {path}"))
+            raw = json_lines(path, f"evaluate.data_dir: {path}")
+        # None: a row of another split of the same file.
         rows = [local.row(row) for row in raw]
         data_sets[split] = Dataset.from_list([row for row in rows if row is not None])
     return data_sets

@@ -29,14 +29,16 @@ DEFAULT_METRICS = {
     "generate_until": ["exact_match"],
 }
 
+TaskConfig = dict[str, Any]  # the fields of a task's YAML
+
 
 @dataclass(frozen=True)
 class Spec:
     """One task of the harness: its YAML and what it says, with `!function` tags as text."""
 
-    name: str
-    path: Path
-    config: dict[str, Any]
+    name: str  # in the harness, or in the user's file
+    path: Path  # of the YAML
+    config: TaskConfig  # with its includes
 
     @property
     def metrics(self) -> list[str]:
@@ -81,9 +83,9 @@ def metric_name(entry: dict[str, Any]) -> str:
 def harness_folder() -> Path | None:
     """The folder of the tasks that the harness ships; None where it is not installed."""
     package = find_spec("lm_eval")
-    if package is None or not package.submodule_search_locations:
+    if package is None or package.origin is None:
         return None
-    return Path(package.submodule_search_locations[0]) / "tasks"
+    return Path(package.origin).parent / "tasks"
 
 
 def is_of_the_harness(path: Path) -> bool:
@@ -97,8 +99,12 @@ def index() -> dict[str, Path]:
     """Name of a task or group -> its YAML, of all that the harness ships."""
     root = harness_folder()
     if root is None:
-        problem = "lm-evaluation-harness is not installed"
-        raise InputError(problem, field="evaluate.tasks", remedy="install ptl's extra `evaluate`")
+        raise InputError(
+            "lm-evaluation-harness is not installed",
+            field="evaluate.tasks",
+            remedy="install ptl's extra `evaluate`",
+        )
+    # By a pattern: parsing 14,000 files takes far longer than reading them.
     paths: dict[str, Path] = {}
     for path in sorted(root.rglob("*.yaml")):
         for name in NAME.findall(path.read_bytes()):
@@ -109,26 +115,35 @@ def index() -> dict[str, Path]:
 def load_spec(path: Path) -> Spec:
     """The task of a user's own file. Raises InputError where it is not a single task of the harness."""
     if not path.is_file():
-        remedy = "give a path relative to the working directory"
-        raise InputError(f"no task file {path}", field="evaluate.tasks", remedy=remedy)
+        raise InputError(
+            f"no task file {path}",
+            field="evaluate.tasks",
+            remedy="give a path relative to the working directory",
+        )
     config = read_yaml(path.resolve())
     if not isinstance(config.get("task"), str):
-        remedy = "it must be a single task of lm-eval"
-        raise InputError(f"{path} has no `task: NAME`", field="evaluate.tasks", remedy=remedy)
+        raise InputError(
+            f"{path} has no `task: NAME`",
+            field="evaluate.tasks",
+            remedy="give a single task of lm-eval",
+        )
+    # Only the first is reported.
     for problem in _wrong_fields(config):
         raise InputError(f"{path} {problem}", field="evaluate.tasks")
     return Spec(config["task"], path.resolve(), config)
 
 
-def _wrong_fields(config: dict[str, Any]) -> Iterator[str]:
+def _wrong_fields(config: TaskConfig) -> Iterator[str]:
     """What is wrong with the fields of a task's YAML that we read: not what the harness takes there."""
     output_type = config.get("output_type", "generate_until")
     if not isinstance(output_type, str) or output_type not in DEFAULT_METRICS:
         yield f"has output_type={output_type!r}; it must be one of {', '.join(DEFAULT_METRICS)}"
+    # The harness goes through both and takes the key from each entry.
     for field, key in (("metric_list", "metric"), ("filter_list", "name")):
         entries = config.get(field)
         if entries is not None and not _are_named(entries, key):
             yield f"must have a list in {field}, each entry with a `{key}`"
+    # These may be null or left out.
     for field in ("dataset_kwargs", "fewshot_config"):
         if not isinstance(config.get(field) or {}, dict):
             yield f"must have a mapping in {field}"
@@ -144,7 +159,7 @@ def _are_named(entries: Any, key: str) -> bool:
     return all(isinstance(entry, dict) and isinstance(entry.get(key), str) for entry in entries)
 
 
-def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> dict[str, Any]:
+def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfig:
     """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read.
 
     All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
@@ -153,26 +168,31 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> dict[str,
     if path in including:
         raise InputError(f"{path} includes itself", field="evaluate.tasks")
     config, functions = _read_file(path)
+    # Paths are relative to the file that includes them.
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
     if not all(isinstance(name, str) for name in names):
-        problem = f"{path}: include must be the path of a YAML file, or a list of them"
-        raise InputError(problem, field="evaluate.tasks")
-    merged: dict[str, Any] = {}
+        raise InputError(
+            f"{path}: include must be the path of a YAML file, or a list of them",
+            field="evaluate.tasks",
+        )
+    merged: TaskConfig = {}
     for name in names:
         inner = read_yaml((path.parent / name).resolve(), including | {path})
         functions += inner.pop(FUNCTIONS, ())
         merged |= inner
-    merged |= config  # the including file wins
+    # The including file wins; a function that it replaces is imported all the same.
+    merged |= config
     if functions:
         merged[FUNCTIONS] = list(dict.fromkeys(functions))
     return merged
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read_file(path: Path) -> tuple[TaskConfig, list[str]]:
     """One file without its includes, and the `!function` tags in it."""
     functions: list[str] = []
 
+    # A class of its own: constructors belong to the class, and these note the tags of this file.
     class Loader(yaml.SafeLoader):
         pass
 
@@ -182,17 +202,21 @@ def _read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
         return text
 
     Loader.add_constructor(FUNCTIONS, note_function)
+    # Nor is a pipe read, which may never end.
     if not path.is_file():
         raise InputError(f"{path} is no file", field="evaluate.tasks")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", field="evaluate.tasks") from error
-    if is_of_the_harness(path):  # trusted, and some of its files name a field twice
+    # The harness's own files are trusted, and some name a field twice.
+    if is_of_the_harness(path):
         config = yaml.load(text, Loader=Loader)
     else:
         config = yaml_text.load(text, f"evaluate.tasks: {path}", Loader)
     if not isinstance(config, dict):
-        problem = f"{path} must hold a mapping, found {type(config).__name__}"
-        raise InputError(problem, field="evaluate.tasks")
+        raise InputError(
+            f"{path} must hold a mapping, found {type(config).__name__}",
+            field="evaluate.tasks",
+        )
     return config, functions

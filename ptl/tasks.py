@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ptl import task_yaml
 from ptl.config import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.task_data import local_splits
-from ptl.task_yaml import FUNCTIONS, Spec
+from ptl.task_yaml import FUNCTIONS, Spec, TaskConfig
 
 CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
 
@@ -42,13 +41,17 @@ def find(name: str) -> list[Spec]:
     paths = task_yaml.index()
     if name not in paths:
         raise _unknown_task(name, paths)
+    # A single task, or a group whose members are named in its YAML.
     config = task_yaml.read_yaml(paths[name])
     if "group" not in config:
         return [Spec(name, paths[name], config)]
     members = config.get("task")
     if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
-        problem = f"the group {name!r} has subgroups of its own"
-        raise InputError(problem, field="evaluate.tasks", remedy="name its tasks one by one")
+        raise InputError(
+            f"the group {name!r} has subgroups of its own",
+            field="evaluate.tasks",
+            remedy="name its tasks one by one",
+        )
     specs = []
     for member in members:
         specs += find(member)
@@ -68,11 +71,17 @@ def choose(spec: Spec, metric: str) -> tuple[str, str]:
     """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
     name, _, extraction = metric.partition(",")
     if name not in spec.metrics:
-        problem = f"the task {spec.name!r} has no metric {name!r}"
-        raise InputError(problem, field="evaluate.tasks", remedy=f"it has: {', '.join(spec.metrics)}")
+        raise InputError(
+            f"the task {spec.name!r} has no metric {name!r}",
+            field="evaluate.tasks",
+            remedy=f"use one of: {', '.join(spec.metrics)}",
+        )
     if extraction and extraction not in spec.filters:
-        problem = f"the task {spec.name!r} has no filter {extraction!r}"
-        raise InputError(problem, field="evaluate.tasks", remedy=f"it has: {', '.join(spec.filters)}")
+        raise InputError(
+            f"the task {spec.name!r} has no filter {extraction!r}",
+            field="evaluate.tasks",
+            remedy=f"use one of: {', '.join(spec.filters)}",
+        )
     return name, extraction or spec.filters[0]
 
 
@@ -81,6 +90,7 @@ def is_accuracy(spec: Spec, metric: str) -> bool:
     name, _ = choose(spec, metric)
     if name in NO_ACCURACY:
         return False
+    # What the task's YAML says of the metric; a default metric of the harness is a mean.
     entries = spec.config.get("metric_list") or []
     for entry in entries:
         if task_yaml.metric_name(entry) == name:
@@ -106,10 +116,14 @@ def check_tasks(settings: Evaluate) -> None:
 
 def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
     choose(spec, task.metric)
+    # lm_eval itself would warn and ignore the number.
     if task.num_fewshot and spec.config.get("num_fewshot") == 0:
         no_examples = f"the task {spec.name!r} says it has no few-shot examples"
-        problem = f"num_fewshot={task.num_fewshot}, but {no_examples}"
-        raise InputError(problem, field="evaluate.tasks", remedy="leave num_fewshot out")
+        raise InputError(
+            f"num_fewshot={task.num_fewshot}, but {no_examples}",
+            field="evaluate.tasks",
+            remedy="leave num_fewshot out",
+        )
     check_code(spec, settings.allow_code)
     local_splits(spec, settings.data_dir, task.num_fewshot)
 
@@ -135,18 +149,24 @@ def no_accuracy(task: Task) -> InputError:
 
 def check_code(spec: Spec, allow_code: bool) -> None:
     """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
+    # The code of a task's file: the harness's own is trusted.
     if not allow_code and not task_yaml.is_of_the_harness(spec.path):
         _check_own_code(spec)
+    # The code that the model writes.
     if not spec.runs_code:
         return
     if not allow_code:
-        problem = f"the task {spec.name!r} runs code that the model wrote"
-        remedy = "set evaluate.allow_code: true to have it run in the sandbox"
-        raise InputError(problem, field="evaluate.allow_code", remedy=remedy)
+        raise InputError(
+            f"the task {spec.name!r} runs code that the model wrote",
+            field="evaluate.allow_code",
+            remedy="set evaluate.allow_code: true to have it run in the sandbox",
+        )
     if spec.path.parent.name not in CODE_FOLDERS:
-        problem = f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox"
-        remedy = f"only the tasks of {' and '.join(CODE_FOLDERS)} can be scored"
-        raise InputError(problem, field="evaluate.tasks", remedy=remedy)
+        raise InputError(
+            f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox",
+            field="evaluate.tasks",
+            remedy=f"use a task of {' or '.join(CODE_FOLDERS)}",
+        )
 
 
 def _check_own_code(spec: Spec) -> None:
@@ -154,12 +174,14 @@ def _check_own_code(spec: Spec) -> None:
     code = list(_own_code(spec.config))
     if code:
         rights = "code that would run with all rights of the step, outside the sandbox"
-        problem = f"{spec.path} has {', '.join(code[:3])}: {rights}"
-        remedy = "read it, and set evaluate.allow_code: true to have it run"
-        raise InputError(problem, field="evaluate.allow_code", remedy=remedy)
+        raise InputError(
+            f"{spec.path} has {', '.join(code[:3])}: {rights}",
+            field="evaluate.allow_code",
+            remedy="read it, and set evaluate.allow_code: true to have it run",
+        )
 
 
-def _own_code(config: dict[str, Any]) -> Iterator[str]:
+def _own_code(config: TaskConfig) -> Iterator[str]:
     """What of a task's YAML is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
     yield from config.get(FUNCTIONS, ())
     if config.get("class"):

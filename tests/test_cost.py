@@ -2,20 +2,11 @@ import pytest
 
 from ptl import cost
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [
     {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def saved(folder, tie, kind="llama", **shape):

@@ -20,6 +20,8 @@ REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
 DATA = Path(os.environ.get("PTL_SHARED_DATA") or ROOT.parent / "shared/data")
 LIMIT = 60
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"benchmark data not at {DATA}: set PTL_SHARED_DATA to the folder that has it"
 )
@@ -27,16 +29,6 @@ needs_data = pytest.mark.skipif(
 
 def settings(*tasks, **more):
     return Evaluate(tasks=[Task(**task) for task in tasks], speed=Speed(repeats=0), **more)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -384,8 +376,8 @@ def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
     [
         ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),
         ({"name": "nowhere/task.yaml"}, "no task file nowhere/task.yaml"),
-        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; it has: exact_match"),
-        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; it has: strict-match, flexible"),
+        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; use one of: exact_match"),
+        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; use one of: strict-match, flexible"),
         ({"name": YAML, "num_fewshot": 3}, "has no few-shot examples"),
     ],
 )

@@ -281,16 +281,3 @@ def test_a_larger_margin_never_turns_acceptance_into_rejection(regressions, impr
             for p in (small, large)
         ]
         assert kept != ["candidate", "parent"]
-
-
-def test_power_grows_with_the_items_and_the_drop():
-    shares = {
-        (n, drop): paired.power(n, drop, churn=0.03, margin=0.02, alpha=0.05, trials=300)
-        for n in (200, 1319)
-        for drop in (0.0, 0.06)
-    }
-    assert all(sum(each.values()) == pytest.approx(1) for each in shares.values())
-    assert shares[200, 0.0]["inferior"] <= 0.05
-    assert shares[200, 0.06]["inferior"] < shares[1319, 0.06]["inferior"]
-    assert shares[1319, 0.06]["inferior"] > 0.95
-    assert shares[1319, 0.0]["not inferior"] > 0.8

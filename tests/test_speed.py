@@ -12,15 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recorder:
