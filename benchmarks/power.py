@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--margin", type=float, default=0.02)
     parser.add_argument("--alpha", type=float, default=0.05)
-    parser.add_argument("--churn", type=float, default=0.03, help="share of items lost and won beside the drop")
+    parser.add_argument("--churn", type=float, default=0.03, help="share of regressions and of improvements, each")
     parser.add_argument("--trials", type=int, default=2000)
     args = parser.parse_args()
     print(f"margin {args.margin:.1%}, alpha {args.alpha}, churn {args.churn:.1%} each way, {args.trials:,} trials")

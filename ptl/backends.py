@@ -79,6 +79,7 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
             ends = generation.eos_token_id
             if not isinstance(ends, list):
                 ends = [ends]
+            # Padding follows an answer that ended before others of its batch.
             self._ends = {self.eot_token_id, self.tokenizer.pad_token_id, *ends}
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
@@ -89,6 +90,7 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
             return out
 
         def _note(self, tokens: list[int], stop: list[str]) -> AnswerNote:
+            """`stop` are the texts at which the harness ends an answer."""
             for length, token in enumerate(tokens):
                 if token in self._ends:
                     return AnswerNote(length, truncated=False)
@@ -98,18 +100,20 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
             ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+            # A prompt that fills its room to the last token has lost its beginning, most likely.
             if left_truncate_len:
                 lengths = mask.sum(1)  # [batch]
                 self.cut_prompts += int((lengths >= left_truncate_len).sum())
             return ids, mask
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return NotedModel(
         pretrained=str(src),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
         dtype="auto",  # the checkpoint's own
         batch_size=settings.batch_size,
         max_length=settings.max_length,
-        trust_remote_code=False,
+        trust_remote_code=False,  # a checkpoint's own code is never run
     )
 
 
@@ -130,6 +134,7 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
 
         def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
             outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+            # Log-likelihoods have no answer.
             if not generate:
                 return outputs
             for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):

@@ -16,7 +16,7 @@ from ptl.evaluate import read_items
 NOT_INFERIOR = 0
 INFERIOR = 1
 # Two lines for each benchmark: in the 80 columns of a log only a long name folds.
-NUMBERS = (
+HEADINGS = (
     "items",
     "A\nB",
     "regressions\nimprovements",
@@ -59,8 +59,7 @@ def compare(
     for name in names:
         before, after = paired.match(old, new, name)
         tasks[name] = paired.paired(before, after, margin, alpha / len(names))
-    failing = {"inferior", "unclear"} if strict else {"inferior"}
-    failed = any(pair.verdict in failing for pair in tasks.values())
+    failed = any(pair.fails(strict) for pair in tasks.values())
     return Comparison(tasks, INFERIOR if failed else NOT_INFERIOR)
 
 
@@ -75,7 +74,7 @@ def table(comparison: Comparison) -> Table:
         show_lines=len(comparison.tasks) > 1,
     )
     view.add_column("benchmark", overflow="fold")
-    for heading in NUMBERS:
+    for heading in HEADINGS:
         view.add_column(heading, justify="right", overflow="fold", no_wrap=True)
     view.add_column("verdict", overflow="fold", no_wrap=True)
     for name, pair in comparison.tasks.items():

@@ -11,8 +11,9 @@ from typing import Any
 from ptl import backends, cost, model_checks
 from ptl.config import Evaluate
 from ptl.errors import InputError
-from ptl.scoring import Item, TaskScore, score_task
-from ptl.speed import measure
+from ptl.paired import Item
+from ptl.scoring import TaskScore, score_task
+from ptl.speed import measure_speed
 from ptl.tasks import check_tasks
 
 ITEMS = "items.jsonl"
@@ -28,7 +29,7 @@ class Scores:
     bytes: int  # of the weight files
     flops_per_token: int  # of a forward pass, without attention
     kv_bytes_per_token: int
-    speed: list[dict[str, Any]]  # rows of speed.measure
+    speed: list[dict[str, Any]]  # rows of speed.measure_speed
     widths: list[int]  # FFN width of each layer
     seconds: float = 0.0  # of the whole evaluation
 
@@ -55,7 +56,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
         items += its_items
     rows = []
     if speed:
-        rows = measure({"": lm.model}, settings.speed, seed)[""]
+        rows = measure_speed({"": lm.model}, settings.speed, seed)[""]
     result = Scores(
         tasks=tuple(scores),
         params=static.params,
@@ -66,11 +67,11 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
         widths=static.widths,
         seconds=time.monotonic() - started,
     )
-    _write(dst, result, items, timed=speed)
+    _write_files(dst, result, items, timed=speed)
     return result
 
 
-def _write(dst: Path, scores: Scores, items: list[Item], timed: bool) -> None:
+def _write_files(dst: Path, scores: Scores, items: list[Item], timed: bool) -> None:
     raw = asdict(scores)
     if not timed:
         for record in (raw, *raw["tasks"]):

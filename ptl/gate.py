@@ -29,10 +29,11 @@ class State:
     @staticmethod
     def load(raw: Mapping[str, Any]) -> State:
         """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
-        unknown = set(raw) - {field.name for field in fields(State)}
+        known = {field.name for field in fields(State)}
+        unknown = sorted(set(raw) - known)
         if unknown:
             raise InputError(
-                f"unknown fields {sorted(unknown)} in the pointer, which another version of ptl wrote",
+                f"unknown fields {unknown} in the pointer, which another version of ptl wrote",
                 field="gate",
                 remedy="continue the run with that version",
             )
@@ -86,18 +87,16 @@ def decide(
     settings: Gate,
     state: State,
     *,
-    params: int,
-    target_params: int,
+    params: int,  # of the candidate
+    target_params: int,  # to end the loop with
     parent_params: int | None = None,
-    baseline: Paired | None = None,
-    parent: Paired | None = None,
-    smallest_cut: int | None = 1,
+    baseline: Paired | None = None,  # the candidate against the dense model
+    parent: Paired | None = None,  # the candidate against its parent
+    smallest_cut: int | None = 1,  # parameters that can be pruned from the parent next, at least; none: nothing can
 ) -> Decision:
     """The decision on a candidate that was pruned from its parent, the last accepted model.
 
-    `params` of the candidate, and `target_params` to end with. When the gate is enabled it needs the parent:
-    `parent_params`, and `baseline` and `parent`, which compare the candidate with the dense model and with its parent.
-    `smallest_cut` is the least number of parameters that can be pruned from the parent next, None where nothing can.
+    When the gate is enabled it needs `parent_params`, `baseline` and `parent`.
     A rejected candidate halves the cut for the next iteration; after `max_rejections` in a row, or when half the cut is
     below the smallest, the loop stops with the parent: a smaller step would be rounded up to one that was just
     rejected. An accepted candidate doubles that limit: one early rejection does not hold the whole run.
@@ -113,10 +112,10 @@ def decide(
     numbers["baseline"] = asdict(baseline)
     numbers["parent"] = asdict(parent)
     for name, pair in (("baseline", baseline), ("parent", parent)):
-        unproven = settings.strict and pair.verdict != "not inferior"
-        if pair.verdict == "inferior" or unproven:
+        if pair.fails(settings.strict):
             numbers["smallest_cut"] = smallest_cut
-            after = _state_after_rejection(settings, state, parent_params - params, smallest_cut)
+            removed = parent_params - params
+            after = _state_after_rejection(settings, state, removed, smallest_cut)
             return _rejected(f"{describe(pair)} against the {name}", numbers, after)
     return _accepted(f"{describe(baseline)} against the baseline", numbers, state)
 
@@ -132,11 +131,19 @@ def _accepted(reason: str, numbers: dict[str, Any], state: State) -> Decision:
 
 
 def _rejected(reason: str, numbers: dict[str, Any], after: State) -> Decision:
-    consequence = f"{after.reason}: stopped" if after.stopped else f"next cut at most {after.cap:,} parameters"
+    """Rejected: the next iteration begins with the parent again, with a smaller step."""
+    consequence = f"next cut at most {after.cap:,} parameters"
+    if after.stopped:
+        consequence = f"{after.reason}: stopped"
     return Decision("rejected", f"{reason}; {consequence}", numbers, after)
 
 
-def _state_after_rejection(settings: Gate, state: State, removed: int, smallest_cut: int | None) -> State:
+def _state_after_rejection(
+    settings: Gate,
+    state: State,
+    removed: int,  # parameters that the rejected candidate had less than its parent
+    smallest_cut: int | None,  # parameters; none: nothing can be removed
+) -> State:
     """Half of the `removed` parameters are the next cap; the loop stops where that is no smaller step."""
     rejections = state.rejections + 1
     cap = removed // 2

@@ -36,7 +36,7 @@ def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     """The harness's task object, with the overrides of the config. May fetch data from the hub."""
     tasks.check_code(spec, settings.allow_code)
     config = _read_config(spec, task, settings)
-    loaded = _load_quietly(spec, config)
+    loaded = _load_harness_task(spec, config)
     # The config's overrides; few-shot examples are drawn with the run's seed.
     if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
         loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
@@ -69,7 +69,7 @@ def _read_config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
     return config
 
 
-def _load_quietly(spec: Spec, config: dict[str, Any]) -> Any:
+def _load_harness_task(spec: Spec, config: dict[str, Any]) -> Any:
     from lm_eval.tasks import TaskManager
 
     # The harness explains custom_dataset, which the user did not write.

@@ -13,7 +13,7 @@ Three verdicts on a candidate against a reference, over the same items, with a m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from ptl.errors import InputError
 
 Verdict = Literal["not inferior", "unclear", "inferior"]
-Item = Mapping[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
+Item = dict[str, Any]  # a line of items.jsonl: task, id, prompt_digest, correct, ...
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -42,6 +42,10 @@ class Paired:
     margin: float  # loss of accuracy that is tolerated, 0..1
     alpha: float  # significance level of each test
     verdict: Verdict  # for this margin and alpha
+
+    def fails(self, strict: bool) -> bool:
+        """Whether the candidate is inferior; with `strict` also where it is not shown to be not inferior."""
+        return self.verdict == "inferior" or (strict and self.verdict == "unclear")
 
 
 def wilson(correct: int, items: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -129,11 +133,14 @@ def verdict_of(
     alpha: float,
 ) -> Verdict:
     """The verdict that the counts allow; see the top of this module."""
+    net_regressions = regressions - improvements
     _, p_worse = mcnemar(regressions, improvements)
-    if regressions - improvements > margin * items and p_worse <= alpha:
+    if net_regressions > margin * items and p_worse <= alpha:
         return "inferior"
     low, _ = paired_bootstrap(regressions, improvements, items, alpha)
-    return "not inferior" if low > -margin else "unclear"
+    if low > -margin:
+        return "not inferior"
+    return "unclear"
 
 
 def match(

@@ -10,9 +10,7 @@ from ptl import harness, tasks
 from ptl.backends import AnswerNote
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError
-from ptl.paired import wilson
-
-Item = dict[str, Any]  # a line of items.jsonl
+from ptl.paired import Item, wilson
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def score_task(
     lm.start_notes()
     results = _run_harness(lm, loaded, task, settings)
 
-    metric, extraction = tasks.choose(first, task.metric)
+    metric, extraction = tasks.choose_metric(first, task.metric)
     # Every sample is logged once for every way of extracting the answer.
     samples = []
     for spec in specs:
@@ -71,7 +69,7 @@ def score_task(
         correct = values.count(1)
         accuracy = correct / len(values)
         low, high = wilson(correct, len(values), settings.confidence)
-        items = [_item(name, harness_task, sample, metric, lm.notes) for harness_task, sample in samples]
+        items = [_item_record(name, harness_task, sample, metric, lm.notes) for harness_task, sample in samples]
     elif is_group:
         raise InputError(
             f"the group {task.name!r} has no accuracy to pool",
@@ -120,7 +118,7 @@ def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _item(
+def _item_record(
     task: str,
     harness_task: Any,
     sample: dict[str, Any],

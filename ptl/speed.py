@@ -18,24 +18,24 @@ PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
 PREFILL_PASSES = 20  # ... but no more often than that
 
 Models = Mapping[str, Any]  # by name: of transformers, or of the harness
-Row = dict[str, Any]  # the speed of one model at one batch size
+Measurement = dict[str, Any]  # the speed of one model at one batch size
 Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
 
 
-def measure(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Row]]:
+def measure_speed(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of models side by side: name -> one row for each batch size.
 
     Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
     whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
     The prompts are random tokens, and exactly `new_tokens` are generated. No repeats, no rows.
     """
-    rows: dict[str, list[Row]] = {name: [] for name in models}
+    rows: dict[str, list[Measurement]] = {name: [] for name in models}
     if settings.repeats == 0:
         return rows
     for batch in settings.batch_sizes:
         times = _times_in_turns(models, settings, batch, seed)
         for name in models:
-            rows[name].append(_row(times[name], settings, batch))
+            rows[name].append(_medians(times[name], settings, batch))
     return rows
 
 
@@ -74,7 +74,7 @@ def _random_prompts(model: Any, batch: int, prompt_tokens: int, seed: int) -> An
     return prompts.to(model.device)
 
 
-def _row(times: list[Times], settings: Speed, batch: int) -> Row:
+def _medians(times: list[Times], settings: Speed, batch: int) -> Measurement:
     """The medians of all repeats."""
     prefill = statistics.median(prefill for prefill, _ in times)
     decode = statistics.median(decode for _, decode in times)
@@ -133,23 +133,23 @@ def side_by_side(
 ) -> dict[str, Any]:
     """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
 
-    Metadata: how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
-    `models`: name -> `params`; `speed`, the rows of `measure`; `seconds_per_solved`, the median over the repeats of
-    the seconds in the model for `items` of the first task, divided by its right answers (None where it has none, or no
-    accuracy), so that longer answers count; `solved` and `answer_tokens` of these items.
+    Returns how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
+    `models`: name -> params, speed (rows of measure_speed), solved, answer_tokens and seconds_per_solved. The last is
+    the median over the repeats of the seconds in the model for `items` of the first task, divided by its right
+    answers, so that longer answers count; None where it solved none, or where the task has no accuracy.
     """
     started = time.monotonic()
     _free_memory()
     models = {name: backends.language_model(folder, settings, seed) for name, folder in folders.items()}
-    rows = measure({name: lm.model for name, lm in models.items()}, settings.speed, seed)
+    rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
     runs = _solve_in_turns(models, settings, seed)
     measured = {}
     for name, folder in folders.items():
         static = cost.from_config(folder)
         measured[name] = {"params": static.params, "speed": rows[name]}
-        measured[name] |= _solving(runs[name])
+        measured[name] |= _solving_speed(runs[name])
     metadata = {
-        "device": _device(),
+        "device": _device_name(),
         "task": "",
         "items": 0,
         "batch_size": settings.batch_size,
@@ -176,7 +176,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _device() -> str:
+def _device_name() -> str:
     import torch
 
     if torch.cuda.is_available():
@@ -206,7 +206,7 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     return runs
 
 
-def _solving(runs: list[TaskScore]) -> dict[str, Any]:
+def _solving_speed(runs: list[TaskScore]) -> dict[str, Any]:
     """Seconds per solved problem of one model, from the same items in every repeat."""
     seconds_per_solved = None
     solved = 0

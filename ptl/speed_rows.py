@@ -52,19 +52,18 @@ def rows(speed: Metadata) -> list[SpeedRow]:
         field = f"{phase}_tokens_per_s"
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             label = f"{phase.capitalize()}, batch {old['batch']}"
-            times = new[field] / old[field]
-            measures.append(SpeedRow(phase, label, old[field], new[field], "tokens/s", times))
+            before = old[field]
+            after = new[field]
+            row = SpeedRow(phase, label, before, after, "tokens/s", times=after / before)
+            measures.append(row)
     # Seconds: less is faster. None where a model solved nothing.
     before = dense["seconds_per_solved"]
     after = final["seconds_per_solved"]
     if before and after:
-        unit = "s"
+        scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
         times = before / after
-        if max(before, after) < 1:
-            unit = "ms"
-            before *= 1000
-            after *= 1000
-        measures.append(SpeedRow("solved", "Solved problem", before, after, unit, times))
+        row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
+        measures.append(row)
     return measures
 
 
@@ -73,25 +72,31 @@ def sentence(speed: Metadata) -> str:
     measures = rows(speed)
     if not measures:
         reason = speed.get("reason")
-        return f"Speed was not measured: {reason}." if reason else ""
+        if not reason:
+            return ""
+        return f"Speed was not measured: {reason}."
+    # One part for each kind of row, with the range over the batch sizes.
     parts = []
     batches = ", ".join(str(row["batch"]) for row in speed["models"]["dense"]["speed"])
     for phase in PHASES:
         times = [row.times for row in measures if row.kind == phase]
         if times:
-            parts.append(f"{phase} {_range(times)} times as fast (batch {batches})")
+            parts.append(f"{phase} {_times_range(times)} times as fast (batch {batches})")
     for row in measures:
         if row.kind == "solved":
             before = _three_digits(row.dense)
             after = _three_digits(row.final)
             parts.append(f"{after} instead of {before} {row.unit} per solved problem")
-    return f"Speed of the final model beside the dense one: {', '.join(parts)}. {disturbance(speed)}".rstrip()
+    comparison = f"Speed of the final model beside the dense one: {', '.join(parts)}."
+    return f"{comparison} {disturbance(speed)}".rstrip()
 
 
-def _range(times: list[float]) -> str:
+def _times_range(times: list[float]) -> str:
     low = f"{min(times):.2f}"
     high = f"{max(times):.2f}"
-    return low if low == high else f"{low} to {high}"
+    if low == high:
+        return low
+    return f"{low} to {high}"
 
 
 def disturbance(speed: Metadata) -> str:
@@ -108,8 +113,9 @@ def setting(speed: Metadata) -> str:
     """How it was measured."""
     if not rows(speed):
         return ""
-    # Without items no problems were solved.
-    template = SETTING + SOLVING if speed["items"] else SETTING
+    template = SETTING
+    if speed["items"]:
+        template += SOLVING
     return template.format(**speed, **speed["models"])
 
 

@@ -26,12 +26,14 @@ def _math_row(row: Row) -> Row:
     # The harness takes the answer from the solution's last \boxed{}; MATH-500 as a plain list has only the answer.
     if "solution" in row:
         return row
-    return {**row, "solution": f"\\boxed{{{row['answer']}}}"}
+    solution = f"\\boxed{{{row['answer']}}}"
+    return {**row, "solution": solution}
 
 
 def _mbpp_row(row: Row) -> Row | None:
     # The authors' split (Austin et al. 2021): 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 training.
-    return row if 11 <= int(row["task_id"]) <= 510 else None
+    number = int(row["task_id"])
+    return row if 11 <= number <= 510 else None
 
 
 GSM8K = {"train": LocalFile("gsm8k_train.jsonl"), "test": LocalFile("gsm8k_test.jsonl")}
@@ -47,7 +49,11 @@ LOCAL: dict[str, dict[str, LocalFile]] = {
 }
 
 
-def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = None) -> dict[str, LocalFile]:
+def local_splits(
+    spec: Spec,
+    data_dir: str | None,
+    num_fewshot: int | None = None,  # none: what the task says
+) -> dict[str, LocalFile]:
     """Split -> file, absolute, for a task that reads local files; {} where the task is to fetch its data itself.
 
     Local are tasks whose YAML names `data_files` (relative to the working directory or to a folder above the YAML),
@@ -58,10 +64,11 @@ def local_splits(spec: Spec, data_dir: str | None, num_fewshot: int | None = Non
     data_files = (config.get("dataset_kwargs") or {}).get("data_files")
     # The YAML has local files of its own.
     if config.get("dataset_path") == "json" and isinstance(data_files, dict):
-        return {split: LocalFile(_absolute(spec, str(file))) for split, file in data_files.items()}
+        return {split: LocalFile(_data_file(spec, str(file))) for split, file in data_files.items()}
     # Nobody names files, or a function of the task makes its data.
     if data_dir is None or "custom_dataset" in config:
         return {}
+    # Under the names of LOCAL, or by task and split.
     root = Path(data_dir)
     needed = _needed_splits(spec, num_fewshot)
     splits = {}
@@ -99,7 +106,7 @@ def _needed_splits(spec: Spec, num_fewshot: int | None) -> set[str]:
     return needed
 
 
-def _absolute(spec: Spec, file: str) -> str:
+def _data_file(spec: Spec, file: str) -> str:
     """A path of a task's YAML, relative to the working directory or to a folder above the YAML."""
     for folder in (Path(), *spec.path.parents):
         path = folder / file

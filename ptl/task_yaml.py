@@ -95,7 +95,7 @@ def is_of_the_harness(path: Path) -> bool:
 
 
 @cache
-def index() -> dict[str, Path]:
+def task_index() -> dict[str, Path]:
     """Name of a task or group -> its YAML, of all that the harness ships."""
     root = harness_folder()
     if root is None:
@@ -167,7 +167,7 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     """
     if path in including:
         raise InputError(f"{path} includes itself", field="evaluate.tasks")
-    config, functions = _read_file(path)
+    config, functions = _read_task_file(path)
     # Paths are relative to the file that includes them.
     included = config.pop("include", [])
     names = included if isinstance(included, list) else [included]
@@ -188,7 +188,7 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     return merged
 
 
-def _read_file(path: Path) -> tuple[TaskConfig, list[str]]:
+def _read_task_file(path: Path) -> tuple[TaskConfig, list[str]]:
     """One file without its includes, and the `!function` tags in it."""
     functions: list[str] = []
 

@@ -38,7 +38,7 @@ def find(name: str) -> list[Spec]:
     """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
     if is_path(name):
         return [task_yaml.load_spec(Path(name))]
-    paths = task_yaml.index()
+    paths = task_yaml.task_index()
     if name not in paths:
         raise _unknown_task(name, paths)
     # A single task, or a group whose members are named in its YAML.
@@ -67,7 +67,7 @@ def _unknown_task(name: str, paths: dict[str, Path]) -> InputError:
     return InputError(problem, field="evaluate.tasks", remedy=remedy)
 
 
-def choose(spec: Spec, metric: str) -> tuple[str, str]:
+def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
     name, _, extraction = metric.partition(",")
     if name not in spec.metrics:
@@ -87,7 +87,7 @@ def choose(spec: Spec, metric: str) -> tuple[str, str]:
 
 def is_accuracy(spec: Spec, metric: str) -> bool:
     """Whether each item is right or wrong by this metric, as far as the task's YAML can tell: a mean, no perplexity."""
-    name, _ = choose(spec, metric)
+    name, _ = choose_metric(spec, metric)
     if name in NO_ACCURACY:
         return False
     # What the task's YAML says of the metric; a default metric of the harness is a mean.
@@ -115,7 +115,7 @@ def check_tasks(settings: Evaluate) -> None:
 
 
 def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
-    choose(spec, task.metric)
+    choose_metric(spec, task.metric)
     # lm_eval itself would warn and ignore the number.
     if task.num_fewshot and spec.config.get("num_fewshot") == 0:
         no_examples = f"the task {spec.name!r} says it has no few-shot examples"

@@ -13,7 +13,7 @@ from ptl.errors import InputError
 from ptl.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
 from ptl.paired import wilson
 from ptl.task_data import local_splits
-from ptl.tasks import check_gate, check_tasks, choose, find
+from ptl.tasks import check_gate, check_tasks, choose_metric, find
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
@@ -464,8 +464,8 @@ def test_group_is_its_members():
 
 def test_metric_may_name_a_filter():
     spec = find("gsm8k_cot")[0]
-    assert choose(spec, "exact_match") == ("exact_match", "strict-match")
-    assert choose(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
+    assert choose_metric(spec, "exact_match") == ("exact_match", "strict-match")
+    assert choose_metric(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
 
 
 def test_check_imports_neither_torch_nor_the_harness():

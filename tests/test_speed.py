@@ -39,7 +39,7 @@ def test_models_take_turns_and_the_cache_is_used(monkeypatch):
     monkeypatch.setattr(speed, "PREFILL_SECONDS", 0)
     calls = []
     models = {name: Recorder(name, calls) for name in ("dense", "compact")}
-    rows = speed.measure(models, Speed(batch_sizes=(1, 2), prompt_tokens=5, new_tokens=3, repeats=2))
+    rows = speed.measure_speed(models, Speed(batch_sizes=(1, 2), prompt_tokens=5, new_tokens=3, repeats=2))
     one = [((5,), None), ((1,), "past"), ((1,), "past"), ((1,), "past")]
     expected = [
         (name, (batch, *shape), cache)
@@ -54,7 +54,7 @@ def test_models_take_turns_and_the_cache_is_used(monkeypatch):
 
 def test_a_short_prompt_is_read_several_times():
     calls = []
-    speed.measure({"m": Recorder("m", calls)}, Speed(batch_sizes=(1,), prompt_tokens=5, new_tokens=1, repeats=1))
+    speed.measure_speed({"m": Recorder("m", calls)}, Speed(batch_sizes=(1,), prompt_tokens=5, new_tokens=1, repeats=1))
     prefills = [cache for _, shape, cache in calls if shape == (1, 5)]
     assert 3 <= len(prefills) <= 1 + speed.PREFILL_PASSES  # one to warm up
     assert set(prefills) == {None}
@@ -62,7 +62,7 @@ def test_a_short_prompt_is_read_several_times():
 
 def test_no_repeats_measure_nothing():
     calls = []
-    assert speed.measure({"m": Recorder("m", calls)}, Speed(repeats=0)) == {"m": []}
+    assert speed.measure_speed({"m": Recorder("m", calls)}, Speed(repeats=0)) == {"m": []}
     assert calls == []
 
 
@@ -70,7 +70,7 @@ def test_speed_is_the_median_of_the_repeats(monkeypatch):
     taken = iter([(9.0, 9.0), (1.0, 4.0), (3.0, 2.0), (2.0, 6.0)])
     monkeypatch.setattr(speed, "_time_once", lambda *_, **__: next(taken))
     model = Recorder("", [])
-    (row,) = speed.measure({"m": model}, Speed(batch_sizes=(4,), prompt_tokens=10, new_tokens=6, repeats=3))["m"]
+    (row,) = speed.measure_speed({"m": model}, Speed(batch_sizes=(4,), prompt_tokens=10, new_tokens=6, repeats=3))["m"]
     assert row["prefill_s"] == statistics.median([1, 3, 2])
     assert row["prefill_tokens_per_s"] == 4 * 10 / 2
     assert row["decode_tokens_per_s"] == 4 * 6 / 4
