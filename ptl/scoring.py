@@ -11,6 +11,7 @@ from ptl.backends import AnswerNote
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError
 from ptl.paired import Item, wilson
+from ptl.task_yaml import Spec
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,19 @@ def score_task(
     seed: int,
 ) -> tuple[TaskScore, list[Item]]:
     """Score one task, or the pooled items of a group; no items where none is right or wrong."""
-    from transformers import set_seed
-
     specs = tasks.find(task.name)
     first = specs[0]
     is_group = len(specs) > 1
     name = task.name if is_group else first.name
 
-    set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
-    loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
-    # Before the first answer is generated.
-    for harness_task in loaded.values():
-        harness.check_lengths(lm, harness_task)
+    loaded = _load_tasks(lm, specs, task, settings, seed)
     lm.start_notes()
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
-    # Every sample is logged once for every way of extracting the answer.
-    samples = []
-    for spec in specs:
-        harness_task = loaded[spec.name]
-        logged = results["samples"][spec.name]
-        samples += [(harness_task, sample) for sample in logged if sample["filter"] == extraction]
+    samples = _samples(results, loaded, extraction)
     values = [sample[metric] for _, sample in samples]
+    # Right and wrong answers; or a metric of the whole task.
     items: list[Item] = []
     low = high = None
     if all(value in (0, 1) for value in values):
@@ -79,7 +70,9 @@ def score_task(
     else:
         accuracy = float(results["results"][first.name][f"{metric},{extraction}"])
 
+    # The version, direction and examples of a group are those of its members.
     notes = lm.notes.values()
+    directions = results["higher_is_better"][first.name]
     versions = {str(results["versions"][spec.name]) for spec in specs}
     score = TaskScore(
         task=name,
@@ -91,12 +84,40 @@ def score_task(
         items=len(values),
         num_fewshot=int(results["n-shot"][first.name]),
         truncated=_mean([note.truncated for note in notes]),
-        higher_is_better=bool(results["higher_is_better"][first.name].get(metric, True)),
+        higher_is_better=bool(directions.get(metric, True)),
         answer_tokens=_mean([note.tokens for note in notes]),
         cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,
     )
     return score, items
+
+
+def _load_tasks(
+    lm: Any,
+    specs: list[Spec],
+    task: Task,
+    settings: Evaluate,
+    seed: int,
+) -> dict[str, Any]:
+    """Name -> the harness's task: one, or the members of a group."""
+    from transformers import set_seed
+
+    set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
+    loaded = {spec.name: harness.load_task(spec, task, settings, seed) for spec in specs}
+    # Before the first answer is generated.
+    for harness_task in loaded.values():
+        harness.check_lengths(lm, harness_task)
+    return loaded
+
+
+def _samples(results: Any, loaded: dict[str, Any], extraction: str) -> list[tuple[Any, Any]]:
+    """(the harness's task, sample) of every item."""
+    samples = []
+    for member, harness_task in loaded.items():
+        # Every sample is logged once for each filter that extracts an answer.
+        logged = results["samples"][member]
+        samples += [(harness_task, sample) for sample in logged if sample["filter"] == extraction]
+    return samples
 
 
 def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate) -> Any:

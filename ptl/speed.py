@@ -138,8 +138,13 @@ def side_by_side(
     the median over the repeats of the seconds in the model for `items` of the first task, divided by its right
     answers, so that longer answers count; None where it solved none, or where the task has no accuracy.
     """
+    import torch
+
     started = time.monotonic()
-    _free_memory()
+    # A model of the harness refers to itself: what was scored before may still hold its memory.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     models = {name: backends.language_model(folder, settings, seed) for name, folder in folders.items()}
     rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
     runs = _solve_in_turns(models, settings, seed)
@@ -158,22 +163,13 @@ def side_by_side(
         "repeats": settings.speed.repeats,
         "models": measured,
     }
-    # All have answered the same items.
+    # All models have answered the same items.
     scores = next(iter(runs.values()))
     if scores:
         metadata["task"] = scores[0].task
         metadata["items"] = scores[0].items
     metadata["seconds"] = time.monotonic() - started
     return metadata
-
-
-def _free_memory() -> None:
-    import torch
-
-    # A model of the harness refers to itself: what was scored before may still hold its memory.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _device_name() -> str:
@@ -195,6 +191,7 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     limit = settings.speed.items // len(specs)
     if task.limit is not None:
         limit = min(limit, task.limit)
+    # Without right answers no problem is solved.
     has_accuracy = all(tasks.is_accuracy(spec, task.metric) for spec in specs)
     if not limit or not has_accuracy:
         return runs

@@ -10,7 +10,7 @@ from ptl import task_yaml
 from ptl.config import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.task_data import local_splits
-from ptl.task_yaml import FUNCTIONS, Spec, TaskConfig
+from ptl.task_yaml import FUNCTIONS, Spec
 
 CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
 
@@ -70,19 +70,16 @@ def _unknown_task(name: str, paths: dict[str, Path]) -> InputError:
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
     name, _, extraction = metric.partition(",")
-    if name not in spec.metrics:
-        raise InputError(
-            f"the task {spec.name!r} has no metric {name!r}",
-            field="evaluate.tasks",
-            remedy=f"use one of: {', '.join(spec.metrics)}",
-        )
-    if extraction and extraction not in spec.filters:
-        raise InputError(
-            f"the task {spec.name!r} has no filter {extraction!r}",
-            field="evaluate.tasks",
-            remedy=f"use one of: {', '.join(spec.filters)}",
-        )
-    return name, extraction or spec.filters[0]
+    # The first filter counts unless the metric names another.
+    extraction = extraction or spec.filters[0]
+    for kind, choice, known in (("metric", name, spec.metrics), ("filter", extraction, spec.filters)):
+        if choice not in known:
+            raise InputError(
+                f"the task {spec.name!r} has no {kind} {choice!r}",
+                field="evaluate.tasks",
+                remedy=f"use one of: {', '.join(known)}",
+            )
+    return name, extraction
 
 
 def is_accuracy(spec: Spec, metric: str) -> bool:
@@ -107,6 +104,7 @@ def check_tasks(settings: Evaluate) -> None:
     """
     names = [task.name for task in settings.tasks]
     for task in settings.tasks:
+        # A score is known by its task's name.
         if names.count(task.name) > 1:
             raise InputError(f"{task.name!r} is listed twice", field="evaluate.tasks", remedy="remove one")
         if can_find(task.name):
@@ -130,6 +128,7 @@ def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
 
 def check_gate(settings: Evaluate, gate: Gate) -> None:
     """Raise InputError when the gate is to decide by a task that calls no item right or wrong."""
+    # The run's accuracy is that of the first task.
     first = settings.tasks[0]
     if not gate.enabled or not can_find(first.name):
         return
@@ -149,10 +148,15 @@ def no_accuracy(task: Task) -> InputError:
 
 def check_code(spec: Spec, allow_code: bool) -> None:
     """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
-    # The code of a task's file: the harness's own is trusted.
-    if not allow_code and not task_yaml.is_of_the_harness(spec.path):
-        _check_own_code(spec)
-    # The code that the model writes.
+    code = list(_own_code(spec))
+    if code and not allow_code:
+        rights = "code that would run with all rights of the step, outside the sandbox"
+        raise InputError(
+            f"{spec.path} has {', '.join(code[:3])}: {rights}",
+            field="evaluate.allow_code",
+            remedy="read it, and set evaluate.allow_code: true to have it run",
+        )
+    # What the model writes.
     if not spec.runs_code:
         return
     if not allow_code:
@@ -169,20 +173,11 @@ def check_code(spec: Spec, allow_code: bool) -> None:
         )
 
 
-def _check_own_code(spec: Spec) -> None:
-    """Raise InputError when a user's task file brings code."""
-    code = list(_own_code(spec.config))
-    if code:
-        rights = "code that would run with all rights of the step, outside the sandbox"
-        raise InputError(
-            f"{spec.path} has {', '.join(code[:3])}: {rights}",
-            field="evaluate.allow_code",
-            remedy="read it, and set evaluate.allow_code: true to have it run",
-        )
-
-
-def _own_code(config: TaskConfig) -> Iterator[str]:
-    """What of a task's YAML is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
+def _own_code(spec: Spec) -> Iterator[str]:
+    """What of a user's task file is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
+    if task_yaml.is_of_the_harness(spec.path):  # which is trusted
+        return
+    config = spec.config
     yield from config.get(FUNCTIONS, ())
     if config.get("class"):
         yield f"class: {config['class']}"
