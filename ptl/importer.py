@@ -45,7 +45,7 @@ def preflight(
     """
     check_data(calibration, training, recover)
     check_rewards(recover, training)
-    check_tasks(evaluate.tasks, evaluate)
+    check_tasks(evaluate)
     if gate is not None:
         check_gate(evaluate, gate)
     folder = hub.locate(path, revision)
