@@ -185,11 +185,11 @@ def test_fetch_refuses_what_is_no_finished_run(tmp_path):
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):
     """A leftover of another source must not become this one's weights."""
-    from ptl.cli_steps import _key
+    from ptl.cli_steps import _training_key
     from ptl.config import load_config
 
     def key(path, budget=1000, folder=checkpoint):
-        return _key(folder, load_config(path), budget, None)
+        return _training_key(folder, load_config(path), budget, None)
 
     source = ROOT / "examples/tiny_reasoner/train.jsonl.gz"
     data = shutil.copyfile(source, tmp_path / "train.jsonl.gz")

@@ -9,7 +9,7 @@ import yaml
 
 from ptl import processes, run_directory
 from ptl.config import load_config
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 from ptl.run_directory import RunDir, open_run, working
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -96,9 +96,10 @@ def test_a_damaged_run_of_this_name_does_not_stop_new_ones(tmp_path, config):
 
 def test_a_failure_that_was_left_is_read(tmp_path, config):
     run = RunDir(tmp_path, tmp_path)
-    assert run_directory.failure(run) is None
+    assert run_directory.step_error(run) is None
     (tmp_path / "error.json").write_text(json.dumps({"step": "prune-1", "message": "away", "exit_code": 1}))
-    assert run_directory.failure(run) == ("prune-1: away", 1)
+    error = run_directory.step_error(run)
+    assert str(error) == "prune-1: away" and isinstance(error, WorkError)
 
 
 @pytest.mark.parametrize("name", ["my run", "..", "x" * 129], ids=["space", "parent", "long"])

@@ -189,8 +189,8 @@ def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
 
 def test_half_written_notes_and_keys_do_not_occur(tmp_path):
     """Each is written under another name and renamed."""
-    keys = stack._keys(tmp_path)
-    assert stack._keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
+    keys = stack._access_keys(tmp_path)
+    assert stack._access_keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
     assert (tmp_path / "stack/keys.json").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
 
