@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from ptl.cli_options import HOME, ConfigFile, Home, Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.run_directory import RunDir
+
+if TYPE_CHECKING:
+    from pipelines.prune_tune_loop.runners import RunnerJob
 
 AFTER_INTERRUPT = "run the same command again to resume; finished steps are not redone"
 AFTER_FAILURE = (
@@ -44,7 +47,9 @@ def run(
     """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
         require_checkout("run")
-        from pipelines.prune_tune_loop.runners import CLEAR
+        from pipelines.prune_tune_loop.pipeline import compile_pipeline
+        from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
+        from ptl import dag
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
@@ -58,7 +63,11 @@ def run(
         with run_directory.working(directory, settings, CLEAR[runner]):
             _print_start(directory, resumed, servers, artifacts)
             started = time.monotonic()
-            _execute(directory, settings, runner, environment, artifacts, verbose)
+            pipeline = directory.path / "pipeline.yaml"
+            compile_pipeline(settings, pipeline)
+            steps = tuple(node.name for node in dag.nodes(settings))
+            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
+            _execute(job, runner, directory, verbose)
             seconds = time.monotonic() - started
             _print_end(directory, resumed, seconds)
 
@@ -76,18 +85,10 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
         containers.check(config, tracking_uri)
 
 
-def _execute(
-    directory: RunDir, config: Config, runner: str, environment: dict[str, str], artifacts: str, verbose: bool
-) -> None:
-    """Compile the pipeline into the run's directory and run it; a failed step's own error says how to resume."""
-    from pipelines.prune_tune_loop.pipeline import compile_pipeline
-    from pipelines.prune_tune_loop.runners import RUNNERS, RunnerJob
-    from ptl import dag
+def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
+    """Run the compiled pipeline; a failed step's own error says how to resume."""
+    from pipelines.prune_tune_loop.runners import RUNNERS
 
-    pipeline = directory.path / "pipeline.yaml"
-    compile_pipeline(config, pipeline)
-    steps = tuple(node.name for node in dag.nodes(config))
-    job = RunnerJob(config, pipeline, directory.path, environment, artifacts, steps)
     try:
         RUNNERS[runner](job, verbose)
     except PtlError as error:

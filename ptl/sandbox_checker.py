@@ -17,30 +17,33 @@ from typing import Any
 from ptl.sandbox_values import TEXT, decode, encode, receive, send
 
 
-class _Gone(BaseException):
+class _GoneError(BaseException):
     """The candidate's process ended or broke the protocol. A BaseException, so that no test swallows it by accident."""
 
 
 class Checker:
     """Executes the tests and reports over a pipe that the candidate's process never had."""
 
-    def __init__(self, incoming: int, outgoing: int, result: int) -> None:
-        self.incoming, self.outgoing, self.result = incoming, outgoing, result
+    def __init__(self, incoming: int, outgoing: int, report: int) -> None:
+        self.incoming = incoming
+        self.outgoing = outgoing
+        self.report = report
         self.locals: list[Any] = []  # the tests' own functions, handed to the candidate as callbacks
-        self.exceptions: dict[str, type[Exception]] = {}
-        self.broken = ""  # why the candidate can no longer be asked; final
+        self.exceptions: dict[str, type[Exception]] = {}  # of the candidate, by name
+        self.broken: tuple[str, str] | None = None  # status and detail once the candidate cannot be asked; final
 
     def run(self, source: str) -> None:
         """Execute the tests and write the report, the last thing this process does."""
-        os.write(self.result, b'{"ready": true}\n')
-        status, detail = "failed", ""
+        os.write(self.report, b'{"ready": true}\n')
         try:
             status, detail = self.check(source)
         except BaseException as error:  # a failed test, whatever it raised, is a result
-            detail = _where(error, source)
-        if self.broken:  # also where the tests swallowed it
-            status, _, detail = self.broken.partition(": ")
-        os.write(self.result, json.dumps({"status": status, "detail": detail[: 2 * TEXT]}).encode() + b"\n")
+            status = "failed"
+            detail = _describe(error, source)
+        if self.broken is not None:  # also where the tests swallowed it
+            status, detail = self.broken
+        verdict = {"status": status, "detail": detail[: 2 * TEXT]}
+        os.write(self.report, json.dumps(verdict).encode() + b"\n")
         os._exit(0)
 
     def check(self, source: str) -> tuple[str, str]:
@@ -54,8 +57,8 @@ class Checker:
         except Exception as error:
             return "failed", f"the candidate cannot be imported: {type(error).__name__}: {error}"
         if not isinstance(exported, dict):
-            raise self.gone("failed: not a table of names")
-        namespace.update(self.usable(exported, _names(code)))
+            raise self.gone("not a table of names")
+        namespace.update(self.usable(exported, _names_in(code)))
         exec(code, namespace)
         return "passed", ""
 
@@ -64,18 +67,21 @@ class Checker:
 
         Unless the tests ask for nothing else of the candidate: then the function under test bears a builtin's name.
         """
-        reserved = set(dir(builtins))
-        wanted = {name: data for name, data in exported.items() if name in asked and not name.startswith("__")}
-        plain = {name: data for name, data in wanted.items() if name not in reserved}
+        wanted = {name for name in exported if name in asked and not name.startswith("__")}
+        names = wanted.difference(dir(builtins)) or wanted
         values: dict[str, Any] = {}
-        for name, data in (plain or wanted).items():
+        # In the candidate's order: an exception may be derived from an earlier one.
+        for name, data in exported.items():
+            if name not in names:
+                continue
             tag = data.get("t") if isinstance(data, dict) else None
+            is_standard = name in sys.stdlib_module_names
             if tag == "module":
-                if data["v"] == name in sys.stdlib_module_names:
+                if is_standard and data["v"] == name:
                     values[name] = __import__(name)
             elif tag == "exception":
                 values[name] = self.exception(data)
-            elif name not in sys.stdlib_module_names:
+            elif not is_standard:
                 values[name] = self.decode(data)
             elif tag == "handle" and data.get("c") is True:
                 values[name] = RemoteNamesake(self, data["v"])
@@ -83,48 +89,68 @@ class Checker:
 
     def exception(self, data: dict[str, Any]) -> type[Exception]:
         """Make an exception class of the candidate, which `except` in the tests can name."""
-        base = self.exception_class(data["b"][1:])
-        made = type(str(data["v"]), (base,), {})
-        self.exceptions[made.__name__] = made
-        return made
+        _, *bases = data["b"]
+        base = self.exception_class(bases)
+        name = str(data["v"])
+        self.exceptions[name] = type(name, (base,), {})
+        return self.exceptions[name]
 
     def exception_class(self, names: list[str]) -> type[Exception]:
         """Return the first known class of a method resolution order; an exit or interrupt ends everything."""
         for name in names:
-            found = self.exceptions.get(name) or getattr(builtins, name, None)
-            if isinstance(found, type) and issubclass(found, Exception):
-                return found
-        raise self.gone(f"failed: the candidate raised {str(names[0])[:80]}")
+            known = self.exceptions.get(name) or getattr(builtins, name, None)
+            if isinstance(known, type) and issubclass(known, Exception):
+                return known
+        raise self.gone(f"the candidate raised {str(names[0])[:80]}")
 
-    def gone(self, reason: str) -> _Gone:
+    def gone(self, detail: str, status: str = "failed") -> _GoneError:
         """Note why the candidate cannot be asked any more, and return the exception to raise."""
-        self.broken = self.broken or reason
-        return _Gone(self.broken)
+        if self.broken is None:  # the first reason counts
+            self.broken = (status, detail)
+        return _GoneError(detail)
+
+    def process_gone(self) -> _GoneError:
+        """The same for a process that ended; its parent knows its exit code."""
+        return self.gone("the candidate's process ended before the tests were complete", status="gone")
+
+    def require_unbroken(self) -> None:
+        """Raise again what a test has swallowed."""
+        if self.broken is not None:
+            raise _GoneError(self.broken[1])
 
     def receive(self) -> Any:
         """Read one message; whatever is wrong with it ends the run."""
-        if self.broken:
-            raise self.gone(self.broken)
+        self.require_unbroken()
         try:
             return receive(self.incoming)
         except EOFError:
-            raise self.gone("gone: the candidate's process ended before the tests were complete") from None
+            raise self.process_gone() from None
         except Exception as error:
-            raise self.gone(f"failed: unreadable answer of the candidate: {type(error).__name__}") from None
+            raise self.gone(f"unreadable answer of the candidate: {type(error).__name__}") from None
+
+    def send(self, message: list[Any]) -> None:
+        """Write one message."""
+        try:
+            send(self.outgoing, message)
+        except BrokenPipeError:
+            raise self.process_gone() from None
 
     def decode(self, data: Any) -> Any:
         """Return the value that the candidate sent; whatever is wrong with it ends the run."""
         try:
             return decode(data, self.resolve)
         except Exception as error:
-            raise self.gone(f"failed: unreadable value of the candidate: {type(error).__name__}") from None
+            raise self.gone(f"unreadable value of the candidate: {type(error).__name__}") from None
 
     def resolve(self, data: dict[str, Any]) -> Any:
         """Return the object of a handle, or a function of the tests that comes back."""
-        if data["t"] == "handle" and isinstance(data["v"], int):
-            return (RemoteCallable if data.get("c") is True else Remote)(self, data["v"])
-        if data["t"] == "local":
-            return self.locals[data["v"]]
+        tag = data["t"]
+        number = data["v"]
+        if tag == "handle" and isinstance(number, int):
+            kind = RemoteCallable if data.get("c") is True else Remote
+            return kind(self, number)
+        if tag == "local":
+            return self.locals[number]
         raise ValueError("unknown tag")
 
     def refer(self, value: Any) -> dict[str, Any]:
@@ -137,17 +163,17 @@ class Checker:
         return {"t": "local", "v": len(self.locals) - 1}
 
     def ask(self, name: str, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
-        """Have the candidate's process do one operation; its exceptions are raised here as builtin ones."""
-        message = ["do", name, encode(list(args), self.refer), encode(keywords or {}, self.refer), keep]
-        if self.broken:
-            raise self.gone(self.broken)
-        try:
-            send(self.outgoing, message)
-        except BrokenPipeError:
-            raise self.gone("gone: the candidate's process ended before the tests were complete") from None
+        """Have the candidate's process do one operation; its exceptions are raised here as builtin ones.
+
+        `keep` leaves the result there and returns its handle.
+        """
+        encoded_args = encode(list(args), self.refer)
+        encoded_keywords = encode(keywords or {}, self.refer)
+        self.require_unbroken()
+        self.send(["do", name, encoded_args, encoded_keywords, keep])
         value = self.outcome(args, stop=name == "next")
         if keep and not isinstance(value, Remote):
-            raise self.gone("failed: the candidate answered with a value where a handle is due")
+            raise self.gone("the candidate answered with a value where a handle is due")
         return value
 
     def outcome(self, args: tuple[Any, ...] | None, stop: bool = False) -> Any:
@@ -156,45 +182,46 @@ class Checker:
             message = self.receive()
             try:
                 kind, first, second, *rest = message
-                if kind == "ok" and args is None:
-                    return first  # the table of names, decoded one by one
-                if kind == "ok" and args is not None:
-                    for index, after in second:
-                        _change(args[index], self.decode(after))
-                    return self.decode(first)
-                if kind == "raise":
-                    error = self.error(first, second, str(rest[0]), stop)
-                elif kind == "callback":
+                if kind == "callback":
                     self.callback(self.locals[first], second, rest[0])
                     continue
-                else:
+                if kind == "ok":
+                    # The table of names is decoded one by one.
+                    return first if args is None else self.result(first, second, args)
+                if kind != "raise":
                     raise ValueError("unknown message")
+                error = self.error(first, second, str(rest[0]), stop)
             except (ValueError, TypeError, LookupError, AttributeError) as problem:
-                raise self.gone(f"failed: the candidate broke the protocol: {type(problem).__name__}") from None
+                raise self.gone(f"the candidate broke the protocol: {type(problem).__name__}") from None
             raise error
+
+    def result(self, data: Any, changes: list[Any], args: tuple[Any, ...]) -> Any:
+        """Return the value of an operation, after arguments that it changed in place have been changed here too."""
+        for index, content in changes:
+            _replace_content(args[index], self.decode(content))
+        return self.decode(data)
 
     def error(self, names: list[str], args: list[Any], text: str, stop: bool) -> Exception:
         """Return the exception to raise in the tests for one that the candidate raised."""
-        made = self.exception_class(names)
+        kind = self.exception_class(names)
         # Only an iterator may say stop: raised from a call it could end a loop of the tests before their asserts.
-        if issubclass(made, StopIteration) and not stop:
+        if issubclass(kind, StopIteration) and not stop:
             return RuntimeError("the candidate raised StopIteration")
         try:
-            return made(*args)
+            return kind(*args)
         except Exception:  # a class with a signature of its own, such as UnicodeDecodeError
             return RuntimeError(f"the candidate raised {names[0]}: {text}")
 
     def callback(self, function: Any, args: Any, kwargs: Any) -> None:
         """Call a function of the tests for the candidate and send what it gives."""
-        values, keywords = self.decode(args), self.decode(kwargs)
+        values = self.decode(args)
+        keywords = self.decode(kwargs)
         try:
-            reply = ["reply", True, encode(function(*values, **keywords), self.refer)]
+            value = function(*values, **keywords)
+            reply = ["reply", True, encode(value, self.refer)]
         except Exception as error:
             reply = ["reply", False, type(error).__name__, str(error)[:TEXT]]
-        try:
-            send(self.outgoing, reply)
-        except BrokenPipeError:
-            raise self.gone("gone: the candidate's process ended before the tests were complete") from None
+        self.send(reply)
 
 
 class Remote:
@@ -266,24 +293,35 @@ class RemoteNamesake(RemoteCallable):
 
 
 def _ask(name: str, remote: Remote, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
-    return object.__getattribute__(remote, "_checker").ask(name, remote, *args, keywords=keywords, keep=keep)
+    return _checker_of(remote).ask(name, remote, *args, keywords=keywords, keep=keep)
+
+
+def _checker_of(remote: Remote) -> Checker:
+    checker: Checker = object.__getattribute__(remote, "_checker")
+    return checker
 
 
 def _comparison(name: str) -> Callable[[Remote, Any], Any]:
     def compare(self: Remote, other: Any) -> Any:
         if not isinstance(other, Remote):
             return NotImplemented  # falls back to identity, so an __eq__ of the candidate cannot claim a plain value
-        return _ask("bool", _ask(name, self, other, keep=True)) is True
+        answer = _ask(name, self, other, keep=True)
+        return _ask("bool", answer) is True
 
     return compare
 
 
-def _arithmetic(name: str, swapped: bool) -> Callable[[Remote, Any], Any]:
+def _arithmetic(name: str) -> Callable[[Remote, Any], Any]:
     def calculate(self: Remote, other: Any) -> Any:
         # With a plain operand the result stays remote: else `abs(x - 0.5) < eps` would believe the object's __sub__.
-        if swapped:
-            return object.__getattribute__(self, "_checker").ask(name, other, self, keep=True)
         return _ask(name, self, other, keep=not isinstance(other, Remote))
+
+    return calculate
+
+
+def _swapped_arithmetic(name: str) -> Callable[[Remote, Any], Any]:
+    def calculate(self: Remote, other: Any) -> Any:
+        return _checker_of(self).ask(name, other, self, keep=True)
 
     return calculate
 
@@ -291,34 +329,38 @@ def _arithmetic(name: str, swapped: bool) -> Callable[[Remote, Any], Any]:
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Remote, f"__{_name}__", _comparison(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-    setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__", swapped=False))
-    setattr(Remote, f"__r{_name}__", _arithmetic(f"__{_name}__", swapped=True))
+    setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
+    setattr(Remote, f"__r{_name}__", _swapped_arithmetic(f"__{_name}__"))
 
 
-def _change(target: Any, after: Any) -> None:
+def _replace_content(target: Any, content: Any) -> None:
     """Give an argument of the tests the content that the candidate left in its copy."""
-    if type(target) is not type(after) or target == after:
+    if type(target) is not type(content) or target == content:
         return
     if isinstance(target, (list, bytearray)):
-        target[:] = after
+        target[:] = content
     elif isinstance(target, (dict, set)):
         target.clear()
-        target.update(after)
+        target.update(content)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def _names_in(code: types.CodeType) -> set[str]:
     """Return every name that the code and its functions look up (and the attributes among them)."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*inner)
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names_in(constant)
+    return names
 
 
-def _where(error: BaseException, source: str) -> str:
+def _describe(error: BaseException, source: str) -> str:
     """Return the error with the last line of the tests that it passed through."""
-    line, trace = 0, error.__traceback__
+    number = 0
+    trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<tests>":
-            line = trace.tb_lineno
+            number = trace.tb_lineno
         trace = trace.tb_next
     lines = source.splitlines()
-    text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
-    return f"{type(error).__name__}: {str(error)[:TEXT]} (tests, line {line}: {text[:200]})"
+    line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+    return f"{type(error).__name__}: {str(error)[:TEXT]} (tests, line {number}: {line[:200]})"
