@@ -210,13 +210,11 @@ def decode(data: Any, resolve: Resolve) -> Any:
     if tag == "int":
         return int(content, 16)
     if tag == "namedtuple":
-        # namedtuple itself refuses names that are no identifiers.
-        kind = namedtuple(data["n"], data["f"])
         items = decode(content, resolve)
-        return kind(*items)
+        return namedtuple(data["n"], data["f"])(*items)  # which itself refuses names that are no identifiers
     if tag == "builtin":
-        kind = getattr(builtins, content)
-        if not isinstance(kind, type):  # a function such as eval must not come from the candidate
+        builtin = getattr(builtins, content)
+        if not isinstance(builtin, type):  # a function such as eval must not come from the candidate
             raise ValueError(f"{content} is no builtin type")
-        return kind
+        return builtin
     return resolve(data)
