@@ -19,18 +19,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def gc(
-    experiment: Annotated[
-        list[str],
-        typer.Option(help="MLflow experiment; none: all with runs", default_factory=list, show_default=False),
-    ],
-    run: Annotated[
-        list[str],
-        typer.Option(
-            help="only this run; its checkpoints go even if it is not finished",
-            default_factory=list,
-            show_default=False,
-        ),
-    ],
+    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; none: all with runs")] = [],  # noqa: B006
+    run: Annotated[list[str], typer.Option(help="only this run; its checkpoints go even if it is not finished")] = [],  # noqa: B006
     older_than: Annotated[float, typer.Option(min=0, help="days since the last write; nothing younger goes")] = 7.0,
     keep_last: Annotated[int, typer.Option(min=0, help="newest finished runs per experiment that keep all")] = 0,
     dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,

@@ -70,12 +70,16 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
 
     if chosen is not None:
         resumed = _check_chosen(chosen, config)
-        return RunDir(home, chosen.absolute(), tuple(earlier)), resumed
-    if resumable:
-        return RunDir(home, resumable[0], tuple(earlier)), True
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
-    return RunDir(home, home / "runs" / name, tuple(earlier)), False
+        path = chosen.absolute()
+    elif resumable:
+        resumed = True
+        path = resumable[0]
+    else:
+        resumed = False
+        # Two commands may begin in the same second.
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = home / "runs" / f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+    return RunDir(home, path, tuple(earlier)), resumed
 
 
 def _check_chosen(folder: Path, config: Config) -> bool:
@@ -97,6 +101,7 @@ def _check_chosen(folder: Path, config: Config) -> bool:
 
 def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
     """Directories and configs of the runs of this name that have no result yet, the newest first."""
+    # Names end with the time: their order is that of the runs.
     paths = sorted((home / "runs").glob(f"{config.name}-*"), reverse=True)
     unfinished = []
     for path in paths:
@@ -115,13 +120,14 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         config = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return None
+    # A file that was cut off may still be valid YAML, or a scalar.
     is_complete = isinstance(config, dict) and set(config) == set(Config.model_fields)
     return config if is_complete else None
 
 
 def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
     """Whether a run's config is this one but for `resources`, on which no result depends."""
-    new_config = yaml.safe_load(dump(config))
+    new_config = config.model_dump(mode="json")
     new_config["resources"] = old_config["resources"]
     return bool(old_config == new_config)
 
@@ -139,12 +145,8 @@ def _is_free(folder: Path) -> bool:
     return "lock" in names or not names
 
 
-def _keep(folder: Path) -> None:
-    """Leave a directory as it is."""
-
-
 @contextlib.contextmanager
-def working(run: RunDir, config: Config, clear: Callable[[Path], None] = _keep) -> Iterator[None]:
+def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Iterator[None]:
     """Make the directory, write the effective config, point `.ptl/latest` at it; the block is this run's only command.
 
     Steps that a killed command left behind have ended before it begins, and its own steps when it ends; `clear` ends
@@ -159,6 +161,7 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None] = _keep) 
         clear(run.path)
         _await_steps(run)
 
+        # From here on nobody else writes to the directory.
         localfs.replace(run.path / "config.yaml", dump(config).encode())
         (run.path / "error.json").unlink(missing_ok=True)
         _point_link(run.home / "latest", run.path)
@@ -179,6 +182,7 @@ def _await_steps(run: RunDir) -> None:
 
 def _point_link(link: Path, target: Path) -> None:
     """Let a symbolic link point to `target`, in one step."""
+    # A new link is renamed over the old one: there is no moment without one.
     draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
     relative_target = os.path.relpath(target, link.parent)
     draft.symlink_to(relative_target)

@@ -32,13 +32,6 @@ START_SECONDS = 90  # for a server's first answer
 STOP_SECONDS = 15  # after each signal
 LOG_LINES = 15  # of a server that does not start, in the error
 
-# The option of a command that says a server's port.
-PORT_OPTION = {
-    "s3": "--s3-port",
-    "mlflow": "--mlflow-port",
-    "ui": "--port",
-}
-
 
 @dataclass(frozen=True)
 class Service:
@@ -65,7 +58,7 @@ def up(
     with processes.exclusive(stack / "lock", f"`ptl up` in {root}", wait=START_SECONDS):
         # MLflow's port is checked before S3 is started, which would be left running.
         if not _is_running(root, "mlflow", mlflow_port):
-            _require_free("mlflow", mlflow_port)
+            _require_free("--mlflow-port", mlflow_port)
         environment = s3_up(root, s3_port)
         environment["MLFLOW_TRACKING_URI"] = _address(mlflow_port)
         database = backend_store_uri or f"sqlite:///{stack / 'mlflow.db'}"
@@ -73,17 +66,15 @@ def up(
     return environment
 
 
-def mlflow_up(
-    root: Path, port: int, database: str, artifacts: str, env: dict[str, str], *, name: str = "mlflow"
-) -> None:
+def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: dict[str, str]) -> None:
     """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
     root = root.resolve()
-    if _is_running(root, name, port):
+    if _is_running(root, "mlflow", port):
         return
-    _require_free(name, port)
+    _require_free("--mlflow-port", port)
     mlflow_database.create(database, artifacts)
     environment = {**env, **_mlflow_environment(database)}
-    _start(root, name, _mlflow_command(port, artifacts), environment, port, "/health")
+    _start(root, "mlflow", _mlflow_command(port, artifacts), environment, port, "/health")
 
 
 def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
@@ -106,8 +97,8 @@ def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
         "volume": port + 3,
     }
     for part_port in ports.values():
-        _require_free("s3", part_port)
-        _require_free("s3", part_port + GRPC)
+        _require_free("--s3-port", part_port)
+        _require_free("--s3-port", part_port + GRPC)
     data = root / "s3"
     data.mkdir(parents=True, exist_ok=True)
     server_environment = {
@@ -177,7 +168,7 @@ def _await_bucket(environment: dict[str, str]) -> None:
 
 
 def down(root: Path) -> list[str]:
-    """Stop exactly the processes that `up` and `ui` started under this root; returns their names."""
+    """Stop exactly the servers that `up` started under this root; returns their names."""
     root = root.resolve()
     stopped = []
     for note in sorted((root / "stack").glob("*.service.json")):
@@ -188,7 +179,7 @@ def down(root: Path) -> list[str]:
 
 
 def down_one(root: Path, name: str) -> bool:
-    """Stop one of them (`s3`, `mlflow`, `ui`); returns whether it ran."""
+    """Stop one of them (`s3` or `mlflow`); returns whether it ran."""
     root = root.resolve()
     service = _noted_service(root, name)
     if service is None:
@@ -200,31 +191,21 @@ def down_one(root: Path, name: str) -> bool:
     return was_alive
 
 
-def ui(root: Path, port: int = UI_PORT, *, background: bool = False) -> str:
-    """The MLflow server over the database of local runs, `root/mlflow.db`.
+def ui(root: Path, port: int = UI_PORT) -> NoReturn:
+    """Replace this process by the MLflow server over the database of local runs, `root/mlflow.db`; Ctrl-C stops it.
 
-    In the foreground this replaces the process and does not return; in the background it returns the address, and
-    `down` stops it. Raises InputError when there is no database yet or the port is in use.
+    Raises InputError when there is no database yet or the port is in use.
     """
     root = root.resolve()
     database = root / "mlflow.db"
     if not database.is_file():
         problem = f"no runs yet in {root} (no {database.name})"
         raise InputError(problem, field="ui", remedy="start one with `ptl run CONFIG`")
-    backend = f"sqlite:///{database}"
-    artifacts = f"file://{root / 'artifacts'}"
-    if not background:
-        _become_mlflow(port, backend, artifacts)
-    mlflow_up(root, port, backend, artifacts, {}, name="ui")
-    return _address(port)
-
-
-def _become_mlflow(port: int, database: str, artifacts: str) -> NoReturn:
-    """Replace this process by a server, which Ctrl-C stops."""
-    _require_free("ui", port)
+    _require_free("--port", port)
     print(f"MLflow on {_address(port)} (Ctrl-C stops it)", flush=True)
-    environment = {**os.environ, **_mlflow_environment(database)}
-    os.execve(sys.executable, _mlflow_command(port, artifacts), environment)
+    environment = {**os.environ, **_mlflow_environment(f"sqlite:///{database}")}
+    command = _mlflow_command(port, f"file://{root / 'artifacts'}")
+    os.execve(sys.executable, command, environment)
 
 
 def _address(port: int) -> str:
@@ -318,7 +299,7 @@ def _is_running(root: Path, name: str, port: int) -> bool:
         return False
     if service.port != port:
         problem = f"the {name} server of {root} already runs on port {service.port}"
-        raise InputError(problem, field=PORT_OPTION[name], remedy="`ptl down` first")
+        raise InputError(problem, field=f"--{name}-port", remedy="`ptl down` first")
     return True
 
 
@@ -339,9 +320,8 @@ def _is_alive(service: Service) -> bool:
     return processes.start_time(service.pid) == service.started != ""
 
 
-def _require_free(name: str, port: int) -> None:
-    """Raise InputError, naming the server's option, for a port that it cannot take."""
-    option = PORT_OPTION[name]
+def _require_free(option: str, port: int) -> None:
+    """Raise InputError, naming the option, for a port that a server cannot take."""
     if not 1 <= port <= 65535:
         problem = f"port {port} must be in 1..65535 (SeaweedFS takes its ports + {GRPC} too)"
         raise InputError(problem, field=option)

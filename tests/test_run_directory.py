@@ -15,6 +15,10 @@ from ptl.run_directory import RunDir, open_run, working
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
+def leave(folder):
+    """A runner that starts no containers has nothing to clear."""
+
+
 @pytest.fixture(scope="module")
 def config():
     return load_config(TINY)
@@ -22,12 +26,12 @@ def config():
 
 def test_a_run_is_executed_once_at_a_time(tmp_path, config):
     run, _ = open_run(tmp_path, config, None, False)
-    with working(run, config):
+    with working(run, config, leave):
         again, resumed = open_run(tmp_path, config, None, False)
         assert resumed and again.path == run.path
-        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config):
+        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config, leave):
             raise AssertionError("two at once")
-    with working(again, config):
+    with working(again, config, leave):
         assert (tmp_path / "latest").resolve() == run.path
 
 
@@ -36,9 +40,9 @@ def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_n
     monkeypatch.setattr(run_directory, "ENDING", 0.1)
     refusal = pytest.raises(InputError, match=r"step recover-1 of run .*process id \d+.*kill \d+")
     left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
-    with left, refusal, working(run, config):
+    with left, refusal, working(run, config, leave):
         raise AssertionError("two writers")
-    with working(run, config):
+    with working(run, config, leave):
         pass
 
 
@@ -57,7 +61,7 @@ def test_a_lifeline_of_an_earlier_command_is_cut(tmp_path, config):
     run.path.mkdir(parents=True)
     earlier = replace(run, launch="killed").lifeline
     earlier.touch()
-    with working(run, config):
+    with working(run, config, leave):
         assert not earlier.exists() and run.lifeline.exists()
     assert not run.lifeline.exists()
 
@@ -70,7 +74,7 @@ def test_a_half_written_config_is_written_anew(left, tmp_path, config):
     (chosen / "config.yaml").write_text(left)
     run, resumed = open_run(tmp_path, config, chosen, False)
     assert not resumed
-    with working(run, config):
+    with working(run, config, leave):
         assert yaml.safe_load((chosen / "config.yaml").read_text())["name"] == config.name
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -222,20 +223,25 @@ def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
 @pytest.mark.slow
 def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no runs yet"):
-        stack.ui(tmp_path, free_port(), background=True)
+        stack.ui(tmp_path, free_port())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new_database(tmp_path)}/mlflow.db")
     monkeypatch.setenv("PTL_RUN_ID", "local")
     step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
     port = free_port()
-    assert stack.ui(tmp_path, port, background=True) == f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "ptl", "ui", "--home", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, start_new_session=True)
     try:
+        deadline = time.monotonic() + stack.START_SECONDS
+        while not stack._answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         assert tracking.start("local", "prune-1", arm="loop", iteration=1) == step
-        assert stack.ui(tmp_path, port, background=True).endswith(str(port))
         with pytest.raises(InputError, match=f"--port: port {port} is in use"):
             stack.ui(tmp_path, port)
     finally:
-        assert stack.down(tmp_path) == ["ui"]
+        os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
+        server.wait(20)
     assert unused(port)
 
 
