@@ -63,6 +63,7 @@ def compile_(
     sets: Overrides,
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
+    # kfp's compiler decides by the suffix what it writes.
     is_yaml = output.suffix in (".yaml", ".yml")
     folder = output.absolute().parent
     if not is_yaml or not folder.is_dir():
@@ -98,6 +99,7 @@ def preflight(config: Config) -> int:
     from ptl import advice, importer
 
     _warn(advice.warnings(config))
+    # The sections that a model, its tokenizer or the data can contradict.
     model = config.model
     sections = (
         config.schedule,
@@ -130,6 +132,7 @@ def _print_plan(config: Config, params: int) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
         table.add_column(heading, justify="right")
+    # Shares of the iterations are fractions of what is removed in all.
     total = removal(params, config.schedule.target)
     for iteration in planned_iterations(config.schedule, config.prune):
         removed = float(iteration.cut * total)

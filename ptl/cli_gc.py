@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from operator import attrgetter
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def gc(
     """
     runs.reach(home.absolute(), s3)
     experiments = list(inventory.experiments(experiment))
+    # Wrong names are refused before anything is deleted.
     garbage.check_runs(run, experiments)
     rules = garbage.Rules(older_than, keep_last, tuple(run), dense)
     now = time.time()
@@ -60,8 +62,9 @@ def gc(
 
 def _print_verdicts(verdicts: list[Verdict], now: float) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
+    # The oldest first, in each run too.
     by_run: dict[str, list[Verdict]] = defaultdict(list)
-    for verdict in sorted(verdicts, key=_time_of_change):
+    for verdict in sorted(verdicts, key=attrgetter("stored.changed")):
         by_run[verdict.stored.run].append(verdict)
     for run_id, run_verdicts in by_run.items():
         print(f"  run {run_id}")
@@ -73,10 +76,6 @@ def _print_verdicts(verdicts: list[Verdict], now: float) -> None:
                 kept_bytes[verdict.why] += verdict.stored.bytes
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")
-
-
-def _time_of_change(verdict: Verdict) -> float:
-    return verdict.stored.changed
 
 
 def _print_removable(verdict: Verdict, now: float) -> None:

@@ -32,6 +32,7 @@ def fetch(
     home: Home = HOME,
 ) -> None:
     """Copy a checkpoint, verified by its digest, into a folder of your own; with the model card of its run."""
+    # Before anything is started or fetched.
     destination.check_free(dst.resolve())
     _reach_stores(home, s3, source)
     checkpoint = locate.checkpoint(source, arm)
@@ -80,6 +81,7 @@ def report(
 
     _reach_stores(home, s3, source)
     result = locate.result(source)
+    # It may be any JSON file: whatever the pages miss in it is wrong input.
     try:
         folder = dst or _report_folder(result)
         render(result, folder)
@@ -123,6 +125,7 @@ def compare(
 
 def _reach_stores(home: Path, s3: bool, *names: str) -> None:
     """The environment that the names need: none for folders, the store's servers for --s3, MLflow for run ids."""
+    # MLflow's own number of retries takes minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     if s3 or any(locate.needs_mlflow(name) for name in names):
         runs.reach(home.absolute(), s3)
@@ -130,10 +133,12 @@ def _reach_stores(home: Path, s3: bool, *names: str) -> None:
 
 def _start_servers_of(source: str, uri: str) -> None:
     """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
+    # The caller's own credentials may be for another store than that of `ptl up`.
     directory = Path(source)
     has_own_store = "AWS_ACCESS_KEY_ID" in os.environ
     if not directory.exists() or not uri.startswith("s3://") or has_own_store:
         return
+    # A run's directory is HOME/runs/ID.
     home = directory.resolve().parent.parent
     if (home / "stack").is_dir():
         servers = runs.start_servers(home)

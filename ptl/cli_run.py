@@ -15,6 +15,7 @@ from ptl.cli_config import preflight, require_checkout
 from ptl.cli_options import HOME, ConfigFile, Home, Overrides
 from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
+from ptl.processes import Environment
 from ptl.run_directory import RunDir
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(
         settings = load_config(config, pairs("--set", sets))
         _check_runner(runner, settings, s3)
         preflight(settings)
+
+        # This process and its steps track in the same place.
         servers = runs.start_servers(home.absolute()) if s3 else {}
         directory, resumed = run_directory.open_run(home, settings, run_dir, fresh)
         environment = runs.environment(directory, servers)
@@ -92,12 +95,13 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
     try:
         RUNNERS[runner](job, verbose)
     except PtlError as error:
+        # The runner knows only that a step failed, the step has written why.
         failure = run_directory.step_error(directory) or error
         kind = InputError if failure.exit_code == InputError.exit_code else WorkError
         raise kind(f"{failure}\n{AFTER_FAILURE}") from error
 
 
-def _print_start(directory: RunDir, resumed: bool, servers: dict[str, str], artifacts: str) -> None:
+def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
@@ -111,6 +115,7 @@ def _print_start(directory: RunDir, resumed: bool, servers: dict[str, str], arti
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     from ptl.report import print_table
 
+    # The time of this command, not of those that it resumed.
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     result = json.loads(directory.result.read_text())

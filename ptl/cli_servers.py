@@ -20,6 +20,7 @@ def ui(home: Home = HOME, port: Annotated[int, typer.Option(help="port on loopba
     """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
     from ptl import stack
 
+    # MLflow's server would end with a traceback of its own.
     extras.need("flask", "ui")
     stack.ui(home.absolute(), port)
 
@@ -41,6 +42,7 @@ def up(
             mlflow_port=mlflow_port,
             backend_store_uri=backend_store_uri,
         )
+    # In the shell's form, to be pasted.
     for name, value in environment.items():
         print(f"export {name}={value}")
 

@@ -93,9 +93,11 @@ def recover(
     if scored is not None:
         _check_scored(scored)
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
+    # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
     recovery = Recovery(stages=settings.recover)
     with writing(dst) as work:
+        # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, scored)
         scratch = work / f"training-{key[:12]}"
         for folder in work.glob("training-*"):
@@ -144,6 +146,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | N
     files = [path for path in src.iterdir() if path.is_file()]
     if scored is not None:
         files.append(scored / "items.jsonl")
+    # By content, not by path: a moved checkpoint is the same source.
     contents = []
     for path in files:
         with path.open("rb") as file:

@@ -99,6 +99,7 @@ def build(
 
 def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
     """Options of bake that say where packages come from."""
+    # `ca` and `index` as secrets: they are in no layer of an image.
     overrides = []
     if ca is not None:
         if not ca.is_file():
@@ -124,6 +125,7 @@ def push(registry: str, tag: str | None = None) -> list[str]:
     if not registry:
         remedy = "give --registry host[:port][/path], as for the build"
         raise InputError("pushing needs one", field="registry", remedy=remedy)
+    # All three or none: a tag must not name images of two builds.
     pushed = names(registry, tag)
     absent = missing(pushed)
     if absent:
@@ -150,6 +152,7 @@ def require_engine() -> None:
     if shutil.which("docker") is None:
         remedy = "install Docker, or use the subprocess runner"
         raise WorkError("the command is not on PATH", field="docker", remedy=remedy)
+    # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
         lines = answer.stderr.strip().splitlines()

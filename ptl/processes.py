@@ -18,6 +18,8 @@ import psutil
 
 from ptl.errors import InputError
 
+Environment = dict[str, str]  # of a process, by the variables' names
+
 LIFELINE = "PTL_LIFELINE"  # a file that the command which started this process keeps locked as long as it runs
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -36,6 +38,7 @@ def exclusive(path: Path, work: str, *, wait: float = 0.0, remedy: str = "") -> 
             if time.monotonic() >= deadline:
                 raise _held_by_another(file, work, remedy)
             time.sleep(0.05)
+        # For the error of those who come later.
         file.truncate(0)
         file.write(f"{os.getpid()} {_pid_namespace()}")
         file.flush()
@@ -79,6 +82,7 @@ def lifeline(path: Path) -> Iterator[None]:
     """Keep `path` locked for processes that follow it (`follow_lifeline`); they end when this block or process does."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever opens it before it is removed gets the lock when it is closed.
         try:
             yield
         finally:
@@ -134,6 +138,7 @@ def interruptible(advice: str) -> Iterator[None]:
     def interrupt(number: int, _frame: Any) -> NoReturn:
         raise KeyboardInterrupt(number)
 
+    # SIGTERM would end the command without its clean-up.
     previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import urllib.error
 import urllib.request
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from ptl import address, s3_client
 from ptl.errors import InputError
-from ptl.processes import LIFELINE
+from ptl.processes import LIFELINE, Environment
 from ptl.run_directory import RunDir
 
 # What steps get of this process's environment, beside what `environment` adds.
@@ -37,23 +36,16 @@ PASSED = (
 )
 
 
-def start_servers(home: Path) -> dict[str, str]:
+def start_servers(home: Path) -> Environment:
     """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
     from ptl import stack
 
-    s3_port = _last_port(home, "s3") or stack.S3_PORT
-    mlflow_port = _last_port(home, "mlflow") or stack.MLFLOW_PORT
+    s3_port = stack.last_port(home, "s3") or stack.S3_PORT
+    mlflow_port = stack.last_port(home, "mlflow") or stack.MLFLOW_PORT
     return stack.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
 
 
-def _last_port(home: Path, server: str) -> int | None:
-    note = home / "stack" / f"{server}.service.json"
-    if not note.is_file():
-        return None
-    return int(json.loads(note.read_text())["port"])
-
-
-def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
+def environment(run: RunDir, servers: Environment) -> Environment:
     """The environment of local steps: where to track, where checkpoints are, which run this is.
 
     `servers` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
@@ -69,6 +61,7 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
     else:
         database = f"sqlite:///{run.home}/mlflow.db"
         settings["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or database
+    # Without a server steps write their files themselves.
     if not address.is_server(settings["MLFLOW_TRACKING_URI"]):
         settings["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
     settings.update(
@@ -87,8 +80,9 @@ def environment(run: RunDir, servers: dict[str, str]) -> dict[str, str]:
     return settings
 
 
-def use(settings: dict[str, str]) -> None:
+def use(settings: Environment) -> None:
     """Make this process's environment that of the steps: other S3 settings would lead them to another store."""
+    # What the steps' environment does not set, ours must not either.
     for name in (*s3_client.SETTINGS, "PTL_ARTIFACT_ROOT"):
         os.environ.pop(name, None)
     os.environ.update(settings)
@@ -125,6 +119,7 @@ def artifact_location(experiment: str) -> str:
     uri = os.environ["MLFLOW_TRACKING_URI"]
     if not address.is_server(uri):
         return os.environ["PTL_ARTIFACT_ROOT"]
+    # MLflow's own client would try for minutes.
     _require_answer(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -138,6 +133,7 @@ def artifact_location(experiment: str) -> str:
         problem = f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}"
         question = "is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
         raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=question) from error
+    # Steps would find out only when the first checkpoint is done.
     location = str(mlflow_experiment.artifact_location)
     store.check(f"{location.rstrip('/')}/ptl")
     return location

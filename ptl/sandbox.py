@@ -52,6 +52,8 @@ import psutil
 from ptl import sandbox_kernel
 from ptl.errors import InputError, WorkError
 
+Process = subprocess.Popen[bytes]
+
 _MAX_SOURCE = 1_000_000  # characters
 _POLL_S = 0.05  # seconds between two looks at what has no kernel limit
 _EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
@@ -78,6 +80,7 @@ class Limits:
     file_bytes: int = 1 << 20  # all files in the scratch folder together, at most 64 of them
 
     def __post_init__(self) -> None:
+        # The interpreter alone takes some 30 MB.
         minima = {
             "cpu_s": 1,
             "memory_bytes": 64 << 20,
@@ -106,8 +109,8 @@ class Outcome:
 class _Children:
     """The two processes, and the reading ends of their pipes."""
 
-    candidate: subprocess.Popen[bytes]
-    checker: subprocess.Popen[bytes]
+    candidate: Process
+    checker: Process
     output: FileIO  # what both print
     report: FileIO  # of the checker alone
 
@@ -146,6 +149,7 @@ def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outco
     try:
         with _running_children(candidate, tests, limits, scratch) as children:
             observation = _observe(children, limits, scratch)
+            # The exit code is of use only where the candidate's process ended first.
             is_over = observation.status or b'"passed"' in observation.report
             with contextlib.suppress(subprocess.TimeoutExpired):
                 children.candidate.wait(0 if is_over else _EXIT_S)
@@ -173,6 +177,7 @@ def run_many(
 def _running_children(candidate: str, tests: str, limits: Limits, scratch: str) -> Iterator[_Children]:
     """Start both processes; they are dead and their pipes closed when the block ends."""
     with contextlib.ExitStack() as stack:
+        # Both children print to the same pipe; only the checker has the one of the report.
         questions, to_candidate = _open_pipe(stack)
         answers, to_checker = _open_pipe(stack)
         output, to_output = _open_pipe(stack)
@@ -193,16 +198,15 @@ def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: Process) -> None:
     child.kill()
     child.wait()
 
 
-def _start_child(
-    role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: str
-) -> subprocess.Popen[bytes]:
+def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: str) -> Process:
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
+    # -P, -s and -S: neither the working directory nor site-packages is on the path.
     folder = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-u", "-P", "-s", "-S", "-X", "utf8", "-c", _BOOT.format(folder=folder)]
     child = subprocess.Popen(
@@ -245,6 +249,7 @@ def _observe(children: _Children, limits: Limits, scratch: str) -> _Observation:
         while not observation.status:
             pause = min(deadline, next_poll) - time.monotonic()
             ready = [key.fileobj for key, _ in selector.select(max(0.0, pause))]
+            # The output first: a limit that it passes is stronger than the report.
             if children.output in ready and not _take_output(observation, children, limits):
                 selector.unregister(children.output)
             if children.report in ready and not _take_report(observation, children, limits):
@@ -293,6 +298,7 @@ def _count_output(observation: _Observation, chunk: bytes, limits: Limits) -> No
 def _passed_limit(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
     """Return the status and detail for what no kernel limit covers: the scratch folder's total and the threads."""
     sizes = []
+    # Flat: the children can make no folder.
     for entry in os.scandir(scratch):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             sizes.append(entry.stat(follow_symlinks=False).st_size)
@@ -316,6 +322,7 @@ def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome
     lines = observation.report.splitlines()
     if not lines:
         raise _setup_error(printed or "no message")
+    # The first line says that the lock-down is done, the second how the tests ended.
     if len(lines) < 2:
         return _not_passed("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
 
@@ -326,6 +333,7 @@ def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome
         return Outcome(True, "passed", "")
     if status == "setup_failed":
         raise _setup_error(printed or detail)
+    # Where the candidate's process ended, its exit code says why.
     if status != "gone":
         return _not_passed("failed", detail, printed)
     if exit_code == -signal.SIGXCPU:

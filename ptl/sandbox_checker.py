@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from ptl.sandbox_values import TEXT, decode, encode, receive, send
+from ptl.sandbox_values import TEXT, Tagged, decode, encode, receive, send
 
 
 class _GoneError(BaseException):
@@ -50,6 +50,7 @@ class Checker:
         """Return the status and detail of the tests; an exception out of here is a failed test."""
         if self.receive() != ["locked"]:
             return "setup_failed", "the candidate's process did not report its lock-down"
+        # The names that the tests ask for are those of their code, nested functions included.
         code = compile(source, "<tests>", "exec", dont_inherit=True)
         namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
         try:
@@ -75,6 +76,7 @@ class Checker:
             if name not in names:
                 continue
             tag = data.get("t") if isinstance(data, dict) else None
+            # A name of the standard library stays that module, or becomes a function that cannot pose as it.
             is_standard = name in sys.stdlib_module_names
             if tag == "module":
                 if is_standard and data["v"] == name:
@@ -87,7 +89,7 @@ class Checker:
                 values[name] = RemoteNamesake(self, data["v"])
         return values
 
-    def exception(self, data: dict[str, Any]) -> type[Exception]:
+    def exception(self, data: Tagged) -> type[Exception]:
         """Make an exception class of the candidate, which `except` in the tests can name."""
         _, *bases = data["b"]
         base = self.exception_class(bases)
@@ -97,6 +99,7 @@ class Checker:
 
     def exception_class(self, names: list[str]) -> type[Exception]:
         """Return the first known class of a method resolution order; an exit or interrupt ends everything."""
+        # The candidate's own classes first: they may bear a builtin's name.
         for name in names:
             known = self.exceptions.get(name) or getattr(builtins, name, None)
             if isinstance(known, type) and issubclass(known, Exception):
@@ -142,7 +145,7 @@ class Checker:
         except Exception as error:
             raise self.gone(f"unreadable value of the candidate: {type(error).__name__}") from None
 
-    def resolve(self, data: dict[str, Any]) -> Any:
+    def resolve(self, data: Tagged) -> Any:
         """Return the object of a handle, or a function of the tests that comes back."""
         tag = data["t"]
         number = data["v"]
@@ -153,7 +156,7 @@ class Checker:
             return self.locals[number]
         raise ValueError("unknown tag")
 
-    def refer(self, value: Any) -> dict[str, Any]:
+    def refer(self, value: Any) -> Tagged:
         """Return the handle of a remote object or of a function of the tests; nothing else of theirs goes out."""
         if isinstance(value, Remote):
             return {"t": "handle", "v": object.__getattribute__(value, "_handle")}
@@ -167,6 +170,7 @@ class Checker:
 
         `keep` leaves the result there and returns its handle.
         """
+        # Both raise TypeError for what may not go out, before anything is sent.
         encoded_args = encode(list(args), self.refer)
         encoded_keywords = encode(keywords or {}, self.refer)
         self.require_unbroken()
@@ -191,8 +195,10 @@ class Checker:
                 if kind != "raise":
                     raise ValueError("unknown message")
                 error = self.error(first, second, str(rest[0]), stop)
+            # A message of another form than the protocol's.
             except (ValueError, TypeError, LookupError, AttributeError) as problem:
                 raise self.gone(f"the candidate broke the protocol: {type(problem).__name__}") from None
+            # Outside of the try: the candidate's own ValueError breaks no protocol.
             raise error
 
     def result(self, data: Any, changes: list[Any], args: tuple[Any, ...]) -> Any:
@@ -224,35 +230,34 @@ class Checker:
         self.send(reply)
 
 
+def _operation(name: str, keep: bool = False) -> Callable[..., Any]:
+    """A method of `Remote` that has the candidate's process do one operation on its object."""
+
+    def operate(self: Remote, *operands: Any) -> Any:
+        return _ask(name, self, *operands, keep=keep)
+
+    return operate
+
+
 class Remote:
     """An object in the candidate's process. Compared with, or asked to be, a plain value it is never equal to it."""
 
     __slots__ = ("_checker", "_handle")
 
     def __init__(self, checker: Checker, handle: int) -> None:
+        # Past our own __setattr__, which goes to the candidate's object.
         object.__setattr__(self, "_checker", checker)
         object.__setattr__(self, "_handle", handle)
 
-    def __getattr__(self, name: str) -> Any:
-        return _ask("getattr", self, name)
+    __getattr__ = _operation("getattr")
+    __setattr__ = _operation("setattr")
+    __getitem__ = _operation("getitem")
+    __setitem__ = _operation("setitem")
+    __delitem__ = _operation("delitem")
+    __iter__ = _operation("iter", keep=True)
+    __next__ = _operation("next")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        _ask("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return _ask("getitem", self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        _ask("setitem", self, key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        _ask("delitem", self, key)
-
-    def __iter__(self) -> Any:
-        return _ask("iter", self, keep=True)
-
-    def __next__(self) -> Any:
-        return _ask("next", self)
+    # Python demands plain values of these.
 
     def __len__(self) -> int:
         return int(_ask("len", self))
@@ -279,6 +284,7 @@ class RemoteCallable(Remote):
         """Call it over there."""
         return _ask("call", self, *args, keywords=kwargs)
 
+    # A plain value is no instance of the candidate's classes, whatever these say.
     def __instancecheck__(self, value: Any) -> bool:
         return isinstance(value, Remote) and _ask("isinstance", value, self) is True
 
@@ -326,6 +332,7 @@ def _swapped_arithmetic(name: str) -> Callable[[Remote, Any], Any]:
     return calculate
 
 
+# Python looks special methods up on the class, never by __getattr__.
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Remote, f"__{_name}__", _comparison(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ptl import sandbox_kernel
-from ptl.sandbox_values import TEXT, decode, encode, receive, send
+from ptl.sandbox_values import TEXT, Tagged, decode, encode, receive, send
 
 SETUP_FAILED = 97  # exit code of a child that could not be locked down
 
@@ -24,6 +24,7 @@ SETUP_FAILED = 97  # exit code of a child that could not be locked down
 def main() -> None:
     """Read the order from stdin, lock down, and become the candidate or the checker."""
     order = json.loads(sys.stdin.buffer.read())
+    # Nothing of the parent stays: no input, no environment.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     # All imports need files that the lock-down takes away.
@@ -109,6 +110,7 @@ class Candidate:
     def exported(self, module: types.ModuleType) -> dict[str, Any]:
         """Return the data for every name of the module."""
         names = {}
+        # A copy: asking a value for its class may run the candidate's code, which may change the module.
         for name, value in list(vars(module).items()):
             if not name.startswith("__"):
                 names[name] = self.export(value)
@@ -120,10 +122,10 @@ class Candidate:
             return {"t": "exception", "v": value.__name__, "b": _base_names(value)}
         try:
             return encode(value, self.refer)
-        except (RecursionError, ValueError):
+        except (RecursionError, ValueError):  # such as a list that holds itself
             return self.refer(value)
 
-    def refer(self, value: Any) -> dict[str, Any]:
+    def refer(self, value: Any) -> Tagged:
         """Return the handle of an object that stays here; it is kept for ever, so that its id() stays its own."""
         key = id(value)
         if key in self.callbacks:
@@ -134,7 +136,7 @@ class Candidate:
             self.objects.append(value)
         return {"t": "handle", "v": self.handles[key], "c": callable(value)}
 
-    def resolve(self, data: dict[str, Any]) -> Any:
+    def resolve(self, data: Tagged) -> Any:
         """Return the object of a handle, or a function that calls back into the tests."""
         number = data["v"]
         if data["t"] == "handle":
@@ -146,6 +148,7 @@ class Candidate:
             send(self.outgoing, ["callback", number, encoded_args, encoded_kwargs])
             return self.await_reply()
 
+        # When it goes back it is the tests' own function again; kept for ever, as in `refer`.
         self.callbacks[id(callback)] = (number, callback)
         return callback
 
@@ -175,7 +178,7 @@ class Candidate:
             send(self.outgoing, ["ok", result, changes])
         except (EOFError, BrokenPipeError):
             os._exit(0)  # the checker has finished
-        except BaseException as error:
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are answers too
             send(self.outgoing, self.failure(error))
 
     def changes(self, args: list[Any], encoded_before: list[Any]) -> list[Any]:
@@ -191,6 +194,7 @@ class Candidate:
 
     def failure(self, error: BaseException) -> list[Any]:
         """Return the message that reports an exception."""
+        # The candidate's exception may raise another where it is asked for its text.
         try:
             args = [arg if isinstance(arg, (str, int)) else repr(arg) for arg in error.args]
             text = str(error)[:TEXT]

@@ -19,40 +19,41 @@ from typing import Any, NamedTuple
 MAX_FRAME = 32 << 20  # bytes of one message
 TEXT = 1500  # characters of an error's text
 
-Refer = Callable[[Any], Any]  # the handle of an object that is not plain data, or TypeError
-Resolve = Callable[[dict[str, Any]], Any]  # the object of a handle
+Tagged = dict[str, Any]  # a value or handle with its tag
+Refer = Callable[[Any], Any]  # makes the handle of an object that is not plain data, or raises TypeError
+Resolve = Callable[[Tagged], Any]  # the object of a handle
 
 _HEADER = struct.Struct("<I")  # length of the JSON that follows
 _CHUNK = 1 << 20  # bytes of one read
 
 
 class _Codec(NamedTuple):
-    """How values of one type travel: the type is known by its name and module, as some are not imported yet."""
+    """How values of one type travel."""
 
-    module: str
+    module: str  # of the type, which may not be imported yet
     parts: Callable[[Any], Any]  # of a value, simpler values
-    build: Callable[[Any], Any]  # the value, from its parts
+    build: Callable[[list[Any]], Any]  # the value, from its parts
 
 
-def _star(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    def build(arguments: Any) -> Any:
+def _star(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    def build(arguments: list[Any]) -> Any:
         return function(*arguments)
 
     return build
 
 
-def _star_later(module: str, path: str) -> Callable[[Any], Any]:
+def _star_later(module: str, path: str) -> Callable[[list[Any]], Any]:
     """As `_star`, with a function of a module that is imported at the first use: both children start faster."""
 
-    def build(arguments: Any) -> Any:
+    def build(arguments: list[Any]) -> Any:
         function = operator.attrgetter(path)(__import__(module))
         return function(*arguments)
 
     return build
 
 
-def _items(value: Any) -> Any:
-    return value.items()
+def _pairs(value: Any) -> list[list[Any]]:
+    return [[key, item] for key, item in value.items()]
 
 
 def _bounds(value: Any) -> list[Any]:
@@ -67,8 +68,12 @@ def _iso_text(value: Any) -> list[str]:
     return [value.isoformat()]
 
 
-def _latin_text(value: bytes) -> list[str]:
+def _latin_text(value: Any) -> list[str]:
     return [value.decode("latin-1"), "latin-1"]
+
+
+def _hex_text(value: int) -> list[Any]:
+    return [hex(value), 16]
 
 
 def _complex_parts(value: complex) -> list[float]:
@@ -83,31 +88,35 @@ def _array_parts(value: Any) -> list[Any]:
     return [value.typecode, value.tolist()]
 
 
-def _counter(pairs: list[Any]) -> Counter[Any]:
+def _namedtuple_parts(value: Any) -> list[Any]:
+    return [type(value).__name__, list(value._fields), list(value)]
+
+
+def _build_namedtuple(parts: list[Any]) -> Any:
+    name, fields, items = parts
+    return namedtuple(name, fields)(*items)  # which itself refuses names that are no identifiers
+
+
+def _build_counter(pairs: list[Any]) -> Counter[Any]:
     return Counter(dict(pairs))
 
 
-# The parts are any values.
-_SEQUENCES = {
-    "tuple": _Codec("builtins", list, tuple),
-    "set": _Codec("builtins", list, set),
-    "frozenset": _Codec("builtins", list, frozenset),
-    "deque": _Codec("collections", list, deque),
-    "range": _Codec("builtins", _bounds, _star(range)),
-    "slice": _Codec("builtins", _bounds, _star(slice)),
-}
-# The parts are pairs of any values.
-_MAPPINGS = {
-    "dict": _Codec("builtins", _items, dict),
-    "defaultdict": _Codec("collections", _items, dict),  # its factory is a function and stays where it is
-    "OrderedDict": _Codec("collections", _items, OrderedDict),
-    "Counter": _Codec("collections", _items, _counter),
-}
-# The parts are numbers and texts: JSON as they are.
-_SCALARS = {
+# By the type's name, which is its tag.
+_CODECS = {
+    "int": _Codec("builtins", _hex_text, _star(int)),  # of more than 64 bits
     "bytes": _Codec("builtins", _latin_text, _star(bytes)),
     "bytearray": _Codec("builtins", _latin_text, _star(bytearray)),
     "complex": _Codec("builtins", _complex_parts, _star(complex)),
+    "range": _Codec("builtins", _bounds, _star(range)),
+    "slice": _Codec("builtins", _bounds, _star(slice)),
+    "tuple": _Codec("builtins", list, tuple),
+    "set": _Codec("builtins", list, set),
+    "frozenset": _Codec("builtins", list, frozenset),
+    "dict": _Codec("builtins", _pairs, dict),
+    "deque": _Codec("collections", list, deque),
+    "defaultdict": _Codec("collections", _pairs, dict),  # its factory is a function and stays where it is
+    "OrderedDict": _Codec("collections", _pairs, OrderedDict),
+    "Counter": _Codec("collections", _pairs, _build_counter),
     "Decimal": _Codec("decimal", _text, _star_later("decimal", "Decimal")),
     "Fraction": _Codec("fractions", _text, _star_later("fractions", "Fraction")),
     "date": _Codec("datetime", _iso_text, _star_later("datetime", "date.fromisoformat")),
@@ -115,6 +124,7 @@ _SCALARS = {
     "datetime": _Codec("datetime", _iso_text, _star_later("datetime", "datetime.fromisoformat")),
     "timedelta": _Codec("datetime", _timedelta_parts, _star_later("datetime", "timedelta")),
     "array": _Codec("array", _array_parts, _star_later("array", "array")),
+    "namedtuple": _Codec("", _namedtuple_parts, _build_namedtuple),  # known by its form
 }
 
 
@@ -151,44 +161,37 @@ def _read_exactly(descriptor: int, size: int) -> bytes:
 
 def encode(value: Any, refer: Refer) -> Any:
     """Return `value` as JSON data; `refer` makes the handle of what is not plain data (or raises TypeError)."""
+    # Exact types: an object of a subclass is more than its value.
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if kind is int:
-        is_json = -(2**63) <= value < 2**63
-        return value if is_json else {"t": "int", "v": hex(value)}
+    if kind is int and -(2**63) <= value < 2**63:
+        return value
     if kind is list:
         return [encode(item, refer) for item in value]
-
-    name: str = kind.__name__
-    content: Any
-    if _has_codec(kind, _SEQUENCES):
-        content = [encode(part, refer) for part in _SEQUENCES[name].parts(value)]
-    elif _has_codec(kind, _MAPPINGS):
-        content = [[encode(key, refer), encode(item, refer)] for key, item in _MAPPINGS[name].parts(value)]
-    elif _has_codec(kind, _SCALARS):
-        content = _SCALARS[name].parts(value)
-    elif kind.__bases__ == (tuple,) and hasattr(kind, "_fields"):
-        items = [encode(item, refer) for item in value]
-        return {"t": "namedtuple", "n": name, "f": list(kind._fields), "v": items}
-    elif isinstance(value, type(sys)):
+    tag = _tag_of(kind)
+    if tag is not None:
+        parts = _CODECS[tag].parts(value)
+        return {"t": tag, "v": [encode(part, refer) for part in parts]}
+    if isinstance(value, type(sys)):
         return {"t": "module", "v": value.__name__}
-    elif kind is type and _is_builtin(value):
+    # Asked for its name only if it is surely a class: any other object may run code of its own for that.
+    if kind is type and _is_builtin(value):
         return {"t": "builtin", "v": value.__name__}
-    else:
-        return refer(value)
-    return {"t": name, "v": content}
+    return refer(value)
 
 
-def _has_codec(kind: type, codecs: dict[str, _Codec]) -> bool:
-    codec = codecs.get(kind.__name__)
-    return codec is not None and codec.module == kind.__module__
+def _tag_of(kind: type) -> str | None:
+    """The tag of the codec for a type, if there is one."""
+    codec = _CODECS.get(kind.__name__)
+    if codec is not None and codec.module == kind.__module__:
+        return kind.__name__
+    is_namedtuple = kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
+    return "namedtuple" if is_namedtuple else None
 
 
 def _is_builtin(kind: type) -> bool:
-    # Only for what is surely a class: any other object may run code of its own for __name__.
-    name = str(kind.__name__)
-    return getattr(builtins, name, None) is kind
+    return getattr(builtins, kind.__name__, None) is kind
 
 
 def decode(data: Any, resolve: Resolve) -> Any:
@@ -197,23 +200,17 @@ def decode(data: Any, resolve: Resolve) -> Any:
         return [decode(item, resolve) for item in data]
     if not isinstance(data, dict):
         return data
-    tag: str = data["t"]
-    content: Any = data.get("v")
-    if tag in _SEQUENCES:
+    # Data of another form raises one of Python's own errors, which the caller expects.
+    tag = data["t"]
+    content = data.get("v")
+    codec = _CODECS.get(tag)
+    if codec is not None:
+        if not isinstance(content, list):
+            raise ValueError(f"the content of a {tag} is no list")
         parts = [decode(part, resolve) for part in content]
-        return _SEQUENCES[tag].build(parts)
-    if tag in _MAPPINGS:
-        pairs = [(decode(key, resolve), decode(item, resolve)) for key, item in content]
-        return _MAPPINGS[tag].build(pairs)
-    if tag in _SCALARS:
-        return _SCALARS[tag].build(content)
-    if tag == "int":
-        return int(content, 16)
-    if tag == "namedtuple":
-        items = decode(content, resolve)
-        return namedtuple(data["n"], data["f"])(*items)  # which itself refuses names that are no identifiers
+        return codec.build(parts)
     if tag == "builtin":
-        builtin = getattr(builtins, content)
+        builtin = getattr(builtins, str(content))
         if not isinstance(builtin, type):  # a function such as eval must not come from the candidate
             raise ValueError(f"{content} is no builtin type")
         return builtin

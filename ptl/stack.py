@@ -1,4 +1,7 @@
-"""A real S3 server (SeaweedFS) and a real MLflow server on loopback, with their data below one folder."""
+"""A real S3 server (SeaweedFS) and a real MLflow server on loopback, with their data below one folder.
+
+That folder, `root`, is an absolute path: the servers have working directories of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +23,7 @@ import requests
 
 from ptl import localfs, mlflow_database, processes
 from ptl.errors import InputError, WorkError
+from ptl.processes import Environment
 
 HOST = "127.0.0.1"
 BUCKET = "ptl"
@@ -40,20 +43,17 @@ class Service:
     pid: int
     started: str  # distinguishes it from a later process with the same id
     port: int
-    url: str
-    log: str  # path of what it prints
 
 
 def up(
     root: Path, *, s3_port: int = S3_PORT, mlflow_port: int = MLFLOW_PORT, backend_store_uri: str | None = None
-) -> dict[str, str]:
+) -> Environment:
     """Start what is not running yet, wait until it answers, and return the environment for steps and `ptl run`.
 
     Data is in `root/s3` and `root/stack`. `backend_store_uri` is MLflow's database, by default sqlite there, for
     example `postgresql+psycopg://user:password@host/name`. Raises InputError for a port in use, WorkError with the end
     of the log when a server does not start.
     """
-    root = root.resolve()
     stack = _folder(root)
     with processes.exclusive(stack / "lock", f"`ptl up` in {root}", wait=START_SECONDS):
         # MLflow's port is checked before S3 is started, which would be left running.
@@ -66,9 +66,8 @@ def up(
     return environment
 
 
-def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: dict[str, str]) -> None:
+def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: Environment) -> None:
     """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
-    root = root.resolve()
     if _is_running(root, "mlflow", port):
         return
     _require_free("--mlflow-port", port)
@@ -77,9 +76,8 @@ def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: dict[st
     _start(root, "mlflow", _mlflow_command(port, artifacts), environment, port, "/health")
 
 
-def s3_up(root: Path, port: int = S3_PORT) -> dict[str, str]:
+def s3_up(root: Path, port: int = S3_PORT) -> Environment:
     """Start SeaweedFS alone; returns its environment. The keys are made once per root and kept in `root/stack`."""
-    root = root.resolve()
     environment = _access_keys(root)
     environment["AWS_DEFAULT_REGION"] = "us-east-1"
     environment["MLFLOW_S3_ENDPOINT_URL"] = _address(port)
@@ -134,7 +132,7 @@ def _seaweedfs_command(weed: str, data: Path, ports: dict[str, int]) -> list[str
     return command
 
 
-def _closed_doors(root: Path) -> dict[str, str]:
+def _closed_doors(root: Path) -> Environment:
     """Settings of SeaweedFS without which other local users could read and write: keys of its HTTP and gRPC ports."""
     settings = _grpc_settings(root)
     # Without these the volumes' port reads and writes with no credentials.
@@ -144,11 +142,12 @@ def _closed_doors(root: Path) -> dict[str, str]:
     return settings
 
 
-def _await_bucket(environment: dict[str, str]) -> None:
+def _await_bucket(environment: Environment) -> None:
     """/healthz answers before the bucket is there."""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
+    # With the server's keys alone, whatever the caller's environment holds.
     session = boto3.session.Session(
         environment["AWS_ACCESS_KEY_ID"],
         environment["AWS_SECRET_ACCESS_KEY"],
@@ -169,7 +168,6 @@ def _await_bucket(environment: dict[str, str]) -> None:
 
 def down(root: Path) -> list[str]:
     """Stop exactly the servers that `up` started under this root; returns their names."""
-    root = root.resolve()
     stopped = []
     for note in sorted((root / "stack").glob("*.service.json")):
         name = note.name.removesuffix(".service.json")
@@ -180,7 +178,6 @@ def down(root: Path) -> list[str]:
 
 def down_one(root: Path, name: str) -> bool:
     """Stop one of them (`s3` or `mlflow`); returns whether it ran."""
-    root = root.resolve()
     service = _noted_service(root, name)
     if service is None:
         return False
@@ -196,7 +193,6 @@ def ui(root: Path, port: int = UI_PORT) -> NoReturn:
 
     Raises InputError when there is no database yet or the port is in use.
     """
-    root = root.resolve()
     database = root / "mlflow.db"
     if not database.is_file():
         problem = f"no runs yet in {root} (no {database.name})"
@@ -226,7 +222,7 @@ def _mlflow_command(port: int, artifacts: str) -> list[str]:
     ]
 
 
-def _mlflow_environment(database: str) -> dict[str, str]:
+def _mlflow_environment(database: str) -> Environment:
     return {
         # Not as an option: a password must not be in the process list.
         "MLFLOW_BACKEND_STORE_URI": database,
@@ -236,22 +232,23 @@ def _mlflow_environment(database: str) -> dict[str, str]:
     }
 
 
-def _start(root: Path, name: str, command: list[str], env: dict[str, str], port: int, health: str) -> None:
+def _start(root: Path, name: str, command: list[str], env: Environment, port: int, health: str) -> None:
     """Start a server, note it, and wait until it answers; `health` is the path to ask."""
     log = _folder(root) / f"{name}.log"
+    # MLflow logs the database's address with its password.
     log.touch(mode=0o600)
     process = _spawn_waiting(command, env, log)
-    url = _address(port)
-    service = Service(process.pid, processes.start_time(process.pid), port, url, str(log))
+    service = Service(process.pid, processes.start_time(process.pid), port)
     note = _note(root, name)
     localfs.replace(note, json.dumps(asdict(service)).encode())
 
-    # From here on `down` finds it: it may begin.
+    # From here on `down` finds it, so it may begin.
     assert process.stdin is not None
     process.stdin.write(b"\n")
     process.stdin.close()
+
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(url + health):
+    while not _answers(f"{_address(port)}{health}"):
         exit_code = process.poll()
         if exit_code is not None:
             problem = f"ended with code {exit_code}"
@@ -261,13 +258,14 @@ def _start(root: Path, name: str, command: list[str], env: dict[str, str], port:
         else:
             time.sleep(0.1)
             continue
+        # Nothing is left of it but its log, whose end says what was wrong.
         note.unlink(missing_ok=True)
         log_lines = log.read_text(errors="replace").splitlines()
         log_end = "\n".join(log_lines[-LOG_LINES:])
         raise WorkError(f"{name} server {problem}; the end of {log}:\n{log_end}")
 
 
-def _spawn_waiting(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _spawn_waiting(command: list[str], env: Environment, log: Path) -> subprocess.Popen[bytes]:
     """A process in a session of its own that begins with a line on its input; if we are killed before that, it ends."""
     environment = {**os.environ, **env}
     # A server must not take another one's address from the caller's environment.
@@ -290,6 +288,12 @@ def _noted_service(root: Path, name: str) -> Service | None:
     if not note.is_file():
         return None
     return Service(**json.loads(note.read_text()))
+
+
+def last_port(root: Path, name: str) -> int | None:
+    """The port that a server (`s3` or `mlflow`) had when it was last started; None for the first time."""
+    service = _noted_service(root, name)
+    return None if service is None else service.port
 
 
 def _is_running(root: Path, name: str, port: int) -> bool:
@@ -315,8 +319,6 @@ def _stop(service: Service) -> None:
 
 
 def _is_alive(service: Service) -> bool:
-    with suppress(ChildProcessError):
-        os.waitpid(service.pid, os.WNOHANG)  # a child of this very process would stay a zombie
     return processes.start_time(service.pid) == service.started != ""
 
 
@@ -326,6 +328,7 @@ def _require_free(option: str, port: int) -> None:
         problem = f"port {port} must be in 1..65535 (SeaweedFS takes its ports + {GRPC} too)"
         raise InputError(problem, field=option)
     with socket.socket() as probe:
+        # As the servers do: connections of an earlier one that are closing do no harm.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -341,7 +344,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _access_keys(root: Path) -> dict[str, str]:
+def _access_keys(root: Path) -> Environment:
     """The S3 server's credentials, which only this user may read."""
     path = _folder(root) / "keys.json"
     if not path.is_file():
@@ -353,7 +356,7 @@ def _access_keys(root: Path) -> dict[str, str]:
     return dict(json.loads(path.read_text()))
 
 
-def _grpc_settings(root: Path) -> dict[str, str]:
+def _grpc_settings(root: Path) -> Environment:
     """Settings by which SeaweedFS's parts know each other on their gRPC ports, which know no other credentials.
 
     All parts are one process: they share one key, and a certificate that signs itself. Made once per root.
@@ -382,6 +385,7 @@ def _make_certificate(certificate: Path, key: Path) -> None:
     host_names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
+    # A clock that is a little late must not refuse it; 100 years are for ever.
     builder = (
         x509.CertificateBuilder(name, name, private_key.public_key(), x509.random_serial_number())
         .not_valid_before(now - day)
@@ -395,6 +399,7 @@ def _make_certificate(certificate: Path, key: Path) -> None:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
+    # Private before it holds anything.
     key.unlink(missing_ok=True)
     key.touch(mode=0o600)
     key.write_bytes(key_text)

@@ -165,7 +165,7 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
         (tmp_path / "stack").mkdir()
-        note = stack.Service(other.pid, "long ago", 1, "http://127.0.0.1:1", "log")
+        note = stack.Service(other.pid, "long ago", 1)
         (tmp_path / "stack" / "s3.service.json").write_text(json.dumps(note.__dict__))
         assert stack.down(tmp_path) == []
         assert other.poll() is None
