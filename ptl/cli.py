@@ -27,21 +27,22 @@ from ptl.errors import InputError, PtlError, WorkError
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # a bug's traceback goes into an issue: as Python prints it
 )
 
 # A path in a command's input that cannot be used.
 UNUSABLE_PATH = {
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG,  # too long
     errno.ENOTDIR,  # a file where a folder is due
     errno.ELOOP,  # links in a circle
-    errno.EACCES,
-    errno.EROFS,
+    errno.EACCES,  # no permission
+    errno.EROFS,  # a read-only file system
 }
 
 
 def main() -> None:
     """Run a command; an error that a user can fix is one message and its exit code, without a traceback."""
+    # Before MLflow is used: it prints the address.
     address.split_login()
     try:
         app(standalone_mode=True)
@@ -58,6 +59,7 @@ def main() -> None:
 
 def _file_error(error: OSError) -> PtlError:
     """What a user can do about a full disk or an unusable path; raises all others again."""
+    # Libraries raise it in places where no command can expect it.
     path = error.filename
     if error.errno in localfs.FULL:
         problem = f"no space left while writing {path or 'a file'}: {error.strerror}"

@@ -76,6 +76,7 @@ def compile_(
 
     compile_pipeline(settings, output)
     weight = weigh(output)
+    # A cluster refuses a workflow that is too large, so the user sees how large it is.
     kib = output.stat().st_size / 1024
     kb_of_task = weight.task_bytes / 1000
     print(

@@ -81,7 +81,8 @@ def _print_verdicts(verdicts: list[Verdict], now: float) -> None:
 def _print_removable(verdict: Verdict, now: float) -> None:
     stored = verdict.stored
     days = (now - stored.changed) / garbage.DAY
-    print(f"    can go {size(stored.bytes):>9} {stored.step:16} {days:6.1f} days  {verdict.why}")
+    num_bytes = size(stored.bytes)
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {verdict.why}")
 
 
 def size(num_bytes: int) -> str:

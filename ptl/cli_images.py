@@ -24,6 +24,7 @@ def images(
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
     base_image: Annotated[str | None, typer.Option(help="base of a build; none: the Dockerfile's")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
+    # These two are set by the environment as for pip.
     ca: Annotated[
         Path | None,
         typer.Option(envvar="PIP_CERT", help="your organisation's CA, a bundle for a build's downloads"),

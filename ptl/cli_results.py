@@ -117,6 +117,7 @@ def compare(
         cache = Path(folder)
         reference_folder = locate.evaluation(reference, cache)
         candidate_folder = locate.evaluation(candidate, cache)
+        # The files are read here, before the folder is removed.
         outcome = work.compare(reference_folder, candidate_folder, margin, alpha, strict=strict)
     table = work.table(outcome)
     Console().print(table)

@@ -102,6 +102,7 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
 
 
 def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
+    # Flushed: it is seen while the first step starts.
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:

@@ -16,7 +16,10 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def ui(home: Home = HOME, port: Annotated[int, typer.Option(help="port on loopback")] = 5000) -> None:
+def ui(
+    home: Home = HOME,
+    port: Annotated[int, typer.Option(help="port on loopback")] = 5000,
+) -> None:
     """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
     from ptl import stack
 
@@ -35,7 +38,9 @@ def up(
     from ptl import stack
 
     extras.need("flask", "up")
-    with processes.interruptible("the same command starts what is missing; `ptl down` stops what was started"):
+    with processes.interruptible(
+        "run the same command again to start what is missing; `ptl down` stops what was started"
+    ):
         environment = stack.up(
             home.absolute(),
             s3_port=s3_port,

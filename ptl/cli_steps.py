@@ -76,9 +76,13 @@ def recover(
     dst: TargetFolder,
     config: ConfigOption,
     sets: Overrides,
-    tokens: Annotated[int | None, typer.Option(min=1, help="token budget; none: the config's whole budget")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="token budget; none: the config's whole budget"),
+    ] = None,
     scored: Annotated[
-        Path | None, typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained")
+        Path | None,
+        typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained"),
     ] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as one recovery that is both first and last.

@@ -25,6 +25,7 @@ OF_COMMAND = {
 
 def missing(module: str, command: str = "") -> InputError | None:
     """What to install for a module that cannot be imported; None where no extra brings it."""
+    # The names of an extra's modules are those of the top level.
     package = module.partition(".")[0]
     extras = [extra for extra, modules in MODULES.items() if package in modules]
     if not extras:

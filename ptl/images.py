@@ -138,6 +138,7 @@ def push(registry: str, tag: str | None = None) -> list[str]:
 
 def missing(image_names: Sequence[str]) -> list[str]:
     """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
+    # Else all of them would seem to be missing.
     require_engine()
     absent = []
     for name in image_names:
@@ -167,7 +168,7 @@ def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
     done = subprocess.run(["docker", *command], cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
         problem = f"failed with exit code {done.returncode}"
-        raise WorkError(problem, field=f"docker {command[0]}", remedy="what it printed above says why")
+        raise WorkError(problem, field=f"docker {command[0]}", remedy="its output above says why")
 
 
 def _docker_quietly(*command: str) -> subprocess.CompletedProcess[str]:

@@ -139,7 +139,8 @@ def interruptible(advice: str) -> Iterator[None]:
         raise KeyboardInterrupt(number)
 
     # SIGTERM would end the command without its clean-up.
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     except KeyboardInterrupt as error:

@@ -19,7 +19,7 @@ from ptl import localfs, processes, store
 from ptl.config import Config
 from ptl.errors import InputError, PtlError, WorkError
 
-ENDING = 30  # seconds for the steps of an interrupted command to end
+END_SECONDS = 30  # for the steps of an interrupted command to end
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunDir:
     home: Path  # .ptl
     path: Path
     earlier: tuple[str, ...] = ()  # unfinished runs of this name with another config, the newest first
-    launch: str = field(default_factory=lambda: uuid.uuid4().hex)  # each command gives a step new attempts
+    launch: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this command: each gives its steps new attempts
 
     @property
     def run_id(self) -> str:
@@ -52,7 +52,12 @@ class RunDir:
         return self.path / f"lifeline-{self.launch}"
 
 
-def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tuple[RunDir, bool]:
+def open_run(
+    home: Path,
+    config: Config,
+    chosen: Path | None,
+    fresh: bool,
+) -> tuple[RunDir, bool]:
     """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
 
     Unless it is to begin anew, it names unfinished runs of other configs, whose steps may be taken over. Raises
@@ -78,7 +83,8 @@ def open_run(home: Path, config: Config, chosen: Path | None, fresh: bool) -> tu
         resumed = False
         # Two commands may begin in the same second.
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = home / "runs" / f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+        name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+        path = home / "runs" / name
     return RunDir(home, path, tuple(earlier)), resumed
 
 
@@ -102,7 +108,8 @@ def _check_chosen(folder: Path, config: Config) -> bool:
 def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
     """Directories and configs of the runs of this name that have no result yet, the newest first."""
     # Names end with the time: their order is that of the runs.
-    paths = sorted((home / "runs").glob(f"{config.name}-*"), reverse=True)
+    folder = home / "runs"
+    paths = sorted(folder.glob(f"{config.name}-*"), reverse=True)
     unfinished = []
     for path in paths:
         if (path / "result.json").is_file():
@@ -153,8 +160,9 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
     those that do not see by themselves that their command is gone, such as a paused container. Raises InputError when
     another process executes the run.
     """
-    remedy = "wait for it, or start one beside it with --new"
-    with processes.exclusive(run.path / "lock", f"run {run.run_id}", remedy=remedy):
+    lock = run.path / "lock"
+    remedy = "wait for it, or start another with --new"
+    with processes.exclusive(lock, f"run {run.run_id}", remedy=remedy):
         # Steps of a killed command: one that comes too late to follow a lifeline ends as well.
         for lifeline in run.path.glob("lifeline-*"):
             lifeline.unlink()
@@ -176,14 +184,16 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
 def _await_steps(run: RunDir) -> None:
     """Wait until no step of the run works any more. Raises InputError naming the process of one that does not end."""
     for lock in sorted(run.scratch.glob("*.lock")):
-        with processes.exclusive(lock, f"step {lock.stem} of run {run.run_id}", wait=ENDING):
+        work = f"step {lock.stem} of run {run.run_id}"
+        with processes.exclusive(lock, work, wait=END_SECONDS):
             pass
 
 
 def _point_link(link: Path, target: Path) -> None:
     """Let a symbolic link point to `target`, in one step."""
     # A new link is renamed over the old one: there is no moment without one.
-    draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+    draft_name = f".{link.name}.{uuid.uuid4().hex}"
+    draft = link.with_name(draft_name)
     relative_target = os.path.relpath(target, link.parent)
     draft.symlink_to(relative_target)
     draft.replace(link)

@@ -92,6 +92,7 @@ def reach(home: Path, s3: bool) -> None:
     """Make this process's environment lead to the MLflow of earlier runs: the caller's own, `ptl up`'s servers, or the
     database of local runs. Raises InputError where `home` has none of it.
     """
+    # `ptl up` makes this folder, and keeps it when its servers are stopped.
     has_servers = (home / "stack").is_dir()
     if s3:
         if not has_servers:
@@ -141,7 +142,8 @@ def artifact_location(experiment: str) -> str:
 
 def _require_answer(uri: str) -> None:
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        url = f"{uri.rstrip('/')}/health"
+        urllib.request.urlopen(url, timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it accepts our password is seen later
     except (OSError, ValueError, http.client.HTTPException) as error:

@@ -2,7 +2,7 @@
 
 Two processes for each candidate (`ptl.sandbox_child`, `ptl.sandbox_checker`): one executes the candidate, the other the
 tests. The tests call the candidate by messages over a pipe and get plain values back, and only the checker's process
-holds the pipe on which "passed" is said, after the last line of the tests. The candidate never sees the tests, so there
+holds the pipe on which "passed" is reported, after the last line of the tests. The candidate never sees the tests: there
 is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit, patched
 builtins or objects whose `__eq__` says True only change the candidate's own process.
 
@@ -55,7 +55,7 @@ from ptl.errors import InputError, WorkError
 Process = subprocess.Popen[bytes]
 
 _MAX_SOURCE = 1_000_000  # characters
-_POLL_S = 0.05  # seconds between two looks at what has no kernel limit
+_POLL_S = 0.05  # seconds between two checks of what has no kernel limit
 _EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
 _DETAIL = 2000  # characters
 _REPORT = 65536  # bytes that the checker may report
@@ -90,8 +90,9 @@ class Limits:
         }
         limits = asdict(self)
         for name, minimum in minima.items():
-            if limits[name] < minimum:
-                raise InputError(f"{limits[name]} must be at least {minimum}", field=f"sandbox limit {name}")
+            limit = limits[name]
+            if limit < minimum:
+                raise InputError(f"{limit} must be at least {minimum}", field=f"sandbox limit {name}")
         if self.wall_s <= 0:
             raise InputError(f"{self.wall_s} must be positive", field="sandbox limit wall_s")
 
@@ -144,7 +145,8 @@ def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outco
         raise InputError("empty, so every candidate would pass. Give at least one assert", field="tests")
     require_support()
     if len(candidate) > _MAX_SOURCE:
-        return Outcome(False, "failed", f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}")
+        detail = f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}"
+        return Outcome(False, "failed", detail)
     scratch = tempfile.mkdtemp(prefix="ptl-sandbox-")
     try:
         with _running_children(candidate, tests, limits, scratch) as children:
@@ -159,7 +161,9 @@ def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outco
 
 
 def run_many(
-    pairs: Iterable[tuple[str, str]], limits: Limits | None = None, workers: int | None = None
+    pairs: Iterable[tuple[str, str]],
+    limits: Limits | None = None,
+    workers: int | None = None,
 ) -> list[Outcome]:
     """Run each (candidate, tests) pair, `workers` at a time (default: the usable cores), in the order of the pairs."""
     require_support()
@@ -195,7 +199,9 @@ def _running_children(candidate: str, tests: str, limits: Limits, scratch: str) 
 def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     """The reading and the writing end of a new pipe, which the stack closes."""
     reading, writing = os.pipe()
-    return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))
+    reading_end = stack.enter_context(FileIO(reading, "r"))
+    writing_end = stack.enter_context(FileIO(writing, "w"))
+    return reading_end, writing_end
 
 
 def _kill(child: Process) -> None:
@@ -203,7 +209,14 @@ def _kill(child: Process) -> None:
     child.wait()
 
 
-def _start_child(role: str, source: str, pipes: list[FileIO], output: FileIO, limits: Limits, scratch: str) -> Process:
+def _start_child(
+    role: str,
+    source: str,
+    pipes: list[FileIO],
+    output: FileIO,
+    limits: Limits,
+    scratch: str,
+) -> Process:
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
     # -P, -s and -S: neither the working directory nor site-packages is on the path.
@@ -248,7 +261,8 @@ def _observe(children: _Children, limits: Limits, scratch: str) -> _Observation:
         selector.register(children.report, selectors.EVENT_READ)
         while not observation.status:
             pause = min(deadline, next_poll) - time.monotonic()
-            ready = [key.fileobj for key, _ in selector.select(max(0.0, pause))]
+            events = selector.select(max(0.0, pause))
+            ready = [key.fileobj for key, _ in events]
             # The output first: a limit that it passes is stronger than the report.
             if children.output in ready and not _take_output(observation, children, limits):
                 selector.unregister(children.output)

@@ -42,12 +42,13 @@ class Checker:
             detail = _describe(error, source)
         if self.broken is not None:  # also where the tests swallowed it
             status, detail = self.broken
-        verdict = {"status": status, "detail": detail[: 2 * TEXT]}
-        os.write(self.report, json.dumps(verdict).encode() + b"\n")
+        verdict = json.dumps({"status": status, "detail": detail[: 2 * TEXT]})
+        os.write(self.report, f"{verdict}\n".encode())
         os._exit(0)
 
     def check(self, source: str) -> tuple[str, str]:
         """Return the status and detail of the tests; an exception out of here is a failed test."""
+        # Nothing of the tests runs before the candidate's process is confined.
         if self.receive() != ["locked"]:
             return "setup_failed", "the candidate's process did not report its lock-down"
         # The names that the tests ask for are those of their code, nested functions included.
@@ -68,8 +69,9 @@ class Checker:
 
         Unless the tests ask for nothing else of the candidate: then the function under test bears a builtin's name.
         """
-        wanted = {name for name in exported if name in asked and not name.startswith("__")}
-        names = wanted.difference(dir(builtins)) or wanted
+        requested = asked.intersection(exported)
+        requested = {name for name in requested if not name.startswith("__")}
+        names = requested.difference(dir(builtins)) or requested
         values: dict[str, Any] = {}
         # In the candidate's order: an exception may be derived from an earlier one.
         for name, data in exported.items():
@@ -104,7 +106,8 @@ class Checker:
             known = self.exceptions.get(name) or getattr(builtins, name, None)
             if isinstance(known, type) and issubclass(known, Exception):
                 return known
-        raise self.gone(f"the candidate raised {str(names[0])[:80]}")
+        first = str(names[0])
+        raise self.gone(f"the candidate raised {first[:80]}")
 
     def gone(self, detail: str, status: str = "failed") -> _GoneError:
         """Note why the candidate cannot be asked any more, and return the exception to raise."""
@@ -162,10 +165,17 @@ class Checker:
             return {"t": "handle", "v": object.__getattribute__(value, "_handle")}
         if not callable(value):
             raise TypeError(f"a {type(value).__name__} of the tests cannot be handed to the candidate")
+        # Kept for ever: the candidate may call it at any time.
         self.locals.append(value)
         return {"t": "local", "v": len(self.locals) - 1}
 
-    def ask(self, name: str, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
+    def ask(
+        self,
+        name: str,
+        *args: Any,
+        keywords: dict[str, Any] | None = None,
+        keep: bool = False,
+    ) -> Any:
         """Have the candidate's process do one operation; its exceptions are raised here as builtin ones.
 
         `keep` leaves the result there and returns its handle.
@@ -220,13 +230,15 @@ class Checker:
 
     def callback(self, function: Any, args: Any, kwargs: Any) -> None:
         """Call a function of the tests for the candidate and send what it gives."""
+        # Its exceptions are the candidate's to handle; in the tests they would be failures.
         values = self.decode(args)
         keywords = self.decode(kwargs)
         try:
             value = function(*values, **keywords)
             reply = ["reply", True, encode(value, self.refer)]
         except Exception as error:
-            reply = ["reply", False, type(error).__name__, str(error)[:TEXT]]
+            kind = type(error).__name__
+            reply = ["reply", False, kind, str(error)[:TEXT]]
         self.send(reply)
 
 
@@ -298,7 +310,13 @@ class RemoteNamesake(RemoteCallable):
         raise AttributeError(f"the candidate's function is asked for {name}, as if it were the module of that name")
 
 
-def _ask(name: str, remote: Remote, *args: Any, keywords: dict[str, Any] | None = None, keep: bool = False) -> Any:
+def _ask(
+    name: str,
+    remote: Remote,
+    *args: Any,
+    keywords: dict[str, Any] | None = None,
+    keep: bool = False,
+) -> Any:
     return _checker_of(remote).ask(name, remote, *args, keywords=keywords, keep=keep)
 
 
@@ -336,8 +354,9 @@ def _swapped_arithmetic(name: str) -> Callable[[Remote, Any], Any]:
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Remote, f"__{_name}__", _comparison(_name))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-    setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
-    setattr(Remote, f"__r{_name}__", _swapped_arithmetic(f"__{_name}__"))
+    _method = f"__{_name}__"
+    setattr(Remote, _method, _arithmetic(_method))
+    setattr(Remote, f"__r{_name}__", _swapped_arithmetic(_method))
 
 
 def _replace_content(target: Any, content: Any) -> None:
@@ -353,6 +372,7 @@ def _replace_content(target: Any, content: Any) -> None:
 
 def _names_in(code: types.CodeType) -> set[str]:
     """Return every name that the code and its functions look up (and the attributes among them)."""
+    # Functions and classes are constants of the code around them.
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -362,6 +382,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 def _describe(error: BaseException, source: str) -> str:
     """Return the error with the last line of the tests that it passed through."""
+    # The innermost frame of the tests; beyond it are our own.
     number = 0
     trace = error.__traceback__
     while trace is not None:
@@ -369,5 +390,9 @@ def _describe(error: BaseException, source: str) -> str:
             number = trace.tb_lineno
         trace = trace.tb_next
     lines = source.splitlines()
-    line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
-    return f"{type(error).__name__}: {str(error)[:TEXT]} (tests, line {number}: {line[:200]})"
+    line = ""
+    if 0 < number <= len(lines):  # else it is of no line, such as a SyntaxError
+        line = lines[number - 1].strip()
+    kind = type(error).__name__
+    text = str(error)[:TEXT]
+    return f"{kind}: {text} (tests, line {number}: {line[:200]})"

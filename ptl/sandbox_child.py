@@ -196,12 +196,16 @@ class Candidate:
         """Return the message that reports an exception."""
         # The candidate's exception may raise another where it is asked for its text.
         try:
-            args = [arg if isinstance(arg, (str, int)) else repr(arg) for arg in error.args]
+            args = [_plain_argument(arg) for arg in error.args]
             text = str(error)[:TEXT]
         except Exception:
             args = []
             text = "(its text cannot be read)"
         return ["raise", _base_names(type(error)), args, text]
+
+
+def _plain_argument(argument: Any) -> str | int:
+    return argument if isinstance(argument, (str, int)) else repr(argument)
 
 
 def _base_names(kind: type[BaseException]) -> list[str]:

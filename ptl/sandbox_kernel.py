@@ -196,7 +196,13 @@ def missing_support() -> str | None:
 
 
 def lock_down(
-    scratch: str, readable: Sequence[str], *, cpu_s: int, memory_bytes: int, file_bytes: int, threads: bool
+    scratch: str,
+    readable: Sequence[str],
+    *,
+    cpu_s: int,
+    memory_bytes: int,
+    file_bytes: int,
+    threads: bool,
 ) -> None:
     """Confine this process: files under `scratch` (flat), the standard library in `readable`, no other resource."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -234,7 +240,9 @@ def _drop_capabilities() -> None:
 def _restrict_files(scratch: str, readable: Sequence[str]) -> None:
     """Landlock: nothing but the paths below, no network, and no signal or socket to others where the kernel can."""
     version = _landlock_version()
-    handled = (1 << _NUM_RIGHTS[min(version, 5) - 1]) - 1
+    known_version = min(version, len(_NUM_RIGHTS))
+    num_rights = _NUM_RIGHTS[known_version - 1]
+    handled = (1 << num_rights) - 1  # all that the kernel knows: what is not allowed below is denied
     # struct landlock_ruleset_attr has grown with the versions.
     attributes = struct.pack("<Q", handled)
     if version >= 4:
@@ -270,7 +278,9 @@ def _allow_path(ruleset: int, path: str, rights: int) -> None:
 def _restrict_calls(threads: bool) -> None:
     """Seccomp: the allow-list for all threads of this process and whatever it becomes."""
     program = _filter(threads)
-    code = b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
+    # struct sock_filter
+    instructions = [struct.pack("<HBBI", *instruction) for instruction in program]
+    code = b"".join(instructions)
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(buffer))  # struct sock_fprog
     set_mode_filter = ctypes.c_uint(1)

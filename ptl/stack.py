@@ -46,7 +46,11 @@ class Service:
 
 
 def up(
-    root: Path, *, s3_port: int = S3_PORT, mlflow_port: int = MLFLOW_PORT, backend_store_uri: str | None = None
+    root: Path,
+    *,
+    s3_port: int = S3_PORT,
+    mlflow_port: int = MLFLOW_PORT,
+    backend_store_uri: str | None = None,
 ) -> Environment:
     """Start what is not running yet, wait until it answers, and return the environment for steps and `ptl run`.
 
@@ -66,7 +70,13 @@ def up(
     return environment
 
 
-def mlflow_up(root: Path, port: int, database: str, artifacts: str, env: Environment) -> None:
+def mlflow_up(
+    root: Path,
+    port: int,
+    database: str,
+    artifacts: str,
+    env: Environment,
+) -> None:
     """Start the MLflow server alone, unless it runs; `artifacts` is where new experiments keep their files."""
     if _is_running(root, "mlflow", port):
         return
@@ -97,12 +107,13 @@ def s3_up(root: Path, port: int = S3_PORT) -> Environment:
     for part_port in ports.values():
         _require_free("--s3-port", part_port)
         _require_free("--s3-port", part_port + GRPC)
+    # Apart from `stack`: its logs and keys are no data.
     data = root / "s3"
     data.mkdir(parents=True, exist_ok=True)
     server_environment = {
         **environment,
         **_closed_doors(root),
-        "GOMEMLIMIT": "768MiB",
+        "GOMEMLIMIT": "768MiB",  # soft limit of its heap
     }
     _start(root, "s3", _seaweedfs_command(weed, data, ports), server_environment, port, "/healthz")
     _await_bucket(environment)
@@ -201,6 +212,7 @@ def ui(root: Path, port: int = UI_PORT) -> NoReturn:
     print(f"MLflow on {_address(port)} (Ctrl-C stops it)", flush=True)
     environment = {**os.environ, **_mlflow_environment(f"sqlite:///{database}")}
     command = _mlflow_command(port, f"file://{root / 'artifacts'}")
+    # In place of this process: Ctrl-C goes to the server itself.
     os.execve(sys.executable, command, environment)
 
 
@@ -232,7 +244,14 @@ def _mlflow_environment(database: str) -> Environment:
     }
 
 
-def _start(root: Path, name: str, command: list[str], env: Environment, port: int, health: str) -> None:
+def _start(
+    root: Path,
+    name: str,
+    command: list[str],
+    env: Environment,
+    port: int,
+    health: str,
+) -> None:
     """Start a server, note it, and wait until it answers; `health` is the path to ask."""
     log = _folder(root) / f"{name}.log"
     # MLflow logs the database's address with its password.

@@ -37,7 +37,7 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config):
 
 def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_not_end(tmp_path, config, monkeypatch):
     run, _ = open_run(tmp_path, config, None, False)
-    monkeypatch.setattr(run_directory, "ENDING", 0.1)
+    monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
     refusal = pytest.raises(InputError, match=r"step recover-1 of run .*process id \d+.*kill \d+")
     left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
     with left, refusal, working(run, config, leave):
@@ -49,7 +49,7 @@ def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_n
 def test_what_does_not_end_by_itself_is_ended_before_it_is_waited_for(tmp_path, config, monkeypatch):
     """As a paused container of a killed command, which holds its step's lock."""
     run, _ = open_run(tmp_path, config, None, False)
-    monkeypatch.setattr(run_directory, "ENDING", 0.1)
+    monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
     left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
     left.__enter__()
     with working(run, config, lambda folder: left.__exit__(None, None, None) if folder == run.path else None):
