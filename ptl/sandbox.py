@@ -2,9 +2,9 @@
 
 Two processes for each candidate (`ptl.sandbox_child`, `ptl.sandbox_checker`): one executes the candidate, the other the
 tests. The tests call the candidate by messages over a pipe and get plain values back, and only the checker's process
-holds the pipe on which "passed" is reported, after the last line of the tests. The candidate never sees the tests: there
-is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit, patched
-builtins or objects whose `__eq__` says True only change the candidate's own process.
+holds the pipe on which "passed" is reported, after the last line of the tests. The candidate never sees the tests, so
+there is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit,
+patched builtins or objects whose `__eq__` says True only change the candidate's own process.
 
 Each child: no network, no exec, no fork, no signal or ptrace to others, no environment; it reads the standard library
 (not site-packages) and a flat scratch folder, and writes only there, all enforced by the kernel (`ptl.sandbox_kernel`)

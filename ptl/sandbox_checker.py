@@ -230,9 +230,9 @@ class Checker:
 
     def callback(self, function: Any, args: Any, kwargs: Any) -> None:
         """Call a function of the tests for the candidate and send what it gives."""
-        # Its exceptions are the candidate's to handle; in the tests they would be failures.
         values = self.decode(args)
         keywords = self.decode(kwargs)
+        # Its exceptions are the candidate's to handle, as in one process.
         try:
             value = function(*values, **keywords)
             reply = ["reply", True, encode(value, self.refer)]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import builtins
 import json
-import operator
 import os
 import struct
 import sys
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 MAX_FRAME = 32 << 20  # bytes of one message
@@ -46,7 +46,7 @@ def _star_later(module: str, path: str) -> Callable[[list[Any]], Any]:
     """As `_star`, with a function of a module that is imported at the first use: both children start faster."""
 
     def build(arguments: list[Any]) -> Any:
-        function = operator.attrgetter(path)(__import__(module))
+        function = attrgetter(path)(__import__(module))
         return function(*arguments)
 
     return build
@@ -54,10 +54,6 @@ def _star_later(module: str, path: str) -> Callable[[list[Any]], Any]:
 
 def _pairs(value: Any) -> list[list[Any]]:
     return [[key, item] for key, item in value.items()]
-
-
-def _bounds(value: Any) -> list[Any]:
-    return [value.start, value.stop, value.step]
 
 
 def _text(value: Any) -> list[str]:
@@ -74,14 +70,6 @@ def _latin_text(value: Any) -> list[str]:
 
 def _hex_text(value: int) -> list[Any]:
     return [hex(value), 16]
-
-
-def _complex_parts(value: complex) -> list[float]:
-    return [value.real, value.imag]
-
-
-def _timedelta_parts(value: Any) -> list[int]:
-    return [value.days, value.seconds, value.microseconds]
 
 
 def _array_parts(value: Any) -> list[Any]:
@@ -106,9 +94,9 @@ _CODECS = {
     "int": _Codec("builtins", _hex_text, _star(int)),  # of more than 64 bits
     "bytes": _Codec("builtins", _latin_text, _star(bytes)),
     "bytearray": _Codec("builtins", _latin_text, _star(bytearray)),
-    "complex": _Codec("builtins", _complex_parts, _star(complex)),
-    "range": _Codec("builtins", _bounds, _star(range)),
-    "slice": _Codec("builtins", _bounds, _star(slice)),
+    "complex": _Codec("builtins", attrgetter("real", "imag"), _star(complex)),
+    "range": _Codec("builtins", attrgetter("start", "stop", "step"), _star(range)),
+    "slice": _Codec("builtins", attrgetter("start", "stop", "step"), _star(slice)),
     "tuple": _Codec("builtins", list, tuple),
     "set": _Codec("builtins", list, set),
     "frozenset": _Codec("builtins", list, frozenset),
@@ -122,7 +110,9 @@ _CODECS = {
     "date": _Codec("datetime", _iso_text, _star_later("datetime", "date.fromisoformat")),
     "time": _Codec("datetime", _iso_text, _star_later("datetime", "time.fromisoformat")),
     "datetime": _Codec("datetime", _iso_text, _star_later("datetime", "datetime.fromisoformat")),
-    "timedelta": _Codec("datetime", _timedelta_parts, _star_later("datetime", "timedelta")),
+    "timedelta": _Codec(
+        "datetime", attrgetter("days", "seconds", "microseconds"), _star_later("datetime", "timedelta")
+    ),
     "array": _Codec("array", _array_parts, _star_later("array", "array")),
     "namedtuple": _Codec("", _namedtuple_parts, _build_namedtuple),  # known by its form
 }
