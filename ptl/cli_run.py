@@ -57,7 +57,7 @@ def run(
         _check_runner(runner, settings, s3)
         preflight(settings)
 
-        # This process and its steps track in the same place.
+        # This process and its steps track in the same MLflow.
         servers = runs.start_servers(home.absolute()) if s3 else {}
         directory, resumed = run_directory.open_run(home, settings, run_dir, fresh)
         environment = runs.environment(directory, servers)
