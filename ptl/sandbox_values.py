@@ -20,6 +20,7 @@ MAX_FRAME = 32 << 20  # bytes of one message
 TEXT = 1500  # characters of an error's text
 
 Tagged = dict[str, Any]  # a value or handle with its tag
+Build = Callable[[list[Any]], Any]  # the value of which these are the parts
 Refer = Callable[[Any], Any]  # makes the handle of an object that is not plain data, or raises TypeError
 Resolve = Callable[[Tagged], Any]  # the object of a handle
 
@@ -32,17 +33,17 @@ class _Codec(NamedTuple):
 
     module: str  # of the type, which may not be imported yet
     parts: Callable[[Any], Any]  # of a value, simpler values
-    build: Callable[[list[Any]], Any]  # the value, from its parts
+    build: Build
 
 
-def _star(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+def _star(function: Callable[..., Any]) -> Build:
     def build(arguments: list[Any]) -> Any:
         return function(*arguments)
 
     return build
 
 
-def _star_later(module: str, path: str) -> Callable[[list[Any]], Any]:
+def _star_later(module: str, path: str) -> Build:
     """As `_star`, with a function of a module that is imported at the first use: both children start faster."""
 
     def build(arguments: list[Any]) -> Any:
