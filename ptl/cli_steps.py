@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,18 +143,14 @@ def _check_scored(folder: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl import takeover
+    from ptl import provenance, takeover
 
     # Links too: a snapshot in the hub's cache has nothing else.
     files = [path for path in src.iterdir() if path.is_file()]
     if scored is not None:
         files.append(scored / "items.jsonl")
     # By content, not by path: a moved checkpoint is the same source.
-    contents = []
-    for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        contents.append(f"{path.name} {digest}")
+    contents = [f"{path.name} {provenance.digest_of(path)}" for path in files]
     inputs = "\n".join(sorted(contents))
     parameters = {
         "training": settings.training,
