@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ptl import checkpoint, shapes
+from ptl.checkpoint import checkpoint_error
 from ptl.errors import InputError
 from ptl.families import IN_LAYER, ROTARY, Family
 from ptl.safefile import FLOATS, Entry
@@ -22,9 +23,9 @@ MIN_STEPS = 8  # a multiple is taken by default where the width holds at least a
 class ModelDimensions:
     """Sizes of a checkpoint, read from the headers of its shards and its config."""
 
-    params: int
-    layers: int
-    width: int
+    params: int  # tied tensors count once
+    layers: int  # decoder layers
+    width: int  # FFN neurons in each layer
     params_per_neuron: int  # of one channel in every layer together
     params_per_layer: int  # of the smallest layer
 
@@ -38,25 +39,31 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     config = checkpoint.read_config(folder)
     sizes = shapes.sizes(config, family, folder / "config.json")
     checkpoint.check_no_adapter(folder)
-    found = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
-    _check_names(folder, family, config, found)
-    _check_shapes(family, sizes, found)
-    _check_dtypes(folder, found)
+    entries = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
+    _check_names(folder, family, config, entries)
+    _check_shapes(family, sizes, entries)
+    _check_dtypes(folder, entries)
     tied = family.is_tied(config)
     if tied:
-        checkpoint.check_tied(found)
-    per_layer: dict[int, int] = {}
-    per_neuron = 0
-    for name, entry in found.items():
-        size = math.prod(entry.shape)
+        checkpoint.check_tied(entries)
+
+    params_by_layer = [0] * sizes.layers
+    params_per_neuron = 0
+    for name, entry in entries.items():
         match = IN_LAYER.match(name)
         if match is None:
             continue
-        per_layer[int(match["layer"])] = per_layer.get(int(match["layer"]), 0) + size
-        if match["part"] in family.rows or (match["part"] == family.columns and match["kind"] == "weight"):
-            per_neuron += size // sizes.width
-    params = checkpoint.count(found, tied)
-    return ModelDimensions(params, sizes.layers, sizes.width, per_neuron, min(per_layer.values()))
+        params = math.prod(entry.shape)
+        params_by_layer[int(match["layer"])] += params
+        if family.has_neurons(match["part"], match["kind"]):
+            params_per_neuron += params // sizes.width
+    return ModelDimensions(
+        params=checkpoint.count_params(entries, tied),
+        layers=sizes.layers,
+        width=sizes.width,
+        params_per_neuron=params_per_neuron,
+        params_per_layer=min(params_by_layer),
+    )
 
 
 def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
@@ -66,98 +73,123 @@ def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_paralle
     """
     if width % tensor_parallel:
         raise InputError(
-            f"prune.tensor_parallel={tensor_parallel} does not divide the FFN width {width}; "
-            "give the number of GPUs that the model is really split over"
+            f"{tensor_parallel} does not divide the FFN width {width}",
+            field="prune.tensor_parallel",
+            remedy="give the number of GPUs that the model is really split over",
         )
     if multiple != "auto":
         return math.lcm(multiple, tensor_parallel)
-    fitting = (m * tensor_parallel for m in MULTIPLES if width % (m * tensor_parallel) == 0)
-    return next((m for m in fitting if width // m >= MIN_STEPS), tensor_parallel)
+    for candidate in MULTIPLES:
+        step = candidate * tensor_parallel
+        # A wide multiple of a narrow FFN would leave only a few widths to choose from.
+        if width % step == 0 and width // step >= MIN_STEPS:
+            return step
+    return tensor_parallel
 
 
-def width_for(body: ModelDimensions, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
+def width_for(dimensions: ModelDimensions, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
     Raises InputError when fewer neurons than one multiple would be left.
     """
-    if goal >= body.params:
-        return body.width
-    step = resolve_multiple(body.width, multiple, tensor_parallel)
-    width = body.width - math.ceil((body.params - goal) / body.params_per_neuron)
+    if goal >= dimensions.params:
+        return dimensions.width
+    step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
+    per_neuron = dimensions.params_per_neuron
+    width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
     width -= width % step
     if width < step:
-        rest = body.params - body.width * body.params_per_neuron
+        without_ffn = dimensions.params - dimensions.width * per_neuron
+        least = without_ffn + step * per_neuron
         raise InputError(
-            f"schedule.target: {goal:,} parameters cannot be reached by neurons: all but the FFNs are {rest:,}, and "
-            f"prune.width_multiple={step} needs at least {rest + step * body.params_per_neuron:,}; "
-            "lower schedule.target or prune.width_multiple"
+            f"{goal:,} parameters cannot be reached by neurons: all but the FFNs are {without_ffn:,}, and "
+            f"prune.width_multiple={step} needs at least {least:,}",
+            field="schedule.target",
+            remedy="lower schedule.target or prune.width_multiple",
         )
     return width
 
 
-def smallest_cuts(body: ModelDimensions, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> dict[str, int]:
-    """Parameters that the smallest cut of `neurons` or `layers` removes; what cannot go any more is left out."""
-    found: dict[str, int] = {}
+def smallest_cuts(
+    dimensions: ModelDimensions, multiple: int | Literal["auto"], tensor_parallel: int = 1
+) -> dict[str, int]:
+    """Parameters that the smallest step of `neurons` or `layers` removes; a unit that cannot shrink is left out."""
+    smallest: dict[str, int] = {}
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
-        width = width_for(body, body.params - 1, multiple, tensor_parallel)
-        found["neurons"] = (body.width - width) * body.params_per_neuron
-    if body.layers > 1:
-        found["layers"] = body.params_per_layer
-    return found
+        width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
+        smallest["neurons"] = (dimensions.width - width) * dimensions.params_per_neuron
+    if dimensions.layers > 1:
+        smallest["layers"] = dimensions.params_per_layer
+    return smallest
 
 
-def layers_for(body: ModelDimensions, goal: int) -> int:
+def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     """How many layers must go to reach the goal. Raises InputError when none would be left."""
-    count = max(0, math.ceil((body.params - goal) / body.params_per_layer))
-    if count >= body.layers:
+    excess = dimensions.params - goal
+    count = max(0, math.ceil(excess / dimensions.params_per_layer))
+    if count >= dimensions.layers:
         raise InputError(
-            f"schedule.target: {goal:,} parameters would remove {count} of {body.layers} layers; "
-            "lower schedule.target or prune neurons"
+            f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
+            field="schedule.target",
+            remedy="lower schedule.target or prune neurons",
         )
     return count
 
 
-def _check_names(folder: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, Entry]) -> None:
+def _check_names(folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
     """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
-    named = [f"{part}.weight" for part in family.parts] + [f"{part}.bias" for part in family.biased(config)]
-    wanted = {"model.embed_tokens.weight", "model.norm.weight"}
-    wanted |= {f"model.layers.{i}.{name}" for i in range(config[family.depth_field]) for name in named}
-    allowed = {"lm_head.weight"}  # a tied one may be stored
+    layers = config[family.depth_field]
+    in_layer = [f"{part}.weight" for part in family.parts]
+    in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
+    required = {"model.embed_tokens.weight", "model.norm.weight"}
+    for i in range(layers):
+        required.update(f"model.layers.{i}.{name}" for name in in_layer)
+    allowed = required | {"lm_head.weight"}  # a tied one may be stored
     if not family.is_tied(config):
-        wanted |= allowed
-    for problem, names in (("lacks", wanted - found.keys()), ("has an unknown", found.keys() - wanted - allowed)):
-        if names:
-            raise InputError(
-                f"model.path: {folder} {problem} tensor {min(names)}{_more(names)}, for model_type {family.model_type} "
-                f"with {config[family.depth_field]} layers; use a complete checkpoint of this architecture"
-            )
+        required = allowed
+
+    missing = required - entries.keys()
+    unknown = entries.keys() - allowed
+    remedy = "use a complete checkpoint of this architecture"
+    expectation = f"for model_type {family.model_type} with {layers} layers"
+    if missing:
+        raise checkpoint_error(f"{folder} lacks tensor {_first_of(missing)}, {expectation}", remedy)
+    if unknown:
+        raise checkpoint_error(f"{folder} has an unknown tensor {_first_of(unknown)}, {expectation}", remedy)
 
 
-def _check_shapes(family: Family, sizes: shapes.Sizes, found: Mapping[str, Entry]) -> None:
+def _first_of(names: Set[str]) -> str:
+    """The first name, and how many others there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
+
+
+def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Mapping[str, Entry]) -> None:
     """Every tensor has the shape that config.json gives it."""
-    named = vars(sizes) | {family.width_field: sizes.width}
-    for name, entry in found.items():
+    values = vars(sizes) | {family.width_field: sizes.width}
+    for name, entry in entries.items():
         match = IN_LAYER.match(name)
-        part, kind = (match["part"], match["kind"]) if match else name.removeprefix("model.").rsplit(".", 1)
+        if match:
+            part, kind = match["part"], match["kind"]
+        else:
+            part, kind = name.removeprefix("model.").rsplit(".", 1)
         shape, fields = shapes.expected(part, family, sizes)
-        shape = shape[:1] if kind == "bias" else shape
+        if kind == "bias":
+            shape = shape[:1]  # one number for each row of the weight
         if entry.shape != shape:
-            raise InputError(
-                f"model.path: tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
-                f"{list(shape)} by {', '.join(f'{field}={named[field]}' for field in fields)}; correct config.json, or "
-                "use a checkpoint with the same shapes in every layer"
+            settings = ", ".join(f"{field}={values[field]}" for field in fields)
+            raise checkpoint_error(
+                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
+                f"{list(shape)} by {settings}",
+                "correct config.json, or use a checkpoint with the same shapes in every layer",
             )
 
 
-def _check_dtypes(folder: Path, found: Mapping[str, Entry]) -> None:
+def _check_dtypes(folder: Path, entries: Mapping[str, Entry]) -> None:
     """All tensors have one floating-point dtype."""
-    dtypes = sorted({entry.dtype for entry in found.values()})
+    dtypes = sorted({entry.dtype for entry in entries.values()})
     if len(dtypes) > 1 or dtypes[0] not in FLOATS:
-        raise InputError(
-            f"model.path: {folder} holds {' and '.join(dtypes)} tensors; one of {', '.join(FLOATS)} for all of them is "
-            "needed: load it with from_pretrained(..., dtype=...), save it, and give that folder"
+        raise checkpoint_error(
+            f"{folder} holds {' and '.join(dtypes)} tensors; one of {', '.join(FLOATS)} for all of them is needed",
+            "load it with from_pretrained(..., dtype=...), save it, and give that folder",
         )
-
-
-def _more(names: set[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

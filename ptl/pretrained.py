@@ -13,6 +13,7 @@ from ptl import bounded_json
 from ptl.errors import InputError
 
 MODEL = "model.path"  # the field of the config that names the checkpoint
+MAX_REASON = 300  # characters of transformers' own message that an error quotes
 
 
 def config(folder: Path, field: str = MODEL) -> Any:
@@ -23,10 +24,9 @@ def config(folder: Path, field: str = MODEL) -> Any:
     try:
         return _load(AutoConfig.from_pretrained, folder, field)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
-        raise InputError(
-            f"{field}: transformers cannot read config.json in {folder} ({' '.join(str(error).split())[:300]}); "
-            "correct it, or fetch the checkpoint again"
-        ) from error
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        problem = f"transformers cannot read config.json in {folder} ({reason})"
+        raise InputError(problem, field=field, remedy="correct it, or fetch the checkpoint again") from error
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:
@@ -44,19 +44,22 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
 
 
 def _load(load: Callable[..., Any], folder: Path, field: str, **options: Any) -> Any:
+    """Call a from_pretrained; InputError where it fails because it would have to run the checkpoint's code."""
     try:
         return load(folder, trust_remote_code=False, **options)
     except ValueError as error:  # transformers has no error of its own for it
         for name in ("config.json", "tokenizer_config.json"):
             if _names_code(folder / name):
                 raise InputError(
-                    f"{field}: {folder} needs code of its own (auto_map in {name}), which is never run; use a "
-                    "checkpoint that transformers loads without trust_remote_code"
+                    f"{folder} needs code of its own (auto_map in {name}), which is never run",
+                    field=field,
+                    remedy="use a checkpoint that transformers loads without trust_remote_code",
                 ) from error
         raise
 
 
 def _names_code(path: Path) -> bool:
+    """Whether a JSON file of a checkpoint names Python classes in files beside it."""
     try:
         content = bounded_json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,35 +1,22 @@
-"""Closed-form repair after a cut: no training, only what the calibration text says about the cut layers."""
+"""Closed-form repair after pruning: no training, only what the calibration text says about the pruned layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ptl import safefile
-from ptl.errors import InputError
-from ptl.families import Family
-from ptl.importance import caught_inputs
-from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, cut_tensor
+from ptl.stream import LayerwiseModel, layers_in_turn, run_recording
+from ptl.surgery import Selection, prune_tensor
 
 
-def check(kind: str, family: Family) -> None:
-    """Raise InputError for a repair that the family's structure does not allow."""
-    if kind in ("magnitude", "both") and not family.writes:
-        raise InputError(
-            f"prune.repair={kind} is not possible for {family.model_type}: its layers read the hidden state without a "
-            "norm, so that it cannot be scaled; use off or ridge"
-        )
-
-
+@torch.no_grad()
 def ridge(
-    stream: LayerwiseModel, cut: Selection, strength: float, folder: Path, progress: bool = True
+    model: LayerwiseModel, selection: Selection, strength: float, folder: Path, progress: bool = True
 ) -> dict[str, Path]:
-    """Fit each cut down_proj to the output of the uncut one; returns a file for each new tensor, in `folder`.
+    """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
     min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
@@ -38,47 +25,56 @@ def ridge(
     norm divides it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    states, written = stream.embed(), {}
-    columns, norm = stream.family.columns, stream.family.post_norm
-    for i in tqdm(range(len(stream.layers)), desc="repairing down_proj, by layer", disable=not progress):
-        kept = cut.neurons.get(i)
-        with (
-            torch.no_grad(),
-            stream.layer(i) as layer,
-            caught_inputs(layer, columns) as inputs,
-            caught_inputs(layer, norm or columns) as outputs,
-        ):
-            moments: Tensor | None = None
-            for b, hidden in enumerate(states):
-                states[b] = stream.run(i, b, hidden)
-                tokens = stream.batches[b]["attention_mask"].bool()
-                rows, output = inputs.pop()[tokens].float(), outputs.pop()[tokens].float()  # [tokens, F], [tokens, H]
-                if norm:
-                    rows *= (output.square().mean(dim=1, keepdim=True) + stream.model.config.rms_norm_eps).rsqrt()
-                if kept is not None and i in cut.layers:
-                    moments = rows.t() @ rows if moments is None else moments.addmm_(rows.t(), rows)
-            if moments is not None and kept is not None:
-                weight = layer.get_parameter(f"{columns}.weight")
-                repaired = fit(weight.float(), moments, kept.to(weight.device), strength).to(weight.dtype)
-                name = f"model.layers.{i}.{columns}.weight"
-                written[name] = _keep(folder, name, repaired)
-    return written
+    down_projection = model.family.down_projection
+    repaired = {}
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "repairing down_proj, by layer", progress):
+        kept = selection.neurons.get(i)
+        if kept is None:
+            states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
+            continue
+        products: Tensor | None = None  # C: [F, F]
+        for b, hidden in enumerate(states):
+            states[b], rows = _activations(model, i, b, hidden)
+            if products is None:
+                products = rows.t() @ rows
+            else:
+                products.addmm_(rows.t(), rows)
+        assert products is not None, "no batches"
+        weight = layer.get_parameter(f"{down_projection}.weight")  # [H, F]
+        fitted = fit(weight.float(), products, kept.to(weight.device), strength)
+        name = f"model.layers.{i}.{down_projection}.weight"
+        repaired[name] = _save(model, folder, name, fitted)
+    return repaired
 
 
-def fit(weight: Tensor, moments: Tensor, kept: Tensor, strength: float) -> Tensor:
-    """W' [H, kept] for the weight [H, F] and the second moments [F, F] of its inputs; all float32."""
+def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states after layer i, and the inputs of its down_proj at the N non-padding tokens: float32 [N, F]."""
+    family = model.family
+    observed = family.post_norm or family.down_projection
+    after, activations, outputs = run_recording(model, i, b, hidden, family.down_projection, observed)
+    tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
+    rows = activations[tokens].float()
+    if family.post_norm:
+        mean_square = outputs[tokens].float().square().mean(dim=1, keepdim=True)  # [N, 1]
+        rows *= (mean_square + model.config.rms_norm_eps).rsqrt()
+    return after, rows
+
+
+def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tensor:
+    """W' [H, kept] for the weight [H, F] and the products C = X^T X [F, F] of its inputs; all float32."""
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
-    inner = moments[kept][:, kept]
-    penalty = strength * moments.diagonal().mean() + torch.finfo(torch.float32).tiny
+    penalty = strength * products.diagonal().mean() + torch.finfo(torch.float32).tiny
+    inner = products[kept][:, kept]  # C_KK
     inner.diagonal().add_(penalty)
-    target = moments[kept][:, removed] @ weight[:, removed].t()  # [kept, H]
+    target = products[kept][:, removed] @ weight[:, removed].t()  # [kept, H]
     factor = torch.linalg.cholesky(inner)
     return weight[:, kept] + torch.cholesky_solve(target, factor).t()
 
 
 def magnitude(
-    stream: LayerwiseModel, cut: Selection, repaired: dict[str, Path], folder: Path, progress: bool = True
+    model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], folder: Path, progress: bool = True
 ) -> dict[str, Path]:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
@@ -87,47 +83,62 @@ def magnitude(
     output stay as they are. `repaired` are tensors that were changed already; returns it with the scaled ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    growth = _growth(stream, set(range(len(stream.layers))) - set(cut.layers), progress)
-    scale, found = 1.0, dict(repaired)
-    for i in range(len(stream.layers)):
-        scale *= growth.get(i, 1.0)
-        if i not in cut.layers or scale == 1.0:
-            continue
-        for name in _writes(stream.entries, stream.family, i):
-            if name in repaired:
-                tensor = safefile.read(safefile.entries(repaired[name])[0])
-            else:
-                placed = cut_tensor(name, safefile.read(stream.entries[name]), stream.family, cut)
-                assert placed is not None
-                tensor = placed[1]
-            offset = stream.family.norm_offset if name.endswith("norm.weight") else 0.0
-            found[name] = _keep(folder, name, ((tensor.float() + offset) / scale - offset).to(tensor.dtype))
-    return found
+    growth = _growth(model, selection, progress)
+    scale = 1.0  # alpha of all layers removed so far
+    scaled = dict(repaired)
+    for i in range(len(model.layers)):
+        if i in growth:
+            scale *= growth[i]
+        elif scale != 1.0:
+            for name in _residual_outputs(model, i):
+                tensor = _current_value(model, selection, repaired, name)
+                # A norm multiplies by its weight plus the offset: the sum is what must be divided.
+                offset = model.family.norm_offset if name.endswith("norm.weight") else 0.0
+                smaller = (tensor.float() + offset) / scale - offset
+                scaled[name] = _save(model, folder, name, smaller)
+    return scaled
 
 
-def _growth(stream: LayerwiseModel, removed: set[int], progress: bool) -> dict[int, float]:
+def _current_value(model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], name: str) -> Tensor:
+    """A tensor as it will be in the pruned checkpoint."""
+    if name in repaired:
+        return safefile.read_single(repaired[name])
+    pruned = prune_tensor(name, safefile.read(model.entries[name]), model.family, selection)
+    assert pruned is not None, f"{name} is of a removed layer"
+    return pruned[1]
+
+
+@torch.no_grad()
+def _growth(model: LayerwiseModel, selection: Selection, progress: bool) -> dict[int, float]:
     """Mean over tokens of |hidden state after| / |before|, for each removed layer."""
-    states, found = stream.embed(), {}
-    for i in tqdm(range(len(stream.layers)), desc="measuring magnitudes, by layer", disable=not progress):
+    growth = {}
+    states = model.embed()  # [B, T, H] of each batch
+    for i, _ in layers_in_turn(model, "measuring magnitudes, by layer", progress):
         ratios = []
-        with torch.no_grad(), stream.layer(i):
-            for b, before in enumerate(states):
-                states[b] = stream.run(i, b, before)
-                ratio = states[b].float().norm(dim=-1) / before.float().norm(dim=-1)
-                ratios.append(ratio[stream.batches[b]["attention_mask"].bool()])
-        if i in removed:
-            found[i] = float(torch.cat(ratios).mean())
-    return found
+        for b, before in enumerate(states):
+            states[b] = model.run(i, b, before)
+            ratio = states[b].float().norm(dim=-1) / before.float().norm(dim=-1)  # [B, T]
+            tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
+            ratios.append(ratio[tokens])
+        if i not in selection.layers:
+            growth[i] = float(torch.cat(ratios).mean())
+    return growth
 
 
-def _writes(names: Iterable[str], family: Family, layer: int) -> list[str]:
+def _residual_outputs(model: LayerwiseModel, layer: int) -> list[str]:
     """The tensors through which a layer adds to the hidden state."""
-    wanted = {f"model.layers.{layer}.{part}.{kind}" for part in family.writes for kind in ("weight", "bias")}
-    return sorted(wanted & set(names))
+    names = []
+    for part in sorted(model.family.residual_outputs):
+        weight = f"model.layers.{layer}.{part}.weight"
+        bias = f"model.layers.{layer}.{part}.bias"
+        names += [name for name in (bias, weight) if name in model.entries]
+    return names
 
 
-def _keep(folder: Path, name: str, tensor: Tensor) -> Path:
+def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:
+    """A file with the new value of one tensor, in the checkpoint's dtype."""
     path = folder / f"{name}.safetensors"
-    dtype = next(key for key, value in safefile.dtypes().items() if value == tensor.dtype)
-    safefile.write(path, [(name, dtype, tuple(tensor.shape))], [tensor.cpu()])
+    dtype = model.entries[name].dtype
+    stored = tensor.to(safefile.dtypes()[dtype]).cpu()
+    safefile.write(path, [(name, dtype, tuple(stored.shape))], [stored])
     return path

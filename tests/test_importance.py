@@ -36,7 +36,7 @@ class ByHand:
     Layer i computes h + down_i(relu(h)[.., [0, 1, 1]]): neuron activations are (h0, h1, h1).
     """
 
-    family, device = Family("by_hand", rows=("rows",), columns="down"), torch.device("cpu")
+    family, device = Family("by_hand", up_projections=("rows",), down_projection="down"), torch.device("cpu")
     downs = (torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
 
@@ -108,7 +108,7 @@ def changes_by_removal(variant, stream):
     with torch.no_grad():
         for i in range(4):
             with stream.layer(i) as layer:
-                down = layer.get_submodule(stream.family.columns)
+                down = layer.get_submodule(stream.family.down_projection)
                 for b, hidden in enumerate(states):
                     states[b] = stream.run(i, b, hidden)
                     kept = stream.batches[b]["attention_mask"].bool()
