@@ -64,9 +64,7 @@ def main():
                         prune_checkpoint(
                             args.checkpoint, Path(folder), settings, calibration, unit=unit, goal=goal, seed=seed
                         )
-                        found[kind].append(
-                            losses(LayerwiseModel(Path(folder), family, test), [PrunedVariant()], progress=False)[0]
-                        )
+                        found[kind].append(losses(LayerwiseModel(Path(folder), family, test), [PrunedVariant()])[0])
             off = torch.stack(found["off"])  # [seeds, sequences]
             for kind in kinds:
                 values = torch.stack(found[kind])

@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ptl import checkpoint, shapes
 from ptl.checkpoint import checkpoint_error
 from ptl.errors import InputError
-from ptl.families import IN_LAYER, ROTARY, Family
+from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.safefile import FLOATS, Entry
 
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -37,7 +37,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     that cannot be pruned.
     """
     config = checkpoint.read_config(folder)
-    sizes = shapes.sizes(config, family, folder / "config.json")
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
     entries = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
     _check_names(folder, family, config, entries)
@@ -136,7 +136,7 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     return count
 
 
-def _check_names(folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+def _check_names(folder: Path, family: Family, config: ConfigJson, entries: Mapping[str, Entry]) -> None:
     """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
     layers = config[family.depth_field]
     in_layer = [f"{part}.weight" for part in family.parts]

@@ -172,7 +172,12 @@ def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
     """The index of a checkpoint with several shards."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file of a checkpoint, as transformers writes it."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_links(folder: Path) -> None:

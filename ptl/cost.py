@@ -34,7 +34,7 @@ def from_config(folder: Path) -> StaticCost:
     """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, folder / "config.json")
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
     _, product_params = shapes.count(config, family, sizes)
     query_width = sizes.num_attention_heads * sizes.head_dim
     key_width = sizes.num_key_value_heads * sizes.head_dim

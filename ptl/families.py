@@ -9,6 +9,7 @@ from typing import Any
 
 from ptl.errors import InputError
 
+ConfigJson = Mapping[str, Any]  # the content of a checkpoint's config.json
 # A tensor of a decoder layer, whatever precedes `layers.` (names in the optimizer state begin with `exp_avg.`)
 IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)$")
 ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # in old files; it is recomputed
@@ -54,7 +55,7 @@ class Family:
         """Every part of a layer."""
         return (*self.other_parts, *self.up_projections, self.down_projection)
 
-    def biased_parts(self, config: Mapping[str, Any]) -> list[str]:
+    def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
         biased: list[str] = []
         for field, parts in self.biases:
@@ -66,7 +67,7 @@ class Family:
         """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
         return part in self.up_projections or (part == self.down_projection and kind == "weight")
 
-    def is_tied(self, config: Mapping[str, Any]) -> bool:
+    def is_tied(self, config: ConfigJson) -> bool:
         """Whether the output layer is the embeddings."""
         return bool(config.get("tie_word_embeddings", self.tied))
 
@@ -136,7 +137,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermed
 MODALITIES = ("vision_config", "audio_config", "text_config")
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: ConfigJson) -> Family:
     """The record for a checkpoint's config.json. Raises InputError that lists what is supported."""
     model_type = config.get("model_type")
     supported = f"supported: {', '.join(sorted(FAMILIES))}"

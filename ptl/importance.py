@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptl.families import Family
-from ptl.stream import LayerwiseModel, layers_in_turn, run_recording
+from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations, sequences
 
 ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
 NeuronScores = list[Tensor]  # float32 [F] of each layer
@@ -33,7 +33,11 @@ def _mean(changes: Tensor, units: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _by_output_change(
-    model: LayerwiseModel, _seed: int, progress: bool, *, score: SequenceScore, join: str
+    model: LayerwiseModel,
+    _seed: int,
+    *,
+    score: SequenceScore,
+    join: str,  # of the sequences: "max" or "mean"
 ) -> NeuronScores:
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
@@ -41,59 +45,60 @@ def _by_output_change(
     is between down_proj and the residual stream: see `changes_after_norm`.
     """
     family = model.family
-    totals = [_JoinedScores(join) for _ in model.layers]
+    scores = []
     states = model.embed()  # [B, T, H] of each batch
-    for i, layer in layers_in_turn(model, "scoring neurons, by layer", progress):
+    for i, layer in layers_in_turn(model, "scoring neurons, by layer"):
         if family.post_norm:
-            change_of = changes_after_norm(layer, family, float(model.config.rms_norm_eps))
-            units = torch.ones((), device=model.device)  # the changes are lengths already
-            observed = family.post_norm
+            change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
+            units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
             change_of = _activations_alone
             units = column_norms(layer, family)  # [F]
-            observed = family.down_projection
+        total = _JoinedScores(join)
         for b, hidden in enumerate(states):
-            # [B, T, H], [B, T, F], and [B, T, H] where a norm follows
-            states[b], activations, outputs = run_recording(model, i, b, hidden, family.down_projection, observed)
-            for sequence, output, length in zip(activations, outputs, model.tokens(b), strict=True):
-                changes = change_of(sequence[:length], output[:length])  # [T, F], without padding
-                totals[i].add(score(changes, units))
-    return [total.result() for total in totals]
+            states[b], *observed = run_with_activations(model, i, b, hidden)
+            for sequence in sequences(model, b, *observed):
+                changes = change_of(*sequence)  # [T, F]
+                total.add(score(changes, units))
+        scores.append(total.result())
+    return scores
 
 
-def _activations_alone(activations: Tensor, _output: Tensor) -> Tensor:
-    """Where nothing follows down_proj, a neuron's change is its activation in units of its column's norm."""
+def _activations_alone(activations: Tensor) -> Tensor:
+    """Where no norm follows down_proj, a neuron's change is its activation in units of its column's norm."""
     return activations
 
 
 @torch.enable_grad()
-def _by_gradients(model: LayerwiseModel, _seed: int, progress: bool) -> NeuronScores:
+def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
 
     Runs backwards layer by layer, each forward pass done again. Memory: the hidden states of every layer, beside one
     layer: (layers + 1) x tokens x hidden size.
     """
-    inputs = _inputs_of_layers(model, progress)
+    inputs = _inputs_of_layers(model)
     gradients = _loss_gradients(model, inputs.pop())  # [B, T, H] of each batch
-    totals = [_JoinedScores("mean") for _ in model.layers]
-    for i, _ in layers_in_turn(model, "taylor, back", progress, backwards=True):
-        for b, hidden in enumerate(inputs.pop()):
-            hidden = hidden.detach().requires_grad_()
-            output, activations = run_recording(model, i, b, hidden, model.family.down_projection)
-            # Gradient by the layer's input, for the layer before it, and by the activations [B, T, F]
+    scores = []
+    for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
+        total = _JoinedScores("mean")
+        for b, states in enumerate(inputs.pop()):
+            hidden = states.detach().requires_grad_()  # [B, T, H]
+            output, activations, *_ = run_with_activations(model, i, b, hidden)
+            # By the layer's input, which is what the layer before it needs, and by the activations [B, T, F]
             gradients[b], slopes = torch.autograd.grad(output, (hidden, activations), gradients[b])
-            for values, slope, length in zip(activations.detach(), slopes, model.tokens(b), strict=True):
-                change = values[:length].float() * slope[:length].float()  # [T, F]
-                totals[i].add(change.sum(dim=0).abs())
-    return [total.result() for total in totals]
+            for value, slope in sequences(model, b, activations.detach(), slopes):
+                change = value.float() * slope.float()  # [T, F]
+                total.add(change.sum(dim=0).abs())
+        scores.append(total.result())
+    return scores[::-1]
 
 
 @torch.no_grad()
-def _inputs_of_layers(model: LayerwiseModel, progress: bool) -> list[list[Tensor]]:
+def _inputs_of_layers(model: LayerwiseModel) -> list[list[Tensor]]:
     """Hidden states [B, T, H] before each layer and after the last one, of each batch."""
     inputs = [model.embed()]
-    for i, _ in layers_in_turn(model, "taylor, forwards", progress):
-        outputs = [model.run(i, b, hidden) for b, hidden in enumerate(inputs[-1])]
+    for i, _ in layers_in_turn(model, "taylor, forwards"):
+        outputs = model.run_batches(i, inputs[-1])
         inputs.append(outputs)
     return inputs
 
@@ -103,7 +108,8 @@ def _loss_gradients(model: LayerwiseModel, last_states: list[Tensor]) -> list[Te
     gradients = []
     with model.head():
         for b, states in enumerate(last_states):
-            rows = []
+            # One sequence at a time: logits are as large as the vocabulary.
+            rows: list[Tensor] = []
             for row in range(len(states)):
                 hidden = states[row : row + 1].detach().requires_grad_()  # [1, T, H]
                 loss = model.loss(b, row, hidden)
@@ -113,28 +119,29 @@ def _loss_gradients(model: LayerwiseModel, last_states: list[Tensor]) -> list[Te
 
 
 @torch.no_grad()
-def _by_weights(model: LayerwiseModel, _seed: int, progress: bool) -> NeuronScores:
+def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """L2 norm of the neuron's weights; the data plays no part."""
     family = model.family
     scores = []
-    for _, layer in layers_in_turn(model, "scoring neurons, by layer", progress):
+    for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
         squares = column_norms(layer, family).pow(2)  # [F]
         for name in family.up_projections:
             weight = layer.get_parameter(f"{name}.weight").float()  # [fused_projections * F, H]
             row_squares = weight.pow(2).sum(dim=1)
-            squares = squares + row_squares.view(family.fused_projections, -1).sum(dim=0)
+            by_projection = row_squares.view(family.fused_projections, -1)
+            squares = squares + by_projection.sum(dim=0)
         scores.append(squares.sqrt().cpu())
     return scores
 
 
-def _random(model: LayerwiseModel, seed: int, _progress: bool) -> NeuronScores:
+def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
     """Uniform numbers: the control of every criterion."""
     generator = torch.Generator().manual_seed(seed)
     width = getattr(model.config, model.family.width_field)
     return [torch.rand(width, generator=generator) for _ in model.layers]
 
 
-CRITERIA: dict[str, Callable[[LayerwiseModel, int, bool], NeuronScores]] = {
+CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
     "max": partial(_by_output_change, score=_max, join="max"),
     "mean": partial(_by_output_change, score=_mean, join="mean"),
     "weight": _by_weights,
@@ -160,61 +167,69 @@ LAYER_CRITERIA: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-def neuron_scores(model: LayerwiseModel, criterion: str, seed: int, progress: bool = True) -> NeuronScores:
+def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
     """Score every neuron on the model's batches; returns float32 [F] per layer."""
-    return CRITERIA[criterion](model, seed, progress)
+    return CRITERIA[criterion](model, seed)
 
 
 @torch.no_grad()
-def layer_scores(model: LayerwiseModel, criterion: str, progress: bool = True) -> Tensor:
+def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
     """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
     change_of, join = LAYER_CRITERIA[criterion]
-    totals = [_JoinedScores(join) for _ in model.layers]
+    scores = []
     states = model.embed()  # [B, T, H] of each batch
-    for i, _ in layers_in_turn(model, f"scoring layers ({criterion})", progress):
+    for i, _ in layers_in_turn(model, f"scoring layers ({criterion})"):
+        total = _JoinedScores(join)
         for b, hidden in enumerate(states):
             states[b] = model.run(i, b, hidden)
-            for before, after, length in zip(hidden, states[b], model.tokens(b), strict=True):
-                changes = change_of(before[:length], after[:length])  # [T], without padding
-                totals[i].add(changes.mean()[None])
-    return torch.cat([total.result() for total in totals])
+            for before, after in sequences(model, b, hidden, states[b]):
+                changes = change_of(before, after)  # [T]
+                total.add(changes.mean())
+        scores.append(total.result())
+    return torch.stack(scores)
 
 
 def column_norms(layer: nn.Module, family: Family) -> Tensor:
     """Norm of each column of down_proj: float32 [F]."""
     weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
-    squares = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
+    width = weight.shape[1]
+    squares = torch.zeros(width, device=weight.device)
     for rows in weight.split(ROWS):
         squares += rows.float().square().sum(dim=0)
     return squares.sqrt_()
 
 
-def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Callable[[Tensor, Tensor], Tensor]:
+def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Callable[..., Tensor]:
     """How far each neuron's removal moves what the RMS norm after down_proj gives: exact, not to first order.
 
     Returns a function of the activations [T, F] and the MLP's output y [T, H]; its value is float32 [T, F]. With g the
     norm's gain, r the root mean square of y and s that of y - a w, the norm of g y / r - g (y - a w) / s is that of
     g (c y + a w / s) with c = 1/r - 1/s. Costs two more products as large as down_proj, and its weight in float32.
     """
-    weight = layer.get_parameter(f"{family.down_projection}.weight").float()  # [H, F]
-    gain = layer.get_parameter(f"{family.post_norm}.weight").float() + family.norm_offset  # [H]
-    squared_gain = gain.square()
-    mean_squares = weight.square().mean(dim=0)  # [F]: |w|^2 / H
-    gained = squared_gain @ weight.square()  # [F]: |g w|^2
+    w = layer.get_parameter(f"{family.down_projection}.weight").float()  # [H, F]
+    norm_weight = layer.get_parameter(f"{family.post_norm}.weight").float()  # [H]
+    g = norm_weight + family.norm_offset
+    g2 = g.square()
+    w2 = w.square()
+    hidden_size = len(g)
+    mean_w2 = w2.mean(dim=0)  # [F]: |w|^2 / H
+    gw2 = g2 @ w2  # [F]: |g w|^2
 
     def changes(activations: Tensor, output: Tensor) -> Tensor:
-        a = activations.float()
-        y = output.float()
-        mean_square = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]: r^2
-        products = y @ weight  # [T, F]: y . w
-        growth = a.square() * mean_squares - a * products * (2 / y.shape[1])  # [T, F]: s^2 - r^2
-        r = mean_square.sqrt()
-        s = (mean_square + growth).clamp(min=epsilon).sqrt()
-        c = growth / (r * s * (r + s))  # 1/r - 1/s would lose the digits of a small change
+        a = activations.float()  # [T, F]
+        y = output.float()  # [T, H]
+        r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
+        # s^2 - r^2: [T, F]
+        growth = a.square() * mean_w2 - a * (y @ w) * (2 / hidden_size)
+        r = r2.sqrt()
+        s = (r2 + growth).clamp(min=epsilon).sqrt()
+        # 1/r - 1/s would lose the digits of a small change.
+        c = growth / (r * s * (r + s))
         b = a / s
-        inner = (y * squared_gain) @ weight  # [T, F]: g y . g w
-        gained_output = (y * gain).square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
-        total = c.square() * gained_output + 2 * b * c * inner + b.square() * gained
+        # |g (c y + b w)|^2, multiplied out: [T, F]
+        gy2 = (y * g).square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
+        gygw = (y * g2) @ w  # g y . g w
+        total = c.square() * gy2 + 2 * b * c * gygw + b.square() * gw2
         return total.clamp(min=0).sqrt()
 
     return changes
@@ -241,8 +256,8 @@ class _JoinedScores:
 
     def add(self, scores: Tensor) -> None:
         """Take in the scores [units] of one sequence."""
-        scores = scores.detach().cpu()
         self.count += 1
+        scores = scores.detach().cpu()  # where all sequences' scores are joined
         if self.join == "mean":
             self.value = self.value + scores
         else:
@@ -250,4 +265,6 @@ class _JoinedScores:
 
     def result(self) -> Tensor:
         """The joined scores: float32 [units]."""
-        return self.value / self.count if self.join == "mean" else self.value
+        if self.join == "mean":
+            return self.value / self.count
+        return self.value

@@ -6,11 +6,12 @@ conversion/ folder of its converter (which fields of config.json reach the file)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ptl.families import MLP, QKV, QKVO
+from ptl import pretrained
+from ptl.families import MLP, QKV, QKVO, ConfigJson
 
 WINDOWED_EVERYWHERE = ("mistral", "phi3")  # transformers gives every layer the sliding window that config.json names
 
@@ -42,17 +43,14 @@ ARCHITECTURES = {
 }
 
 
-def differences(config: Mapping[str, Any], tied: bool, biases: Iterable[str]) -> list[str]:
+def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[str]:
     """Reasons why llama.cpp's answers would not be those of transformers; empty where they are the same.
 
     `config` is the content of config.json, `biases` the parts of a layer that have a bias in the weights.
     """
-    from transformers import AutoConfig
-
     model_type = config["model_type"]
     architecture = ARCHITECTURES[model_type]
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    effective = AutoConfig.for_model(model_type, **fields)  # with the defaults that config.json leaves out
+    effective = pretrained.config_with_defaults(config)
     reasons = [
         *_class_differences(config),
         *_window_differences(config, effective, architecture),
@@ -76,7 +74,7 @@ def differences(config: Mapping[str, Any], tied: bool, biases: Iterable[str]) ->
     return reasons
 
 
-def _class_differences(config: Mapping[str, Any]) -> list[str]:
+def _class_differences(config: ConfigJson) -> list[str]:
     """The converter goes by `architectures`, transformers by model_type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -87,7 +85,7 @@ def _class_differences(config: Mapping[str, Any]) -> list[str]:
     return [f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]']
 
 
-def _window_differences(config: Mapping[str, Any], effective: Any, architecture: Architecture) -> list[str]:
+def _window_differences(config: ConfigJson, effective: Any, architecture: Architecture) -> list[str]:
     """Windows and their pattern follow from the architecture, not from the file."""
     if architecture.full_every:
         return _pattern_differences(effective, architecture.full_every)

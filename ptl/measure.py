@@ -29,27 +29,31 @@ class _Group:
 
 
 @torch.no_grad()
-def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant], progress: bool = True) -> Tensor:
+def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant]) -> Tensor:
     """Mean loss of every sequence's answer tokens under every variant: float64 [variants, sequences].
 
     Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
     """
-    groups = [_Group(model.embed(), list(range(len(variants))))]
-    for i, layer in layers_in_turn(model, f"loss of {len(variants)} variants, by layer", progress):
+    count = len(variants)
+    groups = [_Group(model.embed(), list(range(count)))]
+    for i, layer in layers_in_turn(model, f"loss of {count} variants, by layer"):
         divided: list[_Group] = []
         for group in groups:
             divided += _advance(model, layer, i, group, variants)
         groups = divided
-    measured = torch.zeros(len(variants), model.num_sequences, dtype=torch.float64)
+    measured = torch.zeros(count, model.num_sequences, dtype=torch.float64)
     with model.head():
         for group in groups:
-            sequence_losses = list(_sequence_losses(model, group.states))
-            measured[group.members] = torch.tensor(sequence_losses, dtype=torch.float64)
+            measured[group.members] = _sequence_losses(model, group.states)  # the same for all members
     return measured
 
 
 def _advance(
-    model: LayerwiseModel, layer: nn.Module, i: int, group: _Group, variants: Sequence[PrunedVariant]
+    model: LayerwiseModel,
+    layer: nn.Module,
+    i: int,
+    group: _Group,
+    variants: Sequence[PrunedVariant],
 ) -> Iterator[_Group]:
     """The group after layer i, divided by what its members do in that layer."""
     members_by_change: dict[Hashable, list[int]] = {}
@@ -61,7 +65,7 @@ def _advance(
         states = group.states
         if i not in variant.skipped:
             with masked(layer, model.family.down_projection, variant.neurons.get(i)):
-                states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
+                states = model.run_batches(i, states)
         yield _Group(states, members)
 
 
@@ -82,7 +86,7 @@ def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Itera
 
     def mask(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         activations = inputs[0]  # [B, T, F]
-        keep = torch.zeros(activations.shape[-1], dtype=activations.dtype, device=activations.device)
+        keep = torch.zeros_like(activations[0, 0])  # [F]
         keep[kept.to(keep.device)] = 1
         return (activations * keep,)
 
@@ -93,9 +97,12 @@ def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Itera
         handle.remove()
 
 
-def _sequence_losses(model: LayerwiseModel, states: list[Tensor]) -> Iterator[float]:
-    """Mean loss of every sequence of all batches, from the last hidden states."""
+def _sequence_losses(model: LayerwiseModel, states: list[Tensor]) -> Tensor:
+    """Mean loss of every sequence of all batches, from the last hidden states: float64 [sequences]."""
+    means = []
     for b, hidden in enumerate(states):
+        # One sequence at a time: logits are as large as the vocabulary.
         for row, count in enumerate(model.predicted(b).tolist()):
             loss = model.loss(b, row, hidden[row : row + 1])
-            yield float(loss) / max(1, count)
+            means.append(float(loss) / max(1, count))
+    return torch.tensor(means, dtype=torch.float64)

@@ -5,7 +5,7 @@ transformers asks on the terminal where it needs such code (`auto_map` in a JSON
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ def config(folder: Path, field: str = MODEL) -> Any:
         reason = " ".join(str(error).split())[:MAX_REASON]
         problem = f"transformers cannot read config.json in {folder} ({reason})"
         raise InputError(problem, field=field, remedy="correct it, or fetch the checkpoint again") from error
+
+
+def config_with_defaults(content: Mapping[str, Any]) -> Any:
+    """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
+    from transformers import AutoConfig
+
+    fields = dict(content)
+    model_type = fields.pop("model_type")
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from ptl import safefile
-from ptl.stream import LayerwiseModel, layers_in_turn, run_recording
+from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations
 from ptl.surgery import Selection, prune_tensor
 
 
 @torch.no_grad()
-def ridge(
-    model: LayerwiseModel, selection: Selection, strength: float, folder: Path, progress: bool = True
-) -> dict[str, Path]:
+def ridge(model: LayerwiseModel, selection: Selection, strength: float, folder: Path) -> dict[str, Path]:
     """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
@@ -28,10 +26,10 @@ def ridge(
     down_projection = model.family.down_projection
     repaired = {}
     states = model.embed()  # [B, T, H] of each batch
-    for i, layer in layers_in_turn(model, "repairing down_proj, by layer", progress):
+    for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
         kept = selection.neurons.get(i)
         if kept is None:
-            states = [model.run(i, b, hidden) for b, hidden in enumerate(states)]
+            states = model.run_batches(i, states)
             continue
         products: Tensor | None = None  # C: [F, F]
         for b, hidden in enumerate(states):
@@ -50,32 +48,34 @@ def ridge(
 
 def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states after layer i, and the inputs of its down_proj at the N non-padding tokens: float32 [N, F]."""
-    family = model.family
-    observed = family.post_norm or family.down_projection
-    after, activations, outputs = run_recording(model, i, b, hidden, family.down_projection, observed)
+    after, activations, *mlp_outputs = run_with_activations(model, i, b, hidden)
     tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
     rows = activations[tokens].float()
-    if family.post_norm:
-        mean_square = outputs[tokens].float().square().mean(dim=1, keepdim=True)  # [N, 1]
+    # Only where a norm follows
+    for output in mlp_outputs:
+        squares = output[tokens].float().square()  # [N, H]
+        mean_square = squares.mean(dim=1, keepdim=True)
         rows *= (mean_square + model.config.rms_norm_eps).rsqrt()
     return after, rows
 
 
 def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tensor:
     """W' [H, kept] for the weight [H, F] and the products C = X^T X [F, F] of its inputs; all float32."""
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
     removed[kept] = False
-    penalty = strength * products.diagonal().mean() + torch.finfo(torch.float32).tiny
-    inner = products[kept][:, kept]  # C_KK
+    # Neurons that are never active give a C of zeros, and the penalty must not be zero.
+    smallest = torch.finfo(torch.float32).tiny
+    penalty = strength * products.diagonal().mean() + smallest
+    kept_products = products[kept]  # [kept, F]
+    inner = kept_products[:, kept]
     inner.diagonal().add_(penalty)
-    target = products[kept][:, removed] @ weight[:, removed].t()  # [kept, H]
+    target = kept_products[:, removed] @ weight[:, removed].t()  # [kept, H]
     factor = torch.linalg.cholesky(inner)
-    return weight[:, kept] + torch.cholesky_solve(target, factor).t()
+    correction = torch.cholesky_solve(target, factor)  # [kept, H]
+    return weight[:, kept] + correction.t()
 
 
-def magnitude(
-    model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], folder: Path, progress: bool = True
-) -> dict[str, Path]:
+def magnitude(model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], folder: Path) -> dict[str, Path]:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
     The paper scales everything before a removed layer by the ratio of norms alpha. Here what the layers after it add to
@@ -83,7 +83,7 @@ def magnitude(
     output stay as they are. `repaired` are tensors that were changed already; returns it with the scaled ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    growth = _growth(model, selection, progress)
+    growth = _growth(model, selection)
     scale = 1.0  # alpha of all layers removed so far
     scaled = dict(repaired)
     for i in range(len(model.layers)):
@@ -103,42 +103,46 @@ def _current_value(model: LayerwiseModel, selection: Selection, repaired: dict[s
     """A tensor as it will be in the pruned checkpoint."""
     if name in repaired:
         return safefile.read_single(repaired[name])
-    pruned = prune_tensor(name, safefile.read(model.entries[name]), model.family, selection)
+    source = safefile.read(model.entries[name])
+    pruned = prune_tensor(name, source, model.family, selection)
     assert pruned is not None, f"{name} is of a removed layer"
     return pruned[1]
 
 
 @torch.no_grad()
-def _growth(model: LayerwiseModel, selection: Selection, progress: bool) -> dict[int, float]:
+def _growth(model: LayerwiseModel, selection: Selection) -> dict[int, float]:
     """Mean over tokens of |hidden state after| / |before|, for each removed layer."""
     growth = {}
     states = model.embed()  # [B, T, H] of each batch
-    for i, _ in layers_in_turn(model, "measuring magnitudes, by layer", progress):
+    for i, _ in layers_in_turn(model, "measuring magnitudes, by layer"):
         ratios = []
         for b, before in enumerate(states):
             states[b] = model.run(i, b, before)
-            ratio = states[b].float().norm(dim=-1) / before.float().norm(dim=-1)  # [B, T]
-            tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
+            norm_before = before.float().norm(dim=-1)  # [B, T]
+            norm_after = states[b].float().norm(dim=-1)
+            tokens = model.batches[b]["attention_mask"].bool()
+            ratio = norm_after / norm_before
             ratios.append(ratio[tokens])
         if i not in selection.layers:
-            growth[i] = float(torch.cat(ratios).mean())
+            mean_ratio = torch.cat(ratios).mean()
+            growth[i] = float(mean_ratio)
     return growth
 
 
 def _residual_outputs(model: LayerwiseModel, layer: int) -> list[str]:
     """The tensors through which a layer adds to the hidden state."""
     names = []
-    for part in sorted(model.family.residual_outputs):
-        weight = f"model.layers.{layer}.{part}.weight"
-        bias = f"model.layers.{layer}.{part}.bias"
-        names += [name for name in (bias, weight) if name in model.entries]
-    return names
+    for part in model.family.residual_outputs:
+        prefix = f"model.layers.{layer}.{part}"
+        names += [f"{prefix}.weight", f"{prefix}.bias"]
+    return [name for name in names if name in model.entries]
 
 
 def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:
     """A file with the new value of one tensor, in the checkpoint's dtype."""
     path = folder / f"{name}.safetensors"
     dtype = model.entries[name].dtype
-    stored = tensor.to(safefile.dtypes()[dtype]).cpu()
-    safefile.write(path, [(name, dtype, tuple(stored.shape))], [stored])
+    stored = tensor.cpu().to(safefile.dtypes()[dtype])
+    spec = (name, dtype, tuple(stored.shape))
+    safefile.write(path, [spec], [stored])
     return path

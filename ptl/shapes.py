@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ptl.checkpoint import DTYPES, checkpoint_error
-from ptl.families import Family
+from ptl.families import ConfigJson, Family
 
 CORRECT = "correct it, or fetch the checkpoint again"
 MAX_SIZE = 1 << 31  # a model beyond it is a typing error
@@ -55,7 +53,7 @@ class Sizes:
     vocab_size: int
 
 
-def sizes(config: Mapping[str, Any], family: Family, source: Path | str) -> Sizes:
+def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     """Check a config and read its sizes. Raises InputError that names the field, its value and what is possible.
 
     `source` is the file, for the messages. What config.json leaves out has the default that transformers gives it.
@@ -132,7 +130,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], t
     return shape, fields
 
 
-def count(config: Mapping[str, Any], family: Family, dims: Sizes) -> tuple[int, int]:
+def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
     """Parameters of the model, and those among them that stand in products with a token: the output layer's too."""
     matrices = 0  # parameters of a layer's weights, used in products
     vectors = 0  # parameters of a layer's norms and biases
@@ -152,7 +150,7 @@ def count(config: Mapping[str, Any], family: Family, dims: Sizes) -> tuple[int, 
     return params, dims.layers * matrices + embeddings
 
 
-def _check_not_quantized(config: Mapping[str, Any], source: Path | str) -> None:
+def _check_not_quantized(config: ConfigJson, source: str) -> None:
     """transformers would load something else than the weights that are there."""
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -164,7 +162,7 @@ def _check_not_quantized(config: Mapping[str, Any], source: Path | str) -> None:
     )
 
 
-def _check_heads(checked: Sizes, source: Path | str) -> None:
+def _check_heads(checked: Sizes, source: str) -> None:
     """Hidden size and heads are multiples as attention needs them."""
     values = vars(checked)
     for divisor, total in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
@@ -175,7 +173,7 @@ def _check_heads(checked: Sizes, source: Path | str) -> None:
         raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
 
 
-def _check_layer_types(config: Mapping[str, Any], family: Family, layers: int, source: Path | str) -> None:
+def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
     """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
     for field in family.per_layer_fields:
         types = config.get(field)
@@ -218,7 +216,7 @@ def _is_activation(value: Any) -> bool:
 
 
 # Optional fields of config.json, which values they may have beside null, and the same in words
-OPTIONAL_FIELDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+OPTIONAL_FIELDS = (
     (POSITIVE_NUMBERS, _is_positive, "a number above 0"),
     (POSITIVE_INTEGERS, _is_positive_integer, "a whole number above 0"),
     (BOOLEANS, _is_boolean, "true or false"),
@@ -228,7 +226,7 @@ OPTIONAL_FIELDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] 
 )
 
 
-def _check_optional_fields(config: Mapping[str, Any], source: Path | str) -> None:
+def _check_optional_fields(config: ConfigJson, source: str) -> None:
     for fields, is_possible, possible in OPTIONAL_FIELDS:
         for field in fields:
             value = config.get(field)
@@ -236,7 +234,7 @@ def _check_optional_fields(config: Mapping[str, Any], source: Path | str) -> Non
                 raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
 
 
-def _check_padding(config: Mapping[str, Any], vocabulary: int, source: Path | str) -> None:
+def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
     """The embeddings are made with the padding token's number, which counts from the end where it is negative."""
     value = config.get("pad_token_id")
     if value is None:
@@ -248,7 +246,7 @@ def _check_padding(config: Mapping[str, Any], vocabulary: int, source: Path | st
         )
 
 
-def _check_rope(config: Mapping[str, Any], source: Path | str) -> None:
+def _check_rope(config: ConfigJson, source: str) -> None:
     """Rotary embeddings of a known kind with the parameters that it needs, for all layers or by kind of attention."""
     for field in ("rope_parameters", "rope_scaling"):
         value = config.get(field)
@@ -263,7 +261,7 @@ def _check_rope(config: Mapping[str, Any], source: Path | str) -> None:
                 _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
 
 
-def _check_rope_parameters(name: str, parameters: Any, source: Path | str) -> None:
+def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
     if not isinstance(parameters, dict):
         raise checkpoint_error(f"{source} has {name}={parameters!r}, which must be a JSON object", CORRECT)
     kind = parameters.get("rope_type", parameters.get("type", "default"))

@@ -35,20 +35,25 @@ class LayerwiseModel:
         from transformers import AutoModelForCausalLM
 
         self.family = family
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         self.entries = checkpoint.contents(folder)
         self.config = pretrained.config(folder)
-        dtype = safefile.dtypes()[self.entries["model.norm.weight"].dtype]
-        with init_empty_weights(include_buffers=False):  # buffers follow from the config and are not in the file
-            self.causal_lm: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
-        self.causal_lm.eval().requires_grad_(False)
-        self.decoder = self.causal_lm.get_decoder()
+        # All tensors of a checkpoint have one dtype: model_dimensions refuses others.
+        norm = self.entries["model.norm.weight"]
+        dtype = safefile.dtypes()[norm.dtype]
+        # Buffers follow from the config and are not in the files: they are made, on the CPU.
+        with init_empty_weights(include_buffers=False):
+            causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+        causal_lm.eval().requires_grad_(False)
+        for name, _ in list(causal_lm.named_buffers()):
+            set_module_tensor_to_device(causal_lm, name, self.device)
+        self.causal_lm = causal_lm
+        self.decoder = causal_lm.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
-        for name, _ in list(self.causal_lm.named_buffers()):
-            set_module_tensor_to_device(self.causal_lm, name, self.device)
         self.batches = [_on_device(batch, self.device) for batch in batches]
         # What the decoder gives each layer beside the hidden states, by batch; known once `embed` has run
-        self.layer_arguments: list[list[dict[str, Any]]] = [[] for _ in batches]
+        self.layer_arguments: dict[int, list[dict[str, Any]]] = {}
 
     def embed(self) -> list[Tensor]:
         """The hidden states before the first layer: [B, T, H] for each batch."""
@@ -71,8 +76,14 @@ class LayerwiseModel:
 
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, H] of a batch through a layer that is in memory."""
-        output = self.layers[index](hidden, **self.layer_arguments[batch][index])
+        arguments = self.layer_arguments[batch][index]
+        output = self.layers[index](hidden, **arguments)
+        # Layers of older families return a tuple.
         return output[0] if isinstance(output, tuple) else output
+
+    def run_batches(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states [B, T, H] of all batches through a layer that is in memory."""
+        return [self.run(index, batch, hidden) for batch, hidden in enumerate(states)]
 
     def tokens(self, batch: int) -> Tensor:
         """Non-padding tokens of each sequence: int64 [B]."""
@@ -80,7 +91,8 @@ class LayerwiseModel:
 
     def predicted(self, batch: int) -> Tensor:
         """Tokens of each sequence that count in `loss`: int64 [B]; the first token is predicted from nothing."""
-        return (self.batches[batch]["labels"][:, 1:] != IGNORED).sum(dim=1)
+        targets = self.batches[batch]["labels"][:, 1:]  # [B, T - 1]
+        return (targets != IGNORED).sum(dim=1)
 
     @property
     def num_sequences(self) -> int:
@@ -105,7 +117,9 @@ class LayerwiseModel:
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        sequence = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items()}
+        sequence = {}
+        for name, tensor in self.batches[batch].items():
+            sequence[name] = tensor[row : row + 1, :length]  # [1, length]
         with self._recording_layers(output=hidden[:, :length]):
             logits = self.causal_lm(**_inputs(sequence)).logits  # [1, length, vocabulary]
         predictions = logits[0, :-1].float()
@@ -140,7 +154,8 @@ class LayerwiseModel:
 
         for prefix, module in modules.items():
             for name in _parameter_names(module):
-                value = safefile.read(self.entries[f"{prefix}.{name}"])
+                entry = self.entries[f"{prefix}.{name}"]
+                value = safefile.read(entry)
                 # Emptying the GPU's cache after each tensor would cost more than reading it.
                 set_module_tensor_to_device(module, name, self.device, value, dtype=value.dtype, clear_cache=False)
         try:
@@ -152,34 +167,44 @@ class LayerwiseModel:
 
 
 def layers_in_turn(
-    model: LayerwiseModel, description: str, progress: bool, *, backwards: bool = False
+    model: LayerwiseModel, description: str, *, backwards: bool = False
 ) -> Iterator[tuple[int, nn.Module]]:
     """Number and module of one layer after the other, each with its weights only in its turn."""
     order = range(len(model.layers))
     if backwards:
         order = order[::-1]
-    for i in tqdm(order, desc=description, disable=not progress):
+    for i in tqdm(order, desc=description):
         with model.layer(i) as layer:
             yield i, layer
 
 
-def run_recording(model: LayerwiseModel, index: int, batch: int, hidden: Tensor, *parts: str) -> tuple[Tensor, ...]:
-    """The layer's output [B, T, H], and the input [B, T, ...] of each of these parts of the layer."""
-    inputs: dict[str, Tensor] = {}
-    handles = []
-    for part in parts:
+def run_with_activations(model: LayerwiseModel, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The layer's output [B, T, H], the activations of its neurons [B, T, F], and the output [B, T, H] of its MLP.
 
-        def record(_module: nn.Module, arguments: tuple[Any, ...], part: str = part) -> None:
-            inputs[part] = arguments[0]
+    The last is left out for families without a norm between down_proj and the residual stream.
+    """
+    parts = [model.family.down_projection]  # reads the activations
+    if model.family.post_norm:
+        parts.append(model.family.post_norm)  # reads the MLP's output
+    inputs: list[Tensor] = []
 
-        module = model.layers[index].get_submodule(part)
-        handles.append(module.register_forward_pre_hook(record))
+    def record(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0])
+
+    layer = model.layers[index]
+    handles = [layer.get_submodule(part).register_forward_pre_hook(record) for part in parts]
     try:
         output = model.run(index, batch, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    return (output, *(inputs[part] for part in parts))
+    return (output, *inputs)
+
+
+def sequences(model: LayerwiseModel, batch: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows [T, ...] of one sequence after the other in these tensors [B, T, ...], without its padding."""
+    for row, length in enumerate(model.tokens(batch)):
+        yield tuple(tensor[row, :length] for tensor in tensors)
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:

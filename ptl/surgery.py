@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import checkpoint, safefile
-from ptl.families import IN_LAYER, ROTARY, Family
+from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
+from ptl.pretrained import config_with_defaults
 from ptl.safefile import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -33,25 +33,30 @@ class _PrunedTensor:
     axis: int = 0  # along which it is pruned
     kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
 
-    def shape(self, source_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape(self, source_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the pruned tensor."""
-        if self.kept is None:
-            return source_shape
-        before, after = source_shape[: self.axis], source_shape[self.axis + 1 :]
-        return (*before, len(self.kept), *after)
+        shape = list(source_shape)
+        if self.kept is not None:
+            shape[self.axis] = len(self.kept)
+        return tuple(shape)
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
-        return source if self.kept is None else source.index_select(self.axis, self.kept)
+        if self.kept is None:
+            return source
+        return source.index_select(self.axis, self.kept)
 
 
 def prune_tensor(name: str, tensor: Tensor, family: Family, selection: Selection) -> tuple[str, Tensor] | None:
     """The tensor's new name and value, or None when its layer goes. Serves weights and their optimizer state alike."""
-    pruned = _pruned_tensor(name, tuple(tensor.shape), family, selection)
-    return None if pruned is None else (pruned.name, pruned.values(tensor))
+    pruned = _pruned_tensor(name, tensor.shape, family, selection)
+    if pruned is None:
+        return None
+    return pruned.name, pruned.values(tensor)
 
 
-def _pruned_tensor(name: str, shape: tuple[int, ...], family: Family, selection: Selection) -> _PrunedTensor | None:
+def _pruned_tensor(name: str, shape: Sequence[int], family: Family, selection: Selection) -> _PrunedTensor | None:
+    """What becomes of the tensor of this name and shape; None: it goes."""
     if ROTARY.match(name):
         return None
     match = IN_LAYER.match(name)
@@ -60,15 +65,17 @@ def _pruned_tensor(name: str, shape: tuple[int, ...], family: Family, selection:
     layer = int(match["layer"])
     if layer not in selection.layers:
         return None
-    # Layers are numbered without gaps.
+    # The layers that stay are numbered anew, without gaps.
+    number = selection.layers.index(layer)
     part, kind = match["part"], match["kind"]
-    new_name = f"{match['prefix']}{selection.layers.index(layer)}.{part}.{kind}"
+    new_name = f"{match['prefix']}{number}.{part}.{kind}"
     kept = selection.neurons.get(layer)
     if kept is None or not family.has_neurons(part, kind):
         return _PrunedTensor(new_name)
-    if part == family.down_projection:
+    if part == family.down_projection:  # [hidden, intermediate]
         return _PrunedTensor(new_name, axis=1, kept=kept)
-    return _PrunedTensor(new_name, axis=0, kept=_rows(kept, shape[0], family.fused_projections))
+    rows = _rows(kept, shape[0], family.fused_projections)
+    return _PrunedTensor(new_name, axis=0, kept=rows)
 
 
 def _rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
@@ -80,7 +87,7 @@ def _rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
     return (kept + starts[:, None]).flatten()  # [fused_projections * kept]
 
 
-def prune_config(config: dict[str, Any], family: Family, selection: Selection) -> dict[str, Any]:
+def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
     """The config of the pruned model, with no field that the family does not have already."""
     pruned = dict(config)
     depth = config[family.depth_field]
@@ -88,7 +95,8 @@ def prune_config(config: dict[str, Any], family: Family, selection: Selection) -
     for field in family.per_layer_fields:
         entries = config.get(field)
         if entries is None and len(selection.layers) < depth:
-            entries = _transformers_default(config, field)  # what follows from a layer's number stays with the layer
+            # What transformers would derive from a layer's number must stay with the layer.
+            entries = getattr(config_with_defaults(config), field, None)
         if isinstance(entries, list):
             pruned[field] = [entries[layer] for layer in selection.layers]
         else:
@@ -96,21 +104,15 @@ def prune_config(config: dict[str, Any], family: Family, selection: Selection) -
     for field in family.prefix_fields:
         leading = config.get(field)
         if isinstance(leading, int):
-            beyond = max(0, leading - depth)  # a count above the depth means all layers, and must stay above it
-            pruned[field] = sum(layer < leading for layer in selection.layers) + beyond
+            # A count above the depth means all layers, and must stay above it.
+            beyond = max(0, leading - depth)
+            leading_kept = sum(layer < leading for layer in selection.layers)
+            pruned[field] = leading_kept + beyond
     if selection.neurons:
         widths = {len(kept) for kept in selection.neurons.values()}
         assert len(widths) == 1, f"widths differ between layers: {sorted(widths)}"
         pruned[family.width_field] = widths.pop()
     return pruned
-
-
-def _transformers_default(config: Mapping[str, Any], field: str) -> Any:
-    """The value that transformers gives a field that config.json leaves out."""
-    from transformers import AutoConfig
-
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    return getattr(AutoConfig.for_model(config["model_type"], **fields), field, None)
 
 
 def write_pruned(
@@ -134,7 +136,7 @@ def write_pruned(
     if state.is_file():
         _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
     config = prune_config(checkpoint.read_config(src), family, selection)
-    (dst / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    checkpoint.write_json(dst / "config.json", config)
     checkpoint.copy_companions(src, dst)
 
 

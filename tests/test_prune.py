@@ -204,7 +204,7 @@ def test_measured_losses_are_those_of_the_cut_checkpoints(variant, tmp_path):
         PrunedVariant(neurons=kept),
     ]
     variants.append(PrunedVariant(frozenset({3}), {i: kept[i] for i in (0, 1, 2)}))
-    found = losses(LayerwiseModel(source, family, data), variants, progress=False)
+    found = losses(LayerwiseModel(source, family, data), variants)
     assert found.shape == (5, 5)
     for number, one in enumerate(variants):
         folder = tmp_path / str(number)
@@ -221,7 +221,7 @@ def test_measured_losses_are_those_of_the_cut_checkpoints(variant, tmp_path):
 def chosen(source, calibration, tmp_path, monkeypatch, layer_costs, neuron_cost, share):
     """The chooser with a mock in place of the measurement: each layer has a cost, and so have all neuron cuts."""
 
-    def mock_losses(_stream, variants, progress=True):
+    def mock_losses(_stream, variants):
         rows = [sum(layer_costs[i] for i in v.skipped) + (neuron_cost if v.neurons else 0) for v in variants]
         return torch.tensor(rows)[:, None]
 
@@ -286,9 +286,9 @@ def test_ridge_is_the_least_squares_solution():
 def test_ridge_brings_each_layer_nearer_to_the_uncut_one(variant, tmp_path):
     source, family = save(build(variant), tmp_path / "source"), FAMILIES[VARIANTS[variant][0]]
     stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
-    scores = neuron_scores(stream, "max", 0, progress=False)
+    scores = neuron_scores(stream, "max", 0)
     selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
-    files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
+    files = ridge(stream, selected, 1e-3, tmp_path / "repair")
     assert sorted(files) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
     write_pruned(source, tmp_path / "cut", family, selected, files)
     write_pruned(source, tmp_path / "plain", family, selected)
@@ -316,9 +316,9 @@ def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
         model.model.embed_tokens.weight[3:12] *= 20
     source = save(model, tmp_path / "source")
     stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
-    scores = neuron_scores(stream, "max", 0, progress=False)
+    scores = neuron_scores(stream, "max", 0)
     selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
-    files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
+    files = ridge(stream, selected, 1e-3, tmp_path / "repair")
     states = []
     for name, repaired in (("repaired", files), ("plain", None)):
         write_pruned(source, tmp_path / name, family, selected, repaired)
@@ -336,7 +336,7 @@ def test_magnitude_equals_a_scaled_hidden_state(variant, tmp_path):
     model, family = build(variant), FAMILIES[VARIANTS[variant][0]]
     source = save(model, tmp_path / "source")
     stream, selected = LayerwiseModel(source, family, batches()), Selection((0, 3), {})
-    files = magnitude(stream, selected, {}, tmp_path / "repair", progress=False)
+    files = magnitude(stream, selected, {}, tmp_path / "repair")
     assert files and all(name.startswith("model.layers.3.") for name in files)
     write_pruned(source, tmp_path / "cut", family, selected, files)
     growths = [_growth_of(model, i) for i in (1, 2)]
