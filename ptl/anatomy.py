@@ -15,6 +15,7 @@ from ptl.errors import InputError
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.safefile import FLOATS, Entry
 
+Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
 MIN_STEPS = 8  # a multiple is taken by default where the width holds at least as many of it
 
@@ -39,7 +40,9 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     config = checkpoint.read_config(folder)
     sizes = shapes.sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
-    entries = {name: entry for name, entry in checkpoint.contents(folder).items() if not ROTARY.match(name)}
+    # Rotary buffers of old files are neither parameters nor read.
+    contents = checkpoint.contents(folder)
+    entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
     _check_names(folder, family, config, entries)
     _check_shapes(family, sizes, entries)
     _check_dtypes(folder, entries)
@@ -47,6 +50,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     if tied:
         checkpoint.check_tied(entries)
 
+    # A neuron has a row or a column in several tensors of every layer.
     params_by_layer = [0] * sizes.layers
     params_per_neuron = 0
     for name, entry in entries.items():
@@ -66,7 +70,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     )
 
 
-def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
+def resolve_multiple(width: int, multiple: Multiple, tensor_parallel: int = 1) -> int:
     """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
 
     Raises InputError when the ranks do not divide the width.
@@ -87,7 +91,12 @@ def resolve_multiple(width: int, multiple: int | Literal["auto"], tensor_paralle
     return tensor_parallel
 
 
-def width_for(dimensions: ModelDimensions, goal: int, multiple: int | Literal["auto"], tensor_parallel: int = 1) -> int:
+def width_for(
+    dimensions: ModelDimensions,
+    goal: int,  # parameters
+    multiple: Multiple,
+    tensor_parallel: int = 1,
+) -> int:
     """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
 
     Raises InputError when fewer neurons than one multiple would be left.
@@ -96,13 +105,15 @@ def width_for(dimensions: ModelDimensions, goal: int, multiple: int | Literal["a
         return dimensions.width
     step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
     per_neuron = dimensions.params_per_neuron
-    width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
+    excess = dimensions.params - goal
+    width = dimensions.width - math.ceil(excess / per_neuron)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron
         least = without_ffn + step * per_neuron
         raise InputError(
-            f"{goal:,} parameters cannot be reached by neurons: all but the FFNs are {without_ffn:,}, and "
+            f"{goal:,} parameters cannot be reached by neurons: "
+            f"all but the FFNs are {without_ffn:,}, and "
             f"prune.width_multiple={step} needs at least {least:,}",
             field="schedule.target",
             remedy="lower schedule.target or prune.width_multiple",
@@ -111,7 +122,9 @@ def width_for(dimensions: ModelDimensions, goal: int, multiple: int | Literal["a
 
 
 def smallest_cuts(
-    dimensions: ModelDimensions, multiple: int | Literal["auto"], tensor_parallel: int = 1
+    dimensions: ModelDimensions,
+    multiple: Multiple,
+    tensor_parallel: int = 1,
 ) -> dict[str, int]:
     """Parameters that the smallest step of `neurons` or `layers` removes; a unit that cannot shrink is left out."""
     smallest: dict[str, int] = {}
@@ -136,36 +149,48 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     return count
 
 
-def _check_names(folder: Path, family: Family, config: ConfigJson, entries: Mapping[str, Entry]) -> None:
+def _check_names(
+    folder: Path,
+    family: Family,
+    config: ConfigJson,
+    entries: Mapping[str, Entry],
+) -> None:
     """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
     layers = config[family.depth_field]
     in_layer = [f"{part}.weight" for part in family.parts]
     in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
     required = {"model.embed_tokens.weight", "model.norm.weight"}
     for i in range(layers):
-        required.update(f"model.layers.{i}.{name}" for name in in_layer)
+        prefix = f"model.layers.{i}"
+        required.update(f"{prefix}.{name}" for name in in_layer)
     allowed = required | {"lm_head.weight"}  # a tied one may be stored
     if not family.is_tied(config):
         required = allowed
 
     missing = required - entries.keys()
     unknown = entries.keys() - allowed
-    remedy = "use a complete checkpoint of this architecture"
-    expectation = f"for model_type {family.model_type} with {layers} layers"
     if missing:
-        raise checkpoint_error(f"{folder} lacks tensor {_first_of(missing)}, {expectation}", remedy)
-    if unknown:
-        raise checkpoint_error(f"{folder} has an unknown tensor {_first_of(unknown)}, {expectation}", remedy)
+        problem = f"lacks tensor {_first_of(missing)}"
+    elif unknown:
+        problem = f"has an unknown tensor {_first_of(unknown)}"
+    else:
+        return
+    raise checkpoint_error(
+        f"{folder} {problem}, for model_type {family.model_type} with {layers} layers",
+        "use a complete checkpoint of this architecture",
+    )
 
 
 def _first_of(names: Set[str]) -> str:
     """The first name, and how many others there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{min(names)}{more}"
+    first = min(names)
+    others = len(names) - 1
+    return f"{first} and {others} more" if others else first
 
 
 def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Mapping[str, Entry]) -> None:
     """Every tensor has the shape that config.json gives it."""
+    # The width has its own name in config.json; the fields of Sizes are named as there.
     values = vars(sizes) | {family.width_field: sizes.width}
     for name, entry in entries.items():
         match = IN_LAYER.match(name)
@@ -179,8 +204,8 @@ def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Mapping[str, Ent
         if entry.shape != shape:
             settings = ", ".join(f"{field}={values[field]}" for field in fields)
             raise checkpoint_error(
-                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
-                f"{list(shape)} by {settings}",
+                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
+                f"and config.json gives it {list(shape)} by {settings}",
                 "correct config.json, or use a checkpoint with the same shapes in every layer",
             )
 
@@ -189,7 +214,9 @@ def _check_dtypes(folder: Path, entries: Mapping[str, Entry]) -> None:
     """All tensors have one floating-point dtype."""
     dtypes = sorted({entry.dtype for entry in entries.values()})
     if len(dtypes) > 1 or dtypes[0] not in FLOATS:
+        stored = " and ".join(dtypes)
+        possible = ", ".join(FLOATS)
         raise checkpoint_error(
-            f"{folder} holds {' and '.join(dtypes)} tensors; one of {', '.join(FLOATS)} for all of them is needed",
+            f"{folder} holds {stored} tensors; one of {possible} for all of them is needed",
             "load it with from_pretrained(..., dtype=...), save it, and give that folder",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,13 +19,16 @@ from ptl.safefile import ITEM_BYTES, Entry
 if TYPE_CHECKING:
     import torch
 
+# Names that transformers looks for in a folder
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
+# Suffixes of files that can run code when they are read
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Any one of them is a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 MAX_NAMED_PICKLES = 3  # in an error
 
@@ -37,6 +41,7 @@ def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint. Raises InputError when it is missing or no JSON object."""
     path = folder / "config.json"
+    # A wrong path and a folder of something else are different mistakes.
     if not folder.is_dir():
         raise checkpoint_error(f"no folder {folder}", "give a checkpoint folder or a hub id")
     if not path.is_file():
@@ -76,9 +81,10 @@ def _single_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
     if weights.is_file():
         return weights
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
     if pickles:
-        names = ", ".join(pickles[:MAX_NAMED_PICKLES])
+        examples = sorted(pickles)[:MAX_NAMED_PICKLES]
+        names = ", ".join(examples)
         raise checkpoint_error(
             f"{folder} has only pickled weights ({names}), which can run code when read",
             "convert it: load it once with transformers and save_pretrained(..., safe_serialization=True)",
@@ -96,8 +102,10 @@ def contents(folder: Path) -> dict[str, Entry]:
             entries[entry.name] = entry
     # transformers reads by the index alone: a tensor that it locates wrongly would be made up.
     for name, file in _weight_map(folder).items():
-        if name not in entries or entries[name].path.name != file:
-            raise checkpoint_error(f"{folder / INDEX} says that {file} holds {name}, and it does not")
+        entry_of_name = entries.get(name)
+        if not entry_of_name or entry_of_name.path.name != file:
+            index = folder / INDEX
+            raise checkpoint_error(f"{index} says that {file} holds {name}, and it does not")
     return entries
 
 
@@ -117,7 +125,8 @@ def itemsize(folder: Path) -> int:
     # A folder of which only config.json was downloaded has no weights to ask.
     if not any(folder.glob("*.safetensors")):
         return DTYPES["bfloat16"]
-    return max(ITEM_BYTES[entry.dtype] for entry in contents(folder).values())
+    dtypes = {entry.dtype for entry in contents(folder).values()}
+    return max(ITEM_BYTES[dtype] for dtype in dtypes)
 
 
 def count_params(entries: Mapping[str, Entry], tied: bool) -> int:
@@ -136,8 +145,10 @@ def check_tied(entries: Mapping[str, Entry]) -> None:
     embeddings = entries.get("model.embed_tokens.weight")
     if output is None or embeddings is None:
         return
-    blocks = zip(safefile.blocks(output), safefile.blocks(embeddings), strict=True)
-    if any(output_block != embedding_block for output_block, embedding_block in blocks):
+    # Chunk by chunk: an output layer may be as large as the memory.
+    output_chunks = safefile.chunks(output)
+    embedding_chunks = safefile.chunks(embeddings)
+    if not all(map(operator.eq, output_chunks, embedding_chunks)):
         raise checkpoint_error(
             f"{output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but config.json "
             "ties them",
@@ -171,7 +182,10 @@ def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
     """The index of a checkpoint with several shards."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": total_size},  # bytes
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     write_json(folder / INDEX, index)
 
 
@@ -218,8 +232,9 @@ def copy_companions(src: Path, dst: Path) -> None:
 def check_tokenizer(folder: Path) -> None:
     """Raise InputError when a checkpoint has no tokenizer files."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
+        names = ", ".join(TOKENIZERS)
         raise checkpoint_error(
-            f"{folder} has no tokenizer ({', '.join(TOKENIZERS)})",
+            f"{folder} has no tokenizer ({names})",
             "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
         )
 
@@ -228,7 +243,8 @@ def check_finite(paths: Iterable[Path]) -> None:
     """Raise InputError that names the first tensor with NaN or infinite values."""
     for path in paths:
         for name, tensor in tensors(path):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            # Integers are always finite, and some kinds cannot be asked.
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 problem = f"tensor {name} in {path} holds NaN or infinite values"
                 raise checkpoint_error(problem, "use a sound checkpoint")
 

@@ -20,11 +20,11 @@ from ptl.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes that are read at once
 LENGTH_BYTES = 8  # of the header's length, little-endian; tensors begin at a multiple of it
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Each dtype of the format: its name in torch, and the bytes of a number
-DTYPES = {
+FORMAT_DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -38,7 +38,8 @@ DTYPES = {
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
 }
-ITEM_BYTES = {name: size for name, (_, size) in DTYPES.items()}
+ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
+TensorSpec = tuple[str, str, tuple[int, ...]]  # name, dtype and shape
 FLOATS = ("F64", "F32", "F16", "BF16")  # what can be pruned
 
 
@@ -55,7 +56,12 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes of the tensor."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return num_bytes(self.shape, self.dtype)
+
+
+def num_bytes(shape: Iterable[int], dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def entries(path: Path) -> list[Entry]:
@@ -77,6 +83,7 @@ def _read_header(path: Path) -> list[Entry]:
     header.pop("__metadata__", None)
     data_start = LENGTH_BYTES + length
     tensors = [_entry(path, name, fields, data_start) for name, fields in header.items()]
+    # By offset; an empty tensor begins where the next one does.
     tensors.sort(key=lambda entry: (entry.start, entry.size))
     position = data_start
     for entry in tensors:
@@ -102,7 +109,8 @@ def read(entry: Entry) -> Tensor:
             if not count:
                 raise _damaged(entry.path, "it ends early")
             done += count
-    return raw.view(dtypes()[entry.dtype]).reshape(entry.shape)
+    dtype = dtypes()[entry.dtype]
+    return raw.view(dtype).reshape(entry.shape)
 
 
 def read_single(path: Path) -> Tensor:
@@ -110,15 +118,16 @@ def read_single(path: Path) -> Tensor:
     return read(entries(path)[0])
 
 
-def blocks(entry: Entry) -> Iterator[bytes]:
+def chunks(entry: Entry) -> Iterator[bytes]:
     """The bytes of a tensor, 1 MiB at a time."""
     with entry.path.open("rb") as file:
         file.seek(entry.start)
-        for done in range(0, entry.size, BLOCK):
-            yield file.read(min(BLOCK, entry.size - done))
+        for done in range(0, entry.size, CHUNK):
+            rest = entry.size - done
+            yield file.read(min(CHUNK, rest))
 
 
-def write(path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]], tensors: Iterable[Tensor]) -> None:
+def write(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
 
@@ -128,18 +137,22 @@ def write(path: Path, specs: Iterable[tuple[str, str, tuple[int, ...]]], tensors
         file.write(_header(specs))
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
             assert tensor.dtype == known_dtypes[dtype], f"{tensor.dtype} is not {dtype}"
-            assert tuple(tensor.shape) == tuple(shape), f"{tensor.shape} is not {shape}"
-            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-            file.write(_memory(raw))
+            assert tensor.shape == shape, f"{tensor.shape} is not {shape}"
+            flat = tensor.contiguous().reshape(-1)
+            file.write(_memory(flat.view(torch.uint8)))
 
 
-def _header(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def _header(specs: Iterable[TensorSpec]) -> bytes:
     """Length and JSON that precede the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in specs:
-        end = position + math.prod(shape) * ITEM_BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        end = position + num_bytes(shape, dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, end],  # from the end of the header
+        }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)  # padding up to where the tensors begin
@@ -154,11 +167,13 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> En
     if dtype not in ITEM_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype!r}, which is not known here")
     # The header is a stranger's: true, 2.0 and -2 are JSON numbers that Python would calculate with.
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"tensor {name} has sizes that are no whole numbers")
     entry = Entry(path, name, dtype, tuple(shape), data_start + begin)
-    if end - begin != entry.size:
-        raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {entry.size}")
+    size = end - begin
+    if size != entry.size:
+        raise ValueError(f"tensor {name} has {size} bytes, its shape {entry.size}")
     return entry
 
 
@@ -176,4 +191,4 @@ def dtypes() -> dict[str, Any]:
     """torch's dtype of each dtype of the format."""
     import torch
 
-    return {name: getattr(torch, torch_name) for name, (torch_name, _) in DTYPES.items()}
+    return {name: getattr(torch, torch_name) for name, (torch_name, _) in FORMAT_DTYPES.items()}

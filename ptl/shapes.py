@@ -26,8 +26,10 @@ ACTIVATIONS = (
     *("silu", "swish", "relu", "relu2", "relu6", "leaky_relu", "mish", "laplace", "hardswish"),
     *("sigmoid", "tanh", "linear"),
 )
+Fields = tuple[str, ...]  # of config.json
+Length = tuple[int, Fields]  # of a dimension, and the fields that give it
 # Kinds of rotary embeddings and the parameters that each needs
-ROPES: dict[str, tuple[str, ...]] = {
+ROPES: dict[str, Fields] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -36,8 +38,6 @@ ROPES: dict[str, tuple[str, ...]] = {
     "su": ("short_factor", "long_factor"),  # an old name of longrope
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-
-Length = tuple[int, tuple[str, ...]]  # of a dimension, and the config's fields that give it
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     _check_not_quantized(config, source)
     defaults = dict(family.defaults)
 
-    def size(field: str, derived: int | None = None, most: int = MAX_SIZE) -> int:
+    def size(field: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
         """The family's default where the field is missing, `derived` where it is null."""
         value = config.get(field, defaults.get(field))
         if value is None:
             value = derived
         if value is None:
             raise checkpoint_error(f"{source} lacks {field}")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise checkpoint_error(f"{source} has {field}={value!r}, which must be a whole number from 1 to {most:,}")
+        # true is an int in Python.
+        if type(value) is not int or not 0 < value <= largest:
+            possible = f"a whole number from 1 to {largest:,}"
+            raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}")
         return value
 
     hidden = size("hidden_size")
@@ -80,7 +82,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
         num_key_value_heads=size("num_key_value_heads", derived=heads),
         head_dim=size("head_dim", derived=hidden // heads),
         width=size(family.width_field),
-        layers=size(family.depth_field, most=MAX_LAYERS),
+        layers=size(family.depth_field, largest=MAX_LAYERS),
         vocab_size=size("vocab_size"),
     )
     _check_heads(checked, source)
@@ -91,7 +93,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     return checked
 
 
-def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], Fields]:
     """The shape of a tensor's weight, and the config's fields that it follows from.
 
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
@@ -103,11 +105,14 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], t
     hidden = (dims.hidden_size, ("hidden_size",))
     queries = (query_width, ("num_attention_heads", "head_dim"))
     keys = (key_width, ("num_key_value_heads", "head_dim"))
-    fused_qkv = (query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    qkv_width = query_width + 2 * key_width
+    fused_qkv = (qkv_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
     neurons = (dims.width, (family.width_field,))
-    fused_neurons = (family.fused_projections * dims.width, (family.width_field,))
+    fused_width = family.fused_projections * dims.width
+    fused_neurons = (fused_width, (family.width_field,))
     vocabulary = (dims.vocab_size, ("vocab_size",))
 
+    # Dimensions of the parts, by the last piece of their names
     layouts: dict[str, tuple[Length, ...]] = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),
@@ -125,8 +130,11 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], t
         layout = (fused_neurons, hidden)
     elif part == family.down_projection:
         layout = (hidden, neurons)
-    shape = tuple(length for length, _ in layout)
-    fields = tuple(field for _, length_fields in layout for field in length_fields)
+    shape: tuple[int, ...] = ()
+    fields: Fields = ()
+    for length, length_fields in layout:
+        shape += (length,)
+        fields += length_fields
     return shape, fields
 
 
@@ -144,10 +152,12 @@ def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
         shape, _ = expected(part, family, dims)
         vectors += shape[0]
     embeddings = dims.vocab_size * dims.hidden_size
-    outer = embeddings if family.is_tied(config) else 2 * embeddings
+    products = dims.layers * matrices + embeddings  # the output layer is as large as the embeddings
     last_norm = dims.hidden_size
-    params = dims.layers * (matrices + vectors) + outer + last_norm
-    return params, dims.layers * matrices + embeddings
+    params = products + dims.layers * vectors + last_norm
+    if not family.is_tied(config):
+        params += embeddings
+    return params, products
 
 
 def _check_not_quantized(config: ConfigJson, source: str) -> None:
@@ -155,7 +165,9 @@ def _check_not_quantized(config: ConfigJson, source: str) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
     raise checkpoint_error(
         f"{source} has a quantization_config ({method}), and only float weights can be pruned",
         "where the weights are float, remove that field, else dequantize the model and save it",
@@ -164,11 +176,16 @@ def _check_not_quantized(config: ConfigJson, source: str) -> None:
 
 def _check_heads(checked: Sizes, source: str) -> None:
     """Hidden size and heads are multiples as attention needs them."""
-    values = vars(checked)
-    for divisor, total in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-        if values[total] % values[divisor]:
-            relation = f"{total}={values[total]} is no multiple of {divisor}={values[divisor]}"
-            raise checkpoint_error(f"in {source} {relation}")
+    hidden = checked.hidden_size
+    heads = checked.num_attention_heads
+    key_value_heads = checked.num_key_value_heads
+    relation = ""
+    if hidden % heads:
+        relation = f"hidden_size={hidden} is no multiple of num_attention_heads={heads}"
+    elif heads % key_value_heads:
+        relation = f"num_attention_heads={heads} is no multiple of num_key_value_heads={key_value_heads}"
+    if relation:
+        raise checkpoint_error(f"in {source} {relation}")
     if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
         raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
 
@@ -180,15 +197,16 @@ def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: 
         if types is None:
             continue
         complete = isinstance(types, list) and len(types) == layers
-        if not complete or any(layer_type not in LAYER_TYPES for layer_type in types):
+        if not complete or not all(layer_type in LAYER_TYPES for layer_type in types):
             known = ", ".join(LAYER_TYPES)
             raise checkpoint_error(
-                f"{source} must have {layers} entries in {field}, one for each layer, each of {known}"
+                f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",
             )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Exact types: true is an int in Python.
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_positive(value: Any) -> bool:
@@ -221,17 +239,23 @@ OPTIONAL_FIELDS = (
     (POSITIVE_INTEGERS, _is_positive_integer, "a whole number above 0"),
     (BOOLEANS, _is_boolean, "true or false"),
     (("attention_dropout",), _is_dropout, "from 0 to below 1"),
-    (("dtype", "torch_dtype"), _is_dtype, f"one of {', '.join(DTYPES)}"),
-    (("hidden_act", "hidden_activation"), _is_activation, f"known to transformers: one of {', '.join(ACTIVATIONS)}"),
+    (("dtype", "torch_dtype"), _is_dtype, "one of " + ", ".join(DTYPES)),
+    (
+        ("hidden_act", "hidden_activation"),
+        _is_activation,
+        "known to transformers: one of " + ", ".join(ACTIVATIONS),
+    ),
 )
 
 
 def _check_optional_fields(config: ConfigJson, source: str) -> None:
+    """transformers would fail on them only when the model is built or runs."""
     for fields, is_possible, possible in OPTIONAL_FIELDS:
         for field in fields:
             value = config.get(field)
             if value is not None and not is_possible(value):
-                raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
+                problem = f"{source} has {field}={value!r}, which must be {possible}"
+                raise checkpoint_error(problem, CORRECT)
 
 
 def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
@@ -252,22 +276,26 @@ def _check_rope(config: ConfigJson, source: str) -> None:
         value = config.get(field)
         if value is None:
             continue
-        by_layer_type = isinstance(value, dict) and any(layer_type in value for layer_type in LAYER_TYPES)
-        if not by_layer_type:
+        # Gemma 3 rotates by other parameters where attention has a window.
+        layer_types = []
+        if isinstance(value, dict):
+            layer_types = [layer_type for layer_type in LAYER_TYPES if layer_type in value]
+        for layer_type in layer_types:
+            _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
+        if not layer_types:
             _check_rope_parameters(field, value, source)
-            continue
-        for layer_type in LAYER_TYPES:
-            if layer_type in value:
-                _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
 
 
 def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
+    """`name` is that of the field, for the messages."""
     if not isinstance(parameters, dict):
-        raise checkpoint_error(f"{source} has {name}={parameters!r}, which must be a JSON object", CORRECT)
+        problem = f"{source} has {name}={parameters!r}, which must be a JSON object"
+        raise checkpoint_error(problem, CORRECT)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPES:
         problem = f"{source} has {name}.rope_type={kind!r}, which is not known"
-        raise checkpoint_error(problem, f"it must be one of {', '.join(ROPES)}")
+        known = ", ".join(ROPES)
+        raise checkpoint_error(problem, f"it must be one of {known}")
     for field in ROPES[kind]:
         value = parameters.get(field)
         numbers = [value]
@@ -276,7 +304,8 @@ def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
             numbers = value
         if not all(map(_is_positive, numbers)):
             raise checkpoint_error(
-                f"{source} has {name}.{field}={value!r}, and rope_type={kind} needs a number there above 0, or a list "
-                "of them for short_factor and long_factor",
+                f"{source} has {name}.{field}={value!r}, "
+                f"and rope_type={kind} needs a number there above 0, "
+                "or a list of them for short_factor and long_factor",
                 CORRECT,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ptl import checkpoint, safefile
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.pretrained import config_with_defaults
-from ptl.safefile import ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,7 +152,7 @@ def _write_pruned_file(
         kept.append((entry, pruned))
         shape = pruned.shape(entry.shape)
         specs.append((pruned.name, entry.dtype, shape))
-        sizes[pruned.name] = math.prod(shape) * ITEM_BYTES[entry.dtype]
+        sizes[pruned.name] = safefile.num_bytes(shape, entry.dtype)
 
     def tensors() -> Iterator[Tensor]:
         for entry, pruned in kept:
