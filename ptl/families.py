@@ -130,7 +130,7 @@ _RECORDS = (
         post_norm="post_feedforward_layernorm",
     ),
 )
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _RECORDS}
+FAMILIES = {family.model_type: family for family in _RECORDS}
 
 # Config fields that mark what is not a dense language model
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")

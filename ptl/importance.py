@@ -161,7 +161,7 @@ def _block_influence(before: Tensor, after: Tensor) -> Tensor:
 
 
 # The change of one sequence's hidden states [T, H], [T, H] -> [T], and how sequences are joined
-LAYER_CRITERIA: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+LAYER_CRITERIA = {
     "max": (_hidden_change, "max"),
     "block_influence": (_block_influence, "mean"),
 }
@@ -256,12 +256,9 @@ class _JoinedScores:
 
     def add(self, scores: Tensor) -> None:
         """Take in the scores [units] of one sequence."""
+        combine = torch.add if self.join == "mean" else torch.maximum
+        self.value = combine(self.value, scores.detach().cpu())
         self.count += 1
-        scores = scores.detach().cpu()  # where all sequences' scores are joined
-        if self.join == "mean":
-            self.value = self.value + scores
-        else:
-            self.value = torch.maximum(self.value, scores)
 
     def result(self) -> Tensor:
         """The joined scores: float32 [units]."""

@@ -7,7 +7,7 @@ conversion/ folder of its converter (which fields of config.json reach the file)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl import pretrained
@@ -29,15 +29,22 @@ class Architecture:
     rescaled_depth: int = 0  # the number of layers by which the size is known that scales attention in another way
 
 
-LLAMA = Architecture(biases=(*QKVO, *MLP), ropes=("default", "linear", "yarn", "llama3"))
-GEMMA = {"activations": ("gelu_pytorch_tanh", "gelu_new"), "ropes": ("default", "linear"), "tied": True}
+LLAMA = Architecture(
+    biases=(*QKVO, *MLP),
+    ropes=("default", "linear", "yarn", "llama3"),
+)
+GEMMA = Architecture(
+    activations=("gelu_pytorch_tanh", "gelu_new"),
+    ropes=("default", "linear"),
+    tied=True,
+)
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": Architecture(biases=QKV, any_head_dim=False),
     "qwen3": Architecture(),
-    "gemma2": Architecture(**GEMMA, full_every=2, rescaled_depth=46),  # type: ignore[arg-type]
-    "gemma3_text": Architecture(**GEMMA, full_every=6, rescaled_depth=62),  # type: ignore[arg-type]
+    "gemma2": replace(GEMMA, full_every=2, rescaled_depth=46),
+    "gemma3_text": replace(GEMMA, full_every=6, rescaled_depth=62),
     "phi3": Architecture(ropes=("default", "longrope"), any_head_dim=False),
     "olmo2": Architecture(any_head_dim=False, tied=False),
 }
@@ -46,7 +53,7 @@ ARCHITECTURES = {
 def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[str]:
     """Reasons why llama.cpp's answers would not be those of transformers; empty where they are the same.
 
-    `config` is the content of config.json, `biases` the parts of a layer that have a bias in the weights.
+    `config` is the content of config.json, `biases` the parts of a layer that have a bias.
     """
     model_type = config["model_type"]
     architecture = ARCHITECTURES[model_type]
@@ -58,14 +65,18 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[s
         *_cap_differences(model_type, effective),
         *_rope_differences(model_type, effective, architecture),
     ]
-    activation = getattr(effective, "hidden_activation", None) or getattr(effective, "hidden_act", None)
+    activation = getattr(effective, "hidden_activation", None)  # of Gemma's configs
+    if activation is None:
+        activation = getattr(effective, "hidden_act", None)
     if activation not in architecture.activations:
-        reasons.append(f"the activation is {activation}, and it always takes {architecture.activations[0]}")
-    ignored = sorted(set(biases) - set(architecture.biases))
+        fixed = architecture.activations[0]
+        reasons.append(f"the activation is {activation}, and it always takes {fixed}")
+    ignored = set(biases) - set(architecture.biases)
     if ignored:
-        reasons.append(f"it has no biases for {', '.join(ignored)} of this architecture")
+        names = ", ".join(sorted(ignored))
+        reasons.append(f"it has no biases for {names} of this architecture")
     if architecture.tied is not None and tied != architecture.tied:
-        value = str(tied).lower()
+        value = "true" if tied else "false"
         reasons.append(f"tie_word_embeddings is {value}, and it knows this architecture only the other way")
     head_dim = _head_dim(effective)
     usual = effective.hidden_size // effective.num_attention_heads
@@ -82,7 +93,9 @@ def _class_differences(config: ConfigJson) -> list[str]:
     architectures = config.get("architectures")
     if architectures == [name]:
         return []
-    return [f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]']
+    return [
+        f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]',
+    ]
 
 
 def _window_differences(config: ConfigJson, effective: Any, architecture: Architecture) -> list[str]:
@@ -101,15 +114,18 @@ def _window_differences(config: ConfigJson, effective: Any, architecture: Archit
     if not window or window >= effective.max_position_embeddings:
         return []
     return [
-        f"sliding_window is {window}, and it gives every layer full attention (layer_types): answers differ from "
-        f"token {window + 1} on; if yours are shorter, set max_position_embeddings={window} in a copy's config.json"
+        f"sliding_window is {window}, and it gives every layer full attention (layer_types): "
+        f"answers differ from token {window + 1} on; if yours are shorter, "
+        f"set max_position_embeddings={window} in a copy's config.json",
     ]
 
 
 def _pattern_differences(effective: Any, full_every: int) -> list[str]:
     """Gemma's layers with full attention and with windows take turns, by the layer's number alone."""
-    pattern = ["sliding_attention"] * effective.num_hidden_layers
-    pattern[full_every - 1 :: full_every] = ["full_attention"] * (effective.num_hidden_layers // full_every)
+    pattern = []
+    for number in range(1, effective.num_hidden_layers + 1):
+        has_window = number % full_every
+        pattern.append("sliding_attention" if has_window else "full_attention")
     if list(effective.layer_types) != pattern:
         return [
             "layer_types (which layers have sliding windows) is not its pattern, full attention in one of "
@@ -160,10 +176,12 @@ def _rope_differences(model_type: str, effective: Any, architecture: Architectur
         dropped.append(f"rope_type is {kind} and {windowed_kind}")
     elif kind not in architecture.ropes:
         dropped.append(f"rope_type is {kind}")
-    ignored = [field for field in ("attention_factor", "mscale", "mscale_all_dim") if full.get(field) is not None]
+    unread = ("attention_factor", "mscale", "mscale_all_dim")
+    ignored = [field for field in unread if full.get(field) is not None]
     if full.get("truncate") is False:
         ignored.append("truncate")
-    if model_type != "phi3" and full.get("partial_rotary_factor", 1.0) != 1.0:
+    partial = full.get("partial_rotary_factor", 1.0)
+    if model_type != "phi3" and partial != 1.0:
         ignored.append("partial_rotary_factor")
     dropped += [f"rope_parameters has {field}" for field in ignored]
     return [f"{parameter}, which is lost on the way" for parameter in dropped]
@@ -171,4 +189,5 @@ def _rope_differences(model_type: str, effective: Any, architecture: Architectur
 
 def _head_dim(effective: Any) -> int:
     """The size of a head, which some configs leave to be derived."""
-    return int(getattr(effective, "head_dim", None) or effective.hidden_size // effective.num_attention_heads)
+    usual = effective.hidden_size // effective.num_attention_heads
+    return getattr(effective, "head_dim", None) or usual

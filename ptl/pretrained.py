@@ -24,7 +24,8 @@ def config(folder: Path, field: str = MODEL) -> Any:
     try:
         return _load(AutoConfig.from_pretrained, folder, field)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
-        reason = " ".join(str(error).split())[:MAX_REASON]
+        words = str(error).split()
+        reason = " ".join(words)[:MAX_REASON]  # on one line
         problem = f"transformers cannot read config.json in {folder} ({reason})"
         raise InputError(problem, field=field, remedy="correct it, or fetch the checkpoint again") from error
 

@@ -38,7 +38,14 @@ class PruneReport:
 
 
 def prune_checkpoint(
-    src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
+    src: Path,
+    dst: Path,
+    settings: Prune,
+    calibration: Calibration,
+    *,
+    unit: str,
+    goal: int,
+    seed: int,
 ) -> PruneReport:
     """Prune `src` to at most `goal` parameters by removing `unit` ("neurons", "layers", "auto"); write it to `dst`.
 
@@ -106,9 +113,9 @@ def _batches(src: Path, calibration: Calibration, seed: int, measured: bool) -> 
     if calibration.answers == "given":
         batches = calibration_batches(calibration, tokenizer, seed)
     else:
-        batches = padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
-    # The loss is that of the answers' tokens, and the first token of a sequence is predicted from nothing.
-    if measured and all(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
+        answers = own_answers(src, calibration, tokenizer, seed)
+        batches = padded(answers, calibration.batch_size)
+    if measured and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
             "prune.criterion=taylor and prune.target=auto have no loss to measure",
@@ -116,3 +123,9 @@ def _batches(src: Path, calibration: Calibration, seed: int, measured: bool) -> 
             remedy="raise it",
         )
     return batches
+
+
+def _has_loss(batch: Batch) -> bool:
+    """Whether a token of an answer is predicted; the first token of a sequence is predicted from nothing."""
+    targets = batch["labels"][:, 1:]  # [B, T - 1]
+    return bool((targets != IGNORED).any())

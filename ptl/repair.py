@@ -9,11 +9,16 @@ from torch import Tensor
 
 from ptl import safefile
 from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations
-from ptl.surgery import Selection, prune_tensor
+from ptl.surgery import Selection, pruned_tensor
 
 
 @torch.no_grad()
-def ridge(model: LayerwiseModel, selection: Selection, strength: float, folder: Path) -> dict[str, Path]:
+def ridge(
+    model: LayerwiseModel,
+    selection: Selection,
+    strength: float,
+    folder: Path,
+) -> dict[str, Path]:
     """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
@@ -23,7 +28,7 @@ def ridge(model: LayerwiseModel, selection: Selection, strength: float, folder: 
     norm divides it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    down_projection = model.family.down_projection
+    part = f"{model.family.down_projection}.weight"
     repaired = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
@@ -39,9 +44,9 @@ def ridge(model: LayerwiseModel, selection: Selection, strength: float, folder: 
             else:
                 products.addmm_(rows.t(), rows)
         assert products is not None, "no batches"
-        weight = layer.get_parameter(f"{down_projection}.weight")  # [H, F]
-        fitted = fit(weight.float(), products, kept.to(weight.device), strength)
-        name = f"model.layers.{i}.{down_projection}.weight"
+        weight = layer.get_parameter(part).float()  # [H, F]
+        fitted = fit(weight, products, kept.to(weight.device), strength)
+        name = f"model.layers.{i}.{part}"
         repaired[name] = _save(model, folder, name, fitted)
     return repaired
 
@@ -75,7 +80,12 @@ def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tens
     return weight[:, kept] + correction.t()
 
 
-def magnitude(model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], folder: Path) -> dict[str, Path]:
+def magnitude(
+    model: LayerwiseModel,
+    selection: Selection,
+    repaired: dict[str, Path],
+    folder: Path,
+) -> dict[str, Path]:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
     The paper scales everything before a removed layer by the ratio of norms alpha. Here what the layers after it add to
@@ -93,20 +103,26 @@ def magnitude(model: LayerwiseModel, selection: Selection, repaired: dict[str, P
             for name in _residual_outputs(model, i):
                 tensor = _current_value(model, selection, repaired, name)
                 # A norm multiplies by its weight plus the offset: the sum is what must be divided.
-                offset = model.family.norm_offset if name.endswith("norm.weight") else 0.0
-                smaller = (tensor.float() + offset) / scale - offset
-                scaled[name] = _save(model, folder, name, smaller)
+                is_norm = name.endswith("norm.weight")
+                offset = model.family.norm_offset if is_norm else 0.0
+                factor = tensor.float() + offset
+                scaled[name] = _save(model, folder, name, factor / scale - offset)
     return scaled
 
 
-def _current_value(model: LayerwiseModel, selection: Selection, repaired: dict[str, Path], name: str) -> Tensor:
+def _current_value(
+    model: LayerwiseModel,
+    selection: Selection,
+    repaired: dict[str, Path],
+    name: str,
+) -> Tensor:
     """A tensor as it will be in the pruned checkpoint."""
     if name in repaired:
         return safefile.read_single(repaired[name])
-    source = safefile.read(model.entries[name])
-    pruned = prune_tensor(name, source, model.family, selection)
+    entry = model.entries[name]
+    pruned = pruned_tensor(name, entry.shape, model.family, selection)
     assert pruned is not None, f"{name} is of a removed layer"
-    return pruned[1]
+    return pruned.values(safefile.read(entry))
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ ACTIVATIONS = (
 Fields = tuple[str, ...]  # of config.json
 Length = tuple[int, Fields]  # of a dimension, and the fields that give it
 # Kinds of rotary embeddings and the parameters that each needs
-ROPES: dict[str, Fields] = {
+ROPES = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),

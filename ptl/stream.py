@@ -156,8 +156,14 @@ class LayerwiseModel:
             for name in _parameter_names(module):
                 entry = self.entries[f"{prefix}.{name}"]
                 value = safefile.read(entry)
-                # Emptying the GPU's cache after each tensor would cost more than reading it.
-                set_module_tensor_to_device(module, name, self.device, value, dtype=value.dtype, clear_cache=False)
+                set_module_tensor_to_device(
+                    module,
+                    name,
+                    self.device,
+                    value,
+                    dtype=value.dtype,
+                    clear_cache=False,  # it takes longer than the tensor
+                )
         try:
             yield
         finally:
@@ -167,7 +173,10 @@ class LayerwiseModel:
 
 
 def layers_in_turn(
-    model: LayerwiseModel, description: str, *, backwards: bool = False
+    model: LayerwiseModel,
+    description: str,  # of the progress bar
+    *,
+    backwards: bool = False,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Number and module of one layer after the other, each with its weights only in its turn."""
     order = range(len(model.layers))
@@ -178,7 +187,12 @@ def layers_in_turn(
             yield i, layer
 
 
-def run_with_activations(model: LayerwiseModel, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, ...]:
+def run_with_activations(
+    model: LayerwiseModel,
+    index: int,
+    batch: int,
+    hidden: Tensor,
+) -> tuple[Tensor, ...]:
     """The layer's output [B, T, H], the activations of its neurons [B, T, F], and the output [B, T, H] of its MLP.
 
     The last is left out for families without a norm between down_proj and the residual stream.
@@ -213,7 +227,11 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     """The model's arguments for a batch."""
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "use_cache": False,
+    }
 
 
 def _parameter_names(module: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import checkpoint, safefile
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.pretrained import config_with_defaults
+from ptl.safefile import Entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class _PrunedTensor:
+class PrunedTensor:
     """How a tensor of the source gets into the pruned checkpoint."""
 
     name: str  # there
@@ -45,21 +46,18 @@ class _PrunedTensor:
         return source.index_select(self.axis, self.kept)
 
 
-def prune_tensor(name: str, tensor: Tensor, family: Family, selection: Selection) -> tuple[str, Tensor] | None:
-    """The tensor's new name and value, or None when its layer goes. Serves weights and their optimizer state alike."""
-    pruned = _pruned_tensor(name, tensor.shape, family, selection)
-    if pruned is None:
-        return None
-    return pruned.name, pruned.values(tensor)
-
-
-def _pruned_tensor(name: str, shape: Sequence[int], family: Family, selection: Selection) -> _PrunedTensor | None:
-    """What becomes of the tensor of this name and shape; None: it goes."""
+def pruned_tensor(
+    name: str,
+    shape: Sequence[int],
+    family: Family,
+    selection: Selection,
+) -> PrunedTensor | None:
+    """What becomes of the tensor of this name and shape; None: it goes. Serves weights and optimizer state alike."""
     if ROTARY.match(name):
         return None
     match = IN_LAYER.match(name)
     if match is None:
-        return _PrunedTensor(name)
+        return PrunedTensor(name)
     layer = int(match["layer"])
     if layer not in selection.layers:
         return None
@@ -69,11 +67,11 @@ def _pruned_tensor(name: str, shape: Sequence[int], family: Family, selection: S
     new_name = f"{match['prefix']}{number}.{part}.{kind}"
     kept = selection.neurons.get(layer)
     if kept is None or not family.has_neurons(part, kind):
-        return _PrunedTensor(new_name)
+        return PrunedTensor(new_name)
     if part == family.down_projection:  # [hidden, intermediate]
-        return _PrunedTensor(new_name, axis=1, kept=kept)
+        return PrunedTensor(new_name, axis=1, kept=kept)
     rows = _rows(kept, shape[0], family.fused_projections)
-    return _PrunedTensor(new_name, axis=0, kept=rows)
+    return PrunedTensor(new_name, axis=0, kept=rows)
 
 
 def _rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
@@ -94,7 +92,8 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         entries = config.get(field)
         if entries is None and len(selection.layers) < depth:
             # What transformers would derive from a layer's number must stay with the layer.
-            entries = getattr(config_with_defaults(config), field, None)
+            defaults = config_with_defaults(config)
+            entries = getattr(defaults, field, None)
         if isinstance(entries, list):
             pruned[field] = [entries[layer] for layer in selection.layers]
         else:
@@ -106,15 +105,20 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             beyond = max(0, leading - depth)
             leading_kept = sum(layer < leading for layer in selection.layers)
             pruned[field] = leading_kept + beyond
+    # config.json has one width for all layers.
     if selection.neurons:
         widths = {len(kept) for kept in selection.neurons.values()}
-        assert len(widths) == 1, f"widths differ between layers: {sorted(widths)}"
+        assert len(widths) == 1, f"widths differ between layers: {widths}"
         pruned[family.width_field] = widths.pop()
     return pruned
 
 
 def write_pruned(
-    src: Path, dst: Path, family: Family, selection: Selection, repaired: Mapping[str, Path] | None = None
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; an optimizer state beside it is pruned with it.
 
@@ -125,10 +129,11 @@ def write_pruned(
     total_bytes = 0
     shards = checkpoint.shards(src)
     for shard in shards:
-        sizes = _write_pruned_file(shard, dst / shard.name, family, selection, repaired or {})
+        pruned_shard = dst / shard.name
+        sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
         weight_map |= dict.fromkeys(sizes, shard.name)
         total_bytes += sum(sizes.values())
-    if len(shards) > 1 or shards[0].name != checkpoint.WEIGHTS:
+    if shards != [src / checkpoint.WEIGHTS]:
         checkpoint.write_index(dst, weight_map, total_bytes)
     state = src / checkpoint.STATE
     if state.is_file():
@@ -139,14 +144,19 @@ def write_pruned(
 
 
 def _write_pruned_file(
-    src: Path, dst: Path, family: Family, selection: Selection, repaired: Mapping[str, Path]
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: Mapping[str, Path],
 ) -> dict[str, int]:
     """Prune one safetensors file; returns the bytes of each tensor written. A file without any is left out."""
-    kept: list[tuple[safefile.Entry, _PrunedTensor]] = []
+    # The header of a file comes first: all shapes are known before any tensor is read.
+    kept: list[tuple[Entry, PrunedTensor]] = []
     specs = []
     sizes = {}
     for entry in safefile.entries(src):
-        pruned = _pruned_tensor(entry.name, entry.shape, family, selection)
+        pruned = pruned_tensor(entry.name, entry.shape, family, selection)
         if pruned is None:
             continue
         kept.append((entry, pruned))
@@ -158,8 +168,9 @@ def _write_pruned_file(
         for entry, pruned in kept:
             if entry.name in repaired:
                 yield safefile.read_single(repaired[entry.name])
-            else:
-                yield pruned.values(safefile.read(entry))
+                continue
+            source = safefile.read(entry)
+            yield pruned.values(source)
 
     if kept:
         safefile.write(dst, specs, tensors())

@@ -11,12 +11,18 @@ from transformers import AutoModelForCausalLM
 
 from ptl import checkpoint
 from ptl.families import FAMILIES
-from ptl.surgery import Selection, prune_config, prune_tensor, write_pruned
+from ptl.surgery import Selection, prune_config, pruned_tensor, write_pruned
 
 LLAMA = FAMILIES["llama"]
 ALL = tuple(range(4))
 KEPT = torch.tensor([0, 2, 3])
 CUT = Selection((0, 2), {0: KEPT, 2: KEPT + 1})
+
+
+def prune_tensor(name, tensor, family, selection):
+    """New name and value of a tensor; None where its layer goes."""
+    pruned = pruned_tensor(name, tensor.shape, family, selection)
+    return None if pruned is None else (pruned.name, pruned.values(tensor))
 
 
 @pytest.mark.parametrize("moment", ["", "exp_avg.", "exp_avg_sq."])
