@@ -1,4 +1,4 @@
-"""What goes: neurons by their scores, layers by their scores, or whichever costs less measured loss."""
+"""What is removed: neurons by their scores, layers by their scores, or whichever costs less measured loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_goal(unit: str, dimensions: ModelDimensions, settings: Prune, goal: in
 
 
 def neurons(task: SelectionTask) -> Selection:
-    """The lowest-scored neurons of each layer, as many in each: by budget, or below the threshold if that is fewer."""
+    """Remove the lowest-scored neurons of each layer, as many in each: by budget, or below the threshold if fewer."""
     dimensions = task.dimensions
     settings = task.settings
     width = _width(dimensions, settings, task.goal)
@@ -48,12 +48,12 @@ def neurons(task: SelectionTask) -> Selection:
         needed = dimensions.width - redundant
         needed += -needed % step  # up to the next multiple
         width = max(width, needed)
-        width = min(width, dimensions.width)
+        width = min(width, dimensions.width)  # which need not be a multiple
     return _keep_neurons(range(dimensions.layers), scores, width)
 
 
 def layers(task: SelectionTask) -> Selection:
-    """The lowest-scored layers: by budget, or below the threshold if that is fewer."""
+    """Remove the lowest-scored layers: by budget, or below the threshold if that is fewer."""
     count = layers_for(task.dimensions, task.goal)
     scores = layer_scores(task.model, task.settings.layer_criterion)
     sigma = task.settings.sigma_layer
@@ -64,7 +64,7 @@ def layers(task: SelectionTask) -> Selection:
 
 
 def cheapest(task: SelectionTask) -> Selection:
-    """Layers as long as the best one costs less loss per parameter than neurons do, then neurons to the goal.
+    """Remove layers as long as the best one costs less loss per parameter than neurons do, then neurons to the goal.
 
     Greedy: after each removed layer everything is measured again. A layer is tried while at least half of one must go;
     its loss is measured with the layers before it gone.
@@ -76,7 +76,7 @@ def cheapest(task: SelectionTask) -> Selection:
         if layer is None:
             break
         kept.remove(layer)
-    # Removing layers rarely ends at the goal itself: neurons are the rest of the way.
+    # Layers rarely end at the goal itself: neurons are the rest of the way.
     remaining = _with_layers(task.dimensions, len(kept))
     width = _width(remaining, task.settings, task.goal)
     if width == remaining.width:
@@ -98,36 +98,39 @@ def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) 
     None where too little must go for a layer, or where neurons cost no more.
     """
     remaining = _with_layers(task.dimensions, len(kept))
+    layer_params = remaining.params_per_layer
     excess = remaining.params - task.goal
-    if excess < remaining.params_per_layer / 2 or remaining.layers == 1:
+    if excess < layer_params / 2 or remaining.layers == 1:
         return None
 
     # The reference, then each of the layers removed, and last as many parameters in neurons
-    removed = frozenset(range(task.dimensions.layers)) - frozenset(kept)
+    all_layers = frozenset(range(task.dimensions.layers))
+    removed = all_layers - frozenset(kept)
     variants = [PrunedVariant(removed)]
     variants += [PrunedVariant(removed | {layer}) for layer in kept]
     width = _width_like_a_layer(task, remaining)
     if width is not None:
         narrow = _keep_neurons(kept, scores, width)
         variants.append(PrunedVariant(removed, narrow.neurons))
-    mean_losses = losses(task.model, variants).mean(dim=1)
+    mean_losses = losses(task.model, variants).mean(dim=1)  # [variants]
     reference, *measured = mean_losses.tolist()
 
-    # Loss by parameter
+    # Loss per parameter, so that a layer and a few neurons compare
     layer_losses = measured[: len(kept)]
-    costs = [(loss - reference) / remaining.params_per_layer for loss in layer_losses]
+    costs = [(loss - reference) / layer_params for loss in layer_losses]
     lowest_cost = min(costs)
     if width is not None:
-        removed_params = (remaining.width - width) * remaining.params_per_neuron
-        neuron_cost = (measured[-1] - reference) / removed_params
-        if neuron_cost <= lowest_cost:
+        num_neurons = remaining.width - width
+        increase = measured[-1] - reference
+        if increase / (num_neurons * remaining.params_per_neuron) <= lowest_cost:
             return None
     return kept[costs.index(lowest_cost)]
 
 
 def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int | None:
     """The width that saves about as much as a layer, at most what must go; None where the neurons do not suffice."""
-    goal = max(task.goal, remaining.params - remaining.params_per_layer)
+    without_a_layer = remaining.params - remaining.params_per_layer
+    goal = max(task.goal, without_a_layer)
     try:
         return _width(remaining, task.settings, goal)
     except InputError:

@@ -43,11 +43,11 @@ def prune_checkpoint(
     settings: Prune,
     calibration: Calibration,
     *,
-    unit: str,
-    goal: int,
+    unit: str,  # "neurons", "layers" or "auto"
+    goal: int,  # parameters
     seed: int,
 ) -> PruneReport:
-    """Prune `src` to at most `goal` parameters by removing `unit` ("neurons", "layers", "auto"); write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing neurons or layers; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
     answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
@@ -67,9 +67,11 @@ def prune_checkpoint(
         measured = unit == "auto" or settings.criterion == "taylor"
         batches = _batches(src, calibration, seed, measured)
         model = LayerwiseModel(src, family, batches)
-        selection = CHOICES[unit](SelectionTask(model, before, settings, goal, seed))
+        task = SelectionTask(model, before, settings, goal, seed)
+        selection = CHOICES[unit](task)
         repaired = _write_repaired(src, dst, settings, selection, model)
         sequences = model.num_sequences
+    # Measured again from the files, not calculated
     after = model_dimensions(dst, family)
     return PruneReport(
         unit=_removed_unit(selection, before.layers),
@@ -87,8 +89,15 @@ def prune_checkpoint(
     )
 
 
-def _write_repaired(src: Path, dst: Path, settings: Prune, selection: Selection, model: LayerwiseModel) -> int:
+def _write_repaired(
+    src: Path,
+    dst: Path,
+    settings: Prune,
+    selection: Selection,
+    model: LayerwiseModel,
+) -> int:
     """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
+    # Files of single tensors, by the tensor's name
     changed: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
         if selection.neurons and settings.repair in ("ridge", "both"):
@@ -106,8 +115,13 @@ def _removed_unit(selection: Selection, layers_before: int) -> str:
     return "both" if selection.neurons else "layers"
 
 
-def _batches(src: Path, calibration: Calibration, seed: int, measured: bool) -> list[Batch]:
-    """The calibration text. Raises InputError where it is to be `measured` and has no tokens with a loss."""
+def _batches(
+    src: Path,
+    calibration: Calibration,
+    seed: int,
+    measured: bool,  # whether the loss is
+) -> list[Batch]:
+    """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     model_checks.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = model_checks.load_tokenizer(src)
     if calibration.answers == "given":

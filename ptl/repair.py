@@ -33,10 +33,12 @@ def ridge(
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
         kept = selection.neurons.get(i)
+        # A layer that goes, or keeps all its neurons, only hands on the hidden states.
         if kept is None:
             states = model.run_batches(i, states)
             continue
-        products: Tensor | None = None  # C: [F, F]
+        # C = X^T X: [F, F], over all batches
+        products: Tensor | None = None
         for b, hidden in enumerate(states):
             states[b], rows = _activations(model, i, b, hidden)
             if products is None:
@@ -45,7 +47,7 @@ def ridge(
                 products.addmm_(rows.t(), rows)
         assert products is not None, "no batches"
         weight = layer.get_parameter(part).float()  # [H, F]
-        fitted = fit(weight, products, kept.to(weight.device), strength)
+        fitted = fit(weight, products, kept.to(weight.device), strength)  # [H, kept]
         name = f"model.layers.{i}.{part}"
         repaired[name] = _save(model, folder, name, fitted)
     return repaired
@@ -56,11 +58,12 @@ def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple
     after, activations, *mlp_outputs = run_with_activations(model, i, b, hidden)
     tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
     rows = activations[tokens].float()
-    # Only where a norm follows
+    # At most one: only where a norm follows, which divides each token's output
     for output in mlp_outputs:
         squares = output[tokens].float().square()  # [N, H]
-        mean_square = squares.mean(dim=1, keepdim=True)
-        rows *= (mean_square + model.config.rms_norm_eps).rsqrt()
+        mean_square = squares.mean(dim=1, keepdim=True)  # [N, 1]
+        mean_square += model.config.rms_norm_eps
+        rows *= mean_square.rsqrt()
     return after, rows
 
 
@@ -68,13 +71,16 @@ def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tens
     """W' [H, kept] for the weight [H, F] and the products C = X^T X [F, F] of its inputs; all float32."""
     removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
     removed[kept] = False
-    # Neurons that are never active give a C of zeros, and the penalty must not be zero.
+    # Neurons that are never active give a C of zeros, and lambda must not be zero.
     smallest = torch.finfo(torch.float32).tiny
     penalty = strength * products.diagonal().mean() + smallest
     kept_products = products[kept]  # [kept, F]
-    inner = kept_products[:, kept]
+    inner = kept_products[:, kept]  # a copy: C_KK
     inner.diagonal().add_(penalty)
-    target = kept_products[:, removed] @ weight[:, removed].t()  # [kept, H]
+    # The output of the removed neurons, as the kept ones see it
+    removed_weight = weight[:, removed]  # [H, removed]
+    target = kept_products[:, removed] @ removed_weight.t()  # [kept, H]
+    # The matrix is symmetric and positive definite.
     factor = torch.linalg.cholesky(inner)
     correction = torch.cholesky_solve(target, factor)  # [kept, H]
     return weight[:, kept] + correction.t()
@@ -94,7 +100,8 @@ def magnitude(
     """
     folder.mkdir(parents=True, exist_ok=True)
     growth = _growth(model, selection)
-    scale = 1.0  # alpha of all layers removed so far
+    # alpha of all removed layers before this one
+    scale = 1.0
     scaled = dict(repaired)
     for i in range(len(model.layers)):
         if i in growth:
@@ -138,7 +145,7 @@ def _growth(model: LayerwiseModel, selection: Selection) -> dict[int, float]:
             norm_after = states[b].float().norm(dim=-1)
             tokens = model.batches[b]["attention_mask"].bool()
             ratio = norm_after / norm_before
-            ratios.append(ratio[tokens])
+            ratios.append(ratio[tokens])  # [N], without padding
         if i not in selection.layers:
             mean_ratio = torch.cat(ratios).mean()
             growth[i] = float(mean_ratio)

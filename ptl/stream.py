@@ -20,7 +20,8 @@ from ptl import checkpoint, pretrained, safefile
 from ptl.data import IGNORED, Batch
 from ptl.families import Family
 
-LayerCall = tuple[Tensor, dict[str, Any]]  # hidden states [B, T, H] and the other arguments of a layer
+Arguments = dict[str, Any]  # keyword arguments of a module
+LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given beside them
 
 
 class LayerwiseModel:
@@ -35,8 +36,7 @@ class LayerwiseModel:
         from transformers import AutoModelForCausalLM
 
         self.family = family
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        # Files, and the config that says what to build
         self.entries = checkpoint.contents(folder)
         self.config = pretrained.config(folder)
         # All tensors of a checkpoint have one dtype: model_dimensions refuses others.
@@ -46,6 +46,9 @@ class LayerwiseModel:
         with init_empty_weights(include_buffers=False):
             causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
         causal_lm.eval().requires_grad_(False)
+        # Weights stay on the meta device until a layer is used; buffers and batches are small.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         for name, _ in list(causal_lm.named_buffers()):
             set_module_tensor_to_device(causal_lm, name, self.device)
         self.causal_lm = causal_lm
@@ -53,17 +56,18 @@ class LayerwiseModel:
         self.layers: nn.ModuleList = self.decoder.layers
         self.batches = [_on_device(batch, self.device) for batch in batches]
         # What the decoder gives each layer beside the hidden states, by batch; known once `embed` has run
-        self.layer_arguments: dict[int, list[dict[str, Any]]] = {}
+        self.layer_arguments: dict[int, list[Arguments]] = {}
 
     def embed(self) -> list[Tensor]:
         """The hidden states before the first layer: [B, T, H] for each batch."""
         states = []
         with torch.no_grad(), self._loaded(self._embeddings()):
             for b, batch in enumerate(self.batches):
+                # The whole decoder runs, but for the work of its layers.
                 with self._recording_layers() as calls:
                     self.decoder(**_inputs(batch))
                 self.layer_arguments[b] = [arguments for _, arguments in calls]
-                first_input, _ = calls[0]
+                first_input, _ = calls[0]  # [B, T, H]
                 states.append(first_input)
         return states
 
@@ -103,16 +107,18 @@ class LayerwiseModel:
     def head(self) -> Iterator[None]:
         """Embeddings, last norm and output projection with their weights, for as long as the block lasts."""
         modules = self._embeddings()
+        embeddings = self.decoder.embed_tokens
         output = self.causal_lm.get_output_embeddings()
         tied = "lm_head.weight" not in self.entries
         if not tied:
             modules["lm_head"] = output
         with self._loaded(modules):
+            # Loading replaces a parameter, and so unties the two modules.
             if tied:
-                output.weight = self.decoder.embed_tokens.weight
+                output.weight = embeddings.weight
             yield
         if tied:
-            output.weight = self.decoder.embed_tokens.weight  # without values again
+            output.weight = embeddings.weight  # without values again
 
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
@@ -120,10 +126,11 @@ class LayerwiseModel:
         sequence = {}
         for name, tensor in self.batches[batch].items():
             sequence[name] = tensor[row : row + 1, :length]  # [1, length]
+        # The last layer seems to return the states, and the model goes on from there.
         with self._recording_layers(output=hidden[:, :length]):
-            logits = self.causal_lm(**_inputs(sequence)).logits  # [1, length, vocabulary]
-        predictions = logits[0, :-1].float()
-        targets = sequence["labels"][0, 1:]
+            result = self.causal_lm(**_inputs(sequence))
+        predictions = result.logits[0, :-1].float()  # [length - 1, vocabulary]
+        targets = sequence["labels"][0, 1:]  # [length - 1]
         return nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
 
     @contextmanager
@@ -140,12 +147,16 @@ class LayerwiseModel:
         try:
             yield calls
         finally:
+            # The attribute of the instance goes, the method of the class is there again.
             for layer in self.layers:
                 del layer.forward
 
     def _embeddings(self) -> dict[str, nn.Module]:
         """The modules around the layers, by the prefix of their tensors; the output projection is left to `head`."""
-        return {"model.embed_tokens": self.decoder.embed_tokens, "model.norm": self.decoder.norm}
+        return {
+            "model.embed_tokens": self.decoder.embed_tokens,
+            "model.norm": self.decoder.norm,
+        }
 
     @contextmanager
     def _loaded(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -162,7 +173,7 @@ class LayerwiseModel:
                     self.device,
                     value,
                     dtype=value.dtype,
-                    clear_cache=False,  # it takes longer than the tensor
+                    clear_cache=False,  # it would take longer than the transfer
                 )
         try:
             yield
@@ -197,22 +208,25 @@ def run_with_activations(
 
     The last is left out for families without a norm between down_proj and the residual stream.
     """
-    parts = [model.family.down_projection]  # reads the activations
-    if model.family.post_norm:
-        parts.append(model.family.post_norm)  # reads the MLP's output
+    family = model.family
+    parts = [family.down_projection]  # reads the activations
+    if family.post_norm:
+        parts.append(family.post_norm)  # reads the MLP's output
     inputs: list[Tensor] = []
 
     def record(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0])
 
-    layer = model.layers[index]
-    handles = [layer.get_submodule(part).register_forward_pre_hook(record) for part in parts]
+    handles = []
+    for part in parts:
+        module = model.layers[index].get_submodule(part)
+        handles.append(module.register_forward_pre_hook(record))
     try:
         output = model.run(index, batch, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    return (output, *inputs)
+    return (output, *inputs)  # in the order in which the layer runs its parts
 
 
 def sequences(model: LayerwiseModel, batch: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -225,7 +239,7 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def _inputs(batch: Batch) -> Arguments:
     """The model's arguments for a batch."""
     return {
         "input_ids": batch["input_ids"],

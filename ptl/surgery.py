@@ -55,6 +55,7 @@ def pruned_tensor(
     """What becomes of the tensor of this name and shape; None: it goes. Serves weights and optimizer state alike."""
     if ROTARY.match(name):
         return None
+    # Embeddings, the last norm and the output layer stay as they are.
     match = IN_LAYER.match(name)
     if match is None:
         return PrunedTensor(name)
@@ -79,8 +80,9 @@ def _rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
     import torch
 
     width = rows // fused_projections
-    starts = width * torch.arange(fused_projections)  # [fused_projections]
-    return (kept + starts[:, None]).flatten()  # [fused_projections * kept]
+    starts = width * torch.arange(fused_projections)  # [projections]
+    indices = kept + starts[:, None]  # [projections, kept]
+    return indices.flatten()
 
 
 def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     pruned = dict(config)
     depth = config[family.depth_field]
     pruned[family.depth_field] = len(selection.layers)
+    # Lists with an entry for each layer
     for field in family.per_layer_fields:
         entries = config.get(field)
         if entries is None and len(selection.layers) < depth:
@@ -98,6 +101,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             pruned[field] = [entries[layer] for layer in selection.layers]
         else:
             pruned.pop(field, None)
+    # Counts of leading layers
     for field in family.prefix_fields:
         leading = config.get(field)
         if isinstance(leading, int):
@@ -129,12 +133,14 @@ def write_pruned(
     total_bytes = 0
     shards = checkpoint.shards(src)
     for shard in shards:
+        # Shards keep their names: what is left of one is in the file of the same name.
         pruned_shard = dst / shard.name
         sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
         weight_map |= dict.fromkeys(sizes, shard.name)
         total_bytes += sum(sizes.values())
     if shards != [src / checkpoint.WEIGHTS]:
         checkpoint.write_index(dst, weight_map, total_bytes)
+    # Recovery resumes with the optimizer state of what stays.
     state = src / checkpoint.STATE
     if state.is_file():
         _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
@@ -150,7 +156,7 @@ def _write_pruned_file(
     selection: Selection,
     repaired: Mapping[str, Path],
 ) -> dict[str, int]:
-    """Prune one safetensors file; returns the bytes of each tensor written. A file without any is left out."""
+    """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
     # The header of a file comes first: all shapes are known before any tensor is read.
     kept: list[tuple[Entry, PrunedTensor]] = []
     specs = []
