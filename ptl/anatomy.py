@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from ptl import checkpoint, shapes
 from ptl.checkpoint import checkpoint_error
 from ptl.errors import InputError
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
-from ptl.safefile import FLOATS, Entry
+from ptl.safefile import FLOATS, Entries
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -101,6 +101,7 @@ def width_for(
 
     Raises InputError when fewer neurons than one multiple would be left.
     """
+    # The width need not be a multiple as long as nothing goes.
     if goal >= dimensions.params:
         return dimensions.width
     step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
@@ -153,7 +154,7 @@ def _check_names(
     folder: Path,
     family: Family,
     config: ConfigJson,
-    entries: Mapping[str, Entry],
+    entries: Entries,
 ) -> None:
     """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
     layers = config[family.depth_field]
@@ -167,6 +168,7 @@ def _check_names(
     if not family.is_tied(config):
         required = allowed
 
+    # The first difference is enough: a wrong checkpoint has hundreds.
     missing = required - entries.keys()
     unknown = entries.keys() - allowed
     if missing:
@@ -188,11 +190,12 @@ def _first_of(names: Set[str]) -> str:
     return f"{first} and {others} more" if others else first
 
 
-def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Mapping[str, Entry]) -> None:
+def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Entries) -> None:
     """Every tensor has the shape that config.json gives it."""
     # The width has its own name in config.json; the fields of Sizes are named as there.
     values = vars(sizes) | {family.width_field: sizes.width}
     for name, entry in entries.items():
+        # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
         match = IN_LAYER.match(name)
         if match:
             part, kind = match["part"], match["kind"]
@@ -210,7 +213,7 @@ def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Mapping[str, Ent
             )
 
 
-def _check_dtypes(folder: Path, entries: Mapping[str, Entry]) -> None:
+def _check_dtypes(folder: Path, entries: Entries) -> None:
     """All tensors have one floating-point dtype."""
     dtypes = sorted({entry.dtype for entry in entries.values()})
     if len(dtypes) > 1 or dtypes[0] not in FLOATS:

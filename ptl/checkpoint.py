@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import bounded_json, safefile
 from ptl.errors import InputError
 from ptl.families import ROTARY, family_of
-from ptl.safefile import ITEM_BYTES, Entry
+from ptl.safefile import ITEM_BYTES, Entries, Entry
 
 if TYPE_CHECKING:
     import torch
@@ -129,17 +129,18 @@ def itemsize(folder: Path) -> int:
     return max(ITEM_BYTES[dtype] for dtype in dtypes)
 
 
-def count_params(entries: Mapping[str, Entry], tied: bool) -> int:
+def count_params(entries: Entries, tied: bool) -> int:
     """Parameters of these tensors. An output layer that is the embeddings counts once, also where both are stored."""
     params = 0
     for name, entry in entries.items():
-        counted_as_embeddings = tied and name == "lm_head.weight"
-        if not ROTARY.match(name) and not counted_as_embeddings:
+        is_embeddings = tied and name == "lm_head.weight"
+        is_buffer = ROTARY.match(name)
+        if not is_embeddings and not is_buffer:
             params += math.prod(entry.shape)
     return params
 
 
-def check_tied(entries: Mapping[str, Entry]) -> None:
+def check_tied(entries: Entries) -> None:
     """Raise InputError where a tied output layer is stored with other values: transformers would then not tie it."""
     output = entries.get("lm_head.weight")
     embeddings = entries.get("model.embed_tokens.weight")
@@ -201,6 +202,7 @@ def check_links(folder: Path) -> None:
     """
     root = folder.resolve()
     allowed = [root]
+    # models--org--name/snapshots/<commit> and models--org--name/blobs
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     for path in sorted(root.rglob("*")):
@@ -222,11 +224,13 @@ def copy_companions(src: Path, dst: Path) -> None:
     excluded_suffixes = (*PICKLES, ".safetensors")
     for path in sorted(src.iterdir()):
         excluded = path.name in excluded_names or path.suffix in excluded_suffixes
-        if path.is_file() and not excluded:
+        if not excluded and path.is_file():
             shutil.copyfile(path, dst / path.name)
-    for path in sorted((src / CHAT_TEMPLATES).glob("*.jinja")):
-        (dst / CHAT_TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, dst / CHAT_TEMPLATES / path.name)
+    templates = src / CHAT_TEMPLATES
+    for path in sorted(templates.glob("*.jinja")):
+        copy = dst / CHAT_TEMPLATES / path.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -254,8 +258,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
+    # Whatever is wrong with its structure is the same to a user.
     try:
-        weight_map = bounded_json.loads(path.read_bytes())["weight_map"]
+        index = bounded_json.loads(path.read_bytes())
+        weight_map = index["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise checkpoint_error(f"{path} is no index of shards ({error})") from error

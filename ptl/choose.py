@@ -39,7 +39,7 @@ def neurons(task: SelectionTask) -> Selection:
     dimensions = task.dimensions
     settings = task.settings
     width = _width(dimensions, settings, task.goal)
-    scores = neuron_scores(task.model, settings.criterion, task.seed)
+    scores = neuron_scores(task.model, settings.criterion, task.seed)  # [F] of each layer
     sigma = settings.sigma_neuron
     if sigma is not None:
         # One width serves all layers: the layer with the fewest redundant neurons decides.
@@ -55,7 +55,7 @@ def neurons(task: SelectionTask) -> Selection:
 def layers(task: SelectionTask) -> Selection:
     """Remove the lowest-scored layers: by budget, or below the threshold if that is fewer."""
     count = layers_for(task.dimensions, task.goal)
-    scores = layer_scores(task.model, task.settings.layer_criterion)
+    scores = layer_scores(task.model, task.settings.layer_criterion)  # [layers]
     sigma = task.settings.sigma_layer
     if sigma is not None:
         count = min(count, num_redundant(scores, sigma))
@@ -129,6 +129,7 @@ def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) 
 
 def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int | None:
     """The width that saves about as much as a layer, at most what must go; None where the neurons do not suffice."""
+    # The goal itself is nearer where less than a layer must go.
     without_a_layer = remaining.params - remaining.params_per_layer
     goal = max(task.goal, without_a_layer)
     try:
@@ -151,6 +152,7 @@ def _width(dimensions: ModelDimensions, settings: Prune, goal: int) -> int:
 def _with_layers(dimensions: ModelDimensions, layers: int) -> ModelDimensions:
     """Sizes when only so many layers are left."""
     removed = dimensions.layers - layers
+    # A neuron has as many parameters in every layer.
     per_neuron_and_layer = dimensions.params_per_neuron // dimensions.layers
     return dataclasses.replace(
         dimensions,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptl.families import Family
-from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations, sequences
+from ptl.stream import LayerwiseModel, States, layers_in_turn, run_with_activations, sequences
 
 ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
 NeuronScores = list[Tensor]  # float32 [F] of each layer
@@ -23,12 +23,14 @@ SequenceScore = Callable[[Tensor, Tensor], Tensor]
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
     """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
-    return changes.abs().amax(dim=0).float() * units
+    largest = changes.abs().amax(dim=0)  # [F]
+    return largest.float() * units
 
 
 def _mean(changes: Tensor, units: Tensor) -> Tensor:
     """The mean change of the layer's output over a sequence's tokens."""
-    return changes.abs().mean(dim=0, dtype=torch.float32) * units
+    mean = changes.abs().mean(dim=0, dtype=torch.float32)  # [F]
+    return mean * units
 
 
 @torch.no_grad()
@@ -77,7 +79,8 @@ def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
     layer: (layers + 1) x tokens x hidden size.
     """
     inputs = _inputs_of_layers(model)
-    gradients = _loss_gradients(model, inputs.pop())  # [B, T, H] of each batch
+    last_states = inputs.pop()
+    gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch
     scores = []
     for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
         total = _JoinedScores("mean")
@@ -85,16 +88,18 @@ def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
             hidden = states.detach().requires_grad_()  # [B, T, H]
             output, activations, *_ = run_with_activations(model, i, b, hidden)
             # By the layer's input, which is what the layer before it needs, and by the activations [B, T, F]
-            gradients[b], slopes = torch.autograd.grad(output, (hidden, activations), gradients[b])
+            variables = (hidden, activations)
+            gradients[b], slopes = torch.autograd.grad(output, variables, gradients[b])
             for value, slope in sequences(model, b, activations.detach(), slopes):
                 change = value.float() * slope.float()  # [T, F]
-                total.add(change.sum(dim=0).abs())
+                first_order = change.sum(dim=0)  # [F]
+                total.add(first_order.abs())
         scores.append(total.result())
     return scores[::-1]
 
 
 @torch.no_grad()
-def _inputs_of_layers(model: LayerwiseModel) -> list[list[Tensor]]:
+def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
     """Hidden states [B, T, H] before each layer and after the last one, of each batch."""
     inputs = [model.embed()]
     for i, _ in layers_in_turn(model, "taylor, forwards"):
@@ -103,7 +108,7 @@ def _inputs_of_layers(model: LayerwiseModel) -> list[list[Tensor]]:
     return inputs
 
 
-def _loss_gradients(model: LayerwiseModel, last_states: list[Tensor]) -> list[Tensor]:
+def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
     """Gradient of the summed loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
     gradients = []
     with model.head():
@@ -126,9 +131,9 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
         squares = column_norms(layer, family).pow(2)  # [F]
         for name in family.up_projections:
-            weight = layer.get_parameter(f"{name}.weight").float()  # [fused_projections * F, H]
-            row_squares = weight.pow(2).sum(dim=1)
-            by_projection = row_squares.view(family.fused_projections, -1)
+            weight = layer.get_parameter(f"{name}.weight").float()  # [projections * F, H]
+            row_squares = weight.pow(2).sum(dim=1)  # [projections * F]
+            by_projection = row_squares.view(family.fused_projections, -1)  # [projections, F]
             squares = squares + by_projection.sum(dim=0)
         scores.append(squares.sqrt().cpu())
     return scores
@@ -152,15 +157,17 @@ CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
 
 def _hidden_change(before: Tensor, after: Tensor) -> Tensor:
     """The paper's layer criterion: how far the layer moves the hidden state. float32 [T]."""
-    return (after.float() - before.float()).norm(dim=-1)
+    movement = after.float() - before.float()  # [T, H]
+    return movement.norm(dim=-1)
 
 
 def _block_influence(before: Tensor, after: Tensor) -> Tensor:
     """1 - cosine of hidden state before and after (ShortGPT, arXiv 2403.03853, eq. 1). float32 [T]."""
-    return 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [T]
+    return 1 - cosine
 
 
-# The change of one sequence's hidden states [T, H], [T, H] -> [T], and how sequences are joined
+# The change of one sequence's hidden states, [T, H] and [T, H] -> [T], and how sequences are joined
 LAYER_CRITERIA = {
     "max": (_hidden_change, "max"),
     "block_influence": (_block_influence, "mean"),
@@ -193,9 +200,10 @@ def column_norms(layer: nn.Module, family: Family) -> Tensor:
     """Norm of each column of down_proj: float32 [F]."""
     weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
     width = weight.shape[1]
-    squares = torch.zeros(width, device=weight.device)
+    squares = torch.zeros(width, device=weight.device)  # [F]
     for rows in weight.split(ROWS):
-        squares += rows.float().square().sum(dim=0)
+        row_squares = rows.float().square()  # [ROWS, F]
+        squares += row_squares.sum(dim=0)
     return squares.sqrt_()
 
 
@@ -206,12 +214,14 @@ def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Call
     norm's gain, r the root mean square of y and s that of y - a w, the norm of g y / r - g (y - a w) / s is that of
     g (c y + a w / s) with c = 1/r - 1/s. Costs two more products as large as down_proj, and its weight in float32.
     """
-    w = layer.get_parameter(f"{family.down_projection}.weight").float()  # [H, F]
-    norm_weight = layer.get_parameter(f"{family.post_norm}.weight").float()  # [H]
-    g = norm_weight + family.norm_offset
-    g2 = g.square()
-    w2 = w.square()
+    down_projection = layer.get_parameter(f"{family.down_projection}.weight")
+    norm = layer.get_parameter(f"{family.post_norm}.weight")
+    w = down_projection.float()  # [H, F]
+    g = norm.float() + family.norm_offset  # [H]
     hidden_size = len(g)
+    # What does not depend on the text
+    w2 = w.square()
+    g2 = g.square()
     mean_w2 = w2.mean(dim=0)  # [F]: |w|^2 / H
     gw2 = g2 @ w2  # [F]: |g w|^2
 
@@ -220,16 +230,21 @@ def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Call
         y = output.float()  # [T, H]
         r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
         # s^2 - r^2: [T, F]
-        growth = a.square() * mean_w2 - a * (y @ w) * (2 / hidden_size)
+        products = y @ w
+        growth = a.square() * mean_w2 - a * products * (2 / hidden_size)
+        s2 = r2 + growth
         r = r2.sqrt()
-        s = (r2 + growth).clamp(min=epsilon).sqrt()
+        s = s2.clamp(min=epsilon).sqrt()
         # 1/r - 1/s would lose the digits of a small change.
         c = growth / (r * s * (r + s))
         b = a / s
         # |g (c y + b w)|^2, multiplied out: [T, F]
-        gy2 = (y * g).square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
+        gy = y * g
+        gy2 = gy.square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
         gygw = (y * g2) @ w  # g y . g w
-        total = c.square() * gy2 + 2 * b * c * gygw + b.square() * gw2
+        total = c.square() * gy2
+        total = total + 2 * b * c * gygw
+        total = total + b.square() * gw2
         return total.clamp(min=0).sqrt()
 
     return changes
@@ -238,12 +253,14 @@ def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Call
 def keep_highest(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays."""
     order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count].sort().values
+    highest = order[:count]
+    return highest.sort().values
 
 
 def num_redundant(scores: Tensor, sigma: float) -> int:
     """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
-    return int((scores < sigma).sum())
+    redundant = scores < sigma
+    return int(redundant.sum())
 
 
 class _JoinedScores:

@@ -55,9 +55,11 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[s
 
     `config` is the content of config.json, `biases` the parts of a layer that have a bias.
     """
+    # What the file gets, and what transformers makes of config.json
     model_type = config["model_type"]
     architecture = ARCHITECTURES[model_type]
     effective = pretrained.config_with_defaults(config)
+    # Structure, attention and rotary embeddings; then the smaller parts
     reasons = [
         *_class_differences(config),
         *_window_differences(config, effective, architecture),
@@ -102,6 +104,7 @@ def _window_differences(config: ConfigJson, effective: Any, architecture: Archit
     """Windows and their pattern follow from the architecture, not from the file."""
     if architecture.full_every:
         return _pattern_differences(effective, architecture.full_every)
+    # All other architectures have full attention in llama.cpp.
     model_type = config["model_type"]
     window = config.get("sliding_window")
     if model_type == "olmo2":
@@ -140,6 +143,7 @@ def _scale_differences(effective: Any, architecture: Architecture) -> list[str]:
     """Gemma's queries are scaled by a field that does not reach the file."""
     if not architecture.rescaled_depth:
         return []
+    # One size of the model, known by its depth, is scaled in another way.
     layers = effective.num_hidden_layers
     scalar = effective.query_pre_attn_scalar
     usual = _head_dim(effective)
@@ -166,6 +170,7 @@ def _cap_differences(model_type: str, effective: Any) -> list[str]:
 
 def _rope_differences(model_type: str, effective: Any, architecture: Architecture) -> list[str]:
     """The rotary embeddings that the converter writes, and which of their parameters it leaves out."""
+    # Gemma 3 has parameters for each kind of attention, all others one set.
     parameters = effective.rope_parameters
     full = parameters.get("full_attention", parameters)
     windowed = parameters.get("sliding_attention", {})
@@ -176,9 +181,10 @@ def _rope_differences(model_type: str, effective: Any, architecture: Architectur
         dropped.append(f"rope_type is {kind} and {windowed_kind}")
     elif kind not in architecture.ropes:
         dropped.append(f"rope_type is {kind}")
+    # Parameters of a known kind that the converter does not read
     unread = ("attention_factor", "mscale", "mscale_all_dim")
     ignored = [field for field in unread if full.get(field) is not None]
-    if full.get("truncate") is False:
+    if full.get("truncate") is False:  # the default is what llama.cpp does
         ignored.append("truncate")
     partial = full.get("partial_rotary_factor", 1.0)
     if model_type != "phi3" and partial != 1.0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptl.stream import LayerwiseModel, layers_in_turn
+from ptl.stream import LayerwiseModel, States, layers_in_turn
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PrunedVariant:
 class _Group:
     """Variants that are the same up to this layer share their hidden states."""
 
-    states: list[Tensor]  # [B, T, H] of each batch
+    states: States
     members: list[int]  # their positions among the variants
 
 
@@ -34,10 +34,12 @@ def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant]) -> Tensor:
 
     Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
     """
+    # At first all variants are the same.
     count = len(variants)
     groups = [_Group(model.embed(), list(range(count)))]
     for i, layer in layers_in_turn(model, f"loss of {count} variants, by layer"):
         divided: list[_Group] = []
+        # A group is divided where its members begin to differ.
         for group in groups:
             divided += _advance(model, layer, i, group, variants)
         groups = divided
@@ -85,7 +87,7 @@ def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Itera
         return
 
     def mask(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        activations = inputs[0]  # [B, T, F]
+        (activations,) = inputs  # [B, T, F]
         keep = torch.zeros_like(activations[0, 0])  # [F]
         keep[kept.to(keep.device)] = 1
         return (activations * keep,)
@@ -97,12 +99,13 @@ def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Itera
         handle.remove()
 
 
-def _sequence_losses(model: LayerwiseModel, states: list[Tensor]) -> Tensor:
+def _sequence_losses(model: LayerwiseModel, states: States) -> Tensor:
     """Mean loss of every sequence of all batches, from the last hidden states: float64 [sequences]."""
     means = []
     for b, hidden in enumerate(states):
         # One sequence at a time: logits are as large as the vocabulary.
         for row, count in enumerate(model.predicted(b).tolist()):
-            loss = model.loss(b, row, hidden[row : row + 1])
+            states_of_row = hidden[row : row + 1]  # [1, T, H]
+            loss = model.loss(b, row, states_of_row)
             means.append(float(loss) / max(1, count))
     return torch.tensor(means, dtype=torch.float64)

@@ -16,7 +16,7 @@ from ptl.errors import InputError
 from ptl.families import check_repair, family_of
 from ptl.own_answers import own_answers
 from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, write_pruned
+from ptl.surgery import Selection, TensorFiles, write_pruned
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def _write_repaired(
     model: LayerwiseModel,
 ) -> int:
     """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
-    # Files of single tensors, by the tensor's name
-    changed: dict[str, Path] = {}
+    changed: TensorFiles = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
         if selection.neurons and settings.repair in ("ridge", "both"):
             changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))

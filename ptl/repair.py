@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptl import safefile
 from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations
-from ptl.surgery import Selection, pruned_tensor
+from ptl.surgery import Selection, TensorFiles, pruned_tensor
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def ridge(
     selection: Selection,
     strength: float,
     folder: Path,
-) -> dict[str, Path]:
+) -> TensorFiles:
     """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
@@ -89,9 +89,9 @@ def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tens
 def magnitude(
     model: LayerwiseModel,
     selection: Selection,
-    repaired: dict[str, Path],
+    repaired: TensorFiles,
     folder: Path,
-) -> dict[str, Path]:
+) -> TensorFiles:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
     The paper scales everything before a removed layer by the ratio of norms alpha. Here what the layers after it add to
@@ -120,7 +120,7 @@ def magnitude(
 def _current_value(
     model: LayerwiseModel,
     selection: Selection,
-    repaired: dict[str, Path],
+    repaired: TensorFiles,
     name: str,
 ) -> Tensor:
     """A tensor as it will be in the pruned checkpoint."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ FORMAT_DTYPES = {
     "F8_E5M2": ("float8_e5m2", 1),
 }
 ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
-TensorSpec = tuple[str, str, tuple[int, ...]]  # name, dtype and shape
+Shape = tuple[int, ...]
+TensorSpec = tuple[str, str, Shape]  # name, dtype as in the header, shape
 FLOATS = ("F64", "F32", "F16", "BF16")  # what can be pruned
 
 
@@ -50,7 +51,7 @@ class Entry:
     path: Path  # of the file
     name: str
     dtype: str  # as in the header: "F32"
-    shape: tuple[int, ...]
+    shape: Shape
     start: int  # offset in the file, bytes
 
     @property
@@ -59,7 +60,10 @@ class Entry:
         return num_bytes(self.shape, self.dtype)
 
 
-def num_bytes(shape: Iterable[int], dtype: str) -> int:
+Entries = Mapping[str, Entry]  # by the tensor's name
+
+
+def num_bytes(shape: Shape, dtype: str) -> int:
     """Bytes of a tensor."""
     return math.prod(shape) * ITEM_BYTES[dtype]
 
@@ -76,7 +80,9 @@ def _read_header(path: Path) -> list[Entry]:
     """The entries of a file, checked to fill it without gaps. Raises ValueError among others for a damaged file."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+        prefix = file.read(LENGTH_BYTES)
+        (length,) = struct.unpack("<Q", prefix)
+        # A damaged length must not make us read, or reserve, gigabytes.
         if length > min(MAX_HEADER_BYTES, file_bytes):
             raise ValueError("header longer than the file")
         header = bounded_json.loads(file.read(length))
@@ -85,6 +91,7 @@ def _read_header(path: Path) -> list[Entry]:
     tensors = [_entry(path, name, fields, data_start) for name, fields in header.items()]
     # By offset; an empty tensor begins where the next one does.
     tensors.sort(key=lambda entry: (entry.start, entry.size))
+    # Tensors follow one another without gaps up to the end of the file.
     position = data_start
     for entry in tensors:
         if entry.start != position:
@@ -131,7 +138,7 @@ def write(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) ->
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
 
-    specs = list(specs)
+    specs = list(specs)  # they are read twice
     known_dtypes = dtypes()
     with path.open("wb") as file:
         file.write(_header(specs))
@@ -154,16 +161,17 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
             "data_offsets": [position, end],  # from the end of the header
         }
         position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)  # padding up to where the tensors begin
-    return struct.pack("<Q", len(text)) + text
+    text = json.dumps(header, separators=(",", ":"))
+    padding = " " * (-len(text) % LENGTH_BYTES)
+    encoded = (text + padding).encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Entry:
     """The entry of one tensor in a header; raises ValueError or KeyError for what is no tensor."""
     dtype = fields["dtype"]
     shape = fields["shape"]
-    begin, end = fields["data_offsets"]
+    begin, end = fields["data_offsets"]  # from data_start on
     if dtype not in ITEM_BYTES:
         raise ValueError(f"tensor {name} has dtype {dtype!r}, which is not known here")
     # The header is a stranger's: true, 2.0 and -2 are JSON numbers that Python would calculate with.

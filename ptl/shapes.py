@@ -8,6 +8,7 @@ from typing import Any
 
 from ptl.checkpoint import DTYPES, checkpoint_error
 from ptl.families import ConfigJson, Family
+from ptl.safefile import Shape
 
 CORRECT = "correct it, or fetch the checkpoint again"
 MAX_SIZE = 1 << 31  # a model beyond it is a typing error
@@ -85,6 +86,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
         layers=size(family.depth_field, largest=MAX_LAYERS),
         vocab_size=size("vocab_size"),
     )
+    # Sizes alone are no model that can be built: the rest of the file must fit them.
     _check_heads(checked, source)
     _check_layer_types(config, family, checked.layers, source)
     _check_optional_fields(config, source)
@@ -93,7 +95,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     return checked
 
 
-def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], Fields]:
+def expected(part: str, family: Family, dims: Sizes) -> tuple[Shape, Fields]:
     """The shape of a tensor's weight, and the config's fields that it follows from.
 
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
@@ -130,7 +132,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[tuple[int, ...], F
         layout = (fused_neurons, hidden)
     elif part == family.down_projection:
         layout = (hidden, neurons)
-    shape: tuple[int, ...] = ()
+    shape: Shape = ()
     fields: Fields = ()
     for length, length_fields in layout:
         shape += (length,)
@@ -291,7 +293,9 @@ def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
     if not isinstance(parameters, dict):
         problem = f"{source} has {name}={parameters!r}, which must be a JSON object"
         raise checkpoint_error(problem, CORRECT)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    # Older files call it `type`.
+    old_kind = parameters.get("type", "default")
+    kind = parameters.get("rope_type", old_kind)
     if not isinstance(kind, str) or kind not in ROPES:
         problem = f"{source} has {name}.rope_type={kind!r}, which is not known"
         known = ", ".join(ROPES)

@@ -24,6 +24,9 @@ Arguments = dict[str, Any]  # keyword arguments of a module
 LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given beside them
 
 
+States = list[Tensor]  # hidden states [B, T, H] of each batch
+
+
 class LayerwiseModel:
     """A checkpoint and the calibration batches that go through it, layer by layer.
 
@@ -58,7 +61,7 @@ class LayerwiseModel:
         # What the decoder gives each layer beside the hidden states, by batch; known once `embed` has run
         self.layer_arguments: dict[int, list[Arguments]] = {}
 
-    def embed(self) -> list[Tensor]:
+    def embed(self) -> States:
         """The hidden states before the first layer: [B, T, H] for each batch."""
         states = []
         with torch.no_grad(), self._loaded(self._embeddings()):
@@ -85,7 +88,7 @@ class LayerwiseModel:
         # Layers of older families return a tuple.
         return output[0] if isinstance(output, tuple) else output
 
-    def run_batches(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
+    def run_batches(self, index: int, states: States) -> States:
         """Hidden states [B, T, H] of all batches through a layer that is in memory."""
         return [self.run(index, batch, hidden) for batch, hidden in enumerate(states)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ptl import checkpoint, safefile
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.pretrained import config_with_defaults
-from ptl.safefile import Entry
+from ptl.safefile import Entry, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+TensorFiles = Mapping[str, Path]  # files that hold one new tensor, by the name of the old one
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class PrunedTensor:
     axis: int = 0  # along which it is pruned
     kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
 
-    def shape(self, source_shape: Sequence[int]) -> tuple[int, ...]:
+    def shape(self, source_shape: Shape) -> Shape:
         """The shape of the pruned tensor."""
         shape = list(source_shape)
         if self.kept is not None:
@@ -48,7 +51,7 @@ class PrunedTensor:
 
 def pruned_tensor(
     name: str,
-    shape: Sequence[int],
+    shape: Shape,
     family: Family,
     selection: Selection,
 ) -> PrunedTensor | None:
@@ -122,7 +125,7 @@ def write_pruned(
     dst: Path,
     family: Family,
     selection: Selection,
-    repaired: Mapping[str, Path] | None = None,
+    repaired: TensorFiles | None = None,
 ) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; an optimizer state beside it is pruned with it.
 
@@ -154,7 +157,7 @@ def _write_pruned_file(
     dst: Path,
     family: Family,
     selection: Selection,
-    repaired: Mapping[str, Path],
+    repaired: TensorFiles,
 ) -> dict[str, int]:
     """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
     # The header of a file comes first: all shapes are known before any tensor is read.
