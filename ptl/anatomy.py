@@ -34,7 +34,7 @@ class ModelDimensions:
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     """Measure a checkpoint without loading it.
 
-    Raises InputError that names a field of config.json that cannot be, a missing, extra or misshapen tensor, or dtypes
+    Raises InputError that names an impossible field of config.json, a missing, extra or misshapen tensor, or dtypes
     that cannot be pruned.
     """
     config = checkpoint.read_config(folder)
@@ -101,7 +101,7 @@ def width_for(
 
     Raises InputError when fewer neurons than one multiple would be left.
     """
-    # The width need not be a multiple as long as nothing goes.
+    # A width that is not pruned need not be a multiple.
     if goal >= dimensions.params:
         return dimensions.width
     step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
@@ -138,7 +138,7 @@ def smallest_cuts(
 
 
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:
-    """How many layers must go to reach the goal. Raises InputError when none would be left."""
+    """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
     excess = dimensions.params - goal
     count = max(0, math.ceil(excess / dimensions.params_per_layer))
     if count >= dimensions.layers:
@@ -156,7 +156,7 @@ def _check_names(
     config: ConfigJson,
     entries: Entries,
 ) -> None:
-    """Every tensor that the family has is there, and no other: transformers would make it up, or leave it out."""
+    """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
     layers = config[family.depth_field]
     in_layer = [f"{part}.weight" for part in family.parts]
     in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
@@ -168,7 +168,7 @@ def _check_names(
     if not family.is_tied(config):
         required = allowed
 
-    # The first difference is enough: a wrong checkpoint has hundreds.
+    # Only the first is named: a wrong checkpoint has hundreds.
     missing = required - entries.keys()
     unknown = entries.keys() - allowed
     if missing:

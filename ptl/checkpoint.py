@@ -28,20 +28,20 @@ ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 # Suffixes of files that can run code when they are read
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Any one of them is a tokenizer
+# A checkpoint with any of these files has a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 MAX_NAMED_PICKLES = 3  # in an error
 
 
 def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -> InputError:
-    """What is wrong with the files that the setting model.path names."""
+    """An error in the files that the setting model.path names."""
     return InputError(problem, field="model.path", remedy=remedy)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises InputError when it is missing or no JSON object."""
+    """config.json of a checkpoint. Raises InputError when it is missing or not a JSON object."""
     path = folder / "config.json"
-    # A wrong path and a folder of something else are different mistakes.
+    # A wrong path and a folder without a checkpoint are different mistakes.
     if not folder.is_dir():
         raise checkpoint_error(f"no folder {folder}", "give a checkpoint folder or a hub id")
     if not path.is_file():
@@ -67,10 +67,9 @@ def shards(folder: Path) -> list[Path]:
         return [_single_file(folder)]
     names = sorted(set(_weight_map(folder).values()))
     for name in names:
-        # A name with a folder in it could point to any file of the machine.
+        # A name with a folder in it could point to any file on the machine.
         if Path(name).name != name:
-            problem = f"{index} names {name!r}, which is no plain file name; refused"
-            raise checkpoint_error(problem, remedy="")
+            raise checkpoint_error(f"{index} names {name!r}, which is not a plain file name")
         if not (folder / name).is_file():
             raise checkpoint_error(f"{index} names {name}, which is missing")
     return [folder / name for name in names]
@@ -100,12 +99,12 @@ def contents(folder: Path) -> dict[str, Entry]:
             if entry.name in entries:
                 raise checkpoint_error(f"tensor {entry.name} is in two shards, {path} among them")
             entries[entry.name] = entry
-    # transformers reads by the index alone: a tensor that it locates wrongly would be made up.
+    # transformers trusts the index: it would initialise a tensor that is not in the shard named there.
     for name, file in _weight_map(folder).items():
         entry_of_name = entries.get(name)
         if not entry_of_name or entry_of_name.path.name != file:
             index = folder / INDEX
-            raise checkpoint_error(f"{index} says that {file} holds {name}, and it does not")
+            raise checkpoint_error(f"{index} says that {file} holds {name}, but it does not")
     return entries
 
 
@@ -122,7 +121,7 @@ def itemsize(folder: Path) -> int:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
         return DTYPES[dtype]
-    # A folder of which only config.json was downloaded has no weights to ask.
+    # Of a hub id perhaps only config.json has been downloaded.
     if not any(folder.glob("*.safetensors")):
         return DTYPES["bfloat16"]
     dtypes = {entry.dtype for entry in contents(folder).values()}
@@ -146,7 +145,7 @@ def check_tied(entries: Entries) -> None:
     embeddings = entries.get("model.embed_tokens.weight")
     if output is None or embeddings is None:
         return
-    # Chunk by chunk: an output layer may be as large as the memory.
+    # Compared in chunks: an output layer can have gigabytes.
     output_chunks = safefile.chunks(output)
     embedding_chunks = safefile.chunks(embeddings)
     if not all(map(operator.eq, output_chunks, embedding_chunks)):
@@ -216,9 +215,9 @@ def check_links(folder: Path) -> None:
 
 
 def copy_companions(src: Path, dst: Path) -> None:
-    """Everything beside the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
+    """Copy everything but the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
     check_links(src)
-    # The index, the config and the manifest belong to the weights: whoever writes those writes these.
+    # The caller writes the weights, and with them the index and the config; a manifest would be out of date.
     weights = {path.name for path in shards(src)}
     excluded_names = weights | {INDEX, "config.json", STATE, "ptl-files.json"}
     excluded_suffixes = (*PICKLES, ".safetensors")
@@ -247,10 +246,10 @@ def check_finite(paths: Iterable[Path]) -> None:
     """Raise InputError that names the first tensor with NaN or infinite values."""
     for path in paths:
         for name, tensor in tensors(path):
-            # Integers are always finite, and some kinds cannot be asked.
+            # Integers are always finite.
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 problem = f"tensor {name} in {path} holds NaN or infinite values"
-                raise checkpoint_error(problem, "use a sound checkpoint")
+                raise checkpoint_error(problem, "use a checkpoint without them")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -258,10 +257,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
         return {}
-    # Whatever is wrong with its structure is the same to a user.
+    # Any damage to its structure is reported in the same way.
     try:
         index = bounded_json.loads(path.read_bytes())
         weight_map = index["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint_error(f"{path} is no index of shards ({error})") from error
+        raise checkpoint_error(f"{path} is not an index of shards ({error})") from error

@@ -66,8 +66,8 @@ def layers(task: SelectionTask) -> Selection:
 def cheapest(task: SelectionTask) -> Selection:
     """Remove layers as long as the best one costs less loss per parameter than neurons do, then neurons to the goal.
 
-    Greedy: after each removed layer everything is measured again. A layer is tried while at least half of one must go;
-    its loss is measured with the layers before it gone.
+    Greedy: after each removed layer everything is measured again. A layer is tried while at least half of one is still
+    to be removed; its loss is measured without the layers removed before it.
     """
     scores = neuron_scores(task.model, task.settings.criterion, task.seed)
     kept = list(range(task.dimensions.layers))
@@ -76,7 +76,7 @@ def cheapest(task: SelectionTask) -> Selection:
         if layer is None:
             break
         kept.remove(layer)
-    # Layers rarely end at the goal itself: neurons are the rest of the way.
+    # Whole layers rarely hit the goal exactly: neurons close the gap.
     remaining = _with_layers(task.dimensions, len(kept))
     width = _width(remaining, task.settings, task.goal)
     if width == remaining.width:
@@ -95,7 +95,7 @@ CHOICES = {
 def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) -> int | None:
     """Of the layers still kept the one whose removal costs the least loss per parameter.
 
-    None where too little must go for a layer, or where neurons cost no more.
+    None where less than half a layer is still to be removed, or where neurons cost no more.
     """
     remaining = _with_layers(task.dimensions, len(kept))
     layer_params = remaining.params_per_layer
@@ -128,8 +128,8 @@ def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) 
 
 
 def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int | None:
-    """The width that saves about as much as a layer, at most what must go; None where the neurons do not suffice."""
-    # The goal itself is nearer where less than a layer must go.
+    """The width that saves about as much as a layer; None where neurons cannot save that much."""
+    # But not more than the goal asks for
     without_a_layer = remaining.params - remaining.params_per_layer
     goal = max(task.goal, without_a_layer)
     try:

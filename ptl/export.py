@@ -28,11 +28,14 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     family = family_of(config)
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
-    reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
+    # The converter does not report these.
+    tied = family.is_tied(config)
+    biased_parts = family.biased_parts(config)
+    reasons = llama_cpp.differences(config, tied, biased_parts)
     if reasons:
         differences = "; ".join(reasons)
         raise InputError(
-            f"llama.cpp would compute otherwise than transformers: {differences}",
+            f"llama.cpp would not compute what transformers does: {differences}",
             field="export",
             remedy="serve this checkpoint with transformers or vLLM",
         )

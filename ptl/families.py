@@ -37,17 +37,18 @@ class Family:
     up_projections: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     fused_projections: int = 1  # projections stacked in one tensor: 2 where gate and up are fused
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
-    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()  # config field that switches biases on ("": always), parts
+    # Parts with biases, by the config field that switches them on ("": they always have them)
+    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     width_field: str = "intermediate_size"  # config field of the FFN width
     depth_field: str = "num_hidden_layers"  # config field of the number of layers
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
-    tied: bool = False  # whether embeddings are tied where the config does not say
-    # The last parts before the residual stream, where only norms read the stream; else none (see repair.magnitude)
+    tied: bool = False  # default of tie_word_embeddings
+    # Parts whose output is added to the residual stream, if only norms read it; else none (see repair.magnitude)
     residual_outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
     norm_per_head: bool = True  # q_norm and k_norm: of each head, or of all heads together
-    defaults: tuple[tuple[str, int], ...] = ()  # sizes that transformers takes where config.json leaves them out
+    defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
 
     @property
@@ -65,7 +66,9 @@ class Family:
 
     def has_neurons(self, part: str, kind: str) -> bool:
         """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
-        return part in self.up_projections or (part == self.down_projection and kind == "weight")
+        if part == self.down_projection:
+            return kind == "weight"  # the bias is that of the hidden state
+        return part in self.up_projections
 
     def is_tied(self, config: ConfigJson) -> bool:
         """Whether the output layer is the embeddings."""
@@ -132,7 +135,7 @@ _RECORDS = (
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
 
-# Config fields that mark what is not a dense language model
+# Config fields of models that are not dense language models
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 MODALITIES = ("vision_config", "audio_config", "text_config")
 

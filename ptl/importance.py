@@ -146,6 +146,7 @@ def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
     return [torch.rand(width, generator=generator) for _ in model.layers]
 
 
+# By their names in the setting prune.criterion; each takes the model and a seed
 CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
     "max": partial(_by_output_change, score=_max, join="max"),
     "mean": partial(_by_output_change, score=_mean, join="mean"),
@@ -231,7 +232,8 @@ def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Call
         r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
         # s^2 - r^2: [T, F]
         products = y @ w
-        growth = a.square() * mean_w2 - a * products * (2 / hidden_size)
+        growth = a.square() * mean_w2
+        growth = growth - a * products * (2 / hidden_size)
         s2 = r2 + growth
         r = r2.sqrt()
         s = s2.clamp(min=epsilon).sqrt()

@@ -1,4 +1,4 @@
-"""What llama.cpp would compute otherwise than transformers: it fixes by architecture what a config.json may choose.
+"""Where llama.cpp and transformers would differ: llama.cpp fixes by architecture what a config.json may choose.
 
 From llama.cpp's own code: src/models/<architecture>.cpp (sizes, windows, scales, activations, biases) and the
 conversion/ folder of its converter (which fields of config.json reach the file), both read in November 2026.
@@ -55,7 +55,6 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[s
 
     `config` is the content of config.json, `biases` the parts of a layer that have a bias.
     """
-    # What the file gets, and what transformers makes of config.json
     model_type = config["model_type"]
     architecture = ARCHITECTURES[model_type]
     effective = pretrained.config_with_defaults(config)
@@ -72,18 +71,18 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[s
         activation = getattr(effective, "hidden_act", None)
     if activation not in architecture.activations:
         fixed = architecture.activations[0]
-        reasons.append(f"the activation is {activation}, and it always takes {fixed}")
+        reasons.append(f"the activation is {activation}, but it always uses {fixed}")
     ignored = set(biases) - set(architecture.biases)
     if ignored:
         names = ", ".join(sorted(ignored))
         reasons.append(f"it has no biases for {names} of this architecture")
     if architecture.tied is not None and tied != architecture.tied:
         value = "true" if tied else "false"
-        reasons.append(f"tie_word_embeddings is {value}, and it knows this architecture only the other way")
+        reasons.append(f"tie_word_embeddings is {value}, but it supports only the opposite for this architecture")
     head_dim = _head_dim(effective)
     usual = effective.hidden_size // effective.num_attention_heads
     if head_dim != usual and not architecture.any_head_dim:
-        reasons.append(f"head_dim is {head_dim}, and it takes hidden_size / num_attention_heads = {usual}")
+        reasons.append(f"head_dim is {head_dim}, but it uses hidden_size / num_attention_heads = {usual}")
     return reasons
 
 
@@ -109,7 +108,7 @@ def _window_differences(config: ConfigJson, effective: Any, architecture: Archit
     window = config.get("sliding_window")
     if model_type == "olmo2":
         # transformers has no windows there, the converter writes the field all the same.
-        return [f"sliding_window is {window}, which transformers ignores and it does not"] if window else []
+        return [f"sliding_window is {window}, which transformers ignores but it does not"] if window else []
     layer_types = getattr(effective, "layer_types", None) or ()
     if model_type not in WINDOWED_EVERYWHERE and "sliding_attention" not in layer_types:
         return []
@@ -117,7 +116,7 @@ def _window_differences(config: ConfigJson, effective: Any, architecture: Archit
     if not window or window >= effective.max_position_embeddings:
         return []
     return [
-        f"sliding_window is {window}, and it gives every layer full attention (layer_types): "
+        f"sliding_window is {window}, but it gives every layer full attention (layer_types): "
         f"answers differ from token {window + 1} on; if yours are shorter, "
         f"set max_position_embeddings={window} in a copy's config.json",
     ]
@@ -135,7 +134,7 @@ def _pattern_differences(effective: Any, full_every: int) -> list[str]:
             f"{full_every} layers, the last: removing layers shifts it, removing neurons does not"
         ]
     if getattr(effective, "use_bidirectional_attention", False) or effective.sliding_window is None:
-        return ["sliding_window is null or attention looks ahead, which it does not know"]
+        return ["sliding_window is null or attention looks ahead, which it does not support"]
     return []
 
 
@@ -164,7 +163,7 @@ def _cap_differences(model_type: str, effective: Any) -> list[str]:
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
         cap = getattr(effective, field, None)
         if bool(cap) != capped:
-            reasons.append(f"{field} is {cap}, and it {requirement}")
+            reasons.append(f"{field} is {cap}, but it {requirement}")
     return reasons
 
 
@@ -184,13 +183,13 @@ def _rope_differences(model_type: str, effective: Any, architecture: Architectur
     # Parameters of a known kind that the converter does not read
     unread = ("attention_factor", "mscale", "mscale_all_dim")
     ignored = [field for field in unread if full.get(field) is not None]
-    if full.get("truncate") is False:  # the default is what llama.cpp does
+    if full.get("truncate") is False:  # llama.cpp always truncates
         ignored.append("truncate")
     partial = full.get("partial_rotary_factor", 1.0)
     if model_type != "phi3" and partial != 1.0:
         ignored.append("partial_rotary_factor")
     dropped += [f"rope_parameters has {field}" for field in ignored]
-    return [f"{parameter}, which is lost on the way" for parameter in dropped]
+    return [f"{parameter}, which the converter drops" for parameter in dropped]
 
 
 def _head_dim(effective: Any) -> int:

@@ -32,7 +32,8 @@ class _Group:
 def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant]) -> Tensor:
     """Mean loss of every sequence's answer tokens under every variant: float64 [variants, sequences].
 
-    Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
+    Each layer is loaded once. Variants share their hidden states until they differ, so that memory grows with the
+    number of different ones.
     """
     # At first all variants are the same.
     count = len(variants)

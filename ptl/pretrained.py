@@ -1,4 +1,4 @@
-"""Configs, tokenizers and models through transformers: never with code of the checkpoint's own, and from no pickles.
+"""Configs, tokenizers and models loaded by transformers: never with a checkpoint's own code, never from pickles.
 
 transformers asks on the terminal where it needs such code (`auto_map` in a JSON file names it) and is not forbidden to.
 """
@@ -53,7 +53,12 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
     return _load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True)
 
 
-def _load(load: Callable[..., Any], folder: Path, field: str, **options: Any) -> Any:
+def _load(
+    load: Callable[..., Any],
+    folder: Path,
+    field: str,
+    **options: Any,
+) -> Any:
     """Call a from_pretrained; InputError where it fails because it would have to run the checkpoint's code."""
     try:
         return load(folder, trust_remote_code=False, **options)

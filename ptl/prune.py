@@ -23,7 +23,7 @@ from ptl.surgery import Selection, TensorFiles, write_pruned
 class PruneReport:
     """What was pruned. Widths are FFN widths, one per layer that stays."""
 
-    unit: str  # what went: "neurons", "layers", "both" or "nothing"
+    unit: str  # what was removed: "neurons", "layers", "both" or "nothing"
     criterion: str  # by which it was selected
     params_before: int
     params: int  # afterwards
@@ -58,7 +58,7 @@ def prune_checkpoint(
     check_repair(settings.repair, family)
     before = model_dimensions(src, family)
     if goal >= before.params:
-        # Nothing has to go: no text is read, and no layer is scored.
+        # Nothing has to be removed: no text is read, and no layer is scored.
         selection = Selection(tuple(range(before.layers)), {})
         repaired = sequences = 0
         write_pruned(src, dst, family, selection)
@@ -71,17 +71,18 @@ def prune_checkpoint(
         selection = CHOICES[unit](task)
         repaired = _write_repaired(src, dst, settings, selection, model)
         sequences = model.num_sequences
-    # Measured again from the files, not calculated
+    # From the files that were written, not calculated
     after = model_dimensions(dst, family)
+    removed_layers = [i for i in range(before.layers) if i not in selection.layers]
     return PruneReport(
-        unit=_removed_unit(selection, before.layers),
+        unit=_removed_unit(selection, removed_layers),
         criterion=settings.layer_criterion if unit == "layers" else settings.criterion,
         params_before=before.params,
         params=after.params,
         goal=goal,
         layers=after.layers,
         widths=(after.width,) * after.layers,
-        removed_layers=tuple(i for i in range(before.layers) if i not in selection.layers),
+        removed_layers=tuple(removed_layers),
         width_multiple=resolve_multiple(before.width, settings.width_multiple, settings.tensor_parallel),
         repaired=repaired,
         sequences=sequences,
@@ -107,11 +108,11 @@ def _write_repaired(
     return len(changed)
 
 
-def _removed_unit(selection: Selection, layers_before: int) -> str:
-    """What went, as PruneReport names it."""
-    if len(selection.layers) == layers_before:
-        return "neurons" if selection.neurons else "nothing"
-    return "both" if selection.neurons else "layers"
+def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
+    """What was removed, as PruneReport names it."""
+    if removed_layers:
+        return "both" if selection.neurons else "layers"
+    return "neurons" if selection.neurons else "nothing"
 
 
 def _batches(

@@ -1,4 +1,4 @@
-"""Closed-form repair after pruning: no training, only what the calibration text says about the pruned layers."""
+"""Closed-form repair after pruning: no training, only what the calibration text shows about the pruned layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ridge(
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
         kept = selection.neurons.get(i)
-        # A layer that goes, or keeps all its neurons, only hands on the hidden states.
+        # Nothing to fit: the layer is removed, or keeps all its neurons.
         if kept is None:
             states = model.run_batches(i, states)
             continue
@@ -53,7 +53,12 @@ def ridge(
     return repaired
 
 
-def _activations(model: LayerwiseModel, i: int, b: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _activations(
+    model: LayerwiseModel,
+    i: int,
+    b: int,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Hidden states after layer i, and the inputs of its down_proj at the N non-padding tokens: float32 [N, F]."""
     after, activations, *mlp_outputs = run_with_activations(model, i, b, hidden)
     tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
@@ -112,8 +117,8 @@ def magnitude(
                 # A norm multiplies by its weight plus the offset: the sum is what must be divided.
                 is_norm = name.endswith("norm.weight")
                 offset = model.family.norm_offset if is_norm else 0.0
-                factor = tensor.float() + offset
-                scaled[name] = _save(model, folder, name, factor / scale - offset)
+                factor = (tensor.float() + offset) / scale
+                scaled[name] = _save(model, folder, name, factor - offset)
     return scaled
 
 

@@ -41,7 +41,7 @@ FORMAT_DTYPES = {
 ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
 Shape = tuple[int, ...]
 TensorSpec = tuple[str, str, Shape]  # name, dtype as in the header, shape
-FLOATS = ("F64", "F32", "F16", "BF16")  # what can be pruned
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def _read_header(path: Path) -> list[Entry]:
     with path.open("rb") as file:
         prefix = file.read(LENGTH_BYTES)
         (length,) = struct.unpack("<Q", prefix)
-        # A damaged length must not make us read, or reserve, gigabytes.
+        # A damaged length must not make us read gigabytes.
         if length > min(MAX_HEADER_BYTES, file_bytes):
             raise ValueError("header longer than the file")
         header = bounded_json.loads(file.read(length))
     header.pop("__metadata__", None)
     data_start = LENGTH_BYTES + length
     tensors = [_entry(path, name, fields, data_start) for name, fields in header.items()]
-    # By offset; an empty tensor begins where the next one does.
+    # By size too: an empty tensor has the offset of the next one.
     tensors.sort(key=lambda entry: (entry.start, entry.size))
     # Tensors follow one another without gaps up to the end of the file.
     position = data_start
@@ -143,8 +143,8 @@ def write(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) ->
     with path.open("wb") as file:
         file.write(_header(specs))
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
-            assert tensor.dtype == known_dtypes[dtype], f"{tensor.dtype} is not {dtype}"
-            assert tensor.shape == shape, f"{tensor.shape} is not {shape}"
+            expected = (known_dtypes[dtype], shape)
+            assert (tensor.dtype, tensor.shape) == expected, f"{tensor.dtype} {tensor.shape}"
             flat = tensor.contiguous().reshape(-1)
             file.write(_memory(flat.view(torch.uint8)))
 
@@ -167,17 +167,22 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Entry:
-    """The entry of one tensor in a header; raises ValueError or KeyError for what is no tensor."""
+def _entry(
+    path: Path,
+    name: str,
+    fields: dict[str, Any],
+    data_start: int,  # offset in the file, bytes
+) -> Entry:
+    """The entry of one tensor in a header; raises ValueError or KeyError for what is not a tensor."""
     dtype = fields["dtype"]
     shape = fields["shape"]
     begin, end = fields["data_offsets"]  # from data_start on
     if dtype not in ITEM_BYTES:
-        raise ValueError(f"tensor {name} has dtype {dtype!r}, which is not known here")
-    # The header is a stranger's: true, 2.0 and -2 are JSON numbers that Python would calculate with.
+        raise ValueError(f"tensor {name} has an unknown dtype {dtype!r}")
+    # Exact types: Python would also calculate with true and 2.0.
     numbers = (begin, end, *shape)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"tensor {name} has sizes that are no whole numbers")
+        raise ValueError(f"tensor {name} has sizes that are not integers")
     entry = Entry(path, name, dtype, tuple(shape), data_start + begin)
     size = end - begin
     if size != entry.size:
@@ -199,4 +204,7 @@ def dtypes() -> dict[str, Any]:
     """torch's dtype of each dtype of the format."""
     import torch
 
-    return {name: getattr(torch, torch_name) for name, (torch_name, _) in FORMAT_DTYPES.items()}
+    by_name = {}
+    for name, (torch_name, _) in FORMAT_DTYPES.items():
+        by_name[name] = getattr(torch, torch_name)
+    return by_name

@@ -1,4 +1,4 @@
-"""What a config.json promises: its fields are checked, and the shape of each tensor follows from them. Torch-free."""
+"""The fields of a config.json, checked, and the shape of each tensor that follows from them. Torch-free."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Sizes:
 def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     """Check a config and read its sizes. Raises InputError that names the field, its value and what is possible.
 
-    `source` is the file, for the messages. What config.json leaves out has the default that transformers gives it.
+    `source` is the file, for the messages. Fields that config.json leaves out have the defaults of transformers.
     """
     _check_not_quantized(config, source)
     defaults = dict(family.defaults)
@@ -86,7 +86,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
         layers=size(family.depth_field, largest=MAX_LAYERS),
         vocab_size=size("vocab_size"),
     )
-    # Sizes alone are no model that can be built: the rest of the file must fit them.
+    # The other fields must fit these sizes.
     _check_heads(checked, source)
     _check_layer_types(config, family, checked.layers, source)
     _check_optional_fields(config, source)
@@ -141,7 +141,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[Shape, Fields]:
 
 
 def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
-    """Parameters of the model, and those among them that stand in products with a token: the output layer's too."""
+    """Parameters of the model, and those of them that each token is multiplied with: the output layer's too."""
     matrices = 0  # parameters of a layer's weights, used in products
     vectors = 0  # parameters of a layer's norms and biases
     for part in family.parts:
@@ -183,9 +183,9 @@ def _check_heads(checked: Sizes, source: str) -> None:
     key_value_heads = checked.num_key_value_heads
     relation = ""
     if hidden % heads:
-        relation = f"hidden_size={hidden} is no multiple of num_attention_heads={heads}"
+        relation = f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
     elif heads % key_value_heads:
-        relation = f"num_attention_heads={heads} is no multiple of num_key_value_heads={key_value_heads}"
+        relation = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
     if relation:
         raise checkpoint_error(f"in {source} {relation}")
     if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
@@ -251,7 +251,7 @@ OPTIONAL_FIELDS = (
 
 
 def _check_optional_fields(config: ConfigJson, source: str) -> None:
-    """transformers would fail on them only when the model is built or runs."""
+    """transformers would fail on these only when it builds or runs the model."""
     for fields, is_possible, possible in OPTIONAL_FIELDS:
         for field in fields:
             value = config.get(field)
@@ -261,14 +261,14 @@ def _check_optional_fields(config: ConfigJson, source: str) -> None:
 
 
 def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
-    """The embeddings are made with the padding token's number, which counts from the end where it is negative."""
+    """The padding token is an index into the embeddings, which counts from the end where it is negative."""
     value = config.get("pad_token_id")
     if value is None:
         return
     if not isinstance(value, int) or not -vocabulary <= value < vocabulary:
         raise checkpoint_error(
-            f"{source} has pad_token_id={value!r}, which is no token of the {vocabulary} in vocab_size",
-            "set it to one, or to null",
+            f"{source} has pad_token_id={value!r}, which is not one of the {vocabulary} tokens of vocab_size",
+            "set it to one of them, or to null",
         )
 
 
@@ -309,7 +309,7 @@ def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
         if not all(map(_is_positive, numbers)):
             raise checkpoint_error(
                 f"{source} has {name}.{field}={value!r}, "
-                f"and rope_type={kind} needs a number there above 0, "
+                f"and rope_type={kind} needs a number above 0 there, "
                 "or a list of them for short_factor and long_factor",
                 CORRECT,
             )

@@ -1,7 +1,7 @@
 """A language model of which one decoder layer at a time is in memory: what is scored may be larger than the machine.
 
 The model is built without weights (on the meta device of torch) and the forward of each layer is replaced once by a
-recorder, which keeps what the model gives its layers beside the hidden state (masks, position embeddings, whatever the
+recorder, which keeps what the model gives its layers besides the hidden state (masks, position embeddings, whatever the
 family needs). After that the layers run one by one on the hidden states of all batches. Shape letters: importance.py.
 """
 
@@ -21,7 +21,7 @@ from ptl.data import IGNORED, Batch
 from ptl.families import Family
 
 Arguments = dict[str, Any]  # keyword arguments of a module
-LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given beside them
+LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given besides them
 
 
 States = list[Tensor]  # hidden states [B, T, H] of each batch
@@ -58,7 +58,7 @@ class LayerwiseModel:
         self.decoder = causal_lm.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
         self.batches = [_on_device(batch, self.device) for batch in batches]
-        # What the decoder gives each layer beside the hidden states, by batch; known once `embed` has run
+        # What the decoder gives each layer besides the hidden states, by batch; known once `embed` has run
         self.layer_arguments: dict[int, list[Arguments]] = {}
 
     def embed(self) -> States:
@@ -66,7 +66,7 @@ class LayerwiseModel:
         states = []
         with torch.no_grad(), self._loaded(self._embeddings()):
             for b, batch in enumerate(self.batches):
-                # The whole decoder runs, but for the work of its layers.
+                # Runs the whole decoder except its layers.
                 with self._recording_layers() as calls:
                     self.decoder(**_inputs(batch))
                 self.layer_arguments[b] = [arguments for _, arguments in calls]
@@ -121,7 +121,7 @@ class LayerwiseModel:
                 output.weight = embeddings.weight
             yield
         if tied:
-            output.weight = embeddings.weight  # without values again
+            output.weight = embeddings.weight  # on the meta device again
 
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
@@ -129,7 +129,7 @@ class LayerwiseModel:
         sequence = {}
         for name, tensor in self.batches[batch].items():
             sequence[name] = tensor[row : row + 1, :length]  # [1, length]
-        # The last layer seems to return the states, and the model goes on from there.
+        # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))
         predictions = result.logits[0, :-1].float()  # [length - 1, vocabulary]
@@ -150,7 +150,7 @@ class LayerwiseModel:
         try:
             yield calls
         finally:
-            # The attribute of the instance goes, the method of the class is there again.
+            # Without the attribute of the instance, the method of the class is used again.
             for layer in self.layers:
                 del layer.forward
 
@@ -232,7 +232,11 @@ def run_with_activations(
     return (output, *inputs)  # in the order in which the layer runs its parts
 
 
-def sequences(model: LayerwiseModel, batch: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def sequences(
+    model: LayerwiseModel,
+    batch: int,
+    *tensors: Tensor,
+) -> Iterator[tuple[Tensor, ...]]:
     """The rows [T, ...] of one sequence after the other in these tensors [B, T, ...], without its padding."""
     for row, length in enumerate(model.tokens(batch)):
         yield tuple(tensor[row, :length] for tensor in tensors)

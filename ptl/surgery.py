@@ -31,7 +31,7 @@ class Selection:
 class PrunedTensor:
     """How a tensor of the source gets into the pruned checkpoint."""
 
-    name: str  # there
+    name: str  # in the pruned checkpoint
     axis: int = 0  # along which it is pruned
     kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
 
@@ -55,7 +55,7 @@ def pruned_tensor(
     family: Family,
     selection: Selection,
 ) -> PrunedTensor | None:
-    """What becomes of the tensor of this name and shape; None: it goes. Serves weights and optimizer state alike."""
+    """What becomes of a tensor; None where it is removed. The same for weights and their optimizer state."""
     if ROTARY.match(name):
         return None
     # Embeddings, the last norm and the output layer stay as they are.
@@ -127,7 +127,7 @@ def write_pruned(
     selection: Selection,
     repaired: TensorFiles | None = None,
 ) -> None:
-    """Write the pruned checkpoint to `dst`, tensor by tensor; an optimizer state beside it is pruned with it.
+    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too.
 
     `repaired` names tensors of the source whose new value, already pruned, is in a file of its own (ptl/repair.py).
     """
@@ -136,7 +136,7 @@ def write_pruned(
     total_bytes = 0
     shards = checkpoint.shards(src)
     for shard in shards:
-        # Shards keep their names: what is left of one is in the file of the same name.
+        # Shards keep their names.
         pruned_shard = dst / shard.name
         sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
         weight_map |= dict.fromkeys(sizes, shard.name)

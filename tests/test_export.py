@@ -258,7 +258,9 @@ def test_every_family_is_known_to_the_export():
     ],
 )
 def test_export_refuses_before_it_converts(variant, changes, reason, tmp_path):
-    with pytest.raises(InputError, match=f"export: llama.cpp would compute otherwise.*{reason}.*transformers or vLLM"):
+    with pytest.raises(
+        InputError, match=f"export: llama.cpp would not compute what transformers does.*{reason}.*transformers or vLLM"
+    ):
         export_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
 
