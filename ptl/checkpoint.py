@@ -100,10 +100,10 @@ def contents(folder: Path) -> dict[str, Entry]:
                 raise checkpoint_error(f"tensor {entry.name} is in two shards, {path} among them")
             entries[entry.name] = entry
     # transformers trusts the index: it would initialise a tensor that is not in the shard named there.
+    index = folder / INDEX
     for name, file in _weight_map(folder).items():
-        entry_of_name = entries.get(name)
-        if not entry_of_name or entry_of_name.path.name != file:
-            index = folder / INDEX
+        indexed = entries.get(name)
+        if indexed is None or indexed.path.name != file:
             raise checkpoint_error(f"{index} says that {file} holds {name}, but it does not")
     return entries
 
@@ -122,10 +122,11 @@ def itemsize(folder: Path) -> int:
     if dtype:
         return DTYPES[dtype]
     # Of a hub id perhaps only config.json has been downloaded.
-    if not any(folder.glob("*.safetensors")):
-        return DTYPES["bfloat16"]
-    dtypes = {entry.dtype for entry in contents(folder).values()}
-    return max(ITEM_BYTES[dtype] for dtype in dtypes)
+    dtypes: set[str] = set()
+    if any(folder.glob("*.safetensors")):
+        dtypes = {entry.dtype for entry in contents(folder).values()}
+    sizes = [ITEM_BYTES[dtype] for dtype in dtypes]
+    return max(sizes, default=DTYPES["bfloat16"])
 
 
 def count_params(entries: Entries, tied: bool) -> int:
@@ -146,8 +147,8 @@ def check_tied(entries: Entries) -> None:
     if output is None or embeddings is None:
         return
     # Compared in chunks: an output layer can have gigabytes.
-    output_chunks = safefile.chunks(output)
-    embedding_chunks = safefile.chunks(embeddings)
+    output_chunks = safefile.byte_chunks(output)
+    embedding_chunks = safefile.byte_chunks(embeddings)
     if not all(map(operator.eq, output_chunks, embedding_chunks)):
         raise checkpoint_error(
             f"{output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but config.json "
@@ -169,7 +170,7 @@ def check_no_adapter(folder: Path) -> None:
 def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor, one after the other, so that only one is in memory."""
     for entry in safefile.entries(path):
-        yield entry.name, safefile.read(entry)
+        yield entry.name, safefile.read_tensor(entry)
 
 
 def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:

@@ -61,7 +61,7 @@ def _advance(
     """The group after layer i, divided by what its members do in that layer."""
     members_by_change: dict[Hashable, list[int]] = {}
     for member in group.members:
-        change = _change(variants[member], i)
+        change = _layer_change(variants[member], i)
         members_by_change.setdefault(change, []).append(member)
     for members in members_by_change.values():
         variant = variants[members[0]]  # all of them are the same up to here
@@ -72,7 +72,7 @@ def _advance(
         yield _Group(states, members)
 
 
-def _change(variant: PrunedVariant, i: int) -> Hashable:
+def _layer_change(variant: PrunedVariant, i: int) -> Hashable:
     """What a variant does in layer i, in a form that compares: skip it, mask neurons (the others are kept), nothing."""
     if i in variant.skipped:
         return "skipped"

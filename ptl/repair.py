@@ -134,7 +134,7 @@ def _current_value(
     entry = model.entries[name]
     pruned = pruned_tensor(name, entry.shape, model.family, selection)
     assert pruned is not None, f"{name} is of a removed layer"
-    return pruned.values(safefile.read(entry))
+    return pruned.values(safefile.read_tensor(entry))
 
 
 @torch.no_grad()
@@ -172,5 +172,5 @@ def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Pat
     dtype = model.entries[name].dtype
     stored = tensor.cpu().to(safefile.dtypes()[dtype])
     spec = (name, dtype, tuple(stored.shape))
-    safefile.write(path, [spec], [stored])
+    safefile.write_tensors(path, [spec], [stored])
     return path

@@ -20,7 +20,7 @@ from ptl.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 1 << 20  # bytes that are read at once
+READ_BYTES = 1 << 20  # bytes that are read at once
 LENGTH_BYTES = 8  # of the header's length, little-endian; tensors begin at a multiple of it
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Each dtype of the format: its name in torch, and the bytes of a number
@@ -39,8 +39,8 @@ FORMAT_DTYPES = {
     "F8_E5M2": ("float8_e5m2", 1),
 }
 ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
-Shape = tuple[int, ...]
-TensorSpec = tuple[str, str, Shape]  # name, dtype as in the header, shape
+TensorShape = tuple[int, ...]
+TensorSpec = tuple[str, str, TensorShape]  # name, dtype as in the header, shape
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
 
 
@@ -51,7 +51,7 @@ class Entry:
     path: Path  # of the file
     name: str
     dtype: str  # as in the header: "F32"
-    shape: Shape
+    shape: TensorShape
     start: int  # offset in the file, bytes
 
     @property
@@ -63,7 +63,7 @@ class Entry:
 Entries = Mapping[str, Entry]  # by the tensor's name
 
 
-def num_bytes(shape: Shape, dtype: str) -> int:
+def num_bytes(shape: TensorShape, dtype: str) -> int:
     """Bytes of a tensor."""
     return math.prod(shape) * ITEM_BYTES[dtype]
 
@@ -102,7 +102,7 @@ def _read_header(path: Path) -> list[Entry]:
     return tensors
 
 
-def read(entry: Entry) -> Tensor:
+def read_tensor(entry: Entry) -> Tensor:
     """One tensor, in memory of its own. Raises InputError when the file ends early."""
     import torch
 
@@ -122,19 +122,19 @@ def read(entry: Entry) -> Tensor:
 
 def read_single(path: Path) -> Tensor:
     """The tensor of a file that holds only one."""
-    return read(entries(path)[0])
+    return read_tensor(entries(path)[0])
 
 
-def chunks(entry: Entry) -> Iterator[bytes]:
+def byte_chunks(entry: Entry) -> Iterator[bytes]:
     """The bytes of a tensor, 1 MiB at a time."""
     with entry.path.open("rb") as file:
         file.seek(entry.start)
-        for done in range(0, entry.size, CHUNK):
+        for done in range(0, entry.size, READ_BYTES):
             rest = entry.size - done
-            yield file.read(min(CHUNK, rest))
+            yield file.read(min(READ_BYTES, rest))
 
 
-def write(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
+def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptl.checkpoint import DTYPES, checkpoint_error
 from ptl.families import ConfigJson, Family
-from ptl.safefile import Shape
+from ptl.safefile import TensorShape
 
 CORRECT = "correct it, or fetch the checkpoint again"
 MAX_SIZE = 1 << 31  # a model beyond it is a typing error
@@ -95,7 +95,7 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     return checked
 
 
-def expected(part: str, family: Family, dims: Sizes) -> tuple[Shape, Fields]:
+def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Fields]:
     """The shape of a tensor's weight, and the config's fields that it follows from.
 
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
@@ -132,7 +132,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[Shape, Fields]:
         layout = (fused_neurons, hidden)
     elif part == family.down_projection:
         layout = (hidden, neurons)
-    shape: Shape = ()
+    shape: TensorShape = ()
     fields: Fields = ()
     for length, length_fields in layout:
         shape += (length,)

@@ -169,7 +169,7 @@ class LayerwiseModel:
         for prefix, module in modules.items():
             for name in _parameter_names(module):
                 entry = self.entries[f"{prefix}.{name}"]
-                value = safefile.read(entry)
+                value = safefile.read_tensor(entry)
                 set_module_tensor_to_device(
                     module,
                     name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import checkpoint, safefile
 from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.pretrained import config_with_defaults
-from ptl.safefile import Entry, Shape
+from ptl.safefile import Entry, TensorShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class PrunedTensor:
     axis: int = 0  # along which it is pruned
     kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
 
-    def shape(self, source_shape: Shape) -> Shape:
+    def shape(self, source_shape: TensorShape) -> TensorShape:
         """The shape of the pruned tensor."""
         shape = list(source_shape)
         if self.kept is not None:
@@ -51,7 +51,7 @@ class PrunedTensor:
 
 def pruned_tensor(
     name: str,
-    shape: Shape,
+    shape: TensorShape,
     family: Family,
     selection: Selection,
 ) -> PrunedTensor | None:
@@ -74,11 +74,11 @@ def pruned_tensor(
         return PrunedTensor(new_name)
     if part == family.down_projection:  # [hidden, intermediate]
         return PrunedTensor(new_name, axis=1, kept=kept)
-    rows = _rows(kept, shape[0], family.fused_projections)
+    rows = _neuron_rows(kept, shape[0], family.fused_projections)
     return PrunedTensor(new_name, axis=0, kept=rows)
 
 
-def _rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
+def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
     """Rows of the kept neurons in a weight of so many rows: the same in each of the stacked projections."""
     import torch
 
@@ -178,10 +178,10 @@ def _write_pruned_file(
             if entry.name in repaired:
                 yield safefile.read_single(repaired[entry.name])
                 continue
-            source = safefile.read(entry)
+            source = safefile.read_tensor(entry)
             yield pruned.values(source)
 
     if kept:
-        safefile.write(dst, specs, tensors())
+        safefile.write_tensors(dst, specs, tensors())
         dst.chmod(0o644)  # others may read it, whatever the umask
     return sizes

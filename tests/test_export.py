@@ -109,7 +109,7 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
 
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
-    """A stand-in for the converter: a module that wants a file, not a folder."""
+    """A mock of the converter: a module that wants a file, not a folder."""
     monkeypatch.setattr(export, "CONVERTER", "json.tool")
     with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
         export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")

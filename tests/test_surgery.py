@@ -143,7 +143,7 @@ def test_memory_is_one_tensor_whatever_the_size(tmp_path, monkeypatch):
     from ptl import safefile
 
     source = save(build("llama"), tmp_path / "source")
-    alive, most, read = weakref.WeakSet(), [], safefile.read
+    alive, most, read = weakref.WeakSet(), [], safefile.read_tensor
 
     def watched(entry):
         tensor = read(entry)
@@ -151,7 +151,7 @@ def test_memory_is_one_tensor_whatever_the_size(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(safefile, "read", watched)
+    monkeypatch.setattr(safefile, "read_tensor", watched)
     write_pruned(source, tmp_path / "cut", LLAMA, CUT)
     assert len(most) > 15 and max(most) <= 2
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "cut"), batches()[0]).shape
