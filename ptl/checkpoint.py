@@ -65,7 +65,8 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return [_single_file(folder)]
-    names = sorted(set(_weight_map(folder).values()))
+    weight_map = _weight_map(folder)
+    names = sorted(set(weight_map.values()))
     for name in names:
         # A name with a folder in it could point to any file on the machine.
         if Path(name).name != name:

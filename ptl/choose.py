@@ -26,7 +26,12 @@ class SelectionTask:
     seed: int  # of random scores
 
 
-def check_goal(unit: str, dimensions: ModelDimensions, settings: Prune, goal: int) -> None:
+def check_goal(
+    unit: str,  # one of CHOICES
+    dimensions: ModelDimensions,
+    settings: Prune,
+    goal: int,  # parameters
+) -> None:
     """Raise InputError for a goal that neurons alone or layers alone cannot reach: before any text is read."""
     if unit == "neurons":
         _width(dimensions, settings, goal)
@@ -92,7 +97,11 @@ CHOICES = {
 }
 
 
-def _cheapest_layer(task: SelectionTask, scores: NeuronScores, kept: list[int]) -> int | None:
+def _cheapest_layer(
+    task: SelectionTask,
+    scores: NeuronScores,
+    kept: list[int],  # layers that are not removed yet
+) -> int | None:
     """Of the layers still kept the one whose removal costs the least loss per parameter.
 
     None where less than half a layer is still to be removed, or where neurons cost no more.

@@ -208,7 +208,11 @@ def column_norms(layer: nn.Module, family: Family) -> Tensor:
     return squares.sqrt_()
 
 
-def changes_after_norm(layer: nn.Module, family: Family, epsilon: float) -> Callable[..., Tensor]:
+def changes_after_norm(
+    layer: nn.Module,
+    family: Family,
+    epsilon: float,  # of the norm
+) -> Callable[..., Tensor]:
     """How far each neuron's removal moves what the RMS norm after down_proj gives: exact, not to first order.
 
     Returns a function of the activations [T, F] and the MLP's output y [T, H]; its value is float32 [T, F]. With g the

@@ -99,7 +99,11 @@ def _class_differences(config: ConfigJson) -> list[str]:
     ]
 
 
-def _window_differences(config: ConfigJson, effective: Any, architecture: Architecture) -> list[str]:
+def _window_differences(
+    config: ConfigJson,
+    effective: Any,
+    architecture: Architecture,
+) -> list[str]:
     """Windows and their pattern follow from the architecture, not from the file."""
     if architecture.full_every:
         return _pattern_differences(effective, architecture.full_every)
@@ -167,7 +171,11 @@ def _cap_differences(model_type: str, effective: Any) -> list[str]:
     return reasons
 
 
-def _rope_differences(model_type: str, effective: Any, architecture: Architecture) -> list[str]:
+def _rope_differences(
+    model_type: str,
+    effective: Any,
+    architecture: Architecture,
+) -> list[str]:
     """The rotary embeddings that the converter writes, and which of their parameters it leaves out."""
     # Gemma 3 has parameters for each kind of attention, all others one set.
     parameters = effective.rope_parameters

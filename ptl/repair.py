@@ -72,8 +72,13 @@ def _activations(
     return after, rows
 
 
-def fit(weight: Tensor, products: Tensor, kept: Tensor, strength: float) -> Tensor:
-    """W' [H, kept] for the weight [H, F] and the products C = X^T X [F, F] of its inputs; all float32."""
+def fit(
+    weight: Tensor,  # W: float32 [H, F]
+    products: Tensor,  # C = X^T X of its inputs: float32 [F, F]
+    kept: Tensor,  # int64 [kept]
+    strength: float,
+) -> Tensor:
+    """The fitted weight W': float32 [H, kept]."""
     removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
     removed[kept] = False
     # Neurons that are never active give a C of zeros, and lambda must not be zero.
