@@ -126,6 +126,13 @@ def test_targets_beyond_reach_are_refused():
     assert layers_for(body, 700) == 1 and layers_for(body, 1000) == 0
 
 
+@pytest.mark.parametrize("unit", ["neurons", "layers"])
+def test_a_target_beyond_reach_is_refused_before_any_text_is_read(source, tmp_path, unit):
+    calibration = Calibration(data=DataSource(source=str(tmp_path / "missing.jsonl"), format="text"))
+    with pytest.raises(InputError, match=r"schedule\.target: 1 parameters"):
+        prune_checkpoint(source, tmp_path / "out", Prune(), calibration, unit=unit, goal=1, seed=0)
+
+
 # ---- one step
 
 
