@@ -11,7 +11,7 @@ from ptl.families import family_of
 
 
 @dataclass(frozen=True)
-class Static:
+class StaticCost:
     """Costs that follow from the shapes alone."""
 
     params: int  # tied tensors count once
@@ -22,18 +22,20 @@ class Static:
     widths: list[int]  # FFN width of each layer
 
 
-def from_config(folder: Path) -> Static:
+def from_config(folder: Path) -> StaticCost:
     """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    params = model_dimensions(folder, family).params
-    sizes = shapes.sizes(config, family, folder / "config.json")
-    heads_width = sizes.num_attention_heads * sizes.head_dim
-    return Static(
-        params=params,
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    _, product_params = shapes.count(config, family, sizes)
+    query_width = sizes.num_attention_heads * sizes.head_dim
+    key_width = sizes.num_key_value_heads * sizes.head_dim
+    cached_numbers = 2 * sizes.layers * key_width  # keys and values
+    return StaticCost(
+        params=model_dimensions(folder, family).params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
-        flops_per_token=2 * shapes.count(config, family, sizes)[1],
-        attention_flops=4 * sizes.layers * heads_width,
-        kv_bytes_per_token=2 * sizes.layers * sizes.num_key_value_heads * sizes.head_dim * checkpoint.itemsize(folder),
+        flops_per_token=2 * product_params,  # multiply and add
+        attention_flops=4 * sizes.layers * query_width,  # the same for scores and for values
+        kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
         widths=[sizes.width] * sizes.layers,
     )

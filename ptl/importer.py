@@ -22,7 +22,7 @@ from ptl.config import (
     removal,
 )
 from ptl.errors import InputError
-from ptl.families import family_of
+from ptl.families import check_repair, family_of
 from ptl.rewards import check_patterns, reference_template
 from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
 from ptl.tasks import check_gate, check_tasks
@@ -64,10 +64,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_links(folder)
     body = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)
-    if prune.repair != "off":
-        from ptl import repair
-
-        repair.check(prune.repair, family)
+    check_repair(prune.repair, family)
     remove = removal(body.params, schedule.target)
     if not 0 < remove < body.params:
         raise InputError(
