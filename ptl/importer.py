@@ -10,7 +10,7 @@ from ptl import checkpoint, hub, setting_checks
 from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.config import Calibration, Evaluate, Gate
 from ptl.errors import InputError
-from ptl.families import family_of
+from ptl.families import check_repair, family_of
 from ptl.import_checkpoint import import_checkpoint as import_checkpoint
 from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.rewards import check_patterns, reference_template
@@ -52,7 +52,7 @@ def check_data_and_tasks(
     """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
     check_data(calibration, training, recover)
     check_rewards(recover, training)
-    check_tasks(evaluate.tasks, evaluate)
+    check_tasks(evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
     if gate is not None:
         check_gate(evaluate, gate)
@@ -71,10 +71,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
-    if prune.repair != "off":
-        from ptl import repair
-
-        repair.check(prune.repair, family)
+    check_repair(prune.repair, family)
     _check_target(dimensions, schedule, prune)
     return dimensions
 
