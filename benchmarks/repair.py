@@ -22,7 +22,7 @@ from ptl.measure import PrunedVariant, losses
 from ptl.prune import prune_checkpoint
 from ptl.stream import LayerwiseModel
 
-MOVES = {"neurons": ("off", "ridge"), "layers": ("off", "magnitude")}
+MOVES = {"neurons": ("off", "ridge"), "layers": ("off",)}
 
 
 def held_out(data, tokenizer, count):

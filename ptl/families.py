@@ -44,8 +44,6 @@ class Family:
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
     tied: bool = False  # default of tie_word_embeddings
-    # Parts whose output is added to the residual stream, if only norms read it; else none (see repair.magnitude)
-    residual_outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
     norm_per_head: bool = True  # q_norm and k_norm: of each head, or of all heads together
     defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
@@ -100,7 +98,6 @@ _RECORDS = (
         defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
         biases=(("attention_bias", QKVO),),
         tied=True,
-        residual_outputs=POST_NORMS,
         norm_offset=1.0,
         post_norm="post_feedforward_layernorm",
     ),
@@ -114,7 +111,6 @@ _RECORDS = (
         ),
         biases=(("attention_bias", QKVO),),
         tied=True,
-        residual_outputs=POST_NORMS,
         norm_offset=1.0,
         post_norm="post_feedforward_layernorm",
     ),
@@ -129,7 +125,6 @@ _RECORDS = (
         other_parts=(*QKVO, *QK_NORMS, *POST_NORMS),
         norm_per_head=False,
         biases=(("attention_bias", QKVO),),
-        residual_outputs=(),  # its layers read the hidden state without a norm
         post_norm="post_feedforward_layernorm",
     ),
 )
@@ -166,14 +161,3 @@ def family_of(config: ConfigJson) -> Family:
         field="model",
         remedy="a family is one record in ptl/families.py and one line in tests/test_families.py",
     )
-
-
-def check_repair(kind: str, family: Family) -> None:
-    """Raise InputError for a `prune.repair` that the family's structure does not allow."""
-    if kind in ("magnitude", "both") and not family.residual_outputs:
-        raise InputError(
-            f"{kind} is not possible for {family.model_type}: its layers read the hidden state without a norm, so that "
-            "it cannot be scaled",
-            field="prune.repair",
-            remedy="use off or ridge",
-        )

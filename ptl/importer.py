@@ -10,7 +10,7 @@ from ptl import checkpoint, hub, setting_checks
 from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.config import Calibration, Evaluate, Gate
 from ptl.errors import InputError
-from ptl.families import check_repair, family_of
+from ptl.families import family_of
 from ptl.import_checkpoint import import_checkpoint as import_checkpoint
 from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.rewards import check_patterns, reference_template
@@ -71,7 +71,6 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
-    check_repair(prune.repair, family)
     _check_target(dimensions, schedule, prune)
     return dimensions
 

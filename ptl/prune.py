@@ -13,7 +13,7 @@ from ptl.choose import CHOICES, SelectionTask, check_goal
 from ptl.config import Calibration, Prune
 from ptl.data import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
-from ptl.families import check_repair, family_of
+from ptl.families import family_of
 from ptl.own_answers import own_answers
 from ptl.stream import LayerwiseModel
 from ptl.surgery import Selection, TensorFiles, write_pruned
@@ -55,7 +55,6 @@ def prune_checkpoint(
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
-    check_repair(settings.repair, family)
     before = model_dimensions(src, family)
     if goal >= before.params:
         # Nothing has to be removed: no text is read, and no layer is scored.
@@ -100,10 +99,8 @@ def _write_repaired(
     """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
     changed: TensorFiles = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
-        if selection.neurons and settings.repair in ("ridge", "both"):
+        if selection.neurons and settings.repair == "ridge":
             changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))
-        if settings.repair in ("magnitude", "both"):
-            changed = repair.magnitude(model, selection, changed, Path(scratch, "magnitude"))
         write_pruned(src, dst, model.family, selection, changed)
     return len(changed)
 

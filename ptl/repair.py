@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptl import safefile
 from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations
-from ptl.surgery import Selection, TensorFiles, pruned_tensor
+from ptl.surgery import Selection, TensorFiles
 
 
 @torch.no_grad()
@@ -94,81 +94,6 @@ def fit(
     factor = torch.linalg.cholesky(inner)
     correction = torch.cholesky_solve(target, factor)  # [kept, H]
     return weight[:, kept] + correction.t()
-
-
-def magnitude(
-    model: LayerwiseModel,
-    selection: Selection,
-    repaired: TensorFiles,
-    folder: Path,
-) -> TensorFiles:
-    """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
-
-    The paper scales everything before a removed layer by the ratio of norms alpha. Here what the layers after it add to
-    the hidden state is divided by alpha instead: the next norms make both the same, and embeddings that are tied to the
-    output stay as they are. `repaired` are tensors that were changed already; returns it with the scaled ones.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    growth = _growth(model, selection)
-    # alpha of all removed layers before this one
-    scale = 1.0
-    scaled = dict(repaired)
-    for i in range(len(model.layers)):
-        if i in growth:
-            scale *= growth[i]
-        elif scale != 1.0:
-            for name in _residual_outputs(model, i):
-                tensor = _current_value(model, selection, repaired, name)
-                # A norm multiplies by its weight plus the offset: the sum is what must be divided.
-                is_norm = name.endswith("norm.weight")
-                offset = model.family.norm_offset if is_norm else 0.0
-                factor = (tensor.float() + offset) / scale
-                scaled[name] = _save(model, folder, name, factor - offset)
-    return scaled
-
-
-def _current_value(
-    model: LayerwiseModel,
-    selection: Selection,
-    repaired: TensorFiles,
-    name: str,
-) -> Tensor:
-    """A tensor as it will be in the pruned checkpoint."""
-    if name in repaired:
-        return safefile.read_single(repaired[name])
-    entry = model.entries[name]
-    pruned = pruned_tensor(name, entry.shape, model.family, selection)
-    assert pruned is not None, f"{name} is of a removed layer"
-    return pruned.values(safefile.read_tensor(entry))
-
-
-@torch.no_grad()
-def _growth(model: LayerwiseModel, selection: Selection) -> dict[int, float]:
-    """Mean over tokens of |hidden state after| / |before|, for each removed layer."""
-    growth = {}
-    states = model.embed()  # [B, T, H] of each batch
-    for i, _ in layers_in_turn(model, "measuring magnitudes, by layer"):
-        ratios = []
-        for b, before in enumerate(states):
-            states[b] = model.run(i, b, before)
-            norm_before = before.float().norm(dim=-1)  # [B, T]
-            norm_after = states[b].float().norm(dim=-1)
-            tokens = model.batches[b]["attention_mask"].bool()
-            ratio = norm_after / norm_before
-            ratios.append(ratio[tokens])  # [N], without padding
-        if i not in selection.layers:
-            mean_ratio = torch.cat(ratios).mean()
-            growth[i] = float(mean_ratio)
-    return growth
-
-
-def _residual_outputs(model: LayerwiseModel, layer: int) -> list[str]:
-    """The tensors through which a layer adds to the hidden state."""
-    names = []
-    for part in model.family.residual_outputs:
-        prefix = f"model.layers.{layer}.{part}"
-        names += [f"{prefix}.weight", f"{prefix}.bias"]
-    return [name for name in names if name in model.entries]
 
 
 def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:

@@ -82,11 +82,9 @@ class Prune(Section):
     """GPUs that will share the model; each width is a multiple of it"""
 
     # What is fixed in closed form before any training.
-    repair: Literal["off", "ridge", "magnitude", "both"] = Field(
-        "off",
-        description="after pruning, without training: `ridge` fits down_proj to the output of the layer before it was "
-        "pruned, `magnitude` scales what later layers add after a layer is gone",
-    )
+    repair: Literal["off", "ridge"] = "off"
+    """after pruning, without training: `ridge` fits down_proj to the output of the layer before it was pruned"""
+
     ridge: float = Field(0.1, gt=0)
     """strength of `ridge`, a share of the mean second moment of a neuron"""
 

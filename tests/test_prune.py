@@ -20,7 +20,7 @@ from ptl.importance import CRITERIA, LAYER_CRITERIA, neuron_scores
 from ptl.measure import PrunedVariant, losses
 from ptl.own_answers import final_answer
 from ptl.prune import prune_checkpoint
-from ptl.repair import fit, magnitude, ridge
+from ptl.repair import fit, ridge
 from ptl.sources import read_rows
 from ptl.stream import LayerwiseModel
 from ptl.surgery import Selection, write_pruned
@@ -192,7 +192,7 @@ def test_a_layer_threshold_takes_only_what_lies_below(source, calibration, tmp_p
 
 def test_a_bfloat16_checkpoint_stays_one(calibration, tmp_path):
     source = save(build("llama").bfloat16(), tmp_path / "half", "8KB")
-    cut(source, calibration, tmp_path / "cut", repair="both")
+    cut(source, calibration, tmp_path / "cut", repair="ridge")
     assert {entry.dtype for entry in checkpoint.contents(tmp_path / "cut").values()} == {"BF16"}
 
 
@@ -338,48 +338,10 @@ def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
     assert states[0] < 0.85 * states[1]
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "olmo2"])
-def test_magnitude_equals_a_scaled_hidden_state(variant, tmp_path):
-    model, family = build(variant), FAMILIES[VARIANTS[variant][0]]
-    source = save(model, tmp_path / "source")
-    stream, selected = LayerwiseModel(source, family, batches()), Selection((0, 3), {})
-    files = magnitude(stream, selected, {}, tmp_path / "repair")
-    assert files and all(name.startswith("model.layers.3.") for name in files)
-    write_pruned(source, tmp_path / "cut", family, selected, files)
-    growths = [_growth_of(model, i) for i in (1, 2)]
-    for i, growth in zip((1, 2), growths, strict=True):
-        model.get_decoder().layers[i].forward = lambda hidden, *_a, growth=growth, **_k: hidden * growth
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
-    torch.testing.assert_close(logits(after, batches()[0]), logits(model, batches()[0]), rtol=5e-3, atol=5e-3)
-
-
-def _growth_of(model, i):
-    """Mean ratio of norms around layer i on all tokens of all batches."""
-    ratios = []
-
-    def hook(_module, inputs, output):
-        after = output[0] if isinstance(output, tuple) else output
-        ratios.append((after.norm(dim=-1) / inputs[0].norm(dim=-1))[mask])
-
-    handle = model.get_decoder().layers[i].register_forward_hook(hook)
-    for batch in batches():
-        mask = batch["attention_mask"].bool()
-        logits(model, batch)
-    handle.remove()
-    return torch.cat(ratios).mean()
-
-
-def test_magnitude_is_refused_where_layers_read_the_hidden_state_without_a_norm(calibration, tmp_path):
-    source = save(build("olmo2"), tmp_path / "source")
-    with pytest.raises(InputError, match=r"prune.repair: both is not possible for olmo2"):
-        prune_checkpoint(source, tmp_path / "x", Prune(repair="both"), calibration, unit="layers", goal=1, seed=0)
-
-
 def test_repair_runs_inside_the_step(source, calibration, tmp_path):
     assert cut(source, calibration, tmp_path / "off").repaired == 0
     assert cut(source, calibration, tmp_path / "ridge", repair="ridge").repaired == 4
-    layered = cut(source, calibration, tmp_path / "magnitude", repair="magnitude", unit="layers")
-    assert layered.repaired == 2 * (3 - min(layered.removed_layers))
+    assert cut(source, calibration, tmp_path / "layers", repair="ridge", unit="layers").repaired == 0
     off, ridged = (dict(checkpoint.tensors(tmp_path / name / "model.safetensors")) for name in ("off", "ridge"))
     changed = {name for name in off if not torch.equal(off[name], ridged[name])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in ALL}
