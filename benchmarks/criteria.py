@@ -6,8 +6,9 @@
 Every row cuts the FFN of the dense reasoner to the same width in one step and trains it with our recover step (cpt) on
 the same tokens; the seed draws calibration sequences and training order. torch-pruning scores and cuts with its own
 importance (group magnitude, and group Taylor on the gradients of the same calibration batches) and its own surgery.
-`+ ridge` repairs the cut in closed form before recovery. Accuracy is greedy exact match on generated problems that no
-shipped file holds, before and after recovery.
+`+ ridge` repairs in closed form before recovery. Rows of layers, of `auto` and with a threshold end
+with the size that these choices reach: the table says how much was removed. Accuracy is greedy exact match on
+generated problems that no shipped file holds, before and after recovery.
 """
 
 from __future__ import annotations
@@ -32,17 +33,34 @@ from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
 
-OURS = ("max", "mean", "weight", "taylor", "random", "max + ridge", "weight + ridge", "taylor + ridge")
+# Each row's settings: of `prune`, and of `calibration` where it says so.
+OURS: dict[str, dict[str, Any]] = {
+    "max": {},
+    "mean": {"criterion": "mean"},
+    "weight": {"criterion": "weight"},
+    "taylor": {"criterion": "taylor"},
+    "random": {"criterion": "random"},
+    "max + ridge": {"repair": "ridge"},
+    "weight + ridge": {"criterion": "weight", "repair": "ridge"},
+    "taylor + ridge": {"criterion": "taylor", "repair": "ridge"},
+    "max, own answers": {"answers": "self"},
+    "max, sigma_neuron 3": {"sigma_neuron": 3.0},
+    "auto": {"unit": "auto"},
+    "layers, max": {"unit": "layers"},
+    "layers, block_influence": {"unit": "layers", "layer_criterion": "block_influence"},
+    "layers, max, sigma_layer 10": {"unit": "layers", "sigma_layer": 10.0},
+}
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
 CALIBRATION = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
 
 
 def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
-    criterion, _, repair = kind.partition(" + ")
+    chosen = dict(OURS[kind])
+    unit = chosen.pop("unit", "neurons")
+    calibration = CALIBRATION.model_copy(update={"answers": chosen.pop("answers", "given")})
+    settings = Prune(**chosen, width_multiple=1)
     goal = body.params - (body.width - width) * body.params_per_neuron
-    settings = Prune(criterion=criterion, repair=repair or "off", width_multiple=1)
-    report = prune_checkpoint(REASONER, dst, settings, CALIBRATION, unit="neurons", goal=goal, seed=seed)
-    assert set(report.widths) == {width}
+    prune_checkpoint(REASONER, dst, settings, calibration, unit=unit, goal=goal, seed=seed)
 
 
 def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
@@ -93,16 +111,18 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     cut = Path(scratch, "cut")
                     cut.mkdir()
                     (cut_ours if kind in OURS else cut_theirs)(cut, kind, body, width, seed)
+                    removed = 1 - model_dimensions(cut, family_of(checkpoint.read_config(cut))).params / body.params
                     before = correct(cut, asked) / len(asked)
                     solved = correct(recovered(cut, Path(scratch, "out"), given.tokens, seed), asked)
                 low, high = paired.wilson(solved, len(asked), 0.95)
-                row = {"share": share, "width": width, "criterion": kind, "seed": seed, "before": round(before, 3)}
+                row = {"share": share, "criterion": kind, "seed": seed, "before": round(before, 3)}
+                row |= {"removed": round(removed, 3)}
                 yield row | {"accuracy": solved / len(asked), "low": round(low, 3), "high": round(high, 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--criteria", nargs="+", choices=OURS + THEIRS, default=OURS + THEIRS)
+    parser.add_argument("--criteria", nargs="+", choices=[*OURS, *THEIRS], default=[*OURS, *THEIRS])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.4, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--tokens", type=int, default=150_000)
@@ -124,7 +144,8 @@ def main() -> None:
             mean = sum(row["accuracy"] for row in mine) / len(mine)
             each = ", ".join(f"{row['accuracy']:.3f}" for row in mine)
             before = ", ".join(f"{row['before']:.2f}" for row in mine)
-            cells.append(f"**{mean:.3f}** ({each}; before {before})")
+            removed = ", ".join(f"{row['removed']:.1%}" for row in mine)
+            cells.append(f"**{mean:.3f}** ({each}; before {before}; removed {removed})")
         print(f"| {kind} | " + " | ".join(cells) + " |")
 
 

@@ -22,7 +22,7 @@ from ptl.measure import PrunedVariant, losses
 from ptl.prune import prune_checkpoint
 from ptl.stream import LayerwiseModel
 
-MOVES = {"neurons": ("off", "ridge"), "layers": ("off",)}
+KINDS = ("off", "ridge")
 
 
 def held_out(data, tokenizer, count):
@@ -41,7 +41,6 @@ def main():
     parser.add_argument("--held-out", default="examples/tiny_reasoner/test.jsonl")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.2, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--moves", nargs="+", choices=MOVES, default=list(MOVES))
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--ridge", type=float, default=0.1)
     args = parser.parse_args()
@@ -51,28 +50,29 @@ def main():
     body = model_dimensions(args.checkpoint, family)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     test = held_out(DataSource(source=args.held_out, **template), tokenizer, args.sequences)
-    print("move     share  repair     loss   difference from off (95 % interval)   by seed")
-    for unit, kinds in ((unit, MOVES[unit]) for unit in args.moves):
-        for share in args.shares:
-            found = {kind: [] for kind in kinds}
-            for seed in args.seeds:
-                for kind in kinds:
-                    settings = Prune(repair=kind, width_multiple=1, ridge=args.ridge)
-                    calibration = Calibration(data=data, num_sequences=args.sequences, max_length=512)
-                    with tempfile.TemporaryDirectory() as folder:
-                        goal = int(body.params * (1 - share))
-                        prune_checkpoint(
-                            args.checkpoint, Path(folder), settings, calibration, unit=unit, goal=goal, seed=seed
-                        )
-                        found[kind].append(losses(LayerwiseModel(Path(folder), family, test), [PrunedVariant()])[0])
-            off = torch.stack(found["off"])  # [seeds, sequences]
-            for kind in kinds:
-                values = torch.stack(found[kind])
-                change = (values - off).mean(dim=0)
-                half = 1.96 * float(change.std()) / len(change) ** 0.5
-                each = " ".join(f"{float(one):+.3f}" for one in (values - off).mean(dim=1))
-                mean, shift = float(values.mean()), float(change.mean())
-                print(f"{unit:8} {share:5.2f}  {kind:9} {mean:6.3f}   {shift:+.3f} +- {half:.3f}   {each}", flush=True)
+    print("share  repair     loss   difference from off (95 % interval)   by seed")
+    for share in args.shares:
+        goal = int(body.params * (1 - share))
+        by_seed = {kind: [] for kind in KINDS}
+        for seed in args.seeds:
+            for kind in KINDS:
+                settings = Prune(repair=kind, width_multiple=1, ridge=args.ridge)
+                calibration = Calibration(data=data, num_sequences=args.sequences, max_length=512)
+                with tempfile.TemporaryDirectory() as folder:
+                    pruned = Path(folder)
+                    prune_checkpoint(
+                        args.checkpoint, pruned, settings, calibration, unit="neurons", goal=goal, seed=seed
+                    )
+                    model = LayerwiseModel(pruned, family, test)
+                    by_seed[kind].append(losses(model, [PrunedVariant()])[0])
+        off = torch.stack(by_seed["off"])  # [seeds, sequences]
+        for kind in KINDS:
+            values = torch.stack(by_seed[kind])
+            change = (values - off).mean(dim=0)
+            half = 1.96 * float(change.std()) / len(change) ** 0.5
+            changes = " ".join(f"{float(mean):+.3f}" for mean in (values - off).mean(dim=1))
+            loss, shift = float(values.mean()), float(change.mean())
+            print(f"{share:5.2f}  {kind:9} {loss:6.3f}   {shift:+.3f} +- {half:.3f}   {changes}", flush=True)
 
 
 if __name__ == "__main__":
