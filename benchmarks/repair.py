@@ -29,7 +29,7 @@ def held_out(data, tokenizer, count):
     """Sequences from the end of a permutation whose beginning is not used for calibration by any seed here."""
     rows = read_rows(data)
     picked = [i for i, _ in zip(order(len(rows), 10_000), range(count), strict=False)]
-    return padded([tokenize(rows[i], data, tokenizer, 512, i) for i in picked], 16)
+    return padded([tokenize(rows[i], data, tokenizer, 256, i) for i in picked], 16)
 
 
 def main():
@@ -57,7 +57,7 @@ def main():
         for seed in args.seeds:
             for kind in KINDS:
                 settings = Prune(repair=kind, width_multiple=1, ridge=args.ridge)
-                calibration = Calibration(data=data, num_sequences=args.sequences, max_length=512)
+                calibration = Calibration(data=data, num_sequences=args.sequences, max_length=256)
                 with tempfile.TemporaryDirectory() as folder:
                     pruned = Path(folder)
                     prune_checkpoint(
