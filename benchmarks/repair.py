@@ -16,10 +16,11 @@ import torch
 from ptl import checkpoint
 from ptl.anatomy import model_dimensions
 from ptl.config import Calibration, DataSource, Prune
-from ptl.data import order, padded, read_rows, tokenize
+from ptl.data import order, padded, tokenize
 from ptl.families import family_of
 from ptl.measure import Variant, losses
 from ptl.prune import prune_checkpoint
+from ptl.sources import read_rows
 from ptl.stream import LayerwiseModel
 
 MOVES = {"neurons": ("off", "ridge"), "layers": ("off", "magnitude")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,85 +23,105 @@ from ptl.sources import bare, read_rows, texts
 _SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
 WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens, zero-width spaces and joiners
-EXAMPLES = 5  # dropped rows that the report quotes
+MAX_EXAMPLES = 5  # dropped rows that the report quotes
 TEMPLATE_ITEMS = 20  # from so many items on, the words that all prompts of a benchmark share are its template's
-SHORTEST = 4  # words of an item below which its words stand in too many rows by chance
+SHORTEST = 4  # words of an item below which its words are in too many rows by chance
 
-Words = list[str]
-Gram = tuple[str, ...]
+Words = tuple[str, ...]
+Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prompt and completion of a row
 
 
 @dataclass
 class Benchmark:
-    """What of a benchmark is searched for in training rows, and how many were dropped for it."""
+    """The text of a benchmark that is searched for in training rows, and how many were dropped for it."""
 
-    items: int
+    items: int  # all of them
     short: int  # items of too few words beside the template: inside a row they are found with words of it only
-    grams: frozenset[Gram]  # the n-grams of long items and answers
-    inside: dict[Gram, tuple[Gram, ...]]  # short items, by their first words
-    whole: frozenset[Gram]  # items that are too short to be found inside a row
-    template: tuple[Gram, Gram]  # words that all prompts begin and end with
-    dropped: int = 0
+    ngrams: frozenset[Words]  # of long items and answers
+    short_items: dict[Words, list[Words]]  # searched for inside a row; by their first words, of one length
+    lines: frozenset[Words]  # items that are too short to be found inside a row: compared with its lines
+    template: tuple[Words, Words]  # words that all prompts begin and end with
+    dropped: int = 0  # training rows
 
     def shares(self, row: RowWords) -> bool:
         """Whether a training row has text of this benchmark."""
-        return (
-            not self.grams.isdisjoint(row.grams)
-            or any(_holds(words, self.inside) for words in row.texts)
-            or any(_stripped(line, self.template) in self.whole or line in self.whole for line in row.lines)
-        )
+        if not self.ngrams.isdisjoint(row.ngrams):
+            return True
+        if any(self._has_short_item(words) for words in row.texts):
+            return True
+        return any(self._is_item(line) for line in row.lines)
+
+    def _has_short_item(self, words: Words) -> bool:
+        """Whether the words of a short item are among these, one after another."""
+        if not self.short_items:
+            return False
+        first_words = next(iter(self.short_items))
+        size = len(first_words)
+        for start in range(len(words) - size + 1):
+            candidates = self.short_items.get(words[start : start + size], ())
+            if any(words[start : start + len(item)] == item for item in candidates):
+                return True
+        return False
+
+    def _is_item(self, line: Words) -> bool:
+        return line in self.lines or _without_affixes(line, self.template) in self.lines
 
 
 @dataclass(frozen=True)
 class RowWords:
     """The words of a training row."""
 
-    texts: list[Gram]  # as it is trained on; its columns alone too, where the templates have words of their own
-    lines: list[Gram]  # the lines of its prompt, and all of it
-    grams: set[Gram]  # n-grams of the texts
+    texts: list[Words]  # as it is trained on; its columns alone too, where the templates have words of their own
+    lines: list[Words]  # the lines of its prompt, and all of it
+    ngrams: set[Words]  # of the texts
 
 
 @dataclass
 class Filter:
-    """Says which rows to leave out, and counts them."""
+    """Decides which rows to leave out, and counts them."""
 
-    ngram: int
+    ngram: int  # words in a row that must be equal
     benchmarks: dict[str, Benchmark]
-    not_compared: tuple[str, ...] = ()  # benchmarks whose items are not known here
+    not_compared: tuple[str, ...] = ()  # benchmarks whose items are not known
     dropped: int = 0
-    examples: list[str] = field(default_factory=list)
-    seen: dict[tuple[DataSource, int], bool] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)  # text of dropped rows
+    decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)  # whether a row stays
 
     def keeps(self, source: DataSource, number: int, row: Any) -> bool:
         """Whether a training row stays. A row that comes up again, after an epoch, is counted once."""
         key = (source, number)  # not by name alone: a hub id has several subsets and splits
-        if key not in self.seen:
-            columns, trained = texts(row, bare(source), number), texts(row, source, number)
-            words = _row_words(columns, trained, self.ngram)
-            leaked = [each for each in self.benchmarks.values() if each.shares(words)]
-            for each in leaked:
-                each.dropped += 1
-            self.seen[key] = not leaked
-            if leaked:
-                self.dropped += 1
-                if len(self.examples) < EXAMPLES:
-                    shown = columns[0] or columns[1]
-                    self.examples.append(f"{source.source} row {number}: {shown.strip()[:200]}")
-        return self.seen[key]
+        if key not in self.decisions:
+            self.decisions[key] = not self._leaks(source, number, row)
+        return self.decisions[key]
+
+    def _leaks(self, source: DataSource, number: int, row: Any) -> bool:
+        columns = texts(row, bare(source), number)
+        words = _row_words(columns, texts(row, source, number), self.ngram)
+        leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
+        if not leaked:
+            return False
+        for benchmark in leaked:
+            benchmark.dropped += 1
+        self.dropped += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            excerpt = _question(columns).strip()[:200]
+            self.examples.append(f"{source.source} row {number}: {excerpt}")
+        return True
 
     def report(self) -> dict[str, Any]:
         """What was compared and dropped, for the step's metadata; see `sentence`."""
-        items = sum(each.items for each in self.benchmarks.values())
+        counts: Counter[str] = Counter()
+        benchmarks = {}
+        for name, benchmark in self.benchmarks.items():
+            benchmarks[name] = {"items": benchmark.items, "short": benchmark.short, "dropped": benchmark.dropped}
+            counts.update(benchmarks[name])
         return {
-            "rows": len(self.seen) if items else 0,
-            "dropped": self.dropped,
-            "items": items,
-            "short": sum(each.short for each in self.benchmarks.values()),
+            "rows": len(self.decisions) if counts["items"] else 0,
+            "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
+            "items": counts["items"],
+            "short": counts["short"],
             "ngram": self.ngram,
-            "benchmarks": {
-                name: {"items": each.items, "short": each.short, "dropped": each.dropped}
-                for name, each in self.benchmarks.items()
-            },
+            "benchmarks": benchmarks,
             "not_compared": list(self.not_compared),
             "examples": self.examples,
         }
@@ -108,22 +129,25 @@ class Filter:
 
 def most(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The count of most rows: each stage reads the training data from its start, and so counts what others counted."""
-    return max(counts, key=lambda each: each["rows"])
+    return max(counts, key=lambda report: report["rows"])
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """What a report's counts say: never that no row was left out where nothing could be compared."""
-    rows, dropped, items, short = (report[name] for name in ("rows", "dropped", "items", "short"))
+    """A report's counts in words: never that no row was left out where nothing could be compared."""
+    rows = report["rows"]
+    items = report["items"]
+    short = report["short"]
     parts = []
-    if dropped:
-        parts.append(f"{dropped:,} of {rows:,} training rows were left out: they share text with a benchmark")
+    if report["dropped"]:
+        dropped = f"{report['dropped']:,} of {rows:,} training rows were left out"
+        parts.append(f"{dropped}: they share text with a benchmark")
     elif items > short:
         parts.append(f"None of {rows:,} training rows shares text with one of {items - short:,} benchmark items")
     if short:
         parts.append(f"{short:,} of {items:,} benchmark items have too few words to be found inside a row")
     if report["not_compared"]:
-        which = ", ".join(report["not_compared"])
-        parts.append(f"Training rows were not compared with {which}, whose items are not known")
+        names = ", ".join(report["not_compared"])
+        parts.append(f"Training rows were not compared with {names}, whose items are not known")
     elif not items:
         parts.append("Training rows were not compared with a benchmark: there are no items")
     return ". ".join(parts) + "."
@@ -137,123 +161,148 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     """
     if not settings.tasks and not settings.against:
         return None
-    benchmarks: dict[str, Benchmark] = {}
-    missing: tuple[str, ...] = ()
+    items: dict[str, list[Item]] = {}
+    not_compared: tuple[str, ...] = ()
     if settings.tasks and scored is None:
-        missing = ("evaluate.tasks",)
+        not_compared = ("evaluate.tasks",)
     elif settings.tasks and scored is not None:
-        pairs = _scored(scored)
-        benchmarks = {name: _benchmark(each, settings.ngram) for name, each in pairs.items()}
+        items = _scored_items(scored)
         tasks = json.loads((scored / "scores.json").read_text())["tasks"]
-        missing = tuple(task["task"] for task in tasks if task["task"] not in pairs)
+        names = [task["task"] for task in tasks]
+        not_compared = tuple(name for name in names if name not in items)
     for source in settings.against:
-        plain = bare(source)
-        rows = [texts(_asked(row, plain), plain, number) for number, row in enumerate(read_rows(source), 1)]
-        name = " ".join(part for part in (source.source, source.subset, source.split) if part)
-        name += f" ({len(benchmarks)})" if name in benchmarks else ""  # other columns of the same rows
-        benchmarks[name] = _benchmark(
-            [(prompt or completion, completion) for prompt, completion in rows], settings.ngram
-        )
-    return Filter(settings.ngram, benchmarks, missing)
+        parts = (source.source, source.subset, source.split)
+        name = " ".join(part for part in parts if part)
+        # the same rows may be named again for other columns
+        if name in items:
+            name += f" ({len(items)})"
+        items[name] = _source_items(source)
+    benchmarks = {name: _benchmark(pairs, settings.ngram) for name, pairs in items.items()}
+    return Filter(settings.ngram, benchmarks, not_compared)
 
 
-def _scored(folder: Path) -> dict[str, list[tuple[str, str]]]:
+def _scored_items(folder: Path) -> dict[str, list[Item]]:
     """Prompts and right answers of each task, from an evaluation's items.jsonl."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    items: dict[str, list[Item]] = {}
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
         for line in lines:
             item = json.loads(line)
-            found.setdefault(item["task"], []).append((item["prompt"], str(item["target"])))
-    return found
+            task_items = items.setdefault(item["task"], [])
+            task_items.append((item["prompt"], str(item["target"])))
+    return items
 
 
-def _asked(row: Any, source: DataSource) -> Any:
+def _source_items(source: DataSource) -> list[Item]:
+    """Prompts and right answers of a benchmark that a source holds."""
+    columns = bare(source)
+    items = []
+    for number, row in enumerate(read_rows(source), 1):
+        prompt, completion = texts(_without_system_message(row, columns), columns, number)
+        items.append((prompt or completion, completion))
+    return items
+
+
+def _without_system_message(row: Any, source: DataSource) -> Any:
     """A benchmark's chat without its system message, which is no part of the question."""
     chat = row.get(source.messages) if source.format == "messages" else None
     if not isinstance(chat, list):
         return row
-    asked = [message for message in chat if not (isinstance(message, dict) and message.get("role") == "system")]
-    return {**row, source.messages: asked}
+    kept = []
+    for message in chat:
+        is_system = isinstance(message, dict) and message.get("role") == "system"
+        if not is_system:
+            kept.append(message)
+    return {**row, source.messages: kept}
 
 
-def _benchmark(items: Sequence[tuple[str, str]], ngram: int) -> Benchmark:
-    prompts, template = _without_template([_words(prompt) for prompt, _ in items])
+def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
+    """What of a benchmark's items is searched for in rows."""
+    prompts = [_words(prompt) for prompt, _ in items]
+    questions, template = _without_template(prompts)
     answers, _ = _without_template([_words(answer) for _, answer in items])
-    grams = {gram for answer in answers for gram in _grams(answer, ngram)}
-    known, least = len(items) >= TEMPLATE_ITEMS, min(SHORTEST, ngram)
-    inside: set[Gram] = set()
-    whole: set[Gram] = set()
-    short = 0
-    for prompt, question in zip((_words(prompt) for prompt, _ in items), prompts, strict=True):
-        words = question if known else prompt
+    ngrams: set[Words] = set()
+    for answer in answers:
+        ngrams |= _ngrams(answer, ngram)
+    # the prompts of a small benchmark may share words that are no template
+    has_template = len(items) >= TEMPLATE_ITEMS
+    least = min(SHORTEST, ngram)
+    searched: set[Words] = set()
+    lines: set[Words] = set()
+    num_short = 0
+    for prompt, question in zip(prompts, questions, strict=True):
+        words = question if has_template else prompt
         if len(words) >= ngram:
-            grams |= _grams(words, ngram)
+            ngrams |= _ngrams(words, ngram)
             continue
-        searched = [each for each in (words, *_widened(question, template, least)) if len(each) >= least]
-        short += len(words) < least
-        if question and len(prompt) >= least:
-            searched.append(prompt)  # a copy may have the template's words too
-        inside.update(map(tuple, searched))
-        if 0 < len(words) < least:
-            whole.add(tuple(words))
-    starts: dict[Gram, tuple[Gram, ...]] = {}
-    for each in inside:
-        starts[each[:least]] = (*starts.get(each[:least], ()), each)
-    return Benchmark(len(items), short, frozenset(grams), starts, frozenset(whole), template)
+        if len(words) < least:
+            num_short += 1
+            lines.add(words)
+        variants = [words, *_widened(question, template, least)]
+        if question:
+            variants.append(prompt)  # a copy may have the template's words too
+        searched.update(variant for variant in variants if len(variant) >= least)
+    lines.discard(())  # an item without a word
+    short_items: dict[Words, list[Words]] = {}
+    for item in searched:
+        short_items.setdefault(item[:least], []).append(item)
+    return Benchmark(len(items), num_short, frozenset(ngrams), short_items, frozenset(lines), template)
 
 
-def _widened(question: Words, template: tuple[Gram, Gram], least: int) -> list[Words]:
+def _widened(question: Words, template: tuple[Words, Words], least: int) -> list[Words]:
     """A question without its template, and with as many of its words as are needed: some may be its own (`What is`)."""
     if len(question) < 2:
         return []
     begin, end = template
     missing = max(0, least - len(question))
     before = begin[max(0, len(begin) - missing) :]
-    return [question, [*before, *question], [*question, *end[:missing]]]
+    after = end[:missing]
+    return [question, before + question, question + after]
 
 
-def _row_words(columns: tuple[str, str], trained: tuple[str, str], ngram: int) -> RowWords:
-    found = dict.fromkeys(tuple(_words("\n".join(each))) for each in (columns, trained))
-    asked = columns[0] or columns[1]  # a line of an answer is too often a line of another answer
-    lines = [tuple(_words(line)) for line in (*asked.splitlines(), asked)]
-    return RowWords(list(found), lines, {gram for words in found for gram in _grams(words, ngram)})
+def _row_words(columns: Item, trained: Item, ngram: int) -> RowWords:
+    # one text where the templates add no words; in a fixed order
+    row_texts = list(dict.fromkeys(_words("\n".join(pair)) for pair in (columns, trained)))
+    ngrams: set[Words] = set()
+    for words in row_texts:
+        ngrams |= _ngrams(words, ngram)
+    question = _question(columns)
+    lines = [_words(line) for line in (*question.splitlines(), question)]
+    return RowWords(row_texts, lines, ngrams)
 
 
-def _holds(words: Gram, inside: dict[Gram, tuple[Gram, ...]]) -> bool:
-    """Whether one of the short items is among the words, in a row."""
-    if not inside:
-        return False
-    size = len(next(iter(inside)))
-    return any(
-        words[start : start + len(item)] == item
-        for start in range(len(words) - size + 1)
-        for item in inside.get(words[start : start + size], ())
-    )
+def _question(columns: Item) -> str:
+    """A row's prompt, or all of a text: a line of an answer is too often a line of another answer."""
+    prompt, completion = columns
+    return prompt or completion
 
 
-def _stripped(line: Gram, template: tuple[Gram, Gram]) -> Gram:
+def _without_affixes(line: Words, template: tuple[Words, Words]) -> Words:
     """A line without the words of a benchmark's template, or those next to the item: `Calculate` of `Q: Calculate`."""
     begin, end = template
+    # the longest end of the template's first part, and the longest beginning of its second
     before = next((n for n in range(len(begin), 0, -1) if line[:n] == begin[-n:]), 0)
     after = next((n for n in range(len(end), 0, -1) if line[-n:] == end[:n]), 0)
     return line[before : len(line) - after]
 
 
-def _without_template(items: Sequence[Words]) -> tuple[list[Words], tuple[Gram, Gram]]:
+def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], tuple[Words, Words]]:
     """Texts without the words that all of them begin or end with (`Question: ... Answer:`), and these words."""
-    if len(items) < 2:
-        return list(items), ((), ())
-    begin = _shared(items)
-    rest = [words[begin:] for words in items]
-    end = _shared([words[::-1] for words in rest])
-    template = tuple(items[0][:begin]), tuple(items[0][len(items[0]) - end :])
-    return [words[: len(words) - end] for words in rest], template
+    if len(prompts) < 2:
+        return list(prompts), ((), ())
+    num_first = _num_shared(prompts)
+    rest = [words[num_first:] for words in prompts]
+    # counted in what is left, so that no word belongs to both ends
+    num_last = _num_shared([words[::-1] for words in rest])
+    begin = prompts[0][:num_first]
+    end = prompts[0][len(prompts[0]) - num_last :]
+    questions = [words[: len(words) - num_last] for words in rest]
+    return questions, (begin, end)
 
 
-def _shared(items: Iterable[Words]) -> int:
-    """How many words all texts begin with."""
+def _num_shared(word_lists: Iterable[Words]) -> int:
+    """How many words all of them begin with."""
     count = 0
-    for column in zip(*items, strict=False):
+    for column in zip(*word_lists, strict=False):
         if len(set(column)) > 1:
             break
         count += 1
@@ -262,9 +311,10 @@ def _shared(items: Iterable[Words]) -> int:
 
 def _words(text: str) -> Words:
     # Case folding can undo the normalisation, hence it is between two.
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return WORD.findall(INVISIBLE.sub("", folded))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    normal = unicodedata.normalize("NFKC", folded)
+    return tuple(WORD.findall(INVISIBLE.sub("", normal)))
 
 
-def _grams(words: Sequence[str], n: int) -> set[Gram]:
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+def _ngrams(words: Words, n: int) -> set[Words]:
+    return {words[start : start + n] for start in range(len(words) - n + 1)}

@@ -41,10 +41,10 @@ def packages(config: Config, runner: str) -> Line:
 
 def model_and_data(config: Config) -> Line:
     """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
-    from ptl import forecast, importer, model_checks, tasks
+    from ptl import data_checks, forecast, importer, model_checks, tasks
 
-    importer.check_data(config.calibration, config.training, config.recover)
-    importer.check_rewards(config.recover, config.training)
+    data_checks.check_data(config.calibration, config.training, config.recover)
+    data_checks.check_rewards(config.recover, config.training)
     tasks.check_tasks(config.evaluate.tasks, config.evaluate)
     tasks.check_gate(config.evaluate, config.gate)
     model = config.model

@@ -15,7 +15,7 @@ from typing import Any
 from ptl import tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError, WorkError
-from ptl.sources import json_lines
+from ptl.json_lines import read_json_lines
 
 
 def check_lengths(lm: Any, loaded: Any) -> None:
@@ -71,7 +71,7 @@ def read_splits(splits: dict[str, tasks.LocalFile]) -> dict[str, Any]:
         raw = list(
             Dataset.from_parquet(str(path))
             if path.suffix == ".parquet"
-            else json_lines(path, f"evaluate.data_dir: {path}")
+            else read_json_lines(path, "evaluate.data_dir", str(path))
         )
         found[split] = Dataset.from_list([row for line in raw if (row := local.row(line)) is not None])
     return found

@@ -1,4 +1,8 @@
-"""Training in several processes: `accelerate launch` runs ptl.worker, once for each device."""
+"""Training in several processes: `accelerate launch` runs ptl.worker, once for each device.
+
+The job goes to the processes as JSON. What they print comes back: metrics, and training checkpoints to be stored, on
+lines that begin with METRICS and CHECKPOINT; the first process leaves its report or its error in a file.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
-from ptl.job import RecoverReport, RecoveryJob
+from ptl.job import RecoverReport, RecoveryJob, report_from_json
 from ptl.processes import tied
 
-METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
+METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
+CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
+HANDOVER = "checkpoint.handover"  # a file in `scratch`, until the launching process has stored the checkpoint
+ERROR = "error.json"  # in `scratch`
+LAST_LINES = 30  # of a failed training, in its error
 
 
 def world_size() -> int:
@@ -33,40 +40,41 @@ def processes_for(settings: Stage) -> int:
     return settings.processes or max(1, torch.cuda.device_count())
 
 
-def batch_of_one(settings: Stage, processes: int) -> int:
+def sequences_per_pass(settings: Stage, processes: int) -> int:
     """Sequences of one forward pass in one process. Raises InputError where a batch cannot be divided like that."""
     parts = settings.accumulation * processes
     if settings.batch_size % parts:
-        raise InputError(
-            f"recover.batch_size: {settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
-            f"times the {processes} training processes"
-        )
+        factors = f"accumulation={settings.accumulation} times the {processes} training processes"
+        raise InputError(f"{settings.batch_size} must be a multiple of {factors}", field="recover.batch_size")
     return settings.batch_size // parts
 
 
 def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processes: int) -> RecoverReport:
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
     job.scratch.mkdir(parents=True, exist_ok=True)
-    answer, question = job.scratch / "report.json", job.scratch / "job.json"
-    for left in (answer, job.scratch / "error.json"):  # by an earlier attempt
-        left.unlink(missing_ok=True)
-    question.write_text(json.dumps(_dump(src, dst, settings, job, answer)))
+    job_file = job.scratch / "job.json"
+    report_file = job.scratch / "report.json"
+    error_file = job.scratch / ERROR
+    for of_earlier_attempt in (report_file, error_file):
+        of_earlier_attempt.unlink(missing_ok=True)
+    job_file.write_text(json.dumps(_job_fields(src, dst, settings, job, report_file)))
     process = subprocess.Popen(
-        tied([*command(settings, processes), str(question)]),
+        tied([*command(settings, processes), str(job_file)]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        # what torch's launcher would set, with a warning
+        env={"OMP_NUM_THREADS": "1", **os.environ},
     )
-    told = _follow(process, job.on_log)
-    if process.wait() or not answer.is_file():
-        error = job.scratch / "error.json"
-        if error.is_file():
-            raised = json.loads(error.read_text())
-            raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
-        raise WorkError(f"recover: training in {processes} processes failed{_reason(told)}")
-    report = json.loads(answer.read_text())
-    return RecoverReport(**report | {"curve": tuple((int(t), float(loss)) for t, loss in report["curve"])})
+    printed = _follow(process, job)
+    failed = process.wait() != 0
+    if error_file.is_file() and (failed or not report_file.is_file()):
+        error = json.loads(error_file.read_text())
+        kind = InputError if error.pop("exit_code") == InputError.exit_code else WorkError
+        raise kind(**error)
+    if failed or not report_file.is_file():
+        raise WorkError(f"training in {processes} processes failed{_reason(printed)}", field="recover")
+    return report_from_json(report_file.read_text())
 
 
 def can_shard() -> bool:
@@ -77,25 +85,32 @@ def can_shard() -> bool:
 
 
 def check(settings: RecoverStage) -> None:
-    """Raise InputError where the stage cannot be divided among its processes as wanted; called before any work."""
-    batch_of_one(settings, processes_for(settings) if world_size() == 1 else world_size())
-    if settings.sharding == "none" or processes_for(settings) == 1 or not can_shard():
+    """Raise InputError where the stage cannot be divided among its processes; called before any work."""
+    processes = world_size()
+    if processes == 1:
+        processes = processes_for(settings)
+    sequences_per_pass(settings, processes)
+    if settings.sharding != "zero2" or processes_for(settings) == 1 or not can_shard():
         return
-    if settings.sharding == "zero2" and find_spec("deepspeed") is None:
+    if find_spec("deepspeed") is None:
+        where = "install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]')"
         raise InputError(
-            "recover.sharding: zero2 needs the package deepspeed, which is not installed; install ptl's extra "
-            "`deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp"
+            "zero2 needs the package deepspeed, which is not installed",
+            field="recover.sharding",
+            remedy=f"{where}, or use fsdp",
         )
 
 
 def command(settings: Stage, processes: int) -> list[str]:
     """The `accelerate launch` command for a stage."""
+    precision = "bf16" if settings.dtype == "bfloat16" else "no"
+    recomputed = str(settings.gradient_checkpointing).lower()
     flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    flags += ["--mixed_precision", "bf16" if settings.dtype == "bfloat16" else "no", "--dynamo_backend", "no"]
+    flags += ["--mixed_precision", precision, "--dynamo_backend", "no"]
     if settings.sharding == "fsdp" and can_shard():
         flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
         flags += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
-        flags += ["--fsdp_activation_checkpointing", str(settings.gradient_checkpointing).lower()]
+        flags += ["--fsdp_activation_checkpointing", recomputed]
     elif settings.sharding == "zero2" and can_shard():
         flags += ["--use_deepspeed", "--zero_stage", "2"]
     else:
@@ -103,48 +118,58 @@ def command(settings: Stage, processes: int) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.worker"]
 
 
-def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], int], None]) -> list[str]:
-    """Pass on what the training prints, and its metrics as such; returns the lines printed."""
-    told: list[str] = []
+def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
+    """Pass on what the training prints, its metrics and its checkpoints; returns the other lines."""
+    printed: list[str] = []
     assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith(METRICS):
                 metrics, step = json.loads(line.removeprefix(METRICS))
-                on_log(metrics, step)
+                job.on_log(metrics, step)
+            elif line.startswith(CHECKPOINT) and job.save_checkpoint is not None:
+                folder = json.loads(line.removeprefix(CHECKPOINT))
+                job.save_checkpoint(Path(folder))
+                # the training waits for that
+                (job.scratch / HANDOVER).unlink()
             else:
-                told.append(line)
+                printed.append(line)
                 print(line, end="", flush=True)
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    return told
+    return printed
 
 
-def _reason(told: list[str]) -> str:
-    """What a failed training printed last, and the signal that killed it, which only torch's launcher tells."""
+def _reason(printed: list[str]) -> str:
+    """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
     # from here on it is the launcher on the processes that it stopped, not why the first one died
-    end = next((i for i, line in enumerate(told) if "torch/distributed/elastic" in line), len(told))
-    root = "".join(told[end:]).partition("Root Cause")[2]
-    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root)
-    said = f": a process was killed by {killed[1]}" if killed else ""
-    if killed and killed[1] == "SIGKILL":
-        said += " (what the system does when memory is used up; recover.accumulation splits a step's batch)"
-    return f"{said}:\n{''.join(told[max(0, end - 30) : end])}"
+    launcher = (i for i, line in enumerate(printed) if "torch/distributed/elastic" in line)
+    end = next(launcher, len(printed))
+    _, _, root_cause = "".join(printed[end:]).partition("Root Cause")
+    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
+    signal = ""
+    if killed:
+        signal = f": a process was killed by {killed[1]}"
+        if killed[1] == "SIGKILL":
+            signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
+    last_lines = "".join(printed[max(0, end - LAST_LINES) : end])
+    return f"{signal}:\n{last_lines}"
 
 
-def _dump(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, answer: Path) -> dict[str, Any]:
+def _job_fields(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, report_file: Path) -> dict[str, Any]:
+    """The job in JSON's types, for ptl.worker."""
     return {
         "src": str(src),
         "dst": str(dst),
         "settings": settings.model_dump(mode="json"),
         "data": job.data.model_dump(mode="json"),
-        "this": dataclasses.asdict(job.this),
+        "budget": dataclasses.asdict(job.budget),
         "scratch": str(job.scratch),
         "teacher": job.teacher and str(job.teacher),
-        "vault": job.vault and dataclasses.asdict(job.vault),
+        "stores_checkpoints": job.save_checkpoint is not None,
         "scored": job.scored and str(job.scored),
         "keep_optimizer_state": job.keep_optimizer_state,
-        "answer": str(answer),
+        "report": str(report_file),
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ptl import decontaminate, s3_client, sources
+from ptl import decontaminate, json_lines, s3_client, sources
 from ptl.config import Calibration, DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
@@ -205,7 +205,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
         decontaminate={"against": against, "ngram": 8},
     )
     leaks = decontaminate.build(train.decontaminate, None)
-    chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, filter_=leaks)
+    chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, leak_filter=leaks)
     used = "".join(texts(chunk, tokenizer))
     assert "pears" not in used.lower() and "One plus one?" not in used
     assert "plus three" in used and "Bob has 9" in used
@@ -376,11 +376,11 @@ def test_prompts_of_reinforcement_learning_are_filtered_too(tmp_path):
     rows = [{"prompt": SENTENCE, "completion": "16"}, {"prompt": "One plus one?", "completion": "2"}]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows))
     filter_ = decontaminate.build(Decontaminate(), scored)
-    picked = prompt_rows(source, seed=0, skip=0, count=3, filter_=filter_)
+    picked = prompt_rows(source, seed=0, skip=0, count=3, leak_filter=filter_)
     assert [number for number, _ in picked] == [2, 2, 2] and filter_.report()["dropped"] == 1
     rows_file(tmp_path / "a.jsonl", rows[:1])
     with pytest.raises(InputError, match=r"training\.decontaminate: each of the 1 rows"):
-        prompt_rows(source, seed=0, skip=0, count=3, filter_=decontaminate.build(Decontaminate(), scored))
+        prompt_rows(source, seed=0, skip=0, count=3, leak_filter=decontaminate.build(Decontaminate(), scored))
 
 
 def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
@@ -388,7 +388,7 @@ def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
     data = TrainingData(sources=[{"source": path}], decontaminate=Decontaminate(against=[{"source": path}]))
     leaks = decontaminate.build(data.decontaminate, None)
     with pytest.raises(InputError, match=r"dropped by training\.decontaminate"):
-        training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, filter_=leaks)
+        training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, leak_filter=leaks)
 
 
 def test_messages_need_a_chat_template(chatty):
@@ -586,7 +586,7 @@ def test_damaged_gzip_is_an_error_of_the_input(tmp_path, case):
 
 @pytest.mark.parametrize("content", [b"0" * 300_000, b"{}\n" * 100_000], ids=["one-line", "many-lines"])
 def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(sources, "MAX_LINE", 10_000)
+    monkeypatch.setattr(json_lines, "MAX_LINE", 10_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(content))
     with pytest.raises(InputError, match=r"characters so far from a file of [\d,]+ bytes"):
@@ -602,4 +602,4 @@ def test_json_that_is_too_deep_names_its_line(tmp_path):
 def test_an_answer_that_is_no_s3_servers_is_an_error(monkeypatch):
     monkeypatch.setattr(s3_client, "client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
     with pytest.raises(InputError, match="no ETag in the answer"):
-        sources._from_s3("s3://bucket/rows.jsonl")
+        sources.local_file(DataSource(source="s3://bucket/rows.jsonl"))

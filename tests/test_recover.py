@@ -17,14 +17,14 @@ import torch
 from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
 from transformers import AutoTokenizer
 
-from ptl import checkpoint, nexttoken, training
+from ptl import checkpoint, sft, training
 from ptl.config import Cpt, Recovery, TrainingData
 from ptl.data import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoveryJob, StageBudget
-from ptl.preempt import COMPLETE, last_complete
 from ptl.recover import RECOVERIES, budgets_before
 from ptl.training import learning_rate_curve, optimizer_for
+from ptl.training_files import COMPLETE, last_complete
 
 CPT = {"method": "cpt"}
 
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
     """On a CPU the model's own loss stands in for trl's fused one, for speed; the numbers are the same."""
     from trl import SFTTrainer
 
-    monkeypatch.setattr(nexttoken, "sft_trainer", lambda: SFTTrainer)
+    monkeypatch.setattr(sft, "sft_trainer", lambda: SFTTrainer)
     for change in ({}, {"accumulation": 2}):
         report = recover(small, tmp_path / f"out{len(change)}", CPT | change)
         mine = [loss for _, loss in straight[1].curve]
@@ -167,8 +167,8 @@ def test_moments_are_carried_through_the_cut(tmp_path):
         state = optimizer.state[parameter]
         assert torch.equal(state["exp_avg"], after[f"exp_avg.{name}"]) and state["step"] == before["step"]
 
-    carried = recover(second, tmp_path / "carried", CPT, tokens=600, rounds=(600,))
-    fresh = recover(second, tmp_path / "fresh", CPT | {"carry_moments": False}, tokens=600, rounds=(600,))
+    carried = recover(second, tmp_path / "carried", CPT, tokens=600, earlier=(600,))
+    fresh = recover(second, tmp_path / "fresh", CPT | {"carry_moments": False}, tokens=600, earlier=(600,))
     assert carried.tokens == fresh.tokens == 600
     assert not torch.equal(weights(tmp_path / "carried")[name], weights(tmp_path / "fresh")[name])
     assert not (tmp_path / "carried" / checkpoint.STATE).exists()  # it was the last round

@@ -1,4 +1,4 @@
-"""Recovery on an exact number of tokens of the training data: continual pre-training and distillation."""
+"""Recovery on an exact number of tokens of the training data, by trl's SFTTrainer: `cpt`, and what `distil` shares."""
 
 from __future__ import annotations
 
@@ -10,37 +10,46 @@ from typing import Any
 import torch
 
 from ptl import checkpoint, decontaminate, model_checks, training
-from ptl.config import NextToken
+from ptl.config import Cpt, Distil, Lora, NextToken
 from ptl.data import IGNORED, training_chunk
 from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
 
 
-def train(
-    src: Path, dst: Path, settings: NextToken, job: RecoveryJob, trainer_class: Any, more: dict[str, Any]
-) -> RecoverReport:
-    """Train `src` on exactly the round's tokens by a kind of trl's SFTTrainer and write the result to `dst`."""
+def cpt(src: Path, dst: Path, settings: Cpt, job: RecoveryJob) -> RecoverReport:
+    """Continual pre-training: next-token loss on the training data."""
+    return train(src, dst, settings, job, sft_trainer())
+
+
+def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
+    """Train `src` on exactly the stage's tokens by a kind of trl's SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
+    tokens = job.budget.tokens
+    assert tokens is not None  # only grpo trains without a budget
     tokenizer = model_checks.load_tokenizer(src)
-    arguments = _arguments(settings, job)
-    dataset, details = _dataset(tokenizer, settings, job, arguments)  # before the weights: a wrong row is found at once
-    tokens = details.pop("tokens")
+    arguments = sft_arguments(settings, job)
+    # before the weights are read: a wrong row is reported at once
+    dataset, details = training_dataset(tokenizer, settings, job, arguments)
     model, dtype = training.load(src)
-    state = src / checkpoint.STATE
-    sharded = training.is_sharded(settings)
-    whole = settings.carry_moments and settings.lora is None and not sharded
-    carried = whole and state.is_file()
     if settings.lora is not None:
-        torch.manual_seed(job.this.seed)  # the Trainer's seed comes later than the adapters' first values
-        model = with_adapters(model, settings)
+        # the Trainer's seed comes later than the adapters' first values
+        torch.manual_seed(job.budget.seed)
+        model = with_adapters(model, settings.lora)
+    # adapters are merged and sharded optimizers are spread: neither has a state that pruning could slice
+    sharded = training.is_sharded(settings)
+    carries_state = settings.carry_moments and settings.lora is None and not sharded
+    state = src / checkpoint.STATE
+    carried = carries_state and state.is_file()
     steps = math.ceil(len(dataset) / settings.batch_size)
-    curve = training.learning_rate_curve(settings, job.this, steps, carried)
+    curve = training.learning_rate_curve(settings, job.budget, steps, carried)
     optimizers: tuple[Any, Any] = (None, None)
-    if sharded:  # the optimizer is made by the Trainer, from parameters that are sharded first
+    if sharded:
+        # the Trainer makes the optimizer, from parameters that it shards first
         trainer_class = training.with_curve(trainer_class, curve)
     else:
         optimizer = training.optimizer_for(model, settings, state if carried else None)
-        optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curve))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+        optimizers = (optimizer, scheduler)
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -48,12 +57,12 @@ def train(
         processing_class=tokenizer,
         optimizers=optimizers,
         callbacks=[training.watch(job)],
-        **more,
     )
-    resumed_at = training.run(trainer, job)
-    training.save(trainer, src, dst, dtype, with_state=whole and job.keep_optimizer_state, sharded=sharded)
+    resumed_at = training.run(trainer, job.scratch)
+    keeps_state = carries_state and job.keep_optimizer_state
+    training.save(trainer, src, dst, dtype, with_state=keeps_state, sharded=sharded)
     return RecoverReport(
-        method=settings.method,  # type: ignore[attr-defined]
+        method=settings.method,
         tokens=tokens,
         steps=trainer.state.global_step,
         curve=training.curve_of(trainer, tokens),
@@ -86,12 +95,10 @@ def sft_trainer() -> Any:
     return PlainLoss
 
 
-def with_adapters(model: Any, settings: NextToken) -> Any:
+def with_adapters(model: Any, lora: Lora) -> Any:
     """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685)."""
     from peft import LoraConfig, get_peft_model
 
-    assert settings.lora is not None
-    lora = settings.lora
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
@@ -102,28 +109,36 @@ def with_adapters(model: Any, settings: NextToken) -> Any:
     return get_peft_model(model, config)
 
 
-def _dataset(tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """The tokenized chunk of this round, packed if wanted, in batches that are whole for every process."""
+def training_dataset(
+    tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The tokenized sequences of the stage's budget, packed if asked for, and what the report says of them.
+
+    As many as give every process complete batches.
+    """
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
-    assert job.this.tokens is not None
-    leaks = decontaminate.build(job.data.decontaminate, job.scored)
+    budget = job.budget
+    assert budget.tokens is not None
+    leak_filter = decontaminate.build(job.data.decontaminate, job.scored)
     chunk = training_chunk(
         job.data,
         tokenizer,
         settings.max_length,
-        seed=job.this.seed,
-        earlier=job.this.earlier,
-        budget=job.this.tokens,
-        filter_=leaks,
+        seed=budget.seed,
+        earlier=budget.earlier,
+        budget=budget.tokens,
+        leak_filter=leak_filter,
     )
-    details: dict[str, Any] = {"tokens": sum(len(tokens.ids) for tokens in chunk), "sequences": len(chunk)}
-    details["processes"] = arguments.world_size
-    if leaks is not None:
-        details["decontaminated"] = leaks.report()
-    rows = {"input_ids": [c.ids for c in chunk], "labels": [c.labels(settings.loss) for c in chunk]}
-    dataset = Dataset.from_dict(rows)
+    details: dict[str, Any] = {"sequences": len(chunk), "processes": arguments.world_size}
+    if leak_filter is not None:
+        details["decontaminated"] = leak_filter.report()
+    columns = {
+        "input_ids": [tokens.ids for tokens in chunk],
+        "labels": [tokens.labels(settings.loss) for tokens in chunk],
+    }
+    dataset = Dataset.from_dict(columns)
     if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
     missing = -len(dataset) % (arguments.per_device_train_batch_size * arguments.world_size)
@@ -134,15 +149,18 @@ def _dataset(tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: A
 
 
 def _filled_up(dataset: Any, count: int, token: int) -> Any:
+    """The dataset with `count` more sequences of one token without a label, which train nothing."""
     from datasets import Dataset, concatenate_datasets
 
-    empty: dict[str, Any] = {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}
-    if "seq_lengths" in dataset.column_names:
-        empty["seq_lengths"] = [[1]] * count
-    return concatenate_datasets([dataset, Dataset.from_dict(empty, features=dataset.features)])
+    columns: dict[str, Any] = {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}
+    if "seq_lengths" in dataset.column_names:  # packed
+        columns["seq_lengths"] = [[1]] * count
+    empty = Dataset.from_dict(columns, features=dataset.features)
+    return concatenate_datasets([dataset, empty])
 
 
-def _arguments(settings: NextToken, job: RecoveryJob) -> Any:
+def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
+    """trl's SFTConfig of a stage."""
     from trl import SFTConfig
 
     shared = training.arguments(settings, job, world_size())
@@ -152,7 +170,7 @@ def _arguments(settings: NextToken, job: RecoveryJob) -> Any:
         num_train_epochs=1,
         max_length=settings.max_length,
         packing=settings.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, cut and packed
+        dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, truncated and packed
         train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
         include_num_input_tokens_seen="non_padding",
     )
