@@ -20,7 +20,7 @@ from ptl.data import order, padded, tokenize
 from ptl.families import family_of
 from ptl.measure import Variant, losses
 from ptl.prune import prune_checkpoint
-from ptl.sources import read_rows
+from ptl.sources import SourceRow, read_rows
 from ptl.stream import LayerwiseModel
 
 MOVES = {"neurons": ("off", "ridge"), "layers": ("off", "magnitude")}
@@ -30,7 +30,7 @@ def held_out(data, tokenizer, count):
     """Sequences from the end of a permutation whose beginning is not used for calibration by any seed here."""
     rows = read_rows(data)
     picked = [i for i, _ in zip(order(len(rows), 10_000), range(count), strict=False)]
-    return padded([tokenize(rows[i], data, tokenizer, 512, i) for i in picked], 16)
+    return padded([tokenize(SourceRow(rows[i], data, i), tokenizer, 512) for i in picked], 16)
 
 
 def main():

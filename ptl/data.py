@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.config import Calibration, DataSource, TrainingData
 from ptl.errors import InputError
-from ptl.sources import Chat, chat_and_answer, read_rows, texts
+from ptl.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptl.decontaminate import Filter
 
 Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
+Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
@@ -35,22 +36,21 @@ class Tokens:
         return [IGNORED] * self.prompt + self.ids[self.prompt :]
 
 
-def tokenize(row: dict[str, Any], source: DataSource, tokenizer: Any, max_length: int, number: int = 0) -> Tokens:
+def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     """One row as tokens, ended by EOS and truncated to max_length."""
     if tokenizer.eos_token_id is None:
         problem = "the tokenizer has no EOS token, so no answer could end"
         raise InputError(problem, field="model.path", remedy="set eos_token and save it")
-    if source.format == "messages":
-        prompt, ids = _chat_tokens(row, source, tokenizer, number)
-    else:
-        prompt, ids = _text_tokens(row, source, tokenizer, number)
-    return Tokens(ids[:max_length], min(len(prompt), max_length))
+    encode = _chat_tokens if row.source.format == "messages" else _text_tokens
+    prompt, ids = encode(row, tokenizer)
+    num_prompt = min(len(prompt), max_length)
+    return Tokens(ids[:max_length], num_prompt)
 
 
-def _text_tokens(row: Any, source: DataSource, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
+def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the prompt, and of the prompt with its completion."""
     eos = tokenizer.eos_token_id
-    prompt_text, completion_text = texts(row, source, number)
+    prompt_text, completion_text = texts(row)
     prompt = tokenizer(prompt_text)["input_ids"] if prompt_text else []
     # some tokenizers end every text by themselves
     if prompt and prompt[-1] == eos:
@@ -61,20 +61,23 @@ def _text_tokens(row: Any, source: DataSource, tokenizer: Any, number: int) -> t
     return prompt, prompt + completion
 
 
-def _chat_tokens(row: Any, source: DataSource, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
+def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the turns before the answer, and of the chat with its answer."""
-    chat, answer = chat_and_answer(row, source, number)
-    prompt = chat_ids(tokenizer, chat, number)
-    full = chat_ids(tokenizer, [*chat, *answer], number, ended=True)
-    # labels are divided at the prompt's length
+    chat, answer = chat_and_answer(row)
+    prompt = chat_ids(tokenizer, chat, row.number)
+    full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
+    # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
-        problem = f"row {number}: the chat template renders the prompt differently with its answer"
+        problem = f"row {row.number}: the chat template renders the prompt differently with its answer"
         raise InputError(problem, field="data.messages")
     return prompt, full
 
 
-def chat_ids(tokenizer: Any, chat: Chat, number: int, ended: bool = False) -> list[int]:
-    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
+def chat_ids(tokenizer: Any, chat: Chat, number: int, *, ended: bool = False) -> list[int]:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer.
+
+    `number` is its row's, for errors.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -98,14 +101,19 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 
 def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
-    """Rows drawn with the seed, as `padded` batches."""
-    rows = read_rows(settings.data)
-    count = min(settings.num_sequences, len(rows))
-    sequences = []
-    for i in itertools.islice(order(len(rows), seed), count):
-        tokens = tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1)
-        sequences.append(tokens)
+    """Calibration rows as `padded` batches."""
+    sequences = calibration_rows(settings, tokenizer, seed, settings.num_sequences)
     return padded(sequences, settings.batch_size)
+
+
+def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, count: int) -> list[Tokens]:
+    """As many rows of the calibration data drawn with the seed, or all of them."""
+    rows = read_rows(settings.data)
+    sequences = []
+    for i in itertools.islice(order(len(rows), seed), min(count, len(rows))):
+        row = SourceRow(rows[i], settings.data, i + 1)
+        sequences.append(tokenize(row, tokenizer, settings.max_length))
+    return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
@@ -117,41 +125,29 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
     batches = []
     for begin in range(0, len(ordered), size):
         group = ordered[begin : begin + size]
-        ids = [tokens.ids for tokens in group]
+        batch = padded_ids([tokens.ids for tokens in group], 0, "right")
         labels = [tokens.labels("completion") for tokens in group]
-        batch = {
-            "input_ids": _pad(ids, 0),
-            "attention_mask": _attention_mask(ids),
-            "labels": _pad(labels, IGNORED),
-        }
+        batch["labels"] = _pad(labels, IGNORED, "right")
         batches.append(batch)
     return batches
 
 
-def left_padded(prompts: Sequence[list[int]], pad_token: int) -> Batch:
-    """One batch to generate from, as answers follow on the right: input_ids and attention_mask, int64 [B, T]."""
-    return {
-        "input_ids": _pad(prompts, pad_token, "left"),
-        "attention_mask": _attention_mask(prompts, "left"),
-    }
+def padded_ids(rows: Sequence[list[int]], pad_token: int, side: Side) -> Batch:
+    """One batch: input_ids, and attention_mask with 0 at the padding, int64 [B, T]; to generate, padded on the left."""
+    ones = [[1] * len(ids) for ids in rows]
+    return {"input_ids": _pad(rows, pad_token, side), "attention_mask": _pad(ones, 0, side)}
 
 
-def _pad(rows: Sequence[list[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
-    """Rows of numbers as one tensor, all as long as the longest: int64 [B, T]."""
+def _pad(rows: Sequence[list[int]], value: int, side: Side) -> Tensor:
+    """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
     import torch
 
     width = max(len(row) for row in rows)
     filled = []
     for row in rows:
         padding = [value] * (width - len(row))
-        filled.append(padding + row if side == "left" else row + padding)
+        filled.append(row + padding if side == "right" else padding + row)
     return torch.tensor(filled)  # [B, T]
-
-
-def _attention_mask(rows: Sequence[list[int]], side: Literal["left", "right"] = "right") -> Tensor:
-    """1 at the tokens, 0 at the padding: int64 [B, T]."""
-    ones = [[1] * len(row) for row in rows]
-    return _pad(ones, 0, side)
 
 
 def training_chunk(
@@ -194,19 +190,21 @@ def _take(stream: Iterator[Tokens], budget: int) -> list[Tokens]:
 
 
 def prompt_rows(
-    source: DataSource, *, seed: int, skip: int, count: int, leak_filter: Filter | None = None
-) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows for prompts, after the first `skip` of the run's order."""
-    rows = read_rows(source)
-    kept = list(range(len(rows)))
-    if leak_filter is not None:
-        kept = [i for i in kept if leak_filter.keeps(source, i + 1, rows[i])]
+    source: DataSource,
+    *,
+    seed: int,
+    skip: int,
+    count: int,
+    leak_filter: Filter | None = None,
+) -> list[SourceRow]:
+    """Rows for prompts, after the first `skip` of the run's order."""
+    rows = [SourceRow(columns, source, number) for number, columns in enumerate(read_rows(source), 1)]
+    kept = rows if leak_filter is None else [row for row in rows if leak_filter.keeps(row)]
     if not kept:
         problem = f"each of the {len(rows)} rows of {source.source} is dropped"
         raise InputError(problem, field="training.decontaminate", remedy="give other data")
     picked = itertools.islice(order(len(kept), seed), skip, skip + count)
-    numbers = [kept[i] for i in picked]
-    return [(number + 1, rows[number]) for number in numbers]
+    return [kept[i] for i in picked]
 
 
 def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:
@@ -226,9 +224,9 @@ def _source_stream(
     rows = read_rows(source)
     useless = 0  # rows without a sequence, one after another
     for i in order(len(rows), seed):
-        number = i + 1
-        if leak_filter is None or leak_filter.keeps(source, number, rows[i]):
-            tokens = tokenize(rows[i], source, tokenizer, max_length, number)
+        row = SourceRow(rows[i], source, i + 1)
+        if leak_filter is None or leak_filter.keeps(row):
+            tokens = tokenize(row, tokenizer, max_length)
             if tokens.prompt < len(tokens.ids):
                 useless = 0
                 yield tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptl.config import Calibration, DataSource, Grpo, NextToken, RecoverStage, TrainingData
-from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
+from ptl.sources import check_rows, fill, local_file, numbered_rows, prompt_of
 
 
 def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
@@ -48,7 +48,7 @@ def _check_prompts(stage: Grpo, training: TrainingData) -> None:
     source = stage.prompt_source(training)
     if local_file(source) is None:
         return
-    for number, row in enumerate(read_rows(source), 1):
-        prompt_of(row, source, number)
+    for row in numbered_rows(source):
+        prompt_of(row)
         for reward in stage.rewards:
-            fill(reward.reference_template, row, source, number)
+            fill(reward.reference_template, row)

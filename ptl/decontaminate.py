@@ -12,12 +12,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ptl.config import DataSource, Decontaminate
-from ptl.sources import bare, read_rows, texts
+from ptl.sources import SourceRow, bare, numbered_rows, texts
 
 # A word is a run of letters and digits; in scripts that put no spaces between words each character is one.
 _SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
@@ -87,16 +87,16 @@ class Filter:
     examples: list[str] = field(default_factory=list)  # text of dropped rows
     decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)  # whether a row stays
 
-    def keeps(self, source: DataSource, number: int, row: Any) -> bool:
+    def keeps(self, row: SourceRow) -> bool:
         """Whether a training row stays. A row that comes up again, after an epoch, is counted once."""
-        key = (source, number)  # not by name alone: a hub id has several subsets and splits
+        key = (row.source, row.number)  # not by name alone: a hub id has several subsets and splits
         if key not in self.decisions:
-            self.decisions[key] = not self._leaks(source, number, row)
+            self.decisions[key] = not self._leaks(row)
         return self.decisions[key]
 
-    def _leaks(self, source: DataSource, number: int, row: Any) -> bool:
-        columns = texts(row, bare(source), number)
-        words = _row_words(columns, texts(row, source, number), self.ngram)
+    def _leaks(self, row: SourceRow) -> bool:
+        columns = texts(bare(row))
+        words = _row_words(columns, texts(row), self.ngram)
         leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
         if not leaked:
             return False
@@ -105,7 +105,7 @@ class Filter:
         self.dropped += 1
         if len(self.examples) < MAX_EXAMPLES:
             excerpt = _question(columns).strip()[:200]
-            self.examples.append(f"{source.source} row {number}: {excerpt}")
+            self.examples.append(f"{row.source.source} row {row.number}: {excerpt}")
         return True
 
     def report(self) -> dict[str, Any]:
@@ -194,25 +194,27 @@ def _scored_items(folder: Path) -> dict[str, list[Item]]:
 
 def _source_items(source: DataSource) -> list[Item]:
     """Prompts and right answers of a benchmark that a source holds."""
-    columns = bare(source)
     items = []
-    for number, row in enumerate(read_rows(source), 1):
-        prompt, completion = texts(_without_system_message(row, columns), columns, number)
+    for row in numbered_rows(source):
+        question = _without_system_message(row)
+        prompt, completion = texts(bare(question))
         items.append((prompt or completion, completion))
     return items
 
 
-def _without_system_message(row: Any, source: DataSource) -> Any:
+def _without_system_message(row: SourceRow) -> SourceRow:
     """A benchmark's chat without its system message, which is no part of the question."""
-    chat = row.get(source.messages) if source.format == "messages" else None
-    if not isinstance(chat, list):
+    column = row.source.messages
+    chat = row.columns.get(column)
+    if row.source.format != "messages" or not isinstance(chat, list):
         return row
-    kept = []
-    for message in chat:
-        is_system = isinstance(message, dict) and message.get("role") == "system"
-        if not is_system:
-            kept.append(message)
-    return {**row, source.messages: kept}
+    kept = [message for message in chat if not _is_system_message(message)]
+    return replace(row, columns={**row.columns, column: kept})
+
+
+def _is_system_message(message: Any) -> bool:
+    # what is no message at all is reported where the chat is read
+    return isinstance(message, dict) and message.get("role") == "system"
 
 
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:

@@ -12,7 +12,7 @@ import torch
 
 from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import Grpo, Reward
-from ptl.data import chat_ids, left_padded, prompt_rows
+from ptl.data import chat_ids, padded_ids, prompt_rows
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
@@ -100,7 +100,7 @@ def prompts(
             remedy="give more",
         )
     per_step = settings.batch_size // settings.num_generations
-    numbered_rows = prompt_rows(
+    picked = prompt_rows(
         source,
         seed=job.budget.seed,
         skip=steps_before * per_step,
@@ -108,17 +108,17 @@ def prompts(
         leak_filter=leak_filter,
     )
     rows = []
-    for number, row in numbered_rows:
-        example = {"prompt": prompt_of(row, source, number)}
+    for row in picked:
+        example = {"prompt": prompt_of(row)}
         for i, reward in enumerate(settings.rewards):
-            example[_reference(i)] = fill(reward.reference_template, row, source, number)
+            example[_reference(i)] = fill(reward.reference_template, row)
         rows.append(example)
-        length = len(_prompt_ids(tokenizer, example["prompt"], number)) + settings.max_completion_length
+        length = len(_prompt_ids(tokenizer, example["prompt"], row.number)) + settings.max_completion_length
         if positions is not None and length > positions:
             answer = f"an answer of {settings.max_completion_length} tokens"
             sizes = f"are {length} tokens, the model has {positions} positions"
             raise InputError(
-                f"prompt {number} of {source.source} and {answer} {sizes}",
+                f"prompt {row.number} of {source.source} and {answer} {sizes}",
                 field="recover.max_completion_length",
                 remedy="lower it, or leave such prompts out",
             )
@@ -183,7 +183,8 @@ def _generate(model: Any, tokenizer: Any, settings: Grpo, batch_prompts: Sequenc
     pad_token = tokenizer.pad_token_id
     if pad_token is None:
         pad_token = tokenizer.eos_token_id
-    batch = left_padded([_prompt_ids(tokenizer, prompt) for prompt in batch_prompts], pad_token)  # [batch, width]
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in batch_prompts]
+    batch = padded_ids(ids, pad_token, "left")  # [batch, width]
     width = batch["input_ids"].shape[1]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generated = model.to(device).generate(

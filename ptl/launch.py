@@ -6,7 +6,6 @@ lines that begin with METRICS and CHECKPOINT; the first process leaves its repor
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -14,7 +13,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
@@ -25,6 +25,7 @@ METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
 HANDOVER = "checkpoint.handover"  # a file in `scratch`, until the launching process has stored the checkpoint
 ERROR = "error.json"  # in `scratch`
+JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
 LAST_LINES = 30  # of a failed training, in its error
 
 
@@ -57,7 +58,15 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processe
     error_file = job.scratch / ERROR
     for of_earlier_attempt in (report_file, error_file):
         of_earlier_attempt.unlink(missing_ok=True)
-    job_file.write_text(json.dumps(_job_fields(src, dst, settings, job, report_file)))
+    fields = {
+        "src": str(src),
+        "dst": str(dst),
+        "settings": settings.model_dump(mode="json"),
+        "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
+        "stores_checkpoints": job.save_checkpoint is not None,
+        "report": str(report_file),
+    }
+    job_file.write_text(json.dumps(fields))
     process = subprocess.Popen(
         tied([*command(settings, processes), str(job_file)]),
         stdout=subprocess.PIPE,
@@ -156,20 +165,3 @@ def _reason(printed: list[str]) -> str:
             signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
     last_lines = "".join(printed[max(0, end - LAST_LINES) : end])
     return f"{signal}:\n{last_lines}"
-
-
-def _job_fields(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, report_file: Path) -> dict[str, Any]:
-    """The job in JSON's types, for ptl.worker."""
-    return {
-        "src": str(src),
-        "dst": str(dst),
-        "settings": settings.model_dump(mode="json"),
-        "data": job.data.model_dump(mode="json"),
-        "budget": dataclasses.asdict(job.budget),
-        "scratch": str(job.scratch),
-        "teacher": job.teacher and str(job.teacher),
-        "stores_checkpoints": job.save_checkpoint is not None,
-        "scored": job.scored and str(job.scored),
-        "keep_optimizer_state": job.keep_optimizer_state,
-        "report": str(report_file),
-    }

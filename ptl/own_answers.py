@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 
 from ptl import pretrained
 from ptl.config import Calibration
-from ptl.data import Tokens, left_padded, order, tokenize
+from ptl.data import Tokens, calibration_rows, padded_ids
 from ptl.errors import InputError, WorkError
-from ptl.sources import read_rows
 
 TRIES = 4  # prompts answered for each sequence that is asked for, at most
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -39,7 +37,8 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
     if settings.data.format == "text":
         problem = "`self` needs prompts: data.format must be prompt_completion or messages"
         raise InputError(problem, field="calibration.answers")
-    prompts = _prompts(settings, tokenizer, seed)
+    # more than are needed: not every answer will be correct
+    prompts = calibration_rows(settings, tokenizer, seed, TRIES * settings.num_sequences)
     model = pretrained.causal_lm(folder).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     correct: list[Tokens] = []
@@ -55,18 +54,6 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
             remedy="use `given` answers, or raise calibration.max_new_tokens",
         )
     return correct[: settings.num_sequences]
-
-
-def _prompts(settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
-    """Rows with their right answers, several times as many as are needed: not every answer will be correct."""
-    rows = read_rows(settings.data)
-    count = min(len(rows), TRIES * settings.num_sequences)
-    prompts = []
-    # all at once, so that a wrong row is reported before any answer is generated
-    for i in itertools.islice(order(len(rows), seed), count):
-        tokens = tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1)
-        prompts.append(tokens)
-    return prompts
 
 
 def _correct_answers(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[Tokens]:
@@ -92,7 +79,7 @@ def _generate(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibra
     """The model's greedy answer to each prompt, padded to the longest."""
     pad_token = tokenizer.pad_token_id or 0
     prompts = [tokens.ids[: tokens.prompt] for tokens in group]
-    batch = left_padded(prompts, pad_token)  # [batch, width]
+    batch = padded_ids(prompts, pad_token, "left")  # [batch, width]
     width = batch["input_ids"].shape[1]
     on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generated = model.generate(

@@ -37,90 +37,78 @@ class TrainingCheckpoints:
         now = time.monotonic()
         if self.last_saved is None:
             self.last_saved = now
-        if now - self.last_saved < self.minutes * 60:
-            return
-        save(self, folder)
-        self.last_saved = time.monotonic()
+        if now - self.last_saved >= self.minutes * 60:
+            self.save(folder)
+            self.last_saved = time.monotonic()
+
+    def save(self, folder: Path) -> None:
+        """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
+        stored = self.records()
+        slot = self._slot(len(stored))
+        # a save that a kill ended before its record leaves a folder that is in nobody's way
+        location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
+        files = store.publish(folder, location, on_progress=lambda _: None)
+        pointer = Pointer(location, store.digest_of(files))
+        record = {"key": self.key, "pointer": asdict(pointer), "metadata": {"folder": folder.name}}
+        store.commit(self.root, self.run, slot, record)
+        num_outdated = len(stored) + 1 - NUM_KEPT
+        for number in range(num_outdated):
+            self._delete_files(number, stored[number])
 
     def restore(self, scratch: Path) -> None:
-        """Fetch the newest stored checkpoint when this machine has none that is newer."""
-        restore(self, scratch)
+        """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
+        stored = self.records()
+        if not stored:
+            return
+        newest = stored[-1]
+        target = scratch / newest["metadata"]["folder"]
+        local = last_complete(scratch)
+        if local is not None and step_of(local) >= step_of(target):
+            return
+        download = scratch / "fetched"
+        folder = store.fetch(Pointer(**newest["pointer"]), download, on_progress=lambda _: None)
+        shutil.rmtree(target, ignore_errors=True)  # what a kill left half-written
+        # one rename makes it complete
+        partial = scratch / f".{os.getpid()}.{target.name}"
+        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
+        partial.rename(target)
+        assert (target / COMPLETE).is_file()
+        shutil.rmtree(download, ignore_errors=True)
 
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the checkpoints stored so far, oldest first."""
+        stored: list[dict[str, Any]] = []
+        while True:
+            record = store.committed(self.root, self.run, self._slot(len(stored)), self.key)
+            if record is None:
+                return stored
+            stored.append(record)
 
-def save(checkpoints: TrainingCheckpoints, folder: Path) -> None:
-    """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
-    stored = records(checkpoints)
-    slot = _slot(checkpoints, len(stored))
-    # a name of its own, for a save that a kill ended before its record
-    location = f"{_run_folder(checkpoints)}/{slot}-{uuid.uuid4().hex[:12]}"
-    files = store.publish(folder, location, on_progress=lambda _: None)
-    pointer = Pointer(location, store.digest_of(files))
-    record = {"key": checkpoints.key, "pointer": asdict(pointer), "metadata": {"folder": folder.name}}
-    store.commit(checkpoints.root, checkpoints.run, slot, record)
-    num_outdated = len(stored) + 1 - NUM_KEPT
-    for number in range(num_outdated):
-        _delete_files(checkpoints, number, stored[number])
+    def clear(self) -> None:
+        """Remove all of them, after the step has been committed."""
+        stored = self.records()
+        folder = self._folder()
+        # the newest first, as `records` ends at the first gap
+        for number in reversed(range(len(stored))):
+            self._delete_files(number, stored[number])
+            store.delete(f"{folder}/{self._slot(number)}", below=folder)
 
+    def _delete_files(self, number: int, record: dict[str, Any]) -> None:
+        """Delete a checkpoint's files: of its record only the name counts, and that must be one which `save` gives."""
+        folder = self._folder()
+        name = record["pointer"]["uri"].rpartition("/")[2]
+        slot = re.escape(self._slot(number))
+        if re.fullmatch(rf"{slot}-[0-9a-f]{{12}}", name):
+            store.delete(f"{folder}/{name}", below=folder)
 
-def restore(checkpoints: TrainingCheckpoints, scratch: Path) -> None:
-    """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
-    stored = records(checkpoints)
-    if not stored:
-        return
-    newest = stored[-1]
-    target = scratch / newest["metadata"]["folder"]
-    local = last_complete(scratch)
-    if local is not None and step_of(local) >= step_of(target):
-        return
-    fetched = scratch / "fetched"
-    folder = store.fetch(Pointer(**newest["pointer"]), fetched, on_progress=lambda _: None)
-    shutil.rmtree(target, ignore_errors=True)  # what a kill left half-written
-    # complete by one rename
-    partial = scratch / f".{os.getpid()}.{target.name}"
-    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
-    partial.rename(target)
-    assert (target / COMPLETE).is_file()
-    shutil.rmtree(fetched, ignore_errors=True)
+    def _folder(self) -> str:
+        """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
+        root = self.root.rstrip("/")
+        return f"{root}/{self.run}"
 
-
-def records(checkpoints: TrainingCheckpoints) -> list[dict[str, Any]]:
-    """The records of the checkpoints stored so far, oldest first."""
-    stored: list[dict[str, Any]] = []
-    while True:
-        slot = _slot(checkpoints, len(stored))
-        record = store.committed(checkpoints.root, checkpoints.run, slot, checkpoints.key)
-        if record is None:
-            return stored
-        stored.append(record)
-
-
-def clear(checkpoints: TrainingCheckpoints) -> None:
-    """Remove all training checkpoints of a stage, after its step has been committed."""
-    stored = records(checkpoints)
-    folder = _run_folder(checkpoints)
-    # the newest first: `records` ends at the first gap
-    for number in reversed(range(len(stored))):
-        _delete_files(checkpoints, number, stored[number])
-        store.delete(f"{folder}/{_slot(checkpoints, number)}", below=folder)
-
-
-def _delete_files(checkpoints: TrainingCheckpoints, number: int, record: dict[str, Any]) -> None:
-    """Delete the files of a checkpoint: of its record only the name counts, and that must be one which `save` gives."""
-    folder = _run_folder(checkpoints)
-    name = record["pointer"]["uri"].rpartition("/")[2]
-    slot = re.escape(_slot(checkpoints, number))
-    if re.fullmatch(rf"{slot}-[0-9a-f]{{12}}", name):
-        store.delete(f"{folder}/{name}", below=folder)
-
-
-def _run_folder(checkpoints: TrainingCheckpoints) -> str:
-    """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
-    root = checkpoints.root.rstrip("/")
-    return f"{root}/{checkpoints.run}"
-
-
-def _slot(checkpoints: TrainingCheckpoints, number: int) -> str:
-    return f"{checkpoints.name}.training-{number}"
+    def _slot(self, number: int) -> str:
+        """The name of a record, as of a step."""
+        return f"{self.name}.training-{number}"
 
 
 def key_of(*parts: Any) -> str:

@@ -17,6 +17,7 @@ MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is pred
 NUMBER = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
 CONVERSIONS = (None, "r", "s", "a")
+TOLERANCE = 1e-9  # of a sum of shares
 
 
 def columns_of(template: str) -> tuple[str, ...]:
@@ -301,18 +302,16 @@ class Recovery(Section):
     def _shares_add_up(self) -> Self:
         shares = [stage.share for stage in self.stages if stage.share is not None]
         total = sum(shares)
-        num_open = len(self._stages_of_the_rest())
-        budgeted = shares or num_open
-        # shares are decimal fractions, which do not add up exactly
-        is_full, is_over = total > 1 - 1e-9, total > 1 + 1e-9
-        if is_over or (is_full and num_open):
+        others = self._stages_without_share()
+        # as floats, decimal fractions do not add up exactly
+        if others and total > 1 - TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}, which leaves nothing for the others")
-        if budgeted and not num_open and not is_full:
+        if shares and not others and abs(total - 1) > TOLERANCE:
             raise ValueError(f"the shares of the stages add up to {total:g}; they must add up to 1")
         return self
 
-    def _stages_of_the_rest(self) -> list[RecoverStage]:
-        """The stages that divide what the fixed shares leave; grpo needs no tokens of its own, its steps limit it."""
+    def _stages_without_share(self) -> list[RecoverStage]:
+        """The stages that divide what the shares leave; grpo needs no tokens of its own, its steps limit it."""
         return [stage for stage in self.stages if stage.share is None and stage.method != "grpo"]
 
     def budgets(self, tokens: int) -> tuple[int | None, ...]:
@@ -321,7 +320,7 @@ class Recovery(Section):
         for stage in self.stages:
             if stage.share is not None:
                 rest -= Fraction(str(stage.share))
-        num_open = len(self._stages_of_the_rest())
+        num_others = len(self._stages_without_share())
         budgets: list[int | None] = []
         share_so_far = Fraction(0)
         spent = 0
@@ -329,7 +328,7 @@ class Recovery(Section):
             if stage.share is not None:
                 share_so_far += Fraction(str(stage.share))
             elif stage.method != "grpo":
-                share_so_far += rest / num_open
+                share_so_far += rest / num_others
             else:
                 budgets.append(None)
                 continue

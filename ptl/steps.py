@@ -173,7 +173,7 @@ def recover(call: Call) -> None:
 
     record = execute(step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
     for stage_checkpoints in checkpoints:
-        preempt.clear(stage_checkpoints)
+        stage_checkpoints.clear()
     write(call.outputs["out"], record["pointer"])
 
 

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptl.config import Recovery, TrainingData
+from ptl.config import Recovery
 from ptl.errors import PtlError
-from ptl.job import RecoveryJob, StageBudget
-from ptl.launch import CHECKPOINT, ERROR, HANDOVER, METRICS
+from ptl.launch import CHECKPOINT, ERROR, HANDOVER, JOB, METRICS
 from ptl.processes import die_with_tied
 from ptl.recover import RECOVERIES
 
@@ -25,7 +24,13 @@ def main(job_file: Path) -> None:
     die_with_tied()
     fields = json.loads(job_file.read_text())
     (settings,) = Recovery(stages=[fields["settings"]]).stages
-    job = _job(fields)
+    job = JOB.validate_python(
+        {
+            **fields["job"],
+            "on_log": _print_metrics,
+            "save_checkpoint": _hand_over if fields["stores_checkpoints"] else None,
+        }
+    )
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
@@ -37,24 +42,6 @@ def main(job_file: Path) -> None:
         raise
     if is_first:
         Path(fields["report"]).write_text(json.dumps(dataclasses.asdict(report)))
-
-
-def _job(fields: dict[str, Any]) -> RecoveryJob:
-    """What launch.py wrote, as a job."""
-    budget = fields["budget"]
-    # JSON has no tuples
-    for name in ("earlier", "weights"):
-        budget[name] = tuple(budget[name])
-    return RecoveryJob(
-        TrainingData(**fields["data"]),
-        StageBudget(**budget),
-        Path(fields["scratch"]),
-        _print_metrics,
-        teacher=Path(fields["teacher"]) if fields["teacher"] else None,
-        save_checkpoint=_hand_over if fields["stores_checkpoints"] else None,
-        scored=Path(fields["scored"]) if fields["scored"] else None,
-        keep_optimizer_state=fields["keep_optimizer_state"],
-    )
 
 
 def _print_metrics(metrics: dict[str, float], step: int) -> None:

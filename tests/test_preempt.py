@@ -8,7 +8,7 @@ from recovering import DATA, DENSE, cut, recover
 
 from ptl import launch, preempt, store
 from ptl.errors import InputError
-from ptl.preempt import TrainingCheckpoints, clear, key_of, records, restore, save
+from ptl.preempt import TrainingCheckpoints, key_of
 from ptl.recover import RECOVERIES
 from ptl.training_files import COMPLETE, last_complete
 
@@ -36,21 +36,21 @@ def objects(place):
 def test_save_restore_and_clear(place, tmp_path):
     checkpoints = TrainingCheckpoints(place.root, "run", "recover-1.0", "key", 0)
     for step in (2, 4, 6):
-        save(checkpoints, folder(tmp_path / "here", step))
-    assert [record["metadata"]["folder"] for record in records(checkpoints)] == [f"checkpoint-{i}" for i in (2, 4, 6)]
+        checkpoints.save(folder(tmp_path / "here", step))
+    assert [record["metadata"]["folder"] for record in checkpoints.records()] == [f"checkpoint-{i}" for i in (2, 4, 6)]
     assert sum(name.endswith("weights") for name in objects(place)) == 2  # older files are gone
 
     other = tmp_path / "other"
     (other / "checkpoint-6").mkdir(parents=True)  # half-written, without its mark
-    restore(checkpoints, other)
+    checkpoints.restore(other)
     assert last_complete(other) == other / "checkpoint-6" and (other / "checkpoint-6/weights").read_text() == "6"
     folder(other, 8)
-    restore(checkpoints, other)  # what is here is newer
+    checkpoints.restore(other)  # what is here is newer
     assert last_complete(other).name == "checkpoint-8"
 
-    clear(checkpoints)
-    assert records(checkpoints) == [] and objects(place) == []
-    restore(checkpoints, tmp_path / "third")
+    checkpoints.clear()
+    assert checkpoints.records() == [] and objects(place) == []
+    checkpoints.restore(tmp_path / "third")
     assert last_complete(tmp_path / "third") is None
 
 
@@ -66,25 +66,25 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri)
     pointer = {"uri": uri.format(art=art, home=tmp_path), "digest": "sha256:" + "0" * 64}
     store.commit(art, "run", "recover-1.0.training-0", {"key": "key", "pointer": pointer, "metadata": {}})
     for step in (2, 4):
-        save(checkpoints, folder(tmp_path / "here", step))
-    clear(checkpoints)
+        checkpoints.save(folder(tmp_path / "here", step))
+    checkpoints.clear()
     assert [path.relative_to(tmp_path / "art").as_posix() for path in (tmp_path / "art").rglob("*.json")] == [
         "run/prune-1/manifest.json"
     ]
-    assert last_complete(tmp_path / "here") is not None and records(checkpoints) == []
+    assert last_complete(tmp_path / "here") is not None and checkpoints.records() == []
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
     checkpoints = TrainingCheckpoints(f"file://{tmp_path}/art", "run", "recover-1.0", key_of("digest", DATA), 0)
-    save(checkpoints, folder(tmp_path, 2))
+    checkpoints.save(folder(tmp_path, 2))
     assert key_of("digest", DATA) != key_of("other", DATA)
     with pytest.raises(InputError, match="belongs to another run"):
-        restore(replace(checkpoints, key="other"), tmp_path / "scratch")
+        replace(checkpoints, key="other").restore(tmp_path / "scratch")
 
 
 def test_the_interval_is_kept(tmp_path, monkeypatch):
     saved, clock = [], [100.0]
-    monkeypatch.setattr(preempt, "save", lambda checkpoints, path: saved.append(path.name))
+    monkeypatch.setattr(TrainingCheckpoints, "save", lambda checkpoints, path: saved.append(path.name))
     monkeypatch.setattr(preempt.time, "monotonic", lambda: clock[0])
     checkpoints = TrainingCheckpoints("file:///x", "run", "recover-1.0", "key", 10)
     for minute in (0, 4, 11, 12, 25):
@@ -122,7 +122,7 @@ def test_another_machine_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert report.details["stages"][1]["resumed_at"] >= 2
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "straight/model.safetensors").read_bytes()
     for checkpoints in stores:
-        clear(checkpoints)
+        checkpoints.clear()
     left = [path for path in (tmp_path / "art").rglob("*") if path.is_file()]
     assert left == [] and store.committed(stores[1].root, "run", "recover-1.1.training-0") is None
 
@@ -142,7 +142,7 @@ def test_several_processes_store_their_checkpoints_and_another_machine_resumes(t
     monkeypatch.setattr(launch, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         recover(small, tmp_path / "out", stage, stores=[checkpoints])
-    folders = [record["metadata"]["folder"] for record in records(checkpoints)]
+    folders = [record["metadata"]["folder"] for record in checkpoints.records()]
     assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     straight = (tmp_path / "out/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "out.training")
