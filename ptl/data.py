@@ -141,13 +141,10 @@ def padded_ids(rows: Sequence[list[int]], pad_token: int, side: Side) -> Batch:
 def _pad(rows: Sequence[list[int]], value: int, side: Side) -> Tensor:
     """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    width = max(len(row) for row in rows)
-    filled = []
-    for row in rows:
-        padding = [value] * (width - len(row))
-        filled.append(row + padding if side == "right" else padding + row)
-    return torch.tensor(filled)  # [B, T]
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)  # [B, T]
 
 
 def training_chunk(

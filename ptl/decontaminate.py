@@ -28,6 +28,7 @@ TEMPLATE_ITEMS = 20  # from so many items on, the words that all prompts of a be
 SHORTEST = 4  # words of an item below which its words are in too many rows by chance
 
 Words = tuple[str, ...]
+Affixes = tuple[Words, Words]  # words that all prompts of a benchmark begin and end with: its template
 Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prompt and completion of a row
 
 
@@ -37,10 +38,10 @@ class Benchmark:
 
     items: int  # all of them
     short: int  # items of too few words beside the template: inside a row they are found with words of it only
-    ngrams: frozenset[Words]  # of long items and answers
+    ngrams: set[Words]  # of long items and answers
     short_items: dict[Words, list[Words]]  # searched for inside a row; by their first words, of one length
-    lines: frozenset[Words]  # items that are too short to be found inside a row: compared with its lines
-    template: tuple[Words, Words]  # words that all prompts begin and end with
+    lines: set[Words]  # items that are too short to be found inside a row: compared with its lines
+    affixes: Affixes
     dropped: int = 0  # training rows
 
     def shares(self, row: RowWords) -> bool:
@@ -55,6 +56,7 @@ class Benchmark:
         """Whether the words of a short item are among these, one after another."""
         if not self.short_items:
             return False
+        # all keys have one length
         first_words = next(iter(self.short_items))
         size = len(first_words)
         for start in range(len(words) - size + 1):
@@ -64,14 +66,14 @@ class Benchmark:
         return False
 
     def _is_item(self, line: Words) -> bool:
-        return line in self.lines or _without_affixes(line, self.template) in self.lines
+        return line in self.lines or _without_affixes(line, self.affixes) in self.lines
 
 
 @dataclass(frozen=True)
 class RowWords:
     """The words of a training row."""
 
-    texts: list[Words]  # as it is trained on; its columns alone too, where the templates have words of their own
+    texts: set[Words]  # as it is trained on; its columns alone too, where the templates have words of their own
     lines: list[Words]  # the lines of its prompt, and all of it
     ngrams: set[Words]  # of the texts
 
@@ -82,7 +84,7 @@ class Filter:
 
     ngram: int  # words in a row that must be equal
     benchmarks: dict[str, Benchmark]
-    not_compared: tuple[str, ...] = ()  # benchmarks whose items are not known
+    not_compared: list[str]  # benchmarks whose items are not known
     dropped: int = 0
     examples: list[str] = field(default_factory=list)  # text of dropped rows
     decisions: dict[tuple[DataSource, int], bool] = field(default_factory=dict)  # whether a row stays
@@ -122,7 +124,7 @@ class Filter:
             "short": counts["short"],
             "ngram": self.ngram,
             "benchmarks": benchmarks,
-            "not_compared": list(self.not_compared),
+            "not_compared": self.not_compared,
             "examples": self.examples,
         }
 
@@ -134,15 +136,16 @@ def most(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def sentence(report: dict[str, Any]) -> str:
     """A report's counts in words: never that no row was left out where nothing could be compared."""
-    rows = report["rows"]
+    rows = f"{report['rows']:,} training rows"
+    dropped = report["dropped"]
     items = report["items"]
     short = report["short"]
     parts = []
-    if report["dropped"]:
-        dropped = f"{report['dropped']:,} of {rows:,} training rows were left out"
-        parts.append(f"{dropped}: they share text with a benchmark")
+    if dropped:
+        parts.append(f"{dropped:,} of {rows} were left out: they share text with a benchmark")
     elif items > short:
-        parts.append(f"None of {rows:,} training rows shares text with one of {items - short:,} benchmark items")
+        comparable = items - short
+        parts.append(f"None of {rows} shares text with one of {comparable:,} benchmark items")
     if short:
         parts.append(f"{short:,} of {items:,} benchmark items have too few words to be found inside a row")
     if report["not_compared"]:
@@ -162,18 +165,19 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     if not settings.tasks and not settings.against:
         return None
     items: dict[str, list[Item]] = {}
-    not_compared: tuple[str, ...] = ()
+    not_compared: list[str] = []
     if settings.tasks and scored is None:
-        not_compared = ("evaluate.tasks",)
+        not_compared.append("evaluate.tasks")
     elif settings.tasks and scored is not None:
         items = _scored_items(scored)
+        # tasks without items that have a prompt and an answer, such as perplexity
         tasks = json.loads((scored / "scores.json").read_text())["tasks"]
         names = [task["task"] for task in tasks]
-        not_compared = tuple(name for name in names if name not in items)
+        not_compared = [name for name in names if name not in items]
     for source in settings.against:
-        parts = (source.source, source.subset, source.split)
-        name = " ".join(part for part in parts if part)
-        # the same rows may be named again for other columns
+        parts = filter(None, (source.source, source.subset, source.split))
+        name = " ".join(parts)
+        # the same rows may be named again, for other columns
         if name in items:
             name += f" ({len(items)})"
         items[name] = _source_items(source)
@@ -220,8 +224,9 @@ def _is_system_message(message: Any) -> bool:
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     """What of a benchmark's items is searched for in rows."""
     prompts = [_words(prompt) for prompt, _ in items]
-    questions, template = _without_template(prompts)
+    questions, affixes = _without_template(prompts)
     answers, _ = _without_template([_words(answer) for _, answer in items])
+    # an answer is searched for only if it is long: short ones are the answers of many questions
     ngrams: set[Words] = set()
     for answer in answers:
         ngrams |= _ngrams(answer, ngram)
@@ -236,25 +241,27 @@ def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
         if len(words) >= ngram:
             ngrams |= _ngrams(words, ngram)
             continue
+        # too few words to be searched for inside a row: compared with its lines
         if len(words) < least:
             num_short += 1
             lines.add(words)
-        variants = [words, *_widened(question, template, least)]
+        variants = [words, *_widened(question, affixes, least)]
         if question:
             variants.append(prompt)  # a copy may have the template's words too
         searched.update(variant for variant in variants if len(variant) >= least)
     lines.discard(())  # an item without a word
+    # by the words they begin with, so that a row is read once for all of them
     short_items: dict[Words, list[Words]] = {}
     for item in searched:
         short_items.setdefault(item[:least], []).append(item)
-    return Benchmark(len(items), num_short, frozenset(ngrams), short_items, frozenset(lines), template)
+    return Benchmark(len(items), num_short, ngrams, short_items, lines, affixes)
 
 
-def _widened(question: Words, template: tuple[Words, Words], least: int) -> list[Words]:
+def _widened(question: Words, affixes: Affixes, least: int) -> list[Words]:
     """A question without its template, and with as many of its words as are needed: some may be its own (`What is`)."""
     if len(question) < 2:
         return []
-    begin, end = template
+    begin, end = affixes
     missing = max(0, least - len(question))
     before = begin[max(0, len(begin) - missing) :]
     after = end[:missing]
@@ -262,14 +269,15 @@ def _widened(question: Words, template: tuple[Words, Words], least: int) -> list
 
 
 def _row_words(columns: Item, trained: Item, ngram: int) -> RowWords:
-    # one text where the templates add no words; in a fixed order
-    row_texts = list(dict.fromkeys(_words("\n".join(pair)) for pair in (columns, trained)))
-    ngrams: set[Words] = set()
-    for words in row_texts:
-        ngrams |= _ngrams(words, ngram)
+    # joined, so that an item may begin in the prompt and end in the answer
+    as_columns = _words("\n".join(columns))
+    as_trained = _words("\n".join(trained))
+    ngrams = _ngrams(as_columns, ngram) | _ngrams(as_trained, ngram)
+    # a short item is often a line of its own, such as one below `Q:`
     question = _question(columns)
     lines = [_words(line) for line in (*question.splitlines(), question)]
-    return RowWords(row_texts, lines, ngrams)
+    # most templates add no words
+    return RowWords({as_columns, as_trained}, lines, ngrams)
 
 
 def _question(columns: Item) -> str:
@@ -278,37 +286,42 @@ def _question(columns: Item) -> str:
     return prompt or completion
 
 
-def _without_affixes(line: Words, template: tuple[Words, Words]) -> Words:
+def _without_affixes(line: Words, affixes: Affixes) -> Words:
     """A line without the words of a benchmark's template, or those next to the item: `Calculate` of `Q: Calculate`."""
-    begin, end = template
-    # the longest end of the template's first part, and the longest beginning of its second
-    before = next((n for n in range(len(begin), 0, -1) if line[:n] == begin[-n:]), 0)
-    after = next((n for n in range(len(end), 0, -1) if line[-n:] == end[:n]), 0)
+    begin, end = affixes
+    before = _overlap(begin, line)
+    after = _overlap(line, end)
     return line[before : len(line) - after]
 
 
-def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], tuple[Words, Words]]:
+def _overlap(first: Words, second: Words) -> int:
+    """How many of the last words of the first text are those that the second begins with."""
+    for count in range(len(first), 0, -1):
+        if first[-count:] == second[:count]:
+            return count
+    return 0
+
+
+def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], Affixes]:
     """Texts without the words that all of them begin or end with (`Question: ... Answer:`), and these words."""
     if len(prompts) < 2:
         return list(prompts), ((), ())
-    num_first = _num_shared(prompts)
-    rest = [words[num_first:] for words in prompts]
-    # counted in what is left, so that no word belongs to both ends
-    num_last = _num_shared([words[::-1] for words in rest])
-    begin = prompts[0][:num_first]
-    end = prompts[0][len(prompts[0]) - num_last :]
-    questions = [words[: len(words) - num_last] for words in rest]
+    begin = _common_prefix(prompts)
+    rest = [words[len(begin) :] for words in prompts]
+    # in what is left, so that no word belongs to both ends
+    end = _common_prefix([words[::-1] for words in rest])[::-1]
+    questions = [words[: len(words) - len(end)] for words in rest]
     return questions, (begin, end)
 
 
-def _num_shared(word_lists: Iterable[Words]) -> int:
-    """How many words all of them begin with."""
+def _common_prefix(prompts: Sequence[Words]) -> Words:
+    """The words that all texts begin with."""
     count = 0
-    for column in zip(*word_lists, strict=False):
+    for column in zip(*prompts, strict=False):
         if len(set(column)) > 1:
             break
         count += 1
-    return count
+    return prompts[0][:count]
 
 
 def _words(text: str) -> Words:
