@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ptl import hub, model_checks, pretrained, sft
 from ptl.config import Distil
@@ -35,6 +36,7 @@ def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
     if folder is None:
         problem = "the run has no original model to learn from"
         raise InputError(problem, field=TEACHER, remedy="give a folder or a hub id")
+    # the KL compares distributions over the same tokens
     student_tokenizer = model_checks.load_tokenizer(src)
     teacher_tokenizer = model_checks.load_tokenizer(folder, TEACHER)
     name = settings.teacher or str(folder)
@@ -44,23 +46,23 @@ def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
 
 
 def ce_and_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    labels: torch.Tensor,
+    student: torch.Tensor,  # [N, V]
+    teacher: torch.Tensor,  # [N, V], of another V where the embeddings are padded
+    labels: torch.Tensor,  # [N]
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over N positions of the next-token loss and of T^2 KL(teacher || student) at temperature T.
 
-    Shapes: logits [N, V] of both, labels [N]. Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
     # embeddings may be padded to different multiples: the tokens that both have
     vocabulary = min(student.shape[-1], teacher.shape[-1])
     student = student[:, :vocabulary].float()  # [N, V]
     teacher = teacher[:, :vocabulary].float()  # [N, V]
-    ce = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
-    log_p = torch.log_softmax(teacher / temperature, -1)
-    log_q = torch.log_softmax(student / temperature, -1)
-    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    ce = cross_entropy(student, labels, reduction="sum")
+    log_p = log_softmax(teacher / temperature, -1)  # [N, V]
+    log_q = log_softmax(student / temperature, -1)  # [N, V]
+    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
     return ce, kl * temperature**2
 
 
@@ -71,24 +73,31 @@ def _trainer(settings: Distil, teacher: Any) -> Any:
         """SFTTrainer with another loss; data, batches, logging and checkpoints are the same."""
 
         def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
         ) -> Any:
-            model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-            model_inputs["use_cache"] = False
-            labels = inputs["labels"][:, 1:]  # [B, T-1]
+            # without labels, so that neither model computes a loss
+            model_inputs = dict(inputs, use_cache=False)
+            labels = model_inputs.pop("labels")[:, 1:]  # [B, T-1]
             has_label = labels != IGNORED  # [B, T-1]
             outputs = model(**model_inputs)
             student_logits = outputs.logits[:, :-1][has_label]  # [N, V]
+            # the Trainer moves the student only
             if teacher.device != labels.device:
                 teacher.to(labels.device)
             with torch.no_grad():
-                teacher_logits = teacher(**model_inputs).logits[:, :-1][has_label]  # [N, V]
+                teacher_outputs = teacher(**model_inputs)
+            teacher_logits = teacher_outputs.logits[:, :-1][has_label]  # [N, V]
             ce, kl = ce_and_kl(student_logits, teacher_logits, labels[has_label], settings.temperature)
-            count = has_label.sum() if num_items_in_batch is None else num_items_in_batch
             loss = settings.mix * ce + (1 - settings.mix) * kl
+            # a batch of one token has no label
+            count = has_label.sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss / torch.as_tensor(count).clamp(min=1)
             if num_items_in_batch is not None:
-                # the count is over all processes, gradients are averaged
+                # counted over all processes, whose gradients are averaged
                 loss = loss * self.accelerator.num_processes
             return (loss, outputs) if return_outputs else loss
 

@@ -14,16 +14,22 @@ from ptl import checkpoint, decontaminate, model_checks, training
 from ptl.config import Grpo, Reward
 from ptl.data import chat_ids, padded_ids, prompt_rows
 from ptl.errors import InputError, WorkError
-from ptl.job import RecoverReport, RecoveryJob
+from ptl.job import Curve, RecoverReport, RecoveryJob
 from ptl.launch import world_size
 from ptl.rewards import REWARDS, RewardValues, text_of
-from ptl.sources import fill, prompt_of
+from ptl.sources import SourceRow, fill, prompt_of
 from ptl.training_files import last_complete
 
-# What is kept of a log: reward, share of groups without variance, answer length, KL
-LOGGED = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "kl")
+# what is kept of a log
+LOGGED = (
+    "reward",
+    "frac_reward_zero_std",  # share of groups without a difference to learn from
+    "completions/mean_length",  # tokens
+    "completions/clipped_ratio",  # share of answers that max_completion_length ended
+    "kl",
+)
 
-Rows = list[dict[str, Any]]  # `prompt`, and a reference for each reward
+PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
 
 def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
@@ -33,6 +39,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
 
     started = time.monotonic()
     tokenizer = model_checks.load_tokenizer(src)
+    # rows that share text with a benchmark's items are left out
     leak_filter = decontaminate.build(job.data.decontaminate, job.scored)
     positions = checkpoint.read_config(src).get("max_position_embeddings")
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
@@ -57,26 +64,31 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
     )
     resumed_at = training.run(trainer, job.scratch)
     training.save(trainer, src, dst, dtype, sharded=training.is_sharded(settings))
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-    details["rewards"] = [_logged_rewards(entry) for entry in logs]
-    curve_points = [(int(entry["num_tokens"]), float(entry["loss"])) for entry in logs if "loss" in entry]
+    points, details["rewards"] = _logged(trainer)
     return RecoverReport(
         method=settings.method,
         tokens=int(trainer.state.num_input_tokens_seen),
         steps=trainer.state.global_step,
-        curve=tuple(curve_points),
+        curve=points,
         resumed_at=resumed_at,
         seconds=time.monotonic() - started,
         details=details,
     )
 
 
-def _logged_rewards(entry: dict[str, Any]) -> dict[str, float]:
-    logged: dict[str, float] = {"tokens": int(entry["num_tokens"])}
-    for name in LOGGED:
-        if name in entry:
-            logged[name] = float(entry[name])
-    return logged
+def _logged(trainer: Any) -> tuple[Curve, list[dict[str, float]]]:
+    """The loss and the rewards at each log of a trainer."""
+    points = []
+    rewards = []
+    for entry in trainer.state.log_history:
+        if "reward" not in entry:
+            continue
+        tokens = int(entry["num_tokens"])
+        if "loss" in entry:
+            points.append((tokens, float(entry["loss"])))
+        logged = {name: float(entry[name]) for name in LOGGED if name in entry}
+        rewards.append({"tokens": tokens, **logged})
+    return tuple(points), rewards
 
 
 def prompts(
@@ -85,7 +97,7 @@ def prompts(
     tokenizer: Any,
     positions: int | None,  # of the model; None: it has no limit
     leak_filter: decontaminate.Filter | None = None,
-) -> Rows:
+) -> list[PromptRow]:
     """The prompts of this iteration with their references; none was in an earlier iteration while the data lasts.
 
     Raises InputError for an iteration without a step, and for a prompt that leaves no room for an answer.
@@ -99,6 +111,7 @@ def prompts(
             field="recover.steps",
             remedy="give more",
         )
+    # an optimizer step takes several answers to each of its prompts
     per_step = settings.batch_size // settings.num_generations
     picked = prompt_rows(
         source,
@@ -109,20 +122,28 @@ def prompts(
     )
     rows = []
     for row in picked:
-        example = {"prompt": prompt_of(row)}
+        prompt = prompt_of(row)
+        prompt_row = {"prompt": prompt}
         for i, reward in enumerate(settings.rewards):
-            example[_reference(i)] = fill(reward.reference_template, row)
-        rows.append(example)
-        length = len(_prompt_ids(tokenizer, example["prompt"], row.number)) + settings.max_completion_length
-        if positions is not None and length > positions:
-            answer = f"an answer of {settings.max_completion_length} tokens"
-            sizes = f"are {length} tokens, the model has {positions} positions"
-            raise InputError(
-                f"prompt {row.number} of {source.source} and {answer} {sizes}",
-                field="recover.max_completion_length",
-                remedy="lower it, or leave such prompts out",
-            )
+            prompt_row[_reference(i)] = fill(reward.reference_template, row)
+        rows.append(prompt_row)
+        if positions is not None:
+            num_prompt = len(_prompt_ids(tokenizer, prompt, row.number))
+            _check_length(row, num_prompt, settings.max_completion_length, positions)
     return rows
+
+
+def _check_length(row: SourceRow, num_prompt: int, num_answer: int, positions: int) -> None:
+    """Raise InputError where a prompt and the longest answer, in tokens, are more than the model's positions."""
+    length = num_prompt + num_answer
+    if length <= positions:
+        return
+    answered = f"prompt {row.number} of {row.source.source} and an answer of {num_answer} tokens"
+    raise InputError(
+        f"{answered} are {length} tokens, the model has {positions} positions",
+        field="recover.max_completion_length",
+        remedy="lower it, or leave such prompts out",
+    )
 
 
 def _reference(reward_index: int) -> str:
@@ -135,13 +156,20 @@ def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
 
     def score(completions: Sequence[Any], **columns: Any) -> RewardValues:
         answers = [text_of(completion) for completion in completions]
-        return REWARDS[reward.name](answers, columns[_reference(index)], reward)
+        references = columns[_reference(index)]
+        return REWARDS[reward.name](answers, references, reward)
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score
 
 
-def guard(model: Any, tokenizer: Any, settings: Grpo, rows: Rows, seed: int) -> float:
+def guard(
+    model: Any,
+    tokenizer: Any,
+    settings: Grpo,
+    rows: Sequence[PromptRow],
+    seed: int,
+) -> float:
     """pass@k on a sample: the share of prompts with a right answer among num_generations. Raises WorkError at zero.
 
     Without one right answer no group has a difference to learn from, and training would stay at zero reward.
@@ -152,7 +180,8 @@ def guard(model: Any, tokenizer: Any, settings: Grpo, rows: Rows, seed: int) -> 
     torch.manual_seed(seed)
     for begin in range(0, len(sample), per_batch):
         batch = sample[begin : begin + per_batch]
-        answers = _generate(model, tokenizer, settings, [row["prompt"] for row in batch])
+        batch_prompts = [row["prompt"] for row in batch]
+        answers = _generate(model, tokenizer, settings, batch_prompts)
         for row, group in zip(batch, answers, strict=True):
             num_solved += _is_solved(row, group, settings.rewards)
     if num_solved == 0:
@@ -166,20 +195,29 @@ def guard(model: Any, tokenizer: Any, settings: Grpo, rows: Rows, seed: int) -> 
     return num_solved / len(sample)
 
 
-def _is_solved(row: dict[str, Any], answers: Sequence[str], rewards: Sequence[Reward]) -> bool:
+def _is_solved(row: PromptRow, answers: Sequence[str], rewards: Sequence[Reward]) -> bool:
     """Whether one of the answers to a prompt is right by one of the rewards; a format says nothing of that."""
     for i, reward in enumerate(rewards):
-        if reward.name != "format":
-            references = [row[_reference(i)]] * len(answers)
-            if any(REWARDS[reward.name](answers, references, reward)):
-                return True
+        if reward.name == "format":
+            continue
+        references = [row[_reference(i)]] * len(answers)
+        values = REWARDS[reward.name](answers, references, reward)
+        # None: the reference cannot be read
+        if any(values):
+            return True
     return False
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, settings: Grpo, batch_prompts: Sequence[Any]) -> list[list[str]]:
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    settings: Grpo,
+    batch_prompts: Sequence[Any],  # texts or chats
+) -> list[list[str]]:
     """num_generations sampled answers to each prompt."""
     k = settings.num_generations
+    # not every tokenizer has a pad token; the mask says where the padding is
     pad_token = tokenizer.pad_token_id
     if pad_token is None:
         pad_token = tokenizer.eos_token_id
@@ -198,8 +236,10 @@ def _generate(model: Any, tokenizer: Any, settings: Grpo, batch_prompts: Sequenc
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token,
     )  # [batch * k, width + answer]
+    # the answers to one prompt are next to each other
     answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    return [answers[begin : begin + k] for begin in range(0, len(answers), k)]
+    groups = range(0, len(answers), k)
+    return [answers[begin : begin + k] for begin in groups]
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
@@ -231,7 +271,8 @@ def _arguments(settings: Grpo, job: RecoveryJob, steps: int) -> Any:
 
 def uses_vllm(settings: Grpo) -> bool:
     """Whether vLLM generates the answers. Raises InputError where it is asked for and cannot."""
-    possible = torch.cuda.is_available() and find_spec("vllm") is not None
+    installed = find_spec("vllm") is not None
+    possible = torch.cuda.is_available() and installed
     if settings.rollouts == "vllm" and not possible:
         problem = "vllm needs a GPU and the vllm package"
         raise InputError(problem, field="recover.rollouts", remedy="use auto or transformers")
@@ -246,6 +287,7 @@ def _token_limit(tokens: int | None) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if tokens is not None and state.num_input_tokens_seen >= tokens:
                 control.should_training_stop = True
+                # so that the curve ends with the last step
                 control.should_log = True
 
     return TokenLimit()

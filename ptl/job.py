@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from ptl.config import TrainingData
 
-Log = Callable[[dict[str, float], int], None]  # metrics, optimizer step
+Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
+Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
 
 
 class CheckpointStore(Protocol):
@@ -36,10 +37,11 @@ class StageBudget:
 
     def part(self, total: int) -> tuple[int, int]:
         """Of `total` for the run, how much earlier iterations had and how much this one has."""
-        sum_of_weights = sum(self.weights)
+        until_this = self.weights[: self.iteration]
+        before_this = self.weights[: self.iteration - 1]
         # rounding the sums, not each part, keeps the total exact
-        begin = total * sum(self.weights[: self.iteration - 1]) // sum_of_weights
-        end = total * sum(self.weights[: self.iteration]) // sum_of_weights
+        end = total * sum(until_this) // sum(self.weights)
+        begin = total * sum(before_this) // sum(self.weights)
         return begin, end - begin
 
 
@@ -64,7 +66,7 @@ class RecoverReport:
     method: str  # cpt, distil or grpo; of a chain joined by +
     tokens: int  # trained on
     steps: int  # of the optimizer
-    curve: tuple[tuple[int, float], ...]  # (tokens seen, training loss) at each log
+    curve: Curve  # at each log
     resumed_at: int  # optimizer step of the training checkpoint that was resumed; 0: from the start
     seconds: float  # wall clock, without those of an attempt that died
     details: dict[str, Any] = field(default_factory=dict)
@@ -74,5 +76,5 @@ def report_from_json(text: str) -> RecoverReport:
     """A report as dataclasses.asdict and json.dumps wrote it."""
     fields = json.loads(text)
     # JSON has no tuples
-    fields["curve"] = tuple((int(tokens), float(loss)) for tokens, loss in fields["curve"])
+    fields["curve"] = tuple(map(tuple, fields["curve"]))
     return RecoverReport(**fields)

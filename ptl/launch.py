@@ -50,7 +50,13 @@ def sequences_per_pass(settings: Stage, processes: int) -> int:
     return settings.batch_size // parts
 
 
-def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processes: int) -> RecoverReport:
+def run(
+    src: Path,
+    dst: Path,
+    settings: RecoverStage,
+    job: RecoveryJob,
+    processes: int,
+) -> RecoverReport:
     """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     job_file = job.scratch / "job.json"
@@ -67,8 +73,9 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processe
         "report": str(report_file),
     }
     job_file.write_text(json.dumps(fields))
+    launcher = [*command(settings, processes), str(job_file)]
     process = subprocess.Popen(
-        tied([*command(settings, processes), str(job_file)]),
+        tied(launcher),  # ends with this process, however that ends
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -76,14 +83,15 @@ def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processe
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     printed = _follow(process, job)
-    failed = process.wait() != 0
-    if error_file.is_file() and (failed or not report_file.is_file()):
+    succeeded = process.wait() == 0
+    if succeeded and report_file.is_file():
+        return report_from_json(report_file.read_text())
+    if error_file.is_file():
         error = json.loads(error_file.read_text())
-        kind = InputError if error.pop("exit_code") == InputError.exit_code else WorkError
-        raise kind(**error)
-    if failed or not report_file.is_file():
-        raise WorkError(f"training in {processes} processes failed{_reason(printed)}", field="recover")
-    return report_from_json(report_file.read_text())
+        is_input = error.pop("exit_code") == InputError.exit_code
+        raise InputError(**error) if is_input else WorkError(**error)
+    problem = f"training in {processes} processes failed{_reason(printed)}"
+    raise WorkError(problem, field="recover")
 
 
 def can_shard() -> bool:
@@ -95,18 +103,17 @@ def can_shard() -> bool:
 
 def check(settings: RecoverStage) -> None:
     """Raise InputError where the stage cannot be divided among its processes; called before any work."""
-    processes = world_size()
-    if processes == 1:
-        processes = processes_for(settings)
+    configured = processes_for(settings)
+    # a process that was launched is one of so many, whatever devices it sees
+    processes = configured if world_size() == 1 else world_size()
     sequences_per_pass(settings, processes)
-    if settings.sharding != "zero2" or processes_for(settings) == 1 or not can_shard():
-        return
-    if find_spec("deepspeed") is None:
-        where = "install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]')"
+    needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
+    if needs_deepspeed and find_spec("deepspeed") is None:
+        install = "install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]')"
         raise InputError(
             "zero2 needs the package deepspeed, which is not installed",
             field="recover.sharding",
-            remedy=f"{where}, or use fsdp",
+            remedy=f"{install}, or use fsdp",
         )
 
 
@@ -114,6 +121,7 @@ def command(settings: Stage, processes: int) -> list[str]:
     """The `accelerate launch` command for a stage."""
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     recomputed = str(settings.gradient_checkpointing).lower()
+    # port 0: a free one, as several trainings may run on one machine
     flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     flags += ["--mixed_precision", precision, "--dynamo_backend", "no"]
     if settings.sharding == "fsdp" and can_shard():
@@ -145,6 +153,7 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
                 printed.append(line)
                 print(line, end="", flush=True)
     except BaseException:
+        # a log or a store that fails ends the training too
         process.terminate()
         process.wait()
         raise
@@ -154,14 +163,17 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
 def _reason(printed: list[str]) -> str:
     """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
     # from here on it is the launcher on the processes that it stopped, not why the first one died
-    launcher = (i for i, line in enumerate(printed) if "torch/distributed/elastic" in line)
-    end = next(launcher, len(printed))
-    _, _, root_cause = "".join(printed[end:]).partition("Root Cause")
+    end = 0
+    while end < len(printed) and "torch/distributed/elastic" not in printed[end]:
+        end += 1
+    of_launcher = "".join(printed[end:])
+    _, _, root_cause = of_launcher.partition("Root Cause")
     killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
     signal = ""
     if killed:
         signal = f": a process was killed by {killed[1]}"
         if killed[1] == "SIGKILL":
             signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
-    last_lines = "".join(printed[max(0, end - LAST_LINES) : end])
+    of_training = printed[:end]
+    last_lines = "".join(of_training[-LAST_LINES:])
     return f"{signal}:\n{last_lines}"

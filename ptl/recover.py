@@ -18,7 +18,9 @@ from ptl.grpo import grpo
 from ptl.job import CheckpointStore, Log, RecoverReport, RecoveryJob, report_from_json
 from ptl.sft import cpt
 
-RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] = {
+Method = Callable[[Path, Path, Any, RecoveryJob], RecoverReport]  # source, destination, its settings, job
+
+RECOVERIES: dict[str, Method] = {
     "cpt": cpt,
     "distil": distil,
     "grpo": grpo,
@@ -29,13 +31,12 @@ def recover_checkpoint(
     src: Path,
     dst: Path,
     recovery: Recovery,
-    iteration_tokens: Sequence[int],
+    iteration_tokens: Sequence[int],  # of the iterations up to this one
     job: RecoveryJob,
-    stores: Sequence[CheckpointStore] = (),
+    stores: Sequence[CheckpointStore] = (),  # one for each stage; none: training checkpoints stay on this machine
 ) -> RecoverReport:
     """Run the stages one after another, on the tokens of this iteration in all, and write the result to `dst`.
 
-    `iteration_tokens` are the tokens of the iterations up to this one. `stores` has one entry for each stage, or none.
     An earlier attempt in `job.scratch` is resumed: finished stages are not repeated, and the stage in which it died
     continues from its last training checkpoint. Raises InputError before any work.
     """
@@ -52,31 +53,36 @@ def recover_checkpoint(
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
         is_last_stage = i == len(stages) - 1
-        folder = job.scratch / f"{i}-{stage.method}"
-        out = dst if is_last_stage else folder.with_name(f"{folder.name}-out")
         earlier = budgets_before(recovery, iteration_tokens, i)
         stage_job = dataclasses.replace(
             job,
             budget=dataclasses.replace(job.budget, tokens=budgets[i], earlier=earlier),
-            scratch=folder if len(stages) > 1 else job.scratch,
             on_log=_after(reports, job.on_log),
+            # the run's last training is the only one that nothing continues
             keep_optimizer_state=not (is_last_stage and job.budget.last),
         )
         store = stores[i] if stores else None
+        folder = job.scratch / f"{i}-{stage.method}"
+        if len(stages) > 1:
+            stage_job = dataclasses.replace(stage_job, scratch=folder)
         if is_last_stage:
-            reports.append(_train(src, out, stage, stage_job, store))
+            report = _train(src, dst, stage, stage_job, store)
         else:
-            reports.append(_train_once(src, out, stage, stage_job, store))
-        src = out
+            # the next stage trains what this one writes
+            out = folder.with_name(f"{folder.name}-out")
+            report = _train_once(src, out, stage, stage_job, store)
+            src = out
+        reports.append(report)
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 
 def _check_budget(stage: RecoverStage, tokens: int | None, total: int, iteration: int) -> None:
+    """Raise InputError for a stage that gets too few of the iteration's tokens; None: it needs none."""
     if tokens is None or tokens >= MIN_TOKENS:
         return
-    share = f"leave {tokens or 'none'} for {stage.method}, which needs {MIN_TOKENS}"
+    rest = tokens or "none"
     raise InputError(
-        f"{total} tokens for iteration {iteration} {share}",
+        f"{total} tokens for iteration {iteration} leave {rest} for {stage.method}, which needs {MIN_TOKENS}",
         field="schedule.recovery_tokens",
         remedy="raise it, or set schedule.tokens=uniform",
     )
@@ -84,34 +90,49 @@ def _check_budget(stage: RecoverStage, tokens: int | None, total: int, iteration
 
 def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
     """The token budgets that were taken from the data before a stage of the last of the iterations."""
+    # all stages read the same data, one budget after another
     *earlier_iterations, this_iteration = iteration_tokens
     earlier: list[int | None] = []
     for tokens in earlier_iterations:
         earlier += recovery.budgets(tokens)
     earlier += recovery.budgets(this_iteration)[:stage]
+    # None: of a stage without a budget
     return tuple(budget for budget in earlier if budget)
 
 
 def _train_once(
-    src: Path, out: Path, stage: RecoverStage, job: RecoveryJob, store: CheckpointStore | None
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
 ) -> RecoverReport:
     """A chain's earlier stage, which an attempt that died later may have finished."""
-    done = out.with_name(f"{out.name}.json")  # beside the checkpoint: the next stage copies all files of its source
-    if done.is_file():
-        return report_from_json(done.read_text())
+    # not in the checkpoint: the next stage copies all files of its source
+    report_file = out.with_name(f"{out.name}.json")
+    if report_file.is_file():
+        return report_from_json(report_file.read_text())
     report = _train(src, out, stage, job, store)
     text = json.dumps(dataclasses.asdict(report))
-    localfs.replace(done, text.encode())
+    localfs.replace(report_file, text.encode())
     return report
 
 
-def _train(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob, store: CheckpointStore | None) -> RecoverReport:
+def _train(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> RecoverReport:
     """One stage in as many processes as it asks for."""
+    # what an attempt that died has written; its training checkpoints are in job.scratch
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     if store is not None:
         store.restore(job.scratch)
         job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
+    # in a process that was launched, this is one of them
     processes = launch.processes_for(stage)
     if processes > 1 and launch.world_size() == 1:
         return launch.run(src, out, stage, job, processes)
@@ -134,6 +155,7 @@ def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
 
 def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
     """The report of a chain: tokens and steps add up; the stages' own reports are among the details."""
+    # tokens are counted on from stage to stage
     curve: list[tuple[int, float]] = []
     tokens_before = 0
     for report in reports:

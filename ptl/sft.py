@@ -21,8 +21,14 @@ def cpt(src: Path, dst: Path, settings: Cpt, job: RecoveryJob) -> RecoverReport:
     return train(src, dst, settings, job, sft_trainer())
 
 
-def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
-    """Train `src` on exactly the stage's tokens by a kind of trl's SFTTrainer and write the result to `dst`."""
+def train(
+    src: Path,
+    dst: Path,
+    settings: Cpt | Distil,
+    job: RecoveryJob,
+    trainer_class: Any,  # trl's SFTTrainer, or a kind of it
+) -> RecoverReport:
+    """Train `src` on exactly the stage's tokens and write the result to `dst`."""
     started = time.monotonic()
     tokens = job.budget.tokens
     assert tokens is not None  # only grpo trains without a budget
@@ -35,11 +41,11 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
         # the Trainer's seed comes later than the adapters' first values
         torch.manual_seed(job.budget.seed)
         model = with_adapters(model, settings.lora)
-    # adapters are merged and sharded optimizers are spread: neither has a state that pruning could slice
+    # merged adapters and spread optimizers leave no state that pruning could slice
     sharded = training.is_sharded(settings)
     carries_state = settings.carry_moments and settings.lora is None and not sharded
-    state = src / checkpoint.STATE
-    carried = carries_state and state.is_file()
+    stored_state = src / checkpoint.STATE
+    carried = carries_state and stored_state.is_file()
     steps = math.ceil(len(dataset) / settings.batch_size)
     curve = training.learning_rate_curve(settings, job.budget, steps, carried)
     optimizers: tuple[Any, Any] = (None, None)
@@ -47,7 +53,7 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
         # the Trainer makes the optimizer, from parameters that it shards first
         trainer_class = training.with_curve(trainer_class, curve)
     else:
-        optimizer = training.optimizer_for(model, settings, state if carried else None)
+        optimizer = training.optimizer_for(model, settings, stored_state if carried else None)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
         optimizers = (optimizer, scheduler)
     trainer = trainer_class(
@@ -86,9 +92,14 @@ def sft_trainer() -> Any:
 
     class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
         def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
         ) -> Any:
-            if num_items_in_batch is not None:  # zero for a batch of one token; trl's loss does the same
+            # zero for a batch of one token; trl's loss does the same
+            if num_items_in_batch is not None:
                 num_items_in_batch = num_items_in_batch.clamp(min=1)
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
@@ -121,6 +132,7 @@ def training_dataset(
 
     budget = job.budget
     assert budget.tokens is not None
+    # rows that share text with a benchmark's items are left out
     leak_filter = decontaminate.build(job.data.decontaminate, job.scored)
     chunk = training_chunk(
         job.data,
@@ -141,9 +153,10 @@ def training_dataset(
     dataset = Dataset.from_dict(columns)
     if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
-    missing = -len(dataset) % (arguments.per_device_train_batch_size * arguments.world_size)
+    # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
+    sequences_per_pass = arguments.per_device_train_batch_size * arguments.world_size
+    missing = -len(dataset) % sequences_per_pass
     if arguments.world_size > 1 and missing:
-        # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
         dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
     return dataset, details
 
@@ -152,10 +165,10 @@ def _filled_up(dataset: Any, count: int, token: int) -> Any:
     """The dataset with `count` more sequences of one token without a label, which train nothing."""
     from datasets import Dataset, concatenate_datasets
 
-    columns: dict[str, Any] = {"input_ids": [[token]] * count, "labels": [[IGNORED]] * count}
+    row = {"input_ids": [token], "labels": [IGNORED]}
     if "seq_lengths" in dataset.column_names:  # packed
-        columns["seq_lengths"] = [[1]] * count
-    empty = Dataset.from_dict(columns, features=dataset.features)
+        row["seq_lengths"] = [1]
+    empty = Dataset.from_list([row] * count, features=dataset.features)
     return concatenate_datasets([dataset, empty])
 
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from ptl import checkpoint, launch, pretrained, safefile
 from ptl.config import NextToken, Stage
 from ptl.errors import WorkError
-from ptl.job import RecoveryJob, StageBudget
+from ptl.job import Curve, RecoveryJob, StageBudget
 from ptl.training_files import COMPLETE, last_complete, step_of
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch and safetensors wrap the operating system's error in their own
-NO_SPACE_TEXTS = (*(f"os error {code})" for code in NO_SPACE), "PytorchStreamWriter failed", "unexpected pos")
+NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in NO_SPACE))
 
 
 def load(src: Path) -> tuple[Any, torch.dtype]:
@@ -51,14 +51,17 @@ def learning_rate_curve(
     Reinforcement learning has no decay.
     """
     warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
-    decays = isinstance(settings, NextToken) and (budget.last or settings.decay == "each")
+    decays = isinstance(settings, NextToken)
+    if isinstance(settings, NextToken) and settings.decay == "last":
+        decays = budget.last
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if not decays:
             return 1.0
-        angle = math.pi * (step - warmup) / max(1, steps - warmup)
+        decay_steps = max(1, steps - warmup)
+        angle = math.pi * (step - warmup) / decay_steps
         return (1 + math.cos(angle)) / 2
 
     return factor
@@ -66,20 +69,26 @@ def learning_rate_curve(
 
 def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:
     """AdamW without weight decay on norms and biases; with the state of the last iteration's, if there is one."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    # with LoRA the adapters alone are trained
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
+    # norms and biases
+    vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
     groups = []
     if matrices:
         groups.append({"params": matrices, "weight_decay": settings.weight_decay})
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    if state is not None:
-        stored = dict(checkpoint.tensors(state))
-        for name, parameter in parameters.items():
-            own = {kind: stored[f"{kind}.{name}"] for kind in ADAM_STATE}
-            optimizer.state[parameter] = {"step": stored["step"].clone(), **own}
+    if state is None:
+        return optimizer
+    stored = dict(checkpoint.tensors(state))
+    for name, parameter in trained.items():
+        adam = optimizer.state[parameter]
+        # each parameter counts the steps for itself
+        adam["step"] = stored["step"].clone()
+        for kind in ADAM_STATE:
+            adam[kind] = stored[f"{kind}.{name}"]
     return optimizer
 
 
@@ -123,6 +132,7 @@ def watch(job: RecoveryJob) -> Any:
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             step = state.global_step
+            # a checkpoint that is marked complete is one to resume from
             check_finite(model, step, args.output_dir)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # each process writes a part of the checkpoint
@@ -155,11 +165,17 @@ def watch(job: RecoveryJob) -> Any:
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+    numbers = {}
+    for name, value in logs.items():
+        # the Trainer logs texts too
+        if isinstance(value, int | float):
+            numbers[name] = float(value)
+    return numbers
 
 
 def _loss_error(loss: float, first_step: int, step: int, scratch: str) -> WorkError:
     problem = f"the loss is {loss}"
+    # a lower learning rate would not help
     if step == 1:
         return WorkError(
             f"{problem} at optimizer step 1, before any weight has changed: the model itself computes it",
@@ -180,9 +196,11 @@ def check_finite(model: Any, step: int, scratch: str) -> None:
 
 
 def _not_finite(problem: str, first_step: int, step: int, scratch: str) -> WorkError:
-    steps = f"in optimizer steps {first_step} to {step}" if first_step < step else f"at optimizer step {step}"
-    resumable = _last_good(Path(scratch))
-    return WorkError(f"{problem} {steps}; {resumable}", field="recover", remedy="lower recover.learning_rate")
+    steps = f"at optimizer step {step}"
+    if first_step < step:
+        steps = f"in optimizer steps {first_step} to {step}"
+    problem = f"{problem} {steps}; {_last_good(Path(scratch))}"
+    return WorkError(problem, field="recover", remedy="lower recover.learning_rate")
 
 
 def _last_good(scratch: Path) -> str:
@@ -235,12 +253,14 @@ def save(
     scratch = trainer.args.output_dir
     check_finite(model, step, scratch)
     if sharded:
+        # all processes take part in it
         model = _gathered(trainer, dst.with_name(f"{dst.name}.gathered"))
     if not trainer.is_world_process_zero():
         return
     with reported_full_disk("the trained checkpoint", dst, Path(scratch)):
         if with_state:
-            checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
+            state = _optimizer_state(model, trainer.optimizer)
+            checkpoint.write_shard(dst / checkpoint.STATE, state)
         if hasattr(model, "merge_and_unload"):  # LoRA
             model = model.merge_and_unload()
         model = model.to(dtype)
@@ -254,7 +274,9 @@ def save(
 
 def is_sharded(settings: Stage) -> bool:
     """Whether weights or optimizer state are spread over processes."""
-    return settings.sharding != "none" and launch.world_size() > 1 and launch.can_shard()
+    if settings.sharding == "none" or launch.world_size() == 1:
+        return False
+    return launch.can_shard()
 
 
 def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
@@ -262,7 +284,8 @@ def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
 
     class Curved(trainer_class):  # type: ignore[misc,valid-type,unused-ignore]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, curve)
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
             return self.lr_scheduler
 
     return Curved
@@ -290,8 +313,8 @@ def _optimizer_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def curve_of(trainer: Any, tokens: int) -> tuple[tuple[int, float], ...]:
-    """(tokens seen, loss) at each log of a trainer."""
+def curve_of(trainer: Any, tokens: int) -> Curve:
+    """Tokens seen, `tokens` at most, and loss at each log of a trainer."""
     points = []
     for entry in trainer.state.log_history:
         if "loss" in entry:

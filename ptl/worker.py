@@ -23,21 +23,27 @@ def main(job_file: Path) -> None:
     """Train as the job says; the first process writes the report, or the error."""
     die_with_tied()
     fields = json.loads(job_file.read_text())
+    # checked by the class of its method
     (settings,) = Recovery(stages=[fields["settings"]]).stages
-    job = JOB.validate_python(
-        {
-            **fields["job"],
-            "on_log": _print_metrics,
-            "save_checkpoint": _hand_over if fields["stores_checkpoints"] else None,
-        }
-    )
+    # the job's functions write to the launching process
+    functions: dict[str, Any] = {"on_log": _print_metrics}
+    if fields["stores_checkpoints"]:
+        functions["save_checkpoint"] = _hand_over
+    job = JOB.validate_python(fields["job"] | functions)
     is_first = os.environ.get("RANK", "0") == "0"
+    src, dst = Path(fields["src"]), Path(fields["dst"])
+    train = RECOVERIES[settings.method]
     try:
-        report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
+        report = train(src, dst, settings, job)
     except PtlError as error:
         if is_first:
-            parts: dict[str, Any] = {"problem": error.problem, "field": error.field, "remedy": error.remedy}
-            parts["exit_code"] = error.exit_code
+            # the launching process raises it again
+            parts = {
+                "problem": error.problem,
+                "field": error.field,
+                "remedy": error.remedy,
+                "exit_code": error.exit_code,
+            }
             (job.scratch / ERROR).write_text(json.dumps(parts))
         raise
     if is_first:
