@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptl.decontaminate import Filter
 
 Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
+TokenIds = list[int]
 Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
@@ -26,10 +27,10 @@ IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 class Tokens:
     """One sequence; the prompt carries no loss when training on completions only."""
 
-    ids: list[int]
+    ids: TokenIds
     prompt: int  # tokens of the prompt, at the front
 
-    def labels(self, loss: str) -> list[int]:
+    def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
         if loss == "all":
             return self.ids
@@ -41,13 +42,15 @@ def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     if tokenizer.eos_token_id is None:
         problem = "the tokenizer has no EOS token, so no answer could end"
         raise InputError(problem, field="model.path", remedy="set eos_token and save it")
-    encode = _chat_tokens if row.source.format == "messages" else _text_tokens
+    is_chat = row.source.format == "messages"
+    encode = _chat_tokens if is_chat else _text_tokens
     prompt, ids = encode(row, tokenizer)
+    # a prompt that fills max_length leaves no completion
     num_prompt = min(len(prompt), max_length)
     return Tokens(ids[:max_length], num_prompt)
 
 
-def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     """Tokens of the prompt, and of the prompt with its completion."""
     eos = tokenizer.eos_token_id
     prompt_text, completion_text = texts(row)
@@ -55,13 +58,14 @@ def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
     # some tokenizers end every text by themselves
     if prompt and prompt[-1] == eos:
         prompt = prompt[:-1]
+    # tokens such as BOS begin the sequence, whichever part that is
     completion = tokenizer(completion_text, add_special_tokens=not prompt)["input_ids"]
     if not completion or completion[-1] != eos:
         completion = [*completion, eos]
     return prompt, prompt + completion
 
 
-def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     """Tokens of the turns before the answer, and of the chat with its answer."""
     chat, answer = chat_and_answer(row)
     prompt = chat_ids(tokenizer, chat, row.number)
@@ -73,11 +77,14 @@ def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[list[int], list[int]]:
     return prompt, full
 
 
-def chat_ids(tokenizer: Any, chat: Chat, number: int, *, ended: bool = False) -> list[int]:
-    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer.
-
-    `number` is its row's, for errors.
-    """
+def chat_ids(
+    tokenizer: Any,
+    chat: Chat,
+    number: int,  # of the row, for errors
+    *,
+    ended: bool = False,
+) -> TokenIds:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -88,7 +95,7 @@ def chat_ids(tokenizer: Any, chat: Chat, number: int, *, ended: bool = False) ->
     except (TemplateError, TypeError) as error:
         problem = f"row {number}: the model's chat template does not take it ({error})"
         raise InputError(problem, field="data.messages", remedy="correct the row") from error
-    ids: list[int] = encoded["input_ids"]
+    ids: TokenIds = encoded["input_ids"]
     return ids
 
 
@@ -106,11 +113,18 @@ def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> lis
     return padded(sequences, settings.batch_size)
 
 
-def calibration_rows(settings: Calibration, tokenizer: Any, seed: int, count: int) -> list[Tokens]:
+def calibration_rows(
+    settings: Calibration,
+    tokenizer: Any,
+    seed: int,
+    count: int,
+) -> list[Tokens]:
     """As many rows of the calibration data drawn with the seed, or all of them."""
     rows = read_rows(settings.data)
     sequences = []
-    for i in itertools.islice(order(len(rows), seed), min(count, len(rows))):
+    # none twice
+    count = min(count, len(rows))
+    for i in itertools.islice(order(len(rows), seed), count):
         row = SourceRow(rows[i], settings.data, i + 1)
         sequences.append(tokenize(row, tokenizer, settings.max_length))
     return sequences
@@ -121,6 +135,7 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
 
     Only the completions have labels; a text without a prompt is all completion.
     """
+    # by length: little padding
     ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
     batches = []
     for begin in range(0, len(ordered), size):
@@ -132,13 +147,16 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
     return batches
 
 
-def padded_ids(rows: Sequence[list[int]], pad_token: int, side: Side) -> Batch:
+def padded_ids(rows: Sequence[TokenIds], pad_token: int, side: Side) -> Batch:
     """One batch: input_ids, and attention_mask with 0 at the padding, int64 [B, T]; to generate, padded on the left."""
     ones = [[1] * len(ids) for ids in rows]
-    return {"input_ids": _pad(rows, pad_token, side), "attention_mask": _pad(ones, 0, side)}
+    return {
+        "input_ids": _pad(rows, pad_token, side),  # [B, T]
+        "attention_mask": _pad(ones, 0, side),  # [B, T]
+    }
 
 
-def _pad(rows: Sequence[list[int]], value: int, side: Side) -> Tensor:
+def _pad(rows: Sequence[TokenIds], value: int, side: Side) -> Tensor:
     """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -150,25 +168,28 @@ def _pad(rows: Sequence[list[int]], value: int, side: Side) -> Tensor:
 def training_chunk(
     data: TrainingData,
     tokenizer: Any,
-    max_length: int,
+    max_length: int,  # tokens of a sequence
     *,
     seed: int,
-    earlier: Sequence[int],
-    budget: int,
-    leak_filter: Filter | None = None,
+    earlier: Sequence[int],  # the budgets before this one
+    budget: int,  # tokens
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
 ) -> list[Tokens]:
     """The sequences of one budget: exactly `budget` tokens, none from a sequence that an earlier budget began.
 
-    The run reads one endless shuffled stream, which the budgets take from one after another: `earlier` lists those
-    before this one. The last sequence is truncated at its front, so that the count is exact and the answer stays; it
-    comes first, so that it never makes a batch of its own.
+    The run reads one endless shuffled stream, which the budgets take from one after another. The last sequence is
+    truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
+    batch of its own.
     """
     streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter) for source in data.sources]
-    stream = _mixed(streams, [source.weight for source in data.sources])
+    weights = [source.weight for source in data.sources]
+    stream = _mixed(streams, weights)
+    # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
         _take(stream, earlier_budget)
     chunk = _take(stream, budget)
-    excess = sum(len(tokens.ids) for tokens in chunk) - budget
+    num_taken = sum(len(tokens.ids) for tokens in chunk)
+    excess = num_taken - budget
     if excess > 0:
         last = chunk.pop()
         prompt = max(0, last.prompt - excess)
@@ -190,18 +211,21 @@ def prompt_rows(
     source: DataSource,
     *,
     seed: int,
-    skip: int,
+    skip: int,  # those of earlier iterations
     count: int,
-    leak_filter: Filter | None = None,
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
 ) -> list[SourceRow]:
     """Rows for prompts, after the first `skip` of the run's order."""
-    rows = [SourceRow(columns, source, number) for number, columns in enumerate(read_rows(source), 1)]
-    kept = rows if leak_filter is None else [row for row in rows if leak_filter.keeps(row)]
+    rows = read_rows(source)
+    kept: Sequence[int] = range(len(rows))
+    if leak_filter is not None:
+        kept = [i for i in kept if leak_filter.keeps(SourceRow(rows[i], source, i + 1))]
     if not kept:
         problem = f"each of the {len(rows)} rows of {source.source} is dropped"
         raise InputError(problem, field="training.decontaminate", remedy="give other data")
     picked = itertools.islice(order(len(kept), seed), skip, skip + count)
-    return [kept[i] for i in picked]
+    indices = [kept[i] for i in picked]
+    return [SourceRow(rows[i], source, i + 1) for i in indices]
 
 
 def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:
@@ -215,7 +239,11 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
 
 
 def _source_stream(
-    source: DataSource, tokenizer: Any, max_length: int, seed: int, leak_filter: Filter | None
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    leak_filter: Filter | None,
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)

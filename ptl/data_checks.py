@@ -13,14 +13,17 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
 
     Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
     """
+    # the calibration data is often the training data
     checked: set[tuple[DataSource, bool]] = set()
 
     def check_once(field: str, source: DataSource, *, answers: bool) -> None:
-        if (source, answers) not in checked:
+        key = (source, answers)
+        if key not in checked:
             check_rows(source, answers=answers, field=field)
-        checked.add((source, answers))
+        checked.add(key)
 
     check_once("calibration.data", calibration.data, answers=True)
+    # a method that trains on text needs an answer in each chat
     trains_on_answers = any(isinstance(stage, NextToken) for stage in recover)
     for i, source in enumerate(training.sources):
         check_once(f"training.sources.{i}", source, answers=trains_on_answers)
@@ -45,6 +48,7 @@ def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> Non
 
 
 def _check_prompts(stage: Grpo, training: TrainingData) -> None:
+    # data on the hub is read by the step that trains on it
     source = stage.prompt_source(training)
     if local_file(source) is None:
         return

@@ -10,7 +10,7 @@ import torch
 
 from ptl import pretrained
 from ptl.config import Calibration
-from ptl.data import Tokens, calibration_rows, padded_ids
+from ptl.data import TokenIds, Tokens, calibration_rows, padded_ids
 from ptl.errors import InputError, WorkError
 
 TRIES = 4  # prompts answered for each sequence that is asked for, at most
@@ -19,6 +19,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def final_answer(text: str) -> str:
     """What a text concludes: behind the last ####, else in the last \\boxed{}, else its last number; '' without one."""
+    # as GSM8K marks an answer
     if "####" in text:
         text = text.rsplit("####", 1)[1]
     elif r"\boxed{" in text:
@@ -29,7 +30,12 @@ def final_answer(text: str) -> str:
     return numbers[-1].replace(",", "") if numbers else ""
 
 
-def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
+def own_answers(
+    folder: Path,
+    settings: Calibration,
+    tokenizer: Any,
+    seed: int,
+) -> list[Tokens]:
     """Prompts with the model's own greedy answers, the correct ones only, at most num_sequences.
 
     Needs the complete model in memory, unlike scoring. Raises WorkError when no answer is correct.
@@ -39,8 +45,8 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
         raise InputError(problem, field="calibration.answers")
     # more than are needed: not every answer will be correct
     prompts = calibration_rows(settings, tokenizer, seed, TRIES * settings.num_sequences)
-    model = pretrained.causal_lm(folder).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = pretrained.causal_lm(folder).eval().to(device)
     correct: list[Tokens] = []
     num_asked = 0
     while len(correct) < settings.num_sequences and num_asked < len(prompts):
@@ -56,46 +62,58 @@ def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) 
     return correct[: settings.num_sequences]
 
 
-def _correct_answers(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[Tokens]:
+def _correct_answers(
+    model: Any,
+    tokenizer: Any,
+    group: list[Tokens],
+    settings: Calibration,
+) -> list[Tokens]:
     """The prompts with the model's answers, where these end and are correct."""
     eos = tokenizer.eos_token_id
     correct = []
-    for tokens, answer in zip(group, _generate(model, tokenizer, group, settings), strict=True):
-        if eos not in answer:  # max_new_tokens ended it
+    answers = _generate(model, tokenizer, group, settings)
+    for tokens, answer in zip(group, answers, strict=True):
+        # an answer that max_new_tokens ended has no conclusion
+        if eos not in answer:
             continue
-        answer = answer[: answer.index(eos) + 1]
+        length = answer.index(eos) + 1
+        answer = answer[:length]
         reference = tokens.ids[tokens.prompt :]
         expected = final_answer(tokenizer.decode(reference, skip_special_tokens=True))
         concluded = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
         if expected and concluded == expected:
             ids = tokens.ids[: tokens.prompt] + answer
-            prompt = min(tokens.prompt, settings.max_length)
-            correct.append(Tokens(ids[: settings.max_length], prompt))
+            correct.append(Tokens(ids[: settings.max_length], tokens.prompt))
     return correct
 
 
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[list[int]]:
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    group: list[Tokens],
+    settings: Calibration,
+) -> list[TokenIds]:
     """The model's greedy answer to each prompt, padded to the longest."""
     pad_token = tokenizer.pad_token_id or 0
     prompts = [tokens.ids[: tokens.prompt] for tokens in group]
     batch = padded_ids(prompts, pad_token, "left")  # [batch, width]
     width = batch["input_ids"].shape[1]
-    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generated = model.generate(
-        **on_device,
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token,
     )  # [batch, width + answer]
-    answers: list[list[int]] = generated[:, width:].tolist()
+    answers: list[TokenIds] = generated[:, width:].tolist()
     return answers
 
 
 def _up_to_closing_brace(text: str) -> str:
     """The text up to the brace that closes one opened before it."""
-    depth = 1
+    depth = 1  # braces that are open
     for position, character in enumerate(text):
         if character == "{":
             depth += 1

@@ -46,10 +46,12 @@ class TrainingCheckpoints:
         stored = self.records()
         slot = self._slot(len(stored))
         # a save that a kill ended before its record leaves a folder that is in nobody's way
-        location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
-        files = store.publish(folder, location, on_progress=lambda _: None)
+        suffix = uuid.uuid4().hex[:12]
+        location = f"{self._folder()}/{slot}-{suffix}"
+        files = store.publish(folder, location, on_progress=_silent)
         pointer = Pointer(location, store.digest_of(files))
-        record = {"key": self.key, "pointer": asdict(pointer), "metadata": {"folder": folder.name}}
+        metadata = {"folder": folder.name}
+        record = {"key": self.key, "pointer": asdict(pointer), "metadata": metadata}
         store.commit(self.root, self.run, slot, record)
         num_outdated = len(stored) + 1 - NUM_KEPT
         for number in range(num_outdated):
@@ -65,9 +67,11 @@ class TrainingCheckpoints:
         local = last_complete(scratch)
         if local is not None and step_of(local) >= step_of(target):
             return
+        # one that is not complete is replaced
         download = scratch / "fetched"
-        folder = store.fetch(Pointer(**newest["pointer"]), download, on_progress=lambda _: None)
-        shutil.rmtree(target, ignore_errors=True)  # what a kill left half-written
+        pointer = Pointer(**newest["pointer"])
+        folder = store.fetch(pointer, download, on_progress=_silent)
+        shutil.rmtree(target, ignore_errors=True)
         # one rename makes it complete
         partial = scratch / f".{os.getpid()}.{target.name}"
         shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
@@ -79,7 +83,8 @@ class TrainingCheckpoints:
         """The records of the checkpoints stored so far, oldest first."""
         stored: list[dict[str, Any]] = []
         while True:
-            record = store.committed(self.root, self.run, self._slot(len(stored)), self.key)
+            slot = self._slot(len(stored))
+            record = store.committed(self.root, self.run, slot, self.key)
             if record is None:
                 return stored
             stored.append(record)
@@ -91,12 +96,14 @@ class TrainingCheckpoints:
         # the newest first, as `records` ends at the first gap
         for number in reversed(range(len(stored))):
             self._delete_files(number, stored[number])
-            store.delete(f"{folder}/{self._slot(number)}", below=folder)
+            slot = self._slot(number)
+            store.delete(f"{folder}/{slot}", below=folder)
 
     def _delete_files(self, number: int, record: dict[str, Any]) -> None:
         """Delete a checkpoint's files: of its record only the name counts, and that must be one which `save` gives."""
         folder = self._folder()
-        name = record["pointer"]["uri"].rpartition("/")[2]
+        uri = record["pointer"]["uri"]
+        name = uri.rpartition("/")[2]
         slot = re.escape(self._slot(number))
         if re.fullmatch(rf"{slot}-[0-9a-f]{{12}}", name):
             store.delete(f"{folder}/{name}", below=folder)
@@ -109,6 +116,10 @@ class TrainingCheckpoints:
     def _slot(self, number: int) -> str:
         """The name of a record, as of a step."""
         return f"{self.name}.training-{number}"
+
+
+def _silent(_: int) -> None:
+    """No bar of progress: the training reports its own."""
 
 
 def key_of(*parts: Any) -> str:

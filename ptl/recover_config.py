@@ -53,10 +53,12 @@ Template = Annotated[str, AfterValidator(_valid_template)]  # text with {column}
 class DataSource(Section):
     """Rows of text, from a local or s3:// JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
 
+    # a file, or a dataset on the hub
     source: Location = Field(description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
     revision: str | None = Field(None, description="hub commit of the dataset; pin it so that a run can be repeated")
     subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
     split: str = Field("train", description="hub split")
+    # how its rows are read
     format: Literal["text", "prompt_completion", "messages"] = Field(
         "prompt_completion", description="what a row is: one text, a prompt with its completion, or a chat"
     )
@@ -77,6 +79,7 @@ class TrainingSource(DataSource):
 class Decontaminate(Section):
     """Leave out training rows and prompts that share text with a benchmark."""
 
+    # the run's own benchmarks need no data here: the first evaluation has written their items
     tasks: bool = Field(
         True, description="compare with the items of `evaluate.tasks`, as the first evaluation saw them"
     )
@@ -93,7 +96,9 @@ class TrainingData(Section):
     @field_validator("decontaminate", mode="before")
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
-        return {"tasks": False} if value is False else value
+        if value is False:
+            return {"tasks": False}
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -104,6 +109,7 @@ class TrainingData(Section):
             return {"sources": raw}
         if not isinstance(raw, dict):
             return raw
+        # `decontaminate` may be beside the fields of the one source
         section = dict(raw)
         decontaminate = section.pop("decontaminate", None)
         if "sources" not in section:
@@ -124,7 +130,7 @@ class Lora(Section):
 class Stage(Section):
     """What all recovery methods share."""
 
-    # one optimizer step; AdamW
+    # of one optimizer step, AdamW's
     learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak, after the warm-up")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
     accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
@@ -158,8 +164,10 @@ class NextToken(Stage):
     """What methods share that train on an exact number of tokens of the training data."""
 
     max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are truncated")
+    # prompts are given at inference, so only answers are learned by default
     loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
     packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
+    # from one iteration to the next
     decay: Literal["last", "each"] = Field(
         "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
     )
@@ -168,6 +176,7 @@ class NextToken(Stage):
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
+        # packed sequences are one text after another
         if self.packing and self.loss == "completion":
             raise ValueError(
                 "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
@@ -176,6 +185,7 @@ class NextToken(Stage):
 
     @model_validator(mode="after")
     def _lora_is_not_sharded(self) -> Self:
+        # the sharded model is gathered without merging adapters
         if self.lora is not None and self.sharding != "none":
             raise ValueError(f"sharding={self.sharding} does not go with lora; remove one of the two")
         return self
@@ -191,12 +201,14 @@ class Distil(NextToken):
     """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
 
     method: Literal["distil"] = Field("distil", description="distillation")
+    # what the student learns from, and how much of the loss that is
     teacher: Location | None = Field(None, description="local folder or hub id; none: the run's original model")
     temperature: float = Field(1.0, gt=0, description="both distributions are softened by it; the loss is scaled back")
     mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the rest goes to the KL")
 
     @model_validator(mode="after")
     def _no_packing(self) -> Self:
+        # the KL is on answer tokens, and packing trains on all
         if self.packing:
             raise ValueError("packing=true is for method=cpt; remove it")
         return self
@@ -205,10 +217,12 @@ class Distil(NextToken):
 class Reward(Section):
     """One part of the reward; `answer` and `tests` are templates over a row's columns."""
 
+    # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"] = Field(
         description="what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"
     )
     weight: float = Field(1.0, gt=0, description="of this part in the sum")
+    # what an answer is compared with, by the method that is named
     answer: Template = Field("{answer}", description="the reference, for `final_answer` and `math`")
     tests: Template = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
     pattern: str = Field(
@@ -227,8 +241,9 @@ class Reward(Section):
     @property
     def reference_template(self) -> str:
         """What an answer is compared with, as a template over a row's columns; empty for `format`."""
-        references = {"code": self.tests, "format": ""}
-        return references.get(self.name, self.answer)
+        if self.name == "code":
+            return self.tests
+        return "" if self.name == "format" else self.answer
 
 
 class Grpo(Stage):
@@ -265,10 +280,12 @@ class Grpo(Stage):
 
     @model_validator(mode="after")
     def _divides_into_groups(self) -> Self:
+        # the answers to one prompt are in one batch
         if self.batch_size % self.num_generations:
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of num_generations={self.num_generations}"
             )
+        # a well-formed answer need not be right
         if all(reward.name == "format" for reward in self.rewards):
             raise ValueError("rewards need one that verifies the answer: final_answer, math or code")
         return self
@@ -280,17 +297,22 @@ class Grpo(Stage):
 
 
 def _method(raw: Any) -> Any:
-    return raw.get("method", "cpt") if isinstance(raw, dict) else getattr(raw, "method", None)
+    """The method that a stage names, before it is validated."""
+    if isinstance(raw, dict):
+        return raw.get("method", "cpt")
+    return getattr(raw, "method", None)
 
 
-RecoverStage = Annotated[
-    Annotated[Cpt, Tag("cpt")] | Annotated[Distil, Tag("distil")] | Annotated[Grpo, Tag("grpo")],
-    Discriminator(
-        _method,
-        custom_error_type="method",
-        custom_error_message="recover method must be cpt, distil or grpo",
-    ),
-]
+# with the method's own fields, so that an error names a field of it
+_BY_METHOD = Discriminator(
+    _method,
+    custom_error_type="method",
+    custom_error_message="recover method must be cpt, distil or grpo",
+)
+_Cpt = Annotated[Cpt, Tag("cpt")]
+_Distil = Annotated[Distil, Tag("distil")]
+_Grpo = Annotated[Grpo, Tag("grpo")]
+RecoverStage = Annotated[_Cpt | _Distil | _Grpo, _BY_METHOD]
 
 
 class Recovery(Section):
@@ -312,10 +334,12 @@ class Recovery(Section):
 
     def _stages_without_share(self) -> list[RecoverStage]:
         """The stages that divide what the shares leave; grpo needs no tokens of its own, its steps limit it."""
-        return [stage for stage in self.stages if stage.share is None and stage.method != "grpo"]
+        without_share = [stage for stage in self.stages if stage.share is None]
+        return [stage for stage in without_share if stage.method != "grpo"]
 
     def budgets(self, tokens: int) -> tuple[int | None, ...]:
         """Tokens of each stage; they add up to `tokens`. None: a grpo stage that only its steps limit."""
+        # as fractions: 0.1 as a float is a little more than a tenth
         rest = Fraction(1)
         for stage in self.stages:
             if stage.share is not None:

@@ -14,17 +14,19 @@ CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)
 LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
-RewardFunction = Callable[[Sequence[str], Sequence[str], Reward], RewardValues]  # of answers and references
+Texts = Sequence[str]
+RewardFunction = Callable[[Texts, Texts, Reward], RewardValues]  # of answers and their references
 
 
-def final_answer_reward(answers: Sequence[str], references: Sequence[str], reward: Reward) -> RewardValues:
+def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     """1 where the number that stands alone on the last `#### ` line equals the reference's, digit for digit."""
     values: RewardValues = []
     for answer, reference in zip(answers, references, strict=True):
         number = final_number(answer)
         # a reference may be a bare number or a worked solution
         expected = final_number(f"#### {_after_marker(reference)}")
-        values.append(float(number is not None and number == expected))
+        is_right = number is not None and number == expected
+        values.append(float(is_right))
     return values
 
 
@@ -34,9 +36,10 @@ def final_number(text: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
-def math_reward(answers: Sequence[str], references: Sequence[str], reward: Reward) -> RewardValues:
+def math_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     r"""1 where math-verify finds the answer equal to the reference (`\boxed{}`, LaTeX, or a plain number)."""
-    return [_math_value(answer, reference) for answer, reference in zip(answers, references, strict=True)]
+    pairs = zip(answers, references, strict=True)
+    return [_math_value(answer, reference) for answer, reference in pairs]
 
 
 def _math_value(answer: str, reference: str) -> float | None:
@@ -49,6 +52,7 @@ def _math_value(answer: str, reference: str) -> float | None:
         parse_limit["parsing_timeout"] = None
         verify_limit["timeout_seconds"] = None
     notations = [LatexExtractionConfig(), ExprExtractionConfig()]
+    # empty where nothing is read
     expected = parse(_reference_formula(reference), extraction_config=notations, **parse_limit)
     if not expected:
         return None
@@ -56,7 +60,7 @@ def _math_value(answer: str, reference: str) -> float | None:
     return float(verify(expected, concluded, **verify_limit))
 
 
-def code_reward(answers: Sequence[str], references: Sequence[str], reward: Reward) -> RewardValues:
+def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox."""
     from ptl.sandbox import run_many
 
@@ -67,11 +71,12 @@ def code_reward(answers: Sequence[str], references: Sequence[str], reward: Rewar
 
 def program(answer: str) -> str:
     """The Python in an answer."""
+    # a block that is not closed was ended by the limit of tokens
     block = CODE_BLOCK.search(answer)
     return block.group(1) if block else answer
 
 
-def format_reward(answers: Sequence[str], references: Sequence[str], reward: Reward) -> RewardValues:
+def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     """1 where the complete answer matches the pattern."""
     pattern = re.compile(reward.pattern)
     return [float(pattern.fullmatch(answer) is not None) for answer in answers]
@@ -88,7 +93,9 @@ REWARDS: dict[str, RewardFunction] = {
 
 def text_of(completion: Any) -> str:
     """A completion's text; for chats trl gives a list with one message."""
-    return completion if isinstance(completion, str) else str(completion[0]["content"])
+    if isinstance(completion, str):
+        return completion
+    return str(completion[0]["content"])
 
 
 def _after_marker(text: str) -> str:
@@ -99,6 +106,7 @@ def _after_marker(text: str) -> str:
 def _reference_formula(reference: str) -> str:
     """A reference as math-verify reads it: the final answer of a worked solution, a bare LaTeX answer in dollars."""
     formula = _after_marker(reference)
+    # a worked solution ends with a number, where a comma separates thousands
     if "####" in reference:
         formula = formula.replace(",", "")
     is_marked = "$" in formula or "\\boxed" in formula

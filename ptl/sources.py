@@ -68,7 +68,8 @@ def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -
     """
     if local_file(source, field) is None:
         return
-    read = chat_and_answer if answers and source.format == "messages" else texts
+    needs_answers = answers and source.format == "messages"
+    read = chat_and_answer if needs_answers else texts
     for row in numbered_rows(source, field):
         read(row)
 
@@ -76,9 +77,13 @@ def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -
 def _load(source: DataSource, field: str) -> Any:
     setting = f"{field}.source"
     path = local_file(source, field)
-    if path is not None and path.name.endswith(JSON_LINES):
+    if path is None:
+        rows = _from_hub(source, setting)
+    elif path.name.endswith(JSON_LINES):
+        # says itself where it is empty: it has no length before it is read
         return read_json_lines(path, setting, source.source)
-    rows = _from_hub(source, setting) if path is None else _from_parquet(path, setting)
+    else:
+        rows = _from_parquet(path, setting)
     if len(rows) == 0:
         remedy = "give a source with at least one row"
         raise InputError(f"{source.source} is empty", field=setting, remedy=remedy)
@@ -93,11 +98,15 @@ def texts(row: SourceRow) -> tuple[str, str]:
         return _chat_text(chat), _chat_text(answer)
     if source.format == "text":
         return "", fill(source.text, row)
-    return fill(source.prompt, row), fill(source.completion, row)
+    prompt = fill(source.prompt, row)
+    completion = fill(source.completion, row)
+    return prompt, completion
 
 
 def _chat_text(chat: Chat) -> str:
-    return "\n".join(message.get("content") or "" for message in chat)
+    """What is written in the turns of a chat; a turn that calls tools may have no text."""
+    contents = [message.get("content") or "" for message in chat]
+    return "\n".join(contents)
 
 
 def turns(row: SourceRow) -> tuple[Chat, Chat]:
@@ -114,12 +123,14 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
         _check_message(message, position, row)
     if chat[-1]["role"] != "assistant":
         return chat, []
+    # an answer to nothing
     if len(chat) == 1:
         raise row.error(": nothing comes before the assistant's turn", LEAVE_OUT)
     return chat[:-1], chat[-1:]
 
 
 def _check_message(message: Any, position: int, row: SourceRow) -> None:
+    """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise row.error(f": message {position} is no object with a role and a content", CORRECT)
@@ -147,6 +158,7 @@ def prompt_of(row: SourceRow) -> Any:
     if row.source.format == "text":
         problem = "format `text` has no prompt"
         raise InputError(problem, field="recover.prompts", remedy="use prompt_completion or messages")
+    # all turns of a chat that ends with the user's
     read = turns if row.source.format == "messages" else texts
     prompt, _ = read(row)
     return prompt
@@ -168,6 +180,7 @@ def _without_words(template: str) -> str:
     columns = []
     for _, name, spec, conversion in Formatter().parse(template):
         if name is not None:
+            # as it was written: {number:.2f} stays rounded
             conversion = f"!{conversion}" if conversion else ""
             spec = f":{spec}" if spec else ""
             columns.append(f"{{{name}{conversion}{spec}}}")
@@ -181,8 +194,10 @@ def fill(template: str, row: SourceRow) -> str:
             value, _ = Formatter().get_field(name, (), row.columns)
             if not _is_text(value):
                 problem = f" holds {_kind(value)} for {{{name}}}, which is no text"
-                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({{{name}[0]}}, {{{name}[key]}})")
+                parts = f"{{{name}[0]}}, {{{name}[key]}}"
+                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
         text = template.format_map(row.columns)
+    # a missing column or key, and a format that the value does not take
     except (KeyError, IndexError, ValueError, TypeError) as error:
         problem = f" lacks {error}, which a template names (columns there: {_names(row)})"
         raise row.error(problem, "correct the template") from error
@@ -191,6 +206,7 @@ def fill(template: str, row: SourceRow) -> str:
 
 
 def _names(row: SourceRow) -> str:
+    """The columns that a row has, for an error about one that it lacks."""
     return ", ".join(sorted(row.columns))
 
 
@@ -257,7 +273,9 @@ def _from_s3(uri: str, setting: str) -> Path:
 
     bucket, key = s3_client.split(uri)
     try:
-        tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
+        client = s3_client.client()
+        tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
+        # as from a web page in place of the server
         if not tag:
             problem = f"{uri}: no ETag in the answer"
             raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
@@ -268,16 +286,18 @@ def _from_s3(uri: str, setting: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             # another process may download the same object
             partial = folder / f".{os.getpid()}.{target.name}"
-            s3_client.client().download_file(bucket, key, str(partial))
+            client.download_file(bucket, key, str(partial))
             partial.rename(target)
     except (ClientError, BotoCoreError) as error:
-        if isinstance(error, ClientError) and s3_client.code(error) in ("404", "NoSuchKey"):
+        is_answer = isinstance(error, ClientError)  # else the server was not reached
+        if is_answer and s3_client.code(error) in ("404", "NoSuchKey"):
             raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
         raise InputError(s3_client.message(error, uri), field=setting) from error
     return target
 
 
 def _cache() -> Path:
+    """Downloaded and converted files, which another step on the same machine may use again."""
     parent = os.environ.get("PTL_SCRATCH") or tempfile.gettempdir()
     return Path(parent) / "ptl-data"
 
