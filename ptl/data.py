@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.config import Calibration, DataSource, TrainingData
+from ptl.decontaminate import Filter
 from ptl.errors import InputError
 from ptl.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ptl.decontaminate import Filter
 
 Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
 TokenIds = list[int]
@@ -34,7 +33,8 @@ class Tokens:
         """Labels for next-token training: all tokens, or the completion's only."""
         if loss == "all":
             return self.ids
-        return [IGNORED] * self.prompt + self.ids[self.prompt :]
+        completion = self.ids[self.prompt :]
+        return [IGNORED] * self.prompt + completion
 
 
 def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
@@ -95,8 +95,7 @@ def chat_ids(
     except (TemplateError, TypeError) as error:
         problem = f"row {number}: the model's chat template does not take it ({error})"
         raise InputError(problem, field="data.messages", remedy="correct the row") from error
-    ids: TokenIds = encoded["input_ids"]
-    return ids
+    return list(encoded["input_ids"])
 
 
 def order(count: int, seed: int) -> Iterator[int]:
@@ -140,7 +139,9 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
     batches = []
     for begin in range(0, len(ordered), size):
         group = ordered[begin : begin + size]
-        batch = padded_ids([tokens.ids for tokens in group], 0, "right")
+        ids = [tokens.ids for tokens in group]
+        batch = padded_ids(ids, 0, "right")
+        # padding carries no loss
         labels = [tokens.labels("completion") for tokens in group]
         batch["labels"] = _pad(labels, IGNORED, "right")
         batches.append(batch)
@@ -161,6 +162,7 @@ def _pad(rows: Sequence[TokenIds], value: int, side: Side) -> Tensor:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
+    # a prompt may be empty, which torch would take for float32
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)  # [B, T]
 
@@ -192,8 +194,9 @@ def training_chunk(
     excess = num_taken - budget
     if excess > 0:
         last = chunk.pop()
+        ids = last.ids[excess:]
         prompt = max(0, last.prompt - excess)
-        chunk.insert(0, Tokens(last.ids[excess:], prompt))
+        chunk.insert(0, Tokens(ids, prompt))
     return chunk
 
 
@@ -217,15 +220,20 @@ def prompt_rows(
 ) -> list[SourceRow]:
     """Rows for prompts, after the first `skip` of the run's order."""
     rows = read_rows(source)
+    # without a filter no row is read but those that are picked
     kept: Sequence[int] = range(len(rows))
     if leak_filter is not None:
-        kept = [i for i in kept if leak_filter.keeps(SourceRow(rows[i], source, i + 1))]
+        kept = []
+        for i, columns in enumerate(rows):
+            row = SourceRow(columns, source, i + 1)
+            if leak_filter.keeps(row):
+                kept.append(i)
     if not kept:
         problem = f"each of the {len(rows)} rows of {source.source} is dropped"
         raise InputError(problem, field="training.decontaminate", remedy="give other data")
-    picked = itertools.islice(order(len(kept), seed), skip, skip + count)
-    indices = [kept[i] for i in picked]
-    return [SourceRow(rows[i], source, i + 1) for i in indices]
+    shuffled = order(len(kept), seed)
+    picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
+    return [SourceRow(rows[i], source, i + 1) for i in picked]
 
 
 def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:
@@ -234,6 +242,7 @@ def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Ite
     while True:
         behind = taken.index(min(taken))
         tokens = next(streams[behind])
+        # as if all weights were 1
         taken[behind] += len(tokens.ids) / weights[behind]
         yield tokens
 

@@ -48,9 +48,9 @@ class Benchmark:
         """Whether a training row has text of this benchmark."""
         if not self.ngrams.isdisjoint(row.ngrams):
             return True
-        if any(self._has_short_item(words) for words in row.texts):
+        if any(map(self._has_short_item, row.texts)):
             return True
-        return any(self._is_item(line) for line in row.lines)
+        return any(map(self._is_item, row.lines))
 
     def _has_short_item(self, words: Words) -> bool:
         """Whether the words of a short item are among these, one after another."""
@@ -60,13 +60,17 @@ class Benchmark:
         first_words = next(iter(self.short_items))
         size = len(first_words)
         for start in range(len(words) - size + 1):
-            candidates = self.short_items.get(words[start : start + size], ())
-            if any(words[start : start + len(item)] == item for item in candidates):
-                return True
+            rest = words[start:]
+            for item in self.short_items.get(rest[:size], ()):
+                if rest[: len(item)] == item:
+                    return True
         return False
 
     def _is_item(self, line: Words) -> bool:
-        return line in self.lines or _without_affixes(line, self.affixes) in self.lines
+        """Whether a line is an item, with or without the words of a template."""
+        if line in self.lines:
+            return True
+        return _without_affixes(line, self.affixes) in self.lines
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class Filter:
 
     def _leaks(self, row: SourceRow) -> bool:
         columns = texts(bare(row))
-        words = _row_words(columns, texts(row), self.ngram)
+        # with the words of the templates, as it is trained on
+        trained = texts(row)
+        words = _row_words(columns, trained, self.ngram)
         leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
         if not leaked:
             return False
@@ -107,7 +113,8 @@ class Filter:
         self.dropped += 1
         if len(self.examples) < MAX_EXAMPLES:
             excerpt = _question(columns).strip()[:200]
-            self.examples.append(f"{row.source.source} row {row.number}: {excerpt}")
+            location = f"{row.source.source} row {row.number}"
+            self.examples.append(f"{location}: {excerpt}")
         return True
 
     def report(self) -> dict[str, Any]:
@@ -115,9 +122,14 @@ class Filter:
         counts: Counter[str] = Counter()
         benchmarks = {}
         for name, benchmark in self.benchmarks.items():
-            benchmarks[name] = {"items": benchmark.items, "short": benchmark.short, "dropped": benchmark.dropped}
+            benchmarks[name] = {
+                "items": benchmark.items,
+                "short": benchmark.short,
+                "dropped": benchmark.dropped,
+            }
             counts.update(benchmarks[name])
         return {
+            # compared with nothing is not compared
             "rows": len(self.decisions) if counts["items"] else 0,
             "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
             "items": counts["items"],
@@ -171,12 +183,12 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     elif settings.tasks and scored is not None:
         items = _scored_items(scored)
         # tasks without items that have a prompt and an answer, such as perplexity
-        tasks = json.loads((scored / "scores.json").read_text())["tasks"]
-        names = [task["task"] for task in tasks]
+        scores = json.loads((scored / "scores.json").read_text())
+        names = [task["task"] for task in scores["tasks"]]
         not_compared = [name for name in names if name not in items]
     for source in settings.against:
-        parts = filter(None, (source.source, source.subset, source.split))
-        name = " ".join(parts)
+        parts = (source.source, source.subset, source.split)
+        name = " ".join(filter(None, parts))
         # the same rows may be named again, for other columns
         if name in items:
             name += f" ({len(items)})"
@@ -191,8 +203,9 @@ def _scored_items(folder: Path) -> dict[str, list[Item]]:
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
         for line in lines:
             item = json.loads(line)
+            answer = str(item["target"])
             task_items = items.setdefault(item["task"], [])
-            task_items.append((item["prompt"], str(item["target"])))
+            task_items.append((item["prompt"], answer))
     return items
 
 
@@ -201,8 +214,9 @@ def _source_items(source: DataSource) -> list[Item]:
     items = []
     for row in numbered_rows(source):
         question = _without_system_message(row)
-        prompt, completion = texts(bare(question))
-        items.append((prompt or completion, completion))
+        columns = texts(bare(question))
+        # of a text the benchmark's part is not known: all of it is both
+        items.append((_question(columns), columns[1]))
     return items
 
 
@@ -210,7 +224,8 @@ def _without_system_message(row: SourceRow) -> SourceRow:
     """A benchmark's chat without its system message, which is no part of the question."""
     column = row.source.messages
     chat = row.columns.get(column)
-    if row.source.format != "messages" or not isinstance(chat, list):
+    is_chat = row.source.format == "messages"
+    if not is_chat or not isinstance(chat, list):
         return row
     kept = [message for message in chat if not _is_system_message(message)]
     return replace(row, columns={**row.columns, column: kept})
@@ -224,11 +239,12 @@ def _is_system_message(message: Any) -> bool:
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     """What of a benchmark's items is searched for in rows."""
     prompts = [_words(prompt) for prompt, _ in items]
+    answers = [_words(answer) for _, answer in items]
     questions, affixes = _without_template(prompts)
-    answers, _ = _without_template([_words(answer) for _, answer in items])
+    bare_answers, _ = _without_template(answers)
     # an answer is searched for only if it is long: short ones are the answers of many questions
     ngrams: set[Words] = set()
-    for answer in answers:
+    for answer in bare_answers:
         ngrams |= _ngrams(answer, ngram)
     # the prompts of a small benchmark may share words that are no template
     has_template = len(items) >= TEMPLATE_ITEMS
@@ -248,12 +264,15 @@ def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
         variants = [words, *_widened(question, affixes, least)]
         if question:
             variants.append(prompt)  # a copy may have the template's words too
-        searched.update(variant for variant in variants if len(variant) >= least)
+        for variant in variants:
+            if len(variant) >= least:
+                searched.add(variant)
     lines.discard(())  # an item without a word
     # by the words they begin with, so that a row is read once for all of them
     short_items: dict[Words, list[Words]] = {}
     for item in searched:
-        short_items.setdefault(item[:least], []).append(item)
+        first_words = item[:least]
+        short_items.setdefault(first_words, []).append(item)
     return Benchmark(len(items), num_short, ngrams, short_items, lines, affixes)
 
 
@@ -263,21 +282,24 @@ def _widened(question: Words, affixes: Affixes, least: int) -> list[Words]:
         return []
     begin, end = affixes
     missing = max(0, least - len(question))
-    before = begin[max(0, len(begin) - missing) :]
+    # the words of the template that are next to it
+    first = max(0, len(begin) - missing)
+    before = begin[first:]
     after = end[:missing]
     return [question, before + question, question + after]
 
 
 def _row_words(columns: Item, trained: Item, ngram: int) -> RowWords:
-    # joined, so that an item may begin in the prompt and end in the answer
-    as_columns = _words("\n".join(columns))
-    as_trained = _words("\n".join(trained))
-    ngrams = _ngrams(as_columns, ngram) | _ngrams(as_trained, ngram)
+    # joined, so that an item may begin in the prompt and end in the answer; most templates add no words
+    row_texts = {_words("\n".join(pair)) for pair in (columns, trained)}
+    ngrams: set[Words] = set()
+    for words in row_texts:
+        ngrams |= _ngrams(words, ngram)
     # a short item is often a line of its own, such as one below `Q:`
     question = _question(columns)
-    lines = [_words(line) for line in (*question.splitlines(), question)]
-    # most templates add no words
-    return RowWords({as_columns, as_trained}, lines, ngrams)
+    lines = [_words(line) for line in question.splitlines()]
+    lines.append(_words(question))
+    return RowWords(row_texts, lines, ngrams)
 
 
 def _question(columns: Item) -> str:
@@ -309,8 +331,12 @@ def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], Affixes]:
     begin = _common_prefix(prompts)
     rest = [words[len(begin) :] for words in prompts]
     # in what is left, so that no word belongs to both ends
-    end = _common_prefix([words[::-1] for words in rest])[::-1]
-    questions = [words[: len(words) - len(end)] for words in rest]
+    from_the_end = [words[::-1] for words in rest]
+    end = _common_prefix(from_the_end)[::-1]
+    questions = []
+    for words in rest:
+        length = len(words) - len(end)
+        questions.append(words[:length])
     return questions, (begin, end)
 
 
@@ -328,8 +354,10 @@ def _words(text: str) -> Words:
     # Case folding can undo the normalisation, hence it is between two.
     folded = unicodedata.normalize("NFKC", text).casefold()
     normal = unicodedata.normalize("NFKC", folded)
-    return tuple(WORD.findall(INVISIBLE.sub("", normal)))
+    visible = INVISIBLE.sub("", normal)
+    return tuple(WORD.findall(visible))
 
 
 def _ngrams(words: Words, n: int) -> set[Words]:
-    return {words[start : start + n] for start in range(len(words) - n + 1)}
+    starts = range(len(words) - n + 1)
+    return {words[start : start + n] for start in starts}

@@ -27,8 +27,7 @@ FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 CORRECT = "correct the row"
 LEAVE_OUT = "leave such rows out"
 
-Message = dict[str, Any]  # one turn of a chat: role and content
-Chat = list[Message]
+Chat = list[dict[str, Any]]  # turns with role and content
 
 _template_columns = cache(columns_of)
 
@@ -45,12 +44,14 @@ class SourceRow:
     def error(self, problem: str, remedy: str) -> InputError:
         """An error that names the row before the problem; its field is the one of the row's format."""
         location = f"row {self.number} of {self.source.source}"
-        return InputError(location + problem, field=f"{self.field}.{self.source.format}", remedy=remedy)
+        setting = f"{self.field}.{self.source.format}"
+        return InputError(location + problem, field=setting, remedy=remedy)
 
 
 def read_rows(source: DataSource) -> Any:
     """The columns of all rows, indexable. Raises InputError that names the file and line of a malformed row."""
     rows = _load(source, DATA)
+    # a table is read from the disk as it is indexed
     return rows if hasattr(rows, "__len__") else list(rows)
 
 
@@ -117,7 +118,8 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     column = row.source.messages
     chat = row.columns.get(column)
     if not isinstance(chat, list) or not chat:
-        problem = f" has no list in column {column!r} (columns there: {_names(row)})"
+        columns = _names(row)
+        problem = f" has no list in column {column!r} (columns there: {columns})"
         raise row.error(problem, "name the column that holds the chat")
     for position, message in enumerate(chat, 1):
         _check_message(message, position, row)
@@ -139,7 +141,8 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     if content is None and message.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
+        kind = _kind(content)
+        raise row.error(f": the content of message {position} is no text ({kind})", CORRECT)
     _check_unicode(role + content, row)
 
 
@@ -190,16 +193,19 @@ def _without_words(template: str) -> str:
 def fill(template: str, row: SourceRow) -> str:
     """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
     try:
+        # first each value for itself: format_map would write None and [1, 2] into the text
         for name in _template_columns(template):
             value, _ = Formatter().get_field(name, (), row.columns)
             if not _is_text(value):
-                problem = f" holds {_kind(value)} for {{{name}}}, which is no text"
+                kind = _kind(value)
+                problem = f" holds {kind} for {{{name}}}, which is no text"
                 parts = f"{{{name}[0]}}, {{{name}[key]}}"
                 raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
         text = template.format_map(row.columns)
     # a missing column or key, and a format that the value does not take
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        problem = f" lacks {error}, which a template names (columns there: {_names(row)})"
+        columns = _names(row)
+        problem = f" lacks {error}, which a template names (columns there: {columns})"
         raise row.error(problem, "correct the template") from error
     _check_unicode(text, row)
     return text
@@ -214,7 +220,7 @@ def _is_text(value: Any) -> bool:
     """Whether a value is written as its author wrote it: None, brackets and quotes are Python's."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is not None and not isinstance(value, list | dict | bytes)
+    return not isinstance(value, list | dict | bytes | None)
 
 
 def _check_unicode(text: str, row: SourceRow) -> None:
@@ -222,13 +228,15 @@ def _check_unicode(text: str, row: SourceRow) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
+        problem = f": character {error.start} is no Unicode ({error.reason})"
+        raise row.error(problem, CORRECT) from error
 
 
 def _kind(value: Any) -> str:
     """A value that is no text, for an error."""
     if value is None:
         return "null"
+    # NaN, or an infinite number
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else str(value)
     return f"a {type(value).__name__}"
@@ -246,8 +254,8 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
             raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
         return path
     # the id of a data set has no such ending
-    is_other_file = path.suffix in (".json", ".csv", ".txt") or path.exists()
-    if is_other_file or name.startswith("s3://"):
+    is_table = path.suffix in (".json", ".csv", ".txt")
+    if is_table or path.exists() or name.startswith("s3://"):
         problem = f"{name} is no .jsonl, .jsonl.gz or .parquet file"
         raise InputError(problem, field=setting, remedy="convert it, or give a hub id")
     return None
@@ -279,8 +287,9 @@ def _from_s3(uri: str, setting: str) -> Path:
         if not tag:
             problem = f"{uri}: no ETag in the answer"
             raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
-        version = hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()
-        folder = _cache() / version[:32]
+        version = f"{uri} {tag}".encode()
+        digest = hashlib.sha256(version).hexdigest()
+        folder = _cache() / digest[:32]
         target = folder / Path(key).name
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -289,10 +298,12 @@ def _from_s3(uri: str, setting: str) -> Path:
             client.download_file(bucket, key, str(partial))
             partial.rename(target)
     except (ClientError, BotoCoreError) as error:
-        is_answer = isinstance(error, ClientError)  # else the server was not reached
-        if is_answer and s3_client.code(error) in ("404", "NoSuchKey"):
+        # else the server was not reached
+        answered = isinstance(error, ClientError)
+        if answered and s3_client.code(error) in ("404", "NoSuchKey"):
             raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
-        raise InputError(s3_client.message(error, uri), field=setting) from error
+        problem = s3_client.message(error, uri)
+        raise InputError(problem, field=setting) from error
     return target
 
 
@@ -308,7 +319,7 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        version = f"subset {source.subset}, split {source.split}, revision {source.revision}"
+        part = f"subset {source.subset}, split {source.split}, revision {source.revision}"
         reason = f"{type(error).__name__}: {error}"
-        problem = f"dataset {source.source!r} ({version}) cannot be loaded: {reason}"
+        problem = f"dataset {source.source!r} ({part}) cannot be loaded: {reason}"
         raise InputError(problem, field=setting, remedy=f"check the id, or give {FILE_KINDS}") from error
