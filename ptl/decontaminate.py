@@ -57,12 +57,12 @@ class Benchmark:
         if not self.short_items:
             return False
         # all keys have one length
-        first_words = next(iter(self.short_items))
-        size = len(first_words)
+        size = len(next(iter(self.short_items)))
         for start in range(len(words) - size + 1):
-            rest = words[start:]
-            for item in self.short_items.get(rest[:size], ()):
-                if rest[: len(item)] == item:
+            first_words = words[start : start + size]
+            for item in self.short_items.get(first_words, ()):
+                end = start + len(item)
+                if words[start:end] == item:
                     return True
         return False
 
@@ -101,6 +101,7 @@ class Filter:
         return self.decisions[key]
 
     def _leaks(self, row: SourceRow) -> bool:
+        """Whether a row shares text with a benchmark; counted for each of them."""
         columns = texts(bare(row))
         # with the words of the templates, as it is trained on
         trained = texts(row)
@@ -129,7 +130,7 @@ class Filter:
             }
             counts.update(benchmarks[name])
         return {
-            # compared with nothing is not compared
+            # with no items, no row was compared
             "rows": len(self.decisions) if counts["items"] else 0,
             "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
             "items": counts["items"],
@@ -215,7 +216,7 @@ def _source_items(source: DataSource) -> list[Item]:
     for row in numbered_rows(source):
         question = _without_system_message(row)
         columns = texts(bare(question))
-        # of a text the benchmark's part is not known: all of it is both
+        # where the answer begins in a text is not known: all of it is both
         items.append((_question(columns), columns[1]))
     return items
 

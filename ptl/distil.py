@@ -17,10 +17,15 @@ from ptl.job import RecoverReport, RecoveryJob
 TEACHER = "recover.teacher"  # the field of the config, for errors
 
 
-def distil(src: Path, dst: Path, settings: Distil, job: RecoveryJob) -> RecoverReport:
+def distil(
+    src: Path,
+    dst: Path,
+    settings: Distil,
+    job: RecoveryJob,
+) -> RecoverReport:
     """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
 
-    Memory beside cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
+    Memory besides cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
     carry loss, float32 [N, V] each. trl's DistillationTrainer has no next-token loss to mix in, and takes prompts, not
     tokenized sequences of an exact total; so the loss is our own.
     """

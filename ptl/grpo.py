@@ -32,7 +32,12 @@ LOGGED = (
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
 
-def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
+def grpo(
+    src: Path,
+    dst: Path,
+    settings: Grpo,
+    job: RecoveryJob,
+) -> RecoverReport:
     """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from datasets import Dataset
     from trl import GRPOTrainer
@@ -45,12 +50,14 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
     model, dtype = training.load(src)
     model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
+    # for the step's metadata
     details: dict[str, Any] = {"processes": world_size()}
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
     # a training that is resumed has passed the guard
     if last_complete(job.scratch) is None:
         details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.budget.seed)
+    # the iteration's part of the run's steps
     _, steps = job.budget.part(settings.steps)
     curve = training.learning_rate_curve(settings, job.budget, steps, carried=False)
     trainer_class = training.with_curve(GRPOTrainer, curve)
@@ -81,6 +88,7 @@ def _logged(trainer: Any) -> tuple[Curve, list[dict[str, float]]]:
     points = []
     rewards = []
     for entry in trainer.state.log_history:
+        # the last entry sums up the training
         if "reward" not in entry:
             continue
         tokens = int(entry["num_tokens"])
@@ -175,6 +183,7 @@ def guard(
     Without one right answer no group has a difference to learn from, and training would stay at zero reward.
     """
     sample = rows[: settings.guard_prompts]
+    # as many answers at once as training generates
     per_batch = max(1, settings.batch_size // settings.num_generations)
     num_solved = 0
     torch.manual_seed(seed)
@@ -196,7 +205,7 @@ def guard(
 
 
 def _is_solved(row: PromptRow, answers: Sequence[str], rewards: Sequence[Reward]) -> bool:
-    """Whether one of the answers to a prompt is right by one of the rewards; a format says nothing of that."""
+    """Whether one of the answers to a prompt is right by one of the rewards; a right format is not enough."""
     for i, reward in enumerate(rewards):
         if reward.name == "format":
             continue

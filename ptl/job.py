@@ -26,14 +26,14 @@ class CheckpointStore(Protocol):
 
 @dataclass(frozen=True)
 class StageBudget:
-    """What one stage of a recovery may use, and where in the run it is."""
+    """What one stage of a recovery may use, and its position in the run."""
 
     tokens: int | None  # None: only its steps limit it
     earlier: tuple[int, ...]  # budgets that took their tokens from the data before this one
     iteration: int  # from 1
     last: bool  # no later iteration trains
     seed: int
-    weights: tuple[int, ...] = (1,)  # shares of all iterations in what is shared out, 1:2:4 for example
+    weights: tuple[int, ...] = (1,)  # of all iterations, to divide a total among them; 1:2:4 for example
 
     def part(self, total: int) -> tuple[int, int]:
         """Of `total` for the run, how much earlier iterations had and how much this one has."""
@@ -47,7 +47,7 @@ class StageBudget:
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """All that a method needs beside its settings and the two folders."""
+    """All that a method needs besides its settings and the two folders."""
 
     data: TrainingData
     budget: StageBudget

@@ -57,13 +57,14 @@ def run(
     job: RecoveryJob,
     processes: int,
 ) -> RecoverReport:
-    """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
+    """Train in several processes, passing metrics on while they run; returns the report of the first process."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     job_file = job.scratch / "job.json"
     report_file = job.scratch / "report.json"
     error_file = job.scratch / ERROR
     for of_earlier_attempt in (report_file, error_file):
         of_earlier_attempt.unlink(missing_ok=True)
+    # all that a process needs, in JSON's types
     fields = {
         "src": str(src),
         "dst": str(dst),
@@ -82,11 +83,13 @@ def run(
         # what torch's launcher would set, with a warning
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
+    # until the last process has ended
     printed = _follow(process, job)
     succeeded = process.wait() == 0
     if succeeded and report_file.is_file():
         return report_from_json(report_file.read_text())
     if error_file.is_file():
+        # the error of the first process, raised again
         error = json.loads(error_file.read_text())
         is_input = error.pop("exit_code") == InputError.exit_code
         raise InputError(**error) if is_input else WorkError(**error)
@@ -104,7 +107,7 @@ def can_shard() -> bool:
 def check(settings: RecoverStage) -> None:
     """Raise InputError where the stage cannot be divided among its processes; called before any work."""
     configured = processes_for(settings)
-    # a process that was launched is one of so many, whatever devices it sees
+    # one of the processes that were launched knows their number from the environment
     processes = configured if world_size() == 1 else world_size()
     sequences_per_pass(settings, processes)
     needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
@@ -122,17 +125,20 @@ def command(settings: Stage, processes: int) -> list[str]:
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     recomputed = str(settings.gradient_checkpointing).lower()
     # port 0: a free one, as several trainings may run on one machine
-    flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    flags += ["--mixed_precision", precision, "--dynamo_backend", "no"]
-    if settings.sharding == "fsdp" and can_shard():
-        flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-        flags += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
-        flags += ["--fsdp_activation_checkpointing", recomputed]
-    elif settings.sharding == "zero2" and can_shard():
-        flags += ["--use_deepspeed", "--zero_stage", "2"]
+    flags = f"--num_processes {processes} --num_machines 1 --main_process_port 0"
+    flags += f" --mixed_precision {precision} --dynamo_backend no"
+    sharding = settings.sharding if can_shard() else "none"
+    if sharding == "fsdp":
+        flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+        # saved in one piece, as the first process reads it
+        flags += " --fsdp_state_dict_type FULL_STATE_DICT"
+        flags += f" --fsdp_activation_checkpointing {recomputed}"
+    elif sharding == "zero2":
+        flags += " --use_deepspeed --zero_stage 2"
     else:
-        flags += ["--multi_gpu"]  # on CPUs too (gloo): `--cpu` would start one process, or need MPI
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.worker"]
+        # on CPUs too (gloo): `--cpu` would start one process, or need MPI
+        flags += " --multi_gpu"
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.worker"]
 
 
 def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
@@ -147,7 +153,7 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
             elif line.startswith(CHECKPOINT) and job.save_checkpoint is not None:
                 folder = json.loads(line.removeprefix(CHECKPOINT))
                 job.save_checkpoint(Path(folder))
-                # the training waits for that
+                # the training waits until this file is gone
                 (job.scratch / HANDOVER).unlink()
             else:
                 printed.append(line)
@@ -162,7 +168,7 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
 
 def _reason(printed: list[str]) -> str:
     """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
-    # from here on it is the launcher on the processes that it stopped, not why the first one died
+    # where the launcher begins to report on the processes that it stopped, not on why the first one died
     end = 0
     while end < len(printed) and "torch/distributed/elastic" not in printed[end]:
         end += 1

@@ -49,6 +49,7 @@ def own_answers(
     model = pretrained.causal_lm(folder).eval().to(device)
     correct: list[Tokens] = []
     num_asked = 0
+    # until there are enough, or no prompts are left
     while len(correct) < settings.num_sequences and num_asked < len(prompts):
         group = prompts[num_asked : num_asked + settings.batch_size]
         num_asked += len(group)
@@ -78,10 +79,12 @@ def _correct_answers(
             continue
         length = answer.index(eos) + 1
         answer = answer[:length]
+        # the data's own answer, of which the conclusion counts
         reference = tokens.ids[tokens.prompt :]
         expected = final_answer(tokenizer.decode(reference, skip_special_tokens=True))
         concluded = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
         if expected and concluded == expected:
+            # to be scored like a row of the data
             ids = tokens.ids[: tokens.prompt] + answer
             correct.append(Tokens(ids[: settings.max_length], tokens.prompt))
     return correct

@@ -45,12 +45,13 @@ class TrainingCheckpoints:
         """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
         stored = self.records()
         slot = self._slot(len(stored))
-        # a save that a kill ended before its record leaves a folder that is in nobody's way
+        # a random suffix: a save that was killed before its record left a folder of the same number
         suffix = uuid.uuid4().hex[:12]
         location = f"{self._folder()}/{slot}-{suffix}"
         files = store.publish(folder, location, on_progress=_silent)
         pointer = Pointer(location, store.digest_of(files))
         metadata = {"folder": folder.name}
+        # written last: what it names is complete
         record = {"key": self.key, "pointer": asdict(pointer), "metadata": metadata}
         store.commit(self.root, self.run, slot, record)
         num_outdated = len(stored) + 1 - NUM_KEPT
@@ -63,6 +64,7 @@ class TrainingCheckpoints:
         if not stored:
             return
         newest = stored[-1]
+        # named by its optimizer step, as the Trainer looks for it
         target = scratch / newest["metadata"]["folder"]
         local = last_complete(scratch)
         if local is not None and step_of(local) >= step_of(target):
@@ -85,6 +87,7 @@ class TrainingCheckpoints:
         while True:
             slot = self._slot(len(stored))
             record = store.committed(self.root, self.run, slot, self.key)
+            # numbers are given without a gap
             if record is None:
                 return stored
             stored.append(record)

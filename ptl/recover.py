@@ -54,14 +54,16 @@ def recover_checkpoint(
     for i, stage in enumerate(stages):
         is_last_stage = i == len(stages) - 1
         earlier = budgets_before(recovery, iteration_tokens, i)
+        # each stage has its own tokens, and its logs continue those of the stages before it
         stage_job = dataclasses.replace(
             job,
             budget=dataclasses.replace(job.budget, tokens=budgets[i], earlier=earlier),
             on_log=_after(reports, job.on_log),
-            # the run's last training is the only one that nothing continues
+            # after the run's last training nothing continues from it
             keep_optimizer_state=not (is_last_stage and job.budget.last),
         )
         store = stores[i] if stores else None
+        # no stage may resume from the training checkpoints of another
         folder = job.scratch / f"{i}-{stage.method}"
         if len(stages) > 1:
             stage_job = dataclasses.replace(stage_job, scratch=folder)
@@ -76,8 +78,13 @@ def recover_checkpoint(
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 
-def _check_budget(stage: RecoverStage, tokens: int | None, total: int, iteration: int) -> None:
-    """Raise InputError for a stage that gets too few of the iteration's tokens; None: it needs none."""
+def _check_budget(
+    stage: RecoverStage,
+    tokens: int | None,  # None: it needs none
+    total: int,  # tokens of the iteration
+    iteration: int,
+) -> None:
+    """Raise InputError for a stage that gets too few of the iteration's tokens."""
     if tokens is None or tokens >= MIN_TOKENS:
         return
     rest = tokens or "none"
@@ -126,13 +133,13 @@ def _train(
     store: CheckpointStore | None,
 ) -> RecoverReport:
     """One stage in as many processes as it asks for."""
-    # what an attempt that died has written; its training checkpoints are in job.scratch
+    # left by an attempt that died, whose training checkpoints are in job.scratch
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     if store is not None:
         store.restore(job.scratch)
         job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
-    # in a process that was launched, this is one of them
+    # a process that was launched trains itself
     processes = launch.processes_for(stage)
     if processes > 1 and launch.world_size() == 1:
         return launch.run(src, out, stage, job, processes)
@@ -161,6 +168,7 @@ def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
     for report in reports:
         curve += [(tokens_before + tokens, loss) for tokens, loss in report.curve]
         tokens_before += report.tokens
+    # the earlier stages of a resumed chain are finished, and report their own attempts
     resumed = [report.resumed_at for report in reports if report.resumed_at]
     return RecoverReport(
         method="+".join(report.method for report in reports),

@@ -1,4 +1,4 @@
-"""The part of the config that says what recovery trains on, and how: its data and its stages."""
+"""The part of the config for recovery: its data and its stages."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ class Lora(Section):
 class Stage(Section):
     """What all recovery methods share."""
 
-    # of one optimizer step, AdamW's
+    # one optimizer step of AdamW
     learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak, after the warm-up")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
     accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
-    # a chain of stages shares out the iteration's tokens
+    # how a chain of stages divides the iteration's tokens
     share: float | None = Field(
         None, gt=0, le=1, description="share of the iteration's recovery tokens; none: what the other stages leave"
     )
@@ -156,7 +156,7 @@ class Stage(Section):
     # several GPUs
     processes: int | None = Field(None, ge=1, description="training processes; none: one for each GPU of the step")
     sharding: Literal["none", "fsdp", "zero2"] = Field(
-        "none", description="with several GPUs: a whole copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"
+        "none", description="with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"
     )
 
 
@@ -164,7 +164,7 @@ class NextToken(Stage):
     """What methods share that train on an exact number of tokens of the training data."""
 
     max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are truncated")
-    # prompts are given at inference, so only answers are learned by default
+    # at inference the model reads prompts and writes answers
     loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
     packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
     # from one iteration to the next
@@ -187,7 +187,7 @@ class NextToken(Stage):
     def _lora_is_not_sharded(self) -> Self:
         # the sharded model is gathered without merging adapters
         if self.lora is not None and self.sharding != "none":
-            raise ValueError(f"sharding={self.sharding} does not go with lora; remove one of the two")
+            raise ValueError(f"sharding={self.sharding} cannot be combined with lora; remove one of the two")
         return self
 
 
@@ -264,7 +264,7 @@ class Grpo(Stage):
     max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
     beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")
     temperature: float = Field(1.0, gt=0, description="of the sampled answers")
-    # what is asked, and what is rewarded
+    # what the model is asked, and which answers are rewarded
     prompts: DataSource | None = Field(None, description="none: the prompts of `training`'s first source")
     rewards: tuple[Reward, ...] = Field(
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)),

@@ -16,7 +16,12 @@ from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
 
 
-def cpt(src: Path, dst: Path, settings: Cpt, job: RecoveryJob) -> RecoverReport:
+def cpt(
+    src: Path,
+    dst: Path,
+    settings: Cpt,
+    job: RecoveryJob,
+) -> RecoverReport:
     """Continual pre-training: next-token loss on the training data."""
     return train(src, dst, settings, job, sft_trainer())
 
@@ -46,6 +51,7 @@ def train(
     carries_state = settings.carry_moments and settings.lora is None and not sharded
     stored_state = src / checkpoint.STATE
     carried = carries_state and stored_state.is_file()
+    # the dataset is read once, in the order of its rows
     steps = math.ceil(len(dataset) / settings.batch_size)
     curve = training.learning_rate_curve(settings, job.budget, steps, carried)
     optimizers: tuple[Any, Any] = (None, None)
@@ -123,9 +129,9 @@ def with_adapters(model: Any, lora: Lora) -> Any:
 def training_dataset(
     tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The tokenized sequences of the stage's budget, packed if asked for, and what the report says of them.
+    """The tokenized sequences of the stage's budget, packed if the settings say so, and details for the report.
 
-    As many as give every process complete batches.
+    With several processes there are as many as fill their batches.
     """
     from datasets import Dataset
     from trl.data_utils import pack_dataset
@@ -143,6 +149,7 @@ def training_dataset(
         budget=budget.tokens,
         leak_filter=leak_filter,
     )
+    # for the step's metadata
     details: dict[str, Any] = {"sequences": len(chunk), "processes": arguments.world_size}
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()

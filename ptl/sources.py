@@ -42,7 +42,7 @@ class SourceRow:
     field: str = DATA  # the section of the config that names the source, for errors
 
     def error(self, problem: str, remedy: str) -> InputError:
-        """An error that names the row before the problem; its field is the one of the row's format."""
+        """An error about this row; its field is the one of the row's format."""
         location = f"row {self.number} of {self.source.source}"
         setting = f"{self.field}.{self.source.format}"
         return InputError(location + problem, field=setting, remedy=remedy)
@@ -56,7 +56,7 @@ def read_rows(source: DataSource) -> Any:
 
 
 def numbered_rows(source: DataSource, field: str = DATA) -> Iterator[SourceRow]:
-    """The rows of a source one after another, a JSONL file's without the others in memory."""
+    """The rows of a source one after another; a JSONL file is not read into memory as a whole."""
     for number, columns in enumerate(_load(source, field), 1):
         yield SourceRow(columns, source, number, field)
 
@@ -65,7 +65,7 @@ def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -
     """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
 
     Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
-    Of the hub nothing is downloaded.
+    Datasets on the hub are not downloaded.
     """
     if local_file(source, field) is None:
         return
@@ -76,12 +76,13 @@ def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -
 
 
 def _load(source: DataSource, field: str) -> Any:
+    """The columns of all rows, which can be iterated; a table's are indexable too."""
     setting = f"{field}.source"
     path = local_file(source, field)
     if path is None:
         rows = _from_hub(source, setting)
     elif path.name.endswith(JSON_LINES):
-        # says itself where it is empty: it has no length before it is read
+        # an iterator, which reports an empty file itself
         return read_json_lines(path, setting, source.source)
     else:
         rows = _from_parquet(path, setting)
@@ -125,7 +126,7 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
         _check_message(message, position, row)
     if chat[-1]["role"] != "assistant":
         return chat, []
-    # an answer to nothing
+    # without a prompt there is nothing to answer
     if len(chat) == 1:
         raise row.error(": nothing comes before the assistant's turn", LEAVE_OUT)
     return chat[:-1], chat[-1:]

@@ -29,7 +29,7 @@ def load(src: Path) -> tuple[Any, torch.dtype]:
     """Model in float32, and the dtype of the stored weights, whatever config.json names.
 
     Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
-    `recover.dtype` only says in what the forward pass computes.
+    `recover.dtype` is the precision of the forward pass alone.
     """
     # all weights have one dtype, see model_dimensions()
     embedding = checkpoint.contents(src)["model.embed_tokens.weight"]
@@ -68,7 +68,7 @@ def learning_rate_curve(
 
 
 def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:
-    """AdamW without weight decay on norms and biases; with the state of the last iteration's, if there is one."""
+    """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
     # with LoRA the adapters alone are trained
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
@@ -85,7 +85,7 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     stored = dict(checkpoint.tensors(state))
     for name, parameter in trained.items():
         adam = optimizer.state[parameter]
-        # each parameter counts the steps for itself
+        # torch counts the steps for each parameter
         adam["step"] = stored["step"].clone()
         for kind in ADAM_STATE:
             adam[kind] = stored[f"{kind}.{name}"]
@@ -106,7 +106,7 @@ def arguments(settings: Stage, job: RecoveryJob, processes: int) -> dict[str, An
         "gradient_checkpointing": settings.gradient_checkpointing and not fsdp,
         "use_cpu": not torch.cuda.is_available(),
         "seed": job.budget.seed,
-        # the newest checkpoint may be half-written when a kill comes
+        # two, as a kill may leave the newest half-written
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         # `watch` passes the metrics on, and stops at a loss that is no number
@@ -165,6 +165,7 @@ def watch(job: RecoveryJob) -> Any:
 
 
 def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    """The metrics among what a trainer logs."""
     numbers = {}
     for name, value in logs.items():
         # the Trainer logs texts too
@@ -173,7 +174,13 @@ def _numbers(logs: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _loss_error(loss: float, first_step: int, step: int, scratch: str) -> WorkError:
+def _loss_error(
+    loss: float,
+    first_step: int,
+    step: int,
+    scratch: str,
+) -> WorkError:
+    """An error about a loss that is no number, which came up between two steps."""
     problem = f"the loss is {loss}"
     # a lower learning rate would not help
     if step == 1:
@@ -195,7 +202,12 @@ def check_finite(model: Any, step: int, scratch: str) -> None:
             raise _not_finite("a weight is NaN or infinite", step, step, scratch)
 
 
-def _not_finite(problem: str, first_step: int, step: int, scratch: str) -> WorkError:
+def _not_finite(
+    problem: str,
+    first_step: int,  # of those in which it came up
+    step: int,  # the last of them
+    scratch: str,  # with the training checkpoints
+) -> WorkError:
     steps = f"at optimizer step {step}"
     if first_step < step:
         steps = f"in optimizer steps {first_step} to {step}"
@@ -204,6 +216,7 @@ def _not_finite(problem: str, first_step: int, step: int, scratch: str) -> WorkE
 
 
 def _last_good(scratch: Path) -> str:
+    """The training checkpoint to resume from, for an error."""
     last = last_complete(scratch)
     if last is None:
         return "no training checkpoint was written yet"
@@ -223,7 +236,7 @@ def run(trainer: Any, scratch: Path) -> int:
 
 @contextmanager
 def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None]:
-    """Turn a full disk into a WorkError that says which files found no space, and what is resumed from `scratch`."""
+    """Turn a full disk into a WorkError: for which files there was no space, and what `scratch` has to resume from."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -46,6 +46,7 @@ def main(job_file: Path) -> None:
             }
             (job.scratch / ERROR).write_text(json.dumps(parts))
         raise
+    # the others have the same numbers
     if is_first:
         Path(fields["report"]).write_text(json.dumps(dataclasses.asdict(report)))
 
