@@ -1,4 +1,4 @@
-"""GRPO: it learns from verifiable rewards, refuses what it cannot learn from, and goes on after a kill."""
+"""GRPO: it learns from verifiable rewards, refuses what it cannot learn from, and resumes after a kill."""
 
 import json
 import shutil
