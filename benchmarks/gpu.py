@@ -107,7 +107,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
 
     from ptl import backends, harness, tasks
     from ptl.config import Evaluate, Speed, Task
-    from ptl.evaluate import run_task
+    from ptl.scoring import score_task
 
     task = Task(name=TASK, limit=given.items, max_new_tokens=given.new_tokens)
     settings = Evaluate(
@@ -130,7 +130,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
         lm = backends.language_model(model, settings, given.seed)
 
         def work() -> None:
-            run_task(lm, task, settings, seed=given.seed)
+            score_task(lm, task, settings, seed=given.seed)
 
     seconds = []
     for _ in range(given.repeats + 1):  # the first one warms up

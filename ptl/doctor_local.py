@@ -45,7 +45,7 @@ def model_and_data(config: Config) -> Line:
 
     data_checks.check_data(config.calibration, config.training, config.recover)
     data_checks.check_rewards(config.recover, config.training)
-    tasks.check_tasks(config.evaluate.tasks, config.evaluate)
+    tasks.check_tasks(config.evaluate)
     tasks.check_gate(config.evaluate, config.gate)
     model = config.model
     if Path(model.path).expanduser().exists():

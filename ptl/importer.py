@@ -20,7 +20,7 @@ from ptl.config import (
 )
 from ptl.data_checks import check_data, check_rewards
 from ptl.errors import InputError
-from ptl.families import family_of
+from ptl.families import check_repair, family_of
 from ptl.tasks import check_gate, check_tasks
 
 
@@ -41,7 +41,7 @@ def preflight(
     """
     check_data(calibration, training, recover)
     check_rewards(recover, training)
-    check_tasks(evaluate.tasks, evaluate)
+    check_tasks(evaluate)
     if gate is not None:
         check_gate(evaluate, gate)
     folder = hub.locate(path, revision)
@@ -60,10 +60,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_links(folder)
     body = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)
-    if prune.repair != "off":
-        from ptl import repair
-
-        repair.check(prune.repair, family)
+    check_repair(prune.repair, family)
     remove = removal(body.params, schedule.target)
     if not 0 < remove < body.params:
         raise InputError(

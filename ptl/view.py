@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptl import decontaminate, speeds
+from ptl import decontaminate, speed_rows
 from ptl.plots import begins_at_zero, is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
 
@@ -72,7 +72,7 @@ def notes(result: Result) -> list[str]:
     for reason, iterations in not_needed(result):
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
     found.append(decontaminate.sentence(result["decontaminated"]) if result.get("decontaminated") else "")
-    found.append(speeds.words(result.get("speed") or {}))
+    found.append(speed_rows.sentence(result.get("speed") or {}))
     found.append(wall_clock(result))
     return [note for note in found if note]
 

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+import power
 import train
 
 from ptl import forecast
@@ -90,3 +91,16 @@ def test_a_failed_part_is_a_result(measured, monkeypatch):
 
     monkeypatch.setitem(gpu.PARTS, "prune", too_large)
     assert measured("prune") == {"error": "MemoryError: CUDA out of memory"}
+
+
+def test_power_grows_with_the_items_and_the_drop():
+    shares = {
+        (n, drop): power.power(n, drop, churn=0.03, margin=0.02, alpha=0.05, trials=300)
+        for n in (200, 1319)
+        for drop in (0.0, 0.06)
+    }
+    assert all(sum(verdicts.values()) == pytest.approx(1) for verdicts in shares.values())
+    assert shares[200, 0.0]["inferior"] <= 0.05
+    assert shares[200, 0.06]["inferior"] < shares[1319, 0.06]["inferior"]
+    assert shares[1319, 0.06]["inferior"] > 0.95
+    assert shares[1319, 0.0]["not inferior"] > 0.8

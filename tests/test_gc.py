@@ -539,7 +539,7 @@ def test_where_runs_are_looked_for(tmp_path, monkeypatch):
     said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
     assert isinstance(said, InputError) and "--home: no local runs in" in str(said) and "--s3" not in str(said)
     said = runner.invoke(app, ["gc", "--s3", "--home", str(tmp_path)]).exception
-    assert isinstance(said, InputError) and "no `ptl up` was ever made" in str(said)
+    assert isinstance(said, InputError) and "`ptl up` has never run" in str(said)
     (tmp_path / "stack").mkdir()
     said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
     assert "--s3 is for the runs of its servers" in str(said)

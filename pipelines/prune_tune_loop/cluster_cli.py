@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006 - typer reads the default
+    sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
     version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
@@ -127,7 +127,7 @@ def retry(
 
 def doctor(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006
+    sets: Overrides,
     local: Annotated[
         bool | None,
         typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
