@@ -31,7 +31,7 @@ from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, pla
 from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
-from ptl.rewards import number
+from ptl.rewards import final_number
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/tiny_reasoner"))
@@ -111,7 +111,9 @@ def correct(folder: Path, problems: list[dict[str, str]]) -> int:
             pad_token_id=tokenizer.pad_token_id,
         )
         answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        solved += sum(number(answer) == number(row["answer"]) for answer, row in zip(answers, part, strict=True))
+        solved += sum(
+            final_number(answer) == final_number(row["answer"]) for answer, row in zip(answers, part, strict=True)
+        )
     return solved
 
 

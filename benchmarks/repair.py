@@ -16,10 +16,11 @@ import torch
 from ptl import checkpoint
 from ptl.anatomy import model_dimensions
 from ptl.config import Calibration, DataSource, Prune
-from ptl.data import order, padded, read_rows, tokenize
+from ptl.data import order, padded, tokenize
 from ptl.families import family_of
 from ptl.measure import PrunedVariant, losses
 from ptl.prune import prune_checkpoint
+from ptl.sources import SourceRow, read_rows
 from ptl.stream import LayerwiseModel
 
 KINDS = ("off", "ridge")
@@ -29,7 +30,7 @@ def held_out(data, tokenizer, count):
     """Sequences from the end of a permutation whose beginning is not used for calibration by any seed here."""
     rows = read_rows(data)
     picked = [i for i, _ in zip(order(len(rows), 10_000), range(count), strict=False)]
-    return padded([tokenize(rows[i], data, tokenizer, 256, i) for i in picked], 16)
+    return padded([tokenize(SourceRow(rows[i], data, i), tokenizer, 256) for i in picked], 16)
 
 
 def main():

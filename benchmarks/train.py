@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ptl import checkpoint, nexttoken
+from ptl import checkpoint, sft
 from ptl.config import Cpt, TrainingData
 from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import RECOVERIES
@@ -73,7 +73,7 @@ def product(src: Path, settings: Cpt, job: RecoveryJob) -> float:
             marks.append((time.perf_counter(), metrics["num_input_tokens_seen"]))
 
     with tempfile.TemporaryDirectory() as scratch:
-        here = RecoveryJob(job.data, job.this, Path(scratch) / "training", on_log)
+        here = RecoveryJob(job.data, job.budget, Path(scratch) / "training", on_log)
         dst = Path(scratch) / "out"
         dst.mkdir()
         RECOVERIES["cpt"](src, dst, settings, here)
@@ -87,8 +87,8 @@ def bare(src: Path, settings: Cpt, job: RecoveryJob) -> float:
     model = LlamaForCausalLM.from_pretrained(src, dtype=torch.float32).to(device).train()
     tokenizer = AutoTokenizer.from_pretrained(src)
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = nexttoken._arguments(settings, RecoveryJob(job.data, job.this, Path(scratch), job.on_log))
-        dataset, _ = nexttoken._dataset(tokenizer, settings, job, arguments)
+        arguments = sft.sft_arguments(settings, RecoveryJob(job.data, job.budget, Path(scratch), job.on_log))
+        dataset, _ = sft.training_dataset(tokenizer, settings, job, arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     seen, began = 0, 0.0
     for step, begin in enumerate(range(0, len(dataset), settings.batch_size)):

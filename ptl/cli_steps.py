@@ -28,11 +28,11 @@ def import_model(
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
     """Check a dense checkpoint, weights included, and copy it."""
-    from ptl import importer
+    from ptl.import_checkpoint import import_checkpoint
 
     check_free(dst)
     with writing(dst) as work:
-        importer.import_checkpoint(source, revision, work / OUT)
+        import_checkpoint(source, revision, work / OUT)
     print(f"wrote {dst}")
 
 

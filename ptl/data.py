@@ -6,77 +6,127 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.config import Calibration, DataSource, TrainingData
+from ptl.decontaminate import Filter
 from ptl.errors import InputError
-from ptl.sources import Message, chat_and_answer, check_rows, read_rows, texts
+from ptl.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ptl.decontaminate import Filter
-
-__all__ = [
-    "Batch",
-    "Tokens",
-    "calibration_batches",
-    "check_rows",
-    "order",
-    "padded",
-    "prompt_rows",
-    "read_rows",
-    "tokenize",
-]
 Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
+TokenIds = list[int]
+Side = Literal["left", "right"]
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One sequence; the first `prompt` tokens carry no loss when training on completions only."""
+    """One sequence; the prompt carries no loss when training on completions only."""
 
-    ids: list[int]
-    prompt: int
+    ids: TokenIds
+    prompt: int  # tokens of the prompt, at the front
 
-    def labels(self, loss: str) -> list[int]:
+    def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
-        return self.ids if loss == "all" else [IGNORED] * self.prompt + self.ids[self.prompt :]
+        if loss == "all":
+            return self.ids
+        completion = self.ids[self.prompt :]
+        return [IGNORED] * self.prompt + completion
 
 
-def tokenize(row: dict[str, Any], source: DataSource, tokenizer: Any, max_length: int, number: int = 0) -> Tokens:
-    """One row as tokens, ended by EOS and cut to max_length."""
+def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
+    """One row as tokens, ended by EOS and truncated to max_length."""
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            "model.path: the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
-        )
-    if source.format == "messages":
-        prompt, full = _chat(row, source, tokenizer, number)
-        return Tokens(full[:max_length], min(len(prompt), max_length))
-    prompt_text, completion_text = texts(row, source, number)
-    head = tokenizer(prompt_text)["input_ids"] if prompt_text else []
-    if head and head[-1] == tokenizer.eos_token_id:
-        head = head[:-1]
-    tail = tokenizer(completion_text, add_special_tokens=not head)["input_ids"]
-    if not tail or tail[-1] != tokenizer.eos_token_id:
-        tail = [*tail, tokenizer.eos_token_id]
-    return Tokens((head + tail)[:max_length], min(len(head), max_length))
+        problem = "the tokenizer has no EOS token, so no answer could end"
+        raise InputError(problem, field="model.path", remedy="set eos_token and save it")
+    is_chat = row.source.format == "messages"
+    encode = _chat_tokens if is_chat else _text_tokens
+    prompt, ids = encode(row, tokenizer)
+    # a prompt that fills max_length leaves no completion
+    num_prompt = min(len(prompt), max_length)
+    return Tokens(ids[:max_length], num_prompt)
+
+
+def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+    """Tokens of the prompt, and of the prompt with its completion."""
+    eos = tokenizer.eos_token_id
+    prompt_text, completion_text = texts(row)
+    prompt = tokenizer(prompt_text)["input_ids"] if prompt_text else []
+    # some tokenizers end every text by themselves
+    if prompt and prompt[-1] == eos:
+        prompt = prompt[:-1]
+    # tokens such as BOS begin the sequence, whichever part that is
+    completion = tokenizer(completion_text, add_special_tokens=not prompt)["input_ids"]
+    if not completion or completion[-1] != eos:
+        completion = [*completion, eos]
+    return prompt, prompt + completion
+
+
+def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+    """Tokens of the turns before the answer, and of the chat with its answer."""
+    chat, answer = chat_and_answer(row)
+    prompt = chat_ids(tokenizer, chat, row.number)
+    full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
+    # the prompt's length is where the labels begin
+    if full[: len(prompt)] != prompt:
+        problem = f"row {row.number}: the chat template renders the prompt differently with its answer"
+        raise InputError(problem, field="data.messages")
+    return prompt, full
+
+
+def chat_ids(
+    tokenizer: Any,
+    chat: Chat,
+    number: int,  # of the row, for errors
+    *,
+    ended: bool = False,
+) -> TokenIds:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        problem = "`messages` needs a chat template, and the tokenizer has none"
+        raise InputError(problem, field="data.format", remedy="use another format")
+    try:
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
+    except (TemplateError, TypeError) as error:
+        problem = f"row {number}: the model's chat template does not take it ({error})"
+        raise InputError(problem, field="data.messages", remedy="correct the row") from error
+    return list(encoded["input_ids"])
 
 
 def order(count: int, seed: int) -> Iterator[int]:
     """Endless row numbers: one deterministic permutation after another, so that data runs out only to begin again."""
-    epoch = 0
-    while True:
-        yield from random.Random(f"{seed}/{epoch}").sample(range(count), count)
-        epoch += 1
+    for epoch in itertools.count():
+        # a seed of its own, so that no epoch repeats the order of another
+        shuffle = random.Random(f"{seed}/{epoch}")
+        yield from shuffle.sample(range(count), count)
 
 
 def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
-    """Rows drawn with the seed, as `padded` batches."""
-    rows = read_rows(settings.data)
-    picked = itertools.islice(order(len(rows), seed), min(settings.num_sequences, len(rows)))
-    sequences = [tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in picked]
+    """Calibration rows as `padded` batches."""
+    sequences = calibration_rows(settings, tokenizer, seed, settings.num_sequences)
     return padded(sequences, settings.batch_size)
+
+
+def calibration_rows(
+    settings: Calibration,
+    tokenizer: Any,
+    seed: int,
+    count: int,
+) -> list[Tokens]:
+    """As many rows of the calibration data drawn with the seed, or all of them."""
+    rows = read_rows(settings.data)
+    sequences = []
+    # none twice
+    count = min(count, len(rows))
+    for i in itertools.islice(order(len(rows), seed), count):
+        row = SourceRow(rows[i], settings.data, i + 1)
+        sequences.append(tokenize(row, tokenizer, settings.max_length))
+    return sequences
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
@@ -84,129 +134,140 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
 
     Only the completions have labels; a text without a prompt is all completion.
     """
+    # by length: little padding
     ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
-    return [_pad(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+    batches = []
+    for begin in range(0, len(ordered), size):
+        group = ordered[begin : begin + size]
+        ids = [tokens.ids for tokens in group]
+        batch = padded_ids(ids, 0, "right")
+        # padding carries no loss
+        labels = [tokens.labels("completion") for tokens in group]
+        batch["labels"] = _pad(labels, IGNORED, "right")
+        batches.append(batch)
+    return batches
+
+
+def padded_ids(rows: Sequence[TokenIds], pad_token: int, side: Side) -> Batch:
+    """One batch: input_ids, and attention_mask with 0 at the padding, int64 [B, T]; to generate, padded on the left."""
+    ones = [[1] * len(ids) for ids in rows]
+    return {
+        "input_ids": _pad(rows, pad_token, side),  # [B, T]
+        "attention_mask": _pad(ones, 0, side),  # [B, T]
+    }
+
+
+def _pad(rows: Sequence[TokenIds], value: int, side: Side) -> Tensor:
+    """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    # a prompt may be empty, which torch would take for float32
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)  # [B, T]
 
 
 def training_chunk(
     data: TrainingData,
     tokenizer: Any,
-    max_length: int,
+    max_length: int,  # tokens of a sequence
     *,
     seed: int,
-    earlier: Sequence[int],
-    budget: int,
-    filter_: Filter | None = None,
+    earlier: Sequence[int],  # the budgets before this one
+    budget: int,  # tokens
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
 ) -> list[Tokens]:
     """The sequences of one budget: exactly `budget` tokens, none from a sequence that an earlier budget began.
 
-    The run reads one endless shuffled stream, which the budgets take from one after another: `earlier` lists those
-    before this one. The last sequence is cut at its front, so that the count is exact and the answer stays; it comes
-    first, so that it never makes a batch of its own.
+    The run reads one endless shuffled stream, which the budgets take from one after another. The last sequence is
+    truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
+    batch of its own.
     """
-    stream = _stream(data, tokenizer, max_length, seed, filter_)
-    for before in earlier:
-        while before > 0:
-            before -= len(next(stream).ids)
-    chunk: list[Tokens] = []
-    left = budget
-    while left > 0:
-        tokens = next(stream)
-        cut = len(tokens.ids) - left
-        if cut > 0:
-            chunk.insert(0, Tokens(tokens.ids[cut:], max(0, tokens.prompt - cut)))
-        else:
-            chunk.append(tokens)
-        left -= len(tokens.ids)
+    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter) for source in data.sources]
+    weights = [source.weight for source in data.sources]
+    stream = _mixed(streams, weights)
+    # read again from the start, as an attempt on another machine does
+    for earlier_budget in earlier:
+        _take(stream, earlier_budget)
+    chunk = _take(stream, budget)
+    num_taken = sum(len(tokens.ids) for tokens in chunk)
+    excess = num_taken - budget
+    if excess > 0:
+        last = chunk.pop()
+        ids = last.ids[excess:]
+        prompt = max(0, last.prompt - excess)
+        chunk.insert(0, Tokens(ids, prompt))
     return chunk
 
 
+def _take(stream: Iterator[Tokens], budget: int) -> list[Tokens]:
+    """Whole sequences of at least `budget` tokens."""
+    sequences = []
+    while budget > 0:
+        tokens = next(stream)
+        sequences.append(tokens)
+        budget -= len(tokens.ids)
+    return sequences
+
+
 def prompt_rows(
-    source: DataSource, *, seed: int, skip: int, count: int, filter_: Filter | None = None
-) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered rows for prompts, after the first `skip` of the run's order."""
+    source: DataSource,
+    *,
+    seed: int,
+    skip: int,  # those of earlier iterations
+    count: int,
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
+) -> list[SourceRow]:
+    """Rows for prompts, after the first `skip` of the run's order."""
     rows = read_rows(source)
-    if filter_ is None:
-        picked = order(len(rows), seed)
-    else:
-        kept = [i for i in range(len(rows)) if filter_.keeps(source, i + 1, rows[i])]
-        if not kept:
-            raise InputError(
-                f"training.decontaminate: each of the {len(rows)} rows of {source.source} is dropped; give other data"
-            )
-        picked = (kept[i] for i in order(len(kept), seed))
-    return [(i + 1, rows[i]) for i in itertools.islice(picked, skip, skip + count)]
+    # without a filter no row is read but those that are picked
+    kept: Sequence[int] = range(len(rows))
+    if leak_filter is not None:
+        kept = []
+        for i, columns in enumerate(rows):
+            row = SourceRow(columns, source, i + 1)
+            if leak_filter.keeps(row):
+                kept.append(i)
+    if not kept:
+        problem = f"each of the {len(rows)} rows of {source.source} is dropped"
+        raise InputError(problem, field="training.decontaminate", remedy="give other data")
+    shuffled = order(len(kept), seed)
+    picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
+    return [SourceRow(rows[i], source, i + 1) for i in picked]
 
 
-def _stream(data: TrainingData, tokenizer: Any, max_length: int, seed: int, filter_: Filter | None) -> Iterator[Tokens]:
-    """Endless sequences; with several sources the one that is furthest behind its share of the tokens comes next."""
-    streams = [_shuffled(source, tokenizer, max_length, seed, filter_) for source in data.sources]
+def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:
+    """Endless sequences; the source that is furthest behind its share of the tokens comes next."""
     taken = [0.0] * len(streams)  # tokens over weight
     while True:
         behind = taken.index(min(taken))
         tokens = next(streams[behind])
-        taken[behind] += len(tokens.ids) / data.sources[behind].weight
+        # as if all weights were 1
+        taken[behind] += len(tokens.ids) / weights[behind]
         yield tokens
 
 
-def _shuffled(
-    source: DataSource, tokenizer: Any, max_length: int, seed: int, filter_: Filter | None
+def _source_stream(
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    leak_filter: Filter | None,
 ) -> Iterator[Tokens]:
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)
-    useless = 0
+    useless = 0  # rows without a sequence, one after another
     for i in order(len(rows), seed):
-        kept = filter_ is None or filter_.keeps(source, i + 1, rows[i])
-        tokens = tokenize(rows[i], source, tokenizer, max_length, i + 1) if kept else None
-        if tokens is not None and tokens.prompt < len(tokens.ids):
-            useless = 0
-            yield tokens
-            continue
+        row = SourceRow(rows[i], source, i + 1)
+        if leak_filter is None or leak_filter.keeps(row):
+            tokens = tokenize(row, tokenizer, max_length)
+            if tokens.prompt < len(tokens.ids):
+                useless = 0
+                yield tokens
+                continue
         useless += 1
-        if useless == 2 * len(rows):  # a whole permutation lies in there
-            raise InputError(
-                f"training: no row of {source.source} is left: each is dropped by training.decontaminate or its prompt "
-                f"fills recover.max_length={max_length}; raise max_length or give other data"
-            )
-
-
-def _chat(row: Any, source: DataSource, tokenizer: Any, number: int) -> tuple[list[int], list[int]]:
-    chat, answer = chat_and_answer(row, source, number)
-    prompt, full = chat_ids(tokenizer, chat, number), chat_ids(tokenizer, [*chat, *answer], number, ended=True)
-    if full[: len(prompt)] != prompt:
-        raise InputError(
-            f"data.messages: row {number}: the chat template renders the prompt differently with its answer"
-        )
-    return prompt, full
-
-
-def chat_ids(tokenizer: Any, chat: list[Message], number: int, ended: bool = False) -> list[int]:
-    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "data.format: `messages` needs a chat template, and the tokenizer has none; use another format"
-        )
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)[
-            "input_ids"
-        ]
-    except (TemplateError, TypeError) as error:
-        raise InputError(
-            f"data.messages: row {number}: the model's chat template does not take it ({error}); correct the row"
-        ) from error
-    return ids
-
-
-def _pad(sequences: list[Tokens]) -> Batch:
-    import torch
-
-    width = max(len(tokens.ids) for tokens in sequences)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for tokens in sequences:
-        padding = width - len(tokens.ids)
-        rows["input_ids"].append(tokens.ids + [0] * padding)
-        rows["attention_mask"].append([1] * len(tokens.ids) + [0] * padding)
-        rows["labels"].append(tokens.labels("completion") + [IGNORED] * padding)
-    return {name: torch.tensor(values) for name, values in rows.items()}
+        # so many in a row hold one complete permutation, of which no row is of use
+        if useless == 2 * len(rows):
+            reasons = f"dropped by training.decontaminate or its prompt fills recover.max_length={max_length}"
+            problem = f"no row of {source.source} is left: each is {reasons}"
+            raise InputError(problem, field="training", remedy="raise max_length or give other data")

@@ -9,13 +9,11 @@ from pathlib import Path
 from ptl import checkpoint, hub, setting_checks
 from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.config import Calibration, Evaluate, Gate
+from ptl.data_checks import check_data, check_rewards
 from ptl.errors import InputError
 from ptl.families import family_of
-from ptl.import_checkpoint import import_checkpoint as import_checkpoint
-from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
-from ptl.rewards import check_patterns, reference_template
+from ptl.recover_config import RecoverStage, TrainingData
 from ptl.schedule import Prune, Schedule, plan, removal
-from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
 from ptl.tasks import check_gate, check_tasks
 
 
@@ -95,45 +93,3 @@ def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
     if len(neuron_iterations) < len(iterations):
         removed = int((1 - by_neurons) * total)
         layers_for(dimensions, dimensions.params - removed)
-
-
-def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
-    """Read local data files once: they must exist, parse, and have in each row what the templates name.
-
-    Chats must end with an answer where it is scored or trained on; reinforcement learning needs the prompts alone.
-    """
-    learned = any(isinstance(stage, NextToken) for stage in recover)
-    fields: dict[str, tuple[DataSource, bool]] = {"calibration.data": (calibration.data, True)}
-    fields |= {f"training.sources.{i}": (source, learned) for i, source in enumerate(training.sources)}
-    against = training.decontaminate.against
-    fields |= {f"training.decontaminate.against.{i}": (source, False) for i, source in enumerate(against)}
-    checked: set[tuple[DataSource, bool]] = set()
-    for field, (source, answers) in fields.items():
-        if (source, answers) not in checked:
-            try:
-                check_rows(source, answers)
-            except InputError as error:  # which of the config's sources it is
-                raise InputError(str(error).replace("data.", f"{field}.", 1)) from error
-        checked.add((source, answers))
-
-
-def check_chats(stages: Sequence[RecoverStage], training: TrainingData) -> None:
-    """Check that local chats end with an answer, where a stage trains on them; the import step does not know that."""
-    if any(isinstance(stage, NextToken) for stage in stages):
-        for source in training.sources:
-            if source.format == "messages":
-                check_rows(source)
-
-
-def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> None:
-    """Check local prompts of reinforcement learning, and that they have what the rewards compare with."""
-    for stage in stages:
-        if not isinstance(stage, Grpo):
-            continue
-        check_patterns(stage.rewards)
-        source = (stage.prompts or training.sources[0]).model_copy(update={"completion": ""})
-        if local_file(source) is not None:
-            for number, row in enumerate(read_rows(source), 1):
-                prompt_of(row, source, number)
-                for reward in stage.rewards:
-                    fill(reference_template(reward), row, source, number)

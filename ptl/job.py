@@ -1,57 +1,80 @@
-"""A recovery method's task and its report."""
+"""A recovery method's task and its report, and where training checkpoints may go."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ptl.config import TrainingData
-from ptl.preempt import Vault
 
-Log = Callable[[dict[str, float], int], None]  # metrics, optimizer step
+Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
+Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
+
+
+class CheckpointStore(Protocol):
+    """Where the training checkpoints of one stage outlive the machine."""
+
+    def save_if_due(self, folder: Path) -> None:
+        """Store a complete training checkpoint, if the last one was stored long enough ago."""
+
+    def restore(self, scratch: Path) -> None:
+        """Put the newest stored training checkpoint into `scratch`, unless a newer one is there."""
 
 
 @dataclass(frozen=True)
 class StageBudget:
-    """Where in the run one stage of a recovery stands."""
+    """What one stage of a recovery may use, and its position in the run."""
 
-    tokens: int | None  # its budget; None: only its steps limit it
+    tokens: int | None  # None: only its steps limit it
     earlier: tuple[int, ...]  # budgets that took their tokens from the data before this one
-    index: int  # iteration, from 1
-    last: bool
+    iteration: int  # from 1
+    last: bool  # no later iteration trains
     seed: int
-    weights: tuple[int, ...] = (1,)  # shares of all iterations in what is shared out, 1:2:4 for example
+    weights: tuple[int, ...] = (1,)  # of all iterations, to divide a total among them; 1:2:4 for example
 
-    def part(self, whole: int) -> tuple[int, int]:
-        """Of `whole` things for the run, how many earlier iterations had and how many this one has."""
-        done = [whole * sum(self.weights[:i]) // sum(self.weights) for i in (self.index - 1, self.index)]
-        return done[0], done[1] - done[0]
+    def part(self, total: int) -> tuple[int, int]:
+        """Of `total` for the run, how much earlier iterations had and how much this one has."""
+        until_this = self.weights[: self.iteration]
+        before_this = self.weights[: self.iteration - 1]
+        # rounding the sums, not each part, keeps the total exact
+        end = total * sum(until_this) // sum(self.weights)
+        begin = total * sum(before_this) // sum(self.weights)
+        return begin, end - begin
 
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """All that a method needs beside its settings and the two folders."""
+    """All that a method needs besides its settings and the two folders."""
 
     data: TrainingData
-    this: StageBudget
+    budget: StageBudget
     scratch: Path  # training checkpoints
     on_log: Log
     teacher: Path | None = None  # the original model, for distillation
-    vault: Vault | None = None  # where training checkpoints outlive the machine
-    scored: Path | None = None  # what the first evaluation wrote: its items are not to be trained on
-    keep_optimizer_state: bool = False  # a later recovery goes on with the optimizer's state
+    save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
+    scored: Path | None = None  # the first evaluation's folder: its items are not to be trained on
+    keep_optimizer_state: bool = False  # a later recovery continues with it
 
 
 @dataclass(frozen=True)
 class RecoverReport:
-    """What a recovery did; `curve` is (tokens seen, training loss) at each log."""
+    """What a recovery did."""
 
-    method: str
-    tokens: int
-    steps: int
-    curve: tuple[tuple[int, float], ...]
-    resumed_at: int  # optimizer step that training went on from; 0: from the start
-    seconds: float
+    method: str  # cpt, distil or grpo; of a chain joined by +
+    tokens: int  # trained on
+    steps: int  # of the optimizer
+    curve: Curve  # at each log
+    resumed_at: int  # optimizer step of the training checkpoint that was resumed; 0: from the start
+    seconds: float  # wall clock, without those of an attempt that died
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def report_from_json(text: str) -> RecoverReport:
+    """A report as dataclasses.asdict and json.dumps wrote it."""
+    fields = json.loads(text)
+    # JSON has no tuples
+    fields["curve"] = tuple(map(tuple, fields["curve"]))
+    return RecoverReport(**fields)

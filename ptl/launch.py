@@ -1,24 +1,32 @@
-"""Training in several processes: `accelerate launch` runs ptl.worker, once for each device."""
+"""Training in several processes: `accelerate launch` runs ptl.worker, once for each device.
+
+The job goes to the processes as JSON. What they print comes back: metrics, and training checkpoints to be stored, on
+lines that begin with METRICS and CHECKPOINT; the first process leaves its report or its error in a file.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
-from ptl.job import RecoverReport, RecoveryJob
+from ptl.job import RecoverReport, RecoveryJob, report_from_json
 from ptl.processes import tied
 
-METRICS = "ptl-metrics "  # begins a line that carries metrics to the process that started the training
+METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
+CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
+HANDOVER = "checkpoint.handover"  # a file in `scratch`, until the launching process has stored the checkpoint
+ERROR = "error.json"  # in `scratch`
+JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
+LAST_LINES = 30  # of a failed training, in its error
 
 
 def world_size() -> int:
@@ -33,40 +41,60 @@ def processes_for(settings: Stage) -> int:
     return settings.processes or max(1, torch.cuda.device_count())
 
 
-def batch_of_one(settings: Stage, processes: int) -> int:
+def sequences_per_pass(settings: Stage, processes: int) -> int:
     """Sequences of one forward pass in one process. Raises InputError where a batch cannot be divided like that."""
     parts = settings.accumulation * processes
     if settings.batch_size % parts:
-        raise InputError(
-            f"recover.batch_size: {settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
-            f"times the {processes} training processes"
-        )
+        factors = f"accumulation={settings.accumulation} times the {processes} training processes"
+        raise InputError(f"{settings.batch_size} must be a multiple of {factors}", field="recover.batch_size")
     return settings.batch_size // parts
 
 
-def run(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, processes: int) -> RecoverReport:
-    """Train in `processes` processes, metrics passed on while they run; returns the RecoverReport of the first."""
+def run(
+    src: Path,
+    dst: Path,
+    settings: RecoverStage,
+    job: RecoveryJob,
+    processes: int,
+) -> RecoverReport:
+    """Train in several processes, passing metrics on while they run; returns the report of the first process."""
     job.scratch.mkdir(parents=True, exist_ok=True)
-    answer, question = job.scratch / "report.json", job.scratch / "job.json"
-    for left in (answer, job.scratch / "error.json"):  # by an earlier attempt
-        left.unlink(missing_ok=True)
-    question.write_text(json.dumps(_dump(src, dst, settings, job, answer)))
+    job_file = job.scratch / "job.json"
+    report_file = job.scratch / "report.json"
+    error_file = job.scratch / ERROR
+    for of_earlier_attempt in (report_file, error_file):
+        of_earlier_attempt.unlink(missing_ok=True)
+    # all that a process needs, in JSON's types
+    fields = {
+        "src": str(src),
+        "dst": str(dst),
+        "settings": settings.model_dump(mode="json"),
+        "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
+        "stores_checkpoints": job.save_checkpoint is not None,
+        "report": str(report_file),
+    }
+    job_file.write_text(json.dumps(fields))
+    launcher = [*command(settings, processes), str(job_file)]
     process = subprocess.Popen(
-        tied([*command(settings, processes), str(question)]),
+        tied(launcher),  # ends with this process, however that ends
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        # what torch's launcher would set, with a warning
+        env={"OMP_NUM_THREADS": "1", **os.environ},
     )
-    told = _follow(process, job.on_log)
-    if process.wait() or not answer.is_file():
-        error = job.scratch / "error.json"
-        if error.is_file():
-            raised = json.loads(error.read_text())
-            raise (InputError if raised["exit_code"] == 2 else WorkError)(raised["message"])
-        raise WorkError(f"recover: training in {processes} processes failed{_reason(told)}")
-    report = json.loads(answer.read_text())
-    return RecoverReport(**report | {"curve": tuple((int(t), float(loss)) for t, loss in report["curve"])})
+    # until the last process has ended
+    printed = _follow(process, job)
+    succeeded = process.wait() == 0
+    if succeeded and report_file.is_file():
+        return report_from_json(report_file.read_text())
+    if error_file.is_file():
+        # the error of the first process, raised again
+        error = json.loads(error_file.read_text())
+        is_input = error.pop("exit_code") == InputError.exit_code
+        raise InputError(**error) if is_input else WorkError(**error)
+    problem = f"training in {processes} processes failed{_reason(printed)}"
+    raise WorkError(problem, field="recover")
 
 
 def can_shard() -> bool:
@@ -77,74 +105,81 @@ def can_shard() -> bool:
 
 
 def check(settings: RecoverStage) -> None:
-    """Raise InputError where the stage cannot be divided among its processes as wanted; called before any work."""
-    batch_of_one(settings, processes_for(settings) if world_size() == 1 else world_size())
-    if settings.sharding == "none" or processes_for(settings) == 1 or not can_shard():
-        return
-    if settings.sharding == "zero2" and find_spec("deepspeed") is None:
+    """Raise InputError where the stage cannot be divided among its processes; called before any work."""
+    configured = processes_for(settings)
+    # one of the processes that were launched knows their number from the environment
+    processes = configured if world_size() == 1 else world_size()
+    sequences_per_pass(settings, processes)
+    needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
+    if needs_deepspeed and find_spec("deepspeed") is None:
+        install = "install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]')"
         raise InputError(
-            "recover.sharding: zero2 needs the package deepspeed, which is not installed; install ptl's extra "
-            "`deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp"
+            "zero2 needs the package deepspeed, which is not installed",
+            field="recover.sharding",
+            remedy=f"{install}, or use fsdp",
         )
 
 
 def command(settings: Stage, processes: int) -> list[str]:
     """The `accelerate launch` command for a stage."""
-    flags = ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    flags += ["--mixed_precision", "bf16" if settings.dtype == "bfloat16" else "no", "--dynamo_backend", "no"]
-    if settings.sharding == "fsdp" and can_shard():
-        flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-        flags += ["--fsdp_state_dict_type", "FULL_STATE_DICT"]
-        flags += ["--fsdp_activation_checkpointing", str(settings.gradient_checkpointing).lower()]
-    elif settings.sharding == "zero2" and can_shard():
-        flags += ["--use_deepspeed", "--zero_stage", "2"]
+    precision = "bf16" if settings.dtype == "bfloat16" else "no"
+    recomputed = str(settings.gradient_checkpointing).lower()
+    # port 0: a free one, as several trainings may run on one machine
+    flags = f"--num_processes {processes} --num_machines 1 --main_process_port 0"
+    flags += f" --mixed_precision {precision} --dynamo_backend no"
+    sharding = settings.sharding if can_shard() else "none"
+    if sharding == "fsdp":
+        flags += " --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+        # saved in one piece, as the first process reads it
+        flags += " --fsdp_state_dict_type FULL_STATE_DICT"
+        flags += f" --fsdp_activation_checkpointing {recomputed}"
+    elif sharding == "zero2":
+        flags += " --use_deepspeed --zero_stage 2"
     else:
-        flags += ["--multi_gpu"]  # on CPUs too (gloo): `--cpu` would start one process, or need MPI
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "ptl.worker"]
+        # on CPUs too (gloo): `--cpu` would start one process, or need MPI
+        flags += " --multi_gpu"
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "-m", "ptl.worker"]
 
 
-def _follow(process: subprocess.Popen[str], on_log: Callable[[dict[str, float], int], None]) -> list[str]:
-    """Pass on what the training prints, and its metrics as such; returns the lines printed."""
-    told: list[str] = []
+def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
+    """Pass on what the training prints, its metrics and its checkpoints; returns the other lines."""
+    printed: list[str] = []
     assert process.stdout is not None
     try:
         for line in process.stdout:
             if line.startswith(METRICS):
                 metrics, step = json.loads(line.removeprefix(METRICS))
-                on_log(metrics, step)
+                job.on_log(metrics, step)
+            elif line.startswith(CHECKPOINT) and job.save_checkpoint is not None:
+                folder = json.loads(line.removeprefix(CHECKPOINT))
+                job.save_checkpoint(Path(folder))
+                # the training waits until this file is gone
+                (job.scratch / HANDOVER).unlink()
             else:
-                told.append(line)
+                printed.append(line)
                 print(line, end="", flush=True)
     except BaseException:
+        # a log or a store that fails ends the training too
         process.terminate()
         process.wait()
         raise
-    return told
+    return printed
 
 
-def _reason(told: list[str]) -> str:
-    """What a failed training printed last, and the signal that killed it, which only torch's launcher tells."""
-    # from here on it is the launcher on the processes that it stopped, not why the first one died
-    end = next((i for i, line in enumerate(told) if "torch/distributed/elastic" in line), len(told))
-    root = "".join(told[end:]).partition("Root Cause")[2]
-    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root)
-    said = f": a process was killed by {killed[1]}" if killed else ""
-    if killed and killed[1] == "SIGKILL":
-        said += " (what the system does when memory is used up; recover.accumulation splits a step's batch)"
-    return f"{said}:\n{''.join(told[max(0, end - 30) : end])}"
-
-
-def _dump(src: Path, dst: Path, settings: RecoverStage, job: RecoveryJob, answer: Path) -> dict[str, Any]:
-    return {
-        "src": str(src),
-        "dst": str(dst),
-        "settings": settings.model_dump(mode="json"),
-        "data": job.data.model_dump(mode="json"),
-        "this": dataclasses.asdict(job.this),
-        "scratch": str(job.scratch),
-        "teacher": job.teacher and str(job.teacher),
-        "vault": job.vault and dataclasses.asdict(job.vault),
-        "scored": job.scored and str(job.scored),
-        "keep_optimizer_state": job.keep_optimizer_state,
-        "answer": str(answer),
-    }
+def _reason(printed: list[str]) -> str:
+    """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
+    # where the launcher begins to report on the processes that it stopped, not on why the first one died
+    end = 0
+    while end < len(printed) and "torch/distributed/elastic" not in printed[end]:
+        end += 1
+    of_launcher = "".join(printed[end:])
+    _, _, root_cause = of_launcher.partition("Root Cause")
+    killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
+    signal = ""
+    if killed:
+        signal = f": a process was killed by {killed[1]}"
+        if killed[1] == "SIGKILL":
+            signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
+    of_training = printed[:end]
+    last_lines = "".join(of_training[-LAST_LINES:])
+    return f"{signal}:\n{last_lines}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,81 +10,118 @@ import torch
 
 from ptl import pretrained
 from ptl.config import Calibration
-from ptl.data import Batch, Tokens, order, read_rows, tokenize
+from ptl.data import TokenIds, Tokens, calibration_rows, padded_ids
 from ptl.errors import InputError, WorkError
 
-TRIES = 4  # prompts answered for each sequence that is wanted, at most
+TRIES = 4  # prompts answered for each sequence that is asked for, at most
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def final_answer(text: str) -> str:
     """What a text concludes: behind the last ####, else in the last \\boxed{}, else its last number; '' without one."""
+    # as GSM8K marks an answer
     if "####" in text:
         text = text.rsplit("####", 1)[1]
     elif r"\boxed{" in text:
-        return _braced(text.rsplit(r"\boxed{", 1)[1]).strip()
+        # may be a formula: all of it counts
+        behind = text.rsplit(r"\boxed{", 1)[1]
+        return _up_to_closing_brace(behind).strip()
     numbers = NUMBER.findall(text)
     return numbers[-1].replace(",", "") if numbers else ""
 
 
-def own_answers(folder: Path, settings: Calibration, tokenizer: Any, seed: int) -> list[Tokens]:
+def own_answers(
+    folder: Path,
+    settings: Calibration,
+    tokenizer: Any,
+    seed: int,
+) -> list[Tokens]:
     """Prompts with the model's own greedy answers, the correct ones only, at most num_sequences.
 
-    Needs the whole model in memory, unlike scoring. Raises WorkError when no answer is correct.
+    Needs the complete model in memory, unlike scoring. Raises WorkError when no answer is correct.
     """
     if settings.data.format == "text":
-        raise InputError("calibration.answers: `self` needs prompts: data.format must be prompt_completion or messages")
-    rows = read_rows(settings.data)
-    tries = itertools.islice(order(len(rows), seed), min(len(rows), TRIES * settings.num_sequences))
-    # all at once, so that a wrong row is found before any answer is generated
-    given = iter([tokenize(rows[i], settings.data, tokenizer, settings.max_length, i + 1) for i in tries])
-    model = pretrained.causal_lm(folder).eval()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found: list[Tokens] = []
-    asked = 0
-    while len(found) < settings.num_sequences and (group := list(itertools.islice(given, settings.batch_size))):
-        asked += len(group)
-        found += _answered(model, tokenizer, group, settings)
-    if not found:
+        problem = "`self` needs prompts: data.format must be prompt_completion or messages"
+        raise InputError(problem, field="calibration.answers")
+    # more than are needed: not every answer will be correct
+    prompts = calibration_rows(settings, tokenizer, seed, TRIES * settings.num_sequences)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = pretrained.causal_lm(folder).eval().to(device)
+    correct: list[Tokens] = []
+    num_asked = 0
+    # until there are enough, or no prompts are left
+    while len(correct) < settings.num_sequences and num_asked < len(prompts):
+        group = prompts[num_asked : num_asked + settings.batch_size]
+        num_asked += len(group)
+        correct += _correct_answers(model, tokenizer, group, settings)
+    if not correct:
         raise WorkError(
-            f"calibration.answers: none of the model's own answers to {asked} prompts was correct; use `given` "
-            "answers, or raise calibration.max_new_tokens"
+            f"none of the model's own answers to {num_asked} prompts was correct",
+            field="calibration.answers",
+            remedy="use `given` answers, or raise calibration.max_new_tokens",
         )
-    return found[: settings.num_sequences]
+    return correct[: settings.num_sequences]
 
 
-def _answered(model: Any, tokenizer: Any, group: list[Tokens], settings: Calibration) -> list[Tokens]:
+def _correct_answers(
+    model: Any,
+    tokenizer: Any,
+    group: list[Tokens],
+    settings: Calibration,
+) -> list[Tokens]:
     """The prompts with the model's answers, where these end and are correct."""
+    eos = tokenizer.eos_token_id
+    correct = []
+    answers = _generate(model, tokenizer, group, settings)
+    for tokens, answer in zip(group, answers, strict=True):
+        # an answer that max_new_tokens ended has no conclusion
+        if eos not in answer:
+            continue
+        length = answer.index(eos) + 1
+        answer = answer[:length]
+        # the data's own answer, of which the conclusion counts
+        reference = tokens.ids[tokens.prompt :]
+        expected = final_answer(tokenizer.decode(reference, skip_special_tokens=True))
+        concluded = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
+        if expected and concluded == expected:
+            # to be scored like a row of the data
+            ids = tokens.ids[: tokens.prompt] + answer
+            correct.append(Tokens(ids[: settings.max_length], tokens.prompt))
+    return correct
+
+
+@torch.no_grad()
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    group: list[Tokens],
+    settings: Calibration,
+) -> list[TokenIds]:
+    """The model's greedy answer to each prompt, padded to the longest."""
+    pad_token = tokenizer.pad_token_id or 0
     prompts = [tokens.ids[: tokens.prompt] for tokens in group]
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id or 0
-    batch: Batch = {
-        "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts]),
-        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
-    }
-    with torch.no_grad():
-        out = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in batch.items()},
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-        )
-    found = []
-    for tokens, prompt, answer in zip(group, prompts, out[:, width:].tolist(), strict=True):
-        ended = tokenizer.eos_token_id in answer
-        answer = answer[: answer.index(tokenizer.eos_token_id) + 1] if ended else answer
-        wanted = final_answer(tokenizer.decode(tokens.ids[tokens.prompt :], skip_special_tokens=True))
-        said = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
-        if ended and wanted != "" and said == wanted:
-            found.append(Tokens((prompt + answer)[: settings.max_length], min(len(prompt), settings.max_length)))
-    return found
+    batch = padded_ids(prompts, pad_token, "left")  # [batch, width]
+    width = batch["input_ids"].shape[1]
+    generated = model.generate(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_token,
+    )  # [batch, width + answer]
+    answers: list[TokenIds] = generated[:, width:].tolist()
+    return answers
 
 
-def _braced(text: str) -> str:
+def _up_to_closing_brace(text: str) -> str:
     """The text up to the brace that closes one opened before it."""
-    depth = 1
+    depth = 1  # braces that are open
     for position, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
         if depth == 0:
             return text[:position]
     return text

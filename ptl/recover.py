@@ -1,4 +1,4 @@
-"""Give a cut model its reasoning back by light training. RECOVERIES is where a user extends."""
+"""Restore a pruned model's reasoning by light training. RECOVERIES is where a user extends."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from ptl import launch, localfs, setting_checks
-from ptl.config import MIN_TOKENS, Cpt, RecoverStage, Recovery
+from ptl.config import MIN_TOKENS, RecoverStage, Recovery
+from ptl.data_checks import check_chats, check_rewards
 from ptl.distil import distil
 from ptl.errors import InputError
 from ptl.grpo import grpo
-from ptl.importer import check_chats, check_rewards
-from ptl.job import RecoverReport, RecoveryJob, StageBudget
+from ptl.job import CheckpointStore, Log, RecoverReport, RecoveryJob, report_from_json
+from ptl.sft import cpt
 
-__all__ = ["RECOVERIES", "RecoverReport", "RecoveryJob", "StageBudget", "budgets_before", "recover_checkpoint"]
+Method = Callable[[Path, Path, Any, RecoveryJob], RecoverReport]  # source, destination, its settings, job
 
-
-def cpt(src: Path, dst: Path, settings: Cpt, job: RecoveryJob) -> RecoverReport:
-    """Continual pre-training: next-token loss on the training data, through trl's SFTTrainer."""
-    from ptl.nexttoken import sft_trainer, train
-
-    return train(src, dst, settings, job, sft_trainer(), {})
-
-
-RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] = {
+RECOVERIES: dict[str, Method] = {
     "cpt": cpt,
     "distil": distil,
     "grpo": grpo,
@@ -35,94 +28,154 @@ RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] =
 
 
 def recover_checkpoint(
-    src: Path, dst: Path, recovery: Recovery, rounds: Sequence[int], job: RecoveryJob
+    src: Path,
+    dst: Path,
+    recovery: Recovery,
+    iteration_tokens: Sequence[int],  # of the iterations up to this one
+    job: RecoveryJob,
+    stores: Sequence[CheckpointStore] = (),  # one for each stage; none: training checkpoints stay on this machine
 ) -> RecoverReport:
-    """Run the stages one after another, on the tokens of this round in all, and write the result to `dst`.
+    """Run the stages one after another, on the tokens of this iteration in all, and write the result to `dst`.
 
-    `rounds` are the tokens of the iterations up to this one. An earlier try in `job.scratch` is continued: finished
-    stages are taken as they are, and the stage in which it died goes on from its last training checkpoint.
+    An earlier attempt in `job.scratch` is resumed: finished stages are not repeated, and the stage in which it died
+    continues from its last training checkpoint. Raises InputError before any work.
     """
-    stages, budgets = recovery.stages, recovery.budgets(rounds[-1])
-    for stage, budget in zip(stages, budgets, strict=True):
+    stages = recovery.stages
+    budgets = recovery.budgets(iteration_tokens[-1])
+    for stage, tokens in zip(stages, budgets, strict=True):
         launch.check(stage)
-        if budget is not None and budget < MIN_TOKENS:
-            raise InputError(
-                f"schedule.recovery_tokens: {rounds[-1]} tokens for iteration {job.this.index} leave "
-                f"{budget or 'none'} for {stage.method}, which needs {MIN_TOKENS}; raise it, or set "
-                "schedule.tokens=uniform"
-            )
-    check_rewards(stages, job.data)  # of later stages too, before the first one trains
+        _check_budget(stage, tokens, iteration_tokens[-1], job.budget.iteration)
+    # of later stages too, before the first one trains
+    check_rewards(stages, job.data)
     check_chats(stages, job.data)
     setting_checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):
-        final = i == len(stages) - 1
-        alone = len(stages) == 1
-        scratch = job.scratch if alone else job.scratch / f"{i}-{stage.method}"
-        out = dst if final else job.scratch / f"{i}-{stage.method}-out"
-        this = dataclasses.replace(job.this, tokens=budgets[i], earlier=budgets_before(recovery, rounds, i))
-        offset = sum(report.tokens for report in reports)
-        here = dataclasses.replace(
+        is_last_stage = i == len(stages) - 1
+        earlier = budgets_before(recovery, iteration_tokens, i)
+        # each stage has its own tokens, and its logs continue those of the stages before it
+        stage_job = dataclasses.replace(
             job,
-            this=this,
-            scratch=scratch,
-            on_log=_shifted(job, offset, sum(report.steps for report in reports)),
-            keep_optimizer_state=not (final and this.last),
-            vault=job.vault and dataclasses.replace(job.vault, name=f"{job.vault.name}.{i}"),
+            budget=dataclasses.replace(job.budget, tokens=budgets[i], earlier=earlier),
+            on_log=_after(reports, job.on_log),
+            # after the run's last training nothing continues from it
+            keep_optimizer_state=not (is_last_stage and job.budget.last),
         )
-        reports.append(_stage(src, out, stage, here, final))
-        src = out
+        store = stores[i] if stores else None
+        # no stage may resume from the training checkpoints of another
+        folder = job.scratch / f"{i}-{stage.method}"
+        if len(stages) > 1:
+            stage_job = dataclasses.replace(stage_job, scratch=folder)
+        if is_last_stage:
+            report = _train(src, dst, stage, stage_job, store)
+        else:
+            # the next stage trains what this one writes
+            out = folder.with_name(f"{folder.name}-out")
+            report = _train_once(src, out, stage, stage_job, store)
+            src = out
+        reports.append(report)
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 
-def budgets_before(recovery: Recovery, rounds: Sequence[int], stage: int) -> tuple[int, ...]:
-    """The token budgets that were taken from the data before a stage of the last of `rounds`."""
-    earlier = [budget for tokens in rounds[:-1] for budget in recovery.budgets(tokens)]
-    return tuple(budget for budget in (*earlier, *recovery.budgets(rounds[-1])[:stage]) if budget)
+def _check_budget(
+    stage: RecoverStage,
+    tokens: int | None,  # None: it needs none
+    total: int,  # tokens of the iteration
+    iteration: int,
+) -> None:
+    """Raise InputError for a stage that gets too few of the iteration's tokens."""
+    if tokens is None or tokens >= MIN_TOKENS:
+        return
+    rest = tokens or "none"
+    raise InputError(
+        f"{total} tokens for iteration {iteration} leave {rest} for {stage.method}, which needs {MIN_TOKENS}",
+        field="schedule.recovery_tokens",
+        remedy="raise it, or set schedule.tokens=uniform",
+    )
 
 
-def _stage(src: Path, out: Path, stage: RecoverStage, job: RecoveryJob, final: bool) -> RecoverReport:
-    """One stage; what a chain's earlier stage has finished is not done again."""
-    done = out.with_name(f"{out.name}.json")  # beside the checkpoint: the next stage copies all files of its source
-    if not final and done.is_file():
-        report = json.loads(done.read_text())
-        return RecoverReport(**report | {"curve": tuple(map(tuple, report["curve"]))})
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    processes = launch.processes_for(stage)
-    if processes > 1 and launch.world_size() == 1:
-        report = launch.run(src, out, stage, job, processes)
-    else:
-        report = RECOVERIES[stage.method](src, out, stage, job)
-    if not final:
-        localfs.replace(done, json.dumps(dataclasses.asdict(report)).encode())
+def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
+    """The token budgets that were taken from the data before a stage of the last of the iterations."""
+    # all stages read the same data, one budget after another
+    *earlier_iterations, this_iteration = iteration_tokens
+    earlier: list[int | None] = []
+    for tokens in earlier_iterations:
+        earlier += recovery.budgets(tokens)
+    earlier += recovery.budgets(this_iteration)[:stage]
+    # None: of a stage without a budget
+    return tuple(budget for budget in earlier if budget)
+
+
+def _train_once(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> RecoverReport:
+    """A chain's earlier stage, which an attempt that died later may have finished."""
+    # not in the checkpoint: the next stage copies all files of its source
+    report_file = out.with_name(f"{out.name}.json")
+    if report_file.is_file():
+        return report_from_json(report_file.read_text())
+    report = _train(src, out, stage, job, store)
+    text = json.dumps(dataclasses.asdict(report))
+    localfs.replace(report_file, text.encode())
     return report
 
 
-def _shifted(job: RecoveryJob, tokens: int, steps: int) -> Callable[[dict[str, float], int], None]:
-    """Metrics of a later stage, at steps and tokens after those of the stages before it."""
+def _train(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> RecoverReport:
+    """One stage in as many processes as it asks for."""
+    # left by an attempt that died, whose training checkpoints are in job.scratch
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if store is not None:
+        store.restore(job.scratch)
+        job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
+    # a process that was launched trains itself
+    processes = launch.processes_for(stage)
+    if processes > 1 and launch.world_size() == 1:
+        return launch.run(src, out, stage, job, processes)
+    return RECOVERIES[stage.method](src, out, stage, job)
 
-    def on_log(metrics: dict[str, float], step: int) -> None:
+
+def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
+    """The same log, with steps and tokens counted on from the stages that these reports are of."""
+    tokens = sum(report.tokens for report in reports)
+    steps = sum(report.steps for report in reports)
+
+    def on_stage_log(metrics: dict[str, float], step: int) -> None:
         if "num_input_tokens_seen" in metrics:
-            metrics = metrics | {"num_input_tokens_seen": metrics["num_input_tokens_seen"] + tokens}
-        job.on_log(metrics, step + steps)
+            seen = metrics["num_input_tokens_seen"] + tokens
+            metrics = {**metrics, "num_input_tokens_seen": seen}
+        on_log(metrics, steps + step)
 
-    return on_log
+    return on_stage_log
 
 
 def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
     """The report of a chain: tokens and steps add up; the stages' own reports are among the details."""
+    # tokens are counted on from stage to stage
     curve: list[tuple[int, float]] = []
-    for i, report in enumerate(reports):
-        before = sum(earlier.tokens for earlier in reports[:i])
-        curve += [(before + tokens, loss) for tokens, loss in report.curve]
+    tokens_before = 0
+    for report in reports:
+        curve += [(tokens_before + tokens, loss) for tokens, loss in report.curve]
+        tokens_before += report.tokens
+    # the earlier stages of a resumed chain are finished, and report their own attempts
+    resumed = [report.resumed_at for report in reports if report.resumed_at]
     return RecoverReport(
         method="+".join(report.method for report in reports),
-        tokens=sum(report.tokens for report in reports),
+        tokens=tokens_before,
         steps=sum(report.steps for report in reports),
         curve=tuple(curve),
-        resumed_at=next((report.resumed_at for report in reports if report.resumed_at), 0),
+        resumed_at=resumed[0] if resumed else 0,
         seconds=sum(report.seconds for report in reports),
         details={"stages": [dataclasses.asdict(report) for report in reports]},
     )

@@ -1,15 +1,16 @@
-"""Where rows of text come from: local and s3:// JSONL or Parquet files, and the hub. Columns and lines are checked."""
+"""Where rows of text come from: local and s3:// JSONL or Parquet files, and the hub. Columns and lines are checked.
+
+`field` is the section of the config that names a source, for errors.
+"""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import math
 import os
 import tempfile
-import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -17,204 +18,263 @@ from typing import Any
 
 from ptl.config import DataSource
 from ptl.errors import InputError
+from ptl.json_lines import JSON_LINES, read_json_lines
 from ptl.recover_config import columns_of
 
-JSON_LINES = (".jsonl", ".jsonl.gz")
-MAX_LINE = 2**26  # characters of one row
-MAX_EXPANSION = 200  # a gzip file of rows holds 3 to 20 times its size
-Message = dict[str, Any]  # one turn of a chat: role and content
-_names = cache(columns_of)
-KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
+DATA = "data"  # the section of the config that errors name, where the caller knows no better
+FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
+# remedies
+CORRECT = "correct the row"
+LEAVE_OUT = "leave such rows out"
+
+Chat = list[dict[str, Any]]  # turns with role and content
+
+_template_columns = cache(columns_of)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of a source."""
+
+    columns: Any  # a mapping from names to values
+    source: DataSource
+    number: int = 0  # from 1
+    field: str = DATA  # the section of the config that names the source, for errors
+
+    def error(self, problem: str, remedy: str) -> InputError:
+        """An error about this row; its field is the one of the row's format."""
+        location = f"row {self.number} of {self.source.source}"
+        setting = f"{self.field}.{self.source.format}"
+        return InputError(location + problem, field=setting, remedy=remedy)
 
 
 def read_rows(source: DataSource) -> Any:
-    """The rows of a source, indexable. Raises InputError that names the file and line of a malformed row."""
-    rows = _rows(source)
+    """The columns of all rows, indexable. Raises InputError that names the file and line of a malformed row."""
+    rows = _load(source, DATA)
+    # a table is read from the disk as it is indexed
     return rows if hasattr(rows, "__len__") else list(rows)
 
 
-def _rows(source: DataSource) -> Any:
-    path = local_file(source)
-    if path is not None and path.name.endswith(JSON_LINES):
-        return json_lines(path, f"data.source: {source.source}")
-    return _not_empty(_from_hub(source) if path is None else _parquet(path), source)
+def numbered_rows(source: DataSource, field: str = DATA) -> Iterator[SourceRow]:
+    """The rows of a source one after another; a JSONL file is not read into memory as a whole."""
+    for number, columns in enumerate(_load(source, field), 1):
+        yield SourceRow(columns, source, number, field)
 
 
-def check_rows(source: DataSource, answers: bool = True) -> None:
+def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -> None:
     """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
 
     Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
+    Datasets on the hub are not downloaded.
     """
-    if local_file(source) is None:
+    if local_file(source, field) is None:
         return
-    read = chat_and_answer if answers and source.format == "messages" else texts
-    for number, row in enumerate(_rows(source), 1):
-        read(row, source, number)
+    needs_answers = answers and source.format == "messages"
+    read = chat_and_answer if needs_answers else texts
+    for row in numbered_rows(source, field):
+        read(row)
 
 
-def texts(row: Any, source: DataSource, number: int) -> tuple[str, str]:
+def _load(source: DataSource, field: str) -> Any:
+    """The columns of all rows, which can be iterated; a table's are indexable too."""
+    setting = f"{field}.source"
+    path = local_file(source, field)
+    if path is None:
+        rows = _from_hub(source, setting)
+    elif path.name.endswith(JSON_LINES):
+        # an iterator, which reports an empty file itself
+        return read_json_lines(path, setting, source.source)
+    else:
+        rows = _from_parquet(path, setting)
+    if len(rows) == 0:
+        remedy = "give a source with at least one row"
+        raise InputError(f"{source.source} is empty", field=setting, remedy=remedy)
+    return rows
+
+
+def texts(row: SourceRow) -> tuple[str, str]:
     """Prompt and completion of a row; a text row has no prompt. Raises InputError for a missing column."""
+    source = row.source
     if source.format == "messages":
-        chat, answer = turns(row, source, number)
-        asked, answered = ("\n".join(message.get("content") or "" for message in part) for part in (chat, answer))
-        return asked, answered
-    templates = {"text": ("", source.text), "prompt_completion": (source.prompt, source.completion)}
-    prompt, completion = (fill(template, row, source, number) for template in templates[source.format])
+        chat, answer = turns(row)
+        return _chat_text(chat), _chat_text(answer)
+    if source.format == "text":
+        return "", fill(source.text, row)
+    prompt = fill(source.prompt, row)
+    completion = fill(source.completion, row)
     return prompt, completion
 
 
-def turns(row: Any, source: DataSource, number: int) -> tuple[list[Message], list[Message]]:
+def _chat_text(chat: Chat) -> str:
+    """What is written in the turns of a chat; a turn that calls tools may have no text."""
+    contents = [message.get("content") or "" for message in chat]
+    return "\n".join(contents)
+
+
+def turns(row: SourceRow) -> tuple[Chat, Chat]:
     """The turns of a row's chat before its answer, and the assistant's last turn; none where another's ends the chat.
 
     Raises InputError for what is no chat of text.
     """
-    where = f"data.messages: row {number} of {source.source}"
-    chat = row.get(source.messages)
+    column = row.source.messages
+    chat = row.columns.get(column)
     if not isinstance(chat, list) or not chat:
-        raise InputError(
-            f"{where} has no list in column {source.messages!r} "
-            f"(columns there: {', '.join(sorted(row))}); name the column that holds the chat"
-        )
-    for i, message in enumerate(chat, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where}: message {i} is no object with a role and a content; correct the row")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise InputError(f"{where}: the content of message {i} is no text ({_shown(content)}); correct the row")
-        _check_unicode(message["role"] + (content or ""), where)
-    answered = chat[-1]["role"] == "assistant"
-    if answered and len(chat) == 1:
-        raise InputError(f"{where}: nothing comes before the assistant's turn; leave such rows out")
-    return (chat[:-1], chat[-1:]) if answered else (chat, [])
+        columns = _names(row)
+        problem = f" has no list in column {column!r} (columns there: {columns})"
+        raise row.error(problem, "name the column that holds the chat")
+    for position, message in enumerate(chat, 1):
+        _check_message(message, position, row)
+    if chat[-1]["role"] != "assistant":
+        return chat, []
+    # without a prompt there is nothing to answer
+    if len(chat) == 1:
+        raise row.error(": nothing comes before the assistant's turn", LEAVE_OUT)
+    return chat[:-1], chat[-1:]
 
 
-def chat_and_answer(row: Any, source: DataSource, number: int) -> tuple[list[Message], list[Message]]:
+def _check_message(message: Any, position: int, row: SourceRow) -> None:
+    """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise row.error(f": message {position} is no object with a role and a content", CORRECT)
+    content = message.get("content")
+    # a turn that calls tools needs no text
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        kind = _kind(content)
+        raise row.error(f": the content of message {position} is no text ({kind})", CORRECT)
+    _check_unicode(role + content, row)
+
+
+def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
     """Like `turns`, for training and scoring. Raises InputError for a chat without an answer."""
-    chat, answer = turns(row, source, number)
+    chat, answer = turns(row)
     if not answer:
-        raise InputError(
-            f"data.messages: row {number} of {source.source} ends with a turn of role {chat[-1]['role']!r}, so that "
-            "there is no answer to learn from; leave such rows out"
-        )
+        role = chat[-1]["role"]
+        problem = f" ends with a turn of role {role!r}, so that there is no answer to learn from"
+        raise row.error(problem, LEAVE_OUT)
     return chat, answer
 
 
-def prompt_of(row: Any, source: DataSource, number: int) -> Any:
+def prompt_of(row: SourceRow) -> Any:
     """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
-    if source.format == "text":
-        raise InputError("recover.prompts: format `text` has no prompt; use prompt_completion or messages")
-    return turns(row, source, number)[0] if source.format == "messages" else texts(row, source, number)[0]
+    if row.source.format == "text":
+        problem = "format `text` has no prompt"
+        raise InputError(problem, field="recover.prompts", remedy="use prompt_completion or messages")
+    # all turns of a chat that ends with the user's
+    read = turns if row.source.format == "messages" else texts
+    prompt, _ = read(row)
+    return prompt
 
 
-def bare(source: DataSource) -> DataSource:
-    """The source with the columns of its templates alone, without the words around them (`Question: `)."""
-    names = ("text", "prompt", "completion")
-    return source.model_copy(update={name: _columns(getattr(source, name)) for name in names})
+def bare(row: SourceRow) -> SourceRow:
+    """The row with the columns of its templates alone, without the words around them (`Question: `)."""
+    source = row.source
+    templates = {
+        "text": _without_words(source.text),
+        "prompt": _without_words(source.prompt),
+        "completion": _without_words(source.completion),
+    }
+    return replace(row, source=source.model_copy(update=templates))
 
 
 @cache
-def _columns(template: str) -> str:
-    parts = [part for part in Formatter().parse(template) if part[1] is not None]
-    return " ".join(f"{{{name}{'!' + how if how else ''}{':' + spec if spec else ''}}}" for _, name, spec, how in parts)
+def _without_words(template: str) -> str:
+    columns = []
+    for _, name, spec, conversion in Formatter().parse(template):
+        if name is not None:
+            # as it was written: {number:.2f} stays rounded
+            conversion = f"!{conversion}" if conversion else ""
+            spec = f":{spec}" if spec else ""
+            columns.append(f"{{{name}{conversion}{spec}}}")
+    return " ".join(columns)
 
 
-def fill(template: str, row: Any, source: DataSource, number: int) -> str:
+def fill(template: str, row: SourceRow) -> str:
     """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
-    where = f"data.{source.format}: row {number} of {source.source}"
     try:
-        for name in _names(template):
-            value, _ = Formatter().get_field(name, (), row)
-            # neither the word None nor brackets and quotes of Python are what the row's author wrote
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            if value is None or infinite or isinstance(value, list | dict | bytes):
-                raise InputError(
-                    f"{where} holds {_shown(value)} for {{{name}}}, which is no text; leave such rows out, or name a "
-                    f"part of it ({{{name}[0]}}, {{{name}[key]}})"
-                )
-        text = template.format_map(row)
+        # first each value for itself: format_map would write None and [1, 2] into the text
+        for name in _template_columns(template):
+            value, _ = Formatter().get_field(name, (), row.columns)
+            if not _is_text(value):
+                kind = _kind(value)
+                problem = f" holds {kind} for {{{name}}}, which is no text"
+                parts = f"{{{name}[0]}}, {{{name}[key]}}"
+                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
+        text = template.format_map(row.columns)
+    # a missing column or key, and a format that the value does not take
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        columns = ", ".join(sorted(row))
-        raise InputError(
-            f"{where} lacks {error}, which a template names (columns there: {columns}); correct the template"
-        ) from error
-    _check_unicode(text, where)
+        columns = _names(row)
+        problem = f" lacks {error}, which a template names (columns there: {columns})"
+        raise row.error(problem, "correct the template") from error
+    _check_unicode(text, row)
     return text
 
 
-def _check_unicode(text: str, where: str) -> None:
+def _names(row: SourceRow) -> str:
+    """The columns that a row has, for an error about one that it lacks."""
+    return ", ".join(sorted(row.columns))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is written as its author wrote it: None, brackets and quotes are Python's."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, list | dict | bytes | None)
+
+
+def _check_unicode(text: str, row: SourceRow) -> None:
     """Raise InputError for half of a surrogate pair, which JSON can hold (\\ud83d) and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: character {error.start} is no Unicode ({error.reason}); correct the row") from error
+        problem = f": character {error.start} is no Unicode ({error.reason})"
+        raise row.error(problem, CORRECT) from error
 
 
-def _shown(value: Any) -> str:
+def _kind(value: Any) -> str:
+    """A value that is no text, for an error."""
+    if value is None:
+        return "null"
+    # NaN, or an infinite number
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else str(value)
-    return "null" if value is None else f"a {type(value).__name__}"
+    return f"a {type(value).__name__}"
 
 
-def local_file(source: DataSource) -> Path | None:
-    """The file of a source, fetched from s3:// when it lies there; None for a hub id. Raises InputError."""
-    named = source.source
-    path = Path(named)
+def local_file(source: DataSource, field: str = DATA) -> Path | None:
+    """The file of a source, downloaded if it is on s3://; None for a hub id. Raises InputError."""
+    setting = f"{field}.source"
+    name = source.source
+    path = Path(name)
     if path.name.endswith((*JSON_LINES, ".parquet")):
-        if named.startswith("s3://"):
-            return _from_s3(named)
+        if name.startswith("s3://"):
+            return _from_s3(name, setting)
         if not path.is_file():
-            raise InputError(f"data.source: no file {path}; give {KINDS}")
+            raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
         return path
-    if path.suffix in (".json", ".csv", ".txt") or path.exists() or named.startswith("s3://"):
-        raise InputError(f"data.source: {named} is no .jsonl, .jsonl.gz or .parquet file; convert it, or give a hub id")
+    # the id of a data set has no such ending
+    is_table = path.suffix in (".json", ".csv", ".txt")
+    if is_table or path.exists() or name.startswith("s3://"):
+        problem = f"{name} is no .jsonl, .jsonl.gz or .parquet file"
+        raise InputError(problem, field=setting, remedy="convert it, or give a hub id")
     return None
 
 
-def json_lines(path: Path, where: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, gzipped or not. Raises InputError that begins with `where` and names the line."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = size = rows = 0
-    most = max(MAX_EXPANSION * path.stat().st_size, MAX_LINE)  # a bomb of gzip has 1,000 times the size of its file
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                size += len(line)
-                if len(line) == MAX_LINE or size > most:
-                    raise InputError(
-                        f"{where}, line {number}: {size:,} characters so far from a file of "
-                        f"{path.stat().st_size:,} bytes are no rows of text; correct the file"
-                    )
-                if line.strip():
-                    rows += 1
-                    yield _json_object(line, f"{where}, line {number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is damaged after line {number} ({error}); fetch it again") from error
-    if rows == 0:
-        raise InputError(f"{where} is empty; give a file with at least one row")
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); correct the line") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where} must be a JSON object; correct the line")
-    return row
-
-
-def _parquet(path: Path) -> Any:
+def _from_parquet(path: Path, setting: str) -> Any:
     import datasets
     import pyarrow
 
+    cache_folder = _cache() / "parquet"
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache() / "parquet"))
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder))
     except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise InputError(f"data.source: {path} is no readable Parquet file ({error}); write it again") from error
+        problem = f"{path} is no readable Parquet file ({error})"
+        raise InputError(problem, field=setting, remedy="write it again") from error
 
 
-def _from_s3(uri: str) -> Path:
+def _from_s3(uri: str, setting: str) -> Path:
     """Download once: the copy is named by the object's ETag, so that a changed object is fetched again."""
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -222,42 +282,45 @@ def _from_s3(uri: str) -> Path:
 
     bucket, key = s3_client.split(uri)
     try:
-        tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
+        client = s3_client.client()
+        tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
+        # as from a web page in place of the server
         if not tag:
-            raise InputError(f"data.source: {uri}: no ETag in the answer; is MLFLOW_S3_ENDPOINT_URL an S3 server?")
-        folder = _cache() / hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()[:32]
+            problem = f"{uri}: no ETag in the answer"
+            raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
+        version = f"{uri} {tag}".encode()
+        digest = hashlib.sha256(version).hexdigest()
+        folder = _cache() / digest[:32]
         target = folder / Path(key).name
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            # another process may download the same object
             partial = folder / f".{os.getpid()}.{target.name}"
-            s3_client.client().download_file(bucket, key, str(partial))
+            client.download_file(bucket, key, str(partial))
             partial.rename(target)
-    except ClientError as error:
-        if s3_client.code(error) in ("404", "NoSuchKey"):
-            raise InputError(f"data.source: no object {uri}; give {KINDS}") from error
-        raise InputError(f"data.source: {s3_client.message(error, uri)}") from error
-    except BotoCoreError as error:
-        raise InputError(f"data.source: {s3_client.message(error, uri)}") from error
+    except (ClientError, BotoCoreError) as error:
+        # else the server was not reached
+        answered = isinstance(error, ClientError)
+        if answered and s3_client.code(error) in ("404", "NoSuchKey"):
+            raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
+        problem = s3_client.message(error, uri)
+        raise InputError(problem, field=setting) from error
     return target
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("PTL_SCRATCH") or tempfile.gettempdir()) / "ptl-data"
+    """Downloaded and converted files, which another step on the same machine may use again."""
+    parent = os.environ.get("PTL_SCRATCH") or tempfile.gettempdir()
+    return Path(parent) / "ptl-data"
 
 
-def _from_hub(source: DataSource) -> Any:
+def _from_hub(source: DataSource, setting: str) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        raise InputError(
-            f"data.source: dataset {source.source!r} (subset {source.subset}, split {source.split}, revision "
-            f"{source.revision}) cannot be loaded: {type(error).__name__}: {error}; check the id, or give {KINDS}"
-        ) from error
-
-
-def _not_empty(rows: Any, source: DataSource) -> Any:
-    if len(rows) == 0:
-        raise InputError(f"data.source: {source.source} is empty; give a source with at least one row")
-    return rows
+        part = f"subset {source.subset}, split {source.split}, revision {source.revision}"
+        reason = f"{type(error).__name__}: {error}"
+        problem = f"dataset {source.source!r} ({part}) cannot be loaded: {reason}"
+        raise InputError(problem, field=setting, remedy=f"check the id, or give {FILE_KINDS}") from error

@@ -76,6 +76,7 @@ def doctor(call: Call) -> None:
 def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
     from ptl import importer
+    from ptl.import_checkpoint import import_checkpoint
 
     settings = call.settings
     rule = check(Gate, settings["gate"], "gate")
@@ -96,7 +97,7 @@ def import_model(call: Call) -> None:
         written = {"model": model, **{name: section.model_dump(mode="json") for name, section in sections.items()}}
         data = provenance.data_sets(calibration, training, scoring)
         run_page.describe(run, flat(written), provenance.revision(), data)
-        importer.import_checkpoint(str(folder), None, dst)
+        import_checkpoint(str(folder), None, dst)
         return {**source, "params": body.params, "versions": _versions(), "host": platform.node()}
 
     title = settings["run_name"] if attempts.on_a_cluster() else None
@@ -148,7 +149,7 @@ def recover(call: Call) -> None:
         "seed": seed,
     }
     key = preempt.key_of(parent.digest, given)
-    vault = _vault(step, key, recovery)
+    checkpoints = _training_checkpoints(step, key, recovery)
 
     def work(dst: Path, run: StepRun) -> Metadata:
         from ptl.job import RecoveryJob, StageBudget
@@ -166,23 +167,25 @@ def recover(call: Call) -> None:
         here = StageBudget(this.tokens, (), step.iteration, this.last, seed, weights)
         teacher = _original(run) if any(stage.method == "distil" for stage in recovery.stages) else None
         items = fetch(scored) if data.decontaminate.tasks else None
-        job = RecoveryJob(data, here, scratch(step.name) / f"training-{key[:12]}", on_log, teacher, vault, items)
-        report = recover_checkpoint(src, dst, recovery, rounds, job)
+        training = scratch(step.name) / f"training-{key[:12]}"
+        job = RecoveryJob(data, here, training, on_log, teacher=teacher, scored=items)
+        report = recover_checkpoint(src, dst, recovery, rounds, job, checkpoints)
         return {"params": parent.params} | dataclasses.asdict(report) | _dropped(step.name, report)
 
     record = execute(step, parent, given, takeover.or_taken(work, takeover.key(parent.digest, given)))
-    if vault is not None:
-        preempt.clear(vault, len(recovery.stages))
+    for stage_checkpoints in checkpoints:
+        stage_checkpoints.clear()
     write(call.outputs["out"], record["pointer"])
 
 
-def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
-    """Where training checkpoints outlive the machine, when a stage wants that."""
+def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[preempt.TrainingCheckpoints]:
+    """Where the training checkpoints of each stage outlive the machine; empty where no stage wants that."""
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
-        return None
+        return []
     run = step.start()
-    return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
+    names = [f"{step.name}.{i}" for i in range(len(recovery.stages))]
+    return [preempt.TrainingCheckpoints(run.root, run.run, name, key, min(minutes)) for name in names]
 
 
 def _original(run: StepRun) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError
-from ptl.sources import json_lines
+from ptl.json_lines import read_json_lines
 from ptl.task_yaml import Spec
 
 Row = dict[str, Any]
@@ -130,7 +130,7 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
         if path.suffix == ".parquet":
             raw = Dataset.from_parquet(str(path))
         else:
-            raw = json_lines(path, f"evaluate.data_dir: {path}")
+            raw = read_json_lines(path, "evaluate.data_dir", str(path))
         # None: a row of another split of the same file.
         rows = [local.row(row) for row in raw]
         data_sets[split] = Dataset.from_list([row for row in rows if row is not None])

@@ -1,4 +1,4 @@
-"""One of the processes that train together; launch.py starts it, tells it its job and reads its report."""
+"""One of the processes that train together: launch.py starts it with a job, and reads its report."""
 
 from __future__ import annotations
 
@@ -6,41 +6,62 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from ptl.config import Recovery, TrainingData
+from ptl.config import Recovery
 from ptl.errors import PtlError
-from ptl.job import RecoveryJob, StageBudget
-from ptl.launch import METRICS
-from ptl.preempt import Vault
+from ptl.launch import CHECKPOINT, ERROR, HANDOVER, JOB, METRICS
 from ptl.processes import die_with_tied
 from ptl.recover import RECOVERIES
 
+POLL = 0.05  # seconds
 
-def main(question: Path) -> None:
-    """The body of one training process."""
+
+def main(job_file: Path) -> None:
+    """Train as the job says; the first process writes the report, or the error."""
     die_with_tied()
-    told = json.loads(question.read_text())
-    (settings,) = Recovery(stages=[told["settings"]]).stages
-    job = RecoveryJob(
-        TrainingData(**told["data"]),
-        StageBudget(**told["this"] | {name: tuple(told["this"][name]) for name in ("earlier", "weights")}),
-        Path(told["scratch"]),
-        lambda metrics, step: print(f"{METRICS}{json.dumps([metrics, step])}", flush=True),
-        teacher=Path(told["teacher"]) if told["teacher"] else None,
-        vault=Vault(**told["vault"]) if told["vault"] else None,
-        scored=Path(told["scored"]) if told["scored"] else None,
-        keep_optimizer_state=told["keep_optimizer_state"],
-    )
+    fields = json.loads(job_file.read_text())
+    # checked by the class of its method
+    (settings,) = Recovery(stages=[fields["settings"]]).stages
+    # the job's functions write to the launching process
+    functions: dict[str, Any] = {"on_log": _print_metrics}
+    if fields["stores_checkpoints"]:
+        functions["save_checkpoint"] = _hand_over
+    job = JOB.validate_python(fields["job"] | functions)
+    is_first = os.environ.get("RANK", "0") == "0"
+    src, dst = Path(fields["src"]), Path(fields["dst"])
+    train = RECOVERIES[settings.method]
     try:
-        report = RECOVERIES[settings.method](Path(told["src"]), Path(told["dst"]), settings, job)
+        report = train(src, dst, settings, job)
     except PtlError as error:
-        if os.environ.get("RANK", "0") == "0":
-            raised = {"message": str(error), "exit_code": error.exit_code}
-            (job.scratch / "error.json").write_text(json.dumps(raised))
+        if is_first:
+            # the launching process raises it again
+            parts = {
+                "problem": error.problem,
+                "field": error.field,
+                "remedy": error.remedy,
+                "exit_code": error.exit_code,
+            }
+            (job.scratch / ERROR).write_text(json.dumps(parts))
         raise
-    if os.environ.get("RANK", "0") == "0":
-        Path(told["answer"]).write_text(json.dumps(dataclasses.asdict(report)))
+    # the others have the same numbers
+    if is_first:
+        Path(fields["report"]).write_text(json.dumps(dataclasses.asdict(report)))
+
+
+def _print_metrics(metrics: dict[str, float], step: int) -> None:
+    print(f"{METRICS}{json.dumps([metrics, step])}", flush=True)
+
+
+def _hand_over(folder: Path) -> None:
+    """Have the launching process store a training checkpoint, and wait for it: the Trainer deletes older ones."""
+    handover = folder.parent / HANDOVER
+    handover.touch()
+    print(f"{CHECKPOINT}{json.dumps(str(folder))}", flush=True)
+    while handover.exists():
+        time.sleep(POLL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A stand-in for GPUs: accelerate shards on accelerators only, so here it is told that CPU processes (gloo) are some.
+"""A mock of GPUs: accelerate shards on accelerators only, so it is made to take CPU processes (gloo) for some.
 
 Run in place of `-m ptl.worker`. What shards, trains and gathers is torch's own FSDP2; nothing of it is replaced.
 """

@@ -1,4 +1,4 @@
-"""What the tests of recovery share: a small cut reasoner, and one call that trains it."""
+"""What the tests of recovery share: a small pruned reasoner, and one call that trains it."""
 
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def cut(src, dst, goal):
     return dst
 
 
-def recover(src, dst, *stages, tokens=1500, rounds=(), last=True, log=None, data=DATA, **more):
-    """Run the stages on `tokens` tokens after those of `rounds`; logs go into the list `log`."""
-    here = StageBudget(tokens, (), len(rounds) + 1, last, 0)
+def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, data=DATA, stores=(), **more):
+    """Run the stages on `tokens` tokens after those of `earlier` iterations; logs go into the list `log`."""
+    budget = StageBudget(tokens, (), len(earlier) + 1, last, 0)
     scratch = more.pop("scratch", dst.with_name(dst.name + ".training"))
     collect = log if log is not None else []
-    job = RecoveryJob(data, here, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
+    job = RecoveryJob(data, budget, scratch, lambda metrics, step: collect.append((step, metrics)), **more)
     recovery = Recovery(stages=[{**SHORT, **stage} if stage.get("method") != "grpo" else stage for stage in stages])
-    return recover_checkpoint(src, dst, recovery, [*rounds, tokens], job)
+    return recover_checkpoint(src, dst, recovery, [*earlier, tokens], job, stores)
 
 
 def weights(folder):

@@ -88,7 +88,7 @@ def test_every_shipped_config_is_valid(path):
         ({"name": "Not A Name"}, "name: 'Not A Name'"),
         ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
-        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp does not go with lora"),
+        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
         ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
         ({"schedule": {"target": 0.4, "recovery_tokens": 15}}, "recovery_tokens=15 leaves 1 token for a stage"),

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ptl import decontaminate, s3_client, sources
+from ptl import decontaminate, json_lines, s3_client, sources
 from ptl.config import Calibration, DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
 from ptl.evaluate import read_items
-from ptl.sources import check_rows, read_rows
+from ptl.sources import SourceRow, check_rows, read_rows
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = TrainingData(
@@ -95,7 +95,7 @@ def test_the_order_follows_the_seed(tokenizer):
 
 def test_labels_leave_the_prompt_out(tokenizer):
     source = DataSource(source="x.jsonl", prompt="{q}\n", completion="{a}")
-    tokens = tokenize({"q": "Bob has 3 cups.", "a": "3+1=4"}, source, tokenizer, 64)
+    tokens = tokenize(SourceRow({"q": "Bob has 3 cups.", "a": "3+1=4"}, source), tokenizer, 64)
     labels = tokens.labels("completion")
     assert len(labels) == len(tokens.ids)
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "3+1=4" + tokenizer.eos_token
@@ -205,7 +205,7 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
         decontaminate={"against": against, "ngram": 8},
     )
     leaks = decontaminate.build(train.decontaminate, None)
-    chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, filter_=leaks)
+    chunk = training_chunk(train, tokenizer, 200, seed=0, earlier=(), budget=800, leak_filter=leaks)
     used = "".join(texts(chunk, tokenizer))
     assert "pears" not in used.lower() and "One plus one?" not in used
     assert "plus three" in used and "Bob has 9" in used
@@ -241,7 +241,7 @@ def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path
         {"problem": "plus", "solution": "Problem Solution"},  # the template is no content
         {"problem": f"Hello. {SENTENCE}!", "solution": "16"},
     ]
-    assert [filter_.keeps(source, i, row) for i, row in enumerate(rows)] == [False, True, True, False]
+    assert [filter_.keeps(SourceRow(row, source, i)) for i, row in enumerate(rows)] == [False, True, True, False]
     report = filter_.report()
     counts = {"math": {"items": 40, "short": 0, "dropped": 1}, "words": {"items": 3, "short": 0, "dropped": 1}}
     assert report["benchmarks"] == counts
@@ -257,7 +257,7 @@ def test_items_may_hold_any_character_and_a_benchmark_may_be_named_twice(tmp_pat
     twice = [{"source": path, "prompt": prompt, "completion": "{answer}"} for prompt in ("{short}", "{long}")]
     filter_ = decontaminate.build(Decontaminate(against=twice), scored)
     rows = [{"prompt": text, "completion": "1"} for text in ("one two three", "four five six", SENTENCE, "seven")]
-    kept = [filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows)]
+    kept = [filter_.keeps(SourceRow(row, DataSource(source="train"), i)) for i, row in enumerate(rows)]
     assert kept == [False, False, False, True] and len(filter_.report()["benchmarks"]) == 3
     assert read_items(tmp_path / "scored")[0]["prompt"] == "One\u2028two\x85three"
 
@@ -312,8 +312,8 @@ def test_every_exact_copy_is_found(tmp_path, questions, template, row, form):
     filter_ = decontaminate.build(Decontaminate(), scored)
     copies = [make(unicodedata.normalize(form, question), str(i)) for i, question in enumerate(asked)]
     others = [make(f"How many words has sentence number {i} of the book on our table?", str(i)) for i in range(100)]
-    assert [filter_.keeps(source, i, each) for i, each in enumerate(copies)] == [False] * 100
-    assert [filter_.keeps(source, 100 + i, each) for i, each in enumerate(others)] == [True] * 100
+    assert [filter_.keeps(SourceRow(each, source, i)) for i, each in enumerate(copies)] == [False] * 100
+    assert [filter_.keeps(SourceRow(each, source, 100 + i)) for i, each in enumerate(others)] == [True] * 100
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -324,9 +324,9 @@ def test_an_item_of_three_words_is_found_as_a_line_and_counted_as_short(tmp_path
     filter_ = decontaminate.build(Decontaminate(), scored)
     lines = ("{}", "Q:\n{}\nA:")
     rows = [{"prompt": line.format(question), "completion": "1"} for line in lines for question in asked]
-    assert not any(filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows))
+    assert not any(filter_.keeps(SourceRow(row, DataSource(source="train"), i)) for i, row in enumerate(rows))
     inside = decontaminate.build(Decontaminate(), scored)
-    inside.keeps(DataSource(source="train", format="text"), 1, {"text": f"Say, {asked[0]} is 0."})
+    inside.keeps(SourceRow({"text": f"Say, {asked[0]} is 0."}, DataSource(source="train", format="text"), 1))
     assert "100 of 100 benchmark items have too few words" in decontaminate.sentence(inside.report())
 
 
@@ -337,7 +337,7 @@ def test_items_that_could_not_be_compared_are_counted(tmp_path):
         filter_ = decontaminate.build(
             Decontaminate(), evaluated(tmp_path / str(len(list(tmp_path.iterdir()))), *scored)
         )
-        kept = [filter_.keeps(DataSource(source="train"), i, row) for i, row in enumerate(rows)]
+        kept = [filter_.keeps(SourceRow(row, DataSource(source="train"), i)) for i, row in enumerate(rows)]
         assert kept.count(False) == drops
         return decontaminate.sentence(filter_.report())
 
@@ -352,22 +352,22 @@ def test_items_that_could_not_be_compared_are_counted(tmp_path):
     found = "1 of 10 training rows were left out: they share text with a benchmark. "
     assert said([leaked], "perplexity", drops=1) == found + unknown
     nothing = decontaminate.build(Decontaminate(), evaluated(tmp_path / "unscored", [], "perplexity"))
-    assert nothing.keeps(DataSource(source="train"), 0, rows[0]) and nothing.report()["rows"] == 0
+    assert nothing.keeps(SourceRow(rows[0], DataSource(source="train"), 0)) and nothing.report()["rows"] == 0
 
 
 def test_a_benchmark_of_chats_is_compared_without_its_system_message(tmp_path):
     path = rows_file(tmp_path / "chats.jsonl", [chat("How many crêpes are 3 and 4?", "7", SYSTEM)])
     filter_ = decontaminate.build(Decontaminate(against=[{"source": path, "format": "messages"}]), None)
     assert not filter_.keeps(
-        DataSource(source="train"), 0, {"prompt": "how many crêpes are 3 and 4", "completion": "7"}
+        SourceRow({"prompt": "how many crêpes are 3 and 4", "completion": "7"}, DataSource(source="train"))
     )
 
 
 def test_subsets_of_one_hub_dataset_are_told_apart(tmp_path):
     filter_ = decontaminate.build(Decontaminate(), evaluated(tmp_path / "scored", [("words", SENTENCE, "16")]))
     algebra, geometry = (DataSource(source="hub/math", subset=name) for name in ("algebra", "geometry"))
-    assert filter_.keeps(algebra, 1, {"prompt": "One plus one?", "completion": "2"})
-    assert not filter_.keeps(geometry, 1, {"prompt": SENTENCE, "completion": "16"})
+    assert filter_.keeps(SourceRow({"prompt": "One plus one?", "completion": "2"}, algebra, 1))
+    assert not filter_.keeps(SourceRow({"prompt": SENTENCE, "completion": "16"}, geometry, 1))
     assert (filter_.report()["rows"], filter_.report()["dropped"]) == (2, 1)
 
 
@@ -376,11 +376,11 @@ def test_prompts_of_reinforcement_learning_are_filtered_too(tmp_path):
     rows = [{"prompt": SENTENCE, "completion": "16"}, {"prompt": "One plus one?", "completion": "2"}]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows))
     filter_ = decontaminate.build(Decontaminate(), scored)
-    picked = prompt_rows(source, seed=0, skip=0, count=3, filter_=filter_)
-    assert [number for number, _ in picked] == [2, 2, 2] and filter_.report()["dropped"] == 1
+    picked = prompt_rows(source, seed=0, skip=0, count=3, leak_filter=filter_)
+    assert [row.number for row in picked] == [2, 2, 2] and filter_.report()["dropped"] == 1
     rows_file(tmp_path / "a.jsonl", rows[:1])
     with pytest.raises(InputError, match=r"training\.decontaminate: each of the 1 rows"):
-        prompt_rows(source, seed=0, skip=0, count=3, filter_=decontaminate.build(Decontaminate(), scored))
+        prompt_rows(source, seed=0, skip=0, count=3, leak_filter=decontaminate.build(Decontaminate(), scored))
 
 
 def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
@@ -388,27 +388,27 @@ def test_decontamination_that_leaves_nothing_says_so(tokenizer, tmp_path):
     data = TrainingData(sources=[{"source": path}], decontaminate=Decontaminate(against=[{"source": path}]))
     leaks = decontaminate.build(data.decontaminate, None)
     with pytest.raises(InputError, match=r"dropped by training\.decontaminate"):
-        training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, filter_=leaks)
+        training_chunk(data, tokenizer, 64, seed=0, earlier=(), budget=10, leak_filter=leaks)
 
 
 def test_messages_need_a_chat_template(chatty):
     chat = [ASKED, ANSWERED]
     source = DataSource(source="a.jsonl", format="messages")
-    tokens = tokenize({"messages": chat}, source, chatty, 64)
+    tokens = tokenize(SourceRow({"messages": chat}, source), chatty, 64)
     answer = [label for label in tokens.labels("completion") if label != IGNORED]
     assert chatty.decode(answer) == "2\n"
     with pytest.raises(InputError, match="no list in column 'chat'"):
-        tokenize({"messages": chat}, source.model_copy(update={"messages": "chat"}), chatty, 64)
+        tokenize(SourceRow({"messages": chat}, source.model_copy(update={"messages": "chat"})), chatty, 64)
     chatty.chat_template = None
     with pytest.raises(InputError, match="needs a chat template"):
-        tokenize({"messages": chat}, source, chatty, 64)
+        tokenize(SourceRow({"messages": chat}, source), chatty, 64)
 
 
 def test_a_tokenizer_without_eos_is_an_error():
     broken = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_reasoner/checkpoint")
     broken.eos_token = None
     with pytest.raises(InputError, match="no EOS token"):
-        tokenize({"prompt": "a", "completion": "b"}, DataSource(source="a.jsonl"), broken, 64)
+        tokenize(SourceRow({"prompt": "a", "completion": "b"}, DataSource(source="a.jsonl")), broken, 64)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_p
     with pytest.raises(InputError, match=said):
         check_rows(source)
     with pytest.raises(InputError, match=said):
-        tokenize(row, source, tokenizer, 64, 2)
+        tokenize(SourceRow(row, source, 2), tokenizer, 64)
     with pytest.raises(InputError, match=said):
         decontaminate.build(Decontaminate(against=[source]), None)
 
@@ -491,11 +491,11 @@ def test_a_null_in_a_later_row_of_a_table_is_found_by_the_check(tmp_path):
 def test_a_part_of_a_value_may_be_named():
     source = DataSource(source="a.jsonl", completion="{answer[steps][0]} #### {answer[value]}")
     row = {"prompt": "1+1?", "answer": {"steps": ["1+1=2"], "value": 2}}
-    assert sources.texts(row, source, 1) == ("1+1?", "1+1=2 #### 2")
+    assert sources.texts(SourceRow(row, source, 1)) == ("1+1?", "1+1=2 #### 2")
     with pytest.raises(InputError, match="lacks 'steps'"):
-        sources.texts({"prompt": "1+1?", "answer": {}}, source, 1)
+        sources.texts(SourceRow({"prompt": "1+1?", "answer": {}}, source, 1))
     with pytest.raises(InputError, match="lacks"):
-        sources.texts({"prompt": "1+1?", "answer": "2"}, source, 1)
+        sources.texts(SourceRow({"prompt": "1+1?", "answer": "2"}, source, 1))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_any_template_is_refused_or_fills(template):
     except ValueError:
         return
     with contextlib.suppress(InputError):
-        assert isinstance(sources.texts({"prompt": "a", "completion": "b", "x": 1}, source, 1)[0], str)
+        assert isinstance(sources.texts(SourceRow({"prompt": "a", "completion": "b", "x": 1}, source, 1))[0], str)
 
 
 CHATS = {
@@ -540,14 +540,14 @@ def test_chats_without_something_to_learn_are_refused_wherever_they_are_read(cha
     with pytest.raises(InputError, match=said):
         check_rows(source)
     with pytest.raises(InputError, match=said):
-        tokenize({"messages": chat}, source, chatty, 64, 1)
+        tokenize(SourceRow({"messages": chat}, source, 1), chatty, 64)
 
 
 def test_a_chat_without_an_answer_is_a_prompt_for_reinforcement_learning(tmp_path):
     rows = [{"messages": [ASKED]}, {"messages": [ASKED, ANSWERED, ASKED]}, {"messages": [ASKED, ANSWERED]}]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", rows), format="messages")
     check_rows(source, answers=False)
-    prompts = [sources.prompt_of(row, source, 1) for row in rows]
+    prompts = [sources.prompt_of(SourceRow(row, source, 1)) for row in rows]
     assert prompts == [[ASKED], [ASKED, ANSWERED, ASKED], [ASKED]]
 
 
@@ -556,14 +556,14 @@ def test_a_turn_that_calls_tools_needs_no_content(tmp_path):
     chat = [ASKED, call, {"role": "tool", "content": "2"}, ANSWERED]
     source = DataSource(source=rows_file(tmp_path / "a.jsonl", [{"messages": chat}]), format="messages")
     check_rows(source)
-    assert sources.texts({"messages": chat}, source, 1) == ("1+1?\n\n2", "2")
+    assert sources.texts(SourceRow({"messages": chat}, source, 1)) == ("1+1?\n\n2", "2")
 
 
 def test_a_chat_that_the_template_refuses_names_its_row(chatty):
     source = DataSource(source="a.jsonl", format="messages")
     chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match=r"row 7: .*roles must alternate"):
-        tokenize({"messages": [ASKED, ANSWERED]}, source, chatty, 64, 7)
+        tokenize(SourceRow({"messages": [ASKED, ANSWERED]}, source, 7), chatty, 64)
 
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
@@ -586,7 +586,7 @@ def test_damaged_gzip_is_an_error_of_the_input(tmp_path, case):
 
 @pytest.mark.parametrize("content", [b"0" * 300_000, b"{}\n" * 100_000], ids=["one-line", "many-lines"])
 def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(sources, "MAX_LINE", 10_000)
+    monkeypatch.setattr(json_lines, "MAX_LINE", 10_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(content))
     with pytest.raises(InputError, match=r"characters so far from a file of [\d,]+ bytes"):
@@ -602,4 +602,4 @@ def test_json_that_is_too_deep_names_its_line(tmp_path):
 def test_an_answer_that_is_no_s3_servers_is_an_error(monkeypatch):
     monkeypatch.setattr(s3_client, "client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
     with pytest.raises(InputError, match="no ETag in the answer"):
-        sources._from_s3("s3://bucket/rows.jsonl")
+        sources.local_file(DataSource(source="s3://bucket/rows.jsonl"))

@@ -24,8 +24,8 @@ from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step
 from ptl.garbage import DAY, Rules
-from ptl.preempt import COMPLETE
 from ptl.store import Pointer
+from ptl.training_files import COMPLETE
 from ptl.units import size
 
 pytestmark = pytest.mark.xdist_group("gc")
@@ -258,12 +258,12 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
     step = run.step_run("recover-1")
-    vault = preempt.Vault(step.root, run.run, "recover-1.0", "key", 0)
+    checkpoints = preempt.TrainingCheckpoints(step.root, run.run, "recover-1.0", "key", 0)
     for number in (2, 4):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
         (folder / COMPLETE).write_text(str(number))
-        preempt.save(vault, folder)
+        checkpoints.save(folder)
     store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")  # killed before its record
 
     assert going(experiment, days=0, older_than=0) == []  # all of this may be at work
@@ -272,13 +272,13 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     assert {each.why for each in found if not each.goes} == {"its run is not finished and can go on; --run lets it go"}
     assert collect(experiment) == [True, True] and collect(experiment) == []
 
-    preempt.restore(vault, tmp_path / "elsewhere")
+    checkpoints.restore(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere/checkpoint-4" / COMPLETE).read_text() == "4"
     healed = run.work("recover-1", cut)
     assert fetchable(healed, tmp_path)
     assert going(experiment) == [("recover-1", "training")]  # the step was killed before it could clear them
     collect(experiment)
-    assert preempt.records(vault) == [] and not [path for path, _ in listing(step.root) if "training" in path]
+    assert checkpoints.records() == [] and not [path for path, _ in listing(step.root) if "training" in path]
     run.evaluate("evaluate-1", healed, dense, True)
     run.end(healed)
     assert going(experiment) == [("prune-1", "cut")]

@@ -1,4 +1,4 @@
-"""GRPO: it learns from verifiable rewards, refuses what it cannot learn from, and goes on after a kill."""
+"""GRPO: it learns from verifiable rewards, refuses what it cannot learn from, and resumes after a kill."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from ptl import grpo
 from ptl.config import Grpo
+from ptl.data_checks import check_rewards
 from ptl.errors import InputError, WorkError
-from ptl.importer import check_rewards
 from ptl.job import RecoveryJob, StageBudget
-from ptl.preempt import COMPLETE
 from ptl.training import learning_rate_curve
+from ptl.training_files import COMPLETE
 
 REWARDS = [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}]
 STAGE = {
@@ -165,10 +165,11 @@ def test_prompts_and_rewards_are_checked_before_a_run(tmp_path):
         ({"prompts": prompts}, "lacks 'answer'"),
         ({"prompts": prompts | {"prompt": "{question}"}, "rewards": right}, "lacks 'question'"),
         ({"prompts": {"source": "none.jsonl"}}, r"no file none\.jsonl"),
-        ({"rewards": [*right, {"name": "format", "pattern": "("}]}, "no regular expression"),
     ):
         with pytest.raises(InputError, match=said):
             check_rewards([Grpo(**change)], DATA)
+    with pytest.raises(ValueError, match="no regular expression"):
+        Grpo(rewards=[*right, {"name": "format", "pattern": "("}])
 
 
 def test_vllm_without_a_gpu_is_refused():

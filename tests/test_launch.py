@@ -34,7 +34,7 @@ def replace_worker(monkeypatch):
 
 @pytest.fixture
 def sharding(monkeypatch, replace_worker):
-    """accelerate shards on GPUs only: a stand-in tells it that CPU processes are some."""
+    """accelerate shards on GPUs only: a mock makes it take CPU processes for some."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     replace_worker(ROOT / "tests/fsdp_on_cpu.py")
 
@@ -56,7 +56,7 @@ def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight
 
 @pytest.mark.slow
 def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(small, straight, tmp_path, sharding):
-    """FSDP2 with gloo: weights and moments are halved, the tokens and, up to floating point, the result are not."""
+    """FSDP2 with gloo: weights and optimizer state are halved; tokens and, up to rounding, result are the same."""
     stage, dst = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}, tmp_path / "out"
     report = recover(small, dst, stage)
     one = straight[1]
@@ -113,8 +113,8 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_with_its_signal(small, tmp_path, replace_worker):
-    """A stand-in for the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
+def test_a_process_that_is_killed_is_reported_with_its_signal(small, tmp_path, replace_worker):
+    """A mock of the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
     script = tmp_path / "worker.py"
     script.write_text(
         "import os, signal, time\n"
@@ -135,7 +135,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_pa
 
 @pytest.mark.slow
 def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_worker):
-    """A method that fails in both processes stands in for training."""
+    """A mock of a method fails in both processes."""
     script = tmp_path / "worker.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom ptl import worker\nfrom ptl.errors import InputError\n"

@@ -192,8 +192,8 @@ def test_steps_may_delete_training_checkpoints_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2/weights").write_text("2")
     bucket = tmp_path / "my-bucket"
-    vault = preempt.Vault(f"file://{bucket}/ptl/1/ptl", "5f0c-run", "recover-1.0", "key", 0)
-    preempt.save(vault, tmp_path / "checkpoint-2")
+    checkpoints = preempt.TrainingCheckpoints(f"file://{bucket}/ptl/1/ptl", "5f0c-run", "recover-1.0", "key", 0)
+    checkpoints.save(tmp_path / "checkpoint-2")
     written = [path.relative_to(tmp_path).as_posix() for path in bucket.rglob("*") if path.is_file()]
     assert len(written) == 3 and all(fnmatch.fnmatch(f"arn:aws:s3:::{path}", allowed) for path in written)
     kept = ("ptl/1/models/m-1/artifacts/model.safetensors", "ptl/1/ptl/5f0c-run/recover-1/manifest.json")

@@ -1,4 +1,4 @@
-"""Recovery on an exact budget: moments, learning rate, checkpoints, kills, processes, LoRA, chains, errors."""
+"""Recovery on an exact budget: optimizer state, learning rate, checkpoints, kills, processes, LoRA, chains, errors."""
 
 import errno
 import itertools
@@ -17,14 +17,14 @@ import torch
 from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
 from transformers import AutoTokenizer
 
-from ptl import checkpoint, nexttoken, training
+from ptl import checkpoint, sft, training
 from ptl.config import Cpt, Recovery, TrainingData
 from ptl.data import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoveryJob, StageBudget
-from ptl.preempt import COMPLETE, last_complete
 from ptl.recover import RECOVERIES, budgets_before
 from ptl.training import learning_rate_curve, optimizer_for
+from ptl.training_files import COMPLETE, last_complete
 
 CPT = {"method": "cpt"}
 
@@ -69,10 +69,10 @@ def test_the_same_seed_gives_the_same_bytes(small, straight, tmp_path):
 
 @pytest.mark.slow
 def test_the_loss_is_that_of_trl(small, straight, tmp_path, monkeypatch):
-    """On a CPU the model's own loss stands in for trl's fused one, for speed; the numbers are the same."""
+    """On a CPU the model's own loss is used in place of trl's fused one, for speed; the numbers are the same."""
     from trl import SFTTrainer
 
-    monkeypatch.setattr(nexttoken, "sft_trainer", lambda: SFTTrainer)
+    monkeypatch.setattr(sft, "sft_trainer", lambda: SFTTrainer)
     for change in ({}, {"accumulation": 2}):
         report = recover(small, tmp_path / f"out{len(change)}", CPT | change)
         mine = [loss for _, loss in straight[1].curve]
@@ -145,8 +145,8 @@ def test_packing_joins_sequences_and_keeps_the_count(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_moments_are_carried_through_the_cut(tmp_path):
-    """What Adam ends the first round with is, sliced like the weights, what it begins the second with."""
+def test_the_optimizer_state_is_carried_through_pruning(tmp_path):
+    """The optimizer state at the end of the first iteration is, sliced like the weights, that of the second's start."""
     first, second = tmp_path / "first", tmp_path / "second"
     recover(DENSE, first, CPT, tokens=600, last=False)
     before = dict(checkpoint.tensors(first / checkpoint.STATE))
@@ -167,15 +167,15 @@ def test_moments_are_carried_through_the_cut(tmp_path):
         state = optimizer.state[parameter]
         assert torch.equal(state["exp_avg"], after[f"exp_avg.{name}"]) and state["step"] == before["step"]
 
-    carried = recover(second, tmp_path / "carried", CPT, tokens=600, rounds=(600,))
-    fresh = recover(second, tmp_path / "fresh", CPT | {"carry_moments": False}, tokens=600, rounds=(600,))
+    carried = recover(second, tmp_path / "carried", CPT, tokens=600, earlier=(600,))
+    fresh = recover(second, tmp_path / "fresh", CPT | {"carry_moments": False}, tokens=600, earlier=(600,))
     assert carried.tokens == fresh.tokens == 600
     assert not torch.equal(weights(tmp_path / "carried")[name], weights(tmp_path / "fresh")[name])
-    assert not (tmp_path / "carried" / checkpoint.STATE).exists()  # it was the last round
+    assert not (tmp_path / "carried" / checkpoint.STATE).exists()  # it was the last iteration
 
 
 @pytest.mark.slow
-def test_moments_are_written_only_where_they_are_wanted(small, tmp_path):
+def test_the_optimizer_state_is_written_only_where_it_is_continued(small, tmp_path):
     recover(small, tmp_path / "kept", CPT, tokens=300, last=False)
     recover(small, tmp_path / "switched-off", CPT | {"carry_moments": False}, tokens=300, last=False)
     assert (tmp_path / "kept" / checkpoint.STATE).is_file()
@@ -195,7 +195,7 @@ def test_the_learning_rate_decays_in_the_last_iteration_only():
     assert all(later <= earlier for earlier, later in itertools.pairwise(final[10:]))
 
 
-def test_each_decays_every_time_and_carried_moments_need_no_warm_up():
+def test_each_decays_every_time_and_a_carried_optimizer_state_needs_no_warm_up():
     assert curve(last=False, decay="each") == curve(last=True, decay="each")
     assert curve(last=False, carried=True) == [1.0] * 100
     assert curve(last=True, carried=True)[0] == 1.0
@@ -234,7 +234,7 @@ def in_a_process(src, dst, method="cpt"):
 
 @pytest.mark.slow
 def test_a_kill_in_mid_training_changes_nothing(small, straight, tmp_path):
-    """kill -9 after the first training checkpoint; the second process goes on from there to the same bytes."""
+    """kill -9 after the first training checkpoint; the second process resumes from there to the same bytes."""
     dst = tmp_path / "out"
     process = in_a_process(small, dst)
     deadline = time.monotonic() + 120
@@ -429,7 +429,7 @@ def test_a_checkpoint_with_nan_weights_is_not_marked_complete(small, tmp_path):
 
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small, straight, tmp_path, earlier):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(small, straight, tmp_path, earlier):
     """A file size limit of the kernel stands for a full disk: the write fails with EFBIG in the same place."""
     dst = tmp_path / "out"
     if earlier:

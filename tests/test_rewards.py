@@ -4,8 +4,8 @@ import pytest
 
 from ptl import sandbox
 from ptl.config import Reward
-from ptl.errors import InputError, WorkError
-from ptl.rewards import REWARDS, check_patterns, program, reference_template, text_of
+from ptl.errors import WorkError
+from ptl.rewards import REWARDS, program, text_of
 
 
 def score(name, answer, reference, **settings):
@@ -76,11 +76,11 @@ def test_format_matches_the_whole_answer():
     assert score("format", r"so \boxed{4}.", "") == 1
     assert score("format", "it is 4", "") == 0
     assert score("format", "<think>a</think>b", "", pattern=r"<think>.*</think>.+") == 1
-    with pytest.raises(InputError, match="no regular expression"):
-        check_patterns([Reward(name="format", pattern="(")])
+    with pytest.raises(ValueError, match="no regular expression"):
+        Reward(name="format", pattern="(")
 
 
 def test_references_and_texts():
-    assert reference_template(Reward(name="code")) == "{test}"
-    assert reference_template(Reward(name="math", answer="{solution}")) == "{solution}"
+    assert Reward(name="code").reference_template == "{test}"
+    assert Reward(name="math", answer="{solution}").reference_template == "{solution}"
     assert text_of([{"role": "assistant", "content": "4"}]) == text_of("4") == "4"
