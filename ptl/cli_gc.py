@@ -39,9 +39,9 @@ def gc(
     now = time.time()
     count = total = 0
     for held in found:
-        verdicts = garbage.decide(held, rules, now)
+        verdicts = garbage.apply_rules(held, rules, now)
         _show(held, verdicts)
-        for verdict in (each for each in verdicts if each.goes):
+        for verdict in (each for each in verdicts if each.deletable):
             if not delete or garbage.delete(held, verdict):
                 count, total = count + 1, total + verdict.stored.bytes
     said = f"{count} items, {size(total)} ({total:,} bytes)"
@@ -50,20 +50,20 @@ def gc(
 
 def _show(held: Any, verdicts: list[Any]) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
-    print(f"experiment {held.name}, in {held.place}")
+    print(f"experiment {held.name}, in {held.location}")
     by_run: dict[str, list[Any]] = defaultdict(list)
     for verdict in sorted(verdicts, key=lambda each: each.stored.changed):
         by_run[verdict.stored.run].append(verdict)
     for run, found in by_run.items():
         print(f"  run {run}")
-        for verdict in (each for each in found if each.goes):
+        for verdict in (each for each in found if each.deletable):
             days = (time.time() - verdict.stored.changed) / garbage.DAY
             print(
-                f"    can go {size(verdict.stored.bytes):>9} {verdict.stored.step:16} {days:6.1f} days  {verdict.why}"
+                f"    can go {size(verdict.stored.bytes):>9} {verdict.stored.step:16} {days:6.1f} days  {verdict.reason}"
             )
         kept: dict[str, int] = defaultdict(int)
-        for verdict in (each for each in found if not each.goes):
-            kept[verdict.why] += verdict.stored.bytes
+        for verdict in (each for each in found if not each.deletable):
+            kept[verdict.reason] += verdict.stored.bytes
         for why, total in kept.items():
             print(f"    kept   {size(total):>9} {why}")
 

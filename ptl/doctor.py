@@ -108,7 +108,7 @@ def mlflow(config: Config) -> Line:
     """MLflow answers under this name, lets this user in, and takes a run."""
     from mlflow.exceptions import MlflowException
 
-    from ptl import mlflow_objects, tracking
+    from ptl import mlflow_client, mlflow_objects
 
     address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -120,7 +120,7 @@ def mlflow(config: Config) -> Line:
         if fault:
             return Line("MLflow", "error", *fault)
     try:
-        client = tracking.connect()
+        client = mlflow_client.connect()
         experiment = mlflow_objects.experiment(client, config.storage.experiment, os.environ.get("PTL_ARTIFACT_ROOT"))
         run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
         client.set_terminated(run.info.run_id, "FINISHED")
@@ -134,9 +134,9 @@ def mlflow(config: Config) -> Line:
 
 def _store_root(config: Config) -> str:
     """The experiment's artifact location."""
-    from ptl import tracking
+    from ptl import mlflow_client
 
-    experiment = tracking.connect().get_experiment_by_name(config.storage.experiment)
+    experiment = mlflow_client.connect().get_experiment_by_name(config.storage.experiment)
     assert experiment is not None  # made by the check of MLflow
     return str(experiment.artifact_location).rstrip("/")
 

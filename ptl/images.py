@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ptl import __version__
 from ptl.errors import InputError, WorkError
-from ptl.provenance import revision_of
+from ptl.revision import revision_of
 
 # Which image a kind of step runs in: five steps, three images.
 IMAGE_OF = {

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ptl import tracking
+from ptl import mlflow_client, tracking
 from ptl.provenance import DataSet
+from ptl.result import final_row
 from ptl.run_status import StepRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
 
 def describe(run: StepRun, params: dict[str, Any], revision: str = "", data_sets: list[DataSet] | None = None) -> None:
     """Give the pipeline run parameters (`ptl.<name>`), the commit and data sets. What it has already stays as it is."""
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
-    with tracking.explained():
-        client = tracking.connect()
+    with mlflow_client.connected() as client:
         parent = client.get_run(run.parent_run_id)
         tracking.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
@@ -27,36 +28,40 @@ def describe(run: StepRun, params: dict[str, Any], revision: str = "", data_sets
 
 
 def _log_data_sets(client: MlflowClient, parent: Any, data_sets: list[DataSet]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-
+    """Data sets as inputs of the run, those that are not yet."""
     entries = parent.inputs.dataset_inputs if parent.inputs else []
-    logged = {(each.dataset.name, each.dataset.digest) for each in entries}
-    contexts: dict[DataSet, list[str]] = {}  # MLflow keeps one entry for each name and digest
-    for each in data_sets:
-        same = next((one for one in contexts if (one.name, one.digest) == (each.name, each.digest)), each)
-        contexts.setdefault(same, []).append(each.context)
-    inputs = []
-    for each, used in contexts.items():
-        if (each.name, each.digest) not in logged:
-            source = json.dumps({"path" if each.kind == "hf" else "uri": each.source})
-            tag = InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(used))
-            inputs.append(DatasetInput(Dataset(each.name, each.digest, each.kind, source), [tag]))
+    logged = [(entry.dataset.name, entry.dataset.digest) for entry in entries]
+    # MLflow keeps one entry for a name and digest: its contexts are listed there.
+    grouped: dict[tuple[str, str], list[DataSet]] = {}
+    for data_set in data_sets:
+        grouped.setdefault((data_set.name, data_set.digest), []).append(data_set)
+    inputs = [_dataset_input(same) for identity, same in grouped.items() if identity not in logged]
     if inputs:
         client.log_inputs(parent.info.run_id, datasets=inputs)
 
 
+def _dataset_input(same: list[DataSet]) -> DatasetInput:
+    """MLflow's entry for data sets of one name and digest."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+    first = same[0]
+    address_key = "path" if first.kind == "hf" else "uri"
+    source = json.dumps({address_key: first.source})
+    contexts = ", ".join(data_set.context for data_set in same)
+    tag = InputTag(MLFLOW_DATASET_CONTEXT, contexts)
+    return DatasetInput(Dataset(first.name, first.digest, first.kind, source), [tag])
+
+
 def log_result(run: StepRun, metrics: dict[str, float]) -> None:
-    """Metrics of the whole run, such as `final/accuracy`. Calling it again changes nothing."""
-    with tracking.explained():
-        client = tracking.connect()
-        tracking.add_metrics(client, client.get_run(run.parent_run_id), metrics)
+    """Metrics of the pipeline run, such as `final/accuracy`. Calling it again changes nothing."""
+    with mlflow_client.connected() as client:
+        parent = client.get_run(run.parent_run_id)
+        tracking.add_metrics(client, parent, metrics)
 
 
 def result_metrics(result: dict[str, Any]) -> dict[str, float]:
     """The final model of a result.json in numbers: its score, what was removed, and p beside the dense one."""
-    from ptl.result import final_row
-
     final = final_row(result)
     metrics = {"final/removed": result["final"]["share_removed"]}
     if final is not None:

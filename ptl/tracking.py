@@ -1,21 +1,18 @@
-"""What MLflow shows of a run: a parent, a child per step, a LoggedModel per checkpoint, versions and aliases."""
+"""What MLflow shows of a run: a parent, a child for each step, a LoggedModel for each checkpoint, and the metrics."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptl import address, mlflow_database, mlflow_objects, store
-from ptl.errors import InputError, WorkError
+from ptl import address, mlflow_client, mlflow_objects
+from ptl.errors import InputError
 from ptl.log import say
-from ptl.run_status import TAG, StepRun, node, settle, steps_of, tags_of_parent, untag
+from ptl.run_status import TAG, StepRun, node, records_root, settle, steps_of, tags_of_parent, untag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,11 +20,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
-RETRIES = "6"
-REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
 BATCH = 100  # parameters that MLflow takes in one request
 LONGEST = 6000  # characters of a parameter
+
+
+class _Runs(NamedTuple):
+    """The MLflow runs of a step."""
+
+    experiment: Any
+    parent: Run  # of the pipeline run
+    child: Run  # of the step
 
 
 def pipeline_run() -> str:
@@ -35,7 +37,9 @@ def pipeline_run() -> str:
     run = os.environ.get("PTL_RUN_ID") or os.environ.get("KFP_RUN_ID")
     if not run:
         raise InputError(
-            "environment: neither PTL_RUN_ID nor KFP_RUN_ID is set; start steps with `ptl run`, or set one"
+            "neither PTL_RUN_ID nor KFP_RUN_ID is set",
+            field="environment",
+            remedy="start steps with `ptl run`, or set one",
         )
     return run
 
@@ -56,42 +60,81 @@ def start(
     not answer.
     """
     run = pipeline_run()
-    with explained():
-        client = connect()
-        own = {"ptl.run": run, "ptl.step": step, "ptl.arm": arm, "ptl.iteration": str(iteration), "ptl.node": node()}
-        given = _plugin_run()
-        if given:
-            found, root, parent, child = _resume(client, given, run, own)
+    tags = ptl_keys({"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()})
+    with mlflow_client.connected() as client:
+        plugin_run_id = _plugin_run_id()
+        if plugin_run_id:
+            runs = _adopt(client, plugin_run_id, run, tags)
         else:
-            found = mlflow_objects.experiment(client, experiment, artifact_location)
-            root = found.artifact_location.rstrip("/") + "/ptl"
-            parent = mlflow_objects.run(client, found.experiment_id, root, run, "", tags_of_parent(run), title or run)
-            if title and parent.info.run_name == run:  # made by a doctor that failed
-                client.update_run(parent.info.run_id, name=title)
-            tags = {**own, "mlflow.parentRunId": parent.info.run_id}
-            child = mlflow_objects.run(client, found.experiment_id, root, run, step, tags, step)
+            mlflow_experiment = mlflow_objects.experiment(client, experiment, artifact_location)
+            runs = _find_or_create(client, mlflow_experiment, run, step, tags, title)
+        child = runs.child
         if child.info.status != "RUNNING":
             client.update_run(child.info.run_id, status="RUNNING")
         if child.data.tags.get("ptl.node") != node():  # an earlier attempt ran elsewhere
             client.set_tag(child.info.run_id, "ptl.node", node())
-        ids = (child.info.run_id, parent.info.run_id, found.experiment_id)
-        step_run = StepRun(*ids, root, run, child.info.artifact_uri, step, arm)
+        step_run = StepRun(
+            run_id=child.info.run_id,
+            parent_run_id=runs.parent.info.run_id,
+            experiment_id=runs.experiment.experiment_id,
+            root=records_root(runs.experiment.artifact_location),
+            run=run,
+            artifact_uri=child.info.artifact_uri,
+            step=step,
+            arm=arm,
+        )
         settle(client, step_run)
         return step_run
 
 
+def _find_or_create(
+    client: MlflowClient, experiment: Any, run: str, step: str, tags: dict[str, str], title: str | None
+) -> _Runs:
+    experiment_id = experiment.experiment_id
+    root = records_root(experiment.artifact_location)
+    parent = mlflow_objects.run(client, experiment_id, root, run, "", tags_of_parent(run), title or run)
+    if title and parent.info.run_name == run:  # made by a doctor that failed
+        client.update_run(parent.info.run_id, name=title)
+    child_tags = {**tags, "mlflow.parentRunId": parent.info.run_id}
+    child = mlflow_objects.run(client, experiment_id, root, run, step, child_tags, step)
+    return _Runs(experiment, parent, child)
+
+
+def _plugin_run_id() -> str | None:
+    """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
+    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
+    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
+
+
+def _adopt(client: MlflowClient, child_id: str, run: str, tags: dict[str, str]) -> _Runs:
+    """The plugin's runs, with our tags: its experiment, the pipeline run's parent, the step's run."""
+    child = client.get_run(child_id)
+    experiment = client.get_experiment(child.info.experiment_id)
+    child_tags = {**tags, "ptl.role": "step"}
+    parent_tags = tags_of_parent(run)
+    parent_id = child.data.tags.get("mlflow.parentRunId")
+    if parent_id:
+        parent = client.get_run(parent_id)
+    else:
+        root = records_root(experiment.artifact_location)
+        parent = mlflow_objects.run(client, experiment.experiment_id, root, run, "", parent_tags, run)
+        child_tags["mlflow.parentRunId"] = parent.info.run_id
+    _set_tags(client, child_id, child_tags)
+    _set_tags(client, parent.info.run_id, {**parent_tags, "ptl.role": "parent"})
+    return _Runs(experiment, parent, child)
+
+
 def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
     """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
-    with explained():
-        client = connect()
+    with mlflow_client.connected() as client:
         run_name = client.get_run(step_run.parent_run_id).info.run_name
         model = mlflow_objects.logged_model(
             client,
             step_run.experiment_id,
             name=re.sub(r"[/:.%\"']", "-", f"{run_name}-{name}"),  # MLflow allows none of these
             source_run_id=step_run.run_id,
-            tags={_own(key): str(value) for key, value in {**tags, "run": step_run.run}.items()},
-            params={_own(key): str(value) for key, value in params.items()},
+            tags=ptl_keys({**tags, "run": step_run.run}),
+            params=ptl_keys(params),
             model_type="ptl",
         )
         return model.model_id, model.artifact_location
@@ -99,8 +142,8 @@ def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[s
 
 def log_metrics(step_run: StepRun, metrics: dict[str, float], step: int) -> None:
     """Metrics while a step works; `step` is the x-coordinate."""
-    with explained():
-        _log_metrics(connect(), step_run.run_id, metrics, step)
+    with mlflow_client.connected() as client:
+        _log_metrics(client, step_run.run_id, metrics, step)
 
 
 def finish(
@@ -118,25 +161,19 @@ def finish(
     A parameter that an earlier attempt logged keeps its value, and a model that MLflow has lost is left out. The last
     step, `report`, ends the parent too.
     """
-    from mlflow.entities import LoggedModelInput
-
-    with explained():
-        client, run_id = connect(), step_run.run_id
-        models = [*inputs, output] if output else inputs
-        existing = mlflow_objects.existing_models(client, models)
-        if lost := sorted(set(models) - set(existing)):
-            say(step_run.step, f"warning: MLflow has lost {', '.join(lost)}: left out of the lineage of this run")
-        inputs, output = [each for each in inputs if each in existing], output if output in existing else None
+    run_id = step_run.run_id
+    with mlflow_client.connected() as client:
+        inputs, output = _known_models(client, step_run, inputs, output)
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
         for key, before, now in add_params(client, run, params):
             log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
-        add_metrics(client, run, metrics, step, output or (inputs[0] if len(inputs) == 1 else None))
-        had = {model.model_id for model in (run.inputs.model_inputs if run.inputs else [])}
-        new_inputs = [LoggedModelInput(each) for each in dict.fromkeys(inputs) if each not in had]
-        if new_inputs:
-            client.log_inputs(run_id, models=new_inputs)
+        described_model = output
+        if output is None and len(inputs) == 1:
+            described_model = inputs[0]
+        add_metrics(client, run, metrics, step, described_model)
+        _log_inputs(client, run, inputs)
         if output:
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
@@ -147,35 +184,59 @@ def finish(
         settle(client, step_run)
 
 
+def _known_models(
+    client: MlflowClient, step_run: StepRun, inputs: list[str], output: str | None
+) -> tuple[list[str], str | None]:
+    """Inputs and output without those that MLflow has lost, which a warning names."""
+    models = [*inputs, output] if output else inputs
+    existing = mlflow_objects.existing_models(client, models)
+    missing = sorted(set(models) - set(existing))
+    if missing:
+        say(step_run.step, f"warning: MLflow has lost {', '.join(missing)}: left out of the lineage of this run")
+    known_inputs = [model for model in inputs if model in existing]
+    known_output = output if output in existing else None
+    return known_inputs, known_output
+
+
+def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
+    """Make LoggedModels inputs of a run, those that are not yet."""
+    from mlflow.entities import LoggedModelInput
+
+    logged = run.inputs.model_inputs if run.inputs else []
+    known = {model.model_id for model in logged}
+    new = [LoggedModelInput(model_id) for model_id in dict.fromkeys(model_ids) if model_id not in known]
+    if new:
+        client.log_inputs(run.info.run_id, models=new)
+
+
 def tag(step_run: StepRun, values: dict[str, Any]) -> None:
     """Set tags `ptl.<name>` of a step's run."""
-    with explained():
-        for key, value in values.items():
-            connect().set_tag(step_run.run_id, _own(key), str(value))
+    with mlflow_client.connected() as client:
+        _set_tags(client, step_run.run_id, ptl_keys(values))
 
 
 def note_error(step_run: StepRun, message: str) -> None:
     """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
     try:
-        with briefly(), explained():
-            connect().set_tag(step_run.run_id, "ptl.error", message[:TAG])
+        with mlflow_client.briefly(), mlflow_client.connected() as client:
+            client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
     except Exception as error:
         say(step_run.step, f"warning: the failure could not be recorded: {error}")
 
 
 def error_of(step_run: StepRun) -> str:
-    """Why the last attempt of a step failed, as far as it could tell."""
-    with explained():
-        return str(connect().get_run(step_run.run_id).data.tags.get("ptl.error", ""))
+    """Why the last attempt of a step failed, as far as it could record it."""
+    with mlflow_client.connected() as client:
+        tags = client.get_run(step_run.run_id).data.tags
+        return str(tags.get("ptl.error", ""))
 
 
 def fail(step_run: StepRun, message: str) -> None:
     """Mark a step as failed for good, with the message as tag `ptl.error`; a retry reopens it.
 
-    A step of the loop fails its pipeline run too, whose page then tells which step and why.
+    A step of the loop fails its pipeline run too, whose page then shows which step and why.
     """
-    with explained():
-        client = connect()
+    with mlflow_client.connected() as client:
         client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
         _abandon(client, step_run)
         client.set_terminated(step_run.run_id, "FAILED")
@@ -184,34 +245,14 @@ def fail(step_run: StepRun, message: str) -> None:
 
 def computing_beside(step_run: StepRun) -> list[str]:
     """Names of the run's other steps that are at work on the same node now."""
-    with explained():
-        runs = steps_of(connect(), step_run)
-    here = [run for run in runs if run.info.status == "RUNNING" and run.data.tags.get("ptl.node") == node()]
-    return [name for run in here if (name := run.data.tags["ptl.step"]) != step_run.step]
-
-
-def register(step_run: StepRun, registered_model: str, pointer: store.Pointer, tags: dict[str, Any]) -> str:
-    """The version of a checkpoint in the registry: found by its model id, else created.
-
-    Its tags say where its score and its items are: run, step and root of the evaluate step that registers it.
-    """
-    scored = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
-    own = {**scored, **tags, "model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
-    with explained():
-        return mlflow_objects.version(
-            connect(),
-            registered_model,
-            pointer.model_id,
-            source=pointer.uri,
-            run_id=pointer.run_id or step_run.run_id,
-            tags={_own(key): str(value) for key, value in own.items()},
-        )
-
-
-def set_alias(registered_model: str, alias: str, version: str) -> None:
-    """Point an alias (`best`, `smallest`) at a version."""
-    with explained():
-        connect().set_registered_model_alias(registered_model, alias, version)
+    with mlflow_client.connected() as client:
+        runs = steps_of(client, step_run.experiment_id, step_run.run)
+    others = []
+    for step, run in runs.items():
+        on_this_node = run.data.tags.get("ptl.node") == node()
+        if on_this_node and run.info.status == "RUNNING" and step != step_run.step:
+            others.append(step)
+    return sorted(others)
 
 
 def log_progress(
@@ -220,19 +261,21 @@ def log_progress(
     """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
     prefix = "by_params/" if step_run.arm == "loop" else f"by_params/{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
-    with explained():
-        client = connect()
-        for name, value in ((name, value) for name, value in values.items() if value is not None):
-            logged = client.get_metric_history(step_run.parent_run_id, prefix + name)
-            if (params, value) not in {(point.step, point.value) for point in logged}:
+    with mlflow_client.connected() as client:
+        for name, value in values.items():
+            if value is None:
+                continue
+            history = client.get_metric_history(step_run.parent_run_id, prefix + name)
+            points = [(point.step, point.value) for point in history]
+            if (params, value) not in points:
                 _log_metrics(client, step_run.parent_run_id, {prefix + name: value}, params)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
     """Attach files to the parent run, under `report/`."""
-    with explained():
+    with mlflow_client.connected() as client:
         for file in files:
-            connect().log_artifact(step_run.parent_run_id, str(file), "report")
+            client.log_artifact(step_run.parent_run_id, str(file), "report")
 
 
 def links(step_run: StepRun) -> dict[str, str]:
@@ -246,81 +289,6 @@ def links(step_run: StepRun) -> dict[str, str]:
     }
 
 
-def connect() -> MlflowClient:
-    """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
-    address.split_login()
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise InputError("environment: MLFLOW_TRACKING_URI is not set; set it to your MLflow server's address")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    if not address.is_server(uri) and importlib.util.find_spec("sqlalchemy") is None:
-        raise InputError(
-            f"environment: MLFLOW_TRACKING_URI={uri} needs the full mlflow package, here is mlflow-skinny: "
-            "pip install 'ptl[pipelines]', or give the address of a server (http://...)"
-        )
-    mlflow_database.create(uri, os.environ.get("PTL_ARTIFACT_ROOT", "mlruns"))  # mlruns: MLflow's own default
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri, registry_uri=uri)
-
-
-@contextmanager
-def briefly() -> Iterator[None]:
-    """Give up on a server sooner, where a failure is reported: the failure itself must not wait for minutes."""
-    before = {name: os.environ.get(name) for name in REPORTING}
-    ours = [name for name, value in before.items() if value in (None, RETRIES)]  # not what a user has set
-    os.environ.update({name: REPORTING[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name)
-        os.environ.update({name: value for name in ours if (value := before[name]) is not None})
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """MLflow's own errors become one WorkError that names the server."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        raise WorkError(f"MLflow at {uri}: {error}; is the server up and is the address right?") from error
-
-
-def _own(key: str) -> str:
-    return key if key.startswith("ptl.") else f"ptl.{key}"
-
-
-def _plugin_run() -> str | None:
-    """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
-    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
-
-
-def _resume(client: MlflowClient, given: str, run: str, tags: dict[str, str]) -> tuple[Any, str, Run, Run]:
-    """The plugin's runs, marked as ours: its experiment, the root there, the pipeline run's parent, the step's run."""
-    child = client.get_run(given)
-    found = client.get_experiment(child.info.experiment_id)
-    root = found.artifact_location.rstrip("/") + "/ptl"
-    above = child.data.tags.get("mlflow.parentRunId")
-    own = tags_of_parent(run)
-    if above:
-        parent = client.get_run(above)
-    else:
-        parent = mlflow_objects.run(client, found.experiment_id, root, run, "", own, run)
-    marks = {given: {**tags, "ptl.role": "step"}, parent.info.run_id: {**own, "ptl.role": "parent"}}
-    if not above:
-        marks[given]["mlflow.parentRunId"] = parent.info.run_id
-    for run_id, entries in marks.items():
-        for key, value in entries.items():
-            client.set_tag(run_id, key, value)
-    return found, root, parent, child
-
-
 def add_params(client: MlflowClient, run: Run, params: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
 
@@ -329,19 +297,35 @@ def add_params(client: MlflowClient, run: Run, params: dict[str, Any]) -> list[t
     from mlflow.entities import Param
 
     known = run.data.params
-    wanted = {_own(key): str(value)[:LONGEST] for key, value in params.items()}
-    new = [Param(key, value) for key, value in wanted.items() if key not in known]
-    for start in range(0, len(new), BATCH):
-        client.log_batch(run.info.run_id, params=new[start : start + BATCH])
-    return [(key, known[key], value) for key, value in wanted.items() if known.get(key, value) != value]
+    new, changed = [], []
+    for key, text in ptl_keys(params).items():
+        value = text[:LONGEST]
+        if key not in known:
+            new.append(Param(key, value))
+        elif known[key] != value:
+            changed.append((key, known[key], value))
+    for first in range(0, len(new), BATCH):
+        client.log_batch(run.info.run_id, params=new[first : first + BATCH])
+    return changed
 
 
 def add_metrics(
     client: MlflowClient, run: Run, metrics: dict[str, float], step: int = 0, model_id: str | None = None
 ) -> None:
     """Log the metrics whose newest value is another; of a run as it was read."""
-    changed = {key: value for key, value in metrics.items() if run.data.metrics.get(key) != float(value)}
+    known = run.data.metrics
+    changed = {key: value for key, value in metrics.items() if known.get(key) != float(value)}
     _log_metrics(client, run.info.run_id, changed, step, model_id)
+
+
+def ptl_keys(values: dict[str, Any]) -> dict[str, str]:
+    """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
+    return {key if key.startswith("ptl.") else f"ptl.{key}": str(value) for key, value in values.items()}
+
+
+def _set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
 
 
 def _log_metrics(
@@ -350,14 +334,14 @@ def _log_metrics(
     from mlflow.entities import Metric
 
     if metrics:
-        now = int(time.time() * 1000)
+        now = int(time.time() * 1000)  # milliseconds
         points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
         client.log_batch(run_id, metrics=points)
 
 
 def _abandon(client: MlflowClient, step_run: StepRun) -> None:
     """Models that earlier, killed attempts of this step left PENDING are marked FAILED."""
-    where = f"source_run_id = '{step_run.run_id}'"
-    for model in client.search_logged_models([step_run.experiment_id], where):
+    query = f"source_run_id = '{step_run.run_id}'"
+    for model in client.search_logged_models([step_run.experiment_id], query):
         if str(model.status) == "PENDING":  # the server cannot filter by status
             client.finalize_logged_model(model.model_id, "FAILED")
