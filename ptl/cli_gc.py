@@ -57,10 +57,9 @@ def _show(held: Any, verdicts: list[Any]) -> None:
     for run, found in by_run.items():
         print(f"  run {run}")
         for verdict in (each for each in found if each.deletable):
-            days = (time.time() - verdict.stored.changed) / garbage.DAY
-            print(
-                f"    can go {size(verdict.stored.bytes):>9} {verdict.stored.step:16} {days:6.1f} days  {verdict.reason}"
-            )
+            stored = verdict.stored
+            days = (time.time() - stored.changed) / garbage.DAY
+            print(f"    can go {size(stored.bytes):>9} {stored.step:16} {days:6.1f} days  {verdict.reason}")
         kept: dict[str, int] = defaultdict(int)
         for verdict in (each for each in found if not each.deletable):
             kept[verdict.reason] += verdict.stored.bytes
