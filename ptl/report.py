@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import report_tables, speeds, view
-from ptl.cells import dotted, level, percent, short
+from ptl.cells import level, percent, settings, short
 from ptl.model_card import front_matter
 from ptl.plots import draw
 from ptl.result import Record, Result, build, total_tokens, work_seconds
@@ -88,7 +88,7 @@ def _terminal_table(result: Result, padding: int) -> Table:
 
 def _variables(result: Result) -> dict[str, Any]:
     """What the templates show."""
-    speed = result.get("speed") or {}
+    speed = result["speed"]
     return {
         "result": result,
         "paper": PAPER,
@@ -96,7 +96,7 @@ def _variables(result: Result) -> dict[str, Any]:
         "verdict": view.verdict(result),
         "notes": view.notes(result),
         "not_needed": view.not_needed(result),
-        "control_failed": result.get("control_failed") or "",
+        "control_failed": result["control_failed"],
         "table_caption": view.table_caption(result),
         "accuracy_caption": view.accuracy_caption(result),
         "loss_caption": view.loss_caption(result),
@@ -105,17 +105,17 @@ def _variables(result: Result) -> dict[str, Any]:
         # Tables.
         "iterations": report_tables.iterations(result),
         "task_names": _task_names(result),
-        "layers_removed": any(row.get("removed_layers") for row in result["rows"]),
+        "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in report_tables.columns(result)],
         "costs": report_tables.costs(result),
         "speed_rows": [row.cells for row in speeds.rows(speed)],
         "steps_without_record": report_tables.steps_without_record(result),
         "links": report_tables.links(result),
-        "settings": dotted(result["settings"]),
+        "settings": settings(result["settings"]),
         # Numbers.
         "started": _date(result["started"]),
         "work_seconds": work_seconds(result),
-        "wall_seconds": result.get("wall_seconds"),
+        "wall_seconds": result["wall_seconds"],
         "loop_tokens": total_tokens(result, "loop"),
         "level": level(result),
     }

@@ -6,13 +6,12 @@ import json
 from typing import Any
 
 from ptl import changed_answers, result_rows
+from ptl.result_rows import Record, Records, Row
 
-Record = dict[str, Any]  # of a step, as it was committed: metadata and pointer
-Records = dict[str, Record]  # by the step's name
 Result = dict[str, Any]
-Row = dict[str, Any]  # of a scored checkpoint
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
+# What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
 
 
@@ -21,77 +20,78 @@ def build(records: Records, settings: dict[str, Any]) -> Result:
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
     `control_failed`, why the control arm did not finish. An evaluate record may carry its items in its metadata:
-    paired comparisons and examples are made from them. Steps that the loop did not need have no record: they are listed
-    under `not_needed` with the reason, those that a failed control never completed under `not_finished`. `speed` is
-    what the step that ended the loop measured of the dense and the final model. `recovery_tokens` of a row are those of
-    its own iteration. Everything is ordered by arm, iteration and stage: the arms run at the same time, and model
-    versions are numbered as they happen to be registered.
+    paired comparisons and examples are made from them.
     """
-    records = {name: records[name] for name in sorted(records, key=lambda name: _order(name, records[name]))}
-    config = {key: value for key, value in settings.items() if key not in (*RUN, "control_failed")}
-    tracked = {key: settings.get(key) or "" for key in RUN}
-    control_failed = _control_failed(records, settings.get("control_failed"))
+    # The arms run at the same time, and model versions are numbered as they happen to be registered.
+    records = dict(sorted(records.items(), key=_order))
+    config = dict(settings)
+    tracked = {key: config.pop(key, None) or "" for key in RUN}
+    control_failed = _control_failed(records, config.pop("control_failed", None))
     imported = records["import-model"]["metadata"]
     final = result_rows.final(records, imported["params"])
-    gate = config.get("gate") or {}
+    final_step = changed_answers.final_step(records, final["digest"])
     result = {
+        # The run.
         "run_id": tracked["run_id"],
         "mlflow_run_id": tracked["mlflow_run_id"],
-        "seed": config.get("seed", 0),
-        "versions": dict(sorted(imported.get("versions", {}).items())),
+        "seed": config["seed"],
+        "versions": dict(sorted(imported["versions"].items())),
+        # Checkpoints: the scored ones, and the one that the run ends with.
         "rows": result_rows.rows(records, imported["params"]),
         "final": final,
-        "name": config.get("name", "ptl"),
+        "name": config["name"],
         "model": {key: imported.get(key) or "" for key in ("model", "revision", "license")},
         "original_params": imported["params"],
-        "host": imported.get("host", ""),
-        "started": imported.get("started"),
+        "host": imported["host"],
+        "started": imported["started"],  # unix time
         **_times(records),
-        "confidence": config.get("evaluate", {}).get("confidence", 0.95),
+        "confidence": config["evaluate"]["confidence"],
         "mlflow": {"url": tracked["mlflow_url"], "experiment_id": str(tracked["experiment_id"])},
+        # Steps, and why some left no record.
         "steps": result_rows.steps(records),
-        "not_needed": _not_needed(records, config),
+        "not_needed": _not_needed(records, config["schedule"]["iterations"]),
         "control_failed": control_failed,
         "not_finished": _not_finished(records, control_failed),
+        # What was measured beside the scores; empty where nothing was.
         "speed": _speed(records),
         "decontaminated": _decontaminated(records),
         "curves": _curves(records),
-        "paired": changed_answers.paired_comparisons(records, final["digest"], gate),
-        "examples": changed_answers.examples(records, final["digest"]),
+        "paired": changed_answers.paired_comparisons(records, final_step, config["gate"]),
+        "examples": changed_answers.examples(records, final_step),
         "settings": config,
     }
-    return dict(json.loads(json.dumps(result)))  # exactly what result.json holds: lists, no tuples
+    # Exactly what result.json holds: lists, no tuples.
+    as_json = json.dumps(result)
+    return dict(json.loads(as_json))
+
+
+def arm_rows(result: Result, arm: str) -> list[Row]:
+    """The rows of an arm in the order of its iterations; the loop's first is the dense model."""
+    return [row for row in result["rows"] if row["arm"] == arm]
+
+
+def dense_row(result: Result) -> Row:
+    """The row of the dense model."""
+    return arm_rows(result, "loop")[0]
 
 
 def final_row(result: Result) -> Row | None:
     """The row of the checkpoint that the run ends with; None where it was never scored."""
     final = result["final"]["digest"]
-    rows = [row for row in result["rows"] if row["arm"] == "loop" and row["digest"] == final]
-    return rows[-1] if rows else None
-
-
-def dense_row(result: Result) -> Row | None:
-    """The row of the dense model; None where it was never scored."""
-    rows = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] == 0]
+    rows = [row for row in arm_rows(result, "loop") if row["digest"] == final]
     return rows[-1] if rows else None
 
 
 def control_row(result: Result) -> Row | None:
     """The row of the one-shot control; None where the run has none, or it did not finish."""
-    rows = [row for row in result["rows"] if row["arm"] == "control"]
+    rows = arm_rows(result, "control")
     return rows[-1] if rows else None
-
-
-def overlap(a: Row, b: Row) -> bool | None:
-    """Whether two rows' intervals share a point; None where one has no interval."""
-    if None in (a["low"], a["high"], b["low"], b["high"]):
-        return None
-    return bool(a["low"] <= b["high"] and b["low"] <= a["high"])
 
 
 def total_tokens(result: Result, arm: str) -> int:
     """Recovery tokens of all steps of an arm, rejected iterations included."""
-    return sum(step["tokens"] for step in result["steps"] if step["arm"] == arm)
+    steps = [step for step in result["steps"] if step["arm"] == arm]
+    return sum(step["tokens"] for step in steps)
 
 
 def work_seconds(result: Result) -> float:
@@ -99,9 +99,13 @@ def work_seconds(result: Result) -> float:
     return sum(step["seconds"] for step in result["steps"])
 
 
-def _order(name: str, record: Record) -> tuple[bool, int, int, str]:
+def _order(named: tuple[str, Record]) -> tuple[Any, ...]:
+    """Arm, iteration and stage of a record with its name."""
+    name, record = named
     metadata = record["metadata"]
-    return metadata["arm"] == "control", metadata["iteration"], STAGES[metadata["stage"]], name
+    is_control = metadata["arm"] == "control"
+    stage = STAGES[metadata["stage"]]
+    return is_control, metadata["iteration"], stage, name
 
 
 def _times(records: Records) -> dict[str, float | None]:
@@ -121,11 +125,15 @@ def _times(records: Records) -> dict[str, float | None]:
     spans.sort()
     first, _ = spans[0]
     # Steps of the two arms overlap: `until` is where the work so far has ended.
-    until, idle = first, 0.0
+    until = first
+    idle = 0.0
     for start, end in spans:
         idle += max(0.0, start - until)
         until = max(until, end)
-    return {"wall_seconds": round(until - first, 1), "idle_seconds": round(idle, 1)}
+    return {
+        "wall_seconds": round(until - first, 1),
+        "idle_seconds": round(idle, 1),
+    }
 
 
 def _control_failed(records: Records, reason: str | None) -> str:
@@ -141,32 +149,35 @@ def _not_finished(records: Records, control_failed: str) -> list[dict[str, Any]]
     if not control_failed:
         return []
     steps = ("control-prune", "control-recover", "control-evaluate")
-    return [{"step": step, "iteration": 1, "reason": control_failed} for step in steps if step not in records]
+    missing = [step for step in steps if step not in records]
+    return [{"step": step, "iteration": 1, "reason": control_failed} for step in missing]
 
 
-def _not_needed(records: Records, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Steps of the plan that passed their input through, as the gate's state at the end of the loop says."""
-    reason = "its record was not found"
-    for record in records.values():
-        metadata = record["metadata"]
-        gate = metadata.get("accepted", {}).get("gate") or {}
-        if metadata["arm"] == "loop" and gate.get("stopped"):
-            reason = gate["reason"]
-            break
-    skipped = []
-    iterations = (config.get("schedule") or {}).get("iterations", 0)
-    for iteration in range(1, iterations + 1):
+def _not_needed(records: Records, num_iterations: int) -> list[dict[str, Any]]:
+    """Steps of the plan that passed their input through, with the reason."""
+    reason = _stopped(records)
+    steps = []
+    for iteration in range(1, num_iterations + 1):
         for stage in ("prune", "recover", "evaluate"):
-            step = f"{stage}-{iteration}"
-            if step not in records:
-                skipped.append({"step": step, "iteration": iteration, "reason": reason})
-    return skipped
+            name = f"{stage}-{iteration}"
+            if name not in records:
+                steps.append({"step": name, "iteration": iteration, "reason": reason})
+    return steps
+
+
+def _stopped(records: Records) -> str:
+    """Why the loop ended, as the gate's state at its end says."""
+    for record in result_rows.evaluations(records, "loop").values():
+        gate = record["metadata"]["accepted"].get("gate", {})
+        if gate.get("stopped"):
+            return str(gate["reason"])
+    return "its record was not found"
 
 
 def _speed(records: Records) -> dict[str, Any]:
-    """What was measured of the dense and the final model; {} where nothing was asked."""
-    for record in records.values():
-        speed: dict[str, Any] = record["metadata"].get("speed") or {}
+    """What the step that ended the loop measured of the dense and the final model."""
+    for record in result_rows.evaluations(records, "loop").values():
+        speed: dict[str, Any] = record["metadata"].get("speed", {})
         if speed:
             return speed
     return {}
@@ -174,12 +185,16 @@ def _speed(records: Records) -> dict[str, Any]:
 
 def _curves(records: Records) -> dict[str, Any]:
     """Losses of the recover steps: step -> pairs of tokens and loss."""
-    curves = {name: record["metadata"].get("curve") for name, record in records.items()}
-    return {name: curve for name, curve in curves.items() if curve}
+    curves = {}
+    for name, record in records.items():
+        curve = record["metadata"].get("curve")
+        if curve:
+            curves[name] = curve
+    return curves
 
 
 def _decontaminated(records: Records) -> dict[str, Any]:
-    """How many training rows of the loop were compared with the benchmarks and left out; {} where nothing was asked."""
+    """How many training rows of the loop were compared with the benchmarks and left out."""
     counts = []
     for record in records.values():
         metadata = record["metadata"]
@@ -187,7 +202,8 @@ def _decontaminated(records: Records) -> dict[str, Any]:
             counts.append(metadata)
     if not counts:
         return {}
-    last = max(counts, key=lambda count: count["rows_compared"])  # each iteration reads the data from its start
+    # Each iteration reads the data from its start.
+    last = max(counts, key=lambda count: count["rows_compared"])
     not_compared: set[str] = set()
     for count in counts:
         not_compared.update(count["not_compared"])

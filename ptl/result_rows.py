@@ -4,70 +4,87 @@ from __future__ import annotations
 
 from typing import Any
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # of a step, as it was committed: metadata and pointer
 Records = dict[str, Record]  # by the step's name, in the order of the result
+Row = dict[str, Any]
+Layers = list[int]  # numbers of layers, as in the dense model
 
 
-def rows(records: Records, original: int) -> list[dict[str, Any]]:
+def evaluations(records: Records, *arms: str) -> Records:
+    """The records of the evaluate steps of these arms."""
+    chosen = {}
+    for name, record in records.items():
+        metadata = record["metadata"]
+        if metadata["stage"] == "evaluate" and metadata["arm"] in arms:
+            chosen[name] = record
+    return chosen
+
+
+def rows(records: Records, original: int) -> list[Row]:
     """A row for each evaluate step; `original` is the number of parameters of the dense model."""
     removed_layers = _removed_layers(records)
-    evaluated = [name for name, record in records.items() if record["metadata"]["stage"] == "evaluate"]
-    return [_row(name, records, original, removed_layers) for name in evaluated]
+    table = []
+    for name in evaluations(records, "loop", "control"):
+        row = _row(name, records, original)
+        prune = name.replace("evaluate", "prune")
+        row["removed_layers"] = removed_layers.get(prune, [])
+        row["scores"] = records[name]["metadata"]["scores"]
+        table.append(row)
+    return table
 
 
-def _row(name: str, records: Records, original: int, removed_layers: dict[str, list[int]]) -> dict[str, Any]:
+def _row(name: str, records: Records, original: int) -> Row:
     metadata = records[name]["metadata"]
-    # What was scored: after a rejection it is not what the loop continues with.
-    checkpoint = metadata["checkpoint"]
     scores = metadata["scores"]
     first = scores["tasks"][0]
-    verdict = metadata["verdict"]
-    recover_name = name.replace("evaluate", "recover")
-    recovery = records[recover_name]["metadata"] if recover_name in records else {}
+    # What was scored: after a rejection it is not what the loop continues with.
+    checkpoint = metadata["checkpoint"]
+    gate = dict(metadata["verdict"])
+    decision = gate.pop("decision")
+    recover = name.replace("evaluate", "recover")
+    tokens = records[recover]["metadata"]["tokens"] if recover in records else 0
     return {
         "arm": metadata["arm"],
         "iteration": metadata["iteration"],
         "params": scores["params"],
+        # The score of the first benchmark, with its interval.
         "accuracy": first["accuracy"],
         "low": first["low"],
         "high": first["high"],
         "items": first["items"],
         "task": first["task"],
-        "recovery_tokens": recovery.get("tokens", 0),
-        "verdict": verdict["decision"],
+        "recovery_tokens": tokens,  # of this iteration alone
+        "verdict": decision,
         "uri": checkpoint["uri"],
         "digest": checkpoint["digest"],
         "share_removed": _share_removed(scores["params"], original),
         "step": name,
-        "gate": {key: value for key, value in verdict.items() if key != "decision"},
-        "widths": scores["widths"],
-        "removed_layers": removed_layers.get(name.replace("evaluate", "prune"), []),
-        "scores": scores,
+        "gate": gate,  # reason and numbers of the verdict
+        "widths": scores["widths"],  # of the FFN, by layer
     }
 
 
-def _removed_layers(records: Records) -> dict[str, list[int]]:
+def _removed_layers(records: Records) -> dict[str, Layers]:
     """What each prune step removed, in the dense model's numbers: a step counts the layers that its input had."""
     num_layers = len(records["evaluate-0"]["metadata"]["scores"]["widths"])
     dense = records["import-model"]["pointer"]["digest"]
-    remaining = {dense: list(range(num_layers))}  # by the checkpoint's digest: its layers in the dense model's numbers
-    removed: dict[str, list[int]] = {}
+    remaining = {dense: list(range(num_layers))}  # by the checkpoint's digest
+    removed: dict[str, Layers] = {}
     for name, record in records.items():
         metadata, pointer = record["metadata"], record["pointer"]
         layers = remaining.get(pointer["parent_digest"])
         if layers is None or metadata["stage"] not in ("prune", "recover"):
             continue
         indices = metadata.get("removed_layers", ()) if metadata["stage"] == "prune" else ()
-        removed[name] = [layer for i, layer in enumerate(layers) if i in indices]
-        remaining[pointer["digest"]] = [layer for i, layer in enumerate(layers) if i not in indices]
+        removed[name] = [layers[index] for index in sorted(indices)]
+        remaining[pointer["digest"]] = [layer for layer in layers if layer not in removed[name]]
     return removed
 
 
-def final(records: Records, original: int) -> dict[str, Any]:
+def final(records: Records, original: int) -> Row:
     """The checkpoint that the last evaluation of the loop passed on; never a rejected one."""
-    metadata = [record["metadata"] for record in records.values()]
-    accepted = [entry["accepted"] for entry in metadata if entry["arm"] == "loop" and entry["stage"] == "evaluate"]
-    pointer = accepted[-1]
+    *_, last = evaluations(records, "loop").values()
+    pointer = last["metadata"]["accepted"]
     keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
     checkpoint = {key: pointer[key] for key in keys}
     checkpoint["share_removed"] = _share_removed(pointer["params"], original)
@@ -78,26 +95,30 @@ def _share_removed(params: int, original: int) -> float:
     return round(1 - params / original, 6)
 
 
-def steps(records: Records) -> list[dict[str, Any]]:
+def steps(records: Records) -> list[Row]:
     """A row for each step: its checkpoint, how long it worked, and what it decided."""
     return [_step_row(name, record) for name, record in records.items()]
 
 
-def _step_row(name: str, record: Record) -> dict[str, Any]:
+def _step_row(name: str, record: Record) -> Row:
     metadata, pointer = record["metadata"], record["pointer"]
-    verdict = metadata.get("verdict") or {}
-    lineage = {key: pointer[key] for key in ("uri", "digest", "parent_digest", "run_id", "model_id")}
+    verdict = metadata.get("verdict", {})
+    trains = metadata["stage"] == "recover"
     return {
-        **lineage,
+        "uri": pointer["uri"],
+        "digest": pointer["digest"],
+        "parent_digest": pointer["parent_digest"],
+        "run_id": pointer["run_id"],  # of the step in MLflow
+        "model_id": pointer["model_id"],
         "step": name,
         "arm": metadata["arm"],
         "iteration": metadata["iteration"],
         "stage": metadata["stage"],
-        "seconds": metadata["seconds"],
-        "whole_seconds": metadata.get("whole_seconds", 0.0),
+        "seconds": metadata["seconds"],  # of work
+        "whole_seconds": metadata.get("whole_seconds", 0.0),  # with loading libraries and checkpoints
         "params": pointer["params"],
         "model_version": pointer["model_version"],
         "decision": verdict.get("decision", ""),
         "reason": verdict.get("reason", "") or metadata.get("reason", ""),
-        "tokens": metadata.get("tokens", 0) if metadata["stage"] == "recover" else 0,
+        "tokens": metadata["tokens"] if trains else 0,
     }

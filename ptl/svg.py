@@ -18,6 +18,7 @@ VARIABLES = {
     BAD: "bad",
     PAPER: "paper",
 }
+WIDE, NARROW = 8.4, 3.9  # inches of a figure's width: on a desktop and on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, searchable, readable aloud
     "text.parse_math": False,  # a `$` in a name is not mathematics
@@ -50,6 +51,13 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+
+def set_size(figure: Any, wide: bool, *, wide_height: float, narrow_height: float) -> None:
+    """Make a figure as wide as the page, and so many inches high."""
+    width = WIDE if wide else NARROW
+    height = wide_height if wide else narrow_height
+    figure.set_size_inches(width, height)
 
 
 def picture(draw: Callable[[Any], None], name: str) -> str:
