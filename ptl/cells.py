@@ -7,7 +7,9 @@ from typing import Any
 from ptl.flat_settings import flat_settings
 
 Task = dict[str, Any]  # score of a benchmark, as in a row's `scores`
-UNITS = ((1e9, " B"), (1e6, " M"), (1e3, " k"))
+Pairs = list[tuple[str, str]]  # names and printed values
+
+UNITS = {1e9: " B", 1e6: " M", 1e3: " k"}
 
 
 def first_task(row: dict[str, Any]) -> Task:
@@ -34,31 +36,37 @@ def points(difference: float) -> str:
 
 def level(result: dict[str, Any]) -> str:
     """The confidence level of the intervals: `95 %`."""
-    return f"{result['confidence'] * 100:g} %"
+    confidence = result["confidence"]
+    return f"{confidence * 100:g} %"
 
 
 def accuracy(task: Task) -> str:
     """A task's score without its interval: percent where it is a share."""
+    value = task["accuracy"]
     if is_share(task):
-        return percent(task["accuracy"])
-    return f"{task['accuracy']:.4g}"
+        return percent(value)
+    return f"{value:.4g}"
 
 
 def interval(task: Task) -> str:
     """A task's interval; empty where it has none."""
-    low, high = task["low"], task["high"]
+    low = task["low"]
+    high = task["high"]
     if low is None:
         return ""
     # Percent without the sign, which the score beside it has.
     if is_share(task):
         return f"{low * 100:.1f} to {high * 100:.1f}"
+    # Of other scores four digits.
     return f"{low:.4g} to {high:.4g}"
 
 
 def score(task: Task) -> str:
     """A task's score with its interval, in percent where it is a share."""
-    bounds = interval(task)
-    return f"{accuracy(task)} ({bounds})" if bounds else accuracy(task)
+    text = accuracy(task)
+    if task["low"] is not None:
+        text += f" ({interval(task)})"
+    return text
 
 
 def span(low: int, high: int) -> str:
@@ -70,7 +78,7 @@ def span(low: int, high: int) -> str:
 
 def short(number: float) -> str:
     """A count in three or four characters: 950, 82 k, 1.23 M, 7 B."""
-    for size, unit in UNITS:
+    for size, unit in UNITS.items():
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
@@ -78,28 +86,37 @@ def short(number: float) -> str:
 
 def comparison(pair: dict[str, Any]) -> str:
     """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
-    # In points. The interval belongs to two one-sided tests.
-    change = f"{100 * pair['difference']:+.1f}"
-    low = f"{100 * pair['low']:+.1f}"
-    high = f"{100 * pair['high']:+.1f}"
+    change = _signed_points(pair["difference"])
+    low = _signed_points(pair["low"])
+    high = _signed_points(pair["high"])
+    # The interval is that of two one-sided tests.
     confidence = 100 * (1 - 2 * pair["alpha"])
-    changed = f"{pair['regressions']} regressions and {pair['improvements']} improvements"
+    regressions = f"{pair['regressions']} regressions"
+    improvements = f"{pair['improvements']} improvements"
     return (
         f"{change} points ({low} to {high} at {confidence:g} %), "
-        f"{changed} on {pair['items']:,} items, "
+        f"{regressions} and {improvements} on {pair['items']:,} items, "
         f"p {pair['p_different']:.2g}"
     )
 
 
-def settings(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _signed_points(difference: float) -> str:
+    """-0.016 -> `-1.6`."""
+    return f"{100 * difference:+.1f}"
+
+
+def settings(config: dict[str, Any]) -> Pairs:
     """A nested config as dotted names and printed values; empty values are left out."""
-    flat = flat_settings(config)
-    return [(name, _printed(value)) for name, value in flat.items() if value not in ("", [])]
+    named = flat_settings(config).items()
+    printed = [(name, _printed(value)) for name, value in named]
+    return [(name, text) for name, text in printed if text]
 
 
 def _printed(value: Any) -> str:
+    # 0.0003 instead of 0.00030000000000000003.
     if isinstance(value, float):
         return f"{value:.6g}"
+    # Lists of numbers or words; lists of sections are flat already.
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return str(value)

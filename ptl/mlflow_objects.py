@@ -8,15 +8,17 @@ copy knows nothing of what the store holds: then runs are created anew, and mode
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ptl import store
 from ptl.errors import InputError
 from ptl.mlflow_client import ALREADY_THERE, if_there, ignoring
+from ptl.run_status import records_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities import Experiment, LoggedModel, Run
 
 
 def experiment(client: MlflowClient, name: str, artifact_location: str | None = None) -> Any:
@@ -36,53 +38,79 @@ def experiment(client: MlflowClient, name: str, artifact_location: str | None = 
 
 
 def run(
-    client: MlflowClient, experiment_id: str, root: str, pipeline_run: str, step: str, tags: dict[str, str], name: str
+    client: MlflowClient,
+    experiment: Experiment,
+    pipeline_run: str,
+    step: str,
+    tags: dict[str, str],
+    name: str,
 ) -> Run:
     """The MLflow run of a step, or of the pipeline run where `step` is empty; created with `tags` where there is none.
 
     Of several, which concurrent steps or lost answers leave, the one that is claimed first in the store is everybody's;
     others are deleted if they hold nothing.
     """
+    experiment_id = experiment.experiment_id
     candidates = search(client, experiment_id, pipeline_run, step)
     if not candidates:
-        all_tags = {**tags, "ptl.role": "step" if step else "parent"}
-        created = client.create_run(experiment_id, tags=all_tags, run_name=name)
+        role = "step" if step else "parent"
+        created = client.create_run(experiment_id, tags={**tags, "ptl.role": role}, run_name=name)
+        # The answer to an earlier request may have been lost, and other steps create the parent too.
         candidates = search(client, experiment_id, pipeline_run, step) or [created]
-    oldest = candidates[0].info.run_id
-    claim = f"{step or 'parent'}-{experiment_id}"
-    claimed = store.claim(root, pipeline_run, claim, oldest)
-    winner = _active(client, claimed)
-    while winner is None:  # MLflow has lost what was claimed: the next claim is among what there is now
-        claimed = store.claim(root, pipeline_run, f"{claim}-after-{claimed}", oldest)
-        winner = _active(client, claimed)
+    winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
     for other in candidates:
-        if other.info.run_id != winner.info.run_id and not _holds_anything(client, other):
-            if_there(client.delete_run, other.info.run_id)
+        run_id = other.info.run_id
+        if run_id != winner.info.run_id and not _holds_anything(client, other):
+            if_there(client.delete_run, run_id)
     return winner
+
+
+def _claimed(client: MlflowClient, experiment: Experiment, pipeline_run: str, role: str, oldest: Run) -> Run:
+    """The run that is claimed in the store; `oldest` where none is."""
+    root = records_root(experiment.artifact_location)
+    claim = f"{role}-{experiment.experiment_id}"
+    while True:
+        run_id = store.claim(root, pipeline_run, claim, oldest.info.run_id)
+        winner: Run | None = if_there(client.get_run, run_id)
+        if winner is not None and winner.info.lifecycle_stage == "active":
+            return winner
+        # MLflow has lost what was claimed: the next claim is among what there is now.
+        claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
 
 
 def search(client: MlflowClient, experiment_id: str, pipeline_run: str, step: str) -> list[Run]:
     """The active runs of a step, or of the pipeline run where `step` is empty, the oldest first."""
-    role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
+    role = "tags.`ptl.role` = 'parent'"
+    if step:
+        role = f"tags.`ptl.step` = '{step}'"
     query = f"tags.`ptl.run` = '{pipeline_run}' and {role}"
     order = ["attributes.start_time ASC"]
     return list(client.search_runs([experiment_id], query, order_by=order, max_results=100))
 
 
-def logged_model(client: MlflowClient, experiment_id: str, tags: dict[str, str], **fields: Any) -> LoggedModel:
+def logged_model(
+    client: MlflowClient,
+    experiment_id: str,
+    tags: dict[str, str],
+    **fields: Any,
+) -> LoggedModel:
     """A new LoggedModel; `fields` are those of MLflow's `create_logged_model`."""
     mark = uuid.uuid4().hex
     created = client.create_logged_model(experiment_id, tags={**tags, "ptl.created": mark}, **fields)
+    # A request that was sent twice has made two.
     for model in client.search_logged_models([experiment_id], f"tags.`ptl.created` = '{mark}'"):
         if model.model_id != created.model_id:
             if_there(client.delete_logged_model, model.model_id)
     return created
 
 
-def existing_models(client: MlflowClient, model_ids: list[str]) -> list[str]:
-    """Those of the LoggedModels that MLflow has, in the same order, without repetitions."""
-    known = [model_id for model_id in dict.fromkeys(model_ids) if model_id]
-    return [model_id for model_id in known if if_there(client.get_logged_model, model_id) is not None]
+def existing_models(client: MlflowClient, model_ids: Iterable[str]) -> set[str]:
+    """Those of the LoggedModels that MLflow has."""
+    existing = set()
+    for model_id in model_ids:
+        if model_id and if_there(client.get_logged_model, model_id) is not None:
+            existing.add(model_id)
+    return existing
 
 
 def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:
@@ -102,16 +130,9 @@ def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> N
 
 def _is_output(client: MlflowClient, run_id: str, model_id: str) -> bool:
     outputs = client.get_run(run_id).outputs
-    models = outputs.model_outputs if outputs is not None else []
-    return model_id in [model.model_id for model in models]
-
-
-def _active(client: MlflowClient, run_id: str) -> Run | None:
-    """A run, unless it was deleted or is unknown to MLflow."""
-    existing = if_there(client.get_run, run_id)
-    if existing is None or existing.info.lifecycle_stage != "active":
-        return None
-    return existing
+    if outputs is None:
+        return False
+    return any(model.model_id == model_id for model in outputs.model_outputs)
 
 
 def _holds_anything(client: MlflowClient, other: Run) -> bool:

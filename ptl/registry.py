@@ -30,13 +30,14 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
             client.create_registered_model(registered_model)
         numbers = _versions_of(client, registered_model, pointer.model_id)
         if not numbers:
-            existing = existing_models(client, [pointer.model_id])
+            # MLflow may have lost the LoggedModel; the version then has the tag alone.
+            known = existing_models(client, [pointer.model_id])
             client.create_model_version(
                 registered_model,
                 source=pointer.uri,
                 run_id=pointer.run_id or step_run.run_id,
                 tags=ptl_keys({**scored_by, **tags, **checkpoint}),
-                model_id=existing[0] if existing else None,
+                model_id=pointer.model_id if known else None,
                 await_creation_for=0,
             )
             numbers = _versions_of(client, registered_model, pointer.model_id)

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 from ptl import cells
-from ptl.cells import first_task, percent
-from ptl.result import Result, Row, control_row, dense_row, final_row
+from ptl.result import Result, control_row, dense_row, final_row
+from ptl.result_rows import Row
 
+# Fields of a row's `scores`, with their label.
 COSTS = {
     "params": "Parameters",
     "bytes": "Bytes",
@@ -17,11 +18,11 @@ COSTS = {
 }
 
 
-def iterations(result: Result) -> list[dict[str, Any]]:
+def iterations(result: Result) -> list[Row]:
     """The main table, formatted: a row for each scored checkpoint."""
     rows = result["rows"]
     final = final_row(result)
-    # The drawn intervals share one scale.
+    # The drawn intervals share one scale; a score without an interval counts as 0.
     low = min(row["low"] or 0 for row in rows)
     high = max(row["high"] or 0 for row in rows)
     table = []
@@ -33,23 +34,28 @@ def iterations(result: Result) -> list[dict[str, Any]]:
     return table
 
 
-def _iteration(row: Row) -> dict[str, Any]:
-    task = first_task(row)
+def _iteration(row: Row) -> Row:
+    task = cells.first_task(row)
     widths = row["widths"]
+    tasks = row["scores"]["tasks"]
+    label = iteration_label(row)
     return {
-        "label": "one-shot control" if row["arm"] == "control" else iteration_label(row),
+        "label": "one-shot control" if row["arm"] == "control" else label,
         "arm": row["arm"],
         "params": f"{row['params']:,}",
-        "removed": percent(row["share_removed"]),
+        "removed": cells.percent(row["share_removed"]),
+        # The score of the first benchmark.
         "accuracy": cells.accuracy(task),
         "interval": cells.interval(task),
         "num_items": f"{row['items']:,}",
         "tokens": f"{row['recovery_tokens']:,}",
         "verdict": row["verdict"],
+        # What is left of the model, and what went in this iteration.
         "shape": cells.span(min(widths), max(widths)),
         "layers": len(widths),
         "removed_layers": ", ".join(map(str, row["removed_layers"])),
-        "tasks": [_task_cells(task) for task in row["scores"]["tasks"]],
+        # For the tables further down.
+        "tasks": [_task_cells(task) for task in tasks],
         "gate": gate_numbers(row["gate"]),
     }
 
@@ -59,7 +65,8 @@ def iteration_label(row: Row) -> str:
     return str(row["iteration"] or "dense")
 
 
-def _task_cells(task: dict[str, Any]) -> dict[str, Any]:
+def _task_cells(task: cells.Task) -> Row:
+    """A task's score, formatted, beside its other fields."""
     return {**task, "score": cells.score(task)}
 
 
@@ -68,32 +75,40 @@ def _bar(row: Row, low: float, high: float) -> list[float]:
     if row["low"] is None:
         return []
     scale = 100 / (high - low or 1)
-    distances = [row[key] - low for key in ("low", "accuracy", "high")]
-    return [round(distance * scale, 1) for distance in distances]
+    bar = []
+    for key in ("low", "accuracy", "high"):
+        distance = row[key] - low
+        bar.append(round(distance * scale, 1))
+    return bar
 
 
-def gate_numbers(gate: dict[str, Any]) -> list[tuple[str, str]]:
+def gate_numbers(gate: dict[str, Any]) -> cells.Pairs:
     """A verdict's reason and numbers, one pair of name and text for each."""
     values = dict(gate)
     values.update(values.pop("numbers", {}))
-    pairs = []
+    pairs: cells.Pairs = []
     for key, value in values.items():
+        name = _spaced(key)
+        # A paired comparison, a count, or a setting.
         if isinstance(value, dict):
             pairs.append((f"against the {key}", cells.comparison(value)))
-        elif type(value) is int:  # a bool is none
-            pairs.append((_spaced(key), f"{value:,}"))
+        elif type(value) is int:
+            pairs.append((name, f"{value:,}"))
         else:
-            pairs += [(_spaced(name), text) for name, text in cells.settings({key: value})]
+            pairs += cells.settings({name: value})
     return pairs
 
 
 def _spaced(name: str) -> str:
+    """The name of a field as words."""
     return name.replace("_", " ")
 
 
 def columns(result: Result) -> list[tuple[str, Row]]:
     """The rows that are set side by side: dense, final (unless it is the dense one), control."""
-    dense, final, control = dense_row(result), final_row(result), control_row(result)
+    dense = dense_row(result)
+    final = final_row(result)
+    control = control_row(result)
     side_by_side = [("Dense", dense)]
     if final is not None and final is not dense:
         side_by_side.append(("Final", final))
@@ -126,10 +141,11 @@ def links(result: Result) -> dict[str, str]:
     """The address of each step's MLflow run; empty without a base URL, and never another scheme than http."""
     url = result["mlflow"]["url"].rstrip("/")
     experiment = result["mlflow"]["experiment_id"]
-    addresses = dict.fromkeys([step["step"] for step in result["steps"]], "")
-    if re.match(r"https?://", url):
-        for step in result["steps"]:
-            addresses[step["step"]] = f"{url}/#/experiments/{experiment}/runs/{step['run_id']}"
+    is_web_address = re.match(r"https?://", url)
+    addresses = {}
+    for step in result["steps"]:
+        address = f"{url}/#/experiments/{experiment}/runs/{step['run_id']}"
+        addresses[step["step"]] = address if is_web_address else ""
     return addresses
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ptl import address, mlflow_client, mlflow_objects
 from ptl.errors import InputError
@@ -16,20 +16,14 @@ from ptl.run_status import TAG, StepRun, node, records_root, settle, steps_of, t
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 log = logging.getLogger(__name__)
 
 BATCH = 100  # parameters that MLflow takes in one request
 LONGEST = 6000  # characters of a parameter
 
-
-class _Runs(NamedTuple):
-    """The MLflow runs of a step."""
-
-    experiment: Any
-    parent: Run  # of the pipeline run
-    child: Run  # of the step
+Tags = dict[str, str]
 
 
 def pipeline_run() -> str:
@@ -62,22 +56,21 @@ def start(
     run = pipeline_run()
     tags = ptl_keys({"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()})
     with mlflow_client.connected() as client:
+        # A step on a cluster may have a run already, in an experiment that is not ours to choose.
         plugin_run_id = _plugin_run_id()
         if plugin_run_id:
-            runs = _adopt(client, plugin_run_id, run, tags)
+            child = client.get_run(plugin_run_id)
+            home = client.get_experiment(child.info.experiment_id)
+            parent = _adopt(client, child, home, run, tags)
         else:
-            mlflow_experiment = mlflow_objects.experiment(client, experiment, artifact_location)
-            runs = _find_or_create(client, mlflow_experiment, run, step, tags, title)
-        child = runs.child
-        if child.info.status != "RUNNING":
-            client.update_run(child.info.run_id, status="RUNNING")
-        if child.data.tags.get("ptl.node") != node():  # an earlier attempt ran elsewhere
-            client.set_tag(child.info.run_id, "ptl.node", node())
+            home = mlflow_objects.experiment(client, experiment, artifact_location)
+            parent, child = _find_or_create(client, home, run, step, tags, title)
+        _reopen(client, child)
         step_run = StepRun(
             run_id=child.info.run_id,
-            parent_run_id=runs.parent.info.run_id,
-            experiment_id=runs.experiment.experiment_id,
-            root=records_root(runs.experiment.artifact_location),
+            parent_run_id=parent.info.run_id,
+            experiment_id=home.experiment_id,
+            root=records_root(home.artifact_location),
             run=run,
             artifact_uri=child.info.artifact_uri,
             step=step,
@@ -88,50 +81,70 @@ def start(
 
 
 def _find_or_create(
-    client: MlflowClient, experiment: Any, run: str, step: str, tags: dict[str, str], title: str | None
-) -> _Runs:
-    experiment_id = experiment.experiment_id
-    root = records_root(experiment.artifact_location)
-    parent = mlflow_objects.run(client, experiment_id, root, run, "", tags_of_parent(run), title or run)
+    client: MlflowClient,
+    experiment: Experiment,
+    run: str,
+    step: str,
+    tags: Tags,
+    title: str | None,
+) -> tuple[Run, Run]:
+    """The parent and the step's run."""
+    parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), title or run)
+    parent_id = parent.info.run_id
     if title and parent.info.run_name == run:  # made by a doctor that failed
-        client.update_run(parent.info.run_id, name=title)
-    child_tags = {**tags, "mlflow.parentRunId": parent.info.run_id}
-    child = mlflow_objects.run(client, experiment_id, root, run, step, child_tags, step)
-    return _Runs(experiment, parent, child)
+        client.update_run(parent_id, name=title)
+    tags["mlflow.parentRunId"] = parent_id
+    child = mlflow_objects.run(client, experiment, run, step, tags, step)
+    return parent, child
+
+
+def _reopen(client: MlflowClient, child: Run) -> None:
+    run_id = child.info.run_id
+    if child.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    # An earlier attempt may have run elsewhere.
+    if child.data.tags.get("ptl.node") != node():
+        client.set_tag(run_id, "ptl.node", node())
 
 
 def _plugin_run_id() -> str | None:
     """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
-    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
+    if os.environ.get("PTL_RUN_ID") or not os.environ.get("KFP_RUN_ID"):
+        return None
+    return os.environ.get("MLFLOW_RUN_ID")
 
 
-def _adopt(client: MlflowClient, child_id: str, run: str, tags: dict[str, str]) -> _Runs:
-    """The plugin's runs, with our tags: its experiment, the pipeline run's parent, the step's run."""
-    child = client.get_run(child_id)
-    experiment = client.get_experiment(child.info.experiment_id)
-    child_tags = {**tags, "ptl.role": "step"}
+def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:
+    """Tag the step's run that the plugin has made, and its parent; returns the parent."""
+    tags["ptl.role"] = "step"
     parent_tags = tags_of_parent(run)
     parent_id = child.data.tags.get("mlflow.parentRunId")
     if parent_id:
         parent = client.get_run(parent_id)
     else:
-        root = records_root(experiment.artifact_location)
-        parent = mlflow_objects.run(client, experiment.experiment_id, root, run, "", parent_tags, run)
-        child_tags["mlflow.parentRunId"] = parent.info.run_id
-    _set_tags(client, child_id, child_tags)
-    _set_tags(client, parent.info.run_id, {**parent_tags, "ptl.role": "parent"})
-    return _Runs(experiment, parent, child)
+        parent = mlflow_objects.run(client, experiment, run, "", parent_tags, run)
+        tags["mlflow.parentRunId"] = parent.info.run_id
+    _set_tags(client, child.info.run_id, tags)
+    parent_tags["ptl.role"] = "parent"
+    _set_tags(client, parent.info.run_id, parent_tags)
+    return parent
 
 
-def new_model(step_run: StepRun, name: str, params: dict[str, Any], tags: dict[str, Any]) -> tuple[str, str]:
+def new_model(
+    step_run: StepRun,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, Any],
+) -> tuple[str, str]:
     """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
     with mlflow_client.connected() as client:
-        run_name = client.get_run(step_run.parent_run_id).info.run_name
+        parent = client.get_run(step_run.parent_run_id)
+        # MLflow allows none of these characters.
+        full_name = re.sub(r"[/:.%\"']", "-", f"{parent.info.run_name}-{name}")
         model = mlflow_objects.logged_model(
             client,
             step_run.experiment_id,
-            name=re.sub(r"[/:.%\"']", "-", f"{run_name}-{name}"),  # MLflow allows none of these
+            name=full_name,
             source_run_id=step_run.run_id,
             tags=ptl_keys({**tags, "run": step_run.run}),
             params=ptl_keys(params),
@@ -169,10 +182,10 @@ def finish(
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
         for key, before, now in add_params(client, run, params):
             log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
-        described_model = output
+        scored = output
         if output is None and len(inputs) == 1:
-            described_model = inputs[0]
-        add_metrics(client, run, metrics, step, described_model)
+            scored = inputs[0]
+        add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
             mlflow_objects.log_output(client, run_id, output, step)
@@ -188,14 +201,13 @@ def _known_models(
     client: MlflowClient, step_run: StepRun, inputs: list[str], output: str | None
 ) -> tuple[list[str], str | None]:
     """Inputs and output without those that MLflow has lost, which a warning names."""
-    models = [*inputs, output] if output else inputs
+    models = {*inputs, output} if output else set(inputs)
     existing = mlflow_objects.existing_models(client, models)
-    missing = sorted(set(models) - set(existing))
+    missing = ", ".join(sorted(models - existing))
     if missing:
-        say(step_run.step, f"warning: MLflow has lost {', '.join(missing)}: left out of the lineage of this run")
+        say(step_run.step, f"warning: MLflow has lost {missing}: left out of the lineage of this run")
     known_inputs = [model for model in inputs if model in existing]
-    known_output = output if output in existing else None
-    return known_inputs, known_output
+    return known_inputs, output if output in existing else None
 
 
 def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
@@ -204,9 +216,10 @@ def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
 
     logged = run.inputs.model_inputs if run.inputs else []
     known = {model.model_id for model in logged}
-    new = [LoggedModelInput(model_id) for model_id in dict.fromkeys(model_ids) if model_id not in known]
+    new = [model_id for model_id in dict.fromkeys(model_ids) if model_id not in known]
     if new:
-        client.log_inputs(run.info.run_id, models=new)
+        models = [LoggedModelInput(model_id) for model_id in new]
+        client.log_inputs(run.info.run_id, models=models)
 
 
 def tag(step_run: StepRun, values: dict[str, Any]) -> None:
@@ -247,28 +260,38 @@ def computing_beside(step_run: StepRun) -> list[str]:
     """Names of the run's other steps that are at work on the same node now."""
     with mlflow_client.connected() as client:
         runs = steps_of(client, step_run.experiment_id, step_run.run)
-    others = []
+    runs.pop(step_run.step, None)
+    busy = []
     for step, run in runs.items():
-        on_this_node = run.data.tags.get("ptl.node") == node()
-        if on_this_node and run.info.status == "RUNNING" and step != step_run.step:
-            others.append(step)
-    return sorted(others)
+        runs_here = run.data.tags.get("ptl.node") == node()
+        if runs_here and run.info.status == "RUNNING":
+            busy.append(step)
+    return sorted(busy)
 
 
 def log_progress(
-    step_run: StepRun, params: int, accuracy: float, *, low: float | None = None, high: float | None = None
+    step_run: StepRun,
+    params: int,
+    accuracy: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
 ) -> None:
     """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
-    prefix = "by_params/" if step_run.arm == "loop" else f"by_params/{step_run.arm}_"
+    parent_id = step_run.parent_run_id
+    # The control has charts of its own: both arms end at the same size.
+    arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
     values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
     with mlflow_client.connected() as client:
         for name, value in values.items():
             if value is None:
                 continue
-            history = client.get_metric_history(step_run.parent_run_id, prefix + name)
+            chart = f"by_params/{arm}{name}"
+            history = client.get_metric_history(parent_id, chart)
+            # An earlier attempt may have logged the point.
             points = [(point.step, point.value) for point in history]
             if (params, value) not in points:
-                _log_metrics(client, step_run.parent_run_id, {prefix + name: value}, params)
+                _log_metrics(client, parent_id, {chart: value}, params)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
@@ -289,7 +312,11 @@ def links(step_run: StepRun) -> dict[str, str]:
     }
 
 
-def add_params(client: MlflowClient, run: Run, params: dict[str, Any]) -> list[tuple[str, str, str]]:
+def add_params(
+    client: MlflowClient,
+    run: Run,
+    params: dict[str, Any],
+) -> list[tuple[str, str, str]]:
     """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
 
     MLflow never changes a parameter: what was logged first stays.
@@ -310,7 +337,11 @@ def add_params(client: MlflowClient, run: Run, params: dict[str, Any]) -> list[t
 
 
 def add_metrics(
-    client: MlflowClient, run: Run, metrics: dict[str, float], step: int = 0, model_id: str | None = None
+    client: MlflowClient,
+    run: Run,
+    metrics: dict[str, float],
+    step: int = 0,
+    model_id: str | None = None,
 ) -> None:
     """Log the metrics whose newest value is another; of a run as it was read."""
     known = run.data.metrics
@@ -318,24 +349,31 @@ def add_metrics(
     _log_metrics(client, run.info.run_id, changed, step, model_id)
 
 
-def ptl_keys(values: dict[str, Any]) -> dict[str, str]:
+def ptl_keys(values: dict[str, Any]) -> Tags:
     """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
-    return {key if key.startswith("ptl.") else f"ptl.{key}": str(value) for key, value in values.items()}
+    return {f"ptl.{key}": str(value) for key, value in values.items()}
 
 
-def _set_tags(client: MlflowClient, run_id: str, tags: dict[str, str]) -> None:
+def _set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
     for key, value in tags.items():
         client.set_tag(run_id, key, value)
 
 
 def _log_metrics(
-    client: MlflowClient, run_id: str, metrics: dict[str, float], step: int, model_id: str | None = None
+    client: MlflowClient,
+    run_id: str,
+    metrics: dict[str, float],
+    step: int,
+    model_id: str | None = None,
 ) -> None:
     from mlflow.entities import Metric
 
-    if metrics:
-        now = int(time.time() * 1000)  # milliseconds
-        points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    now = int(time.time() * 1000)  # milliseconds
+    points = []
+    for key, value in metrics.items():
+        point = Metric(key, float(value), now, step, model_id=model_id)
+        points.append(point)
+    if points:
         client.log_batch(run_id, metrics=points)
 
 

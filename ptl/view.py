@@ -23,19 +23,22 @@ def _headline(result: Result) -> str:
     dense = dense_row(result)
     final = final_row(result)
     share = percent(result["final"]["share_removed"])
+    # It is named without its score where its evaluation belongs to another checkpoint.
     if final is None:
         return f"{share} of the parameters were removed; the final checkpoint was not scored"
     task = first_task(dense)
     before = accuracy(task)
+    # A perplexity is called by its name.
     metric = "accuracy" if is_share(task) else _metric_name(task)
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
     after = accuracy(first_task(final))
     sentence = f"Removing {share} of the parameters took {metric} from {before} to {after}"
-    # The gate may be off, or may have compared with the parent.
+    # The gate may have been off.
     pair = result["paired"].get("dense")
     if pair and pair["verdict"] == "inferior":
-        sentence += f": inferior to the dense model (margin {100 * pair['margin']:g} points)"
+        margin = 100 * pair["margin"]
+        sentence += f": inferior to the dense model (margin {margin:g} points)"
     control = control_row(result)
     if control is not None:
         sentence += f"; {_beside_control(result, final, control)}"
@@ -50,16 +53,19 @@ def _metric_name(task: Task) -> str:
 
 def _beside_control(result: Result, final: Row, control: Row) -> str:
     """The one-shot control's score, and whether the loop's is better."""
-    one_shot = f"one-shot pruning reached {accuracy(first_task(control))}"
+    reached = accuracy(first_task(control))
+    one_shot = f"one-shot pruning reached {reached}"
+    # Where the loop stopped early, the control is smaller.
     ratio = control["params"] / final["params"]
     if abs(ratio - 1) > SAME_SIZE:
         one_shot += f" with {percent(control['share_removed'])} removed"
     gain = _gain(final, control)
     if gain == 0:
         return f"{one_shot}, the same"
-    if _may_be_chance(result):
-        p = result["paired"]["control"]["p_different"]
+    p = _insignificant_p(result)
+    if p is not None:
         return f"{one_shot}: the difference is not significant (p {p:.2g})"
+    # Differences of shares are points, not percent.
     size = f"{abs(gain):.3g}"
     if is_share(first_task(final)):
         size = points(abs(gain))
@@ -76,16 +82,20 @@ def _gain(final: Row, control: Row) -> float:
     return difference if higher_is_better else -difference
 
 
-def _may_be_chance(result: Result) -> bool:
-    """Whether the difference between loop and control was tested and is not significant."""
+def _insignificant_p(result: Result) -> float | None:
+    """p where the difference between loop and control was tested and is not significant; else None."""
     pair = result["paired"].get("control")
+    if not pair:
+        return None
+    p: float = pair["p_different"]
     significance_level = 1 - result["confidence"]
-    return bool(pair and pair["p_different"] > significance_level)
+    return p if p > significance_level else None
 
 
 def notes(result: Result) -> list[str]:
     """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
     sentences = []
+    # What limits the comparison comes first, what it cost last.
     if result["control_failed"]:
         sentences.append(f"The control arm did not finish: {result['control_failed']}.")
     sentences += _comparisons(result)
@@ -121,8 +131,10 @@ def _comparison(result: Result, key: str, name: str, final: Row, other: Row) -> 
         return f"Final against {name}, item by item: {comparison(pair)}."
     if final["low"] is None:
         return ""
-    disjoint = final["low"] > other["high"] or other["low"] > final["high"]
-    overlap = "do not overlap" if disjoint else "overlap"
+    # The upper one begins where the lower one has ended.
+    begin = max(final["low"], other["low"])
+    end = min(final["high"], other["high"])
+    overlap = "do not overlap" if begin > end else "overlap"
     return f"Final and {name}: the {level(result)} intervals {overlap}."
 
 
@@ -133,12 +145,15 @@ def _about_control(result: Result) -> list[str]:
     if control is None:
         return []
     sentences = []
+    # A control with more tokens would look better than pruning in one shot is.
     loop_tokens = total_tokens(result, "loop")
     control_tokens = total_tokens(result, "control")
     if loop_tokens != control_tokens:
         tokens = f"loop {loop_tokens:,}, control {control_tokens:,}"
         sentences.append(f"The arms had different recovery tokens: {tokens}.")
-    if final is not None and _gain(final, control) < 0 and not _may_be_chance(result):
+    # As the headline says it.
+    is_better = final is not None and _gain(final, control) < 0
+    if is_better and _insignificant_p(result) is None:
         sentences.append(f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control")
     return sentences
 
@@ -146,10 +161,12 @@ def _about_control(result: Result) -> list[str]:
 def _about_gate(result: Result) -> list[str]:
     """What it rejected, or that it was off."""
     sentences = []
-    rejected = [row for row in result["rows"] if row["verdict"] == "rejected"]
-    if rejected:
-        plural = "s" if len(rejected) > 1 else ""
-        sentences.append(f"The gate rejected {len(rejected)} iteration{plural}; the next began from the last accepted.")
+    verdicts = [row["verdict"] for row in result["rows"]]
+    num_rejected = verdicts.count("rejected")
+    if num_rejected:
+        plural = "s" if num_rejected > 1 else ""
+        sentences.append(f"The gate rejected {num_rejected} iteration{plural}; the next began from the last accepted.")
+    # Then a checkpoint can be final that is worse than the dense model.
     if not result["settings"]["gate"]["enabled"]:
         sentences.append("The gate was off: no iteration was tested before the next began.")
     return sentences
@@ -174,8 +191,10 @@ def wall_clock(result: Result) -> str:
         return ""
     work = work_seconds(result)
     # Below a minute two durations count as the same.
-    if abs(wall - work) < MINUTE and idle < MINUTE:
+    difference = abs(wall - work)
+    if difference < MINUTE and idle < MINUTE:
         return f"Wall clock: {duration(wall)}."
+    # Longer: there were pauses. Shorter: the arms ran side by side.
     summed = f"the work of all steps adds up to {duration(work)}"
     if idle < MINUTE:
         return f"Wall clock: {duration(wall)}; {summed}."
@@ -189,25 +208,26 @@ def wall_clock(result: Result) -> str:
 def table_caption(result: Result) -> str:
     """What the main table's numbers are; nothing about columns and marks that it does not have."""
     rows = result["rows"]
-    sentences = [_about_task(first_task(rows[0]))]
+    task = first_task(rows[0])
+    sentences = [_about_task(task)]
     if any(row["recovery_tokens"] for row in rows):
         sentences.append("Recovery tokens are those of each iteration alone.")
-    # Those of one task: all rows have an interval, or none has.
-    lows = [row["low"] for row in rows if row["low"] is not None]
-    if lows:
-        zero = " that does not begin at zero" if min(lows) > 0 else ""
+    # All rows have an interval, or none has: they are scores of one task.
+    if task["low"] is not None:
+        lowest = min(row["low"] for row in rows)
+        zero = " that does not begin at zero" if lowest > 0 else ""
         sentences.append(f"The drawn intervals share one scale{zero}.")
     return " ".join(sentences)
 
 
 def _about_task(task: Task) -> str:
     """Which metric the scores are, on which version of which task."""
-    metric = task["metric"]
-    sentence = f"Accuracy is {metric}" if is_share(task) else f"The score is {metric}"
-    sentence += f" on {task['task']}"
-    if task.get("version"):
+    subject = "Accuracy" if is_share(task) else "The score"
+    sentence = f"{subject} is {task['metric']} on {task['task']}"
+    # Scores of another version are not comparable.
+    if task["version"]:
         sentence += f", version {task['version']}"
-    if task.get("num_fewshot") is not None:
+    if task["num_fewshot"] is not None:
         sentence += f", {task['num_fewshot']}-shot"
     return sentence + "."
 
@@ -216,7 +236,8 @@ def accuracy_caption(result: Result) -> str:
     """What is seen in the chart of scores against parameters."""
     rows = result["rows"]
     sentences = []
-    if any(row["low"] is not None for row in rows):
+    # All rows have an interval, or none has.
+    if rows[0]["low"] is not None:
         sentences.append(f"Bars are {level(result)} intervals.")
     if not begins_at_zero(rows):
         sentences.append("The vertical axis does not begin at zero.")
@@ -230,10 +251,11 @@ def accuracy_caption(result: Result) -> str:
 def loss_caption(result: Result) -> str:
     """What is seen in the chart of losses."""
     caption = "Training loss of each recovery"
-    methods = [stage["method"] for stage in result["settings"]["recover"]]
-    if "grpo" in methods:
+    stages = result["settings"]["recover"]
+    if "grpo" in [stage["method"] for stage in stages]:
         caption += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
     # Only the loop's curves are drawn one after another.
-    if any(not step.startswith("control") for step in result["curves"]):
+    loop_steps = [step for step in result["curves"] if not step.startswith("control")]
+    if loop_steps:
         caption += "; the numbers at the dotted lines are the iterations"
     return caption + "."
