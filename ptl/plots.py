@@ -9,13 +9,14 @@ from ptl import score_plots, speeds
 from ptl.report_tables import iteration_label
 from ptl.result import Result
 from ptl.score_plots import REJECTED, mark_of, short_tick
-from ptl.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, picture, set_size
+from ptl.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, add_key, picture, set_size
 
 MAX_POINTS = 4000  # of all loss curves together: keeps the page far below 1 MB
 MAX_TOWERS = 500  # layers of all checkpoints together that are drawn apart from each other
-TOWER = 0.86  # width of a tower; the rest of 1 is the gap
+GAP = 0.14  # of the width of a tower
 
 Curve = list[tuple[int, float]]  # tokens and loss
+Skyline = tuple[list[int], list[float]]  # heights, and edges of which there is one more
 
 
 def draw(result: Result) -> dict[str, dict[str, str]]:
@@ -23,16 +24,20 @@ def draw(result: Result) -> dict[str, dict[str, str]]:
     painters: dict[str, Any] = {"accuracy": score_plots.accuracy, "widths": _widths}
     if result["curves"]:
         painters["loss"] = _losses
-    if any(len(row["scores"]["tasks"]) > 1 for row in result["rows"]):
+    # All checkpoints were scored on the same benchmarks.
+    first = result["rows"][0]
+    if len(first["scores"]["tasks"]) > 1:
         painters["tasks"] = score_plots.tasks
     if speeds.rows(result["speed"]):
         painters["speed"] = _speed
     pictures = {}
     for name, painter in painters.items():
-        pictures[name] = {}
-        for size in ("wide", "narrow"):
-            paint = functools.partial(painter, result=result, wide=size == "wide")
-            pictures[name][size] = picture(paint, f"{name}-{size}")
+        wide = functools.partial(painter, result=result, wide=True)
+        narrow = functools.partial(painter, result=result, wide=False)
+        pictures[name] = {
+            "wide": picture(wide, f"{name}-wide"),
+            "narrow": picture(narrow, f"{name}-narrow"),
+        }
     return pictures
 
 
@@ -44,7 +49,8 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     axis = figure.subplots()
     curves = result["curves"]
     max_points = max(20, MAX_POINTS // len(curves))
-    rejected = [row["iteration"] for row in result["rows"] if mark_of(row) == REJECTED]
+    rejected_rows = [row for row in result["rows"] if mark_of(row) == REJECTED]
+    rejected = [row["iteration"] for row in rejected_rows]
     keys = {}  # by label
     start = 0  # tokens of the loop so far
     for step in result["steps"]:
@@ -52,6 +58,7 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
             continue
         curve = _thinned(curves[step["step"]], max_points)
         in_loop = step["arm"] == "loop"
+        # The control has one curve, which begins at zero.
         offset = start if in_loop else 0
         label, colour, style = "loop", LOOP, "-"
         if not in_loop:
@@ -68,8 +75,7 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     axis.set_xlabel("recovery tokens since the start of the arm")
     axis.margins(0.02, 0.08)
     _set_loss_limits(axis, curves)
-    handles = list(keys.values())
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.5, columnspacing=1.2)
+    add_key(figure, list(keys.values()), columns=3, gap=0.5)
 
 
 def _thinned(curve: Curve, max_points: int) -> Curve:
@@ -82,7 +88,8 @@ def _draw_curve(axis: Any, curve: Curve, offset: int, **style: str) -> None:
     x = [offset + tokens for tokens, _ in curve]
     y = [loss for _, loss in curve]
     # A line of one point is not seen.
-    marker = "o" if len(set(x)) == 1 else ""
+    has_length = x[0] != x[-1]
+    marker = "" if has_length else "o"
     axis.plot(x, y, marker=marker, linewidth=1.5, markersize=4, **style)
 
 
@@ -107,7 +114,7 @@ def _set_loss_limits(axis: Any, curves: dict[str, Curve]) -> None:
     for curve in curves.values():
         losses += [loss for _, loss in curve]
     low = min(0, *losses)
-    high = max(losses) * 1.1
+    high = max(losses) * 1.1  # some room above the highest
     axis.set_ylim(low, high or 1)
 
 
@@ -118,12 +125,15 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     axis = figure.subplots()
     num_layers = max(len(row["widths"]) for row in rows)
     gap = max(1.0, num_layers * 0.3)
-    skyline = _towers if num_layers * len(rows) <= MAX_TOWERS else _outline
+    num_towers = num_layers * len(rows)
+    skyline = _towers if num_towers <= MAX_TOWERS else _outline
     ticks, labels = [], []
     start = 0.0
     for row in rows:
         heights, edges = skyline(row["widths"], start)
-        axis.stairs(heights, edges, fill=True, color=mark_of(row).colour, alpha=0.85)
+        colour = mark_of(row).colour
+        axis.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
+        # A label in the middle of the room for all layers, also below a model with fewer.
         ticks.append(start + num_layers / 2)
         labels.append("control" if row["arm"] == "control" else iteration_label(row))
         start += num_layers + gap
@@ -132,21 +142,23 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     # Many labels do not fit beside each other.
     max_upright = 12 if wide else 5
     if len(rows) > max_upright:
-        axis.tick_params(axis="x", labelrotation=90 if len(rows) > 20 else 60)
+        rotation = 90 if len(rows) > 20 else 60
+        axis.tick_params(axis="x", labelrotation=rotation)
     axis.set_xlabel("iteration; one bar for each layer")
 
 
-def _towers(widths: list[int], start: float) -> tuple[list[int], list[float]]:
-    """Heights, and edges of which there is one more: towers with a gap between them."""
+def _towers(widths: list[int], start: float) -> Skyline:
+    """Towers with a gap between them."""
     heights: list[int] = []
     edges = [start]
-    for left, width in enumerate(widths):
+    for left, width in enumerate(widths, 1):
+        # A tower, then a gap of height 0.
         heights += [width, 0]
-        edges += [start + left + TOWER, start + left + 1]
+        edges += [start + left - GAP, start + left]
     return heights, edges
 
 
-def _outline(widths: list[int], start: float) -> tuple[list[int], list[float]]:
+def _outline(widths: list[int], start: float) -> Skyline:
     """The same as one outline: equal neighbours are one step, which keeps the page small."""
     heights: list[int] = []
     edges: list[float] = []
@@ -168,18 +180,24 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     set_size(figure, wide, wide_height=height, narrow_height=height)
     axis = figure.subplots()
     times = [row.times for row in rows]
+    labels = [row.label for row in rows]
+    positions = range(len(rows))
+    # A bar begins at the dense model's 1.
     lengths = [value - 1 for value in times]
     colours = [LOOP if value >= 1 else BAD for value in times]
-    axis.barh(range(len(rows)), lengths, left=1, height=0.62, color=colours)
+    axis.barh(positions, lengths, left=1, height=0.62, color=colours)
     for position, value in enumerate(times):
         _draw_number(axis, value, position)
     axis.axvline(1, color=MUTED, linewidth=1)
     # Room for the numbers at the bars' ends.
-    low, high = min(1.0, *times), max(1.0, *times)
-    room = (0.1 if wide else 0.25) * max(high - low, 0.1)
+    low = min(1.0, *times)
+    high = max(1.0, *times)
+    share = 0.1 if wide else 0.25
+    room = share * max(high - low, 0.1)
     room_below = room if low < 1 else room / 4
     axis.set_xlim(low - room_below, high + room)
-    axis.set_yticks(range(len(rows)), [row.label for row in rows])
+    axis.set_yticks(positions, labels)
+    # The first row at the top.
     axis.invert_yaxis()
     # Vertical lines instead of horizontal ones.
     axis.grid(False, axis="y")

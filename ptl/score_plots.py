@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from ptl.cells import Task, first_task, is_share, short
 from ptl.result import Result, final_row
 from ptl.result_rows import Row
-from ptl.svg import BAD, CONTROL, LOOP, PAPER, set_size
+from ptl.svg import BAD, CONTROL, LOOP, PAPER, add_key, set_size
 
 MARGIN = 0.12  # of the scores' range, above and below them
 ASIDE = 7 / 72  # inches to the right
+MAX_TITLE = 28  # characters
 
 
 class Mark(NamedTuple):
@@ -54,11 +55,17 @@ def begins_at_zero(rows: list[Row]) -> bool:
     """Whether the axis of the scores reaches down to zero, with its margin."""
     ends: list[float] = []
     for row in rows:
-        ends.append(row["accuracy"])
-        if row["low"] is not None:
-            ends += [row["low"], row["high"]]
-    low, high = min(ends), max(ends)
-    return low - MARGIN * (high - low) <= 0
+        ends += [row["accuracy"], *_bounds(row)]
+    lowest = min(ends)
+    spread = max(ends) - lowest
+    return lowest - MARGIN * spread <= 0
+
+
+def _bounds(score: Task) -> tuple[float, float]:
+    """The ends of an interval; of a score that has none, the score itself."""
+    if score["low"] is None:
+        return score["accuracy"], score["accuracy"]
+    return score["low"], score["high"]
 
 
 def accuracy(figure: Any, result: Result, wide: bool) -> None:
@@ -67,7 +74,8 @@ def accuracy(figure: Any, result: Result, wide: bool) -> None:
 
     set_size(figure, wide, wide_height=3.9, narrow_height=3.7)
     axis = figure.subplots()
-    scores = [Scored(row, first_task(row)) for row in result["rows"]]
+    rows = result["rows"]
+    scores = [Scored(row, first_task(row)) for row in rows]
     _draw_scores(axis, result, scores)
     axis.xaxis.set_major_locator(MaxNLocator(7 if wide else 4))
     axis.set_xlabel("parameters (fewer to the right)")
@@ -91,7 +99,7 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, (name, scores) in zip(panels, by_task.items(), strict=False):
         _draw_scores(axis, result, scores)
-        axis.set_title(name if len(name) <= 28 else f"{name[:27]}…")
+        axis.set_title(_shortened(name))
         axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.yaxis.set_major_locator(MaxNLocator(4))
     # The last line of panels may not be full.
@@ -100,19 +108,29 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
     _draw_key(figure, result, wide)
 
 
+def _shortened(title: str) -> str:
+    """As much of a title as fits above a panel."""
+    if len(title) <= MAX_TITLE:
+        return title
+    return title[: MAX_TITLE - 1] + "…"
+
+
 def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     """Scores of one task against parameters; the dense model is at the left, the smallest at the right."""
     axis.margins(0.08, MARGIN)
-    for mark in sorted({mark_of(scored.row) for scored in scores}):
-        same = [scored for scored in scores if mark_of(scored.row) == mark]
-        _draw_marks(axis, mark, same)
+    by_mark: dict[Mark, list[Scored]] = {}
+    for scored in scores:
+        mark = mark_of(scored.row)
+        by_mark.setdefault(mark, []).append(scored)
+    for mark in sorted(by_mark):
+        _draw_marks(axis, mark, by_mark[mark])
     # A ring around the final checkpoint.
     final = final_row(result)
     ring = [scored for scored in scores if scored.row == final]
-    axis.plot(_sizes(ring), _accuracies(ring), "o", color="none", markersize=13, markeredgecolor=LOOP)
+    axis.plot(*_coordinates(ring), "o", color="none", markersize=13, markeredgecolor=LOOP)
     # A thin line through what the loop accepted.
-    path = [scored for scored in scores if mark_of(scored.row) in (DENSE, ACCEPTED)]
-    axis.plot(_sizes(path), _accuracies(path), color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)
+    path = by_mark[DENSE] + by_mark.get(ACCEPTED, [])
+    axis.plot(*_coordinates(path), color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)
     if all(is_share(scored.task) for scored in scores):
         axis.yaxis.set_major_formatter(_percent_tick)
     axis.autoscale_view()
@@ -120,29 +138,27 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     axis.xaxis.set_major_formatter(short_tick)
 
 
-def _sizes(scores: list[Scored]) -> list[int]:
-    """The x-coordinates: parameters."""
-    return [scored.row["params"] for scored in scores]
-
-
-def _accuracies(scores: list[Scored]) -> list[float]:
-    """The y-coordinates."""
-    return [scored.task["accuracy"] for scored in scores]
+def _coordinates(scores: list[Scored]) -> tuple[list[int], list[float]]:
+    """As matplotlib takes them: all x (parameters), all y (scores)."""
+    x = [scored.row["params"] for scored in scores]
+    y = [scored.task["accuracy"] for scored in scores]
+    return x, y
 
 
 def _draw_marks(axis: Any, mark: Mark, scores: list[Scored]) -> None:
     """Marks of one kind with their intervals."""
     from matplotlib.transforms import ScaledTranslation
 
-    x, y = _sizes(scores), _accuracies(scores)
-    below, above = [], []  # lengths of the error bars
-    for params, (_, task) in zip(x, scores, strict=True):
-        accuracy = task["accuracy"]
-        low = accuracy if task["low"] is None else task["low"]
-        high = accuracy if task["high"] is None else task["high"]
-        below.append(max(0.0, accuracy - low))
-        above.append(max(0.0, high - accuracy))
+    # Lengths of the error bars.
+    below, above = [], []
+    for row, task in scores:
+        low, high = _bounds(task)
+        below.append(max(0.0, task["accuracy"] - low))
+        above.append(max(0.0, high - task["accuracy"]))
+        # The axes must have room for them.
+        params = row["params"]
         axis.update_datalim([(params, low), (params, high)])
+    x, y = _coordinates(scores)
     options: dict[str, Any] = {}
     if mark.aside:
         # The control ends at the loop's size: a few points aside, its interval stays apart from the loop's.
@@ -158,22 +174,23 @@ def _draw_marks(axis: Any, mark: Mark, scores: list[Scored]) -> None:
         capsize=3,
         **options,
     )
-    size = 8 if mark == REJECTED else 6
-    axis.plot(x, y, mark.marker, color=mark.colour, markersize=size, markeredgecolor=PAPER, **options)
+    # A cross looks smaller than a disc.
+    options["markersize"] = 8 if mark == REJECTED else 6
+    axis.plot(x, y, mark.marker, color=mark.colour, markeredgecolor=PAPER, **options)
 
 
 def _draw_key(figure: Any, result: Result, wide: bool) -> None:
     """A key of the marks that occur, above the plot."""
     from matplotlib.lines import Line2D
 
-    marks = [mark_of(row) for row in result["rows"]]
+    present = [mark_of(row) for row in result["rows"]]
     lines = []
     for mark, label in LABELS.items():
-        if mark in marks:
+        if mark in present:
+            # A line without points, for its mark and its label.
             line = Line2D([], [], marker=mark.marker, color=mark.colour, linestyle="", label=label)
             lines.append(line)
-    columns = 4 if wide else 2
-    figure.legend(handles=lines, loc="outside upper left", ncols=columns, handletextpad=0.2, columnspacing=1.2)
+    add_key(figure, lines, columns=4 if wide else 2, gap=0.2)
 
 
 def _percent_tick(value: float, _position: int) -> str:

@@ -60,6 +60,17 @@ def set_size(figure: Any, wide: bool, *, wide_height: float, narrow_height: floa
     figure.set_size_inches(width, height)
 
 
+def add_key(figure: Any, lines: list[Any], *, columns: int, gap: float) -> None:
+    """A key of the lines or marks above the plot; `gap` is the space before a label, in font sizes."""
+    figure.legend(
+        handles=lines,
+        loc="outside upper left",
+        ncols=columns,
+        handletextpad=gap,
+        columnspacing=1.2,
+    )
+
+
 def picture(draw: Callable[[Any], None], name: str) -> str:
     """What `draw` paints on a figure, as an element of the page; `name` makes its ids unique there."""
     import matplotlib as mpl
