@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import time
 from dataclasses import dataclass
 
 from ptl import mlflow_client, store
@@ -52,28 +51,33 @@ class Retention:
 
 def apply_rules(experiment: ExperimentInventory, rules: Rules, now: float) -> list[Retention]:
     """What becomes of everything in an experiment, or only in `rules.runs`; `now` is unix time."""
-    runs = experiment.runs.values()
-    selected = {run.id for run in runs if run.id in rules.runs or run.mlflow_id in rules.runs}
-    finished = sorted(run.started for run in runs if run.state == "finished")
-    newest = finished[-rules.keep_last :] if rules.keep_last else []
-    by_files: dict[str, list[Retention]] = {}  # which several runs may name
+    runs = experiment.runs
+    newest = _newest(experiment, rules.keep_last)
+    # A user may name a run by either id.
+    selected = [run.id for run in runs.values() if {run.id, run.mlflow_id} & set(rules.runs)]
+    agreed: dict[str, Retention] = {}  # by the files, which several runs may name
     for stored in experiment.stored:
         unknown = RunInventory(stored.run, "", "unknown", 0.0, frozenset(), None)
-        run = experiment.runs.get(stored.run, unknown)
-        keeps_all = run.state == "finished" and run.started in newest
-        kept = _needed(stored, run, rules, run.id in selected, keeps_all) or _too_young(stored, rules, now)
-        retention = Retention(stored, deletable=not kept, reason=kept or _DELETABLE[stored.kind])
-        by_files.setdefault(stored.uris[0], []).append(retention)
-    agreed = [_agreed(retentions) for retentions in by_files.values()]
-    return [retention for retention in agreed if not rules.runs or retention.stored.run in selected]
+        run = runs.get(stored.run, unknown)
+        reason = _needed(stored, run, rules, run.id in selected, run.id in newest)
+        reason = reason or _too_young(stored, rules, now)
+        retention = Retention(stored, deletable=not reason, reason=reason or _DELETABLE[stored.kind])
+        # They go only when none of the runs needs them.
+        uri = stored.uris[0]
+        earlier = agreed.get(uri)
+        if earlier is None or (earlier.deletable and reason):
+            agreed[uri] = retention
+    retentions = list(agreed.values())
+    if rules.runs:
+        return [retention for retention in retentions if retention.stored.run in selected]
+    return retentions
 
 
-def _agreed(retentions: list[Retention]) -> Retention:
-    """Of files that several runs name: they go only when none of the runs needs them."""
-    for retention in retentions:
-        if not retention.deletable:
-            return retention
-    return retentions[0]
+def _newest(experiment: ExperimentInventory, number: int) -> list[str]:
+    """Ids of the finished runs that keep everything."""
+    finished = [run for run in experiment.runs.values() if run.state == "finished"]
+    finished.sort(key=lambda run: run.started, reverse=True)
+    return [run.id for run in finished[:number]]
 
 
 def _too_young(stored: StoredFiles, rules: Rules, now: float) -> str:
@@ -86,24 +90,36 @@ def _too_young(stored: StoredFiles, rules: Rules, now: float) -> str:
     return ""
 
 
-def _needed(stored: StoredFiles, run: RunInventory, rules: Rules, selected: bool, keeps_all: bool) -> str:
+def _needed(
+    stored: StoredFiles,
+    run: RunInventory,
+    rules: Rules,
+    selected: bool,
+    keeps_all: bool,
+) -> str:
     """Why files stay, whatever their age; empty where nothing needs them.
 
     `selected`: the user named the run; `keeps_all`: it is one of the newest runs.
     """
     uri = stored.uris[0]
+    finished = run.state == "finished"
+    done = stored.step in run.done
     if stored.version:
         return f"registered: {stored.version}"
-    if run.damaged:  # then what it committed is not distinguishable from what it did not
+    # What the run committed is then not distinguishable from what it did not.
+    if run.damaged:
         return f"a record of the run cannot be read: {run.damaged}"
-    if stored.kind == "attempt" and run.state == "finished" and stored.step not in run.done:
-        return "its step has no record, though the run is finished"  # records were lost: it may be the result
     if stored.kind == "attempt":
-        return ""  # never read by anybody: a repeated step publishes under a fresh prefix
-    if stored.kind == "training" and stored.step in run.done:
+        # Where records were lost, it may be the result.
+        if finished and not done:
+            return "its step has no record, though the run is finished"
+        # Nobody reads it: a repeated step publishes under a fresh prefix.
         return ""
-    if run.state != "finished":
+    if stored.kind == "training" and done:
+        return ""
+    if not finished:
         return "" if selected else _UNFINISHED[run.state]
+    # Of a finished run, what it ended with stays, and what the rules keep.
     if run.final is None:
         return "the run's final checkpoint is not known"
     if uri == run.final:
@@ -121,18 +137,22 @@ def delete(experiment: ExperimentInventory, retention: Retention) -> bool:
     Raises InputError where the credentials may not delete.
     """
     stored = retention.stored
+    is_attempt = stored.kind == "attempt"
     if not retention.deletable:
         raise ValueError(f"{stored.uris[0]} is to be kept: {retention.reason}")
-    if stored.kind == "attempt" and _committed_meanwhile(experiment, stored):
+    if is_attempt and _committed_meanwhile(experiment, stored):
         return False
+    model_id = stored.model_id
     with mlflow_client.connected() as client:
-        if stored.model_id:
-            now = datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
-            client.set_logged_model_tags(stored.model_id, {DELETED: now.isoformat(timespec="seconds")})
+        # First, so that no page of a model says that files are there which are not.
+        if model_id:
+            now = datetime.datetime.now(datetime.UTC)
+            client.set_logged_model_tags(model_id, {DELETED: now.isoformat(timespec="seconds")})
         for uri in stored.uris:
             store.delete(uri, below=experiment.location)
-        if stored.model_id and stored.kind == "attempt":
-            client.delete_logged_model(stored.model_id)  # part of no lineage
+        # An attempt is part of no lineage.
+        if model_id and is_attempt:
+            client.delete_logged_model(model_id)
     return True
 
 
@@ -140,10 +160,13 @@ def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -
     """Whether a record names these files by now: a machine that slept may have committed after the listing."""
     folder, _, name = stored.uris[0].rpartition("/")
     record_name = stored.step
-    if folder == f"{experiment.root}/{stored.run}":  # files of one training checkpoint, which has a record of its own
+    # A training checkpoint has a record of its own.
+    if folder == f"{experiment.root}/{stored.run}":
         record_name = name.rpartition("-")[0]
     record = store.committed(experiment.root, stored.run, record_name)
-    return record is not None and record["pointer"]["uri"] in stored.uris
+    if record is None:
+        return False
+    return record["pointer"]["uri"] in stored.uris
 
 
 def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptl import mlflow_client, store
 from ptl.errors import InputError, WorkError
@@ -14,6 +14,9 @@ from ptl.stored_files import Folder, Records, StoredFiles, checkpoints, folders,
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel, Run
+
+RunNames = dict[str, list[str]]  # what each run keeps beside its checkpoints
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,25 @@ def experiments(names: list[str]) -> Iterator[ExperimentInventory]:
         for name in names:
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
-                raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
+                raise InputError(
+                    f"MLflow has no {name!r}",
+                    field="--experiment",
+                    remedy=f"it has {existing}",
+                )
         for name in sorted(set(names) or known):
-            others = [experiment for experiment in known.values() if experiment.name != name]
-            foreign_runs = _runs_at(client, _location(known[name]), others)
-            inventory = _inventory(client, known[name], foreign_runs)
+            others = dict(known)
+            experiment = others.pop(name)
+            foreign_runs = _runs_at(client, _location(experiment), others.values())
+            inventory = _inventory(client, experiment, foreign_runs)
             if inventory.runs or names:
                 yield inventory
 
 
-def _location(experiment: Any) -> str:
+def _location(experiment: Experiment) -> str:
     return str(experiment.artifact_location.rstrip("/"))
 
 
-def _runs_at(client: MlflowClient, location: str, experiments: list[Any]) -> set[str]:
+def _runs_at(client: MlflowClient, location: str, experiments: Iterable[Experiment]) -> set[str]:
     """Runs of the experiments that keep their files at a location; all of `ptl run` without a server share one."""
     runs: set[str] = set()
     for experiment in experiments:
@@ -74,7 +82,11 @@ def _runs_at(client: MlflowClient, location: str, experiments: list[Any]) -> set
     return runs
 
 
-def _inventory(client: MlflowClient, experiment: Any, foreign_runs: set[str]) -> ExperimentInventory:
+def _inventory(
+    client: MlflowClient,
+    experiment: Experiment,
+    foreign_runs: set[str],
+) -> ExperimentInventory:
     """What one experiment holds; `foreign_runs` are those of other experiments at the same location."""
     location = _location(experiment)
     # MLflow's models first, then the records, versions last: what is committed or registered meanwhile counts.
@@ -85,19 +97,21 @@ def _inventory(client: MlflowClient, experiment: Any, foreign_runs: set[str]) ->
     root = records_root(location)
     model_folders = folders(f"{location}/models", depth=1)
     run_folders = folders(root, depth=2)
-    names: dict[str, list[str]] = {run: [] for run in parents}
+    names: RunNames = {run: [] for run in parents}  # some have written nothing yet
     names.update(_names(run_folders))
 
     records, runs, stored = {}, {}, []
     for run, run_names in names.items():
         records[run], damaged = _records(root, run, run_names)
+        # Of the runs that share the location, those of this experiment.
         if run in parents or run not in foreign_runs:
             runs[run] = _run_inventory(run, parents.get(run), records[run], damaged)
             stored += training_checkpoints(root, run, runs[run].done, run_names, run_folders)
     all_checkpoints = checkpoints(location, models, records, model_folders)
     versions = _versions(client)
     # What a run of another experiment needs stays, although one of this experiment names it too.
-    needed = {files.uris[0] for files in all_checkpoints if files.run in names and files.run not in runs}
+    foreign = set(names) - set(runs)
+    needed = {files.uris[0] for files in all_checkpoints if files.run in foreign}
     for files in all_checkpoints:
         uri = files.uris[0]
         if uri not in needed:
@@ -106,11 +120,12 @@ def _inventory(client: MlflowClient, experiment: Any, foreign_runs: set[str]) ->
     return ExperimentInventory(experiment.name, location, runs, stored)
 
 
-def _names(run_folders: dict[str, Folder]) -> dict[str, list[str]]:
-    """What each run keeps beside its checkpoints, without claims, drafts of a killed writer and files of others."""
-    names: dict[str, list[str]] = {}
+def _names(run_folders: dict[str, Folder]) -> RunNames:
+    """Records and training checkpoints of each run, without claims."""
+    names: RunNames = {}
     for path in run_folders:
         run, _, name = path.partition("/")
+        # Drafts of a killed writer and files of others have no such names.
         if store.is_name(run) and store.is_name(name):
             run_names = names.setdefault(run, [])
             if not name.endswith(".claim"):
@@ -135,21 +150,24 @@ def _records(root: str, run: str, names: list[str]) -> tuple[Records, str]:
     return records, damaged
 
 
-def _run_inventory(run: str, parent: Any, records: Records, damaged: str) -> RunInventory:
-    mlflow_id, state, started = "", "unknown", 0.0
+def _run_inventory(
+    run: str,
+    parent: Run | None,
+    records: Records,
+    damaged: str,
+) -> RunInventory:
+    state = "unknown"
     if parent is not None:
-        mlflow_id = parent.info.run_id
-        started = parent.info.start_time / 1000
         # A status can be set by anybody; the report's record is written when all that it needs is there.
         ended = parent.info.status == "FINISHED" and "report" in records
         state = "finished" if ended else "unfinished"
-        if parent.info.lifecycle_stage != "active":
+        if not _is_active(parent):
             state = "deleted"
     return RunInventory(
         id=run,
-        mlflow_id=mlflow_id,
+        mlflow_id=parent.info.run_id if parent else "",
         state=state,
-        started=started,
+        started=parent.info.start_time / 1000 if parent else 0.0,
         done=frozenset(records),
         final=_final_uri(records, "loop"),
         control=_final_uri(records, "control"),
@@ -159,23 +177,26 @@ def _run_inventory(run: str, parent: Any, records: Records, damaged: str) -> Run
 
 def _final_uri(records: Records, arm: str) -> str | None:
     """The checkpoint that the last evaluation of an arm passed on; None before the first."""
-    last, uri = -1, None
+    last = -1  # iteration
+    uri = None
     for record in records.values():
         metadata = record["metadata"]
-        in_arm = metadata.get("arm", "loop") == arm
-        if in_arm and "accepted" in metadata and metadata["iteration"] > last:
+        # Only evaluations have accepted anything.
+        if "accepted" not in metadata or metadata.get("arm", "loop") != arm:
+            continue
+        if metadata["iteration"] > last:
             last = metadata["iteration"]
             uri = metadata["accepted"]["uri"]
     return uri
 
 
-def _models(client: MlflowClient, experiment_id: str) -> list[Any]:
+def _models(client: MlflowClient, experiment_id: str) -> list[LoggedModel]:
     """The LoggedModels of an experiment that steps made."""
     models = pages(client.search_logged_models, experiment_ids=[experiment_id])
     return [model for model in models if "ptl.run" in model.tags]
 
 
-def _parents(client: MlflowClient, experiment_id: str) -> dict[str, Any]:
+def _parents(client: MlflowClient, experiment_id: str) -> dict[str, Run]:
     """The MLflow run of each pipeline run. Deleted ones too; but those that lost a race against an active one not."""
     from mlflow.entities import ViewType
 
@@ -186,16 +207,23 @@ def _parents(client: MlflowClient, experiment_id: str) -> dict[str, Any]:
         run_view_type=ViewType.ALL,
     )
     # The active one comes last and is the one that stays in the dict.
-    ordered = sorted(runs, key=lambda run: bool(run.info.lifecycle_stage == "active"))
+    ordered = sorted(runs, key=_is_active)
     return {run.data.tags["ptl.run"]: run for run in ordered}
+
+
+def _is_active(run: Run) -> bool:
+    return bool(run.info.lifecycle_stage == "active")
 
 
 def _versions(client: MlflowClient) -> dict[str, str]:
     """`name version` of everything that is registered, by the location and by the id of the model."""
     versions = {}
     for version in pages(client.search_model_versions):
-        source = (version.source or "").rstrip("/")
-        for key in (source, version.tags.get("ptl.model_id"), version.model_id):
+        source = version.source or ""
+        model_id = version.tags.get("ptl.model_id")
+        # Whoever registers a checkpoint by hand may give any of them.
+        for key in (source.rstrip("/"), model_id, version.model_id):
             if key:
-                versions[key.removeprefix("models:/")] = f"{version.name} {version.version}"
+                address = key.removeprefix("models:/")
+                versions[address] = f"{version.name} {version.version}"
     return versions

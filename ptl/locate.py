@@ -30,9 +30,12 @@ from ptl.pipeline_runs import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
 ARMS = ("loop", "control")
+
+Result = dict[str, Any]  # what result.json holds
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Checkpoint:
 
 def needs_mlflow(reference: str) -> bool:
     """Whether MLflow must be asked for it."""
-    is_folder = Path(reference).exists()
-    return not is_folder and (reference.startswith("models:") or "://" not in reference)
+    if Path(reference).exists():
+        return False
+    return reference.startswith("models:") or "://" not in reference
 
 
 def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
@@ -72,8 +76,10 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     run, step = find_run(reference)
     if step:
         return _of_step(run, step)
+    # The card is read after the result, which says whether there is one.
     result = result_of(run)
-    return _final(result, arm, run.id, report_file(run, "README.md"))
+    card = report_file(run, "README.md")
+    return _final(result, arm, run.id, card)
 
 
 def evaluation(reference: str, cache: Path) -> Path:
@@ -94,16 +100,18 @@ def evaluation(reference: str, cache: Path) -> Path:
     step = step or _final_evaluation(result_of(run), run.id)
     record = store.committed(run.root, run.id, step)
     if record is None or "evaluate" not in step:
-        finished = [f"{run.id}:{name}" for name in finished_steps(run) if "evaluate" in name]
+        evaluations = [name for name in finished_steps(run) if "evaluate" in name]
+        existing = ", ".join(f"{run.id}:{name}" for name in evaluations) or "none yet"
         raise InputError(
             f"{step} is no finished evaluate step of run {run.id}",
             field="compare",
-            remedy=f"it has {', '.join(finished) or 'none yet'}",
+            remedy=f"it has {existing}",
         )
-    return store.fetch(store.Pointer(**record["pointer"]), cache)
+    pointer = store.Pointer(**record["pointer"])
+    return store.fetch(pointer, cache)
 
 
-def result(reference: str) -> dict[str, Any]:
+def result(reference: str) -> Result:
     """The result of a run from its result.json, its directory, or its id."""
     path = Path(reference)
     if not path.exists():
@@ -124,52 +132,68 @@ def result(reference: str) -> dict[str, Any]:
 def _of_directory(folder: Path, arm: str) -> Checkpoint:
     """The final checkpoint of a local run's directory."""
     if not (folder / "result.json").is_file():
-        raise InputError(f"{folder} holds no result.json, so no finished run", field="run", remedy=f"give {FORMS}")
-    card = folder / "README.md"
-    card_text = card.read_bytes() if card.is_file() else None
-    return _final(result(str(folder)), arm, str(folder), card_text)
+        raise InputError(
+            f"{folder} holds no result.json, so no finished run",
+            field="run",
+            remedy=f"give {FORMS}",
+        )
+    path = folder / "README.md"
+    card = path.read_bytes() if path.is_file() else None
+    name = str(folder)
+    return _final(result(name), arm, name, card)
 
 
-def _final(result: dict[str, Any], arm: str, run: str, card: bytes | None) -> Checkpoint:
+def _final(
+    result: Result,
+    arm: str,
+    run: str,
+    card: bytes | None,
+) -> Checkpoint:
     """The final checkpoint of an arm; the card is about the loop's."""
     if arm == "loop":
-        return Checkpoint(_pointer(result["final"]), f"final checkpoint of run {run}", card)
-    rows = [row for row in result["rows"] if row["arm"] == arm]
-    if not rows:
-        problem = f"run {run} has no scored {arm}: it was made without one, or it did not finish"
-        raise InputError(problem, field="--arm")
-    return Checkpoint(_pointer(rows[-1]), f"{arm} of run {run}")
-
-
-def _pointer(row: dict[str, Any]) -> store.Pointer:
-    return store.Pointer(row["uri"], row["digest"], row["params"])
+        row = result["final"]
+        name = f"final checkpoint of run {run}"
+    else:
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        if not rows:
+            problem = f"run {run} has no scored {arm}: it was made without one, or it did not finish"
+            raise InputError(problem, field="--arm")
+        row = rows[-1]
+        name = f"{arm} of run {run}"
+        card = None
+    pointer = store.Pointer(row["uri"], row["digest"], row["params"])
+    return Checkpoint(pointer, name, card)
 
 
 def _of_step(run: PipelineRun, step: str) -> Checkpoint:
     record = store.committed(run.root, run.id, step)
     if record is None:
         finished = [name for name in finished_steps(run) if makes_model(name)]
+        existing = ", ".join(finished) or "none yet"
         raise InputError(
             f"run {run.id} has no finished step {step!r}",
             field="step",
-            remedy=f"it has {', '.join(finished) or 'none yet'}",
+            remedy=f"it has {existing}",
         )
-    if record["metadata"].get("stage", step).startswith("evaluate"):
+    if record["metadata"]["stage"] == "evaluate":
         raise InputError(
             f"{step} is an evaluation, which `ptl compare` reads",
             field="step",
             remedy="name a step that makes a model",
         )
     pointer = store.Pointer(**record["pointer"])
-    return Checkpoint(pointer, f"{step} of run {run.id}", _card(run, pointer.digest))
+    card = _card(run, pointer.digest)
+    return Checkpoint(pointer, f"{step} of run {run.id}", card)
 
 
 def _card(run: PipelineRun, digest: str) -> bytes | None:
     """The run's model card, if it is about the checkpoint with this digest: the final one."""
     data = report_file(run, "result.json")
-    if not data or json.loads(data)["final"]["digest"] != digest:
+    # A run that is not finished has no card yet.
+    if not data:
         return None
-    return report_file(run, "README.md")
+    final = json.loads(data)["final"]
+    return report_file(run, "README.md") if final["digest"] == digest else None
 
 
 def _registered(reference: str) -> Checkpoint:
@@ -177,8 +201,9 @@ def _registered(reference: str) -> Checkpoint:
     match = REGISTERED.fullmatch(reference)
     if match is None:
         raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
+    name = match["name"]
     with reading() as client:
-        version = _version(client, match["name"], match["alias"], match["version"])
+        version = _version(client, name, match["alias"], match["version"])
         tags = version.tags
         if "ptl.digest" not in tags:
             raise InputError(
@@ -186,34 +211,60 @@ def _registered(reference: str) -> Checkpoint:
                 field="models",
                 remedy=f"give {FORMS}",
             )
+        # The run that made it may be gone: then there is no card.
         step_run = if_there(client.get_run, version.run_id) if version.run_id else None
-        run = run_by_id(client, step_run.data.tags.get("ptl.run", "")) if step_run else None
-    pointer = store.Pointer(str(version.source), tags["ptl.digest"], int(tags.get("ptl.params", 0)))
+        run = None
+        if step_run is not None:
+            run_id = step_run.data.tags.get("ptl.run", "")
+            run = run_by_id(client, run_id)
+    params = int(tags.get("ptl.params", 0))
+    pointer = store.Pointer(str(version.source), tags["ptl.digest"], params)
     card = _card(run, pointer.digest) if run else None
-    return Checkpoint(pointer, f"version {version.version} of {match['name']}", card)
+    return Checkpoint(pointer, f"version {version.version} of {name}", card)
 
 
-def _version(client: MlflowClient, name: str, alias: str | None, number: str | None) -> Any:
+def _version(
+    client: MlflowClient,
+    name: str,
+    alias: str | None,
+    number: str | None,
+) -> ModelVersion:
     """The version of a registered model that has the alias, or the number."""
     model = if_there(client.get_registered_model, name)
     if model is None:
         models = client.search_registered_models(max_results=20)
-        names = ", ".join(model.name for model in models) or "none"
-        raise InputError(f"this MLflow has no registered model {name!r}", field="models", remedy=f"it has {names}")
-    if alias is not None and alias not in model.aliases:
-        existing = ", ".join(f"{other} (version {of})" for other, of in model.aliases.items()) or "none"
+        existing = ", ".join(model.name for model in models) or "none"
         raise InputError(
-            f"{name} has no alias {alias!r}",
+            f"this MLflow has no registered model {name!r}",
             field="models",
-            remedy=f"it has {existing}, or name a version: models:/{name}/1",
+            remedy=f"it has {existing}",
         )
+    if alias is not None:
+        number = _number_of_alias(name, model.aliases, alias)
     get_version = functools.partial(client.get_model_version, name)
-    version = if_there(get_version, str(number or model.aliases[alias]))
+    version: ModelVersion | None = if_there(get_version, str(number))
     if version is None:
         versions = client.search_model_versions(f"name = '{name}'", max_results=100)
         numbers = sorted(int(other.version) for other in versions)
-        raise InputError(f"{name} has no version {number}", field="models", remedy=f"it has {numbers or 'none'}")
+        raise InputError(
+            f"{name} has no version {number}",
+            field="models",
+            remedy=f"it has {numbers or 'none'}",
+        )
     return version
+
+
+def _number_of_alias(name: str, aliases: dict[str, str], alias: str) -> str:
+    """The version that an alias of a registered model points at."""
+    if alias not in aliases:
+        existing = [f"{other} (version {number})" for other, number in aliases.items()]
+        aliases_text = ", ".join(existing) or "none"
+        raise InputError(
+            f"{name} has no alias {alias!r}",
+            field="models",
+            remedy=f"it has {aliases_text}, or name a version: models:/{name}/1",
+        )
+    return aliases[alias]
 
 
 def _published(uri: str) -> Checkpoint:
@@ -230,14 +281,15 @@ def _published(uri: str) -> Checkpoint:
     return Checkpoint(store.Pointer(uri, digest), uri)
 
 
-def _final_evaluation(result: dict[str, Any], run: str) -> str:
+def _final_evaluation(result: Result, run: str) -> str:
     """The step that scored the final checkpoint."""
     final = result["final"]["digest"]
-    rows = [row for row in result["rows"] if row["arm"] == "loop" and row["digest"] == final]
-    if not rows:
-        raise InputError(
-            f"the final checkpoint of run {run} was not scored",
-            field="compare",
-            remedy=f"name a step: {run}:evaluate-0",
-        )
-    return str(rows[-1]["step"])
+    # The last of them: a checkpoint may be scored again after a rejection.
+    for row in reversed(result["rows"]):
+        if row["arm"] == "loop" and row["digest"] == final:
+            return str(row["step"])
+    raise InputError(
+        f"the final checkpoint of run {run} was not scored",
+        field="compare",
+        remedy=f"name a step: {run}:evaluate-0",
+    )

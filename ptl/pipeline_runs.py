@@ -38,9 +38,11 @@ class PipelineRun:
 def find_run(reference: str) -> tuple[PipelineRun, str]:
     """The run and the step that a user names ("" for the run itself). Raises InputError where MLflow has none."""
     name, _, step = reference.partition(":")
-    if not store.is_name(name) or (step and not store.is_name(step)):
-        problem = f"{reference!r} is neither a folder nor the name of a run"
-        raise InputError(problem, field="run", remedy=f"give {FORMS}")
+    # Both become parts of addresses.
+    for part in (name, step or name):
+        if not store.is_name(part):
+            problem = f"{reference!r} is neither a folder nor the name of a run"
+            raise InputError(problem, field="run", remedy=f"give {FORMS}")
     with reading() as client:
         # It may be the id of an MLflow run, of the parent or of a step.
         if re.fullmatch("[0-9a-f]{32}", name):
@@ -61,9 +63,12 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
 
 def run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     """The pipeline run with this id, in whichever experiment it is: Kubeflow's MLflow plugin has one of its own."""
-    experiment_ids = [experiment.experiment_id for experiment in pages(client.search_experiments)]
+    experiments = pages(client.search_experiments)
+    experiment_ids = [experiment.experiment_id for experiment in experiments]
+    if not experiment_ids:
+        return None
     query = f"tags.`ptl.run` = '{run_id}' and tags.`ptl.role` = 'parent'"
-    parents = client.search_runs(experiment_ids, query, max_results=100) if experiment_ids else []
+    parents = client.search_runs(experiment_ids, query, max_results=100)
     if not parents:
         return None
     info = parent_among(parents).info
@@ -101,12 +106,16 @@ def result_of(run: PipelineRun) -> dict[str, Any]:
 def _no_result(run: PipelineRun) -> InputError:
     by_state: dict[str, list[str]] = {}
     for step, state in _step_states(run).items():
-        by_state.setdefault(state, []).append(step)
-    steps = "; ".join(f"{state}: {', '.join(names)}" for state, names in by_state.items())
-    finished = [f"{run.id}:{step}" for step in by_state.get("FINISHED", ()) if makes_model(step)]
-    fetchable = ", ".join(finished) or "none is finished"
+        steps = by_state.setdefault(state, [])
+        steps.append(step)
+    progress = [f"{state}: {', '.join(steps)}" for state, steps in by_state.items()]
+    states = "; ".join(progress) or "no step has begun"
+    # A checkpoint of the run that can be fetched meanwhile.
+    finished = by_state.get("FINISHED", [])
+    fetchable = ", ".join(f"{run.id}:{step}" for step in finished if makes_model(step))
+    fetchable = fetchable or "none is finished"
     return InputError(
-        f"{run.id} has no result yet, its state is {run.state} ({steps or 'no step has begun'})",
+        f"{run.id} has no result yet, its state is {run.state} ({states})",
         field="run",
         remedy=f"wait for its report, or name one step ({fetchable}) or a registered version (models:/NAME@ALIAS)",
     )

@@ -30,20 +30,26 @@ def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evalua
     """Every data set of a run, in the order of its config, without repetitions of context and source."""
     records = [_data_set("calibration", calibration.data)]
     records += [_data_set("training", source) for source in training.sources]
-    records += [_data_set("decontamination", source) for source in training.decontaminate.against]
+    benchmarks = training.decontaminate.against
+    records += [_data_set("decontamination", source) for source in benchmarks]
     for task in evaluate.tasks:
         records += _benchmark(task, evaluate)
+    # One data set may serve several purposes, but is named once for each.
     return list(dict.fromkeys(records))
 
 
 def _data_set(context: str, source: DataSource) -> DataSet:
+    address = source.source
     path = local_file(source)
+    # A file, on this machine or fetched from a bucket.
     if path is not None:
-        kind = "s3" if source.source.startswith("s3://") else "local"
-        return DataSet(context, Path(source.source).name, _file_digest(path), kind, source.source)
-    parts = [source.source, source.subset, source.split]
+        name = Path(address).name
+        kind = "s3" if address.startswith("s3://") else "local"
+        return DataSet(context, name, _file_digest(path), kind, address)
+    # On the hub, where the revision stands for the content.
     digest = source.revision or UNPINNED
-    return DataSet(context, source.source, digest[:DIGITS], "hf", _joined(parts))
+    full_name = _joined(address, source.subset, source.split)
+    return DataSet(context, address, digest[:DIGITS], "hf", full_name)
 
 
 def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
@@ -52,18 +58,21 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
         return
     for spec in tasks.find(task.name):
         config = spec.config
+        # As the harness chooses the split.
         scored = config.get("test_split") or config.get("validation_split") or ""
-        local = tasks.local_splits(spec, settings.data_dir, task.num_fewshot).get(scored)
-        if local is not None:
-            yield DataSet("evaluation", spec.name, _file_digest(Path(local.file)), "local", local.file)
+        splits = tasks.local_splits(spec, settings.data_dir, task.num_fewshot)
+        if scored in splits:
+            file = splits[scored].file
+            digest = _file_digest(Path(file))
+            yield DataSet("evaluation", spec.name, digest, "local", file)
         elif config.get("dataset_path"):
-            parts = [config["dataset_path"], config.get("dataset_name"), scored]
-            yield DataSet("evaluation", spec.name, UNPINNED, "hf", _joined(parts))
+            full_name = _joined(config["dataset_path"], config.get("dataset_name"), scored)
+            yield DataSet("evaluation", spec.name, UNPINNED, "hf", full_name)
 
 
-def _joined(parts: list[str | None]) -> str:
+def _joined(*parts: str | None) -> str:
     """The parts of a hub id that are set, such as `org/chats test`."""
-    return " ".join(str(part) for part in parts if part)
+    return " ".join(part for part in parts if part)
 
 
 def _file_digest(path: Path) -> str:

@@ -47,6 +47,7 @@ def settle(client: MlflowClient, step_run: StepRun) -> None:
     """
     parent_id = step_run.parent_run_id
     status, failure = _status(client, step_run)
+    # Steps that end at the same time see one another's status sooner or later.
     for _ in range(SETTLING):
         parent = client.get_run(parent_id)
         if parent.info.status != status:
@@ -64,12 +65,15 @@ def settle(client: MlflowClient, step_run: StepRun) -> None:
 def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
     """A pipeline run's status by those of its steps, and what failed."""
     runs = steps_of(client, step_run.experiment_id, step_run.run)
-    for step in sorted(runs):
-        tags = runs[step].data.tags
-        if runs[step].info.status == "FAILED" and tags.get("ptl.arm") == "loop":
-            return "FAILED", f"{step}: {tags.get('ptl.error', '')}"
+    for step, run in sorted(runs.items()):
+        tags = run.data.tags
+        in_loop = tags.get("ptl.arm") == "loop"
+        if in_loop and run.info.status == "FAILED":
+            error = tags.get("ptl.error", "")
+            return "FAILED", f"{step}: {error}"
+    # The report is the last step.
     report = runs.get("report")
-    if report is not None and report.info.status == "FINISHED":
+    if report and report.info.status == "FINISHED":
         return "FINISHED", ""
     return "RUNNING", ""
 
@@ -83,11 +87,19 @@ def steps_of(client: MlflowClient, experiment_id: str, run: str) -> dict[str, Ru
 def by_step(runs: Iterable[Run]) -> dict[str, Run]:
     """The run of each step, in the order in which they began; of several the one that finished, else the newest."""
     steps: dict[str, Run] = {}
-    for run in sorted(runs, key=lambda run: run.info.start_time):
+    for run in sorted(runs, key=_start_time):
         step = run.data.tags.get("ptl.step")
-        if step and (step not in steps or steps[step].info.status != "FINISHED"):
+        if not step:  # the parent
+            continue
+        earlier = steps.get(step)
+        if earlier is None or earlier.info.status != "FINISHED":
             steps[step] = run
     return steps
+
+
+def _start_time(run: Run) -> int:
+    """In milliseconds."""
+    return int(run.info.start_time)
 
 
 def parent_among(runs: list[Run]) -> Run:
@@ -95,27 +107,37 @@ def parent_among(runs: list[Run]) -> Run:
 
     A run that was begun without Kubeflow's MLflow plugin and retried with it has two; one of them ended it.
     """
-    return min(runs, key=lambda run: (run.info.status != "FINISHED", run.info.start_time))
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    return min(finished or runs, key=_start_time)
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
     """The short report of a run that failed, on its page in MLflow: which step, why, and how to resume it."""
+    parent_id = parent.info.run_id
     existing = parent.data.tags
+    tags = {"ptl.error": error[:TAG]}
+    # A note that somebody else wrote stays.
+    note = existing.get(NOTE, LINK)
+    if note.startswith((LINK, FAILED)):
+        tags[NOTE] = _note(run, error)
+    for key, text in tags.items():
+        if text and existing.get(key) != text:
+            client.set_tag(parent_id, key, text)
+        elif not text and key in existing:
+            untag(client, parent_id, key)
+
+
+def _note(run: str, error: str) -> str:
     paragraphs = []
     page = kubeflow_page(run)
     if page:
         paragraphs.append(f"{LINK}({page})")
     if error:
-        command = f"`ptl retry {run}`" if os.environ.get("KFP_RUN_ID") else "the same `ptl run` command"
-        paragraphs.append(f"{FAILED}{error}\n\nOnce that is fixed, {command} resumes it from what is finished.")
-    tags = {"ptl.error": error[:TAG]}
-    if existing.get(NOTE, LINK).startswith((LINK, FAILED)):  # else somebody wrote a note of their own
-        tags[NOTE] = "\n\n".join(paragraphs)
-    for key, text in tags.items():
-        if text and existing.get(key) != text:
-            client.set_tag(parent.info.run_id, key, text)
-        elif not text and key in existing:
-            untag(client, parent.info.run_id, key)
+        on_cluster = os.environ.get("KFP_RUN_ID")
+        command = f"`ptl retry {run}`" if on_cluster else "the same `ptl run` command"
+        paragraphs.append(f"{FAILED}{error}")
+        paragraphs.append(f"Once that is fixed, {command} resumes it from what is finished.")
+    return "\n\n".join(paragraphs)
 
 
 def untag(client: MlflowClient, run_id: str, key: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptl import store
 
-Records = dict[str, dict[str, Any]]  # of one run: step -> record
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
+Record = dict[str, Any]
+Records = dict[str, Record]  # of one run, by the step's name
 
 KINDS = {"import": "dense", "prune": "pruned", "recover": "recovered"}  # by the stage of the step that committed it
 _TRAINING = re.compile(r"(?P<step>.+)\.(?P<stage>\d+)\.training-(?P<number>\d+)(?P<attempt>-[0-9a-f]{12})?(\.partial)?")
@@ -51,14 +55,19 @@ def folders(uri: str, depth: int) -> dict[str, Folder]:
     """The folders that are `depth` levels below `uri`, by their path from there; from one listing."""
     by_path: dict[str, Folder] = {}
     for path, size, changed in store.walk(uri):
-        key = "/".join(path.split("/")[:depth])
-        known = by_path.get(key, NO_FILES)
-        by_path[key] = Folder(known.bytes + size, max(known.changed, changed))
+        parts = path.split("/")
+        folder_path = "/".join(parts[:depth])
+        known = by_path.get(folder_path, NO_FILES)
+        newest = max(known.changed, changed)
+        by_path[folder_path] = Folder(known.bytes + size, newest)
     return by_path
 
 
 def checkpoints(
-    location: str, models: list[Any], records: dict[str, Records], model_folders: dict[str, Folder]
+    location: str,
+    models: list[LoggedModel],
+    records: dict[str, Records],
+    model_folders: dict[str, Folder],
 ) -> list[StoredFiles]:
     """Every checkpoint that a record names or that MLflow knows, unless its files are gone.
 
@@ -76,7 +85,9 @@ def checkpoints(
         for owner in claims:
             changed = folder.changed
             if owner.kind == "attempt" and model:
-                changed = max(changed, model.last_updated_timestamp / 1000)
+                # It may be at work without having written yet.
+                updated = model.last_updated_timestamp / 1000
+                changed = max(changed, updated)
             elif not folder.bytes:  # deleted before
                 continue
             files = StoredFiles(
@@ -92,7 +103,7 @@ def checkpoints(
     return stored
 
 
-def _owners(records: dict[str, Records], models: list[Any]) -> dict[str, list[_Owner]]:
+def _owners(records: dict[str, Records], models: list[LoggedModel]) -> dict[str, list[_Owner]]:
     """Who needs the files at a URI: the steps whose records name it, and the attempts that MLflow knows."""
     owners: dict[str, list[_Owner]] = {}
     committed_ids = set()
@@ -100,16 +111,19 @@ def _owners(records: dict[str, Records], models: list[Any]) -> dict[str, list[_O
         for step, record in steps.items():
             pointer = record["pointer"]
             committed_ids.add(pointer["model_id"])
-            kind = KINDS.get(record["metadata"].get("stage"))
-            if kind:
-                owners.setdefault(pointer["uri"], []).append(_Owner(run, step, kind))
+            stage = record["metadata"].get("stage")
+            # Evaluations and the report pass on what others have made.
+            if stage in KINDS:
+                claims = owners.setdefault(pointer["uri"], [])
+                claims.append(_Owner(run, step, KINDS[stage]))
     for model in models:
         uri = model.artifact_location
         run = model.tags["ptl.run"]
         # Of a store that was moved, the record names the address before the move.
         moved = uri not in owners and model.model_id in committed_ids
         claims = owners.setdefault(uri, [])
-        if not moved and run not in [owner.run for owner in claims]:
+        committed = run in [owner.run for owner in claims]
+        if not moved and not committed:
             step = model.tags.get("ptl.step", model.name)
             claims.append(_Owner(run, step, "attempt"))
     return owners
@@ -121,14 +135,20 @@ def _folder_name(uri: str, location: str) -> str | None:
     Such a one is not ours to judge: of a store that was moved, records name the old location, which others may use, and
     a forged record names what it likes.
     """
-    match = re.fullmatch(re.escape(location) + r"/models/([^/]+)/artifacts", uri)
+    pattern = re.escape(location) + r"/models/([^/]+)/artifacts"
+    match = re.fullmatch(pattern, uri)
+    # The name may be `..`, which the pattern allows.
     if match is None or not store.is_below(uri, location):
         return None
     return match[1]
 
 
 def training_checkpoints(
-    root: str, run: str, finished: frozenset[str], names: list[str], run_folders: dict[str, Folder]
+    root: str,
+    run: str,
+    finished: frozenset[str],
+    names: list[str],
+    run_folders: dict[str, Folder],
 ) -> Iterator[StoredFiles]:
     """Training checkpoints: those of a finished step together; of others, what a kill left half-written apart.
 
@@ -139,11 +159,11 @@ def training_checkpoints(
     matches.sort(key=_training_order, reverse=True)
     groups: dict[tuple[str, str], list[str]] = {}
     for match in matches:
-        name = match.string
-        record_name = name.rpartition("-")[0]
-        half_written = name.endswith(".partial") or (match["attempt"] and record_name not in names)
-        attempt = name if half_written and match["step"] not in finished else ""
-        groups.setdefault((match["step"], attempt), []).append(name)
+        name, step = match.string, match["step"]
+        # A step that is not finished may resume from what is complete.
+        alone = step not in finished and _is_half_written(match, names)
+        members = groups.setdefault((step, name if alone else ""), [])
+        members.append(name)
     for (step, attempt), members in groups.items():
         group = [run_folders[f"{run}/{name}"] for name in members]
         yield StoredFiles(
@@ -156,5 +176,16 @@ def training_checkpoints(
         )
 
 
+def _is_half_written(match: re.Match[str], names: list[str]) -> bool:
+    """Whether files of a training checkpoint have no record, which is written last."""
+    name = match.string
+    if name.endswith(".partial"):
+        return True
+    record_name = name.rpartition("-")[0]
+    return bool(match["attempt"]) and record_name not in names
+
+
 def _training_order(match: re.Match[str]) -> tuple[int, int, bool]:
-    return int(match["stage"]), int(match["number"]), bool(match["attempt"])
+    """Stage, number, and files after their record."""
+    stage, number = int(match["stage"]), int(match["number"])
+    return stage, number, bool(match["attempt"])
