@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ptl.flat_settings import flat_settings
+from ptl.result_rows import Row
 
-Task = dict[str, Any]  # score of a benchmark, as in a row's `scores`
+Task = Row  # score of a benchmark, as in a row's `scores`
 Pairs = list[tuple[str, str]]  # names and printed values
 
 UNITS = {1e9: " B", 1e6: " M", 1e3: " k"}
 
 
-def first_task(row: dict[str, Any]) -> Task:
+def first_task(row: Row) -> Task:
     """The score of a row's first benchmark, which is the run's accuracy."""
     return dict(row["scores"]["tasks"][0])
 
@@ -34,7 +35,7 @@ def points(difference: float) -> str:
     return f"{difference * 100:.1f} points"
 
 
-def level(result: dict[str, Any]) -> str:
+def level(result: Row) -> str:
     """The confidence level of the intervals: `95 %`."""
     confidence = result["confidence"]
     return f"{confidence * 100:g} %"
@@ -84,7 +85,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def comparison(pair: dict[str, Any]) -> str:
+def comparison(pair: Row) -> str:
     """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
     change = _signed_points(pair["difference"])
     low = _signed_points(pair["low"])
@@ -105,7 +106,7 @@ def _signed_points(difference: float) -> str:
     return f"{100 * difference:+.1f}"
 
 
-def settings(config: dict[str, Any]) -> Pairs:
+def settings(config: Row) -> Pairs:
     """A nested config as dotted names and printed values; empty values are left out."""
     named = flat_settings(config).items()
     printed = [(name, _printed(value)) for name, value in named]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ptl.result_rows import Records, evaluations
+from ptl.result_rows import Records, Row, evaluations
 
-Item = dict[str, Any]  # of a benchmark, with the model's answer
+Item = dict[str, Any]  # of a benchmark, with the model's answer; `correct` is 0 or 1
+Key = tuple[str, str]  # task and id of an item
 
 MAX_CHANGED = 250  # regressions, and improvements, that the report shows: a page of a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
@@ -17,12 +18,14 @@ def final_step(records: Records, final_digest: str) -> str:
     """The evaluate step of the loop that scored the final checkpoint; empty where none did."""
     step = ""
     for name, record in evaluations(records, "loop").items():
-        if record["metadata"]["checkpoint"]["digest"] == final_digest:
+        checkpoint = record["metadata"]["checkpoint"]
+        # It may have been scored twice: the last time counts.
+        if checkpoint["digest"] == final_digest:
             step = name
     return step
 
 
-def paired_comparisons(records: Records, final: str, gate: dict[str, Any]) -> dict[str, Any]:
+def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
     """The final checkpoint against the dense one and against the control, item by item, on the first task.
 
     `final` is the step that scored it, `gate` the config of the gate.
@@ -30,22 +33,26 @@ def paired_comparisons(records: Records, final: str, gate: dict[str, Any]) -> di
     from ptl.gate import paired
 
     after = _items(final, records)
+    steps = {"dense": "evaluate-0", "control": "control-evaluate"}
     comparisons = {}
-    for label, name in (("dense", "evaluate-0"), ("control", "control-evaluate")):
+    for label, name in steps.items():
+        # Where no iteration passed, the dense model is the final one.
         if name == final:
             continue
         old, new = [], []
         for key, item in _items(name, records).items():
-            if key in after and item["task"] == _first_task(final, records):
+            in_first_task = item["task"] == _first_task(final, records)
+            if key in after and in_first_task:
                 old.append(int(item["correct"]))
                 new.append(int(after[key]["correct"]))
+        # Either evaluation may have no items: then there is nothing to compare.
         if old:
             comparison = paired(old, new, gate["margin"], gate["alpha"])
             comparisons[label] = asdict(comparison)
     return comparisons
 
 
-def examples(records: Records, final: str) -> dict[str, Any]:
+def examples(records: Records, final: str) -> Row:
     """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
     after = _items(final, records)
     num_compared = 0
@@ -55,9 +62,10 @@ def examples(records: Records, final: str) -> dict[str, Any]:
             continue
         num_compared += 1
         new = after[key]
-        if old["correct"] and not new["correct"]:
+        # Right before and wrong after, or the other way round.
+        if old["correct"] > new["correct"]:
             regressions.append(_changed(old, new))
-        elif new["correct"] and not old["correct"]:
+        elif new["correct"] > old["correct"]:
             improvements.append(_changed(old, new))
     if not num_compared or final == "evaluate-0":
         return {}
@@ -85,7 +93,7 @@ def _first_task(step: str, records: Records) -> str:
     return str(tasks[0]["task"])
 
 
-def _items(step: str, records: Records) -> dict[tuple[str, str], Item]:
+def _items(step: str, records: Records) -> dict[Key, Item]:
     """The items of an evaluate step by task and id; empty where it has no record, or its record no items."""
     if step not in records:
         return {}

@@ -100,7 +100,9 @@ def _inventory(
     names: RunNames = {run: [] for run in parents}  # some have written nothing yet
     names.update(_names(run_folders))
 
-    records, runs, stored = {}, {}, []
+    records: dict[str, Records] = {}
+    runs: dict[str, RunInventory] = {}
+    stored: list[StoredFiles] = []
     for run, run_names in names.items():
         records[run], damaged = _records(root, run, run_names)
         # Of the runs that share the location, those of this experiment.

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, LoggedModel, Run
 
 
-def experiment(client: MlflowClient, name: str, artifact_location: str | None = None) -> Any:
+def experiment(client: MlflowClient, name: str, artifact_location: str | None = None) -> Experiment:
     """The experiment of this name, created where there is none. Raises InputError for one that was deleted."""
     existing = client.get_experiment_by_name(name)
     if existing is None:
+        # Another step may be faster, or the answer to our request is lost.
         with ignoring(ALREADY_THERE):
             client.create_experiment(name, artifact_location)
         existing = client.get_experiment_by_name(name)
@@ -53,11 +54,12 @@ def run(
     experiment_id = experiment.experiment_id
     candidates = search(client, experiment_id, pipeline_run, step)
     if not candidates:
-        role = "step" if step else "parent"
-        created = client.create_run(experiment_id, tags={**tags, "ptl.role": role}, run_name=name)
+        all_tags = {**tags, "ptl.role": "step" if step else "parent"}
+        created = client.create_run(experiment_id, tags=all_tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
         candidates = search(client, experiment_id, pipeline_run, step) or [created]
     winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
+    # An empty double only confuses; one with content may be somebody's.
     for other in candidates:
         run_id = other.info.run_id
         if run_id != winner.info.run_id and not _holds_anything(client, other):
@@ -65,14 +67,20 @@ def run(
     return winner
 
 
-def _claimed(client: MlflowClient, experiment: Experiment, pipeline_run: str, role: str, oldest: Run) -> Run:
+def _claimed(
+    client: MlflowClient,
+    experiment: Experiment,
+    pipeline_run: str,
+    role: str,
+    oldest: Run,
+) -> Run:
     """The run that is claimed in the store; `oldest` where none is."""
     root = records_root(experiment.artifact_location)
     claim = f"{role}-{experiment.experiment_id}"
     while True:
         run_id = store.claim(root, pipeline_run, claim, oldest.info.run_id)
         winner: Run | None = if_there(client.get_run, run_id)
-        if winner is not None and winner.info.lifecycle_stage == "active":
+        if winner and winner.info.lifecycle_stage == "active":
             return winner
         # MLflow has lost what was claimed: the next claim is among what there is now.
         claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
@@ -96,9 +104,11 @@ def logged_model(
 ) -> LoggedModel:
     """A new LoggedModel; `fields` are those of MLflow's `create_logged_model`."""
     mark = uuid.uuid4().hex
-    created = client.create_logged_model(experiment_id, tags={**tags, "ptl.created": mark}, **fields)
+    all_tags = {**tags, "ptl.created": mark}
+    created = client.create_logged_model(experiment_id, tags=all_tags, **fields)
     # A request that was sent twice has made two.
-    for model in client.search_logged_models([experiment_id], f"tags.`ptl.created` = '{mark}'"):
+    query = f"tags.`ptl.created` = '{mark}'"
+    for model in client.search_logged_models([experiment_id], query):
         if model.model_id != created.model_id:
             if_there(client.delete_logged_model, model.model_id)
     return created
@@ -129,7 +139,8 @@ def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> N
 
 
 def _is_output(client: MlflowClient, run_id: str, model_id: str) -> bool:
-    outputs = client.get_run(run_id).outputs
+    run = client.get_run(run_id)
+    outputs = run.outputs
     if outputs is None:
         return False
     return any(model.model_id == model_id for model in outputs.model_outputs)
@@ -139,5 +150,7 @@ def _holds_anything(client: MlflowClient, other: Run) -> bool:
     """Whether a run has metrics, parameters or runs below it."""
     if other.data.metrics or other.data.params:
         return True
-    children = f"tags.`mlflow.parentRunId` = '{other.info.run_id}'"
-    return bool(client.search_runs([other.info.experiment_id], children, max_results=1))
+    info = other.info
+    query = f"tags.`mlflow.parentRunId` = '{info.run_id}'"
+    children = client.search_runs([info.experiment_id], query, max_results=1)
+    return bool(children)

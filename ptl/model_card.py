@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ptl.cells import Task
 from ptl.result import Result, final_row
+
+Entry = dict[str, Any]  # of the card's YAML
 
 
 def front_matter(result: Result) -> str:
@@ -17,8 +20,8 @@ def front_matter(result: Result) -> str:
     return f"---\n{text}---\n"
 
 
-def _metadata(result: Result) -> dict[str, Any]:
-    card: dict[str, Any] = {
+def _metadata(result: Result) -> Entry:
+    card: Entry = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": _hub_name(result["model"]["model"]),
@@ -26,35 +29,39 @@ def _metadata(result: Result) -> dict[str, Any]:
     }
     if result["model"]["license"]:
         card["license"] = result["model"]["license"]
-    sources = result["settings"].get("training", {}).get("sources")
+    # What the recovery was trained on.
+    sources = result["settings"]["training"]["sources"]
     if sources:
         card["datasets"] = [_hub_name(source["source"]) for source in sources]
+    # The hub shows scores of what it holds: of the final checkpoint alone.
     final = final_row(result)
     if final is not None:
         tasks = final["scores"]["tasks"]
-        card["metrics"] = list(dict.fromkeys(_metric(task) for task in tasks))
+        metrics = [_metric(task) for task in tasks]
+        card["metrics"] = list(dict.fromkeys(metrics))
         scores = [_score(task) for task in tasks]
         card["model-index"] = [{"name": result["name"], "results": scores}]
     return card
 
 
-def _score(task: dict[str, Any]) -> dict[str, Any]:
+def _score(task: Task) -> Entry:
     """A task's score as an entry of the hub's model index."""
     metric = {
         "type": _metric(task),
-        "name": task.get("metric", "accuracy"),
+        "name": task["metric"],
         "value": round(task["accuracy"], 6),
     }
+    name = task["task"]
     return {
         "task": {"type": "text-generation", "name": "Text generation"},
-        "dataset": {"type": _hub_name(task["task"]), "name": task["task"]},
+        "dataset": {"type": _hub_name(name), "name": name},
         "metrics": [metric],
     }
 
 
-def _metric(task: dict[str, Any]) -> str:
+def _metric(task: Task) -> str:
     """The metric without its filter (`exact_match,final-number`), which the hub does not know."""
-    name: str = task.get("metric", "accuracy")
+    name: str = task["metric"]
     return name.partition(",")[0]
 
 
@@ -62,6 +69,8 @@ def _hub_name(source: str) -> str:
     """A hub id as it is; of a local path the last two parts, in the form the hub's metadata allows."""
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return source
-    name = "-".join(Path(source).parts[-2:])
+    # The last folder alone is often `checkpoint`.
+    parts = Path(source).parts
+    name = "-".join(parts[-2:])
     allowed = re.sub(r"[^\w.-]+", "-", name)
     return allowed.strip("-.") or "unknown"

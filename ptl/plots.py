@@ -60,7 +60,8 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
         in_loop = step["arm"] == "loop"
         # The control has one curve, which begins at zero.
         offset = start if in_loop else 0
-        label, colour, style = "loop", LOOP, "-"
+        style: Any = "-"
+        label, colour = "loop", LOOP
         if not in_loop:
             label, colour = "one-shot control", CONTROL
         elif step["iteration"] in rejected:

@@ -17,14 +17,26 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: dict[str, Any]) -> str:
+def register(
+    step_run: StepRun,
+    registered_model: str,
+    pointer: Pointer,
+    tags: dict[str, Any],
+) -> str:
     """The version of a checkpoint in the registry, found by the tag `ptl.model_id`, else created.
 
     Its tags say where its score and its items are: run, step and root of the evaluate step that registers it. The id is
     a tag because a version's own model_id is None when it is read back (MLflow 3.17).
     """
-    scored_by = {"run": step_run.run, "step": step_run.step, "root": step_run.root}
-    checkpoint = {"model_id": pointer.model_id, "digest": pointer.digest, "params": pointer.params}
+    all_tags = {
+        "run": step_run.run,
+        "step": step_run.step,
+        "root": step_run.root,
+        **tags,
+        "model_id": pointer.model_id,
+        "digest": pointer.digest,
+        "params": pointer.params,
+    }
     with mlflow_client.connected() as client:
         with ignoring(mlflow_client.ALREADY_THERE):
             client.create_registered_model(registered_model)
@@ -36,7 +48,7 @@ def register(step_run: StepRun, registered_model: str, pointer: Pointer, tags: d
                 registered_model,
                 source=pointer.uri,
                 run_id=pointer.run_id or step_run.run_id,
-                tags=ptl_keys({**scored_by, **tags, **checkpoint}),
+                tags=ptl_keys(all_tags),
                 model_id=pointer.model_id if known else None,
                 await_creation_for=0,
             )
@@ -58,11 +70,17 @@ def set_alias(registered_model: str, alias: str, version: str) -> None:
 def _versions_of(client: MlflowClient, registered_model: str, model_id: str) -> list[str]:
     """Numbers of the versions of one LoggedModel, ascending."""
     query = f"name = '{registered_model}' and tags.`ptl.model_id` = '{model_id}'"
-    numbers = [str(version.version) for version in client.search_model_versions(query)]
+    versions = client.search_model_versions(query)
+    numbers = [str(version.version) for version in versions]
     return sorted(numbers, key=int)
 
 
-def _mark_registered(client: MlflowClient, registered_model: str, version: str, model_id: str) -> None:
+def _mark_registered(
+    client: MlflowClient,
+    registered_model: str,
+    version: str,
+    model_id: str,
+) -> None:
     """What MLflow's server adds to a LoggedModel that gets a version, and a local database does not.
 
     Without it the page of the model says that it is not registered.
@@ -73,6 +91,7 @@ def _mark_registered(client: MlflowClient, registered_model: str, version: str, 
     if model is None:  # the database was replaced, or the model deleted: it has no page
         return
     versions = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    # A server has done it already; there the version may be a number.
     known = [(entry["name"], str(entry["version"])) for entry in versions]
     if (registered_model, version) not in known:
         versions.append({"name": registered_model, "version": version})

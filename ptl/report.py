@@ -12,7 +12,8 @@ from ptl import report_tables, speeds, view
 from ptl.cells import level, percent, settings, short
 from ptl.model_card import front_matter
 from ptl.plots import draw
-from ptl.result import Record, Result, build, total_tokens, work_seconds
+from ptl.result import Result, build, total_tokens, work_seconds
+from ptl.result_rows import Records
 from ptl.units import duration
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ WIDE = 100  # columns of a terminal from which cells of the table have space bet
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 
 
-def write_report(records: dict[str, Record], settings: dict[str, Any], out: Path) -> Result:
+def write_report(records: Records, settings: dict[str, Any], out: Path) -> Result:
     """Make the result of a run from the records of its steps and write it and its pages into `out`."""
     return render(build(records, settings), out)
 

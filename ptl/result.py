@@ -9,13 +9,14 @@ from ptl import changed_answers, result_rows
 from ptl.result_rows import Record, Records, Row
 
 Result = dict[str, Any]
+Settings = dict[str, Any]
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
 # What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
 
 
-def build(records: Records, settings: dict[str, Any]) -> Result:
+def build(records: Records, settings: Settings) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
@@ -40,13 +41,16 @@ def build(records: Records, settings: dict[str, Any]) -> Result:
         "rows": result_rows.rows(records, imported["params"]),
         "final": final,
         "name": config["name"],
-        "model": {key: imported.get(key) or "" for key in ("model", "revision", "license")},
+        "model": _dense_model(imported),
         "original_params": imported["params"],
         "host": imported["host"],
         "started": imported["started"],  # unix time
         **_times(records),
         "confidence": config["evaluate"]["confidence"],
-        "mlflow": {"url": tracked["mlflow_url"], "experiment_id": str(tracked["experiment_id"])},
+        "mlflow": {
+            "url": tracked["mlflow_url"],
+            "experiment_id": str(tracked["experiment_id"]),
+        },
         # Steps, and why some left no record.
         "steps": result_rows.steps(records),
         "not_needed": _not_needed(records, config["schedule"]["iterations"]),
@@ -65,6 +69,15 @@ def build(records: Records, settings: dict[str, Any]) -> Result:
     return dict(json.loads(as_json))
 
 
+def _dense_model(imported: Row) -> dict[str, str]:
+    """Where the dense model came from."""
+    return {
+        "model": imported["model"],  # path or hub id
+        "revision": imported["revision"] or "",
+        "license": imported.get("license") or "",
+    }
+
+
 def arm_rows(result: Result, arm: str) -> list[Row]:
     """The rows of an arm in the order of its iterations; the loop's first is the dense model."""
     return [row for row in result["rows"] if row["arm"] == arm]
@@ -77,9 +90,12 @@ def dense_row(result: Result) -> Row:
 
 def final_row(result: Result) -> Row | None:
     """The row of the checkpoint that the run ends with; None where it was never scored."""
-    final = result["final"]["digest"]
-    rows = [row for row in arm_rows(result, "loop") if row["digest"] == final]
-    return rows[-1] if rows else None
+    digest = result["final"]["digest"]
+    # It may have been scored twice: the last time counts.
+    for row in reversed(arm_rows(result, "loop")):
+        if row["digest"] == digest:
+            return row
+    return None
 
 
 def control_row(result: Result) -> Row | None:
@@ -120,8 +136,8 @@ def _times(records: Records) -> dict[str, float | None]:
         start = metadata.get("started")
         if start is None:
             return {"wall_seconds": None, "idle_seconds": None}
-        end = start + (metadata.get("whole_seconds") or metadata["seconds"])
-        spans.append((start, end))
+        seconds = metadata.get("whole_seconds") or metadata["seconds"]
+        spans.append((start, start + seconds))
     spans.sort()
     first, _ = spans[0]
     # Steps of the two arms overlap: `until` is where the work so far has ended.
@@ -140,20 +156,26 @@ def _control_failed(records: Records, reason: str | None) -> str:
     """Why the control has no score, as one line; empty where its evaluation was committed, whatever failed after it."""
     if not reason or "control-evaluate" in records:
         return ""
+    # The messages of some libraries have several lines.
     line = " ".join(reason.split())
     return changed_answers.shortened(line).rstrip(".")
 
 
-def _not_finished(records: Records, control_failed: str) -> list[dict[str, Any]]:
+def _not_finished(records: Records, control_failed: str) -> list[Row]:
     """Steps of a failed control arm that left no record."""
     if not control_failed:
         return []
     steps = ("control-prune", "control-recover", "control-evaluate")
     missing = [step for step in steps if step not in records]
-    return [{"step": step, "iteration": 1, "reason": control_failed} for step in missing]
+    return [_missing(step, 1, control_failed) for step in missing]
 
 
-def _not_needed(records: Records, num_iterations: int) -> list[dict[str, Any]]:
+def _missing(step: str, iteration: int, reason: str) -> Row:
+    """A step without a record."""
+    return {"step": step, "iteration": iteration, "reason": reason}
+
+
+def _not_needed(records: Records, num_iterations: int) -> list[Row]:
     """Steps of the plan that passed their input through, with the reason."""
     reason = _stopped(records)
     steps = []
@@ -161,29 +183,31 @@ def _not_needed(records: Records, num_iterations: int) -> list[dict[str, Any]]:
         for stage in ("prune", "recover", "evaluate"):
             name = f"{stage}-{iteration}"
             if name not in records:
-                steps.append({"step": name, "iteration": iteration, "reason": reason})
+                steps.append(_missing(name, iteration, reason))
     return steps
 
 
 def _stopped(records: Records) -> str:
     """Why the loop ended, as the gate's state at its end says."""
     for record in result_rows.evaluations(records, "loop").values():
-        gate = record["metadata"]["accepted"].get("gate", {})
+        # The state that the gate hands on with what it accepted.
+        accepted = record["metadata"]["accepted"]
+        gate = accepted.get("gate", {})
         if gate.get("stopped"):
             return str(gate["reason"])
     return "its record was not found"
 
 
-def _speed(records: Records) -> dict[str, Any]:
+def _speed(records: Records) -> Row:
     """What the step that ended the loop measured of the dense and the final model."""
     for record in result_rows.evaluations(records, "loop").values():
-        speed: dict[str, Any] = record["metadata"].get("speed", {})
+        speed: Row = record["metadata"].get("speed", {})
         if speed:
             return speed
     return {}
 
 
-def _curves(records: Records) -> dict[str, Any]:
+def _curves(records: Records) -> Row:
     """Losses of the recover steps: step -> pairs of tokens and loss."""
     curves = {}
     for name, record in records.items():
@@ -193,24 +217,27 @@ def _curves(records: Records) -> dict[str, Any]:
     return curves
 
 
-def _decontaminated(records: Records) -> dict[str, Any]:
+def _decontaminated(records: Records) -> Row:
     """How many training rows of the loop were compared with the benchmarks and left out."""
     counts = []
+    not_compared: set[str] = set()
     for record in records.values():
         metadata = record["metadata"]
         if metadata["arm"] == "loop" and "rows_compared" in metadata:
             counts.append(metadata)
+            not_compared.update(metadata["not_compared"])
     if not counts:
         return {}
-    # Each iteration reads the data from its start.
-    last = max(counts, key=lambda count: count["rows_compared"])
-    not_compared: set[str] = set()
-    for count in counts:
-        not_compared.update(count["not_compared"])
+    # Each iteration reads the data from its start: the longest has read all that others have.
+    longest = max(counts, key=_rows_compared)
     return {
-        "rows": last["rows_compared"],
-        "dropped": last["rows_dropped"],
+        "rows": longest["rows_compared"],
+        "dropped": longest["rows_dropped"],
         "items": max(count["benchmark_items"] for count in counts),
-        "short": max(count["benchmark_items_short"] for count in counts),
-        "not_compared": sorted(not_compared),
+        "short": max(count["benchmark_items_short"] for count in counts),  # too short to be compared
+        "not_compared": sorted(not_compared),  # benchmarks whose items are not known
     }
+
+
+def _rows_compared(metadata: Row) -> int:
+    return int(metadata["rows_compared"])

@@ -15,7 +15,8 @@ def evaluations(records: Records, *arms: str) -> Records:
     chosen = {}
     for name, record in records.items():
         metadata = record["metadata"]
-        if metadata["stage"] == "evaluate" and metadata["arm"] in arms:
+        is_evaluation = metadata["stage"] == "evaluate"
+        if is_evaluation and metadata["arm"] in arms:
             chosen[name] = record
     return chosen
 
@@ -26,8 +27,10 @@ def rows(records: Records, original: int) -> list[Row]:
     table = []
     for name in evaluations(records, "loop", "control"):
         row = _row(name, records, original)
+        # The iteration's prune step; the dense model has none.
         prune = name.replace("evaluate", "prune")
         row["removed_layers"] = removed_layers.get(prune, [])
+        # Of all benchmarks, with costs.
         row["scores"] = records[name]["metadata"]["scores"]
         table.append(row)
     return table
@@ -41,8 +44,11 @@ def _row(name: str, records: Records, original: int) -> Row:
     checkpoint = metadata["checkpoint"]
     gate = dict(metadata["verdict"])
     decision = gate.pop("decision")
+    # The dense model was not recovered.
     recover = name.replace("evaluate", "recover")
-    tokens = records[recover]["metadata"]["tokens"] if recover in records else 0
+    tokens = 0
+    if recover in records:
+        tokens = records[recover]["metadata"]["tokens"]
     return {
         "arm": metadata["arm"],
         "iteration": metadata["iteration"],
@@ -66,25 +72,28 @@ def _row(name: str, records: Records, original: int) -> Row:
 
 def _removed_layers(records: Records) -> dict[str, Layers]:
     """What each prune step removed, in the dense model's numbers: a step counts the layers that its input had."""
-    num_layers = len(records["evaluate-0"]["metadata"]["scores"]["widths"])
+    scores = records["evaluate-0"]["metadata"]["scores"]
+    num_layers = len(scores["widths"])
     dense = records["import-model"]["pointer"]["digest"]
     remaining = {dense: list(range(num_layers))}  # by the checkpoint's digest
     removed: dict[str, Layers] = {}
     for name, record in records.items():
-        metadata, pointer = record["metadata"], record["pointer"]
+        metadata = record["metadata"]
+        pointer = record["pointer"]
         layers = remaining.get(pointer["parent_digest"])
         if layers is None or metadata["stage"] not in ("prune", "recover"):
             continue
-        indices = metadata.get("removed_layers", ()) if metadata["stage"] == "prune" else ()
-        removed[name] = [layers[index] for index in sorted(indices)]
+        # A recover step has none, but the next iteration begins from its checkpoint.
+        indices = sorted(metadata.get("removed_layers", ()))
+        removed[name] = [layers[index] for index in indices]
         remaining[pointer["digest"]] = [layer for layer in layers if layer not in removed[name]]
     return removed
 
 
 def final(records: Records, original: int) -> Row:
     """The checkpoint that the last evaluation of the loop passed on; never a rejected one."""
-    *_, last = evaluations(records, "loop").values()
-    pointer = last["metadata"]["accepted"]
+    evaluated = list(evaluations(records, "loop").values())
+    pointer = evaluated[-1]["metadata"]["accepted"]
     keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
     checkpoint = {key: pointer[key] for key in keys}
     checkpoint["share_removed"] = _share_removed(pointer["params"], original)
@@ -92,7 +101,8 @@ def final(records: Records, original: int) -> Row:
 
 
 def _share_removed(params: int, original: int) -> float:
-    return round(1 - params / original, 6)
+    share = 1 - params / original
+    return round(share, 6)
 
 
 def steps(records: Records) -> list[Row]:
@@ -101,9 +111,12 @@ def steps(records: Records) -> list[Row]:
 
 
 def _step_row(name: str, record: Record) -> Row:
-    metadata, pointer = record["metadata"], record["pointer"]
+    metadata = record["metadata"]
+    pointer = record["pointer"]
+    # Only evaluations have a verdict, only recover steps train.
     verdict = metadata.get("verdict", {})
     trains = metadata["stage"] == "recover"
+    reason = verdict.get("reason") or metadata.get("reason", "")
     return {
         "uri": pointer["uri"],
         "digest": pointer["digest"],
@@ -119,6 +132,6 @@ def _step_row(name: str, record: Record) -> Row:
         "params": pointer["params"],
         "model_version": pointer["model_version"],
         "decision": verdict.get("decision", ""),
-        "reason": verdict.get("reason", "") or metadata.get("reason", ""),
+        "reason": reason,
         "tokens": metadata["tokens"] if trains else 0,
     }

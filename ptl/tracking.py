@@ -24,11 +24,14 @@ BATCH = 100  # parameters that MLflow takes in one request
 LONGEST = 6000  # characters of a parameter
 
 Tags = dict[str, str]
+Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
+Metrics = dict[str, float]
 
 
 def pipeline_run() -> str:
     """The pipeline run's id: `PTL_RUN_ID` (local) or `KFP_RUN_ID` (cluster). Raises InputError when neither is set."""
-    run = os.environ.get("PTL_RUN_ID") or os.environ.get("KFP_RUN_ID")
+    run = os.environ.get("PTL_RUN_ID")
+    run = run or os.environ.get("KFP_RUN_ID")
     if not run:
         raise InputError(
             "neither PTL_RUN_ID nor KFP_RUN_ID is set",
@@ -54,7 +57,8 @@ def start(
     not answer.
     """
     run = pipeline_run()
-    tags = ptl_keys({"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()})
+    own = {"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()}
+    tags = ptl_keys(own)
     with mlflow_client.connected() as client:
         # A step on a cluster may have a run already, in an experiment that is not ours to choose.
         plugin_run_id = _plugin_run_id()
@@ -89,7 +93,8 @@ def _find_or_create(
     title: str | None,
 ) -> tuple[Run, Run]:
     """The parent and the step's run."""
-    parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), title or run)
+    parent_tags = tags_of_parent(run)
+    parent = mlflow_objects.run(client, experiment, run, "", parent_tags, title or run)
     parent_id = parent.info.run_id
     if title and parent.info.run_name == run:  # made by a doctor that failed
         client.update_run(parent_id, name=title)
@@ -109,7 +114,8 @@ def _reopen(client: MlflowClient, child: Run) -> None:
 
 def _plugin_run_id() -> str | None:
     """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    if os.environ.get("PTL_RUN_ID") or not os.environ.get("KFP_RUN_ID"):
+    on_this_machine = os.environ.get("PTL_RUN_ID")
+    if on_this_machine or not os.environ.get("KFP_RUN_ID"):
         return None
     return os.environ.get("MLFLOW_RUN_ID")
 
@@ -125,6 +131,7 @@ def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, t
         parent = mlflow_objects.run(client, experiment, run, "", parent_tags, run)
         tags["mlflow.parentRunId"] = parent.info.run_id
     _set_tags(client, child.info.run_id, tags)
+    # By these the run's other steps find it.
     parent_tags["ptl.role"] = "parent"
     _set_tags(client, parent.info.run_id, parent_tags)
     return parent
@@ -133,8 +140,8 @@ def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, t
 def new_model(
     step_run: StepRun,
     name: str,
-    params: dict[str, Any],
-    tags: dict[str, Any],
+    params: Values,
+    tags: Values,
 ) -> tuple[str, str]:
     """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
     with mlflow_client.connected() as client:
@@ -153,7 +160,7 @@ def new_model(
         return model.model_id, model.artifact_location
 
 
-def log_metrics(step_run: StepRun, metrics: dict[str, float], step: int) -> None:
+def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
     """Metrics while a step works; `step` is the x-coordinate."""
     with mlflow_client.connected() as client:
         _log_metrics(client, step_run.run_id, metrics, step)
@@ -162,8 +169,8 @@ def log_metrics(step_run: StepRun, metrics: dict[str, float], step: int) -> None
 def finish(
     step_run: StepRun,
     *,
-    params: dict[str, Any],
-    metrics: dict[str, float],
+    params: Values,
+    metrics: Metrics,
     inputs: list[str],
     output: str | None,
     step: int,
@@ -180,14 +187,17 @@ def finish(
         run = client.get_run(run_id)
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
+        # What an earlier attempt logged stays.
         for key, before, now in add_params(client, run, params):
             log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
+        # The metrics belong to the model that was made, else to the one that was scored.
         scored = output
         if output is None and len(inputs) == 1:
-            scored = inputs[0]
+            (scored,) = inputs
         add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
+            # READY last: until then the model counts as one of a killed attempt.
             mlflow_objects.log_output(client, run_id, output, step)
             client.finalize_logged_model(output, "READY")
         _abandon(client, step_run)
@@ -198,7 +208,10 @@ def finish(
 
 
 def _known_models(
-    client: MlflowClient, step_run: StepRun, inputs: list[str], output: str | None
+    client: MlflowClient,
+    step_run: StepRun,
+    inputs: list[str],
+    output: str | None,
 ) -> tuple[list[str], str | None]:
     """Inputs and output without those that MLflow has lost, which a warning names."""
     models = {*inputs, output} if output else set(inputs)
@@ -222,7 +235,7 @@ def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
         client.log_inputs(run.info.run_id, models=models)
 
 
-def tag(step_run: StepRun, values: dict[str, Any]) -> None:
+def tag(step_run: StepRun, values: Values) -> None:
     """Set tags `ptl.<name>` of a step's run."""
     with mlflow_client.connected() as client:
         _set_tags(client, step_run.run_id, ptl_keys(values))
@@ -250,6 +263,7 @@ def fail(step_run: StepRun, message: str) -> None:
     A step of the loop fails its pipeline run too, whose page then shows which step and why.
     """
     with mlflow_client.connected() as client:
+        # The reason first: a watcher reads it as soon as the status changes.
         client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
         _abandon(client, step_run)
         client.set_terminated(step_run.run_id, "FAILED")
@@ -263,6 +277,7 @@ def computing_beside(step_run: StepRun) -> list[str]:
     runs.pop(step_run.step, None)
     busy = []
     for step, run in runs.items():
+        # Steps of other nodes do not take its time.
         runs_here = run.data.tags.get("ptl.node") == node()
         if runs_here and run.info.status == "RUNNING":
             busy.append(step)
@@ -304,18 +319,22 @@ def log_report(step_run: StepRun, files: list[Path]) -> None:
 def links(step_run: StepRun) -> dict[str, str]:
     """Where a report finds the pipeline run in MLflow; `mlflow_url` is empty when tracking is not on a server."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    server = ""
+    # A report is handed around: it must not hold a password.
+    if address.is_server(uri):
+        server = address.bare(uri).rstrip("/")
     return {
         "run_id": step_run.run,
         "mlflow_run_id": step_run.parent_run_id,
         "experiment_id": step_run.experiment_id,
-        "mlflow_url": address.bare(uri).rstrip("/") if address.is_server(uri) else "",
+        "mlflow_url": server,
     }
 
 
 def add_params(
     client: MlflowClient,
     run: Run,
-    params: dict[str, Any],
+    params: Values,
 ) -> list[tuple[str, str, str]]:
     """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
 
@@ -326,30 +345,32 @@ def add_params(
     known = run.data.params
     new, changed = [], []
     for key, text in ptl_keys(params).items():
-        value = text[:LONGEST]
+        value = text[:LONGEST]  # as it was shortened when it was logged
         if key not in known:
             new.append(Param(key, value))
         elif known[key] != value:
             changed.append((key, known[key], value))
     for first in range(0, len(new), BATCH):
-        client.log_batch(run.info.run_id, params=new[first : first + BATCH])
+        batch = new[first : first + BATCH]
+        client.log_batch(run.info.run_id, params=batch)
     return changed
 
 
 def add_metrics(
     client: MlflowClient,
     run: Run,
-    metrics: dict[str, float],
+    metrics: Metrics,
     step: int = 0,
     model_id: str | None = None,
 ) -> None:
     """Log the metrics whose newest value is another; of a run as it was read."""
+    # Logging a value twice would draw a second point.
     known = run.data.metrics
     changed = {key: value for key, value in metrics.items() if known.get(key) != float(value)}
     _log_metrics(client, run.info.run_id, changed, step, model_id)
 
 
-def ptl_keys(values: dict[str, Any]) -> Tags:
+def ptl_keys(values: Values) -> Tags:
     """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
     return {f"ptl.{key}": str(value) for key, value in values.items()}
 
@@ -362,7 +383,7 @@ def _set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
 def _log_metrics(
     client: MlflowClient,
     run_id: str,
-    metrics: dict[str, float],
+    metrics: Metrics,
     step: int,
     model_id: str | None = None,
 ) -> None:
@@ -370,6 +391,7 @@ def _log_metrics(
 
     now = int(time.time() * 1000)  # milliseconds
     points = []
+    # One request for all of them.
     for key, value in metrics.items():
         point = Metric(key, float(value), now, step, model_id=model_id)
         points.append(point)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ptl import decontaminate, speeds
 from ptl.cells import Task, accuracy, comparison, first_task, is_share, level, percent, points
-from ptl.result import Result, Row, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
+from ptl.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
+from ptl.result_rows import Row
 from ptl.score_plots import begins_at_zero
 from ptl.units import MINUTE, duration
 
