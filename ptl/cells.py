@@ -20,14 +20,15 @@ def first_task(row: Row) -> Task:
 
 def is_share(task: Task) -> bool:
     """Whether a score is a share of items, shown in percent; perplexities and other means have no interval."""
+    # lm-eval gives no standard error for them, so no interval is computed.
     if task["low"] is None:
         return False
     return 0 <= task["accuracy"] <= 1
 
 
-def percent(share: float, digits: int = 1) -> str:
+def percent(share: float) -> str:
     """0.981 -> `98.1 %`."""
-    return f"{share * 100:.{digits}f} %"
+    return f"{share * 100:.1f} %"
 
 
 def points(difference: float) -> str:
@@ -55,11 +56,13 @@ def interval(task: Task) -> str:
     high = task["high"]
     if low is None:
         return ""
-    # Percent without the sign, which the score beside it has.
-    if is_share(task):
-        return f"{low * 100:.1f} to {high * 100:.1f}"
-    # Of other scores four digits.
-    return f"{low:.4g} to {high:.4g}"
+    # Of other scores than shares four digits.
+    if not is_share(task):
+        return f"{low:.4g} to {high:.4g}"
+    # In percent without the sign, which the score beside it has.
+    low *= 100
+    high *= 100
+    return f"{low:.1f} to {high:.1f}"
 
 
 def score(task: Task) -> str:
@@ -79,6 +82,7 @@ def span(low: int, high: int) -> str:
 
 def short(number: float) -> str:
     """A count in three or four characters: 950, 82 k, 1.23 M, 7 B."""
+    # The largest unit that leaves a digit before the point.
     for size, unit in UNITS.items():
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
@@ -90,13 +94,16 @@ def comparison(pair: Row) -> str:
     change = _signed_points(pair["difference"])
     low = _signed_points(pair["low"])
     high = _signed_points(pair["high"])
-    # The interval is that of two one-sided tests.
-    confidence = 100 * (1 - 2 * pair["alpha"])
-    regressions = f"{pair['regressions']} regressions"
-    improvements = f"{pair['improvements']} improvements"
+    # The interval is that of two one-sided tests, each at the significance level.
+    alpha = pair["alpha"]
+    confidence = 100 * (1 - 2 * alpha)
+    bounds = f"{low} to {high} at {confidence:g} %"
+    # Only items that changed distinguish the models.
+    regressions = pair["regressions"]
+    improvements = pair["improvements"]
     return (
-        f"{change} points ({low} to {high} at {confidence:g} %), "
-        f"{regressions} and {improvements} on {pair['items']:,} items, "
+        f"{change} points ({bounds}), "
+        f"{regressions} regressions and {improvements} improvements on {pair['items']:,} items, "
         f"p {pair['p_different']:.2g}"
     )
 
@@ -108,9 +115,13 @@ def _signed_points(difference: float) -> str:
 
 def settings(config: Row) -> Pairs:
     """A nested config as dotted names and printed values; empty values are left out."""
-    named = flat_settings(config).items()
-    printed = [(name, _printed(value)) for name, value in named]
-    return [(name, text) for name, text in printed if text]
+    pairs = []
+    for name, value in flat_settings(config).items():
+        text = _printed(value)
+        # Empty lists and texts say nothing.
+        if text:
+            pairs.append((name, text))
+    return pairs
 
 
 def _printed(value: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from ptl import score_plots, speeds
 from ptl.report_tables import iteration_label
 from ptl.result import Result
-from ptl.score_plots import REJECTED, mark_of, short_tick
+from ptl.result_rows import Row
+from ptl.score_plots import mark_of, short_tick
 from ptl.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, add_key, picture, set_size
 
 MAX_POINTS = 4000  # of all loss curves together: keeps the page far below 1 MB
@@ -19,9 +21,9 @@ Curve = list[tuple[int, float]]  # tokens and loss
 Skyline = tuple[list[int], list[float]]  # heights, and edges of which there is one more
 
 
-def draw(result: Result) -> dict[str, dict[str, str]]:
+def draw(result: Result) -> dict[str, Row]:
     """Every picture that the result has data for: name -> {"wide": svg, "narrow": svg} (desktop and phone)."""
-    painters: dict[str, Any] = {"accuracy": score_plots.accuracy, "widths": _widths}
+    painters: Row = {"accuracy": score_plots.accuracy, "widths": _widths}
     if result["curves"]:
         painters["loss"] = _losses
     # All checkpoints were scored on the same benchmarks.
@@ -49,8 +51,7 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     axis = figure.subplots()
     curves = result["curves"]
     max_points = max(20, MAX_POINTS // len(curves))
-    rejected_rows = [row for row in result["rows"] if mark_of(row) == REJECTED]
-    rejected = [row["iteration"] for row in rejected_rows]
+    rejected = _rejected_iterations(result)
     keys = {}  # by label
     start = 0  # tokens of the loop so far
     for step in result["steps"]:
@@ -67,6 +68,7 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
         elif step["iteration"] in rejected:
             label, colour, style = "rejected", BAD, "--"
         _draw_curve(axis, curve, offset, color=colour, ls=style)
+        # A line without points, for its colour and its label.
         keys[label] = Line2D([], [], color=colour, linestyle=style, label=label)
         if in_loop:
             _draw_iteration_start(axis, offset, step["iteration"])
@@ -76,13 +78,20 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     axis.set_xlabel("recovery tokens since the start of the arm")
     axis.margins(0.02, 0.08)
     _set_loss_limits(axis, curves)
-    add_key(figure, list(keys.values()), columns=3, gap=0.5)
+    lines = list(keys.values())
+    add_key(figure, lines, columns=3, gap=0.5)
+
+
+def _rejected_iterations(result: Result) -> list[int]:
+    rejected = [row for row in result["rows"] if row["verdict"] == "rejected"]
+    return [row["iteration"] for row in rejected]
 
 
 def _thinned(curve: Curve, max_points: int) -> Curve:
     """At most so many points of a curve, and its last."""
-    stride = -(-len(curve) // max_points)  # rounded up
-    return curve[::stride] + curve[-1:]
+    stride = math.ceil(len(curve) / max_points)
+    last = curve[-1]
+    return [*curve[::stride], last]
 
 
 def _draw_curve(axis: Any, curve: Curve, offset: int, **style: str) -> None:
@@ -91,12 +100,15 @@ def _draw_curve(axis: Any, curve: Curve, offset: int, **style: str) -> None:
     # A line of one point is not seen.
     has_length = x[0] != x[-1]
     marker = "" if has_length else "o"
+    # Thicker than the grid, thinner than a mark.
     axis.plot(x, y, marker=marker, linewidth=1.5, markersize=4, **style)
 
 
 def _draw_iteration_start(axis: Any, tokens: int, iteration: int) -> None:
     """A dotted line with the iteration's number."""
-    axis.axvline(tokens, color=GRID, linewidth=0.8, linestyle=(0, (2, 3)))
+    dots = (0, (2, 3))  # offset, then lengths of line and gap in points
+    axis.axvline(tokens, color=GRID, linewidth=0.8, linestyle=dots)
+    # At its upper end, to the right.
     axis.annotate(
         str(iteration),
         xy=(tokens, 1),
@@ -136,7 +148,8 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
         axis.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
         # A label in the middle of the room for all layers, also below a model with fewer.
         ticks.append(start + num_layers / 2)
-        labels.append("control" if row["arm"] == "control" else iteration_label(row))
+        in_loop = row["arm"] == "loop"
+        labels.append(iteration_label(row) if in_loop else "control")
         start += num_layers + gap
     axis.set_xticks(ticks, labels)
     axis.tick_params(axis="x", length=0)
@@ -152,10 +165,11 @@ def _towers(widths: list[int], start: float) -> Skyline:
     """Towers with a gap between them."""
     heights: list[int] = []
     edges = [start]
-    for left, width in enumerate(widths, 1):
+    for width in widths:
         # A tower, then a gap of height 0.
         heights += [width, 0]
-        edges += [start + left - GAP, start + left]
+        end = edges[-1] + 1
+        edges += [end - GAP, end]
     return heights, edges
 
 
@@ -163,10 +177,13 @@ def _outline(widths: list[int], start: float) -> Skyline:
     """The same as one outline: equal neighbours are one step, which keeps the page small."""
     heights: list[int] = []
     edges: list[float] = []
-    for left, width in enumerate(widths):
-        if not heights or width != heights[-1]:
+    before = None
+    for position, width in enumerate(widths):
+        if width != before:
             heights.append(width)
-            edges.append(start + left)
+            edges.append(start + position)
+        before = width
+    # The end of the last one.
     edges.append(start + len(widths))
     return heights, edges
 
@@ -176,7 +193,8 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rows = speeds.rows(result["speed"])
-    bar_height = 0.3 if wide else 0.32  # inches
+    # In inches, with the labels of the axis.
+    bar_height = 0.3 if wide else 0.32
     height = 0.6 + bar_height * len(rows)
     set_size(figure, wide, wide_height=height, narrow_height=height)
     axis = figure.subplots()
@@ -185,7 +203,7 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     positions = range(len(rows))
     # A bar begins at the dense model's 1.
     lengths = [value - 1 for value in times]
-    colours = [LOOP if value >= 1 else BAD for value in times]
+    colours = [BAD if length < 0 else LOOP for length in lengths]
     axis.barh(positions, lengths, left=1, height=0.62, color=colours)
     for position, value in enumerate(times):
         _draw_number(axis, value, position)
@@ -203,7 +221,9 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     # Vertical lines instead of horizontal ones.
     axis.grid(False, axis="y")
     axis.grid(True, axis="x")
-    locator = MaxNLocator(6 if wide else 3, steps=[1, 2, 2.5, 5, 10])  # 1 is among the ticks
+    # With these steps 1 is among the ticks.
+    num_ticks = 6 if wide else 3
+    locator = MaxNLocator(num_ticks, steps=[1, 2, 2.5, 5, 10])
     axis.xaxis.set_major_locator(locator)
     axis.set_xlabel("times as fast as the dense model")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import report_tables, speeds, view
-from ptl.cells import level, percent, settings, short
+from ptl.cells import level, settings, short
 from ptl.model_card import front_matter
 from ptl.plots import draw
 from ptl.result import Result, build, total_tokens, work_seconds
@@ -33,6 +33,7 @@ def write_report(records: Records, settings: dict[str, Any], out: Path) -> Resul
 def render(result: Result, out: Path) -> Result:
     """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
     out.mkdir(parents=True, exist_ok=True)
+    # All pages show the same sentences and tables; only the HTML has pictures.
     variables = _variables(result)
     card = _template("model_card.md.j2", html=False, **variables)
     pages = {
@@ -52,7 +53,9 @@ def print_table(result: Result, out: Path | None = None) -> None:
     from rich.markup import escape
 
     console = Console()
-    console.print(_terminal_table(result, padding=1 if console.width >= WIDE else 0))
+    # In 80 columns the table has just room.
+    padding = 1 if console.width >= WIDE else 0
+    console.print(_terminal_table(result, padding))
     for sentence in [view.verdict(result), *view.notes(result)]:
         console.print(escape(sentence), highlight=False)
     if out is not None:
@@ -79,11 +82,22 @@ def _terminal_table(result: Result, padding: int) -> Table:
         table.add_column(heading, no_wrap=True, justify="right")
     table.add_column("Verdict", no_wrap=True)
     for row in report_tables.iterations(result):
+        # The page says `one-shot control`, which is too long here.
         label = "control" if row["arm"] == "control" else row["label"]
         if row["final"]:
             label += " [bold](final)[/]"
-        numbers = [row[key] for key in ("params", "removed", "accuracy", "interval", "num_items", "tokens")]
-        table.add_row(label, *numbers, escape(row["verdict"]), style=COLOURS.get(row["verdict"]))
+        verdict = row["verdict"]
+        table.add_row(
+            label,
+            row["params"],
+            row["removed"],
+            row["accuracy"],
+            row["interval"],
+            row["num_items"],
+            row["tokens"],
+            escape(verdict),
+            style=COLOURS.get(verdict),
+        )
     return table
 
 
@@ -123,10 +137,9 @@ def _variables(result: Result) -> dict[str, Any]:
 
 
 def _task_names(result: Result) -> list[str]:
-    names: dict[str, None] = {}  # a set that keeps the order
-    for row in result["rows"]:
-        names.update((task["task"], None) for task in row["scores"]["tasks"])
-    return list(names)
+    # All checkpoints were scored on the same benchmarks.
+    first = result["rows"][0]
+    return [task["task"] for task in first["scores"]["tasks"]]
 
 
 def _date(seconds: float | None) -> str:
@@ -139,6 +152,7 @@ def _date(seconds: float | None) -> str:
 def _template(name: str, *, html: bool, **variables: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    # StrictUndefined: a result of another version fails instead of leaving gaps.
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=html,
@@ -147,13 +161,16 @@ def _template(name: str, *, html: bool, **variables: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters.update(md=_md, percent=percent, duration=duration, short=short, digest=_digest)
+    filters = {"md": _md, "duration": duration, "short": short, "digest": _digest}
+    env.filters.update(filters)
     return env.get_template(name).render(**variables)
 
 
 def _md(text: Any) -> str:
     """Text that a Markdown table cell shows as it is: no markup, no new cell, no new line."""
-    escaped = str(text).replace("&", "&amp;").replace("<", "&lt;")
+    # HTML first: Markdown would pass it through.
+    escaped = str(text).replace("&", "&amp;")
+    escaped = escaped.replace("<", "&lt;")
     escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
     return " ".join(escaped.split())
 

@@ -55,7 +55,7 @@ def _iteration(row: Row) -> Row:
         "layers": len(widths),
         "removed_layers": ", ".join(map(str, row["removed_layers"])),
         # For the tables further down.
-        "tasks": [_task_cells(task) for task in tasks],
+        "tasks": [_task_cells(other) for other in tasks],
         "gate": gate_numbers(row["gate"]),
     }
 
@@ -74,24 +74,29 @@ def _bar(row: Row, low: float, high: float) -> list[float]:
     """Ends and middle of a row's interval, in percent of the way from `low` to `high`; empty without an interval."""
     if row["low"] is None:
         return []
+    # All intervals may be a point.
     scale = 100 / (high - low or 1)
     bar = []
     for key in ("low", "accuracy", "high"):
         distance = row[key] - low
-        bar.append(round(distance * scale, 1))
+        percent = round(distance * scale, 1)
+        bar.append(percent)
     return bar
 
 
 def gate_numbers(gate: dict[str, Any]) -> cells.Pairs:
     """A verdict's reason and numbers, one pair of name and text for each."""
+    # The dense model's verdict has no numbers.
     values = dict(gate)
-    values.update(values.pop("numbers", {}))
+    numbers = values.pop("numbers", {})
+    values.update(numbers)
     pairs: cells.Pairs = []
     for key, value in values.items():
         name = _spaced(key)
-        # A paired comparison, a count, or a setting.
+        # A paired comparison, a count, or a setting such as the margin.
         if isinstance(value, dict):
-            pairs.append((f"against the {key}", cells.comparison(value)))
+            text = cells.comparison(value)
+            pairs.append((f"against the {key}", text))
         elif type(value) is int:
             pairs.append((name, f"{value:,}"))
         else:
@@ -110,6 +115,7 @@ def columns(result: Result) -> list[tuple[str, Row]]:
     final = final_row(result)
     control = control_row(result)
     side_by_side = [("Dense", dense)]
+    # Where no iteration passed, the dense model is the final one.
     if final is not None and final is not dense:
         side_by_side.append(("Final", final))
     if control is not None:
@@ -123,7 +129,8 @@ def costs(result: Result) -> list[tuple[str, list[str]]]:
     table = []
     for key, label in COSTS.items():
         numbers = [scores[key] for scores in models]
-        table.append((label, _with_ratios(numbers)))
+        texts = _with_ratios(numbers)
+        table.append((label, texts))
     return table
 
 
@@ -141,10 +148,12 @@ def links(result: Result) -> dict[str, str]:
     """The address of each step's MLflow run; empty without a base URL, and never another scheme than http."""
     url = result["mlflow"]["url"].rstrip("/")
     experiment = result["mlflow"]["experiment_id"]
+    # The result may come from anywhere: `javascript:` would run in the page.
     is_web_address = re.match(r"https?://", url)
     addresses = {}
     for step in result["steps"]:
-        address = f"{url}/#/experiments/{experiment}/runs/{step['run_id']}"
+        run_id = step["run_id"]
+        address = f"{url}/#/experiments/{experiment}/runs/{run_id}"
         addresses[step["step"]] = address if is_web_address else ""
     return addresses
 
@@ -153,7 +162,8 @@ def steps_without_record(result: Result) -> list[dict[str, str]]:
     """Steps that left no record, with the reason: not needed by the loop, then not finished by a failed control."""
     table = []
     for key in ("not_needed", "not_finished"):
+        state = _spaced(key)
         for step in result[key]:
-            reason = f"{_spaced(key)}: {step['reason']}"
+            reason = f"{state}: {step['reason']}"
             table.append({"step": step["step"], "reason": reason})
     return table

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from ptl.cells import Task, first_task, is_share, short
 from ptl.result import Result, final_row
 from ptl.result_rows import Row
 from ptl.svg import BAD, CONTROL, LOOP, PAPER, add_key, set_size
+
+Coordinates = tuple[list[int], list[float]]  # as matplotlib takes them: all parameters, all scores
 
 MARGIN = 0.12  # of the scores' range, above and below them
 ASIDE = 7 / 72  # inches to the right
@@ -57,8 +60,8 @@ def begins_at_zero(rows: list[Row]) -> bool:
     for row in rows:
         ends += [row["accuracy"], *_bounds(row)]
     lowest = min(ends)
-    spread = max(ends) - lowest
-    return lowest - MARGIN * spread <= 0
+    margin = MARGIN * (max(ends) - lowest)
+    return lowest <= margin
 
 
 def _bounds(score: Task) -> tuple[float, float]:
@@ -91,13 +94,15 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
         for task in row["scores"]["tasks"]:
             scores = by_task.setdefault(task["task"], [])
             scores.append(Scored(row, task))
-    # As many lines of panels as are needed, rounded up.
+    # As many lines of panels as are needed.
     columns = min(3, len(by_task)) if wide else 1
-    lines = -(-len(by_task) // columns)
+    lines = math.ceil(len(by_task) / columns)
     height = 2.3 * lines
     set_size(figure, wide, wide_height=height + 0.4, narrow_height=height + 0.6)
-    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis, (name, scores) in zip(panels, by_task.items(), strict=False):
+    grid = figure.subplots(lines, columns, squeeze=False)
+    panels = list(grid.flat)
+    for axis, name in zip(panels, by_task, strict=False):
+        scores = by_task[name]
         _draw_scores(axis, result, scores)
         axis.set_title(_shortened(name))
         axis.xaxis.set_major_locator(MaxNLocator(3))
@@ -127,10 +132,12 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     # A ring around the final checkpoint.
     final = final_row(result)
     ring = [scored for scored in scores if scored.row == final]
-    axis.plot(*_coordinates(ring), "o", color="none", markersize=13, markeredgecolor=LOOP)
+    x, y = _coordinates(ring)
+    axis.plot(x, y, "o", color="none", markersize=13, markeredgecolor=LOOP)
     # A thin line through what the loop accepted.
     path = by_mark[DENSE] + by_mark.get(ACCEPTED, [])
-    axis.plot(*_coordinates(path), color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)
+    x, y = _coordinates(path)
+    axis.plot(x, y, color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)  # below the marks
     if all(is_share(scored.task) for scored in scores):
         axis.yaxis.set_major_formatter(_percent_tick)
     axis.autoscale_view()
@@ -138,8 +145,7 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     axis.xaxis.set_major_formatter(short_tick)
 
 
-def _coordinates(scores: list[Scored]) -> tuple[list[int], list[float]]:
-    """As matplotlib takes them: all x (parameters), all y (scores)."""
+def _coordinates(scores: list[Scored]) -> Coordinates:
     x = [scored.row["params"] for scored in scores]
     y = [scored.task["accuracy"] for scored in scores]
     return x, y
@@ -153,8 +159,10 @@ def _draw_marks(axis: Any, mark: Mark, scores: list[Scored]) -> None:
     below, above = [], []
     for row, task in scores:
         low, high = _bounds(task)
-        below.append(max(0.0, task["accuracy"] - low))
-        above.append(max(0.0, high - task["accuracy"]))
+        accuracy = task["accuracy"]
+        # Rounding may put it a little outside of its interval.
+        below.append(max(0.0, accuracy - low))
+        above.append(max(0.0, high - accuracy))
         # The axes must have room for them.
         params = row["params"]
         axis.update_datalim([(params, low), (params, high)])
@@ -188,7 +196,8 @@ def _draw_key(figure: Any, result: Result, wide: bool) -> None:
     for mark, label in LABELS.items():
         if mark in present:
             # A line without points, for its mark and its label.
-            line = Line2D([], [], marker=mark.marker, color=mark.colour, linestyle="", label=label)
+            line = Line2D([], [], linestyle="", label=label)
+            line.set(marker=mark.marker, color=mark.colour)
             lines.append(line)
     add_key(figure, lines, columns=4 if wide else 2, gap=0.2)
 

@@ -34,7 +34,8 @@ def _headline(result: Result) -> str:
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
     after = accuracy(first_task(final))
-    sentence = f"Removing {share} of the parameters took {metric} from {before} to {after}"
+    change = f"from {before} to {after}"
+    sentence = f"Removing {share} of the parameters took {metric} {change}"
     # The gate may have been off.
     pair = result["paired"].get("dense")
     if pair and pair["verdict"] == "inferior":
@@ -59,7 +60,8 @@ def _beside_control(result: Result, final: Row, control: Row) -> str:
     # Where the loop stopped early, the control is smaller.
     ratio = control["params"] / final["params"]
     if abs(ratio - 1) > SAME_SIZE:
-        one_shot += f" with {percent(control['share_removed'])} removed"
+        removed = percent(control["share_removed"])
+        one_shot += f" with {removed} removed"
     gain = _gain(final, control)
     if gain == 0:
         return f"{one_shot}, the same"
@@ -67,12 +69,11 @@ def _beside_control(result: Result, final: Row, control: Row) -> str:
     if p is not None:
         return f"{one_shot}: the difference is not significant (p {p:.2g})"
     # Differences of shares are points, not percent.
-    size = f"{abs(gain):.3g}"
-    if is_share(first_task(final)):
-        size = points(abs(gain))
+    size = abs(gain)
+    distance = points(size) if is_share(first_task(final)) else f"{size:.3g}"
     if gain < 0:
-        return f"{one_shot}: the control is {size} better than the loop"
-    return f"{one_shot}, {size} worse than the loop"
+        return f"{one_shot}: the control is {distance} better than the loop"
+    return f"{one_shot}, {distance} worse than the loop"
 
 
 def _gain(final: Row, control: Row) -> float:
@@ -108,7 +109,8 @@ def notes(result: Result) -> list[str]:
     if result["decontaminated"]:
         sentences.append(decontaminate.sentence(result["decontaminated"]))
     # Either may have nothing to say.
-    sentences += [speeds.words(result["speed"]), wall_clock(result)]
+    sentences.append(speeds.words(result["speed"]))
+    sentences.append(wall_clock(result))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -118,14 +120,21 @@ def _comparisons(result: Result) -> list[str]:
     dense = dense_row(result)
     if final is None or final is dense:
         return []
-    sentences = [_comparison(result, "dense", "the dense model", final, dense)]
+    against_dense = _comparison(result, "dense", "the dense model", final, dense)
     control = control_row(result)
-    if control is not None:
-        sentences.append(_comparison(result, "control", "the control", final, control))
-    return sentences
+    if control is None:
+        return [against_dense]
+    against_control = _comparison(result, "control", "the control", final, control)
+    return [against_dense, against_control]
 
 
-def _comparison(result: Result, key: str, name: str, final: Row, other: Row) -> str:
+def _comparison(
+    result: Result,
+    key: str,
+    name: str,
+    final: Row,
+    other: Row,
+) -> str:
     """Item by item where the items are known, else by the intervals; empty where there are none."""
     pair = result["paired"].get(key)
     if pair:
@@ -136,7 +145,8 @@ def _comparison(result: Result, key: str, name: str, final: Row, other: Row) -> 
     begin = max(final["low"], other["low"])
     end = min(final["high"], other["high"])
     overlap = "do not overlap" if begin > end else "overlap"
-    return f"Final and {name}: the {level(result)} intervals {overlap}."
+    intervals = f"the {level(result)} intervals"
+    return f"Final and {name}: {intervals} {overlap}."
 
 
 def _about_control(result: Result) -> list[str]:
