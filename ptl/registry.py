@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ptl import mlflow_client
 from ptl.mlflow_client import if_there, ignoring
 from ptl.mlflow_objects import existing_models
+from ptl.mlflow_values import ptl_keys
 from ptl.run_status import StepRun
 from ptl.store import Pointer
-from ptl.tracking import ptl_keys
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptl import mlflow_client, tracking
+from ptl import mlflow_client, mlflow_values
 from ptl.provenance import DataSet
 from ptl.result import final_row
 from ptl.run_status import StepRun
@@ -29,7 +29,7 @@ def describe(
 
     with mlflow_client.connected() as client:
         parent = client.get_run(run.parent_run_id)
-        tracking.add_params(client, parent, params)
+        mlflow_values.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
         _log_data_sets(client, parent, data_sets)
@@ -71,7 +71,7 @@ def log_result(run: StepRun, metrics: dict[str, float]) -> None:
     """Metrics of the pipeline run, such as `final/accuracy`. Calling it again changes nothing."""
     with mlflow_client.connected() as client:
         parent = client.get_run(run.parent_run_id)
-        tracking.add_metrics(client, parent, metrics)
+        mlflow_values.add_metrics(client, parent, metrics)
 
 
 def result_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ptl import address, mlflow_client, mlflow_objects
+from ptl import address, mlflow_client, mlflow_objects, mlflow_values
 from ptl.errors import InputError
 from ptl.log import say
+from ptl.mlflow_values import Metrics, Tags, Values, ptl_keys, set_tags
 from ptl.run_status import TAG, StepRun, node, records_root, settle, steps_of, tags_of_parent, untag
 
 if TYPE_CHECKING:
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
 
 log = logging.getLogger(__name__)
-
-BATCH = 100  # parameters that MLflow takes in one request
-LONGEST = 6000  # characters of a parameter
-
-Tags = dict[str, str]
-Values = dict[str, Any]  # parameters or tags, by their name without `ptl.`
-Metrics = dict[str, float]
 
 
 def pipeline_run() -> str:
@@ -130,10 +123,10 @@ def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, t
     else:
         parent = mlflow_objects.run(client, experiment, run, "", parent_tags, run)
         tags["mlflow.parentRunId"] = parent.info.run_id
-    _set_tags(client, child.info.run_id, tags)
+    set_tags(client, child.info.run_id, tags)
     # By these the run's other steps find it.
     parent_tags["ptl.role"] = "parent"
-    _set_tags(client, parent.info.run_id, parent_tags)
+    set_tags(client, parent.info.run_id, parent_tags)
     return parent
 
 
@@ -163,7 +156,7 @@ def new_model(
 def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
     """Metrics while a step works; `step` is the x-coordinate."""
     with mlflow_client.connected() as client:
-        _log_metrics(client, step_run.run_id, metrics, step)
+        mlflow_values.log_metrics(client, step_run.run_id, metrics, step)
 
 
 def finish(
@@ -188,13 +181,13 @@ def finish(
         if run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
         # What an earlier attempt logged stays.
-        for key, before, now in add_params(client, run, params):
+        for key, before, now in mlflow_values.add_params(client, run, params):
             log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
         # The metrics belong to the model that was made, else to the one that was scored.
         scored = output
         if output is None and len(inputs) == 1:
             (scored,) = inputs
-        add_metrics(client, run, metrics, step, scored)
+        mlflow_values.add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
             # READY last: until then the model counts as one of a killed attempt.
@@ -238,7 +231,7 @@ def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
 def tag(step_run: StepRun, values: Values) -> None:
     """Set tags `ptl.<name>` of a step's run."""
     with mlflow_client.connected() as client:
-        _set_tags(client, step_run.run_id, ptl_keys(values))
+        set_tags(client, step_run.run_id, ptl_keys(values))
 
 
 def note_error(step_run: StepRun, message: str) -> None:
@@ -306,7 +299,7 @@ def log_progress(
             # An earlier attempt may have logged the point.
             points = [(point.step, point.value) for point in history]
             if (params, value) not in points:
-                _log_metrics(client, parent_id, {chart: value}, params)
+                mlflow_values.log_metrics(client, parent_id, {chart: value}, params)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
@@ -329,74 +322,6 @@ def links(step_run: StepRun) -> dict[str, str]:
         "experiment_id": step_run.experiment_id,
         "mlflow_url": server,
     }
-
-
-def add_params(
-    client: MlflowClient,
-    run: Run,
-    params: Values,
-) -> list[tuple[str, str, str]]:
-    """Give a run the parameters `ptl.<name>` that it has not yet; returns name, old and new value of changed ones.
-
-    MLflow never changes a parameter: what was logged first stays.
-    """
-    from mlflow.entities import Param
-
-    known = run.data.params
-    new, changed = [], []
-    for key, text in ptl_keys(params).items():
-        value = text[:LONGEST]  # as it was shortened when it was logged
-        if key not in known:
-            new.append(Param(key, value))
-        elif known[key] != value:
-            changed.append((key, known[key], value))
-    for first in range(0, len(new), BATCH):
-        batch = new[first : first + BATCH]
-        client.log_batch(run.info.run_id, params=batch)
-    return changed
-
-
-def add_metrics(
-    client: MlflowClient,
-    run: Run,
-    metrics: Metrics,
-    step: int = 0,
-    model_id: str | None = None,
-) -> None:
-    """Log the metrics whose newest value is another; of a run as it was read."""
-    # Logging a value twice would draw a second point.
-    known = run.data.metrics
-    changed = {key: value for key, value in metrics.items() if known.get(key) != float(value)}
-    _log_metrics(client, run.info.run_id, changed, step, model_id)
-
-
-def ptl_keys(values: Values) -> Tags:
-    """Parameters or tags as MLflow keeps ours: `ptl.<name>`, as text."""
-    return {f"ptl.{key}": str(value) for key, value in values.items()}
-
-
-def _set_tags(client: MlflowClient, run_id: str, tags: Tags) -> None:
-    for key, value in tags.items():
-        client.set_tag(run_id, key, value)
-
-
-def _log_metrics(
-    client: MlflowClient,
-    run_id: str,
-    metrics: Metrics,
-    step: int,
-    model_id: str | None = None,
-) -> None:
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)  # milliseconds
-    points = []
-    # One request for all of them.
-    for key, value in metrics.items():
-        point = Metric(key, float(value), now, step, model_id=model_id)
-        points.append(point)
-    if points:
-        client.log_batch(run_id, metrics=points)
 
 
 def _abandon(client: MlflowClient, step_run: StepRun) -> None:
