@@ -32,6 +32,9 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
     """
     from ptl.gate import paired
 
+    if not final:
+        return {}
+    task = _first_task(final, records)
     after = _items(final, records)
     steps = {"dense": "evaluate-0", "control": "control-evaluate"}
     comparisons = {}
@@ -41,8 +44,7 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
             continue
         old, new = [], []
         for key, item in _items(name, records).items():
-            in_first_task = item["task"] == _first_task(final, records)
-            if key in after and in_first_task:
+            if key in after and item["task"] == task:
                 old.append(int(item["correct"]))
                 new.append(int(after[key]["correct"]))
         # Either evaluation may have no items: then there is nothing to compare.

@@ -609,13 +609,10 @@ def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
 
 
 def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, no_pictures):
-    """Records of other origin, and a result.json of an older version."""
+    """Records of other origin."""
     del records["recover-2"]["metadata"]["started"]
     result = write_report(records, settings, tmp_path)
     assert result["wall_seconds"] is None and wall_clock(result) == ""
-    added = ("wall_seconds", "idle_seconds", "control_failed", "not_finished")
-    render({key: value for key, value in result.items() if key not in added}, tmp_path / "old")
-    assert (tmp_path / "old/report.html").read_bytes() == (tmp_path / "report.html").read_bytes()
     assert "Wall clock" not in (tmp_path / "report.html").read_text()
 
 
