@@ -20,7 +20,6 @@ def first_task(row: Row) -> Task:
 
 def is_share(task: Task) -> bool:
     """Whether a score is a share of items, shown in percent; perplexities and other means have no interval."""
-    # lm-eval gives no standard error for them, so no interval is computed.
     if task["low"] is None:
         return False
     return 0 <= task["accuracy"] <= 1

@@ -51,6 +51,7 @@ def needs_mlflow(reference: str) -> bool:
     """Whether MLflow must be asked for it."""
     if Path(reference).exists():
         return False
+    # Addresses of the store are read without it.
     return reference.startswith("models:") or "://" not in reference
 
 
@@ -61,6 +62,7 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
     """
     if arm not in ARMS:
         raise InputError(f"{arm!r} must be one of {', '.join(ARMS)}", field="--arm")
+    # What is on this machine comes first: a run's directory may be named like a run.
     if Path(reference).exists():
         return _of_directory(Path(reference), arm)
     if arm != "loop" and ":" in reference:
@@ -86,8 +88,10 @@ def evaluation(reference: str, cache: Path) -> Path:
     """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
     path = Path(reference)
     is_run_directory = (path / "result.json").is_file()
+    # Items that are here already.
     if path.exists() and not is_run_directory:
         return path
+    # The directory of a run names the run: its items are in the store.
     if is_run_directory:
         reference = str(result(reference)["run_id"])
     elif reference.startswith("models:") or "://" in reference:
@@ -97,6 +101,7 @@ def evaluation(reference: str, cache: Path) -> Path:
             remedy="give RUN_ID:evaluate-4, RUN_ID, or a folder of items",
         )
     run, step = find_run(reference)
+    # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(result_of(run), run.id)
     record = store.committed(run.root, run.id, step)
     if record is None or "evaluate" not in step:
@@ -160,13 +165,14 @@ def _final(
             raise InputError(problem, field="--arm")
         row = rows[-1]
         name = f"{arm} of run {run}"
-        card = None
+        card = None  # it is about the loop's model
     pointer = store.Pointer(row["uri"], row["digest"], row["params"])
     return Checkpoint(pointer, name, card)
 
 
 def _of_step(run: PipelineRun, step: str) -> Checkpoint:
     record = store.committed(run.root, run.id, step)
+    # A step has a record once it has finished.
     if record is None:
         finished = [name for name in finished_steps(run) if makes_model(name)]
         existing = ", ".join(finished) or "none yet"
@@ -175,6 +181,7 @@ def _of_step(run: PipelineRun, step: str) -> Checkpoint:
             field="step",
             remedy=f"it has {existing}",
         )
+    # Its pointer names scores and items.
     if record["metadata"]["stage"] == "evaluate":
         raise InputError(
             f"{step} is an evaluation, which `ptl compare` reads",
@@ -205,6 +212,7 @@ def _registered(reference: str) -> Checkpoint:
     with reading() as client:
         version = _version(client, name, match["alias"], match["version"])
         tags = version.tags
+        # Without its digest the files could not be verified.
         if "ptl.digest" not in tags:
             raise InputError(
                 f"{reference} has no tag ptl.digest, so ptl did not register it",
@@ -230,6 +238,7 @@ def _version(
     number: str | None,
 ) -> ModelVersion:
     """The version of a registered model that has the alias, or the number."""
+    # Each of the three may be missing: the model, the alias, the version.
     model = if_there(client.get_registered_model, name)
     if model is None:
         models = client.search_registered_models(max_results=20)
@@ -269,6 +278,7 @@ def _number_of_alias(name: str, aliases: dict[str, str], alias: str) -> str:
 
 def _published(uri: str) -> Checkpoint:
     """The checkpoint in a folder of the store: the list of its files, written last, names all that must be there."""
+    # As steps write addresses.
     uri = uri.rstrip("/")
     listing = store.read(f"{uri}/{FILES}")
     if listing is None:

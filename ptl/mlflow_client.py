@@ -26,6 +26,7 @@ ALREADY_THERE = "RESOURCE_ALREADY_EXISTS"
 
 def connect() -> MlflowClient:
     """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
+    # MLflow prints the address: a password must not be in it.
     address.split_login()
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -36,6 +37,7 @@ def connect() -> MlflowClient:
         )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A database needs more than the client.
     if not address.is_server(uri):
         _check_database_support(uri)
     default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
@@ -112,6 +114,7 @@ def if_there(request: Callable[[str], Any], identity: str) -> Any:
 
 def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
     """All results of a search of MLflow, page by page."""
+    # No token is the first page, and the last page has none.
     token = None
     while True:
         page = search(max_results=PAGE, page_token=token, **arguments)

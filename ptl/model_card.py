@@ -21,6 +21,7 @@ def front_matter(result: Result) -> str:
 
 
 def _metadata(result: Result) -> Entry:
+    # What every card has.
     card: Entry = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -52,6 +52,7 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
                 name = tags["ptl.run"]
                 step = step or tags.get("ptl.step", "")
         run = run_by_id(client, name)
+    # Often the wrong MLflow was asked.
     if run is None:
         raise InputError(
             f"{reference!r} is neither a folder nor a run that this MLflow has",
@@ -136,6 +137,7 @@ def reading() -> Iterator[MlflowClient]:
     """A client of the MLflow that the environment names; refused credentials are an InputError."""
     from mlflow.exceptions import MlflowException
 
+    # Other errors of MLflow name the server.
     with mlflow_client.explained():
         try:
             yield mlflow_client.connect()

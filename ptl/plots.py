@@ -24,6 +24,7 @@ Skyline = tuple[list[int], list[float]]  # heights, and edges of which there is 
 def draw(result: Result) -> dict[str, Row]:
     """Every picture that the result has data for: name -> {"wide": svg, "narrow": svg} (desktop and phone)."""
     painters: Row = {"accuracy": score_plots.accuracy, "widths": _widths}
+    # The others need data that not every run has.
     if result["curves"]:
         painters["loss"] = _losses
     # All checkpoints were scored on the same benchmarks.
@@ -62,16 +63,21 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
         # The control has one curve, which begins at zero.
         offset = start if in_loop else 0
         style: Any = "-"
-        label, colour = "loop", LOOP
+        label = "loop"
+        colour = LOOP
         if not in_loop:
-            label, colour = "one-shot control", CONTROL
+            label = "one-shot control"
+            colour = CONTROL
         elif step["iteration"] in rejected:
-            label, colour, style = "rejected", BAD, "--"
+            label = "rejected"
+            colour = BAD
+            style = "--"
         _draw_curve(axis, curve, offset, color=colour, ls=style)
         # A line without points, for its colour and its label.
         keys[label] = Line2D([], [], color=colour, linestyle=style, label=label)
         if in_loop:
             _draw_iteration_start(axis, offset, step["iteration"])
+            # The next curve begins where the tokens of this step end.
             last_tokens, _ = curve[-1]
             start += step["tokens"] or last_tokens
     axis.xaxis.set_major_formatter(short_tick)
@@ -138,6 +144,7 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     axis = figure.subplots()
     num_layers = max(len(row["widths"]) for row in rows)
     gap = max(1.0, num_layers * 0.3)
+    # Hundreds of towers would make the page large, and nobody would see them.
     num_towers = num_layers * len(rows)
     skyline = _towers if num_towers <= MAX_TOWERS else _outline
     ticks, labels = [], []
@@ -207,6 +214,7 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     axis.barh(positions, lengths, left=1, height=0.62, color=colours)
     for position, value in enumerate(times):
         _draw_number(axis, value, position)
+    # The dense model.
     axis.axvline(1, color=MUTED, linewidth=1)
     # Room for the numbers at the bars' ends.
     low = min(1.0, *times)

@@ -38,6 +38,7 @@ def register(
         "params": pointer.params,
     }
     with mlflow_client.connected() as client:
+        # The first checkpoint that is registered makes the model.
         with ignoring(mlflow_client.ALREADY_THERE):
             client.create_registered_model(registered_model)
         numbers = _versions_of(client, registered_model, pointer.model_id)
@@ -50,7 +51,7 @@ def register(
                 run_id=pointer.run_id or step_run.run_id,
                 tags=ptl_keys(all_tags),
                 model_id=pointer.model_id if known else None,
-                await_creation_for=0,
+                await_creation_for=0,  # it is only a row in a table
             )
             numbers = _versions_of(client, registered_model, pointer.model_id)
             # A request that was sent twice has made two.

@@ -111,6 +111,7 @@ def _spaced(name: str) -> str:
 
 def columns(result: Result) -> list[tuple[str, Row]]:
     """The rows that are set side by side: dense, final (unless it is the dense one), control."""
+    # Any but the dense one may be missing.
     dense = dense_row(result)
     final = final_row(result)
     control = control_row(result)
@@ -136,6 +137,7 @@ def costs(result: Result) -> list[tuple[str, list[str]]]:
 
 def _with_ratios(numbers: list[int]) -> list[str]:
     """Numbers, all but the first with how many times the first they are."""
+    # The first is the dense model's.
     first, *others = numbers
     texts = [f"{first:,}"]
     for number in others:

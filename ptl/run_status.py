@@ -81,7 +81,8 @@ def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
 def steps_of(client: MlflowClient, experiment_id: str, run: str) -> dict[str, Run]:
     """The runs of all steps of a pipeline run that have begun, in that order."""
     query = f"tags.`ptl.run` = '{run}' and tags.`ptl.role` = 'step'"
-    return by_step(client.search_runs([experiment_id], query))
+    runs = client.search_runs([experiment_id], query)
+    return by_step(runs)
 
 
 def by_step(runs: Iterable[Run]) -> dict[str, Run]:
@@ -148,13 +149,16 @@ def untag(client: MlflowClient, run_id: str, key: str) -> None:
 
 def kubeflow_page(run: str) -> str:
     """The run's page in Kubeflow, where the ConfigMap names the UI's address; else empty."""
-    ui = os.environ.get("PTL_KFP_UI", "").rstrip("/")
-    return f"{ui}/#/runs/details/{run}" if ui else ""
+    ui = os.environ.get("PTL_KFP_UI", "")
+    if not ui:
+        return ""
+    return f"{ui.rstrip('/')}/#/runs/details/{run}"
 
 
 def tags_of_parent(run: str) -> dict[str, str]:
     """What the parent of a pipeline run is found by, and its link to Kubeflow."""
     tags = {"ptl.run": run}
+    # Local runs have no page.
     page = kubeflow_page(run)
     if page:
         tags["ptl.kubeflow"] = page

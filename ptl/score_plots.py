@@ -80,7 +80,9 @@ def accuracy(figure: Any, result: Result, wide: bool) -> None:
     rows = result["rows"]
     scores = [Scored(row, first_task(row)) for row in rows]
     _draw_scores(axis, result, scores)
-    axis.xaxis.set_major_locator(MaxNLocator(7 if wide else 4))
+    # As many numbers as there is room for.
+    num_ticks = 7 if wide else 4
+    axis.xaxis.set_major_locator(MaxNLocator(num_ticks))
     axis.set_xlabel("parameters (fewer to the right)")
     _draw_key(figure, result, wide)
 
@@ -95,7 +97,9 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
             scores = by_task.setdefault(task["task"], [])
             scores.append(Scored(row, task))
     # As many lines of panels as are needed.
-    columns = min(3, len(by_task)) if wide else 1
+    columns = 1
+    if wide:
+        columns = min(3, len(by_task))
     lines = math.ceil(len(by_task) / columns)
     height = 2.3 * lines
     set_size(figure, wide, wide_height=height + 0.4, narrow_height=height + 0.6)
@@ -138,7 +142,8 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     path = by_mark[DENSE] + by_mark.get(ACCEPTED, [])
     x, y = _coordinates(path)
     axis.plot(x, y, color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)  # below the marks
-    if all(is_share(scored.task) for scored in scores):
+    # A task's scores are all shares, or none is.
+    if is_share(scores[0].task):
         axis.yaxis.set_major_formatter(_percent_tick)
     axis.autoscale_view()
     axis.invert_xaxis()

@@ -9,6 +9,8 @@ from ptl.result_rows import Row
 from ptl.score_plots import begins_at_zero
 from ptl.units import MINUTE, duration
 
+Sentences = list[str]
+
 SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 
 
@@ -23,7 +25,8 @@ def verdict(result: Result) -> str:
 def _headline(result: Result) -> str:
     dense = dense_row(result)
     final = final_row(result)
-    share = percent(result["final"]["share_removed"])
+    removed = result["final"]["share_removed"]
+    share = percent(removed)
     # It is named without its score where its evaluation belongs to another checkpoint.
     if final is None:
         return f"{share} of the parameters were removed; the final checkpoint was not scored"
@@ -43,7 +46,8 @@ def _headline(result: Result) -> str:
         sentence += f": inferior to the dense model (margin {margin:g} points)"
     control = control_row(result)
     if control is not None:
-        sentence += f"; {_beside_control(result, final, control)}"
+        beside = _beside_control(result, final, control)
+        sentence += f"; {beside}"
     return sentence
 
 
@@ -60,8 +64,8 @@ def _beside_control(result: Result, final: Row, control: Row) -> str:
     # Where the loop stopped early, the control is smaller.
     ratio = control["params"] / final["params"]
     if abs(ratio - 1) > SAME_SIZE:
-        removed = percent(control["share_removed"])
-        one_shot += f" with {removed} removed"
+        share = percent(control["share_removed"])
+        one_shot += f" with {share} removed"
     gain = _gain(final, control)
     if gain == 0:
         return f"{one_shot}, the same"
@@ -94,7 +98,7 @@ def _insignificant_p(result: Result) -> float | None:
     return p if p > significance_level else None
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: Result) -> Sentences:
     """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
     sentences = []
     # What limits the comparison comes first, what it cost last.
@@ -106,6 +110,7 @@ def notes(result: Result) -> list[str]:
     for reason, iterations in not_needed(result):
         numbers = ", ".join(map(str, iterations))
         sentences.append(f"Not needed: iteration {numbers} ({reason}).")
+    # Data, speed and time of the run.
     if result["decontaminated"]:
         sentences.append(decontaminate.sentence(result["decontaminated"]))
     # Either may have nothing to say.
@@ -114,7 +119,7 @@ def notes(result: Result) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def _comparisons(result: Result) -> list[str]:
+def _comparisons(result: Result) -> Sentences:
     """The final model against the dense one and against the control."""
     final = final_row(result)
     dense = dense_row(result)
@@ -144,12 +149,13 @@ def _comparison(
     # The upper one begins where the lower one has ended.
     begin = max(final["low"], other["low"])
     end = min(final["high"], other["high"])
-    overlap = "do not overlap" if begin > end else "overlap"
+    disjoint = begin > end
+    overlap = "do not overlap" if disjoint else "overlap"
     intervals = f"the {level(result)} intervals"
     return f"Final and {name}: {intervals} {overlap}."
 
 
-def _about_control(result: Result) -> list[str]:
+def _about_control(result: Result) -> Sentences:
     """Whether the arms were trained equally, and how to fetch a control that is better."""
     final = final_row(result)
     control = control_row(result)
@@ -165,11 +171,12 @@ def _about_control(result: Result) -> list[str]:
     # As the headline says it.
     is_better = final is not None and _gain(final, control) < 0
     if is_better and _insignificant_p(result) is None:
-        sentences.append(f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control")
+        command = f"ptl fetch {result['run_id']} DIR --arm control"
+        sentences.append(f"The control's checkpoint: {command}")
     return sentences
 
 
-def _about_gate(result: Result) -> list[str]:
+def _about_gate(result: Result) -> Sentences:
     """What it rejected, or that it was off."""
     sentences = []
     verdicts = [row["verdict"] for row in result["rows"]]
@@ -226,6 +233,7 @@ def table_caption(result: Result) -> str:
     # All rows have an interval, or none has: they are scores of one task.
     if task["low"] is not None:
         lowest = min(row["low"] for row in rows)
+        # The bars would be too short to compare if it did.
         zero = " that does not begin at zero" if lowest > 0 else ""
         sentences.append(f"The drawn intervals share one scale{zero}.")
     return " ".join(sentences)
@@ -234,7 +242,8 @@ def table_caption(result: Result) -> str:
 def _about_task(task: Task) -> str:
     """Which metric the scores are, on which version of which task."""
     subject = "Accuracy" if is_share(task) else "The score"
-    sentence = f"{subject} is {task['metric']} on {task['task']}"
+    metric = task["metric"]
+    sentence = f"{subject} is {metric} on {task['task']}"
     # Scores of another version are not comparable.
     if task["version"]:
         sentence += f", version {task['version']}"

@@ -521,6 +521,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     assert data["datasets"] == ["tiny_reasoner-train.jsonl"] and data["metrics"] == ["exact_match"]
     assert "license" not in data and "pruning" in data["tags"]
     assert "from_pretrained" in card and "500 items" in card
+    assert "- Training data: examples/tiny\\_reasoner/train.jsonl\n" in card
     from huggingface_hub import ModelCard
 
     results = ModelCard(card).data.eval_results
