@@ -30,7 +30,7 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
 
     `final` is the step that scored it, `gate` the config of the gate.
     """
-    from ptl.gate import paired
+    from ptl.paired import paired
 
     if not final:
         return {}

@@ -1,21 +1,23 @@
-"""`ptl gc`: list which checkpoints can go, and delete them when told to."""
+"""`ptl gc`: list the checkpoints that nobody needs any more, and delete them with --delete."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from pathlib import Path
-from typing import Annotated, Any
+from operator import attrgetter
+from typing import Annotated
 
 import typer
 
 from ptl import garbage, inventory, runs
-from ptl.cli_options import Home, Servers
+from ptl.cli_options import HOME, Home, Servers
+from ptl.garbage import Retention
+from ptl.units import size
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command("gc")(gc)
+    app.command()(gc)
 
 
 def gc(
@@ -26,52 +28,59 @@ def gc(
     dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
     s3: Servers = False,
-    home: Home = Path(".ptl"),
+    home: Home = HOME,
 ) -> None:
     """List the checkpoints that nobody needs any more, with their bytes; --delete removes them.
 
     Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
     """
     runs.reach(home.absolute(), s3)
-    found = list(inventory.experiments(experiment))
-    garbage.check_runs(run, found)
+    experiments = list(inventory.experiments(experiment))
+    # Wrong names are refused before anything is deleted.
+    garbage.check_runs(run, experiments)
     rules = garbage.Rules(older_than, keep_last, tuple(run), dense)
     now = time.time()
-    count = total = 0
-    for held in found:
-        verdicts = garbage.apply_rules(held, rules, now)
-        _show(held, verdicts)
-        for verdict in (each for each in verdicts if each.deletable):
-            if not delete or garbage.delete(held, verdict):
-                count, total = count + 1, total + verdict.stored.bytes
-    said = f"{count} items, {size(total)} ({total:,} bytes)"
-    print(f"deleted: {said}" if delete else f"can go: {said}; nothing was deleted, --delete does it")
+    num_items = 0
+    num_bytes = 0
+    for stored_experiment in experiments:
+        retentions = garbage.apply_rules(stored_experiment, rules, now)
+        print(f"experiment {stored_experiment.name}, in {stored_experiment.location}")
+        _print_verdicts(retentions, now)
+        for retention in retentions:
+            if not retention.deletable:
+                continue
+            # A deletion may find that the checkpoint is needed by now.
+            if delete and not garbage.delete(stored_experiment, retention):
+                continue
+            num_items += 1
+            num_bytes += retention.stored.bytes
+    summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
+    if delete:
+        print(f"deleted: {summary}")
+    else:
+        print(f"can go: {summary}; nothing was deleted, --delete does it")
 
 
-def _show(held: Any, verdicts: list[Any]) -> None:
+def _print_verdicts(retentions: list[Retention], now: float) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
-    print(f"experiment {held.name}, in {held.location}")
-    by_run: dict[str, list[Any]] = defaultdict(list)
-    for verdict in sorted(verdicts, key=lambda each: each.stored.changed):
-        by_run[verdict.stored.run].append(verdict)
-    for run, found in by_run.items():
-        print(f"  run {run}")
-        for verdict in (each for each in found if each.deletable):
-            stored = verdict.stored
-            days = (time.time() - stored.changed) / garbage.DAY
-            print(f"    can go {size(stored.bytes):>9} {stored.step:16} {days:6.1f} days  {verdict.reason}")
-        kept: dict[str, int] = defaultdict(int)
-        for verdict in (each for each in found if not each.deletable):
-            kept[verdict.reason] += verdict.stored.bytes
-        for why, total in kept.items():
-            print(f"    kept   {size(total):>9} {why}")
+    # The oldest first, in each run too.
+    by_run: dict[str, list[Retention]] = defaultdict(list)
+    for retention in sorted(retentions, key=attrgetter("stored.changed")):
+        by_run[retention.stored.run].append(retention)
+    for run_id, run_verdicts in by_run.items():
+        print(f"  run {run_id}")
+        kept_bytes: dict[str, int] = defaultdict(int)  # by reason
+        for retention in run_verdicts:
+            if retention.deletable:
+                _print_removable(retention, now)
+            else:
+                kept_bytes[retention.reason] += retention.stored.bytes
+        for reason, num_bytes in kept_bytes.items():
+            print(f"    kept   {size(num_bytes):>9} {reason}")
 
 
-def size(count: int) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+def _print_removable(retention: Retention, now: float) -> None:
+    stored = retention.stored
+    days = (now - stored.changed) / garbage.DAY
+    num_bytes = size(stored.bytes)
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {retention.reason}")

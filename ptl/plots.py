@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from ptl import score_plots, speeds
+from ptl import score_plots, speed_rows
 from ptl.report_tables import iteration_label
 from ptl.result import Result
 from ptl.result_rows import Row
@@ -31,7 +31,7 @@ def draw(result: Result) -> dict[str, Row]:
     first = result["rows"][0]
     if len(first["scores"]["tasks"]) > 1:
         painters["tasks"] = score_plots.tasks
-    if speeds.rows(result["speed"]):
+    if speed_rows.rows(result["speed"]):
         painters["speed"] = _speed
     pictures = {}
     for name, painter in painters.items():
@@ -199,7 +199,7 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     """How many times as fast the final model is as the dense one: a bar from 1 for each measure."""
     from matplotlib.ticker import MaxNLocator
 
-    rows = speeds.rows(result["speed"])
+    rows = speed_rows.rows(result["speed"])
     # In inches, with the labels of the axis.
     bar_height = 0.3 if wide else 0.32
     height = 0.6 + bar_height * len(rows)

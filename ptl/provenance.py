@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl import tasks
+from ptl import task_data, tasks
 from ptl.config import Calibration, DataSource, Evaluate, Task, TrainingData
 from ptl.sources import local_file
 
@@ -45,7 +45,7 @@ def _data_set(context: str, source: DataSource) -> DataSet:
     if path is not None:
         name = Path(address).name
         kind = "s3" if address.startswith("s3://") else "local"
-        return DataSet(context, name, _file_digest(path), kind, address)
+        return DataSet(context, name, file_digest(path), kind, address)
     # On the hub, where the revision stands for the content.
     digest = source.revision or UNPINNED
     full_name = _joined(address, source.subset, source.split)
@@ -60,10 +60,10 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
         config = spec.config
         # As the harness chooses the split.
         scored = config.get("test_split") or config.get("validation_split") or ""
-        splits = tasks.local_splits(spec, settings.data_dir, task.num_fewshot)
+        splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
         if scored in splits:
             file = splits[scored].file
-            digest = _file_digest(Path(file))
+            digest = file_digest(Path(file))
             yield DataSet("evaluation", spec.name, digest, "local", file)
         elif config.get("dataset_path"):
             full_name = _joined(config["dataset_path"], config.get("dataset_name"), scored)
@@ -75,7 +75,7 @@ def _joined(*parts: str | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """The first half of a file's sha256, in hex."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl import report_tables, speeds, view
+from ptl import report_tables, speed_rows, view
 from ptl.cells import level, settings, short
 from ptl.model_card import front_matter
 from ptl.plots import draw
@@ -115,15 +115,15 @@ def _variables(result: Result) -> dict[str, Any]:
         "table_caption": view.table_caption(result),
         "accuracy_caption": view.accuracy_caption(result),
         "loss_caption": view.loss_caption(result),
-        "speed_setting": speeds.setting(speed),
-        "speed_disturbed": speeds.disturbed(speed),
+        "speed_setting": speed_rows.setting(speed),
+        "speed_disturbed": speed_rows.disturbance(speed),
         # Tables.
         "iterations": report_tables.iterations(result),
         "task_names": _task_names(result),
         "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in report_tables.columns(result)],
         "costs": report_tables.costs(result),
-        "speed_rows": [row.cells for row in speeds.rows(speed)],
+        "speed_rows": [row.cells for row in speed_rows.rows(speed)],
         "steps_without_record": report_tables.steps_without_record(result),
         "links": report_tables.links(result),
         "settings": settings(result["settings"]),

@@ -7,13 +7,14 @@ MINUTE = 60.0  # seconds
 
 def size(count: int) -> str:
     """Bytes in the unit that leaves one to three digits before the point: 12,345,678 -> `12.3 MB`."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:  # which would be printed as 1000
-            break
+    value = float(count)
+    if value < 999.5:  # more would be printed as 1000
+        return f"{value:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         value /= 1000
-        unit = larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        if value < 999.5:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +23,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    # Beside hours nobody needs seconds.
-    parts = ((hours, "h"), (minutes, "min"), (0 if hours else rest, "s"))
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+    parts = {"h": hours, "min": minutes, "s": rest}
+    if hours:
+        del parts["s"]  # beside hours nobody needs them
+    shown = [f"{number} {unit}" for unit, number in parts.items() if number]
+    return " ".join(shown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptl import decontaminate, speeds
+from ptl import decontaminate, speed_rows
 from ptl.cells import Task, accuracy, comparison, first_task, is_share, level, percent, points
 from ptl.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
 from ptl.result_rows import Row
@@ -114,7 +114,7 @@ def notes(result: Result) -> Sentences:
     if result["decontaminated"]:
         sentences.append(decontaminate.sentence(result["decontaminated"]))
     # Either may have nothing to say.
-    sentences.append(speeds.words(result["speed"]))
+    sentences.append(speed_rows.sentence(result["speed"]))
     sentences.append(wall_clock(result))
     return [sentence for sentence in sentences if sentence]
 

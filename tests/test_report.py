@@ -14,7 +14,6 @@ from ptl import cli_results
 from ptl.errors import InputError
 from ptl.report import print_table, render, write_report
 from ptl.result import build, final_row, work_seconds
-from ptl.units import duration
 from ptl.view import accuracy_caption, loss_caption, notes, table_caption, verdict, wall_clock
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
@@ -615,11 +614,6 @@ def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, n
     result = write_report(records, settings, tmp_path)
     assert result["wall_seconds"] is None and wall_clock(result) == ""
     assert "Wall clock" not in (tmp_path / "report.html").read_text()
-
-
-def test_durations():
-    cases = {4.21: "4.2 s", 59.97: "1 min", 230.4: "3 min 50 s", 3599.6: "1 h", 26_000: "7 h 13 min"}
-    assert {seconds: duration(seconds) for seconds in cases} == cases
 
 
 @pytest.mark.parametrize("completed", [0, 1, 2])

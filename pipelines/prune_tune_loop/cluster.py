@@ -5,9 +5,9 @@ from typing import Any
 from kfp import kubernetes
 
 from ptl import mounts
-from ptl.attempts import RETRY_WAIT
 from ptl.cluster_config import Resources, Storage
 from ptl.config import Config
+from ptl.retry_defaults import RETRY_WAIT
 
 WORK = ("prune", "recover", "evaluate")  # the steps that need accelerators and their nodes
 RUN_ID = "metadata.labels['pipeline/runid']"

@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006 - typer reads the default
+    sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
     version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
@@ -127,7 +127,7 @@ def retry(
 
 def doctor(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006
+    sets: Overrides,
     local: Annotated[
         bool | None,
         typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
@@ -142,6 +142,7 @@ def doctor(
     import os
 
     from ptl import doctor as work
+    from ptl import images
 
     checked = load_config(config, pairs("--set", sets))
     if runner not in ("subprocess", "docker"):
@@ -153,7 +154,7 @@ def doctor(
         other = "--cluster checks one on Kubeflow" if local else f"{reason}; --local checks one on this machine"
         _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
-        lines = work.local(checked, home=home, runner=runner)
+        lines = work.local(checked, home=home, runner=runner, missing_images=images.missing)
     else:
         own = namespace or os.environ.get("KFP_NAMESPACE")
         lines = work.cluster(checked, host=address, namespace=own, kubeflow_namespace=kubeflow_namespace)

@@ -95,7 +95,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def files(config: Config) -> set[Path]:
     """Local files and folders that a config names: model, data, and task files with what lies beside them."""
-    from ptl import tasks
+    from ptl import task_data, tasks
 
     home = Path.cwd()
     named = {Path(text).expanduser() for text in _strings(config) if "\n" not in text and len(text) < 256}
@@ -106,7 +106,7 @@ def files(config: Config) -> set[Path]:
             (spec,) = tasks.find(task.name)
             # A task's YAML may use functions and templates beside it; a whole working directory is too much.
             found.add(spec.path if home.is_relative_to(spec.path.parent) else spec.path.parent)
-            splits = tasks.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
+            splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             found |= {Path(split.file) for split in splits.values()}
     return {_absolute(path) for path in found}
 
