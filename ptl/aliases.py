@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ptl import paired, store, tracking
+from ptl import mlflow_client, paired, registry, store
 from ptl.config import Gate
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.execution import Record, fetch
@@ -67,7 +67,7 @@ def _candidates(
         # The number that it has now: of a registry that was lost, the record's is out of date.
         tags = {"step": step, "params": accepted["params"]}
         try:
-            version = tracking.register(run, registered_model, Pointer(**accepted), tags)
+            version = registry.register(run, registered_model, Pointer(**accepted), tags)
         except WorkError as error:  # MLflow refuses some sources of models that it has lost
             sentences.append(f"no alias for {step}: it cannot be registered: {error}")
             continue
@@ -107,7 +107,7 @@ def _move(
             return f"{name}: stays at version {holder.version}; {candidate.describe()} {why}"
         seen, holder = holder, _holder(registered_model, alias)
         if (seen and seen.version) == (holder and holder.version):
-            tracking.set_alias(registered_model, alias, candidate.version)
+            registry.set_alias(registered_model, alias, candidate.version)
             before = f", was version {seen.version}" if seen else ""
             return f"{name}: {candidate.describe()}{before}"
 
@@ -182,7 +182,6 @@ def _acceptable(pair: paired.Paired, rule: Gate) -> bool:
 
 def _holder(registered_model: str, alias: str) -> ModelVersion | None:
     """The version that has the alias now."""
-    with tracking.explained():
-        client = tracking.connect()
+    with mlflow_client.connected() as client:
         aliases: dict[str, Any] = client.get_registered_model(registered_model).aliases
         return client.get_model_version(registered_model, str(aliases[alias])) if alias in aliases else None

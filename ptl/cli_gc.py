@@ -11,7 +11,7 @@ import typer
 
 from ptl import garbage, inventory, runs
 from ptl.cli_options import HOME, Home, Servers
-from ptl.garbage import Verdict
+from ptl.garbage import Retention
 from ptl.units import size
 
 
@@ -43,17 +43,17 @@ def gc(
     num_items = 0
     num_bytes = 0
     for stored_experiment in experiments:
-        verdicts = garbage.decide(stored_experiment, rules, now)
-        print(f"experiment {stored_experiment.name}, in {stored_experiment.place}")
-        _print_verdicts(verdicts, now)
-        for verdict in verdicts:
-            if not verdict.goes:
+        retentions = garbage.apply_rules(stored_experiment, rules, now)
+        print(f"experiment {stored_experiment.name}, in {stored_experiment.location}")
+        _print_verdicts(retentions, now)
+        for retention in retentions:
+            if not retention.deletable:
                 continue
             # A deletion may find that the checkpoint is needed by now.
-            if delete and not garbage.delete(stored_experiment, verdict):
+            if delete and not garbage.delete(stored_experiment, retention):
                 continue
             num_items += 1
-            num_bytes += verdict.stored.bytes
+            num_bytes += retention.stored.bytes
     summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
     if delete:
         print(f"deleted: {summary}")
@@ -61,26 +61,26 @@ def gc(
         print(f"can go: {summary}; nothing was deleted, --delete does it")
 
 
-def _print_verdicts(verdicts: list[Verdict], now: float) -> None:
+def _print_verdicts(retentions: list[Retention], now: float) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
     # The oldest first, in each run too.
-    by_run: dict[str, list[Verdict]] = defaultdict(list)
-    for verdict in sorted(verdicts, key=attrgetter("stored.changed")):
-        by_run[verdict.stored.run].append(verdict)
+    by_run: dict[str, list[Retention]] = defaultdict(list)
+    for retention in sorted(retentions, key=attrgetter("stored.changed")):
+        by_run[retention.stored.run].append(retention)
     for run_id, run_verdicts in by_run.items():
         print(f"  run {run_id}")
         kept_bytes: dict[str, int] = defaultdict(int)  # by reason
-        for verdict in run_verdicts:
-            if verdict.goes:
-                _print_removable(verdict, now)
+        for retention in run_verdicts:
+            if retention.deletable:
+                _print_removable(retention, now)
             else:
-                kept_bytes[verdict.why] += verdict.stored.bytes
+                kept_bytes[retention.reason] += retention.stored.bytes
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")
 
 
-def _print_removable(verdict: Verdict, now: float) -> None:
-    stored = verdict.stored
+def _print_removable(retention: Retention, now: float) -> None:
+    stored = retention.stored
     days = (now - stored.changed) / garbage.DAY
     num_bytes = size(stored.bytes)
-    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {verdict.why}")
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {retention.reason}")

@@ -150,7 +150,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | N
     if scored is not None:
         files.append(scored / "items.jsonl")
     # By content, not by path: a moved checkpoint is the same source.
-    contents = [f"{path.name} {provenance.digest_of(path)}" for path in files]
+    contents = [f"{path.name} {provenance.file_digest(path)}" for path in files]
     inputs = "\n".join(sorted(contents))
     parameters = {
         "training": settings.training,

@@ -76,9 +76,9 @@ def mlflow(config: Config) -> Finding:
 
 def _make_a_run(experiment_name: str) -> None:
     """Make a run and delete it; the experiment is made where there is none, as a run would."""
-    from ptl import mlflow_objects, tracking
+    from ptl import mlflow_client, mlflow_objects
 
-    client = tracking.connect()
+    client = mlflow_client.connect()
     experiment = mlflow_objects.experiment(client, experiment_name, os.environ.get("PTL_ARTIFACT_ROOT"))
     run = client.create_run(experiment.experiment_id, tags={"ptl.role": "doctor"}, run_name="doctor")
     # A run that stays open would be listed as one that still works.
@@ -88,9 +88,9 @@ def _make_a_run(experiment_name: str) -> None:
 
 def _store_root(config: Config) -> str:
     """The experiment's artifact location."""
-    from ptl import tracking
+    from ptl import mlflow_client
 
-    experiment = tracking.connect().get_experiment_by_name(config.storage.experiment)
+    experiment = mlflow_client.connect().get_experiment_by_name(config.storage.experiment)
     assert experiment is not None  # made by the check of MLflow
     return str(experiment.artifact_location).rstrip("/")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ptl import address, gate, localfs, tracking
+from ptl import address, gate, localfs, mlflow_client, tracking
 from ptl.attempts import Failure
 from ptl.errors import WorkError
 from ptl.execution import Output, Step, write
@@ -30,7 +30,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     if folder:  # KFP's local runner itself only says that a task failed
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
         localfs.replace(Path(folder, "error.json"), json.dumps(error).encode())
-    with tracking.briefly():
+    with mlflow_client.briefly():
         _try(step, "MLflow", lambda: _track(Step(step, experiment), failure))
     if os.environ.get(WEBHOOK) and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(os.environ[WEBHOOK], step, failure.reason))

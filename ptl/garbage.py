@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import datetime
-import time
 from dataclasses import dataclass
 
-from ptl import store, tracking
+from ptl import mlflow_client, store
 from ptl.errors import InputError
-from ptl.inventory import Experiment, Run, Stored
+from ptl.inventory import ExperimentInventory, RunInventory
+from ptl.stored_files import StoredFiles
 
 DAY = 24 * 60 * 60.0
 LIVE_DAYS = 1.0  # files that are younger may belong to an attempt that is at work: these are never touched
 DELETED = "ptl.deleted"  # tag of a LoggedModel: when its files were deleted
+
+# Why files can go, by their kind.
+_DELETABLE = {
+    "attempt": "left by an attempt that died",
+    "training": "training checkpoints of a step that ended",
+    "dense": "imported model of a run that ended",
+    "pruned": "intermediate, pruned",
+    "recovered": "intermediate, recovered",
+}
+# Why files stay, by the state of their run.
+_UNFINISHED = {
+    "unfinished": "its run is not finished and can be resumed; --run lets it go",
+    "deleted": "its run was deleted in MLflow; --run lets it go",
+    "unknown": "MLflow does not know its run; --run lets it go",
+}
 
 
 @dataclass(frozen=True)
@@ -26,113 +41,144 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a folder, and why."""
+class Retention:
+    """Whether files stay, and why."""
 
-    stored: Stored
-    goes: bool
-    why: str
-
-
-def decide(held: Experiment, rules: Rules, now: float) -> list[Verdict]:
-    """A verdict on everything in an experiment, or only in `rules.runs`; `now` is unix time."""
-    finished = sorted(run.started for run in held.runs.values() if run.state == "finished")
-    kept = finished[-rules.keep_last :] if rules.keep_last else []
-    verdicts: dict[str, list[Verdict]] = {}  # by the files, which several runs may name
-    selected = {run.id for run in held.runs.values() if {run.id, run.mlflow_id} & set(rules.runs)}
-    for stored in held.stored:
-        run = held.runs.get(stored.run) or Run(stored.run, "", "unknown", 0.0, frozenset(), None)
-        days = (now - stored.changed) / DAY
-        newest = run.state == "finished" and run.started in kept
-        why = _kept(stored, run, rules, run.id in selected, newest)
-        if why is None and days < rules.older_than:
-            why = f"younger than {rules.older_than:g} days"
-        elif why is None and stored.kind == "attempt" and days < LIVE_DAYS:
-            why = f"younger than {LIVE_DAYS:g} day: an attempt that may be at work"
-        verdicts.setdefault(stored.uris[0], []).append(Verdict(stored, why is None, why or _GOES[stored.kind]))
-    agreed = [_agreed(named) for named in verdicts.values()]
-    return [verdict for verdict in agreed if not rules.runs or verdict.stored.run in selected]
+    stored: StoredFiles
+    deletable: bool
+    reason: str
 
 
-def _agreed(verdicts: list[Verdict]) -> Verdict:
-    """The verdict on files that several runs name: they go only when none of them needs them."""
-    return next((verdict for verdict in verdicts if not verdict.goes), verdicts[0])
+def apply_rules(experiment: ExperimentInventory, rules: Rules, now: float) -> list[Retention]:
+    """What becomes of everything in an experiment, or only in `rules.runs`; `now` is unix time."""
+    runs = experiment.runs
+    newest = _newest(experiment, rules.keep_last)
+    # A user may name a run by either id.
+    selected = [run.id for run in runs.values() if {run.id, run.mlflow_id} & set(rules.runs)]
+    agreed: dict[str, Retention] = {}  # by the files, which several runs may name
+    for stored in experiment.stored:
+        unknown = RunInventory(stored.run, "", "unknown", 0.0, frozenset(), None)
+        run = runs.get(stored.run, unknown)
+        reason = _needed(stored, run, rules, run.id in selected, run.id in newest)
+        reason = reason or _too_young(stored, rules, now)
+        retention = Retention(stored, deletable=not reason, reason=reason or _DELETABLE[stored.kind])
+        # They go only when none of the runs needs them.
+        uri = stored.uris[0]
+        earlier = agreed.get(uri)
+        if earlier is None or (earlier.deletable and reason):
+            agreed[uri] = retention
+    retentions = list(agreed.values())
+    if rules.runs:
+        return [retention for retention in retentions if retention.stored.run in selected]
+    return retentions
 
 
-_GOES = {
-    "attempt": "left by an attempt that died",
-    "training": "training checkpoints of a step that ended",
-    "dense": "imported model of a run that ended",
-    "cut": "intermediate, cut",
-    "recovered": "intermediate, recovered",
-}
+def _newest(experiment: ExperimentInventory, number: int) -> list[str]:
+    """Ids of the finished runs that keep everything."""
+    finished = [run for run in experiment.runs.values() if run.state == "finished"]
+    finished.sort(key=lambda run: run.started, reverse=True)
+    return [run.id for run in finished[:number]]
 
 
-def _kept(stored: Stored, run: Run, rules: Rules, named: bool, newest: bool) -> str | None:
-    """Why a folder stays, whatever its age; None: nothing needs it."""
+def _too_young(stored: StoredFiles, rules: Rules, now: float) -> str:
+    """Why files are too young to go; empty where they are old enough."""
+    days = (now - stored.changed) / DAY
+    if days < rules.older_than:
+        return f"younger than {rules.older_than:g} days"
+    if stored.kind == "attempt" and days < LIVE_DAYS:
+        return f"younger than {LIVE_DAYS:g} day: an attempt that may be at work"
+    return ""
+
+
+def _needed(
+    stored: StoredFiles,
+    run: RunInventory,
+    rules: Rules,
+    selected: bool,
+    keeps_all: bool,
+) -> str:
+    """Why files stay, whatever their age; empty where nothing needs them.
+
+    `selected`: the user named the run; `keeps_all`: it is one of the newest runs.
+    """
+    uri = stored.uris[0]
+    finished = run.state == "finished"
+    done = stored.step in run.done
     if stored.version:
         return f"registered: {stored.version}"
-    if run.damaged:  # then what it committed cannot be told from what it did not
+    # What the run committed is then not distinguishable from what it did not.
+    if run.damaged:
         return f"a record of the run cannot be read: {run.damaged}"
-    if stored.kind == "attempt" and run.state == "finished" and stored.step not in run.done:
-        return "its step has no record, though the run is finished"  # records were lost: it may be the result
     if stored.kind == "attempt":
-        return None  # never read by anybody: a repeated step publishes under a fresh prefix
-    if stored.kind == "training" and stored.step in run.done:
-        return None
-    if run.state != "finished":
-        return None if named else _UNFINISHED[run.state]
+        # Where records were lost, it may be the result.
+        if finished and not done:
+            return "its step has no record, though the run is finished"
+        # Nobody reads it: a repeated step publishes under a fresh prefix.
+        return ""
+    if stored.kind == "training" and done:
+        return ""
+    if not finished:
+        return "" if selected else _UNFINISHED[run.state]
+    # Of a finished run, what it ended with stays, and what the rules keep.
     if run.final is None:
         return "the run's final checkpoint is not known"
-    if stored.uris[0] == run.final:
+    if uri == run.final:
         return "final checkpoint of its run"
-    if stored.uris[0] == run.control:
+    if uri == run.control:
         return "the control of its run"
     if stored.kind == "dense" and not rules.dense:
         return "imported model; --dense lets it go"
-    return "one of the newest finished runs" if newest else None
+    return "one of the newest finished runs" if keeps_all else ""
 
 
-_UNFINISHED = {
-    "unfinished": "its run is not finished and can go on; --run lets it go",
-    "deleted": "its run was deleted in MLflow; --run lets it go",
-    "unknown": "MLflow does not know its run; --run lets it go",
-}
-
-
-def delete(held: Experiment, verdict: Verdict) -> bool:
-    """Delete what a verdict lets go; a model in MLflow is marked first. Returns False for what was committed meanwhile.
+def delete(experiment: ExperimentInventory, retention: Retention) -> bool:
+    """Delete files that can go; a model in MLflow is marked first. Returns False for what was committed meanwhile.
 
     Raises InputError where the credentials may not delete.
     """
-    stored = verdict.stored
-    if not verdict.goes:
-        raise ValueError(f"{stored.uris[0]} is to be kept: {verdict.why}")
-    if stored.kind == "attempt" and _committed_meanwhile(held, stored):
+    stored = retention.stored
+    is_attempt = stored.kind == "attempt"
+    if not retention.deletable:
+        raise ValueError(f"{stored.uris[0]} is to be kept: {retention.reason}")
+    if is_attempt and _committed_meanwhile(experiment, stored):
         return False
-    with tracking.explained():
-        client = tracking.connect()
-        if stored.model_id:
-            moment = datetime.datetime.fromtimestamp(time.time(), datetime.UTC).isoformat(timespec="seconds")
-            client.set_logged_model_tags(stored.model_id, {DELETED: moment})
+    model_id = stored.model_id
+    with mlflow_client.connected() as client:
+        # First, so that no page of a model says that files are there which are not.
+        if model_id:
+            now = datetime.datetime.now(datetime.UTC)
+            client.set_logged_model_tags(model_id, {DELETED: now.isoformat(timespec="seconds")})
         for uri in stored.uris:
-            store.delete(uri, below=held.place)
-        if stored.model_id and stored.kind == "attempt":
-            client.delete_logged_model(stored.model_id)  # part of no lineage
+            store.delete(uri, below=experiment.location)
+        # An attempt is part of no lineage.
+        if model_id and is_attempt:
+            client.delete_logged_model(model_id)
     return True
 
 
-def _committed_meanwhile(held: Experiment, stored: Stored) -> bool:
+def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -> bool:
     """Whether a record names these files by now: a machine that slept may have committed after the listing."""
-    above, _, name = stored.uris[0].rpartition("/")
-    training = above == f"{held.root}/{stored.run}"  # then the record is that of one training checkpoint
-    record = store.committed(held.root, stored.run, name.rpartition("-")[0] if training else stored.step)
-    return record is not None and record["pointer"]["uri"] in stored.uris
+    folder, _, name = stored.uris[0].rpartition("/")
+    record_name = stored.step
+    # A training checkpoint has a record of its own.
+    if folder == f"{experiment.root}/{stored.run}":
+        record_name = name.rpartition("-")[0]
+    record = store.committed(experiment.root, stored.run, record_name)
+    if record is None:
+        return False
+    return record["pointer"]["uri"] in stored.uris
 
 
-def check_runs(wanted: list[str], found: list[Experiment]) -> None:
+def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:
     """Raise InputError for a run that no experiment has."""
-    known = {name for held in found for run in held.runs.values() for name in (run.id, run.mlflow_id)}
-    for run in wanted:
-        if run not in known:
-            raise InputError(f"--run: no run {run!r}; give the id of a pipeline run, or of its parent run in MLflow")
+    known: set[str] = set()
+    for experiment in experiments:
+        for run in experiment.runs.values():
+            known.update([run.id, run.mlflow_id])
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"no run {name!r}",
+                field="--run",
+                remedy="give the id of a pipeline run, or of its parent run in MLflow",
+            )

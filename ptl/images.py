@@ -14,7 +14,7 @@ from ptl.image_names import IMAGE_OF as IMAGE_OF
 from ptl.image_names import IMAGES as IMAGES
 from ptl.image_names import image as image
 from ptl.image_names import names as names
-from ptl.provenance import revision_of
+from ptl.revision import revision_of
 
 ROOT = Path(__file__).parents[1]
 BAKE_FILE = Path("docker", "docker-bake.hcl")

@@ -31,18 +31,20 @@ def create(uri: str, artifacts: str) -> None:
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or "?" in uri or path.exists():
         return
-    with processes.exclusive(path.with_name(f"{path.name}.lock"), f"creating {path}", wait=WAIT):
-        if path.exists():
-            return
-        draft = path.with_name(f".{path.name}.new")
-        for left in path.parent.glob(f"{draft.name}*"):  # by a killed command, sqlite's journal too
-            left.unlink()
-        made = subprocess.run(
-            processes.tied([sys.executable, "-c", CODE, f"{SQLITE}{draft}", artifacts]),
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode:
-            raise WorkError(f"MLflow could not create its database {path}:\n{made.stderr[-2000:]}")
-        draft.replace(path)
+    lock = path.with_name(f"{path.name}.lock")
+    with processes.exclusive(lock, f"creating {path}", wait=WAIT):
+        if not path.exists():  # another process may have made it while this one waited
+            _create_tables(path, artifacts)
+
+
+def _create_tables(path: Path, artifacts: str) -> None:
+    draft = path.with_name(f".{path.name}.new")
+    # A killed command leaves its draft, and sqlite's journal of it.
+    for leftover in path.parent.glob(f"{draft.name}*"):
+        leftover.unlink()
+    command = [sys.executable, "-c", CODE, f"{SQLITE}{draft}", artifacts]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    process = subprocess.run(processes.tied(command), env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise WorkError(f"MLflow could not create its database {path}:\n{process.stderr[-2000:]}")
+    draft.replace(path)

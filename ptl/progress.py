@@ -6,17 +6,19 @@ has ended therefore closes what is still RUNNING.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptl import tracking
-from ptl.run_status import by_step
+from ptl import mlflow_client
+from ptl.run_status import TAG, by_step, parent_among, untag
 
-# A watcher looks again soon: MLflow's own retries take minutes, and its timeout is two.
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
 WATCHING = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -29,18 +31,18 @@ MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 class StepProgress:
     """What one step's MLflow run says of it."""
 
-    step: str
-    run_id: str
+    step: str  # name, such as prune-2
+    run_id: str  # in MLflow
     status: str  # RUNNING, FINISHED, FAILED or KILLED
     ended: datetime | None = None
-    attempt: int | None = None
-    seconds: float | None = None
-    accuracy: float | None = None
-    verdict: str = ""
-    tokens_seen: int | None = None
+    attempt: int | None = None  # number of the newest attempt, from 1
+    seconds: float | None = None  # of work
+    accuracy: float | None = None  # of an evaluate step, 0 to 1
+    verdict: str = ""  # of an evaluate step
+    tokens_seen: int | None = None  # of a recover step, so far
     tokens_planned: int | None = None
-    loss: float | None = None
-    error: str = ""
+    loss: float | None = None  # of training, the newest
+    error: str = ""  # why the last attempt failed
     loop_ended: str = ""  # why the loop ended with this step, before its last iteration
 
 
@@ -50,29 +52,30 @@ class RunProgress:
 
     experiment_id: str
     parent_id: str
-    parent_status: str
+    parent_status: str  # as of a step
     steps: dict[str, StepProgress]
 
 
 def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | None:
     """The progress of a pipeline run by its id; None where MLflow has no parent run of it.
 
-    One request with `experiment_ids`; without, all experiments are looked through, for which they are listed first.
+    One request with `experiment_ids`; without, all experiments are searched, for which they are listed first.
     Raises InputError when MLFLOW_TRACKING_URI is not set, WorkError when MLflow does not answer.
     """
-    with _watching(), tracking.explained():
-        client = tracking.connect()
+    with _watching() as client:
         if experiment_ids is None:
-            experiment_ids = [experiment.experiment_id for experiment in client.search_experiments()]
+            experiments = mlflow_client.pages(client.search_experiments)
+            experiment_ids = [experiment.experiment_id for experiment in experiments]
         if not experiment_ids:
             return None
+        query = f"tags.`ptl.run` = '{run}'"
         order = ["attributes.start_time ASC"]
-        runs = client.search_runs(experiment_ids, f"tags.`ptl.run` = '{run}'", order_by=order, max_results=MAX_RUNS)
+        runs = client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS)
     parents = [entry for entry in runs if entry.data.tags.get("ptl.role") == "parent"]
     if not parents:
         return None
-    steps = {step: _step(step, entry) for step, entry in by_step(runs).items()}
-    info = min(parents, key=lambda entry: (entry.info.status != "FINISHED", entry.info.start_time)).info
+    info = parent_among(parents).info
+    steps = {step: _step_progress(step, entry) for step, entry in by_step(runs).items()}
     return RunProgress(info.experiment_id, info.run_id, info.status, steps)
 
 
@@ -82,37 +85,38 @@ def close(progress: RunProgress, status: str, reason: str, reasons: dict[str, st
     `status` is FAILED, KILLED or FINISHED. `reasons` are those of single steps, `reason` that of the parent and of all
     others; they become the tag `ptl.error`. Raises WorkError when MLflow does not answer.
     """
-    running = [step for step in progress.steps.values() if step.status == "RUNNING"]
-    ids = {step.run_id: reasons.get(step.step) or reason for step in running}
+    errors = {}  # by the id of the MLflow run
+    for step in progress.steps.values():
+        if step.status == "RUNNING":
+            errors[step.run_id] = reasons.get(step.step) or reason
     if progress.parent_status == "RUNNING":
-        ids[progress.parent_id] = reason
-    with _watching(), tracking.explained():
-        client = tracking.connect()
-        for run_id, text in ids.items():
+        errors[progress.parent_id] = reason
+    with _watching() as client:
+        for run_id, error in errors.items():
             if status != "FINISHED":
-                client.set_tag(run_id, "ptl.error", text[:4000])
+                client.set_tag(run_id, "ptl.error", error[:TAG])
             client.set_terminated(run_id, status)
-    return bool(ids)
+    return bool(errors)
 
 
 def reopen(progress: RunProgress) -> None:
     """Set the parent to RUNNING again, without its error: the pipeline run is retried. Steps reopen their own runs."""
-    with _watching(), tracking.explained():
-        client = tracking.connect()
+    with _watching() as client:
         client.update_run(progress.parent_id, status="RUNNING")
-        if "ptl.error" in client.get_run(progress.parent_id).data.tags:
-            client.delete_tag(progress.parent_id, "ptl.error")
+        untag(client, progress.parent_id, "ptl.error")
 
 
 def experiment_id(name: str) -> str | None:
     """The id of an experiment; None where there is none of this name."""
-    with _watching(), tracking.explained():
-        experiment = tracking.connect().get_experiment_by_name(name)
+    with _watching() as client:
+        experiment = client.get_experiment_by_name(name)
     return None if experiment is None else str(experiment.experiment_id)
 
 
-def _step(step: str, run: Any) -> StepProgress:
-    tags, metrics, ended = run.data.tags, run.data.metrics, run.info.end_time
+def _step_progress(step: str, run: Any) -> StepProgress:
+    tags = run.data.tags
+    metrics = run.data.metrics
+    ended = run.info.end_time  # milliseconds
     return StepProgress(
         step=step,
         run_id=run.info.run_id,
@@ -135,12 +139,7 @@ def _integer(value: Any) -> int | None:
 
 
 @contextmanager
-def _watching() -> Iterator[None]:
-    """Few retries and a short timeout, unless the environment says otherwise."""
-    ours = [name for name in WATCHING if name not in os.environ]
-    os.environ.update({name: WATCHING[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+def _watching() -> Iterator[MlflowClient]:
+    """A client with few retries and a short timeout, unless the environment says otherwise."""
+    with mlflow_client.briefly(WATCHING), mlflow_client.connected() as client:
+        yield client

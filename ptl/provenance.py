@@ -1,10 +1,8 @@
-"""What a run was made from, beside its model: the commit of this package, and the data sets with their digests."""
+"""The data sets that a run was made from, with their digests."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,46 +20,36 @@ class DataSet:
     """One data set as MLflow shows it."""
 
     context: str  # training, calibration, evaluation or decontamination
-    name: str
-    digest: str
+    name: str  # of the file, or the id on the hub
+    digest: str  # of the file, or the revision on the hub
     kind: str  # local, s3 or hf
     source: str  # path, URI or id, with the subset and split of a hub id
 
 
-def revision() -> str:
-    """The commit of this package: an image says it, else its checkout. Empty where neither knows."""
-    return os.environ.get("PTL_REVISION", "").removeprefix("unknown") or revision_of(Path(__file__).parents[1])
-
-
-def revision_of(root: Path) -> str:
-    """The commit of a checkout, with `-dirty` where files differ from it; empty where `root` is not the top of one."""
-    if not (root / ".git").exists():  # a repository that merely contains an installed package is not meant
-        return ""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        answer = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
 def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evaluate) -> list[DataSet]:
-    """Every data set of a run, in the order of its config; each context and source once."""
-    named = [("calibration", calibration.data)]
-    named += [("training", source) for source in training.sources]
-    named += [("decontamination", source) for source in training.decontaminate.against]
-    found = [_data_set(context, source) for context, source in named]
-    found += [each for task in evaluate.tasks for each in _benchmark(task, evaluate)]
-    return list(dict.fromkeys(found))
+    """Every data set of a run, in the order of its config, without repetitions of context and source."""
+    records = [_data_set("calibration", calibration.data)]
+    records += [_data_set("training", source) for source in training.sources]
+    benchmarks = training.decontaminate.against
+    records += [_data_set("decontamination", source) for source in benchmarks]
+    for task in evaluate.tasks:
+        records += _benchmark(task, evaluate)
+    # One data set may serve several purposes, but is named once for each.
+    return list(dict.fromkeys(records))
 
 
 def _data_set(context: str, source: DataSource) -> DataSet:
+    address = source.source
     path = local_file(source)
+    # A file, on this machine or fetched from a bucket.
     if path is not None:
-        kind = "s3" if source.source.startswith("s3://") else "local"
-        return DataSet(context, Path(source.source).name, digest_of(path), kind, source.source)
-    parts = [part for part in (source.source, source.subset, source.split) if part]
-    return DataSet(context, source.source, (source.revision or UNPINNED)[:DIGITS], "hf", " ".join(parts))
+        name = Path(address).name
+        kind = "s3" if address.startswith("s3://") else "local"
+        return DataSet(context, name, file_digest(path), kind, address)
+    # On the hub, where the revision stands for the content.
+    digest = source.revision or UNPINNED
+    full_name = _joined(address, source.subset, source.split)
+    return DataSet(context, address, digest[:DIGITS], "hf", full_name)
 
 
 def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
@@ -69,16 +57,26 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
     if not tasks.can_find(task.name):
         return
     for spec in tasks.find(task.name):
-        scored = spec.config.get("test_split") or spec.config.get("validation_split") or ""
-        local = task_data.local_splits(spec, settings.data_dir, task.num_fewshot).get(scored)
-        if local is not None:
-            yield DataSet("evaluation", spec.name, digest_of(Path(local.file)), "local", local.file)
-        elif spec.config.get("dataset_path"):
-            parts = [str(spec.config[key]) for key in ("dataset_path", "dataset_name") if spec.config.get(key)]
-            yield DataSet("evaluation", spec.name, UNPINNED, "hf", " ".join([*parts, scored]).strip())
+        config = spec.config
+        # As the harness chooses the split.
+        scored = config.get("test_split") or config.get("validation_split") or ""
+        splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
+        if scored in splits:
+            file = splits[scored].file
+            digest = file_digest(Path(file))
+            yield DataSet("evaluation", spec.name, digest, "local", file)
+        elif config.get("dataset_path"):
+            full_name = _joined(config["dataset_path"], config.get("dataset_name"), scored)
+            yield DataSet("evaluation", spec.name, UNPINNED, "hf", full_name)
 
 
-def digest_of(path: Path) -> str:
+def _joined(*parts: str | None) -> str:
+    """The parts of a hub id that are set, such as `org/chats test`."""
+    return " ".join(part for part in parts if part)
+
+
+def file_digest(path: Path) -> str:
     """The first half of a file's sha256, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+        digest = hashlib.file_digest(file, "sha256")
+    return digest.hexdigest()[:DIGITS]

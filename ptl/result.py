@@ -3,88 +3,111 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any
 
-Record = dict[str, Any]
+from ptl import changed_answers, result_rows
+from ptl.result_rows import Record, Records, Row
+
 Result = dict[str, Any]
+Settings = dict[str, Any]
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
+# What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
-MAX_CHANGED = 250  # regressions, and improvements, that the report shows: a page of a megabyte at most
-MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
 
 
-def build(records: dict[str, Record], settings: dict[str, Any]) -> Result:
+def build(records: Records, settings: Settings) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
-    `control_failed`, why the control arm did not finish. An evaluate record may carry its items under the fact `items`:
-    paired comparisons and examples are made from them. Steps that the loop did not need have no record: they are listed
-    under `not_needed` with the reason, those that a failed control never completed under `not_finished`. `speed` is
-    what the step that ended the loop measured of the dense and the final model. `recovery_tokens` of a row are those of
-    its own iteration. Everything is ordered by arm, iteration and stage: the arms run at the same time, and model
-    versions are numbered as they happen to be registered.
+    `control_failed`, why the control arm did not finish. An evaluate record may carry its items in its metadata:
+    paired comparisons and examples are made from them.
     """
-    run = {key: settings.get(key) or "" for key in RUN}
-    failed = _control_failed(records, settings.get("control_failed"))
-    settings = {key: value for key, value in settings.items() if key not in (*RUN, "control_failed")}
-    imported = records["import-model"]
-    names = sorted((name for name in records if "stage" in records[name].get("metadata", {})), key=_order(records))
-    original = imported["metadata"].get("params") or imported["pointer"].get("params", 0)
-    removed = _removed_layers(names, records)
-    rows = [_row(name, records, original, removed) for name in names if records[name]["metadata"].get("scores")]
+    # The arms run at the same time, and model versions are numbered as they happen to be registered.
+    records = dict(sorted(records.items(), key=_order))
+    config = dict(settings)
+    tracked = {key: config.pop(key, None) or "" for key in RUN}
+    control_failed = _control_failed(records, config.pop("control_failed", None))
+    imported = records["import-model"]["metadata"]
+    final = result_rows.final(records, imported["params"])
+    final_step = changed_answers.final_step(records, final["digest"])
     result = {
-        "run_id": run["run_id"],
-        "mlflow_run_id": run["mlflow_run_id"],
-        "seed": settings.get("seed", 0),
-        "versions": dict(sorted(imported["metadata"].get("versions", {}).items())),
-        "rows": rows,
-        "final": _final(names, records, original),
-        "name": settings.get("name", "ptl"),
-        "model": {key: imported["metadata"].get(key) or "" for key in ("model", "revision", "license")},
-        "original_params": original,
-        "host": imported["metadata"].get("host", ""),
-        "started": imported["metadata"].get("started"),
-        **_times([records[name]["metadata"] for name in names]),
-        "confidence": settings.get("evaluate", {}).get("confidence", 0.95),
-        "mlflow": {"url": run["mlflow_url"], "experiment_id": str(run["experiment_id"])},
-        "steps": [_step(name, records[name]) for name in names],
-        "not_needed": _not_needed(records, settings),
-        "control_failed": failed,
-        "not_finished": _not_finished(records, failed),
-        "speed": next((s for name in names if (s := records[name]["metadata"].get("speed"))), {}),
+        # The run.
+        "run_id": tracked["run_id"],
+        "mlflow_run_id": tracked["mlflow_run_id"],
+        "seed": config["seed"],
+        "versions": dict(sorted(imported["versions"].items())),
+        # Checkpoints: the scored ones, and the one that the run ends with.
+        "rows": result_rows.rows(records, imported["params"]),
+        "final": final,
+        "name": config["name"],
+        "model": _dense_model(imported),
+        "original_params": imported["params"],
+        "host": imported["host"],
+        "started": imported["started"],  # unix time
+        **_times(records),
+        "confidence": config["evaluate"]["confidence"],
+        "mlflow": {
+            "url": tracked["mlflow_url"],
+            "experiment_id": str(tracked["experiment_id"]),
+        },
+        # Steps, and why some left no record.
+        "steps": result_rows.steps(records),
+        "not_needed": _not_needed(records, config["schedule"]["iterations"]),
+        "control_failed": control_failed,
+        "not_finished": _not_finished(records, control_failed),
+        # What was measured beside the scores; empty where nothing was.
+        "speed": _speed(records),
         "decontaminated": _decontaminated(records),
-        "curves": {name: c for name in names if (c := records[name]["metadata"].get("curve"))},
-        "paired": _paired(names, records, settings.get("gate") or {}),
-        "examples": _examples(names, records),
-        "settings": settings,
+        "curves": _curves(records),
+        "paired": changed_answers.paired_comparisons(records, final_step, config["gate"]),
+        "examples": changed_answers.examples(records, final_step),
+        "settings": config,
     }
-    return dict(json.loads(json.dumps(result)))  # exactly what result.json holds: lists, no tuples
+    # Exactly what result.json holds: lists, no tuples.
+    as_json = json.dumps(result)
+    return dict(json.loads(as_json))
 
 
-def final_row(result: Result) -> dict[str, Any] | None:
+def _dense_model(imported: Row) -> dict[str, str]:
+    """Where the dense model came from."""
+    return {
+        "model": imported["model"],  # path or hub id
+        "revision": imported["revision"] or "",
+        "license": imported.get("license") or "",
+    }
+
+
+def arm_rows(result: Result, arm: str) -> list[Row]:
+    """The rows of an arm in the order of its iterations; the loop's first is the dense model."""
+    return [row for row in result["rows"] if row["arm"] == arm]
+
+
+def dense_row(result: Result) -> Row:
+    """The row of the dense model."""
+    return arm_rows(result, "loop")[0]
+
+
+def final_row(result: Result) -> Row | None:
     """The row of the checkpoint that the run ends with; None where it was never scored."""
-    rows = [row for row in result["rows"] if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]]
+    digest = result["final"]["digest"]
+    # It may have been scored twice: the last time counts.
+    for row in reversed(arm_rows(result, "loop")):
+        if row["digest"] == digest:
+            return row
+    return None
+
+
+def control_row(result: Result) -> Row | None:
+    """The row of the one-shot control; None where the run has none, or it did not finish."""
+    rows = arm_rows(result, "control")
     return rows[-1] if rows else None
-
-
-def row_of(result: Result, arm: str, iteration: int | None = None) -> dict[str, Any] | None:
-    """The last row of an arm, or that of one iteration."""
-    rows = [r for r in result["rows"] if r["arm"] == arm and iteration in (None, r["iteration"])]
-    return rows[-1] if rows else None
-
-
-def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
-    """Whether two rows' intervals share a point; None where one has no interval."""
-    if None in (a["low"], a["high"], b["low"], b["high"]):
-        return None
-    return bool(a["low"] <= b["high"] and b["low"] <= a["high"])
 
 
 def total_tokens(result: Result, arm: str) -> int:
     """Recovery tokens of all steps of an arm, rejected iterations included."""
-    return sum(step["tokens"] for step in result["steps"] if step["arm"] == arm)
+    steps = [step for step in result["steps"] if step["arm"] == arm]
+    return sum(step["tokens"] for step in steps)
 
 
 def work_seconds(result: Result) -> float:
@@ -92,217 +115,129 @@ def work_seconds(result: Result) -> float:
     return sum(step["seconds"] for step in result["steps"])
 
 
-def _order(records: dict[str, Record]) -> Any:
-    def key(name: str) -> tuple[Any, ...]:
-        metadata = records[name]["metadata"]
-        return metadata.get("arm") == "control", metadata.get("iteration", 0), STAGES.get(metadata["stage"], 9), name
-
-    return key
-
-
-def _scored(name: str, records: dict[str, Record]) -> Record:
-    """The checkpoint that an evaluate step scored: after a rejection it is not the one that goes on."""
-    if records[name]["metadata"].get("checkpoint"):
-        return dict(records[name]["metadata"]["checkpoint"])
-    parent = name.replace("evaluate", "recover") if name != "evaluate-0" else "import-model"
-    pointer: Record = records.get(parent, records[name])["pointer"]
-    return pointer
+def _order(named: tuple[str, Record]) -> tuple[Any, ...]:
+    """Arm, iteration and stage of a record with its name."""
+    name, record = named
+    metadata = record["metadata"]
+    is_control = metadata["arm"] == "control"
+    stage = STAGES[metadata["stage"]]
+    return is_control, metadata["iteration"], stage, name
 
 
-def _row(name: str, records: dict[str, Record], original: int, removed: dict[str, list[int]]) -> dict[str, Any]:
-    metadata, pointer = records[name]["metadata"], _scored(name, records)
-    scores, first = metadata["scores"], metadata["scores"]["tasks"][0]
-    recover = records.get(name.replace("evaluate", "recover"), {"metadata": {}})["metadata"]
-    params = scores.get("params") or pointer.get("params", 0)
-    verdict = metadata.get("verdict") or {}
-    return {
-        "arm": metadata.get("arm", "loop"),
-        "iteration": metadata.get("iteration", 0),
-        "params": params,
-        "accuracy": first["accuracy"],
-        "low": first["low"],
-        "high": first["high"],
-        "items": first["items"],
-        "task": first["task"],
-        "recovery_tokens": recover.get("tokens", 0),
-        "verdict": verdict.get("decision", "baseline" if name == "evaluate-0" else ""),
-        "uri": pointer["uri"],
-        "digest": pointer["digest"],
-        "share_removed": _share(params, original),
-        "step": name,
-        "gate": {key: value for key, value in verdict.items() if key != "decision"},
-        "widths": list(scores.get("widths", [])),
-        "removed_layers": removed.get(name.replace("evaluate", "prune"), []),
-        "scores": scores,
-    }
-
-
-def _removed_layers(names: list[str], records: dict[str, Record]) -> dict[str, list[int]]:
-    """What each prune step removed, in the dense model's numbers: a step counts the layers that were left to it."""
-    dense = records.get("evaluate-0", {"metadata": {}})["metadata"].get("scores") or {}
-    left = {records["import-model"]["pointer"]["digest"]: list(range(len(dense.get("widths") or ())))}
-    removed: dict[str, list[int]] = {}
-    for name in names:
-        metadata, pointer = records[name]["metadata"], records[name]["pointer"]
-        before = left.get(pointer.get("parent_digest", ""))
-        if before is None or metadata["stage"] not in ("prune", "recover"):
-            continue
-        gone = set(metadata.get("removed_layers", ()) if metadata["stage"] == "prune" else ())
-        removed[name] = [layer for i, layer in enumerate(before) if i in gone]
-        left[pointer["digest"]] = [layer for i, layer in enumerate(before) if i not in gone]
-    return removed
-
-
-def _final(names: list[str], records: dict[str, Record], original: int) -> dict[str, Any]:
-    """What the last loop evaluation passed on (its fact `accepted`, else its pointer); never a rejected checkpoint."""
-    loop = [n for n in names if records[n]["metadata"].get("arm", "loop") == "loop"]
-    evaluated = [n for n in loop if records[n]["metadata"]["stage"] == "evaluate"]
-    last = records[(evaluated or loop)[-1]]
-    pointer = last["metadata"].get("accepted") or last["pointer"]
-    keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
-    return {key: pointer.get(key, "") for key in keys} | {"share_removed": _share(pointer.get("params", 0), original)}
-
-
-def _share(params: int, original: int) -> float:
-    return round(1 - params / original, 6) if original and params else 0.0
-
-
-def _step(name: str, record: Record) -> dict[str, Any]:
-    metadata, pointer = record["metadata"], record["pointer"]
-    own = {key: pointer.get(key, "") for key in ("uri", "digest", "parent_digest", "run_id", "model_id")}
-    return own | {
-        "step": name,
-        "arm": metadata.get("arm", "loop"),
-        "iteration": metadata.get("iteration", 0),
-        "stage": metadata["stage"],
-        "seconds": metadata.get("seconds", 0.0),
-        "whole_seconds": metadata.get("whole_seconds", 0.0),
-        "params": pointer.get("params", 0),
-        "model_version": pointer.get("model_version", ""),
-        "decision": (metadata.get("verdict") or {}).get("decision", ""),
-        "reason": (metadata.get("verdict") or {}).get("reason", "") or metadata.get("reason", ""),
-        "tokens": metadata.get("tokens", 0) if metadata["stage"] == "recover" else 0,
-    }
-
-
-def _times(steps: list[dict[str, Any]]) -> dict[str, float | None]:
+def _times(records: Records) -> dict[str, float | None]:
     """`wall_seconds` from the first start to the last end, and `idle_seconds` of them in which no step was at work.
 
     A step's record has the times of the attempt that committed it: a pause between two sessions, the start-up of a
     step and an attempt that failed are all idle. None for records that do not say when their steps started.
     """
-    if not steps or any(metadata.get("started") is None for metadata in steps):
-        return {"wall_seconds": None, "idle_seconds": None}
-    spans = [(f["started"], f["started"] + (f.get("whole_seconds") or f.get("seconds", 0.0))) for f in steps]
-    first = until = min(start for start, _ in spans)
+    spans = []
+    for record in records.values():
+        metadata = record["metadata"]
+        start = metadata.get("started")
+        if start is None:
+            return {"wall_seconds": None, "idle_seconds": None}
+        seconds = metadata.get("whole_seconds") or metadata["seconds"]
+        spans.append((start, start + seconds))
+    spans.sort()
+    first, _ = spans[0]
+    # Steps of the two arms overlap: `until` is where the work so far has ended.
+    until = first
     idle = 0.0
-    for start, end in sorted(spans):
+    for start, end in spans:
         idle += max(0.0, start - until)
         until = max(until, end)
-    return {"wall_seconds": round(until - first, 1), "idle_seconds": round(idle, 1)}
+    return {
+        "wall_seconds": round(until - first, 1),
+        "idle_seconds": round(idle, 1),
+    }
 
 
-def _control_failed(records: dict[str, Record], reason: str | None) -> str:
+def _control_failed(records: Records, reason: str | None) -> str:
     """Why the control has no score, as one line; empty where its evaluation was committed, whatever failed after it."""
     if not reason or "control-evaluate" in records:
         return ""
-    return _shortened(" ".join(str(reason).split())).rstrip(".")
+    # The messages of some libraries have several lines.
+    line = " ".join(reason.split())
+    return changed_answers.shortened(line).rstrip(".")
 
 
-def _not_finished(records: dict[str, Record], failed: str) -> list[dict[str, Any]]:
+def _not_finished(records: Records, control_failed: str) -> list[Row]:
     """Steps of a failed control arm that left no record."""
-    steps = ("control-prune", "control-recover", "control-evaluate") if failed else ()
-    return [{"step": step, "iteration": 1, "reason": failed} for step in steps if step not in records]
+    if not control_failed:
+        return []
+    steps = ("control-prune", "control-recover", "control-evaluate")
+    missing = [step for step in steps if step not in records]
+    return [_missing(step, 1, control_failed) for step in missing]
 
 
-def _decontaminated(records: dict[str, Record]) -> dict[str, Any]:
-    """How many training rows of the loop were compared with the benchmarks and left out; {} where nothing was asked."""
-    metadata = [record["metadata"] for record in records.values() if "rows_compared" in record["metadata"]]
-    loop = [each for each in metadata if each.get("arm") == "loop"]
-    if not loop:
+def _missing(step: str, iteration: int, reason: str) -> Row:
+    """A step without a record."""
+    return {"step": step, "iteration": iteration, "reason": reason}
+
+
+def _not_needed(records: Records, num_iterations: int) -> list[Row]:
+    """Steps of the plan that passed their input through, with the reason."""
+    reason = _stopped(records)
+    steps = []
+    for iteration in range(1, num_iterations + 1):
+        for stage in ("prune", "recover", "evaluate"):
+            name = f"{stage}-{iteration}"
+            if name not in records:
+                steps.append(_missing(name, iteration, reason))
+    return steps
+
+
+def _stopped(records: Records) -> str:
+    """Why the loop ended, as the gate's state at its end says."""
+    for record in result_rows.evaluations(records, "loop").values():
+        # The state that the gate hands on with what it accepted.
+        accepted = record["metadata"]["accepted"]
+        gate = accepted.get("gate", {})
+        if gate.get("stopped"):
+            return str(gate["reason"])
+    return "its record was not found"
+
+
+def _speed(records: Records) -> Row:
+    """What the step that ended the loop measured of the dense and the final model."""
+    for record in result_rows.evaluations(records, "loop").values():
+        speed: Row = record["metadata"].get("speed", {})
+        if speed:
+            return speed
+    return {}
+
+
+def _curves(records: Records) -> Row:
+    """Losses of the recover steps: step -> pairs of tokens and loss."""
+    curves = {}
+    for name, record in records.items():
+        curve = record["metadata"].get("curve")
+        if curve:
+            curves[name] = curve
+    return curves
+
+
+def _decontaminated(records: Records) -> Row:
+    """How many training rows of the loop were compared with the benchmarks and left out."""
+    counts = []
+    not_compared: set[str] = set()
+    for record in records.values():
+        metadata = record["metadata"]
+        if metadata["arm"] == "loop" and "rows_compared" in metadata:
+            counts.append(metadata)
+            not_compared.update(metadata["not_compared"])
+    if not counts:
         return {}
-    last = max(loop, key=lambda each: each["rows_compared"])  # each iteration reads the data from its start
+    # Each iteration reads the data from its start: the longest has read all that others have.
+    longest = max(counts, key=_rows_compared)
     return {
-        "rows": last["rows_compared"],
-        "dropped": last["rows_dropped"],
-        "items": max(each["benchmark_items"] for each in loop),
-        "short": max(each["benchmark_items_short"] for each in loop),
-        "not_compared": sorted({name for each in loop for name in each["not_compared"]}),
+        "rows": longest["rows_compared"],
+        "dropped": longest["rows_dropped"],
+        "items": max(count["benchmark_items"] for count in counts),
+        "short": max(count["benchmark_items_short"] for count in counts),  # too short to be compared
+        "not_compared": sorted(not_compared),  # benchmarks whose items are not known
     }
 
 
-def _not_needed(records: dict[str, Record], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Steps of the plan that passed their input through, as the gate's state at the end of the loop says."""
-    evaluated = [record["metadata"] for record in records.values() if record["metadata"]["stage"] == "evaluate"]
-    states = [
-        (metadata.get("accepted") or {}).get("gate") or {} for metadata in evaluated if metadata.get("arm") == "loop"
-    ]
-    reason = next((state["reason"] for state in states if state.get("stopped")), "its record was not found")
-    return [
-        {"step": step, "iteration": i, "reason": reason}
-        for i in range(1, (settings.get("schedule") or {}).get("iterations", 0) + 1)
-        for step in (f"prune-{i}", f"recover-{i}", f"evaluate-{i}")
-        if step not in records
-    ]
-
-
-def _final_step(names: list[str], records: dict[str, Record]) -> str:
-    """The evaluate step that scored the final checkpoint; empty where none did."""
-    final = _final(names, records, 0)["digest"]
-    loop = [
-        n for n in names if records[n]["metadata"].get("arm", "loop") == "loop" and records[n]["metadata"].get("scores")
-    ]
-    return next((name for name in reversed(loop) if _scored(name, records)["digest"] == final), "")
-
-
-def _items(name: str, records: dict[str, Record]) -> dict[tuple[str, str], dict[str, Any]]:
-    found = records.get(name, {"metadata": {}})["metadata"].get("items") or []
-    return {(str(item["task"]), str(item["id"])): item for item in found}
-
-
-def _paired(names: list[str], records: dict[str, Record], gate: dict[str, Any]) -> dict[str, Any]:
-    """The final checkpoint against the dense one and against the control, item by item, on the first task."""
-    from ptl.paired import paired
-
-    final, found = _final_step(names, records), {}
-    task = records[final]["metadata"]["scores"]["tasks"][0]["task"] if final else ""
-    after = _items(final, records)
-    for label, name in (("dense", "evaluate-0"), ("control", "control-evaluate")):
-        before = _items(name, records)
-        both = [key for key in before if key in after and key[0] == task]
-        if both and name != final:
-            old, new = ([int(items[key]["correct"]) for key in both] for items in (before, after))
-            found[label] = asdict(paired(old, new, gate.get("margin", 0.02), gate.get("alpha", 0.05)))
-    return found
-
-
-def _examples(names: list[str], records: dict[str, Record]) -> dict[str, Any]:
-    """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
-    final = _final_step(names, records)
-    before, after = _items("evaluate-0", records), _items(final, records)
-    pairs = [(before[key], after[key]) for key in before if key in after]
-    if not pairs or final == "evaluate-0":
-        return {}
-    lost = [(old, new) for old, new in pairs if old["correct"] and not new["correct"]]
-    won = [(old, new) for old, new in pairs if new["correct"] and not old["correct"]]
-    return {
-        "step": final,
-        "compared": len(pairs),
-        "lost": len(lost),
-        "won": len(won),
-        "regressions": [_changed(old, new) for old, new in lost[:MAX_CHANGED]],
-        "improvements": [_changed(old, new) for old, new in won[:MAX_CHANGED]],
-    }
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """An item with the answers of both models."""
-    texts = {"prompt": old.get("prompt"), "target": old.get("target")}
-    texts |= {"before": old.get("answer"), "after": new.get("answer")}
-    short = {key: _shortened("" if text is None else text) for key, text in texts.items()}
-    return {"task": str(old["task"]), "id": str(old["id"]), **short}
-
-
-def _shortened(text: Any) -> str:
-    text = str(text)
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " […]"
+def _rows_compared(metadata: Row) -> int:
+    return int(metadata["rows_compared"])

@@ -60,6 +60,7 @@ from ptl.execution import (
     write,
 )
 from ptl.log import say
+from ptl.revision import revision
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
@@ -96,7 +97,7 @@ def import_model(call: Call) -> None:
         sections |= {"evaluate": scoring, "gate": rule}
         written = {"model": model, **{name: section.model_dump(mode="json") for name, section in sections.items()}}
         data = provenance.data_sets(calibration, training, scoring)
-        run_page.describe(run, flat(written), provenance.revision(), data)
+        run_page.describe(run, flat(written), revision(), data)
         import_checkpoint(str(folder), None, dst)
         return {**source, "params": body.params, "versions": _versions(), "host": platform.node()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ptl import checkpoint, gate, paired, speed_rows, store, tracking
+from ptl import checkpoint, gate, paired, registry, speed_rows, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
 from ptl.execution import Metadata, Record, Step, fetch
@@ -57,7 +57,7 @@ def decide(
         step.arm == "control"
     ):  # it may have won, and whether it takes an alias is decided by its score, as of the loop's
         tags = {"step": step.name, "params": candidate.params, "arm": "control"}
-        version = tracking.register(run, registered_model, candidate, tags)
+        version = registry.register(run, registered_model, candidate, tags)
         return {"decision": "control", "reason": ""}, dataclasses.replace(candidate, model_version=version)
     # With the gate off nothing is compared, and the next iteration has begun already.
     pairs, smallest = _compared(step, run, rule, whole, before, scored) if before else ([], 1)
@@ -78,7 +78,7 @@ def decide(
     onward = candidate if decided.keep == "candidate" else start
     onward = dataclasses.replace(onward, gate=state.dump())
     if decided.keep == "candidate":
-        version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
+        version = registry.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
         onward = dataclasses.replace(onward, model_version=version)
     return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
 

@@ -1,300 +1,281 @@
-"""A result in words and formatted cells: what the page, the card and the terminal say, and no more than it."""
+"""A result in sentences: verdict, notes and captions, which claim no more than the numbers."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from ptl import decontaminate, speed_rows
-from ptl.plots import begins_at_zero, is_share
-from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
-from ptl.units import duration
+from ptl.cells import Task, accuracy, comparison, first_task, is_share, level, percent, points
+from ptl.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
+from ptl.result_rows import Row
+from ptl.score_plots import begins_at_zero
+from ptl.units import MINUTE, duration
 
-MINUTE = 60.0  # seconds: below it two durations count as the same
+Sentences = list[str]
+
+SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 
 
 def verdict(result: Result) -> str:
     """The run in one sentence: it claims no more than the numbers."""
-    sentence = _verdict(result)
-    if result.get("control_failed"):
-        return sentence.removesuffix(".") + "; the control arm did not finish."
+    sentence = _headline(result)
+    if result["control_failed"]:
+        sentence += "; the control arm did not finish"
+    return sentence + "."
+
+
+def _headline(result: Result) -> str:
+    dense = dense_row(result)
+    final = final_row(result)
+    removed = result["final"]["share_removed"]
+    share = percent(removed)
+    # It is named without its score where its evaluation belongs to another checkpoint.
+    if final is None:
+        return f"{share} of the parameters were removed; the final checkpoint was not scored"
+    task = first_task(dense)
+    before = accuracy(task)
+    # A perplexity is called by its name.
+    metric = "accuracy" if is_share(task) else _metric_name(task)
+    if final is dense:
+        return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
+    after = accuracy(first_task(final))
+    change = f"from {before} to {after}"
+    sentence = f"Removing {share} of the parameters took {metric} {change}"
+    # The gate may have been off.
+    pair = result["paired"].get("dense")
+    if pair and pair["verdict"] == "inferior":
+        margin = 100 * pair["margin"]
+        sentence += f": inferior to the dense model (margin {margin:g} points)"
+    control = control_row(result)
+    if control is not None:
+        beside = _beside_control(result, final, control)
+        sentence += f"; {beside}"
     return sentence
 
 
-def _verdict(result: Result) -> str:
-    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
-    share = percent(result["final"]["share_removed"])
-    if final is None or dense is None:
-        return f"{share} of the parameters were removed; the final checkpoint or the dense model was not scored."
-    task = _first(dense)
-    what = "accuracy" if is_share(task) else task["metric"].partition(",")[0]
-    if final is dense:
-        return f"No iteration passed: the final checkpoint is the dense model, at {value(dense)} {what}."
-    sentence = f"Removing {share} of the parameters took {what} from {value(dense)} to {value(final)}"
-    against_dense = result["paired"].get("dense")
-    if against_dense and against_dense["verdict"] == "inferior":
-        sentence += f": inferior to the dense model (margin {100 * against_dense['margin']:g} points)"
-    if control is None:
-        return sentence + "."
-    one_shot = f"one-shot pruning reached {value(control)}"
-    if abs(control["params"] / final["params"] - 1) > 0.005:
-        one_shot += f" with {percent(control['share_removed'])} removed"
-    gain = (final["accuracy"] - control["accuracy"]) * (1 if task.get("higher_is_better", True) else -1)
-    size = points(abs(gain)) if is_share(task) else f"{abs(gain):.3g}"
-    pair = result["paired"].get("control")
+def _metric_name(task: Task) -> str:
+    """The metric without its filter: `exact_match,final-number`."""
+    name: str = task["metric"]
+    return name.partition(",")[0]
+
+
+def _beside_control(result: Result, final: Row, control: Row) -> str:
+    """The one-shot control's score, and whether the loop's is better."""
+    reached = accuracy(first_task(control))
+    one_shot = f"one-shot pruning reached {reached}"
+    # Where the loop stopped early, the control is smaller.
+    ratio = control["params"] / final["params"]
+    if abs(ratio - 1) > SAME_SIZE:
+        share = percent(control["share_removed"])
+        one_shot += f" with {share} removed"
+    gain = _gain(final, control)
     if gain == 0:
-        return f"{sentence}; {one_shot}, the same."
-    if pair and pair["p_different"] > 1 - result["confidence"]:
-        return f"{sentence}; {one_shot}: the two cannot be told apart (p {pair['p_different']:.2g})."
+        return f"{one_shot}, the same"
+    p = _insignificant_p(result)
+    if p is not None:
+        return f"{one_shot}: the difference is not significant (p {p:.2g})"
+    # Differences of shares are points, not percent.
+    size = abs(gain)
+    distance = points(size) if is_share(first_task(final)) else f"{size:.3g}"
     if gain < 0:
-        return f"{sentence}; {one_shot}: the control is {size} better than the loop."
-    return f"{sentence}; {one_shot}, {size} worse than the loop."
+        return f"{one_shot}: the control is {distance} better than the loop"
+    return f"{one_shot}, {distance} worse than the loop"
 
 
-def notes(result: Result) -> list[str]:
+def _gain(final: Row, control: Row) -> float:
+    """How much better the loop's final model scored than the control."""
+    difference: float = final["accuracy"] - control["accuracy"]
+    # Of a perplexity, less is better.
+    higher_is_better = first_task(final).get("higher_is_better", True)
+    return difference if higher_is_better else -difference
+
+
+def _insignificant_p(result: Result) -> float | None:
+    """p where the difference between loop and control was tested and is not significant; else None."""
+    pair = result["paired"].get("control")
+    if not pair:
+        return None
+    p: float = pair["p_different"]
+    significance_level = 1 - result["confidence"]
+    return p if p > significance_level else None
+
+
+def notes(result: Result) -> Sentences:
     """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
-    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
-    found = [f"The control arm did not finish: {result['control_failed']}."] if result.get("control_failed") else []
-    pairs = [("dense", "the dense model", dense), ("control", "the control", control)]
-    for label, name, other in pairs if final and final is not dense else ():
-        if other is not None and final is not None:
-            found.append(_compared(result, label, name, final, other))
-    loop, one_shot = total_tokens(result, "loop"), total_tokens(result, "control")
-    if control and loop != one_shot:
-        found.append(f"The arms had different recovery tokens: loop {loop:,}, control {one_shot:,}.")
-    if _control_is_better(result):
-        found.append(f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control")
-    rejected = sum(row["verdict"] == "rejected" for row in result["rows"])
-    if rejected:
-        found.append(
-            f"The gate rejected {rejected} iteration{'s' * (rejected > 1)}; the next began from the last accepted."
-        )
-    if not (result["settings"].get("gate") or {}).get("enabled", True):
-        found.append("The gate was off: no iteration was tested before the next began.")
+    sentences = []
+    # What limits the comparison comes first, what it cost last.
+    if result["control_failed"]:
+        sentences.append(f"The control arm did not finish: {result['control_failed']}.")
+    sentences += _comparisons(result)
+    sentences += _about_control(result)
+    sentences += _about_gate(result)
     for reason, iterations in not_needed(result):
-        found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
-    found.append(decontaminate.sentence(result["decontaminated"]) if result.get("decontaminated") else "")
-    found.append(speed_rows.sentence(result.get("speed") or {}))
-    found.append(wall_clock(result))
-    return [note for note in found if note]
+        numbers = ", ".join(map(str, iterations))
+        sentences.append(f"Not needed: iteration {numbers} ({reason}).")
+    # Data, speed and time of the run.
+    if result["decontaminated"]:
+        sentences.append(decontaminate.sentence(result["decontaminated"]))
+    # Either may have nothing to say.
+    sentences.append(speed_rows.sentence(result["speed"]))
+    sentences.append(wall_clock(result))
+    return [sentence for sentence in sentences if sentence]
 
 
-def _control_is_better(result: Result) -> bool:
-    """Whether the verdict says that the control is better than the loop."""
-    final, control, pair = final_row(result), row_of(result, "control"), result["paired"].get("control")
-    if final is None or control is None or (pair and pair["p_different"] > 1 - result["confidence"]):
-        return False
-    sign = 1 if _first(final).get("higher_is_better", True) else -1
-    return bool(sign * control["accuracy"] > sign * final["accuracy"])
+def _comparisons(result: Result) -> Sentences:
+    """The final model against the dense one and against the control."""
+    final = final_row(result)
+    dense = dense_row(result)
+    if final is None or final is dense:
+        return []
+    against_dense = _comparison(result, "dense", "the dense model", final, dense)
+    control = control_row(result)
+    if control is None:
+        return [against_dense]
+    against_control = _comparison(result, "control", "the control", final, control)
+    return [against_dense, against_control]
 
 
-def wall_clock(result: Result) -> str:
-    """How long the run took from start to end, beside the summed work of its steps where the two differ."""
-    wall, work, idle = result.get("wall_seconds"), work_seconds(result), result.get("idle_seconds") or 0.0
-    if wall is None:
+def _comparison(
+    result: Result,
+    key: str,
+    name: str,
+    final: Row,
+    other: Row,
+) -> str:
+    """Item by item where the items are known, else by the intervals; empty where there are none."""
+    pair = result["paired"].get(key)
+    if pair:
+        return f"Final against {name}, item by item: {comparison(pair)}."
+    if final["low"] is None:
         return ""
-    if abs(wall - work) < MINUTE and idle < MINUTE:
-        return f"Wall clock: {duration(wall)}."
-    summed = f"the work of all steps adds up to {duration(work)}"
-    if idle < MINUTE:
-        return f"Wall clock: {duration(wall)}; {summed}."
-    return (
-        f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it between the steps (pauses, start-up, "
-        f"failed attempts); {summed}, without loading libraries and checkpoints."
-    )
+    # The upper one begins where the lower one has ended.
+    begin = max(final["low"], other["low"])
+    end = min(final["high"], other["high"])
+    disjoint = begin > end
+    overlap = "do not overlap" if disjoint else "overlap"
+    intervals = f"the {level(result)} intervals"
+    return f"Final and {name}: {intervals} {overlap}."
+
+
+def _about_control(result: Result) -> Sentences:
+    """Whether the arms were trained equally, and how to fetch a control that is better."""
+    final = final_row(result)
+    control = control_row(result)
+    if control is None:
+        return []
+    sentences = []
+    # A control with more tokens would look better than pruning in one shot is.
+    loop_tokens = total_tokens(result, "loop")
+    control_tokens = total_tokens(result, "control")
+    if loop_tokens != control_tokens:
+        tokens = f"loop {loop_tokens:,}, control {control_tokens:,}"
+        sentences.append(f"The arms had different recovery tokens: {tokens}.")
+    # As the headline says it.
+    is_better = final is not None and _gain(final, control) < 0
+    if is_better and _insignificant_p(result) is None:
+        command = f"ptl fetch {result['run_id']} DIR --arm control"
+        sentences.append(f"The control's checkpoint: {command}")
+    return sentences
+
+
+def _about_gate(result: Result) -> Sentences:
+    """What it rejected, or that it was off."""
+    sentences = []
+    verdicts = [row["verdict"] for row in result["rows"]]
+    num_rejected = verdicts.count("rejected")
+    if num_rejected:
+        plural = "s" if num_rejected > 1 else ""
+        sentences.append(f"The gate rejected {num_rejected} iteration{plural}; the next began from the last accepted.")
+    # Then a checkpoint can be final that is worse than the dense model.
+    if not result["settings"]["gate"]["enabled"]:
+        sentences.append("The gate was off: no iteration was tested before the next began.")
+    return sentences
 
 
 def not_needed(result: Result) -> list[tuple[str, list[int]]]:
     """Why iterations of the plan were passed through, and which: reason -> iterations."""
-    found: dict[str, list[int]] = {}
-    for step in result.get("not_needed") or ():
-        iterations = found.setdefault(step["reason"], [])
+    by_reason: dict[str, list[int]] = {}
+    for step in result["not_needed"]:
+        iterations = by_reason.setdefault(step["reason"], [])
+        # Each of its three steps is listed.
         if step["iteration"] not in iterations:
             iterations.append(step["iteration"])
-    return list(found.items())
+    return list(by_reason.items())
 
 
-def _compared(result: Result, label: str, name: str, final: dict[str, Any], other: dict[str, Any]) -> str:
-    pair, shared = result["paired"].get(label), overlap(final, other)
-    if pair:
-        return f"Final against {name}, item by item: {paired_words(pair)}."
-    if shared is None:
+def wall_clock(result: Result) -> str:
+    """How long the run took from start to end, beside the summed work of its steps where the two differ."""
+    wall = result["wall_seconds"]
+    idle = result["idle_seconds"]
+    if wall is None:
         return ""
+    work = work_seconds(result)
+    # Below a minute two durations count as the same.
+    difference = abs(wall - work)
+    if difference < MINUTE and idle < MINUTE:
+        return f"Wall clock: {duration(wall)}."
+    # Longer: there were pauses. Shorter: the arms ran side by side.
+    summed = f"the work of all steps adds up to {duration(work)}"
+    if idle < MINUTE:
+        return f"Wall clock: {duration(wall)}; {summed}."
     return (
-        f"Final and {name}: the {result['confidence'] * 100:g} % intervals {'overlap' if shared else 'do not overlap'}."
+        f"Wall clock, pauses included: {duration(wall)}, "
+        f"{duration(idle)} of it between the steps (pauses, start-up, failed attempts); "
+        f"{summed}, without loading libraries and checkpoints."
     )
-
-
-def paired_words(pair: dict[str, Any]) -> str:
-    """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
-    change, low, high = (f"{100 * pair[key]:+.1f}" for key in ("difference", "low", "high"))
-    return (
-        f"{change} points ({low} to {high} at {100 * (1 - 2 * pair['alpha']):g} %), "
-        f"{pair['regressions']} regressions and {pair['improvements']} improvements on {pair['items']:,} items, "
-        f"p {pair['p_different']:.2g}"
-    )
-
-
-def gate_words(gate: dict[str, Any]) -> list[tuple[str, str]]:
-    """A verdict's reason and numbers, one pair of name and text for each."""
-    found = []
-    numbers = {key: value for key, value in gate.items() if key != "numbers"} | (gate.get("numbers") or {})
-    for key, value in numbers.items():
-        if isinstance(value, dict) and "p_different" in value:
-            found.append((f"against the {key}", paired_words(value)))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            found.append((key.replace("_", " "), f"{value:,}"))
-        else:
-            found += [(name.replace("_", " "), text) for name, text in flat(value, key)]
-    return found
-
-
-def value(row: dict[str, Any]) -> str:
-    """A row's score as it is printed: percent where it is a share."""
-    return percent(row["accuracy"]) if is_share(_first(row)) else f"{row['accuracy']:.4g}"
-
-
-def _first(row: dict[str, Any]) -> dict[str, Any]:
-    return dict(row["scores"]["tasks"][0])
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """0.981 -> `98.1 %`."""
-    return f"{share * 100:.{digits}f} %"
-
-
-def points(difference: float) -> str:
-    """0.081 -> `8.1 points`."""
-    return f"{difference * 100:.1f} points"
-
-
-def interval(task: dict[str, Any]) -> str:
-    """A task's interval; empty where it has none."""
-    if task["low"] is None:
-        return ""
-    if is_share(task):
-        return f"{task['low'] * 100:.1f} to {task['high'] * 100:.1f}"
-    return f"{task['low']:.4g} to {task['high']:.4g}"
-
-
-def score(task: dict[str, Any]) -> str:
-    """A task's score with its interval, in percent where it is a share."""
-    number = percent(task["accuracy"]) if is_share(task) else f"{task['accuracy']:.4g}"
-    return f"{number} ({interval(task)})" if task["low"] is not None else number
-
-
-def lines(result: Result) -> list[dict[str, Any]]:
-    """The main table, formatted. `bar` is the interval on a scale common to all rows, in percent of its width."""
-    final, rows = final_row(result), result["rows"]
-    low, high = min((r["low"] or 0 for r in rows), default=0), max((r["high"] or 0 for r in rows), default=1)
-    scale = 100 / (high - low or 1)
-    return [
-        {
-            "label": "one-shot control" if r["arm"] == "control" else str(r["iteration"] or "dense"),
-            "arm": r["arm"],
-            "params": f"{r['params']:,}",
-            "removed": percent(r["share_removed"]),
-            "accuracy": value(r),
-            "interval": interval(_first(r)),
-            "num_items": f"{r['items']:,}",
-            "tokens": f"{r['recovery_tokens']:,}",
-            "verdict": r["verdict"],
-            "final": r is final,
-            "bar": [] if r["low"] is None else [round((r[x] - low) * scale, 1) for x in ("low", "accuracy", "high")],
-            "shape": _shape(r["widths"]),
-            "layers": len(r["widths"]) or "",
-            "removed_layers": ", ".join(map(str, r.get("removed_layers") or ())),
-            "tasks": [{"task": t["task"], "score": score(t), **t} for t in r["scores"]["tasks"]],
-            "gate": gate_words(r["gate"]),
-        }
-        for r in rows
-    ]  # fmt: skip
 
 
 def table_caption(result: Result) -> str:
     """What the main table's numbers are; nothing about columns and marks that it does not have."""
     rows = result["rows"]
-    task: dict[str, Any] = rows[0]["scores"]["tasks"][0] if rows else {}
-    if not task:
-        return ""
-    metric = task.get("metric") or "accuracy"
-    what = f"Accuracy is {metric}" if is_share(task) else f"The score is {metric}"
-    version = f", version {task['version']}" if task.get("version") else ""
-    shots = f", {task['num_fewshot']}-shot" if task.get("num_fewshot") is not None else ""
-    parts = [f"{what} on {task['task']}{version}{shots}."]
+    task = first_task(rows[0])
+    sentences = [_about_task(task)]
     if any(row["recovery_tokens"] for row in rows):
-        parts.append("Recovery tokens are those of each iteration alone.")
-    bounds = [row["low"] for row in rows if row["low"] is not None]
-    if bounds:
-        parts.append(
-            "The drawn intervals share one scale" + (" that does not begin at zero." if min(bounds) > 0 else ".")
-        )
-    return " ".join(parts)
+        sentences.append("Recovery tokens are those of each iteration alone.")
+    # All rows have an interval, or none has: they are scores of one task.
+    if task["low"] is not None:
+        lowest = min(row["low"] for row in rows)
+        # The bars would be too short to compare if it did.
+        zero = " that does not begin at zero" if lowest > 0 else ""
+        sentences.append(f"The drawn intervals share one scale{zero}.")
+    return " ".join(sentences)
+
+
+def _about_task(task: Task) -> str:
+    """Which metric the scores are, on which version of which task."""
+    subject = "Accuracy" if is_share(task) else "The score"
+    metric = task["metric"]
+    sentence = f"{subject} is {metric} on {task['task']}"
+    # Scores of another version are not comparable.
+    if task["version"]:
+        sentence += f", version {task['version']}"
+    if task["num_fewshot"] is not None:
+        sentence += f", {task['num_fewshot']}-shot"
+    return sentence + "."
 
 
 def accuracy_caption(result: Result) -> str:
     """What is seen in the chart of scores against parameters."""
     rows = result["rows"]
-    parts = []
-    if any(row["low"] is not None for row in rows):
-        parts.append(f"Bars are {result['confidence'] * 100:g} % intervals.")
-    if rows and not begins_at_zero(rows):
-        parts.append("The vertical axis does not begin at zero.")
+    sentences = []
+    # All rows have an interval, or none has.
+    if rows[0]["low"] is not None:
+        sentences.append(f"Bars are {level(result)} intervals.")
+    if not begins_at_zero(rows):
+        sentences.append("The vertical axis does not begin at zero.")
     if final_row(result) is not None:
-        parts.append("The ringed mark is the final checkpoint.")
-    if any(row["arm"] == "control" for row in rows):
-        parts.append("The control is drawn a little to the right of its size.")
-    return " ".join(parts)
+        sentences.append("The ringed mark is the final checkpoint.")
+    if arm_rows(result, "control"):
+        sentences.append("The control is drawn a little to the right of its size.")
+    return " ".join(sentences)
 
 
 def loss_caption(result: Result) -> str:
     """What is seen in the chart of losses."""
-    methods = {stage.get("method") for stage in result["settings"].get("recover") or ()}
-    what = "Training loss of each recovery"
-    if "grpo" in methods:
-        what += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
-    loop = any(step["arm"] == "loop" and result["curves"].get(step["step"]) for step in result["steps"])
-    return what + ("; the numbers at the dotted lines are the iterations." if loop else ".")
-
-
-def _shape(widths: list[int]) -> str:
-    if not widths:
-        return ""
-    low, high = min(widths), max(widths)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def costs(result: Result) -> list[tuple[str, list[str]]]:
-    """What each of dense, final and control costs: label -> one cell per column of `columns`."""
-    rows = [row["scores"] for _, row in columns(result)]
-    labels = {"params": "Parameters", "bytes": "Bytes", "flops_per_token": "FLOPs per token",
-              "kv_bytes_per_token": "KV-cache bytes per token"}  # fmt: skip
-    table = []
-    for key, label in labels.items():
-        if all(scores.get(key) is not None for scores in rows):
-            first = rows[0][key] or 1
-            table.append((label, [f"{scores[key]:,}{_ratio(scores[key] / first, i)}" for i, scores in enumerate(rows)]))
-    return table
-
-
-def _ratio(ratio: float, column: int) -> str:
-    return f" ({ratio:.2f}x)" if column else ""
-
-
-def columns(result: Result) -> list[tuple[str, dict[str, Any]]]:
-    """The rows that are set side by side: dense, final (unless it is the dense one), control."""
-    dense, final, control = row_of(result, "loop", 0), final_row(result), row_of(result, "control")
-    named = [("Dense", dense), ("Final", None if final is dense else final), ("One-shot control", control)]
-    return [(name, row) for name, row in named if row is not None]
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested config as dotted names and printed values; empty values are left out."""
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in flat(inner, f"{prefix}.{key}" if prefix else str(key))]
-    if isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
-        return [pair for i, inner in enumerate(value) for pair in flat(inner, f"{prefix}.{i}")]
-    if value is None or value == "" or value == []:
-        return []
-    if isinstance(value, float):
-        return [(prefix, f"{value:.6g}")]
-    return [(prefix, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))]
+    caption = "Training loss of each recovery"
+    stages = result["settings"]["recover"]
+    if "grpo" in [stage["method"] for stage in stages]:
+        caption += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
+    # Only the loop's curves are drawn one after another.
+    loop_steps = [step for step in result["curves"] if not step.startswith("control")]
+    if loop_steps:
+        caption += "; the numbers at the dotted lines are the iterations"
+    return caption + "."

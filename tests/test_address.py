@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.prune_tune_loop import kfp_api
-from ptl import address, failure, tracking
+from ptl import address, failure, mlflow_client
 from ptl.errors import InputError, WorkError
 
 ROOT = Path(__file__).parents[1]
@@ -91,8 +91,8 @@ def own_environment(monkeypatch):
 def test_mlflow_gets_the_login_and_no_message_shows_it(serve, monkeypatch):
     server, url = serve(401, body=b'{"error_code": "UNAUTHENTICATED", "message": "no"}')
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("://", "://user:secret@"))
-    with pytest.raises(WorkError, match=r"MLflow at http://127") as error, tracking.explained():
-        tracking.connect().get_experiment("1")
+    with pytest.raises(WorkError, match=r"MLflow at http://127") as error, mlflow_client.explained():
+        mlflow_client.connect().get_experiment("1")
     assert server.seen[0]["Authorization"] == "Basic dXNlcjpzZWNyZXQ="
     chain = [error.value, error.value.__cause__, error.value.__cause__.__context__]
     assert not any("secret" in str(each) for each in chain)  # a traceback shows each of them

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from mlflow import MlflowClient
 
-from ptl import aliases, store, tracking
+from ptl import aliases, registry, store, tracking
 from ptl.config import Gate
 from ptl.store import Pointer
 
@@ -49,7 +49,7 @@ def pipeline(client, database, model, monkeypatch, tmp_path):
             candidate = Pointer(f"file:///{run}/{i}", "sha256:" + f"{i:064x}", params, model_id=f"m-{run}-{i}")
             accepted = candidate
             if i:
-                version = tracking.register(step, model, candidate, {"step": name, "params": params})
+                version = registry.register(step, model, candidate, {"step": name, "params": params})
                 accepted = Pointer(**asdict(candidate) | {"model_version": version})
             score = {"task": "t", "version": "1", "metric": "m", "accuracy": right / items, "items": items} | task
             metadata = {

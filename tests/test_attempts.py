@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from ptl import attempts, run_status, store, supervisor, tracking
+from ptl import attempts, mlflow_client, run_status, store, supervisor, tracking
 from ptl.execution import Step
 from ptl.store import Pointer
 
@@ -197,11 +197,11 @@ def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(numb
 def test_a_failure_is_reported_with_fewer_retries_than_work_has(monkeypatch):
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")  # the user's own
-    tracking.connect()  # sets the default of work
-    with tracking.briefly():
-        assert tracking.connect() and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+    mlflow_client.connect()  # sets the default of work
+    with mlflow_client.briefly():
+        assert mlflow_client.connect() and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == tracking.RETRIES
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == mlflow_client.RETRIES
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from ptl import processes, step_process, steps, takeover, tracking
+from ptl import mlflow_client, processes, step_process, steps, takeover, tracking
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step, execute, fetch, scratch
 from ptl.localfs import path_of
@@ -111,7 +111,7 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
     assert work.done == 1 and f"taken over from run {earlier}" in capsys.readouterr().out
     assert second["pointer"]["digest"] == first["pointer"]["digest"]
     assert second["pointer"]["uri"] != first["pointer"]["uri"]  # neither run needs the other
-    run = tracking.connect().get_run(second["pointer"]["run_id"])
+    run = mlflow_client.connect().get_run(second["pointer"]["run_id"])
     assert run.data.tags["ptl.taken_over_from"] == earlier and run.info.status == "FINISHED"
     begin(earlier=earlier)
     prune(work, goal=9)

@@ -18,7 +18,7 @@ from conftest import free_port
 from mlflow.store.artifact import s3_artifact_repo
 from typer.testing import CliRunner
 
-from ptl import cli_results, destination, locate, s3_client, stack, store, tracking
+from ptl import cli_results, destination, locate, mlflow_client, registry, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.store import Pointer
@@ -68,8 +68,8 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
     if done:
         scored = start("evaluate-1")
         for step, alias in (("recover-1", "best"), ("recover-2", "smallest")):
-            version = tracking.register(scored, name, pointers[step], {})
-            tracking.set_alias(name, alias, version)
+            version = registry.register(scored, name, pointers[step], {})
+            registry.set_alias(name, alias, version)
         row = {"accuracy": 0.9, "params": 98, "verdict": ""}
         rows = [
             row | {"arm": arm, "iteration": 0, "step": step, "digest": pointers[of].digest, "uri": pointers[of].uri}
@@ -412,7 +412,7 @@ def test_mlflow_that_refuses_a_password_is_named(monkeypatch):
     def refuse():
         raise MlflowException("failed with error code 401", error_code=UNAUTHENTICATED)
 
-    monkeypatch.setattr(tracking, "connect", refuse)
+    monkeypatch.setattr(mlflow_client, "connect", refuse)
     with pytest.raises(InputError, match=r"MLFLOW_TRACKING_PASSWORD: MLflow does not accept .*401"):
         locate.find_run("run-1")
 
@@ -423,4 +423,4 @@ def test_an_mlflow_that_is_away_is_soon_said(monkeypatch, tmp_path):
     started = time.monotonic()
     with pytest.raises(WorkError, match="is the server up"):
         ptl("fetch", "run-1", tmp_path / "out")
-    assert time.monotonic() - started < 10 and int(cli_results.RETRIES) < int(tracking.RETRIES)
+    assert time.monotonic() - started < 10 and int(cli_results.RETRIES) < int(mlflow_client.RETRIES)

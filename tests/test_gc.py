@@ -19,7 +19,7 @@ from conftest import free_port
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from ptl import dag, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
+from ptl import dag, execution, garbage, inventory, preempt, registry, s3, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step
@@ -92,7 +92,7 @@ class Loop:
 
         def metadata(run):
             if accepted and mine.params < 100:
-                tracking.register(run, self.experiment, mine, {})
+                registry.register(run, self.experiment, mine, {})
             task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
             sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1)
             return {
@@ -143,17 +143,19 @@ def loop(experiment, monkeypatch):
 
 def verdicts(experiment, days=0.0, **rules):
     (held,) = inventory.experiments([experiment])
-    return held, garbage.decide(held, Rules(**rules), time.time() + days * DAY)
+    return held, garbage.apply_rules(held, Rules(**rules), time.time() + days * DAY)
 
 
 def going(experiment, days=8.0, **rules):
     """Steps and kinds of what can go after so many days."""
-    return sorted((each.stored.step, each.stored.kind) for each in verdicts(experiment, days, **rules)[1] if each.goes)
+    return sorted(
+        (each.stored.step, each.stored.kind) for each in verdicts(experiment, days, **rules)[1] if each.deletable
+    )
 
 
 def collect(experiment, days=8.0, **rules):
     held, found = verdicts(experiment, days, **rules)
-    return [garbage.delete(held, verdict) for verdict in found if verdict.goes]
+    return [garbage.delete(held, verdict) for verdict in found if verdict.deletable]
 
 
 def fetchable(record, tmp_path):
@@ -169,9 +171,9 @@ def listing(uri):
 
 
 INTERMEDIATE = [
-    ("control-prune", "cut"),
-    ("prune-1", "cut"),
-    ("prune-2", "cut"),
+    ("control-prune", "pruned"),
+    ("prune-1", "pruned"),
+    ("prune-2", "pruned"),
     ("recover-2", "recovered"),
 ]
 
@@ -186,7 +188,7 @@ def test_finished_run(experiment, loop, tmp_path):
     for verdict in found:
         uri = verdict.stored.uris[0]
         assert verdict.stored.bytes == sum(size for _, size in listing(uri)) > sum(SIZES.values())
-    kept = {each.stored.step: each.why for each in found if not each.goes}
+    kept = {each.stored.step: each.reason for each in found if not each.deletable}
     assert kept == {
         "import-model": "imported model; --dense lets it go",
         "recover-1": f"registered: {experiment} 1",
@@ -211,7 +213,7 @@ def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     client.delete_model_version(experiment, "1")
     _, found = verdicts(experiment, 8)
-    assert "final checkpoint of its run" in [each.why for each in found]
+    assert "final checkpoint of its run" in [each.reason for each in found]
     assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
     collect(experiment, dense=True)
     assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
@@ -224,7 +226,7 @@ def test_young_and_newest_runs_are_kept(experiment, loop):
     second.whole()
     assert going(experiment, days=6.9) == [] and going(experiment, days=0, older_than=0) == sorted(2 * INTERMEDIATE)
     _, found = verdicts(experiment, 8, keep_last=1)
-    assert {each.stored.run for each in found if each.goes} == {first.run}
+    assert {each.stored.run for each in found if each.deletable} == {first.run}
     assert going(experiment, keep_last=2) == []
 
 
@@ -269,7 +271,9 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     assert going(experiment, days=0, older_than=0) == []  # all of this may be at work
     assert going(experiment, days=2, older_than=0) == 2 * [("recover-1", "attempt")]
     _, found = verdicts(experiment, 8)
-    assert {each.why for each in found if not each.goes} == {"its run is not finished and can go on; --run lets it go"}
+    assert {each.reason for each in found if not each.deletable} == {
+        "its run is not finished and can be resumed; --run lets it go"
+    }
     assert collect(experiment) == [True, True] and collect(experiment) == []
 
     checkpoints.restore(tmp_path / "elsewhere")
@@ -281,7 +285,7 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     assert checkpoints.records() == [] and not [path for path, _ in listing(step.root) if "training" in path]
     run.evaluate("evaluate-1", healed, dense, True)
     run.end(healed)
-    assert going(experiment) == [("prune-1", "cut")]
+    assert going(experiment) == [("prune-1", "pruned")]
 
 
 def test_committed_after_the_listing(experiment, loop, tmp_path):
@@ -292,7 +296,7 @@ def test_committed_after_the_listing(experiment, loop, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     files = store.publish(tmp_path, location)
     held, found = verdicts(experiment, 8)
-    (verdict,) = (each for each in found if each.goes)
+    (verdict,) = (each for each in found if each.deletable)
     pointer = Pointer(location, store.digest_of(files), model_id=model)
     metadata = {"stage": "import", "iteration": 0}
     record = store.commit(
@@ -310,7 +314,7 @@ def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_p
     location = f"{step.root}/{run.run}/recover-1.0.training-0-{'a' * 12}"
     files = store.publish(tmp_path, location)
     held, found = verdicts(experiment, 8)
-    (verdict,) = (each for each in found if each.goes)
+    (verdict,) = (each for each in found if each.deletable)
     pointer = Pointer(location, store.digest_of(files))
     record = {"key": "k", "pointer": asdict(pointer), "metadata": {"folder": "checkpoint-2"}}
     store.commit(step.root, step.run, "recover-1.0.training-0", record)
@@ -324,7 +328,7 @@ def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
     (held,) = inventory.experiments([experiment])
     store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
     assert going(experiment) == [each for each in INTERMEDIATE if each[0] != "prune-2"]
-    assert "its step has no record, though the run is finished" in [each.why for each in verdicts(experiment, 8)[1]]
+    assert "its step has no record, though the run is finished" in [each.reason for each in verdicts(experiment, 8)[1]]
 
 
 @pytest.mark.slow
@@ -349,7 +353,7 @@ def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
     assert (set(held.runs), found) == ({run.run}, [])
     _, found = verdicts(other.experiment, 8, runs=(other.run,), dense=True)
     kept = [steps[name]["pointer"]["uri"] for name in ("recover-1", "control-recover")]
-    assert [each.stored.uris[0] for each in found if not each.goes] == kept
+    assert [each.stored.uris[0] for each in found if not each.deletable] == kept
 
 
 @pytest.mark.parametrize("experiment", ["local"], indirect=True)
@@ -380,21 +384,21 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     secrets = tmp_path / "secrets"
     secrets.mkdir()
     (secrets / "key").write_text("x")
-    (Path(held.place.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
+    (Path(held.location.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/mine").write_text("x")
     victims = final["pointer"]["uri"]
     attacks = [
         f"file://{secrets}",
         str(secrets),
-        f"{held.place}/../{os.path.relpath(secrets, held.place.removeprefix('file://'))}",
-        f"{held.place}/models/../ptl/artifacts",
-        f"{held.place}/models/%2e%2e/artifacts",
-        f"{held.place}/models//{model_of(victims)}/artifacts",
-        f"{held.place}/models/{model_of(victims)}/artifacts/",
-        f"{held.place}/models/{model_of(victims)}/./artifacts",
-        f"{held.place}/models/linked/artifacts",
-        held.place,
+        f"{held.location}/../{os.path.relpath(secrets, held.location.removeprefix('file://'))}",
+        f"{held.location}/models/../ptl/artifacts",
+        f"{held.location}/models/%2e%2e/artifacts",
+        f"{held.location}/models//{model_of(victims)}/artifacts",
+        f"{held.location}/models/{model_of(victims)}/artifacts/",
+        f"{held.location}/models/{model_of(victims)}/./artifacts",
+        f"{held.location}/models/linked/artifacts",
+        held.location,
         held.root,
         victims,
     ]
@@ -463,9 +467,9 @@ def test_only_a_report_finishes_a_run(experiment, loop):
     run.work("prune-1", dense)
     run.end()
     held, found = verdicts(experiment, 8)
-    assert held.runs[run.run].state == "unfinished" and not [each for each in found if each.goes]
+    assert held.runs[run.run].state == "unfinished" and not [each for each in found if each.deletable]
     run.end(dense)
-    assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "cut")]
+    assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "pruned")]
 
 
 @pytest.mark.slow
@@ -475,10 +479,10 @@ def test_runs_that_are_named(experiment, loop, tmp_path):
     dense = open_.work("import-model")
     open_.evaluate("evaluate-0", dense, dense, True)
     cut = open_.work("prune-1", dense)
-    assert not [each for each in verdicts(experiment, 8)[1] if each.goes and each.stored.run == open_.run]
+    assert not [each for each in verdicts(experiment, 8)[1] if each.deletable and each.stored.run == open_.run]
     mlflow_id = open_.step_run("prune-1").parent_run_id
     for name in (open_.run, mlflow_id):
-        assert going(experiment, runs=(name,)) == [("import-model", "dense"), ("prune-1", "cut")]
+        assert going(experiment, runs=(name,)) == [("import-model", "dense"), ("prune-1", "pruned")]
     assert going(experiment, days=2, runs=(open_.run,)) == []
     # A finished run that was deleted in MLflow is let go only by name, registered versions never.
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
@@ -501,8 +505,8 @@ def test_a_damaged_record_keeps_its_run(experiment, loop):
     garbled = b'{"format": 1}'
     store._backend(uri).put_once(uri, garbled)
     _, found = verdicts(experiment, 8)
-    assert [each for each in found if each.goes] == []
-    assert sum("a record of the run cannot be read" in each.why for each in found) == 6  # all but the registered one
+    assert [each for each in found if each.deletable] == []
+    assert sum("a record of the run cannot be read" in each.reason for each in found) == 6  # all but the registered one
 
 
 @pytest.mark.slow
@@ -511,7 +515,7 @@ def test_command(experiment, loop, monkeypatch):
     run.whole()
     (held,) = inventory.experiments([experiment])
     before = listing(held.root.removesuffix("/ptl"))
-    goes = sum(each.stored.bytes for each in verdicts(experiment, 8)[1] if each.goes)
+    goes = sum(each.stored.bytes for each in verdicts(experiment, 8)[1] if each.deletable)
 
     def ptl(*arguments):
         answer = CliRunner().invoke(app, ["gc", "--experiment", experiment, *arguments])

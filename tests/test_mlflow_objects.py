@@ -15,7 +15,7 @@ import pytest
 from conftest import free_port
 from mlflow import MlflowClient
 
-from ptl import execution, locate, mlflow_objects, runs, stack, tracking
+from ptl import execution, locate, mlflow_client, mlflow_objects, registry, runs, stack, tracking
 from ptl.execution import Step
 from ptl.store import Pointer
 
@@ -100,8 +100,8 @@ def whole(experiment, name):
     dense = publish(Step("import-model", experiment))
     pruned = publish(Step("prune-1", experiment), dense)
     report = Step("report", experiment).start()
-    version = tracking.register(report, name, Pointer(**pruned["pointer"]), {"step": "evaluate-1"})
-    tracking.set_alias(name, "best", version)
+    version = registry.register(report, name, Pointer(**pruned["pointer"]), {"step": "evaluate-1"})
+    registry.set_alias(name, "best", version)
     folder = execution.scratch("report")
     folder.mkdir(parents=True, exist_ok=True)
     pointer = {key: pruned["pointer"][key] for key in ("uri", "digest", "params")}
@@ -149,7 +149,7 @@ def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environm
 
 def test_duplicates_of_an_earlier_process_are_settled(mlflow, environment):
     """A process died between the creation of its runs and the claim of one; a parent with children is not deleted."""
-    client, experiment = tracking.connect(), f"settle-{uuid.uuid4().hex[:6]}"
+    client, experiment = mlflow_client.connect(), f"settle-{uuid.uuid4().hex[:6]}"
     place, run = client.create_experiment(experiment), tracking.pipeline_run()
     tags = {"ptl.run": run, "ptl.role": "parent"}
     lost = [client.create_run(place, tags=tags).info.run_id for _ in range(2)]
@@ -162,7 +162,7 @@ def test_duplicates_of_an_earlier_process_are_settled(mlflow, environment):
 
 
 def test_a_result_is_read_from_the_run_that_finished(mlflow, environment):
-    client, experiment = tracking.connect(), f"read-{uuid.uuid4().hex[:6]}"
+    client, experiment = mlflow_client.connect(), f"read-{uuid.uuid4().hex[:6]}"
     place, run = client.create_experiment(experiment), tracking.pipeline_run()
     for status in ("RUNNING", "FINISHED", "RUNNING"):
         tags = {"ptl.run": run, "ptl.role": "parent"}
@@ -221,15 +221,15 @@ def test_a_run_continues_after_its_database_was_lost(database, state):
     assert publish(Step("prune-1", experiment), dense) == pruned
     recovered = publish(Step("recover-1", experiment), pruned)
     report = Step("report", experiment).start()
-    assert tracking.register(report, name, Pointer(**pruned["pointer"]), {}) == "1"
+    assert registry.register(report, name, Pointer(**pruned["pointer"]), {}) == "1"
     tracking.finish(report, params={}, metrics={}, inputs=[pruned["pointer"]["model_id"]], output=None, step=0)
-    client = tracking.connect()
+    client = mlflow_client.connect()
     found = client.search_runs([report.experiment_id])
     names = ["import-model", "prune-1", "recover-1", "report", tracking.pipeline_run()]
     assert sorted(run.info.run_name for run in found) == sorted(names)
     assert {run.info.status for run in found} == {"FINISHED"}
     ids = [record["pointer"]["model_id"] for record in (dense, pruned, recovered)]
-    assert mlflow_objects.existing_models(client, ids) == [ids[0], ids[2]] if state == "older" else [ids[2]]
+    assert mlflow_objects.existing_models(client, ids) == ({ids[0], ids[2]} if state == "older" else {ids[2]})
     # Whoever comes later finds the same runs.
     assert Step("prune-1", experiment).start().parent_run_id == report.parent_run_id
 
@@ -237,7 +237,7 @@ def test_a_run_continues_after_its_database_was_lost(database, state):
 def test_a_run_that_was_deleted_in_mlflow_is_made_anew(environment):
     experiment = f"deleted-{uuid.uuid4().hex[:6]}"
     first = Step("prune-1", experiment).start()
-    tracking.connect().delete_run(first.run_id)
+    mlflow_client.connect().delete_run(first.run_id)
     second = Step("prune-1", experiment).start()
     assert second.run_id != first.run_id and second.parent_run_id == first.parent_run_id
     assert Step("prune-1", experiment).start() == second

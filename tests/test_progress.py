@@ -140,7 +140,7 @@ def test_a_watchers_settings_end_with_it_and_give_way_to_the_users(tracked, monk
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     during = {}
-    monkeypatch.setattr(progress.tracking, "connect", lambda: during.update(os.environ) or MlflowClient())
+    monkeypatch.setattr(progress.mlflow_client, "connect", lambda: during.update(os.environ) or MlflowClient())
     progress.read("run-p")
     assert [during[name] for name in progress.WATCHING] == ["1", "77", "true"]
     assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77", None]

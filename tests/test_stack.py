@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port, unused
 
-from ptl import stack, store, tracking
+from ptl import registry, stack, store, tracking
 from ptl.errors import InputError, WorkError
 
 
@@ -55,7 +55,7 @@ def work(tmp_path, experiment):
     pointer = store.Pointer(location, store.digest_of(files), 10, run_id=step.run_id, model_id=model)
     record = {"key": "k", "pointer": json.loads(pointer.dump()), "metadata": {}}
     store.commit(step.root, step.run, "import-model", record)
-    assert tracking.register(step, "tiny", pointer, {}) == tracking.register(step, "tiny", pointer, {})
+    assert registry.register(step, "tiny", pointer, {}) == registry.register(step, "tiny", pointer, {})
     tracking.finish(step, params={"seed": 0}, metrics={"accuracy": 1.0}, inputs=[], output=model, step=0)
     fetched = store.fetch(pointer, tmp_path / "cache")
     assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

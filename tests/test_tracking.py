@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ptl import mlflow_database, provenance, run_page, store, tracking
+from ptl import mlflow_client, mlflow_database, provenance, registry, revision, run_page, store, tracking
 from ptl.config import Calibration, Evaluate, Task, TrainingData
 from ptl.errors import InputError, WorkError
 
@@ -134,15 +134,15 @@ def test_versions_and_aliases(client, begin, tmp_path):
     for params in (90, 80):
         model, place = tracking.new_model(step, name, {}, {})
         pointers.append(store.Pointer(place, "sha256:" + "0" * 64, params, run_id=step.run_id, model_id=model))
-    versions = [tracking.register(step, name, pointer, {"iteration": 1}) for pointer in pointers]
+    versions = [registry.register(step, name, pointer, {"iteration": 1}) for pointer in pointers]
     assert versions == ["1", "2"]
-    assert tracking.register(step, name, pointers[0], {}) == "1"
+    assert registry.register(step, name, pointers[0], {}) == "1"
     version = client.get_model_version(name, "2")
     assert version.tags["ptl.model_id"] == pointers[1].model_id
     assert version.tags["ptl.params"] == "80" and version.source == pointers[1].uri
-    tracking.set_alias(name, "best", "1")
-    tracking.set_alias(name, "smallest", "1")
-    tracking.set_alias(name, "smallest", "2")
+    registry.set_alias(name, "best", "1")
+    registry.set_alias(name, "smallest", "1")
+    registry.set_alias(name, "smallest", "2")
     found = {alias: client.get_model_version_by_alias(name, alias).version for alias in ("best", "smallest")}
     assert {alias: str(version) for alias, version in found.items()} == {"best": "1", "smallest": "2"}
 
@@ -154,11 +154,11 @@ def test_a_model_is_named_by_its_run_and_shows_its_versions(client, begin):
     assert client.get_logged_model(model).name == f"{step.run}-recover-1"
     pointer = store.Pointer(place, "sha256:" + "0" * 64, 90, run_id=step.run_id, model_id=model)
     for _ in range(2):
-        tracking.register(step, name, pointer, {})
+        registry.register(step, name, pointer, {})
     tags = client.get_logged_model(model).tags
     assert json.loads(tags["mlflow.modelVersions"]) == [{"name": name, "version": "1"}]
     other = f"{name}-other"
-    tracking.register(step, other, pointer, {})
+    registry.register(step, other, pointer, {})
     tags = client.get_logged_model(model).tags
     assert [each["name"] for each in json.loads(tags["mlflow.modelVersions"])] == [name, other]
 
@@ -193,10 +193,10 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
 
 def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("PTL_REVISION", "unknown")
-    assert provenance.revision() == provenance.revision_of(ROOT)
+    assert revision.revision() == revision.revision_of(ROOT)
     monkeypatch.setenv("PTL_REVISION", "abc")
-    assert provenance.revision() == "abc"
-    assert provenance.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
+    assert revision.revision() == "abc"
+    assert revision.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
 
 
 def test_the_result_is_on_the_run(client, begin):
@@ -281,7 +281,7 @@ def test_a_database_is_made_by_the_one_way_that_a_kill_cannot_break(tmp_path, mo
     monkeypatch.setattr(mlflow_database, "CODE", "raise SystemExit('not in place')")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(WorkError, match="not in place"):
-        tracking.connect()
+        mlflow_client.connect()
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -294,6 +294,6 @@ def test_what_keeps_a_failure_from_being_recorded_does_not_hide_it(begin, monkey
     def fail():
         raise error
 
-    monkeypatch.setattr(tracking, "connect", fail)
+    monkeypatch.setattr(mlflow_client, "connect", fail)
     tracking.note_error(step_run, "ValueError: broken")
     assert "the failure could not be recorded" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
 
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(verdict.tracking, "register", lambda *given: registered.append(given[1:]) or "7")
+    monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "7")
     told, onward = decided(run, tmp_path / "scored", right=199, params=60_000)
     assert (told["decision"], onward.digest, onward.model_version) == ("accepted", CUT, "7")
     assert onward.gate["reason"] == "the loop ended in iteration 1: target reached"
@@ -85,7 +85,7 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 
 
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verdict.tracking, "register", lambda *given: "7")  # a mock of the registry
+    monkeypatch.setattr(verdict.registry, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
     whole, step = verdict.Plan(3, 0.4, Prune()), Step("evaluate-1", "ptl")
     told, onward = verdict.decide(step, run, Gate(), whole, candidate, None, tmp_path, "model")
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
 
 def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
-    monkeypatch.setattr(verdict.tracking, "register", lambda *given: registered.append(given[1:]) or "8")
+    monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "8")
     candidate, whole = (
         Pointer("file:///cut", CUT, params=60_000, original_params=100_000),
         verdict.Plan(1, 0.4, Prune()),
