@@ -10,9 +10,8 @@ import json
 import os
 import uuid
 
+from ptl.cluster_config import RETRIES, RETRY_WAIT
 from ptl.errors import WorkError
-
-RETRIES, RETRY_WAIT = 2, 60  # on a cluster, unless the config says otherwise; seconds
 
 
 class NoAttemptLeftError(WorkError):

@@ -11,8 +11,8 @@ from typing import Any
 
 from ptl import address, gate, localfs, tracking
 from ptl.attempts import Failure
+from ptl.call import Output, Step, write_pointer
 from ptl.errors import WorkError
-from ptl.execution import Output, Step, write
 from ptl.log import say
 from ptl.run_status import kubeflow_page
 from ptl.store import Pointer
@@ -47,7 +47,7 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
     for name in ("out", "scores", "accepted"):
         if name in arguments:
             output = Output(Path(arguments[name].path))
-            write(output, asdict(onward))
+            write_pointer(output, asdict(onward))
             arguments[name].metadata.update(output.metadata)
     say(step, f"failed: {reason}; the run continues without its control")
 

@@ -35,7 +35,8 @@ def main(path: Path, parent: int) -> None:
 
 def _work(call: dict[str, Any]) -> dict[str, Any]:
     from ptl import steps
-    from ptl.execution import Call, Output, Step, scratch
+    from ptl.call import Call, Output, Step
+    from ptl.machine import scratch
     from ptl.store import Pointer
 
     settings = dict(call["settings"])

@@ -1,7 +1,4 @@
-"""The end of an evaluate step: which checkpoint goes on, and, where the loop ends, how fast it is beside the dense one.
-
-Of the same room as steps.py: it knows both the work and the store.
-"""
+"""What an evaluate step does with the scores: it decides which checkpoint the loop continues with."""
 
 from __future__ import annotations
 
@@ -11,143 +8,131 @@ from typing import Any
 
 from ptl import checkpoint, gate, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
-from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
-from ptl.execution import Metadata, Record, Step, fetch
+from ptl.call import Metadata, Record, Step
+from ptl.config import Gate, Prune, Schedule, plan, removal
+from ptl.errors import WorkError
 from ptl.families import family_of
-from ptl.log import say
+from ptl.inputs import fetch
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LoopSettings:
     """What an evaluate step knows of the whole run."""
 
     iterations: int
-    target: float
+    target: float  # of the schedule: a share to remove, or the number of parameters to end with
     prune: Prune
+    gate: Gate
+    registered_model: str  # in MLflow: where accepted checkpoints become versions
 
-    def cuts_next(self, iteration: int) -> str:
-        """What the iteration after this one cuts (the last one: what it cut itself): neurons, layers or auto."""
-        rounds = plan(Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0), self.prune)
-        return rounds[min(iteration, self.iterations - 1)].unit
+    def next_unit(self, iteration: int) -> str:
+        """What the iteration after this one removes (the last one: what it removed): neurons, layers or auto."""
+        schedule = Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0)
+        following = min(iteration, self.iterations - 1)
+        return plan(schedule, self.prune)[following].unit
 
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
-        """Parameters that the smallest cut of this checkpoint would remove, by what goes."""
-        body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-        return smallest_cuts(body, self.prune.width_multiple, self.prune.tensor_parallel)
+        """The least number of parameters that can be removed from this checkpoint, for each unit."""
+        dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
+        return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
 
 
-def decide(
-    step: Step,
-    run: StepRun,
-    rule: Gate,
-    whole: Plan,
-    candidate: Pointer,
-    before: Pointer | None,
-    scored: Path,
-    registered_model: str,
-) -> tuple[Metadata, Pointer]:
-    """The gate's verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with.
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A checkpoint that was evaluated, and what decides beside its scores."""
 
-    `before` is the checkpoint that the iteration started from; only the gate needs it.
-    """
-    if step.iteration == 0:
-        return {"decision": "baseline", "reason": ""}, candidate
-    if (
-        step.arm == "control"
-    ):  # it may have won, and whether it takes an alias is decided by its score, as of the loop's
-        tags = {"step": step.name, "params": candidate.params, "arm": "control"}
-        version = tracking.register(run, registered_model, candidate, tags)
-        return {"decision": "control", "reason": ""}, dataclasses.replace(candidate, model_version=version)
-    # With the gate off nothing is compared, and the next iteration has begun already.
-    pairs, smallest = _compared(step, run, rule, whole, before, scored) if before else ([], 1)
-    start = before or candidate
-    decided = gate.decide(
-        rule,
-        gate.State.load(start.gate),
-        params=candidate.params,
-        parent_params=before.params if before else None,
-        target_params=candidate.original_params - removal(candidate.original_params, whole.target),
-        baseline=pairs[0] if pairs else None,
-        parent=pairs[-1] if pairs else None,
-        smallest_cut=smallest,
-    )
-    state = decided.state
+    step: Step
+    run: StepRun
+    loop: LoopSettings
+    candidate: Pointer
+    fallback: Pointer | None  # what the iteration started from; only the gate needs it
+
+    def ends_the_loop(self, accepted: Pointer) -> bool:
+        """Whether the checkpoint that this verdict continues with is the run's final one."""
+        if self.step.arm == "control" or self.step.iteration == 0:
+            return False
+        return self.step.iteration == self.loop.iterations or gate.State.load(accepted.gate).stopped
+
+
+def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
+    """The verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with."""
+    if trial.step.iteration == 0:
+        return {"decision": "baseline", "reason": ""}, trial.candidate
+    if trial.step.arm == "control":
+        # Registered as the loop's are: whether it takes an alias is decided by its score.
+        return {"decision": "control", "reason": ""}, _register(trial, trial.candidate, {"arm": "control"})
+    decision = _gate_decision(trial, scored)
+    state = decision.state
     if state.stopped:
-        state = dataclasses.replace(state, reason=f"the loop ended in iteration {step.iteration}: {state.reason}")
-    onward = candidate if decided.keep == "candidate" else start
-    onward = dataclasses.replace(onward, gate=state.dump())
-    if decided.keep == "candidate":
-        version = tracking.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
-        onward = dataclasses.replace(onward, model_version=version)
-    return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
+        reason = f"the loop ended in iteration {trial.step.iteration}: {state.reason}"
+        state = dataclasses.replace(state, reason=reason)
+    if decision.keep == "candidate":
+        accepted = dataclasses.replace(trial.candidate, gate=state.dump())
+        accepted = _register(trial, accepted, {})
+    else:
+        accepted = dataclasses.replace(trial.fallback or trial.candidate, gate=state.dump())
+    verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
+    return verdict, accepted
 
 
-def _compared(
-    step: Step, run: StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
-) -> tuple[list[gate.Paired], int | None]:
-    """The scored checkpoint against the dense model and against its parent, and the parent's smallest next cut."""
+def _register(trial: Trial, accepted: Pointer, tags: dict[str, str]) -> Pointer:
+    """The pointer with the version that the candidate has in MLflow's registry."""
+    candidate = trial.candidate
+    tags = {"step": trial.step.name, "params": candidate.params} | tags
+    version = tracking.register(trial.run, trial.loop.registered_model, candidate, tags)
+    return dataclasses.replace(accepted, model_version=version)
+
+
+def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
+    """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
+    loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
+    target_params = candidate.original_params - removal(candidate.original_params, loop.target)
+    if fallback is None:
+        # The next iteration has begun already.
+        state = gate.State.load(candidate.gate)
+        return gate.decide(loop.gate, state, params=candidate.params, target_params=target_params)
     from ptl.evaluate import read_items
 
-    earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
-    found = [record for record in earlier if record is not None]
-    parent = next(record for record in found if record["metadata"]["checkpoint"]["digest"] == before.digest)
-    mine = read_items(scored)
-    folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
-    task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
-    pairs = [gate.paired(*gate.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders]
-    return pairs, _smallest(parent, whole.cuts_next(step.iteration))
+    items = read_items(scored)
+    dense_record, parent_record = _references(trial, fallback)
+    return gate.decide(
+        loop.gate,
+        gate.State.load(fallback.gate),
+        params=candidate.params,
+        parent_params=fallback.params,
+        target_params=target_params,
+        baseline=_compare(dense_record, items, loop.gate),
+        parent=_compare(parent_record, items, loop.gate),
+        smallest_cut=_smallest_cut(parent_record, loop.next_unit(trial.step.iteration)),
+    )
 
 
-def _smallest(parent: Record, unit: str) -> int | None:
-    cuts: dict[str, int] = parent["metadata"]["smallest_cuts"]
-    return min(cuts.values(), default=None) if unit == "auto" else cuts.get(unit)
+def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
+    """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
+    run = trial.run
+    records = [store.committed(run.root, run.run, f"evaluate-{index}") for index in range(trial.step.iteration)]
+    evaluations = [record for record in records if record is not None]
+    for record in evaluations:
+        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
+            return evaluations[0], record
+    raise WorkError(f"run {run.run}: no evaluation of {fallback.uri} is recorded", remedy="start a new run")
 
 
-def ends_the_loop(step: Step, whole: Plan, onward: Pointer) -> bool:
-    """Whether this step's verdict is the loop's last: the model that goes on is the run's final one."""
-    if step.arm == "control" or step.iteration == 0:
-        return False
-    return step.iteration == whole.iterations or gate.State.load(onward.gate).stopped
+def _compare(reference: Record, items: list[dict[str, Any]], settings: Gate) -> gate.Paired:
+    """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
+    from ptl.evaluate import read_items
+
+    reference_items = read_items(fetch(Pointer(**reference["pointer"])))
+    task = str(items[0]["task"])  # the first benchmark is the run's accuracy
+    outcomes, candidate_outcomes = gate.match(reference_items, items, task)
+    return gate.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
 
 
-def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Metadata:
-    """Speed of the run's final model beside the dense one, taking turns; {"reason": ...} where it is not measured.
-
-    Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
-    """
-    import torch
-
-    from ptl.evaluate import side_by_side
-
-    imported = store.committed(run.root, run.run, "import-model")
-    if imported is None:
-        return {"reason": "the record of import-model is missing"}
-    dense = Pointer(**imported["pointer"])
-    if not settings.speed.repeats:
-        return {"reason": "evaluate.speed.repeats is 0"}
-    if final.digest == dense.digest:
-        return {"reason": "the run ends with the dense model"}
-    say(step.name, "measuring speed, the dense and the final model in turns")
-    folders = {"dense": fetch(dense), "final": fetch(final)}
-    beside = tracking.computing_beside(run)
-    try:
-        found = side_by_side(folders, settings, seed=seed)
-    except torch.OutOfMemoryError as error:
-        return {"reason": f"the GPU does not hold the dense and the final model at once ({str(error).splitlines()[0]})"}
-    tracking.log_metrics(run, _metrics(found["models"]), step.iteration)
-    # What began or ended in between took its share as well.
-    return found | {"beside": sorted({*beside, *tracking.computing_beside(run)})}
-
-
-def _metrics(models: dict[str, Any]) -> dict[str, float]:
-    """What MLflow shows of the speeds."""
-    shown = {}
-    for name, metadata in models.items():
-        for row in metadata["speed"]:
-            for phase in ("prefill", "decode"):
-                shown[f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"] = row[f"{phase}_tokens_per_s"]
-        if metadata["seconds_per_solved"] is not None:
-            shown[f"speed/{name}/seconds_per_solved"] = metadata["seconds_per_solved"]
-    return shown
+def _smallest_cut(record: Record, unit: str) -> int | None:
+    """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
+    by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
+    if unit == "auto":
+        return min(by_unit.values(), default=None)
+    return by_unit.get(unit)

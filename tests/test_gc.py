@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from ptl import cli_gc, dag, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
+from ptl.call import Step
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
-from ptl.execution import Step
 from ptl.garbage import DAY, Rules
 from ptl.preempt import COMPLETE
 from ptl.store import Pointer
@@ -76,9 +76,9 @@ class Loop:
         number = 0 if "control" in name else dag.iteration_of(name)
         before = Pointer(**parent["pointer"]) if parent else None
 
-        def work(dst, run):
+        def work(src, dst, run):
             if before and not metadata:
-                assert (execution.fetch(before) / "config.json").is_file()
+                assert (src / "config.json").is_file()
             for path, size in SIZES.items():
                 (dst / path).write_bytes(os.urandom(size))
             return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
@@ -131,7 +131,7 @@ class Loop:
 
     def step_run(self, name):
         self.use()
-        where = execution.artifact_root()
+        where = os.environ.get("PTL_ARTIFACT_ROOT")
         return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
 
 
@@ -230,18 +230,18 @@ def test_young_and_newest_runs_are_kept(experiment, loop):
 DIES = """
 import os
 from pathlib import Path
-from ptl import execution, store, tracking
+from ptl import call, execution, store
 
 def publish(folder, location, publish=store.publish):
     return publish(folder, location, on_progress=lambda count: os.kill(os.getpid(), 9))
 
-def work(dst, run):
+def work(src, dst, run):
     (dst / "a.safetensors").write_bytes(bytes(90_000))
     (dst / "b.safetensors").write_bytes(bytes(90_000))
     return {"params": 99, "tokens": 1, "steps": 1}
 
 store.publish = publish
-execution.execute(execution.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
+execution.execute(call.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
 """
 
 

@@ -5,8 +5,7 @@ from typing import Any
 from kfp import kubernetes
 
 from ptl import mounts
-from ptl.attempts import RETRY_WAIT
-from ptl.cluster_config import Resources, Storage
+from ptl.cluster_config import RETRY_WAIT, Resources, Storage
 from ptl.config import Config
 
 WORK = ("prune", "recover", "evaluate")  # the steps that need accelerators and their nodes

@@ -1,0 +1,97 @@
+"""The evaluate step: a checkpoint is scored, and the gate decides which one the loop continues with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ptl import gate, takeover
+from ptl.call import Call, Metadata, passes_through, write_pointer
+from ptl.config import Evaluate, Gate, Prune, check
+from ptl.execution import execute
+from ptl.final_speed import beside_dense
+from ptl.machine import limit_threads
+from ptl.run_status import StepRun
+from ptl.step_metrics import kubeflow_metrics
+from ptl.verdict import LoopSettings, Trial, decide
+
+
+def evaluate(call: Call) -> None:
+    """Score the checkpoint, and decide which one continues: it, or the `fallback` that its iteration began with.
+
+    The step that ends the loop also measures the final model's speed beside the dense one's. With the gate off there is
+    no fallback, and the next iteration does not wait for the scores.
+    """
+    if passes_through(call, "scores", "accepted"):
+        return
+    step, seed = call.step, call.settings["seed"]
+    candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
+    settings = check(Evaluate, call.settings["evaluate"], "evaluate")
+    loop = _loop_settings(call)
+    if step.arm == "loop" and step.iteration:
+        gate.check_structure(loop.gate, compiled=fallback is not None)
+    content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
+
+    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
+        limit_threads(candidate.params)
+        scores = _scores(src, dst, run, content_key, settings, loop.gate, seed)
+        trial = Trial(step, run, loop, candidate, fallback)
+        verdict, accepted = decide(trial, dst)
+        speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
+        return {
+            "scores": scores,
+            "checkpoint": dataclasses.asdict(candidate),
+            "smallest_cuts": loop.smallest_cuts(src),
+            "verdict": verdict,
+            "accepted": dataclasses.asdict(accepted),
+            "speed": speed,
+            "seconds": scores["seconds"] + speed.get("seconds", 0.0),
+            takeover.KEY: content_key,
+        }
+
+    key_settings = {
+        "evaluate": settings,
+        "gate": loop.gate,
+        "prune": loop.prune,
+        "iterations": loop.iterations,
+        "seed": seed,
+        "target": loop.target,
+        "fallback": fallback and fallback.digest,
+        "state": fallback and fallback.gate,
+    }
+    record = execute(step, candidate, key_settings, work)
+    write_pointer(call.outputs["scores"], record["pointer"])
+    write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"]))
+
+
+def _loop_settings(call: Call) -> LoopSettings:
+    """What the verdict needs to know of the whole run, checked."""
+    settings = call.settings
+    return LoopSettings(
+        settings["iterations"],
+        settings["target"],
+        check(Prune, settings["prune"], "prune"),
+        check(Gate, settings["gate"], "gate"),
+        settings["registered_model"],
+    )
+
+
+def _scores(
+    src: Path, dst: Path, run: StepRun, content_key: str, settings: Evaluate, gate_settings: Gate, seed: int
+) -> Metadata:
+    """The scores of a checkpoint, whose files are written to `dst`: those of an earlier run, or new ones."""
+    from ptl import tasks
+    from ptl.evaluate import evaluate_checkpoint
+
+    tasks.check_gate(settings, gate_settings)
+    # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
+    earlier = takeover.take(run, content_key, dst)
+    if earlier is not None:
+        scores: Metadata = earlier["scores"]
+    else:
+        scores = dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
+    if gate_settings.enabled and scores["tasks"][0]["low"] is None:
+        # The task's YAML did not say that it has no accuracy.
+        raise tasks.no_accuracy(settings.tasks[0])
+    return scores

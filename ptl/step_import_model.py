@@ -1,0 +1,66 @@
+"""The import step: the dense model, checked and published as the checkpoint that a run starts from."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from ptl import __version__, attempts, gate, provenance, run_page
+from ptl.call import Call, Metadata, write_pointer
+from ptl.config import Calibration, Evaluate, Gate, Prune, TrainingData, check
+from ptl.execution import execute
+from ptl.run_status import StepRun
+from ptl.step_metrics import flat_settings
+from ptl.step_schedule import schedule_of
+
+
+def import_model(call: Call) -> None:
+    """Check the dense model and all that the run will need of it, then publish it."""
+    from ptl import importer
+
+    settings = call.settings
+    gate_settings = check(Gate, settings["gate"], "gate")
+    gate.check_structure(gate_settings, settings["gated"])
+    schedule = schedule_of(call)
+    pruning = check(Prune, settings["prune"], "prune")
+    calibration = check(Calibration, settings["calibration"], "calibration")
+    training = check(TrainingData, settings["training"], "training")
+    evaluation = check(Evaluate, settings["evaluate"], "evaluate")
+    path, revision = settings["model"], settings["revision"]
+    folder, dimensions = importer.preflight(
+        path, revision or None, schedule, pruning, calibration, training, evaluation
+    )
+
+    def work(_src: None, dst: Path, run: StepRun) -> Metadata:
+        # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
+        sections = {
+            "schedule": schedule,
+            "prune": pruning,
+            "calibration": calibration,
+            "training": training,
+            "evaluate": evaluation,
+            "gate": gate_settings,
+        }
+        params = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        params["model"] = {"path": path, "revision": revision or None}
+        data_sets = provenance.data_sets(calibration, training, evaluation)
+        run_page.describe(run, flat_settings(params), provenance.revision(), data_sets)
+
+        importer.import_checkpoint(str(folder), None, dst)
+        versions, host = _versions(), platform.node()
+        return {**source, "params": dimensions.params, "versions": versions, "host": host}
+
+    source = {"model": path, "revision": revision}
+    title = settings["run_name"] if attempts.on_a_cluster() else None
+    record = execute(call.step, None, source, work, title=title)
+    write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    from importlib.metadata import version
+
+    versions = {"ptl": __version__, "python": platform.python_version()}
+    for library in ("torch", "transformers", "safetensors"):
+        versions[library] = version(library)
+    return versions

@@ -1,0 +1,139 @@
+"""The recover step: the pruned model is trained on one iteration's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptl import decontaminate, preempt, store, takeover, tracking
+from ptl.call import Call, Metadata, Step, passes_through, write_pointer
+from ptl.config import Prune, Recovery, Schedule, TrainingData, check
+from ptl.errors import WorkError
+from ptl.execution import execute
+from ptl.inputs import fetch
+from ptl.log import say
+from ptl.machine import limit_threads, scratch
+from ptl.run_status import StepRun
+from ptl.step_schedule import iterations_until, schedule_of
+from ptl.store import Pointer
+
+if TYPE_CHECKING:
+    from ptl.job import RecoverReport
+
+
+def recover(call: Call) -> None:
+    """Train the pruned model on this iteration's tokens."""
+    if passes_through(call, "out"):
+        return
+    step, parent, seed = call.step, call.inputs["model"], call.settings["seed"]
+    iterations = iterations_until(call, Prune())
+    iteration = iterations[-1]
+    weights = _weights(schedule_of(call))
+    recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
+    data = check(TrainingData, call.settings["training"], "training")
+    settings = {
+        "tokens": iteration.tokens,
+        "weights": list(weights),
+        "skip": iteration.tokens_before,
+        "recover": list(recovery.stages),
+        "training": data,
+        "seed": seed,
+    }
+    training_key = preempt.key_of(parent.digest, settings)
+    vault = _vault(step, training_key, recovery)
+
+    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
+        from ptl.job import RecoveryJob, StageBudget
+        from ptl.recover import recover_checkpoint
+
+        tracking.tag(run, {"tokens": iteration.tokens})
+        limit_threads(parent.params)
+        budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
+        job = RecoveryJob(
+            data,
+            budget,
+            scratch(step.name) / f"training-{training_key[:12]}",
+            _reporter(run, iteration.tokens),
+            _teacher(run, recovery),
+            vault,
+            fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,
+        )
+        report = recover_checkpoint(src, dst, recovery, [earlier.tokens for earlier in iterations], job)
+        return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
+
+    content_key = takeover.key(parent.digest, settings)
+    record = execute(step, parent, settings, work, content_key=content_key)
+    if vault is not None:
+        preempt.clear(vault, len(recovery.stages))
+    write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _weights(schedule: Schedule) -> tuple[int, ...]:
+    """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
+    if schedule.tokens == "uniform":
+        return (1,) * schedule.iterations
+    return tuple(2**index for index in range(schedule.iterations))
+
+
+def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
+    """Where training checkpoints outlive the machine, when a stage wants that."""
+    minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
+    if not minutes:
+        return None
+    run = step.start()
+    return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
+
+
+def _reporter(run: StepRun, tokens: int) -> Callable[[dict[str, float], int], None]:
+    """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a line."""
+
+    def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
+        train_metrics = {f"train/{name}": value for name, value in metrics.items()}
+        tracking.log_metrics(run, train_metrics, optimizer_step)
+        line = _progress(metrics, tokens)
+        if line:
+            say(run.step, line)
+
+    return on_log
+
+
+def _progress(metrics: dict[str, float], tokens: int) -> str:
+    """The line of progress for one log of a training; empty where there is nothing to say."""
+    if "reward" in metrics:
+        return f"reward {metrics['reward']:.3f}, answers of {metrics['completions/mean_length']:.0f} tokens"
+    if "loss" in metrics and "num_input_tokens_seen" in metrics:
+        return f"{metrics['num_input_tokens_seen']:,.0f} of {tokens:,} tokens, loss {metrics['loss']:.4f}"
+    return ""
+
+
+def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
+    """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
+    if all(stage.method != "distil" for stage in recovery.stages):
+        return None
+    record = store.committed(run.root, run.run, "import-model")
+    if record is None:
+        problem = "the record of import-model is gone, and distil needs its model"
+        raise WorkError(problem, field=f"run {run.run}", remedy="start a new run")
+    return fetch(Pointer(**record["pointer"]))
+
+
+def _decontaminated(step: str, report: RecoverReport) -> Metadata:
+    """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
+    stages = report.details.get("stages", [{"details": report.details}])
+    counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
+    for stage_counts in counts:
+        say(step, decontaminate.sentence(stage_counts))
+    if not counts:
+        return {}
+    most = decontaminate.most(counts)
+    not_compared = {benchmark for stage_counts in counts for benchmark in stage_counts["not_compared"]}
+    return {
+        "rows_compared": most["rows"],
+        "rows_dropped": most["dropped"],
+        # The same items in every stage.
+        "benchmark_items": max(stage_counts["items"] for stage_counts in counts),
+        "benchmark_items_short": max(stage_counts["short"] for stage_counts in counts),
+        "not_compared": sorted(not_compared),
+    }

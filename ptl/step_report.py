@@ -1,0 +1,107 @@
+"""The report step: the pages of a run and its result.json, from the records of all steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ptl import aliases, dag, gate, localfs, run_page, store, tracking
+from ptl.call import Call, Metadata, Record
+from ptl.config import Config, check
+from ptl.inputs import fetch
+from ptl.log import say
+from ptl.machine import scratch
+from ptl.run_status import StepRun
+from ptl.step_metrics import flat_settings
+from ptl.step_schedule import FIELDS
+from ptl.step_tracking import begin, noting_errors
+from ptl.store import Pointer
+
+SECTIONS = ("seed", "prune", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
+
+
+def report(call: Call) -> None:
+    """Write the run's pages and result.json from the records of its steps; name the best and smallest version.
+
+    Unlike other steps it works again whenever it is started: a repeated step may have changed what the pages say.
+    """
+    from ptl.report import write_report
+
+    run = call.step.start()
+    with noting_errors(run):
+        begin(run)
+        config = check(Config, _run_config(call.settings), "settings")
+        records = _records(run, config)
+        folder = scratch(call.step.name) / "report"
+        result = write_report(records, _report_settings(call, run, config), folder)
+        _log(run, config, result, folder)
+        for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
+            say(call.step.name, sentence)
+        _copy_pages(call, folder)
+        _commit_and_finish(call, run, result)
+
+
+def _run_config(settings: Metadata) -> Metadata:
+    """The config of the run: the compiled one, with the run's own parameters."""
+    config = dict(settings["settings"])
+    schedule = {name: settings[name] for name in FIELDS if name in settings}
+    config["model"] = {"path": settings["model"], "revision": settings["revision"] or None}
+    config["schedule"] = {**config["schedule"], **schedule}
+    for section in SECTIONS:
+        config[section] = settings[section]
+    return config
+
+
+def _records(run: StepRun, config: Config) -> dict[str, Record]:
+    """The records of the steps that were committed; that of an evaluation with its items."""
+    from ptl.evaluate import read_items
+
+    records = {}
+    for node in dag.nodes(config):
+        if dag.stage_of(node.name) in ("doctor", "report"):
+            continue
+        record = store.committed(run.root, run.run, node.name)
+        if record is None:
+            continue
+        if record["metadata"]["stage"] == "evaluate":
+            record["metadata"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
+        records[node.name] = record
+    return records
+
+
+def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
+    """What the pages show beside the records: the config, where MLflow has the run, and why a control failed."""
+    control = call.inputs.get("control")
+    reason = gate.State.load(control.gate).reason if control else ""
+    return {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": reason}
+
+
+def _log(run: StepRun, config: Config, result: Any, folder: Path) -> None:
+    """The pages and the result on the page of the pipeline run."""
+    tracking.log_report(run, sorted(folder.iterdir()))
+    run_page.describe(run, flat_settings(config.model_dump(mode="json")))  # what import-model was not given
+    run_page.log_result(run, run_page.result_metrics(result))
+
+
+def _copy_pages(call: Call, folder: Path) -> None:
+    """The pages as Kubeflow's artifacts and, from a local runner, in the run's directory."""
+    shutil.copyfile(folder / "report.html", call.outputs["html"].path)
+    shutil.copyfile(folder / "report.md", call.outputs["markdown"].path)
+    run_directory = os.environ.get("PTL_RUN_DIR")
+    if run_directory:
+        # result.json last: where it is, all other files are.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
+            localfs.replace(Path(run_directory, path.name), path.read_bytes())
+
+
+def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
+    """Record that the run has ended, in the store and in MLflow."""
+    final = call.inputs["final"]
+    # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
+    record = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
+    store.commit(run.root, run.run, call.step.name, record)
+    metrics = {name: result["final"][name] for name in ("share_removed", "params")}
+    tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)

@@ -1,0 +1,68 @@
+"""What a step reports to MLflow: its attempts, why they failed, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ptl import attempts, run_page, step_metrics, tracking
+from ptl.address import without_login
+from ptl.call import Metadata, Record, Step
+from ptl.log import say
+from ptl.run_status import StepRun
+from ptl.store import Pointer
+
+
+@contextmanager
+def noting_errors(run: StepRun) -> Iterator[None]:
+    """Keep on the step's page why an attempt failed; another one may follow."""
+    try:
+        yield
+    except attempts.NoAttemptLeftError:
+        raise  # the page has the reason of the last one
+    except Exception as error:
+        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
+        raise
+
+
+def begin(run: StepRun) -> None:
+    """Count an attempt, in the store and on the step's page. Raises NoAttemptLeftError, with the last one's reason."""
+    allowed = attempts.policy().attempts
+    try:
+        attempt = attempts.claim(run.root, run.run, run.step)
+    except attempts.NoAttemptLeftError as error:
+        reason = tracking.error_of(run)
+        problem = f"{error.problem}; the last one failed: {reason}" if reason else error.problem
+        raise attempts.NoAttemptLeftError(problem, remedy=error.remedy) from None
+    tracking.tag(run, {"attempt": attempt})
+    say(run.step, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
+
+
+def track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, record: Record) -> None:
+    """Report to MLflow what a record says; repeating it changes nothing."""
+    metadata = record["metadata"]
+    evaluated = metadata["stage"] == "evaluate"
+    tracking.finish(
+        run,
+        params=step_metrics.flat_settings(settings),
+        metrics=step_metrics.metrics(metadata),
+        inputs=[parent.model_id] if parent else [],
+        output=None if evaluated else record["pointer"]["model_id"],
+        step=step.iteration,
+    )
+    if evaluated:
+        _track_evaluation(step, run, metadata)
+
+
+def _track_evaluation(step: Step, run: StepRun, metadata: Metadata) -> None:
+    """The scores and the verdict of an evaluation, on the pages of the pipeline run and of the step."""
+    scores = metadata["scores"]
+    first = scores["tasks"][0]
+    tracking.log_progress(run, scores["params"], first["accuracy"], low=first["low"], high=first["high"])
+    if step.iteration == 0:
+        run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
+    tags = {"verdict": metadata["verdict"]["decision"]}
+    state = metadata["accepted"]["gate"]
+    if state.get("stopped") and state.get("reason"):
+        tags["loop_ended"] = state["reason"]
+    tracking.tag(run, tags)
