@@ -71,6 +71,7 @@ def _paths(value: Any) -> Iterator[Path]:
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change (ns) of a file, or of all files of a folder."""
+    files: Iterator[Path]
     if path.is_dir():
         files = path.rglob("*")
     elif path.suffix in (".yaml", ".yml"):

@@ -80,8 +80,8 @@ def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
 def _register(trial: Trial, accepted: Pointer, tags: dict[str, str]) -> Pointer:
     """The pointer with the version that the candidate has in MLflow's registry."""
     candidate = trial.candidate
-    tags = {"step": trial.step.name, "params": candidate.params} | tags
-    version = tracking.register(trial.run, trial.loop.registered_model, candidate, tags)
+    own_tags = {"step": trial.step.name, "params": candidate.params}
+    version = tracking.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
     return dataclasses.replace(accepted, model_version=version)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ptl import step_process, steps
+from ptl import execution, step_process, steps
 from ptl.call import write_pointer
 from ptl.errors import InputError, WorkError
 from ptl.execution import execute
@@ -61,6 +61,7 @@ def stored(call):
     write_pointer(call.outputs["out"], execute(call.step, parent, {}, fill)["pointer"])
 
 
+execution.fetch = lambda pointer: None  # the inputs of these tests have no files
 steps.STEPS["prune"] = stored if os.environ.get("PTL_TEST_STORE") else simple
 
 if __name__ == "__main__":
