@@ -10,8 +10,8 @@ import json
 import os
 import uuid
 
-from ptl.cluster_config import RETRIES, RETRY_WAIT
 from ptl.errors import WorkError
+from ptl.retries import RETRIES, RETRY_WAIT
 
 
 class NoAttemptLeftError(WorkError):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ptl.retries import RETRIES, RETRY_WAIT
 from ptl.section import Section
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
@@ -24,8 +25,6 @@ RESERVED = {
     *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
     *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
 }
-RETRIES = 2  # further attempts of a step
-RETRY_WAIT = 60  # seconds before the first further attempt
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
 WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
 

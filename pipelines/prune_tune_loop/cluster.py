@@ -5,8 +5,9 @@ from typing import Any
 from kfp import kubernetes
 
 from ptl import mounts
-from ptl.cluster_config import RETRY_WAIT, Resources, Storage
+from ptl.cluster_config import Resources, Storage
 from ptl.config import Config
+from ptl.retries import RETRY_WAIT
 
 WORK = ("prune", "recover", "evaluate")  # the steps that need accelerators and their nodes
 RUN_ID = "metadata.labels['pipeline/runid']"
