@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 from ptl.errors import InputError, WorkError
 from ptl.manifest import FILES, THREADS, File, Progress, chunks, dump_files, starts, verify
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
 
 
 def path_of(uri: str) -> Path:
@@ -25,7 +25,7 @@ def path_of(uri: str) -> Path:
     parts = urlsplit(uri)
     path = Path(unquote(parts.path) if parts.scheme else uri)
     if parts.netloc not in ("", "localhost") or not path.is_absolute():
-        raise InputError(f"store: {uri!r} is not an absolute path; write file:///folder")
+        raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
     return path
 
 
@@ -33,7 +33,8 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
     target = path_of(location)
     if target.is_dir() and any(target.iterdir()):
-        raise WorkError(f"store: {target} already holds files; publish every attempt under a fresh prefix")
+        problem = f"{target} already holds files"
+        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
     partial = target.with_name(target.name + ".partial")
     with full_disk(target):
         try:
@@ -42,8 +43,11 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
             with ThreadPoolExecutor(THREADS) as pool:
                 files = tuple(pool.map(lambda path: _copy(folder, partial, path, on_progress), paths))
             _write(partial / FILES, dump_files(files))
-            for inner in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-                _sync(inner)
+            # After a power failure the names must be there as well as the bytes.
+            _sync(partial)
+            for entry in partial.rglob("*"):
+                if entry.is_dir():
+                    _sync(entry)
             partial.rename(target)
             _sync(target.parent)
         except BaseException:
@@ -52,10 +56,10 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     return files
 
 
-def fetch(uri: str, files: tuple[File, ...], cache: Path, where: str, on_progress: Progress) -> Path:
-    """Verify the folder where it lies and return it: nothing is copied, `cache` is not used."""
+def fetch(uri: str, files: tuple[File, ...], cache: Path, name: str, on_progress: Progress) -> Path:
+    """Verify the folder and return it as it is: nothing is copied, `cache` is not used."""
     folder = path_of(uri)
-    verify(folder, files, where, on_progress)
+    verify(folder, files, name, on_progress)
     return folder
 
 
@@ -72,20 +76,19 @@ def put_once(uri: str, data: bytes) -> bytes:
     path = path_of(uri)
     with full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft = _draft(path)
         try:
             _write(draft, data)
             _link(draft, path)
             _sync(path.parent)
         finally:
-            with suppress(FileNotFoundError):
-                draft.unlink()
+            draft.unlink(missing_ok=True)
     return path.read_bytes()
 
 
 def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a small file whole or not at all, whatever it held before."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write a small file completely or not at all, whatever it held before."""
+    draft = _draft(path)
     draft.touch(mode)
     try:
         _write(draft, data)
@@ -97,11 +100,12 @@ def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     """Path below `uri`, size in bytes and time of change of every file there; nothing where there is no folder."""
     folder = path_of(uri)
-    for above, _, names in os.walk(folder):
-        for path in (Path(above, name) for name in names):
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
             with suppress(FileNotFoundError):  # a step that is at work removes its drafts
-                found = path.lstat()
-                yield path.relative_to(folder).as_posix(), found.st_size, found.st_mtime
+                stat = path.lstat()
+                yield path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime
 
 
 def delete(uri: str, below: str) -> None:
@@ -112,15 +116,15 @@ def delete(uri: str, below: str) -> None:
     folder = path_of(uri)
     real, root = folder.resolve(), path_of(below).resolve()
     if folder.is_symlink() or not real.is_relative_to(root) or real == root:
-        raise WorkError(
-            f"store: {folder} is {real}, which is not below {root}; nothing was deleted: remove the symlink"
-        )
+        problem = f"{folder} is {real}, which is not below {root}"
+        raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
     try:
         (folder / FILES).unlink(missing_ok=True)
         if folder.is_dir():
             shutil.rmtree(folder)
     except PermissionError as error:
-        raise InputError(f"store: {folder}: this user may not delete there ({error}); use one that may") from error
+        problem = f"{folder}: this user may not delete there ({error})"
+        raise InputError(problem, field="store", remedy="use one that may") from error
 
 
 def check(root: str) -> None:
@@ -132,7 +136,8 @@ def check(root: str) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"store: cannot write {path}: {error.strerror}; make it writable or choose another") from error
+        problem = f"cannot write {path}: {error.strerror}"
+        raise InputError(problem, field="store", remedy="make it writable or choose another") from error
 
 
 @contextmanager
@@ -143,10 +148,9 @@ def full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise WorkError(
-            f"store: no space left while writing {path} ({error.strerror}); earlier checkpoints are intact: "
-            "free some space and run the same command again"
-        ) from error
+        problem = f"no space left while writing {path} ({error.strerror})"
+        remedy = "earlier checkpoints are intact: free some space and run the same command again"
+        raise WorkError(problem, field="store", remedy=remedy) from error
 
 
 def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
@@ -167,7 +171,13 @@ def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
     return File(path, size, tuple(blocks))
 
 
+def _draft(path: Path) -> Path:
+    """A name of this writer alone, in the same folder: a rename or a link from it is one step."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 def _write(path: Path, data: bytes) -> None:
+    """Write a file, and have it on the disk when this returns."""
     with path.open("wb") as writer:
         writer.write(data)
         writer.flush()

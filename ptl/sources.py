@@ -235,9 +235,9 @@ def _from_s3(uri: str) -> Path:
     except ClientError as error:
         if s3_client.code(error) in ("404", "NoSuchKey"):
             raise InputError(f"data.source: no object {uri}; give {KINDS}") from error
-        raise InputError(f"data.source: {s3_client.message(error, uri)}") from error
+        raise s3_client.error_for(InputError, error, uri, field="data.source") from error
     except BotoCoreError as error:
-        raise InputError(f"data.source: {s3_client.message(error, uri)}") from error
+        raise s3_client.error_for(InputError, error, uri, field="data.source") from error
     return target
 
 

@@ -1,0 +1,140 @@
+"""Downloads from an S3 store: every block is verified as it arrives, whatever the network does meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from ptl.errors import WorkError
+from ptl.manifest import BLOCK, CHUNK, THREADS, File, Progress, block_size, deleted, starts, wrong_digest, wrong_size
+from ptl.s3_client import ATTEMPTS, broken_stream, client, code, explained, is_missing, pause, split
+
+
+@dataclass(frozen=True)
+class _Download:
+    """One file that is being downloaded."""
+
+    uri: str  # of the checkpoint
+    name: str  # of the checkpoint, for messages
+    file: File
+    out: FileIO
+
+
+def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_progress: Progress) -> None:
+    """Blocks arrive side by side and in any order, and each is hashed by the thread that receives it.
+
+    Not by the transfer manager: given a sink to hash, its download came out short after the server was killed in the
+    middle (seen with s3transfer 0.19).
+    """
+    with explained(uri), ExitStack() as opened, ThreadPoolExecutor(THREADS) as pool:
+        try:
+            blocks = []
+            for file in files:
+                path = target / file.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                out = opened.enter_context(FileIO(path, "x+"))
+                download = _Download(uri, name, file, out)
+                # An empty file has one block too, so that it is missed when it was deleted.
+                for start in starts(file.size):
+                    blocks.append(pool.submit(_get_block, download, start, on_progress))
+            for block in blocks:
+                block.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _get_block(download: _Download, start: int, on_progress: Progress) -> None:
+    """Write one block of an object to its location in the file; one that arrives wrong is fetched once more."""
+    try:
+        _receive_verified(download, start)
+    except WorkError:
+        _receive_verified(download, start)
+    on_progress(block_size(download.file, start))
+
+
+def _receive_verified(download: _Download, start: int) -> None:
+    """Raises WorkError where the bytes are not those that were published."""
+    file = download.file
+    if _receive(download, start) != file.blocks[start // BLOCK]:
+        raise wrong_digest(download.name, file)
+
+
+def _receive(download: _Download, start: int) -> str:
+    """Hex sha256 of the block at `start`, written to the file; a stream that ends early is continued where it ended."""
+    file = download.file
+    hasher = hashlib.sha256()
+    offset, stop = start, start + block_size(file, start)
+    failures = 0  # streams in a row that brought nothing
+    while True:
+        before = offset
+        broken: Exception | None = None
+        stream = _open_stream(download, offset, stop)  # the client has tried it often enough
+        try:
+            with closing(stream) as body:
+                # Not a byte is written beyond the block, whatever the server sends.
+                while offset < stop and (data := body.read(min(CHUNK, stop - offset))):
+                    hasher.update(data)
+                    _write_at(download.out, data, offset)
+                    offset += len(data)
+        except broken_stream() as error:
+            broken = error
+        if offset == stop:
+            return hasher.hexdigest()
+        failures = 0 if offset > before else failures + 1
+        if failures == ATTEMPTS:
+            problem = f"the S3 server sends no more of {file.path} than {offset:,} bytes"
+            raise broken or WorkError(problem, field=download.name)
+        if failures:
+            time.sleep(pause(failures))  # a server that has just started answers before it has its data
+
+
+def _open_stream(download: _Download, start: int, stop: int) -> Any:
+    """The stream of an object's bytes from `start`. Raises WorkError for a file that is not the published one."""
+    from botocore.exceptions import ClientError
+
+    name, file = download.name, download.file
+    bucket, prefix = split(download.uri)
+    request: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
+    # An empty file is asked for without a range, which would be refused.
+    byte_range = {"Range": f"bytes={start}-{stop - 1}"} if file.size else {}
+    try:
+        answer = client().get_object(**request, **byte_range)
+    except ClientError as error:
+        if is_missing(error):
+            raise deleted(name, file) from error
+        if code(error) in ("InvalidRange", "416"):
+            size = client().head_object(**request)["ContentLength"]
+            raise wrong_size(name, file, size) from error
+        raise
+    first, size = _sent_range(answer)
+    if size != file.size:
+        raise wrong_size(name, file, size)
+    if first != start:
+        problem = f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}"
+        raise WorkError(problem, field=name, remedy="does a proxy before the S3 server ignore ranges?")
+    return answer["Body"]
+
+
+def _sent_range(answer: Any) -> tuple[int, int]:
+    """The first byte that is sent, and the size of the object."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
+    if match is None:
+        return 0, answer["ContentLength"]
+    return int(match[1]), int(match[2])
+
+
+def _write_at(out: FileIO, data: bytes, offset: int) -> None:
+    """Write all of `data` at an offset of the file; the system may take only a part of it at once."""
+    written = 0
+    while written < len(data):
+        rest = data[written:] if written else data
+        written += os.pwrite(out.fileno(), rest, offset + written)
