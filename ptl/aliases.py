@@ -57,11 +57,13 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
     """
     scored = ScoredRun(run, records, registered_model, settings)
     candidates, sentences = _candidates(scored)
-    if candidates:
-        best = max(candidates, key=lambda candidate: (candidate.accuracy, -candidate.params))
-        sentences.append(_move(scored, "best", best))
-        smallest = min(candidates, key=lambda candidate: (candidate.params, -candidate.accuracy))
-        sentences.append(_move(scored, "smallest", smallest))
+    if not candidates:
+        return sentences
+    # Of equal ones the smaller is the best, and of equally small ones the better is the smallest.
+    best = max(candidates, key=lambda candidate: (candidate.accuracy, -candidate.params))
+    smallest = min(candidates, key=lambda candidate: (candidate.params, -candidate.accuracy))
+    sentences.append(_move(scored, "best", best))
+    sentences.append(_move(scored, "smallest", smallest))
     return sentences
 
 
@@ -73,7 +75,8 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
             continue
         try:
             candidate = _candidate(scored, step, record)
-        except WorkError as error:  # MLflow refuses some sources of models that it has lost
+        except WorkError as error:
+            # MLflow refuses some sources of models that it has lost.
             sentences.append(f"no alias for {step}: it cannot be registered: {error}")
             continue
         try:
@@ -81,6 +84,7 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
         except InputError as error:
             sentences.append(f"no alias for {candidate.describe()}: {error}")
             continue
+        # With the gate off nothing has compared it with the dense model before.
         if _acceptable(pair, scored.gate):
             candidates.append(candidate)
         else:
@@ -94,8 +98,10 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
 def _is_registered(record: Record) -> bool:
     """Whether a record is that of an evaluation whose own checkpoint was accepted as a version."""
     metadata = record["metadata"]
-    accepted = metadata.get("accepted")
-    if metadata["stage"] != "evaluate" or not accepted or not accepted.get("model_version"):
+    if metadata["stage"] != "evaluate":
+        return False
+    accepted = metadata["accepted"]
+    if not accepted.get("model_version"):
         return False
     # What is passed on after a rejection was scored by an earlier step.
     return bool(accepted["digest"] == metadata["checkpoint"]["digest"])
@@ -103,10 +109,13 @@ def _is_registered(record: Record) -> bool:
 
 def _candidate(scored: ScoredRun, step: str, record: Record) -> Candidate:
     """The version that a step's checkpoint has now: of a registry that was lost, the record's is out of date."""
-    accepted, scores = record["metadata"]["accepted"], record["metadata"]["scores"]
-    tags = {"step": step, "params": accepted["params"]}
-    version = tracking.register(scored.run, scored.registered_model, Pointer(**accepted), tags)
-    return Candidate(version, step, scores["params"], scores["tasks"][0]["accuracy"], record)
+    metadata = record["metadata"]
+    accepted = Pointer(**metadata["accepted"])
+    tags = {"step": step, "params": accepted.params}
+    version = tracking.register(scored.run, scored.registered_model, accepted, tags)
+    scores = metadata["scores"]
+    accuracy = scores["tasks"][0]["accuracy"]
+    return Candidate(version, step, scores["params"], accuracy, record)
 
 
 def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
@@ -153,6 +162,7 @@ def _reason_to_stay(scored: ScoredRun, alias: str, candidate: Candidate, holder:
         return f"cannot be compared with it: {error}; {by_hand}"
     smaller = candidate.params < own["metadata"]["scores"]["params"]
     if alias == "best":
+        # A claim on `best` is a higher score, or the same one with fewer parameters.
         if pair.difference < 0 or (pair.difference == 0 and not smaller):
             return f"is not better: {gate.describe(pair)}"
         proven = pair.verdict == "not inferior"
@@ -176,9 +186,9 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
 
     root, run = holder.tags.get("ptl.root"), holder.tags.get("ptl.run")
     if not root or not run or not step:
-        raise InputError(
-            f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
-        )
+        # Somebody has registered it by hand.
+        problem = f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
+        raise InputError(problem)
     if run == scored.run.run and step in scored.records:
         return scored.records[step]
     record = store.committed(root, run, step)
@@ -191,12 +201,14 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
 def _paired(reference: Record, candidate: Record, settings: Gate) -> gate.Paired:
     """Two evaluations on the first task. Raises InputError for another task or other items."""
     old, new = reference["metadata"], candidate["metadata"]
-    old_task, new_task = old["scores"]["tasks"][0], new["scores"]["tasks"][0]
+    old_task = old["scores"]["tasks"][0]
+    new_task = new["scores"]["tasks"][0]
     for field in ("task", "version", "metric"):
         old_value, new_value = old_task.get(field, ""), new_task.get(field, "")
         if old_value != new_value:
             raise InputError(f"scored on another {field} ({old_value!r} and {new_value!r})")
-    outcomes, candidate_outcomes = gate.match(old["items"], new["items"], str(new_task["task"]))
+    task = str(new_task["task"])
+    outcomes, candidate_outcomes = gate.match(old["items"], new["items"], task)
     return gate.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ptl import dag, gate, tracking
+from ptl.config import check
 from ptl.log import say
 from ptl.run_status import StepRun
+from ptl.section import Section
 from ptl.store import Pointer
+from ptl.store import Record as Record
 
-Metadata = dict[str, Any]
-Record = dict[str, Any]  # of a committed step: `key`, `pointer` and `metadata`
+S = TypeVar("S", bound=Section)
+Metadata = dict[str, Any]  # what a record says of its step
 
 # Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
 SHOWN = ("uri", "digest", "params", "run_id")
@@ -70,6 +73,10 @@ class Call:
     settings: Metadata  # parameters of the component
     inputs: dict[str, Pointer]  # by the artifact's name
     outputs: dict[str, Output]
+
+    def section(self, kind: type[S], name: str) -> S:
+        """A section of the config among the settings, checked. Raises InputError naming each wrong field."""
+        return check(kind, self.settings[name], name)
 
 
 def write_pointer(output: Output, pointer: Metadata) -> None:

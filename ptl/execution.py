@@ -58,32 +58,37 @@ def execute(
     `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
     are taken over. Raises NoAttemptLeftError where earlier attempts have used all.
     """
+    # The same however KFP passed them: they are a part of the key.
     settings = {name: _plain_value(value) for name, value in settings.items()}
     run = step.start(title)
     execution = Execution(step, run, parent, work, content_key)
+    key = _record_key(step, parent, settings)
     with noting_errors(run):
-        key = _record_key(step, parent, settings)
+        # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
             begin(run)
             folder = empty_folder(step.name)
             metadata = _timed_work(execution, folder)
             pointer = _publish(execution, folder, metadata)
-            record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
-            record = store.commit(run.root, run.run, step.name, record)
-            committed = record["metadata"]  # of another process, where that was first
+            own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
+            # Another process may be first: then its record is the step's.
+            record = store.commit(run.root, run.run, step.name, own_record)
+            committed = record["metadata"]
             say(step.name, f"done in {committed['seconds']:.0f} s: {step_metrics.summary(committed)}")
         elif damage_report(record["pointer"]["digest"]).exists():
+            # A later step could not fetch what this one has published.
             _check_or_repair(execution, Pointer(**record["pointer"]))
         else:
             say(step.name, "done before: taken as it is")
+        # Again for a step that was done before: it may have been killed between the record and MLflow.
         track(step, run, parent, settings, record)
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
 
 
 def _plain_value(setting: Any) -> Any:
-    """Sections of the config as plain values, the same however KFP passed them."""
+    """Sections of the config as plain values."""
     if isinstance(setting, BaseModel):
         return setting.model_dump(mode="json")
     if isinstance(setting, list):
@@ -93,9 +98,14 @@ def _plain_value(setting: Any) -> Any:
 
 def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
     """What a step's result depends on; the same key means that a committed result may be taken."""
-    digest = parent.digest if parent else None
-    parts = {"version": __version__, "step": step.name, "parent": digest, "settings": settings}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    parts = {
+        "version": __version__,
+        "step": step.name,
+        "parent": parent.digest if parent else None,
+        "settings": settings,
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _timed_work(execution: Execution, folder: Path) -> Metadata:
@@ -128,17 +138,23 @@ def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
         # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
         assert parent is not None
         params = metadata["scores"]["params"]
-        model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
+        model_id = parent.model_id
+        location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
     else:
         params = metadata["params"]
         tags = {"step": step.name, "params": params, "digest_of_parent": parent.digest if parent else ""}
         model_id, location = tracking.new_model(run, step.name, {"params": params}, tags)
-    digest = store.digest_of(store.publish(folder, location))
-    pointer = Pointer(location, digest, int(params), run_id=run.run_id, model_id=model_id, step=step.name)
-    if parent is None:
-        return dataclasses.replace(pointer, original_params=params)
-    return dataclasses.replace(
-        pointer, original_params=parent.original_params, parent_digest=parent.digest, gate=parent.gate
+    files = store.publish(folder, location)
+    return Pointer(
+        uri=location,
+        digest=store.digest_of(files),
+        params=int(params),
+        original_params=parent.original_params if parent else params,
+        parent_digest=parent.digest if parent else "",
+        run_id=run.run_id,
+        model_id=model_id,
+        gate=parent.gate if parent else {},
+        step=step.name,
     )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError, WorkError
@@ -21,7 +21,7 @@ THREADS = 8  # blocks at once
 
 REMAKE = "run the step that made this checkpoint again"
 
-Progress = Callable[[int], None]  # called with the number of bytes just moved, from several threads
+Progress = Callable[[int], object]  # called with the number of bytes just moved, from several threads
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def block_size(file: File, start: int) -> int:
 def digest_of(files: Iterable[File]) -> str:
     """`sha256:<hex>` over the files sorted by path; two folders with equal contents have equal digests."""
     rows = sorted([file.path, file.size, list(file.blocks)] for file in files)
+    # One spelling of each list, byte for byte.
     text = json.dumps(rows, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -85,6 +86,7 @@ def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
 def sha256_of(path: Path, start: int) -> str:
     """Hex sha256 of the block of a file that begins at `start`."""
     hasher = hashlib.sha256()
+    # Unbuffered: `chunks` reads at offsets of its own.
     with path.open("rb", buffering=0) as source:
         for data in chunks(source.fileno(), start, path.stat().st_size):
             hasher.update(data)
@@ -94,7 +96,8 @@ def sha256_of(path: Path, start: int) -> str:
 def dump_files(files: Iterable[File]) -> bytes:
     """The text of `ptl-files.json`."""
     rows = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
-    return json.dumps({"format": FORMAT, "block": BLOCK, "files": rows}, indent=1).encode()
+    listing = {"format": FORMAT, "block": BLOCK, "files": rows}
+    return json.dumps(listing, indent=1).encode()
 
 
 def load_files(text: bytes, name: str) -> tuple[File, ...]:
@@ -104,11 +107,13 @@ def load_files(text: bytes, name: str) -> tuple[File, ...]:
     """
     try:
         listing = json.loads(text)
+        # Other blocks have other digests: an old list cannot be compared with files.
         if (listing["format"], listing["block"]) != (FORMAT, BLOCK):
             raise ValueError(f"format {listing['format']} is not the one of this version of ptl, {FORMAT}")
         files = tuple(_file(row) for row in listing["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
+    # Others may have written the list: a reader must not leave the folder, nor wait for blocks that never come.
     for file in files:
         if not is_inside(file.path):
             problem = f"{FILES} names {file.path!r}, which is outside of the checkpoint"
@@ -116,7 +121,8 @@ def load_files(text: bytes, name: str) -> tuple[File, ...]:
         if file.size < 0 or len(file.blocks) != len(starts(file.size)):
             problem = f"{FILES} has {len(file.blocks)} digests for {file.size} bytes"
             raise WorkError(problem, field=name, remedy="refused")
-    if len({file.path for file in files}) != len(files):
+    paths = {file.path for file in files}
+    if len(paths) != len(files):
         raise WorkError(f"{FILES} names a file twice", field=name, remedy="refused")
     return files
 
@@ -130,12 +136,13 @@ def is_inside(path: str) -> bool:
     """Whether a path from a manifest is a plain relative one: no `..`, no root, no backslash, nothing to normalize."""
     if path == FILES or "\\" in path or "\0" in path:
         return False
-    plain_parts = all(part not in ("", ".", "..") for part in path.split("/"))
-    return plain_parts and PurePosixPath(path).as_posix() == path
+    # An absolute path begins with an empty part, and a doubled slash is one.
+    return all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def verify(folder: Path, files: tuple[File, ...], name: str, on_progress: Progress) -> None:
     """Compare a folder with its list: every file, none else, no symlinks, equal sizes and blocks; else WorkError."""
+    # What is cheap to see comes first: names and sizes, before any byte is read.
     _verify_names(folder, files, name)
     for file in files:
         path = folder / file.path
@@ -151,9 +158,11 @@ def verify(folder: Path, files: tuple[File, ...], name: str, on_progress: Progre
         on_progress(block_size(file, start))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        verifications = [pool.submit(verify_block, file, start) for file in files for start in starts(file.size)]
-        for verification in verifications:
-            verification.result()
+        blocks = []
+        for file in files:
+            blocks += [pool.submit(verify_block, file, start) for start in starts(file.size)]
+        for block in blocks:
+            block.result()
 
 
 def _verify_names(folder: Path, files: tuple[File, ...], name: str) -> None:

@@ -28,17 +28,18 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
         problem = f"{location} already holds a checkpoint"
         raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
     bucket, prefix = split(location)
+    sizes = {path: (folder / path).stat().st_size for path in paths}
+    blocks = {}
+    # Two threads hash as fast as a network takes the files.
     with explained(location), ThreadPoolExecutor(2) as hashing:
-        sizes = {}
-        blocks = {}
-        for path in paths:
-            sizes[path] = (folder / path).stat().st_size
-            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(sizes[path])]
+        for path, size in sizes.items():
+            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
         _upload(folder, bucket, prefix, paths, on_progress)
         files = []
-        for path in paths:
+        for path, size in sizes.items():
             digests = tuple(block.result() for block in blocks[path])
-            files.append(File(path, sizes[path], digests))
+            files.append(File(path, size, digests))
+        # Last: where the list is, all files are.
         client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
     return tuple(files)
 

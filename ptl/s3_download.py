@@ -43,8 +43,7 @@ def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_prog
                 out = opened.enter_context(FileIO(path, "x+"))
                 download = _Download(uri, name, file, out)
                 # An empty file has one block too, so that it is missed when it was deleted.
-                for start in starts(file.size):
-                    blocks.append(pool.submit(_get_block, download, start, on_progress))
+                blocks += [pool.submit(_get_block, download, start, on_progress) for start in starts(file.size)]
             for block in blocks:
                 block.result()
         except BaseException:
@@ -53,25 +52,24 @@ def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_prog
 
 
 def _get_block(download: _Download, start: int, on_progress: Progress) -> None:
-    """Write one block of an object to its location in the file; one that arrives wrong is fetched once more."""
-    try:
-        _receive_verified(download, start)
-    except WorkError:
-        _receive_verified(download, start)
-    on_progress(block_size(download.file, start))
-
-
-def _receive_verified(download: _Download, start: int) -> None:
-    """Raises WorkError where the bytes are not those that were published."""
+    """Write one block of an object to its location in the file. Raises WorkError for bytes that were not published."""
     file = download.file
-    if _receive(download, start) != file.blocks[start // BLOCK]:
+    expected = file.blocks[start // BLOCK]
+    try:
+        digest = _receive(download, start)
+    except WorkError:
+        digest = ""
+    # A byte may have changed on its way: a block that arrives wrong is fetched once more.
+    if digest != expected and _receive(download, start) != expected:
         raise wrong_digest(download.name, file)
+    on_progress(block_size(file, start))
 
 
 def _receive(download: _Download, start: int) -> str:
     """Hex sha256 of the block at `start`, written to the file; a stream that ends early is continued where it ended."""
     file = download.file
     hasher = hashlib.sha256()
+    # [start, offset) has been received, [offset, stop) has not.
     offset, stop = start, start + block_size(file, start)
     failures = 0  # streams in a row that brought nothing
     while True:
@@ -87,6 +85,7 @@ def _receive(download: _Download, start: int) -> str:
                     offset += len(data)
         except broken_stream() as error:
             broken = error
+        # Before the stream's error: what broke after the last byte does not matter.
         if offset == stop:
             return hasher.hexdigest()
         failures = 0 if offset > before else failures + 1
@@ -103,16 +102,17 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
 
     name, file = download.name, download.file
     bucket, prefix = split(download.uri)
-    request: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
-    # An empty file is asked for without a range, which would be refused.
-    byte_range = {"Range": f"bytes={start}-{stop - 1}"} if file.size else {}
+    location: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
+    request = dict(location)
+    if file.size:  # a range of an empty file would be refused
+        request["Range"] = f"bytes={start}-{stop - 1}"
     try:
-        answer = client().get_object(**request, **byte_range)
+        answer = client().get_object(**request)
     except ClientError as error:
         if is_missing(error):
             raise deleted(name, file) from error
         if code(error) in ("InvalidRange", "416"):
-            size = client().head_object(**request)["ContentLength"]
+            size = client().head_object(**location)["ContentLength"]
             raise wrong_size(name, file, size) from error
         raise
     first, size = _sent_range(answer)

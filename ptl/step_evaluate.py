@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl import gate, takeover
 from ptl.call import Call, Metadata, passes_through, write_pointer
-from ptl.config import Evaluate, Gate, Prune, check
+from ptl.config import Evaluate, Gate, Prune
 from ptl.execution import execute
 from ptl.final_speed import beside_dense
 from ptl.machine import limit_threads
@@ -26,9 +26,10 @@ def evaluate(call: Call) -> None:
         return
     step, seed = call.step, call.settings["seed"]
     candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
-    settings = check(Evaluate, call.settings["evaluate"], "evaluate")
+    settings = call.section(Evaluate, "evaluate")
     loop = _loop_settings(call)
     if step.arm == "loop" and step.iteration:
+        # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(loop.gate, compiled=fallback is not None)
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
@@ -37,7 +38,9 @@ def evaluate(call: Call) -> None:
         scores = _scores(src, dst, run, content_key, settings, loop.gate, seed)
         trial = Trial(step, run, loop, candidate, fallback)
         verdict, accepted = decide(trial, dst)
-        speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
+        speed: Metadata = {}
+        if trial.ends_the_loop(accepted):
+            speed = beside_dense(step, run, accepted, settings, seed)
         return {
             "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
@@ -49,6 +52,7 @@ def evaluate(call: Call) -> None:
             takeover.KEY: content_key,
         }
 
+    # All that the verdict depends on, beside the candidate.
     key_settings = {
         "evaluate": settings,
         "gate": loop.gate,
@@ -71,8 +75,8 @@ def _loop_settings(call: Call) -> LoopSettings:
     return LoopSettings(
         settings["iterations"],
         settings["target"],
-        check(Prune, settings["prune"], "prune"),
-        check(Gate, settings["gate"], "gate"),
+        call.section(Prune, "prune"),
+        call.section(Gate, "gate"),
         settings["registered_model"],
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl import __version__, attempts, gate, provenance, run_page
 from ptl.call import Call, Metadata, write_pointer
-from ptl.config import Calibration, Evaluate, Gate, Prune, TrainingData, check
+from ptl.config import Calibration, Evaluate, Gate, Prune, TrainingData
 from ptl.execution import execute
 from ptl.run_status import StepRun
 from ptl.step_metrics import flat_settings
@@ -19,13 +19,15 @@ def import_model(call: Call) -> None:
     from ptl import importer
 
     settings = call.settings
-    gate_settings = check(Gate, settings["gate"], "gate")
+    # What waits for what was compiled: a run parameter cannot switch the gate.
+    gate_settings = call.section(Gate, "gate")
     gate.check_structure(gate_settings, settings["gated"])
     schedule = schedule_of(call)
-    pruning = check(Prune, settings["prune"], "prune")
-    calibration = check(Calibration, settings["calibration"], "calibration")
-    training = check(TrainingData, settings["training"], "training")
-    evaluation = check(Evaluate, settings["evaluate"], "evaluate")
+    pruning = call.section(Prune, "prune")
+    calibration = call.section(Calibration, "calibration")
+    training = call.section(TrainingData, "training")
+    evaluation = call.section(Evaluate, "evaluate")
+
     path, revision = settings["model"], settings["revision"]
     folder, dimensions = importer.preflight(
         path, revision or None, schedule, pruning, calibration, training, evaluation
@@ -46,11 +48,13 @@ def import_model(call: Call) -> None:
         data_sets = provenance.data_sets(calibration, training, evaluation)
         run_page.describe(run, flat_settings(params), provenance.revision(), data_sets)
 
+        # From the folder that was checked: on the hub the model may have changed since.
         importer.import_checkpoint(str(folder), None, dst)
         versions, host = _versions(), platform.node()
         return {**source, "params": dimensions.params, "versions": versions, "host": host}
 
     source = {"model": path, "revision": revision}
+    # On one machine the pipeline run has its name already.
     title = settings["run_name"] if attempts.on_a_cluster() else None
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])

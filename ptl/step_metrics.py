@@ -13,32 +13,40 @@ ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
     """Nested settings as dotted names, as MLflow shows parameters; what is unset is left out."""
+    if settings is None:
+        return {}
     if isinstance(settings, dict):
         entries: Any = settings.items()
+    # A list of sections has an index in the name; a list of plain values is one parameter.
     elif isinstance(settings, list) and any(isinstance(entry, dict) for entry in settings):
         entries = enumerate(settings)
-    elif settings is None:
-        return {}
     else:
         return {name: settings}
     dotted: dict[str, Any] = {}
     for key, value in entries:
-        dotted |= flat_settings(value, f"{name}.{key}" if name else str(key))
+        inner_name = f"{name}.{key}" if name else str(key)
+        dotted |= flat_settings(value, inner_name)
     return dotted
 
 
 def metrics(metadata: Metadata) -> dict[str, float]:
     """The numbers of a step's metadata that MLflow shows."""
-    numbers = {name: value for name, value in metadata.items() if isinstance(value, int | float)}
-    for name in NOT_METRICS:
-        numbers.pop(name, None)
-    if "scores" in metadata:
-        scores = metadata["scores"]
-        numbers |= {name: scores[name] for name in COSTS}
-        for task in scores["tasks"]:
-            numbers |= {f"{task['task']}/{name}": value for name, value in accuracy(task).items()}
-        numbers["accuracy"] = scores["tasks"][0]["accuracy"]
-    return {name: float(value) for name, value in numbers.items()}
+    numbers = {}
+    for name, value in metadata.items():
+        if isinstance(value, int | float) and name not in NOT_METRICS:
+            numbers[name] = float(value)
+    if "scores" not in metadata:
+        return numbers
+    # Of an evaluation: what the model costs, and each benchmark under its name.
+    scores = metadata["scores"]
+    for name in COSTS:
+        numbers[name] = float(scores[name])
+    for task in scores["tasks"]:
+        for name, value in accuracy(task).items():
+            numbers[f"{task['task']}/{name}"] = float(value)
+    # The first benchmark is the run's accuracy.
+    numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
+    return numbers
 
 
 def accuracy(task: Metadata) -> dict[str, float]:
@@ -49,16 +57,18 @@ def accuracy(task: Metadata) -> dict[str, float]:
 def kubeflow_metrics(metadata: Metadata) -> Metadata:
     """What Kubeflow's table of a run's metrics has of an evaluation."""
     scores = metadata["scores"]
+    first = accuracy(scores["tasks"][0])
     decision = metadata["verdict"]["decision"]
-    return {**accuracy(scores["tasks"][0]), "params": scores["params"], "verdict": decision}
+    return {**first, "params": scores["params"], "verdict": decision}
 
 
 def summary(metadata: Metadata) -> str:
     """What a step has done, for its last line in the log."""
     if metadata["stage"] == "evaluate":
         first = metadata["scores"]["tasks"][0]
+        score = f"{first['metric']} {first['accuracy']:.3f}"
         decision = metadata["verdict"]["decision"]
-        return f"{first['metric']} {first['accuracy']:.3f} on {first['items']} items, {decision}"
+        return f"{score} on {first['items']} items, {decision}"
     if metadata["stage"] == "recover":
         return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
     return f"{metadata['params']:,} parameters"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl import gate, takeover
 from ptl.call import Call, Metadata, passes_through, write_pointer
-from ptl.config import Calibration, Prune, check, removal
+from ptl.config import Calibration, Prune, removal
 from ptl.execution import execute
 from ptl.machine import limit_threads
 from ptl.run_status import StepRun
@@ -19,13 +19,14 @@ def prune(call: Call) -> None:
     if passes_through(call, "out"):
         return
     parent, seed = call.inputs["model"], call.settings["seed"]
-    pruning = check(Prune, call.settings["prune"], "prune")
-    calibration = check(Calibration, call.settings["calibration"], "calibration")
+    pruning = call.section(Prune, "prune")
+    calibration = call.section(Calibration, "calibration")
     iteration = iterations_until(call, pruning)[-1]
 
     # Parameters to end with: as planned, but a rejection may have halved the step.
-    removed_at_end = removal(parent.original_params, schedule_of(call).target)
-    planned_goal = parent.original_params - int(iteration.progress * removed_at_end)
+    original_params = parent.original_params
+    removed_at_end = removal(original_params, schedule_of(call).target)
+    planned_goal = original_params - int(iteration.progress * removed_at_end)
     goal = gate.goal(parent.params, planned_goal, parent.gate)
 
     def work(src: Path, dst: Path, _run: StepRun) -> Metadata:
@@ -35,7 +36,14 @@ def prune(call: Call) -> None:
         report = prune_checkpoint(src, dst, pruning, calibration, unit=iteration.unit, goal=goal, seed=seed)
         return dataclasses.asdict(report)
 
-    settings = {"goal": goal, "unit": iteration.unit, "prune": pruning, "calibration": calibration, "seed": seed}
+    # All that the result depends on, beside the parent.
+    settings = {
+        "goal": goal,
+        "unit": iteration.unit,
+        "prune": pruning,
+        "calibration": calibration,
+        "seed": seed,
+    }
     content_key = takeover.key(parent.digest, settings)
     record = execute(call.step, parent, settings, work, content_key=content_key)
     write_pointer(call.outputs["out"], record["pointer"])

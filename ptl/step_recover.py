@@ -28,11 +28,15 @@ def recover(call: Call) -> None:
     if passes_through(call, "out"):
         return
     step, parent, seed = call.step, call.inputs["model"], call.settings["seed"]
+    # What is pruned does not matter for the tokens.
     iterations = iterations_until(call, Prune())
     iteration = iterations[-1]
+    tokens = [earlier.tokens for earlier in iterations]
     weights = _weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
-    data = check(TrainingData, call.settings["training"], "training")
+    data = call.section(TrainingData, "training")
+
+    # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
         "weights": list(weights),
@@ -51,20 +55,20 @@ def recover(call: Call) -> None:
         tracking.tag(run, {"tokens": iteration.tokens})
         limit_threads(parent.params)
         budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
-        job = RecoveryJob(
-            data,
-            budget,
-            scratch(step.name) / f"training-{training_key[:12]}",
-            _reporter(run, iteration.tokens),
-            _teacher(run, recovery),
-            vault,
-            fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,
-        )
-        report = recover_checkpoint(src, dst, recovery, [earlier.tokens for earlier in iterations], job)
-        return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
+        # Named by what the training depends on: with other settings it starts anew.
+        training_folder = scratch(step.name) / f"training-{training_key[:12]}"
+        on_log = _reporter(run, iteration.tokens)
+        teacher = _teacher(run, recovery)
+        # The items of the benchmarks, which the training data must not have.
+        scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None
+        job = RecoveryJob(data, budget, training_folder, on_log, teacher, vault, scored)
+        report = recover_checkpoint(src, dst, recovery, tokens, job)
+        decontaminated = _decontaminated(step.name, report)
+        return {"params": parent.params, **dataclasses.asdict(report), **decontaminated}
 
     content_key = takeover.key(parent.digest, settings)
     record = execute(step, parent, settings, work, content_key=content_key)
+    # Committed: nothing resumes this training any more.
     if vault is not None:
         preempt.clear(vault, len(recovery.stages))
     write_pointer(call.outputs["out"], record["pointer"])
@@ -82,6 +86,7 @@ def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
         return None
+    # One interval for all stages: the shortest that any of them asks for.
     run = step.start()
     return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
 
@@ -90,6 +95,7 @@ def _reporter(run: StepRun, tokens: int) -> Callable[[dict[str, float], int], No
     """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a line."""
 
     def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
+        # A group of their own beside the metrics of the step's result.
         train_metrics = {f"train/{name}": value for name, value in metrics.items()}
         tracking.log_metrics(run, train_metrics, optimizer_step)
         line = _progress(metrics, tokens)
@@ -102,10 +108,13 @@ def _reporter(run: StepRun, tokens: int) -> Callable[[dict[str, float], int], No
 def _progress(metrics: dict[str, float], tokens: int) -> str:
     """The line of progress for one log of a training; empty where there is nothing to say."""
     if "reward" in metrics:
-        return f"reward {metrics['reward']:.3f}, answers of {metrics['completions/mean_length']:.0f} tokens"
-    if "loss" in metrics and "num_input_tokens_seen" in metrics:
-        return f"{metrics['num_input_tokens_seen']:,.0f} of {tokens:,} tokens, loss {metrics['loss']:.4f}"
-    return ""
+        reward, length = metrics["reward"], metrics["completions/mean_length"]
+        return f"reward {reward:.3f}, answers of {length:.0f} tokens"
+    # trl logs more than once a step; only some of the logs have both.
+    seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")
+    if seen is None or loss is None:
+        return ""
+    return f"{seen:,.0f} of {tokens:,} tokens, loss {loss:.4f}"
 
 
 def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
@@ -121,19 +130,19 @@ def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
 
 def _decontaminated(step: str, report: RecoverReport) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
+    # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
     counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
-    for stage_counts in counts:
-        say(step, decontaminate.sentence(stage_counts))
     if not counts:
         return {}
+    for stage_counts in counts:
+        say(step, decontaminate.sentence(stage_counts))
+    # Every stage compares its rows with the same items.
     most = decontaminate.most(counts)
-    not_compared = {benchmark for stage_counts in counts for benchmark in stage_counts["not_compared"]}
     return {
         "rows_compared": most["rows"],
         "rows_dropped": most["dropped"],
-        # The same items in every stage.
-        "benchmark_items": max(stage_counts["items"] for stage_counts in counts),
-        "benchmark_items_short": max(stage_counts["short"] for stage_counts in counts),
-        "not_compared": sorted(not_compared),
+        "benchmark_items": most["items"],
+        "benchmark_items_short": most["short"],
+        "not_compared": sorted(set(most["not_compared"])),
     }

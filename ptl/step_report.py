@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl import aliases, dag, gate, localfs, run_page, store, tracking
 from ptl.call import Call, Metadata, Record
-from ptl.config import Config, check
+from ptl.config import Config, Gate, check
 from ptl.inputs import fetch
 from ptl.log import say
 from ptl.machine import scratch
@@ -36,10 +36,10 @@ def report(call: Call) -> None:
         config = check(Config, _run_config(call.settings), "settings")
         records = _records(run, config)
         folder = scratch(call.step.name) / "report"
-        result = write_report(records, _report_settings(call, run, config), folder)
+        settings = _report_settings(call, run, config)
+        result = write_report(records, settings, folder)
         _log(run, config, result, folder)
-        for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
-            say(call.step.name, sentence)
+        _set_aliases(call, run, records, config.gate)
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
 
@@ -47,9 +47,12 @@ def report(call: Call) -> None:
 def _run_config(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
     config = dict(settings["settings"])
-    schedule = {name: settings[name] for name in FIELDS if name in settings}
     config["model"] = {"path": settings["model"], "revision": settings["revision"] or None}
-    config["schedule"] = {**config["schedule"], **schedule}
+    schedule = dict(config["schedule"])
+    for name in FIELDS:
+        if name in settings:
+            schedule[name] = settings[name]
+    config["schedule"] = schedule
     for section in SECTIONS:
         config[section] = settings[section]
     return config
@@ -64,8 +67,9 @@ def _records(run: StepRun, config: Config) -> dict[str, Record]:
         if dag.stage_of(node.name) in ("doctor", "report"):
             continue
         record = store.committed(run.root, run.run, node.name)
-        if record is None:
+        if record is None:  # of a control that failed: the run ends without it
             continue
+        # The report compares iterations item by item.
         if record["metadata"]["stage"] == "evaluate":
             record["metadata"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
         records[node.name] = record
@@ -74,16 +78,27 @@ def _records(run: StepRun, config: Config) -> dict[str, Record]:
 
 def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
     """What the pages show beside the records: the config, where MLflow has the run, and why a control failed."""
+    settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": ""}
     control = call.inputs.get("control")
-    reason = gate.State.load(control.gate).reason if control else ""
-    return {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": reason}
+    if control:
+        settings["control_failed"] = gate.State.load(control.gate).reason
+    return settings
 
 
 def _log(run: StepRun, config: Config, result: Any, folder: Path) -> None:
     """The pages and the result on the page of the pipeline run."""
     tracking.log_report(run, sorted(folder.iterdir()))
-    run_page.describe(run, flat_settings(config.model_dump(mode="json")))  # what import-model was not given
+    # import-model was not given all of the config.
+    params = flat_settings(config.model_dump(mode="json"))
+    run_page.describe(run, params)
     run_page.log_result(run, run_page.result_metrics(result))
+
+
+def _set_aliases(call: Call, run: StepRun, records: dict[str, Record], settings: Gate) -> None:
+    """Name the best and the smallest version in MLflow's registry."""
+    registered_model = call.settings["registered_model"]
+    for sentence in aliases.set_aliases(run, records, registered_model, settings):
+        say(call.step.name, sentence)
 
 
 def _copy_pages(call: Call, folder: Path) -> None:
@@ -93,7 +108,8 @@ def _copy_pages(call: Call, folder: Path) -> None:
     run_directory = os.environ.get("PTL_RUN_DIR")
     if run_directory:
         # result.json last: where it is, all other files are.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
+        pages = sorted(folder.iterdir(), key=lambda path: path.name == "result.json")
+        for path in pages:
             localfs.replace(Path(run_directory, path.name), path.read_bytes())
 
 
@@ -103,5 +119,6 @@ def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
     record = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
     store.commit(run.root, run.run, call.step.name, record)
-    metrics = {name: result["final"][name] for name in ("share_removed", "params")}
+    result_of_final = result["final"]
+    metrics = {"share_removed": result_of_final["share_removed"], "params": result_of_final["params"]}
     tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)

@@ -6,21 +6,27 @@ from ptl.call import Call
 from ptl.config import Iteration, Prune, Schedule, check, plan
 from ptl.errors import InputError
 
+# Of the schedule, what may be among a step's settings.
 FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
-NOT_GIVEN = {"target": 0.5, "recovery_tokens": 0}  # for the fields that have no default; a step reads what it is given
+# For the fields that have no default: a step reads only those that it is given.
+UNUSED = {"target": 0.5, "recovery_tokens": 0}
 
 
 def schedule_of(call: Call) -> Schedule:
     """The schedule among a step's settings, checked. Raises InputError."""
-    settings = {name: call.settings[name] for name in FIELDS if name in call.settings}
-    return check(Schedule, NOT_GIVEN | settings, "schedule")
+    settings = dict(UNUSED)
+    for name in FIELDS:
+        if name in call.settings:
+            settings[name] = call.settings[name]
+    return check(Schedule, settings, "schedule")
 
 
 def iterations_until(call: Call, prune: Prune) -> list[Iteration]:
     """The plan of a run, from its first iteration to that of the step. Raises InputError for one outside of it."""
     iterations = plan(schedule_of(call), prune)
     index = call.step.iteration
-    if not 1 <= index <= len(iterations):
-        problem = f"{index} is outside 1..{len(iterations)}, the iterations of this schedule"
+    last = len(iterations)
+    if not 1 <= index <= last:
+        problem = f"{index} is outside 1..{last}, the iterations of this schedule"
         raise InputError(problem, field="iteration")
     return iterations[:index]

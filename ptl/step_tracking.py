@@ -31,8 +31,10 @@ def begin(run: StepRun) -> None:
     try:
         attempt = attempts.claim(run.root, run.run, run.step)
     except attempts.NoAttemptLeftError as error:
-        reason = tracking.error_of(run)
-        problem = f"{error.problem}; the last one failed: {reason}" if reason else error.problem
+        # Whoever reads this looks for why, not for how often.
+        problem, reason = error.problem, tracking.error_of(run)
+        if reason:
+            problem += f"; the last one failed: {reason}"
         raise attempts.NoAttemptLeftError(problem, remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
     say(run.step, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
@@ -50,6 +52,7 @@ def track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, 
         output=None if evaluated else record["pointer"]["model_id"],
         step=step.iteration,
     )
+    # An evaluation makes no model; its scores belong to the run's own page too.
     if evaluated:
         _track_evaluation(step, run, metadata)
 
@@ -60,6 +63,7 @@ def _track_evaluation(step: Step, run: StepRun, metadata: Metadata) -> None:
     first = scores["tasks"][0]
     tracking.log_progress(run, scores["params"], first["accuracy"], low=first["low"], high=first["high"])
     if step.iteration == 0:
+        # Known from the start on, beside which the page shows the final model at the end.
         run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
     tags = {"verdict": metadata["verdict"]["decision"]}
     state = metadata["accepted"]["gate"]

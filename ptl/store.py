@@ -18,6 +18,7 @@ from ptl.manifest import digest_of as digest_of
 
 FORMAT = 1  # of a record
 T = TypeVar("T")
+Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -57,12 +58,14 @@ def pointer_of(mapping: Any) -> Pointer:
     """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
     if not isinstance(mapping, dict):
         raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
+    # Annotations are strings here.
     types = {"str": str, "int": int, "dict[str, Any]": dict}
     known = {pointer_field.name: types[str(pointer_field.type)] for pointer_field in fields(Pointer)}
     for name, value in mapping.items():
         if name not in known:
             remedy = "this pointer was not written by this version of ptl"
             raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
+        # True is an int for Python, and never one in a pointer.
         if not isinstance(value, known[name]) or isinstance(value, bool):
             raise InputError(f"{value!r} must be {known[name].__name__}", field=f"pointer.{name}")
     for name in ("uri", "digest"):
@@ -100,6 +103,7 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
         name += f" of run {pointer.run_id}"
     uri = pointer.uri.rstrip("/")
     files = _twice(lambda: _listed_files(pointer, uri, name))
+    # By the digest: whatever names the same files finds them.
     target = Path(cache) / pointer.digest.removeprefix("sha256:")
     total = sum(file.size for file in files)
     with _bar("fetch", total, on_progress) as progress:
@@ -123,7 +127,7 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> tuple[File, ...]:
     return files
 
 
-def commit(root: str, run: str, step: str, record: dict[str, Any]) -> dict[str, Any]:
+def commit(root: str, run: str, step: str, record: Record) -> Record:
     """Write a step's record, unless there is one: returns the record that stays, ours or the earlier writer's.
 
     The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
@@ -132,17 +136,18 @@ def commit(root: str, run: str, step: str, record: dict[str, Any]) -> dict[str, 
     record = {**record, "format": FORMAT, "step": step}
     sealed = {**record, "sha256": _seal(record)}
     uri = _manifest(root, run, step)
-    kept_data = _backend(root).put_once(uri, json.dumps(sealed, indent=1).encode())
-    kept = _load_record(kept_data, uri, step)
+    # One atomic write decides: of two processes that did the step, both continue with the same record.
+    data = _backend(root).put_once(uri, json.dumps(sealed, indent=1).encode())
+    kept = _load_record(data, uri, step)
     _check_key(kept, record["key"], run, uri)
     return kept
 
 
-def committed(root: str, run: str, step: str, key: str | None = None) -> dict[str, Any] | None:
+def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
     """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
     uri = _manifest(root, run, step)
 
-    def read_record() -> dict[str, Any] | None:
+    def read_record() -> Record | None:
         data = _backend(root).read(uri)
         return None if data is None else _load_record(data, uri, step)
 
@@ -154,7 +159,7 @@ def committed(root: str, run: str, step: str, key: str | None = None) -> dict[st
 
 def claim(root: str, run: str, name: str, value: str) -> str:
     """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
-    uri = f"{root.rstrip('/')}/{_checked_name('run', run)}/{_checked_name('name', name)}.claim"
+    uri = f"{_run_folder(root, run)}/{_checked_name('name', name)}.claim"
     first: bytes = _backend(root).put_once(uri, value.encode())
     return first.decode()
 
@@ -218,16 +223,22 @@ def _backend(uri: str) -> ModuleType:
 
 def _manifest(root: str, run: str, step: str) -> str:
     """The URI of a step's record."""
-    return f"{root.rstrip('/')}/{_checked_name('run', run)}/{_checked_name('step', step)}/manifest.json"
+    return f"{_run_folder(root, run)}/{_checked_name('step', step)}/manifest.json"
+
+
+def _run_folder(root: str, run: str) -> str:
+    """Where the records of a run are."""
+    return f"{root.rstrip('/')}/{_checked_name('run', run)}"
 
 
 def _checked_name(kind: str, name: str) -> str:
+    """The name, which may come from a user: it must not lead out of the root."""
     if not is_name(name):
         raise InputError(f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind)
     return name
 
 
-def _load_record(data: bytes, uri: str, step: str) -> dict[str, Any]:
+def _load_record(data: bytes, uri: str, step: str) -> Record:
     """A record from its bytes; what cannot be trusted is a WorkError."""
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
@@ -236,6 +247,7 @@ def _load_record(data: bytes, uri: str, step: str) -> dict[str, Any]:
         if seal != _seal(record):
             problem = "digest differs: its bytes are not the ones that were committed"
             raise WorkError(problem, field=uri, remedy=remedy)
+        # An intact record may still be one of another version, or copied from another step.
         if record["format"] != FORMAT or record["step"] != step or not isinstance(record["key"], str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
         pointer_of(record["pointer"])
@@ -244,12 +256,12 @@ def _load_record(data: bytes, uri: str, step: str) -> dict[str, Any]:
     return record
 
 
-def _seal(record: dict[str, Any]) -> str:
+def _seal(record: Record) -> str:
     """Hex sha256 over a record: a changed byte shows."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _check_key(record: dict[str, Any], key: str, run: str, uri: str) -> None:
+def _check_key(record: Record, key: str, run: str, uri: str) -> None:
     if record["key"] != key:
         problem = (
             f"step {record['step']} belongs to another run: it was committed with other settings, another model or "
@@ -276,8 +288,4 @@ def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progr
 
     # disable=None: a bar on a terminal, nothing in a pod's log.
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
+        yield bar.update

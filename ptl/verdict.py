@@ -10,7 +10,6 @@ from ptl import checkpoint, gate, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.call import Metadata, Record, Step
 from ptl.config import Gate, Prune, Schedule, plan, removal
-from ptl.errors import WorkError
 from ptl.families import family_of
 from ptl.inputs import fetch
 from ptl.run_status import StepRun
@@ -51,9 +50,10 @@ class Trial:
 
     def ends_the_loop(self, accepted: Pointer) -> bool:
         """Whether the checkpoint that this verdict continues with is the run's final one."""
-        if self.step.arm == "control" or self.step.iteration == 0:
+        iteration = self.step.iteration
+        if self.step.arm == "control" or iteration == 0:
             return False
-        return self.step.iteration == self.loop.iterations or gate.State.load(accepted.gate).stopped
+        return iteration == self.loop.iterations or gate.State.load(accepted.gate).stopped
 
 
 def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
@@ -62,33 +62,35 @@ def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
         return {"decision": "baseline", "reason": ""}, trial.candidate
     if trial.step.arm == "control":
         # Registered as the loop's are: whether it takes an alias is decided by its score.
-        return {"decision": "control", "reason": ""}, _register(trial, trial.candidate, {"arm": "control"})
+        accepted = _register(trial, {"arm": "control"})
+        return {"decision": "control", "reason": ""}, accepted
     decision = _gate_decision(trial, scored)
     state = decision.state
     if state.stopped:
+        # The steps that follow say this when they pass their input through.
         reason = f"the loop ended in iteration {trial.step.iteration}: {state.reason}"
         state = dataclasses.replace(state, reason=reason)
+    accepted = trial.fallback or trial.candidate
     if decision.keep == "candidate":
-        accepted = dataclasses.replace(trial.candidate, gate=state.dump())
-        accepted = _register(trial, accepted, {})
-    else:
-        accepted = dataclasses.replace(trial.fallback or trial.candidate, gate=state.dump())
+        accepted = _register(trial, {})
+    accepted = dataclasses.replace(accepted, gate=state.dump())
     verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
     return verdict, accepted
 
 
-def _register(trial: Trial, accepted: Pointer, tags: dict[str, str]) -> Pointer:
-    """The pointer with the version that the candidate has in MLflow's registry."""
+def _register(trial: Trial, tags: dict[str, str]) -> Pointer:
+    """The candidate with the version that it has in MLflow's registry."""
     candidate = trial.candidate
     own_tags = {"step": trial.step.name, "params": candidate.params}
     version = tracking.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
-    return dataclasses.replace(accepted, model_version=version)
+    return dataclasses.replace(candidate, model_version=version)
 
 
 def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
     loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
-    target_params = candidate.original_params - removal(candidate.original_params, loop.target)
+    original_params = candidate.original_params
+    target_params = original_params - removal(original_params, loop.target)
     if fallback is None:
         # The next iteration has begun already.
         state = gate.State.load(candidate.gate)
@@ -97,6 +99,7 @@ def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
 
     items = read_items(scored)
     dense_record, parent_record = _references(trial, fallback)
+    next_unit = loop.next_unit(trial.step.iteration)
     return gate.decide(
         loop.gate,
         gate.State.load(fallback.gate),
@@ -105,7 +108,7 @@ def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
         target_params=target_params,
         baseline=_compare(dense_record, items, loop.gate),
         parent=_compare(parent_record, items, loop.gate),
-        smallest_cut=_smallest_cut(parent_record, loop.next_unit(trial.step.iteration)),
+        smallest_cut=_smallest_cut(parent_record, next_unit),
     )
 
 
@@ -114,10 +117,9 @@ def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
     run = trial.run
     records = [store.committed(run.root, run.run, f"evaluate-{index}") for index in range(trial.step.iteration)]
     evaluations = [record for record in records if record is not None]
-    for record in evaluations:
-        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
-            return evaluations[0], record
-    raise WorkError(f"run {run.run}: no evaluation of {fallback.uri} is recorded", remedy="start a new run")
+    # Every checkpoint that a loop continues with was evaluated before.
+    parents = [record for record in evaluations if record["metadata"]["checkpoint"]["digest"] == fallback.digest]
+    return evaluations[0], parents[0]
 
 
 def _compare(reference: Record, items: list[dict[str, Any]], settings: Gate) -> gate.Paired:
