@@ -16,7 +16,7 @@ from ptl import gate, store, tracking
 from ptl.call import Record
 from ptl.config import Gate
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.inputs import fetch
+from ptl.inputs import fetch_items
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
@@ -46,7 +46,8 @@ class Candidate:
 
     def describe(self) -> str:
         """For a sentence."""
-        return f"version {self.version} ({self.step}: {self.accuracy:.1%}, {self.params:,} parameters)"
+        scores = f"{self.accuracy:.1%}, {self.params:,} parameters"
+        return f"version {self.version} ({self.step}: {scores})"
 
 
 def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str, settings: Gate) -> list[str]:
@@ -60,16 +61,26 @@ def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str,
     if not candidates:
         return sentences
     # Of equal ones the smaller is the best, and of equally small ones the better is the smallest.
-    best = max(candidates, key=lambda candidate: (candidate.accuracy, -candidate.params))
-    smallest = min(candidates, key=lambda candidate: (candidate.params, -candidate.accuracy))
+    best = max(candidates, key=_accuracy_then_size)
+    smallest = min(candidates, key=_size_then_accuracy)
     sentences.append(_move(scored, "best", best))
     sentences.append(_move(scored, "smallest", smallest))
     return sentences
 
 
+def _accuracy_then_size(candidate: Candidate) -> tuple[float, int]:
+    return candidate.accuracy, -candidate.params
+
+
+def _size_then_accuracy(candidate: Candidate) -> tuple[int, float]:
+    return candidate.params, -candidate.accuracy
+
+
 def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
     """The registered checkpoints of a run that may have an alias; sentences about the others."""
-    candidates, sentences, worse = [], [], []
+    candidates = []
+    sentences = []
+    worse = []  # not shown as good as the dense model
     for step, record in scored.records.items():
         if not _is_registered(record):
             continue
@@ -89,9 +100,11 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
             candidates.append(candidate)
         else:
             worse.append(f"{candidate.version} ({step}: {candidate.accuracy:.1%})")
+    # One sentence for all of them: in a run without the gate there may be many.
     if worse:
         plural = "s" if len(worse) > 1 else ""
-        sentences.append(f"no alias for version{plural} {', '.join(worse)}: not shown as good as the dense model")
+        versions = ", ".join(worse)
+        sentences.append(f"no alias for version{plural} {versions}: not shown as good as the dense model")
     return candidates, sentences
 
 
@@ -129,7 +142,8 @@ def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
                 return f"{name}: {candidate.describe()}"
             reason = _reason_to_stay(scored, alias, candidate, holder)
             if reason:
-                return f"{name}: stays at version {holder.version}; {candidate.describe()} {reason}"
+                stays = f"{name}: stays at version {holder.version}"
+                return f"{stays}; {candidate.describe()} {reason}"
         # Another run may have moved it while this one was compared with its holder.
         compared, holder = holder, _holder(registered_model, alias)
         if (compared and compared.version) == (holder and holder.version):
@@ -160,16 +174,19 @@ def _reason_to_stay(scored: ScoredRun, alias: str, candidate: Candidate, holder:
         pair = _paired(reference, candidate.record, scored.gate)
     except (PtlError, OSError) as error:
         return f"cannot be compared with it: {error}; {by_hand}"
-    smaller = candidate.params < own["metadata"]["scores"]["params"]
+    holder_params = own["metadata"]["scores"]["params"]
+    smaller = candidate.params < holder_params
     if alias == "best":
         # A claim on `best` is a higher score, or the same one with fewer parameters.
-        if pair.difference < 0 or (pair.difference == 0 and not smaller):
+        better = pair.difference > 0 or (pair.difference == 0 and smaller)
+        if not better:
             return f"is not better: {gate.describe(pair)}"
         proven = pair.verdict == "not inferior"
         model = "it"
     else:
         if not smaller:
             return "is not smaller"
+        # The gate would accept it against the dense model of the holder's run.
         proven = _acceptable(pair, scored.gate)
         model = f"the dense model of its run {holder.tags['ptl.run']}"
     if proven:
@@ -182,9 +199,8 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
 
     Raises PtlError or OSError where they cannot be read.
     """
-    from ptl.evaluate import read_items
-
-    root, run = holder.tags.get("ptl.root"), holder.tags.get("ptl.run")
+    root = holder.tags.get("ptl.root")
+    run = holder.tags.get("ptl.run")
     if not root or not run or not step:
         # Somebody has registered it by hand.
         problem = f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
@@ -193,8 +209,9 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
         return scored.records[step]
     record = store.committed(root, run, step)
     if record is None:
-        raise WorkError(f"{root} has no record of {step} of run {run}, which scored version {holder.version}")
-    record["metadata"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
+        problem = f"{root} has no record of {step} of run {run}, which scored version {holder.version}"
+        raise WorkError(problem)
+    record["metadata"]["items"] = fetch_items(record)
     return record
 
 

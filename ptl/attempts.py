@@ -64,6 +64,7 @@ def claim(root: str, run: str, step: str) -> int:
 
     A launch begins when somebody starts or retries the run; Argo's further pods continue it. Raises NoAttemptLeftError.
     """
+    # Counted in the store: pods share nothing else, and a step's own process may die at any moment.
     launch, earlier = _claim_next(root, run, step)
     number = earlier.count(launch) + 1
     allowed = policy().attempts
@@ -82,6 +83,7 @@ def _claim_next(root: str, run: str, step: str) -> tuple[str | None, list[str | 
     own_launch = _launch()
     attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
     earlier: list[str | None] = []
+    # Numbers are claimed in order, each by one attempt: of two that begin together one gets the next number.
     while True:
         name = f"{step}.attempt-{len(earlier) + 1}"
         winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
@@ -103,6 +105,7 @@ def _launch() -> str | None:
     retry_index = os.environ.get("KFP_RETRY_INDEX") or 0
     node = os.environ.get("PTL_ARGO_NODE") or f"({retry_index})"
     levels = node.split("(")[1:]
+    # A number above 0 on any level: Argo, not a person, has started this pod.
     if not all(level.startswith("0)") for level in levels):
         return None
     return os.environ.get("KFP_POD_UID") or os.environ.get("PTL_LAUNCH")

@@ -75,7 +75,8 @@ def execute(
             # Another process may be first: then its record is the step's.
             record = store.commit(run.root, run.run, step.name, own_record)
             committed = record["metadata"]
-            say(step.name, f"done in {committed['seconds']:.0f} s: {step_metrics.summary(committed)}")
+            seconds = committed["seconds"]
+            say(step.name, f"done in {seconds:.0f} s: {step_metrics.summary(committed)}")
         elif damage_report(record["pointer"]["digest"]).exists():
             # A later step could not fetch what this one has published.
             _check_or_repair(execution, Pointer(**record["pointer"]))
@@ -174,10 +175,10 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         _fetch_and_work(execution, folder)
         # Published in the scratch folder first: the damaged files go only once the same bytes are there.
         copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
-        if store.digest_of(store.publish(folder, copy.as_uri())) != pointer.digest:
-            problem = (
-                "its files are damaged, and doing it again gave others, as on another machine or with other versions"
-            )
+        files = store.publish(folder, copy.as_uri())
+        if store.digest_of(files) != pointer.digest:
+            cause = "as on another machine or with other versions"
+            problem = f"its files are damaged, and doing it again gave others, {cause}"
             raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage
         store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
         store.publish(folder, pointer.uri)

@@ -31,6 +31,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
         # KFP's local runner itself only says that a task failed.
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
         localfs.replace(Path(folder, "error.json"), json.dumps(error).encode())
+    # What failed may be MLflow itself: waiting for it would only delay the webhook.
     with tracking.briefly():
         _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))
     url = os.environ.get(WEBHOOK)
@@ -45,11 +46,12 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
     """
     pointer = Pointer.load(Path(arguments["model"].path).read_text())
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
-    onward = dataclasses.replace(pointer, gate=stopped.dump())
+    onward = dataclasses.asdict(dataclasses.replace(pointer, gate=stopped.dump()))
+    # The outputs of prune, recover and evaluate; a step has some of them.
     for name in ("out", "scores", "accepted"):
         if name in arguments:
             output = Output(Path(arguments[name].path))
-            write_pointer(output, dataclasses.asdict(onward))
+            write_pointer(output, onward)
             arguments[name].metadata.update(output.metadata)
     say(step, f"failed: {reason}; the run continues without its control")
 
@@ -66,7 +68,8 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    message = {"text": f"ptl: run {run} failed in {step}: {reason}", "run": run, "step": step, "reason": reason}
+    text = f"ptl: run {run} failed in {step}: {reason}"
+    message = {"text": text, "run": run, "step": step, "reason": reason}
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page

@@ -1,13 +1,15 @@
-"""The checkpoints that a step reads. One that cannot be fetched is reported, so that its own step checks it."""
+"""What a step reads: its input checkpoints, and what earlier steps of the run have committed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ptl import attempts, store
 from ptl.errors import WorkError
 from ptl.machine import scratch
-from ptl.store import Pointer
+from ptl.run_status import StepRun
+from ptl.store import Pointer, Record
 
 
 def fetch(pointer: Pointer) -> Path:
@@ -18,7 +20,7 @@ def fetch(pointer: Pointer) -> Path:
         report = damage_report(pointer.digest)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.touch()
-        # On a cluster a finished step is not started again, and a pointer of a test may name no step.
+        # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
         if attempts.on_a_cluster() or not pointer.step:
             raise
         remedy = f"{error.remedy}. Run the same command again: it checks step {pointer.step}, and repeats it if need be"
@@ -28,3 +30,16 @@ def fetch(pointer: Pointer) -> Path:
 def damage_report(digest: str) -> Path:
     """The file that reports a checkpoint as not fetchable: the step that made it checks it when it runs again."""
     return scratch("doubtful") / digest.removeprefix("sha256:")
+
+
+def dense_model(run: StepRun) -> Pointer | None:
+    """The imported model of a run; None where its record is gone."""
+    record = store.committed(run.root, run.run, "import-model")
+    return Pointer(**record["pointer"]) if record else None
+
+
+def fetch_items(record: Record) -> list[dict[str, Any]]:
+    """Each item of an evaluation with its outcome, by the record of the step."""
+    from ptl.evaluate import read_items
+
+    return read_items(fetch(Pointer(**record["pointer"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ptl.errors import InputError, WorkError
-from ptl.manifest import FILES, THREADS, File, Progress, chunks, dump_files, starts, verify
+from ptl.manifest import FILES, THREADS, File, Files, Progress, chunks, dump_files, starts, verify
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
@@ -23,15 +24,17 @@ NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no har
 def path_of(uri: str) -> Path:
     """The path of a `file://` URI; a plain absolute path is one too."""
     parts = urlsplit(uri)
+    # Only a URI encodes characters: a plain path may hold a percent sign.
     path = Path(unquote(parts.path) if parts.scheme else uri)
     if parts.netloc not in ("", "localhost") or not path.is_absolute():
         raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
     return path
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> tuple[File, ...]:
+def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
     """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
     target = path_of(location)
+    # The rename below replaces an empty folder, and nothing else.
     if target.is_dir() and any(target.iterdir()):
         problem = f"{target} already holds files"
         raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
@@ -40,8 +43,9 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            copy = functools.partial(_copy, folder, partial, on_progress)
             with ThreadPoolExecutor(THREADS) as pool:
-                files = tuple(pool.map(lambda path: _copy(folder, partial, path, on_progress), paths))
+                files = tuple(pool.map(copy, paths))
             _write(partial / FILES, dump_files(files))
             # After a power failure the names must be there as well as the bytes.
             _sync(partial)
@@ -56,7 +60,7 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     return files
 
 
-def fetch(uri: str, files: tuple[File, ...], cache: Path, name: str, on_progress: Progress) -> Path:
+def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
     """Verify the folder and return it as it is: nothing is copied, `cache` is not used."""
     folder = path_of(uri)
     verify(folder, files, name, on_progress)
@@ -76,6 +80,7 @@ def put_once(uri: str, data: bytes) -> bytes:
     path = path_of(uri)
     with full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Complete under another name first: a reader sees all of it or nothing.
         draft = _draft(path)
         try:
             _write(draft, data)
@@ -89,7 +94,7 @@ def put_once(uri: str, data: bytes) -> bytes:
 def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file completely or not at all, whatever it held before."""
     draft = _draft(path)
-    draft.touch(mode)
+    draft.touch(mode)  # before any byte of it, which may be secret
     try:
         _write(draft, data)
         draft.replace(path)
@@ -114,7 +119,9 @@ def delete(uri: str, below: str) -> None:
     Raises InputError where this user may not, WorkError where a symlink leads out of the folder `below`.
     """
     folder = path_of(uri)
-    real, root = folder.resolve(), path_of(below).resolve()
+    real = folder.resolve()
+    root = path_of(below).resolve()
+    # The caller has checked the names; what they lead to is checked here.
     if folder.is_symlink() or not real.is_relative_to(root) or real == root:
         problem = f"{folder} is {real}, which is not below {root}"
         raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
@@ -130,6 +137,7 @@ def delete(uri: str, below: str) -> None:
 def check(root: str) -> None:
     """Raise InputError when the root cannot be written."""
     path = path_of(root)
+    # Writing is the only proof: permissions alone do not tell of a read-only mount.
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{uuid.uuid4().hex}"
@@ -153,11 +161,13 @@ def full_disk(path: Path) -> Iterator[None]:
         raise WorkError(problem, field="store", remedy=remedy) from error
 
 
-def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
+def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
     """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
-    (target / path).parent.mkdir(parents=True, exist_ok=True)
     blocks = []
-    with (source / path).open("rb", buffering=0) as reader, (target / path).open("wb") as writer:
+    new_file = target / path
+    new_file.parent.mkdir(parents=True, exist_ok=True)
+    # Hashed as it is copied: the source is read once.
+    with (source / path).open("rb", buffering=0) as reader, new_file.open("wb") as writer:
         size = os.fstat(reader.fileno()).st_size
         for start in starts(size):
             hasher = hashlib.sha256()
@@ -166,6 +176,7 @@ def _copy(source: Path, target: Path, path: str, on_progress: Progress) -> File:
                 writer.write(data)
                 on_progress(len(data))
             blocks.append(hasher.hexdigest())
+        # On the disk before the rename that publishes it.
         writer.flush()
         os.fsync(writer.fileno())
     return File(path, size, tuple(blocks))

@@ -15,7 +15,10 @@ SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more tha
 
 def scratch(name: str) -> Path:
     """A folder for temporary work; with PTL_SCRATCH it survives a kill, so that training resumes from it."""
-    base = os.environ.get("PTL_SCRATCH") or f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
+    # By the run: two runs on one machine must not share their checkpoints' folders.
+    base = os.environ.get("PTL_SCRATCH")
+    if not base:
+        base = f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
     return Path(base) / name
 
 
@@ -23,6 +26,7 @@ def empty_folder(step: str) -> Path:
     """An empty folder of this attempt alone; those of killed attempts are removed."""
     for abandoned in scratch(step).glob("out-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
+    # A name of its own: what a killed attempt still writes does not land in it.
     folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     return folder

@@ -37,6 +37,9 @@ class File:
     blocks: tuple[str, ...]  # hex sha256 of each
 
 
+Files = tuple[File, ...]
+
+
 def starts(size: int) -> range:
     """Where the blocks of a file of so many bytes begin."""
     return range(0, max(size, 1), BLOCK)
@@ -58,10 +61,13 @@ def digest_of(files: Iterable[File]) -> str:
 def scan(folder: Path) -> list[str]:
     """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}", field="checkpoint", remedy="give the folder that holds the files")
+        remedy = "give the folder that holds the files"
+        raise InputError(f"no folder {folder}", field="checkpoint", remedy=remedy)
     paths = []
     for entry in sorted(folder.rglob("*")):
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+        regular = entry.is_file() or entry.is_dir()
+        # What a link leads to may change, or be on no other machine.
+        if entry.is_symlink() or not regular:
             problem = f"{entry} is not a regular file"
             raise InputError(problem, field="checkpoint", remedy="put a copy of the file in its place")
         path = entry.relative_to(folder).as_posix()
@@ -74,9 +80,11 @@ def scan(folder: Path) -> list[str]:
 
 def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
     """The bytes of the block that begins at `start` in an open file of `size` bytes."""
-    offset, stop = start, min(start + BLOCK, size)
+    offset = start
+    stop = min(start + BLOCK, size)
     while offset < stop:
-        data = os.pread(handle, min(CHUNK, stop - offset), offset)
+        length = min(CHUNK, stop - offset)
+        data = os.pread(handle, length, offset)
         if not data:  # the file has become shorter
             return
         yield data
@@ -88,19 +96,21 @@ def sha256_of(path: Path, start: int) -> str:
     hasher = hashlib.sha256()
     # Unbuffered: `chunks` reads at offsets of its own.
     with path.open("rb", buffering=0) as source:
-        for data in chunks(source.fileno(), start, path.stat().st_size):
+        size = path.stat().st_size
+        for data in chunks(source.fileno(), start, size):
             hasher.update(data)
     return hasher.hexdigest()
 
 
 def dump_files(files: Iterable[File]) -> bytes:
     """The text of `ptl-files.json`."""
+    # In one order, so that equal folders have equal lists.
     rows = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
     listing = {"format": FORMAT, "block": BLOCK, "files": rows}
     return json.dumps(listing, indent=1).encode()
 
 
-def load_files(text: bytes, name: str) -> tuple[File, ...]:
+def load_files(text: bytes, name: str) -> Files:
     """Read `ptl-files.json`. Raises WorkError where it is damaged or names a path outside of its folder.
 
     `name` is what messages call the checkpoint.
@@ -118,8 +128,9 @@ def load_files(text: bytes, name: str) -> tuple[File, ...]:
         if not is_inside(file.path):
             problem = f"{FILES} names {file.path!r}, which is outside of the checkpoint"
             raise WorkError(problem, field=name, remedy="refused")
-        if file.size < 0 or len(file.blocks) != len(starts(file.size)):
-            problem = f"{FILES} has {len(file.blocks)} digests for {file.size} bytes"
+        digests = len(file.blocks)
+        if file.size < 0 or digests != len(starts(file.size)):
+            problem = f"{FILES} has {digests} digests for {file.size} bytes"
             raise WorkError(problem, field=name, remedy="refused")
     paths = {file.path for file in files}
     if len(paths) != len(files):
@@ -137,10 +148,11 @@ def is_inside(path: str) -> bool:
     if path == FILES or "\\" in path or "\0" in path:
         return False
     # An absolute path begins with an empty part, and a doubled slash is one.
-    return all(part not in ("", ".", "..") for part in path.split("/"))
+    parts = path.split("/")
+    return all(part not in ("", ".", "..") for part in parts)
 
 
-def verify(folder: Path, files: tuple[File, ...], name: str, on_progress: Progress) -> None:
+def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None:
     """Compare a folder with its list: every file, none else, no symlinks, equal sizes and blocks; else WorkError."""
     # What is cheap to see comes first: names and sizes, before any byte is read.
     _verify_names(folder, files, name)
@@ -153,7 +165,8 @@ def verify(folder: Path, files: tuple[File, ...], name: str, on_progress: Progre
             raise wrong_size(name, file, size)
 
     def verify_block(file: File, start: int) -> None:
-        if sha256_of(folder / file.path, start) != file.blocks[start // BLOCK]:
+        digest = sha256_of(folder / file.path, start)
+        if digest != file.blocks[start // BLOCK]:
             raise wrong_digest(name, file)
         on_progress(block_size(file, start))
 
@@ -165,7 +178,7 @@ def verify(folder: Path, files: tuple[File, ...], name: str, on_progress: Progre
             block.result()
 
 
-def _verify_names(folder: Path, files: tuple[File, ...], name: str) -> None:
+def _verify_names(folder: Path, files: Files, name: str) -> None:
     """Raise WorkError for a symlink, or a file that is not on the list."""
     listed = {FILES, *(file.path for file in files)}
     for entry in folder.rglob("*"):

@@ -31,7 +31,10 @@ S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_S
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
-    variables = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
+    variables = {}
+    for name, variable in S3_KEYS.items():
+        if name in environment:
+            variables[environment[name]] = variable
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
         for path in _keys(base / name):
             variable = variables.get(path.name, path.name) if name == "s3" else path.name
@@ -41,6 +44,7 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
                 environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
             except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
                 warnings.append(f"warning: {path} is not a variable of the step: {error}")
+    # After all variables are there: MLflow's address may come from a Secret.
     address.split_login(environment)
     warnings.append(_trust(environment, base / "ca"))
     warnings.append(_cache(environment))
@@ -67,10 +71,14 @@ def _trust(environment: MutableMapping[str, str], folder: Path) -> str:
             f"warning: storage.ca_config_map: no ca.crt in {folder}: the ConfigMap is missing, or has no such key; "
             "the public CAs are trusted"
         )
-    other_bundles = [name for name in BUNDLES if environment.setdefault(name, str(bundle)) != str(bundle)]
-    if not other_bundles:
+    # A variable that the pod has already wins, as everywhere here.
+    taken = []
+    for name in BUNDLES:
+        if environment.setdefault(name, str(bundle)) != str(bundle):
+            taken.append(name)
+    if not taken:
         return ""
-    return f"storage.ca_config_map: not used for {', '.join(other_bundles)}, which the pod has already"
+    return f"storage.ca_config_map: not used for {', '.join(taken)}, which the pod has already"
 
 
 def _cache(environment: MutableMapping[str, str]) -> str:
@@ -78,6 +86,7 @@ def _cache(environment: MutableMapping[str, str]) -> str:
     home = environment.get("HF_HOME", "")
     if not home.startswith(f"{CACHE}/"):
         return ""
+    # A volume that was made by hand often belongs to root alone.
     try:
         Path(home).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):

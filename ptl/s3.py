@@ -12,7 +12,7 @@ from typing import Any
 
 from ptl.errors import InputError, WorkError
 from ptl.localfs import full_disk
-from ptl.manifest import BLOCK, CHUNK, FILES, THREADS, File, Progress, dump_files, sha256_of, starts, verify
+from ptl.manifest import BLOCK, CHUNK, FILES, THREADS, File, Files, Progress, dump_files, sha256_of, starts, verify
 from ptl.s3_client import ATTEMPTS, broken_stream, client, code, error_for, explained, is_missing, pause, split
 from ptl.s3_download import download
 
@@ -22,7 +22,7 @@ NO_CONDITIONS = ("NotImplemented", "501")  # the store has no conditional writes
 EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # another writer was first
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> tuple[File, ...]:
+def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
     """Upload the files side by side, hashing them meanwhile, and their list last."""
     if read(f"{location}/{FILES}") is not None:
         problem = f"{location} already holds a checkpoint"
@@ -30,22 +30,25 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     bucket, prefix = split(location)
     sizes = {path: (folder / path).stat().st_size for path in paths}
     blocks = {}
-    # Two threads hash as fast as a network takes the files.
+    # Hashed while they are uploaded.
     with explained(location), ThreadPoolExecutor(2) as hashing:
         for path, size in sizes.items():
-            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
+            source = folder / path
+            blocks[path] = [hashing.submit(sha256_of, source, start) for start in starts(size)]
         _upload(folder, bucket, prefix, paths, on_progress)
         files = []
         for path, size in sizes.items():
             digests = tuple(block.result() for block in blocks[path])
             files.append(File(path, size, digests))
         # Last: where the list is, all files are.
-        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
+        listing = dump_files(files)
+        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=listing)
     return tuple(files)
 
 
 def _upload(folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress) -> None:
     """Upload all files; what the store forgot half-way is uploaded again."""
+    # A server that restarts may lose the uploads that were not complete.
     for _ in range(UPLOADS):
         forgotten = _upload_once(folder, bucket, prefix, paths, on_progress)
         if not forgotten:
@@ -61,13 +64,16 @@ def _upload_once(
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
+    # Memory: THREADS parts of BLOCK bytes.
     config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
     forgotten: dict[str, Exception] = {}
     with TransferManager(client(), config) as manager:
         uploads = {}
         for path in paths:
+            source = str(folder / path)
             counters = [_counter(on_progress)]
-            uploads[path] = manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=counters)
+            uploads[path] = manager.upload(source, bucket, f"{prefix}/{path}", subscribers=counters)
+        # All have been submitted: waiting for one does not hold the others up.
         for path, upload in uploads.items():
             try:
                 upload.result()
@@ -89,7 +95,7 @@ def _counter(on_progress: Progress) -> Any:
     return Counter()
 
 
-def fetch(uri: str, files: tuple[File, ...], cache: Path, name: str, on_progress: Progress) -> Path:
+def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
     """Download into `<cache>.partial`, each block verified as it arrives, then rename; or take an earlier download.
 
     Processes that want the same checkpoint wait for each other (a lock file beside `cache`). Raises WorkError.
@@ -98,6 +104,7 @@ def fetch(uri: str, files: tuple[File, ...], cache: Path, name: str, on_progress
     with cache.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if cache.is_dir():
+            # An earlier step of this run on this machine may have fetched it.
             try:
                 verify(cache, files, f"copy of {uri}", on_progress)
                 return cache
@@ -121,12 +128,14 @@ def read(uri: str) -> bytes | None:
     bucket, key = split(uri)
     with explained(uri):
         for attempt in range(1, ATTEMPTS + 1):
+            # The client itself has tried often enough to get an answer.
             try:
                 stream = client().get_object(Bucket=bucket, Key=key)["Body"]
             except ClientError as error:
                 if is_missing(error):
                     return None
                 raise
+            # What may break is the stream after it.
             try:
                 return _read_all(stream, uri)
             except broken_stream():
@@ -173,9 +182,12 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     bucket, prefix = split(uri)
     folder = f"{prefix}/"
     with explained(uri):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder):
+        # A page has up to 1,000 objects.
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
+        for page in pages:
             for entry in page.get("Contents", []):
-                yield entry["Key"].removeprefix(folder), entry["Size"], entry["LastModified"].timestamp()
+                path = entry["Key"].removeprefix(folder)
+                yield path, entry["Size"], entry["LastModified"].timestamp()
 
 
 def delete(uri: str, below: str) -> None:
@@ -188,6 +200,7 @@ def delete(uri: str, below: str) -> None:
 
     bucket, prefix = split(uri)
     paths = [path for path, _, _ in walk(uri)]
+    # False sorts before True: the list first.
     paths.sort(key=lambda path: path != FILES)
     with explained(uri):
         for path in paths:
@@ -205,6 +218,7 @@ def check(root: str) -> None:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _ = split(root)
+    # Few attempts: somebody waits for the answer, and a server that is restarting can be asked again.
     try:
         client(attempts=2).head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:

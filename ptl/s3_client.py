@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 24  # per request; the pauses between them add up to some 90 seconds, which outlasts a restart of the server
 
+# What decides which server is asked, and as whom; in the order of precedence.
 SETTINGS = (
     "MLFLOW_S3_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -40,6 +41,7 @@ CREDENTIALS = (
 
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key of `s3://bucket/key`."""
+    # A key may hold a number sign, which begins no fragment.
     parts = urlsplit(uri, allow_fragments=False)
     if parts.scheme != "s3" or not parts.netloc:
         raise InputError(f"{uri!r} must be s3://bucket/folder", field="store")
@@ -51,7 +53,9 @@ def client(attempts: int = ATTEMPTS) -> S3Client:
     if not any(os.environ.get(name) for name in CREDENTIALS):
         remedy = f"{SET_KEYS} (`ptl up` prints them)"
         raise InputError("no S3 credentials", field="environment", remedy=remedy)
-    settings = tuple(os.environ.get(name, "") for name in (*SETTINGS, *CREDENTIALS))
+    # The environment may change while a process lives: a client is kept for each state of it.
+    names = (*SETTINGS, *CREDENTIALS)
+    settings = tuple(os.environ.get(name, "") for name in names)
     return _build(attempts, settings)
 
 
@@ -61,6 +65,7 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     import boto3
     from botocore.config import Config
 
+    # A server of one's own seldom has a DNS name for each bucket, hence addresses by path.
     endpoint = endpoint_url()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint and not region:
@@ -73,6 +78,7 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
         max_pool_connections=2 * THREADS + 2,
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
+    # A session of its own: the default one is not safe between threads.
     session = boto3.session.Session()
     try:
         built = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
@@ -116,11 +122,13 @@ def _seconds_to_retry(
 
     if attempts >= limit:
         return None
+    # Only what may pass: a server that restarts, or has too much to do.
     if caught_exception is not None:
         # Refused, reset, timed out.
         temporary = isinstance(caught_exception, (ConnectionError, HTTPClientError))
     else:
         status = response[0].status_code
+        # 501: it will never be implemented.
         temporary = status == 429 or (status >= 500 and status != 501)
     return pause(attempts) if temporary else None
 
@@ -140,7 +148,10 @@ def broken_stream() -> tuple[type[Exception], ...]:
 
 def endpoint_url() -> str | None:
     """Where the S3 server is; None means AWS itself."""
-    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+    for name in SETTINGS[:3]:
+        if os.environ.get(name):
+            return os.environ[name]
+    return None
 
 
 @contextmanager
@@ -162,6 +173,7 @@ def explained(uri: str) -> Iterator[None]:
         raise error_for(WorkError, error, uri) from error
 
 
+# One remedy in several messages.
 SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _NO_BUCKET = ("the bucket does not exist", "create it or correct the experiment's artifact location")
 _WRONG_KEYS = ("the credentials are not accepted", f"{SET_KEYS} to the server's")
@@ -181,7 +193,8 @@ _SETTINGS_ERRORS = {
 def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = "store") -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do."""
     problem, remedy = _explanation(error)
-    return kind(f"{uri} at {endpoint_url() or 'AWS'}: {problem}", field=field, remedy=remedy)
+    server = endpoint_url() or "AWS"
+    return kind(f"{uri} at {server}: {problem}", field=field, remedy=remedy)
 
 
 def _explanation(error: Exception) -> tuple[str, str]:

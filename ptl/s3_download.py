@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from ptl.errors import WorkError
-from ptl.manifest import BLOCK, CHUNK, THREADS, File, Progress, block_size, deleted, starts, wrong_digest, wrong_size
+from ptl.manifest import (
+    BLOCK,
+    CHUNK,
+    THREADS,
+    File,
+    Files,
+    Progress,
+    block_size,
+    deleted,
+    starts,
+    wrong_digest,
+    wrong_size,
+)
 from ptl.s3_client import ATTEMPTS, broken_stream, client, code, explained, is_missing, pause, split
 
 
@@ -28,7 +40,7 @@ class _Download:
     out: FileIO
 
 
-def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_progress: Progress) -> None:
+def download(uri: str, files: Files, target: Path, name: str, on_progress: Progress) -> None:
     """Blocks arrive side by side and in any order, and each is hashed by the thread that receives it.
 
     Not by the transfer manager: given a sink to hash, its download came out short after the server was killed in the
@@ -37,6 +49,7 @@ def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_prog
     with explained(uri), ExitStack() as opened, ThreadPoolExecutor(THREADS) as pool:
         try:
             blocks = []
+            # All blocks of all files are in one queue, so that a large file does not wait for small ones.
             for file in files:
                 path = target / file.path
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +60,7 @@ def download(uri: str, files: tuple[File, ...], target: Path, name: str, on_prog
             for block in blocks:
                 block.result()
         except BaseException:
+            # The files are closed on the way out: no thread may write to them any more.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -102,7 +116,8 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
 
     name, file = download.name, download.file
     bucket, prefix = split(download.uri)
-    location: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
+    key = f"{prefix}/{file.path}"
+    location: dict[str, Any] = {"Bucket": bucket, "Key": key}
     request = dict(location)
     if file.size:  # a range of an empty file would be refused
         request["Range"] = f"bytes={start}-{stop - 1}"
@@ -112,6 +127,7 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
         if is_missing(error):
             raise deleted(name, file) from error
         if code(error) in ("InvalidRange", "416"):
+            # The object has become shorter; the answer does not say how long it is.
             size = client().head_object(**location)["ContentLength"]
             raise wrong_size(name, file, size) from error
         raise
@@ -127,7 +143,7 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
 def _sent_range(answer: Any) -> tuple[int, int]:
     """The first byte that is sent, and the size of the object."""
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
-    if match is None:
+    if match is None:  # all of the object
         return 0, answer["ContentLength"]
     return int(match[1]), int(match[2])
 

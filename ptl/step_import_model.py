@@ -54,7 +54,7 @@ def import_model(call: Call) -> None:
         return {**source, "params": dimensions.params, "versions": versions, "host": host}
 
     source = {"model": path, "revision": revision}
-    # On one machine the pipeline run has its name already.
+    # On one machine the id of the run is its name.
     title = settings["run_name"] if attempts.on_a_cluster() else None
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])

@@ -26,10 +26,13 @@ def main(path: Path, parent: int) -> None:
         # Explained: a line and no traceback.
         exhausted = isinstance(error, NoAttemptLeftError)
         final = exhausted or isinstance(error, InputError)
-        _write_failure(path, Failure(str(error), error.exit_code, final, exhausted))
+        failure = Failure(str(error), error.exit_code, final, exhausted)
+        _write_failure(path, failure)
         sys.exit(error.exit_code)
     except Exception as error:
-        _write_failure(path, Failure(without_login(f"{type(error).__name__}: {error}")))
+        # A bug, or a library: the traceback goes to the log.
+        reason = without_login(f"{type(error).__name__}: {error}")
+        _write_failure(path, Failure(reason))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
@@ -42,17 +45,23 @@ def _work(call: dict[str, Any]) -> dict[str, Any]:
     from ptl.store import Pointer
 
     settings = dict(call["settings"])
+    # These two name the step; the other parameters are its settings.
     step = Step(settings.pop("step"), settings.pop("experiment"))
-    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
+    # Of an artifact only the file is read: it holds the pointer.
+    inputs = {}
+    for name, file in call["inputs"].items():
+        inputs[name] = Pointer.load(Path(file).read_text())
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(scratch(f"{step.name}.lock"), f"step {step.name}", wait=WAIT):
+    lock = scratch(f"{step.name}.lock")
+    with processes.exclusive(lock, f"step {step.name}", wait=WAIT):
         work = steps.STEPS[step.stage]
         work(Call(step, settings, inputs, outputs))
     return {name: output.metadata for name, output in outputs.items()}
 
 
 def _write_failure(path: Path, failure: Failure) -> None:
+    """Leave the reason where the supervisor looks for it."""
     path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
 
 

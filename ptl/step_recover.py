@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptl import decontaminate, preempt, store, takeover, tracking
+from ptl import decontaminate, preempt, takeover, tracking
 from ptl.call import Call, Metadata, Step, passes_through, write_pointer
 from ptl.config import Prune, Recovery, Schedule, TrainingData, check
 from ptl.errors import WorkError
 from ptl.execution import execute
-from ptl.inputs import fetch
+from ptl.inputs import dense_model, fetch
 from ptl.log import say
 from ptl.machine import limit_threads, scratch
 from ptl.run_status import StepRun
 from ptl.step_schedule import iterations_until, schedule_of
-from ptl.store import Pointer
 
 if TYPE_CHECKING:
-    from ptl.job import RecoverReport
+    from ptl.job import Log, RecoverReport
 
 
 def recover(call: Call) -> None:
     """Train the pruned model on this iteration's tokens."""
     if passes_through(call, "out"):
         return
-    step, parent, seed = call.step, call.inputs["model"], call.settings["seed"]
+    step, seed = call.step, call.settings["seed"]
+    parent = call.inputs["model"]
     # What is pruned does not matter for the tokens.
     iterations = iterations_until(call, Prune())
     iteration = iterations[-1]
@@ -91,7 +90,7 @@ def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
     return preempt.Vault(run.root, run.run, step.name, key, min(minutes))
 
 
-def _reporter(run: StepRun, tokens: int) -> Callable[[dict[str, float], int], None]:
+def _reporter(run: StepRun, tokens: int) -> Log:
     """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a line."""
 
     def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
@@ -110,7 +109,7 @@ def _progress(metrics: dict[str, float], tokens: int) -> str:
     if "reward" in metrics:
         reward, length = metrics["reward"], metrics["completions/mean_length"]
         return f"reward {reward:.3f}, answers of {length:.0f} tokens"
-    # trl logs more than once a step; only some of the logs have both.
+    # The last log of a training has totals instead of these.
     seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")
     if seen is None or loss is None:
         return ""
@@ -121,18 +120,19 @@ def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
     if all(stage.method != "distil" for stage in recovery.stages):
         return None
-    record = store.committed(run.root, run.run, "import-model")
-    if record is None:
+    dense = dense_model(run)
+    if dense is None:
         problem = "the record of import-model is gone, and distil needs its model"
         raise WorkError(problem, field=f"run {run.run}", remedy="start a new run")
-    return fetch(Pointer(**record["pointer"]))
+    return fetch(dense)
 
 
 def _decontaminated(step: str, report: RecoverReport) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
+    details = [stage["details"] for stage in stages]
+    counts = [stage["decontaminated"] for stage in details if "decontaminated" in stage]
     if not counts:
         return {}
     for stage_counts in counts:

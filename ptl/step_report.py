@@ -11,14 +11,13 @@ from typing import Any
 from ptl import aliases, dag, gate, localfs, run_page, store, tracking
 from ptl.call import Call, Metadata, Record
 from ptl.config import Config, Gate, check
-from ptl.inputs import fetch
+from ptl.inputs import fetch_items
 from ptl.log import say
 from ptl.machine import scratch
 from ptl.run_status import StepRun
 from ptl.step_metrics import flat_settings
 from ptl.step_schedule import FIELDS
 from ptl.step_tracking import begin, noting_errors
-from ptl.store import Pointer
 
 SECTIONS = ("seed", "prune", "calibration", "recover", "training", "evaluate", "gate")  # run parameters
 
@@ -47,7 +46,8 @@ def report(call: Call) -> None:
 def _run_config(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
     config = dict(settings["settings"])
-    config["model"] = {"path": settings["model"], "revision": settings["revision"] or None}
+    revision = settings["revision"] or None
+    config["model"] = {"path": settings["model"], "revision": revision}
     schedule = dict(config["schedule"])
     for name in FIELDS:
         if name in settings:
@@ -60,18 +60,17 @@ def _run_config(settings: Metadata) -> Metadata:
 
 def _records(run: StepRun, config: Config) -> dict[str, Record]:
     """The records of the steps that were committed; that of an evaluation with its items."""
-    from ptl.evaluate import read_items
-
     records = {}
     for node in dag.nodes(config):
         if dag.stage_of(node.name) in ("doctor", "report"):
             continue
         record = store.committed(run.root, run.run, node.name)
-        if record is None:  # of a control that failed: the run ends without it
+        # Of a step that passed its input through, or of a control that failed, there is none.
+        if record is None:
             continue
         # The report compares iterations item by item.
         if record["metadata"]["stage"] == "evaluate":
-            record["metadata"]["items"] = read_items(fetch(Pointer(**record["pointer"])))
+            record["metadata"]["items"] = fetch_items(record)
         records[node.name] = record
     return records
 
@@ -103,8 +102,9 @@ def _set_aliases(call: Call, run: StepRun, records: dict[str, Record], settings:
 
 def _copy_pages(call: Call, folder: Path) -> None:
     """The pages as Kubeflow's artifacts and, from a local runner, in the run's directory."""
-    shutil.copyfile(folder / "report.html", call.outputs["html"].path)
-    shutil.copyfile(folder / "report.md", call.outputs["markdown"].path)
+    html, markdown = call.outputs["html"], call.outputs["markdown"]
+    shutil.copyfile(folder / "report.html", html.path)
+    shutil.copyfile(folder / "report.md", markdown.path)
     run_directory = os.environ.get("PTL_RUN_DIR")
     if run_directory:
         # result.json last: where it is, all other files are.

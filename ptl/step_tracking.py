@@ -21,7 +21,8 @@ def noting_errors(run: StepRun) -> Iterator[None]:
     except attempts.NoAttemptLeftError:
         raise  # the page has the reason of the last one
     except Exception as error:
-        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
+        reason = f"{type(error).__name__}: {error}"
+        tracking.note_error(run, without_login(reason))
         raise
 
 
@@ -37,7 +38,8 @@ def begin(run: StepRun) -> None:
             problem += f"; the last one failed: {reason}"
         raise attempts.NoAttemptLeftError(problem, remedy=error.remedy) from None
     tracking.tag(run, {"attempt": attempt})
-    say(run.step, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
+    number = "" if attempt == 1 else f", attempt {attempt} of {allowed}"
+    say(run.step, f"started{number}")
 
 
 def track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, record: Record) -> None:

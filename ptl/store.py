@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from ptl.errors import InputError, WorkError
-from ptl.manifest import FILES, File, Progress, load_files, scan
+from ptl.manifest import FILES, Files, Progress, load_files, scan
 from ptl.manifest import digest_of as digest_of
 
 FORMAT = 1  # of a record
@@ -60,14 +60,18 @@ def pointer_of(mapping: Any) -> Pointer:
         raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
     # Annotations are strings here.
     types = {"str": str, "int": int, "dict[str, Any]": dict}
-    known = {pointer_field.name: types[str(pointer_field.type)] for pointer_field in fields(Pointer)}
+    known = {}
+    for pointer_field in fields(Pointer):
+        known[pointer_field.name] = types[str(pointer_field.type)]
     for name, value in mapping.items():
         if name not in known:
             remedy = "this pointer was not written by this version of ptl"
             raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
         # True is an int for Python, and never one in a pointer.
         if not isinstance(value, known[name]) or isinstance(value, bool):
-            raise InputError(f"{value!r} must be {known[name].__name__}", field=f"pointer.{name}")
+            type_name = known[name].__name__
+            raise InputError(f"{value!r} must be {type_name}", field=f"pointer.{name}")
+    # Without these two nothing can be fetched; the other fields have a default.
     for name in ("uri", "digest"):
         if not mapping.get(name):
             raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
@@ -77,7 +81,7 @@ def pointer_of(mapping: Any) -> Pointer:
     return Pointer(**mapping)
 
 
-def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> tuple[File, ...]:
+def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> Files:
     """Upload all files of `folder` under `location`, then the list of them (`ptl-files.json`) last.
 
     `location` is a fresh prefix for every attempt: what a killed attempt leaves there is never read. The digest for the
@@ -86,10 +90,9 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
     """
     folder = Path(folder)
     paths = scan(folder)
-    total = sum((folder / path).stat().st_size for path in paths)
-    with _bar("publish", total, on_progress) as progress:
-        files: tuple[File, ...] = _backend(location).publish(folder, location.rstrip("/"), paths, progress)
-    return files
+    sizes = [(folder / path).stat().st_size for path in paths]
+    with _bar("publish", sum(sizes), on_progress) as progress:
+        return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
 
 
 def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:
@@ -107,18 +110,16 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     target = Path(cache) / pointer.digest.removeprefix("sha256:")
     total = sum(file.size for file in files)
     with _bar("fetch", total, on_progress) as progress:
-        folder: Path = _backend(uri).fetch(uri, files, target, name, progress)
-    return folder
+        return _backend(uri).fetch(uri, files, target, name, progress)
 
 
-def _listed_files(pointer: Pointer, uri: str, name: str) -> tuple[File, ...]:
+def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     """The files of a checkpoint, by the list whose digest the pointer has."""
-    listing = _backend(uri).read(f"{uri}/{FILES}")
+    listing = read(f"{uri}/{FILES}")
     remedy = "restore it, or start a new run to make it again"
     if listing is None:
-        raise WorkError(
-            f"{name} is gone: no {FILES} there: it was deleted or never completely published", remedy=remedy
-        )
+        cause = "it was deleted or never completely published"
+        raise WorkError(f"{name} is gone: no {FILES} there: {cause}", remedy=remedy)
     files = load_files(listing, name)
     digest = digest_of(files)
     if digest != pointer.digest:
@@ -137,7 +138,8 @@ def commit(root: str, run: str, step: str, record: Record) -> Record:
     sealed = {**record, "sha256": _seal(record)}
     uri = _manifest(root, run, step)
     # One atomic write decides: of two processes that did the step, both continue with the same record.
-    data = _backend(root).put_once(uri, json.dumps(sealed, indent=1).encode())
+    text = json.dumps(sealed, indent=1)
+    data = _backend(root).put_once(uri, text.encode())
     kept = _load_record(data, uri, step)
     _check_key(kept, record["key"], run, uri)
     return kept
@@ -148,7 +150,7 @@ def committed(root: str, run: str, step: str, key: str | None = None) -> Record 
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
-        data = _backend(root).read(uri)
+        data = read(uri)
         return None if data is None else _load_record(data, uri, step)
 
     record = _twice(read_record)
@@ -159,15 +161,14 @@ def committed(root: str, run: str, step: str, key: str | None = None) -> Record 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
     """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
-    uri = f"{_run_folder(root, run)}/{_checked_name('name', name)}.claim"
-    first: bytes = _backend(root).put_once(uri, value.encode())
-    return first.decode()
+    name = _checked_name("name", name)
+    uri = f"{_run_folder(root, run)}/{name}.claim"
+    return _backend(root).put_once(uri, value.encode()).decode()
 
 
 def read(uri: str) -> bytes | None:
     """The bytes of one small file, or None where there is none."""
-    data: bytes | None = _backend(uri).read(uri)
-    return data
+    return _backend(uri).read(uri)
 
 
 def check(root: str) -> None:
@@ -193,9 +194,11 @@ def delete(uri: str, *, below: str) -> None:
 
 def is_below(uri: str, root: str) -> bool:
     """Whether a URI begins with `root` and continues with plain names: no `..`, nothing empty, nothing encoded."""
-    above = root.rstrip("/") + "/"
-    names = uri.removeprefix(above).split("/")
-    return uri.startswith(above) and all(is_name(name) for name in names)
+    folder = root.rstrip("/") + "/"
+    if not uri.startswith(folder):
+        return False
+    names = uri.removeprefix(folder).split("/")
+    return all(is_name(name) for name in names)
 
 
 def is_name(name: str) -> bool:
@@ -205,6 +208,7 @@ def is_name(name: str) -> bool:
 
 def _backend(uri: str) -> ModuleType:
     """The module for a URI's scheme."""
+    # Imported here: on a local disk nothing needs boto3.
     scheme = uri.partition(":")[0]
     if scheme == "file" or uri.startswith("/"):
         from ptl import localfs
@@ -214,6 +218,7 @@ def _backend(uri: str) -> ModuleType:
         from ptl import s3
 
         return s3
+    # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
     remedy = (
         "start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
         "(or file:///folder), then use a new experiment"
@@ -223,12 +228,14 @@ def _backend(uri: str) -> ModuleType:
 
 def _manifest(root: str, run: str, step: str) -> str:
     """The URI of a step's record."""
-    return f"{_run_folder(root, run)}/{_checked_name('step', step)}/manifest.json"
+    step = _checked_name("step", step)
+    return f"{_run_folder(root, run)}/{step}/manifest.json"
 
 
 def _run_folder(root: str, run: str) -> str:
     """Where the records of a run are."""
-    return f"{root.rstrip('/')}/{_checked_name('run', run)}"
+    run = _checked_name("run", run)
+    return f"{root.rstrip('/')}/{run}"
 
 
 def _checked_name(kind: str, name: str) -> str:
@@ -248,7 +255,8 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
             problem = "digest differs: its bytes are not the ones that were committed"
             raise WorkError(problem, field=uri, remedy=remedy)
         # An intact record may still be one of another version, or copied from another step.
-        if record["format"] != FORMAT or record["step"] != step or not isinstance(record["key"], str):
+        same_step = record["format"] == FORMAT and record["step"] == step
+        if not same_step or not isinstance(record["key"], str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
         pointer_of(record["pointer"])
     except (ValueError, KeyError, TypeError, InputError) as error:
@@ -258,15 +266,14 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
 
 def _seal(record: Record) -> str:
     """Hex sha256 over a record: a changed byte shows."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_key(record: Record, key: str, run: str, uri: str) -> None:
     if record["key"] != key:
-        problem = (
-            f"step {record['step']} belongs to another run: it was committed with other settings, another model or "
-            f"another version of ptl ({uri})"
-        )
+        cause = "it was committed with other settings, another model or another version of ptl"
+        problem = f"step {record['step']} belongs to another run: {cause} ({uri})"
         raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
 
 

@@ -39,7 +39,9 @@ def run(names: dict[str, Any]) -> None:
         say(step, warning)
     # All attempts in this pod are of one launch; the work's process inherits its name.
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
+    # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    # The work's process reads its call from a file, and leaves there how it ended.
     with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
         call = Path(folder, "call.json")
         call.write_text(json.dumps(_call_of(arguments)))
@@ -64,14 +66,17 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
 
 def _call_of(arguments: dict[str, Any]) -> dict[str, Any]:
     """The call for the process that does the work: plain values, and the files of its artifacts."""
-    call: dict[str, dict[str, Any]] = {"settings": {}, "inputs": {}, "outputs": {}}
+    settings, inputs, outputs = {}, {}, {}
     for name, value in arguments.items():
-        if hasattr(value, "metadata"):  # an artifact of KFP
-            direction = "inputs" if name in INPUTS else "outputs"
-            call[direction][name] = value.path
-        elif value is not None:  # None: an optional artifact that the pipeline does not have
-            call["settings"][name] = value
-    return call
+        if not hasattr(value, "metadata"):
+            # None: an optional artifact that the pipeline does not have.
+            if value is not None:
+                settings[name] = value
+        elif name in INPUTS:
+            inputs[name] = value.path
+        else:
+            outputs[name] = value.path
+    return {"settings": settings, "inputs": inputs, "outputs": outputs}
 
 
 def _attempt(call: Path, timeout: float | None) -> Failure | None:
@@ -92,6 +97,7 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
             os.killpg(process.pid, signal.SIGKILL)
     if exit_code == 0:
         return None
+    # An error that was raised has left its reason in a file.
     with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
         return Failure(**json.loads(failure_file.read_text()))
     return Failure(_unexplained(exit_code))
@@ -115,6 +121,7 @@ def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def stop(number: int, _frame: Any) -> NoReturn:
         raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
 
+    # Only while the work runs: afterwards this process ends as any other does.
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         handlers[number] = signal.signal(number, stop)
@@ -130,6 +137,7 @@ def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the work and all that it started, SIGKILL to what remains after a while (or when the pod ends)."""
+    # The group, not the process: launchers and workers have children of their own.
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

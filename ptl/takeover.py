@@ -29,6 +29,7 @@ LONGEST_PATH = 255  # characters of a setting that may name a file
 
 def key(digest: str, settings: dict[str, Any]) -> str:
     """What a step's files depend on: the checkpoint, the settings, and the local files that these name."""
+    # A path says nothing of its content: a corrected data file must be read again.
     paths = sorted(set(_paths(settings)))
     return preempt.key_of(__version__, digest, settings, [_stamps(path) for path in paths])
 
@@ -45,6 +46,7 @@ def take(run: StepRun, content_key: str, dst: Path) -> Metadata | None:
             # Damaged files of another run are no reason to fail: the step does the work itself.
             say(run.step, f"not taken over from run {earlier_run}: {error}")
             continue
+        # Without the list of files: the copy is published with one of its own.
         shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
         say(run.step, f"taken over from run {earlier_run}: same inputs, same settings")
         tracking.tag(run, {"taken_over_from": earlier_run})
@@ -65,7 +67,9 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(inner)
     elif isinstance(value, str) and "\n" not in value and 0 < len(value) <= LONGEST_PATH:
         path = Path(value).expanduser()
-        if path.exists() and not Path.cwd().is_relative_to(path.resolve()):
+        # A folder that holds the working directory is named by chance, and may be huge.
+        holds_everything = Path.cwd().is_relative_to(path.resolve())
+        if path.exists() and not holds_everything:
             yield path
 
 

@@ -11,7 +11,7 @@ from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.call import Metadata, Record, Step
 from ptl.config import Gate, Prune, Schedule, plan, removal
 from ptl.families import family_of
-from ptl.inputs import fetch
+from ptl.inputs import fetch_items
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
@@ -28,6 +28,7 @@ class LoopSettings:
 
     def next_unit(self, iteration: int) -> str:
         """What the iteration after this one removes (the last one: what it removed): neurons, layers or auto."""
+        # The units of a plan do not depend on its tokens.
         schedule = Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0)
         following = min(iteration, self.iterations - 1)
         return plan(schedule, self.prune)[following].unit
@@ -92,7 +93,7 @@ def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
     original_params = candidate.original_params
     target_params = original_params - removal(original_params, loop.target)
     if fallback is None:
-        # The next iteration has begun already.
+        # The next iteration has begun already, so that no verdict could change what it starts from.
         state = gate.State.load(candidate.gate)
         return gate.decide(loop.gate, state, params=candidate.params, target_params=target_params)
     from ptl.evaluate import read_items
@@ -115,26 +116,30 @@ def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
 def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
     """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
     run = trial.run
-    records = [store.committed(run.root, run.run, f"evaluate-{index}") for index in range(trial.step.iteration)]
-    evaluations = [record for record in records if record is not None]
-    # Every checkpoint that a loop continues with was evaluated before.
-    parents = [record for record in evaluations if record["metadata"]["checkpoint"]["digest"] == fallback.digest]
+    evaluations = []
+    parents = []
+    for iteration in range(trial.step.iteration):
+        record = store.committed(run.root, run.run, f"evaluate-{iteration}")
+        if record is None:
+            continue
+        evaluations.append(record)
+        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
+            parents.append(record)
+    # The first iteration's parent is the dense model itself.
     return evaluations[0], parents[0]
 
 
 def _compare(reference: Record, items: list[dict[str, Any]], settings: Gate) -> gate.Paired:
     """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
-    from ptl.evaluate import read_items
-
-    reference_items = read_items(fetch(Pointer(**reference["pointer"])))
     task = str(items[0]["task"])  # the first benchmark is the run's accuracy
-    outcomes, candidate_outcomes = gate.match(reference_items, items, task)
+    outcomes, candidate_outcomes = gate.match(fetch_items(reference), items, task)
     return gate.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
 
 
 def _smallest_cut(record: Record, unit: str) -> int | None:
     """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
     by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
+    # `auto` takes what costs least, of neurons and layers.
     if unit == "auto":
         return min(by_unit.values(), default=None)
     return by_unit.get(unit)
