@@ -50,7 +50,12 @@ class Candidate:
         return f"version {self.version} ({self.step}: {scores})"
 
 
-def set_aliases(run: StepRun, records: dict[str, Record], registered_model: str, settings: Gate) -> list[str]:
+def set_aliases(
+    run: StepRun,
+    records: dict[str, Record],
+    registered_model: str,
+    settings: Gate,
+) -> list[str]:
     """Move both aliases where this run has earned them; returns sentences that say what became of each.
 
     `records` are those of the run's steps; an evaluate record carries its items in its metadata as `items`. Where two
@@ -162,7 +167,12 @@ def _holder(registered_model: str, alias: str) -> ModelVersion | None:
         return client.get_model_version(registered_model, str(versions[alias]))
 
 
-def _reason_to_stay(scored: ScoredRun, alias: str, candidate: Candidate, holder: ModelVersion) -> str:
+def _reason_to_stay(
+    scored: ScoredRun,
+    alias: str,
+    candidate: Candidate,
+    holder: ModelVersion,
+) -> str:
     """Why the alias stays with its holder; empty where the candidate takes it."""
     by_hand = (
         f"to move it by hand: MlflowClient().set_registered_model_alias({holder.name!r}, {alias!r}, "

@@ -56,7 +56,9 @@ def policy() -> Policy:
 
 def on_a_cluster() -> bool:
     """Whether Kubeflow started this step; a local runner names the run by PTL_RUN_ID."""
-    return bool(os.environ.get("KFP_RUN_ID")) and not os.environ.get("PTL_RUN_ID")
+    if os.environ.get("PTL_RUN_ID"):
+        return False
+    return bool(os.environ.get("KFP_RUN_ID"))
 
 
 def claim(root: str, run: str, step: str) -> int:
@@ -86,7 +88,8 @@ def _claim_next(root: str, run: str, step: str) -> tuple[str | None, list[str | 
     # Numbers are claimed in order, each by one attempt: of two that begin together one gets the next number.
     while True:
         name = f"{step}.attempt-{len(earlier) + 1}"
-        winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
+        claimed = store.claim(root, run, name, json.dumps(attempt))
+        winner = json.loads(claimed)
         if winner["id"] == attempt["id"]:
             return attempt["launch"], earlier
         earlier.append(winner["launch"])

@@ -30,7 +30,8 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     if folder:
         # KFP's local runner itself only says that a task failed.
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
-        localfs.replace(Path(folder, "error.json"), json.dumps(error).encode())
+        text = json.dumps(error)
+        localfs.replace(Path(folder, "error.json"), text.encode())
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
     with tracking.briefly():
         _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))
@@ -44,14 +45,16 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
 
     A failed task would fail the run and keep its report from being written, and the loop can do without its control.
     """
-    pointer = Pointer.load(Path(arguments["model"].path).read_text())
+    model = Path(arguments["model"].path)
+    pointer = Pointer.load(model.read_text())
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
-    onward = dataclasses.asdict(dataclasses.replace(pointer, gate=stopped.dump()))
+    onward = dataclasses.replace(pointer, gate=stopped.dump())
     # The outputs of prune, recover and evaluate; a step has some of them.
     for name in ("out", "scores", "accepted"):
         if name in arguments:
             output = Output(Path(arguments[name].path))
-            write_pointer(output, onward)
+            write_pointer(output, dataclasses.asdict(onward))
+            # Kubeflow keeps what is beside the file.
             arguments[name].metadata.update(output.metadata)
     say(step, f"failed: {reason}; the run continues without its control")
 

@@ -13,7 +13,13 @@ from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 
-def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Metadata:
+def beside_dense(
+    step: Step,
+    run: StepRun,
+    final: Pointer,
+    settings: Evaluate,
+    seed: int,
+) -> Metadata:
     """Speed of the run's final model and of the dense one, in turns; {"reason": ...} where it is not measured.
 
     Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.

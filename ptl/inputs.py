@@ -11,6 +11,8 @@ from ptl.machine import scratch
 from ptl.run_status import StepRun
 from ptl.store import Pointer, Record
 
+Items = list[dict[str, Any]]  # of an evaluation: each with its task, id, digest of the prompt and outcome
+
 
 def fetch(pointer: Pointer) -> Path:
     """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
@@ -23,7 +25,8 @@ def fetch(pointer: Pointer) -> Path:
         # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
         if attempts.on_a_cluster() or not pointer.step:
             raise
-        remedy = f"{error.remedy}. Run the same command again: it checks step {pointer.step}, and repeats it if need be"
+        rerun = f"Run the same command again: it checks step {pointer.step}, and repeats it if need be"
+        remedy = f"{error.remedy}. {rerun}"
         raise WorkError(error.problem, field=error.field, remedy=remedy) from error
 
 
@@ -38,8 +41,9 @@ def dense_model(run: StepRun) -> Pointer | None:
     return Pointer(**record["pointer"]) if record else None
 
 
-def fetch_items(record: Record) -> list[dict[str, Any]]:
+def fetch_items(record: Record) -> Items:
     """Each item of an evaluation with its outcome, by the record of the step."""
     from ptl.evaluate import read_items
 
-    return read_items(fetch(Pointer(**record["pointer"])))
+    pointer = Pointer(**record["pointer"])
+    return read_items(fetch(pointer))

@@ -19,7 +19,9 @@ BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
 CHUNK = 64 << 10  # bytes read, hashed and written at once; from 128 KiB on the allocator maps fresh memory for each
 THREADS = 8  # blocks at once
 
+# Remedies for files that are not as they were published.
 REMAKE = "run the step that made this checkpoint again"
+RESTORE = f"restore it or {REMAKE}"
 
 Progress = Callable[[int], object]  # called with the number of bytes just moved, from several threads
 
@@ -193,16 +195,16 @@ def _verify_names(folder: Path, files: Files, name: str) -> None:
 
 def deleted(name: str, file: File) -> WorkError:
     """For a file that is no longer there."""
-    return WorkError(f"file {file.path} was deleted", field=name, remedy=f"restore it or {REMAKE}")
+    return WorkError(f"file {file.path} was deleted", field=name, remedy=RESTORE)
 
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:
     """For a file that was truncated or replaced."""
     problem = f"file {file.path} has {size} bytes, {file.size} were published"
-    return WorkError(problem, field=name, remedy=f"restore it or {REMAKE}")
+    return WorkError(problem, field=name, remedy=RESTORE)
 
 
 def wrong_digest(name: str, file: File) -> WorkError:
     """For a file whose bytes changed."""
     problem = f"digest differs in file {file.path}: its bytes are not the ones that were published"
-    return WorkError(problem, field=name, remedy=f"restore it or {REMAKE}")
+    return WorkError(problem, field=name, remedy=RESTORE)

@@ -72,10 +72,8 @@ def _trust(environment: MutableMapping[str, str], folder: Path) -> str:
             "the public CAs are trusted"
         )
     # A variable that the pod has already wins, as everywhere here.
-    taken = []
-    for name in BUNDLES:
-        if environment.setdefault(name, str(bundle)) != str(bundle):
-            taken.append(name)
+    path = str(bundle)
+    taken = [name for name in BUNDLES if environment.setdefault(name, path) != path]
     if not taken:
         return ""
     return f"storage.ca_config_map: not used for {', '.join(taken)}, which the pod has already"

@@ -46,7 +46,13 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     return tuple(files)
 
 
-def _upload(folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress) -> None:
+def _upload(
+    folder: Path,
+    bucket: str,
+    prefix: str,
+    paths: list[str],
+    on_progress: Progress,
+) -> None:
     """Upload all files; what the store forgot half-way is uploaded again."""
     # A server that restarts may lose the uploads that were not complete.
     for _ in range(UPLOADS):

@@ -190,7 +190,13 @@ _SETTINGS_ERRORS = {
 }
 
 
-def error_for(kind: type[PtlError], error: Exception, uri: str, *, field: str = "store") -> PtlError:
+def error_for(
+    kind: type[PtlError],
+    error: Exception,
+    uri: str,
+    *,
+    field: str = "store",
+) -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do."""
     problem, remedy = _explanation(error)
     server = endpoint_url() or "AWS"

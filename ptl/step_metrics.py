@@ -17,8 +17,7 @@ def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
         return {}
     if isinstance(settings, dict):
         entries: Any = settings.items()
-    # A list of sections has an index in the name; a list of plain values is one parameter.
-    elif isinstance(settings, list) and any(isinstance(entry, dict) for entry in settings):
+    elif isinstance(settings, list) and _has_sections(settings):
         entries = enumerate(settings)
     else:
         return {name: settings}
@@ -27,6 +26,11 @@ def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
         inner_name = f"{name}.{key}" if name else str(key)
         dotted |= flat_settings(value, inner_name)
     return dotted
+
+
+def _has_sections(settings: list[Any]) -> bool:
+    """Then each has its index in the name; a list of plain values is one parameter."""
+    return any(isinstance(entry, dict) for entry in settings)
 
 
 def metrics(metadata: Metadata) -> dict[str, float]:
@@ -42,8 +46,9 @@ def metrics(metadata: Metadata) -> dict[str, float]:
     for name in COSTS:
         numbers[name] = float(scores[name])
     for task in scores["tasks"]:
+        benchmark = task["task"]
         for name, value in accuracy(task).items():
-            numbers[f"{task['task']}/{name}"] = float(value)
+            numbers[f"{benchmark}/{name}"] = float(value)
     # The first benchmark is the run's accuracy.
     numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
     return numbers
@@ -70,5 +75,8 @@ def summary(metadata: Metadata) -> str:
         decision = metadata["verdict"]["decision"]
         return f"{score} on {first['items']} items, {decision}"
     if metadata["stage"] == "recover":
-        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
-    return f"{metadata['params']:,} parameters"
+        tokens, steps = metadata["tokens"], metadata["steps"]
+        return f"{tokens:,} tokens in {steps} steps"
+    # Of an import or a prune the size is what there is to say.
+    params = metadata["params"]
+    return f"{params:,} parameters"

@@ -62,8 +62,8 @@ def recover(call: Call) -> None:
         scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None
         job = RecoveryJob(data, budget, training_folder, on_log, teacher, vault, scored)
         report = recover_checkpoint(src, dst, recovery, tokens, job)
-        decontaminated = _decontaminated(step.name, report)
-        return {"params": parent.params, **dataclasses.asdict(report), **decontaminated}
+        metadata = {"params": parent.params, **dataclasses.asdict(report)}
+        return metadata | _decontaminated(step.name, report)
 
     content_key = takeover.key(parent.digest, settings)
     record = execute(step, parent, settings, work, content_key=content_key)

@@ -77,7 +77,9 @@ def _records(run: StepRun, config: Config) -> dict[str, Record]:
 
 def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
     """What the pages show beside the records: the config, where MLflow has the run, and why a control failed."""
-    settings = {**config.model_dump(mode="json"), **tracking.links(run), "control_failed": ""}
+    settings = config.model_dump(mode="json")
+    settings |= tracking.links(run)
+    settings["control_failed"] = ""
     control = call.inputs.get("control")
     if control:
         settings["control_failed"] = gate.State.load(control.gate).reason

@@ -42,7 +42,13 @@ def begin(run: StepRun) -> None:
     say(run.step, f"started{number}")
 
 
-def track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, record: Record) -> None:
+def track(
+    step: Step,
+    run: StepRun,
+    parent: Pointer | None,
+    settings: Metadata,
+    record: Record,
+) -> None:
     """Report to MLflow what a record says; repeating it changes nothing."""
     metadata = record["metadata"]
     evaluated = metadata["stage"] == "evaluate"

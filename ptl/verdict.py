@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ptl import checkpoint, gate, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.call import Metadata, Record, Step
 from ptl.config import Gate, Prune, Schedule, plan, removal
 from ptl.families import family_of
-from ptl.inputs import fetch_items
+from ptl.inputs import Items, fetch_items
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
@@ -35,7 +34,8 @@ class LoopSettings:
 
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
         """The least number of parameters that can be removed from this checkpoint, for each unit."""
-        dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
+        family = family_of(checkpoint.read_config(folder))
+        dimensions = model_dimensions(folder, family)
         return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
 
 
@@ -54,7 +54,8 @@ class Trial:
         iteration = self.step.iteration
         if self.step.arm == "control" or iteration == 0:
             return False
-        return iteration == self.loop.iterations or gate.State.load(accepted.gate).stopped
+        state = gate.State.load(accepted.gate)
+        return state.stopped or iteration == self.loop.iterations
 
 
 def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
@@ -129,10 +130,11 @@ def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
     return evaluations[0], parents[0]
 
 
-def _compare(reference: Record, items: list[dict[str, Any]], settings: Gate) -> gate.Paired:
+def _compare(reference: Record, items: Items, settings: Gate) -> gate.Paired:
     """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
     task = str(items[0]["task"])  # the first benchmark is the run's accuracy
-    outcomes, candidate_outcomes = gate.match(fetch_items(reference), items, task)
+    reference_items = fetch_items(reference)
+    outcomes, candidate_outcomes = gate.match(reference_items, items, task)
     return gate.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
 
 
