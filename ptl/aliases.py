@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptl import gate, store, tracking
-from ptl.call import Record
 from ptl.config import Gate
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.inputs import fetch_items
 from ptl.run_status import StepRun
-from ptl.store import Pointer
+from ptl.store import Pointer, Record
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -13,7 +13,6 @@ from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.section import Section
 from ptl.store import Pointer
-from ptl.store import Record as Record
 
 S = TypeVar("S", bound=Section)
 Metadata = dict[str, Any]  # what a record says of its step

@@ -20,14 +20,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from ptl import __version__, step_metrics, store, takeover, tracking
-from ptl.call import Metadata, Record, Step
+from ptl.call import Metadata, Step
 from ptl.errors import WorkError
 from ptl.inputs import damage_report, fetch
 from ptl.log import say
 from ptl.machine import empty_folder, scratch
 from ptl.run_status import StepRun
 from ptl.step_tracking import begin, noting_errors, track
-from ptl.store import Pointer
+from ptl.store import Pointer, Record
 
 # Reads the parent's folder (None: the step has no parent), fills the folder to publish, returns the step's metadata.
 Work = Callable[[Any, Path, StepRun], Metadata]
@@ -69,7 +69,7 @@ def execute(
         if record is None:
             begin(run)
             folder = empty_folder(step.name)
-            metadata = _timed_work(execution, folder)
+            metadata = _fetch_and_work(execution, folder)
             pointer = _publish(execution, folder, metadata)
             own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
             # Another process may be first: then its record is the step's.
@@ -109,19 +109,19 @@ def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _timed_work(execution: Execution, folder: Path) -> Metadata:
-    """The metadata of a step after its work, with its times in seconds."""
+def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
+    """Do the work on the parent's files; the step's metadata, with its times in seconds."""
     step = execution.step
     started = time.time()
-    metadata = _fetch_and_work(execution, folder)
+    metadata = _take_over_or_work(execution, folder)
     elapsed = time.time() - started  # with the libraries' imports and the fetch of the parent
     times = {"started": started, "seconds": elapsed}  # a work that reports its own `seconds` leaves those out
-    place = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration}
-    return {**place, **times, **metadata, "whole_seconds": elapsed}
+    origin = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration}
+    return {**origin, **times, **metadata, "whole_seconds": elapsed}
 
 
-def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
-    """Fetch the parent and do the work on it, unless an earlier run's result can be taken over."""
+def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
+    """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
     run, parent, content_key = execution.run, execution.parent, execution.content_key
     metadata = takeover.take(run, content_key, folder) if content_key else None
     if metadata is None:
@@ -172,7 +172,7 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         say(run.step, f"done again, since its files are damaged: {damage}")
         begin(run)
         folder = empty_folder(run.step)
-        _fetch_and_work(execution, folder)
+        _take_over_or_work(execution, folder)
         # Published in the scratch folder first: the damaged files go only once the same bytes are there.
         copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
         files = store.publish(folder, copy.as_uri())

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from ptl import attempts, run_page, step_metrics, tracking
 from ptl.address import without_login
-from ptl.call import Metadata, Record, Step
+from ptl.call import Metadata, Step
 from ptl.log import say
 from ptl.run_status import StepRun
-from ptl.store import Pointer
+from ptl.store import Pointer, Record
 
 
 @contextmanager

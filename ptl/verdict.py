@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ptl import checkpoint, gate, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
-from ptl.call import Metadata, Record, Step
+from ptl.call import Metadata, Step
 from ptl.config import Gate, Prune, Schedule, plan, removal
 from ptl.families import family_of
 from ptl.inputs import Items, fetch_items
 from ptl.run_status import StepRun
-from ptl.store import Pointer
+from ptl.store import Pointer, Record
 
 
 @dataclasses.dataclass(frozen=True)
