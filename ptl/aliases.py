@@ -139,6 +139,7 @@ def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
     """Point the alias at the candidate, unless its holder has better claims; says what was done."""
     registered_model = scored.registered_model
     name = f"alias {alias} of {registered_model}"
+    # Until nobody else has moved it meanwhile.
     holder = _holder(registered_model, alias)
     while True:
         if holder is not None:
@@ -173,6 +174,7 @@ def _reason_to_stay(
     holder: ModelVersion,
 ) -> str:
     """Why the alias stays with its holder; empty where the candidate takes it."""
+    # A person may know what the numbers cannot show.
     by_hand = (
         f"to move it by hand: MlflowClient().set_registered_model_alias({holder.name!r}, {alias!r}, "
         f"{candidate.version!r}), or Aliases on the version's page in MLflow"
@@ -214,6 +216,7 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
         # Somebody has registered it by hand.
         problem = f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
         raise InputError(problem)
+    # The records at hand have their items already.
     if run == scored.run.run and step in scored.records:
         return scored.records[step]
     record = store.committed(root, run, step)
@@ -229,6 +232,7 @@ def _paired(reference: Record, candidate: Record, settings: Gate) -> gate.Paired
     old, new = reference["metadata"], candidate["metadata"]
     old_task = old["scores"]["tasks"][0]
     new_task = new["scores"]["tasks"][0]
+    # Scores of another benchmark, of another version of it or by another metric are other numbers.
     for field in ("task", "version", "metric"):
         old_value, new_value = old_task.get(field, ""), new_task.get(field, "")
         if old_value != new_value:
@@ -240,6 +244,7 @@ def _paired(reference: Record, candidate: Record, settings: Gate) -> gate.Paired
 
 def _acceptable(pair: gate.Paired, settings: Gate) -> bool:
     """As the gate decides: inferior is refused; with `strict`, and with the gate off, also what is unclear."""
+    # The gate has compared the checkpoint with its parent too; without it an unclear comparison proves nothing.
     if pair.verdict == "unclear":
         return settings.enabled and not settings.strict
     return pair.verdict == "not inferior"

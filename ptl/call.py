@@ -87,6 +87,7 @@ def write_pointer(output: Output, pointer: Metadata) -> None:
 
 def passes_through(call: Call, *outputs: str) -> bool:
     """Whether the arm of the step has stopped: then its input becomes its outputs at once, and nothing is to do."""
+    # The gate's state travels with the model that the loop continues with.
     model = call.inputs["model"]
     state = gate.State.load(model.gate)
     if state.stopped:

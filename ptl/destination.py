@@ -19,6 +19,7 @@ def check_free(dst: Path) -> None:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         problem = f"{dst} is a file or not empty"
         raise InputError(problem, field="dst", remedy="give a folder that does not exist yet")
+    # The rename at the end would fail, after all the work.
     if dst.is_mount():
         problem = f"{dst} is a mount point, which cannot be replaced"
         raise InputError(problem, field="dst", remedy=f"give a folder in it: {dst / 'model'}")

@@ -36,6 +36,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     with tracking.briefly():
         _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))
     url = os.environ.get(WEBHOOK)
+    # Every pod that follows used-up attempts would post the same again.
     if url and not failure.exhausted:
         _try(step, "the webhook", lambda: _post(url, step, failure.reason))
 

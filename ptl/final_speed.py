@@ -36,6 +36,7 @@ def beside_dense(
         return {"reason": "evaluate.speed.repeats is 0"}
     if final.digest == dense.digest:
         return {"reason": "the run ends with the dense model"}
+    # In turns: what slows the machine down for a while slows both down.
     say(step.name, "measuring speed, the dense and the final model in turns")
     folders = {"dense": fetch(dense), "final": fetch(final)}
     # Other steps on this machine slow both models down; the report names them.

@@ -172,6 +172,7 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None
             raise wrong_digest(name, file)
         on_progress(block_size(file, start))
 
+    # hashlib releases the interpreter's lock for large data, so that threads serve.
     with ThreadPoolExecutor(THREADS) as pool:
         blocks = []
         for file in files:

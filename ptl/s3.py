@@ -24,6 +24,7 @@ EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # a
 
 def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
     """Upload the files side by side, hashing them meanwhile, and their list last."""
+    # A prefix that is used twice could mix the files of two attempts.
     if read(f"{location}/{FILES}") is not None:
         problem = f"{location} already holds a checkpoint"
         raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
@@ -107,6 +108,7 @@ def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress)
     Processes that want the same checkpoint wait for each other (a lock file beside `cache`). Raises WorkError.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
+    # The system frees the lock however this process ends.
     with cache.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if cache.is_dir():
@@ -116,6 +118,7 @@ def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress)
                 return cache
             except WorkError:
                 shutil.rmtree(cache)  # only a copy: fetched again below
+        # What a killed process left there is not trusted, and not continued.
         partial = cache.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:

@@ -31,11 +31,13 @@ def evaluate(call: Call) -> None:
     if step.arm == "loop" and step.iteration:
         # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(loop.gate, compiled=fallback is not None)
+    # The scores depend on less than the verdict: another gate can take them over.
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
         limit_threads(candidate.params)
         scores = _scores(src, dst, run, content_key, settings, loop.gate, seed)
+        # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback)
         verdict, accepted = decide(trial, dst)
         speed: Metadata = {}
@@ -66,6 +68,7 @@ def evaluate(call: Call) -> None:
     record = execute(step, candidate, key_settings, work)
     write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
+    # Kubeflow shows them in its table of runs.
     call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"]))
 
 
@@ -88,6 +91,7 @@ def _scores(
     from ptl import tasks
     from ptl.evaluate import evaluate_checkpoint
 
+    # The import step does not know whether the gate can decide by the first benchmark.
     tasks.check_gate(settings, gate_settings)
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
     earlier = takeover.take(run, content_key, dst)

@@ -22,6 +22,7 @@ def import_model(call: Call) -> None:
     # What waits for what was compiled: a run parameter cannot switch the gate.
     gate_settings = call.section(Gate, "gate")
     gate.check_structure(gate_settings, settings["gated"])
+    # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
     schedule = schedule_of(call)
     pruning = call.section(Prune, "prune")
     calibration = call.section(Calibration, "calibration")
@@ -56,6 +57,7 @@ def import_model(call: Call) -> None:
     source = {"model": path, "revision": revision}
     # On one machine the id of the run is its name.
     title = settings["run_name"] if attempts.on_a_cluster() else None
+    # The import has no parent: its key is the model's name and revision.
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])
 
@@ -64,6 +66,7 @@ def _versions() -> dict[str, str]:
     """Of what a result may depend on."""
     from importlib.metadata import version
 
+    # An image may have other ones than the machine that compiled the pipeline.
     versions = {"ptl": __version__, "python": platform.python_version()}
     for library in ("torch", "transformers", "safetensors"):
         versions[library] = version(library)

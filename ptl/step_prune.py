@@ -16,6 +16,7 @@ from ptl.step_schedule import iterations_until, schedule_of
 
 def prune(call: Call) -> None:
     """Remove this iteration's share of neurons or layers."""
+    # After a stop by the gate there is nothing to prune.
     if passes_through(call, "out"):
         return
     parent, seed = call.inputs["model"], call.settings["seed"]
@@ -30,6 +31,7 @@ def prune(call: Call) -> None:
     goal = gate.goal(parent.params, planned_goal, parent.gate)
 
     def work(src: Path, dst: Path, _run: StepRun) -> Metadata:
+        # torch is imported by the work alone: a step that was done before needs none.
         from ptl.prune import prune_checkpoint
 
         limit_threads(parent.params)

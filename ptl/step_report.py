@@ -30,6 +30,7 @@ def report(call: Call) -> None:
     """
     from ptl.report import write_report
 
+    # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
     run = call.step.start()
     with noting_errors(run):
         begin(run)
@@ -46,6 +47,7 @@ def report(call: Call) -> None:
 
 def _run_config(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
+    # Kubeflow lets a user change the parameters of a compiled pipeline for each run.
     config = dict(settings["settings"])
     revision = settings["revision"] or None
     config["model"] = {"path": settings["model"], "revision": revision}
@@ -81,6 +83,7 @@ def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
     settings = config.model_dump(mode="json")
     settings |= tracking.links(run)
     settings["control_failed"] = ""
+    # A control that failed has passed its input on, with the reason in its gate's state.
     control = call.inputs.get("control")
     if control:
         settings["control_failed"] = gate.State.load(control.gate).reason

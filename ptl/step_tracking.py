@@ -28,6 +28,7 @@ def noting_errors(run: StepRun) -> Iterator[None]:
 
 def begin(run: StepRun) -> None:
     """Count an attempt, in the store and on the step's page. Raises NoAttemptLeftError, with the last one's reason."""
+    # The step's process dies with a crash: only what is counted before the work counts.
     allowed = attempts.policy().attempts
     try:
         attempt = attempts.claim(run.root, run.run, run.step)
@@ -74,6 +75,7 @@ def _track_evaluation(step: Step, run: StepRun, metadata: Metadata) -> None:
         # Known from the start on, beside which the page shows the final model at the end.
         run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
     tags = {"verdict": metadata["verdict"]["decision"]}
+    # `ptl status` and the run's page say where and why the loop ended.
     state = metadata["accepted"]["gate"]
     if state.get("stopped") and state.get("reason"):
         tags["loop_ended"] = state["reason"]

@@ -101,6 +101,7 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     `file://` returns the folder itself: do not write there. `s3://` downloads into `cache/<hex>/` and takes a complete
     earlier download from there. Raises WorkError naming the checkpoint, the file and the remedy.
     """
+    # What messages call it.
     name = f"checkpoint {pointer.uri}"
     if pointer.run_id:
         name += f" of run {pointer.run_id}"
@@ -115,6 +116,7 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
 
 def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     """The files of a checkpoint, by the list whose digest the pointer has."""
+    # The digest is over this list, and the list has those of all blocks.
     listing = read(f"{uri}/{FILES}")
     remedy = "restore it, or start a new run to make it again"
     if listing is None:
@@ -134,6 +136,7 @@ def commit(root: str, run: str, step: str, record: Record) -> Record:
     The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
     belongs to a run with other settings.
     """
+    # Sealed: a record that a disk or a person has changed is found when it is read.
     record = {**record, "format": FORMAT, "step": step}
     sealed = {**record, "sha256": _seal(record)}
     uri = _manifest(root, run, step)
@@ -271,6 +274,7 @@ def _seal(record: Record) -> str:
 
 
 def _check_key(record: Record, key: str, run: str, uri: str) -> None:
+    # The same run id with another config: nothing that it has may be taken for this one's.
     if record["key"] != key:
         cause = "it was committed with other settings, another model or another version of ptl"
         problem = f"step {record['step']} belongs to another run: {cause} ({uri})"
@@ -288,6 +292,7 @@ def _twice(read_and_check: Callable[[], T]) -> T:
 @contextmanager
 def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progress]:
     """What counts the bytes: the caller's own, or a progress bar."""
+    # Training checkpoints are stored beside the training, whose own bar is on the terminal.
     if on_progress is not None:
         yield on_progress
         return

@@ -54,6 +54,7 @@ def run(names: dict[str, Any]) -> None:
 
 def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
     """Try as often as the policy allows; returns why the last attempt failed, or None."""
+    # The last attempt is followed by no pause.
     for retry in range(plan.retries):
         failure = _attempt(call, plan.timeout)
         if failure is None or failure.final:
@@ -107,6 +108,7 @@ def _unexplained(exit_code: int) -> str:
     """How a process ended that has not written why; a negative code is the signal that killed it."""
     if exit_code > 0:
         return f"its process ended with exit code {exit_code} and without a word"
+    # SIGSEGV or SIGABRT, for example: what the code has printed is in the log above.
     name = signal.Signals(-exit_code).name
     if name != "SIGKILL":
         return f"its process was killed by {name}"

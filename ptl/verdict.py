@@ -29,6 +29,7 @@ class LoopSettings:
         """What the iteration after this one removes (the last one: what it removed): neurons, layers or auto."""
         # The units of a plan do not depend on its tokens.
         schedule = Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0)
+        # After the last iteration none follows: the gate still asks what a smaller step could be.
         following = min(iteration, self.iterations - 1)
         return plan(schedule, self.prune)[following].unit
 
@@ -76,6 +77,7 @@ def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
     if decision.keep == "candidate":
         accepted = _register(trial, {})
     accepted = dataclasses.replace(accepted, gate=state.dump())
+    # The numbers are what the decision rests on, for the report.
     verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
     return verdict, accepted
 
@@ -83,6 +85,7 @@ def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
 def _register(trial: Trial, tags: dict[str, str]) -> Pointer:
     """The candidate with the version that it has in MLflow's registry."""
     candidate = trial.candidate
+    # By these tags an alias finds the score of a version.
     own_tags = {"step": trial.step.name, "params": candidate.params}
     version = tracking.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
     return dataclasses.replace(candidate, model_version=version)
