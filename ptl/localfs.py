@@ -62,6 +62,7 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
     """Verify the folder and return it as it is: nothing is copied, `cache` is not used."""
+    # Every time: a disk may lose a byte between two steps.
     folder = path_of(uri)
     verify(folder, files, name, on_progress)
     return folder
@@ -126,6 +127,7 @@ def delete(uri: str, below: str) -> None:
         problem = f"{folder} is {real}, which is not below {root}"
         raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
     try:
+        # A kill in the middle leaves files that no reader takes for a checkpoint.
         (folder / FILES).unlink(missing_ok=True)
         if folder.is_dir():
             shutil.rmtree(folder)
@@ -197,6 +199,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _link(draft: Path, path: Path) -> None:
     """A hard link fails when the name is taken: that is the conditional write."""
+    # In one step, also for processes on other machines that share the folder.
     try:
         os.link(draft, path)
     except FileExistsError:

@@ -123,26 +123,28 @@ def load_files(text: bytes, name: str) -> Files:
         if (listing["format"], listing["block"]) != (FORMAT, BLOCK):
             raise ValueError(f"format {listing['format']} is not the one of this version of ptl, {FORMAT}")
         files = tuple(_file(row) for row in listing["files"])
+        _check_files(files)
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
-    # Others may have written the list: a reader must not leave the folder, nor wait for blocks that never come.
-    for file in files:
-        if not is_inside(file.path):
-            problem = f"{FILES} names {file.path!r}, which is outside of the checkpoint"
-            raise WorkError(problem, field=name, remedy="refused")
-        digests = len(file.blocks)
-        if file.size < 0 or digests != len(starts(file.size)):
-            problem = f"{FILES} has {digests} digests for {file.size} bytes"
-            raise WorkError(problem, field=name, remedy="refused")
-    paths = {file.path for file in files}
-    if len(paths) != len(files):
-        raise WorkError(f"{FILES} names a file twice", field=name, remedy="refused")
     return files
 
 
 def _file(row: dict[str, Any]) -> File:
-    blocks = tuple(str(block) for block in row["blocks"])
-    return File(str(row["path"]), int(row["size"]), blocks)
+    blocks = [str(digest) for digest in row["blocks"]]
+    return File(str(row["path"]), int(row["size"]), tuple(blocks))
+
+
+def _check_files(files: Files) -> None:
+    """Others may have written the list: a reader must not leave the folder, nor wait for blocks that never come."""
+    for file in files:
+        if not is_inside(file.path):
+            raise ValueError(f"{file.path!r} is outside of the checkpoint")
+        if file.size < 0 or len(file.blocks) != len(starts(file.size)):
+            raise ValueError(f"{len(file.blocks)} digests for {file.size} bytes")
+    # Two entries would write one file at the same time.
+    paths = {file.path for file in files}
+    if len(paths) != len(files):
+        raise ValueError("a file is named twice")
 
 
 def is_inside(path: str) -> bool:
@@ -196,7 +198,8 @@ def _verify_names(folder: Path, files: Files, name: str) -> None:
 
 def deleted(name: str, file: File) -> WorkError:
     """For a file that is no longer there."""
-    return WorkError(f"file {file.path} was deleted", field=name, remedy=RESTORE)
+    problem = f"file {file.path} was deleted"
+    return WorkError(problem, field=name, remedy=RESTORE)
 
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ptl.call import Metadata
 
+# What of a record is shown as numbers.
 NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
 COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an evaluation's scores
 ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
@@ -21,6 +22,7 @@ def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
         entries = enumerate(settings)
     else:
         return {name: settings}
+    # A setting that is unset falls out on the way.
     dotted: dict[str, Any] = {}
     for key, value in entries:
         inner_name = f"{name}.{key}" if name else str(key)
@@ -71,7 +73,8 @@ def summary(metadata: Metadata) -> str:
     """What a step has done, for its last line in the log."""
     if metadata["stage"] == "evaluate":
         first = metadata["scores"]["tasks"][0]
-        score = f"{first['metric']} {first['accuracy']:.3f}"
+        metric, value = first["metric"], first["accuracy"]
+        score = f"{metric} {value:.3f}"
         decision = metadata["verdict"]["decision"]
         return f"{score} on {first['items']} items, {decision}"
     if metadata["stage"] == "recover":

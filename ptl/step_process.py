@@ -25,6 +25,7 @@ def main(path: Path, parent: int) -> None:
     except PtlError as error:
         # Explained: a line and no traceback.
         exhausted = isinstance(error, NoAttemptLeftError)
+        # Another attempt would find the same wrong input, or may not be made.
         final = exhausted or isinstance(error, InputError)
         failure = Failure(str(error), error.exit_code, final, exhausted)
         _write_failure(path, failure)

@@ -77,7 +77,8 @@ def _weights(schedule: Schedule) -> tuple[int, ...]:
     """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
     if schedule.tokens == "uniform":
         return (1,) * schedule.iterations
-    return tuple(2**index for index in range(schedule.iterations))
+    indices = range(schedule.iterations)
+    return tuple(2**index for index in indices)
 
 
 def _vault(step: Step, key: str, recovery: Recovery) -> preempt.Vault | None:
@@ -118,8 +119,10 @@ def _progress(metrics: dict[str, float], tokens: int) -> str:
 
 def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
-    if all(stage.method != "distil" for stage in recovery.stages):
+    methods = [stage.method for stage in recovery.stages]
+    if "distil" not in methods:
         return None
+    # Distillation learns from the model as it was before any pruning.
     dense = dense_model(run)
     if dense is None:
         problem = "the record of import-model is gone, and distil needs its model"
@@ -133,6 +136,7 @@ def _decontaminated(step: str, report: RecoverReport) -> Metadata:
     stages = report.details.get("stages", [{"details": report.details}])
     details = [stage["details"] for stage in stages]
     counts = [stage["decontaminated"] for stage in details if "decontaminated" in stage]
+    # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}
     for stage_counts in counts:

@@ -125,6 +125,8 @@ def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
     record = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
     store.commit(run.root, run.run, call.step.name, record)
-    result_of_final = result["final"]
-    metrics = {"share_removed": result_of_final["share_removed"], "params": result_of_final["params"]}
-    tracking.finish(run, params={}, metrics=metrics, inputs=[final.model_id], output=None, step=0)
+    final_model = result["final"]
+    metrics = {"share_removed": final_model["share_removed"], "params": final_model["params"]}
+    # The final model is the report's input: MLflow shows the way to it.
+    inputs = [final.model_id]
+    tracking.finish(run, params={}, metrics=metrics, inputs=inputs, output=None, step=0)

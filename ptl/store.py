@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -58,19 +58,15 @@ def pointer_of(mapping: Any) -> Pointer:
     """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
     if not isinstance(mapping, dict):
         raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
-    # Annotations are strings here.
-    types = {"str": str, "int": int, "dict[str, Any]": dict}
-    known = {}
-    for pointer_field in fields(Pointer):
-        known[pointer_field.name] = types[str(pointer_field.type)]
+    empty = asdict(Pointer("", ""))
     for name, value in mapping.items():
-        if name not in known:
+        if name not in empty:
             remedy = "this pointer was not written by this version of ptl"
             raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
-        # True is an int for Python, and never one in a pointer.
-        if not isinstance(value, known[name]) or isinstance(value, bool):
-            type_name = known[name].__name__
-            raise InputError(f"{value!r} must be {type_name}", field=f"pointer.{name}")
+        # The very type: True is an int for Python, and never one in a pointer.
+        kind = type(empty[name])
+        if type(value) is not kind:
+            raise InputError(f"{value!r} must be {kind.__name__}", field=f"pointer.{name}")
     # Without these two nothing can be fetched; the other fields have a default.
     for name in ("uri", "digest"):
         if not mapping.get(name):
