@@ -77,11 +77,11 @@ def _post(url: str, step: str, reason: str) -> None:
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page
-    answer = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
-    answer.raise_for_status()
-    if answer.is_redirect:
+    response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
+    response.raise_for_status()
+    if response.is_redirect:
         # It may lead to anybody, and a POST that is redirected loses its body.
-        location = address.page(answer.headers["location"])
+        location = address.page(response.headers["location"])
         raise WorkError(f"it points to {location}", remedy=f"set {WEBHOOK} to that address")
 
 

@@ -91,9 +91,9 @@ def _receive(download: _Download, start: int) -> str:
         broken: Exception | None = None
         stream = _open_stream(download, offset, stop)  # the client has tried it often enough
         try:
-            with closing(stream) as body:
+            with closing(stream):
                 # Not a byte is written beyond the block, whatever the server sends.
-                while offset < stop and (data := body.read(min(CHUNK, stop - offset))):
+                while offset < stop and (data := stream.read(min(CHUNK, stop - offset))):
                     hasher.update(data)
                     _write_at(download.out, data, offset)
                     offset += len(data)
@@ -122,7 +122,7 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
     if file.size:  # a range of an empty file would be refused
         request["Range"] = f"bytes={start}-{stop - 1}"
     try:
-        answer = client().get_object(**request)
+        response = client().get_object(**request)
     except ClientError as error:
         if is_missing(error):
             raise deleted(name, file) from error
@@ -131,20 +131,20 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
             size = client().head_object(**location)["ContentLength"]
             raise wrong_size(name, file, size) from error
         raise
-    first, size = _sent_range(answer)
+    first, size = _sent_range(response)
     if size != file.size:
         raise wrong_size(name, file, size)
     if first != start:
         problem = f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}"
         raise WorkError(problem, field=name, remedy="does a proxy before the S3 server ignore ranges?")
-    return answer["Body"]
+    return response["Body"]
 
 
-def _sent_range(answer: Any) -> tuple[int, int]:
+def _sent_range(response: Any) -> tuple[int, int]:
     """The first byte that is sent, and the size of the object."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.get("ContentRange", ""))
     if match is None:  # all of the object
-        return 0, answer["ContentLength"]
+        return 0, response["ContentLength"]
     return int(match[1]), int(match[2])
 
 

@@ -13,6 +13,7 @@ from ptl.final_speed import beside_dense
 from ptl.machine import limit_threads
 from ptl.run_status import StepRun
 from ptl.step_metrics import kubeflow_metrics
+from ptl.store import Pointer
 from ptl.verdict import LoopSettings, Trial, decide
 
 
@@ -35,8 +36,15 @@ def evaluate(call: Call) -> None:
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
+        from ptl import tasks
+
+        # The import step does not know whether the gate can decide by the first benchmark.
+        tasks.check_gate(settings, loop.gate)
         limit_threads(candidate.params)
-        scores = _scores(src, dst, run, content_key, settings, loop.gate, seed)
+        scores = _scores(src, dst, run, content_key, settings, seed)
+        if loop.gate.enabled and scores["tasks"][0]["low"] is None:
+            # The task's YAML did not say that it has no accuracy.
+            raise tasks.no_accuracy(settings.tasks[0])
         # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback)
         verdict, accepted = decide(trial, dst)
@@ -54,17 +62,7 @@ def evaluate(call: Call) -> None:
             takeover.KEY: content_key,
         }
 
-    # All that the verdict depends on, beside the candidate.
-    key_settings = {
-        "evaluate": settings,
-        "gate": loop.gate,
-        "prune": loop.prune,
-        "iterations": loop.iterations,
-        "seed": seed,
-        "target": loop.target,
-        "fallback": fallback and fallback.digest,
-        "state": fallback and fallback.gate,
-    }
+    key_settings = _key_settings(settings, loop, fallback, seed)
     record = execute(step, candidate, key_settings, work)
     write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
@@ -84,22 +82,28 @@ def _loop_settings(call: Call) -> LoopSettings:
     )
 
 
-def _scores(
-    src: Path, dst: Path, run: StepRun, content_key: str, settings: Evaluate, gate_settings: Gate, seed: int
-) -> Metadata:
+def _key_settings(settings: Evaluate, loop: LoopSettings, fallback: Pointer | None, seed: int) -> Metadata:
+    """All that the verdict depends on, beside the candidate."""
+    return {
+        "evaluate": settings,
+        "gate": loop.gate,
+        "prune": loop.prune,
+        "iterations": loop.iterations,
+        "seed": seed,
+        "target": loop.target,
+        "fallback": fallback and fallback.digest,
+        "state": fallback and fallback.gate,
+    }
+
+
+def _scores(src: Path, dst: Path, run: StepRun, content_key: str, settings: Evaluate, seed: int) -> Metadata:
     """The scores of a checkpoint, whose files are written to `dst`: those of an earlier run, or new ones."""
-    from ptl import tasks
     from ptl.evaluate import evaluate_checkpoint
 
-    # The import step does not know whether the gate can decide by the first benchmark.
-    tasks.check_gate(settings, gate_settings)
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
     earlier = takeover.take(run, content_key, dst)
-    if earlier is not None:
-        scores: Metadata = earlier["scores"]
-    else:
-        scores = dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
-    if gate_settings.enabled and scores["tasks"][0]["low"] is None:
-        # The task's YAML did not say that it has no accuracy.
-        raise tasks.no_accuracy(settings.tasks[0])
-    return scores
+    if earlier is None:
+        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
+        return dataclasses.asdict(scores)
+    scores_of_earlier: Metadata = earlier["scores"]
+    return scores_of_earlier
