@@ -103,7 +103,8 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
         if _acceptable(pair, scored.gate):
             candidates.append(candidate)
         else:
-            worse.append(f"{candidate.version} ({step}: {candidate.accuracy:.1%})")
+            accuracy = f"{candidate.accuracy:.1%}"
+            worse.append(f"{candidate.version} ({step}: {accuracy})")
     # One sentence for all of them: in a run without the gate there may be many.
     if worse:
         plural = "s" if len(worse) > 1 else ""
@@ -189,7 +190,8 @@ def _reason_to_stay(
     smaller = candidate.params < holder_params
     if alias == "best":
         # A claim on `best` is a higher score, or the same one with fewer parameters.
-        better = pair.difference > 0 or (pair.difference == 0 and smaller)
+        equal = pair.difference == 0
+        better = pair.difference > 0 or (equal and smaller)
         if not better:
             return f"is not better: {gate.describe(pair)}"
         proven = pair.verdict == "not inferior"
@@ -221,8 +223,8 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
         return scored.records[step]
     record = store.committed(root, run, step)
     if record is None:
-        problem = f"{root} has no record of {step} of run {run}, which scored version {holder.version}"
-        raise WorkError(problem)
+        missing = f"no record of {step} of run {run}"
+        raise WorkError(f"{root} has {missing}, which scored version {holder.version}")
     record["metadata"]["items"] = fetch_items(record)
     return record
 
@@ -234,7 +236,9 @@ def _paired(reference: Record, candidate: Record, settings: Gate) -> gate.Paired
     new_task = new["scores"]["tasks"][0]
     # Scores of another benchmark, of another version of it or by another metric are other numbers.
     for field in ("task", "version", "metric"):
-        old_value, new_value = old_task.get(field, ""), new_task.get(field, "")
+        # A record without one of them is compared by the others.
+        old_value = old_task.get(field, "")
+        new_value = new_task.get(field, "")
         if old_value != new_value:
             raise InputError(f"scored on another {field} ({old_value!r} and {new_value!r})")
     task = str(new_task["task"])

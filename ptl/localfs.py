@@ -26,7 +26,8 @@ def path_of(uri: str) -> Path:
     parts = urlsplit(uri)
     # Only a URI encodes characters: a plain path may hold a percent sign.
     path = Path(unquote(parts.path) if parts.scheme else uri)
-    if parts.netloc not in ("", "localhost") or not path.is_absolute():
+    other_host = parts.netloc not in ("", "localhost")
+    if other_host or not path.is_absolute():
         raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
     return path
 
@@ -123,7 +124,8 @@ def delete(uri: str, below: str) -> None:
     real = folder.resolve()
     root = path_of(below).resolve()
     # The caller has checked the names; what they lead to is checked here.
-    if folder.is_symlink() or not real.is_relative_to(root) or real == root:
+    inside = real.is_relative_to(root) and real != root
+    if folder.is_symlink() or not inside:
         problem = f"{folder} is {real}, which is not below {root}"
         raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
     try:
@@ -186,7 +188,8 @@ def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
 
 def _draft(path: Path) -> Path:
     """A name of this writer alone, in the same folder: a rename or a link from it is one step."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    unique = uuid.uuid4().hex
+    return path.with_name(f".{path.name}.{unique}")
 
 
 def _write(path: Path, data: bytes) -> None:

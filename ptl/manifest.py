@@ -120,8 +120,9 @@ def load_files(text: bytes, name: str) -> Files:
     try:
         listing = json.loads(text)
         # Other blocks have other digests: an old list cannot be compared with files.
-        if (listing["format"], listing["block"]) != (FORMAT, BLOCK):
-            raise ValueError(f"format {listing['format']} is not the one of this version of ptl, {FORMAT}")
+        version, block = listing["format"], listing["block"]
+        if (version, block) != (FORMAT, BLOCK):
+            raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
         files = tuple(_file(row) for row in listing["files"])
         _check_files(files)
     except (ValueError, KeyError, TypeError) as error:
@@ -130,8 +131,10 @@ def load_files(text: bytes, name: str) -> Files:
 
 
 def _file(row: dict[str, Any]) -> File:
-    blocks = [str(digest) for digest in row["blocks"]]
-    return File(str(row["path"]), int(row["size"]), tuple(blocks))
+    """Converted, so that a wrong type shows here."""
+    path, size = str(row["path"]), int(row["size"])
+    blocks = tuple(str(digest) for digest in row["blocks"])
+    return File(path, size, blocks)
 
 
 def _check_files(files: Files) -> None:
@@ -139,8 +142,9 @@ def _check_files(files: Files) -> None:
     for file in files:
         if not is_inside(file.path):
             raise ValueError(f"{file.path!r} is outside of the checkpoint")
-        if file.size < 0 or len(file.blocks) != len(starts(file.size)):
-            raise ValueError(f"{len(file.blocks)} digests for {file.size} bytes")
+        digests, size = len(file.blocks), file.size
+        if size < 0 or digests != len(starts(size)):
+            raise ValueError(f"{digests} digests for {size} bytes")
     # Two entries would write one file at the same time.
     paths = {file.path for file in files}
     if len(paths) != len(files):
@@ -204,7 +208,8 @@ def deleted(name: str, file: File) -> WorkError:
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:
     """For a file that was truncated or replaced."""
-    problem = f"file {file.path} has {size} bytes, {file.size} were published"
+    sizes = f"{size} bytes, {file.size} were published"
+    problem = f"file {file.path} has {sizes}"
     return WorkError(problem, field=name, remedy=RESTORE)
 
 

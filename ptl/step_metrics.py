@@ -39,7 +39,8 @@ def metrics(metadata: Metadata) -> dict[str, float]:
     """The numbers of a step's metadata that MLflow shows."""
     numbers = {}
     for name, value in metadata.items():
-        if isinstance(value, int | float) and name not in NOT_METRICS:
+        is_number = isinstance(value, int | float)
+        if is_number and name not in NOT_METRICS:
             numbers[name] = float(value)
     if "scores" not in metadata:
         return numbers

@@ -105,8 +105,8 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     files = _twice(lambda: _listed_files(pointer, uri, name))
     # By the digest: whatever names the same files finds them.
     target = Path(cache) / pointer.digest.removeprefix("sha256:")
-    total = sum(file.size for file in files)
-    with _bar("fetch", total, on_progress) as progress:
+    sizes = [file.size for file in files]
+    with _bar("fetch", sum(sizes), on_progress) as progress:
         return _backend(uri).fetch(uri, files, target, name, progress)
 
 
@@ -121,7 +121,8 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     files = load_files(listing, name)
     digest = digest_of(files)
     if digest != pointer.digest:
-        problem = f"digest differs: {FILES} lists {digest}, not {pointer.digest}: the checkpoint was replaced"
+        difference = f"{FILES} lists {digest}, not {pointer.digest}"
+        problem = f"digest differs: {difference}: the checkpoint was replaced"
         raise WorkError(problem, field=name, remedy=remedy)
     return files
 
@@ -254,8 +255,8 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
             problem = "digest differs: its bytes are not the ones that were committed"
             raise WorkError(problem, field=uri, remedy=remedy)
         # An intact record may still be one of another version, or copied from another step.
-        same_step = record["format"] == FORMAT and record["step"] == step
-        if not same_step or not isinstance(record["key"], str):
+        identity = (record["format"], record["step"], type(record["key"]))
+        if identity != (FORMAT, step, str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
         pointer_of(record["pointer"])
     except (ValueError, KeyError, TypeError, InputError) as error:
@@ -273,7 +274,8 @@ def _check_key(record: Record, key: str, run: str, uri: str) -> None:
     # The same run id with another config: nothing that it has may be taken for this one's.
     if record["key"] != key:
         cause = "it was committed with other settings, another model or another version of ptl"
-        problem = f"step {record['step']} belongs to another run: {cause} ({uri})"
+        step = record["step"]
+        problem = f"step {step} belongs to another run: {cause} ({uri})"
         raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
 
 

@@ -33,7 +33,8 @@ def run(names: dict[str, Any]) -> None:
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
-    arguments = {name: value for name, value in names.items() if name != "supervisor"}
+    arguments = dict(names)
+    arguments.pop("supervisor", None)
     step = str(arguments["step"])
     for warning in mounts.load():
         say(step, warning)
