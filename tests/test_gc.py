@@ -51,7 +51,7 @@ def served(server, new_database, tmp_path_factory):
 @pytest.fixture(params=["local", "served"])
 def experiment(request, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps."""
-    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", *s3_client.SETTINGS):
+    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *s3_client.SETTINGS):
         monkeypatch.delenv(name, raising=False)
     name = f"gc-{uuid.uuid4().hex[:8]}"
     settings = dict(request.getfixturevalue(request.param))
