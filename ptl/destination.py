@@ -1,4 +1,4 @@
-"""The folder that a command writes: it appears whole or not at all, and one process writes it at a time."""
+"""The folder that a command writes: it appears complete or not at all, and one process writes it at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from ptl import processes
 from ptl.errors import InputError
 
 OUT = "out"  # of a work folder: what becomes the destination
+LOCK = "lock"  # of a work folder: held by the process that writes
 
 
 def check_free(dst: Path) -> None:
     """Raise InputError where something would be lost by writing `dst`, or where it cannot be replaced."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError(f"dst: {dst} is a file or not empty; give a folder that does not exist yet")
+        problem = f"{dst} is a file or not empty"
+        raise InputError(problem, field="dst", remedy="give a folder that does not exist yet")
+    # The rename at the end would fail, after all the work.
     if dst.is_mount():
-        raise InputError(f"dst: {dst} is a mount point, which cannot be replaced; give a folder in it: {dst / 'model'}")
+        problem = f"{dst} is a mount point, which cannot be replaced"
+        raise InputError(problem, field="dst", remedy=f"give a folder in it: {dst / 'model'}")
 
 
 @contextmanager
@@ -31,7 +35,7 @@ def writing(dst: Path) -> Iterator[Path]:
     work = dst.with_name(f"{dst.name}.partial")
     out = work / OUT
     interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
-    with interruptible, processes.exclusive(work / "lock", f"dst: {dst}"):
+    with interruptible, processes.exclusive(work / LOCK, f"dst: {dst}"):
         check_free(dst)
         shutil.rmtree(out, ignore_errors=True)  # by a killed command
         out.mkdir()
@@ -41,5 +45,6 @@ def writing(dst: Path) -> Iterator[Path]:
             shutil.rmtree(work)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-            if work.is_dir() and [path.name for path in work.iterdir()] == ["lock"]:
+            # What may be resumed stays; a lock alone is nothing.
+            if work.is_dir() and [path.name for path in work.iterdir()] == [LOCK]:
                 shutil.rmtree(work)

@@ -1,4 +1,4 @@
-"""How any step runs: take the committed record of an earlier try, or work, publish, commit; then say so in MLflow.
+"""How any step runs: take the committed record of an earlier try, or work, publish, commit; then report it to MLflow.
 
 A step is identified by the pipeline run and its name, and its record by a key over everything that it depends on. So a
 step that is repeated, on the same machine or another, does no finished work again and reads nothing half-written.
@@ -11,312 +11,175 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from ptl import __version__, attempts, dag, run_page, store, tracking
-from ptl.address import without_login
+from ptl import __version__, step_metrics, store, takeover, tracking
+from ptl.call import Metadata, Step
 from ptl.errors import WorkError
+from ptl.inputs import damage_report, fetch
 from ptl.log import say
+from ptl.machine import empty_folder, scratch
 from ptl.run_status import StepRun
-from ptl.store import Pointer
+from ptl.step_tracking import begin, noting_errors, track
+from ptl.store import Pointer, Record
 
-Metadata = dict[str, Any]
-Record = dict[str, Any]
-Work = Callable[[Path, StepRun], Metadata]  # fills the folder to publish, returns the step's metadata
-
-# Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
-SHOWN = ("uri", "digest", "params", "run_id")
-SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more than it gives
+# Reads the parent's folder (None: the step has no parent), fills the folder to publish, returns the step's metadata.
+Work = Callable[[Any, Path, StepRun], Metadata]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """Which step of which run this is; everything here shows in MLflow."""
-
-    name: str
-    experiment: str
-
-    @property
-    def stage(self) -> str:
-        """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
-        return dag.stage_of(self.name)
-
-    @property
-    def arm(self) -> dag.Arm:
-        """`loop` or `control`."""
-        return dag.arm_of(self.name)
-
-    @property
-    def iteration(self) -> int:
-        """From 1; 0 outside of the iterations."""
-        return dag.iteration_of(self.name)
-
-    def start(self, title: str | None = None) -> StepRun:
-        """The step's run in MLflow; `title` names the pipeline run's own where there is none yet."""
-        return tracking.start(
-            self.experiment,
-            self.name,
-            arm=self.arm,
-            iteration=self.iteration,
-            artifact_location=artifact_root(),
-            title=title,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A file to write for the steps that follow, and what Kubeflow shows beside it."""
-
-    path: Path
-    metadata: Metadata = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A step with everything that its component was given."""
+class Execution:
+    """A step at work."""
 
     step: Step
-    settings: Metadata  # parameters of the component
-    inputs: dict[str, Pointer]
-    outputs: dict[str, Output]
+    run: StepRun  # in MLflow
+    parent: Pointer | None  # the checkpoint that the step starts from
+    work: Work
+    content_key: str  # under which an earlier run's result may be taken over; empty: it may not
 
 
-def execute(step: Step, parent: Pointer | None, settings: Metadata, work: Work, *, title: str | None = None) -> Record:
+def execute(
+    step: Step,
+    parent: Pointer | None,
+    settings: Metadata,
+    work: Work,
+    *,
+    title: str | None = None,
+    content_key: str = "",
+) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
-    `title` is what people call the pipeline run. Raises NoAttemptLeftError where earlier attempts have used all.
+    `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
+    are taken over. Raises NoAttemptLeftError where earlier attempts have used all.
     """
-    settings = {name: _plain(value) for name, value in settings.items()}
+    # The same however KFP passed them: they are a part of the key.
+    settings = {name: _plain_value(value) for name, value in settings.items()}
     run = step.start(title)
-    key = _key(step, parent, settings)
+    execution = Execution(step, run, parent, work, content_key)
+    key = _record_key(step, parent, settings)
     with noting_errors(run):
+        # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key)
         if record is None:
             begin(run)
-            record = _work_and_commit(step, run, parent, settings, key, work)
-            say(step.name, f"done in {record['metadata']['seconds']:.0f} s: {_summary(record['metadata'])}")
-        elif _doubtful(record["pointer"]["digest"]).exists():
-            _check_or_repair(run, Pointer(**record["pointer"]), work)
+            folder = empty_folder(step.name)
+            metadata = _fetch_and_work(execution, folder)
+            pointer = _publish(execution, folder, metadata)
+            own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
+            # Another process may be first: then its record is the step's.
+            record = store.commit(run.root, run.run, step.name, own_record)
+            committed = record["metadata"]
+            seconds = committed["seconds"]
+            say(step.name, f"done in {seconds:.0f} s: {step_metrics.summary(committed)}")
+        elif damage_report(record["pointer"]["digest"]).exists():
+            # A later step could not fetch what this one has published.
+            _check_or_repair(execution, Pointer(**record["pointer"]))
         else:
             say(step.name, "done before: taken as it is")
-        _track(step, run, parent, settings, record)
+        # Again for a step that was done before: it may have been killed between the record and MLflow.
+        track(step, run, parent, settings, record)
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
 
 
-def begin(run: StepRun) -> None:
-    """Count an attempt, in the store and on the step's page. Raises NoAttemptLeftError, with the last one's reason."""
-    allowed = attempts.policy().attempts
-    try:
-        attempt = attempts.claim(run.root, run.run, run.step)
-    except attempts.NoAttemptLeftError as error:
-        last = tracking.error_of(run)
-        raise attempts.NoAttemptLeftError(f"{error}{'. The last one failed: ' + last if last else ''}") from None
-    tracking.tag(run, {"attempt": attempt})
-    say(run.step, "started" if attempt == 1 else f"started, attempt {attempt} of {allowed}")
+def _plain_value(setting: Any) -> Any:
+    """Sections of the config as plain values."""
+    if isinstance(setting, BaseModel):
+        return setting.model_dump(mode="json")
+    if isinstance(setting, list):
+        return [_plain_value(entry) for entry in setting]
+    return setting
 
 
-@contextmanager
-def noting_errors(run: StepRun) -> Iterator[None]:
-    """Keep on the step's page why an attempt failed; another one may follow."""
-    try:
-        yield
-    except attempts.NoAttemptLeftError:
-        raise  # the page has the reason of the last one
-    except Exception as error:
-        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
-        raise
+def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
+    """What a step's result depends on; the same key means that a committed result may be taken."""
+    parts = {
+        "version": __version__,
+        "step": step.name,
+        "parent": parent.digest if parent else None,
+        "settings": settings,
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _work_and_commit(
-    step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, key: str, work: Work
-) -> Record:
-    folder = _out(step.name)
+def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
+    """Do the work on the parent's files; the step's metadata, with its times in seconds."""
+    step = execution.step
     started = time.time()
-    metadata = work(folder, run)
-    metadata = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration, "started": started, **metadata}
-    whole = time.time() - started  # with the libraries' imports and the fetch of the parent, which `seconds` leaves out
-    metadata = {"seconds": whole, **metadata, "whole_seconds": whole}
+    metadata = _take_over_or_work(execution, folder)
+    elapsed = time.time() - started  # with the libraries' imports and the fetch of the parent
+    times = {"started": started, "seconds": elapsed}  # a work that reports its own `seconds` leaves those out
+    origin = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration}
+    return {**origin, **times, **metadata, "whole_seconds": elapsed}
+
+
+def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
+    """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
+    run, parent, content_key = execution.run, execution.parent, execution.content_key
+    metadata = takeover.take(run, content_key, folder) if content_key else None
+    if metadata is None:
+        src = fetch(parent) if parent else None
+        metadata = execution.work(src, folder, run)
+    if content_key:
+        metadata = {**metadata, takeover.KEY: content_key}
+    return metadata
+
+
+def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
+    """Publish the files under a fresh location; the pointer to them."""
+    step, run, parent = execution.step, execution.run, execution.parent
     if step.stage == "evaluate":
+        # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
         assert parent is not None
-        model_id, location = parent.model_id, f"{run.artifact_uri}/{os.urandom(6).hex()}"
+        params = metadata["scores"]["params"]
+        model_id = parent.model_id
+        location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
     else:
-        tags = {"step": step.name, "params": metadata["params"], "digest_of_parent": parent.digest if parent else ""}
-        model_id, location = tracking.new_model(run, step.name, {"params": metadata["params"]}, tags)
+        params = metadata["params"]
+        tags = {"step": step.name, "params": params, "digest_of_parent": parent.digest if parent else ""}
+        model_id, location = tracking.new_model(run, step.name, {"params": params}, tags)
     files = store.publish(folder, location)
-    pointer = Pointer(
+    return Pointer(
         uri=location,
         digest=store.digest_of(files),
-        params=int(metadata["params"] if "params" in metadata else metadata["scores"]["params"]),
-        original_params=parent.original_params if parent else metadata["params"],
+        params=int(params),
+        original_params=parent.original_params if parent else params,
         parent_digest=parent.digest if parent else "",
         run_id=run.run_id,
         model_id=model_id,
         gate=parent.gate if parent else {},
         step=step.name,
     )
-    record = {
-        "key": key,
-        "pointer": dataclasses.asdict(pointer),
-        "metadata": metadata,
-    }
-    return store.commit(run.root, run.run, step.name, record)
 
 
-def _out(step: str) -> Path:
-    """An empty folder of this attempt alone."""
-    for left in scratch(step).glob("out-*"):  # by killed attempts
-        shutil.rmtree(left, ignore_errors=True)
-    folder = scratch(step) / f"out-{uuid.uuid4().hex[:12]}"
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _check_or_repair(run: StepRun, pointer: Pointer, work: Work) -> None:
+def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
     """Do the work of a committed step again where its files are damaged; the same bytes take their place.
 
     The record stays, and so do all pointers to the files. Raises WorkError where the work comes out otherwise now.
     """
+    run = execution.run
     try:
         store.fetch(pointer, scratch("cache"))
         say(run.step, "done before: its files were verified")
-    except WorkError as error:
-        say(run.step, f"done again, since its files are damaged: {error}")
+    except WorkError as damage:
+        say(run.step, f"done again, since its files are damaged: {damage}")
         begin(run)
-        folder = _out(run.step)
-        work(folder, run)
-        copy = store.publish(folder, (scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}").as_uri())
-        if store.digest_of(copy) != pointer.digest:
-            raise WorkError(
-                f"{run.step}: its files are damaged, and doing it again gave others, as on another machine or with "
-                "other versions; start a new run with --new"
-            ) from error
+        folder = empty_folder(run.step)
+        _take_over_or_work(execution, folder)
+        # Published in the scratch folder first: the damaged files go only once the same bytes are there.
+        copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
+        files = store.publish(folder, copy.as_uri())
+        if store.digest_of(files) != pointer.digest:
+            cause = "as on another machine or with other versions"
+            problem = f"its files are damaged, and doing it again gave others, {cause}"
+            raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage
         store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
         store.publish(folder, pointer.uri)
-    _doubtful(pointer.digest).unlink()
-
-
-def _doubtful(digest: str) -> Path:
-    """A file that says that a checkpoint could not be fetched: the step that made it checks it when it runs again."""
-    return scratch("doubtful") / digest.removeprefix("sha256:")
-
-
-def _track(step: Step, run: StepRun, parent: Pointer | None, settings: Metadata, record: Record) -> None:
-    """Say in MLflow what a record says; repeating it changes nothing."""
-    metadata, pointer = record["metadata"], record["pointer"]
-    inputs = [parent.model_id] if parent else []
-    output = pointer["model_id"] if step.stage != "evaluate" else None
-    tracking.finish(
-        run, params=flat(settings), metrics=_metrics(metadata), inputs=inputs, output=output, step=step.iteration
-    )
-    if step.stage == "evaluate":
-        first = metadata["scores"]["tasks"][0]
-        bounds = {"low": first["low"], "high": first["high"]}
-        tracking.log_progress(run, metadata["scores"]["params"], first["accuracy"], **bounds)
-        if step.iteration == 0:
-            run_page.log_result(run, {"dense/accuracy": first["accuracy"]})
-        ended = metadata["accepted"]["gate"].get("reason", "") if metadata["accepted"]["gate"].get("stopped") else ""
-        tracking.tag(run, {"verdict": metadata["verdict"]["decision"]} | ({"loop_ended": ended} if ended else {}))
-
-
-def _key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
-    """What a step's result depends on; the same key means that a committed result may be taken."""
-    metadata = {"version": __version__, "step": step.name, "parent": parent and parent.digest, "settings": settings}
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Sections of the config as plain values, the same however KFP passed them."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return [_plain(each) for each in value] if isinstance(value, list) else value
-
-
-def _metrics(metadata: Metadata) -> dict[str, float]:
-    """The numbers of a step's metadata that MLflow shows."""
-    metrics = {
-        k: float(v) for k, v in metadata.items() if isinstance(v, int | float) and k not in ("iteration", "started")
-    }
-    if "scores" in metadata:
-        scores = metadata["scores"]
-        metrics |= {k: float(scores[k]) for k in ("params", "bytes", "flops_per_token", "kv_bytes_per_token")}
-        for task in scores["tasks"]:
-            metrics |= {
-                f"{task['task']}/{k}": float(task[k])
-                for k in ("accuracy", "low", "high", "items")
-                if task[k] is not None
-            }
-        metrics["accuracy"] = float(scores["tasks"][0]["accuracy"])
-    return metrics
-
-
-def flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, as MLflow shows parameters; what is unset is left out."""
-    if isinstance(settings, dict):
-        entries: Any = settings.items()
-    elif isinstance(settings, list) and any(isinstance(each, dict) for each in settings):
-        entries = enumerate(settings)
-    else:
-        return {} if settings is None else {name: settings}
-    dotted: dict[str, Any] = {}
-    for key, value in entries:
-        dotted |= flat(value, f"{name}.{key}" if name else str(key))
-    return dotted
-
-
-def _summary(metadata: Metadata) -> str:
-    if metadata["stage"] == "evaluate":
-        first = metadata["scores"]["tasks"][0]
-        return f"{first['metric']} {first['accuracy']:.3f} on {first['items']} items, {metadata['verdict']['decision']}"
-    if metadata["stage"] == "recover":
-        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
-    return f"{metadata['params']:,} parameters"
-
-
-def write(output: Output, pointer: Metadata) -> None:
-    """The pointer is the artifact's file and, for the lineage view, its metadata; its uri is never touched."""
-    output.path.parent.mkdir(parents=True, exist_ok=True)
-    output.path.write_text(Pointer(**pointer).dump())
-    output.metadata.update({name: pointer[name] for name in SHOWN if pointer.get(name)})
-
-
-def fetch(pointer: Pointer) -> Path:
-    """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
-    try:
-        return store.fetch(pointer, scratch("cache"))
-    except WorkError as error:
-        doubt = _doubtful(pointer.digest)
-        doubt.parent.mkdir(parents=True, exist_ok=True)
-        doubt.touch()
-        if attempts.on_a_cluster() or not pointer.step:
-            raise
-        raise WorkError(
-            f"{error}. The same command checks step {pointer.step}, and does it again if need be"
-        ) from error
-
-
-def scratch(name: str) -> Path:
-    """A folder for temporary work; with PTL_SCRATCH it survives a kill, so that training goes on from it."""
-    base = os.environ.get("PTL_SCRATCH") or f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
-    return Path(base) / name
-
-
-def artifact_root() -> str | None:
-    """Where a new experiment keeps its artifacts; None: where the MLflow server says."""
-    return os.environ.get("PTL_ARTIFACT_ROOT")
-
-
-def limit_threads(params: int) -> None:
-    """One thread for a small model: more only wait for each other."""
-    import torch
-
-    if params < SMALL_MODEL:
-        torch.set_num_threads(1)
+    damage_report(pointer.digest).unlink()

@@ -8,30 +8,38 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 from ptl.errors import InputError, WorkError
 
-FILES = "ptl-files.json"  # lies beside the files it lists and is written after all of them
+FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
 CHUNK = 64 << 10  # bytes read, hashed and written at once; from 128 KiB on the allocator maps fresh memory for each
 THREADS = 8  # blocks at once
 
-Progress = Callable[[int], None]  # called with the number of bytes just moved, from several threads
+# Remedies for files that are not as they were published.
+REMAKE = "run the step that made this checkpoint again"
+RESTORE = f"restore it or {REMAKE}"
+
+Progress = Callable[[int], object]  # called with the number of bytes just moved, from several threads
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a checkpoint: `path` is relative with forward slashes, `size` in bytes.
+    """One file of a checkpoint.
 
-    `blocks` has the hex sha256 of every BLOCK bytes, of which the last may be shorter, so that blocks which arrive side
-    by side are checked side by side. An empty file has one empty block.
+    Each block of BLOCK bytes (the last one may be shorter) has a digest of its own, so that blocks which arrive side by
+    side are checked side by side. An empty file has one empty block.
     """
 
-    path: str
-    size: int
-    blocks: tuple[str, ...]
+    path: str  # relative, with forward slashes
+    size: int  # bytes
+    blocks: tuple[str, ...]  # hex sha256 of each
+
+
+Files = tuple[File, ...]
 
 
 def starts(size: int) -> range:
@@ -39,32 +47,48 @@ def starts(size: int) -> range:
     return range(0, max(size, 1), BLOCK)
 
 
+def block_size(file: File, start: int) -> int:
+    """The bytes of the block that begins at `start`."""
+    return min(BLOCK, file.size - start)
+
+
 def digest_of(files: Iterable[File]) -> str:
     """`sha256:<hex>` over the files sorted by path; two folders with equal contents have equal digests."""
     rows = sorted([file.path, file.size, list(file.blocks)] for file in files)
-    return "sha256:" + hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    # One spelling of each list, byte for byte.
+    text = json.dumps(rows, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def scan(folder: Path) -> list[str]:
     """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
     if not folder.is_dir():
-        raise InputError(f"checkpoint: no folder {folder}; give the folder that holds the files")
+        remedy = "give the folder that holds the files"
+        raise InputError(f"no folder {folder}", field="checkpoint", remedy=remedy)
     paths = []
     for entry in sorted(folder.rglob("*")):
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise InputError(f"checkpoint: {entry} is not a regular file; put a copy of the file in its place")
-        if entry.is_file():
-            paths.append(entry.relative_to(folder).as_posix())
-    paths = [path for path in paths if path != FILES]
+        regular = entry.is_file() or entry.is_dir()
+        # What a link leads to may change, or be on no other machine.
+        if entry.is_symlink() or not regular:
+            problem = f"{entry} is not a regular file"
+            raise InputError(problem, field="checkpoint", remedy="put a copy of the file in its place")
+        path = entry.relative_to(folder).as_posix()
+        if entry.is_file() and path != FILES:
+            paths.append(path)
     if not paths:
-        raise InputError(f"checkpoint: {folder} holds no files")
+        raise InputError(f"{folder} holds no files", field="checkpoint")
     return paths
 
 
 def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
     """The bytes of the block that begins at `start` in an open file of `size` bytes."""
-    offset, stop = start, min(start + BLOCK, size)
-    while offset < stop and (data := os.pread(handle, min(CHUNK, stop - offset), offset)):
+    offset = start
+    stop = min(start + BLOCK, size)
+    while offset < stop:
+        length = min(CHUNK, stop - offset)
+        data = os.pread(handle, length, offset)
+        if not data:  # the file has become shorter
+            return
         yield data
         offset += len(data)
 
@@ -72,84 +96,124 @@ def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
 def sha256_of(path: Path, start: int) -> str:
     """Hex sha256 of the block of a file that begins at `start`."""
     hasher = hashlib.sha256()
+    # Unbuffered: `chunks` reads at offsets of its own.
     with path.open("rb", buffering=0) as source:
-        for data in chunks(source.fileno(), start, path.stat().st_size):
+        size = path.stat().st_size
+        for data in chunks(source.fileno(), start, size):
             hasher.update(data)
     return hasher.hexdigest()
 
 
 def dump_files(files: Iterable[File]) -> bytes:
     """The text of `ptl-files.json`."""
+    # In one order, so that equal folders have equal lists.
     rows = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
-    return json.dumps({"format": FORMAT, "block": BLOCK, "files": rows}, indent=1).encode()
+    listing = {"format": FORMAT, "block": BLOCK, "files": rows}
+    return json.dumps(listing, indent=1).encode()
 
 
-def load_files(text: bytes, where: str) -> tuple[File, ...]:
-    """Read `ptl-files.json`. Raises WorkError where it is damaged or names a path outside of its folder."""
+def load_files(text: bytes, name: str) -> Files:
+    """Read `ptl-files.json`. Raises WorkError where it is damaged or names a path outside of its folder.
+
+    `name` is what messages call the checkpoint.
+    """
     try:
-        raw = json.loads(text)
-        if (raw["format"], raw["block"]) != (FORMAT, BLOCK):
-            raise ValueError(f"format {raw['format']} is not the one of this version of ptl, {FORMAT}")
-        files = tuple(File(str(row["path"]), int(row["size"]), tuple(map(str, row["blocks"]))) for row in raw["files"])
+        listing = json.loads(text)
+        # Other blocks have other digests: an old list cannot be compared with files.
+        version, block = listing["format"], listing["block"]
+        if (version, block) != (FORMAT, BLOCK):
+            raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
+        files = tuple(_file(row) for row in listing["files"])
+        _check_files(files)
     except (ValueError, KeyError, TypeError) as error:
-        raise WorkError(
-            f"{where}: {FILES} is damaged ({error}); run the step that made this checkpoint again"
-        ) from error
+        raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
+    return files
+
+
+def _file(row: dict[str, Any]) -> File:
+    """Converted, so that a wrong type shows here."""
+    path, size = str(row["path"]), int(row["size"])
+    blocks = tuple(str(digest) for digest in row["blocks"])
+    return File(path, size, blocks)
+
+
+def _check_files(files: Files) -> None:
+    """Others may have written the list: a reader must not leave the folder, nor wait for blocks that never come."""
     for file in files:
         if not is_inside(file.path):
-            raise WorkError(f"{where}: {FILES} names {file.path!r}, which is outside of the checkpoint; refused")
-        if file.size < 0 or len(file.blocks) != len(starts(file.size)):
-            raise WorkError(f"{where}: {FILES} has {len(file.blocks)} digests for {file.size} bytes; refused")
-    if len({file.path for file in files}) != len(files):
-        raise WorkError(f"{where}: {FILES} names a file twice; refused")
-    return files
+            raise ValueError(f"{file.path!r} is outside of the checkpoint")
+        digests, size = len(file.blocks), file.size
+        if size < 0 or digests != len(starts(size)):
+            raise ValueError(f"{digests} digests for {size} bytes")
+    # Two entries would write one file at the same time.
+    paths = {file.path for file in files}
+    if len(paths) != len(files):
+        raise ValueError("a file is named twice")
 
 
 def is_inside(path: str) -> bool:
     """Whether a path from a manifest is a plain relative one: no `..`, no root, no backslash, nothing to normalize."""
+    if path == FILES or "\\" in path or "\0" in path:
+        return False
+    # An absolute path begins with an empty part, and a doubled slash is one.
     parts = path.split("/")
-    plain = all(part not in ("", ".", "..") for part in parts) and PurePosixPath(path).as_posix() == path
-    return plain and path != FILES and "\\" not in path and "\0" not in path
+    return all(part not in ("", ".", "..") for part in parts)
 
 
-def verify(folder: Path, files: tuple[File, ...], where: str, on_progress: Progress = lambda _: None) -> None:
+def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None:
     """Compare a folder with its list: every file, none else, no symlinks, equal sizes and blocks; else WorkError."""
-    names = {file.path for file in files}
+    # What is cheap to see comes first: names and sizes, before any byte is read.
+    _verify_names(folder, files, name)
+    for file in files:
+        path = folder / file.path
+        if not path.is_file():
+            raise deleted(name, file)
+        size = path.stat().st_size
+        if size != file.size:
+            raise wrong_size(name, file, size)
+
+    def verify_block(file: File, start: int) -> None:
+        digest = sha256_of(folder / file.path, start)
+        if digest != file.blocks[start // BLOCK]:
+            raise wrong_digest(name, file)
+        on_progress(block_size(file, start))
+
+    # hashlib releases the interpreter's lock for large data, so that threads serve.
+    with ThreadPoolExecutor(THREADS) as pool:
+        blocks = []
+        for file in files:
+            blocks += [pool.submit(verify_block, file, start) for start in starts(file.size)]
+        for block in blocks:
+            block.result()
+
+
+def _verify_names(folder: Path, files: Files, name: str) -> None:
+    """Raise WorkError for a symlink, or a file that is not on the list."""
+    listed = {FILES, *(file.path for file in files)}
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():
-            raise WorkError(f"{where}: {path} is a symlink; refused: a checkpoint holds regular files only")
-        if not entry.is_dir() and path not in names and path != FILES:
-            raise WorkError(f"{where}: {path} is not part of the checkpoint; remove it from {folder}")
-    for file in files:
-        found = folder / file.path
-        if not found.is_file():
-            raise WorkError(f"{where}: file {file.path} was deleted; restore it or run the step that made it again")
-        size = found.stat().st_size
-        if size != file.size:
-            raise WorkError(wrong_size(where, file, size))
-
-    def check(file: File, start: int) -> None:
-        if sha256_of(folder / file.path, start) != file.blocks[start // BLOCK]:
-            raise WorkError(wrong_digest(where, file))
-        on_progress(min(BLOCK, file.size - start))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for checked in [pool.submit(check, file, start) for file in files for start in starts(file.size)]:
-            checked.result()
+            problem = f"{path} is a symlink"
+            raise WorkError(problem, field=name, remedy="refused: a checkpoint holds regular files only")
+        if not entry.is_dir() and path not in listed:
+            problem = f"{path} is not part of the checkpoint"
+            raise WorkError(problem, field=name, remedy=f"remove it from {folder}")
 
 
-def wrong_size(where: str, file: File, size: int) -> str:
-    """The message for a file that was cut off or replaced."""
-    return (
-        f"{where}: file {file.path} has {size} bytes, {file.size} were published; "
-        "restore it or run the step that made this checkpoint again"
-    )
+def deleted(name: str, file: File) -> WorkError:
+    """For a file that is no longer there."""
+    problem = f"file {file.path} was deleted"
+    return WorkError(problem, field=name, remedy=RESTORE)
 
 
-def wrong_digest(where: str, file: File) -> str:
-    """The message for a file whose bytes changed."""
-    return (
-        f"{where}: digest differs in file {file.path}: its bytes are not the ones that were published; "
-        "restore it or run the step that made this checkpoint again"
-    )
+def wrong_size(name: str, file: File, size: int) -> WorkError:
+    """For a file that was truncated or replaced."""
+    sizes = f"{size} bytes, {file.size} were published"
+    problem = f"file {file.path} has {sizes}"
+    return WorkError(problem, field=name, remedy=RESTORE)
+
+
+def wrong_digest(name: str, file: File) -> WorkError:
+    """For a file whose bytes changed."""
+    problem = f"digest differs in file {file.path}: its bytes are not the ones that were published"
+    return WorkError(problem, field=name, remedy=RESTORE)

@@ -15,8 +15,12 @@ from pathlib import Path
 from ptl import address
 
 ROOT = "/etc/ptl"
-CONFIG, S3, MLFLOW, HF, CA = (f"{ROOT}/{name}" for name in ("config", "s3", "mlflow", "hf", "ca"))
-CACHE = "/mnt/ptl-cache"  # of the hub, on a volume
+CONFIG = f"{ROOT}/config"
+S3 = f"{ROOT}/s3"
+MLFLOW = f"{ROOT}/mlflow"
+HF = f"{ROOT}/hf"
+CA = f"{ROOT}/ca"
+CACHE = "/mnt/ptl-cache"  # the hub's files, on a volume
 HF_HOME = f"{CACHE}/huggingface"
 FALLBACK_HF_HOME = "/tmp/cache/huggingface"  # of the images
 BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
@@ -27,51 +31,67 @@ S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_S
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
-    renamed = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
+    variables = {}
+    for name, variable in S3_KEYS.items():
+        if name in environment:
+            variables[environment[name]] = variable
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
-        for path in _files(base / name):
-            variable = renamed.get(path.name, path.name) if name == "s3" else path.name
+        for path in _keys(base / name):
+            variable = variables.get(path.name, path.name) if name == "s3" else path.name
             if not variable.isidentifier() or variable in environment:
                 continue
             try:
                 environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
             except (ValueError, OSError) as error:  # bytes that are no text cannot be a variable
                 warnings.append(f"warning: {path} is not a variable of the step: {error}")
+    # After all variables are there: MLflow's address may come from a Secret.
     address.split_login(environment)
-    return [*warnings, *_trust(environment, base / "ca"), *_cache(environment)]
+    warnings.append(_trust(environment, base / "ca"))
+    warnings.append(_cache(environment))
+    return [warning for warning in warnings if warning]
 
 
-def _files(folder: Path) -> list[Path]:
-    """The keys of a mounted ConfigMap or Secret."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
-
-
-def _trust(environment: MutableMapping[str, str], folder: Path) -> list[str]:
-    """Trust the mounted CA bundle. The folder of an optional volume is there, and empty, when its ConfigMap is not."""
+def _keys(folder: Path) -> list[Path]:
+    """The keys of a mounted ConfigMap or Secret: its files."""
     if not folder.is_dir():
         return []
+    return [path for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def _trust(environment: MutableMapping[str, str], folder: Path) -> str:
+    """Trust the mounted CA bundle; returns a warning, or an empty string.
+
+    The folder of an optional volume is there, and empty, when its ConfigMap is not.
+    """
+    if not folder.is_dir():
+        return ""
     bundle = folder / "ca.crt"
     if not bundle.is_file():
-        return [
+        return (
             f"warning: storage.ca_config_map: no ca.crt in {folder}: the ConfigMap is missing, or has no such key; "
             "the public CAs are trusted"
-        ]
-    others = [variable for variable in BUNDLES if environment.setdefault(variable, str(bundle)) != str(bundle)]
-    return [f"storage.ca_config_map: not used for {', '.join(others)}, which the pod has already"] if others else []
+        )
+    # A variable that the pod has already wins, as everywhere here.
+    path = str(bundle)
+    taken = [name for name in BUNDLES if environment.setdefault(name, path) != path]
+    if not taken:
+        return ""
+    return f"storage.ca_config_map: not used for {', '.join(taken)}, which the pod has already"
 
 
-def _cache(environment: MutableMapping[str, str]) -> list[str]:
-    """Without the right to write to the volume of the hub's cache, /tmp serves."""
+def _cache(environment: MutableMapping[str, str]) -> str:
+    """Without the right to write to the volume of the hub's cache, /tmp serves; returns a warning, or nothing."""
     home = environment.get("HF_HOME", "")
     if not home.startswith(f"{CACHE}/"):
-        return []
+        return ""
+    # A volume that was made by hand often belongs to root alone.
     try:
         Path(home).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):
-            return []
+            return ""
     except OSError as error:
         environment["HF_HOME"] = FALLBACK_HF_HOME
-        return [
+        return (
             f"warning: storage.cache_claim: {home} cannot be written ({error.strerror}), so downloads are not kept: "
             "give group 0 the right to write (docs/install.md, Cache volume)"
-        ]
+        )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.manifest import THREADS
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 24  # per request; the pauses between them add up to some 90 seconds, which outlasts a restart of the server
 
+# What decides which server is asked, and as whom; in the order of precedence.
 SETTINGS = (
     "MLFLOW_S3_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -40,19 +41,22 @@ CREDENTIALS = (
 
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key of `s3://bucket/key`."""
+    # A key may hold a number sign, which begins no fragment.
     parts = urlsplit(uri, allow_fragments=False)
     if parts.scheme != "s3" or not parts.netloc:
-        raise InputError(f"store: {uri!r} must be s3://bucket/folder")
+        raise InputError(f"{uri!r} must be s3://bucket/folder", field="store")
     return parts.netloc, parts.path.strip("/")
 
 
 def client(attempts: int = ATTEMPTS) -> S3Client:
     """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
     if not any(os.environ.get(name) for name in CREDENTIALS):
-        raise InputError(
-            "environment: no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (`ptl up` prints them)"
-        )
-    return _build(attempts, tuple(os.environ.get(name, "") for name in (*SETTINGS, *CREDENTIALS)))
+        remedy = f"{SET_KEYS} (`ptl up` prints them)"
+        raise InputError("no S3 credentials", field="environment", remedy=remedy)
+    # The environment may change while a process lives: a client is kept for each state of it.
+    names = (*SETTINGS, *CREDENTIALS)
+    settings = tuple(os.environ.get(name, "") for name in names)
+    return _build(attempts, settings)
 
 
 @functools.lru_cache(4)
@@ -61,25 +65,30 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     import boto3
     from botocore.config import Config
 
+    # A server of one's own seldom has a DNS name for each bucket, hence addresses by path.
     endpoint = endpoint_url()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint and not region:
+        region = "us-east-1"  # a server of one's own has no regions, but boto3 wants one
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _again below
+        retries={"mode": "standard", "total_max_attempts": 1},  # retried by _seconds_to_retry below
         connect_timeout=5,
         read_timeout=60,
         tcp_keepalive=True,
         max_pool_connections=2 * THREADS + 2,
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
+    # A session of its own: the default one is not safe between threads.
+    session = boto3.session.Session()
     try:
-        made = boto3.session.Session().client(
-            "s3", endpoint_url=endpoint, region_name=region or ("us-east-1" if endpoint else None), config=config
-        )
+        built = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except ValueError as error:
-        raise InputError(f"MLFLOW_S3_ENDPOINT_URL: {endpoint!r} is not an address; write http://host:port") from error
-    made.meta.events.register("needs-retry.s3", functools.partial(_again, attempts))  # type: ignore[arg-type]
-    made.meta.events.register("after-call.s3", _require_receipt)
-    return made
+        problem = f"{endpoint!r} is not an address"
+        raise InputError(problem, field="MLFLOW_S3_ENDPOINT_URL", remedy="write http://host:port") from error
+    retry = functools.partial(_seconds_to_retry, attempts)
+    built.meta.events.register("needs-retry.s3", retry)  # type: ignore[arg-type]
+    built.meta.events.register("after-call.s3", _require_receipt)
+    return built
 
 
 # What the answer to a write must have. A proxy or a login page says 200 too, and then nothing was stored.
@@ -94,14 +103,16 @@ _RECEIPTS = {
 def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> None:
     """Raise WorkError for a write that was answered with success, but not as an S3 server does."""
     receipt = _RECEIPTS.get(model.name)
-    if receipt and http_response.status_code < 300 and not parsed.get(receipt):
-        raise WorkError(
-            f"store: {model.name} at {endpoint_url() or 'AWS'}: answered {http_response.status_code} without "
-            f"{receipt}, so that nothing says that it was stored; is MLFLOW_S3_ENDPOINT_URL the S3 server itself?"
-        )
+    status = http_response.status_code
+    if receipt and status < 300 and not parsed.get(receipt):
+        request = f"{model.name} at {endpoint_url() or 'AWS'}"
+        problem = f"{request}: answered {status} without {receipt}, so that nothing says that it was stored"
+        raise WorkError(problem, field="store", remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?")
 
 
-def _again(limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any) -> float | None:
+def _seconds_to_retry(
+    limit: int, attempts: int, response: Any = None, caught_exception: Any = None, **_: Any
+) -> float | None:
     """Seconds until a request is sent again, None to give up.
 
     botocore's own retries share a quota between all requests of a client (500, 14 for each retry) and pause for
@@ -111,17 +122,21 @@ def _again(limit: int, attempts: int, response: Any = None, caught_exception: An
 
     if attempts >= limit:
         return None
+    # Only what may pass: a server that restarts, or has too much to do.
     if caught_exception is not None:
-        again = isinstance(caught_exception, (ConnectionError, HTTPClientError))  # refused, reset, timed out
+        # Refused, reset, timed out.
+        temporary = isinstance(caught_exception, (ConnectionError, HTTPClientError))
     else:
         status = response[0].status_code
-        again = status == 429 or (status >= 500 and status != 501)
-    return pause(attempts) if again else None
+        # 501: it will never be implemented.
+        temporary = status == 429 or (status >= 500 and status != 501)
+    return pause(attempts) if temporary else None
 
 
 def pause(attempts: int) -> float:
     """Seconds to wait after so many attempts: doubling up to 5, with some noise so that parts do not return at once."""
-    return min(5.0, 0.25 * 2**attempts) * (0.7 + 0.3 * random.random())
+    noise = 0.7 + 0.3 * random.random()
+    return min(5.0, 0.25 * 2**attempts) * noise
 
 
 def broken_stream() -> tuple[type[Exception], ...]:
@@ -133,7 +148,10 @@ def broken_stream() -> tuple[type[Exception], ...]:
 
 def endpoint_url() -> str | None:
     """Where the S3 server is; None means AWS itself."""
-    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+    for name in SETTINGS[:3]:
+        if os.environ.get(name):
+            return os.environ[name]
+    return None
 
 
 @contextmanager
@@ -147,42 +165,63 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError) as error:
-        raise InputError(message(error, uri)) from error
+        raise error_for(InputError, error, uri) from error
     except ClientError as error:
-        kind = InputError if code(error) in _REMEDIES else WorkError
-        raise kind(message(error, uri)) from error
+        kind = InputError if code(error) in _SETTINGS_ERRORS else WorkError
+        raise error_for(kind, error, uri) from error
     except (BotoCoreError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
-        raise WorkError(message(error, uri)) from error
+        raise error_for(WorkError, error, uri) from error
 
 
-_KEYS = "the credentials are not accepted; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the server's"
-_REMEDIES = {
-    "NoSuchBucket": "the bucket does not exist; create it or correct the experiment's artifact location",
-    "404": "the bucket does not exist; create it or correct the experiment's artifact location",
-    "InvalidAccessKeyId": _KEYS,
-    "SignatureDoesNotMatch": _KEYS,
-    "AccessDenied": "access denied; " + _KEYS,
-    "403": "access denied; " + _KEYS,
-    "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN",
+# One remedy in several messages.
+SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_NO_BUCKET = ("the bucket does not exist", "create it or correct the experiment's artifact location")
+_WRONG_KEYS = ("the credentials are not accepted", f"{SET_KEYS} to the server's")
+_DENIED = ("access denied", f"{_WRONG_KEYS[0]}; {_WRONG_KEYS[1]}")
+# Errors of the settings, by the server's code: problem and remedy.
+_SETTINGS_ERRORS = {
+    "NoSuchBucket": _NO_BUCKET,
+    "404": _NO_BUCKET,
+    "InvalidAccessKeyId": _WRONG_KEYS,
+    "SignatureDoesNotMatch": _WRONG_KEYS,
+    "AccessDenied": _DENIED,
+    "403": _DENIED,
+    "ExpiredToken": ("the session token has expired", "renew AWS_SESSION_TOKEN"),
 }
 
 
-def message(error: Exception, uri: str) -> str:
-    """What went wrong, where, and what to do."""
+def error_for(
+    kind: type[PtlError],
+    error: Exception,
+    uri: str,
+    *,
+    field: str = "store",
+) -> PtlError:
+    """An error of boto3 as one that says what went wrong, where, and what to do."""
+    problem, remedy = _explanation(error)
+    server = endpoint_url() or "AWS"
+    return kind(f"{uri} at {server}: {problem}", field=field, remedy=remedy)
+
+
+def _explanation(error: Exception) -> tuple[str, str]:
+    """Problem and remedy."""
     from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError, PartialCredentialsError
 
-    server = endpoint_url() or "AWS"
     if isinstance(error, ClientError):
-        remedy = _REMEDIES.get(code(error), f"{error}; run the same command again, or look at the S3 server's log")
-    elif isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        remedy = f"{error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    elif isinstance(error, FlexibleChecksumError):
-        remedy = f"digest differs ({error}); restore the checkpoint or run the step that made it again"
-    else:
-        remedy = f"{error}; is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
-    return f"store: {uri} at {server}: {remedy}"
+        unknown = (str(error), "run the same command again, or look at the S3 server's log")
+        return _SETTINGS_ERRORS.get(code(error), unknown)
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return str(error), SET_KEYS
+    if isinstance(error, FlexibleChecksumError):
+        return f"digest differs ({error})", "restore the checkpoint or run the step that made it again"
+    return str(error), "is the server up, and is MLFLOW_S3_ENDPOINT_URL right?"
 
 
 def code(error: Any) -> str:
     """The S3 error code of a botocore ClientError."""
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def is_missing(error: Any) -> bool:
+    """Whether a ClientError says that there is no such object."""
+    return code(error) in ("NoSuchKey", "404")

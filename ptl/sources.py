@@ -298,13 +298,12 @@ def _from_s3(uri: str, setting: str) -> Path:
             partial = folder / f".{os.getpid()}.{target.name}"
             client.download_file(bucket, key, str(partial))
             partial.rename(target)
-    except (ClientError, BotoCoreError) as error:
-        # else the server was not reached
-        answered = isinstance(error, ClientError)
-        if answered and s3_client.code(error) in ("404", "NoSuchKey"):
+    except ClientError as error:
+        if s3_client.code(error) in ("404", "NoSuchKey"):
             raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
-        problem = s3_client.message(error, uri)
-        raise InputError(problem, field=setting) from error
+        raise s3_client.error_for(InputError, error, uri, field=setting) from error
+    except BotoCoreError as error:
+        raise s3_client.error_for(InputError, error, uri, field=setting) from error
     return target
 
 

@@ -22,33 +22,47 @@ def main(path: Path, parent: int) -> None:
     call = json.loads(path.read_text())
     try:
         outputs = _work(call)
-    except PtlError as error:  # explained: a line, no traceback
+    except PtlError as error:
+        # Explained: a line and no traceback.
         exhausted = isinstance(error, NoAttemptLeftError)
+        # Another attempt would find the same wrong input, or may not be made.
         final = exhausted or isinstance(error, InputError)
-        _leave(path, Failure(str(error), error.exit_code, final, exhausted))
+        failure = Failure(str(error), error.exit_code, final, exhausted)
+        _write_failure(path, failure)
         sys.exit(error.exit_code)
     except Exception as error:
-        _leave(path, Failure(without_login(f"{type(error).__name__}: {error}")))
+        # A bug, or a library: the traceback goes to the log.
+        reason = without_login(f"{type(error).__name__}: {error}")
+        _write_failure(path, Failure(reason))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
 
 def _work(call: dict[str, Any]) -> dict[str, Any]:
+    """Read the inputs and do the step; the metadata of its outputs."""
     from ptl import steps
-    from ptl.execution import Call, Output, Step, scratch
+    from ptl.call import Call, Output, Step
+    from ptl.machine import scratch
     from ptl.store import Pointer
 
     settings = dict(call["settings"])
+    # These two name the step; the other parameters are its settings.
     step = Step(settings.pop("step"), settings.pop("experiment"))
-    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
+    # Of an artifact only the file is read: it holds the pointer.
+    inputs = {}
+    for name, file in call["inputs"].items():
+        inputs[name] = Pointer.load(Path(file).read_text())
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
-    # What an earlier command left behind ends with it; whatever does not must not write into the same folder.
-    with processes.exclusive(scratch(f"{step.name}.lock"), f"step {step.name}", wait=WAIT):
-        steps.STEPS[step.stage](Call(step, settings, inputs, outputs))
+    # A step of an earlier command ends with it; one that does not must not write into the same folder.
+    lock = scratch(f"{step.name}.lock")
+    with processes.exclusive(lock, f"step {step.name}", wait=WAIT):
+        work = steps.STEPS[step.stage]
+        work(Call(step, settings, inputs, outputs))
     return {name: output.metadata for name, output in outputs.items()}
 
 
-def _leave(path: Path, failure: Failure) -> None:
+def _write_failure(path: Path, failure: Failure) -> None:
+    """Leave the reason where the supervisor looks for it."""
     path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
 
 

@@ -7,33 +7,18 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from ptl.errors import InputError, WorkError
-from ptl.manifest import FILES, File, Progress, digest_of, load_files, scan
+from ptl.manifest import FILES, Files, Progress, load_files, scan
+from ptl.manifest import digest_of as digest_of
 
-__all__ = [
-    "File",
-    "Pointer",
-    "check",
-    "claim",
-    "commit",
-    "committed",
-    "delete",
-    "digest_of",
-    "fetch",
-    "is_below",
-    "is_name",
-    "publish",
-    "read",
-    "walk",
-]
-
-FORMAT = 1
+FORMAT = 1  # of a record
 T = TypeVar("T")
+Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -60,32 +45,39 @@ class Pointer:
     def load(text: str) -> Pointer:
         """Read JSON. Raises InputError for anything that is not a pointer, naming the field."""
         try:
-            raw = json.loads(text)
+            mapping = json.loads(text)
         except ValueError as error:
-            raise InputError(f"pointer: not JSON ({error}); give the artifact of an earlier step") from error
-        return pointer_of(raw)
+            raise InputError(f"not JSON ({error})", field="pointer", remedy=_GIVE_POINTER) from error
+        return pointer_of(mapping)
 
 
-def pointer_of(raw: Any) -> Pointer:
+_GIVE_POINTER = "give the artifact of an earlier step"
+
+
+def pointer_of(mapping: Any) -> Pointer:
     """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
-    if not isinstance(raw, dict):
-        raise InputError(f"pointer: must be a mapping, found {type(raw).__name__}")
-    kinds = {"str": str, "int": int, "dict[str, Any]": dict}
-    known = {item.name: kinds[str(item.type)] for item in fields(Pointer)}
-    for name, value in raw.items():
-        if name not in known:
-            raise InputError(f"pointer.{name}: unknown field; this pointer was not written by this version of ptl")
-        if not isinstance(value, known[name]) or isinstance(value, bool):
-            raise InputError(f"pointer.{name}: {value!r} must be {known[name].__name__}")
+    if not isinstance(mapping, dict):
+        raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
+    empty = asdict(Pointer("", ""))
+    for name, value in mapping.items():
+        if name not in empty:
+            remedy = "this pointer was not written by this version of ptl"
+            raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
+        # The very type: True is an int for Python, and never one in a pointer.
+        kind = type(empty[name])
+        if type(value) is not kind:
+            raise InputError(f"{value!r} must be {kind.__name__}", field=f"pointer.{name}")
+    # Without these two nothing can be fetched; the other fields have a default.
     for name in ("uri", "digest"):
-        if not raw.get(name):
-            raise InputError(f"pointer.{name}: missing; give the artifact of an earlier step")
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", raw["digest"]):
-        raise InputError(f"pointer.digest: {raw['digest']!r} must be sha256:<64 hex digits>")
-    return Pointer(**raw)
+        if not mapping.get(name):
+            raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
+    digest = mapping["digest"]
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise InputError(f"{digest!r} must be sha256:<64 hex digits>", field="pointer.digest")
+    return Pointer(**mapping)
 
 
-def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> tuple[File, ...]:
+def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> Files:
     """Upload all files of `folder` under `location`, then the list of them (`ptl-files.json`) last.
 
     `location` is a fresh prefix for every attempt: what a killed attempt leaves there is never read. The digest for the
@@ -94,45 +86,9 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
     """
     folder = Path(folder)
     paths = scan(folder)
-    total = sum((folder / path).stat().st_size for path in paths)
-    with _bar("publish", total, on_progress) as progress:
-        files: tuple[File, ...] = _backend(location).publish(folder, location.rstrip("/"), paths, progress)
-    return files
-
-
-def commit(root: str, run: str, step: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Write a step's record, unless there is one: returns the record that won, ours or the earlier writer's.
-
-    The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
-    belongs to a run with other settings.
-    """
-    record = {**record, "format": FORMAT, "step": step}
-    sealed = {**record, "sha256": _seal(record)}
-    uri = _manifest(root, run, step)
-    won = _record(_backend(root).put_once(uri, json.dumps(sealed, indent=1).encode()), uri, step)
-    _same_key(won, record["key"], run, uri)
-    return won
-
-
-def committed(root: str, run: str, step: str, key: str | None = None) -> dict[str, Any] | None:
-    """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
-    uri = _manifest(root, run, step)
-
-    def read() -> dict[str, Any] | None:
-        data = _backend(root).read(uri)
-        return None if data is None else _record(data, uri, step)
-
-    record = _once_more(read)
-    if record is not None and key is not None:
-        _same_key(record, key, run, uri)
-    return record
-
-
-def claim(root: str, run: str, name: str, value: str) -> str:
-    """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
-    uri = f"{root.rstrip('/')}/{_safe('run', run)}/{_safe('name', name)}.claim"
-    won: bytes = _backend(root).put_once(uri, value.encode())
-    return won.decode()
+    sizes = [(folder / path).stat().st_size for path in paths]
+    with _bar("publish", sum(sizes), on_progress) as progress:
+        return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
 
 
 def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:
@@ -141,45 +97,78 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     `file://` returns the folder itself: do not write there. `s3://` downloads into `cache/<hex>/` and takes a complete
     earlier download from there. Raises WorkError naming the checkpoint, the file and the remedy.
     """
-    where = f"checkpoint {pointer.uri}" + (f" of run {pointer.run_id}" if pointer.run_id else "")
-    backend = _backend(pointer.uri)
+    # What messages call it.
+    name = f"checkpoint {pointer.uri}"
+    if pointer.run_id:
+        name += f" of run {pointer.run_id}"
     uri = pointer.uri.rstrip("/")
-    files = _once_more(lambda: _listed(pointer, uri, where))
-    with _bar("fetch", sum(file.size for file in files), on_progress) as progress:
-        target = Path(cache) / pointer.digest.removeprefix("sha256:")
-        folder: Path = backend.fetch(uri, files, target, where, progress)
-    return folder
+    files = _twice(lambda: _listed_files(pointer, uri, name))
+    # By the digest: whatever names the same files finds them.
+    target = Path(cache) / pointer.digest.removeprefix("sha256:")
+    sizes = [file.size for file in files]
+    with _bar("fetch", sum(sizes), on_progress) as progress:
+        return _backend(uri).fetch(uri, files, target, name, progress)
 
 
-def _listed(pointer: Pointer, uri: str, where: str) -> tuple[File, ...]:
+def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     """The files of a checkpoint, by the list whose digest the pointer has."""
-    listing = _backend(uri).read(f"{uri}/{FILES}")
+    # The digest is over this list, and the list has those of all blocks.
+    listing = read(f"{uri}/{FILES}")
+    remedy = "restore it, or start a new run to make it again"
     if listing is None:
-        raise WorkError(
-            f"{where} is gone: no {FILES} there; it was deleted or never completely published. "
-            "Restore it, or start a new run to make it again"
-        )
-    files = load_files(listing, where)
-    if digest_of(files) != pointer.digest:
-        raise WorkError(
-            f"{where}: digest differs: {FILES} lists {digest_of(files)}, not {pointer.digest}; the checkpoint was "
-            "replaced. Restore it, or start a new run to make it again"
-        )
+        cause = "it was deleted or never completely published"
+        raise WorkError(f"{name} is gone: no {FILES} there: {cause}", remedy=remedy)
+    files = load_files(listing, name)
+    digest = digest_of(files)
+    if digest != pointer.digest:
+        difference = f"{FILES} lists {digest}, not {pointer.digest}"
+        problem = f"digest differs: {difference}: the checkpoint was replaced"
+        raise WorkError(problem, field=name, remedy=remedy)
     return files
 
 
-def _once_more(checked: Callable[[], T]) -> T:
-    """What is read and checked; a failed check has it read once more, since a byte may have changed on its way."""
-    try:
-        return checked()
-    except WorkError:
-        return checked()
+def commit(root: str, run: str, step: str, record: Record) -> Record:
+    """Write a step's record, unless there is one: returns the record that stays, ours or the earlier writer's.
+
+    The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
+    belongs to a run with other settings.
+    """
+    # Sealed: a record that a disk or a person has changed is found when it is read.
+    record = {**record, "format": FORMAT, "step": step}
+    sealed = {**record, "sha256": _seal(record)}
+    uri = _manifest(root, run, step)
+    # One atomic write decides: of two processes that did the step, both continue with the same record.
+    text = json.dumps(sealed, indent=1)
+    data = _backend(root).put_once(uri, text.encode())
+    kept = _load_record(data, uri, step)
+    _check_key(kept, record["key"], run, uri)
+    return kept
+
+
+def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
+    """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
+    uri = _manifest(root, run, step)
+
+    def read_record() -> Record | None:
+        data = read(uri)
+        return None if data is None else _load_record(data, uri, step)
+
+    record = _twice(read_record)
+    if record is not None and key is not None:
+        _check_key(record, key, run, uri)
+    return record
+
+
+def claim(root: str, run: str, name: str, value: str) -> str:
+    """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
+    name = _checked_name("name", name)
+    uri = f"{_run_folder(root, run)}/{name}.claim"
+    return _backend(root).put_once(uri, value.encode()).decode()
 
 
 def read(uri: str) -> bytes | None:
     """The bytes of one small file, or None where there is none."""
-    data: bytes | None = _backend(uri).read(uri)
-    return data
+    return _backend(uri).read(uri)
 
 
 def check(root: str) -> None:
@@ -198,18 +187,29 @@ def delete(uri: str, *, below: str) -> None:
     Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
     """
     if not is_below(uri, below):
-        raise WorkError(f"store: {uri!r} is not a plain folder below {below}; nothing was deleted: who wrote that URI?")
+        problem = f"{uri!r} is not a plain folder below {below}"
+        raise WorkError(problem, field="store", remedy="nothing was deleted: who wrote that URI?")
     _backend(uri).delete(uri, below)
 
 
 def is_below(uri: str, root: str) -> bool:
     """Whether a URI begins with `root` and continues with plain names: no `..`, nothing empty, nothing encoded."""
-    above = root.rstrip("/") + "/"
-    return uri.startswith(above) and all(is_name(part) for part in uri.removeprefix(above).split("/"))
+    folder = root.rstrip("/") + "/"
+    if not uri.startswith(folder):
+        return False
+    names = uri.removeprefix(folder).split("/")
+    return all(is_name(name) for name in names)
+
+
+def is_name(name: str) -> bool:
+    """Whether a run or a step may have this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _backend(uri: str) -> ModuleType:
-    scheme = uri.partition("://")[0] if "://" in uri else uri.partition(":")[0]
+    """The module for a URI's scheme."""
+    # Imported here: on a local disk nothing needs boto3.
+    scheme = uri.partition(":")[0]
     if scheme == "file" or uri.startswith("/"):
         from ptl import localfs
 
@@ -218,57 +218,79 @@ def _backend(uri: str) -> ModuleType:
         from ptl import s3
 
         return s3
-    raise InputError(
-        f"store: {uri!r} is neither file:// nor s3://; start the MLflow server with --no-serve-artifacts and "
-        "--default-artifact-root s3://bucket/folder (or file:///folder), then use a new experiment"
+    # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
+    remedy = (
+        "start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
+        "(or file:///folder), then use a new experiment"
     )
+    raise InputError(f"{uri!r} is neither file:// nor s3://", field="store", remedy=remedy)
 
 
 def _manifest(root: str, run: str, step: str) -> str:
-    return f"{root.rstrip('/')}/{_safe('run', run)}/{_safe('step', step)}/manifest.json"
+    """The URI of a step's record."""
+    step = _checked_name("step", step)
+    return f"{_run_folder(root, run)}/{step}/manifest.json"
 
 
-def is_name(name: str) -> bool:
-    """Whether a run or a step may have this name."""
-    return _NAME.fullmatch(name) is not None
+def _run_folder(root: str, run: str) -> str:
+    """Where the records of a run are."""
+    run = _checked_name("run", run)
+    return f"{root.rstrip('/')}/{run}"
 
 
-def _safe(kind: str, name: str) -> str:
+def _checked_name(kind: str, name: str) -> str:
+    """The name, which may come from a user: it must not lead out of the root."""
     if not is_name(name):
-        raise InputError(f"{kind}: {name!r} must be 1-128 letters, digits, dots, dashes or underscores")
+        raise InputError(f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind)
     return name
 
 
-def _seal(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _record(data: bytes, uri: str, step: str) -> dict[str, Any]:
+def _load_record(data: bytes, uri: str, step: str) -> Record:
     """A record from its bytes; what cannot be trusted is a WorkError."""
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
         record = dict(json.loads(data))
         seal = record.pop("sha256")
         if seal != _seal(record):
-            raise WorkError(f"{uri}: digest differs: its bytes are not the ones that were committed; {remedy}")
-        if record["format"] != FORMAT or record["step"] != step or not isinstance(record["key"], str):
-            raise WorkError(f"{uri}: not a record of step {step} in format {FORMAT}; {remedy}")
+            problem = "digest differs: its bytes are not the ones that were committed"
+            raise WorkError(problem, field=uri, remedy=remedy)
+        # An intact record may still be one of another version, or copied from another step.
+        identity = (record["format"], record["step"], type(record["key"]))
+        if identity != (FORMAT, step, str):
+            raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
         pointer_of(record["pointer"])
     except (ValueError, KeyError, TypeError, InputError) as error:
-        raise WorkError(f"{uri}: damaged ({error}); {remedy}") from error
+        raise WorkError(f"damaged ({error})", field=uri, remedy=remedy) from error
     return record
 
 
-def _same_key(record: dict[str, Any], key: str, run: str, uri: str) -> None:
+def _seal(record: Record) -> str:
+    """Hex sha256 over a record: a changed byte shows."""
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_key(record: Record, key: str, run: str, uri: str) -> None:
+    # The same run id with another config: nothing that it has may be taken for this one's.
     if record["key"] != key:
-        raise InputError(
-            f"run {run}: step {record['step']} belongs to another run: it was committed with other settings, another "
-            f"model or another version of ptl ({uri}); choose a new run directory"
-        )
+        cause = "it was committed with other settings, another model or another version of ptl"
+        step = record["step"]
+        problem = f"step {step} belongs to another run: {cause} ({uri})"
+        raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
+
+
+def _twice(read_and_check: Callable[[], T]) -> T:
+    """What is read and checked; a failed check has it read once more, since a byte may have changed on its way."""
+    try:
+        return read_and_check()
+    except WorkError:
+        return read_and_check()
 
 
 @contextmanager
 def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progress]:
+    """What counts the bytes: the caller's own, or a progress bar."""
+    # Training checkpoints are stored beside the training, whose own bar is on the terminal.
     if on_progress is not None:
         yield on_progress
         return
@@ -276,8 +298,4 @@ def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progr
 
     # disable=None: a bar on a terminal, nothing in a pod's log.
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def move(count: int) -> None:
-            bar.update(count)
-
-        yield move
+        yield bar.update

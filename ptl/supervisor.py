@@ -33,15 +33,19 @@ def run(names: dict[str, Any]) -> None:
 
     Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
     """
-    arguments = {name: value for name, value in names.items() if name != "supervisor"}
+    arguments = dict(names)
+    arguments.pop("supervisor", None)
     step = str(arguments["step"])
     for warning in mounts.load():
         say(step, warning)
+    # All attempts in this pod are of one launch; the work's process inherits its name.
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
+    # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
+    # The work's process reads its call from a file, and leaves there how it ended.
     with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
         call = Path(folder, "call.json")
-        call.write_text(json.dumps(_dump(arguments)))
+        call.write_text(json.dumps(_call_of(arguments)))
         failure = _until_done(call, step, policy())
         if failure is None:
             _take_outputs(arguments, call)
@@ -51,53 +55,62 @@ def run(names: dict[str, Any]) -> None:
 
 def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
     """Try as often as the policy allows; returns why the last attempt failed, or None."""
-    number = 1
-    while (failure := _attempt(call, plan.timeout)) is not None:
-        if failure.final or number == plan.attempts:
+    # The last attempt is followed by no pause.
+    for retry in range(plan.retries):
+        failure = _attempt(call, plan.timeout)
+        if failure is None or failure.final:
             return failure
-        pause = plan.pause * 2 ** (number - 1)
+        pause = plan.pause * 2**retry
         say(step, f"failed: {failure.reason}; the next attempt begins in {pause:g} s")
         time.sleep(pause)
-        number += 1
-    return None
+    return _attempt(call, plan.timeout)
 
 
-def _dump(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The call for the process that does the work: plain values, and where its artifacts are."""
-    artifacts = {name: value.path for name, value in arguments.items() if hasattr(value, "metadata")}
-    return {
-        "settings": {name: value for name, value in arguments.items() if name not in artifacts and value is not None},
-        "inputs": {name: path for name, path in artifacts.items() if name in INPUTS},
-        "outputs": {name: path for name, path in artifacts.items() if name not in INPUTS},
-    }
+def _call_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The call for the process that does the work: plain values, and the files of its artifacts."""
+    settings, inputs, outputs = {}, {}, {}
+    for name, value in arguments.items():
+        if not hasattr(value, "metadata"):
+            # None: an optional artifact that the pipeline does not have.
+            if value is not None:
+                settings[name] = value
+        elif name in INPUTS:
+            inputs[name] = value.path
+        else:
+            outputs[name] = value.path
+    return {"settings": settings, "inputs": inputs, "outputs": outputs}
 
 
 def _attempt(call: Path, timeout: float | None) -> Failure | None:
     """Do the work once, in a process group of its own; None when it is done."""
-    answer = call.with_name("failure.json")
-    answer.unlink(missing_ok=True)
+    failure_file = call.with_name("failure.json")
+    failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
     command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         with _ending_together(process):
-            code = process.wait(timeout)
+            exit_code = process.wait(timeout)
     except subprocess.TimeoutExpired:
         return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
-    finally:  # a crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output
+    finally:
+        # A crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    if code == 0:
+    if exit_code == 0:
         return None
-    with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it said why, or while it did
-        return Failure(**json.loads(answer.read_text()))
-    return Failure(_death(code))
+    # An error that was raised has left its reason in a file.
+    with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
+        return Failure(**json.loads(failure_file.read_text()))
+    return Failure(_unexplained(exit_code))
 
 
-def _death(code: int) -> str:
-    if code > 0:
-        return f"its process ended with exit code {code} and without a word"
-    name = signal.Signals(-code).name
+def _unexplained(exit_code: int) -> str:
+    """How a process ended that has not written why; a negative code is the signal that killed it."""
+    if exit_code > 0:
+        return f"its process ended with exit code {exit_code} and without a word"
+    # SIGSEGV or SIGABRT, for example: what the code has printed is in the log above.
+    name = signal.Signals(-exit_code).name
     if name != "SIGKILL":
         return f"its process was killed by {name}"
     remedy = "raise resources.memory, or lower the batch size" if on_a_cluster() else "free memory"
@@ -111,19 +124,23 @@ def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
     def stop(number: int, _frame: Any) -> NoReturn:
         raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Only while the work runs: afterwards this process ends as any other does.
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, stop)
     try:
         yield
     except BaseException:
         _end(process)
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the work and all that it started, SIGKILL to what is left after a while (or when the pod ends)."""
+    """SIGTERM to the work and all that it started, SIGKILL to what remains after a while (or when the pod ends)."""
+    # The group, not the process: launchers and workers have children of their own.
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -133,7 +150,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
     """Metadata of the outputs, which KFP keeps with its artifacts; their files are written already."""
-    for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
+    outputs = json.loads(call.with_name("outputs.json").read_text())
+    for name, metadata in outputs.items():
         arguments[name].metadata.update(metadata)
 
 

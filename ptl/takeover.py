@@ -14,47 +14,45 @@ from typing import Any
 from pydantic import BaseModel
 
 from ptl import __version__, preempt, store, tracking
+from ptl.call import Metadata
 from ptl.errors import WorkError
-from ptl.execution import Metadata, Work, scratch
 from ptl.log import say
+from ptl.machine import scratch
 from ptl.manifest import FILES
 from ptl.run_status import StepRun
 from ptl.store import Pointer
 
 EARLIER = "PTL_EARLIER_RUNS"  # ids of unfinished runs, the newest first
 KEY = "content_key"  # among a record's metadata
+LONGEST_PATH = 255  # characters of a setting that may name a file
 
 
 def key(digest: str, settings: dict[str, Any]) -> str:
     """What a step's files depend on: the checkpoint, the settings, and the local files that these name."""
-    return preempt.key_of(__version__, digest, settings, [_stamp(path) for path in sorted(set(_paths(settings)))])
-
-
-def or_taken(work: Work, content_key: str) -> Work:
-    """The same work, unless an earlier run has done it."""
-
-    def taken(dst: Path, run: StepRun) -> Metadata:
-        metadata = take(run, content_key, dst)
-        return {**(work(dst, run) if metadata is None else metadata), KEY: content_key}
-
-    return taken
+    # A path says nothing of its content: a corrected data file must be read again.
+    paths = sorted(set(_paths(settings)))
+    return preempt.key_of(__version__, digest, settings, [_stamps(path) for path in paths])
 
 
 def take(run: StepRun, content_key: str, dst: Path) -> Metadata | None:
     """Copy what an earlier run has committed for this step under the same key; returns its metadata, or None."""
-    for name in os.environ.get(EARLIER, "").split():
+    for earlier_run in os.environ.get(EARLIER, "").split():
         try:
-            record = store.committed(run.root, name, run.step)
+            record = store.committed(run.root, earlier_run, run.step)
             if record is None or record["metadata"].get(KEY) != content_key:
                 continue
             folder = store.fetch(Pointer(**record["pointer"]), scratch("cache"))
         except WorkError as error:
-            say(run.step, f"not taken over from run {name}: {error}")
+            # Damaged files of another run are no reason to fail: the step does the work itself.
+            say(run.step, f"not taken over from run {earlier_run}: {error}")
             continue
+        # Without the list of files: the copy is published with one of its own.
         shutil.copytree(folder, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FILES))
-        say(run.step, f"taken over from run {name}: same inputs, same settings")
-        tracking.tag(run, {"taken_over_from": name})
-        return {fact: value for fact, value in record["metadata"].items() if fact != "started"}
+        say(run.step, f"taken over from run {earlier_run}: same inputs, same settings")
+        tracking.tag(run, {"taken_over_from": earlier_run})
+        metadata: Metadata = record["metadata"]
+        metadata.pop("started")  # this step's own start counts
+        return metadata
     return None
 
 
@@ -62,17 +60,31 @@ def _paths(value: Any) -> Iterator[Path]:
     """Existing files and folders that settings name; not those that hold the working directory, `.` or `/`."""
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
-    if isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
             yield from _paths(inner)
-    elif isinstance(value, str) and "\n" not in value and 0 < len(value) < 256:
+    elif isinstance(value, str) and "\n" not in value and 0 < len(value) <= LONGEST_PATH:
         path = Path(value).expanduser()
-        if path.exists() and not Path.cwd().is_relative_to(path.resolve()):
+        # A folder that holds the working directory is named by chance, and may be huge.
+        holds_everything = Path.cwd().is_relative_to(path.resolve())
+        if path.exists() and not holds_everything:
             yield path
 
 
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a file, and of what is beside a YAML: it may include that; all of a folder's."""
-    files = path.rglob("*") if path.is_dir() else path.parent.iterdir() if path.suffix in (".yaml", ".yml") else [path]
-    found = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change (ns) of a file, or of all files of a folder."""
+    files: Iterator[Path]
+    if path.is_dir():
+        files = path.rglob("*")
+    elif path.suffix in (".yaml", ".yml"):
+        files = path.parent.iterdir()  # a YAML may include what is next to it
+    else:
+        files = iter([path])
+    stamps = []
+    for file in sorted(files):
+        if file.is_file():
+            stat = file.stat()
+            stamps.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return stamps

@@ -1,142 +1,150 @@
-"""The end of an evaluate step: which checkpoint goes on, and, where the loop ends, how fast it is beside the dense one.
-
-Of the same room as steps.py: it knows both the work and the store.
-"""
+"""What an evaluate step does with the scores: it decides which checkpoint the loop continues with."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from ptl import checkpoint, gate, paired, registry, speed_rows, store, tracking
+from ptl import checkpoint, gate, paired, registry, store
 from ptl.anatomy import model_dimensions, smallest_cuts
-from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
-from ptl.execution import Metadata, Record, Step, fetch
+from ptl.call import Metadata, Step
+from ptl.config import Gate, Prune, Schedule, plan, removal
 from ptl.families import family_of
-from ptl.log import say
+from ptl.inputs import Items, fetch_items
 from ptl.run_status import StepRun
-from ptl.store import Pointer
+from ptl.store import Pointer, Record
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LoopSettings:
     """What an evaluate step knows of the whole run."""
 
     iterations: int
-    target: float
+    target: float  # of the schedule: a share to remove, or the number of parameters to end with
     prune: Prune
+    gate: Gate
+    registered_model: str  # in MLflow: where accepted checkpoints become versions
 
-    def cuts_next(self, iteration: int) -> str:
-        """What the iteration after this one cuts (the last one: what it cut itself): neurons, layers or auto."""
-        rounds = plan(Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0), self.prune)
-        return rounds[min(iteration, self.iterations - 1)].unit
+    def next_unit(self, iteration: int) -> str:
+        """What the iteration after this one removes (the last one: what it removed): neurons, layers or auto."""
+        # The units of a plan do not depend on its tokens.
+        schedule = Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0)
+        # After the last iteration none follows: the gate still asks what a smaller step could be.
+        following = min(iteration, self.iterations - 1)
+        return plan(schedule, self.prune)[following].unit
 
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
-        """Parameters that the smallest cut of this checkpoint would remove, by what goes."""
-        body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
-        return smallest_cuts(body, self.prune.width_multiple, self.prune.tensor_parallel)
+        """The least number of parameters that can be removed from this checkpoint, for each unit."""
+        family = family_of(checkpoint.read_config(folder))
+        dimensions = model_dimensions(folder, family)
+        return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
 
 
-def decide(
-    step: Step,
-    run: StepRun,
-    rule: Gate,
-    whole: Plan,
-    candidate: Pointer,
-    before: Pointer | None,
-    scored: Path,
-    registered_model: str,
-) -> tuple[Metadata, Pointer]:
-    """The gate's verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with.
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A checkpoint that was evaluated, and what decides beside its scores."""
 
-    `before` is the checkpoint that the iteration started from; only the gate needs it.
-    """
-    if step.iteration == 0:
-        return {"decision": "baseline", "reason": ""}, candidate
-    if (
-        step.arm == "control"
-    ):  # it may have won, and whether it takes an alias is decided by its score, as of the loop's
-        tags = {"step": step.name, "params": candidate.params, "arm": "control"}
-        version = registry.register(run, registered_model, candidate, tags)
-        return {"decision": "control", "reason": ""}, dataclasses.replace(candidate, model_version=version)
-    # With the gate off nothing is compared, and the next iteration has begun already.
-    pairs, smallest = _compared(step, run, rule, whole, before, scored) if before else ([], 1)
-    start = before or candidate
-    decided = gate.decide(
-        rule,
-        gate.State.load(start.gate),
-        params=candidate.params,
-        parent_params=before.params if before else None,
-        target_params=candidate.original_params - removal(candidate.original_params, whole.target),
-        baseline=pairs[0] if pairs else None,
-        parent=pairs[-1] if pairs else None,
-        smallest_cut=smallest,
-    )
-    state = decided.state
+    step: Step
+    run: StepRun
+    loop: LoopSettings
+    candidate: Pointer
+    fallback: Pointer | None  # what the iteration started from; only the gate needs it
+
+    def ends_the_loop(self, accepted: Pointer) -> bool:
+        """Whether the checkpoint that this verdict continues with is the run's final one."""
+        iteration = self.step.iteration
+        if self.step.arm == "control" or iteration == 0:
+            return False
+        state = gate.State.load(accepted.gate)
+        return state.stopped or iteration == self.loop.iterations
+
+
+def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
+    """The verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with."""
+    if trial.step.iteration == 0:
+        return {"decision": "baseline", "reason": ""}, trial.candidate
+    if trial.step.arm == "control":
+        # Registered as the loop's are: whether it takes an alias is decided by its score.
+        accepted = _register(trial, {"arm": "control"})
+        return {"decision": "control", "reason": ""}, accepted
+    decision = _gate_decision(trial, scored)
+    state = decision.state
     if state.stopped:
-        state = dataclasses.replace(state, reason=f"the loop ended in iteration {step.iteration}: {state.reason}")
-    onward = candidate if decided.keep == "candidate" else start
-    onward = dataclasses.replace(onward, gate=state.dump())
-    if decided.keep == "candidate":
-        version = registry.register(run, registered_model, candidate, {"step": step.name, "params": candidate.params})
-        onward = dataclasses.replace(onward, model_version=version)
-    return {"decision": decided.decision, "reason": decided.reason, "numbers": decided.numbers}, onward
+        # The steps that follow say this when they pass their input through.
+        reason = f"the loop ended in iteration {trial.step.iteration}: {state.reason}"
+        state = dataclasses.replace(state, reason=reason)
+    accepted = trial.fallback or trial.candidate
+    if decision.keep == "candidate":
+        accepted = _register(trial, {})
+    accepted = dataclasses.replace(accepted, gate=state.dump())
+    # The numbers are what the decision rests on, for the report.
+    verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
+    return verdict, accepted
 
 
-def _compared(
-    step: Step, run: StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
-) -> tuple[list[paired.Paired], int | None]:
-    """The scored checkpoint against the dense model and against its parent, and the parent's smallest next cut."""
+def _register(trial: Trial, tags: dict[str, str]) -> Pointer:
+    """The candidate with the version that it has in MLflow's registry."""
+    candidate = trial.candidate
+    # By these tags an alias finds the score of a version.
+    own_tags = {"step": trial.step.name, "params": candidate.params}
+    version = registry.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
+    return dataclasses.replace(candidate, model_version=version)
+
+
+def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
+    """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
+    loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
+    original_params = candidate.original_params
+    target_params = original_params - removal(original_params, loop.target)
+    if fallback is None:
+        # The next iteration has begun already, so that no verdict could change what it starts from.
+        state = gate.State.load(candidate.gate)
+        return gate.decide(loop.gate, state, params=candidate.params, target_params=target_params)
     from ptl.evaluate import read_items
 
-    earlier = [store.committed(run.root, run.run, f"evaluate-{i}") for i in range(step.iteration)]
-    found = [record for record in earlier if record is not None]
-    parent = next(record for record in found if record["metadata"]["checkpoint"]["digest"] == before.digest)
-    mine = read_items(scored)
-    folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
-    task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
-    pairs = [
-        paired.paired(*paired.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders
-    ]
-    return pairs, _smallest(parent, whole.cuts_next(step.iteration))
+    items = read_items(scored)
+    dense_record, parent_record = _references(trial, fallback)
+    next_unit = loop.next_unit(trial.step.iteration)
+    return gate.decide(
+        loop.gate,
+        gate.State.load(fallback.gate),
+        params=candidate.params,
+        parent_params=fallback.params,
+        target_params=target_params,
+        baseline=_compare(dense_record, items, loop.gate),
+        parent=_compare(parent_record, items, loop.gate),
+        smallest_cut=_smallest_cut(parent_record, next_unit),
+    )
 
 
-def _smallest(parent: Record, unit: str) -> int | None:
-    cuts: dict[str, int] = parent["metadata"]["smallest_cuts"]
-    return min(cuts.values(), default=None) if unit == "auto" else cuts.get(unit)
+def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
+    """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
+    run = trial.run
+    evaluations = []
+    parents = []
+    for iteration in range(trial.step.iteration):
+        record = store.committed(run.root, run.run, f"evaluate-{iteration}")
+        if record is None:
+            continue
+        evaluations.append(record)
+        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
+            parents.append(record)
+    # The first iteration's parent is the dense model itself.
+    return evaluations[0], parents[0]
 
 
-def ends_the_loop(step: Step, whole: Plan, onward: Pointer) -> bool:
-    """Whether this step's verdict is the loop's last: the model that goes on is the run's final one."""
-    if step.arm == "control" or step.iteration == 0:
-        return False
-    return step.iteration == whole.iterations or gate.State.load(onward.gate).stopped
+def _compare(reference: Record, items: Items, settings: Gate) -> paired.Paired:
+    """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
+    task = str(items[0]["task"])  # the first benchmark is the run's accuracy
+    reference_items = fetch_items(reference)
+    outcomes, candidate_outcomes = paired.match(reference_items, items, task)
+    return paired.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
 
 
-def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, seed: int) -> Metadata:
-    """Speed of the run's final model beside the dense one, taking turns; {"reason": ...} where it is not measured.
-
-    Both are in memory at once. Where a GPU does not hold both, the scores are kept and the report says so.
-    """
-    import torch
-
-    from ptl.speed import side_by_side
-
-    imported = store.committed(run.root, run.run, "import-model")
-    if imported is None:
-        return {"reason": "the record of import-model is missing"}
-    dense = Pointer(**imported["pointer"])
-    if not settings.speed.repeats:
-        return {"reason": "evaluate.speed.repeats is 0"}
-    if final.digest == dense.digest:
-        return {"reason": "the run ends with the dense model"}
-    say(step.name, "measuring speed, the dense and the final model in turns")
-    folders = {"dense": fetch(dense), "final": fetch(final)}
-    beside = tracking.computing_beside(run)
-    try:
-        found = side_by_side(folders, settings, seed=seed)
-    except torch.OutOfMemoryError as error:
-        return {"reason": f"the GPU does not hold the dense and the final model at once ({str(error).splitlines()[0]})"}
-    tracking.log_metrics(run, speed_rows.metrics(found["models"]), step.iteration)
-    # What began or ended in between took its share as well.
-    return found | {"beside": sorted({*beside, *tracking.computing_beside(run)})}
+def _smallest_cut(record: Record, unit: str) -> int | None:
+    """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
+    by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
+    # `auto` takes what costs least, of neurons and layers.
+    if unit == "auto":
+        return min(by_unit.values(), default=None)
+    return by_unit.get(unit)

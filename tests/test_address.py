@@ -124,7 +124,7 @@ def test_the_webhook_is_not_redirected(serve, monkeypatch, capsys):
     _, url = serve(307, {"Location": f"{target}/hook"})
     monkeypatch.setenv(failure.WEBHOOK, f"{url}/secret")
     monkeypatch.setenv("PTL_RUN_ID", "run")
-    monkeypatch.setattr(failure, "_track", lambda *_: None)
+    monkeypatch.setattr(failure, "_fail_in_mlflow", lambda *_: None)
     failure.announce("prune-1", "ptl", SimpleNamespace(reason="broken", exit_code=1, exhausted=False))
     assert other.seen == []
     assert f"it points to {target}/hook" in (said := capsys.readouterr().out) and "secret" not in said

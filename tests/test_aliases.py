@@ -259,7 +259,7 @@ def test_the_alias_is_read_again_before_it_moves(pipeline, model, holders, clien
     aliases.set_aliases(first, records, model, RULE)
     better, its_records = pipeline((499, 800))
     mine, records = pipeline((495, 800))
-    whole = aliases._stays
+    whole = aliases._reason_to_stay
     calls = []
 
     def slow(*arguments):
@@ -269,7 +269,7 @@ def test_the_alias_is_read_again_before_it_moves(pipeline, model, holders, clien
             aliases.set_aliases(better, its_records, model, RULE)
         return why
 
-    monkeypatch.setattr(aliases, "_stays", slow)
+    monkeypatch.setattr(aliases, "_reason_to_stay", slow)
     aliases.set_aliases(mine, records, model, RULE)
     assert holders()["best"] == (better.run, "evaluate-1")
 

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ptl import attempts, mlflow_client, run_status, store, supervisor, tracking
-from ptl.execution import Step
+from ptl.call import Step
 from ptl.store import Pointer
 
 HERE = Path(__file__).parent
@@ -316,7 +316,7 @@ def test_a_step_that_failed_for_good_says_so_on_the_runs_page_too(go, mlflow):
 def test_an_exhausted_step_says_why_its_last_attempt_failed(go, mlflow, capfd):
     assert go("work", retries=0, PTL_LAUNCH="one")[0] == 1
     assert go("ok", retries=0, PTL_LAUNCH="one")[0] == 1
-    assert "all 1 attempts were used" in (said := capfd.readouterr().err) and "The last one failed: " in said
+    assert "all 1 attempts were used" in (said := capfd.readouterr().err) and "; the last one failed: " in said
     assert "the store is away" in said.splitlines()[-1]
 
 

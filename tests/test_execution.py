@@ -6,9 +6,12 @@ import uuid
 import pytest
 
 from ptl import mlflow_client, processes, step_process, steps, takeover, tracking
+from ptl.call import Step
 from ptl.errors import InputError, WorkError
-from ptl.execution import Step, execute, fetch, scratch
+from ptl.execution import execute
+from ptl.inputs import fetch
 from ptl.localfs import path_of
+from ptl.machine import scratch
 from ptl.store import Pointer
 
 
@@ -37,7 +40,7 @@ class Work:
     def __init__(self, data=b"weights"):
         self.data, self.done = data, 0
 
-    def __call__(self, dst, _run):
+    def __call__(self, _src, dst, _run):
         self.done += 1
         (dst / "model.safetensors").write_bytes(self.data)
         return {"params": 1}
@@ -53,7 +56,7 @@ def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes
     before = execute(step, None, {}, work)
     pointer = Pointer(**before["pointer"])
     flip(before["pointer"])
-    with pytest.raises(WorkError, match=r"file model\.safetensors.*same command checks step prune-1"):
+    with pytest.raises(WorkError, match=r"file model\.safetensors.*Run the same command again.*checks step prune-1"):
         fetch(pointer)
     assert execute(step, None, {}, work) == before and work.done == 2
     assert "done again, since its files are damaged" in capsys.readouterr().out
@@ -101,7 +104,7 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
 
     def prune(work, **changed):
         settings = {"goal": 10, "source": str(data)} | changed
-        return execute(step, None, settings, takeover.or_taken(work, takeover.key("sha256:parent", settings)))
+        return execute(step, None, settings, work, content_key=takeover.key("sha256:parent", settings))
 
     earlier, experiment = begin()
     step, work = Step("prune-1", experiment), Work()
@@ -128,9 +131,9 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
 def test_what_cannot_be_taken_over_is_done(begin, capsys):
     earlier, experiment = begin()
     step, work = Step("prune-1", experiment), Work()
-    flip(execute(step, None, {}, takeover.or_taken(work, "key"))["pointer"])
+    flip(execute(step, None, {}, work, content_key="key")["pointer"])
     begin(earlier=earlier)
-    record = execute(step, None, {}, takeover.or_taken(work, "key"))
+    record = execute(step, None, {}, work, content_key="key")
     said = capsys.readouterr().out
     assert work.done == 2 and f"not taken over from run {earlier}: " in said and "same command" not in said
     assert (fetch(Pointer(**record["pointer"])) / "model.safetensors").read_bytes() == b"weights"
@@ -139,7 +142,7 @@ def test_what_cannot_be_taken_over_is_done(begin, capsys):
 def test_each_attempt_has_a_folder_of_its_own(begin):
     step, folders = Step("prune-1", begin()[1]), []
 
-    def dies(dst, _run):
+    def dies(_src, dst, _run):
         folders.append(dst)
         (dst / "half").touch()
         if len(folders) == 1:
@@ -169,14 +172,14 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     _run, experiment = begin()
     step = Step("import-model", experiment)
 
-    def work(_dst, _run):
+    def work(*_):
         raise ValueError("no answer from https://user:secret@proxy/x")
 
     with pytest.raises(ValueError, match="no answer"):
         execute(step, None, {}, work)
     assert tracking.error_of(step.start()) == "ValueError: no answer from https://***@proxy/x"
 
-    monkeypatch.setattr(step_process, "_work", lambda _call: work(None, None))
+    monkeypatch.setattr(step_process, "_work", lambda _call: work())
     monkeypatch.setattr(processes, "die_with", lambda _parent: None)
     (tmp_path / "call.json").write_text("{}")
     with pytest.raises(ValueError, match="no answer"):

@@ -20,9 +20,9 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from ptl import dag, execution, garbage, inventory, preempt, registry, s3, s3_client, stack, store, tracking
+from ptl.call import Step
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
-from ptl.execution import Step
 from ptl.garbage import DAY, Rules
 from ptl.store import Pointer
 from ptl.training_files import COMPLETE
@@ -52,7 +52,7 @@ def served(server, new_database, tmp_path_factory):
 @pytest.fixture(params=["local", "served"])
 def experiment(request, monkeypatch, tmp_path):
     """A fresh experiment, with the environment of its steps."""
-    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", *s3_client.SETTINGS):
+    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *s3_client.SETTINGS):
         monkeypatch.delenv(name, raising=False)
     name = f"gc-{uuid.uuid4().hex[:8]}"
     settings = dict(request.getfixturevalue(request.param))
@@ -77,9 +77,9 @@ class Loop:
         number = 0 if "control" in name else dag.iteration_of(name)
         before = Pointer(**parent["pointer"]) if parent else None
 
-        def work(dst, run):
+        def work(src, dst, run):
             if before and not metadata:
-                assert (execution.fetch(before) / "config.json").is_file()
+                assert (src / "config.json").is_file()
             for path, count in SIZES.items():
                 (dst / path).write_bytes(os.urandom(count))
             return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
@@ -132,7 +132,7 @@ class Loop:
 
     def step_run(self, name):
         self.use()
-        where = execution.artifact_root()
+        where = os.environ.get("PTL_ARTIFACT_ROOT")
         return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
 
 
@@ -233,18 +233,18 @@ def test_young_and_newest_runs_are_kept(experiment, loop):
 DIES = """
 import os
 from pathlib import Path
-from ptl import execution, store, tracking
+from ptl import call, execution, store
 
 def publish(folder, location, publish=store.publish):
     return publish(folder, location, on_progress=lambda count: os.kill(os.getpid(), 9))
 
-def work(dst, run):
+def work(src, dst, run):
     (dst / "a.safetensors").write_bytes(bytes(90_000))
     (dst / "b.safetensors").write_bytes(bytes(90_000))
     return {"params": 99, "tokens": 1, "steps": 1}
 
 store.publish = publish
-execution.execute(execution.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
+execution.execute(call.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
 """
 
 

@@ -15,8 +15,8 @@ import pytest
 from conftest import free_port
 from mlflow import MlflowClient
 
-from ptl import execution, locate, mlflow_client, mlflow_objects, registry, runs, stack, tracking
-from ptl.execution import Step
+from ptl import execution, locate, machine, mlflow_client, mlflow_objects, registry, runs, stack, tracking
+from ptl.call import Step
 from ptl.store import Pointer
 
 pytestmark = pytest.mark.xdist_group("mlflow_objects")
@@ -88,7 +88,7 @@ def environment(s3, mlflow, monkeypatch, tmp_path):
 def publish(step, parent=None):
     """A step through `execute`, whose work is a small file."""
 
-    def work(folder, run):
+    def work(_src, folder, run):
         (folder / "config.json").write_text(step.name)
         return {"params": 100 if step.name == "import-model" else 90, "tokens": 1, "steps": 1}
 
@@ -102,7 +102,7 @@ def whole(experiment, name):
     report = Step("report", experiment).start()
     version = registry.register(report, name, Pointer(**pruned["pointer"]), {"step": "evaluate-1"})
     registry.set_alias(name, "best", version)
-    folder = execution.scratch("report")
+    folder = machine.scratch("report")
     folder.mkdir(parents=True, exist_ok=True)
     pointer = {key: pruned["pointer"][key] for key in ("uri", "digest", "params")}
     (folder / "result.json").write_text(json.dumps({"final": pointer, "rows": []}))

@@ -245,7 +245,7 @@ def test_answers_that_stay_wrong_are_refused(s3, server, folder, monkeypatch, tm
     (folder / "model.safetensors").unlink()
     (folder / "config.json").write_bytes(bytes(2000))
     pointer = publish(folder, s3.root)
-    monkeypatch.setattr("ptl.s3.ATTEMPTS", 3)
+    monkeypatch.setattr("ptl.s3_download.ATTEMPTS", 3)
     faults = fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], on_blocks(edit, 99))
     with faults as seen, pytest.raises(WorkError, match=message):
         store.fetch(pointer, tmp_path / "cache")

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptl import steps, store
+from ptl import step_recover, step_schedule, steps, store
+from ptl.call import Call, Output, Step
 from ptl.config import load_config
 from ptl.errors import InputError, WorkError
-from ptl.execution import Call, Output, Step
 from ptl.store import Pointer
 
 ROOT = Path(__file__).parents[1]
 TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
 CONFIG = TINY.model_dump(mode="json")
-SCHEDULE = {name: CONFIG["schedule"][name] for name in steps.SCHEDULE}
+SCHEDULE = {name: CONFIG["schedule"][name] for name in step_schedule.FIELDS}
 POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
 
 
@@ -52,12 +52,13 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
 def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
     run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
+    distillation = SimpleNamespace(stages=[SimpleNamespace(method="distil")])
     with pytest.raises(WorkError, match="the record of import-model is gone"):
-        steps._original(run)
+        step_recover._teacher(run, distillation)
     pointer = Pointer(f"file://{tmp_path}/gone", "sha256:" + "d" * 64)
     store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
     with pytest.raises(WorkError, match="is gone"):
-        steps._original(run)
+        step_recover._teacher(run, distillation)
 
 
 @pytest.mark.parametrize("stage", ["prune", "recover"])
@@ -68,11 +69,7 @@ def test_each_step_knows_its_share_of_the_schedule(stage):
         "recover": ("iterations", "recovery_tokens", "tokens"),
     }[stage]
     call = Call(Step(f"{stage}-2", "e"), {name: SCHEDULE[name] for name in given}, {}, {})
-    part = steps._iteration(steps._schedule(call), TINY.prune, 2)
-    whole = steps._iteration(
-        steps._schedule(Call(Step("prune-2", "e"), SCHEDULE, {}, {})),
-        TINY.prune,
-        2,
-    )
+    part = step_schedule.iterations_until(call, TINY.prune)[-1]
+    whole = step_schedule.iterations_until(Call(Step("prune-2", "e"), SCHEDULE, {}, {}), TINY.prune)[-1]
     for field in {"prune": ("cut", "progress", "unit"), "recover": ("tokens", "tokens_before", "last")}[stage]:
         assert getattr(part, field) == getattr(whole, field)

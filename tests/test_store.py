@@ -160,7 +160,7 @@ def test_paths_out_of_the_folder_are_refused(place, folder, tmp_path, path):
         return json.dumps(raw).encode()
 
     place.change(f"{pointer.uri}/{FILES}", poison)
-    with pytest.raises(WorkError, match="outside of the checkpoint; refused"):
+    with pytest.raises(WorkError, match="outside of the checkpoint"):
         store.fetch(replace(pointer, digest=store.digest_of(listed)), tmp_path / "cache")
     assert not (tmp_path / "evil").exists()
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptl import steps, store, verdict
+from ptl import final_speed, steps, store, verdict
+from ptl.call import Call, Output, Step
 from ptl.config import Evaluate, Gate, Prune, Speed, Task
-from ptl.execution import Call, Output, Step
 from ptl.store import Pointer
 
 REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
@@ -39,13 +39,16 @@ def items(folder, right):
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def loop(iterations, gate=RULE, **prune):
+    return verdict.LoopSettings(iterations, 0.4, Prune(**prune), gate, "model")
+
+
 def decided(run, folder, right, params, iteration=1, **prune):
     folder.mkdir(exist_ok=True)
     items(folder, right)
     candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
-    whole = verdict.Plan(3, 0.4, Prune(**prune))
     step = Step(f"evaluate-{iteration}", "ptl")
-    return verdict.decide(step, run, RULE, whole, candidate, DENSE, folder, "model")
+    return verdict.decide(verdict.Trial(step, run, loop(3, **prune), candidate, DENSE), folder)
 
 
 def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(run, tmp_path):
@@ -87,8 +90,8 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
     monkeypatch.setattr(verdict.registry, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    whole, step = verdict.Plan(3, 0.4, Prune()), Step("evaluate-1", "ptl")
-    told, onward = verdict.decide(step, run, Gate(), whole, candidate, None, tmp_path, "model")
+    trial = verdict.Trial(Step("evaluate-1", "ptl"), run, loop(3, Gate()), candidate, None)
+    told, onward = verdict.decide(trial, tmp_path)
     assert told == {
         "decision": "not tested",
         "reason": "the gate is off",
@@ -100,24 +103,20 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
 def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
     monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "8")
-    candidate, whole = (
-        Pointer("file:///cut", CUT, params=60_000, original_params=100_000),
-        verdict.Plan(1, 0.4, Prune()),
-    )
-    decision, onward = verdict.decide(
-        Step("control-evaluate", "ptl"), run, RULE, whole, candidate, None, tmp_path, "model"
-    )
+    candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
+    trial = verdict.Trial(Step("control-evaluate", "ptl"), run, loop(1), candidate, None)
+    decision, onward = verdict.decide(trial, tmp_path)
     assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
     assert registered == [("model", candidate, {"step": "control-evaluate", "params": 60_000, "arm": "control"})]
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
     # 64 hidden, 3 matrices, 4 layers: a channel in every layer is 768 parameters
-    assert verdict.Plan(1, 0.4, Prune(width_multiple=1)).smallest_cuts(REASONER)["neurons"] == 768
-    whole = verdict.Plan(1, 0.4, Prune(width_multiple=8)).smallest_cuts(REASONER)
+    assert loop(1, width_multiple=1).smallest_cuts(REASONER)["neurons"] == 768
+    whole = loop(1, width_multiple=8).smallest_cuts(REASONER)
     assert whole["neurons"] == 8 * 768
     assert whole["layers"] == 3 * 64 * 192 + 64 * 64 * 3 + 2 * 64  # FFN, attention with half the key-value heads, norms
-    assert "neurons" not in verdict.Plan(1, 0.4, Prune(width_multiple=192)).smallest_cuts(REASONER)
+    assert "neurons" not in loop(1, width_multiple=192).smallest_cuts(REASONER)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,8 @@ def test_smallest_cuts_of_a_real_checkpoint():
 def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
     onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
     step = Step("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
-    assert verdict.ends_the_loop(step, verdict.Plan(1 if arm == "control" else 3, 0.4, Prune()), onward) == ends
+    trial = verdict.Trial(step, None, loop(1 if arm == "control" else 3), onward, None)
+    assert trial.ends_the_loop(onward) == ends
 
 
 def test_why_speed_is_not_measured_is_told(run, monkeypatch):
@@ -143,16 +143,16 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
     wanted = Evaluate(tasks=[Task(name="t")])
     off = Evaluate(tasks=[Task(name="t")], speed=Speed(repeats=0))
     step = Step("evaluate-1", "ptl")
-    assert verdict.beside_dense(step, run, DENSE, wanted, 0) == {"reason": "the run ends with the dense model"}
-    assert verdict.beside_dense(step, run, final, off, 0) == {"reason": "evaluate.speed.repeats is 0"}
+    assert final_speed.beside_dense(step, run, DENSE, wanted, 0) == {"reason": "the run ends with the dense model"}
+    assert final_speed.beside_dense(step, run, final, off, 0) == {"reason": "evaluate.speed.repeats is 0"}
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(verdict.tracking, "computing_beside", lambda run: [])
-    monkeypatch.setattr(verdict, "fetch", lambda pointer: pointer.uri)
+    monkeypatch.setattr(final_speed.tracking, "computing_beside", lambda run: [])
+    monkeypatch.setattr(final_speed, "fetch", lambda pointer: pointer.uri)
     monkeypatch.setattr("ptl.speed.side_by_side", full)  # a mock of a GPU that is too small
-    told = verdict.beside_dense(step, run, final, wanted, 0)
+    told = final_speed.beside_dense(step, run, final, wanted, 0)
     assert told["reason"].startswith("the GPU does not hold the dense and the final model at once (CUDA out of memory")
 
 
