@@ -26,12 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl import checkpoint, paired
 from ptl.anatomy import ModelDimensions, model_dimensions, width_for
-from ptl.config import Calibration, Prune, Recovery
+from ptl.config import Calibration
 from ptl.data import calibration_batches
 from ptl.families import family_of
 from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
+from ptl.recover_config import Recovery
+from ptl.schedule import Prune
 
 # Each row's settings: of `prune`, and of `calibration` where it says so.
 OURS: dict[str, dict[str, Any]] = {

@@ -24,12 +24,14 @@ from transformers import logging
 
 from ptl import checkpoint, gate, paired
 from ptl.anatomy import model_dimensions, smallest_cuts
-from ptl.config import Config, Recovery, load_config, plan, removal
+from ptl.config import Config, load_config
 from ptl.evaluate import evaluate_checkpoint, read_items
 from ptl.families import family_of
 from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
+from ptl.recover_config import Recovery
+from ptl.schedule import plan, removal
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 from recovery import REASONER, ROOT, correct, generate

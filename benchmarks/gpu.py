@@ -66,8 +66,8 @@ DRIVER_NAMES = {
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU and peak GPU memory of the recover step and the bare loop: the median of the repeats."""
-    from ptl.config import Cpt, TrainingData
     from ptl.job import RecoveryJob, StageBudget
+    from ptl.recover_config import Cpt, TrainingData
 
     settings = Cpt(
         batch_size=given.batch_size,
@@ -101,8 +101,10 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
 def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of removing a tenth of the parameters."""
     from ptl import checkpoint
-    from ptl.config import Calibration, DataSource, Prune
+    from ptl.config import Calibration
     from ptl.prune import prune_checkpoint
+    from ptl.recover_config import DataSource
+    from ptl.schedule import Prune
 
     calibration = Calibration(
         data=DataSource(source=str(text(model, given)), format="text"),

@@ -73,7 +73,7 @@ def fill(pool, shape):
 
 def text(path, rows, length):
     """Calibration rows that are longer than `length` tokens of the tiny reasoner's tokenizer."""
-    from ptl.config import DataSource
+    from ptl.recover_config import DataSource
     from ptl.sources import read_rows
 
     words = [
@@ -87,7 +87,8 @@ def text(path, rows, length):
 
 
 def settings(args):
-    from ptl.config import Calibration, DataSource
+    from ptl.config import Calibration
+    from ptl.recover_config import DataSource
 
     return Calibration(
         data=DataSource(source=str(args.scratch / "rows.jsonl"), format="text"),
@@ -138,10 +139,10 @@ def work(args, folder, out):
 
     from ptl import checkpoint
     from ptl.anatomy import model_dimensions
-    from ptl.config import Prune
     from ptl.data import calibration_batches
     from ptl.families import family_of
     from ptl.prune import prune_checkpoint
+    from ptl.schedule import Prune
 
     torch.set_num_threads(args.threads)
     body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))

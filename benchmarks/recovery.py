@@ -27,11 +27,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl import checkpoint, paired
-from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, plan
+from ptl.config import Calibration
 from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
 from ptl.recover import recover_checkpoint
+from ptl.recover_config import Recovery, TrainingData
 from ptl.rewards import final_number
+from ptl.schedule import Prune, Schedule, plan
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/tiny_reasoner"))

@@ -15,11 +15,13 @@ import torch
 
 from ptl import checkpoint
 from ptl.anatomy import model_dimensions
-from ptl.config import Calibration, DataSource, Prune
+from ptl.config import Calibration
 from ptl.data import order, padded, tokenize
 from ptl.families import family_of
 from ptl.measure import PrunedVariant, losses
 from ptl.prune import prune_checkpoint
+from ptl.recover_config import DataSource
+from ptl.schedule import Prune
 from ptl.sources import SourceRow, read_rows
 from ptl.stream import LayerwiseModel
 

@@ -20,9 +20,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptl import checkpoint, sft
-from ptl.config import Cpt, TrainingData
 from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import RECOVERIES
+from ptl.recover_config import Cpt, TrainingData
 
 ROOT = Path(__file__).parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"

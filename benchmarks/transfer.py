@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from ptl import stack, store
+from ptl.manifest import digest_of
 
 MIB = 1 << 20
 
@@ -74,7 +75,7 @@ CONTESTANTS = ("boto3", "ptl_s3", "cp", "cpsync", "ptl_file")
 
 def remember(folder, scratch, location):
     files = store.publish(folder, location)
-    (scratch / "pointer.json").write_text(store.Pointer(location, store.digest_of(files)).dump())
+    (scratch / "pointer.json").write_text(store.Pointer(location, digest_of(files)).dump())
 
 
 def plain_client():

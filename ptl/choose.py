@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ptl.anatomy import ModelDimensions, layers_for, resolve_multiple, width_for
-from ptl.config import Prune
 from ptl.errors import InputError
 from ptl.importance import NeuronScores, keep_highest, layer_scores, neuron_scores, num_redundant
 from ptl.measure import PrunedVariant, losses
+from ptl.schedule import Prune
 from ptl.stream import LayerwiseModel
 from ptl.surgery import Selection
 

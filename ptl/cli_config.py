@@ -126,8 +126,8 @@ def _print_plan(config: Config, params: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptl.config import plan as planned_iterations
-    from ptl.config import removal
+    from ptl.schedule import plan as planned_iterations
+    from ptl.schedule import removal
 
     title = f"{config.name}: {params:,} parameters"
     table = Table(title=title, title_justify="left")

@@ -36,10 +36,11 @@ def images(
     wheels: Annotated[Path | None, typer.Option(help="folder of local wheels for a build")] = None,
 ) -> None:
     """Print, build or push the images that the pipeline's steps run in."""
+    from ptl import image_names
     from ptl import images as work
 
     if action == "print":
-        names = work.names(registry, tag)
+        names = image_names.names(registry, tag)
     elif action == "build":
         names = work.build(registry, tag, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
     elif action == "push":

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from ptl.cli_options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
-from ptl.config import Config, Recovery, load_config, pairs, removal
+from ptl.config import Config, load_config, pairs
 from ptl.destination import OUT, check_free, writing
 from ptl.errors import InputError
+from ptl.recover_config import Recovery
+from ptl.schedule import removal
 
 
 def add_to(app: typer.Typer) -> None:

@@ -12,27 +12,17 @@ from ptl import __version__, image_names, suggest, yaml_text
 from ptl.cluster_config import Resources, Storage
 from ptl.errors import InputError
 from ptl.location import FOLDER, Folder, Location, typed
-from ptl.recover_config import MIN_TOKENS as MIN_TOKENS
-from ptl.recover_config import Cpt as Cpt
-from ptl.recover_config import DataSource as DataSource
-from ptl.recover_config import Decontaminate as Decontaminate
-from ptl.recover_config import Distil as Distil
-from ptl.recover_config import Grpo as Grpo
-from ptl.recover_config import Lora as Lora
-from ptl.recover_config import NextToken as NextToken
-from ptl.recover_config import RecoverStage as RecoverStage
-from ptl.recover_config import Recovery as Recovery
-from ptl.recover_config import Reward as Reward
-from ptl.recover_config import Stage as Stage
-from ptl.recover_config import TrainingData as TrainingData
-from ptl.recover_config import TrainingSource as TrainingSource
-from ptl.schedule import Iteration as Iteration
-from ptl.schedule import Prune as Prune
-from ptl.schedule import Schedule as Schedule
-from ptl.schedule import one_shot as one_shot
-from ptl.schedule import plan as plan
-from ptl.schedule import removal as removal
-from ptl.section import Section as Section
+from ptl.recover_config import (
+    MIN_TOKENS,
+    Cpt,
+    DataSource,
+    Grpo,
+    RecoverStage,
+    Recovery,
+    TrainingData,
+)
+from ptl.schedule import Prune, Schedule, plan
+from ptl.section import Section
 
 S = TypeVar("S", bound=Section)
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptl.config import Calibration, DataSource, TrainingData
+from ptl.config import Calibration
 from ptl.decontaminate import Filter
 from ptl.errors import InputError
+from ptl.recover_config import DataSource, TrainingData
 from ptl.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
 
 if TYPE_CHECKING:

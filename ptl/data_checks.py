@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptl.config import Calibration, DataSource, Grpo, NextToken, RecoverStage, TrainingData
+from ptl.config import Calibration
+from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.sources import check_rows, fill, local_file, numbered_rows, prompt_of
 
 

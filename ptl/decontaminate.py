@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ptl.config import DataSource, Decontaminate
+from ptl.recover_config import DataSource, Decontaminate
 from ptl.sources import SourceRow, bare, numbered_rows, texts
 
 # A word is a run of letters and digits; in scripts that put no spaces between words each character is one.

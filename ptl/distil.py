@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ptl import hub, model_checks, pretrained, sft
-from ptl.config import Distil
 from ptl.data import IGNORED
 from ptl.errors import InputError
 from ptl.job import RecoverReport, RecoveryJob
+from ptl.recover_config import Distil
 
 TEACHER = "recover.teacher"  # the field of the config, for errors
 

@@ -25,6 +25,7 @@ from ptl.errors import WorkError
 from ptl.inputs import damage_report, fetch
 from ptl.log import say
 from ptl.machine import empty_folder, scratch
+from ptl.manifest import digest_of
 from ptl.run_status import StepRun
 from ptl.step_tracking import begin, noting_errors, track
 from ptl.store import Pointer, Record
@@ -148,7 +149,7 @@ def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
     files = store.publish(folder, location)
     return Pointer(
         uri=location,
-        digest=store.digest_of(files),
+        digest=digest_of(files),
         params=int(params),
         original_params=parent.original_params if parent else params,
         parent_digest=parent.digest if parent else "",
@@ -176,7 +177,7 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         # Published in the scratch folder first: the damaged files go only once the same bytes are there.
         copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
         files = store.publish(folder, copy.as_uri())
-        if store.digest_of(files) != pointer.digest:
+        if digest_of(files) != pointer.digest:
             cause = "as on another machine or with other versions"
             problem = f"its files are damaged, and doing it again gave others, {cause}"
             raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ptl import checkpoint, decontaminate, model_checks, training
-from ptl.config import Grpo, Reward
 from ptl.data import chat_ids, padded_ids, prompt_rows
 from ptl.errors import InputError, WorkError
 from ptl.job import Curve, RecoverReport, RecoveryJob
 from ptl.launch import world_size
+from ptl.recover_config import Grpo, Reward
 from ptl.rewards import REWARDS, RewardValues, text_of
 from ptl.sources import SourceRow, fill, prompt_of
 from ptl.training_files import last_complete

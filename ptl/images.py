@@ -10,10 +10,7 @@ from pathlib import Path
 
 from ptl import __version__
 from ptl.errors import InputError, WorkError
-from ptl.image_names import IMAGE_OF as IMAGE_OF
-from ptl.image_names import IMAGES as IMAGES
-from ptl.image_names import image as image
-from ptl.image_names import names as names
+from ptl.image_names import names
 from ptl.revision import revision_of
 
 ROOT = Path(__file__).parents[1]

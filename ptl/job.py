@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptl.config import TrainingData
+from ptl.recover_config import TrainingData
 
 Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
 Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ptl.config import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoverReport, RecoveryJob, report_from_json
 from ptl.processes import tied
+from ptl.recover_config import RecoverStage, Stage
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint

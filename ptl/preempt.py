@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import store
-from ptl.manifest import FILES
+from ptl.manifest import FILES, digest_of
 from ptl.store import Pointer
 from ptl.training_files import COMPLETE, last_complete, step_of
 
@@ -49,7 +49,7 @@ class TrainingCheckpoints:
         suffix = uuid.uuid4().hex[:12]
         location = f"{self._folder()}/{slot}-{suffix}"
         files = store.publish(folder, location, on_progress=_silent)
-        pointer = Pointer(location, store.digest_of(files))
+        pointer = Pointer(location, digest_of(files))
         metadata = {"folder": folder.name}
         # written last: what it names is complete
         record = {"key": self.key, "pointer": asdict(pointer), "metadata": metadata}

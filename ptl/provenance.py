@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl import task_data, tasks
-from ptl.config import Calibration, DataSource, Evaluate, Task, TrainingData
+from ptl.config import Calibration, Evaluate, Task
+from ptl.recover_config import DataSource, TrainingData
 from ptl.sources import local_file
 
 UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its content may change

@@ -10,11 +10,12 @@ from pathlib import Path
 from ptl import checkpoint, model_checks, repair
 from ptl.anatomy import model_dimensions, resolve_multiple
 from ptl.choose import CHOICES, SelectionTask, check_goal
-from ptl.config import Calibration, Prune
+from ptl.config import Calibration
 from ptl.data import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
 from ptl.families import family_of
 from ptl.own_answers import own_answers
+from ptl.schedule import Prune
 from ptl.stream import LayerwiseModel
 from ptl.surgery import Selection, TensorFiles, write_pruned
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ptl import launch, localfs, setting_checks
-from ptl.config import MIN_TOKENS, RecoverStage, Recovery
 from ptl.data_checks import check_chats, check_rewards
 from ptl.distil import distil
 from ptl.errors import InputError
 from ptl.grpo import grpo
 from ptl.job import CheckpointStore, Log, RecoverReport, RecoveryJob, report_from_json
+from ptl.recover_config import MIN_TOKENS, RecoverStage, Recovery
 from ptl.sft import cpt
 
 Method = Callable[[Path, Path, Any, RecoveryJob], RecoverReport]  # source, destination, its settings, job

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ptl import checkpoint, decontaminate, model_checks, training
-from ptl.config import Cpt, Distil, Lora, NextToken
 from ptl.data import IGNORED, training_chunk
 from ptl.job import RecoverReport, RecoveryJob
 from ptl.launch import world_size
+from ptl.recover_config import Cpt, Distil, Lora, NextToken
 
 
 def cpt(

@@ -16,10 +16,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ptl.config import DataSource
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
-from ptl.recover_config import columns_of
+from ptl.recover_config import DataSource, columns_of
 
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
 FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"

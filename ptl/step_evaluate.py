@@ -7,11 +7,12 @@ from pathlib import Path
 
 from ptl import gate, takeover
 from ptl.call import Call, Metadata, passes_through, write_pointer
-from ptl.config import Evaluate, Gate, Prune
+from ptl.config import Evaluate, Gate
 from ptl.execution import execute
 from ptl.final_speed import beside_dense
 from ptl.machine import limit_threads
 from ptl.run_status import StepRun
+from ptl.schedule import Prune
 from ptl.step_metrics import kubeflow_metrics
 from ptl.store import Pointer
 from ptl.verdict import LoopSettings, Trial, decide

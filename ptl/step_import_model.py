@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ptl import __version__, attempts, gate, provenance, run_page
 from ptl.call import Call, Metadata, write_pointer
-from ptl.config import Calibration, Evaluate, Gate, Prune, TrainingData
+from ptl.config import Calibration, Evaluate, Gate
 from ptl.execution import execute
+from ptl.flat_settings import flat_settings
+from ptl.recover_config import TrainingData
 from ptl.run_status import StepRun
-from ptl.step_metrics import flat_settings
+from ptl.schedule import Prune
 from ptl.step_schedule import schedule_of
 
 

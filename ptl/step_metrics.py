@@ -12,24 +12,6 @@ COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an ev
 ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 
-def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, as MLflow shows parameters; what is unset is left out."""
-    if settings is None:
-        return {}
-    if isinstance(settings, dict):
-        entries: Any = settings.items()
-    elif isinstance(settings, list) and _has_sections(settings):
-        entries = enumerate(settings)
-    else:
-        return {name: settings}
-    # A setting that is unset falls out on the way.
-    dotted: dict[str, Any] = {}
-    for key, value in entries:
-        inner_name = f"{name}.{key}" if name else str(key)
-        dotted |= flat_settings(value, inner_name)
-    return dotted
-
-
 def _has_sections(settings: list[Any]) -> bool:
     """Then each has its index in the name; a list of plain values is one parameter."""
     return any(isinstance(entry, dict) for entry in settings)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ptl import gate, takeover
 from ptl.call import Call, Metadata, passes_through, write_pointer
-from ptl.config import Calibration, Prune, removal
+from ptl.config import Calibration
 from ptl.execution import execute
 from ptl.machine import limit_threads
 from ptl.run_status import StepRun
+from ptl.schedule import Prune, removal
 from ptl.step_schedule import iterations_until, schedule_of
 
 

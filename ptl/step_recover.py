@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from ptl import decontaminate, preempt, takeover, tracking
 from ptl.call import Call, Metadata, Step, passes_through, write_pointer
-from ptl.config import Prune, Recovery, Schedule, TrainingData, check
+from ptl.config import check
 from ptl.errors import WorkError
 from ptl.execution import execute
 from ptl.inputs import dense_model, fetch
 from ptl.log import say
 from ptl.machine import limit_threads, scratch
+from ptl.recover_config import Recovery, TrainingData
 from ptl.run_status import StepRun
+from ptl.schedule import Prune, Schedule
 from ptl.step_schedule import iterations_until, schedule_of
 
 if TYPE_CHECKING:

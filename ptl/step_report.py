@@ -11,11 +11,11 @@ from typing import Any
 from ptl import aliases, dag, gate, localfs, run_page, store, tracking
 from ptl.call import Call, Metadata
 from ptl.config import Config, Gate, check
+from ptl.flat_settings import flat_settings
 from ptl.inputs import fetch_items
 from ptl.log import say
 from ptl.machine import scratch
 from ptl.run_status import StepRun
-from ptl.step_metrics import flat_settings
 from ptl.step_schedule import FIELDS
 from ptl.step_tracking import begin, noting_errors
 from ptl.store import Record

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ptl.call import Call
-from ptl.config import Iteration, Prune, Schedule, check, plan
+from ptl.config import check
 from ptl.errors import InputError
+from ptl.schedule import Iteration, Prune, Schedule, plan
 
 # Of the schedule, what may be among a step's settings.
 FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")

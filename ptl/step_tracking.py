@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from ptl import attempts, run_page, step_metrics, tracking
 from ptl.address import without_login
 from ptl.call import Metadata, Step
+from ptl.flat_settings import flat_settings
 from ptl.log import say
 from ptl.run_status import StepRun
 from ptl.store import Pointer, Record
@@ -55,7 +56,7 @@ def track(
     evaluated = metadata["stage"] == "evaluate"
     tracking.finish(
         run,
-        params=step_metrics.flat_settings(settings),
+        params=flat_settings(settings),
         metrics=step_metrics.metrics(metadata),
         inputs=[parent.model_id] if parent else [],
         output=None if evaluated else record["pointer"]["model_id"],

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from ptl.errors import InputError, WorkError
-from ptl.manifest import FILES, Files, Progress, load_files, scan
-from ptl.manifest import digest_of as digest_of
+from ptl.manifest import FILES, Files, Progress, digest_of, load_files, scan
 
 FORMAT = 1  # of a record
 T = TypeVar("T")

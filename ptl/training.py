@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from ptl import checkpoint, launch, pretrained, safefile
-from ptl.config import NextToken, Stage
 from ptl.errors import WorkError
 from ptl.job import Curve, RecoveryJob, StageBudget
+from ptl.recover_config import NextToken, Stage
 from ptl.training_files import COMPLETE, last_complete, step_of
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape

@@ -8,10 +8,11 @@ from pathlib import Path
 from ptl import checkpoint, gate, paired, registry, store
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.call import Metadata, Step
-from ptl.config import Gate, Prune, Schedule, plan, removal
+from ptl.config import Gate
 from ptl.families import family_of
 from ptl.inputs import Items, fetch_items
 from ptl.run_status import StepRun
+from ptl.schedule import Prune, Schedule, plan, removal
 from ptl.store import Pointer, Record
 
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptl.config import Recovery
 from ptl.errors import PtlError
 from ptl.launch import CHECKPOINT, ERROR, HANDOVER, JOB, METRICS
 from ptl.processes import die_with_tied
 from ptl.recover import RECOVERIES
+from ptl.recover_config import Recovery
 
 POLL = 0.05  # seconds
 

@@ -16,7 +16,7 @@ import whole_run
 import yaml
 from mock_kfp import MockKubeflow
 
-from ptl import images, mlflow_database, s3_client, stack
+from ptl import image_names, images, mlflow_database, s3_client, stack
 from ptl.config import load_config
 from ptl.errors import WorkError
 from ptl.localfs import path_of
@@ -155,7 +155,7 @@ def place(request, tmp_path):
 def engine():
     """An engine that holds the images; without it what needs one is skipped, and says so."""
     try:
-        absent = images.missing(images.names())
+        absent = images.missing(image_names.names())
     except WorkError as error:
         pytest.skip(f"skipped: no engine ({error})")
     if absent and not os.environ.get("CI"):

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from ptl.config import Calibration, Prune, Recovery, TrainingData
+from ptl.config import Calibration
 from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import recover_checkpoint
+from ptl.recover_config import Recovery, TrainingData
+from ptl.schedule import Prune
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / "examples/tiny_reasoner/checkpoint"

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from ptl import aliases, registry, store, tracking
 from ptl.config import Gate
+from ptl.manifest import digest_of
 from ptl.store import Pointer
 
 RULE = Gate(enabled=True)
@@ -69,7 +70,7 @@ def pipeline(client, database, model, monkeypatch, tmp_path):
         (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
         location = f"{step.artifact_uri}/{name}"
         files = store.publish(folder, location)
-        pointer = {"uri": location, "digest": store.digest_of(files)}
+        pointer = {"uri": location, "digest": digest_of(files)}
         record = store.commit(step.root, step.run, name, {"key": "k", "pointer": pointer, "metadata": metadata})
         return {**record, "metadata": {**record["metadata"], "items": found}}
 

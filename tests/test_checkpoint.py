@@ -10,11 +10,11 @@ from tiny_models import build, save
 
 from ptl import checkpoint, safefile
 from ptl.anatomy import model_dimensions
-from ptl.config import Prune, Schedule
 from ptl.errors import InputError
 from ptl.families import FAMILIES
 from ptl.import_checkpoint import import_checkpoint
 from ptl.importer import check_model
+from ptl.schedule import Prune, Schedule
 
 LLAMA = FAMILIES["llama"]
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ptl import decontaminate, json_lines, s3_client, sources
-from ptl.config import Calibration, DataSource, Decontaminate, Reward, TrainingData, TrainingSource
+from ptl.config import Calibration
 from ptl.data import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
 from ptl.errors import InputError
 from ptl.evaluate import read_items
+from ptl.recover_config import DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.sources import SourceRow, check_rows, read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ from whole_run import CHAIN
 
 from pipelines.prune_tune_loop import containers, runners
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
-from ptl import images, runs, stack, store
+from ptl import image_names, runs, stack, store
 from ptl.config import load_config
 from ptl.errors import InputError, WorkError
 
@@ -56,7 +56,7 @@ def stub_docker(tmp_path, monkeypatch):
     ("fails", "arguments", "said"),
     [
         ("version*", ["--s3"], "--runner docker: docker: no engine answers (no such thing); start Docker"),
-        ("image inspect ptl-recover*", ["--s3"], f"the engine has no {images.image('recover')}; make them with"),
+        ("image inspect ptl-recover*", ["--s3"], f"the engine has no {image_names.image('recover')}; make them with"),
         ("nothing", [], "speak to an MLflow server only, and none is given; add --s3"),
     ],
     ids=["no-engine", "no-image", "no-server"],

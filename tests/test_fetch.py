@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from ptl import cli_results, destination, locate, mlflow_client, registry, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
+from ptl.manifest import digest_of
 from ptl.store import Pointer
 
 STEPS = ("import-model", "recover-1", "recover-2", "control-recover")
@@ -53,7 +54,7 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
         if stage != "evaluate":
             model, location = tracking.new_model(started, step, {"params": params}, {})
         pointer = Pointer(
-            location, store.digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
+            location, digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
         )
         record = {"key": "k", "pointer": asdict(pointer), "metadata": {"stage": stage}}
         store.commit(started.root, run, step, record)

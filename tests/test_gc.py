@@ -24,6 +24,7 @@ from ptl.call import Step
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.garbage import DAY, Rules
+from ptl.manifest import digest_of
 from ptl.store import Pointer
 from ptl.training_files import COMPLETE
 from ptl.units import size
@@ -297,7 +298,7 @@ def test_committed_after_the_listing(experiment, loop, tmp_path):
     files = store.publish(tmp_path, location)
     held, found = verdicts(experiment, 8)
     (verdict,) = (each for each in found if each.deletable)
-    pointer = Pointer(location, store.digest_of(files), model_id=model)
+    pointer = Pointer(location, digest_of(files), model_id=model)
     metadata = {"stage": "import", "iteration": 0}
     record = store.commit(
         step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "metadata": metadata}
@@ -315,7 +316,7 @@ def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_p
     files = store.publish(tmp_path, location)
     held, found = verdicts(experiment, 8)
     (verdict,) = (each for each in found if each.deletable)
-    pointer = Pointer(location, store.digest_of(files))
+    pointer = Pointer(location, digest_of(files))
     record = {"key": "k", "pointer": asdict(pointer), "metadata": {"folder": "checkpoint-2"}}
     store.commit(step.root, step.run, "recover-1.0.training-0", record)
     assert garbage.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
@@ -423,7 +424,7 @@ def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     location = f"{place.root}/models/a/artifacts"
-    pointer = Pointer(location, store.digest_of(store.publish(folder, location)))
+    pointer = Pointer(location, digest_of(store.publish(folder, location)))
     for uri in (
         location.replace("/models/", "/models/../models/"),
         location.replace("/models/", "//models/"),

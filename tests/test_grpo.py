@@ -9,10 +9,10 @@ from recovering import DATA, DENSE, cut, recover, weights
 from safetensors.torch import save_file
 
 from ptl import grpo
-from ptl.config import Grpo
 from ptl.data_checks import check_rewards
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoveryJob, StageBudget
+from ptl.recover_config import Grpo
 from ptl.training import learning_rate_curve
 from ptl.training_files import COMPLETE
 

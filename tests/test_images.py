@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import ptl
-from ptl import images
+from ptl import image_names, images
 from ptl.errors import InputError, WorkError
 
 ROOT = Path(__file__).parents[1]
@@ -46,12 +46,16 @@ def lock(path):
 
 def test_name_is_registry_image_and_version():
     three = [f"ptl-{name}:{ptl.__version__}" for name in ("prune", "recover", "evaluate")]
-    assert images.names() == three and images.names(vllm=True) == [*three, f"ptl-evaluate-vllm:{ptl.__version__}"]
+    assert image_names.names() == three and image_names.names(vllm=True) == [
+        *three,
+        f"ptl-evaluate-vllm:{ptl.__version__}",
+    ]
     assert (
-        images.image("prune", "registry.example.com:5000/team", "1.2") == "registry.example.com:5000/team/ptl-prune:1.2"
+        image_names.image("prune", "registry.example.com:5000/team", "1.2")
+        == "registry.example.com:5000/team/ptl-prune:1.2"
     )
-    assert images.image("import-model") == images.image("prune")
-    assert images.image("report") == images.image("evaluate")
+    assert image_names.image("import-model") == image_names.image("prune")
+    assert image_names.image("report") == image_names.image("evaluate")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_name_is_registry_image_and_version():
 )
 def test_wrong_names_are_refused_with_the_value(arguments, named):
     with pytest.raises(InputError, match=re.escape(named)):
-        images.image(*arguments)
+        image_names.image(*arguments)
 
 
 def test_names_cost_no_heavy_import():
@@ -79,7 +83,7 @@ def test_names_cost_no_heavy_import():
 def test_bake_file_has_the_same_images_and_version():
     bake = (ROOT / images.BAKE_FILE).read_text()
     assert re.search(r'variable "VERSION" \{\s+default = "([^"]+)"', bake)[1] == ptl.__version__
-    assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == list(images.IMAGES)
+    assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == list(image_names.IMAGES)
     assert 'tags       = ["${REGISTRY}ptl-${step}:${TAG}"]' in bake
     assert re.findall(r'^\s+target += "(.*)"$', bake, re.M) == ["step", "step"]  # the Dockerfile's last stage
     assert re.findall(r"^\s+STEP += (.*)$", bake, re.M) == ["step", '"evaluate-vllm"']
@@ -93,10 +97,10 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
 
     config = ROOT / "pipelines" / "prune_tune_loop" / "configs" / "tiny.yaml"
     for overrides, wanted in (
-        ({}, images.names()),
+        ({}, image_names.names()),
         (
             {"images.registry": "registry.example.com/team", "images.tag": "x"},
-            images.names("registry.example.com/team", "x"),
+            image_names.names("registry.example.com/team", "x"),
         ),
     ):
         pipeline.compile_pipeline(load_config(config, overrides), tmp_path / "pipeline.yaml")
@@ -111,7 +115,7 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
 # ---- locks
 
 
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_every_pin_is_hashed_and_no_index_is_named(name):
     text = (LOCKS / f"{name}.lock").read_text()
     assert all(count >= 1 for versions in lock(LOCKS / f"{name}.lock").values() for count in versions.values())
@@ -120,7 +124,7 @@ def test_every_pin_is_hashed_and_no_index_is_named(name):
 
 
 def test_locks_hold_their_own_extra_only():
-    prune, recover, evaluate = (set(lock(LOCKS / f"{name}.lock")) for name in images.IMAGES)
+    prune, recover, evaluate = (set(lock(LOCKS / f"{name}.lock")) for name in image_names.IMAGES)
     assert "trl" in recover - prune - evaluate
     assert "lm-eval" in evaluate - prune - recover
     for pins in (prune, recover, evaluate):
@@ -130,7 +134,7 @@ def test_locks_hold_their_own_extra_only():
 
 def test_make_install_and_the_images_take_the_same_versions():
     tested = lock(ROOT / "constraints.txt")
-    for name in images.IMAGES:
+    for name in image_names.IMAGES:
         for package, versions in lock(LOCKS / f"{name}.lock").items():
             if re.match(r"(nvidia|cuda)-|triton$", package):
                 assert package not in tested  # torch pins its own
@@ -153,7 +157,8 @@ def test_recover_and_evaluate_extend_prune_pin_for_pin():
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("dev", ROOT / "constraints.txt"), *((name, LOCKS / f"{name}.lock") for name in images.IMAGES)]
+    ("name", "file"),
+    [("dev", ROOT / "constraints.txt"), *((name, LOCKS / f"{name}.lock") for name in image_names.IMAGES)],
 )
 def test_locks_satisfy_setup_cfg(name, file):
     setup = configparser.ConfigParser()
@@ -172,7 +177,7 @@ def test_locks_satisfy_setup_cfg(name, file):
     assert checked >= 10
 
 
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_cpu_lock_is_the_lock_without_cuda(name):
     full, cpu = lock(LOCKS / f"{name}.lock"), lock(LOCKS / "cpu" / f"{name}.lock")
     left_out = set(full) - set(cpu)
@@ -240,7 +245,7 @@ def stub_docker(tmp_path, monkeypatch):
 
 def test_build_passes_the_settings_to_bake(stub_docker):
     built = images.build("registry.example.com/team", "7", base_image="base:1", cpu=True)
-    assert built == images.names("registry.example.com/team", "7")
+    assert built == image_names.names("registry.example.com/team", "7")
     assert stub_docker.read_text().splitlines()[-1] == (
         "buildx bake --file docker/docker-bake.hcl --load"
         " | registry.example.com/team/ 7 base:1 docker/locks/cpu --verify-hashes"
@@ -298,7 +303,7 @@ def test_build_needs_a_checkout(tmp_path, monkeypatch):
 
 
 def test_push_names_what_is_missing(stub_docker, monkeypatch):
-    assert images.push("registry.example.com", "7") == images.names("registry.example.com", "7")
+    assert images.push("registry.example.com", "7") == image_names.names("registry.example.com", "7")
     assert stub_docker.read_text().splitlines()[-1].startswith("push registry.example.com/ptl-evaluate:7 ")
     monkeypatch.setenv("FAIL", "image inspect *recover*")
     with pytest.raises(InputError, match=re.escape("no registry.example.com/ptl-recover:7; build")):
@@ -334,7 +339,7 @@ STEPS = {
 
 
 def docker_run(name, *command, user="12345:0", flags=HARDENED):
-    image = images.image(name)
+    image = image_names.image(name)
     return subprocess.run(
         ["docker", "run", *flags, *([f"--user={user}"] if user else []), image, *command],
         capture_output=True,
@@ -344,7 +349,7 @@ def docker_run(name, *command, user="12345:0", flags=HARDENED):
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_steps_run_unprivileged_on_a_read_only_root(engine, name):
     for step in STEPS[name]:
         answer = docker_run(name, "python", "-m", "ptl", step, "--help")
@@ -353,7 +358,7 @@ def test_steps_run_unprivileged_on_a_read_only_root(engine, name):
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_image_holds_its_own_packages_and_the_example(engine, name):
     code = """
 import getpass, json, os, sys
@@ -385,10 +390,10 @@ print(json.dumps({
 
 
 @pytest.mark.docker
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_image_is_labelled_and_unprivileged_by_default(engine, name):
     answer = subprocess.run(
-        ["docker", "image", "inspect", images.image(name), "--format", "{{json .Config}}"],
+        ["docker", "image", "inspect", image_names.image(name), "--format", "{{json .Config}}"],
         capture_output=True,
         text=True,
         check=True,
@@ -451,7 +456,7 @@ def tried_caches(name, user, *flags):
 
 @pytest.mark.docker
 @pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_every_cache_can_be_written(engine, name, user):
     seen = tried_caches(name, user)
     assert seen == {"refused": [], "warnings": [], "hub": "/tmp/cache/huggingface/hub"}
@@ -459,7 +464,7 @@ def test_every_cache_can_be_written(engine, name, user):
 
 @pytest.mark.docker
 @pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", image_names.IMAGES)
 def test_every_cache_can_be_written_beside_a_claim(engine, name, user, tmp_path):
     """The claim as the compiled pipeline mounts it. What is above a mount point belongs to root, as in Kubernetes."""
     path, variables = compiled_claim(tmp_path)

@@ -7,8 +7,8 @@ import torch
 from recovering import DENSE, ROOT, cut, recover, weights
 
 from ptl import launch
-from ptl.config import Cpt
 from ptl.errors import InputError, WorkError
+from ptl.recover_config import Cpt
 
 CPT = {"method": "cpt"}
 

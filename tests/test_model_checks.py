@@ -10,11 +10,13 @@ from recovering import DATA, DENSE, ROOT, SOURCE, recover
 
 from ptl import distil, model_checks, training
 from ptl.checkpoint import CHAT_TEMPLATES
-from ptl.config import Calibration, Evaluate, Prune, Recovery, load_config
+from ptl.config import Calibration, Evaluate, load_config
 from ptl.errors import InputError
 from ptl.import_checkpoint import import_checkpoint
 from ptl.importer import preflight
 from ptl.prune import prune_checkpoint
+from ptl.recover_config import Recovery
+from ptl.schedule import Prune
 
 TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
 CPT = {"method": "cpt", "max_length": 128}

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import build, save
 
 from ptl import pretrained
-from ptl.config import Calibration, DataSource, Prune, load_config
+from ptl.config import Calibration, load_config
 from ptl.distil import load_teacher
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
@@ -18,7 +18,8 @@ from ptl.import_checkpoint import import_checkpoint
 from ptl.job import RecoveryJob, StageBudget
 from ptl.model_checks import load_tokenizer
 from ptl.prune import prune_checkpoint
-from ptl.recover_config import Distil, TrainingData, TrainingSource
+from ptl.recover_config import DataSource, Distil, TrainingData, TrainingSource
+from ptl.schedule import Prune
 from ptl.training import load
 
 ROOT = Path(__file__).parents[1]

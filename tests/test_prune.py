@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl import checkpoint, choose, own_answers
 from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, resolve_multiple, width_for
-from ptl.config import Calibration, DataSource, Prune
+from ptl.config import Calibration
 from ptl.data import padded
 from ptl.errors import InputError, WorkError
 from ptl.families import FAMILIES
@@ -20,7 +20,9 @@ from ptl.importance import CRITERIA, LAYER_CRITERIA, neuron_scores
 from ptl.measure import PrunedVariant, losses
 from ptl.own_answers import final_answer
 from ptl.prune import prune_checkpoint
+from ptl.recover_config import DataSource
 from ptl.repair import fit, ridge
+from ptl.schedule import Prune
 from ptl.sources import read_rows
 from ptl.stream import LayerwiseModel
 from ptl.surgery import Selection, write_pruned

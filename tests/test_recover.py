@@ -18,11 +18,11 @@ from recovering import DATA, DENSE, ROOT, SHORT, SOURCE, cut, recover, weights
 from transformers import AutoTokenizer
 
 from ptl import checkpoint, sft, training
-from ptl.config import Cpt, Recovery, TrainingData
 from ptl.data import training_chunk
 from ptl.errors import InputError, WorkError
 from ptl.job import RecoveryJob, StageBudget
 from ptl.recover import RECOVERIES, budgets_before
+from ptl.recover_config import Cpt, Recovery, TrainingData
 from ptl.training import learning_rate_curve, optimizer_for
 from ptl.training_files import COMPLETE, last_complete
 

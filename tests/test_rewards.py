@@ -3,8 +3,8 @@
 import pytest
 
 from ptl import sandbox
-from ptl.config import Reward
 from ptl.errors import WorkError
+from ptl.recover_config import Reward
 from ptl.rewards import REWARDS, program, text_of
 
 

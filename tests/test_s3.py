@@ -20,6 +20,7 @@ from conftest import free_port
 
 from ptl import s3_client, stack, store
 from ptl.errors import InputError, WorkError
+from ptl.manifest import digest_of
 
 MIB = 1 << 20
 
@@ -35,7 +36,7 @@ def folder(tmp_path):
 
 def publish(folder, root, attempt="a"):
     files = store.publish(folder, f"{root}/models/{attempt}")
-    return store.Pointer(f"{root}/models/{attempt}", store.digest_of(files))
+    return store.Pointer(f"{root}/models/{attempt}", digest_of(files))
 
 
 def same(one, other):
@@ -320,7 +321,7 @@ import sys
 from pathlib import Path
 from ptl import store
 files = store.publish(Path(sys.argv[1]), sys.argv[2])
-store.fetch(store.Pointer(sys.argv[2], store.digest_of(files)), Path(sys.argv[3]))
+store.fetch(store.Pointer(sys.argv[2], digest_of(files)), Path(sys.argv[3]))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -386,7 +387,7 @@ def test_server_restarted_in_mid_transfer(s3, folder, tmp_path, monkeypatch):
 
     try:
         location = f"s3://{stack.BUCKET}/ptl/models/a"
-        pointer = store.Pointer(location, store.digest_of(store.publish(folder, location, on_progress=restart)))
+        pointer = store.Pointer(location, digest_of(store.publish(folder, location, on_progress=restart)))
         restarts.pop().join()
         moved.clear()
         found = store.fetch(pointer, tmp_path / "cache", on_progress=restart)

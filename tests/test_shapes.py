@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from ptl import bounded_json, checkpoint, shapes
 from ptl.anatomy import model_dimensions
 from ptl.cli import app
-from ptl.config import Prune, Schedule, load_config
+from ptl.config import load_config
 from ptl.cost import from_config
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
@@ -27,6 +27,7 @@ from ptl.forecast_model import shape_of
 from ptl.import_checkpoint import import_checkpoint
 from ptl.importer import check_model
 from ptl.model_checks import check_generation_config
+from ptl.schedule import Prune, Schedule
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 YARN = {"rope_type": "yarn", "factor": 2.0}

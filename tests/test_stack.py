@@ -20,6 +20,7 @@ from conftest import free_port, unused
 
 from ptl import registry, stack, store, tracking
 from ptl.errors import InputError, WorkError
+from ptl.manifest import digest_of
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def work(tmp_path, experiment):
     step = tracking.start(experiment, "import-model", arm="loop", iteration=0)
     model, location = tracking.new_model(step, "tiny", {"params": 10}, {})
     files = store.publish(folder, location)
-    pointer = store.Pointer(location, store.digest_of(files), 10, run_id=step.run_id, model_id=model)
+    pointer = store.Pointer(location, digest_of(files), 10, run_id=step.run_id, model_id=model)
     record = {"key": "k", "pointer": json.loads(pointer.dump()), "metadata": {}}
     store.commit(step.root, step.run, "import-model", record)
     assert registry.register(step, "tiny", pointer, {}) == registry.register(step, "tiny", pointer, {})

@@ -16,7 +16,7 @@ from conftest import FilePlace
 from ptl import store
 from ptl.errors import InputError, WorkError
 from ptl.localfs import path_of
-from ptl.manifest import BLOCK, FILES
+from ptl.manifest import BLOCK, FILES, digest_of
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def folder(tmp_path):
 def publish(folder, place, attempt="a"):
     uri = f"{place.root}/models/{attempt}/artifacts"
     files = store.publish(folder, uri)
-    return store.Pointer(uri, store.digest_of(files), run_id="0123abcd"), files
+    return store.Pointer(uri, digest_of(files), run_id="0123abcd"), files
 
 
 def record(pointer, key="k1"):
@@ -93,8 +93,8 @@ def test_a_list_with_other_blocks_than_its_size_is_refused(place, folder, tmp_pa
 def test_digest_is_of_contents_not_of_place(place, folder):
     first, files = publish(folder, place, "a")
     second, _ = publish(folder, place, "b")
-    assert first.digest == second.digest == store.digest_of(reversed(files))
-    assert store.digest_of(files[1:]) != first.digest
+    assert first.digest == second.digest == digest_of(reversed(files))
+    assert digest_of(files[1:]) != first.digest
 
 
 def test_flipped_bit_is_refused(place, folder, tmp_path):
@@ -161,7 +161,7 @@ def test_paths_out_of_the_folder_are_refused(place, folder, tmp_path, path):
 
     place.change(f"{pointer.uri}/{FILES}", poison)
     with pytest.raises(WorkError, match="outside of the checkpoint"):
-        store.fetch(replace(pointer, digest=store.digest_of(listed)), tmp_path / "cache")
+        store.fetch(replace(pointer, digest=digest_of(listed)), tmp_path / "cache")
     assert not (tmp_path / "evil").exists()
 
 
@@ -225,7 +225,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 uri = f"{root}/models/{attempt}/artifacts"
 files = store.publish(Path(folder), uri)
-pointer = store.Pointer(uri, store.digest_of(files))
+pointer = store.Pointer(uri, digest_of(files))
 store.commit(root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
 """
 
@@ -267,7 +267,7 @@ def test_kill_at_random_moments(place, folder, tmp_path):
 def test_progress_counts_every_byte(place, folder, tmp_path):
     sent, got = [], []
     files = store.publish(folder, f"{place.root}/models/p", on_progress=sent.append)
-    store.fetch(store.Pointer(f"{place.root}/models/p", store.digest_of(files)), tmp_path / "c", on_progress=got.append)
+    store.fetch(store.Pointer(f"{place.root}/models/p", digest_of(files)), tmp_path / "c", on_progress=got.append)
     assert sum(sent) == sum(got) == sum(file.size for file in files)
 
 

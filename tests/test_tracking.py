@@ -10,8 +10,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ptl import mlflow_client, mlflow_database, provenance, registry, revision, run_page, store, tracking
-from ptl.config import Calibration, Evaluate, Task, TrainingData
+from ptl.config import Calibration, Evaluate, Task
 from ptl.errors import InputError, WorkError
+from ptl.recover_config import TrainingData
 
 ROOT = Path(__file__).parents[1]
 

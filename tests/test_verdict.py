@@ -8,7 +8,9 @@ import pytest
 
 from ptl import final_speed, steps, store, verdict
 from ptl.call import Call, Output, Step
-from ptl.config import Evaluate, Gate, Prune, Speed, Task
+from ptl.config import Evaluate, Gate, Speed, Task
+from ptl.manifest import digest_of
+from ptl.schedule import Prune
 from ptl.store import Pointer
 
 REASONER = Path(__file__).parents[1] / "examples/tiny_reasoner/checkpoint"
@@ -25,7 +27,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "scores").mkdir()
     items(tmp_path / "scores", right=200)
     files = store.publish(tmp_path / "scores", f"file://{tmp_path}/published")
-    pointer = Pointer(f"file://{tmp_path}/published", store.digest_of(files))
+    pointer = Pointer(f"file://{tmp_path}/published", digest_of(files))
     metadata = {"checkpoint": DENSE.__dict__, "smallest_cuts": {"neurons": 1_000, "layers": 9_000}}
     for name, where in (("evaluate-0", pointer), ("import-model", DENSE)):
         store.commit(run.root, run.run, name, {"key": "k", "pointer": where.__dict__, "metadata": metadata})

@@ -24,7 +24,7 @@ def check(config: Config, tracking_uri: str) -> None:
             "--runner docker: the steps' images speak to an MLflow server only, and none is given; "
             "add --s3, which starts one, or set MLFLOW_TRACKING_URI to the address of yours"
         )
-    wanted = images.names(config.images.registry, config.images.tag, vllm=config.evaluate.backend == "vllm")
+    wanted = config.image_names()
     try:
         absent = images.missing(wanted)
     except WorkError as error:

@@ -15,7 +15,7 @@ from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl import dag
 from ptl.config import Config, essentials
-from ptl.images import image
+from ptl.image_names import image
 
 
 def parameters(config: Config) -> dict[str, Any]:
