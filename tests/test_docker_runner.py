@@ -138,15 +138,15 @@ def test_a_failed_steps_own_error_is_told(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("ptl.errors.InputError: of an earlier attempt\n")
     began = log.stat().st_size
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is WorkError and str(error).startswith(f"Task 'prune-1' failed {runners.NO_REASON}\n")
     with log.open("a") as file:
         file.write("    Traceback (most recent call last):\n    ptl.errors.InputError: model.path: no folder x\n")
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is InputError and str(error).startswith("model.path: no folder x\n")
     with log.open("a") as file:
         file.write("    torch.OutOfMemoryError: no memory\n")
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is WorkError and str(error).startswith("OutOfMemoryError: no memory\n")
 
 
