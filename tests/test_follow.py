@@ -374,7 +374,7 @@ def test_an_empty_answer_without_an_effect_is_no_success(world, said, monkeypatc
     ],
 )
 def test_nonsense_for_good_is_no_success_of_any_command(world, said, monkeypatch, command, fault):
-    monkeypatch.setattr(kfp_api, "TIMEOUT", (0.2, 0.02))
+    monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.02)
     monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     run = world.play("run-running" if command is follow.cancel else "run-failed-step")
     asked = ("GET", "/runs/") if command is follow.status else ("POST", run)
