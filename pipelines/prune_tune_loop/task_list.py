@@ -20,7 +20,7 @@ STAGES = ("prune", "recover", "evaluate")
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedStep:
     """What the list says of one step."""
 
     state: str  # of Kubeflow; "" for a step that will not start, since one before it failed
@@ -54,7 +54,7 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     return dict(sorted(names.items(), key=lambda item: _order(item[1])))
 
 
-def fold(run: Any, keys: Iterable[str]) -> dict[str, Listed]:
+def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     """What the list says of each task; a task that it does not name is left out.
 
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
@@ -69,23 +69,23 @@ def fold(run: Any, keys: Iterable[str]) -> dict[str, Listed]:
     return {key: listed for key, listed in folded.items() if listed is not None}
 
 
-def _step(key: str, entries: dict[str, list[Any]]) -> Listed | None:
+def _step(key: str, entries: dict[str, list[Any]]) -> ListedStep | None:
     node = _newest(entries.get(key) or entries.get(f"{key}()"))
     driver = _newest(entries.get(f"{key}-driver") or entries.get(f"{key}-driver()"))
     times = (_time(driver and driver.start_time), _time(driver and driver.end_time))
     if driver is not None and driver.state == "FAILED" and not (node and node.state):
-        return Listed("FAILED", *times, "driver", _pod_of(driver))
+        return ListedStep("FAILED", *times, "driver", _pod_of(driver))
     if driver is not None and driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
-        return Listed("PENDING", *times)
+        return ListedStep("PENDING", *times)
     if node is None:
-        return Listed("PENDING", *times) if driver is not None and driver.state == "SUCCEEDED" else None
+        return ListedStep("PENDING", *times) if driver is not None and driver.state == "SUCCEEDED" else None
     times = (_time(node.start_time), _time(node.end_time))
     pods = [pod for pod in entries.get("executor()", []) if pod.start_time == node.start_time]
     if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
-        return Listed("PENDING", *times)
+        return ListedStep("PENDING", *times)
     if node.state != "FAILED":
-        return Listed(node.state or "", *times)
-    return Listed("FAILED", *times, _cause(pods), _last_pod(entries, key))
+        return ListedStep(node.state or "", *times)
+    return ListedStep("FAILED", *times, _cause(pods), _last_pod(entries, key))
 
 
 def _cause(pods: list[Any]) -> str:
