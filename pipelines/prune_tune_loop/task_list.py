@@ -17,6 +17,8 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 UNFINISHED = ("PENDING", "RUNNING")
 NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the year 1, or 1970
 STAGES = ("prune", "recover", "evaluate")
+MAX_PODS = 10  # of one attempt of a step
+FNV_PRIME = 0x01000193  # of 32 bits
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,45 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     Where the version cannot be read, as after it was deleted, each task that is listed with a driver is named by its
     key; in YAMLs that are compiled now the key is the name.
     """
-    spec = run.pipeline_spec
-    reference = run.pipeline_version_reference
-    if not spec and reference and reference.pipeline_version_id:
-        try:
-            ids = (reference.pipeline_id, reference.pipeline_version_id)
-            spec = call(api, api.client.get_pipeline_version, *ids).pipeline_spec
-        except PtlError:
-            spec = None
-    spec = (spec or {}).get("pipeline_spec", spec or {})  # with Kubernetes settings it is one of two documents
+    spec = run.pipeline_spec or _spec_of_version(api, run.pipeline_version_reference) or {}
+    spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
     tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
     names = {key: task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()}
     if not names:
-        listed = {task.display_name or "" for task in _tasks(run)}
-        keys = {name.removesuffix("-driver") for name in listed if name.endswith("-driver")} - {"root"}
-        names = {key: key for key in keys}
-    return dict(sorted(names.items(), key=lambda item: _order(item[1])))
+        names = {key: key for key in _keys_with_driver(run)}
+    return dict(sorted(names.items(), key=lambda item: _position(item[1])))
+
+
+def _spec_of_version(api: Api, reference: Any) -> Any:
+    if not reference or not reference.pipeline_version_id:
+        return None
+    get_version = api.client.get_pipeline_version
+    try:
+        return call(api, get_version, reference.pipeline_id, reference.pipeline_version_id).pipeline_spec
+    except PtlError:
+        return None
+
+
+def _keys_with_driver(run: Any) -> set[str]:
+    keys = set()
+    for task in _listed_tasks(run):
+        key, suffix, rest = (task.display_name or "").rpartition("-driver")
+        if suffix and not rest:
+            keys.add(key)
+    return keys - {"root"}  # the driver of the whole DAG
+
+
+def _position(name: str) -> tuple[int, int, int, str]:
+    """For sorting: import, the loop by its iterations, the control, the report."""
+    before, _, last = name.rpartition("-")
+    if last.isdigit():
+        stage = STAGES.index(before) if before in STAGES else -1
+        return 1, int(last), stage, name
+    if before == "control" and last in STAGES:
+        return 2, 0, STAGES.index(last), name
+    if name in ("doctor", "import-model"):
+        return 0, 0, 0, name
+    return 3, 0, 0, name
 
 
 def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
@@ -60,39 +85,61 @@ def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
     entry that is unfinished is where the list stopped being updated, and says nothing.
     """
-    entries: dict[str, list[Any]] = {}
-    for task in _tasks(run):
-        if run.state not in ENDED or task.state not in UNFINISHED:
-            name, _, attempt = (task.display_name or "").partition("(")
-            entries.setdefault(name + "()" * bool(attempt), []).append(task)
-    folded = {key: _step(key, entries) for key in keys}
-    return {key: listed for key, listed in folded.items() if listed is not None}
+    entries: dict[str, list[Any]] = {}  # by display name, where `X()` collects the attempts X(0), X(1), ...
+    for task in _listed_tasks(run):
+        if run.state in ENDED and task.state in UNFINISHED:
+            continue
+        name, parenthesis, _ = (task.display_name or "").partition("(")
+        if parenthesis:
+            name += "()"
+        entries.setdefault(name, []).append(task)
+    steps = {}
+    for key in keys:
+        step = _listed_step(key, entries)
+        if step is not None:
+            steps[key] = step
+    return steps
 
 
-def _step(key: str, entries: dict[str, list[Any]]) -> ListedStep | None:
+def _listed_step(key: str, entries: dict[str, list[Any]]) -> ListedStep | None:
+    # Where the retry node is not listed, one of its attempts is.
     node = _newest(entries.get(key) or entries.get(f"{key}()"))
     driver = _newest(entries.get(f"{key}-driver") or entries.get(f"{key}-driver()"))
-    times = (_time(driver and driver.start_time), _time(driver and driver.end_time))
-    if driver is not None and driver.state == "FAILED" and not (node and node.state):
-        return ListedStep("FAILED", *times, "driver", _pod_of(driver))
-    if driver is not None and driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
-        return ListedStep("PENDING", *times)
+    if driver is not None:
+        step = _step_at_driver(driver, node)
+        if step is not None:
+            return step
     if node is None:
-        return ListedStep("PENDING", *times) if driver is not None and driver.state == "SUCCEEDED" else None
-    times = (_time(node.start_time), _time(node.end_time))
+        return None
+    started = _moment(node.start_time)
+    ended = _moment(node.end_time)
     pods = [pod for pod in entries.get("executor()", []) if pod.start_time == node.start_time]
     if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
-        return ListedStep("PENDING", *times)
+        return ListedStep("PENDING", started, ended)
     if node.state != "FAILED":
-        return ListedStep(node.state or "", *times)
-    return ListedStep("FAILED", *times, _cause(pods), _last_pod(entries, key))
+        return ListedStep(node.state or "", started, ended)
+    return ListedStep("FAILED", started, ended, cause=_cause(pods), pod=_last_pod(entries, key))
+
+
+def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
+    """A step whose newest entry is its driver, which prepares the pod; None once the step itself has begun."""
+    started = _moment(driver.start_time)
+    ended = _moment(driver.end_time)
+    if driver.state == "FAILED" and not (node and node.state):
+        return ListedStep("FAILED", started, ended, cause="driver", pod=_pod_of(driver))
+    if driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
+        return ListedStep("PENDING", started, ended)
+    if driver.state == "SUCCEEDED" and node is None:
+        return ListedStep("PENDING", started, ended)
+    return None
 
 
 def _cause(pods: list[Any]) -> str:
     """Why no container ran, as far as the states of the pods show it."""
-    if pods and all([entry.state for entry in pod.state_history or []] == ["FAILED"] for pod in pods):
+    histories = [[entry.state for entry in pod.state_history or []] for pod in pods]
+    if pods and all(history == ["FAILED"] for history in histories):
         return "refused"
-    if pods and all(_time(pod.end_time) is None for pod in pods):
+    if pods and all(_moment(pod.end_time) is None for pod in pods):
         return "not started"
     return ""
 
@@ -103,31 +150,41 @@ def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
     A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
-    pods = {_pod_of(node, i) for node in entries.get("executor", []) for i in range(len(node.child_tasks or []))}
-    attempts = sorted(entries.get(f"{key}()", []), key=_start)
-    children = [child.pod_name for attempt in attempts for child in attempt.child_tasks or []]
-    known = [hashed for child in children for i in range(10) if (hashed := _continued(child, f"({i})")) in pods]
-    return known[-1] if known else ""
+    pods = set()
+    for executor in entries.get("executor", []):
+        num_children = len(executor.child_tasks or [])
+        pods.update(_pod_of(executor, index) for index in range(num_children))
+    last_pod = ""
+    for attempt in sorted(entries.get(f"{key}()", []), key=_start):
+        for child in attempt.child_tasks or []:
+            for number in range(MAX_PODS):
+                pod = _continued_hash(child.pod_name, f"({number})")
+                if pod in pods:
+                    last_pod = pod
+    return last_pod
 
 
 def _pod_of(node: Any, index: int = -1) -> str:
     """The hash of a child of a retry node."""
-    return node.child_tasks[index].pod_name.rpartition("-")[2] if node.child_tasks else ""
-
-
-def _continued(node_id: str, text: str) -> str:
-    """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
-    last = node_id.rpartition("-")[2]
-    if not last.isdigit():
+    if not node.child_tasks:
         return ""
-    hashed = int(last)
+    return str(node.child_tasks[index].pod_name.rpartition("-")[2])
+
+
+def _continued_hash(node_id: str, text: str) -> str:
+    """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
+    path_hash = node_id.rpartition("-")[2]
+    if not path_hash.isdigit():
+        return ""
+    continued = int(path_hash)
     for byte in text.encode():
-        hashed = ((hashed ^ byte) * 0x01000193) % 2**32
-    return str(hashed)
+        continued = ((continued ^ byte) * FNV_PRIME) % 2**32
+    return str(continued)
 
 
-def _tasks(run: Any) -> list[Any]:
-    return [task for task in (run.run_details and run.run_details.task_details) or [] if task is not None]
+def _listed_tasks(run: Any) -> list[Any]:
+    tasks = run.run_details.task_details if run.run_details else None
+    return [task for task in tasks or [] if task is not None]
 
 
 def _newest(entries: list[Any] | None) -> Any:
@@ -135,18 +192,9 @@ def _newest(entries: list[Any] | None) -> Any:
 
 
 def _start(task: Any) -> datetime:
-    return _time(task.start_time) or NEVER
+    return _moment(task.start_time) or NEVER
 
 
-def _time(moment: datetime | None) -> datetime | None:
-    return moment if moment and moment > NEVER else None
-
-
-def _order(name: str) -> tuple[int, int, int, str]:
-    """Import, the loop by its iterations, the control, the report."""
-    before, _, last = name.rpartition("-")
-    if last.isdigit():
-        return 1, int(last), STAGES.index(before) if before in STAGES else -1, name
-    if before == "control" and last in STAGES:
-        return 2, 0, STAGES.index(last), name
-    return (0 if name in ("doctor", "import-model") else 3), 0, 0, name
+def _moment(time: datetime | None) -> datetime | None:
+    """None for what has not happened."""
+    return time if time and time > NEVER else None
