@@ -99,11 +99,13 @@ def test_a_run_that_never_ends_is_a_timeout(world, said, go):
     assert "it continues" in said[-1] and len(world.calls("GET", "/runs/run-0")) > 3
 
 
-def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path):
+def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path, monkeypatch):
     world.token = "right"
     with pytest.raises(InputError, match="401 not logged in; set KFP_TOKEN or --token-file"):
         go()
-    assert submit.submit(config, Server(host=world.url, token="right"), say=print) == 0
+    monkeypatch.setenv("KFP_TOKEN", "right")
+    assert submit.submit(config, Server(host=world.url), say=print) == 0
+    monkeypatch.delenv("KFP_TOKEN")
     file = tmp_path / "token"
     file.write_text("right")
     assert submit.submit(config, Server(host=world.url, token_file=file), say=print) == 0

@@ -28,38 +28,29 @@ Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the
 Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
 
 
-def _server(
+def _server_options(
     host: Host = None,
     namespace: Namespace = None,
     token_file: TokenFile = None,
     ca_cert: CaCert = None,
     insecure: Insecure = False,
     ui_host: UiHost = None,
-) -> Server:
-    return Server(
-        host=host,
-        namespace=namespace,
-        token_file=token_file,
-        ca_cert=ca_cert,
-        verify=not insecure,
-        ui_host=ui_host,
-    )
+) -> None:
+    """The options of every command that speaks to Kubeflow: the fields of Server."""
 
 
 def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `_server` in place of its parameter `server`: typer reads a signature."""
+    """The command with these options in place of its parameter `server`: typer reads a signature."""
     signature = inspect.signature(command)
-    server_options = inspect.signature(_server).parameters
+    options = inspect.signature(_server_options).parameters
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "server"]
 
     @functools.wraps(command)
     def with_options(**values: Any) -> None:
-        server = _server(**{name: values.pop(name) for name in server_options})
+        server = Server(**{name: values.pop(name) for name in options})
         command(server=server, **values)
 
-    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own, *server_options.values()]
-    )
+    with_options.__signature__ = signature.replace(parameters=[*own, *options.values()])  # type: ignore[attr-defined]
     return with_options
 
 

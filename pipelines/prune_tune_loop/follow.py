@@ -38,7 +38,6 @@ class Observer:
     api: Api
     say: Say
     step_names: dict[str, str] = field(default_factory=dict)  # by task key
-    experiment_ids: list[str] | None = None  # of MLflow; None until the run has been found in one
     last_records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     outage_reported: bool = False  # that MLflow does not answer
 
@@ -59,16 +58,15 @@ class Observer:
 
     def records(self, run_id: str) -> RunProgress | None:
         """The steps' own records; when they cannot be read, that is reported once."""
+        experiment_ids = [self.last_records.experiment_id] if self.last_records else None
         try:
-            records = progress.read(run_id, self.experiment_ids)
+            records = progress.read(run_id, experiment_ids)
         except PtlError as error:
             if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
             self.outage_reported = True
             return self.last_records
-        if records is not None:
-            self.experiment_ids = [records.experiment_id]
-            self.last_records = records
+        self.last_records = records or self.last_records
         return self.last_records
 
     def settle(self, view: RunView, records: RunProgress | None) -> None:

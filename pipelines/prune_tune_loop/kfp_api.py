@@ -30,14 +30,16 @@ LOGIN_AGAIN = "the session may have expired: log in again (KFP_TOKEN or --token-
 
 @dataclass(frozen=True)
 class Server:
-    """Where Kubeflow Pipelines answers, and who is asking; what is None comes from the environment."""
+    """Where Kubeflow Pipelines answers, and who is asking; what is None comes from the environment.
+
+    A token itself comes from there only (KFP_TOKEN): an option would show it in the list of processes.
+    """
 
     host: str | None = None  # KF_PIPELINES_ENDPOINT
     namespace: str | None = None  # the profile, in multi-user Kubeflow; KFP_NAMESPACE
-    token: str | None = None  # KFP_TOKEN
     token_file: Path | None = None  # KF_PIPELINES_SA_TOKEN_PATH; read again for every request, since it is rotated
     ca_cert: Path | None = None  # PEM bundle; KFP_CA_CERT
-    verify: bool = True
+    insecure: bool = False  # the server's certificate is not checked
     ui_host: str | None = None  # where a browser finds the UI, if elsewhere; KF_PIPELINES_UI_ENDPOINT
 
 
@@ -82,7 +84,7 @@ def connect(server: Server) -> Api:
     """A client for this server. Raises InputError for settings that are missing or wrong; nothing is sent yet."""
     host = _host(server)
     namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
-    token = server.token or os.environ.get("KFP_TOKEN")
+    token = os.environ.get("KFP_TOKEN")
     token_file = None
     if not token:
         token_file = server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
@@ -102,7 +104,7 @@ def connect(server: Server) -> Api:
             credentials=credentials,
             namespace=namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
             ssl_ca_cert=str(ca_cert) if ca_cert else None,
-            verify_ssl=server.verify,
+            verify_ssl=not server.insecure,
         )
     client._context_setting["namespace"] = namespace or ""
     _guard(client)

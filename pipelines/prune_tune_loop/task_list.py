@@ -150,7 +150,7 @@ def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
     A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
-    pods = set()
+    pods: set[str] = set()
     for executor in entries.get("executor", []):
         num_children = len(executor.child_tasks or [])
         pods.update(_pod_of(executor, index) for index in range(num_children))
