@@ -43,6 +43,7 @@ def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with these options in place of its parameter `server`: typer reads a signature."""
     signature = inspect.signature(command)
     options = inspect.signature(_server_options).parameters
+    # The command's own options come first in its help.
     own = [parameter for parameter in signature.parameters.values() if parameter.name != "server"]
 
     @functools.wraps(command)
@@ -56,6 +57,7 @@ def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
+    # The doctor checks a run on one machine too: it has options of its own.
     for command in (submit, status, cancel, retry):
         app.command(command.__name__, rich_help_panel="Cluster")(_with_server_options(command))
     app.command("doctor", rich_help_panel="Cluster")(doctor)
@@ -77,6 +79,7 @@ def submit(
     from pipelines.prune_tune_loop import submit as work
 
     extras.need("kfp", "submit")
+    # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
     for warning in advice.warnings(run_config):
         print(f"warning: {warning}", file=sys.stderr)
@@ -100,6 +103,7 @@ def _warn_of_local_files(config: Config) -> None:
     from pipelines.prune_tune_loop import containers
 
     examples = Path.cwd() / "examples"  # the images contain them
+    # A volume may hold the path for the pods, so it is no error.
     for path in sorted(containers.files(config)):
         if not path.is_relative_to(examples):
             _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
@@ -155,6 +159,7 @@ def doctor(
     if runner not in ("subprocess", "docker"):
         raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    # Without an option the environment decides.
     if local is None:
         local = _is_local(work.names_a_cluster(address))
     if local:

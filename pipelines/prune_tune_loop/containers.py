@@ -102,12 +102,14 @@ def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
     """A bind mount for each path that is in no other of them."""
     from docker.types import Mount
 
+    # A mount contains all that is below it.
     outermost = [path for path in paths if paths.isdisjoint(path.parents)]
     return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in sorted(outermost)]
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the run's containers: a killed `ptl run` leaves one behind, which still writes to the run's folder."""
+    # Also those that were created and not started.
     containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}").split()
     if containers:
         subprocess.run(["docker", "rm", "--force", *containers], check=False, capture_output=True)
@@ -141,9 +143,11 @@ def uses_hub(config: Config) -> bool:
     """Whether a step reads from the hub: a model, data or task that is not a local file."""
     from ptl import tasks
 
+    # What is on the disk or in a bucket is not asked for on the hub.
     for source in (config.model.path, *_texts(config, "source")):
         if not source.startswith("s3://") and not Path(source).expanduser().exists():
             return True
+    # The harness's own tasks name datasets of the hub, unless their files are in `data_dir`.
     has_named_task = any(not tasks.is_path(task.name) for task in config.evaluate.tasks)
     return has_named_task and config.evaluate.data_dir is None
 

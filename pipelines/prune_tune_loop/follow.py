@@ -43,6 +43,7 @@ class Observer:
 
     def look(self, run: Any) -> tuple[RunView, RunProgress | None]:
         """A run as Kubeflow has just described it, joined with its records in MLflow."""
+        # The names are those of the run's pipeline version, which does not change.
         if not self.step_names:
             self.step_names = task_list.step_names(self.api, run)
         records = self.records(run.run_id)
@@ -58,6 +59,7 @@ class Observer:
 
     def records(self, run_id: str) -> RunProgress | None:
         """The steps' own records; when they cannot be read, that is reported once."""
+        # The first time all of MLflow's experiments are looked through.
         experiment_ids = [self.last_records.experiment_id] if self.last_records else None
         try:
             records = progress.read(run_id, experiment_ids)
@@ -91,6 +93,7 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
     if records is None and not observer.outage_reported:
         say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
     say(run_text.step_table(view))
+    # Reasons are longer than a cell of the table.
     reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
     if view.state == "FAILED" and not reasons:
         reasons = [f"{view.name}: {view.reason}"]
@@ -124,6 +127,7 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
     )
     view, records = observer.look(run)
     say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
+    # With records in MLflow it is worth waiting: what is RUNNING there can be closed after the end only.
     deadline = time.monotonic() + SETTLING
     while records is not None and not view.ended and time.monotonic() < deadline:
         time.sleep(poll)
@@ -182,6 +186,7 @@ def retry(
         raise InputError(
             f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
         )
+    # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     view, records = observer.look(run)
     observer.settle(view, records)
@@ -192,6 +197,7 @@ def retry(
         return run.state not in task_list.ENDED or run.finished_at != finished_at
 
     _await_effect(api, run_id, has_begun, min(poll, 2.0), no_effect="does not run again")
+    # The run itself is under way, whatever MLflow answers.
     if records is not None:
         try:
             progress.reopen(records)
@@ -232,6 +238,7 @@ def _watch(api: Api, run_id: str, config: Config | None, timeout: float | None, 
     last_answer = time.monotonic()
     while True:
         is_last_look = deadline is not None and time.monotonic() + poll > deadline
+        # Not tried again at once: the next look is the next attempt.
         try:
             run = get_run(api, run_id, again=False)
         except WorkError as error:
@@ -250,6 +257,7 @@ def _watch(api: Api, run_id: str, config: Config | None, timeout: float | None, 
         if view.ended:
             observer.settle(view, records)
             return _exit_code(view, config, say)
+        # Another pause would end after the deadline.
         if is_last_look:
             say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
             return TIMEOUT
@@ -267,7 +275,7 @@ class _Announcer:
     last_hint: str = ""
 
     def steps(self, steps: list[StepView]) -> None:
-        self.last_outage = ""
+        self.last_outage = ""  # the server has answered: the next outage is a new one
         for step in steps:
             self._state(step)
             self._training(step)
@@ -304,6 +312,7 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
             state += f": {view.reason}"
         say(f"{view.name}: {state}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
+    # Without the config nobody knows whether the run had a gate.
     if config is None or not config.gate.enabled:
         say(f"{view.name}: SUCCEEDED")
         return DONE

@@ -106,6 +106,7 @@ def connect(server: Server) -> Api:
             ssl_ca_cert=str(ca_cert) if ca_cert else None,
             verify_ssl=not server.insecure,
         )
+    # The client would send the placeholder above with its requests.
     client._context_setting["namespace"] = namespace or ""
     _guard(client)
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
@@ -185,11 +186,11 @@ def call(
     """
     for attempt in range(ATTEMPTS):
         try:
-            # The client prints the answers that it takes for errors.
+            # The client prints links of its own.
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
                 return _parsed_answer(function, args, kwargs, needs)
         except UnreachableError:
-            raise
+            raise  # nobody listens there: waiting some seconds does not help
         except WorkError:
             if not again or attempt == ATTEMPTS - 1:
                 raise
@@ -281,6 +282,7 @@ def _of_error_status(error: Any, where: str) -> RefusedError | WorkError:
         return RefusedError(deleted[1], NOT_FOUND, field=where, remedy="it was deleted")
     if not status or status >= 500 or status == TOO_MANY_REQUESTS:
         return WorkError(f"{status} {sentence}", field=where, remedy="is it healthy?")
+    # 401 and the like do not say what to do about them.
     if status in REFUSALS:
         meaning, remedy = REFUSALS[status]
         return RefusedError(f"{status} {meaning}", status, field=where, remedy=f"{remedy} ({sentence})")

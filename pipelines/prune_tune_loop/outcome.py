@@ -21,11 +21,13 @@ def result_of(run_id: str) -> dict[str, Any]:
     try:
         return locate.result(run_id)
     except InputError as error:
+        # The user's input was right: it is the run's own record that is missing.
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
 
 
 def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
     """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
+    # The control has no gate, and iteration 0 is the dense model.
     iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
     if not iterations:
         return False, "no iteration was scored"
@@ -42,6 +44,7 @@ def markdown_table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         accuracy = f"{row['accuracy']:.3f}"
+        # With the interval, where the evaluation has one.
         if row.get("low") is not None:
             accuracy += f" ({row['low']:.3f} to {row['high']:.3f})"
         lines.append(

@@ -78,6 +78,7 @@ def compile_pipeline(config: Config, path: Path) -> None:
     compact(path)
 
 
+# By stage.
 COMPONENTS = {
     "doctor": doctor,
     "import": import_model,
@@ -108,6 +109,7 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
     others = [name for name in placeholders if name != "experiment"]
     for node in dag.nodes(config):
         stage = dag.stage_of(node.name)
+        # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.
         arguments = _structure(config, node.name)
         for name in STAGE_PARAMETERS.get(stage, others):
             arguments[name.removesuffix("_settings")] = placeholders[name]
@@ -115,6 +117,7 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
             arguments[name] = tasks[source.step].outputs[source.output]
         task = COMPONENTS[stage](step=node.name, experiment=experiment, **arguments)
         task.set_display_name(node.name)
+        # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))
         task.set_container_image(_image(config, stage))
         tasks[node.name] = cluster.configure(task, _cluster_stage(stage), config)
@@ -131,6 +134,7 @@ def _cluster_stage(stage: str) -> str:
 
 def _image(config: Config, stage: str) -> str:
     step = _cluster_stage(stage)
+    # vLLM pins another torch, hence an image of its own.
     if stage == "evaluate" and config.evaluate.backend == "vllm":
         step = "evaluate-vllm"
     return image(step, config.images.registry, config.images.tag)
@@ -153,4 +157,5 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
             # Not part of the step's key: the same run under another name is the same run.
             "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         }
+    # The control prunes at once what the loop prunes in many iterations.
     return {"iterations": iterations if dag.arm_of(step) == "loop" else 1}

@@ -7,6 +7,7 @@ from pipelines.prune_tune_loop.run_view import RunView, StepView
 
 def hint_to_cancel(view: RunView) -> str:
     """What to do about a run that has failed but has not ended, since the other arm is still at work; or ""."""
+    # A failure of the control does not fail the run.
     failed = [step.name for step in view.steps if step.state == "FAILED" and not step.name.startswith("control-")]
     working = [step.name for step in view.steps if step.state == "RUNNING"]
     if view.state != "RUNNING" or not failed or not working:
@@ -39,6 +40,7 @@ def step_table(view: RunView) -> str:
             step.verdict,
             step.progress,
         )
+    # A pipe has no width: rich would take 80 columns and wrap the last ones.
     console = Console(width=None if sys.stdout.isatty() else 120)
     with console.capture() as captured:
         console.print(table)
@@ -52,6 +54,7 @@ def _cell(number: float | None, format_spec: str = "") -> str:
 def change_line(step: StepView) -> str:
     """A change of a step: its state, and with its end what came out."""
     text = f"{step.name}: {step.state}"
+    # The first attempt is the usual case, and says nothing.
     if step.attempt and step.attempt > 1:
         text += f" (attempt {step.attempt})"
     if step.seconds is not None:

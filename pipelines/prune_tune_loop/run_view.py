@@ -81,6 +81,7 @@ class _Sources:
 
     def sentence(self, task: ListedStep | None = None) -> str:
         """Where the log of a step is, or else its pod."""
+        # A pod that never ran has no log: the workflow or the pod's events say more.
         command = "logs"
         if task is not None and task.cause:
             _, command = CAUSES[task.cause]
@@ -185,6 +186,7 @@ def _listed_state(
 ) -> str:
     """The state of a step without a record. `is_recorded`: MLflow was read and knows the run."""
     failed = task is not None and task.state == "FAILED"
+    # After the end of the loop a step has nothing to do; only one that failed is worth reporting.
     if not is_needed and not failed:
         return NOT_NEEDED
     if task is None:
@@ -197,6 +199,7 @@ def _listed_state(
 
 def _is_before_retry(record: StepProgress, run: Any) -> bool:
     """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
+    # Each retry adds a RUNNING to the history.
     starts = [entry.update_time for entry in run.state_history or [] if entry.state == "RUNNING"]
     if len(starts) < 2 or record.ended is None or record.status not in ("FAILED", "KILLED"):
         return False
@@ -233,6 +236,7 @@ def _failure(
 
 def _step_view(name: str, state: str, task: ListedStep | None, record: StepProgress | None, reason: str) -> StepView:
     if record is None:
+        # Kubeflow's times are all there is without a record; they include the pod's start.
         seconds = None
         if state == "SUCCEEDED" and task and task.started and task.ended:
             seconds = (task.ended - task.started).total_seconds()

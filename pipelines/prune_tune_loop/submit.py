@@ -36,6 +36,7 @@ def submit(
     """
     from pipelines.prune_tune_loop import pipeline
 
+    # What is wrong with the input is found before anything is sent.
     parameters = parameters or {}
     _check_parameters(config, parameters)
     api = connect(server)
@@ -44,6 +45,7 @@ def submit(
         pipeline.compile_pipeline(config, path)
         pipeline_id = _pipeline_id(api, config.name)
         version_id = _upload(api, pipeline_id, path, version)
+    # The client returns an experiment of this name that there is already.
     kubeflow_experiment = call(
         api,
         api.client.create_experiment,
@@ -51,6 +53,7 @@ def submit(
         namespace=api.namespace,
         needs=("experiment_id",),
     )
+    # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
     name = _run_name(config)
     from kfp_server_api import V2beta1PipelineVersionReference, V2beta1Run, V2beta1RuntimeConfig
@@ -112,6 +115,7 @@ def _description(run_name: str, experiment: str) -> str | None:
     if not address.is_server(uri):
         return None
     server = address.page(address.bare(uri)).rstrip("/")
+    # A link is a help: an MLflow that does not answer must not prevent the start.
     try:
         experiment_id = progress.experiment_id(experiment)
     except PtlError:
@@ -127,6 +131,7 @@ def _pipeline_id(api: Api, name: str) -> str:
     """The id of the pipeline with this name, which is created when there is none."""
     from kfp_server_api import V2beta1Pipeline
 
+    # Listed first: creating it again would be refused.
     pipeline_id = _listed_pipeline_id(api, name)
     if pipeline_id is not None:
         return pipeline_id
@@ -151,6 +156,7 @@ def _listed_pipeline_id(api: Api, name: str) -> str | None:
 
 def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
     """The id of the uploaded version, or of the one with the same content that was uploaded before."""
+    # By default the name follows the content: the same content is one version.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name = version or f"{__version__}-{digest[:12]}"
     upload = api.client.upload_pipeline_version
@@ -164,6 +170,7 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
             raise InputError(
                 f"{version!r} exists already", field="--version-name", remedy="choose another one"
             ) from error
+    # The content was uploaded before.
     answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=_by_name(name))
     listed = _with_name(answer.pipeline_versions, name)
     if listed is None:
@@ -178,6 +185,7 @@ def _start(api: Api, run: Any) -> str:
         try:
             return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
         except WorkError:
+            # The request may have taken effect although its answer was lost.
             name_filter = _by_name(run.display_name)
             answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
             listed = _with_name(answer.runs, run.display_name)

@@ -40,6 +40,7 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     """
     spec = run.pipeline_spec or _spec_of_version(api, run.pipeline_version_reference) or {}
     spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
+    # The answer of a server: any part of it may be missing.
     tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
     names = {key: task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()}
     if not names:
@@ -113,6 +114,7 @@ def _listed_step(key: str, entries: dict[str, list[Any]]) -> ListedStep | None:
         return None
     started = _moment(node.start_time)
     ended = _moment(node.end_time)
+    # The list names no parents: pods belong to the node that started at the same moment.
     pods = [pod for pod in entries.get("executor()", []) if pod.start_time == node.start_time]
     if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
         return ListedStep("PENDING", started, ended)
@@ -136,6 +138,7 @@ def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
 
 def _cause(pods: list[Any]) -> str:
     """Why no container ran, as far as the states of the pods show it."""
+    # A refused pod was never PENDING.
     histories = [[entry.state for entry in pod.state_history or []] for pod in pods]
     if pods and all(history == ["FAILED"] for history in histories):
         return "refused"
@@ -150,6 +153,7 @@ def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
     A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
+    # All pods of the run; then those among them that continue the path of an attempt of this step.
     pods: set[str] = set()
     for executor in entries.get("executor", []):
         num_children = len(executor.child_tasks or [])
