@@ -34,17 +34,11 @@ def submit(
     `parameters` replace the run's parameters. Without `version` the version is named by the content, and a pipeline
     that was uploaded before is used again. Raises InputError for what the server refuses, WorkError when it fails.
     """
-    from pipelines.prune_tune_loop import pipeline
-
-    # What is wrong with the input is found before anything is sent.
+    # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
     _check_parameters(config, parameters)
     api = connect(server)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
-        pipeline.compile_pipeline(config, path)
-        pipeline_id = _pipeline_id(api, config.name)
-        version_id = _upload(api, pipeline_id, path, version)
+    reference = _upload_pipeline(api, config, version)
     # The client returns an experiment of this name that there is already.
     kubeflow_experiment = call(
         api,
@@ -56,13 +50,13 @@ def submit(
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
     name = _run_name(config)
-    from kfp_server_api import V2beta1PipelineVersionReference, V2beta1Run, V2beta1RuntimeConfig
+    from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
     run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
         experiment_id=kubeflow_experiment.experiment_id,
         display_name=name,
         description=_description(name, mlflow_experiment),
-        pipeline_version_reference=V2beta1PipelineVersionReference(pipeline_id, version_id),
+        pipeline_version_reference=reference,
         runtime_config=V2beta1RuntimeConfig(parameters=parameters),
         service_account=service_account,
     )
@@ -125,6 +119,19 @@ def _description(run_name: str, experiment: str) -> str | None:
     # The tab is in the path: without it MLflow 3 redirects to one of its own and drops the filter.
     run_filter = quote(f"attributes.run_name = '{run_name}'", safe="")
     return f"MLflow: {server}/#/experiments/{experiment_id}/runs?searchFilter={run_filter}"
+
+
+def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
+    """Compile a config and upload it; returns the API's reference to the version."""
+    from kfp_server_api import V2beta1PipelineVersionReference
+
+    from pipelines.prune_tune_loop import pipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        pipeline.compile_pipeline(config, path)
+        pipeline_id = _pipeline_id(api, config.name)
+        return V2beta1PipelineVersionReference(pipeline_id, _upload(api, pipeline_id, path, version))
 
 
 def _pipeline_id(api: Api, name: str) -> str:

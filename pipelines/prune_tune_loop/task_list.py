@@ -5,6 +5,7 @@ Argo makes up to seven nodes of a task X: the retry nodes `X-driver` and `X` wit
 compiled YAML. The list names them all without their levels.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the ye
 STAGES = ("prune", "recover", "evaluate")
 MAX_PODS = 10  # of one attempt of a step
 FNV_PRIME = 0x01000193  # of 32 bits
+Entries = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -86,80 +88,78 @@ def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
     entry that is unfinished is where the list stopped being updated, and says nothing.
     """
-    entries: dict[str, list[Any]] = {}  # by display name, where `X()` collects the attempts X(0), X(1), ...
+    # By display name, where `X()` collects the attempts X(0), X(1), ...
+    entries: Entries = defaultdict(list)
     for task in _listed_tasks(run):
         if run.state in ENDED and task.state in UNFINISHED:
             continue
         name, parenthesis, _ = (task.display_name or "").partition("(")
         if parenthesis:
             name += "()"
-        entries.setdefault(name, []).append(task)
-    steps = {}
-    for key in keys:
-        step = _listed_step(key, entries)
-        if step is not None:
-            steps[key] = step
-    return steps
+        entries[name].append(task)
+    steps = {key: _listed_step(key, entries) for key in keys}
+    return {key: step for key, step in steps.items() if step is not None}
 
 
-def _listed_step(key: str, entries: dict[str, list[Any]]) -> ListedStep | None:
-    # Where the retry node is not listed, one of its attempts is.
-    node = _newest(entries.get(key) or entries.get(f"{key}()"))
-    driver = _newest(entries.get(f"{key}-driver") or entries.get(f"{key}-driver()"))
-    if driver is not None:
-        step = _step_at_driver(driver, node)
-        if step is not None:
-            return step
-    if node is None:
-        return None
-    started = _moment(node.start_time)
-    ended = _moment(node.end_time)
+def _listed_step(key: str, entries: Entries) -> ListedStep | None:
+    # Where a retry node is not listed, its attempts are.
+    node = _newest(entries[key] or entries[f"{key}()"])
+    driver = _newest(entries[f"{key}-driver"] or entries[f"{key}-driver()"])
+    step = _step_at_driver(driver, node)
+    if step is not None or node is None:
+        return step
     # The list names no parents: pods belong to the node that started at the same moment.
-    pods = [pod for pod in entries.get("executor()", []) if pod.start_time == node.start_time]
+    pods = [pod for pod in entries["executor()"] if pod.start_time == node.start_time]
     if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
-        return ListedStep("PENDING", started, ended)
-    if node.state != "FAILED":
-        return ListedStep(node.state or "", started, ended)
-    return ListedStep("FAILED", started, ended, cause=_cause(pods), pod=_last_pod(entries, key))
+        return _listed("PENDING", node)
+    if node.state == "FAILED":
+        return _listed("FAILED", node, cause=_cause(pods), pod=_last_pod(entries, key))
+    return _listed(node.state or "", node)
 
 
 def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
     """A step whose newest entry is its driver, which prepares the pod; None once the step itself has begun."""
-    started = _moment(driver.start_time)
-    ended = _moment(driver.end_time)
+    if driver is None:
+        return None
     if driver.state == "FAILED" and not (node and node.state):
-        return ListedStep("FAILED", started, ended, cause="driver", pod=_pod_of(driver))
+        return _listed("FAILED", driver, cause="driver", pod=_pod_of(driver))
     if driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
-        return ListedStep("PENDING", started, ended)
+        return _listed("PENDING", driver)
     if driver.state == "SUCCEEDED" and node is None:
-        return ListedStep("PENDING", started, ended)
+        return _listed("PENDING", driver)
     return None
+
+
+def _listed(state: str, task: Any, *, cause: str = "", pod: str = "") -> ListedStep:
+    return ListedStep(state, _moment(task.start_time), _moment(task.end_time), cause, pod)
 
 
 def _cause(pods: list[Any]) -> str:
     """Why no container ran, as far as the states of the pods show it."""
-    # A refused pod was never PENDING.
-    histories = [[entry.state for entry in pod.state_history or []] for pod in pods]
-    if pods and all(history == ["FAILED"] for history in histories):
+    if pods and all(_was_refused(pod) for pod in pods):
         return "refused"
     if pods and all(_moment(pod.end_time) is None for pod in pods):
         return "not started"
     return ""
 
 
-def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
+def _was_refused(pod: Any) -> bool:
+    """Such a pod was never PENDING."""
+    return [entry.state for entry in pod.state_history or []] == ["FAILED"]
+
+
+def _last_pod(entries: Entries, key: str) -> str:
     """How the name of a step's last pod ends.
 
     A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
-    # All pods of the run; then those among them that continue the path of an attempt of this step.
+    # All pods of the run; then the last one among them that continues the path of an attempt of this step.
     pods: set[str] = set()
-    for executor in entries.get("executor", []):
-        num_children = len(executor.child_tasks or [])
-        pods.update(_pod_of(executor, index) for index in range(num_children))
+    for executor in entries["executor"]:
+        pods.update(_path_hash(child.pod_name) for child in executor.child_tasks or [])
     last_pod = ""
-    for attempt in sorted(entries.get(f"{key}()", []), key=_start):
+    for attempt in sorted(entries[f"{key}()"], key=_start):
         for child in attempt.child_tasks or []:
             for number in range(MAX_PODS):
                 pod = _continued_hash(child.pod_name, f"({number})")
@@ -168,16 +168,19 @@ def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
     return last_pod
 
 
-def _pod_of(node: Any, index: int = -1) -> str:
-    """The hash of a child of a retry node."""
-    if not node.child_tasks:
-        return ""
-    return str(node.child_tasks[index].pod_name.rpartition("-")[2])
+def _pod_of(retry_node: Any) -> str:
+    """The hash of its last child."""
+    children = retry_node.child_tasks
+    return _path_hash(children[-1].pod_name) if children else ""
+
+
+def _path_hash(node_id: str) -> str:
+    return node_id.rpartition("-")[2]
 
 
 def _continued_hash(node_id: str, text: str) -> str:
     """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
-    path_hash = node_id.rpartition("-")[2]
+    path_hash = _path_hash(node_id)
     if not path_hash.isdigit():
         return ""
     continued = int(path_hash)
