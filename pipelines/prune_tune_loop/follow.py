@@ -228,40 +228,36 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
     ends the wait alone.
     """
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
-        return _watch(api, run_id, config, timeout, poll, say)
-
-
-def _watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
-    observer = Observer(api, say)
-    announcer = _Announcer(say)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    last_answer = time.monotonic()
-    while True:
-        is_last_look = deadline is not None and time.monotonic() + poll > deadline
-        # Not tried again at once: the next look is the next attempt.
-        try:
-            run = get_run(api, run_id, again=False)
-        except WorkError as error:
-            if time.monotonic() - last_answer > OUTAGE:
-                raise
-            if is_last_look:
-                say(f"not seen to finish in {timeout:.0f} s: {error}")
-                return TIMEOUT
-            announcer.outage(str(error))
-            time.sleep(poll)
-            continue
+        observer = Observer(api, say)
+        announcer = _Announcer(say)
+        deadline = None if timeout is None else time.monotonic() + timeout
         last_answer = time.monotonic()
-        view, records = observer.look(run)
-        announcer.steps(view.steps)
-        announcer.hint(run_text.hint_to_cancel(view))
-        if view.ended:
-            observer.settle(view, records)
-            return _exit_code(view, config, say)
-        # Another pause would end after the deadline.
-        if is_last_look:
-            say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
-            return TIMEOUT
-        time.sleep(poll)
+        while True:
+            is_last_look = deadline is not None and time.monotonic() + poll > deadline
+            # Not tried again at once: the next look is the next attempt.
+            try:
+                run = get_run(api, run_id, again=False)
+            except WorkError as error:
+                if time.monotonic() - last_answer > OUTAGE:
+                    raise
+                if is_last_look:
+                    say(f"not seen to finish in {timeout:.0f} s: {error}")
+                    return TIMEOUT
+                announcer.outage(str(error))
+                time.sleep(poll)
+                continue
+            last_answer = time.monotonic()
+            view, records = observer.look(run)
+            announcer.steps(view.steps)
+            announcer.hint(run_text.hint_to_cancel(view))
+            if view.ended:
+                observer.settle(view, records)
+                return _exit_code(view, config, say)
+            # Another pause would end after the deadline.
+            if is_last_look:
+                say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
+                return TIMEOUT
+            time.sleep(poll)
 
 
 @dataclass
