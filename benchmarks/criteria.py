@@ -23,7 +23,7 @@ import torch
 from recovery import CPT, DATA, REASONER, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ptl import checkpoint, gate
+from ptl import checkpoint, paired
 from ptl.anatomy import ModelDimensions, model_dimensions, width_for
 from ptl.config import Calibration, Prune, Recovery
 from ptl.data import calibration_batches
@@ -95,7 +95,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     (cut_ours if kind in OURS else cut_theirs)(cut, kind, body, width, seed)
                     before = correct(cut, asked) / len(asked)
                     solved = correct(recovered(cut, Path(scratch, "out"), given.tokens, seed), asked)
-                low, high = gate.wilson(solved, len(asked), 0.95)
+                low, high = paired.wilson(solved, len(asked), 0.95)
                 row = {"share": share, "width": width, "criterion": kind, "seed": seed, "before": round(before, 3)}
                 yield row | {"accuracy": solved / len(asked), "low": round(low, 3), "high": round(high, 3)}
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import logging
 
-from ptl import checkpoint, gate
+from ptl import checkpoint, gate, paired
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.config import Config, Recovery, load_config, plan, removal
 from ptl.evaluate import evaluate_checkpoint, read_items
@@ -108,7 +108,7 @@ def decide(
     """The gate's decision on a candidate that was pruned from the last accepted checkpoint."""
     rule, dense = config.gate, checkpoint.num_params(REASONER)
     baseline, parent = (
-        gate.paired(*gate.match(items[reference], items[candidate]), rule.margin, rule.alpha)
+        paired.paired(*paired.match(items[reference], items[candidate]), rule.margin, rule.alpha)
         for reference in (REASONER, accepted)
     )
     body = model_dimensions(accepted, family_of(checkpoint.read_config(accepted)))
@@ -163,7 +163,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = run(configured(name, seed, given), Path(folder))
                 solved = correct(found.pop("final"), problems)
-            low, high = gate.wilson(solved, len(problems))
+            low, high = paired.wilson(solved, len(problems))
             row = {"schedule": name, "seed": seed, **found, "accuracy": solved / len(problems)}
             row |= {"low": round(low, 3), "high": round(high, 3), "seconds": round(time.monotonic() - started, 1)}
             print(json.dumps(row), flush=True)

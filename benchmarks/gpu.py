@@ -36,8 +36,8 @@ from typing import Any
 import torch
 
 import ptl
-from ptl import forecast
-from ptl.gpus import DRIVER_NAMES, GPUS
+from ptl import forecast_model
+from ptl.gpus import GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -46,6 +46,22 @@ import train
 ROOT = Path(__file__).parents[1]
 TASK = "examples/tiny_reasoner/tiny_reasoner.yaml"
 ROWS = 64  # of text, each longer than --length; drawn again and again
+# The driver's name of a device -> its data sheet. A part of a GPU (MIG) and other cards are not here.
+DRIVER_NAMES = {
+    "Tesla T4": "t4",
+    "NVIDIA L4": "l4",
+    "NVIDIA A10": "a10",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
 
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +88,8 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             gpu_peak()  # of the loop before: its model is released
             rates[name].append(loop(model, settings, job))
             memory[name] = max(memory.get(name, 0.0), gpu_peak())
-    flops = 3 * forecast.forward_flops(forecast.shape_of(str(model)), 1, given.length)  # of a token, with backward
+    shape = forecast_model.shape_of(str(model))
+    flops = 3 * forecast_model.forward_flops(shape, 1, given.length)  # of a token, with backward
     peak = peak_flops(device(), given.dtype, given.peak)
     found = {}
     for name, values in rates.items():
@@ -107,7 +124,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
 
     from ptl import backends, harness, tasks
     from ptl.config import Evaluate, Speed, Task
-    from ptl.evaluate import run_task
+    from ptl.scoring import score_task
 
     task = Task(name=TASK, limit=given.items, max_new_tokens=given.new_tokens)
     settings = Evaluate(
@@ -130,7 +147,7 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
         lm = backends.language_model(model, settings, given.seed)
 
         def work() -> None:
-            run_task(lm, task, settings, seed=given.seed)
+            score_task(lm, task, settings, seed=given.seed)
 
     seconds = []
     for _ in range(given.repeats + 1):  # the first one warms up

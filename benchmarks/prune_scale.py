@@ -54,7 +54,7 @@ def make(folder, depth):
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         values = (fill(pool, shapes[name]) for name in names)
-        safefile.write(folder / file, [(name, "BF16", shapes[name]) for name in names], values)
+        safefile.write_tensors(folder / file, [(name, "BF16", shapes[name]) for name in names], values)
         weight_map |= dict.fromkeys(names, file)
     checkpoint.write_index(folder, weight_map, 2 * sum(torch.Size(shape).numel() for shape in shapes.values()))
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ptl import checkpoint, gate
+from ptl import checkpoint, paired
 from ptl.config import Calibration, Prune, Recovery, Schedule, TrainingData, plan
 from ptl.job import RecoveryJob, StageBudget
 from ptl.prune import prune_checkpoint
@@ -134,7 +134,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 final, used = run(schedule, stages, seed, Path(folder))
                 seconds = time.monotonic() - started
                 solved = correct(final, problems)
-                low, high = gate.wilson(solved, len(problems), 0.95)
+                low, high = paired.wilson(solved, len(problems), 0.95)
             row = {"run": name, "seed": seed, "tokens": used, "accuracy": solved / len(problems)}
             yield row | {"low": round(low, 3), "high": round(high, 3), "seconds": round(seconds, 1)}
 

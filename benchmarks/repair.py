@@ -18,7 +18,7 @@ from ptl.anatomy import model_dimensions
 from ptl.config import Calibration, DataSource, Prune
 from ptl.data import order, padded, read_rows, tokenize
 from ptl.families import family_of
-from ptl.measure import Variant, losses
+from ptl.measure import PrunedVariant, losses
 from ptl.prune import prune_checkpoint
 from ptl.stream import LayerwiseModel
 
@@ -64,9 +64,7 @@ def main():
                         prune_checkpoint(
                             args.checkpoint, Path(folder), settings, calibration, unit=unit, goal=goal, seed=seed
                         )
-                        found[kind].append(
-                            losses(LayerwiseModel(Path(folder), family, test), [Variant()], progress=False)[0]
-                        )
+                        found[kind].append(losses(LayerwiseModel(Path(folder), family, test), [PrunedVariant()])[0])
             off = torch.stack(found["off"])  # [seeds, sequences]
             for kind in kinds:
                 values = torch.stack(found[kind])

@@ -28,21 +28,24 @@ def bare(uri: str) -> str:
 
 def page(uri: str) -> str:
     """An address as it may be printed: a login page's query may hold secrets."""
-    return without_login(re.split(r"[?#]", uri, maxsplit=1)[0])
+    without_query, *_ = re.split(r"[?#]", uri, maxsplit=1)
+    return without_login(without_query)
 
 
 def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
     """Move the login of MLFLOW_TRACKING_URI to the variables that MLflow has for it: it prints the address.
 
-    A login in the address comes before theirs, as it does in MLflow.
+    A login in the address takes precedence over theirs, as it does in MLflow.
     """
     uri = environment.get("MLFLOW_TRACKING_URI", "")
     try:
         parts = urlsplit(uri)
-        user, password = parts.username, parts.password
+        user = parts.username
+        password = parts.password
     except ValueError:  # no address at all, which its first use reports
         return
     if is_server(uri) and password:
+        # In an address they are quoted, in the variables they are not.
         environment["MLFLOW_TRACKING_USERNAME"] = unquote(user or "")
         environment["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
         environment["MLFLOW_TRACKING_URI"] = bare(uri)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ptl import gate, store, tracking
+from ptl import paired, store, tracking
 from ptl.config import Gate
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.execution import Record, fetch
@@ -139,9 +139,9 @@ def _stays(
     except (PtlError, OSError) as error:
         return f"cannot be compared with it: {error}; {by_hand}"
     if not better:
-        return f"is not better: {gate.describe(pair)}" if alias == "best" else "is not smaller"
+        return f"is not better: {paired.describe(pair)}" if alias == "best" else "is not smaller"
     against = "it" if alias == "best" else f"the dense model of its run {holder.tags['ptl.run']}"
-    return "" if proven else f"is not shown to be as good as {against}: {gate.describe(pair)}; {by_hand}"
+    return "" if proven else f"is not shown to be as good as {against}: {paired.describe(pair)}; {by_hand}"
 
 
 def _record(run: StepRun, records: dict[str, Record], holder: ModelVersion, step: str) -> Record:
@@ -165,17 +165,17 @@ def _record(run: StepRun, records: dict[str, Record], holder: ModelVersion, step
     return {**record, "metadata": {**record["metadata"], "items": items}}
 
 
-def _paired(reference: Record, candidate: Record, rule: Gate) -> gate.Paired:
+def _paired(reference: Record, candidate: Record, rule: Gate) -> paired.Paired:
     """Two evaluations on the first task. Raises InputError for another task or other items."""
     old, new = ({"metric": "", "version": ""} | one["metadata"]["scores"]["tasks"][0] for one in (reference, candidate))
     for field in ("task", "version", "metric"):
         if old[field] != new[field]:
             raise InputError(f"scored on another {field} ({old[field]!r} and {new[field]!r})")
-    pairs = gate.match(reference["metadata"]["items"], candidate["metadata"]["items"], str(new["task"]))
-    return gate.paired(*pairs, rule.margin, rule.alpha)
+    pairs = paired.match(reference["metadata"]["items"], candidate["metadata"]["items"], str(new["task"]))
+    return paired.paired(*pairs, rule.margin, rule.alpha)
 
 
-def _acceptable(pair: gate.Paired, rule: Gate) -> bool:
+def _acceptable(pair: paired.Paired, rule: Gate) -> bool:
     """The gate's rule: inferior is refused; with `strict`, and with the gate off, also what is unclear."""
     return pair.verdict == "not inferior" or (pair.verdict == "unclear" and rule.enabled and not rule.strict)
 

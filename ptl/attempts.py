@@ -11,8 +11,7 @@ import os
 import uuid
 
 from ptl.errors import WorkError
-
-RETRIES, RETRY_WAIT = 2, 60  # on a cluster, unless the config says otherwise; seconds
+from ptl.retry_defaults import RETRIES, RETRY_WAIT
 
 
 class NoAttemptLeftError(WorkError):

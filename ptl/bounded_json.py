@@ -10,20 +10,18 @@ MAX_DEPTH = 64  # a config has four levels; transformers copies it by recursion
 
 def loads(text: str | bytes) -> Any:
     """The value. Raises ValueError for what is no JSON, and for more than MAX_DEPTH levels."""
-    deep = ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    too_deep = ValueError(f"nested deeper than {MAX_DEPTH} levels")
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise deep from error
-    level = [value]
+        raise too_deep from error
+    # Level by level, not by recursion, which is what deep nesting would exhaust
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer)]
+        inner: list[Any] = []
+        for container in level:
+            inner += container.values() if isinstance(container, dict) else container
+        level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
             return value
-    raise deep
-
-
-def _inside(value: Any) -> list[Any]:
-    """The lists and mappings right inside a value."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [each for each in inner if isinstance(each, dict | list)]
+    raise too_deep

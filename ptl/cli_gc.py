@@ -1,21 +1,23 @@
-"""`ptl gc`: list which checkpoints can go, and delete them when told to."""
+"""`ptl gc`: list the checkpoints that nobody needs any more, and delete them with --delete."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from pathlib import Path
-from typing import Annotated, Any
+from operator import attrgetter
+from typing import Annotated
 
 import typer
 
 from ptl import garbage, inventory, runs
-from ptl.cli_options import Home, Servers
+from ptl.cli_options import HOME, Home, Servers
+from ptl.garbage import Verdict
+from ptl.units import size
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command("gc")(gc)
+    app.command()(gc)
 
 
 def gc(
@@ -26,53 +28,59 @@ def gc(
     dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
     s3: Servers = False,
-    home: Home = Path(".ptl"),
+    home: Home = HOME,
 ) -> None:
     """List the checkpoints that nobody needs any more, with their bytes; --delete removes them.
 
     Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
     """
     runs.reach(home.absolute(), s3)
-    found = list(inventory.experiments(experiment))
-    garbage.check_runs(run, found)
+    experiments = list(inventory.experiments(experiment))
+    # Wrong names are refused before anything is deleted.
+    garbage.check_runs(run, experiments)
     rules = garbage.Rules(older_than, keep_last, tuple(run), dense)
     now = time.time()
-    count = total = 0
-    for held in found:
-        verdicts = garbage.decide(held, rules, now)
-        _show(held, verdicts)
-        for verdict in (each for each in verdicts if each.goes):
-            if not delete or garbage.delete(held, verdict):
-                count, total = count + 1, total + verdict.stored.bytes
-    said = f"{count} items, {size(total)} ({total:,} bytes)"
-    print(f"deleted: {said}" if delete else f"can go: {said}; nothing was deleted, --delete does it")
+    num_items = 0
+    num_bytes = 0
+    for stored_experiment in experiments:
+        verdicts = garbage.decide(stored_experiment, rules, now)
+        print(f"experiment {stored_experiment.name}, in {stored_experiment.place}")
+        _print_verdicts(verdicts, now)
+        for verdict in verdicts:
+            if not verdict.goes:
+                continue
+            # A deletion may find that the checkpoint is needed by now.
+            if delete and not garbage.delete(stored_experiment, verdict):
+                continue
+            num_items += 1
+            num_bytes += verdict.stored.bytes
+    summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
+    if delete:
+        print(f"deleted: {summary}")
+    else:
+        print(f"can go: {summary}; nothing was deleted, --delete does it")
 
 
-def _show(held: Any, verdicts: list[Any]) -> None:
+def _print_verdicts(verdicts: list[Verdict], now: float) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
-    print(f"experiment {held.name}, in {held.place}")
-    by_run: dict[str, list[Any]] = defaultdict(list)
-    for verdict in sorted(verdicts, key=lambda each: each.stored.changed):
+    # The oldest first, in each run too.
+    by_run: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in sorted(verdicts, key=attrgetter("stored.changed")):
         by_run[verdict.stored.run].append(verdict)
-    for run, found in by_run.items():
-        print(f"  run {run}")
-        for verdict in (each for each in found if each.goes):
-            days = (time.time() - verdict.stored.changed) / garbage.DAY
-            print(
-                f"    can go {size(verdict.stored.bytes):>9} {verdict.stored.step:16} {days:6.1f} days  {verdict.why}"
-            )
-        kept: dict[str, int] = defaultdict(int)
-        for verdict in (each for each in found if not each.goes):
-            kept[verdict.why] += verdict.stored.bytes
-        for why, total in kept.items():
-            print(f"    kept   {size(total):>9} {why}")
+    for run_id, run_verdicts in by_run.items():
+        print(f"  run {run_id}")
+        kept_bytes: dict[str, int] = defaultdict(int)  # by reason
+        for verdict in run_verdicts:
+            if verdict.goes:
+                _print_removable(verdict, now)
+            else:
+                kept_bytes[verdict.why] += verdict.stored.bytes
+        for reason, num_bytes in kept_bytes.items():
+            print(f"    kept   {size(num_bytes):>9} {reason}")
 
 
-def size(count: int) -> str:
-    """Bytes in the unit that leaves one to three digits before the point."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+def _print_removable(verdict: Verdict, now: float) -> None:
+    stored = verdict.stored
+    days = (now - stored.changed) / garbage.DAY
+    num_bytes = size(stored.bytes)
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {verdict.why}")

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Arguments and options that several commands have, each declared once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,37 @@ from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str], typer.Option("--set", help="override a field: --set schedule.target=0.3")]
-Home = Annotated[Path, typer.Option("--home", help="where local runs, checkpoints and MLflow's database are")]
-Servers = Annotated[bool, typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers")]
+HOME = Path(".ptl")  # default of --home
+
+# Arguments.
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(help="the run's YAML file", show_default=False),
+]
+CheckpointFolder = Annotated[
+    Path,
+    typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False),
+]
+TargetFolder = Annotated[
+    Path,
+    typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False),
+]
+
+# Options.
+ConfigOption = Annotated[
+    Path,
+    typer.Option("--config", "-c", help="the run's YAML file, for its settings"),
+]
+Overrides = Annotated[
+    list[str],
+    # The factory stands for a default in the signatures, which all calls would share.
+    typer.Option("--set", help="override a field: --set schedule.target=0.3", default_factory=list, show_default=False),
+]
+Home = Annotated[
+    Path,
+    typer.Option("--home", help="where local runs, checkpoints and MLflow's database are"),
+]
+Servers = Annotated[
+    bool,
+    typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers"),
+]

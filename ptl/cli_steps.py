@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ptl.cli_options import Overrides
+from ptl.cli_options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
 from ptl.config import Config, Recovery, load_config, pairs, removal
 from ptl.destination import OUT, check_free, writing
 from ptl.errors import InputError
-
-Source = Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint", show_default=False)]
-Target = Annotated[Path, typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False)]
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="the run's YAML file, for its settings")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the step commands."""
     for command in (import_model, prune, recover, evaluate):
-        app.command(command.__name__.replace("_", "-"), rich_help_panel="Single steps")(command)
+        app.command(rich_help_panel="Single steps")(command)
 
 
 def import_model(
     source: Annotated[str, typer.Argument(help="hub id or folder", show_default=False)],
-    dst: Target,
+    dst: TargetFolder,
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
     """Check a dense checkpoint, weights included, and copy it."""
@@ -41,40 +37,51 @@ def import_model(
 
 
 def prune(
-    src: Source,
-    dst: Target,
-    config: ConfigFile,
-    sets: Overrides = [],  # noqa: B006 - typer reads the default
+    src: CheckpointFolder,
+    dst: TargetFolder,
+    config: ConfigOption,
+    sets: Overrides,
     target: Annotated[float | None, typer.Option(help="share of SRC to remove, or parameters to end with")] = None,
     unit: Annotated[str, typer.Option(help="neurons or layers")] = "neurons",
 ) -> None:
-    """Score, select and cut once; without --target to the config's whole target."""
+    """Score, select and prune once; without --target to the config's whole target."""
     from ptl import checkpoint
     from ptl.prune import prune_checkpoint
 
-    overrides = pairs("--set", sets) | ({} if target is None else {"schedule.target": target})
+    overrides = pairs("--set", sets)
+    if target is not None:
+        overrides["schedule.target"] = target
     settings = load_config(config, overrides)
     if unit not in ("neurons", "layers"):
-        raise InputError(f"--unit: {unit!r} must be neurons or layers")
-    _folders(src, dst)
+        raise InputError(f"{unit!r} must be neurons or layers", field="--unit")
+    _check_folders(src, dst)
     params = checkpoint.num_params(src)
-    goal = params - removal(params, settings.schedule.target if target is None else target)
+    goal = params - removal(params, settings.schedule.target)
     with writing(dst) as work:
-        _show(
-            prune_checkpoint(
-                src, work / OUT, settings.prune, settings.calibration, unit=unit, goal=goal, seed=settings.seed
-            )
+        report = prune_checkpoint(
+            src,
+            work / OUT,
+            settings.prune,
+            settings.calibration,
+            unit=unit,
+            goal=goal,
+            seed=settings.seed,
         )
+        _print_report(report)
 
 
 def recover(
-    src: Source,
-    dst: Target,
-    config: ConfigFile,
-    sets: Overrides = [],  # noqa: B006
-    tokens: Annotated[int | None, typer.Option(min=1, help="token budget; none: the config's whole budget")] = None,
+    src: CheckpointFolder,
+    dst: TargetFolder,
+    config: ConfigOption,
+    sets: Overrides,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="token budget; none: the config's whole budget"),
+    ] = None,
     scored: Annotated[
-        Path | None, typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained")
+        Path | None,
+        typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained"),
     ] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as one recovery that is both first and last.
@@ -85,54 +92,79 @@ def recover(
     from ptl.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
-    _folders(src, dst)
-    budget = settings.schedule.recovery_tokens if tokens is None else tokens
-    here = StageBudget(budget, (), 1, True, settings.seed)
-    for name in ("items.jsonl", "scores.json"):
-        if scored is not None and not (scored / name).is_file():
-            raise InputError(f"--scored: no {name} in {scored}; give a folder that `ptl evaluate` wrote")
+    _check_folders(src, dst)
+    if scored is not None:
+        _check_scored(scored)
+    num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
+    # The only iteration: no earlier one has taken tokens from the data.
+    budget = StageBudget(num_tokens, (), 1, True, settings.seed)
+    recovery = Recovery(stages=settings.recover)
     with writing(dst) as work:
-        scratch = work / f"training-{_key(src, settings, budget, scored)[:12]}"
-        for other in set(work.glob("training-*")) - {scratch}:
-            print(f"{other} is not resumed: it belongs to another source, other settings or other data")
-        job = RecoveryJob(settings.training, here, scratch, lambda metrics, step: print(step, metrics), scored=scored)
-        _show(recover_checkpoint(src, work / OUT, Recovery(stages=settings.recover), [budget], job))
+        # A training of other inputs is left alone: its weights must not become this one's.
+        key = _training_key(src, settings, num_tokens, scored)
+        scratch = work / f"training-{key[:12]}"
+        for folder in work.glob("training-*"):
+            if folder != scratch:
+                print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
+        job = RecoveryJob(settings.training, budget, scratch, _print_metrics, scored=scored)
+        report = recover_checkpoint(src, work / OUT, recovery, [num_tokens], job)
+        _print_report(report)
 
 
-def evaluate(src: Source, dst: Target, config: ConfigFile, sets: Overrides = []) -> None:  # noqa: B006
+def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, sets: Overrides) -> None:
     """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
     from ptl.evaluate import evaluate_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
-    _folders(src, dst)
+    _check_folders(src, dst)
     with writing(dst) as work:
-        _show(evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed))
+        report = evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed)
+        _print_report(report)
 
 
-def _folders(src: Path, dst: Path) -> None:
+def _check_folders(src: Path, dst: Path) -> None:
+    """Raise InputError unless `src` is a checkpoint that can be read and `dst` one that can be written."""
     from ptl import checkpoint
     from ptl.anatomy import model_dimensions
     from ptl.families import family_of
 
     checkpoint.check_links(src)
-    model_dimensions(src, family_of(checkpoint.read_config(src)))
+    family = family_of(checkpoint.read_config(src))
+    model_dimensions(src, family)
     check_free(dst)
 
 
-def _key(src: Path, settings: Config, budget: int, scored: Path | None) -> str:
-    """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl import takeover
+def _check_scored(folder: Path) -> None:
+    for name in ("items.jsonl", "scores.json"):
+        if not (folder / name).is_file():
+            problem = f"no {name} in {folder}"
+            raise InputError(problem, field="--scored", remedy="give a folder that `ptl evaluate` wrote")
 
-    files = [path for path in src.iterdir() if path.is_file()]  # links too: a snapshot in the hub's cache has only such
+
+def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:
+    """What the training of `ptl recover` depends on; only training with the same key is resumed."""
+    from ptl import provenance, takeover
+
+    # Links too: a snapshot in the hub's cache has nothing else.
+    files = [path for path in src.iterdir() if path.is_file()]
     if scored is not None:
         files.append(scored / "items.jsonl")
-    contents = []
-    for path in files:
-        with path.open("rb") as file:
-            contents.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
-    given = {"training": settings.training, "recover": settings.recover, "seed": settings.seed, "budget": budget}
-    return takeover.key("\n".join(sorted(contents)), given)
+    # By content, not by path: a moved checkpoint is the same source.
+    contents = [f"{path.name} {provenance.digest_of(path)}" for path in files]
+    inputs = "\n".join(sorted(contents))
+    parameters = {
+        "training": settings.training,
+        "recover": settings.recover,
+        "seed": settings.seed,
+        "budget": num_tokens,
+    }
+    return takeover.key(inputs, parameters)
 
 
-def _show(report: Any) -> None:
-    print(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+def _print_metrics(metrics: Mapping[str, float], step: int) -> None:
+    print(step, metrics)
+
+
+def _print_report(report: Any) -> None:
+    record = dataclasses.asdict(report)
+    print(json.dumps(record, indent=1, default=str))

@@ -6,14 +6,16 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ptl.attempts import RETRIES, RETRY_WAIT
+from ptl.retry_defaults import RETRIES, RETRY_WAIT
 from ptl.section import Section
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
+# Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
@@ -21,10 +23,24 @@ Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
 # Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
 RESERVED = {
-    *("shm", "kfp-launcher", "kfp-workspace", "custom-ca", "gcs-scratch", "s3-scratch", "minio-scratch"),
-    *("dot-local-scratch", "dot-cache-scratch", "dot-config-scratch"),
-    *("var-run-argo", "tmp-dir-argo", "argo-env-config", "argo-staging"),
+    "shm",
+    # Kubeflow's launcher.
+    "kfp-launcher",
+    "kfp-workspace",
+    "custom-ca",
+    "gcs-scratch",
+    "s3-scratch",
+    "minio-scratch",
+    "dot-local-scratch",
+    "dot-cache-scratch",
+    "dot-config-scratch",
+    # Argo's executor.
+    "var-run-argo",
+    "tmp-dir-argo",
+    "argo-env-config",
+    "argo-staging",
 }
+# Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
 WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
 
@@ -32,10 +48,14 @@ WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes o
 class Toleration(Section):
     """A taint of nodes that a step may run on."""
 
-    key: str = Field(min_length=1, description="for example nvidia.com/gpu")
-    operator: Literal["Exists", "Equal"] = Field("Exists", description="`Equal`: only a taint with this `value`")
-    value: str | None = Field(None, description="only with operator Equal")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="none: all effects")
+    key: str = Field(min_length=1)
+    """for example nvidia.com/gpu"""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """`Equal`: only a taint with this `value`"""
+    value: str | None = None
+    """only with operator Equal"""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """none: all effects"""
 
     @model_validator(mode="after")
     def _value_belongs_to_equal(self) -> Toleration:
@@ -47,23 +67,34 @@ class Toleration(Section):
 class StepResources(Section):
     """What one kind of step asks for instead; a field that is left out is as for all steps."""
 
-    accelerators: int | None = Field(None, ge=0, description="accelerators of the step")
-    cpu: Quantity | None = Field(None, description="CPU cores")
-    memory: Quantity | None = Field(None, description="for example 64Gi")
-    shm: Quantity | None = Field(None, description="size of /dev/shm; it counts as memory")
-    timeout: int | None = Field(None, ge=1, description="seconds")
+    accelerators: int | None = Field(None, ge=0)
+    """accelerators of the step"""
+    cpu: Quantity | None = None
+    """CPU cores"""
+    memory: Quantity | None = None
+    """for example 64Gi"""
+    shm: Quantity | None = None
+    """size of /dev/shm; it counts as memory"""
+    timeout: int | None = Field(None, ge=1)
+    """seconds"""
 
 
 class Resources(Section):
     """What a step asks of the cluster; runners on one machine heed `timeout`, `retries` and `retry_wait` alone."""
 
-    accelerator: str | None = Field(None, description="for example nvidia.com/gpu")
-    accelerators: int = Field(0, ge=0, description="accelerators per prune, recover and evaluate step")
-    cpu: Quantity | None = Field(None, description="CPU cores, for example 8")
-    memory: Quantity | None = Field(None, description="for example 64Gi")
-    shm: Quantity | None = Field(
-        None, description="size of /dev/shm of prune, recover and evaluate; it counts as memory"
-    )
+    # Size of a step's pod.
+    accelerator: str | None = None
+    """for example nvidia.com/gpu"""
+    accelerators: int = Field(0, ge=0)
+    """accelerators per prune, recover and evaluate step"""
+    cpu: Quantity | None = None
+    """CPU cores, for example 8"""
+    memory: Quantity | None = None
+    """for example 64Gi"""
+    shm: Quantity | None = None
+    """size of /dev/shm of prune, recover and evaluate; it counts as memory"""
+
+    # Time and attempts.
     timeout: int | None = Field(
         None,
         ge=1,
@@ -77,33 +108,37 @@ class Resources(Section):
         description="further attempts of a step that failed, in its pod or in another one; finished work is not "
         "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: int = Field(
-        RETRY_WAIT,
-        ge=1,
-        description="seconds before the first further attempt, doubled each time; by default 1 on one machine",
-    )
-    control: Literal["beside", "after"] = Field(
-        "beside",
-        description="when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator",
-    )
-    tolerations: tuple[Toleration, ...] = Field((), description="of prune, recover and evaluate")
-    node_selector: dict[str, str] = Field(
-        {}, description="labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"
-    )
-    queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", description="Kueue LocalQueue")
-    image_pull_secrets: tuple[Name, ...] = Field((), description="Secrets with the registry's login")
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
-        None, description="`Never`: the nodes hold the images already; none: Kubernetes' default"
-    )
+    retry_wait: int = Field(RETRY_WAIT, ge=1)
+    """seconds before the first further attempt, doubled each time; by default 1 on one machine"""
+    control: Literal["beside", "after"] = "beside"
+    """when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator"""
+
+    # Which nodes, queues and images.
+    tolerations: tuple[Toleration, ...] = ()
+    """of prune, recover and evaluate"""
+    node_selector: dict[str, str] = Field({})
+    """labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"""
+    queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+    """Kueue LocalQueue"""
+    image_pull_secrets: tuple[Name, ...] = ()
+    """Secrets with the registry's login"""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """`Never`: the nodes hold the images already; none: Kubernetes' default"""
+
+    # What the backend takes, and who the steps run as.
     kfp: Literal["2.14", "2.15", "2.16", "2.17"] = Field(
         "2.17",
         description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
         "there is no security context",
     )
-    run_as_user: int = Field(1000, ge=1, description="with KFP 2.16 and newer; non-root")
-    run_as_group: int = Field(0, ge=0, description="the images are made for group 0, which has no privileges by itself")
-    doctor: bool = Field(False, description="begin with a step that tries out MLflow, the store and the accelerators")
-    steps: dict[StepName, StepResources] = Field({}, description="other values for one kind of step")
+    run_as_user: int = Field(1000, ge=1)
+    """with KFP 2.16 and newer; non-root"""
+    run_as_group: int = Field(0, ge=0)
+    """the images are made for group 0, which has no privileges by itself"""
+    doctor: bool = False
+    """begin with a step that tries out MLflow, the store and the accelerators"""
+    steps: dict[StepName, StepResources] = Field({})
+    """other values for one kind of step"""
 
     @property
     def kfp_release(self) -> tuple[int, int]:
@@ -118,7 +153,16 @@ class Resources(Section):
 
     def of_step(self, stage: str) -> StepResources:
         """What `steps` says of a kind of step; nothing for one that it does not name."""
-        return next((own for name, own in self.steps.items() if name == stage), StepResources())
+        # A stage is any text, and the names are literals.
+        for name, own in self.steps.items():
+            if name == stage:
+                return own
+        return StepResources()
+
+    def accelerators_of(self, stage: str) -> int:
+        """Accelerators of a kind of step."""
+        own = self.of_step(stage).accelerators
+        return self.accelerators if own is None else own
 
     def timeout_of(self, stage: str) -> int | None:
         """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
@@ -131,18 +175,25 @@ class Resources(Section):
         A pod's deadline counts from before its image is pulled, and kills without a word: the work must end before it.
         """
         timeout = self.timeout_of(stage)
-        return None if timeout is None else timeout - min(START, timeout // 4)
+        if timeout is None:
+            return None
+        return timeout - min(START, timeout // 4)
 
     def window(self, stage: str) -> int:
         """Wall-clock seconds within which all attempts of a kind of step end, the pauses between them included."""
         timeout = self.timeout_of(stage)
-        pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)
-        return WITHOUT_TIMEOUT if timeout is None else self.attempts * timeout + pauses
+        if timeout is None:
+            return WITHOUT_TIMEOUT
+        # All pauses but none after the last attempt.
+        pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)  # 1 + 2 + 4 + ... times the first
+        return self.attempts * timeout + pauses
 
     @model_validator(mode="after")
     def _accelerators_have_a_name(self) -> Resources:
-        wanted = [self.accelerators, *(step.accelerators for step in self.steps.values())]
-        if any(wanted) and not self.accelerator:
+        # Kubernetes counts a named resource, such as nvidia.com/gpu.
+        numbers = [self.accelerators]
+        numbers += [step.accelerators or 0 for step in self.steps.values()]
+        if any(numbers) and not self.accelerator:
             raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
         return self
 
@@ -150,43 +201,45 @@ class Resources(Section):
 class Storage(Section):
     """Where runs are tracked; the checkpoints are stored under the experiment's artifact location."""
 
-    experiment: str = Field("ptl", min_length=1, description="MLflow experiment")
-    registered_model: str | None = Field(
-        None,
-        min_length=1,
-        max_length=250,
-        description="MLflow registry name, without / : and quotes; none: the config's name",
-    )
-    config_map: Mounted | None = Field("ptl", description="ConfigMap with MLFLOW_TRACKING_URI and any other variable")
-    s3_secret: Mounted | None = Field("ptl-s3", description="Secret with the S3 keys; not needed with a cloud identity")
-    s3_access_key: str = Field("AWS_ACCESS_KEY_ID", description="key of the Secret; KFP's own Secret has `accesskey`")
-    s3_secret_key: str = Field("AWS_SECRET_ACCESS_KEY", description="key of the Secret; KFP's own has `secretkey`")
-    mlflow_secret: Mounted | None = Field(
-        "ptl-mlflow", description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"
-    )
-    hf_secret: Mounted | None = Field("ptl-hf", description="Secret with HF_TOKEN, for gated models")
-    cache_claim: Mounted | None = Field(None, description="PVC (ReadWriteMany) for downloads from the hub")
-    ca_config_map: Mounted | None = Field(None, description="ConfigMap whose key ca.crt holds the CA bundle to trust")
+    experiment: str = Field("ptl", min_length=1)
+    """MLflow experiment"""
+    registered_model: str | None = Field(None, min_length=1, max_length=250)
+    """MLflow registry name, without / : and quotes; none: the config's name"""
+
+    # Where the pods get addresses and credentials; a name that is null is not mounted.
+    config_map: Mounted | None = "ptl"
+    """ConfigMap with MLFLOW_TRACKING_URI and any other variable"""
+    s3_secret: Mounted | None = "ptl-s3"
+    """Secret with the S3 keys; not needed with a cloud identity"""
+    s3_access_key: str = "AWS_ACCESS_KEY_ID"
+    """key of the Secret; KFP's own Secret has `accesskey`"""
+    s3_secret_key: str = "AWS_SECRET_ACCESS_KEY"
+    """key of the Secret; KFP's own has `secretkey`"""
+    mlflow_secret: Mounted | None = "ptl-mlflow"
+    """Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"""
+    hf_secret: Mounted | None = "ptl-hf"
+    """Secret with HF_TOKEN, for gated models"""
+    cache_claim: Mounted | None = None
+    """PVC (ReadWriteMany) for downloads from the hub"""
+    ca_config_map: Mounted | None = None
+    """ConfigMap whose key ca.crt holds the CA bundle to trust"""
 
     @model_validator(mode="after")
     def _volumes_have_names_of_their_own(self) -> Storage:
-        kinds = {
-            "secret": {self.s3_secret, self.mlflow_secret, self.hf_secret},
-            "ConfigMap": {self.config_map},
-            "CA bundle": {self.ca_config_map},
-            "claim": {self.cache_claim},
-        }
-        names = [name for held in kinds.values() for name in held if name is not None]
-        reserved = sorted(RESERVED & set(names))
+        secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}  # the same Secret is one volume
+        names = [*secrets, self.config_map, self.ca_config_map, self.cache_claim]
+        counts = Counter(name for name in names if name is not None)
+        # Two volumes of one name: Kubernetes refuses the pod, hours after the run was submitted.
+        reserved = sorted(RESERVED.intersection(counts))
         if reserved:
             raise ValueError(
                 f"{reserved[0]!r} is the name of a volume that each step's pod has already: choose another"
             )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        repeated = sorted(name for name, count in counts.items() if count > 1)
+        if repeated:
             raise ValueError(
-                f"{twice[0]!r} names two things of different kinds, and Kubeflow names a volume after what it holds: "
-                "rename the ConfigMap, Secret or claim"
+                f"{repeated[0]!r} names two things of different kinds, and Kubeflow names a volume after what it "
+                "holds: rename the ConfigMap, Secret or claim"
             )
         return self
 

@@ -4,72 +4,87 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from ptl import gate
+from rich import box
+from rich.table import Table
+
+from ptl import paired
 from ptl.errors import InputError
+from ptl.evaluate import read_items
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-NOT_INFERIOR, INFERIOR = 0, 1  # exit codes; errors of the user's input are 2, as everywhere
+# Exit codes; errors of the user's input are 2, as everywhere.
+NOT_INFERIOR = 0
+INFERIOR = 1
+# Two lines for each benchmark: in the 80 columns of a log only a long name folds.
+HEADINGS = (
+    "items",
+    "A\nB",
+    "regressions\nimprovements",
+    "difference\n(interval)",
+    "p worse\np different",
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """B against A on every benchmark that both were scored on."""
 
-    tasks: dict[str, gate.Paired]
+    tasks: dict[str, paired.Paired]  # by benchmark
     exit_code: int
 
 
-def compare(items_a: Path, items_b: Path, margin: float, alpha: float, *, strict: bool = False) -> Comparison:
+def compare(
+    items_a: Path,
+    items_b: Path,
+    margin: float,  # loss of accuracy that is tolerated, 0..1
+    alpha: float,  # significance level of all tests together
+    *,
+    strict: bool = False,
+) -> Comparison:
     """Compare two items.jsonl (files, or folders that hold one); A is the reference.
 
     Exit code 1 where B is inferior on any benchmark; with `strict` also where it is not shown to be not inferior. The
-    level alpha is shared among the benchmarks, so that equal models are told apart with a probability of at most alpha
-    in all. Raises InputError when the items or prompts differ.
+    significance level alpha is shared among the benchmarks, so that equal models are called different with a
+    probability of at most alpha in all. Raises InputError when the items or prompts differ.
     """
-    from ptl.evaluate import read_items
-
     if not 0 <= margin < 1 or not 0 < alpha < 0.5:
-        raise InputError(f"compare: margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5")
-    old, new = read_items(items_a), read_items(items_b)
-    gate.match(old, new)
+        problem = f"margin={margin} must be in 0..1 and alpha={alpha} above 0 and below 0.5"
+        raise InputError(problem, field="compare")
+    old = read_items(items_a)
+    new = read_items(items_b)
+    # Over all benchmarks first: one that only B has would not be missed below.
+    paired.match(old, new)
     names = list(dict.fromkeys(str(item["task"]) for item in old))
-    pairs = {name: gate.paired(*gate.match(old, new, name), margin, alpha / len(names)) for name in names}
-    bad = [pair for pair in pairs.values() if pair.verdict == "inferior" or (strict and pair.verdict == "unclear")]
-    return Comparison(pairs, INFERIOR if bad else NOT_INFERIOR)
+    tasks = {}
+    for name in names:
+        before, after = paired.match(old, new, name)
+        tasks[name] = paired.paired(before, after, margin, alpha / len(names))
+    failed = any(pair.fails(strict) for pair in tasks.values())
+    return Comparison(tasks, INFERIOR if failed else NOT_INFERIOR)
 
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal."""
-    from rich import box
-    from rich.table import Table
-
     first = next(iter(comparison.tasks.values()))
-    title = f"B against A, margin {100 * first.margin:g} points, one-sided level {first.alpha:g} each"
-    view = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, show_lines=len(comparison.tasks) > 1)
-    # Two lines for each benchmark: in the 80 columns of a log only a long name folds.
-    headings = (
-        "benchmark",
-        "items",
-        "A\nB",
-        "regressions\nwon",
-        "difference\n(interval)",
-        "p worse\np different",
-        "verdict",
+    title = f"B against A, margin {100 * first.margin:g} points, one-sided significance level {first.alpha:g} each"
+    view = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_lines=len(comparison.tasks) > 1,
     )
-    for heading in headings:
-        side: Literal["left", "right"] = "left" if heading in ("benchmark", "verdict") else "right"
-        view.add_column(heading, justify=side, overflow="fold", no_wrap=heading != "benchmark")
+    view.add_column("benchmark", overflow="fold")
+    for heading in HEADINGS:
+        view.add_column(heading, justify="right", overflow="fold", no_wrap=True)
+    view.add_column("verdict", overflow="fold", no_wrap=True)
     for name, pair in comparison.tasks.items():
+        interval = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"  # percentage points
         view.add_row(
             name,
             f"{pair.items:,}",
             f"{pair.reference:.1%}\n{pair.candidate:.1%}",
             f"{pair.regressions}\n{pair.improvements}",
-            f"{100 * pair.difference:+.1f}\n({100 * pair.low:+.1f} to {100 * pair.high:+.1f})",
+            f"{100 * pair.difference:+.1f}\n({interval})",
             f"{pair.p_worse:.2g}\n{pair.p_different:.2g}",
             pair.verdict,
         )

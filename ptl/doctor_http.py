@@ -3,87 +3,119 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import os
 import re
 import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode, urljoin, urlsplit
+
+import requests
+import urllib3
 
 from ptl import address
 from ptl.errors import InputError
 
-SECONDS = 10
+SECONDS = 10  # for the connection, for each read, and for all of the content
 LIMIT = 1 << 20  # bytes of an answer
 REDIRECTS = (301, 302, 303, 307, 308)
-MANIFESTS = ", ".join(
-    f"application/vnd.{kind}+json"
-    for kind in (
-        "oci.image.index.v1",
-        "oci.image.manifest.v1",
-        "docker.distribution.manifest.list.v2",
-        "docker.distribution.manifest.v2",
-    )
+REFUSED = (401, 403)
+LOCAL = ("localhost", "127.0.0.1")
+# Media types of an image's manifest.
+MANIFESTS = (
+    "application/vnd.oci.image.index.v1+json, "
+    "application/vnd.oci.image.manifest.v1+json, "
+    "application/vnd.docker.distribution.manifest.list.v2+json, "
+    "application/vnd.docker.distribution.manifest.v2+json"
 )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """None: the redirect itself is the answer."""
+@dataclass(frozen=True)
+class Answer:
+    """What a server says."""
+
+    status: int
+    text: str  # at most LIMIT bytes
+    headers: Mapping[str, str]  # upper and lower case are the same
+
+    def json_object(self) -> dict[str, Any] | None:
+        """A JSON object, or None for anything else, such as a login page."""
+        try:
+            content = json.loads(self.text)
+        except ValueError:
+            return None
+        return content if isinstance(content, dict) else None
 
 
 def get(
-    url: str, headers: dict[str, str] | None = None, ca_cert: str | None = None, *, follow: bool = False
-) -> tuple[int, str, Any]:
-    """Status, body and headers, whatever the status.
+    url: str, headers: Mapping[str, str] | None = None, ca_cert: str | None = None, *, follow: bool = False
+) -> Answer:
+    """The answer, whatever its status.
 
     A login would go wherever a redirect points to, so only `follow`, for requests without a login of the user's, goes
     there. Raises InputError for a redirect, and where nobody answers.
     """
-    if not url.startswith(("http://", "https://")):  # urllib also reads files, which a registry may name
+    page = address.page(url)
+    if not url.startswith(("http://", "https://")):  # a registry may name anything
         raise InputError(
-            f"{address.page(url)[:200]}: not the address of a server; it must begin with https:// or http://"
+            "not the address of a server", field=page[:200], remedy="it must begin with https:// or http://"
         )
     try:
-        request = urllib.request.Request(url)
-        for name, value in (headers or {}).items():  # what a redirect does not take along
-            request.add_unredirected_header(name, value)
-        secure = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_cert))
-        opener = urllib.request.build_opener(secure, *([] if follow else [_NoRedirect]))
-        with opener.open(request, timeout=SECONDS) as answer:
-            return answer.status, _text(answer), answer.headers
-    except urllib.error.HTTPError as error:
-        if error.code in REDIRECTS and not follow:
-            target = address.page(urllib.parse.urljoin(url, error.headers.get("Location", "")))
-            raise InputError(
-                f"{address.page(url)} redirects to {target}, where no login is sent; give that address if it is the "
-                "server's own, or log in again if it is a login page"
-            ) from error
-        return error.code, _text(error), error.headers
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error) or type(error).__name__
-        remedy = "is the server up, is the address right, may this machine reach it?"
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            remedy = "name the CA bundle to trust: KFP_CA_CERT for Kubeflow, SSL_CERT_FILE for all else"
-        raise InputError(f"{url}: {reason}; {remedy}") from error
+        with _session(url, ca_cert) as session:
+            response = session.get(url, headers=headers, timeout=SECONDS, allow_redirects=follow, stream=True)
+            answer = Answer(response.status_code, _text(response), response.headers)
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+        raise _no_answer(url, error) from error
+    if answer.status in REDIRECTS and not follow:
+        location = answer.headers.get("Location", "")
+        target = address.page(urljoin(url, location))
+        raise InputError(
+            f"{page} redirects to {target}, where no login is sent",
+            remedy="give that address if it is the server's own, or log in again if it is a login page",
+        )
+    return answer
 
 
-def _text(answer: Any) -> str:
-    """The body, as far as it matters here: no answer that is asked for is long. Raises TimeoutError for a slow one."""
-    deadline, body = time.monotonic() + SECONDS, b""
-    while len(body) < LIMIT and (piece := answer.read1(LIMIT)):
-        body += piece
+def _session(url: str, ca_cert: str | None) -> requests.Session:
+    session = requests.Session()
+    # Of the environment only the proxies: ~/.netrc would add a login of its own, and replace ours.
+    session.trust_env = False
+    session.proxies = requests.utils.get_environ_proxies(url)
+    # What OpenSSL trusts, unless a CA bundle is named: requests alone would trust a bundle of its own.
+    named = ca_cert or os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    system = ssl.get_default_verify_paths()
+    session.verify = named or system.cafile or system.capath or True
+    session.headers["Accept-Encoding"] = "identity"  # the limit is one of bytes on the wire
+    return session
+
+
+def _text(response: requests.Response) -> str:
+    """The content, as far as it matters: no answer that is asked for is long. Raises TimeoutError for a slow one."""
+    deadline = time.monotonic() + SECONDS
+    content = b""
+    while len(content) < LIMIT:
+        piece = response.raw.read1(LIMIT)  # what has arrived, so that a server which drips is noticed
+        if not piece:
+            break
+        content += piece
         if time.monotonic() > deadline:
             raise TimeoutError("the answer takes too long")
-    if len(body) < min(LIMIT, int(answer.headers.get("Content-Length") or 0)):
-        raise http.client.IncompleteRead(body)
-    return body[:LIMIT].decode(errors="replace")
+    return content[:LIMIT].decode(errors="replace")
+
+
+def _no_answer(url: str, error: BaseException) -> InputError:
+    """requests wraps the reason three times; the innermost error says it in words."""
+    while error.__context__ is not None:
+        error = error.__context__
+    reason = str(error) or type(error).__name__
+    remedy = "is the server up, is the address right, may this machine reach it?"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        remedy = "name the CA bundle to trust: KFP_CA_CERT for Kubeflow, SSL_CERT_FILE for all else"
+    return InputError(reason, field=url, remedy=remedy)
 
 
 def mlflow_fault(uri: str) -> tuple[str, str] | None:
@@ -91,95 +123,127 @@ def mlflow_fault(uri: str) -> tuple[str, str] | None:
 
     /health says 200 even where the host check or the login refuses everything else, so the API itself is asked.
     """
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    headers = {}
-    if user:
-        headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password or ''}".encode()).decode()
-    elif token:
-        headers["Authorization"] = f"Bearer {token}"
     base = uri.rstrip("/")
-    status, body, _ = get(f"{base}/api/2.0/mlflow/experiments/search?max_results=1", headers)
-    if status == 403 and "host" in body.lower():
-        name = urllib.parse.urlsplit(uri).netloc
-        remedy = f'start it with --allowed-hosts "{name.partition(":")[0]}:*" (this replaces the default list)'
+    # A request that any user may make, and that costs the server little.
+    answer = get(f"{base}/api/2.0/mlflow/experiments/search?max_results=1", _mlflow_login())
+    # MLflow 3 checks the Host header against a list, and answers 403 as for a wrong user.
+    if answer.status == 403 and "host" in answer.text.lower():
+        name = urlsplit(uri).netloc
+        host = name.partition(":")[0]
+        remedy = f'start it with --allowed-hosts "{host}:*" (this replaces the default list)'
         return f"{base} refuses the host name {name} (403)", remedy
-    if status in (401, 403):
-        return f"{base} refuses this user ({status})", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if status != 200:
-        return f"{base} answers {status}: {body[:100]}", "is MLFLOW_TRACKING_URI an MLflow server of version 3?"
-    if _object(body) is None:
+    if answer.status in REFUSED:
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"{base} refuses this user ({answer.status})", remedy
+    if answer.status != 200:
+        beginning = answer.text[:100]
+        remedy = "is MLFLOW_TRACKING_URI an MLflow server of version 3?"
+        return f"{base} answers {answer.status}: {beginning}", remedy
+    if answer.json_object() is None:
         remedy = "log in again where it is a login page, or correct MLFLOW_TRACKING_URI"
         return f"{base} answers with a page instead of JSON", remedy
     return None
+
+
+def _mlflow_login() -> dict[str, str]:
+    """The header that MLflow's own client would send."""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if user:
+        password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+        login = f"{user}:{password}".encode()
+        encoded = base64.b64encode(login).decode()
+        return {"Authorization": f"Basic {encoded}"}
+    return _bearer(os.environ.get("MLFLOW_TRACKING_TOKEN"))
+
+
+def _bearer(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def manifest_status(image: str) -> int:
     """HTTP status of an image's manifest in its registry, asked as anybody may ask (with an anonymous token)."""
     name, _, tag = image.rpartition(":")
     host, _, repository = name.partition("/")
-    local = host.partition(":")[0] in ("localhost", "127.0.0.1")
-    url = f"{'http' if local else 'https'}://{host}/v2/{repository}/manifests/{tag}"
-    status, _, headers = get(url, {"Accept": MANIFESTS}, follow=True)
-    challenge = headers.get("WWW-Authenticate", "")
-    if status == 401 and challenge.lower().startswith("bearer "):
-        fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-        query = {key: fields[key] for key in ("service", "scope") if key in fields}
-        answer_status, body, _ = get(f"{fields.get('realm', '')}?{urllib.parse.urlencode(query)}", follow=True)
-        answer = _object(body) if answer_status == 200 else None
-        if answer is not None:
-            token = answer.get("token") or answer.get("access_token")
-            status, _, _ = get(url, {"Accept": MANIFESTS, "Authorization": f"Bearer {token}"}, follow=True)
-    return status
+    # As Docker does: a registry of this machine may be without TLS.
+    machine = host.partition(":")[0]
+    scheme = "http" if machine in LOCAL else "https"
+    url = f"{scheme}://{host}/v2/{repository}/manifests/{tag}"
+    answer = get(url, {"Accept": MANIFESTS}, follow=True)
+
+    # Public registries give a token to anybody who asks, and nothing without one.
+    challenge = answer.headers.get("WWW-Authenticate", "")
+    if answer.status == 401 and challenge.lower().startswith("bearer "):
+        token = _anonymous_token(challenge)
+        if token is not None:
+            headers = {"Accept": MANIFESTS, **_bearer(token)}
+            answer = get(url, headers, follow=True)
+    return answer.status
+
+
+def _anonymous_token(challenge: str) -> str | None:
+    """The token that a registry's token server gives to anybody; None where it gives none."""
+    # Bearer realm="https://auth.example.com/token",service="...",scope="repository:...:pull"
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
+    asked = {name: fields[name] for name in ("service", "scope") if name in fields}
+    realm = fields.get("realm", "")
+    answer = get(f"{realm}?{urlencode(asked)}", follow=True)
+    content = answer.json_object()
+    if answer.status != 200 or content is None:
+        return None
+    token = content.get("token") or content.get("access_token")
+    return str(token) if token else None
 
 
 @dataclass(frozen=True)
 class Kubeflow:
     """What an API server says of itself; None where it does not say it."""
 
-    version: str | None
-    multi_user: bool | None
+    version: str | None  # for example 2.17.0
+    multi_user: bool | None  # whether each user has a namespace
 
 
-def kubeflow(host: str) -> Kubeflow:
+def kubeflow_server(host: str) -> Kubeflow:
     """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
-    token, ca_cert = os.environ.get("KFP_TOKEN"), os.environ.get("KFP_CA_CERT")  # as `ptl submit` takes them
-    file = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH")
-    if file and not token:
-        if not Path(file).is_file():
-            raise InputError(f"KF_PIPELINES_SA_TOKEN_PATH: no file {file}")
-        token = Path(file).read_text().strip()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     base = host.rstrip("/")
-    status, body, _ = get(f"{base}/apis/v2beta1/healthz", headers, ca_cert)
-    if status in (401, 403):
+    login = _bearer(_kubeflow_token())
+    ca_cert = os.environ.get("KFP_CA_CERT")
+    answer = get(f"{base}/apis/v2beta1/healthz", login, ca_cert)
+    if answer.status in REFUSED:
         raise InputError(
-            f"{base} refuses this user ({status}); set KFP_TOKEN, or KF_PIPELINES_SA_TOKEN_PATH, to a token that is "
-            "valid now"
+            f"{base} refuses this user ({answer.status})",
+            remedy="set KFP_TOKEN, or KF_PIPELINES_SA_TOKEN_PATH, to a token that is valid now",
         )
-    if status != 200:
-        raise InputError(f"{base} answers {status} to /apis/v2beta1/healthz; is --host the address of the API?")
-    health = _object(body)
+    if answer.status != 200:
+        raise InputError(
+            f"{base} answers {answer.status} to /apis/v2beta1/healthz",
+            remedy="is --host the address of the API?",
+        )
+    health = answer.json_object()
     if health is None:
         raise InputError(
-            f"{base} answers with a page instead of JSON, which is what a login page does; set KFP_TOKEN to a token "
-            "that is valid now, and make sure that --host is the address of the API"
+            f"{base} answers with a page instead of JSON, which is what a login page does",
+            remedy="set KFP_TOKEN to a token that is valid now, and make sure that --host is the address of the API",
         )
-    tag, mode = health.get("tag_name"), health.get("multi_user")
-    version = tag if isinstance(tag, str) and re.match(r"v?\d+\.\d+", tag) else None
-    return Kubeflow(version, mode if isinstance(mode, bool) else None)
+    # A build of somebody's own may have any tag.
+    version = health.get("tag_name")
+    if not isinstance(version, str) or not re.match(r"v?\d+\.\d+", version):
+        version = None
+    multi_user = health.get("multi_user")
+    return Kubeflow(version, multi_user if isinstance(multi_user, bool) else None)
 
 
-def _object(body: str) -> dict[str, Any] | None:
-    """A JSON object, or None for anything else, such as a login page."""
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
+def _kubeflow_token() -> str | None:
+    """The token that `ptl submit` takes."""
+    token = os.environ.get("KFP_TOKEN")
+    file = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH")
+    if token or not file:
+        return token
+    if not Path(file).is_file():
+        raise InputError(f"no file {file}", field="KF_PIPELINES_SA_TOKEN_PATH")
+    return Path(file).read_text().strip()
 
 
-def numbers(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
     """Major and minor of `2.17.0`."""
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)

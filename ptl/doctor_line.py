@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ptl.address import without_login
 from ptl.errors import PtlError
 
 
 @dataclass(frozen=True)
-class Line:
-    """One finding; `remedy` is empty where all is well."""
+class Finding:
+    """What a check says."""
 
-    what: str
-    state: str  # ok, warning, error
+    subject: str  # for example MLflow
+    state: Literal["ok", "warning", "error"]
     message: str
-    remedy: str = ""
+    remedy: str = ""  # empty where all is well
 
     def __str__(self) -> str:
-        remedy = f"\n        -> {self.remedy}" if self.remedy else ""
-        return without_login(f"{self.state:7} {self.what}: {self.message}{remedy}")
+        line = f"{self.state:7} {self.subject}: {self.message}"
+        if self.remedy:
+            line += f"\n        -> {self.remedy}"
+        return without_login(line)
 
 
-def guard(what: str, check: Callable[[], Line]) -> Line:
-    """A check that raises an explained error is a line too."""
+def as_finding(subject: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
+    """What a check finds; an explained error that it raises is a finding too."""
     try:
-        return check()
-    except PtlError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        return Line(what, "error", message or remedy, remedy if message else "see the message")
+        return check(*arguments)
+    except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
+        message = error.problem
+        if error.field:
+            message = f"{error.field}: {message}"
+        return Finding(subject, "error", message, error.remedy or "see the message")

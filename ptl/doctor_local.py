@@ -1,107 +1,137 @@
-"""What the doctor checks of a run on this machine: model and data, disk, the Docker engine."""
+"""What the doctor checks of a run on this machine: packages, model and data, disk, the Docker engine."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptl import address, extras
-from ptl.config import Config, Iteration, one_shot, plan, removal
-from ptl.doctor_line import Line
+from ptl.config import Config
+from ptl.doctor_line import Finding
+from ptl.doctor_tracking import tracking_uri
 from ptl.recover_config import NextToken
+from ptl.schedule import Schedule, one_shot, plan, removal
+from ptl.units import size
 
 OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 
+MissingImages = Callable[[Sequence[str]], list[str]]  # those of the images that the local engine does not hold
 
-def as_run_does(home: Path) -> None:
-    """Let this process track where `ptl run` would: in `home`, unless the environment names another place."""
+
+def track_as_run_does(home: Path) -> None:
+    """Let this process track where `ptl run` would: in `home`, unless the environment names another location."""
+    home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
-    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home.absolute()}/mlflow.db")
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+    # A server has an artifact location of its own.
     if not address.is_server(uri):
-        os.environ.setdefault("PTL_ARTIFACT_ROOT", (home.absolute() / "artifacts").as_uri())
+        artifacts = home / "artifacts"
+        os.environ.setdefault("PTL_ARTIFACT_ROOT", artifacts.as_uri())
 
 
-def packages(config: Config, runner: str) -> Line:
+def packages(config: Config, runner: str) -> Finding:
     """What the steps import on this machine; in containers they bring their own."""
-    needed = ["pipelines"] if runner == "docker" else ["prune", "recover", "evaluate", "pipelines"]
-    missing = extras.absent(needed)
-    others = {
-        "vllm": config.evaluate.backend == "vllm",
-        "deepspeed": any(s.sharding == "zero2" for s in config.recover),
-    }
+    needed = ["pipelines"]
+    backends: list[str] = []
     if runner != "docker":
-        missing += [name for name, used in others.items() if used and importlib.util.find_spec(name) is None]
-    if missing:
-        remedy = f"pip install 'ptl[{','.join(needed)}]'" + "".join(f" {name}" for name in others if name in missing)
-        return Line("packages", "error", f"not installed: {', '.join(missing)}", remedy)
-    return Line("packages", "ok", f"what the steps import is installed (ptl[{','.join(needed)}])")
+        needed = ["prune", "recover", "evaluate", *needed]
+        backends = _missing_backends(config)
+    package = f"ptl[{','.join(needed)}]"
+    missing = [*extras.absent(needed), *backends]
+    if not missing:
+        return Finding("packages", "ok", f"what the steps import is installed ({package})")
+    listed = ", ".join(missing)
+    # The backends are not in these extras: each goes with one kind of CUDA.
+    remedy = " ".join([f"pip install '{package}'", *backends])
+    return Finding("packages", "error", f"not installed: {listed}", remedy)
 
 
-def model_and_data(config: Config) -> Line:
+def _missing_backends(config: Config) -> list[str]:
+    """Packages that only some settings need, and that no extra of these brings."""
+    # Neither works everywhere, so neither comes with what the steps need anyway.
+    backends: list[str] = []
+    if config.evaluate.backend == "vllm":
+        backends.append("vllm")
+    if any(stage.sharding == "zero2" for stage in config.recover):
+        backends.append("deepspeed")
+    return [name for name in backends if importlib.util.find_spec(name) is None]
+
+
+def model_and_data(config: Config) -> Finding:
     """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
-    from ptl import forecast, importer, model_checks, tasks
+    from ptl import forecast_model, importer, setting_checks
 
-    importer.check_data(config.calibration, config.training, config.recover)
-    importer.check_rewards(config.recover, config.training)
-    tasks.check_tasks(config.evaluate.tasks, config.evaluate)
-    tasks.check_gate(config.evaluate, config.gate)
-    model = config.model
-    if Path(model.path).expanduser().exists():
-        folder = Path(model.path).expanduser()
+    calibration, training = config.calibration, config.training
+    evaluate, recover = config.evaluate, config.recover
+    importer.check_data_and_tasks(calibration, training, evaluate, config.gate, recover)
+
+    path = config.model.path
+    folder = Path(path).expanduser()
+    if folder.exists():
         importer.check_model(folder, config.schedule, config.prune)
-        model_checks.check_settings(folder, config.calibration, config.training, config.evaluate, config.recover)
-        return Line("model and data", "ok", f"{model.path} and the data files can be read")
-    shape = forecast.shape_of(model.path, model.revision)
-    message = f"{model.path} is on the hub ({shape.params:,} parameters); the run downloads it"
-    return Line("model and data", "ok", message)
+        setting_checks.check_settings(folder, calibration, training, evaluate, recover)
+        return Finding("model and data", "ok", f"{path} and the data files can be read")
+
+    # Weights of many gigabytes are nothing to download for a check.
+    params = forecast_model.shape_of(path, config.model.revision).params
+    message = f"{path} is on the hub ({params:,} parameters); the run downloads it"
+    return Finding("model and data", "ok", message)
 
 
-def disk(config: Config, home: Path) -> Line:
+def disk(config: Config, home: Path) -> Finding:
     """Whether the checkpoints of a whole run fit beside what is there; on S3 only one at a time is here."""
-    from ptl import forecast
+    from ptl import forecast_model
 
-    shape = forecast.shape_of(config.model.path, config.model.revision)
+    model = config.model
+    shape = forecast_model.shape_of(model.path, model.revision)
     needed = checkpoint_bytes(config, shape.params, shape.itemsize)
     free = shutil.disk_usage(home).free
-    message = f"{home} has {_size(free)} free; the checkpoints of a whole run are about {_size(needed)}"
-    if free < needed:
-        remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
-        return Line("disk", "warning", message, remedy)
-    return Line("disk", "ok", message)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    message = f"{home} has {size(free)} free; the checkpoints of a whole run are about {size(needed)}"
+    # An estimate, and a run that stops for want of space can be resumed: no error.
+    if free >= needed:
+        return Finding("disk", "ok", message)
+    remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
+    return Finding("disk", "warning", message, remedy)
 
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
     """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
-    total = removal(params, config.schedule.target)
-    arms: list[list[Iteration]] = [list(plan(config.schedule, config.prune))]
-    if config.control:
-        arms.append(list(plan(one_shot(config.schedule), config.prune)))
-    keeps_state = any(isinstance(stage, NextToken) and stage.carry_moments for stage in config.recover)
+    schedule = config.schedule
     needed = params * itemsize  # the imported model
-    for arm in arms:
-        for iteration in arm:
-            after = params - int(iteration.progress * total)
-            needed += 2 * after * itemsize
-            if keeps_state and iteration is not arm[-1]:
-                needed += 2 * after * OPTIMIZER_STATE
+    needed += _arm_bytes(config, schedule, params, itemsize)
+    if config.control:
+        needed += _arm_bytes(config, one_shot(schedule), params, itemsize)
     return needed
 
 
-def engine(config: Config) -> Line:
-    """The steps' images are in the local engine, and MLflow is a server, which is all that they speak to."""
-    from ptl import images
+def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
+    """Bytes of all checkpoints of one arm."""
+    total = removal(params, schedule.target)
+    next_token = [stage for stage in config.recover if isinstance(stage, NextToken)]
+    keeps_state = any(stage.carry_moments for stage in next_token)
+    needed = 0
+    for iteration in plan(schedule, config.prune):
+        after = params - int(iteration.progress * total)
+        of_parameter = itemsize
+        if keeps_state and not iteration.last:  # after the last there is nothing to carry it to
+            of_parameter += OPTIMIZER_STATE
+        needed += 2 * after * of_parameter  # pruned, and recovered
+    return needed
 
-    names = images.names(config.images.registry, config.images.tag, vllm=config.evaluate.backend == "vllm")
-    absent = images.missing(names)
+
+def engine(config: Config, missing_images: MissingImages) -> Finding:
+    """The steps' images are in the local engine, and MLflow is a server, which is all that they speak to."""
+    names = config.image_names()
+    listed = ", ".join(names)
+    absent = ", ".join(missing_images(names))
     if absent:
-        return Line("images", "error", f"the engine has no {', '.join(absent)}", "build them: ptl images build")
-    if not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
-        message = f"the engine has {', '.join(names)}, which speak to an MLflow server only, and none is set"
-        return Line("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
-    return Line("images", "ok", f"{', '.join(names)} are in the local engine")
+        message = f"the engine has no {absent}"
+        return Finding("images", "error", message, "build them: ptl images build")
+    # A database's file is outside of the containers.
+    if not address.is_server(tracking_uri()):
+        message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"
+        return Finding("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
+    return Finding("images", "ok", f"{listed} are in the local engine")

@@ -11,30 +11,47 @@ from ptl.errors import InputError
 MODULES = {
     "prune": ("torch", "transformers", "accelerate", "datasets", "safetensors", "pyarrow"),
     "recover": ("trl", "peft", "math_verify"),
-    "evaluate": ("lm_eval", "jinja2", "matplotlib", "scipy"),
+    "evaluate": ("lm_eval", "jinja2", "matplotlib"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf"),
 }
-# What a whole command needs, where that is more than the one module that it misses first.
-OF_COMMAND = {"recover": "recover", "evaluate": "evaluate", "export": "gguf"}
+# What a command needs, where that is more than the one module that it misses first.
+OF_COMMAND = {
+    "recover": "recover",
+    "evaluate": "evaluate",
+    "export": "gguf",
+}
 
 
 def missing(module: str, command: str = "") -> InputError | None:
     """What to install for a module that cannot be imported; None where no extra brings it."""
-    top = module.partition(".")[0]
-    extras = [extra for extra, modules in MODULES.items() if top in modules]
+    # The names of an extra's modules are those of the top level.
+    package = module.partition(".")[0]
+    extras = [extra for extra, modules in MODULES.items() if package in modules]
     if not extras:
         return None
+    # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
-    return InputError(f"ptl {command}: needs the module {top}, which is not installed: pip install 'ptl[{extra}]'")
+    problem = f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'"
+    return InputError(problem, field=f"ptl {command}")
 
 
 def need(module: str, command: str) -> None:
     """Raise InputError where a command would start a program that lacks this module."""
-    if importlib.util.find_spec(module) is None and (error := missing(module, command)):
+    if _is_installed(module):
+        return
+    error = missing(module, command)
+    if error is not None:
         raise error
 
 
 def absent(extras: Iterable[str]) -> list[str]:
     """Modules of these extras that are not installed; nothing is imported."""
-    return [name for extra in extras for name in MODULES[extra] if importlib.util.find_spec(name) is None]
+    modules: list[str] = []
+    for extra in extras:
+        modules += MODULES[extra]
+    return [module for module in modules if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,53 +1,40 @@
-"""GPUs by their data sheets: memory, peak FLOP/s and bandwidth, and the names that the driver gives them."""
+"""GPUs by their data sheets: memory, peak FLOP/s and bandwidth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+GIB, TERA = 1 << 30, 1e12
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: bytes, dense FLOP/s in bf16 and in float32, bytes/s.
+    """A GPU by its data sheet. float32 is without TF32, which torch uses for matrix products only where it is set."""
 
-    float32 is without TF32, which torch does not use for matrix products unless it is told to.
-    """
-
-    memory: float
-    bf16: float
-    fp32: float
-    bandwidth: float
+    memory: float  # bytes
+    bf16: float  # dense FLOP/s
+    fp32: float  # the same in float32
+    bandwidth: float  # bytes/s of the memory
 
 
-GIB, TERA = 1 << 30, 1e12
+def _gpu(memory: float, bf16: float, fp32: float, bandwidth: float) -> Gpu:
+    """From GiB, TFLOP/s and TB/s, as the sheets have them."""
+    return Gpu(memory * GIB, bf16 * TERA, fp32 * TERA, bandwidth * TERA)
+
+
 # NVIDIA's data sheets; where they give bf16 with sparsity, half of that. Memory as sold: of cards whose ECC is kept in
-# the memory itself the driver shows up to 6 % less, for which forecast.FULL leaves room.
+# the memory itself the driver shows up to 6 % less, for which forecast_steps.FULL leaves room.
 GPUS = {
-    "t4": Gpu(16 * GIB, 8.1 * TERA, 8.1 * TERA, 0.32 * TERA),  # Turing has no bf16; its 65 TFLOP/s are fp16
-    "l4": Gpu(24 * GIB, 121 * TERA, 30.3 * TERA, 0.3 * TERA),
-    "a10": Gpu(24 * GIB, 125 * TERA, 31.2 * TERA, 0.6 * TERA),
-    "rtx4090": Gpu(24 * GIB, 165 * TERA, 82.6 * TERA, 1.008 * TERA),
-    "a100-40": Gpu(40 * GIB, 312 * TERA, 19.5 * TERA, 1.555 * TERA),
-    "l40s": Gpu(48 * GIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA),
-    "a100-80": Gpu(80 * GIB, 312 * TERA, 19.5 * TERA, 2.039 * TERA),  # SXM; the PCIe card has 1.935 TB/s
-    "h100": Gpu(80 * GIB, 989 * TERA, 67 * TERA, 3.35 * TERA),  # SXM
-    "h100-pcie": Gpu(80 * GIB, 756 * TERA, 51 * TERA, 2.0 * TERA),
-    "h200": Gpu(141 * GIB, 989 * TERA, 67 * TERA, 4.8 * TERA),
-    "b200": Gpu(180 * GIB, 2250 * TERA, 80 * TERA, 8.0 * TERA),  # HGX, 1,000 W
-}
-
-# The driver's name of a device -> its data sheet. A part of a GPU (MIG) and other cards are not here.
-DRIVER_NAMES = {
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA A10": "a10",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-PCIE-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100-pcie",
-    "NVIDIA H200": "h200",
-    "NVIDIA B200": "b200",
+    # kind: memory, bf16, float32, bandwidth
+    "t4": _gpu(16, 8.1, 8.1, 0.32),  # Turing has no bf16; its 65 TFLOP/s are fp16
+    "l4": _gpu(24, 121, 30.3, 0.3),
+    "a10": _gpu(24, 125, 31.2, 0.6),
+    "rtx4090": _gpu(24, 165, 82.6, 1.008),
+    "a100-40": _gpu(40, 312, 19.5, 1.555),
+    "l40s": _gpu(48, 362, 91.6, 0.864),
+    "a100-80": _gpu(80, 312, 19.5, 2.039),  # SXM; the PCIe card has 1.935 TB/s
+    "h100": _gpu(80, 989, 67, 3.35),  # SXM
+    "h100-pcie": _gpu(80, 756, 51, 2.0),
+    "h200": _gpu(141, 989, 67, 4.8),
+    "b200": _gpu(180, 2250, 80, 8.0),  # HGX, 1,000 W
 }

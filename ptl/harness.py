@@ -4,80 +4,91 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import sys
 import types
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from ptl import tasks
+from ptl import task_data, tasks
 from ptl.config import Evaluate, Task
 from ptl.errors import InputError, WorkError
-from ptl.sources import json_lines
+from ptl.task_yaml import SPLITS, Spec
 
 
 def check_lengths(lm: Any, loaded: Any) -> None:
-    """Raise InputError when a task's longest answer leaves no room for a prompt."""
+    """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
     if loaded.get_config("output_type") != "generate_until":
         return
-    answer = (loaded.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
-    if answer >= lm.max_length:
-        raise InputError(
-            f"evaluate.tasks: answers of {loaded.task_name!r} may be {answer} tokens long, but the model's context is "
-            f"{lm.max_length}; set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)"
-        )
+    generation = loaded.get_config("generation_kwargs") or {}
+    answer = generation.get("max_gen_toks", lm.max_gen_toks)
+    if answer < lm.max_length:
+        return
+    lengths = f"may be {answer} tokens long, but the model's context is {lm.max_length}"
+    raise InputError(
+        f"answers of {loaded.task_name!r} {lengths}",
+        field="evaluate.tasks",
+        remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
+    )
 
 
-def load_task(spec: tasks.Spec, task: Task, settings: Evaluate, seed: int) -> Any:
+def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
     """The harness's task object, with the overrides of the config. May fetch data from the hub."""
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     tasks.check_code(spec, settings.allow_code)
-    with _sandboxed_code_eval() if spec.runs_code else contextlib.nullcontext():
-        config = load_yaml(spec.path)
-    splits = tasks.local_splits(spec, settings.data_dir, task.num_fewshot)
-    if splits:
-        config |= {field: None for field in tasks.SPLITS if config.get(field) not in splits}
-        config |= {"dataset_kwargs": None, "custom_dataset": lambda **_: read_splits(splits)}
-    logger = logging.getLogger("lm_eval.api.task")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it explains custom_dataset, which the user did not write
-    try:
-        loaded = TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise WorkError(f"evaluate.tasks: the task {spec.name!r} did not load: {error}") from error
-    finally:
-        logger.setLevel(level)
+    config = _read_config(spec, task, settings)
+    loaded = _load_harness_task(spec, config)
+    # The config's overrides; few-shot examples are drawn with the run's seed.
     if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
         loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
     if task.num_fewshot is not None:
         loaded.set_config("num_fewshot", task.num_fewshot)
-    elif loaded.get_config("num_fewshot") is None:
+    elif loaded.get_config("num_fewshot") is None:  # neither the config nor the task says
         loaded.set_config("num_fewshot", 0)
     loaded.set_fewshot_seed(seed)
     return loaded
 
 
-def read_splits(splits: dict[str, tasks.LocalFile]) -> dict[str, Any]:
-    """Split -> datasets.Dataset, from JSONL (also gzipped) or Parquet. Raises InputError that names a bad line."""
-    from datasets import Dataset
+def _read_config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
+    """The task's YAML as the harness reads it, with local files in place of the hub's data set."""
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    found = {}
-    for split, local in splits.items():
-        path = Path(local.file)
-        raw = list(
-            Dataset.from_parquet(str(path))
-            if path.suffix == ".parquet"
-            else json_lines(path, f"evaluate.data_dir: {path}")
-        )
-        found[split] = Dataset.from_list([row for line in raw if (row := local.row(line)) is not None])
-    return found
+    # Reading the YAML imports its functions, and with them what scores code.
+    code_eval = _sandboxed_code_eval() if spec.runs_code else contextlib.nullcontext()
+    with code_eval:
+        config: dict[str, Any] = load_yaml(spec.path)
+    splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
+    if not splits:
+        return config
+    # A split that is named but has no file would be looked for.
+    for field in SPLITS:
+        if config.get(field) not in splits:
+            config[field] = None
+    # In place of dataset_path.
+    config["dataset_kwargs"] = None
+    config["custom_dataset"] = lambda **_: task_data.read_splits(splits)
+    return config
 
 
-def keep_templates() -> None:
+def _load_harness_task(spec: Spec, config: dict[str, Any]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # The harness explains custom_dataset, which the user did not write.
+    logger = logging.getLogger("lm_eval.api.task")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # Only this task: the index of all that the harness ships takes seconds.
+        return TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise WorkError(
+            f"the task {spec.name!r} did not load: {error}",
+            field="evaluate.tasks",
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def cache_templates() -> None:
     """Let the harness compile each prompt template once: five times for every item is 40 % of a tiny model's time.
 
     In Jinja's sandbox: a template of a task's YAML is data and has no way to Python's internals.
@@ -85,20 +96,11 @@ def keep_templates() -> None:
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.utils import env
 
-    if not hasattr(env.from_string, "cache_info"):
-        sandboxed = SandboxedEnvironment(undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline)
-        sandboxed.filters = env.filters
-        env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)
-
-
-def seed_everything(seed: int) -> None:
-    """As simple_evaluate does, with one seed for all generators."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    if hasattr(env.from_string, "cache_info"):  # by an earlier call
+        return
+    sandboxed = SandboxedEnvironment(undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline)
+    sandboxed.filters = env.filters
+    env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)
 
 
 @contextlib.contextmanager
@@ -111,10 +113,12 @@ def _sandboxed_code_eval() -> Iterator[None]:
     from ptl import sandbox
 
     sandbox.require_support()
-    stand_in = types.ModuleType("evaluate")
-    stand_in.load = lambda name: types.SimpleNamespace(compute=pass_at_1)  # type: ignore[attr-defined]
+    substitute = types.ModuleType("evaluate")
+    code_eval = types.SimpleNamespace(compute=pass_at_1)
+    substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
+    # The real module may be loaded already, by others who need it.
     before = sys.modules.get("evaluate")
-    sys.modules["evaluate"] = stand_in
+    sys.modules["evaluate"] = substitute
     try:
         yield
     finally:
@@ -131,10 +135,9 @@ def pass_at_1(
     from ptl import sandbox
 
     if k not in (None, [1]):
-        raise InputError(f"evaluate.tasks: pass@k with k={k} is not supported; use a task with pass@1")
-    outcomes = [
-        [sandbox.run_tests(candidate, tests).passed for candidate in candidates]
-        for tests, candidates in zip(references, predictions, strict=True)
-    ]
-    passed = [sum(tried) / len(tried) for tried in outcomes]
-    return {"pass@1": sum(passed) / len(passed)}, {}
+        raise InputError(f"pass@k with k={k} is not supported", field="evaluate.tasks", remedy="use a task with pass@1")
+    shares = []  # of the candidates that pass, by problem
+    for tests, candidates in zip(references, predictions, strict=True):
+        outcomes = [sandbox.run_tests(candidate, tests).passed for candidate in candidates]
+        shares.append(sum(outcomes) / len(outcomes))
+    return {"pass@1": sum(shares) / len(shares)}, {}

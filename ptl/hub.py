@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl.errors import InputError
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # what stands beside the weights; no pickles, no code
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # beside the weights; no pickles, no code
 
 
 def locate(
@@ -18,6 +18,7 @@ def locate(
 ) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
     folder = Path(path)
+    # A missing folder that is written as one must not be looked for on the hub.
     if folder.exists() or path.startswith((".", "/", "~")):
         return folder.expanduser()
     from huggingface_hub import snapshot_download
@@ -26,10 +27,12 @@ def locate(
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = type(error).__name__
         raise InputError(
-            f"{field}: {path!r} is no local folder, and the hub does not give it (revision {revision}): "
-            f"{type(error).__name__}; check the path or id, HF_TOKEN for a gated model, and that the hub can be "
-            "reached (HF_HUB_OFFLINE=1: only what its cache holds)"
+            f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {reason}",
+            field=field,
+            remedy="check the path or id, HF_TOKEN for a gated model, and that the hub can be reached "
+            "(HF_HUB_OFFLINE=1: only what its cache holds)",
         ) from error
 
 

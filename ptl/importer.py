@@ -1,29 +1,20 @@
-"""A hub id or a local folder becomes a checked checkpoint; what can be wrong is found here, before any work."""
+"""What a run needs of its model, data and tasks, checked before any work and without weights in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
-from ptl import checkpoint, hub, model_checks, pretrained
+from ptl import checkpoint, hub, setting_checks
 from ptl.anatomy import ModelDimensions, layers_for, model_dimensions, width_for
-from ptl.config import (
-    Calibration,
-    DataSource,
-    Evaluate,
-    Gate,
-    Grpo,
-    NextToken,
-    Prune,
-    RecoverStage,
-    Schedule,
-    TrainingData,
-    plan,
-    removal,
-)
+from ptl.config import Calibration, Evaluate, Gate
 from ptl.errors import InputError
-from ptl.families import family_of
+from ptl.families import check_repair, family_of
+from ptl.import_checkpoint import import_checkpoint as import_checkpoint
+from ptl.recover_config import DataSource, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.rewards import check_patterns, reference_template
+from ptl.schedule import Prune, Schedule, plan, removal
 from ptl.sources import check_rows, fill, local_file, prompt_of, read_rows
 from ptl.tasks import check_gate, check_tasks
 
@@ -39,50 +30,72 @@ def preflight(
     gate: Gate | None = None,
     recover: Sequence[RecoverStage] = (),
 ) -> tuple[Path, ModelDimensions]:
-    """Check all that a run needs, without weights in memory; returns the model's local folder and its sizes.
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
     Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
     """
+    check_data_and_tasks(calibration, training, evaluate, gate, recover)
+    # Only now a download, which may take an hour.
+    folder = hub.locate(path, revision)
+    dimensions = check_model(folder, schedule, prune)
+    setting_checks.check_settings(folder, calibration, training, evaluate, recover)
+    return folder, dimensions
+
+
+def check_data_and_tasks(
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+    gate: Gate | None,
+    recover: Sequence[RecoverStage],
+) -> None:
+    """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
     check_data(calibration, training, recover)
     check_rewards(recover, training)
-    check_tasks(evaluate.tasks, evaluate)
+    check_tasks(evaluate)
+    # The gate compares item by item, so its task must call each item right or wrong.
     if gate is not None:
         check_gate(evaluate, gate)
-    folder = hub.locate(path, revision)
-    body = check_model(folder, schedule, prune)
-    model_checks.check_settings(folder, calibration, training, evaluate, recover)
-    return folder, body
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:
-    """Check files, family and target without loading weights; returns the model's sizes.
+    """Check files, family and target without loading weights; returns the model's dimensions.
 
     Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
     target that the plan cannot reach.
     """
+    # Its files.
     family = family_of(checkpoint.read_config(folder))
     checkpoint.check_links(folder)
-    body = model_dimensions(folder, family)
+    dimensions = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)
-    if prune.repair != "off":
-        from ptl import repair
 
-        repair.check(prune.repair, family)
-    remove = removal(body.params, schedule.target)
-    if not 0 < remove < body.params:
+    # What the config will do to it.
+    check_repair(prune.repair, family)
+    _check_target(dimensions, schedule, prune)
+    return dimensions
+
+
+def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> None:
+    """Raise InputError for a target that neurons, and after them layers, cannot reach."""
+    total = removal(dimensions.params, schedule.target)
+    if not 0 < total < dimensions.params:
         raise InputError(
-            f"schedule.target: {schedule.target:g} is no size below the model's own {body.params:,} parameters; "
-            "give a share between 0 and 1, or the number of parameters to end with"
+            f"{schedule.target:g} is no size below the model's own {dimensions.params:,} parameters",
+            field="schedule.target",
+            remedy="give a share between 0 and 1, or the number of parameters to end with",
         )
-    rounds = plan(schedule, prune)
-    by_neurons = [it for it in rounds if it.unit == "neurons"]
-    if by_neurons:
-        goal = body.params - int(by_neurons[-1].progress * remove)
-        width_for(body, goal, prune.width_multiple, prune.tensor_parallel)
-    if len(by_neurons) < len(rounds):
-        already = by_neurons[-1].progress if by_neurons else 0
-        layers_for(body, body.params - int((1 - already) * remove))
-    return body
+    # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
+    iterations = plan(schedule, prune)
+    neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
+    by_neurons = Fraction(0)  # share of the removal
+    if neuron_iterations:
+        by_neurons = neuron_iterations[-1].progress
+        removed = int(by_neurons * total)
+        width_for(dimensions, dimensions.params - removed, prune.width_multiple, prune.tensor_parallel)
+    if len(neuron_iterations) < len(iterations):
+        removed = int((1 - by_neurons) * total)
+        layers_for(dimensions, dimensions.params - removed)
 
 
 def check_data(calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]) -> None:
@@ -125,22 +138,3 @@ def check_rewards(stages: Sequence[RecoverStage], training: TrainingData) -> Non
                 prompt_of(row, source, number)
                 for reward in stage.rewards:
                     fill(reference_template(reward), row, source, number)
-
-
-def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
-    """Copy an ordinary checkpoint to `dst`, weights checked for NaN; raises InputError for what is wrong with it."""
-    import shutil
-
-    src = hub.locate(path, revision)
-    family = family_of(checkpoint.read_config(src))
-    checkpoint.check_links(src)
-    model_dimensions(src, family)
-    pretrained.config(src)
-    model_checks.check_tokenizer(src)
-    weights = checkpoint.shards(src)
-    checkpoint.check_finite(weights)
-    dst.mkdir(parents=True, exist_ok=True)
-    index = src / checkpoint.INDEX
-    for file in [*weights, src / "config.json", *([index] if index.is_file() else [])]:
-        shutil.copyfile(file, dst / file.name)
-    checkpoint.copy_companions(src, dst)

@@ -5,6 +5,6 @@ from __future__ import annotations
 MARK = "ptl: "
 
 
-def say(name: str, what: str) -> None:
+def say(step: str, text: str) -> None:
     """Print one line of progress of a step."""
-    print(f"{MARK}{name}: {what}", flush=True)
+    print(f"{MARK}{step}: {text}", flush=True)

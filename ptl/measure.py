@@ -1,87 +1,112 @@
-"""The loss of many cuts of one model, measured in one pass over its layers."""
+"""The loss of many pruned variants of one model, measured in one pass over its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ptl.stream import LayerwiseModel
+from ptl.stream import LayerwiseModel, States, layers_in_turn
 
 
 @dataclass(frozen=True)
-class Variant:
-    """The model without some layers, and with only some neurons (kept indices, by layer; others are masked)."""
+class PrunedVariant:
+    """The model without some layers, and with only some neurons in others."""
 
-    skipped: frozenset[int] = frozenset()
-    neurons: Mapping[int, Tensor] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()  # layers that the hidden states pass by
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)  # kept indices by layer; all others are masked
 
 
 @dataclass
 class _Group:
-    """Variants that are the same up to here share their hidden states."""
+    """Variants that are the same up to this layer share their hidden states."""
 
-    states: list[Tensor]
-    members: list[int]
+    states: States
+    members: list[int]  # their positions among the variants
 
 
-def losses(stream: LayerwiseModel, variants: Sequence[Variant], progress: bool = True) -> Tensor:
+@torch.no_grad()
+def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant]) -> Tensor:
     """Mean loss of every sequence's answer tokens under every variant: float64 [variants, sequences].
 
-    Each layer is loaded once. Variants part where they differ; memory grows with those that have parted.
+    Each layer is loaded once. Variants share their hidden states until they differ, so that memory grows with the
+    number of different ones.
     """
-    groups = [_Group(stream.embed(), list(range(len(variants))))]
-    for i in tqdm(range(len(stream.layers)), desc=f"loss of {len(variants)} cuts, by layer", disable=not progress):
-        with torch.no_grad(), stream.layer(i) as layer:
-            groups = [part for group in groups for part in _advance(stream, layer, i, group, variants)]
-    found = torch.zeros(len(variants), sum(len(batch["input_ids"]) for batch in stream.batches), dtype=torch.float64)
-    with torch.no_grad(), stream.head():
+    # At first all variants are the same.
+    count = len(variants)
+    groups = [_Group(model.embed(), list(range(count)))]
+    for i, layer in layers_in_turn(model, f"loss of {count} variants, by layer"):
+        divided: list[_Group] = []
+        # A group is divided where its members begin to differ.
         for group in groups:
-            found[group.members] = torch.tensor(list(_sequence_losses(stream, group.states)), dtype=torch.float64)
-    return found
+            divided += _advance(model, layer, i, group, variants)
+        groups = divided
+    measured = torch.zeros(count, model.num_sequences, dtype=torch.float64)
+    with model.head():
+        for group in groups:
+            measured[group.members] = _sequence_losses(model, group.states)  # the same for all members
+    return measured
 
 
 def _advance(
-    stream: LayerwiseModel, layer: nn.Module, i: int, group: _Group, variants: Sequence[Variant]
+    model: LayerwiseModel,
+    layer: nn.Module,
+    i: int,
+    group: _Group,
+    variants: Sequence[PrunedVariant],
 ) -> Iterator[_Group]:
-    """The group after layer i, parted by what its members do there."""
-    parts: dict[tuple[int, ...] | None, list[int]] = {}
+    """The group after layer i, divided by what its members do in that layer."""
+    members_by_change: dict[Hashable, list[int]] = {}
     for member in group.members:
-        kept = variants[member].neurons.get(i)
-        action = None if i in variants[member].skipped else () if kept is None else tuple(kept.tolist())
-        parts.setdefault(action, []).append(member)
-    for action, members in parts.items():
-        if action is None:
-            yield _Group(group.states, members)
-            continue
-        with masked(layer, stream.family.columns, variants[members[0]].neurons.get(i)):
-            yield _Group([stream.run(i, b, hidden) for b, hidden in enumerate(group.states)], members)
+        change = _layer_change(variants[member], i)
+        members_by_change.setdefault(change, []).append(member)
+    for members in members_by_change.values():
+        variant = variants[members[0]]  # all of them are the same up to here
+        states = group.states
+        if i not in variant.skipped:
+            with masked(layer, model.family.down_projection, variant.neurons.get(i)):
+                states = model.run_batches(i, states)
+        yield _Group(states, members)
+
+
+def _layer_change(variant: PrunedVariant, i: int) -> Hashable:
+    """What a variant does in layer i, in a form that compares: skip it, mask neurons (the others are kept), nothing."""
+    if i in variant.skipped:
+        return "skipped"
+    kept = variant.neurons.get(i)
+    return None if kept is None else tuple(kept.tolist())
 
 
 @contextmanager
-def masked(layer: nn.Module, columns: str, kept: Tensor | None) -> Iterator[None]:
-    """Neurons outside `kept` are zero while the block lasts."""
+def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Iterator[None]:
+    """Neurons outside `kept` are zero while the block lasts; None keeps all."""
     if kept is None:
         yield
         return
 
     def mask(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        keep = torch.zeros(inputs[0].shape[-1], dtype=inputs[0].dtype, device=inputs[0].device)
+        (activations,) = inputs  # [B, T, F]
+        keep = torch.zeros_like(activations[0, 0])  # [F]
         keep[kept.to(keep.device)] = 1
-        return (inputs[0] * keep,)
+        return (activations * keep,)
 
-    handle = layer.get_submodule(columns).register_forward_pre_hook(mask)
+    handle = layer.get_submodule(down_projection).register_forward_pre_hook(mask)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _sequence_losses(stream: LayerwiseModel, states: list[Tensor]) -> Iterator[float]:
+def _sequence_losses(model: LayerwiseModel, states: States) -> Tensor:
+    """Mean loss of every sequence of all batches, from the last hidden states: float64 [sequences]."""
+    means = []
     for b, hidden in enumerate(states):
-        for row, count in enumerate(stream.predicted(b).tolist()):
-            yield float(stream.loss(b, row, hidden[row : row + 1])) / max(1, count)
+        # One sequence at a time: logits are as large as the vocabulary.
+        for row, count in enumerate(model.predicted(b).tolist()):
+            states_of_row = hidden[row : row + 1]  # [1, T, H]
+            loss = model.loss(b, row, states_of_row)
+            means.append(float(loss) / max(1, count))
+    return torch.tensor(means, dtype=torch.float64)

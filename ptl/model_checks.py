@@ -1,23 +1,26 @@
-"""Whether a model can do what the config asks of it: tokenizer, positions, teacher. No weights are read.
+"""Whether a checkpoint can be trained and asked at all: tokenizer, EOS token, positions, vocabulary. Reads no weights.
 
 `ptl validate` runs without transformers and takes less than a second: it looks at files. The steps ask transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl import bounded_json, checkpoint, hub, pretrained
-from ptl.config import Calibration, DataSource, Distil, Evaluate, Grpo, NextToken, RecoverStage, TrainingData
+from ptl import bounded_json, checkpoint, pretrained
 from ptl.errors import InputError
 
-JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+JSON_FILES = (
+    "tokenizer.json",  # the tokenizer itself, vocabulary included
+    "tokenizer_config.json",  # special tokens and chat template
+    "special_tokens_map.json",  # special tokens, in older checkpoints
+    "vocab.json",  # the vocabulary, where there is no tokenizer.json
+)
 GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-NO_EOS = "the tokenizer has no EOS token, so no answer could end; set eos_token and save it"
 
 
 def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
@@ -27,35 +30,22 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     except (InputError, ModuleNotFoundError):  # the latter: without transformers
         raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
-        raise _unreadable(folder, error) from error
+        raise _unreadable_tokenizer(folder, error) from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{field}: {folder}: {NO_EOS}")
+        raise InputError(
+            f"{folder}: the tokenizer has no EOS token, so no answer could end",
+            field=field,
+            remedy="set eos_token and save it",
+        )
     return tokenizer
-
-
-def check_settings(
-    folder: Path,
-    calibration: Calibration,
-    training: TrainingData,
-    evaluate: Evaluate,
-    recover: Sequence[RecoverStage],
-) -> None:
-    """Raise InputError for what the model in `folder` cannot do of all that the config asks of it."""
-    check_tokenizer(folder)
-    check_generation_config(folder)
-    check_positions(folder, {"calibration.max_length": calibration.max_length})
-    if evaluate.max_length is not None:
-        check_positions(folder, {"evaluate.max_length": evaluate.max_length})
-    _check_each(folder, recover, None)
-    sources: dict[str, DataSource] = {"calibration.data": calibration.data}
-    sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
-    check_chat_template(folder, sources)
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise InputError for a tokenizer that is not there, cannot be read or has no EOS token, as far as files say."""
+    # Is there one, and is each of its files JSON?
     checkpoint.check_tokenizer(folder)
     files = _json_files(folder)
+    # The library that transformers uses for it reads the file in milliseconds.
     core = folder / "tokenizer.json"
     if core.is_file() and find_spec("tokenizers") is not None:
         from tokenizers import Tokenizer
@@ -63,10 +53,11 @@ def check_tokenizer(folder: Path) -> None:
         try:
             Tokenizer.from_file(str(core))
         except Exception as error:  # the library raises Exception itself
-            raise _unreadable(folder, error) from error
-    named = [files[name].get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    # a few classes of transformers have an EOS token of their own
-    if not any(named) and find_spec("transformers") is not None:
+            raise _unreadable_tokenizer(folder, error) from error
+
+    # A few classes of transformers have an EOS token of their own, so files without one are asked of it.
+    eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
+    if not eos and find_spec("transformers") is not None:
         load_tokenizer(folder)
 
 
@@ -78,79 +69,46 @@ def check_generation_config(folder: Path) -> None:
 
 
 def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
-    """Raise InputError for a config field whose sequences are longer than the model's context."""
+    """Raise InputError for a config field whose sequences are longer than the model's context; `lengths` in tokens."""
     positions = checkpoint.read_config(folder).get("max_position_embeddings")
-    for field, length in lengths.items():
-        if isinstance(positions, int) and length > positions:
-            raise InputError(
-                f"{field}: {length} is more than the model's {positions} positions ({folder}); lower it to {positions}"
-            )
-
-
-def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
-    """Raise InputError for a recovery that the model in `folder`, or a teacher that is known, cannot do.
-
-    `teacher` is the run's original model; None: not known yet, or the model itself.
-    """
-    check_tokenizer(folder)
-    _check_each(folder, stages, teacher)
-
-
-def _check_each(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
-    for stage in stages:
-        if isinstance(stage, NextToken):
-            check_positions(folder, {"recover.max_length": stage.max_length})
-        if isinstance(stage, Grpo):
-            check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
-        if isinstance(stage, Distil) and (stage.teacher or teacher):
-            other = _teacher_files(stage.teacher) if stage.teacher else teacher
-            assert other is not None
-            check_positions(other, {"recover.max_length (for recover.teacher)": stage.max_length})
-            check_teacher(folder, other, stage.teacher or str(other))
-
-
-def check_teacher(folder: Path, teacher: Path, named: str) -> None:
-    """Raise InputError for a teacher with another vocabulary, where both store it in tokenizer.json."""
-    mine, theirs = _vocabulary(folder), _vocabulary(teacher)
-    if mine and theirs:
-        compare_vocabularies(mine, theirs, named)
-
-
-def compare_vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int], named: str) -> None:
-    """Raise InputError where a token has not the same number for student and teacher."""
-    if mine != theirs:
-        differ = len(set(mine.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"recover.teacher: {named} has another vocabulary ({len(theirs)} tokens, the student {len(mine)}; {differ} "
-            "entries differ); distillation needs a teacher with the same tokenizer"
-        )
-
-
-def check_chat_template(folder: Path, sources: Mapping[str, DataSource]) -> None:
-    """Raise InputError for chats without a template that renders them."""
-    stored = _json_files(folder)["tokenizer_config.json"].get("chat_template")
-    if stored or any((folder / name).is_file() for name in TEMPLATES):
+    if not isinstance(positions, int):  # a family without a limit
         return
-    for field, source in sources.items():
-        if source.format == "messages":
+    for field, length in lengths.items():
+        if length > positions:
             raise InputError(
-                f"{field}.format: `messages` needs a chat template, and the tokenizer of {folder} has none; use "
-                "another format, or a model with a template"
+                f"{length} is more than the model's {positions} positions ({folder})",
+                field=field,
+                remedy=f"lower it to {positions}",
             )
 
 
-def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The tokenizer's JSON files by name; empty: not there."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in JSON_FILES:
-        path = folder / name
-        try:
-            found[name] = bounded_json.loads(path.read_bytes()) if path.is_file() else {}
-        except ValueError as error:
-            raise _unreadable(folder, f"{name}: {error}") from error
-        if not isinstance(found[name], dict):
-            raise _unreadable(folder, f"{name} holds no JSON object")
-    return found
+def has_chat_template(folder: Path) -> bool:
+    """Whether chats can be rendered; older checkpoints have the template in the tokenizer's config."""
+    if any((folder / name).is_file() for name in TEMPLATES):
+        return True
+    return bool(_json_files(folder)["tokenizer_config.json"].get("chat_template"))
+
+
+def check_teacher(folder: Path, teacher: Path, name: str) -> None:
+    """Raise InputError for a teacher with another vocabulary, where both store it in tokenizer.json."""
+    student_tokens = _vocabulary(folder)
+    teacher_tokens = _vocabulary(teacher)
+    if student_tokens and teacher_tokens:
+        compare_vocabularies(student_tokens, teacher_tokens, name)
+
+
+def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
+    """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
+    if student == teacher:
+        return
+    # An entry is a token with its number; a token that has moved counts on both sides.
+    different = set(student.items()) ^ set(teacher.items())
+    raise InputError(
+        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; "
+        f"{len(different)} entries differ)",
+        field="recover.teacher",
+        remedy="distillation needs a teacher with the same tokenizer",
+    )
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
@@ -158,24 +116,39 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     core = _json_files(folder)["tokenizer.json"]
     if not core:
         return {}
+    # Tokens that were added later (of chats, for example) are listed apart.
     try:
         vocabulary = core["model"].get("vocab", {})
-        numbered = vocabulary if isinstance(vocabulary, dict) else {row[0]: i for i, row in enumerate(vocabulary)}
-        return numbered | {token["content"]: token["id"] for token in core.get("added_tokens") or ()}
+        if not isinstance(vocabulary, dict):  # Unigram: pairs of a token and its score, in the order of their numbers
+            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+        added = core.get("added_tokens") or ()
+        return {**vocabulary, **{token["content"]: token["id"] for token in added}}
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise _unreadable(folder, f"tokenizer.json: {type(error).__name__}: {error}") from error
+        kind = type(error).__name__
+        raise _unreadable_tokenizer(folder, f"tokenizer.json: {kind}: {error}") from error
 
 
-def _teacher_files(teacher: str) -> Path:
-    """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"recover.teacher: no config.json in {folder}; give the folder of a checkpoint, or a hub id")
-    return folder
+def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tokenizer's JSON files by name; empty: not there."""
+    files: dict[str, dict[str, Any]] = {}
+    for name in JSON_FILES:
+        path = folder / name
+        try:
+            text = path.read_bytes() if path.is_file() else b"{}"
+            content = bounded_json.loads(text)
+        except ValueError as error:
+            raise _unreadable_tokenizer(folder, f"{name}: {error}") from error
+        if not isinstance(content, dict):
+            raise _unreadable_tokenizer(folder, f"{name} holds no JSON object")
+        files[name] = content
+    return files
 
 
-def _unreadable(folder: Path, why: object) -> InputError:
+def _unreadable_tokenizer(folder: Path, reason: object) -> InputError:
+    beginning = str(reason)[:300]
     return InputError(
-        f"model.path: the tokenizer of {folder} cannot be read ({str(why)[:300]}); fetch the checkpoint again, or save "
-        "a tokenizer beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        f"the tokenizer of {folder} cannot be read ({beginning})",
+        field="model.path",
+        remedy="fetch the checkpoint again, or save a tokenizer beside the weights: "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
     )

@@ -6,7 +6,7 @@ import io
 import re
 from typing import Any
 
-from ptl import speeds
+from ptl import speed_rows
 from ptl.result import Result, final_row
 
 # Each colour stands for a CSS variable of the page and is replaced by it after drawing.
@@ -53,7 +53,7 @@ def draw(result: Result) -> dict[str, dict[str, str]]:
         "loss": bool(result["curves"]),
         "widths": any(row["widths"] for row in result["rows"]),
         "tasks": any(len(row["scores"]["tasks"]) > 1 for row in result["rows"]),
-        "speed": bool(speeds.rows(result.get("speed") or {})),
+        "speed": bool(speed_rows.rows(result.get("speed") or {})),
     }
     return {
         name: {size: _picture(paint, result, name, size) for size in ("wide", "narrow")}
@@ -265,7 +265,7 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     """How many times as fast the final model is as the dense one: a bar from 1 for each measure."""
     from matplotlib.ticker import MaxNLocator
 
-    rows = speeds.rows(result["speed"])
+    rows = speed_rows.rows(result["speed"])
     figure.set_size_inches((8.4, 0.6 + 0.3 * len(rows)) if wide else (3.9, 0.6 + 0.32 * len(rows)))
     axis = figure.subplots()
     times = [row.times for row in rows]

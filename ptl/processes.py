@@ -7,7 +7,6 @@ import ctypes
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,43 +14,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import psutil
+
 from ptl.errors import InputError
+
+Environment = dict[str, str]  # of a process, by the variables' names
 
 LIFELINE = "PTL_LIFELINE"  # a file that the command which started this process keeps locked as long as it runs
 TIED = "PTL_TIED"  # id of the process that `tied` started, for the processes that it starts
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str, *, wait: float = 0.0, remedy: str = "") -> Iterator[None]:
+def exclusive(path: Path, work: str, *, wait: float = 0.0, remedy: str = "") -> Iterator[None]:
     """Hold the lock file at `path`; the system frees it when this process ends, however it ends.
 
-    Raises InputError, naming the process that holds it, when it is not free within `wait` seconds.
+    Raises InputError, naming `work` and the process that holds it, when it is not free within `wait` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait
     with path.open("a+") as file:
-        deadline = time.monotonic() + wait
-        while not _taken(file):
+        while not _try_lock(file):
             if time.monotonic() >= deadline:
-                file.seek(0)
-                pid, _, namespace = file.read().partition(" ")
-                here = namespace == _namespace()
-                who, end = (f"id {pid}", f"kill {pid}") if here else ("in another container", "remove its container")
-                remedy = remedy or f"wait for it, or end it ({end}) and run the same command again"
-                raise InputError(f"{what}: another process executes it (process {who}); {remedy}")
+                raise _held_by_another(file, work, remedy)
             time.sleep(0.05)
+        # For the error of those who come later.
         file.truncate(0)
-        file.write(f"{os.getpid()} {_namespace()}")
+        file.write(f"{os.getpid()} {_pid_namespace()}")
         file.flush()
         yield
 
 
-def _namespace() -> str:
-    """In which process ids have their meaning: a container has one of its own."""
-    return str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
-
-
-def _taken(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -59,11 +53,36 @@ def _taken(file: IO[str]) -> bool:
     return True
 
 
+def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
+    """The error that names the holder of a lock file, by what the holder wrote into it."""
+    file.seek(0)
+    pid, _, namespace = file.read().partition(" ")
+    # An id of another container may be that of a process here which has nothing to do with it.
+    if namespace == _pid_namespace():
+        holder = f"id {pid}"
+        command = f"kill {pid}"
+    else:
+        holder = "in another container"
+        command = "remove its container"
+    problem = f"another process executes it (process {holder})"
+    if not remedy:
+        remedy = f"wait for it, or end it ({command}) and run the same command again"
+    return InputError(problem, field=work, remedy=remedy)
+
+
+def _pid_namespace() -> str:
+    """In which process ids have their meaning: a container has one of its own."""
+    if sys.platform != "linux":
+        return ""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
 @contextlib.contextmanager
 def lifeline(path: Path) -> Iterator[None]:
     """Keep `path` locked for processes that follow it (`follow_lifeline`); they end when this block or process does."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever opens it before it is removed gets the lock when it is closed.
         try:
             yield
         finally:
@@ -77,10 +96,12 @@ def follow_lifeline() -> None:
     """
     path = os.environ.get(LIFELINE)
     if path:
-        threading.Thread(target=_follow, args=(Path(path),), daemon=True).start()
+        follower = threading.Thread(target=_end_with_lifeline, args=(Path(path),), daemon=True)
+        follower.start()
 
 
-def _follow(path: Path) -> None:
+def _end_with_lifeline(path: Path) -> None:
+    # A file that is gone means that the command has ended already.
     with contextlib.suppress(FileNotFoundError), path.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -90,6 +111,7 @@ def die_with(parent: int) -> None:
     """Have the system kill this process when its parent, process `parent`, dies (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died before the call.
     if os.getppid() != parent:
         sys.exit("the process that started this one has ended")
 
@@ -104,43 +126,50 @@ def tied(command: list[str]) -> list[str]:
 
 def die_with_tied() -> None:
     """Have the system kill this process when the `tied` process that started it dies."""
-    if TIED in os.environ:
-        die_with(int(os.environ[TIED]))
+    parent = os.environ.get(TIED)
+    if parent is not None:
+        die_with(int(parent))
 
 
 @contextlib.contextmanager
 def interruptible(advice: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a command alike: a sentence with `advice`, and exit code 128 + the signal's number."""
 
-    def stop(number: int, _frame: Any) -> NoReturn:
+    def interrupt(number: int, _frame: Any) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGTERM would end the command without its clean-up.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except KeyboardInterrupt as error:
+        # Libraries raise it themselves, without a number.
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
         print(f"\ninterrupted by {number.name}: {advice}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def start_time(pid: int) -> str:
-    """When a process started, as the system reports it; empty when there is none (or only its zombie)."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
+    """Seconds from the system's start to that of a process; empty when there is none (or only its zombie).
+
+    Not as a date: that changes when the clock is set.
+    """
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
             return ""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return "" if fields[0] == "Z" else f"{boot}-{fields[19]}"
-    return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        seconds = process.create_time() - psutil.boot_time()
+    except psutil.NoSuchProcess:
+        return ""
+    return f"{seconds:.2f}"
 
 
 if __name__ == "__main__":
+    # Started by a `tied` command: PARENT COMMAND...
     die_with(int(sys.argv[1]))
     os.environ[TIED] = str(os.getpid())
     os.execvp(sys.argv[2], sys.argv[2:])

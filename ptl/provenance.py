@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl import tasks
+from ptl import task_data, tasks
 from ptl.config import Calibration, DataSource, Evaluate, Task, TrainingData
 from ptl.sources import local_file
 
@@ -70,7 +70,7 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
         return
     for spec in tasks.find(task.name):
         scored = spec.config.get("test_split") or spec.config.get("validation_split") or ""
-        local = tasks.local_splits(spec, settings.data_dir, task.num_fewshot).get(scored)
+        local = task_data.local_splits(spec, settings.data_dir, task.num_fewshot).get(scored)
         if local is not None:
             yield DataSet("evaluation", spec.name, digest_of(Path(local.file)), "local", local.file)
         elif spec.config.get("dataset_path"):

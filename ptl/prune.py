@@ -1,8 +1,7 @@
-"""Score, select, cut, repair, save: one checkpoint in, one smaller checkpoint out."""
+"""Score, select, prune, repair, save: one checkpoint in, one smaller checkpoint out."""
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import time
 from dataclasses import dataclass
@@ -10,38 +9,45 @@ from pathlib import Path
 
 from ptl import checkpoint, model_checks, repair
 from ptl.anatomy import model_dimensions, resolve_multiple
-from ptl.choose import CHOICES, SelectionTask
+from ptl.choose import CHOICES, SelectionTask, check_goal
 from ptl.config import Calibration, Prune
 from ptl.data import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
-from ptl.families import Family, family_of
+from ptl.families import check_repair, family_of
 from ptl.own_answers import own_answers
 from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, cut_checkpoint
+from ptl.surgery import Selection, TensorFiles, write_pruned
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a cut did. Widths are FFN widths, one per layer that stays."""
+    """What was pruned. Widths are FFN widths, one per layer that stays."""
 
-    unit: str  # what went: "neurons", "layers", "both" or "nothing"
-    criterion: str
+    unit: str  # what was removed: "neurons", "layers", "both" or "nothing"
+    criterion: str  # by which it was selected
     params_before: int
-    params: int
-    goal: int
-    layers: int
+    params: int  # afterwards
+    goal: int  # parameters asked for
+    layers: int  # that stay
     widths: tuple[int, ...]
-    removed_layers: tuple[int, ...]
+    removed_layers: tuple[int, ...]  # their numbers in the source
     width_multiple: int  # what widths were rounded down to
     repaired: int  # tensors changed by the closed-form repair
     sequences: int  # calibration sequences scored; 0: none were needed
-    seconds: float
+    seconds: float  # wall-clock time
 
 
 def prune_checkpoint(
-    src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
+    src: Path,
+    dst: Path,
+    settings: Prune,
+    calibration: Calibration,
+    *,
+    unit: str,  # "neurons", "layers" or "auto"
+    goal: int,  # parameters
+    seed: int,
 ) -> PruneReport:
-    """Cut `src` to at most `goal` parameters by removing `unit` ("neurons", "layers", "auto"); write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing neurons or layers; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
     answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
@@ -49,67 +55,91 @@ def prune_checkpoint(
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
-    repair.check(settings.repair, family)
-    body = model_dimensions(src, family)
-    made: list[LayerwiseModel] = []
-
-    @functools.cache
-    def stream() -> LayerwiseModel:
-        batches = _batches(src, calibration, seed)
-        if unit == "auto" or settings.criterion == "taylor":
-            _check_answers(batches, calibration)
-        made.append(LayerwiseModel(src, family, batches))
-        return made[0]
-
-    selected = CHOICES[unit](SelectionTask(body, settings, goal, seed, stream))
-    repaired = _cut(src, dst, family, settings, selected, made)
+    check_repair(settings.repair, family)
+    before = model_dimensions(src, family)
+    if goal >= before.params:
+        # Nothing has to be removed: no text is read, and no layer is scored.
+        selection = Selection(tuple(range(before.layers)), {})
+        repaired = sequences = 0
+        write_pruned(src, dst, family, selection)
+    else:
+        check_goal(unit, before, settings, goal)
+        measured = unit == "auto" or settings.criterion == "taylor"
+        batches = _batches(src, calibration, seed, measured)
+        model = LayerwiseModel(src, family, batches)
+        task = SelectionTask(model, before, settings, goal, seed)
+        selection = CHOICES[unit](task)
+        repaired = _write_repaired(src, dst, settings, selection, model)
+        sequences = model.num_sequences
+    # From the files that were written, not calculated
     after = model_dimensions(dst, family)
-    removed = tuple(i for i in range(body.layers) if i not in selected.layers)
+    removed_layers = [i for i in range(before.layers) if i not in selection.layers]
     return PruneReport(
-        unit=_unit(removed, selected),
+        unit=_removed_unit(selection, removed_layers),
         criterion=settings.layer_criterion if unit == "layers" else settings.criterion,
-        params_before=body.params,
+        params_before=before.params,
         params=after.params,
         goal=goal,
         layers=after.layers,
         widths=(after.width,) * after.layers,
-        removed_layers=removed,
-        width_multiple=resolve_multiple(body.width, settings.width_multiple, settings.tensor_parallel),
+        removed_layers=tuple(removed_layers),
+        width_multiple=resolve_multiple(before.width, settings.width_multiple, settings.tensor_parallel),
         repaired=repaired,
-        sequences=sum(len(batch["input_ids"]) for batch in made[0].batches) if made else 0,
+        sequences=sequences,
         seconds=time.monotonic() - started,
     )
 
 
-def _cut(src: Path, dst: Path, family: Family, settings: Prune, selected: Selection, made: list[LayerwiseModel]) -> int:
-    """Write the cut checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
-    changed: dict[str, Path] = {}
+def _write_repaired(
+    src: Path,
+    dst: Path,
+    settings: Prune,
+    selection: Selection,
+    model: LayerwiseModel,
+) -> int:
+    """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
+    changed: TensorFiles = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
-        if selected.neurons and settings.repair in ("ridge", "both"):
-            changed = repair.ridge(made[0], selected, settings.ridge, Path(scratch, "ridge"))
-        if made and settings.repair in ("magnitude", "both"):
-            changed = repair.magnitude(made[0], selected, changed, Path(scratch, "magnitude"))
-        cut_checkpoint(src, dst, family, selected, changed)
+        if selection.neurons and settings.repair in ("ridge", "both"):
+            changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))
+        if settings.repair in ("magnitude", "both"):
+            changed = repair.magnitude(model, selection, changed, Path(scratch, "magnitude"))
+        write_pruned(src, dst, model.family, selection, changed)
     return len(changed)
 
 
-def _unit(removed: tuple[int, ...], selected: Selection) -> str:
-    names = {(True, True): "both", (True, False): "layers", (False, True): "neurons", (False, False): "nothing"}
-    return names[bool(removed), bool(selected.neurons)]
+def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
+    """What was removed, as PruneReport names it."""
+    if removed_layers:
+        return "both" if selection.neurons else "layers"
+    return "neurons" if selection.neurons else "nothing"
 
 
-def _batches(src: Path, calibration: Calibration, seed: int) -> list[Batch]:
+def _batches(
+    src: Path,
+    calibration: Calibration,
+    seed: int,
+    measured: bool,  # whether the loss is
+) -> list[Batch]:
+    """The calibration text. Raises InputError where its loss is to be measured and no token has one."""
     model_checks.check_positions(src, {"calibration.max_length": calibration.max_length})
     tokenizer = model_checks.load_tokenizer(src)
     if calibration.answers == "given":
-        return calibration_batches(calibration, tokenizer, seed)
-    return padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
-
-
-def _check_answers(batches: list[Batch], calibration: Calibration) -> None:
-    """Raise InputError where there is no loss to measure: it is that of the answers' tokens."""
-    if all(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
+        batches = calibration_batches(calibration, tokenizer, seed)
+    else:
+        answers = own_answers(src, calibration, tokenizer, seed)
+        batches = padded(answers, calibration.batch_size)
+    if measured and not any(map(_has_loss, batches)):
         raise InputError(
-            f"calibration.max_length: {calibration.max_length} tokens hold the prompts and nothing of an answer, so "
-            "that prune.criterion=taylor and prune.target=auto have no loss to measure; raise it"
+            f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
+            "prune.criterion=taylor and prune.target=auto have no loss to measure",
+            field="calibration.max_length",
+            remedy="raise it",
         )
+    return batches
+
+
+def _has_loss(batch: Batch) -> bool:
+    """Whether a token of an answer is predicted; the first token of a sequence is predicted from nothing."""
+    targets = batch["labels"][:, 1:]  # [B, T - 1]
+    return bool((targets != IGNORED).any())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptl import launch, localfs, model_checks
+from ptl import launch, localfs, setting_checks
 from ptl.config import MIN_TOKENS, Cpt, RecoverStage, Recovery
 from ptl.distil import distil
 from ptl.errors import InputError
@@ -53,7 +53,7 @@ def recover_checkpoint(
             )
     check_rewards(stages, job.data)  # of later stages too, before the first one trains
     check_chats(stages, job.data)
-    model_checks.check_stages(src, stages, job.teacher)
+    setting_checks.check_stages(src, stages, job.teacher)
     dst.mkdir(parents=True, exist_ok=True)
     reports: list[RecoverReport] = []
     for i, stage in enumerate(stages):

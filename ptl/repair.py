@@ -1,35 +1,25 @@
-"""Closed-form repair after a cut: no training, only what the calibration text says about the cut layers."""
+"""Closed-form repair after pruning: no training, only what the calibration text shows about the pruned layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ptl import safefile
-from ptl.errors import InputError
-from ptl.families import Family
-from ptl.importance import caught_inputs
-from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, cut_tensor
+from ptl.stream import LayerwiseModel, layers_in_turn, run_with_activations
+from ptl.surgery import Selection, TensorFiles, pruned_tensor
 
 
-def check(kind: str, family: Family) -> None:
-    """Raise InputError for a repair that the family's structure does not allow."""
-    if kind in ("magnitude", "both") and not family.writes:
-        raise InputError(
-            f"prune.repair={kind} is not possible for {family.model_type}: its layers read the hidden state without a "
-            "norm, so that it cannot be scaled; use off or ridge"
-        )
-
-
+@torch.no_grad()
 def ridge(
-    stream: LayerwiseModel, cut: Selection, strength: float, folder: Path, progress: bool = True
-) -> dict[str, Path]:
-    """Fit each cut down_proj to the output of the uncut one; returns a file for each new tensor, in `folder`.
+    model: LayerwiseModel,
+    selection: Selection,
+    strength: float,
+    folder: Path,
+) -> TensorFiles:
+    """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
     min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
@@ -38,48 +28,80 @@ def ridge(
     norm divides it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    states, written = stream.embed(), {}
-    columns, norm = stream.family.columns, stream.family.post_norm
-    for i in tqdm(range(len(stream.layers)), desc="repairing down_proj, by layer", disable=not progress):
-        kept = cut.neurons.get(i)
-        with (
-            torch.no_grad(),
-            stream.layer(i) as layer,
-            caught_inputs(layer, columns) as inputs,
-            caught_inputs(layer, norm or columns) as outputs,
-        ):
-            moments: Tensor | None = None
-            for b, hidden in enumerate(states):
-                states[b] = stream.run(i, b, hidden)
-                tokens = stream.batches[b]["attention_mask"].bool()
-                rows, output = inputs.pop()[tokens].float(), outputs.pop()[tokens].float()  # [tokens, F], [tokens, H]
-                if norm:
-                    rows *= (output.square().mean(dim=1, keepdim=True) + stream.model.config.rms_norm_eps).rsqrt()
-                if kept is not None and i in cut.layers:
-                    moments = rows.t() @ rows if moments is None else moments.addmm_(rows.t(), rows)
-            if moments is not None and kept is not None:
-                weight = layer.get_parameter(f"{columns}.weight")
-                repaired = fit(weight.float(), moments, kept.to(weight.device), strength).to(weight.dtype)
-                name = f"model.layers.{i}.{columns}.weight"
-                written[name] = _keep(folder, name, repaired)
-    return written
+    part = f"{model.family.down_projection}.weight"
+    repaired = {}
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
+        kept = selection.neurons.get(i)
+        # Nothing to fit: the layer is removed, or keeps all its neurons.
+        if kept is None:
+            states = model.run_batches(i, states)
+            continue
+        # C = X^T X: [F, F], over all batches
+        products: Tensor | None = None
+        for b, hidden in enumerate(states):
+            states[b], rows = _activations(model, i, b, hidden)
+            if products is None:
+                products = rows.t() @ rows
+            else:
+                products.addmm_(rows.t(), rows)
+        assert products is not None, "no batches"
+        weight = layer.get_parameter(part).float()  # [H, F]
+        fitted = fit(weight, products, kept.to(weight.device), strength)  # [H, kept]
+        name = f"model.layers.{i}.{part}"
+        repaired[name] = _save(model, folder, name, fitted)
+    return repaired
 
 
-def fit(weight: Tensor, moments: Tensor, kept: Tensor, strength: float) -> Tensor:
-    """W' [H, kept] for the weight [H, F] and the second moments [F, F] of its inputs; all float32."""
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+def _activations(
+    model: LayerwiseModel,
+    i: int,
+    b: int,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states after layer i, and the inputs of its down_proj at the N non-padding tokens: float32 [N, F]."""
+    after, activations, *mlp_outputs = run_with_activations(model, i, b, hidden)
+    tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
+    rows = activations[tokens].float()
+    # At most one: only where a norm follows, which divides each token's output
+    for output in mlp_outputs:
+        squares = output[tokens].float().square()  # [N, H]
+        mean_square = squares.mean(dim=1, keepdim=True)  # [N, 1]
+        mean_square += model.config.rms_norm_eps
+        rows *= mean_square.rsqrt()
+    return after, rows
+
+
+def fit(
+    weight: Tensor,  # W: float32 [H, F]
+    products: Tensor,  # C = X^T X of its inputs: float32 [F, F]
+    kept: Tensor,  # int64 [kept]
+    strength: float,
+) -> Tensor:
+    """The fitted weight W': float32 [H, kept]."""
+    removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
     removed[kept] = False
-    inner = moments[kept][:, kept]
-    penalty = strength * moments.diagonal().mean() + torch.finfo(torch.float32).tiny
+    # Neurons that are never active give a C of zeros, and lambda must not be zero.
+    smallest = torch.finfo(torch.float32).tiny
+    penalty = strength * products.diagonal().mean() + smallest
+    kept_products = products[kept]  # [kept, F]
+    inner = kept_products[:, kept]  # a copy: C_KK
     inner.diagonal().add_(penalty)
-    target = moments[kept][:, removed] @ weight[:, removed].t()  # [kept, H]
+    # The output of the removed neurons, as the kept ones see it
+    removed_weight = weight[:, removed]  # [H, removed]
+    target = kept_products[:, removed] @ removed_weight.t()  # [kept, H]
+    # The matrix is symmetric and positive definite.
     factor = torch.linalg.cholesky(inner)
-    return weight[:, kept] + torch.cholesky_solve(target, factor).t()
+    correction = torch.cholesky_solve(target, factor)  # [kept, H]
+    return weight[:, kept] + correction.t()
 
 
 def magnitude(
-    stream: LayerwiseModel, cut: Selection, repaired: dict[str, Path], folder: Path, progress: bool = True
-) -> dict[str, Path]:
+    model: LayerwiseModel,
+    selection: Selection,
+    repaired: TensorFiles,
+    folder: Path,
+) -> TensorFiles:
     """Make up for the growth of the hidden state that removed layers took with them (Prune&Comp, arXiv 2507.18212).
 
     The paper scales everything before a removed layer by the ratio of norms alpha. Here what the layers after it add to
@@ -87,47 +109,73 @@ def magnitude(
     output stay as they are. `repaired` are tensors that were changed already; returns it with the scaled ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    growth = _growth(stream, set(range(len(stream.layers))) - set(cut.layers), progress)
-    scale, found = 1.0, dict(repaired)
-    for i in range(len(stream.layers)):
-        scale *= growth.get(i, 1.0)
-        if i not in cut.layers or scale == 1.0:
-            continue
-        for name in _writes(stream.entries, stream.family, i):
-            if name in repaired:
-                tensor = safefile.read(safefile.entries(repaired[name])[0])
-            else:
-                placed = cut_tensor(name, safefile.read(stream.entries[name]), stream.family, cut)
-                assert placed is not None
-                tensor = placed[1]
-            offset = stream.family.norm_offset if name.endswith("norm.weight") else 0.0
-            found[name] = _keep(folder, name, ((tensor.float() + offset) / scale - offset).to(tensor.dtype))
-    return found
+    growth = _growth(model, selection)
+    # alpha of all removed layers before this one
+    scale = 1.0
+    scaled = dict(repaired)
+    for i in range(len(model.layers)):
+        if i in growth:
+            scale *= growth[i]
+        elif scale != 1.0:
+            for name in _residual_outputs(model, i):
+                tensor = _current_value(model, selection, repaired, name)
+                # A norm multiplies by its weight plus the offset: the sum is what must be divided.
+                is_norm = name.endswith("norm.weight")
+                offset = model.family.norm_offset if is_norm else 0.0
+                factor = (tensor.float() + offset) / scale
+                scaled[name] = _save(model, folder, name, factor - offset)
+    return scaled
 
 
-def _growth(stream: LayerwiseModel, removed: set[int], progress: bool) -> dict[int, float]:
+def _current_value(
+    model: LayerwiseModel,
+    selection: Selection,
+    repaired: TensorFiles,
+    name: str,
+) -> Tensor:
+    """A tensor as it will be in the pruned checkpoint."""
+    if name in repaired:
+        return safefile.read_single(repaired[name])
+    entry = model.entries[name]
+    pruned = pruned_tensor(name, entry.shape, model.family, selection)
+    assert pruned is not None, f"{name} is of a removed layer"
+    return pruned.values(safefile.read_tensor(entry))
+
+
+@torch.no_grad()
+def _growth(model: LayerwiseModel, selection: Selection) -> dict[int, float]:
     """Mean over tokens of |hidden state after| / |before|, for each removed layer."""
-    states, found = stream.embed(), {}
-    for i in tqdm(range(len(stream.layers)), desc="measuring magnitudes, by layer", disable=not progress):
+    growth = {}
+    states = model.embed()  # [B, T, H] of each batch
+    for i, _ in layers_in_turn(model, "measuring magnitudes, by layer"):
         ratios = []
-        with torch.no_grad(), stream.layer(i):
-            for b, before in enumerate(states):
-                states[b] = stream.run(i, b, before)
-                ratio = states[b].float().norm(dim=-1) / before.float().norm(dim=-1)
-                ratios.append(ratio[stream.batches[b]["attention_mask"].bool()])
-        if i in removed:
-            found[i] = float(torch.cat(ratios).mean())
-    return found
+        for b, before in enumerate(states):
+            states[b] = model.run(i, b, before)
+            norm_before = before.float().norm(dim=-1)  # [B, T]
+            norm_after = states[b].float().norm(dim=-1)
+            tokens = model.batches[b]["attention_mask"].bool()
+            ratio = norm_after / norm_before
+            ratios.append(ratio[tokens])  # [N], without padding
+        if i not in selection.layers:
+            mean_ratio = torch.cat(ratios).mean()
+            growth[i] = float(mean_ratio)
+    return growth
 
 
-def _writes(names: Iterable[str], family: Family, layer: int) -> list[str]:
+def _residual_outputs(model: LayerwiseModel, layer: int) -> list[str]:
     """The tensors through which a layer adds to the hidden state."""
-    wanted = {f"model.layers.{layer}.{part}.{kind}" for part in family.writes for kind in ("weight", "bias")}
-    return sorted(wanted & set(names))
+    names = []
+    for part in model.family.residual_outputs:
+        prefix = f"model.layers.{layer}.{part}"
+        names += [f"{prefix}.weight", f"{prefix}.bias"]
+    return [name for name in names if name in model.entries]
 
 
-def _keep(folder: Path, name: str, tensor: Tensor) -> Path:
+def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:
+    """A file with the new value of one tensor, in the checkpoint's dtype."""
     path = folder / f"{name}.safetensors"
-    dtype = next(key for key, value in safefile.dtypes().items() if value == tensor.dtype)
-    safefile.write(path, [(name, dtype, tuple(tensor.shape))], [tensor.cpu()])
+    dtype = model.entries[name].dtype
+    stored = tensor.cpu().to(safefile.dtypes()[dtype])
+    spec = (name, dtype, tuple(stored.shape))
+    safefile.write_tensors(path, [spec], [stored])
     return path

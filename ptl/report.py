@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ptl import speeds
+from ptl import speed_rows
 from ptl.plots import draw, short
 from ptl.result import Record, Result, build, final_row, total_tokens, work_seconds
+from ptl.units import duration
 from ptl.view import (
     accuracy_caption,
     columns,
     costs,
-    duration,
     flat,
     lines,
     loss_caption,
@@ -102,9 +102,9 @@ def _view(result: Result) -> dict[str, Any]:
         "task_names": tasks,
         "columns": [name for name, _ in columns(result)],
         "costs": costs(result),
-        "speed_rows": [row.cells for row in speeds.rows(result.get("speed") or {})],
-        "speed_setting": speeds.setting(result.get("speed") or {}),
-        "speed_disturbed": speeds.disturbed(result.get("speed") or {}),
+        "speed_rows": [row.cells for row in speed_rows.rows(result.get("speed") or {})],
+        "speed_setting": speed_rows.setting(result.get("speed") or {}),
+        "speed_disturbed": speed_rows.disturbance(result.get("speed") or {}),
         "settings": flat(result["settings"]),
         "started": datetime.fromtimestamp(started, UTC).strftime("%d %B %Y, %H:%M UTC") if started else "",
         "work_seconds": work_seconds(result),

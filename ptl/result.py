@@ -262,7 +262,7 @@ def _items(name: str, records: dict[str, Record]) -> dict[tuple[str, str], dict[
 
 def _paired(names: list[str], records: dict[str, Record], gate: dict[str, Any]) -> dict[str, Any]:
     """The final checkpoint against the dense one and against the control, item by item, on the first task."""
-    from ptl.gate import paired
+    from ptl.paired import paired
 
     final, found = _final_step(names, records), {}
     task = records[final]["metadata"]["scores"]["tasks"][0]["task"] if final else ""

@@ -2,9 +2,9 @@
 
 Two processes for each candidate (`ptl.sandbox_child`, `ptl.sandbox_checker`): one executes the candidate, the other the
 tests. The tests call the candidate by messages over a pipe and get plain values back, and only the checker's process
-holds the pipe on which "passed" is said, after the last line of the tests. The candidate never sees the tests, so there
-is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit, patched
-builtins or objects whose `__eq__` says True only change the candidate's own process.
+holds the pipe on which "passed" is reported, after the last line of the tests. The candidate never sees the tests, so
+there is no marker to forge, no frame to read and no assert to patch: exiting early, printing, `sys.exit`, atexit,
+patched builtins or objects whose `__eq__` says True only change the candidate's own process.
 
 Each child: no network, no exec, no fork, no signal or ptrace to others, no environment; it reads the standard library
 (not site-packages) and a flat scratch folder, and writes only there, all enforced by the kernel (`ptl.sandbox_kernel`)
@@ -42,16 +42,25 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from ptl import sandbox_kernel
 from ptl.errors import InputError, WorkError
 
+Process = subprocess.Popen[bytes]
+
 _MAX_SOURCE = 1_000_000  # characters
-_TICK = 0.05  # seconds between two looks at what has no kernel limit
+_POLL_S = 0.05  # seconds between two checks of what has no kernel limit
+_EXIT_S = 0.2  # seconds for the candidate's own end, whose exit code says why
 _DETAIL = 2000  # characters
 _REPORT = 65536  # bytes that the checker may report
+_CHUNK = 65536  # bytes of one read
+_MAX_FILES = 64  # in the scratch folder
 # A stub package, so that the children import three files of ptl and nothing of its __init__ or of site-packages.
 _BOOT = (
     "import sys; p = type(sys)('ptl'); p.__path__ = [{folder!r}]; sys.modules['ptl'] = p; "
@@ -71,28 +80,48 @@ class Limits:
     file_bytes: int = 1 << 20  # all files in the scratch folder together, at most 64 of them
 
     def __post_init__(self) -> None:
-        for name, least in [("cpu_s", 1), ("memory_bytes", 64 << 20), ("processes", 1), ("output_bytes", 0)]:
-            if getattr(self, name) < least:
-                raise InputError(f"sandbox limit {name} is {getattr(self, name)}: it must be at least {least}")
-        if self.wall_s <= 0 or self.file_bytes < 0:
-            raise InputError(f"sandbox limits wall_s={self.wall_s}, file_bytes={self.file_bytes}: must be positive")
+        # The interpreter alone takes some 30 MB.
+        minima = {
+            "cpu_s": 1,
+            "memory_bytes": 64 << 20,
+            "processes": 1,
+            "output_bytes": 0,
+            "file_bytes": 0,
+        }
+        limits = asdict(self)
+        for name, minimum in minima.items():
+            limit = limits[name]
+            if limit < minimum:
+                raise InputError(f"{limit} must be at least {minimum}", field=f"sandbox limit {name}")
+        if self.wall_s <= 0:
+            raise InputError(f"{self.wall_s} must be positive", field="sandbox limit wall_s")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one candidate did. `detail` may quote the candidate: show it as text, never act on it."""
+    """How one candidate did."""
 
     passed: bool
     status: str  # passed | failed | timeout | killed | output_limit | file_limit | process_limit
-    detail: str
+    detail: str  # may quote the candidate: show it as text, never act on it
+
+
+@dataclass(frozen=True)
+class _Children:
+    """The two processes, and the reading ends of their pipes."""
+
+    candidate: Process
+    checker: Process
+    output: FileIO  # what both print
+    report: FileIO  # of the checker alone
 
 
 @dataclass
-class _Watch:
+class _Observation:
     """What the parent has seen of the two children."""
 
-    output: bytes = b""
-    output_size: int = 0
+    output: bytes = b""  # its beginning
+    output_size: int = 0  # bytes in all
     report: bytes = b""
     status: str = ""  # set by the parent when it ends the run: stronger than any report
     detail: str = ""
@@ -113,74 +142,92 @@ def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outco
     """
     limits = limits or Limits()
     if not tests.strip():
-        raise InputError("tests: empty, so every candidate would pass. Give at least one assert")
+        raise InputError("empty, so every candidate would pass. Give at least one assert", field="tests")
     require_support()
     if len(candidate) > _MAX_SOURCE:
-        return Outcome(False, "failed", f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}")
+        detail = f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}"
+        return Outcome(False, "failed", detail)
     scratch = tempfile.mkdtemp(prefix="ptl-sandbox-")
     try:
-        with _children(candidate, tests, limits, scratch) as (suspect, checker, output, report):
-            watch = _watch(suspect, output, report, limits, scratch)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its own end, to tell why it ended
-                suspect.wait(0 if watch.status or b'"passed"' in watch.report else 0.2)
-            for child in (suspect, checker):
-                child.kill()
-                child.wait()
-        return _judge(watch, suspect, limits)
+        with _running_children(candidate, tests, limits, scratch) as children:
+            observation = _observe(children, limits, scratch)
+            # The exit code is of use only where the candidate's process ended first.
+            is_over = observation.status or b'"passed"' in observation.report
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                children.candidate.wait(0 if is_over else _EXIT_S)
+        return _judge(observation, children.candidate.returncode, limits)
     finally:
         shutil.rmtree(scratch)  # flat: the children can make no folder or link
 
 
 def run_many(
-    pairs: Iterable[tuple[str, str]], limits: Limits | None = None, workers: int | None = None
+    pairs: Iterable[tuple[str, str]],
+    limits: Limits | None = None,
+    workers: int | None = None,
 ) -> list[Outcome]:
-    """Run each (candidate, tests) pair, `workers` at a time (default: the usable cores), in the order given."""
+    """Run each (candidate, tests) pair, `workers` at a time (default: the usable cores), in the order of the pairs."""
     require_support()
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda pair: run_tests(pair[0], pair[1], limits), pairs))
+
+    def run_pair(pair: tuple[str, str]) -> Outcome:
+        candidate, tests = pair
+        return run_tests(candidate, tests, limits)
+
+    num_workers = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(pool.map(run_pair, pairs))
 
 
 @contextlib.contextmanager
-def _children(
-    candidate: str, tests: str, limits: Limits, scratch: str
-) -> Iterator[tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], int, int]]:
-    """Start both processes; yield them with the reading ends of their output and of the checker's report."""
-    opened: list[int] = []
-    started: list[subprocess.Popen[bytes]] = []
-
-    def pipe() -> tuple[int, int]:
-        ends = os.pipe()
-        opened.extend(ends)
-        return ends
-
-    try:
-        (asked, ask), (answered, answer), (output, out), (report, result) = pipe(), pipe(), pipe(), pipe()
-        started.append(_start("candidate", candidate, (asked, answer), out, limits, scratch))
-        started.append(_start("checker", tests, (answered, ask, result), out, limits, scratch))
-        for end in (asked, ask, answered, answer, out, result):
-            os.close(end)
-            opened.remove(end)
-        yield started[0], started[1], output, report
-    finally:
-        for child in started:
-            if child.returncode is None:
-                child.kill()
-                child.wait()
-        for end in opened:
-            os.close(end)
+def _running_children(candidate: str, tests: str, limits: Limits, scratch: str) -> Iterator[_Children]:
+    """Start both processes; they are dead and their pipes closed when the block ends."""
+    with contextlib.ExitStack() as stack:
+        # Both children print to the same pipe; only the checker has the one of the report.
+        questions, to_candidate = _open_pipe(stack)
+        answers, to_checker = _open_pipe(stack)
+        output, to_output = _open_pipe(stack)
+        report, to_report = _open_pipe(stack)
+        suspect = _start_child("candidate", candidate, [questions, to_checker], to_output, limits, scratch)
+        stack.callback(_kill, suspect)
+        checker = _start_child("checker", tests, [answers, to_candidate, to_report], to_output, limits, scratch)
+        stack.callback(_kill, checker)
+        # Else no pipe would end when a child does.
+        for end in (questions, to_candidate, answers, to_checker, to_output, to_report):
+            end.close()
+        yield _Children(suspect, checker, output, report)
 
 
-def _start(
-    role: str, source: str, pipes: tuple[int, ...], out: int, limits: Limits, scratch: str
-) -> subprocess.Popen[bytes]:
+def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """The reading and the writing end of a new pipe, which the stack closes."""
+    reading, writing = os.pipe()
+    reading_end = stack.enter_context(FileIO(reading, "r"))
+    writing_end = stack.enter_context(FileIO(writing, "w"))
+    return reading_end, writing_end
+
+
+def _kill(child: Process) -> None:
+    child.kill()
+    child.wait()
+
+
+def _start_child(
+    role: str,
+    source: str,
+    pipes: list[FileIO],
+    output: FileIO,
+    limits: Limits,
+    scratch: str,
+) -> Process:
+    """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
+    descriptors = [pipe.fileno() for pipe in pipes]
+    # -P, -s and -S: neither the working directory nor site-packages is on the path.
     folder = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-u", "-P", "-s", "-S", "-X", "utf8", "-c", _BOOT.format(folder=folder)]
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
-        stdout=out,
-        stderr=out,
-        pass_fds=pipes,
+        stdout=output,
+        stderr=output,
+        pass_fds=descriptors,
         cwd=scratch,
         env={"PYTHONHASHSEED": "0"},  # the order of sets, and with it the outcome, repeats
         start_new_session=True,
@@ -188,7 +235,7 @@ def _start(
     order = {
         "role": role,
         "source": source,
-        "pipes": pipes,
+        "pipes": descriptors,
         "parent": os.getpid(),
         "limits": {
             "cpu_s": limits.cpu_s,
@@ -198,97 +245,122 @@ def _start(
         },
     }
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # a child that died is seen by its missing report
+    # A child that died is seen by its missing report.
+    with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
         stdin.write(json.dumps(order).encode())
     return child
 
 
-def _watch(suspect: subprocess.Popen[bytes], output: int, report: int, limits: Limits, scratch: str) -> _Watch:
+def _observe(children: _Children, limits: Limits, scratch: str) -> _Observation:
     """Read both pipes until the checker's end of the report closes or a limit is passed."""
-    watch, deadline = _Watch(), time.monotonic() + limits.wall_s
+    observation = _Observation()
+    deadline = time.monotonic() + limits.wall_s
+    next_poll = time.monotonic() + _POLL_S
     with selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        selector.register(report, selectors.EVENT_READ)
-        next_look = time.monotonic() + _TICK
-        while not watch.status:
-            for key, _ in selector.select(max(0.0, min(deadline, next_look) - time.monotonic())):
-                chunk = os.read(key.fd, 65536)
-                if key.fd == report:
-                    if not chunk:
-                        _drain(watch, output, limits)
-                        return watch
-                    watch.report = (watch.report + chunk)[:_REPORT]
-                elif not chunk:
-                    selector.unregister(output)
-                else:
-                    _count(watch, chunk, limits)
+        selector.register(children.output, selectors.EVENT_READ)
+        selector.register(children.report, selectors.EVENT_READ)
+        while not observation.status:
+            pause = min(deadline, next_poll) - time.monotonic()
+            events = selector.select(max(0.0, pause))
+            ready = [key.fileobj for key, _ in events]
+            # The output first: a limit that it passes is stronger than the report.
+            if children.output in ready and not _take_output(observation, children, limits):
+                selector.unregister(children.output)
+            if children.report in ready and not _take_report(observation, children, limits):
+                break
             now = time.monotonic()
-            if watch.status:
+            if observation.status:
                 break
             if now >= deadline:
-                watch.status, watch.detail = "timeout", f"not done after {limits.wall_s} s"
-            elif now >= next_look:
-                next_look = now + _TICK
-                watch.status, watch.detail = _beyond(suspect.pid, limits, scratch)
-    return watch
+                observation.status = "timeout"
+                observation.detail = f"not done after {limits.wall_s} s"
+            elif now >= next_poll:
+                next_poll = now + _POLL_S
+                pid = children.candidate.pid
+                observation.status, observation.detail = _passed_limit(pid, limits, scratch)
+    return observation
 
 
-def _count(watch: _Watch, chunk: bytes, limits: Limits) -> None:
-    watch.output_size += len(chunk)
-    watch.output = (watch.output + chunk)[:_DETAIL]
-    if watch.output_size > limits.output_bytes:
-        watch.status, watch.detail = "output_limit", f"printed more than {limits.output_bytes} bytes"
+def _take_output(observation: _Observation, children: _Children, limits: Limits) -> bool:
+    """Read what was printed; False where both children have closed their output."""
+    chunk = os.read(children.output.fileno(), _CHUNK)
+    _count_output(observation, chunk, limits)
+    return bool(chunk)
 
 
-def _drain(watch: _Watch, output: int, limits: Limits) -> None:
-    """Take what was printed before the report, so that the outcome does not depend on which pipe was read first."""
-    os.set_blocking(output, False)
-    with contextlib.suppress(BlockingIOError):
-        _count(watch, os.read(output, limits.output_bytes + 65536), limits)
+def _take_report(observation: _Observation, children: _Children, limits: Limits) -> bool:
+    """Read what the checker reports; False where it has ended."""
+    chunk = os.read(children.report.fileno(), _CHUNK)
+    observation.report = (observation.report + chunk)[:_REPORT]
+    if not chunk:
+        # What was printed before the report counts, so that the outcome does not depend on which was read first.
+        output = children.output.fileno()
+        os.set_blocking(output, False)
+        with contextlib.suppress(BlockingIOError):
+            _count_output(observation, os.read(output, limits.output_bytes + _CHUNK), limits)
+    return bool(chunk)
 
 
-def _beyond(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
+def _count_output(observation: _Observation, chunk: bytes, limits: Limits) -> None:
+    observation.output_size += len(chunk)
+    observation.output = (observation.output + chunk)[:_DETAIL]
+    if observation.output_size > limits.output_bytes:
+        observation.status = "output_limit"
+        observation.detail = f"printed more than {limits.output_bytes} bytes"
+
+
+def _passed_limit(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
     """Return the status and detail for what no kernel limit covers: the scratch folder's total and the threads."""
     sizes = []
+    # Flat: the children can make no folder.
     for entry in os.scandir(scratch):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             sizes.append(entry.stat(follow_symlinks=False).st_size)
-    if sum(sizes) > limits.file_bytes or len(sizes) > 64:
-        return "file_limit", f"{len(sizes)} files of {sum(sizes)} bytes; allowed are 64 of {limits.file_bytes}"
+    num_bytes = sum(sizes)
+    if num_bytes > limits.file_bytes or len(sizes) > _MAX_FILES:
+        allowed = f"allowed are {_MAX_FILES} of {limits.file_bytes}"
+        return "file_limit", f"{len(sizes)} files of {num_bytes} bytes; {allowed}"
     if limits.processes > 1:
-        with contextlib.suppress(FileNotFoundError):  # ended meanwhile
-            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-            if threads > limits.processes:
-                return "process_limit", f"{threads} threads; allowed are {limits.processes}"
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            num_threads = psutil.Process(pid).num_threads()
+            if num_threads > limits.processes:
+                return "process_limit", f"{num_threads} threads; allowed are {limits.processes}"
     return "", ""
 
 
-def _judge(watch: _Watch, suspect: subprocess.Popen[bytes], limits: Limits) -> Outcome:
+def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome:
     """Turn what was seen into the outcome; WorkError where a child could not be locked down."""
-    printed = watch.output.decode("utf-8", "replace")
-    if watch.status:
-        return _outcome(watch.status, watch.detail, printed)
-    lines = watch.report.splitlines()
+    printed = observation.output.decode("utf-8", "replace")
+    if observation.status:
+        return _not_passed(observation.status, observation.detail, printed)
+    lines = observation.report.splitlines()
     if not lines:
-        raise WorkError(f"the sandbox could not be set up, so no code was run: {printed[:_DETAIL] or 'no message'}")
+        raise _setup_error(printed or "no message")
+    # The first line says that the lock-down is done, the second how the tests ended.
     if len(lines) < 2:
-        return _outcome("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
-    said = json.loads(lines[1])
-    status, detail = str(said["status"]), str(said["detail"])
+        return _not_passed("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
+
+    verdict: dict[str, Any] = json.loads(lines[1])
+    status = str(verdict["status"])
+    detail = str(verdict["detail"])
     if status == "passed":
         return Outcome(True, "passed", "")
-    code = suspect.returncode
     if status == "setup_failed":
-        raise WorkError(f"the sandbox could not be set up, so no code was run: {printed[:_DETAIL] or detail}")
-    if status == "gone":
-        if code == -signal.SIGXCPU:
-            return _outcome("timeout", f"more than {limits.cpu_s} s of CPU time", printed)
-        if code < 0:
-            return _outcome("killed", f"{detail} (signal {-code})", printed)
-        return _outcome("failed", f"{detail} (exit code {code})", printed)
-    return _outcome("failed", detail, printed)
+        raise _setup_error(printed or detail)
+    # Where the candidate's process ended, its exit code says why.
+    if status != "gone":
+        return _not_passed("failed", detail, printed)
+    if exit_code == -signal.SIGXCPU:
+        return _not_passed("timeout", f"more than {limits.cpu_s} s of CPU time", printed)
+    if exit_code < 0:
+        return _not_passed("killed", f"{detail} (signal {-exit_code})", printed)
+    return _not_passed("failed", f"{detail} (exit code {exit_code})", printed)
 
 
-def _outcome(status: str, detail: str, printed: str) -> Outcome:
+def _setup_error(reason: str) -> WorkError:
+    return WorkError(f"the sandbox could not be set up, so no code was run: {reason[:_DETAIL]}")
+
+
+def _not_passed(status: str, detail: str, printed: str) -> Outcome:
     text = f"{detail}\noutput:\n{printed}" if printed else detail
     return Outcome(False, status, text[:_DETAIL])

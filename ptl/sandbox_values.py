@@ -13,131 +13,196 @@ import struct
 import sys
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 MAX_FRAME = 32 << 20  # bytes of one message
 TEXT = 1500  # characters of an error's text
 
-_SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
-    "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque,
-    "range": lambda v: range(*v), "slice": lambda v: slice(*v), "complex": lambda v: complex(*v),
-}  # fmt: skip
-_MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {
-    "dict": dict,
-    "OrderedDict": OrderedDict,
-    "Counter": lambda pairs: Counter(dict(pairs)),
+Tagged = dict[str, Any]  # a value or handle with its tag
+Build = Callable[[list[Any]], Any]  # the value of which these are the parts
+Refer = Callable[[Any], Any]  # makes the handle of an object that is not plain data, or raises TypeError
+Resolve = Callable[[Tagged], Any]  # the object of a handle
+
+_HEADER = struct.Struct("<I")  # length of the JSON that follows
+_CHUNK = 1 << 20  # bytes of one read
+
+
+class _Codec(NamedTuple):
+    """How values of one type travel."""
+
+    module: str  # of the type, which may not be imported yet
+    parts: Callable[[Any], Any]  # of a value, simpler values
+    build: Build
+
+
+def _star(function: Callable[..., Any]) -> Build:
+    def build(arguments: list[Any]) -> Any:
+        return function(*arguments)
+
+    return build
+
+
+def _star_later(module: str, path: str) -> Build:
+    """As `_star`, with a function of a module that is imported at the first use: both children start faster."""
+
+    def build(arguments: list[Any]) -> Any:
+        function = attrgetter(path)(__import__(module))
+        return function(*arguments)
+
+    return build
+
+
+def _pairs(value: Any) -> list[list[Any]]:
+    return [[key, item] for key, item in value.items()]
+
+
+def _text(value: Any) -> list[str]:
+    return [str(value)]
+
+
+def _iso_text(value: Any) -> list[str]:
+    return [value.isoformat()]
+
+
+def _latin_text(value: Any) -> list[str]:
+    return [value.decode("latin-1"), "latin-1"]
+
+
+def _hex_text(value: int) -> list[Any]:
+    return [hex(value), 16]
+
+
+def _array_parts(value: Any) -> list[Any]:
+    return [value.typecode, value.tolist()]
+
+
+def _namedtuple_parts(value: Any) -> list[Any]:
+    return [type(value).__name__, list(value._fields), list(value)]
+
+
+def _build_namedtuple(parts: list[Any]) -> Any:
+    name, fields, items = parts
+    return namedtuple(name, fields)(*items)  # which itself refuses names that are no identifiers
+
+
+def _build_counter(pairs: list[Any]) -> Counter[Any]:
+    return Counter(dict(pairs))
+
+
+# By the type's name, which is its tag.
+_CODECS = {
+    "int": _Codec("builtins", _hex_text, _star(int)),  # of more than 64 bits
+    "bytes": _Codec("builtins", _latin_text, _star(bytes)),
+    "bytearray": _Codec("builtins", _latin_text, _star(bytearray)),
+    "complex": _Codec("builtins", attrgetter("real", "imag"), _star(complex)),
+    "range": _Codec("builtins", attrgetter("start", "stop", "step"), _star(range)),
+    "slice": _Codec("builtins", attrgetter("start", "stop", "step"), _star(slice)),
+    "tuple": _Codec("builtins", list, tuple),
+    "set": _Codec("builtins", list, set),
+    "frozenset": _Codec("builtins", list, frozenset),
+    "dict": _Codec("builtins", _pairs, dict),
+    "deque": _Codec("collections", list, deque),
+    "defaultdict": _Codec("collections", _pairs, dict),  # its factory is a function and stays where it is
+    "OrderedDict": _Codec("collections", _pairs, OrderedDict),
+    "Counter": _Codec("collections", _pairs, _build_counter),
+    "Decimal": _Codec("decimal", _text, _star_later("decimal", "Decimal")),
+    "Fraction": _Codec("fractions", _text, _star_later("fractions", "Fraction")),
+    "date": _Codec("datetime", _iso_text, _star_later("datetime", "date.fromisoformat")),
+    "time": _Codec("datetime", _iso_text, _star_later("datetime", "time.fromisoformat")),
+    "datetime": _Codec("datetime", _iso_text, _star_later("datetime", "datetime.fromisoformat")),
+    "timedelta": _Codec(
+        "datetime", attrgetter("days", "seconds", "microseconds"), _star_later("datetime", "timedelta")
+    ),
+    "array": _Codec("array", _array_parts, _star_later("array", "array")),
+    "namedtuple": _Codec("", _namedtuple_parts, _build_namedtuple),  # known by its form
 }
 
 
 def send(descriptor: int, message: object) -> None:
     """Write one message: four bytes of length, then JSON."""
-    body = json.dumps(message).encode()
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"a value of {len(body)} bytes is too large to hand over")
-    data = memoryview(struct.pack("<I", len(body)) + body)
-    while data:
-        data = data[os.write(descriptor, data) :]
+    payload = json.dumps(message).encode()
+    if len(payload) > MAX_FRAME:
+        raise ValueError(f"a value of {len(payload)} bytes is too large to hand over")
+    unsent = memoryview(_HEADER.pack(len(payload)) + payload)
+    while unsent:
+        num_written = os.write(descriptor, unsent)
+        unsent = unsent[num_written:]
 
 
 def receive(descriptor: int) -> Any:
     """Read one message; EOFError when the other side has closed, ValueError when it is not one."""
-    (size,) = struct.unpack("<I", _read(descriptor, 4))
+    header = _read_exactly(descriptor, _HEADER.size)
+    (size,) = _HEADER.unpack(header)
     if size > MAX_FRAME:
         raise ValueError(f"a message of {size} bytes is too large")
-    return json.loads(_read(descriptor, size))
+    return json.loads(_read_exactly(descriptor, size))
 
 
-def _read(descriptor: int, size: int) -> bytes:
-    parts = []
+def _read_exactly(descriptor: int, size: int) -> bytes:
+    chunks = []
     while size:
-        part = os.read(descriptor, min(size, 1 << 20))
-        if not part:
+        chunk = os.read(descriptor, min(size, _CHUNK))
+        if not chunk:
             raise EOFError("the other side has gone")
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
 
 
-def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
+def encode(value: Any, refer: Refer) -> Any:
     """Return `value` as JSON data; `refer` makes the handle of what is not plain data (or raises TypeError)."""
+    # Exact types: an object of a subclass is more than its value.
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if kind is int:
-        return value if -(2**63) <= value < 2**63 else {"t": "int", "v": hex(value)}
+    if kind is int and -(2**63) <= value < 2**63:
+        return value
     if kind is list:
         return [encode(item, refer) for item in value]
-    name = kind.__name__
-    if kind in (tuple, set, frozenset, deque):
-        return {"t": name, "v": [encode(item, refer) for item in value]}
-    if kind in (dict, OrderedDict, Counter) or (kind.__module__, name) == ("collections", "defaultdict"):
-        name = "dict" if name == "defaultdict" else name
-        return {"t": name, "v": [[encode(key, refer), encode(item, refer)] for key, item in value.items()]}
-    tagged = _encode_scalar(value, kind, refer)
-    return refer(value) if tagged is None else tagged
-
-
-def _encode_scalar(value: Any, kind: Any, refer: Callable[[Any], Any]) -> dict[str, Any] | None:
-    name: str = kind.__name__
-    if kind in (bytes, bytearray):
-        return {"t": name, "v": value.decode("latin-1")}
-    if kind is range or kind is slice:
-        return {"t": name, "v": [encode(part, refer) for part in (value.start, value.stop, value.step)]}
-    if kind is complex:
-        return {"t": name, "v": [value.real, value.imag]}
-    if (kind.__module__, name) in (("decimal", "Decimal"), ("fractions", "Fraction")):
-        return {"t": name, "v": str(value)}
-    if kind.__module__ == "datetime" and name in ("date", "time", "datetime"):
-        return {"t": name, "v": value.isoformat()}
-    if kind.__module__ == "datetime" and name == "timedelta":
-        return {"t": name, "v": [value.days, value.seconds, value.microseconds]}
-    if (kind.__module__, name) == ("array", "array"):
-        return {"t": name, "c": value.typecode, "v": value.tolist()}
-    if kind.__bases__ == (tuple,) and hasattr(kind, "_fields"):
-        return {"t": "namedtuple", "n": name, "f": list(kind._fields), "v": [encode(item, refer) for item in value]}
+    tag = _tag_of(kind)
+    if tag is not None:
+        parts = _CODECS[tag].parts(value)
+        return {"t": tag, "v": [encode(part, refer) for part in parts]}
     if isinstance(value, type(sys)):
         return {"t": "module", "v": value.__name__}
-    if kind is type:  # asked first: any other object may run code of its own for __name__
-        known = str(value.__name__)
-        if getattr(builtins, known, None) is value:
-            return {"t": "builtin", "v": known}
-    return None
+    # Asked for its name only if it is surely a class: any other object may run code of its own for that.
+    if kind is type and _is_builtin(value):
+        return {"t": "builtin", "v": value.__name__}
+    return refer(value)
 
 
-def decode(data: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
+def _tag_of(kind: type) -> str | None:
+    """The tag of the codec for a type, if there is one."""
+    codec = _CODECS.get(kind.__name__)
+    if codec is not None and codec.module == kind.__module__:
+        return kind.__name__
+    is_namedtuple = kind.__bases__ == (tuple,) and hasattr(kind, "_fields")
+    return "namedtuple" if is_namedtuple else None
+
+
+def _is_builtin(kind: type) -> bool:
+    return getattr(builtins, kind.__name__, None) is kind
+
+
+def decode(data: Any, resolve: Resolve) -> Any:
     """Return the value that `data` stands for; `resolve` turns handles (any other tag) into objects."""
     if isinstance(data, list):
         return [decode(item, resolve) for item in data]
     if not isinstance(data, dict):
         return data
-    tag: str = data["t"]
-    content: Any = data.get("v")
-    if tag in _SEQUENCES:
-        return _SEQUENCES[tag]([decode(item, resolve) for item in content])
-    if tag in _MAPPINGS:
-        return _MAPPINGS[tag]([(decode(key, resolve), decode(item, resolve)) for key, item in content])
-    if tag == "int":
-        return int(content, 16)
-    if tag in ("bytes", "bytearray"):
-        return content.encode("latin-1") if tag == "bytes" else bytearray(content, "latin-1")
-    if tag in ("Decimal", "Fraction"):
-        import decimal
-        import fractions
-
-        return decimal.Decimal(content) if tag == "Decimal" else fractions.Fraction(content)
-    if tag in ("date", "time", "datetime", "timedelta"):
-        import datetime
-
-        return datetime.timedelta(*content) if tag == "timedelta" else getattr(datetime, tag).fromisoformat(content)
-    if tag == "array":
-        import array
-
-        return array.array(data["c"], content)
-    if tag == "namedtuple":  # namedtuple itself refuses names that are no identifiers
-        return namedtuple(data["n"], data["f"])(*decode(content, resolve))
+    # Data of another form raises one of Python's own errors, which the caller expects.
+    tag = data["t"]
+    content = data.get("v")
+    codec = _CODECS.get(tag)
+    if codec is not None:
+        if not isinstance(content, list):
+            raise ValueError(f"the content of a {tag} is no list")
+        parts = [decode(part, resolve) for part in content]
+        return codec.build(parts)
     if tag == "builtin":
-        found = getattr(builtins, content)
-        if not isinstance(found, type):  # a function such as eval must not come from the candidate
+        builtin = getattr(builtins, str(content))
+        if not isinstance(builtin, type):  # a function such as eval must not come from the candidate
             raise ValueError(f"{content} is no builtin type")
-        return found
+        return builtin
     return resolve(data)

@@ -12,13 +12,15 @@ LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with 
 class Section(BaseModel):
     """A part of the config: unknown fields are errors, values do not change once read, and each can be passed on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # A string below a field is its description in the schema, unless Field gives one.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="after")
     @classmethod
     def _can_be_passed_on(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError("must be at most 2^53")
+        # Only the text itself is compared: an address without a login comes back as it is.
         if isinstance(value, str) and without_login(value) != value:
             raise ValueError("holds a login, and a config is kept with its run and in MLflow; leave the login out")
         return value

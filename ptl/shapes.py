@@ -1,22 +1,22 @@
-"""What a config.json promises: its fields are checked, and the shape of each tensor follows from them. Torch-free."""
+"""The fields of a config.json, checked, and the shape of each tensor that follows from them. Torch-free."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ptl.checkpoint import DTYPES
-from ptl.errors import InputError
-from ptl.families import Family
+from ptl.checkpoint import DTYPES, checkpoint_error
+from ptl.families import ConfigJson, Family
+from ptl.safefile import TensorShape
 
-LARGEST = 1 << 31  # of a size; a model beyond it is a typing error
-MOST_LAYERS = 10_000
-WHOLE = ("max_position_embeddings", "sliding_window")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window")
-POSITIVE = (
+CORRECT = "correct it, or fetch the checkpoint again"
+MAX_SIZE = 1 << 31  # a model beyond it is a typing error
+MAX_LAYERS = 10_000  # as above
+# Optional fields of config.json by the values that they may have
+POSITIVE_INTEGERS = ("max_position_embeddings", "sliding_window")
+BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window")
+POSITIVE_NUMBERS = (
     *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
 )
@@ -27,8 +27,10 @@ ACTIVATIONS = (
     *("silu", "swish", "relu", "relu2", "relu6", "leaky_relu", "mish", "laplace", "hardswish"),
     *("sigmoid", "tanh", "linear"),
 )
+Fields = tuple[str, ...]  # of config.json
+Length = tuple[int, Fields]  # of a dimension, and the fields that give it
 # Kinds of rotary embeddings and the parameters that each needs
-ROPES: dict[str, tuple[str, ...]] = {
+ROPES = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -47,194 +49,267 @@ class Sizes:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    width: int
-    layers: int
+    width: int  # FFN neurons in each layer
+    layers: int  # decoder layers
     vocab_size: int
 
 
-def sizes(config: Mapping[str, Any], family: Family, where: Path | str) -> Sizes:
+def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     """Check a config and read its sizes. Raises InputError that names the field, its value and what is possible.
 
-    `where` is the file, for the messages. What config.json leaves out has the default that transformers gives it.
+    `source` is the file, for the messages. Fields that config.json leaves out have the defaults of transformers.
     """
-    _check_loading(config, where)
-    hidden, heads = (_size(config, family, field, where) for field in ("hidden_size", "num_attention_heads"))
-    derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}
-    kv_heads, head_dim = (_size(config, family, field, where, derived[field]) for field in derived)
-    found = Sizes(
+    _check_not_quantized(config, source)
+    defaults = dict(family.defaults)
+
+    def size(field: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
+        """The family's default where the field is missing, `derived` where it is null."""
+        value = config.get(field, defaults.get(field))
+        if value is None:
+            value = derived
+        if value is None:
+            raise checkpoint_error(f"{source} lacks {field}")
+        # true is an int in Python.
+        if type(value) is not int or not 0 < value <= largest:
+            possible = f"a whole number from 1 to {largest:,}"
+            raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}")
+        return value
+
+    hidden = size("hidden_size")
+    heads = size("num_attention_heads")
+    checked = Sizes(
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        width=_size(config, family, family.width_field, where),
-        layers=_size(config, family, family.depth_field, where, most=MOST_LAYERS),
-        vocab_size=_size(config, family, "vocab_size", where),
+        num_key_value_heads=size("num_key_value_heads", derived=heads),
+        head_dim=size("head_dim", derived=hidden // heads),
+        width=size(family.width_field),
+        layers=size(family.depth_field, largest=MAX_LAYERS),
+        vocab_size=size("vocab_size"),
     )
-    for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-        if getattr(found, whole) % getattr(found, part):
-            values = f"{whole}={getattr(found, whole)} is no multiple of {part}={getattr(found, part)}"
-            raise InputError(f"model.path: in {where} {values}; fetch the checkpoint again")
-    if head_dim % 2:
-        raise InputError(f"model.path: {where} gives the odd head_dim={head_dim}; fetch the checkpoint again")
-    _check_types(config, family, found.layers, where)
-    _check_numbers(config, where)
-    _check_padding(config, found.vocab_size, where)
-    _check_activation(config, where)
-    _check_rope(config, where)
-    return found
+    # The other fields must fit these sizes.
+    _check_heads(checked, source)
+    _check_layer_types(config, family, checked.layers, source)
+    _check_optional_fields(config, source)
+    _check_padding(config, checked.vocab_size, source)
+    _check_rope(config, source)
+    return checked
 
 
-def expected(part: str, family: Family, found: Sizes) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Fields]:
     """The shape of a tensor's weight, and the config's fields that it follows from.
 
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
     """
-    hidden, head = found.hidden_size, found.head_dim
-    queries, keys = found.num_attention_heads * head, found.num_key_value_heads * head
-    name = part.rpartition(".")[2]
-    query_fields, key_fields = ("num_attention_heads", "head_dim"), ("num_key_value_heads", "head_dim")
-    if part in family.rows:
-        return (family.blocks * found.width, hidden), (family.width_field, "hidden_size")
-    if part == family.columns:
-        return (hidden, found.width), (family.width_field, "hidden_size")
-    shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "q_proj": ((queries, hidden), (*query_fields, "hidden_size")),
-        "k_proj": ((keys, hidden), (*key_fields, "hidden_size")),
-        "v_proj": ((keys, hidden), (*key_fields, "hidden_size")),
-        "qkv_proj": ((queries + 2 * keys, hidden), (*query_fields, "num_key_value_heads", "hidden_size")),
-        "o_proj": ((hidden, queries), (*query_fields, "hidden_size")),
-        "q_norm": ((head,), ("head_dim",)) if family.norm_per_head else ((queries,), query_fields),
-        "k_norm": ((head,), ("head_dim",)) if family.norm_per_head else ((keys,), key_fields),
-        "embed_tokens": ((found.vocab_size, hidden), ("vocab_size", "hidden_size")),
-        "lm_head": ((found.vocab_size, hidden), ("vocab_size", "hidden_size")),
+    # Every length that a dimension can have
+    query_width = dims.num_attention_heads * dims.head_dim
+    key_width = dims.num_key_value_heads * dims.head_dim
+    head = (dims.head_dim, ("head_dim",))
+    hidden = (dims.hidden_size, ("hidden_size",))
+    queries = (query_width, ("num_attention_heads", "head_dim"))
+    keys = (key_width, ("num_key_value_heads", "head_dim"))
+    qkv_width = query_width + 2 * key_width
+    fused_qkv = (qkv_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    neurons = (dims.width, (family.width_field,))
+    fused_width = family.fused_projections * dims.width
+    fused_neurons = (fused_width, (family.width_field,))
+    vocabulary = (dims.vocab_size, ("vocab_size",))
+
+    # Dimensions of the parts, by the last piece of their names
+    layouts: dict[str, tuple[Length, ...]] = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "qkv_proj": (fused_qkv, hidden),
+        "o_proj": (hidden, queries),
+        "q_norm": (head if family.norm_per_head else queries,),
+        "k_norm": (head if family.norm_per_head else keys,),
+        "embed_tokens": (vocabulary, hidden),
+        "lm_head": (vocabulary, hidden),
     }
-    return shapes.get(name, ((hidden,), ("hidden_size",)))
+    name = part.rpartition(".")[2]
+    layout = layouts.get(name, (hidden,))  # all other norms
+    if part in family.up_projections:
+        layout = (fused_neurons, hidden)
+    elif part == family.down_projection:
+        layout = (hidden, neurons)
+    shape: TensorShape = ()
+    fields: Fields = ()
+    for length, length_fields in layout:
+        shape += (length,)
+        fields += length_fields
+    return shape, fields
 
 
-def count(config: Mapping[str, Any], family: Family, found: Sizes) -> tuple[int, int]:
-    """Parameters of the model, and those among them that stand in products with a token: the output layer's too."""
-    layer = {part: expected(part, family, found)[0] for part in family.parts}
-    products = found.layers * sum(math.prod(shape) for shape in layer.values() if len(shape) > 1)
-    vectors = found.layers * sum(shape[0] for shape in layer.values() if len(shape) == 1) + found.hidden_size
-    vectors += found.layers * sum(layer[part][0] for part in family.biased(config))
-    embeddings = found.vocab_size * found.hidden_size
-    outer = embeddings if family.is_tied(config) else 2 * embeddings
-    return products + vectors + outer, products + embeddings
+def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
+    """Parameters of the model, and those of them that each token is multiplied with: the output layer's too."""
+    matrices = 0  # parameters of a layer's weights, used in products
+    vectors = 0  # parameters of a layer's norms and biases
+    for part in family.parts:
+        shape, _ = expected(part, family, dims)
+        if len(shape) == 1:
+            vectors += shape[0]
+        else:
+            matrices += math.prod(shape)
+    for part in family.biased_parts(config):
+        shape, _ = expected(part, family, dims)
+        vectors += shape[0]
+    embeddings = dims.vocab_size * dims.hidden_size
+    products = dims.layers * matrices + embeddings  # the output layer is as large as the embeddings
+    last_norm = dims.hidden_size
+    params = products + dims.layers * vectors + last_norm
+    if not family.is_tied(config):
+        params += embeddings
+    return params, products
 
 
-def _check_loading(config: Mapping[str, Any], where: Path | str) -> None:
-    """Fields that make transformers load something else than the weights that are there."""
+def _check_not_quantized(config: ConfigJson, source: str) -> None:
+    """transformers would load something else than the weights that are there."""
     quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(
-            f"model.path: {where} has a quantization_config ({method}), and only float weights can be pruned: "
-            "where the weights are float, remove that field, else dequantize the model and save it"
-        )
+    if quantization is None:
+        return
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
+    raise checkpoint_error(
+        f"{source} has a quantization_config ({method}), and only float weights can be pruned",
+        "where the weights are float, remove that field, else dequantize the model and save it",
+    )
 
 
-def _size(
-    config: Mapping[str, Any],
-    family: Family,
-    field: str,
-    where: Path | str,
-    derived: int | None = None,
-    most: int = LARGEST,
-) -> int:
-    """A positive whole number of the config; the family's default where it is missing, `derived` where it is null."""
-    value = config.get(field, dict(family.defaults).get(field))
-    value = derived if value is None else value
-    if value is None:
-        raise InputError(f"model.path: {where} lacks {field}; fetch the checkpoint again")
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise InputError(
-            f"model.path: {where} has {field}={value!r}, which must be a whole number from 1 to {most:,}; fetch the "
-            "checkpoint again"
-        )
-    return value
+def _check_heads(checked: Sizes, source: str) -> None:
+    """Hidden size and heads are multiples as attention needs them."""
+    hidden = checked.hidden_size
+    heads = checked.num_attention_heads
+    key_value_heads = checked.num_key_value_heads
+    relation = ""
+    if hidden % heads:
+        relation = f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
+    elif heads % key_value_heads:
+        relation = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
+    if relation:
+        raise checkpoint_error(f"in {source} {relation}")
+    if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
+        raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
 
 
-def _check_types(config: Mapping[str, Any], family: Family, layers: int, where: Path | str) -> None:
+def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
     """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
     for field in family.per_layer_fields:
         types = config.get(field)
         if types is None:
             continue
-        if not isinstance(types, list) or len(types) != layers or not all(each in LAYER_TYPES for each in types):
-            raise InputError(
-                f"model.path: {where} must have {layers} entries in {field}, one for each layer, each of "
-                f"{', '.join(LAYER_TYPES)}; fetch the checkpoint again"
+        complete = isinstance(types, list) and len(types) == layers
+        if not complete or not all(layer_type in LAYER_TYPES for layer_type in types):
+            known = ", ".join(LAYER_TYPES)
+            raise checkpoint_error(
+                f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",
             )
-
-
-def _check_numbers(config: Mapping[str, Any], where: Path | str) -> None:
-    for field in POSITIVE:
-        value = config.get(field)
-        if value is not None and not (_is_number(value) and value > 0):
-            raise InputError(f"model.path: {where} has {field}={value!r}, which must be a number above 0")
-    for field in WHOLE:
-        value = config.get(field)
-        if value is not None and not (_is_number(value) and isinstance(value, int) and value > 0):
-            raise InputError(f"model.path: {where} has {field}={value!r}, which must be a whole number above 0")
-    for field in SWITCHES:
-        if not isinstance(config.get(field), bool | None):  # null where a family does not have the field
-            raise InputError(f"model.path: {where} has {field}={config[field]!r}, which must be true or false")
-    dropout = config.get("attention_dropout")
-    if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
-        raise InputError(f"model.path: {where} has attention_dropout={dropout!r}, which must be from 0 to below 1")
-    for field in ("dtype", "torch_dtype"):
-        value = config.get(field)
-        if value is not None and (not isinstance(value, str) or value not in DTYPES):
-            raise InputError(f"model.path: {where} has {field}={value!r}, which must be one of {', '.join(DTYPES)}")
-
-
-def _check_padding(config: Mapping[str, Any], vocabulary: int, where: Path | str) -> None:
-    """The embeddings are made with the padding token's number, which counts from the end where it is negative."""
-    value = config.get("pad_token_id")
-    if value is not None and not (isinstance(value, int) and -vocabulary <= value < vocabulary):
-        raise InputError(
-            f"model.path: {where} has pad_token_id={value!r}, which is no token of the {vocabulary} in vocab_size; set "
-            "it to one, or to null"
-        )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Exact types: true is an int in Python.
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-def _check_activation(config: Mapping[str, Any], where: Path | str) -> None:
-    for field in ("hidden_act", "hidden_activation"):
-        value = config.get(field)
-        if value is not None and value not in ACTIVATIONS:
-            raise InputError(
-                f"model.path: {where} has {field}={value!r}, which transformers does not know; it must be one of "
-                f"{', '.join(ACTIVATIONS)}"
-            )
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
-def _check_rope(config: Mapping[str, Any], where: Path | str) -> None:
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and _is_positive(value)
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_dropout(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and value in DTYPES
+
+
+def _is_activation(value: Any) -> bool:
+    return value in ACTIVATIONS
+
+
+# Optional fields of config.json, which values they may have beside null, and the same in words
+OPTIONAL_FIELDS = (
+    (POSITIVE_NUMBERS, _is_positive, "a number above 0"),
+    (POSITIVE_INTEGERS, _is_positive_integer, "a whole number above 0"),
+    (BOOLEANS, _is_boolean, "true or false"),
+    (("attention_dropout",), _is_dropout, "from 0 to below 1"),
+    (("dtype", "torch_dtype"), _is_dtype, "one of " + ", ".join(DTYPES)),
+    (
+        ("hidden_act", "hidden_activation"),
+        _is_activation,
+        "known to transformers: one of " + ", ".join(ACTIVATIONS),
+    ),
+)
+
+
+def _check_optional_fields(config: ConfigJson, source: str) -> None:
+    """transformers would fail on these only when it builds or runs the model."""
+    for fields, is_possible, possible in OPTIONAL_FIELDS:
+        for field in fields:
+            value = config.get(field)
+            if value is not None and not is_possible(value):
+                problem = f"{source} has {field}={value!r}, which must be {possible}"
+                raise checkpoint_error(problem, CORRECT)
+
+
+def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
+    """The padding token is an index into the embeddings, which counts from the end where it is negative."""
+    value = config.get("pad_token_id")
+    if value is None:
+        return
+    if not isinstance(value, int) or not -vocabulary <= value < vocabulary:
+        raise checkpoint_error(
+            f"{source} has pad_token_id={value!r}, which is not one of the {vocabulary} tokens of vocab_size",
+            "set it to one of them, or to null",
+        )
+
+
+def _check_rope(config: ConfigJson, source: str) -> None:
     """Rotary embeddings of a known kind with the parameters that it needs, for all layers or by kind of attention."""
     for field in ("rope_parameters", "rope_scaling"):
         value = config.get(field)
         if value is None:
             continue
-        named = {field: value}
-        if isinstance(value, dict) and any(kind in value for kind in LAYER_TYPES):
-            named = {f"{field}.{kind}": inner for kind, inner in value.items() if kind in LAYER_TYPES}
-        for name, parameters in named.items():
-            if not isinstance(parameters, dict):
-                raise InputError(f"model.path: {where} has {name}={parameters!r}, which must be a JSON object")
-            kind = parameters.get("rope_type", parameters.get("type", "default"))
-            if not isinstance(kind, str) or kind not in ROPES:
-                raise InputError(
-                    f"model.path: {where} has {name}.rope_type={kind!r}, which is not known; it must be one of "
-                    f"{', '.join(ROPES)}"
-                )
-            for needed in ROPES[kind]:
-                values = parameters.get(needed)
-                values = values if isinstance(values, list) and needed in ROPES["longrope"] else [values]
-                if not all(_is_number(each) and each > 0 for each in values):
-                    raise InputError(
-                        f"model.path: {where} has {name}.{needed}={parameters.get(needed)!r}, and rope_type={kind} "
-                        "needs a number there above 0, or a list of them for short_factor and long_factor"
-                    )
+        # Gemma 3 rotates by other parameters where attention has a window.
+        layer_types = []
+        if isinstance(value, dict):
+            layer_types = [layer_type for layer_type in LAYER_TYPES if layer_type in value]
+        for layer_type in layer_types:
+            _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
+        if not layer_types:
+            _check_rope_parameters(field, value, source)
+
+
+def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
+    """`name` is that of the field, for the messages."""
+    if not isinstance(parameters, dict):
+        problem = f"{source} has {name}={parameters!r}, which must be a JSON object"
+        raise checkpoint_error(problem, CORRECT)
+    # Older files call it `type`.
+    old_kind = parameters.get("type", "default")
+    kind = parameters.get("rope_type", old_kind)
+    if not isinstance(kind, str) or kind not in ROPES:
+        problem = f"{source} has {name}.rope_type={kind!r}, which is not known"
+        known = ", ".join(ROPES)
+        raise checkpoint_error(problem, f"it must be one of {known}")
+    for field in ROPES[kind]:
+        value = parameters.get(field)
+        numbers = [value]
+        # longrope has a factor for each rotated pair
+        if isinstance(value, list) and field in ROPES["longrope"]:
+            numbers = value
+        if not all(map(_is_positive, numbers)):
+            raise checkpoint_error(
+                f"{source} has {name}.{field}={value!r}, "
+                f"and rope_type={kind} needs a number above 0 there, "
+                "or a list of them for short_factor and long_factor",
+                CORRECT,
+            )

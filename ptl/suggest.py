@@ -10,30 +10,40 @@ from typing import Any, get_args
 from ptl.section import Section
 
 MOST = 3  # suggestions
+METHODS = {"cpt", "distil", "grpo"}  # which pydantic puts into the location of a stage's field
+
+Path = tuple[str, ...]  # of a field: names from the outermost section inwards
 
 
 def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     """Dotted names of fields that were probably meant at the location of an unknown one, the best first."""
-    known = _names(section)
-    methods = {"cpt", "distil", "grpo"}  # which pydantic puts into the location of a field of a stage
-    given = ".".join(part for part in location if isinstance(part, str) and part not in methods)
-    parent, dot, last = given.rpartition(".")
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == parent]
-    near = [f"{parent}{dot}{name}" for name in difflib.get_close_matches(last, siblings, 1, cutoff=0.7)]
-    same = [name for name in known if name.rpartition(".")[2] == last]  # right, but of another section
-    return near or same[:MOST]
+    known = field_paths(section)
+    *outer, last = location
+    names = [part for part in outer if isinstance(part, str)]  # not the indices of lists
+    parents = tuple(name for name in names if name not in METHODS)
+
+    # A typing error: a similar name in the same section.
+    siblings = [path[-1] for path in known if path[:-1] == parents]
+    for similar in difflib.get_close_matches(str(last), siblings, 1, cutoff=0.7):
+        return [".".join([*parents, similar])]
+
+    # The right name, but of another section.
+    namesakes = [".".join(path) for path in known if path[-1] == last]
+    return namesakes[:MOST]
 
 
 @cache
-def _names(section: type[Section]) -> tuple[str, ...]:
-    """Dotted names of all fields, those of lists and alternatives without an index."""
-    return tuple(dict.fromkeys(_walk(section, "")))
+def field_paths(section: type[Section]) -> tuple[Path, ...]:
+    """All fields, those of lists and alternatives without an index."""
+    return tuple(dict.fromkeys(_walk(section, ())))
 
 
-def _walk(annotation: Any, prefix: str) -> Iterator[str]:
+def _walk(annotation: Any, parents: Path) -> Iterator[Path]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         for name, field in annotation.model_fields.items():
-            yield f"{prefix}{name}"
-            yield from _walk(field.annotation, f"{prefix}{name}.")
+            path = (*parents, name)
+            yield path
+            yield from _walk(field.annotation, path)
+    # `tuple[X, ...]`, `X | None`, Annotated: sections inside of them.
     for argument in get_args(annotation):
-        yield from _walk(argument, prefix)
+        yield from _walk(argument, parents)

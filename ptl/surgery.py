@@ -1,148 +1,187 @@
-"""Cut weights and config together, tensor by tensor, so that memory holds one tensor whatever the model's size."""
+"""Prune weights and config together, tensor by tensor, so that memory holds one tensor whatever the model's size."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl import checkpoint, safefile
-from ptl.families import IN_LAYER, ROTARY, Family
+from ptl.families import IN_LAYER, ROTARY, ConfigJson, Family
+from ptl.pretrained import config_with_defaults
+from ptl.safefile import Entry, TensorShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+TensorFiles = Mapping[str, Path]  # files that hold one new tensor, by the name of the old one
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What stays. `neurons` maps a kept layer's old index to int64 [width], ascending; empty: all neurons stay."""
+    """What stays."""
 
-    layers: tuple[int, ...]
-    neurons: Mapping[int, Tensor]
-
-
-def cut_tensor(name: str, tensor: Tensor, family: Family, cut: Selection) -> tuple[str, Tensor] | None:
-    """The tensor's new name and value, or None when its layer goes. Serves weights and their Adam moments alike."""
-    placed = _place(name, tensor.shape[0] if tensor.dim() else 0, family, cut)
-    if placed is None:
-        return None
-    return placed.name, tensor if placed.kept is None else tensor.index_select(placed.axis, placed.kept).contiguous()
+    layers: tuple[int, ...]  # their numbers in the source, ascending
+    neurons: Mapping[int, Tensor]  # of each of these layers: int64 [width], ascending; empty: all neurons stay
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """Where a tensor goes: its new name, and the indices that stay along one axis (None: all)."""
+class PrunedTensor:
+    """How a tensor of the source gets into the pruned checkpoint."""
 
-    name: str
-    axis: int = 0
-    kept: Tensor | None = None
+    name: str  # in the pruned checkpoint
+    axis: int = 0  # along which it is pruned
+    kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
+
+    def shape(self, source_shape: TensorShape) -> TensorShape:
+        """The shape of the pruned tensor."""
+        shape = list(source_shape)
+        if self.kept is not None:
+            shape[self.axis] = len(self.kept)
+        return tuple(shape)
+
+    def values(self, source: Tensor) -> Tensor:
+        """The pruned tensor."""
+        if self.kept is None:
+            return source
+        return source.index_select(self.axis, self.kept)
 
 
-def _place(name: str, rows: int, family: Family, cut: Selection) -> _Placed | None:
+def pruned_tensor(
+    name: str,
+    shape: TensorShape,
+    family: Family,
+    selection: Selection,
+) -> PrunedTensor | None:
+    """What becomes of a tensor; None where it is removed. The same for weights and their optimizer state."""
     if ROTARY.match(name):
         return None
+    # Embeddings, the last norm and the output layer stay as they are.
     match = IN_LAYER.match(name)
     if match is None:
-        return _Placed(name)
+        return PrunedTensor(name)
     layer = int(match["layer"])
-    if layer not in cut.layers:
+    if layer not in selection.layers:
         return None
-    name = f"{match['prefix']}{cut.layers.index(layer)}.{match['part']}.{match['kind']}"
-    kept = cut.neurons.get(layer)
-    if kept is not None and match["part"] in family.rows:
-        width = rows // family.blocks
-        return _Placed(name, 0, (kept + width * block_index(family)[:, None]).flatten())
-    if kept is not None and match["part"] == family.columns and match["kind"] == "weight":
-        return _Placed(name, 1, kept)
-    return _Placed(name)
+    # The layers that stay are numbered anew, without gaps.
+    number = selection.layers.index(layer)
+    part, kind = match["part"], match["kind"]
+    new_name = f"{match['prefix']}{number}.{part}.{kind}"
+    kept = selection.neurons.get(layer)
+    if kept is None or not family.has_neurons(part, kind):
+        return PrunedTensor(new_name)
+    if part == family.down_projection:  # [hidden, intermediate]
+        return PrunedTensor(new_name, axis=1, kept=kept)
+    rows = _neuron_rows(kept, shape[0], family.fused_projections)
+    return PrunedTensor(new_name, axis=0, kept=rows)
 
 
-def block_index(family: Family) -> Tensor:
-    """0, 1, ... for the blocks of a fused `rows` tensor: int64 [blocks]."""
+def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
+    """Rows of the kept neurons in a weight of so many rows: the same in each of the stacked projections."""
     import torch
 
-    return torch.arange(family.blocks)
+    width = rows // fused_projections
+    starts = width * torch.arange(fused_projections)  # [projections]
+    indices = kept + starts[:, None]  # [projections, kept]
+    return indices.flatten()
 
 
-def cut_config(config: dict[str, Any], family: Family, cut: Selection) -> dict[str, Any]:
-    """The config of the cut model, with no field that the family does not have already."""
-    config = dict(config)
+def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
+    """The config of the pruned model, with no field that the family does not have already."""
+    pruned = dict(config)
+    depth = config[family.depth_field]
+    pruned[family.depth_field] = len(selection.layers)
+    # Lists with an entry for each layer
     for field in family.per_layer_fields:
-        if config.get(field) is None and len(cut.layers) < config[family.depth_field]:
-            config[field] = _default(config, field)  # what follows from a layer's number must stay with the layer
-        if isinstance(config.get(field), list):
-            config[field] = [config[field][i] for i in cut.layers]
+        entries = config.get(field)
+        if entries is None and len(selection.layers) < depth:
+            # What transformers would derive from a layer's number must stay with the layer.
+            defaults = config_with_defaults(config)
+            entries = getattr(defaults, field, None)
+        if isinstance(entries, list):
+            pruned[field] = [entries[layer] for layer in selection.layers]
         else:
-            config.pop(field, None)
+            pruned.pop(field, None)
+    # Counts of leading layers
     for field in family.prefix_fields:
-        if isinstance(config.get(field), int):
-            beyond = max(0, config[field] - config[family.depth_field])
-            config[field] = sum(i < config[field] for i in cut.layers) + beyond
-    config[family.depth_field] = len(cut.layers)
-    if cut.neurons:
-        widths = {len(kept) for kept in cut.neurons.values()}
-        assert len(widths) == 1, f"widths differ between layers: {sorted(widths)}"
-        config[family.width_field] = widths.pop()
-    return config
+        leading = config.get(field)
+        if isinstance(leading, int):
+            # A count above the depth means all layers, and must stay above it.
+            beyond = max(0, leading - depth)
+            leading_kept = sum(layer < leading for layer in selection.layers)
+            pruned[field] = leading_kept + beyond
+    # config.json has one width for all layers.
+    if selection.neurons:
+        widths = {len(kept) for kept in selection.neurons.values()}
+        assert len(widths) == 1, f"widths differ between layers: {widths}"
+        pruned[family.width_field] = widths.pop()
+    return pruned
 
 
-def _default(config: Mapping[str, Any], field: str) -> Any:
-    """The value that transformers gives a field that config.json leaves out."""
-    from transformers import AutoConfig
-
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    return getattr(AutoConfig.for_model(config["model_type"], **fields), field, None)
-
-
-def cut_checkpoint(
-    src: Path, dst: Path, family: Family, cut: Selection, repaired: Mapping[str, Path] | None = None
+def write_pruned(
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: TensorFiles | None = None,
 ) -> None:
-    """Write the cut checkpoint to `dst`, tensor by tensor; the optimizer state beside it is cut with it.
+    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too.
 
-    `repaired` names tensors of the source whose new value, already cut, stands in a file of its own (ptl/repair.py).
+    `repaired` names tensors of the source whose new value, already pruned, is in a file of its own (ptl/repair.py).
     """
     dst.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    paths = checkpoint.shards(src)
-    for path in paths:
-        sizes = _cut_file(path, dst / path.name, family, cut, repaired or {})
-        weight_map |= dict.fromkeys(sizes, path.name)
-        total += sum(sizes.values())
-    if len(paths) > 1 or paths[0].name != checkpoint.WEIGHTS:
-        checkpoint.write_index(dst, weight_map, total)
-    if (src / checkpoint.STATE).is_file():
-        _cut_file(src / checkpoint.STATE, dst / checkpoint.STATE, family, cut, {})
-    config = cut_config(checkpoint.read_config(src), family, cut)
-    (dst / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    total_bytes = 0
+    shards = checkpoint.shards(src)
+    for shard in shards:
+        # Shards keep their names.
+        pruned_shard = dst / shard.name
+        sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
+        weight_map |= dict.fromkeys(sizes, shard.name)
+        total_bytes += sum(sizes.values())
+    if shards != [src / checkpoint.WEIGHTS]:
+        checkpoint.write_index(dst, weight_map, total_bytes)
+    # Recovery resumes with the optimizer state of what stays.
+    state = src / checkpoint.STATE
+    if state.is_file():
+        _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
+    config = prune_config(checkpoint.read_config(src), family, selection)
+    checkpoint.write_json(dst / "config.json", config)
     checkpoint.copy_companions(src, dst)
 
 
-def _cut_file(src: Path, dst: Path, family: Family, cut: Selection, repaired: Mapping[str, Path]) -> dict[str, int]:
-    """Cut one safetensors file; returns the bytes of each tensor written. A file of which nothing stays is left out."""
-    found = safefile.entries(src)
-    placed = [(entry, _place(entry.name, entry.shape[0] if entry.shape else 0, family, cut)) for entry in found]
-    kept = [(entry, place) for entry, place in placed if place is not None]
-    specs = [(place.name, entry.dtype, _shape(entry.shape, place)) for entry, place in kept]
+def _write_pruned_file(
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: TensorFiles,
+) -> dict[str, int]:
+    """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
+    # The header of a file comes first: all shapes are known before any tensor is read.
+    kept: list[tuple[Entry, PrunedTensor]] = []
+    specs = []
+    sizes = {}
+    for entry in safefile.entries(src):
+        pruned = pruned_tensor(entry.name, entry.shape, family, selection)
+        if pruned is None:
+            continue
+        kept.append((entry, pruned))
+        shape = pruned.shape(entry.shape)
+        specs.append((pruned.name, entry.dtype, shape))
+        sizes[pruned.name] = safefile.num_bytes(shape, entry.dtype)
 
-    def produce() -> Iterator[Tensor]:
-        for entry, place in kept:
+    def tensors() -> Iterator[Tensor]:
+        for entry, pruned in kept:
             if entry.name in repaired:
-                yield safefile.read(safefile.entries(repaired[entry.name])[0])
+                yield safefile.read_single(repaired[entry.name])
                 continue
-            tensor = safefile.read(entry)
-            yield tensor if place.kept is None else tensor.index_select(place.axis, place.kept)
+            source = safefile.read_tensor(entry)
+            yield pruned.values(source)
 
     if kept:
-        safefile.write(dst, specs, produce())
-        dst.chmod(0o644)
-    return {name: math.prod(shape) * safefile.ITEM_BYTES[dtype] for name, dtype, shape in specs}
-
-
-def _shape(shape: tuple[int, ...], place: _Placed) -> tuple[int, ...]:
-    if place.kept is None:
-        return shape
-    return (*shape[: place.axis], len(place.kept), *shape[place.axis + 1 :])
+        safefile.write_tensors(dst, specs, tensors())
+        dst.chmod(0o644)  # others may read it, whatever the umask
+    return sizes

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from ptl import checkpoint, gate, store, tracking
+from ptl import checkpoint, gate, paired, speed_rows, store, tracking
 from ptl.anatomy import model_dimensions, smallest_cuts
 from ptl.config import Evaluate, Gate, Prune, Schedule, plan, removal
 from ptl.execution import Metadata, Record, Step, fetch
@@ -86,7 +85,7 @@ def decide(
 
 def _compared(
     step: Step, run: StepRun, rule: Gate, whole: Plan, before: Pointer, scored: Path
-) -> tuple[list[gate.Paired], int | None]:
+) -> tuple[list[paired.Paired], int | None]:
     """The scored checkpoint against the dense model and against its parent, and the parent's smallest next cut."""
     from ptl.evaluate import read_items
 
@@ -96,7 +95,9 @@ def _compared(
     mine = read_items(scored)
     folders = [fetch(Pointer(**record["pointer"])) for record in (found[0], parent)]
     task = str(mine[0]["task"])  # the first benchmark is the run's accuracy
-    pairs = [gate.paired(*gate.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders]
+    pairs = [
+        paired.paired(*paired.match(read_items(folder), mine, task), rule.margin, rule.alpha) for folder in folders
+    ]
     return pairs, _smallest(parent, whole.cuts_next(step.iteration))
 
 
@@ -119,7 +120,7 @@ def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, s
     """
     import torch
 
-    from ptl.evaluate import side_by_side
+    from ptl.speed import side_by_side
 
     imported = store.committed(run.root, run.run, "import-model")
     if imported is None:
@@ -136,18 +137,6 @@ def beside_dense(step: Step, run: StepRun, final: Pointer, settings: Evaluate, s
         found = side_by_side(folders, settings, seed=seed)
     except torch.OutOfMemoryError as error:
         return {"reason": f"the GPU does not hold the dense and the final model at once ({str(error).splitlines()[0]})"}
-    tracking.log_metrics(run, _metrics(found["models"]), step.iteration)
+    tracking.log_metrics(run, speed_rows.metrics(found["models"]), step.iteration)
     # What began or ended in between took its share as well.
     return found | {"beside": sorted({*beside, *tracking.computing_beside(run)})}
-
-
-def _metrics(models: dict[str, Any]) -> dict[str, float]:
-    """What MLflow shows of the speeds."""
-    shown = {}
-    for name, metadata in models.items():
-        for row in metadata["speed"]:
-            for phase in ("prefill", "decode"):
-                shown[f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"] = row[f"{phase}_tokens_per_s"]
-        if metadata["seconds_per_solved"] is not None:
-            shown[f"speed/{name}/seconds_per_solved"] = metadata["seconds_per_solved"]
-    return shown

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ptl import decontaminate, speeds
+from ptl import decontaminate, speed_rows
 from ptl.plots import begins_at_zero, is_share
 from ptl.result import Result, final_row, overlap, row_of, total_tokens, work_seconds
+from ptl.units import duration
 
 MINUTE = 60.0  # seconds: below it two durations count as the same
 
@@ -72,7 +73,7 @@ def notes(result: Result) -> list[str]:
     for reason, iterations in not_needed(result):
         found.append(f"Not needed: iteration {', '.join(map(str, iterations))} ({reason}).")
     found.append(decontaminate.sentence(result["decontaminated"]) if result.get("decontaminated") else "")
-    found.append(speeds.words(result.get("speed") or {}))
+    found.append(speed_rows.sentence(result.get("speed") or {}))
     found.append(wall_clock(result))
     return [note for note in found if note]
 
@@ -100,16 +101,6 @@ def wall_clock(result: Result) -> str:
         f"Wall clock, pauses included: {duration(wall)}, {duration(idle)} of it between the steps (pauses, start-up, "
         f"failed attempts); {summed}, without loading libraries and checkpoints."
     )
-
-
-def duration(seconds: float) -> str:
-    """4.2 -> `4.2 s`, 230 -> `3 min 50 s`, 26,000 -> `7 h 13 min`."""
-    if round(seconds, 1) < MINUTE:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = ((hours, "h"), (minutes, "min"), (0 if hours else rest, "s"))
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
 def not_needed(result: Result) -> list[tuple[str, list[int]]]:

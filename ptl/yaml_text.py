@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -17,62 +18,91 @@ DIGITS = 400  # of one number; Python refuses to read 4,300
 UNSTORABLE = re.compile("[\\0\\ud800-\\udfff]")  # no UTF-8 file or database takes them
 
 
-def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """The value of a YAML text; `kind` may know more tags. Raises InputError that begins with `where`."""
+def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = "") -> Any:
+    """The value of a YAML text; `kind` may know more tags. Raises InputError whose problem begins with `where`."""
     if len(text) > BYTES:
-        raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is")
+        limit = BYTES >> 10
+        raise InputError(f"{where} is longer than {limit} KiB, which no config is", field=field)
     try:
-        loader = kind(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _measure(node, where, {}, 1)
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except InputError:
-        raise
+        return _construct(kind(text))
+    except InputError as error:  # of a line
+        problem = f"{where}, {error.problem}"
+        raise InputError(problem, field=field, remedy=error.remedy) from error
     except RecursionError as error:
-        raise InputError(f"{where} is nested too deeply") from error
+        raise InputError(f"{where} is nested too deeply", field=field) from error
     except Exception as error:  # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`
-        raise InputError(f"{where} is not valid YAML: {error}") from error
+        raise InputError(f"{where} is not valid YAML: {error}", field=field) from error
 
 
-def _measure(node: yaml.Node, where: str, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """Number of values below a node, aliases expanded, and its height; each node is visited once."""
-    line = f"{where}, line {node.start_mark.line + 1}"
+def _construct(loader: yaml.SafeLoader) -> Any:
+    """The loader's only document, measured before any of its aliases is expanded."""
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {}, depth=1)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """The size of a node with its aliases expanded."""
+
+    values: int  # of itself and below
+    height: int  # levels
+
+
+def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measure:
+    """Size of a node; each is visited once, however many aliases name it. Raises InputError that begins with a line."""
+    number = node.start_mark.line + 1
+    line = f"line {number}"
     if id(node) in known:
         return known[id(node)]
     if depth > DEPTH:  # also where an anchor holds itself
         raise InputError(f"{line} is nested more than {DEPTH} deep")
-    if isinstance(node, yaml.ScalarNode):
-        _check_scalar(node, line)
-        children: list[yaml.Node] = []
-    elif isinstance(node, yaml.MappingNode):
-        _check_keys(node, line)
-        children = [child for pair in node.value for child in pair]
-    else:
-        children = node.value
-    measures = [_measure(child, where, known, depth + 1) for child in children]
-    count = 1 + sum(values for values, _ in measures)
-    height = 1 + max((below for _, below in measures), default=0)
-    if count > VALUES or height > DEPTH:
+
+    values = height = 1
+    for child in _child_nodes(node, line):
+        below = _measure(child, known, depth + 1)
+        values += below.values
+        height = max(height, 1 + below.height)
+    # Only aliases bring a node that was read as a small one above these.
+    if values > VALUES or height > DEPTH:
         raise InputError(f"{line} holds more than {VALUES:,} values, or more than {DEPTH} levels, by its aliases")
 
-    known[id(node)] = count, height
-    return known[id(node)]
+    measure = _Measure(values, height)
+    known[id(node)] = measure
+    return measure
+
+
+def _child_nodes(node: yaml.Node, line: str) -> list[yaml.Node]:
+    """The nodes directly below a node, which is checked."""
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, line)
+        return []
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, line)
+        return [child for pair in node.value for child in pair]
+    return list(node.value)
 
 
 def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
     if UNSTORABLE.search(node.value):
-        raise InputError(f"{line} has a character that no file can hold ({node.value[:40]!r}); remove it")
-    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > DIGITS:
-        raise InputError(f"{line} is a number of {len(node.value):,} digits; give a smaller one")
+        beginning = repr(node.value[:40])
+        raise InputError(f"{line} has a character that no file can hold ({beginning})", remedy="remove it")
+    digits = len(node.value)
+    if node.tag == "tag:yaml.org,2002:int" and digits > DIGITS:
+        raise InputError(f"{line} is a number of {digits:,} digits", remedy="give a smaller one")
 
 
 def _check_keys(node: yaml.MappingNode, line: str) -> None:
-    names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
-    twice = sorted(name for name, count in names.items() if count > 1)
-    if twice:
-        raise InputError(f"{line}: {twice[0]!r} is there twice in one section; remove one")
+    """PyYAML keeps the last of two equal keys without a word."""
+    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    counts = Counter(key.value for key in keys)
+    del counts["<<"]  # merges may be several
+    repeated = sorted(name for name, count in counts.items() if count > 1)
+    if repeated:
+        name = repeated[0]
+        raise InputError(f"{line}: {name!r} appears twice in one section", remedy="remove one")

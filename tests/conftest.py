@@ -102,6 +102,17 @@ def no_session_of_an_earlier_test(monkeypatch):
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models are faster with one thread, and their times steadier."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""

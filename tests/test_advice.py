@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from ptl import advice, cli
 from ptl.anatomy import ModelDimensions
-from ptl.config import Prune, Schedule, load_config
+from ptl.config import load_config
+from ptl.schedule import Prune, Schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")

@@ -9,10 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
+import power
 import train
 
-from ptl import forecast
-from ptl.gpus import DRIVER_NAMES, GPUS
+from ptl import forecast_model
+from ptl.gpus import GPUS
 
 TINY = ["--shape", "0.5M", "--steps", "4", "--warmup", "2", "--length", "32", "--batch-size", "2", "--items", "4"]
 TINY += ["--new-tokens", "4", "--sequences", "4", "--repeats", "1", "--eval-batch-size", "4", "--dtype", "float32"]
@@ -59,13 +60,13 @@ def test_evaluation_is_measured_by_either(measured, part):
 
 def test_utilization_is_that_of_the_data_sheet(model):
     """By hand: 6 FLOPs per weight and token, of a causal context of n tokens on average n / 2."""
-    shape = forecast.shape_of(str(model))
+    shape = forecast_model.shape_of(str(model))
     weights = 4 * (2 * 96 * 96 + 2 * 96 * 48 + 3 * 96 * 288) + 96 * 512
-    assert 3 * forecast.forward_flops(shape, 1, 1024) == 6 * weights + 6 * 4 * 96 * 1024
+    assert 3 * forecast_model.forward_flops(shape, 1, 1024) == 6 * weights + 6 * 4 * 96 * 1024
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16", None) == 989e12
     assert gpu.peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None) is None
     assert gpu.peak_flops("NVIDIA H100 NVL", "bfloat16", 835e12) == 835e12
-    assert set(DRIVER_NAMES.values()) == set(GPUS)
+    assert set(gpu.DRIVER_NAMES.values()) == set(GPUS)
 
 
 def test_the_table_has_what_was_measured_and_what_failed():
@@ -90,3 +91,16 @@ def test_a_failed_part_is_a_result(measured, monkeypatch):
 
     monkeypatch.setitem(gpu.PARTS, "prune", too_large)
     assert measured("prune") == {"error": "MemoryError: CUDA out of memory"}
+
+
+def test_power_grows_with_the_items_and_the_drop():
+    shares = {
+        (n, drop): power.power(n, drop, churn=0.03, margin=0.02, alpha=0.05, trials=300)
+        for n in (200, 1319)
+        for drop in (0.0, 0.06)
+    }
+    assert all(sum(verdicts.values()) == pytest.approx(1) for verdicts in shares.values())
+    assert shares[200, 0.0]["inferior"] <= 0.05
+    assert shares[200, 0.06]["inferior"] < shares[1319, 0.06]["inferior"]
+    assert shares[1319, 0.06]["inferior"] > 0.95
+    assert shares[1319, 0.0]["not inferior"] > 0.8

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from ptl import cli
+from ptl import cli, cli_config
 from ptl.config import Config, load_config
 from ptl.errors import InputError
 
@@ -185,11 +186,11 @@ def test_fetch_refuses_what_is_no_finished_run(tmp_path):
 
 def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):
     """A leftover of another source must not become this one's weights."""
-    from ptl.cli_steps import _key
+    from ptl.cli_steps import _training_key
     from ptl.config import load_config
 
     def key(path, budget=1000, folder=checkpoint):
-        return _key(folder, load_config(path), budget, None)
+        return _training_key(folder, load_config(path), budget, None)
 
     source = ROOT / "examples/tiny_reasoner/train.jsonl.gz"
     data = shutil.copyfile(source, tmp_path / "train.jsonl.gz")
@@ -226,6 +227,17 @@ def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path
     with writing(dst) as folder:
         (folder / OUT / "model.safetensors").touch()
     assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["run", str(TINY)], ["compile", str(TINY), "-o", "p.yaml"]], ids=["run", "compile"]
+)
+def test_without_a_checkout_it_says_what_to_get(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_config.importlib.util, "find_spec", lambda name: None)
+    error = CliRunner().invoke(cli.app, command).exception
+    assert isinstance(error, InputError) and "needs the folder pipelines/ of the checkout" in str(error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):

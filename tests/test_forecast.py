@@ -8,11 +8,16 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from ptl.config import load_config, plan
+from ptl.config import load_config
 from ptl.dag import Node, Source, nodes
 from ptl.errors import InputError
-from ptl.forecast import busiest, devices, forecast, forward_flops, shape_of, table, training_memory
+from ptl.forecast import busiest, forecast
+from ptl.forecast_model import forward_flops, shape_of, training_memory
+from ptl.forecast_steps import devices
+from ptl.forecast_table import table
 from ptl.gpus import GPUS
+from ptl.schedule import plan
+from ptl.units import duration
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -210,12 +215,13 @@ def test_the_table_gives_both_times_and_marks_the_path(large):
     console = Console(width=200, file=io.StringIO())
     console.print(table(told))
     printed = console.file.getvalue()
-    assert f"{told.hours:.1f} hours of work, {told.critical_hours:.1f} hours from start to end (estimates)" in printed
+    work, wall_clock = duration(3600 * told.hours), duration(3600 * told.critical_hours)
+    assert " h " in work and f"{work} of work, {wall_clock} from start to end (estimates)" in printed
     marked = {line.split()[1] for line in printed.splitlines() if line.startswith("│") and line.split()[2] == "*"}
     assert marked == set(told.critical_steps) - {"import-model"}
     assert "holds 24 GPUs: evaluate-0, prune-1 and control-prune at the same time" in " ".join(printed.split())
 
 
-def test_short_runs_are_not_0_hours(large):
-    assert ": 0 hours" not in table(forecast(config(DENSE))).title
-    assert "seconds of work" in table(forecast(config(DENSE, **{"schedule.recovery_tokens": 100_000}))).title
+def test_short_runs_are_not_0_hours():
+    title = table(forecast(config(DENSE))).title
+    assert " s of work" in title and " 0.0 s" not in title

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptl import gate
+from ptl import gate, paired
 from ptl.config import Gate
 from ptl.errors import InputError
 
@@ -22,12 +22,12 @@ def outcomes(right: int, n: int) -> list[int]:
 )
 def test_wilson_matches_published_intervals(correct, n, low, high):
     # Newcombe 1998, Statistics in Medicine 17, table I, method 3
-    assert gate.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+    assert paired.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_wilson_stays_within_0_and_1():
-    assert gate.wilson(10, 10)[1] == 1.0
-    assert gate.wilson(0, 10)[0] == 0.0
+    assert paired.wilson(10, 10)[1] == 1.0
+    assert paired.wilson(0, 10)[0] == 0.0
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -35,7 +35,7 @@ def test_mcnemar_is_the_exact_binomial_test():
 
     for regressions, improvements in [(0, 0), (1, 0), (5, 5), (12, 3), (3, 12), (40, 21)]:
         n = regressions + improvements
-        two_sided, worse = gate.mcnemar(regressions, improvements)
+        two_sided, worse = paired.mcnemar(regressions, improvements)
         assert two_sided == pytest.approx(binomtest(regressions, n).pvalue if n else 1.0)
         assert worse == pytest.approx(binomtest(regressions, n, alternative="greater").pvalue if n else 1.0)
 
@@ -45,23 +45,23 @@ def test_bootstrap_covers_the_true_difference():
     misses = 0
     for trial in range(300):
         regressions, improvements, _ = rng.multinomial(500, (0.06, 0.03, 0.91))
-        low, _ = gate.paired_bootstrap(int(regressions), int(improvements), 500, 0.05, seed=trial)
+        low, _ = paired.paired_bootstrap(int(regressions), int(improvements), 500, 0.05, seed=trial)
         misses += low > -0.03
     assert misses / 300 <= 0.088  # 5 % and three standard errors of 300 trials
 
 
 def test_paired_counts_and_verdicts():
-    same = gate.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
+    same = paired.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
     assert (same.regressions, same.improvements, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
-    worse = gate.paired(outcomes(480, 500), outcomes(450, 500), 0.02, 0.05)
+    worse = paired.paired(outcomes(480, 500), outcomes(450, 500), 0.02, 0.05)
     assert (worse.regressions, worse.improvements, worse.verdict) == (30, 0, "inferior")
     assert worse.difference == pytest.approx(-0.06)
-    few = gate.paired(outcomes(18, 20), outcomes(17, 20), 0.02, 0.05)
+    few = paired.paired(outcomes(18, 20), outcomes(17, 20), 0.02, 0.05)
     assert few.verdict == "unclear"
 
 
 def test_no_change_on_a_few_items_proves_nothing():
-    assert gate.paired(outcomes(9, 10), outcomes(9, 10), 0.02, 0.05).verdict == "unclear"
+    assert paired.paired(outcomes(9, 10), outcomes(9, 10), 0.02, 0.05).verdict == "unclear"
 
 
 def alarms(changed, items):
@@ -81,10 +81,10 @@ def test_the_level_is_exact_however_many_items_change():
     for items in (20, 200, 1319):
         assert max(max(alarms(changed, items)) for changed in range(items + 1)) <= ON.alpha
     for regressions, improvements, items in [(12, 3, 200), (13, 2, 200), (5, 0, 200), (40, 21, 1319), (60, 30, 1319)]:
-        verdict = gate.verdict_of(
+        verdict = paired.verdict_of(
             regressions, improvements, items, ON.margin, ON.alpha
         )  # the code follows the rule that was counted
-        p_worse = gate.mcnemar(regressions, improvements)[1]
+        p_worse = paired.mcnemar(regressions, improvements)[1]
         assert (verdict == "inferior") == (p_worse <= ON.alpha and regressions - improvements > ON.margin * items)
 
 
@@ -103,7 +103,7 @@ def test_equal_models_are_called_different_at_most_as_often_as_alpha(n):
     for _ in range(1000):
         chances = rng.beta(2, 1, size=n)
         first, second = ((rng.random(n) < chances).astype(int).tolist() for _ in range(2))
-        compared = gate.paired(first, second, ON.margin, ON.alpha)
+        compared = paired.paired(first, second, ON.margin, ON.alpha)
         different += compared.p_different <= ON.alpha
         inferior += compared.verdict == "inferior"
     changed = binom.pmf(np.arange(n + 1), n, 1 / 3)  # E 2p(1-p) = 1/3 for p of Beta(2, 1)
@@ -121,7 +121,7 @@ def item(i, correct=1, digest="d"):
 
 def test_match_aligns_items_by_id():
     old, new = [item(1, 1), item(2, 0)], [item(2, 1), item(1, 1)]
-    assert gate.match(old, new) == ([1, 0], [1, 1])
+    assert paired.match(old, new) == ([1, 0], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_match_aligns_items_by_id():
 )
 def test_match_refuses_other_items_and_other_prompts(new, message):
     with pytest.raises(InputError, match=message):
-        gate.match([item(1), item(2)], new)
+        paired.match([item(1), item(2)], new)
 
 
 def test_goal_follows_the_plan_until_a_cap_holds_it():
-    assert gate.goal(1000, 700) == 700
+    assert gate.goal(1000, 700, {}) == 700
     assert gate.goal(1000, 700, {"cap": 100, "rejections": 1, "stopped": False}) == 900
     assert gate.goal(1000, 950, {"cap": 100, "rejections": 1, "stopped": False}) == 950
     assert gate.goal(1000, 700, {"cap": 100, "rejections": 1, "stopped": True}) == 1000
@@ -143,7 +143,7 @@ def test_goal_follows_the_plan_until_a_cap_holds_it():
 
 
 def pair(right_before, right_after, n=500, margin=ON.margin):
-    return gate.paired(outcomes(right_before, n), outcomes(right_after, n), margin, ON.alpha)
+    return paired.paired(outcomes(right_before, n), outcomes(right_after, n), margin, ON.alpha)
 
 
 def test_gate_accepts_rejects_halves_and_stops():
@@ -272,7 +272,7 @@ def test_a_larger_margin_never_turns_acceptance_into_rejection(regressions, impr
     before = [1] * regressions + [0] * improvements + [1] * 300
     after = [0] * regressions + [1] * improvements + [1] * 300
     order = ["inferior", "unclear", "not inferior"]
-    small, large = (gate.paired(before, after, margin, 0.05) for margin in sorted(margins))
+    small, large = (paired.paired(before, after, margin, 0.05) for margin in sorted(margins))
     assert order.index(small.verdict) <= order.index(large.verdict)
     for strict in (False, True):
         rule = Gate(enabled=True, strict=strict)
@@ -281,16 +281,3 @@ def test_a_larger_margin_never_turns_acceptance_into_rejection(regressions, impr
             for p in (small, large)
         ]
         assert kept != ["candidate", "parent"]
-
-
-def test_power_grows_with_the_items_and_the_drop():
-    shares = {
-        (n, drop): gate.power(n, drop, churn=0.03, margin=0.02, alpha=0.05, trials=300)
-        for n in (200, 1319)
-        for drop in (0.0, 0.06)
-    }
-    assert all(sum(each.values()) == pytest.approx(1) for each in shares.values())
-    assert shares[200, 0.0]["inferior"] <= 0.05
-    assert shares[200, 0.06]["inferior"] < shares[1319, 0.06]["inferior"]
-    assert shares[1319, 0.06]["inferior"] > 0.95
-    assert shares[1319, 0.0]["not inferior"] > 0.8

@@ -19,13 +19,14 @@ from conftest import free_port
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from ptl import cli_gc, dag, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
+from ptl import dag, execution, garbage, inventory, preempt, s3, s3_client, stack, store, tracking
 from ptl.cli import app
 from ptl.errors import InputError, WorkError
 from ptl.execution import Step
 from ptl.garbage import DAY, Rules
 from ptl.preempt import COMPLETE
 from ptl.store import Pointer
+from ptl.units import size
 
 pytestmark = pytest.mark.xdist_group("gc")
 SIZES = {"model.safetensors": 50_000, "config.json": 10}
@@ -79,8 +80,8 @@ class Loop:
         def work(dst, run):
             if before and not metadata:
                 assert (execution.fetch(before) / "config.json").is_file()
-            for path, size in SIZES.items():
-                (dst / path).write_bytes(os.urandom(size))
+            for path, count in SIZES.items():
+                (dst / path).write_bytes(os.urandom(count))
             return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
 
         return execution.execute(Step(name, self.experiment), before, {}, work)
@@ -520,10 +521,10 @@ def test_command(experiment, loop, monkeypatch):
 
     assert "can go: 0 items, 0 B (0 bytes)" in ptl()
     dry = ptl("--older-than", "0")
-    assert f"can go: 4 items, {cli_gc.size(goes)} ({goes:,} bytes); nothing was deleted" in dry
+    assert f"can go: 4 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
     assert f"registered: {experiment} 1" in dry and "--dense lets it go" in dry
     assert listing(held.root.removesuffix("/ptl")) == before
-    assert f"deleted: 4 items, {cli_gc.size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
+    assert f"deleted: 4 items, {size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
     after = listing(held.root.removesuffix("/ptl"))
     assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
     assert "deleted: 0 items" in ptl("--older-than", "0", "--delete")
@@ -539,7 +540,7 @@ def test_where_runs_are_looked_for(tmp_path, monkeypatch):
     said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
     assert isinstance(said, InputError) and "--home: no local runs in" in str(said) and "--s3" not in str(said)
     said = runner.invoke(app, ["gc", "--s3", "--home", str(tmp_path)]).exception
-    assert isinstance(said, InputError) and "no `ptl up` was ever made" in str(said)
+    assert isinstance(said, InputError) and "`ptl up` has never run" in str(said)
     (tmp_path / "stack").mkdir()
     said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
     assert "--s3 is for the runs of its servers" in str(said)
@@ -557,9 +558,3 @@ def test_credentials_that_may_not_delete(monkeypatch):
     monkeypatch.setattr(s3, "walk", lambda uri: [("model.safetensors", 1, 0.0)])
     with pytest.raises(InputError, match=r"s3://b/x: these credentials may not delete.*s3:DeleteObject"):
         store.delete("s3://b/x", below="s3://b")
-
-
-def test_sizes_in_words():
-    assert [cli_gc.size(n) for n in (0, 999, 1000, 12_345_678, 999_960_000, 16_000_000_000)] == [
-        "0 B", "999 B", "1.0 kB", "12.3 MB", "1.0 GB", "16.0 GB",
-    ]  # fmt: skip

@@ -240,10 +240,10 @@ def stub_docker(tmp_path, monkeypatch):
 
 
 def test_build_passes_the_settings_to_bake(stub_docker):
-    built = images.build("registry.example.com/team", "7", base_image="base:1", cpu=True, flags=["--no-cache"])
+    built = images.build("registry.example.com/team", "7", base_image="base:1", cpu=True)
     assert built == images.names("registry.example.com/team", "7")
     assert stub_docker.read_text().splitlines()[-1] == (
-        "buildx bake --file docker/docker-bake.hcl --load --no-cache"
+        "buildx bake --file docker/docker-bake.hcl --load"
         " | registry.example.com/team/ 7 base:1 docker/locks/cpu --verify-hashes"
     )
 
@@ -329,9 +329,10 @@ def test_failed_build_is_a_work_error(stub_docker, monkeypatch):
         images.build()
 
 
-def test_build_needs_a_checkout(tmp_path):
+def test_build_needs_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "ROOT", tmp_path)
     with pytest.raises(InputError, match="checkout"):
-        images.build(root=tmp_path)
+        images.build()
 
 
 def test_push_names_what_is_missing(stub_docker, monkeypatch):

@@ -36,7 +36,7 @@ class ByHand:
     Layer i computes h + down_i(relu(h)[.., [0, 1, 1]]): neuron activations are (h0, h1, h1).
     """
 
-    family, device = Family("by_hand", rows=("rows",), columns="down"), torch.device("cpu")
+    family, device = Family("by_hand", up_projections=("rows",), down_projection="down"), torch.device("cpu")
     downs = (torch.tensor([[3.0, 0.0, 0.5], [4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.1]]))
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
 
@@ -72,7 +72,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("criterion", BY_HAND)
 def test_scores_computed_by_hand(criterion):
-    scores = neuron_scores(ByHand(), criterion, seed=0, progress=False)
+    scores = neuron_scores(ByHand(), criterion, seed=0)
     for found, expected in zip(scores, BY_HAND[criterion], strict=True):
         assert found.tolist() == pytest.approx(expected)
 
@@ -81,14 +81,14 @@ def test_layer_scores_computed_by_hand():
     # layer 0 moves (1,2) by (4,6), (2,0) by (6,8) and (0,3) by (1.5,3); layer 1 adds (h1, 2 h0 + .1 h1)
     first = [((4**2 + 6**2) ** 0.5 + 10) / 2, (1.5**2 + 3**2) ** 0.5]
     second = [((8**2 + 10.8**2) ** 0.5 + (8**2 + 16.8**2) ** 0.5) / 2, (6**2 + 3.6**2) ** 0.5]
-    assert layer_scores(ByHand(), "max", progress=False).tolist() == pytest.approx([max(first), max(second)])
+    assert layer_scores(ByHand(), "max").tolist() == pytest.approx([max(first), max(second)])
 
     def turn(a, b):
         return 1 - (a[0] * b[0] + a[1] * b[1]) / ((a[0] ** 2 + a[1] ** 2) * (b[0] ** 2 + b[1] ** 2)) ** 0.5
 
     one = (turn((1, 2), (5, 8)) + turn((2, 0), (8, 8))) / 2
     two = turn((0, 3), (1.5, 6))
-    found = layer_scores(ByHand(), "block_influence", progress=False)
+    found = layer_scores(ByHand(), "block_influence")
     assert float(found[0]) == pytest.approx((one + two) / 2, abs=1e-6)
 
 
@@ -108,7 +108,7 @@ def changes_by_removal(variant, stream):
     with torch.no_grad():
         for i in range(4):
             with stream.layer(i) as layer:
-                down = layer.get_submodule(stream.family.columns)
+                down = layer.get_submodule(stream.family.down_projection)
                 for b, hidden in enumerate(states):
                     states[b] = stream.run(i, b, hidden)
                     kept = stream.batches[b]["attention_mask"].bool()
@@ -125,7 +125,7 @@ def changes_by_removal(variant, stream):
 def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     """Each neuron is taken away by itself, and the layer run again; a norm may follow down_proj."""
     stream = stream_of(variant, tmp_path)
-    scores = torch.stack(neuron_scores(stream, "max", seed=0, progress=False))
+    scores = torch.stack(neuron_scores(stream, "max", seed=0))
     changes = changes_by_removal(variant, stream)
     torch.testing.assert_close(scores, changes, rtol=1e-4, atol=1e-4)
     # so a threshold removes exactly the neurons whose removal changes every token by less
@@ -136,7 +136,7 @@ def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(varia
 @pytest.mark.parametrize("variant", ["llama", "gemma2", "phi3"])
 def test_taylor_is_activation_times_gradient_of_the_whole_model(variant, tmp_path):
     model = build(variant)
-    found = neuron_scores(stream_of(variant, tmp_path, model), "taylor", seed=0, progress=False)
+    found = neuron_scores(stream_of(variant, tmp_path, model), "taylor", seed=0)
     expected = [torch.zeros(40) for _ in range(4)]
     for batch in PADDED:
         for row in range(len(batch["input_ids"])):
@@ -169,7 +169,7 @@ def test_zeroed_neurons_go_first(criterion, variant, tmp_path):
                 rows = layer.mlp.gate_up_proj if variant == "phi3" else layer.mlp.gate_proj
                 rows.weight[dead] = 0
                 (rows.weight[40:] if variant == "phi3" else layer.mlp.up_proj.weight)[dead] = 0
-    for scores in neuron_scores(stream_of(variant, tmp_path, model), criterion, seed=0, progress=False):
+    for scores in neuron_scores(stream_of(variant, tmp_path, model), criterion, seed=0):
         kept = keep_highest(scores, 37).tolist()
         assert set(range(40)) - set(kept) == set(dead)
         assert scores[dead].tolist() == [0, 0, 0] and num_redundant(scores, 1e-9) == 3
@@ -184,8 +184,7 @@ def test_batches_and_padding_play_no_part(tmp_path):
     ]
     for criterion in ("max", "mean", "taylor"):
         one, other = (
-            neuron_scores(LayerwiseModel(source, FAMILIES["llama"], data), criterion, 0, False)
-            for data in (PADDED, single)
+            neuron_scores(LayerwiseModel(source, FAMILIES["llama"], data), criterion, 0) for data in (PADDED, single)
         )
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -193,7 +192,7 @@ def test_batches_and_padding_play_no_part(tmp_path):
 
 def test_random_is_the_seeds(tmp_path):
     stream = stream_of("llama", tmp_path)
-    one, same, other = (neuron_scores(stream, "random", seed, False) for seed in (1, 1, 2))
+    one, same, other = (neuron_scores(stream, "random", seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True)) and not torch.equal(one[0], other[0])
 
 
@@ -204,7 +203,7 @@ def test_a_layer_that_does_nothing_scores_zero(tmp_path):
         model.model.layers[2].mlp.down_proj.weight.zero_()
     stream = stream_of("llama", tmp_path, model)
     for criterion in LAYER_CRITERIA:
-        scores = layer_scores(stream, criterion, progress=False)
+        scores = layer_scores(stream, criterion)
         assert scores[2].item() == pytest.approx(0, abs=1e-6) and scores.argmin() == 2
         assert keep_highest(scores, 3).tolist() == [0, 1, 3]
 
@@ -224,11 +223,11 @@ def test_the_threshold_is_strict():
 def test_the_same_numbers_every_time(tmp_path):
     stream = stream_of("gemma2", tmp_path)
     for criterion in CRITERIA:
-        one, other = (neuron_scores(stream, criterion, 0, False) for _ in range(2))
+        one, other = (neuron_scores(stream, criterion, 0) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_bfloat16_is_scored_in_its_own_dtype(tmp_path):
-    scores = neuron_scores(stream_of("qwen2", tmp_path, build("qwen2").bfloat16()), "max", 0, False)
+    scores = neuron_scores(stream_of("qwen2", tmp_path, build("qwen2").bfloat16()), "max", 0)
     assert scores[0].dtype == torch.float32 and bool((scores[0] > 0).all())
     assert scores[0].shape == (40,)

@@ -12,7 +12,8 @@ from ptl import distil, model_checks, training
 from ptl.checkpoint import CHAT_TEMPLATES
 from ptl.config import Calibration, Evaluate, Prune, Recovery, load_config
 from ptl.errors import InputError
-from ptl.importer import import_checkpoint, preflight
+from ptl.import_checkpoint import import_checkpoint
+from ptl.importer import preflight
 from ptl.prune import prune_checkpoint
 
 TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")

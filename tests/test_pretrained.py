@@ -14,7 +14,7 @@ from ptl.distil import load_teacher
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.forecast import forecast
-from ptl.importer import import_checkpoint
+from ptl.import_checkpoint import import_checkpoint
 from ptl.job import RecoveryJob, StageBudget
 from ptl.model_checks import load_tokenizer
 from ptl.prune import prune_checkpoint

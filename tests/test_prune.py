@@ -17,13 +17,13 @@ from ptl.data import padded
 from ptl.errors import InputError, WorkError
 from ptl.families import FAMILIES
 from ptl.importance import CRITERIA, LAYER_CRITERIA, neuron_scores
-from ptl.measure import Variant, losses
+from ptl.measure import PrunedVariant, losses
 from ptl.own_answers import final_answer
 from ptl.prune import prune_checkpoint
 from ptl.repair import fit, magnitude, ridge
 from ptl.sources import read_rows
 from ptl.stream import LayerwiseModel
-from ptl.surgery import Selection, cut_checkpoint
+from ptl.surgery import Selection, write_pruned
 
 LLAMA = FAMILIES["llama"]
 ALL = tuple(range(4))
@@ -94,7 +94,7 @@ def test_automatic_multiples(width, ranks, multiple):
 
 def test_a_multiple_is_made_to_fit_the_ranks():
     assert resolve_multiple(192, 8, 3) == 24 and resolve_multiple(192, 64, 2) == 64
-    with pytest.raises(InputError, match=r"prune.tensor_parallel=5 does not divide the FFN width 192"):
+    with pytest.raises(InputError, match=r"prune.tensor_parallel: 5 does not divide the FFN width 192"):
         resolve_multiple(192, "auto", 5)
 
 
@@ -124,6 +124,13 @@ def test_targets_beyond_reach_are_refused():
     with pytest.raises(InputError, match="would remove 2 of 2 layers"):
         layers_for(body, 500)
     assert layers_for(body, 700) == 1 and layers_for(body, 1000) == 0
+
+
+@pytest.mark.parametrize("unit", ["neurons", "layers"])
+def test_a_target_beyond_reach_is_refused_before_any_text_is_read(source, tmp_path, unit):
+    calibration = Calibration(data=DataSource(source=str(tmp_path / "missing.jsonl"), format="text"))
+    with pytest.raises(InputError, match=r"schedule\.target: 1 parameters"):
+        prune_checkpoint(source, tmp_path / "out", Prune(), calibration, unit=unit, goal=1, seed=0)
 
 
 # ---- one step
@@ -197,13 +204,18 @@ def test_measured_losses_are_those_of_the_cut_checkpoints(variant, tmp_path):
     source, family = save(build(variant), tmp_path / "source"), FAMILIES[VARIANTS[variant][0]]
     data = batches()
     kept = {i: torch.arange(i, 40, 2)[:18] for i in ALL}
-    variants = [Variant(), Variant(frozenset({1})), Variant(frozenset({1, 2})), Variant(neurons=kept)]
-    variants.append(Variant(frozenset({3}), {i: kept[i] for i in (0, 1, 2)}))
-    found = losses(LayerwiseModel(source, family, data), variants, progress=False)
+    variants = [
+        PrunedVariant(),
+        PrunedVariant(frozenset({1})),
+        PrunedVariant(frozenset({1, 2})),
+        PrunedVariant(neurons=kept),
+    ]
+    variants.append(PrunedVariant(frozenset({3}), {i: kept[i] for i in (0, 1, 2)}))
+    found = losses(LayerwiseModel(source, family, data), variants)
     assert found.shape == (5, 5)
     for number, one in enumerate(variants):
         folder = tmp_path / str(number)
-        cut_checkpoint(source, folder, family, Selection(tuple(i for i in ALL if i not in one.skipped), one.neurons))
+        write_pruned(source, folder, family, Selection(tuple(i for i in ALL if i not in one.skipped), one.neurons))
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         expected = [
             torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:]).item()
@@ -216,7 +228,7 @@ def test_measured_losses_are_those_of_the_cut_checkpoints(variant, tmp_path):
 def chosen(source, calibration, tmp_path, monkeypatch, layer_costs, neuron_cost, share):
     """The chooser with a mock in place of the measurement: each layer has a cost, and so have all neuron cuts."""
 
-    def mock_losses(_stream, variants, progress=True):
+    def mock_losses(_stream, variants):
         rows = [sum(layer_costs[i] for i in v.skipped) + (neuron_cost if v.neurons else 0) for v in variants]
         return torch.tensor(rows)[:, None]
 
@@ -281,12 +293,12 @@ def test_ridge_is_the_least_squares_solution():
 def test_ridge_brings_each_layer_nearer_to_the_uncut_one(variant, tmp_path):
     source, family = save(build(variant), tmp_path / "source"), FAMILIES[VARIANTS[variant][0]]
     stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
-    scores = neuron_scores(stream, "max", 0, progress=False)
+    scores = neuron_scores(stream, "max", 0)
     selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
-    files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
+    files = ridge(stream, selected, 1e-3, tmp_path / "repair")
     assert sorted(files) == [f"model.layers.{i}.mlp.down_proj.weight" for i in ALL]
-    cut_checkpoint(source, tmp_path / "cut", family, selected, files)
-    cut_checkpoint(source, tmp_path / "plain", family, selected)
+    write_pruned(source, tmp_path / "cut", family, selected, files)
+    write_pruned(source, tmp_path / "plain", family, selected)
     whole, repaired, plain = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("source", "cut", "plain")
     )
@@ -311,12 +323,12 @@ def test_ridge_weighs_tokens_as_the_norm_after_down_proj_does(tmp_path):
         model.model.embed_tokens.weight[3:12] *= 20
     source = save(model, tmp_path / "source")
     stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
-    scores = neuron_scores(stream, "max", 0, progress=False)
+    scores = neuron_scores(stream, "max", 0)
     selected = Selection(ALL, {i: layer.topk(30).indices.sort().values for i, layer in enumerate(scores)})
-    files = ridge(stream, selected, 1e-3, tmp_path / "repair", progress=False)
+    files = ridge(stream, selected, 1e-3, tmp_path / "repair")
     states = []
     for name, repaired in (("repaired", files), ("plain", None)):
-        cut_checkpoint(source, tmp_path / name, family, selected, repaired)
+        write_pruned(source, tmp_path / name, family, selected, repaired)
         pruned = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
             both = [
@@ -331,9 +343,9 @@ def test_magnitude_equals_a_scaled_hidden_state(variant, tmp_path):
     model, family = build(variant), FAMILIES[VARIANTS[variant][0]]
     source = save(model, tmp_path / "source")
     stream, selected = LayerwiseModel(source, family, batches()), Selection((0, 3), {})
-    files = magnitude(stream, selected, {}, tmp_path / "repair", progress=False)
+    files = magnitude(stream, selected, {}, tmp_path / "repair")
     assert files and all(name.startswith("model.layers.3.") for name in files)
-    cut_checkpoint(source, tmp_path / "cut", family, selected, files)
+    write_pruned(source, tmp_path / "cut", family, selected, files)
     growths = [_growth_of(model, i) for i in (1, 2)]
     for i, growth in zip((1, 2), growths, strict=True):
         model.get_decoder().layers[i].forward = lambda hidden, *_a, growth=growth, **_k: hidden * growth
@@ -359,7 +371,7 @@ def _growth_of(model, i):
 
 def test_magnitude_is_refused_where_layers_read_the_hidden_state_without_a_norm(calibration, tmp_path):
     source = save(build("olmo2"), tmp_path / "source")
-    with pytest.raises(InputError, match=r"prune.repair=both is not possible for olmo2"):
+    with pytest.raises(InputError, match=r"prune.repair: both is not possible for olmo2"):
         prune_checkpoint(source, tmp_path / "x", Prune(repair="both"), calibration, unit="layers", goal=1, seed=0)
 
 

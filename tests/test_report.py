@@ -14,7 +14,7 @@ from ptl import cli_results
 from ptl.errors import InputError
 from ptl.report import notes, print_table, render, verdict, write_report
 from ptl.result import build, final_row, work_seconds
-from ptl.view import accuracy_caption, duration, loss_caption, table_caption, wall_clock
+from ptl.view import accuracy_caption, loss_caption, table_caption, wall_clock
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -604,11 +604,6 @@ def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, n
     render({key: value for key, value in result.items() if key not in added}, tmp_path / "old")
     assert (tmp_path / "old/report.html").read_bytes() == (tmp_path / "report.html").read_bytes()
     assert "Wall clock" not in (tmp_path / "report.html").read_text()
-
-
-def test_durations():
-    cases = {4.21: "4.2 s", 59.97: "1 min", 230.4: "3 min 50 s", 3599.6: "1 h", 26_000: "7 h 13 min"}
-    assert {seconds: duration(seconds) for seconds in cases} == cases
 
 
 @pytest.mark.parametrize("completed", [0, 1, 2])

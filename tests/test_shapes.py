@@ -23,8 +23,9 @@ from ptl.cost import from_config
 from ptl.errors import InputError
 from ptl.evaluate import evaluate_checkpoint
 from ptl.families import FAMILIES
-from ptl.forecast import shape_of
-from ptl.importer import check_model, import_checkpoint
+from ptl.forecast_model import shape_of
+from ptl.import_checkpoint import import_checkpoint
+from ptl.importer import check_model
 from ptl.model_checks import check_generation_config
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -118,9 +119,9 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("num_attention_heads", True, "whole number from 1 to"),
         ("num_attention_heads", 4.0, "whole number from 1 to"),
         ("num_attention_heads", "4", "whole number from 1 to"),
-        ("num_attention_heads", 5, "hidden_size=32 is no multiple of num_attention_heads=5"),
+        ("num_attention_heads", 5, "hidden_size=32 is not a multiple of num_attention_heads=5"),
         ("num_attention_heads", ..., "lacks num_attention_heads"),
-        ("num_key_value_heads", 3, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ("num_key_value_heads", 3, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ("num_hidden_layers", 1_000_000_000, "whole number from 1 to 10,000"),
         ("num_hidden_layers", 0, "whole number from 1 to 10,000"),
         ("hidden_size", 10**30, "whole number from 1 to"),
@@ -132,22 +133,22 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
         ("use_cache", 1, "must be true or false"),
         ("attention_dropout", 2, "from 0 to below 1"),
         ("initializer_range", "x", "above 0"),
-        ("rope_scaling", {"rope_type": "linear", "factor": -1}, "needs a number there above 0"),
+        ("rope_scaling", {"rope_type": "linear", "factor": -1}, "needs a number above 0 there"),
         ("rms_norm_eps", "small", "above 0"),
-        ("hidden_act", "swigloo", "which transformers does not know"),
-        ("hidden_act", ["silu"], "which transformers does not know"),
+        ("hidden_act", "swigloo", "must be known to transformers"),
+        ("hidden_act", ["silu"], "must be known to transformers"),
         ("rope_parameters", {"rope_type": "spiral"}, "rope_parameters.rope_type='spiral', which is not known"),
         ("rope_parameters", {"rope_type": ["yarn"]}, "which is not known"),
         ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters.factor=None"),
-        ("rope_parameters", {"rope_type": "linear", "factor": "4"}, "needs a number there"),
+        ("rope_parameters", {"rope_type": "linear", "factor": "4"}, "needs a number above 0 there"),
         ("rope_parameters", {"full_attention": {"rope_type": "spiral"}}, "rope_parameters.full_attention.rope_type"),
         ("rope_scaling", "yarn", "must be a JSON object"),
         ("rope_scaling", {"type": "spiral"}, "rope_scaling.rope_type='spiral'"),
         ("rope_theta", float("nan"), "above 0"),
         ("rope_theta", float("inf"), "above 0"),
         ("query_pre_attn_scalar", 0, "above 0"),
-        ("pad_token_id", 48, "no token of the 48"),
-        ("pad_token_id", "0", "no token of the 48"),
+        ("pad_token_id", 48, "not one of the 48 tokens"),
+        ("pad_token_id", "0", "not one of the 48 tokens"),
         ("dtype", "float8", "must be one of float64, float32, float16, bfloat16"),
         ("dtype", ["float32"], "must be one of float64"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "has a quantization_config (gptq)"),
@@ -266,7 +267,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 def test_deep_json_in_a_checkpoint_names_the_file(folders, tmp_path):
     folder = changed(folders("llama"), tmp_path)
     (folder / checkpoint.INDEX).write_text(DEEP)
-    assert f"{checkpoint.INDEX} is no index of shards (nested deeper" in refusal(folder, "llama")
+    assert f"{checkpoint.INDEX} is not an index of shards (nested deeper" in refusal(folder, "llama")
     (folder / checkpoint.INDEX).unlink()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
@@ -288,7 +289,7 @@ def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
     code = (
         "import sys; from pathlib import Path; from ptl.anatomy import model_dimensions;"
         "from ptl.families import FAMILIES;"
-        "from ptl.forecast import shape_of; shape_of(sys.argv[1]);"
+        "from ptl.forecast_model import shape_of; shape_of(sys.argv[1]);"
         "print(model_dimensions(Path(sys.argv[1]), FAMILIES['llama']).layers,"
         "{'torch', 'transformers'} & sys.modules.keys())"
     )

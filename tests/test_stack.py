@@ -4,6 +4,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -164,7 +165,7 @@ def test_a_reused_process_id_is_left_alone(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     try:
         (tmp_path / "stack").mkdir()
-        note = stack.Service(other.pid, "long ago", 1, "http://127.0.0.1:1", "log")
+        note = stack.Service(other.pid, "long ago", 1)
         (tmp_path / "stack" / "s3.service.json").write_text(json.dumps(note.__dict__))
         assert stack.down(tmp_path) == []
         assert other.poll() is None
@@ -189,8 +190,8 @@ def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
 
 def test_half_written_notes_and_keys_do_not_occur(tmp_path):
     """Each is written under another name and renamed."""
-    keys = stack._keys(tmp_path)
-    assert stack._keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
+    keys = stack._access_keys(tmp_path)
+    assert stack._access_keys(tmp_path) == keys and len(keys["AWS_SECRET_ACCESS_KEY"]) == 40
     assert (tmp_path / "stack/keys.json").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in (tmp_path / "stack").iterdir()] == ["keys.json"]
 
@@ -222,20 +223,25 @@ def test_mlflow_down_for_some_seconds(running, environment, tmp_path):
 @pytest.mark.slow
 def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no runs yet"):
-        stack.ui(tmp_path, free_port(), background=True)
+        stack.ui(tmp_path, free_port())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{new_database(tmp_path)}/mlflow.db")
     monkeypatch.setenv("PTL_RUN_ID", "local")
     step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
     port = free_port()
-    assert stack.ui(tmp_path, port, background=True) == f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "ptl", "ui", "--home", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, start_new_session=True)
     try:
+        deadline = time.monotonic() + stack.START_SECONDS
+        while not stack._answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         assert tracking.start("local", "prune-1", arm="loop", iteration=1) == step
-        assert stack.ui(tmp_path, port, background=True).endswith(str(port))
         with pytest.raises(InputError, match=f"--port: port {port} is in use"):
             stack.ui(tmp_path, port)
     finally:
-        assert stack.down(tmp_path) == ["ui"]
+        os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
+        server.wait(20)
     assert unused(port)
 
 

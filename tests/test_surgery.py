@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ptl import checkpoint
 from ptl.families import FAMILIES
-from ptl.surgery import Selection, cut_checkpoint, cut_config, cut_tensor
+from ptl.surgery import Selection, prune_config, pruned_tensor, write_pruned
 
 LLAMA = FAMILIES["llama"]
 ALL = tuple(range(4))
@@ -19,13 +19,19 @@ KEPT = torch.tensor([0, 2, 3])
 CUT = Selection((0, 2), {0: KEPT, 2: KEPT + 1})
 
 
+def prune_tensor(name, tensor, family, selection):
+    """New name and value of a tensor; None where its layer goes."""
+    pruned = pruned_tensor(name, tensor.shape, family, selection)
+    return None if pruned is None else (pruned.name, pruned.values(tensor))
+
+
 @pytest.mark.parametrize("moment", ["", "exp_avg.", "exp_avg_sq."])
 def test_rows_and_columns_of_a_tensor_and_of_its_moments(moment):
     tensor = torch.arange(30.0).view(6, 5)
     name = f"{moment}model.layers.2.mlp.gate_proj.weight"
-    new, rows = cut_tensor(name, tensor, LLAMA, CUT)
+    new, rows = prune_tensor(name, tensor, LLAMA, CUT)
     assert new == f"{moment}model.layers.1.mlp.gate_proj.weight" and torch.equal(rows, tensor[[1, 3, 4]])
-    _, columns = cut_tensor(f"{moment}model.layers.0.mlp.down_proj.weight", tensor.t(), LLAMA, CUT)
+    _, columns = prune_tensor(f"{moment}model.layers.0.mlp.down_proj.weight", tensor.t(), LLAMA, CUT)
     assert torch.equal(columns, tensor.t()[:, [0, 2, 3]]) and columns.is_contiguous()
 
 
@@ -41,37 +47,37 @@ def test_rows_and_columns_of_a_tensor_and_of_its_moments(moment):
 )
 def test_other_tensors_only_move(name, new):
     tensor = torch.rand(6)
-    assert cut_tensor(name, tensor, LLAMA, CUT) == (new, tensor)
+    assert prune_tensor(name, tensor, LLAMA, CUT) == (new, tensor)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.3.mlp.up_proj.weight"])
 def test_tensors_of_removed_layers_go(name):
-    assert cut_tensor(name, torch.rand(6, 2), LLAMA, CUT) is None
-    assert cut_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.rand(2), LLAMA, CUT) is None
+    assert prune_tensor(name, torch.rand(6, 2), LLAMA, CUT) is None
+    assert prune_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.rand(2), LLAMA, CUT) is None
 
 
 def test_both_blocks_of_a_fused_tensor_are_cut():
     fused = torch.arange(20.0).view(10, 2)  # gate rows 0-4, up rows 5-9
-    _, cut = cut_tensor("model.layers.0.mlp.gate_up_proj.weight", fused, FAMILIES["phi3"], CUT)
+    _, cut = prune_tensor("model.layers.0.mlp.gate_up_proj.weight", fused, FAMILIES["phi3"], CUT)
     assert torch.equal(cut, fused[[0, 2, 3, 5, 7, 8]])
 
 
 def test_config_counts_of_leading_layers():
     config = {"num_hidden_layers": 6, "intermediate_size": 8, "max_window_layers": 3, "layer_types": list("aaabbb")}
-    cut = cut_config(config, FAMILIES["qwen2"], Selection((0, 2, 4, 5), {}))
+    cut = prune_config(config, FAMILIES["qwen2"], Selection((0, 2, 4, 5), {}))
     assert cut == {
         "num_hidden_layers": 4,
         "intermediate_size": 8,
         "max_window_layers": 2,
         "layer_types": list("aabb"),
     }
-    beyond = cut_config({**config, "max_window_layers": 28}, FAMILIES["qwen2"], Selection((0, 5), {}))
+    beyond = prune_config({**config, "max_window_layers": 28}, FAMILIES["qwen2"], Selection((0, 5), {}))
     assert beyond["max_window_layers"] >= beyond["num_hidden_layers"]
 
 
 def test_widths_must_be_uniform():
     with pytest.raises(AssertionError, match="widths differ"):
-        cut_config({"num_hidden_layers": 2}, LLAMA, Selection((0, 1), {0: KEPT, 1: KEPT[:2]}))
+        prune_config({"num_hidden_layers": 2}, LLAMA, Selection((0, 1), {0: KEPT, 1: KEPT[:2]}))
 
 
 def test_adam_moments_are_cut_with_the_weights(tmp_path):
@@ -82,7 +88,7 @@ def test_adam_moments_are_cut_with_the_weights(tmp_path):
     state = {f"exp_avg.{name}": p.detach() * 2 for name, p in model.named_parameters()}
     state |= {f"exp_avg_sq.{name}": p.detach() ** 2 for name, p in model.named_parameters()}
     checkpoint.write_shard(source / checkpoint.STATE, state | {"step": torch.tensor(7.0)})
-    cut_checkpoint(source, tmp_path / "cut", LLAMA, Selection((0, 1, 3), dict.fromkeys((0, 1, 3), KEPT)))
+    write_pruned(source, tmp_path / "cut", LLAMA, Selection((0, 1, 3), dict.fromkeys((0, 1, 3), KEPT)))
     weights = dict(checkpoint.tensors(tmp_path / "cut/model.safetensors"))
     after = dict(checkpoint.tensors(tmp_path / "cut" / checkpoint.STATE))
     assert after.pop("step") == 7 and len(after) == 2 * len(weights) < 2 * len(names)
@@ -93,7 +99,7 @@ def test_adam_moments_are_cut_with_the_weights(tmp_path):
 
 def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):
     source = save(build("llama"), tmp_path / "source", "8KB")
-    cut_checkpoint(source, tmp_path / "cut", LLAMA, Selection((0,), {}))
+    write_pruned(source, tmp_path / "cut", LLAMA, Selection((0,), {}))
     index = json.loads((tmp_path / "cut" / checkpoint.INDEX).read_text())
     files = {path.name for path in (tmp_path / "cut").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files and len(files) < len(checkpoint.shards(source))
@@ -101,7 +107,7 @@ def test_a_shard_of_removed_layers_disappears_from_the_index(tmp_path):
 
 
 def test_weight_files_can_be_read_by_others(tmp_path):
-    cut_checkpoint(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, Selection(ALL, {}))
+    write_pruned(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, Selection(ALL, {}))
     assert (tmp_path / "cut/model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
@@ -118,7 +124,7 @@ with torch.no_grad():
 
 @pytest.mark.slow
 def test_a_new_process_loads_it_and_generates_with_the_cache(tmp_path):
-    cut_checkpoint(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, CUT)
+    write_pruned(save(build("llama"), tmp_path / "source"), tmp_path / "cut", LLAMA, CUT)
     subprocess.run(
         [sys.executable, "-c", LOADED_ELSEWHERE, tmp_path / "cut", tmp_path / "out.pt"], check=True, capture_output=True
     )
@@ -137,7 +143,7 @@ def test_memory_is_one_tensor_whatever_the_size(tmp_path, monkeypatch):
     from ptl import safefile
 
     source = save(build("llama"), tmp_path / "source")
-    alive, most, read = weakref.WeakSet(), [], safefile.read
+    alive, most, read = weakref.WeakSet(), [], safefile.read_tensor
 
     def watched(entry):
         tensor = read(entry)
@@ -145,7 +151,7 @@ def test_memory_is_one_tensor_whatever_the_size(tmp_path, monkeypatch):
         most.append(len(alive))
         return tensor
 
-    monkeypatch.setattr(safefile, "read", watched)
-    cut_checkpoint(source, tmp_path / "cut", LLAMA, CUT)
+    monkeypatch.setattr(safefile, "read_tensor", watched)
+    write_pruned(source, tmp_path / "cut", LLAMA, CUT)
     assert len(most) > 15 and max(most) <= 2
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "cut"), batches()[0]).shape

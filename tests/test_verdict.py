@@ -151,7 +151,7 @@ def test_why_speed_is_not_measured_is_told(run, monkeypatch):
 
     monkeypatch.setattr(verdict.tracking, "computing_beside", lambda run: [])
     monkeypatch.setattr(verdict, "fetch", lambda pointer: pointer.uri)
-    monkeypatch.setattr("ptl.evaluate.side_by_side", full)  # a mock of a GPU that is too small
+    monkeypatch.setattr("ptl.speed.side_by_side", full)  # a mock of a GPU that is too small
     told = verdict.beside_dense(step, run, final, wanted, 0)
     assert told["reason"].startswith("the GPU does not hold the dense and the final model at once (CUDA out of memory")
 

@@ -5,9 +5,9 @@ from typing import Any
 from kfp import kubernetes
 
 from ptl import mounts
-from ptl.attempts import RETRY_WAIT
 from ptl.cluster_config import Resources, Storage
 from ptl.config import Config
+from ptl.retry_defaults import RETRY_WAIT
 
 ACCELERATED = ("prune", "recover", "evaluate")  # the stages that need accelerators and their nodes
 # Variables of a pod's own fields. As inputs of the task they would have other values in each run.

@@ -66,7 +66,7 @@ def add_to(app: typer.Typer) -> None:
 def submit(
     server: Server,
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006 - typer reads the default
+    sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
     version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
@@ -141,7 +141,7 @@ def retry(
 
 def doctor(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
-    sets: Overrides = [],  # noqa: B006
+    sets: Overrides,
     local: Annotated[
         bool | None,
         typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
@@ -154,6 +154,7 @@ def doctor(
 ) -> None:
     """Try out what a run will need before it costs anything; exit code 1 on an error."""
     from ptl import doctor as work
+    from ptl import images
 
     run_config = load_config(config, pairs("--set", sets))
     if runner not in ("subprocess", "docker"):
@@ -163,7 +164,7 @@ def doctor(
     if local is None:
         local = _is_local(work.names_a_cluster(address))
     if local:
-        findings = work.local(run_config, home=home, runner=runner)
+        findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
     else:
         findings = work.cluster(
             run_config,

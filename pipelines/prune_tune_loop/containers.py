@@ -117,7 +117,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def files(config: Config) -> set[Path]:
     """Local files and folders that a config names: model, data, and task files with the files next to them."""
-    from ptl import tasks
+    from ptl import task_data, tasks
 
     working_directory = Path.cwd()
     paths = set()
@@ -134,7 +134,7 @@ def files(config: Config) -> set[Path]:
             # A task's YAML may use functions and templates next to it; a whole working directory is too much.
             folder = spec.path.parent
             paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
-            splits = tasks.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
+            splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
     return {_absolute(path) for path in paths}
 

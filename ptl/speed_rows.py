@@ -1,0 +1,141 @@
+"""The measured speed of the dense and the final model, as rows, sentences and metrics, for the report and MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Metadata = dict[str, Any]  # of speed.side_by_side; {"reason": ...} where nothing was measured
+PHASES = ("prefill", "decode")
+# Filled in from that metadata, and its models by name.
+SETTING = (
+    "Both models in one process on {device}, taking turns, median of {repeats}: prompts of {prompt_tokens} tokens, "
+    "{new_tokens} new tokens."
+)
+SOLVING = (
+    " Solved problem: {items} items of {task} in batches of up to {batch_size}, seconds in the model divided by the "
+    "{dense[solved]} (dense) and {final[solved]} (final) that it solved; its answers have {dense[answer_tokens]:.1f} "
+    "and {final[answer_tokens]:.1f} tokens on average."
+)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One measure of both models."""
+
+    kind: str  # prefill, decode or solved
+    label: str  # for a reader, without the unit
+    dense: float  # in `unit`
+    final: float  # in `unit`
+    unit: str  # tokens/s, s or ms
+    times: float  # how many times as fast the final one is, above 1 where it is faster
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Label with unit, dense, final and speed-up, formatted."""
+        return (
+            f"{self.label} ({self.unit})",
+            _three_digits(self.dense),
+            _three_digits(self.final),
+            f"{self.times:.2f} x",
+        )
+
+
+def rows(speed: Metadata) -> list[SpeedRow]:
+    """One for each measure; none where nothing was measured."""
+    if "models" not in speed:
+        return []
+    dense = speed["models"]["dense"]
+    final = speed["models"]["final"]
+    measures = []
+    for phase in PHASES:
+        field = f"{phase}_tokens_per_s"
+        for old, new in zip(dense["speed"], final["speed"], strict=True):
+            label = f"{phase.capitalize()}, batch {old['batch']}"
+            before = old[field]
+            after = new[field]
+            row = SpeedRow(phase, label, before, after, "tokens/s", times=after / before)
+            measures.append(row)
+    # Seconds: less is faster. None where a model solved nothing.
+    before = dense["seconds_per_solved"]
+    after = final["seconds_per_solved"]
+    if before and after:
+        scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
+        times = before / after
+        row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
+        measures.append(row)
+    return measures
+
+
+def sentence(speed: Metadata) -> str:
+    """The speed in a sentence; empty where nothing was asked or measured."""
+    measures = rows(speed)
+    if not measures:
+        reason = speed.get("reason")
+        if not reason:
+            return ""
+        return f"Speed was not measured: {reason}."
+    # One part for each kind of row, with the range over the batch sizes.
+    parts = []
+    batches = ", ".join(str(row["batch"]) for row in speed["models"]["dense"]["speed"])
+    for phase in PHASES:
+        times = [row.times for row in measures if row.kind == phase]
+        if times:
+            parts.append(f"{phase} {_times_range(times)} times as fast (batch {batches})")
+    for row in measures:
+        if row.kind == "solved":
+            before = _three_digits(row.dense)
+            after = _three_digits(row.final)
+            parts.append(f"{after} instead of {before} {row.unit} per solved problem")
+    comparison = f"Speed of the final model beside the dense one: {', '.join(parts)}."
+    return f"{comparison} {disturbance(speed)}".rstrip()
+
+
+def _times_range(times: list[float]) -> str:
+    low = f"{min(times):.2f}"
+    high = f"{max(times):.2f}"
+    if low == high:
+        return low
+    return f"{low} to {high}"
+
+
+def disturbance(speed: Metadata) -> str:
+    """A warning where other steps (`beside`) were computing on the same node meanwhile; else empty."""
+    others = sorted(speed.get("beside") or ())
+    if not others or not rows(speed):
+        return ""
+    names = " and ".join(others)
+    were = "was" if len(others) == 1 else "were"
+    return f"While speed was measured, {names} {were} computing on the same node: read the ratio with care."
+
+
+def setting(speed: Metadata) -> str:
+    """How it was measured."""
+    if not rows(speed):
+        return ""
+    template = SETTING
+    if speed["items"]:
+        template += SOLVING
+    return template.format(**speed, **speed["models"])
+
+
+def metrics(models: dict[str, Any]) -> dict[str, float]:
+    """MLflow's metrics of the `models` of speed.side_by_side."""
+    numbers = {}
+    for name, model in models.items():
+        for row in model["speed"]:
+            for phase in PHASES:
+                metric = f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"
+                numbers[metric] = row[f"{phase}_tokens_per_s"]
+        # None where nothing was solved: MLflow takes numbers only.
+        seconds = model["seconds_per_solved"]
+        if seconds is not None:
+            numbers[f"speed/{name}/seconds_per_solved"] = seconds
+    return numbers
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits below 1,000, whole numbers above."""
+    if value < 1000:
+        return f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}"

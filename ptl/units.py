@@ -1,0 +1,30 @@
+"""Sizes and durations as people read them."""
+
+from __future__ import annotations
+
+MINUTE = 60.0  # seconds
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that leaves one to three digits before the point: 12,345,678 -> `12.3 MB`."""
+    value = float(count)
+    if value < 999.5:  # more would be printed as 1000
+        return f"{value:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1000:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """4.2 -> `4.2 s`, 230 -> `3 min 50 s`, 26,000 -> `7 h 13 min`."""
+    if round(seconds, 1) < MINUTE:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = {"h": hours, "min": minutes, "s": rest}
+    if hours:
+        del parts["s"]  # beside hours nobody needs them
+    shown = [f"{number} {unit}" for unit, number in parts.items() if number]
+    return " ".join(shown)
