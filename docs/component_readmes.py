@@ -1,28 +1,30 @@
-"""Write components/*/README.md from each component's signature, metadata.yaml and OWNERS. `--check` only compares."""
+"""Write components/*/README.md from each component's signature and metadata.yaml. `--check` only compares."""
 
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parents[1]
-BEGIN = "<!-- custom-content -->"
+CUSTOM = "<!-- custom-content -->"  # what follows it is written by hand, and kept
 
-ABOUT = {
+# Descriptions of inputs and outputs: one wording wherever a name occurs.
+DESCRIPTIONS = {
     "step": "Name of the step, for example `prune-1`: it names the MLflow run and the record, and says which arm and "
     "iteration it is of.",
     "iterations": "Iterations of the step's arm: the loop's, or 1 for the control.",
     "experiment": "MLflow experiment; its artifact location is where checkpoints are stored.",
-    "run_name": "What people call the run; MLflow shows it under this name.",
-    "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must say the same.",
+    "run_name": "Display name of the run in MLflow.",
+    "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must be equal.",
     "target": "Below 1: share of all parameters to remove in the whole run; 1 or more: parameters to end with.",
-    "cuts": "`uniform` or `cubic`: how the removal is shared out over the iterations.",
+    "cuts": "`uniform` or `cubic`: how the removal is distributed over the iterations.",
     "recovery_tokens": "Tokens of recovery training over all iterations.",
-    "tokens": "`uniform` or `doubling`: how these tokens are shared out over the iterations.",
-    "seed": "Seed of every draw.",
+    "tokens": "`uniform` or `doubling`: how these tokens are distributed over the iterations.",
+    "seed": "Seed of every random choice.",
     "model": "Checkpoint to work on.",
-    "scored": "What evaluate-0 wrote: its items must not be trained on.",
+    "scored": "Scores of evaluate-0, whose items must not be trained on.",
     "fallback": "Checkpoint that the iteration started from; the loop continues with it when the gate rejects.",
     "final": "Checkpoint that the loop ended with.",
     "control": "Checkpoint that the control arm ended with, or why it did not finish.",
@@ -34,7 +36,7 @@ ABOUT = {
     "evaluate": "Section `evaluate` of the config.",
     "gate": "Section `gate` of the config.",
     "registered_model": "Name in the MLflow registry.",
-    "settings": "What the config says beside the run's parameters.",
+    "settings": "Sections of the config that are not run parameters.",
     "out": "Pointer to the new checkpoint: location, digest, MLflow ids. The weights are in the store.",
     "scores": "Pointer to the scores and the outcome of every item.",
     "accepted": "Pointer to the checkpoint that the loop continues with.",
@@ -42,51 +44,91 @@ ABOUT = {
     "html": "The report as one page.",
     "markdown": "The report as Markdown.",
 }
-ABOUT_IMPORT = {"model": "Hub id or folder of a Hugging Face checkpoint with safetensors."}
+# Where `model` is what the user named, not a checkpoint of the run.
+USERS_MODEL = "Hub id or folder of a Hugging Face checkpoint with safetensors."
 
 
 def readme(name: str) -> str:
-    """The README of a component; what stands after the mark in the old one is kept."""
+    """The README of the component in the folder `name`; what follows the mark CUSTOM in the old one is kept."""
     folder = ROOT / "components" / name
     module = importlib.import_module(f"components.{name}.component")
     spec = getattr(module, name).component_spec
-    meta = yaml.safe_load((folder / "metadata.yaml").read_text())
-    owners = yaml.safe_load((folder / "OWNERS").read_text())
-    lines = [f"# {name.replace('_', ' ').title()}", "", f"> **Stability: {meta['stability']}**", ""]
-    lines += ["## Overview", "", module.__doc__.strip(), ""]
-    lines += ["## Inputs", "", "| Parameter | Type | Default | Description |", "|---|---|---|---|"]
-    for key, item in (spec.inputs or {}).items():
-        about = (ABOUT_IMPORT if name in ("import_model", "report") else {}).get(key) or ABOUT[key]
-        lines.append(
-            f"| `{key}` | `{_kind(item)}` | {'none' if not item.optional else f'`{item.default}`'} | {about} |"
-        )
-    lines += ["", "## Outputs", "", "| Name | Type | Description |", "|---|---|---|"]
-    lines += [f"| `{key}` | `{_kind(item)}` | {ABOUT[key]} |" for key, item in (spec.outputs or {}).items()]
-    needs = [f"{entry['name']} {entry['version']}" for group in meta["dependencies"].values() for entry in group]
-    lines += ["", "## Metadata", "", f"- **Name**: {meta['name']}", f"- **Tier**: {meta['tier']}"]
-    lines += [f"- **Stability**: {meta['stability']}", f"- **Dependencies**: {', '.join(needs)}"]
-    lines += [f"- **Tags**: {', '.join(meta['tags'])}", f"- **Last verified**: {meta['lastVerified']:%Y-%m-%d}"]
-    lines += [f"- **Approvers**: {', '.join(owners['approvers']) or 'none yet'}", "", BEGIN]
+    metadata = yaml.safe_load((folder / "metadata.yaml").read_text())
+    lines = [
+        f"# {name.replace('_', ' ').title()}",
+        "",
+        f"> **Stability: {metadata['stability']}**",
+        "",
+        "## Overview",
+        "",
+        module.__doc__.strip(),
+        "",
+        "## Inputs",
+        "",
+        *_input_table(name, spec),
+        "",
+        "## Outputs",
+        "",
+        *_output_table(spec),
+        "",
+        "## Metadata",
+        "",
+        *_metadata_list(metadata),
+        "",
+        CUSTOM,
+    ]
     path = folder / "README.md"
-    kept = path.read_text().partition(BEGIN)[2] if path.is_file() else "\n"
-    return "\n".join(lines) + (kept or "\n")
+    custom_content = path.read_text().partition(CUSTOM)[2] if path.is_file() else ""
+    return "\n".join(lines) + (custom_content or "\n")
 
 
-def _kind(item: object) -> str:
+def _input_table(name: str, spec: Any) -> list[str]:
+    descriptions = dict(DESCRIPTIONS)
+    if name in ("import_model", "report"):
+        descriptions["model"] = USERS_MODEL
+    rows = ["| Parameter | Type | Default | Description |", "|---|---|---|---|"]
+    for parameter, item in (spec.inputs or {}).items():
+        default = f"`{item.default}`" if item.optional else "none"
+        rows.append(f"| `{parameter}` | `{_type_name(item)}` | {default} | {descriptions[parameter]} |")
+    return rows
+
+
+def _output_table(spec: Any) -> list[str]:
+    rows = ["| Name | Type | Description |", "|---|---|---|"]
+    for output, item in (spec.outputs or {}).items():
+        rows.append(f"| `{output}` | `{_type_name(item)}` | {DESCRIPTIONS[output]} |")
+    return rows
+
+
+def _metadata_list(metadata: dict[str, Any]) -> list[str]:
+    dependencies = []
+    for group in metadata["dependencies"].values():
+        dependencies += [f"{dependency['name']} {dependency['version']}" for dependency in group]
+    return [
+        f"- **Name**: {metadata['name']}",
+        f"- **Stability**: {metadata['stability']}",
+        f"- **Dependencies**: {', '.join(dependencies)}",
+        f"- **Tags**: {', '.join(metadata['tags'])}",
+        f"- **Last verified**: {metadata['lastVerified']:%Y-%m-%d}",
+    ]
+
+
+def _type_name(item: Any) -> str:
+    """`Model` of `system.Model@0.0.1`."""
     return str(item.type).split("@")[0].removeprefix("system.")
 
 
 def main() -> int:
-    """Write all, or say which differ."""
+    """Write all, or with `--check` print those that differ and return 1."""
     sys.path.insert(0, str(ROOT))
     stale = []
-    for folder in sorted((ROOT / "components").iterdir()):
-        if (folder / "component.py").is_file():
-            text, path = readme(folder.name), folder / "README.md"
-            if "--check" not in sys.argv:
-                path.write_text(text)
-            elif not path.is_file() or path.read_text() != text:
-                stale.append(str(path))
+    for module in sorted((ROOT / "components").glob("*/component.py")):
+        text = readme(module.parent.name)
+        path = module.with_name("README.md")
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.is_file() or path.read_text() != text:
+            stale.append(str(path))
     print("\n".join(stale), end="")
     return int(bool(stale))
 

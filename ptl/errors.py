@@ -16,7 +16,7 @@ class PtlError(Exception):
     def __init__(self, problem: str, *, field: str = "", remedy: str = "") -> None:
         # Libraries quote addresses with the password in them.
         self.problem = without_login(problem)
-        self.field = field
+        self.field = without_login(field)
         self.remedy = without_login(remedy)
         super().__init__(self.sentence)
 

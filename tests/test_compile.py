@@ -100,9 +100,9 @@ def test_many_tasks_stay_small(config, iterations, tasks, limit, tmp_path):
 def test_names_and_order(tmp_path):
     tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2))
     names = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
-    rounds = [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
+    iterations = [f"{stage}-{i}" for i in (1, 2) for stage in ("prune", "recover", "evaluate")]
     control = ["control-prune", "control-recover", "control-evaluate"]
-    order = ["import-model", "evaluate-0", *rounds, *control, "report"]
+    order = ["import-model", "evaluate-0", *iterations, *control, "report"]
     assert sorted(names.values()) == sorted(order)
     assert names == {name: name for name in order}, "a server lists tasks by their keys, never by display names"
 

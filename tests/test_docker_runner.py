@@ -82,8 +82,8 @@ def test_unknown_runner_and_server_that_does_not_answer(tmp_path):
         assert not (tmp_path / "home" / "runs").exists()
 
 
-def test_a_server_that_is_no_mlflow_is_told(monkeypatch):
-    """A stand-in: a plain web server, asked with a password in its address."""
+def test_a_server_that_is_no_mlflow_is_reported(monkeypatch):
+    """A mock: a plain web server, asked with a password in its address."""
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
@@ -134,19 +134,19 @@ def test_hub_caches_are_mounted_only_for_what_is_on_the_hub(monkeypatch, tmp_pat
     assert snapshot.parents[1] in containers.files(config)
 
 
-def test_a_failed_steps_own_error_is_told(tmp_path):
+def test_a_failed_steps_own_error_is_reported(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("ptl.errors.InputError: of an earlier attempt\n")
     began = log.stat().st_size
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is WorkError and str(error).startswith(f"Task 'prune-1' failed {runners.NO_REASON}\n")
     with log.open("a") as file:
         file.write("    Traceback (most recent call last):\n    ptl.errors.InputError: model.path: no folder x\n")
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is InputError and str(error).startswith("model.path: no folder x\n")
     with log.open("a") as file:
         file.write("    torch.OutOfMemoryError: no memory\n")
-    error = runners._explained(RuntimeError("Task 'prune-1' failed"), log, began)
+    error = runners._step_error(RuntimeError("Task 'prune-1' failed"), log, began)
     assert type(error) is WorkError and str(error).startswith("OutOfMemoryError: no memory\n")
 
 
@@ -354,8 +354,8 @@ def test_containers_are_unprivileged(contained, config):
 
 
 @pytest.mark.docker
-def test_a_killed_run_goes_on_in_containers(contained, config, servers, records):
-    """In mid-recovery; the same command removes the container that is left and goes on from its training checkpoint."""
+def test_a_killed_run_resumes_in_containers(contained, config, servers, records):
+    """In mid-recovery; the same command removes the container that is left and resumes from its training checkpoint."""
     first = Run(config, servers.home, "--runner", "docker")
     wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")), first)
     left = [container["Id"] for container in inspect(first.folder)]
@@ -378,7 +378,7 @@ def test_a_killed_run_goes_on_in_containers(contained, config, servers, records)
 
 
 @pytest.mark.docker
-def test_a_failing_container_tells_its_own_error_and_code(engine, config, servers, tmp_path):
+def test_a_failing_container_reports_its_own_error_and_code(engine, config, servers, tmp_path):
     checkpoint = Path(shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "checkpoint"))
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan

@@ -374,7 +374,7 @@ def test_an_empty_answer_without_an_effect_is_no_success(world, said, monkeypatc
     ],
 )
 def test_nonsense_for_good_is_no_success_of_any_command(world, said, monkeypatch, command, fault):
-    monkeypatch.setattr(kfp_api, "TIMEOUT", (0.2, 0.02))
+    monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.02)
     monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     run = world.play("run-running" if command is follow.cancel else "run-failed-step")
     asked = ("GET", "/runs/") if command is follow.status else ("POST", run)
@@ -385,13 +385,14 @@ def test_nonsense_for_good_is_no_success_of_any_command(world, said, monkeypatch
 
 
 @pytest.mark.parametrize("command", [follow.status, follow.cancel, follow.retry])
-def test_no_request_follows_a_redirect(world, command):
+def test_no_request_follows_a_redirect(world, command, monkeypatch):
     """A token would go with it, or a login page would come back."""
+    monkeypatch.setenv("KFP_TOKEN", "secret")
     other = MockKubeflow()
     world.redirect = f"http://user:secret@{other.url.removeprefix('http://')}"
     try:
         with pytest.raises(InputError, match=r"302 it points to http://\*\*\*@127.*log in again") as error:
-            command("run-0", Server(host=world.url, token="secret"))
+            command("run-0", Server(host=world.url))
         assert len(world.requests) == 1 and other.requests == [] and "secret" not in str(error.value)
     finally:
         other.close()

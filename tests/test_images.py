@@ -25,7 +25,8 @@ from ptl.errors import InputError, WorkError
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "docker" / "locks"
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-SCRIPTS = [ROOT / ".ci" / "docker.sh", ROOT / "docker" / "lock.sh"]
+INSTALL_LOCK = ROOT / "docker" / "install-lock.sh"
+SCRIPTS = [ROOT / ".ci" / "docker.sh", ROOT / "docker" / "lock.sh", INSTALL_LOCK]
 
 
 def lock(path):
@@ -282,12 +283,49 @@ def test_where_packages_come_from(stub_docker, tmp_path, monkeypatch):
 def test_every_download_of_the_build_knows_ca_and_index():
     """Each RUN that reaches out has both secrets; pip and uv read other variables."""
     text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
-    downloads = [line for line in text.splitlines() if line.startswith("RUN") and "requirement" in line]
+    downloads = [line for line in text.splitlines() if re.match("RUN.*(--requirement |install-lock )", line)]
     assert len(downloads) == 3
     for line in downloads:
-        index = "PIP_INDEX_URL" if "pip install --no-cache-dir" in line else "UV_DEFAULT_INDEX"
         assert "id=ca,target=/run/secrets/ca.crt" in line and "--mount=type=secret,id=index " in line
-        assert f"{index}=$(cat /run/secrets/index) && export {index}" in line
+    for script, variables in (
+        (downloads[0], ("PIP_CERT", "PIP_INDEX_URL")),
+        (INSTALL_LOCK.read_text(), ("SSL_CERT_FILE", "UV_DEFAULT_INDEX")),
+    ):
+        certificate, index = variables
+        assert f"export {certificate}=/run/secrets/ca.crt" in script
+        assert f"{index}=$(cat /run/secrets/index)" in script and f"export {index}" in script
+
+
+def test_a_lock_is_installed_with_the_builds_ca_and_index(tmp_path, monkeypatch):
+    """The script of the Dockerfile's stages, with other folders, mocks of uv and python3, and a second install."""
+    text = INSTALL_LOCK.read_text()
+    for name in ("/run/secrets", "/opt/tools", "/opt/ptl"):
+        text = text.replace(name, f"{tmp_path}{name}")
+    script = tmp_path / "install-lock"
+    script.write_text(text)
+    uv, python, secrets = tmp_path / "opt/tools/bin/uv", tmp_path / "bin/python3", tmp_path / "run/secrets"
+    for program, line in (
+        (uv, 'echo "${SSL_CERT_FILE-} ${UV_DEFAULT_INDEX-} $*"'),
+        (python, 'mkdir -p "$4/bin" && touch "$4/bin/python" && echo venv'),
+    ):
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    for name in ("SSL_CERT_FILE", "UV_DEFAULT_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+
+    def install():
+        command = ["sh", script, "/locks/step.lock", "--verify-hashes"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    arguments = "pip install --cache-dir /root/.cache/uv --link-mode copy --compile-bytecode --find-links /wheels"
+    arguments += " --verify-hashes --requirements /locks/step.lock\n"
+    assert install() == f"venv\n  {arguments}"
+    secrets.mkdir(parents=True)
+    (secrets / "ca.crt").write_text("PEM")
+    (secrets / "index").write_text("https://index.example/simple")
+    assert install() == f"{secrets}/ca.crt https://index.example/simple {arguments}"
 
 
 def test_failed_build_is_a_work_error(stub_docker, monkeypatch):

@@ -99,11 +99,13 @@ def test_a_run_that_never_ends_is_a_timeout(world, said, go):
     assert "it continues" in said[-1] and len(world.calls("GET", "/runs/run-0")) > 3
 
 
-def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path):
+def test_401_says_that_the_token_is_wrong(world, go, config, tmp_path, monkeypatch):
     world.token = "right"
     with pytest.raises(InputError, match="401 not logged in; set KFP_TOKEN or --token-file"):
         go()
-    assert submit.submit(config, Server(host=world.url, token="right"), say=print) == 0
+    monkeypatch.setenv("KFP_TOKEN", "right")
+    assert submit.submit(config, Server(host=world.url), say=print) == 0
+    monkeypatch.delenv("KFP_TOKEN")
     file = tmp_path / "token"
     file.write_text("right")
     assert submit.submit(config, Server(host=world.url, token_file=file), say=print) == 0
@@ -203,6 +205,12 @@ def test_a_dead_server_is_one_short_line_at_once(config, monkeypatch):
         assert str(error.value) == f"Kubeflow Pipelines at http://127.0.0.1:9: {said}"
 
 
+def test_a_password_in_the_hosts_address_is_in_no_error(config):
+    with pytest.raises(WorkError) as error:
+        submit.submit(config, Server(host="http://user:secret@127.0.0.1:9"))
+    assert "127.0.0.1:9: Failed to establish" in str(error.value) and "secret" not in str(error.value)
+
+
 def test_the_namespace_goes_with_every_request_that_has_one(world, config):
     assert submit.submit(config, Server(host=world.url, namespace="team"), say=print) == 0
     assert world.pipelines[0]["namespace"] == world.experiments[0]["namespace"] == "team"
@@ -279,7 +287,7 @@ def test_a_recorded_success_and_a_recorded_version_that_exists(world, go, said):
 @pytest.mark.slow
 def test_added_faults_of_any_request_are_tried_again(world, go, fault, monkeypatch):
     """Not recorded: what a proxy or a broken connection makes of an answer."""
-    monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.3))
+    monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.3)
     monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     requests = (("POST", "upload"), ("POST", "/runs"), ("GET", "/runs/"))
     world.answers = [(method, part, fault) for method, part in requests]
@@ -299,7 +307,7 @@ def test_added_faults_for_good_say_that_the_session_may_have_expired(world, go):
 @pytest.mark.parametrize("fault", sorted(ADDED))
 @pytest.mark.slow
 def test_a_wait_ends_where_the_server_answers_nonsense(world, go, said, monkeypatch, fault):
-    monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))
+    monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.1)
     monkeypatch.setattr(kfp_api, "LIMIT", 1 << 16)
     world.answers = [("GET", "/runs/", fault)] * 99
     assert go(timeout=0.3) == 4 and "not seen to finish" in said[-1]
@@ -323,7 +331,7 @@ def test_a_run_of_another_kind_is_not_waited_for(world, go, monkeypatch, field):
 
 def test_a_server_that_drips_is_not_waited_for(monkeypatch):
     """Made up: each byte comes in time, the answer does not."""
-    monkeypatch.setattr(kfp_api, "TIMEOUT", (1.0, 0.1))
+    monkeypatch.setattr(kfp_api, "READ_TIMEOUT", 0.1)
     pieces = (b"0" for _ in iter(lambda: time.sleep(0.02), 1))
     with pytest.raises(kfp_api.UnreadableError, match=r"takes longer than 0\.4 s"):
         kfp_api._read(SimpleNamespace(stream=lambda _: pieces))

@@ -20,7 +20,7 @@ run=$(sed -n 's/^started run .* (\(.*\))$/\1/p' "$log")
     esac
     grep -E '^https?://' "$log" || true
     if [ "$code" = 0 ] || [ "$code" = 3 ]; then
-        python -m pipelines.prune_tune_loop.table "$run"
+        python -m pipelines.prune_tune_loop.outcome "$run"
     fi
 } >"$table"
 cat "$table"

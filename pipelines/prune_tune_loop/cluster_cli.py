@@ -1,15 +1,19 @@
 """The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`. `ptl/cli.py` adds them."""
 
+import functools
+import inspect
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import advice, extras
 from ptl.cli_options import Overrides
-from ptl.config import load_config, pairs
+from ptl.config import Config, load_config, pairs
 from ptl.errors import InputError
 
 Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
@@ -24,13 +28,43 @@ Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the
 Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
 
 
+def _server_options(
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+    ui_host: UiHost = None,
+) -> None:
+    """The options of every command that speaks to Kubeflow: the fields of Server."""
+
+
+def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with these options in place of its parameter `server`: typer reads a signature."""
+    signature = inspect.signature(command)
+    options = inspect.signature(_server_options).parameters
+    # The command's own options come first in its help.
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "server"]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        server = Server(**{name: values.pop(name) for name in options})
+        command(server=server, **values)
+
+    with_options.__signature__ = signature.replace(parameters=[*own, *options.values()])  # type: ignore[attr-defined]
+    return with_options
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (submit, status, cancel, retry, doctor):
-        app.command(command.__name__, rich_help_panel="Cluster")(command)
+    # The doctor checks a run on one machine too: it has options of its own.
+    for command in (submit, status, cancel, retry):
+        app.command(command.__name__, rich_help_panel="Cluster")(_with_server_options(command))
+    app.command("doctor", rich_help_panel="Cluster")(doctor)
 
 
 def submit(
+    server: Server,
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
@@ -40,27 +74,19 @@ def submit(
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    ca_cert: CaCert = None,
-    insecure: Insecure = False,
-    ui_host: UiHost = None,
 ) -> None:
     """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
-    from pipelines.prune_tune_loop import containers
     from pipelines.prune_tune_loop import submit as work
 
     extras.need("kfp", "submit")
-    checked = load_config(config, pairs("--set", sets))
-    for warning in advice.warnings(checked):
+    # Warnings come before anything is sent.
+    run_config = load_config(config, pairs("--set", sets))
+    for warning in advice.warnings(run_config):
         print(f"warning: {warning}", file=sys.stderr)
-    for path in sorted(containers.files(checked)):
-        if not path.is_relative_to(Path.cwd() / "examples"):  # which the images hold
-            _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
+    _warn_of_local_files(run_config)
     code = work.submit(
-        checked,
-        Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host),
+        run_config,
+        server,
         experiment=experiment,
         parameters=pairs("--param", params),
         version=version_name,
@@ -73,56 +99,44 @@ def submit(
     raise typer.Exit(code)
 
 
-def status(
-    run_id: RunId,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    ca_cert: CaCert = None,
-    insecure: Insecure = False,
-    ui_host: UiHost = None,
-) -> None:
+def _warn_of_local_files(config: Config) -> None:
+    from pipelines.prune_tune_loop import containers
+
+    examples = Path.cwd() / "examples"  # the images contain them
+    # A volume may hold the path for the pods, so it is no error.
+    for path in sorted(containers.files(config)):
+        if not path.is_relative_to(examples):
+            _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
+
+
+def status(server: Server, run_id: RunId) -> None:
     """Print a run and its steps as a table; exit code 1 when it failed or was canceled."""
-    from pipelines.prune_tune_loop import follow as work
+    from pipelines.prune_tune_loop import follow
 
-    server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
-    raise typer.Exit(work.status(run_id, server, say=_say))
+    raise typer.Exit(follow.status(run_id, server, say=_say))
 
 
-def cancel(
-    run_id: RunId,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    ca_cert: CaCert = None,
-    insecure: Insecure = False,
-) -> None:
+def cancel(server: Server, run_id: RunId) -> None:
     """End a run; its finished steps stay, and `ptl retry` resumes from them."""
-    from pipelines.prune_tune_loop import follow as work
+    from pipelines.prune_tune_loop import follow
 
-    server = Server(host, namespace, None, token_file, ca_cert, not insecure)
-    raise typer.Exit(work.cancel(run_id, server, say=_say))
+    raise typer.Exit(follow.cancel(run_id, server, say=_say))
 
 
 def retry(
+    server: Server,
     run_id: RunId,
     config: Annotated[Path | None, typer.Option(help="the run's YAML file: its gate decides the exit code")] = None,
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
-    host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    ca_cert: CaCert = None,
-    insecure: Insecure = False,
-    ui_host: UiHost = None,
 ) -> None:
     """Run a failed run's unfinished steps again."""
-    from pipelines.prune_tune_loop import follow as work
+    from pipelines.prune_tune_loop import follow
 
-    server = Server(host, namespace, None, token_file, ca_cert, not insecure, ui_host)
-    checked = load_config(config) if config else None
-    raise typer.Exit(work.retry(run_id, server, config=checked, wait=wait, timeout=timeout, poll=poll, say=_say))
+    run_config = load_config(config) if config else None
+    code = follow.retry(run_id, server, config=run_config, wait=wait, timeout=timeout, poll=poll, say=_say)
+    raise typer.Exit(code)
 
 
 def doctor(
@@ -139,28 +153,37 @@ def doctor(
     kubeflow_namespace: Annotated[str, typer.Option(help="where Kubeflow itself is")] = "kubeflow",
 ) -> None:
     """Try out what a run will need before it costs anything; exit code 1 on an error."""
-    import os
-
     from ptl import doctor as work
     from ptl import images
 
-    checked = load_config(config, pairs("--set", sets))
+    run_config = load_config(config, pairs("--set", sets))
     if runner not in ("subprocess", "docker"):
-        raise InputError(f"--runner: {runner!r} must be subprocess or docker")
+        raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
-    reason = work.names_a_cluster(address)
+    # Without an option the environment decides.
     if local is None:
-        local = reason is None
-        other = "--cluster checks one on Kubeflow" if local else f"{reason}; --local checks one on this machine"
-        _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
+        local = _is_local(work.names_a_cluster(address))
     if local:
-        lines = work.local(checked, home=home, runner=runner, missing_images=images.missing)
+        findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
     else:
-        own = namespace or os.environ.get("KFP_NAMESPACE")
-        lines = work.cluster(checked, host=address, namespace=own, kubeflow_namespace=kubeflow_namespace)
-    for line in lines:
-        _say(str(line))
-    raise typer.Exit(work.exit_code(lines))
+        findings = work.cluster(
+            run_config,
+            host=address,
+            namespace=namespace or os.environ.get("KFP_NAMESPACE"),
+            kubeflow_namespace=kubeflow_namespace,
+        )
+    for finding in findings:
+        _say(str(finding))
+    raise typer.Exit(work.exit_code(findings))
+
+
+def _is_local(names_a_cluster: str | None) -> bool:
+    """Where a run goes of which no option says it; `names_a_cluster` is what in the environment points to one."""
+    if names_a_cluster is None:
+        _say("checking a run on this machine (--cluster checks one on Kubeflow)")
+        return True
+    _say(f"checking a run on a cluster ({names_a_cluster}; --local checks one on this machine)")
+    return False
 
 
 def _say(text: str) -> None:

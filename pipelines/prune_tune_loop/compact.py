@@ -1,4 +1,4 @@
-"""The compiled YAML, made smaller and readable: a task costs a cluster six copies of all that is said about it.
+"""The compiled YAML, made smaller and readable: a cluster keeps six copies of all that is written of a task.
 
 Tasks of one kind share one definition: KFP writes a component and an executor for every task, although the pipeline
 spec lets tasks share them, as its own merge of nested pipelines does. Tasks get their steps' names as keys, because a
@@ -14,60 +14,97 @@ from typing import Any
 
 import yaml
 
-# libyaml's reads ten times as fast; wheels of PyYAML have it. Its writer would give other bytes.
+# libyaml's loader is ten times as fast; wheels of PyYAML have it. Its writer would give other bytes.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# KFP's comment also lists the defaults, in an order that changes from process to process; they are in the spec.
+KEPT_COMMENTS = ("# PIPELINE", "# Name", "# Desc")
 OLD_RESOURCES = ("cpuLimit", "cpuRequest", "memoryLimit", "memoryRequest")  # beside resourceCpuLimit and so on
+OLD_ACCELERATOR = ("count", "type")  # beside resourceCount and resourceType
 # What KFP puts before a component's function. Ours name their types plainly (`Input[Model]`), so the star serves.
-UNUSED = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n"
-USED = "\nfrom kfp.dsl import *\n"
-# Of a ConfigMap, Secret or claim the name stands twice: plain, and as a parameter that may come from another task.
-NAMED = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMount"}
+KFP_IMPORTS = "\nimport kfp\nfrom kfp import dsl\nfrom kfp.dsl import *\nfrom typing import *\n"
+USED_IMPORTS = "\nfrom kfp.dsl import *\n"
+# Of a ConfigMap, Secret or claim the name is written twice: plain, and as a parameter that may come from another task.
+NAMED_TWICE = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMount"}
+POD_COPIES = 6  # of the seven nodes that Argo makes of a task, those that contain its pod (Kubeflow 2.17)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a compiled YAML that are rewritten, each in place."""
+
+    documents: list[Any]  # the pipeline spec, and where a task has Kubernetes settings a second one with them
+    parameters: dict[str, Any]  # of the run, by name
+    tasks: dict[str, Any]  # by key
+    components: dict[str, Any]  # by name
+    executors: dict[str, Any]  # by label
+    settings: dict[str, Any]  # Kubernetes settings, by label of the executor
+
+
+def _parse(text: str) -> Parts:
+    documents = list(yaml.load_all(text, Loader))
+    spec = documents[0]
+    root = spec["root"]
+    settings = {}
+    if len(documents) > 1:
+        kubernetes = documents[1]["platforms"]["kubernetes"]
+        settings = kubernetes["deploymentSpec"]["executors"]
+    return Parts(
+        documents=documents,
+        parameters=root.get("inputDefinitions", {}).get("parameters", {}),
+        tasks=root["dag"]["tasks"],
+        components=spec["components"],
+        executors=spec["deploymentSpec"]["executors"],
+        settings=settings,
+    )
 
 
 def compact(path: Path) -> None:
     """Rewrite a compiled YAML in place."""
     text = path.read_text()
-    # KFP's comment also lists the defaults, in an order that changes from process to process; they are in the spec.
-    comments = "".join(line + "\n" for line in text.splitlines() if line.startswith(("# PIPELINE", "# Name", "# Desc")))
-    spec, *platform = yaml.load_all(text, Loader)
-    executors = spec["deploymentSpec"]["executors"]
-    settings = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
-    for executor in executors.values():
-        _write_once(executor["container"])
-    for entries in settings.values():
-        _name_once(entries)
-    kept = _share_executors(executors, settings)
-    for component in spec["components"].values():
-        component["executorLabel"] = kept[component["executorLabel"]]
-    same = _share(spec["components"])
-    dag = spec["root"]["dag"]
-    for task in dag["tasks"].values():
-        task["componentRef"]["name"] = same[task["componentRef"]["name"]]
-    _name_by_step(dag)
-    path.write_text(comments + yaml.safe_dump_all([spec, *platform], sort_keys=True))
+    parts = _parse(text)
+    for executor in parts.executors.values():
+        container = executor["container"]
+        _drop_old_resources(container)
+        _shorten_command(container)
+    for volumes in parts.settings.values():
+        _drop_name_parameters(volumes)
+    # Executors first: components are equal only once they refer to the same executor.
+    kept_executors = _share_executors(parts.executors, parts.settings)
+    for component in parts.components.values():
+        component["executorLabel"] = kept_executors[component["executorLabel"]]
+    kept_components = _share(parts.components)
+    for task in parts.tasks.values():
+        reference = task["componentRef"]
+        reference["name"] = kept_components[reference["name"]]
+    _name_by_step(parts.tasks)
+    comments = [f"{line}\n" for line in text.splitlines() if line.startswith(KEPT_COMMENTS)]
+    path.write_text("".join(comments) + yaml.safe_dump_all(parts.documents, sort_keys=True))
 
 
 def local_copy(text: str, order: Sequence[str]) -> str:
-    """The same pipeline for KFP's local runners: a component for each task, one after another in `order`.
-
-    They name the folder of a task's outputs after its component (executor_input_utils.py): tasks that share one
-    overwrite each other's, and whoever reads an earlier output, as the control does, gets the latest. They run tasks
-    one by one, and independent ones in an order of their own. They would repeat a step that has used its attempts. And
-    a cluster's volumes are not there, whatever the environment says of them.
-    """
-    spec, *platform = yaml.load_all(text, Loader)
-    shared = spec["components"]
-    tasks = spec["root"]["dag"]["tasks"]
-    spec["components"] = {f"comp-{name}": shared[task["componentRef"]["name"]] for name, task in tasks.items()}
-    for name, task in tasks.items():
-        task["componentRef"]["name"] = f"comp-{name}"
+    """The same pipeline for KFP's local runners: a component for each task, one after another in `order`."""
+    parts = _parse(text)
+    shared = dict(parts.components)
+    parts.components.clear()
+    for name, task in parts.tasks.items():
+        # They name the folder of a task's outputs after its component (executor_input_utils.py): tasks that share one
+        # overwrite each other's, and whoever reads an earlier output, as the control does, gets the latest.
+        reference = task["componentRef"]
+        own_component = f"comp-{name}"
+        parts.components[own_component] = shared[reference["name"]]
+        reference["name"] = own_component
+        # They would repeat a step that has used its attempts.
         task.pop("retryPolicy", None)
+        # They run tasks one by one, and independent ones in an order of their own.
         before = order[: order.index(name)]
-        task["dependentTasks"] = sorted({*task.get("dependentTasks", []), *before[-1:]})
-    for executor in spec["deploymentSpec"]["executors"].values():
-        variables = executor["container"].get("env", [])
-        executor["container"]["env"] = [each for each in variables if each["name"].startswith("PTL_")]
-    return str(yaml.safe_dump_all([spec, *platform], sort_keys=True))
+        dependencies = {*task.get("dependentTasks", []), *before[-1:]}
+        task["dependentTasks"] = sorted(dependencies)
+    # A cluster's volumes are not there, whatever the environment says of them.
+    for executor in parts.executors.values():
+        container = executor["container"]
+        variables = container.get("env", [])
+        container["env"] = [variable for variable in variables if variable["name"].startswith("PTL_")]
+    return str(yaml.safe_dump_all(parts.documents, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -84,69 +121,83 @@ def weigh(path: Path) -> Weight:
     The pod of a task, with its component, executor, parameter values and Kubernetes settings, is in six of the seven
     nodes that Argo makes of it, and the task itself in one (seen in a Workflow of Kubeflow 2.17).
     """
-    spec, *platform = yaml.load_all(path.read_text(), Loader)
-    settings = platform[0]["platforms"]["kubernetes"]["deploymentSpec"]["executors"] if platform else {}
-    defaults = {name: each.get("defaultValue") for name, each in spec["root"]["inputDefinitions"]["parameters"].items()}
-    tasks, total = spec["root"]["dag"]["tasks"].values(), 0
-    for task in tasks:
-        component = spec["components"][task["componentRef"]["name"]]
+    parts = _parse(path.read_text())
+    total = 0  # bytes
+    for task in parts.tasks.values():
+        component = parts.components[task["componentRef"]["name"]]
         label = component["executorLabel"]
-        values = {name: _value(source, defaults) for name, source in task["inputs"].get("parameters", {}).items()}
-        copied = (component, spec["deploymentSpec"]["executors"][label], values, settings.get(label, {}))
-        total += 6 * sum(len(json.dumps(each, separators=(",", ":"))) for each in copied)
-        total += len(json.dumps(task, separators=(",", ":")))
-    return Weight(len(tasks), total / len(tasks))
+        sources = task["inputs"].get("parameters", {})
+        values = {name: _default_value(source, parts.parameters) for name, source in sources.items()}
+        in_pod = (component, parts.executors[label], values, parts.settings.get(label, {}))
+        total += POD_COPIES * sum(map(_json_bytes, in_pod))
+        total += _json_bytes(task)
+    num_tasks = len(parts.tasks)
+    return Weight(num_tasks, total / num_tasks)
 
 
-def _value(source: dict[str, Any], defaults: dict[str, Any]) -> Any:
-    if "componentInputParameter" in source:
-        return defaults[source["componentInputParameter"]]
-    return source["runtimeValue"]["constant"]
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value, separators=(",", ":")))
 
 
-def _name_by_step(dag: dict[str, Any]) -> None:
+def _default_value(source: dict[str, Any], run_parameters: dict[str, Any]) -> Any:
+    """The value of a task's parameter when the run takes all defaults."""
+    run_parameter = source.get("componentInputParameter")
+    if run_parameter is None:
+        return source["runtimeValue"]["constant"]
+    return run_parameters[run_parameter].get("defaultValue")
+
+
+def _name_by_step(tasks: dict[str, Any]) -> None:
     """Give every task its display name as key, wherever it is referred to."""
-    step = {key: task["taskInfo"]["name"] for key, task in dag["tasks"].items()}
-    for task in dag["tasks"].values():
+    steps = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
+    renamed = {steps[key]: task for key, task in tasks.items()}
+    tasks.clear()  # a step's name may be the key that KFP gave to another step
+    tasks.update(renamed)
+    for task in tasks.values():
         if "dependentTasks" in task:
-            task["dependentTasks"] = sorted(step[key] for key in task["dependentTasks"])
+            task["dependentTasks"] = sorted(steps[key] for key in task["dependentTasks"])
         for source in task["inputs"].get("artifacts", {}).values():
             output = source["taskOutputArtifact"]
-            output["producerTask"] = step[output["producerTask"]]
-    dag["tasks"] = {step[key]: task for key, task in dag["tasks"].items()}
+            output["producerTask"] = steps[output["producerTask"]]
 
 
-def _write_once(container: dict[str, Any]) -> None:
-    """Drop the fields of `resources` that have a successor beside them, blanks of a script, and imports for no name."""
-    for old in OLD_RESOURCES:
-        container.get("resources", {}).pop(old, None)
-    for old in ("count", "type"):
-        container.get("resources", {}).get("accelerator", {}).pop(old, None)
-    container["command"] = [
-        part.replace(UNUSED, USED, 1) if part.startswith(UNUSED) else re.sub(r" {2,}", " ", part)
-        for part in container["command"]
-    ]
+def _drop_old_resources(container: dict[str, Any]) -> None:
+    """Drop the fields of `resources` that have a successor beside them."""
+    resources = container.get("resources", {})
+    for field in OLD_RESOURCES:
+        resources.pop(field, None)
+    for field in OLD_ACCELERATOR:
+        resources.get("accelerator", {}).pop(field, None)
 
 
-def _name_once(settings: dict[str, Any]) -> None:
+def _shorten_command(container: dict[str, Any]) -> None:
+    """Drop repeated blanks of KFP's script, and imports that the function does not need."""
+    command = []
+    for part in container["command"]:
+        if part.startswith(KFP_IMPORTS):
+            command.append(part.replace(KFP_IMPORTS, USED_IMPORTS, 1))
+        else:
+            command.append(re.sub(r" {2,}", " ", part))
+    container["command"] = command
+
+
+def _drop_name_parameters(settings: dict[str, Any]) -> None:
     """Keep the plain name, which every backend reads (driver/k8s.go), of what is named in two ways."""
-    for kind in NAMED & settings.keys():
-        for entry in settings[kind]:
-            twice = [key for key in entry if key.endswith("NameParameter") and _plain(entry, key)]
-            for key in twice:
-                del entry[key]
-
-
-def _plain(entry: dict[str, Any], parameter: str) -> bool:
-    value = entry[parameter].get("runtimeValue", {}).get("constant")
-    return value in (entry.get(parameter.removesuffix("Parameter")), entry.get("constant"))
+    for kind in NAMED_TWICE & settings.keys():
+        for volume in settings[kind]:
+            parameters = [field for field in volume if field.endswith("NameParameter")]
+            for parameter in parameters:
+                name = volume[parameter].get("runtimeValue", {}).get("constant")
+                if name in (volume.get(parameter.removesuffix("Parameter")), volume.get("constant")):
+                    del volume[parameter]
 
 
 def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
-    """An executor is what runs and where it runs: both must be equal."""
-    both = {label: [executor, settings.get(label)] for label, executor in executors.items()}
-    kept = _share(both)
-    for label in set(executors) - set(both):
+    """Drop repeated executors; returns, for every label, the label that is kept."""
+    # What runs and where it runs: both must be equal.
+    definitions = {label: [executor, settings.get(label)] for label, executor in executors.items()}
+    kept = _share(definitions)
+    for label in executors.keys() - definitions.keys():
         del executors[label]
         settings.pop(label, None)
     return kept
@@ -154,10 +205,11 @@ def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dic
 
 def _share(definitions: dict[str, Any]) -> dict[str, str]:
     """Drop repeated definitions; returns, for every name, the name that is kept."""
-    first: dict[str, str] = {}
+    first_names: dict[str, str] = {}  # by content
     kept = {}
     for name in sorted(definitions, key=lambda name: (len(name), name)):  # `prune` before `prune-2`
-        kept[name] = first.setdefault(json.dumps(definitions[name], sort_keys=True), name)
-    for name in [name for name in definitions if kept[name] != name]:
+        content = json.dumps(definitions[name], sort_keys=True)
+        kept[name] = first_names.setdefault(content, name)
+    for name in definitions.keys() - first_names.values():
         del definitions[name]
     return kept

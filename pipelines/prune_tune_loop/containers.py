@@ -12,8 +12,9 @@ from ptl import images
 from ptl.config import Config
 from ptl.errors import InputError, WorkError
 
-LABEL = "ptl.run-dir"  # on every container of a run, so that those of a killed run are found again
+LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
 SECTIONS = ("model", "calibration", "training", "recover", "evaluate")  # where a config names files
+LONGEST_PATH = 256  # characters; a longer text is a prompt or code
 CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -21,24 +22,26 @@ def check(config: Config, tracking_uri: str) -> None:
     """Raise InputError, before any work, for what would stop every container: server, engine or images missing."""
     if not tracking_uri.startswith(("http://", "https://")):
         raise InputError(
-            "--runner docker: the steps' images speak to an MLflow server only, and none is given; "
-            "add --s3, which starts one, or set MLFLOW_TRACKING_URI to the address of yours"
+            "the steps' images speak to an MLflow server only, and none is given",
+            field="--runner docker",
+            remedy="add --s3, which starts one, or set MLFLOW_TRACKING_URI to the address of yours",
         )
-    wanted = config.image_names()
+    names = config.image_names()
     try:
-        absent = images.missing(wanted)
+        absent = images.missing(names)
     except WorkError as error:
-        raise InputError(f"--runner docker: {error}") from error
+        raise InputError(str(error), field="--runner docker") from error
     if absent:
         raise InputError(
-            f"--runner docker: the engine has no {', '.join(absent)}; make them with `ptl images build`, pull them, "
-            "or correct images.registry and images.tag"
+            f"the engine has no {', '.join(absent)}",
+            field="--runner docker",
+            remedy="make them with `ptl images build`, pull them, or correct images.registry and images.tag",
         )
     use_same_engine()
 
 
 def use_same_engine() -> None:
-    """The docker command follows its context, the SDK only DOCKER_HOST: tell it where the command found the engine."""
+    """Set DOCKER_HOST, the only setting that the SDK follows, to the engine of the docker command's context."""
     if not os.environ.get("DOCKER_HOST"):
         host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
         if host:
@@ -51,25 +54,22 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
     `folder` is the run's, `artifacts` where MLflow's experiment keeps its files (mounted where that is a folder). Paths
     are the same inside and outside, and so is the working directory: a config's relative paths mean the same files.
     """
-    from docker.types import DeviceRequest, Mount
+    from docker.types import DeviceRequest
 
-    read_only = files(config) | {Path(os.environ[name]) for name in CERTIFICATES if _is_file(name)}
-    writable = {folder}
-    inside = {name: os.environ[name] for name in CERTIFICATES if _is_file(name)}
-    if uses_hub(config):
-        caches = hub_caches()
-        writable |= {Path(path) for path in caches.values()}
-        inside |= caches
-    if artifacts.startswith("file://"):
-        writable.add(Path(artifacts.removeprefix("file://")))
-    for path in writable:
-        path.mkdir(parents=True, exist_ok=True)
-    mounts = [Mount(str(path), str(path.resolve()), "bind", read_only=True) for path in _outermost(read_only)]
-    mounts += [Mount(str(path), str(path.resolve()), "bind") for path in _outermost(writable)]
-    given: dict[str, Any] = {
-        # KFP's runner decodes output piece by piece and fails on half a character: ASCII has none.
-        "environment": {**environment, **inside, "PYTHONIOENCODING": "ascii:backslashreplace"},
-        "mounts": mounts,
+    certificates = {name: os.environ[name] for name in CERTIFICATES if _names_a_file(name)}
+    caches = hub_caches() if uses_hub(config) else {}
+    run_arguments: dict[str, Any] = {
+        "environment": {
+            **environment,
+            **certificates,
+            **caches,
+            # KFP's runner decodes output piece by piece and fails on half a character: ASCII has none.
+            "PYTHONIOENCODING": "ascii:backslashreplace",
+        },
+        "mounts": [
+            *_mounts(files(config) | set(map(Path, certificates.values())), read_only=True),
+            *_mounts(_writable_folders(folder, caches, artifacts), read_only=False),
+        ],
         "working_dir": str(Path.cwd()),
         "user": f"{os.getuid()}:0",  # the owner of the run's folder, in the group whose files the images open
         "network_mode": "host",  # servers on 127.0.0.1 are reached
@@ -81,51 +81,81 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
         "init": True,
         "labels": {LABEL: str(folder)},
     }
+    # Asking for GPUs is an error for an engine that has none.
     if '"nvidia"' in _docker("info", "--format", "{{json .Runtimes}}"):
-        given["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
-    return given
+        run_arguments["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
+    return run_arguments
+
+
+def _writable_folders(folder: Path, caches: dict[str, str], artifacts: str) -> set[Path]:
+    """The run's folder, the hub's caches and a local store of artifacts; the engine would make missing ones as root."""
+    folders = {folder, *map(Path, caches.values())}
+    if artifacts.startswith("file://"):
+        folders.add(Path(artifacts.removeprefix("file://")))
+    for path in folders:
+        path.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
+    """A bind mount for each path that is in no other of them."""
+    from docker.types import Mount
+
+    # A mount contains all that is below it.
+    outermost = [path for path in paths if paths.isdisjoint(path.parents)]
+    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in sorted(outermost)]
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the run's containers: a killed `ptl run` leaves one behind, which still writes to the run's folder."""
-    found = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}").split()
-    if found:
-        subprocess.run(["docker", "rm", "--force", *found], check=False, capture_output=True)
+    # Also those that were created and not started.
+    containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}").split()
+    if containers:
+        subprocess.run(["docker", "rm", "--force", *containers], check=False, capture_output=True)
 
 
 def files(config: Config) -> set[Path]:
-    """Local files and folders that a config names: model, data, and task files with what lies beside them."""
+    """Local files and folders that a config names: model, data, and task files with the files next to them."""
     from ptl import task_data, tasks
 
-    home = Path.cwd()
-    named = {Path(text).expanduser() for text in _strings(config) if "\n" not in text and len(text) < 256}
-    # A text that is no path may still be "." or "/".
-    found = {_whole(path) for path in named if path.exists() and not home.is_relative_to(path.resolve())}
+    working_directory = Path.cwd()
+    paths = set()
+    for text in _texts(config):
+        if "\n" in text or len(text) >= LONGEST_PATH:
+            continue
+        path = Path(text).expanduser()
+        # A text that is no path may still be "." or "/".
+        if path.exists() and not working_directory.is_relative_to(path.resolve()):
+            paths.add(_with_blobs(path))
     for task in config.evaluate.tasks:
         if tasks.is_path(task.name):
             (spec,) = tasks.find(task.name)
-            # A task's YAML may use functions and templates beside it; a whole working directory is too much.
-            found.add(spec.path if home.is_relative_to(spec.path.parent) else spec.path.parent)
+            # A task's YAML may use functions and templates next to it; a whole working directory is too much.
+            folder = spec.path.parent
+            paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
             splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
-            found |= {Path(split.file) for split in splits.values()}
-    return {_absolute(path) for path in found}
+            paths |= {Path(split.file) for split in splits.values()}
+    return {_absolute(path) for path in paths}
 
 
 def uses_hub(config: Config) -> bool:
     """Whether a step reads from the hub: a model, data or task that is not a local file."""
     from ptl import tasks
 
-    sources = [config.model.path, *_strings(config, "source")]
-    remote = [name for name in sources if not Path(name).expanduser().exists() and not name.startswith("s3://")]
-    by_name = [task for task in config.evaluate.tasks if not tasks.is_path(task.name)]
-    return bool(remote) or (bool(by_name) and config.evaluate.data_dir is None)
+    # What is on the disk or in a bucket is not asked for on the hub.
+    for source in (config.model.path, *_texts(config, "source")):
+        if not source.startswith("s3://") and not Path(source).expanduser().exists():
+            return True
+    # The harness's own tasks name datasets of the hub, unless their files are in `data_dir`.
+    has_named_task = any(not tasks.is_path(task.name) for task in config.evaluate.tasks)
+    return has_named_task and config.evaluate.data_dir is None
 
 
 def hub_caches() -> dict[str, str]:
     """The hub's caches of this machine: what was downloaded once is not downloaded again, nor into memory."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    datasets = os.environ.get("HF_DATASETS_CACHE") or str(Path(HF_HOME, "datasets"))
+    datasets = os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")
     return {"HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)), "HF_DATASETS_CACHE": str(_absolute(datasets))}
 
 
@@ -134,36 +164,32 @@ def _absolute(path: str | Path) -> Path:
     return Path(os.path.normpath(Path(path).absolute()))
 
 
-def _whole(path: Path) -> Path:
-    """A snapshot in the hub's cache is links to the blobs two folders up: both are needed."""
-    return path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else path
+def _with_blobs(path: Path) -> Path:
+    """Of a snapshot in the hub's cache, whose files are links to blobs, the folder two levels up that has both."""
+    parents = path.absolute().parents
+    return parents[1] if parents[0].name == "snapshots" else path
 
 
-def _strings(config: Config, key: str | None = None) -> Iterator[str]:
+def _texts(config: Config, field: str | None = None) -> Iterator[str]:
     """All texts in the sections that may name files, or those of one field."""
-
-    def walk(name: str, value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for inner, each in value.items():
-                yield from walk(inner, each)
-        elif isinstance(value, list):
-            for each in value:
-                yield from walk(name, each)
-        elif isinstance(value, str) and key in (None, name):
-            yield value
-
-    data = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json")
     for section in SECTIONS:
-        yield from walk(section, data[section])
+        yield from _texts_in(settings[section], section, field)
 
 
-def _outermost(paths: set[Path]) -> list[Path]:
-    """Without those that lie in another of them."""
-    return sorted(path for path in paths if not any(parent in paths for parent in path.parents))
+def _texts_in(value: Any, name: str, field: str | None) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _texts_in(entry, key, field)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts_in(entry, name, field)
+    elif isinstance(value, str) and field in (None, name):
+        yield value
 
 
-def _is_file(name: str) -> bool:
-    return Path(os.environ.get(name) or "/").is_file()
+def _names_a_file(variable: str) -> bool:
+    return Path(os.environ.get(variable) or "/").is_file()
 
 
 def _docker(*command: str) -> str:

@@ -1,24 +1,33 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.prune_tune_loop import outcome, run_view, task_list
-from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect, get_run
+from pipelines.prune_tune_loop import outcome, run_text, run_view, task_list
+from pipelines.prune_tune_loop.kfp_api import (
+    CONFLICT,
+    LOGIN_AGAIN,
+    Api,
+    RefusedError,
+    Server,
+    call,
+    connect,
+    get_run,
+)
 from pipelines.prune_tune_loop.run_view import RunView, StepView
 from ptl import processes, progress
 from ptl.config import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.progress import RunProgress
 
-DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4
+DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
+MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
 Say = Callable[[str], None]
 
 
@@ -28,40 +37,48 @@ class Observer:
 
     api: Api
     say: Say
-    names: dict[str, str] = field(default_factory=dict)
-    experiments: list[str] | None = None  # None until the run has been found
-    read: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
-    silent: bool = False  # that MLflow does not answer has been said
+    step_names: dict[str, str] = field(default_factory=dict)  # by task key
+    last_records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
+    outage_reported: bool = False  # that MLflow does not answer
 
     def look(self, run: Any) -> tuple[RunView, RunProgress | None]:
         """A run as Kubeflow has just described it, joined with its records in MLflow."""
-        if not self.names:
-            self.names = task_list.step_names(self.api, run)
+        # The names are those of the run's pipeline version, which does not change.
+        if not self.step_names:
+            self.step_names = task_list.step_names(self.api, run)
         records = self.records(run.run_id)
-        listed = task_list.fold(run, self.names)
-        namespace = self.api.namespace or "kubeflow"
-        return run_view.view(run, self.names, listed, records, namespace, self.api.link(run.run_id)), records
+        view = run_view.view(
+            run,
+            self.step_names,
+            task_list.fold(run, self.step_names),
+            records,
+            namespace=self.api.namespace or "kubeflow",
+            link=self.api.link(run.run_id),
+        )
+        return view, records
 
     def records(self, run_id: str) -> RunProgress | None:
-        """The steps' own records; when they cannot be read, that is said once."""
+        """The steps' own records; when they cannot be read, that is reported once."""
+        # The first time all of MLflow's experiments are looked through.
+        experiment_ids = [self.last_records.experiment_id] if self.last_records else None
         try:
-            records = progress.read(run_id, self.experiments)
+            records = progress.read(run_id, experiment_ids)
         except PtlError as error:
-            if not self.silent:
+            if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
-            self.silent = True
-            return self.read
-        if records is not None:
-            self.experiments, self.read = [records.experiment_id], records
-        return self.read
+            self.outage_reported = True
+            return self.last_records
+        self.last_records = records or self.last_records
+        return self.last_records
 
     def settle(self, view: RunView, records: RunProgress | None) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
         if not view.ended or records is None:
             return
-        status = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}.get(view.state, "FAILED")
+        status = MLFLOW_STATUS.get(view.state, "FAILED")
+        reasons = {step.name: step.reason for step in view.steps}
         try:
-            if progress.close(records, status, view.reason, {step.name: step.reason for step in view.steps}):
+            if progress.close(records, status, view.reason, reasons):
                 self.say(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.say(f"MLflow: the run could not be closed: {error}")
@@ -72,23 +89,26 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
     api = connect(server)
     observer = Observer(api, say)
     view, records = observer.look(get_run(api, run_id))
-    if records is None and not observer.silent:
+    link = api.link(run_id)
+    if records is None and not observer.outage_reported:
         say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
-    say(table(view))
-    for step in view.steps:
-        if step.reason:
-            say(f"{step.name}: {step.reason}")
-    if view.state == "FAILED" and not any(step.reason for step in view.steps):
-        say(f"{view.name}: {view.reason}")
+    say(run_text.step_table(view))
+    # Reasons are longer than a cell of the table.
+    reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
+    if view.state == "FAILED" and not reasons:
+        reasons = [f"{view.name}: {view.reason}"]
+    for reason in reasons:
+        say(reason)
     if any(step.state == run_view.NOT_LISTED for step in view.steps):
         say(
             f"{run_view.NOT_LISTED}: its list names a step when it starts, and stops being updated when the run's "
-            f"workflow is larger than 1 MiB; {api.link(run_id)} shows all"
+            f"workflow is larger than 1 MiB; {link} shows all"
         )
     observer.settle(view, records)
-    if hint := _still_at_work(view):
+    hint = run_text.hint_to_cancel(view)
+    if hint:
         say(hint)
-    say(f"{view.name}: {_words(view)}  {api.link(run_id)}")
+    say(f"{view.name}: {run_text.state_text(view)}  {link}")
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
 
 
@@ -96,43 +116,56 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
     observer = Observer(api, say)
-    run = get_run(api, run_id)
-    if run.state not in task_list.ENDED:
-        try:
-            call(api, api.client.terminate_run, run_id)
-        except RefusedError:
-            run = get_run(api, run_id)  # 400: it has ended meanwhile
-            if run.state not in task_list.ENDED:
-                raise
-    view, records = observer.look(run)
+    view, records = observer.look(_terminate(api, run_id))
     if view.ended:
         observer.settle(view, records)
-        say(f"{view.name}: has ended before ({_words(view)})")
+        say(f"{view.name}: has ended before ({run_text.state_text(view)})")
         return DONE
     # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
-    run = _until(api, run_id, lambda run: run.state in (*task_list.ENDED, "CANCELING"), poll, "does not end")
+    run = _await_effect(
+        api, run_id, lambda run: run.state in (*task_list.ENDED, "CANCELING"), poll, no_effect="does not end"
+    )
     view, records = observer.look(run)
     say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
+    # With records in MLflow it is worth waiting: what is RUNNING there can be closed after the end only.
     deadline = time.monotonic() + SETTLING
     while records is not None and not view.ended and time.monotonic() < deadline:
         time.sleep(poll)
         view, records = observer.look(get_run(api, run_id))
     if view.ended:
         observer.settle(view, records)
-        say(f"{view.name}: {_words(view)}")
+        say(f"{view.name}: {run_text.state_text(view)}")
     return DONE
 
 
-def _until(api: Api, run_id: str, done: Callable[[Any], bool], poll: float, fault: str) -> Any:
+def _terminate(api: Api, run_id: str) -> Any:
+    """The run, after a request to end it; one that has ended is not asked."""
+    run = get_run(api, run_id)
+    if run.state in task_list.ENDED:
+        return run
+    try:
+        call(api, api.client.terminate_run, run_id)
+    except RefusedError:
+        run = get_run(api, run_id)  # 400: it has ended meanwhile
+        if run.state not in task_list.ENDED:
+            raise
+    return run
+
+
+def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll: float, *, no_effect: str) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    while not done(run := get_run(api, run_id)):
+    run = get_run(api, run_id)
+    while not has_effect(run):
         if time.monotonic() > deadline:
             raise WorkError(
-                f"run: {run_id} {fault}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} "
-                "as before; the session may have expired: log in again (KFP_TOKEN or --token-file)"
+                f"{run_id} {no_effect}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
+                "before",
+                field="run",
+                remedy=LOGIN_AGAIN,
             )
         time.sleep(poll)
+        run = get_run(api, run_id)
     return run
 
 
@@ -150,39 +183,44 @@ def retry(
     api = connect(server)
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
-        raise InputError(f"run: {run_id} is {run.state}; only a run that failed or was canceled can be retried")
+        raise InputError(
+            f"{run_id} is {run.state}", field="run", remedy="only a run that failed or was canceled can be retried"
+        )
+    # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
     view, records = observer.look(run)
     observer.settle(view, records)
-    try:
-        call(api, api.client._run_api.run_service_retry_run, run_id)
-    except RefusedError as error:
-        if error.status != CONFLICT:
-            raise
-        raise InputError(f"run: {run_id} cannot be retried: {error}; `ptl status {run_id}` shows its state") from error
-    before = run.finished_at
+    _ask_for_retry(api, run_id)
+    finished_at = run.finished_at
 
-    def begun(run: Any) -> bool:
-        return run.state not in task_list.ENDED or run.finished_at != before
+    def has_begun(run: Any) -> bool:
+        return run.state not in task_list.ENDED or run.finished_at != finished_at
 
-    _until(api, run_id, begun, min(poll, 2.0), "does not run again")
+    _await_effect(api, run_id, has_begun, min(poll, 2.0), no_effect="does not run again")
+    # The run itself is under way, whatever MLflow answers.
     if records is not None:
         try:
             progress.reopen(records)
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")
-    return watch(api, run_id, config, timeout, poll, say) if wait else DONE
+    if not wait:
+        return DONE
+    return watch(api, run_id, config, timeout, poll, say)
 
 
-def watch(
-    api: Api,
-    run_id: str,
-    config: Config | None,
-    timeout: float | None,
-    poll: float,
-    say: Say,
-) -> int:
+def _ask_for_retry(api: Api, run_id: str) -> None:
+    try:
+        call(api, api.client._run_api.run_service_retry_run, run_id)
+    except RefusedError as error:
+        if error.status != CONFLICT:
+            raise
+        raise InputError(
+            f"{run_id} cannot be retried: {error}", field="run", remedy=f"`ptl status {run_id}` shows its state"
+        ) from error
+
+
+def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
     """Follow a run until it ends: 0 succeeded, 1 failed or canceled, 3 gate not passed, 4 out of time.
 
     kfp's own wait ignores CANCELED (kubeflow/pipelines#14473). A run that is out of time continues. A server that is
@@ -190,131 +228,93 @@ def watch(
     ends the wait alone.
     """
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
-        return _watch(api, run_id, config, timeout, poll, say)
-
-
-def _watch(api: Api, run_id: str, config: Config | None, timeout: float | None, poll: float, say: Say) -> int:
-    observer, shown = Observer(api, say), _Shown(say)
-    deadline = None if timeout is None else time.monotonic() + timeout
-    answered = time.monotonic()
-    while True:
-        late = deadline is not None and time.monotonic() + poll > deadline
-        try:
-            run = get_run(api, run_id, again=False)
-        except WorkError as error:
-            if time.monotonic() - answered > OUTAGE:
-                raise
-            if late:
-                say(f"not seen to finish in {timeout:.0f} s: {error}")
+        observer = Observer(api, say)
+        announcer = _Announcer(say)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        last_answer = time.monotonic()
+        while True:
+            is_last_look = deadline is not None and time.monotonic() + poll > deadline
+            # Not tried again at once: the next look is the next attempt.
+            try:
+                run = get_run(api, run_id, again=False)
+            except WorkError as error:
+                if time.monotonic() - last_answer > OUTAGE:
+                    raise
+                if is_last_look:
+                    say(f"not seen to finish in {timeout:.0f} s: {error}")
+                    return TIMEOUT
+                announcer.outage(str(error))
+                time.sleep(poll)
+                continue
+            last_answer = time.monotonic()
+            view, records = observer.look(run)
+            announcer.steps(view.steps)
+            announcer.hint(run_text.hint_to_cancel(view))
+            if view.ended:
+                observer.settle(view, records)
+                return _exit_code(view, config, say)
+            # Another pause would end after the deadline.
+            if is_last_look:
+                say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
                 return TIMEOUT
-            shown.outage(str(error))
             time.sleep(poll)
-            continue
-        answered = time.monotonic()
-        view, records = observer.look(run)
-        shown.steps(view.steps)
-        shown.once(_still_at_work(view))
-        if view.ended:
-            observer.settle(view, records)
-            return _outcome(view, config, say)
-        if late:
-            say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
-            return TIMEOUT
-        time.sleep(poll)
 
 
 @dataclass
-class _Shown:
-    """What a wait has printed, so that each change is one line."""
+class _Announcer:
+    """Prints each change of a run that is waited for as one line, and nothing twice."""
 
     say: Say
-    states: dict[str, tuple[str, int | None]] = field(default_factory=dict)
-    trained: dict[str, tuple[float, str]] = field(default_factory=dict)
-    error: str = ""
-    hint: str = ""
+    states: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # state and attempt, by step
+    trainings: dict[str, tuple[float, str]] = field(default_factory=dict)  # time and text of the last line, by step
+    last_outage: str = ""
+    last_hint: str = ""
 
     def steps(self, steps: list[StepView]) -> None:
-        self.error = ""
+        self.last_outage = ""  # the server has answered: the next outage is a new one
         for step in steps:
-            state = (step.state, step.attempt)
-            if step.state in ANNOUNCED and self.states.get(step.name) != state:
-                self.states[step.name] = state
-                self.say(_line(step))
-            when, text = self.trained.get(step.name, (float("-inf"), ""))
-            if step.progress and step.progress != text and time.monotonic() - when >= TRAINING:
-                self.trained[step.name] = (time.monotonic(), step.progress)
-                self.say(f"{step.name}: {step.progress}")
+            self._state(step)
+            self._training(step)
 
-    def once(self, hint: str) -> None:
-        if hint and hint != self.hint:
+    def _state(self, step: StepView) -> None:
+        state = (step.state, step.attempt)
+        if step.state in ANNOUNCED and self.states.get(step.name) != state:
+            self.states[step.name] = state
+            self.say(run_text.change_line(step))
+
+    def _training(self, step: StepView) -> None:
+        now = time.monotonic()
+        last_time, last_text = self.trainings.get(step.name, (float("-inf"), ""))
+        if step.progress and step.progress != last_text and now - last_time >= TRAINING:
+            self.trainings[step.name] = (now, step.progress)
+            self.say(f"{step.name}: {step.progress}")
+
+    def hint(self, hint: str) -> None:
+        if hint and hint != self.last_hint:
             self.say(hint)
-        self.hint = hint
+        self.last_hint = hint
 
     def outage(self, error: str) -> None:
-        if error != self.error:
+        if error != self.last_outage:
             self.say(f"still waiting: {error}")
-        self.error = error
+        self.last_outage = error
 
 
-def _still_at_work(view: RunView) -> str:
-    """What to do about a run that has failed but has not ended, since the other arm is still at work."""
-    failed = [step.name for step in view.steps if step.state == "FAILED" and not step.name.startswith("control-")]
-    working = [step.name for step in view.steps if step.state == "RUNNING"]
-    if view.state != "RUNNING" or not failed or not working:
-        return ""
-    return (
-        f"{failed[0]} has failed, and the run ends when {', '.join(working)} has ended; `ptl cancel {view.run_id}` "
-        "ends it now, and `ptl retry` then resumes both"
-    )
-
-
-def table(view: RunView) -> str:
-    """The steps as a table for the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    made = Table(title=view.name, title_justify="left")
-    for heading in ("Step", "State"):
-        made.add_column(heading, no_wrap=True)
-    for heading in ("Attempt", "Seconds", "Accuracy"):
-        made.add_column(heading, justify="right")
-    for heading in ("Verdict", "Training"):
-        made.add_column(heading)
-    for step in view.steps:
-        seconds = "" if step.seconds is None else f"{step.seconds:.0f}"
-        accuracy = "" if step.accuracy is None else f"{step.accuracy:.3f}"
-        attempt = "" if step.attempt is None else str(step.attempt)
-        made.add_row(step.name, step.state, attempt, seconds, accuracy, step.verdict, step.progress)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with console.capture() as captured:
-        console.print(made)
-    return captured.get().rstrip()
-
-
-def _line(step: StepView) -> str:
-    """A change of a step: its state, and with its end what came out."""
-    attempt = f" (attempt {step.attempt})" if step.attempt and step.attempt > 1 else ""
-    seconds = "" if step.seconds is None else f" in {step.seconds:.0f} s"
-    accuracy = "" if step.accuracy is None else f", accuracy {step.accuracy:.3f}"
-    verdict = f", {step.verdict}" if step.verdict else ""
-    reason = f": {step.reason}" if step.reason else ""
-    return f"{step.name}: {step.state}{attempt}{seconds}{accuracy}{verdict}{reason}"
-
-
-def _words(view: RunView) -> str:
-    return {"CANCELED": "canceled", "CANCELING": "is being canceled"}.get(view.state, view.state)
-
-
-def _outcome(view: RunView, config: Config | None, say: Say) -> int:
-    """The last line of a wait, and its exit code."""
+def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
+    """The exit code of a wait, after its last line."""
     if view.state != "SUCCEEDED":
-        reason = f": {view.reason}" if view.state == "FAILED" and view.reason else ""
-        again = f"`ptl retry {view.run_id}` resumes from what is finished"
-        say(f"{view.name}: {_words(view)}{reason}; {again}")
+        state = run_text.state_text(view)
+        if view.state == "FAILED" and view.reason:
+            state += f": {view.reason}"
+        say(f"{view.name}: {state}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
+    # Without the config nobody knows whether the run had a gate.
     if config is None or not config.gate.enabled:
         say(f"{view.name}: SUCCEEDED")
         return DONE
-    passed, why = outcome.gate_passed(outcome.result_of(view.run_id))
-    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {why}")
-    return DONE if passed else GATE
+    passed, reason = outcome.gate_passed(outcome.result_of(view.run_id))
+    if not passed:
+        say(f"{view.name}: SUCCEEDED, gate not passed: {reason}")
+        return GATE
+    say(f"{view.name}: SUCCEEDED, gate passed: {reason}")
+    return DONE

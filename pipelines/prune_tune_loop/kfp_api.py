@@ -7,7 +7,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,30 +18,36 @@ from ptl.errors import InputError, WorkError
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # the pauses between them double from one second: 15 s in all
-NOT_FOUND, CONFLICT = 404, 409
-TIMEOUT = (10.0, 30.0)  # seconds to connect, and seconds without a byte of the answer
+ATTEMPTS = 5  # of one request
+PAUSE = 1.0  # seconds after the first attempt, doubled each time: 15 s in all; tests shorten it
+NOT_FOUND, CONFLICT, TOO_MANY_REQUESTS = 404, 409, 429
+CONNECT_TIMEOUT = 10.0  # seconds
+READ_TIMEOUT = 30.0  # seconds without a byte of the answer
+ANSWER_TIMEOUTS = 4  # a whole answer may take this many times READ_TIMEOUT
 LIMIT = 64 << 20  # bytes of an answer; the longest is a pipeline's version, of a few MB
+LOGIN_AGAIN = "the session may have expired: log in again (KFP_TOKEN or --token-file)"
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where Kubeflow Pipelines answers, and who is asking; what is None comes from the environment."""
+    """Where Kubeflow Pipelines answers, and who is asking; what is None comes from the environment.
+
+    A token itself comes from there only (KFP_TOKEN): an option would show it in the list of processes.
+    """
 
     host: str | None = None  # KF_PIPELINES_ENDPOINT
     namespace: str | None = None  # the profile, in multi-user Kubeflow; KFP_NAMESPACE
-    token: str | None = None  # KFP_TOKEN
     token_file: Path | None = None  # KF_PIPELINES_SA_TOKEN_PATH; read again for every request, since it is rotated
     ca_cert: Path | None = None  # PEM bundle; KFP_CA_CERT
-    verify: bool = True
+    insecure: bool = False  # the server's certificate is not checked
     ui_host: str | None = None  # where a browser finds the UI, if elsewhere; KF_PIPELINES_UI_ENDPOINT
 
 
 class RefusedError(InputError):
     """The server answered with an error that repeating the request would not change."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, status: int, *, field: str = "", remedy: str = "") -> None:
+        super().__init__(problem, field=field, remedy=remedy)
         self.status = status
 
 
@@ -76,22 +82,20 @@ class Api:
 
 def connect(server: Server) -> Api:
     """A client for this server. Raises InputError for settings that are missing or wrong; nothing is sent yet."""
-    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
-    if not host:
-        raise InputError("--host: give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT")
-    if not host.startswith(("http://", "https://")):
-        raise InputError(f"--host: {host!r} must begin with https:// or http://")
-    token = server.token or os.environ.get("KFP_TOKEN")
-    path = server.token_file or _path("KF_PIPELINES_SA_TOKEN_PATH")
-    ca_cert = server.ca_cert or _path("KFP_CA_CERT")
-    for option, file in (("--token-file", None if token else path), ("--ca-cert", ca_cert)):
-        if file is not None and not file.is_file():
-            raise InputError(f"{option}: no file {file}")
+    host = _host(server)
+    namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
+    token = os.environ.get("KFP_TOKEN")
+    token_file = None
+    if not token:
+        token_file = server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
+    ca_cert = server.ca_cert or _path_variable("KFP_CA_CERT")
+    for option, path in (("--token-file", token_file), ("--ca-cert", ca_cert)):
+        if path is not None and not path.is_file():
+            raise InputError(f"no file {path}", field=option)
     from kfp.client import Client
     from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
 
-    credentials = ServiceAccountTokenVolumeCredentials(str(path)) if path and not token else None
-    namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
+    credentials = ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None
     with warnings.catch_warnings(), explained(host):
         warnings.simplefilter("ignore")
         client = Client(
@@ -100,12 +104,27 @@ def connect(server: Server) -> Api:
             credentials=credentials,
             namespace=namespace or "-",  # without one it asks for its health, and takes 25 s to say 401
             ssl_ca_cert=str(ca_cert) if ca_cert else None,
-            verify_ssl=server.verify,
+            verify_ssl=not server.insecure,
         )
+    # The client would send the placeholder above with its requests.
     client._context_setting["namespace"] = namespace or ""
     _guard(client)
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
     return Api(client, namespace, address.bare(ui).rstrip("/"))
+
+
+def _host(server: Server) -> str:
+    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    if not host:
+        raise InputError("give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT", field="--host")
+    if not host.startswith(("http://", "https://")):
+        raise InputError(f"{host!r} must begin with https:// or http://", field="--host")
+    return host
+
+
+def _path_variable(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return Path(value) if value else None
 
 
 def _guard(client: Any) -> None:
@@ -121,35 +140,39 @@ def _guard(client: Any) -> None:
     send = pool.request
 
     def guarded(method: str, url: str, **options: Any) -> HTTPResponse:
-        options |= {"preload_content": False, "redirect": False, "timeout": Timeout(*TIMEOUT)}
-        once = Retry(total=None, connect=0, read=0, status=0, other=0)
-        with contextlib.closing(send(method, url, **options, retries=once)) as answer:
+        options["preload_content"] = False
+        options["redirect"] = False
+        options["timeout"] = Timeout(CONNECT_TIMEOUT, READ_TIMEOUT)
+        options["retries"] = Retry(total=None, connect=0, read=0, status=0, other=0)
+        with contextlib.closing(send(method, url, **options)) as answer:
             if 300 <= answer.status < 400:
                 target = urljoin(url, answer.headers.get("Location", ""))
                 raise RedirectError(address.page(target), answer.status)
-            body = _read(answer)
-        if answer.status < 300 and not _is_object(body):
+            content = _read(answer)
+        if answer.status < 300 and not _is_json_object(content):
             raise UnreadableError("the answer is not JSON")
-        return HTTPResponse(body, answer.headers, answer.status, reason=answer.reason)
+        return HTTPResponse(content, answer.headers, answer.status, reason=answer.reason)
 
     pool.request = guarded
 
 
 def _read(answer: Any) -> bytes:
-    """The body of an answer. Raises UnreadableError where it is too long, or takes too long."""
-    deadline, body = time.monotonic() + 4 * TIMEOUT[1], bytearray()
+    """The content of an answer. Raises UnreadableError where it is too long, or takes too long."""
+    seconds = ANSWER_TIMEOUTS * READ_TIMEOUT
+    deadline = time.monotonic() + seconds
+    content = bytearray()
     for piece in answer.stream(1 << 16):
-        body += piece
-        if len(body) > LIMIT:
+        content += piece
+        if len(content) > LIMIT:
             raise UnreadableError(f"the answer is longer than {LIMIT >> 20} MiB")
         if time.monotonic() > deadline:
-            raise UnreadableError(f"the answer takes longer than {4 * TIMEOUT[1]:g} s")
-    return bytes(body)
+            raise UnreadableError(f"the answer takes longer than {seconds:g} s")
+    return bytes(content)
 
 
-def _is_object(body: bytes) -> bool:
+def _is_json_object(content: bytes) -> bool:
     try:
-        return isinstance(json.loads(body), dict)
+        return isinstance(json.loads(content), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -161,27 +184,32 @@ def call(
 
     An answer that lacks one of the fields `needs` counts as a server error.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(ATTEMPTS):
         try:
+            # The client prints links of its own.
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
-                answer = _parsed(function, *args, **kwargs)
-                missing = [name for name in needs if not getattr(answer, name)]
-                if missing:
-                    raise UnreadableError(f"the answer has no {' and no '.join(missing)}")
-                return answer
-        except WorkError as error:
-            if not again or attempt == ATTEMPTS or isinstance(error, UnreachableError):
+                return _parsed_answer(function, args, kwargs, needs)
+        except UnreachableError:
+            raise  # nobody listens there: waiting some seconds does not help
+        except WorkError:
+            if not again or attempt == ATTEMPTS - 1:
                 raise
-            time.sleep(2.0 ** (attempt - 1) * PAUSE)
+            time.sleep(PAUSE * 2.0**attempt)
     raise AssertionError("unreachable")
 
 
-def _parsed(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def _parsed_answer(
+    function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], needs: Iterable[str]
+) -> T:
     """The answer as the client's record. Raises UnreadableError for fields of another kind, where the client fails."""
     try:
-        return function(*args, **kwargs)
+        answer = function(*args, **kwargs)
     except (TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"the answer is not one of the API's ({error})") from error
+    missing = [name for name in needs if not getattr(answer, name)]
+    if missing:
+        raise UnreadableError(f"the answer has no {' and no '.join(missing)}")
+    return answer
 
 
 def get_run(api: Api, run_id: str, again: bool = True) -> Any:
@@ -190,73 +218,102 @@ def get_run(api: Api, run_id: str, again: bool = True) -> Any:
 
     run = call(api, api.client.get_run, run_id, again=again, needs=("run_id", "state"))
     if run.state not in V2beta1RuntimeState.allowable_values:
-        host = api.client._existing_config.host
-        raise WorkError(f"Kubeflow Pipelines at {host}: run {run_id} is in the state {run.state!r}, which is not known")
+        raise WorkError(
+            f"run {run_id} is in the state {run.state!r}, which is not known",
+            field=_server_name(api.client._existing_config.host),
+        )
     return run
 
 
-PAUSE = 1.0  # seconds; tests shorten it
+def _server_name(host: str) -> str:
+    return f"Kubeflow Pipelines at {address.without_login(host)}"
 
 
 @contextlib.contextmanager
 def explained(host: str) -> Any:
     """Answers below 500 become RefusedError with a remedy; what may pass (500 and above, 429, no answer) WorkError."""
     from kfp_server_api.exceptions import ApiException
-    from urllib3.exceptions import HTTPError, NewConnectionError
+    from urllib3.exceptions import HTTPError
 
+    where = _server_name(host)
     try:
         yield
     except ApiException as error:
-        text = _message(error)
-        gone = re.search(r"ResourceNotFoundError: (.*)", text)  # the server answers 500 for a version that is not there
-        if error.status == 500 and gone:
-            raise RefusedError(f"Kubeflow Pipelines at {host}: {gone[1]}; it was deleted", NOT_FOUND) from error
-        if error.status and error.status < 500 and error.status != 429:
-            remedy = f"{_REMEDIES[error.status]} ({text})" if error.status in _REMEDIES else text
-            raise RefusedError(f"Kubeflow Pipelines at {host}: {error.status} {remedy}", error.status) from error
-        raise WorkError(f"Kubeflow Pipelines at {host}: {error.status} {text}; is it healthy?") from error
+        raise _of_error_status(error, where) from error
     except HTTPError as error:
-        hint = "is --ca-cert right?" if "CERTIFICATE" in str(error).upper() else "is --host right, and is it up?"
-        reason = getattr(error, "reason", None) or error
-        kind = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
-        # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
-        text = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
-        raise kind(f"Kubeflow Pipelines at {host}: {text}; {hint}") from error
+        raise _of_lost_connection(error, where) from error
     except RedirectError as error:
         raise RefusedError(
-            f"Kubeflow Pipelines at {host}: {error.status} it points to {error}, where no token is sent: the session "
-            "may have expired; log in again (KFP_TOKEN or --token-file), or give that address as --host if it is the "
-            "server's own",
+            f"{error.status} it points to {error}, where no token is sent: the session may have expired",
             error.status,
+            field=where,
+            remedy="log in again (KFP_TOKEN or --token-file), or give that address as --host if it is the server's own",
         ) from error
     except UnreadableError as error:
         raise WorkError(
-            f"Kubeflow Pipelines at {host}: {error}; the session may have expired: log in again (KFP_TOKEN or "
-            "--token-file), and check that --host ends where the API begins"
+            str(error),
+            field=where,
+            remedy=f"{LOGIN_AGAIN}, and check that --host ends where the API begins",
         ) from error
 
 
-_REMEDIES = {
-    401: "not logged in; set KFP_TOKEN or --token-file to a token that is valid now",
-    403: "not allowed; the account needs the rights of manifests/base/runs/rbac.yaml in this namespace "
-    "(in multi-user Kubeflow give --namespace)",
-    404: "not found; check the id, the --namespace, and that --host ends where the API begins "
-    "(for Kubeflow behind its dashboard: https://HOST/pipeline)",
+# By HTTP status: what it means, and the remedy.
+REFUSALS = {
+    401: ("not logged in", "set KFP_TOKEN or --token-file to a token that is valid now"),
+    403: (
+        "not allowed",
+        "the account needs the rights of manifests/base/runs/rbac.yaml in this namespace (in multi-user Kubeflow give "
+        "--namespace)",
+    ),
+    404: (
+        "not found",
+        "check the id, the --namespace, and that --host ends where the API begins (for Kubeflow behind its dashboard: "
+        "https://HOST/pipeline)",
+    ),
 }
 
 
-def _message(error: Any) -> str:
+def _of_error_status(error: Any, where: str) -> RefusedError | WorkError:
+    sentence = _server_sentence(error)
+    status = error.status
+    # The server answers 500 for a version that is not there.
+    deleted = re.search(r"ResourceNotFoundError: (.*)", sentence)
+    if status == 500 and deleted:
+        return RefusedError(deleted[1], NOT_FOUND, field=where, remedy="it was deleted")
+    if not status or status >= 500 or status == TOO_MANY_REQUESTS:
+        return WorkError(f"{status} {sentence}", field=where, remedy="is it healthy?")
+    # 401 and the like do not say what to do about them.
+    if status in REFUSALS:
+        meaning, remedy = REFUSALS[status]
+        return RefusedError(f"{status} {meaning}", status, field=where, remedy=f"{remedy} ({sentence})")
+    return RefusedError(f"{status} {sentence}", status, field=where)
+
+
+def _of_lost_connection(error: Any, where: str) -> WorkError:
+    from urllib3.exceptions import NewConnectionError
+
+    reason = getattr(error, "reason", None) or error
+    # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
+    problem = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
+    remedy = "is --host right, and is it up?"
+    if "CERTIFICATE" in str(error).upper():
+        remedy = "is --ca-cert right?"
+    error_class = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
+    return error_class(problem, field=where, remedy=remedy)
+
+
+def _server_sentence(error: Any) -> str:
     """The server's own sentence: the first detail, without the chain of functions that it went through."""
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
+    content = error.body or error.reason
+    if isinstance(content, bytes):
+        content = content.decode(errors="replace")
+    content = str(content)
     try:
-        answer = json.loads(body)
-        texts = [answer.get("message"), answer.get("error_message"), answer.get("error")]
-        texts = [detail["message"] for detail in answer.get("details", []) if error.status != 500] + texts
+        answer = json.loads(content)
+        sentences = [answer.get(name) for name in ("message", "error_message", "error")]
+        if error.status != 500:  # whose details are that chain
+            sentences = [detail["message"] for detail in answer.get("details", [])] + sentences
     except (ValueError, AttributeError, KeyError, TypeError):
-        texts = []
-    text = next((text for text in texts if isinstance(text, str) and text), body)
-    return " ".join(text.split())[:500]
-
-
-def _path(name: str) -> Path | None:
-    return Path(os.environ[name]) if os.environ.get(name) else None
+        sentences = []
+    sentence = next((text for text in sentences if isinstance(text, str) and text), content)
+    return " ".join(sentence.split())[:500]

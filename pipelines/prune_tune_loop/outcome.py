@@ -1,6 +1,10 @@
-"""What a run that succeeded ended with: its result.json, and whether its gate was passed."""
+"""What a run that succeeded ended with: its result.json, its gate, and its table for a comment in Markdown.
+
+`python -m pipelines.prune_tune_loop.outcome RUN` prints the table.
+"""
 
 import os
+import sys
 from typing import Any
 
 from ptl import locate
@@ -11,20 +15,45 @@ def result_of(run_id: str) -> dict[str, Any]:
     """A run's result.json, from its MLflow run. Raises WorkError: without it nobody knows whether the gate passed."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise WorkError(
-            "the run succeeded, but MLFLOW_TRACKING_URI is not set here, so its gate cannot be read; set it (and the "
-            "S3 credentials), or do without --wait"
+            "the run succeeded, but MLFLOW_TRACKING_URI is not set here, so its gate cannot be read",
+            remedy="set it (and the S3 credentials), or do without --wait",
         )
     try:
         return locate.result(run_id)
     except InputError as error:
+        # The user's input was right: it is the run's own record that is missing.
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
 
 
 def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the loop reached its end: its last iteration was accepted."""
+    """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
+    # The control has no gate, and iteration 0 is the dense model.
     iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
     if not iterations:
         return False, "no iteration was scored"
     last = max(iterations, key=lambda row: row["iteration"])
+    removed = f"{result['final']['share_removed']:.1%} removed"
+    return last["verdict"] == "accepted", f"iteration {last['iteration']} {last['verdict']}, {removed}"
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """One line for each scored checkpoint, and below them the share of parameters that was removed."""
+    lines = [
+        "| arm | iteration | parameters | accuracy | items | recovery tokens | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        accuracy = f"{row['accuracy']:.3f}"
+        # With the interval, where the evaluation has one.
+        if row.get("low") is not None:
+            accuracy += f" ({row['low']:.3f} to {row['high']:.3f})"
+        lines.append(
+            f"| {row['arm']} | {row['iteration']} | {row['params']:,} | {accuracy} | {row['items']} "
+            f"| {row['recovery_tokens']:,} | {row['verdict']} |"
+        )
     share = result["final"]["share_removed"]
-    return last["verdict"] == "accepted", f"iteration {last['iteration']} {last['verdict']}, {share:.1%} removed"
+    return "\n".join([*lines, "", f"{share:.1%} of all parameters removed."])
+
+
+if __name__ == "__main__":
+    print(markdown_table(result_of(sys.argv[1])))

@@ -19,25 +19,26 @@ from ptl.image_names import image
 
 
 def parameters(config: Config) -> dict[str, Any]:
-    """The run's parameters: what the Kubeflow form shows, with the config's values as defaults.
+    """The run parameters, which Kubeflow's form shows, with the config's values as defaults.
 
     Structure (number of iterations, control arm, images) is not among them: it is in the DAG.
     """
-    data = essentials(config)
+    settings = essentials(config)
+    schedule = config.schedule
     return {
-        "model": data["model"]["path"],
+        "model": settings["model"]["path"],
         "revision": config.model.revision or "",
-        "target": config.schedule.target,
-        "recovery_tokens": config.schedule.recovery_tokens,
+        "target": schedule.target,
+        "recovery_tokens": schedule.recovery_tokens,
         "seed": config.seed,
-        "cuts": config.schedule.cuts,
-        "tokens": config.schedule.tokens,
-        "prune_settings": data.get("prune", {}),
-        "calibration": data["calibration"],
-        "recover_settings": data["recover"],
-        "training": data["training"],
-        "evaluate_settings": data["evaluate"],
-        "gate": data.get("gate", {}),
+        "cuts": schedule.cuts,
+        "tokens": schedule.tokens,
+        "prune_settings": settings.get("prune", {}),
+        "calibration": settings["calibration"],
+        "recover_settings": settings["recover"],
+        "training": settings["training"],
+        "evaluate_settings": settings["evaluate"],
+        "gate": settings.get("gate", {}),
         "experiment": config.storage.experiment,
         "registered_model": config.storage.registered_model or config.name,
     }
@@ -65,8 +66,8 @@ def build(config: Config) -> Any:
         experiment: str = defaults["experiment"],
         registered_model: str = defaults["registered_model"],
     ) -> None:
-        given = locals()
-        _unroll(config, {name: given[name] for name in defaults})
+        arguments = locals()  # KFP's placeholders; it reads the parameters from this function's signature
+        _unroll(config, {name: arguments[name] for name in defaults})
 
     return prune_tune_loop
 
@@ -77,6 +78,7 @@ def compile_pipeline(config: Config, path: Path) -> None:
     compact(path)
 
 
+# By stage.
 COMPONENTS = {
     "doctor": doctor,
     "import": import_model,
@@ -85,10 +87,10 @@ COMPONENTS = {
     "evaluate": evaluate,
     "report": report,
 }
-KINDS = {"import": "import-model", "doctor": "prune"}  # the doctor looks where prune will run
+DOCTORS_STAGE = "prune"  # the doctor looks where prune will run
 STRUCTURE = ("name", "schedule", "control", "resources", "images", "storage")
-# Run parameters that each stage takes; `<stage>_settings` arrives at the component as `<stage>`.
-TAKES = {
+# Run parameters that each stage takes; the report takes all. `<stage>_settings` arrives at the component as `<stage>`.
+STAGE_PARAMETERS = {
     "doctor": (),
     "import": (
         *("model", "revision", "target", "cuts", "recovery_tokens", "tokens"),
@@ -100,32 +102,60 @@ TAKES = {
 }
 
 
-def _unroll(config: Config, given: dict[str, Any]) -> None:
-    """A task for every step of the DAG; `given` are the run's parameters as KFP's placeholders."""
+def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
+    """A task for every step of the DAG; `placeholders` are KFP's for the run parameters."""
     tasks: dict[str, Any] = {}
+    experiment = placeholders["experiment"]
+    others = [name for name in placeholders if name != "experiment"]
     for node in dag.nodes(config):
         stage = dag.stage_of(node.name)
-        artifacts = {name: tasks[source.step].outputs[source.output] for name, source in node.inputs.items()}
-        takes = TAKES.get(stage, tuple(name for name in given if name != "experiment"))
-        parameters = {name.removesuffix("_settings"): given[name] for name in takes}
-        fixed = {"step": node.name, "experiment": given["experiment"], **_structure(config, node.name)}
-        task = COMPONENTS[stage](**fixed, **parameters, **artifacts).set_display_name(node.name)
+        # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.
+        arguments = _structure(config, node.name)
+        for name in STAGE_PARAMETERS.get(stage, others):
+            arguments[name.removesuffix("_settings")] = placeholders[name]
+        for name, source in node.inputs.items():
+            arguments[name] = tasks[source.step].outputs[source.output]
+        task = COMPONENTS[stage](step=node.name, experiment=experiment, **arguments)
+        task.set_display_name(node.name)
+        # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))
-        kind = KINDS.get(stage, stage)
-        vllm = stage == "evaluate" and config.evaluate.backend == "vllm"
-        task.set_container_image(image("evaluate-vllm" if vllm else kind, config.images.registry, config.images.tag))
-        tasks[node.name] = cluster.configure(task, kind, config)
+        task.set_container_image(_image(config, stage))
+        tasks[node.name] = cluster.configure(task, _cluster_stage(stage), config)
+
+
+def _cluster_stage(stage: str) -> str:
+    """The name of a stage in `resources.steps` and among the images."""
+    if stage == "import":
+        return "import-model"
+    if stage == "doctor":
+        return DOCTORS_STAGE
+    return stage
+
+
+def _image(config: Config, stage: str) -> str:
+    step = _cluster_stage(stage)
+    # vLLM pins another torch, hence an image of its own.
+    if stage == "evaluate" and config.evaluate.backend == "vllm":
+        step = "evaluate-vllm"
+    return image(step, config.images.registry, config.images.tag)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:
     """What a step gets that is the same in every run of the compiled pipeline."""
-    stage, iterations = dag.stage_of(step), config.schedule.iterations
+    stage = dag.stage_of(step)
+    iterations = config.schedule.iterations
+    settings = essentials(config)
     if stage == "doctor":
-        return {"settings": essentials(config)}
-    if stage == "report":  # it puts the run's parameters over them
-        whole = essentials(config) | {"schedule": {"iterations": iterations}}
-        return {"settings": {name: value for name, value in whole.items() if name in STRUCTURE}}
+        return {"settings": settings}
+    if stage == "report":
+        settings["schedule"] = {"iterations": iterations}  # it adds the run parameters
+        return {"settings": {name: value for name, value in settings.items() if name in STRUCTURE}}
     if stage == "import":
-        # The run's name is not part of the step's key: the same run under another name is the same run.
-        return {"iterations": iterations, "gated": config.gate.enabled, "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER}
+        return {
+            "iterations": iterations,
+            "gated": config.gate.enabled,
+            # Not part of the step's key: the same run under another name is the same run.
+            "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        }
+    # The control prunes at once what the loop prunes in many iterations.
     return {"iterations": iterations if dag.arm_of(step) == "loop" else 1}

@@ -4,18 +4,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipelines.prune_tune_loop.task_list import ENDED, STAGES, Listed
+from pipelines.prune_tune_loop.task_list import ENDED, STAGES, ListedStep
 from ptl.progress import RunProgress, StepProgress
 
-NOT_LISTED, WAITING, NOT_STARTED, NOT_NEEDED = "not listed by Kubeflow", "waiting", "not started", "not needed"
-SMALLER_BATCH = {  # how a stage needs less memory
+NOT_LISTED = "not listed by Kubeflow"
+WAITING = "waiting"
+NOT_STARTED = "not started"
+NOT_NEEDED = "not needed"
+# How a stage needs less memory.
+SMALLER_BATCH = {
     "prune": " or lower calibration.batch_size",
     "recover": " or raise recover.accumulation, which splits the batch",
     "evaluate": " or lower evaluate.batch_size",
 }
-CAUSES = {  # why no container ran, as far as Kubeflow's list shows it; and where more is said
+# Why no container ran, as far as Kubeflow's list shows it; and the command of kubectl that says more.
+CAUSES = {
     "driver": ("its driver failed: no container of the step was started", "logs"),
-    "refused": ("no container of the step was started: Kubernetes refused its pod", "workflow"),
+    "refused": ("no container of the step was started: Kubernetes refused its pod", "get workflow"),
     "not started": (
         "its pod did not start before its time ran out, as with an image, a volume or a node that is not there",
         "describe",
@@ -28,11 +33,11 @@ class StepView:
     """One line of the table."""
 
     name: str
-    state: str
+    state: str  # of Kubeflow, or one of the four above
     attempt: int | None = None
-    seconds: float | None = None
-    accuracy: float | None = None
-    verdict: str = ""
+    seconds: float | None = None  # wall-clock, once it has ended
+    accuracy: float | None = None  # of an evaluation
+    verdict: str = ""  # of the gate
     progress: str = ""  # of a training, while it runs
     reason: str = ""  # of a failure, with its remedy
 
@@ -45,7 +50,7 @@ class RunView:
     name: str
     state: str  # as Kubeflow says, but CANCELED and CANCELING where it was canceled
     steps: list[StepView]
-    look: str  # where to look when nothing says why it failed
+    where_to_look: str  # when nothing says why it failed
 
     @property
     def ended(self) -> bool:
@@ -54,41 +59,80 @@ class RunView:
     @property
     def reason(self) -> str:
         """Why it did not succeed, in one line."""
+        if self.state == "CANCELED":
+            return "canceled"
         if self.state != "FAILED":
-            return "canceled" if self.state == "CANCELED" else ""
-        # The control's failures do not fail the run.
-        failed = sorted(
-            (step for step in self.steps if step.state == "FAILED"), key=lambda step: "control" in step.name
-        )
-        return f"{failed[0].name}: {failed[0].reason}" if failed else self.look
+            return ""
+        failed = [step for step in self.steps if step.state == "FAILED"]
+        if not failed:
+            return self.where_to_look
+        # The control's failures do not fail the run: the first one of the loop comes before them.
+        culprit = min(failed, key=lambda step: "control" in step.name)
+        return f"{culprit.name}: {culprit.reason}"
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where more about a run is to be seen."""
+
+    namespace: str  # of its pods
+    run_id: str
+    page: str  # its address in the UI
+
+    def sentence(self, task: ListedStep | None = None) -> str:
+        """Where the log of a step is, or else its pod."""
+        # A pod that never ran has no log: the workflow or the pod's events say more.
+        command = "logs"
+        if task is not None and task.cause:
+            _, command = CAUSES[task.cause]
+        selector = f"-n {self.namespace} -l pipeline/runid={self.run_id}"
+        if command == "get workflow":
+            return f"see `kubectl get workflow {selector} -o yaml` and {self.page}"
+        pods = f"kubectl get pods {selector}"
+        if task is None or not task.pod:
+            return f"see `{pods}` and {self.page}"
+        pod = f"$({pods} -o name | grep -e -{task.pod})"
+        return f"see `kubectl {command} -n {self.namespace} {pod}` and {self.page}"
 
 
 def view(
-    run: Any, names: dict[str, str], listed: dict[str, Listed], records: RunProgress | None, namespace: str, link: str
+    run: Any,
+    names: dict[str, str],
+    listed: dict[str, ListedStep],
+    records: RunProgress | None,
+    namespace: str,
+    link: str,
 ) -> RunView:
     """Join what Kubeflow lists (by task key) with the steps' records in MLflow; `names` are the steps by task key.
 
     A step's record wins over Kubeflow's list, which stops being updated when a run has many tasks. `namespace` and
     `link`, the run's page, are for the sentences that say where to look.
     """
+    sources = _Sources(namespace, run.run_id, link)
     canceled = canceled_at(run)
-    state = ("CANCELED" if run.state in ENDED else "CANCELING") if canceled else run.state
-    known = records.steps if records else {}
-    current = {step: record for step, record in known.items() if not _before_retry(record, run)}
-    last = next((name for name in names.values() if name in known and known[name].loop_ended), None)
-    culprits = _culprits(names, listed, current)
-    selector = f"-n {namespace} -l pipeline/runid={run.run_id}"
+    run_state = run.state
+    if canceled:
+        run_state = "CANCELED" if run.state in ENDED else "CANCELING"
+    all_records = records.steps if records else {}
+    current_records = {step: record for step, record in all_records.items() if not _is_before_retry(record, run)}
+    last_step = _last_step_of_loop(names, all_records)
+    culprits = _culprits(names, listed, current_records)
     steps = []
     for key, name in names.items():
-        task, record = listed.get(key), current.get(name)
-        unneeded = last is not None and _follows(name, last)
-        step_state = _state(task, record, state, canceled, unneeded, records is not None)
+        task = listed.get(key)
+        record = current_records.get(name)
+        if record is not None:
+            state = _recorded_state(record, task, run_state, canceled)
+        else:
+            is_needed = last_step is None or not _is_of_later_iteration(name, last_step)
+            state = _listed_state(task, run_state, canceled, is_needed=is_needed, is_recorded=records is not None)
         reason = ""
-        if step_state == "FAILED":
-            bystander = bool(culprits) and name not in culprits
-            reason = _reason(name, task, record, bystander, _look(task, selector, link))
-        steps.append(_step(name, step_state, task, known.get(name), reason))
-    return RunView(run.run_id, run.display_name, state, steps, _look(None, selector, link))
+        if state == "FAILED":
+            is_bystander = bool(culprits) and name not in culprits
+            reason = _failure(name, task, record, is_bystander, sources.sentence(task))
+        # Also of an attempt before the retry: its seconds and its attempt are shown until the step begins again.
+        steps.append(_step_view(name, state, task, all_records.get(name), reason))
+    return RunView(run.run_id, run.display_name, run_state, steps, sources.sentence())
 
 
 def canceled_at(run: Any) -> datetime | None:
@@ -104,104 +148,121 @@ def canceled_at(run: Any) -> datetime | None:
     return None
 
 
-def _culprits(names: dict[str, str], listed: dict[str, Listed], records: dict[str, StepProgress]) -> set[str]:
+def _last_step_of_loop(names: dict[str, str], records: dict[str, StepProgress]) -> str | None:
+    """The step with which the gate ended the loop before its last iteration."""
+    for name in names.values():
+        if name in records and records[name].loop_ended:
+            return name
+    return None
+
+
+def _culprits(names: dict[str, str], listed: dict[str, ListedStep], records: dict[str, StepProgress]) -> set[str]:
     """Steps that made the run fail; a step of the control that says why it could not finish does not."""
-    explained = {
-        step for step, record in records.items() if record.status == "FAILED" and record.error and "control" not in step
-    }
-    return explained or {names[key] for key, task in listed.items() if task.state == "FAILED"}
+    culprits = set()
+    for step, record in records.items():
+        if record.status == "FAILED" and record.error and "control" not in step:
+            culprits.add(step)
+    # Without such a record Kubeflow's list is all there is.
+    return culprits or {names[key] for key, task in listed.items() if task.state == "FAILED"}
 
 
-def _state(
-    task: Listed | None,
-    record: StepProgress | None,
-    run_state: str,
-    canceled: datetime | None,
-    unneeded: bool,
-    recorded: bool,
+def _recorded_state(record: StepProgress, task: ListedStep | None, run_state: str, canceled: datetime | None) -> str:
+    """The state of a step that has a record in MLflow. A pod that is killed leaves its record RUNNING."""
+    listed_state = task.state if task else ""
+    run_ended = run_state in ENDED
+    if record.status == "FINISHED":
+        return "SUCCEEDED"
+    if record.status == "RUNNING" and not run_ended:
+        return "FAILED" if listed_state == "FAILED" and not canceled else "RUNNING"
+    if record.status == "RUNNING" and "SUCCEEDED" in (run_state, listed_state):
+        return "SUCCEEDED"
+    if canceled and (record.ended is None or record.ended >= canceled):
+        return "CANCELED"
+    return "FAILED"
+
+
+def _listed_state(
+    task: ListedStep | None, run_state: str, canceled: datetime | None, *, is_needed: bool, is_recorded: bool
 ) -> str:
-    """A step's state. `recorded`: MLflow was read and knows the run."""
-    ended = run_state in ENDED
-    if record is not None:
-        if record.status == "FINISHED" or (record.status == "RUNNING" and ended and _succeeded(task, run_state)):
-            return "SUCCEEDED"
-        if record.status == "RUNNING" and not ended:
-            return "FAILED" if task and task.state == "FAILED" and not canceled else "RUNNING"
-        stopped = record.ended is None or (canceled is not None and record.ended >= canceled)
-        return "CANCELED" if canceled and stopped else "FAILED"
-    if unneeded and not (task and task.state == "FAILED"):
+    """The state of a step without a record. `is_recorded`: MLflow was read and knows the run."""
+    failed = task is not None and task.state == "FAILED"
+    # After the end of the loop a step has nothing to do; only one that failed is worth reporting.
+    if not is_needed and not failed:
         return NOT_NEEDED
     if task is None:
-        return WAITING if recorded and not ended else NOT_LISTED
-    if task.state == "FAILED" and canceled and (task.ended is None or task.ended >= canceled):
+        # The steps' records show that one without has not begun; the list alone shows nothing.
+        return WAITING if is_recorded and run_state not in ENDED else NOT_LISTED
+    if failed and canceled and (task.ended is None or task.ended >= canceled):
         return "CANCELED"
     return task.state or NOT_STARTED
 
 
-def _succeeded(task: Listed | None, run_state: str) -> bool:
-    return run_state == "SUCCEEDED" or (task is not None and task.state == "SUCCEEDED")
-
-
-def _before_retry(record: StepProgress, run: Any) -> bool:
+def _is_before_retry(record: StepProgress, run: Any) -> bool:
     """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
+    # Each retry adds a RUNNING to the history.
     starts = [entry.update_time for entry in run.state_history or [] if entry.state == "RUNNING"]
-    failed = record.status in ("FAILED", "KILLED") and record.ended is not None
-    return failed and len(starts) > 1 and record.ended < starts[-1]
+    if len(starts) < 2 or record.ended is None or record.status not in ("FAILED", "KILLED"):
+        return False
+    return bool(record.ended < starts[-1])
 
 
-def _follows(name: str, last: str) -> bool:
+def _is_of_later_iteration(name: str, last: str) -> bool:
     """Whether a step belongs to an iteration of the loop after that of the step `last`."""
-    numbers = [text.rpartition("-")[2] for text in (name, last)]
-    return all(number.isdigit() for number in numbers) and int(numbers[0]) > int(numbers[1])
+    number = name.rpartition("-")[2]
+    last_number = last.rpartition("-")[2]
+    return number.isdigit() and last_number.isdigit() and int(number) > int(last_number)
 
 
-def _reason(name: str, task: Listed | None, record: StepProgress | None, bystander: bool, look: str) -> str:
+def _failure(
+    name: str, task: ListedStep | None, record: StepProgress | None, is_bystander: bool, where_to_look: str
+) -> str:
     """Why a step failed; a bystander is one that was at work when another made the run fail."""
-    if record is not None and record.error:
-        return record.error
     if record is None:
-        return f"{CAUSES[task.cause][0]}; {look}" if task and task.cause else look
-    if bystander:
+        if task is None or not task.cause:
+            return where_to_look
+        cause, _ = CAUSES[task.cause]
+        return f"{cause}; {where_to_look}"
+    if record.error:
+        return record.error
+    if is_bystander:
         return "it was stopped when the run failed"
     stage = next((stage for stage in STAGES if stage in name), name.partition("-")[0])
+    smaller_batch = SMALLER_BATCH.get(stage, "")
     return (
         "killed from outside, most likely out of memory (or past resources.timeout): raise resources.memory or "
-        f"resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}; {look}"
+        f"resources.steps.{stage}.memory{smaller_batch}; {where_to_look}"
     )
 
 
-def _look(task: Listed | None, selector: str, link: str) -> str:
-    """Where the log of a step is, or else its pod."""
-    verb = CAUSES[task.cause][1] if task and task.cause else "logs"
-    if verb == "workflow":
-        return f"see `kubectl get workflow {selector} -o yaml` and {link}"
-    pods = f"kubectl get pods {selector}"
-    if task is None or not task.pod:
-        return f"see `{pods}` and {link}"
-    namespace = selector.partition(" -l ")[0]
-    return f"see `kubectl {verb} {namespace} $({pods} -o name | grep -e -{task.pod})` and {link}"
-
-
-def _step(name: str, state: str, task: Listed | None, record: StepProgress | None, reason: str) -> StepView:
-    seconds = record.seconds if record else None
-    if record is None and state == "SUCCEEDED" and task and task.started and task.ended:
-        seconds = (task.ended - task.started).total_seconds()
+def _step_view(name: str, state: str, task: ListedStep | None, record: StepProgress | None, reason: str) -> StepView:
     if record is None:
+        # Kubeflow's times are all there is without a record; they include the pod's start.
+        seconds = None
+        if state == "SUCCEEDED" and task and task.started and task.ended:
+            seconds = (task.ended - task.started).total_seconds()
         return StepView(name, state, seconds=seconds, reason=reason)
-    training = state == "RUNNING" and record.tokens_seen is not None
+    succeeded = state == "SUCCEEDED"
+    running = state == "RUNNING"
     return StepView(
         name,
         state,
-        record.attempt,
-        seconds if state != "RUNNING" else None,
-        record.accuracy if state == "SUCCEEDED" else None,
-        record.verdict if state == "SUCCEEDED" else "",
-        _training(record) if training else "",
-        reason,
+        attempt=record.attempt,
+        seconds=None if running else record.seconds,
+        accuracy=record.accuracy if succeeded else None,
+        verdict=record.verdict if succeeded else "",
+        progress=_training_progress(record) if running else "",
+        reason=reason,
     )
 
 
-def _training(record: StepProgress) -> str:
-    planned = f" of {record.tokens_planned:,}" if record.tokens_planned else ""
-    loss = "" if record.loss is None else f", loss {record.loss:.3f}"
-    return f"{record.tokens_seen:,}{planned} tokens{loss}"
+def _training_progress(record: StepProgress) -> str:
+    """`51,200 of 500,000 tokens, loss 0.457`; empty for a step that does not train."""
+    if record.tokens_seen is None:
+        return ""
+    text = f"{record.tokens_seen:,}"
+    if record.tokens_planned:
+        text += f" of {record.tokens_planned:,}"
+    text += " tokens"
+    if record.loss is not None:
+        text += f", loss {record.loss:.3f}"
+    return text

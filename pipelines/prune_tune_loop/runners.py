@@ -18,11 +18,12 @@ from ptl.config import Config
 from ptl.errors import InputError, WorkError
 from ptl.log import MARK
 
-COLOUR = re.compile(r"\x1b\[\d*m")
+TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
-ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.M)
+# The last line of a traceback: the name of the error's class, without its module, and the message.
+TRACEBACK_END = re.compile(r"^\s*(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)): (.+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -65,59 +66,68 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     """Run the YAML with its own defaults; everything that tasks print goes to `folder/log.txt`."""
     from kfp import components, local
 
-    root, log = job.folder / "kfp", job.folder / "log.txt"
+    root = job.folder / "kfp"
     workspace = root / "workspace"  # KFP mounts one and removes it; by default it is a new folder in /tmp
     workspace.mkdir(parents=True, exist_ok=True)
-    began = log.stat().st_size if log.is_file() else 0
+    log = job.folder / "log.txt"
+    log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
     local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
     with _logged(log, verbose):
         try:
-            components.load_component_from_text(local_copy(job.pipeline.read_text(), job.steps))()
+            text = local_copy(job.pipeline.read_text(), job.steps)
+            run_pipeline = components.load_component_from_text(text)
+            run_pipeline()
         except Exception as error:
-            raise _explained(error, log, began) from error
+            raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
     if not (job.folder / "result.json").is_file():
-        raise _explained(RuntimeError("the steps ended without a result"), log, began)
+        raise _step_error(RuntimeError("the steps ended without a result"), log, log_start)
 
 
-def _explained(error: Exception, log: Path, began: int) -> InputError | WorkError:
-    """The failed step's own error, as its traceback says it: KFP itself only says which task failed."""
+def _step_error(error: Exception, log: Path, log_start: int) -> InputError | WorkError:
+    """The failed step's own error, from its traceback in the log: KFP itself only says which task failed."""
     with log.open("rb") as file:
-        file.seek(began)
-        told = ERROR.findall(file.read().decode(errors="replace"))
-    if not told:
-        kind, message = "", f"{COLOUR.sub('', str(error))} {NO_REASON}"
-    else:
-        kind, message = told[-1]
-    name = "" if kind in ("", "InputError", "WorkError") else f"{kind}: "
-    found = InputError if kind == "InputError" else WorkError
-    return found(f"{name}{message}\n{log} has everything that was printed")
+        file.seek(log_start)
+        printed = file.read().decode(errors="replace")
+    where = f"{log} has everything that was printed"
+    errors = TRACEBACK_END.findall(printed)
+    if not errors:
+        return WorkError(f"{TERMINAL_COLOUR.sub('', str(error))} {NO_REASON}\n{where}")
+    class_name, message = errors[-1]
+    if class_name == "InputError":
+        return InputError(f"{message}\n{where}")
+    if class_name == "WorkError":
+        return WorkError(f"{message}\n{where}")
+    return WorkError(f"{class_name}: {message}\n{where}")
 
 
 @contextlib.contextmanager
 def _logged(path: Path, verbose: bool) -> Iterator[None]:
     """Send output to a file, and only the steps' lines of progress to the terminal."""
     with path.open("a", encoding="utf-8") as log:
-        screen = _Screen(sys.stdout, log, verbose)
-        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        tee = _Tee(sys.stdout, log, verbose)
+        with contextlib.redirect_stdout(tee), contextlib.redirect_stderr(tee):
             yield
 
 
-class _Screen(io.TextIOBase):
-    """Writes all lines to a log, and those with a step's mark to the terminal."""
+class _Tee(io.TextIOBase):
+    """Writes all lines to a log, and to the terminal those with a step's mark, or all when `verbose`."""
 
     def __init__(self, terminal: TextIO, log: TextIO, verbose: bool) -> None:
-        self.terminal, self.log, self.verbose, self.rest = terminal, log, verbose, ""
+        self.terminal = terminal
+        self.log = log
+        self.verbose = verbose
+        self.unfinished_line = ""
 
     def write(self, text: str) -> int:
         self.log.write(text)
         self.log.flush()
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, self.unfinished_line = (self.unfinished_line + text).split("\n")
         for line in lines:
-            before, mark, after = line.partition(MARK)
+            before, mark, progress = line.partition(MARK)
             if self.verbose:
                 print(line, file=self.terminal, flush=True)
             elif mark and not before.strip():
-                print(after, file=self.terminal, flush=True)
+                print(progress, file=self.terminal, flush=True)
         return len(text)

@@ -34,123 +34,181 @@ def submit(
     `parameters` replace the run's parameters. Without `version` the version is named by the content, and a pipeline
     that was uploaded before is used again. Raises InputError for what the server refuses, WorkError when it fails.
     """
-    from pipelines.prune_tune_loop import pipeline
-
+    # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
-    unknown = set(parameters) - set(pipeline.parameters(config))
-    if unknown:
-        known = ", ".join(pipeline.parameters(config))
-        raise InputError(f"--param: {', '.join(sorted(unknown))} is no parameter of the run; there are {known}")
-    if "gate" in parameters:
-        _check_gate(config, parameters["gate"])
+    _check_parameters(config, parameters)
     api = connect(server)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
-        pipeline.compile_pipeline(config, path)
-        pipeline_id = _pipeline(api, config.name)
-        version_id = _upload(api, pipeline_id, path, version)
-    name_of_group = experiment or config.storage.experiment
-    group = call(api, api.client.create_experiment, name_of_group, namespace=api.namespace, needs=("experiment_id",))
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{config.name}-{stamp}-{os.urandom(2).hex()}"
-    from kfp_server_api import V2beta1PipelineVersionReference, V2beta1Run, V2beta1RuntimeConfig
+    reference = _upload_pipeline(api, config, version)
+    # The client returns an experiment of this name that there is already.
+    kubeflow_experiment = call(
+        api,
+        api.client.create_experiment,
+        experiment or config.storage.experiment,
+        namespace=api.namespace,
+        needs=("experiment_id",),
+    )
+    # The MLflow experiment is a run parameter, Kubeflow's is not.
+    mlflow_experiment = parameters.get("experiment", config.storage.experiment)
+    name = _run_name(config)
+    from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
     run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
-        experiment_id=group.experiment_id,
+        experiment_id=kubeflow_experiment.experiment_id,
         display_name=name,
-        description=_description(name, parameters.get("experiment", config.storage.experiment)),
-        pipeline_version_reference=V2beta1PipelineVersionReference(pipeline_id, version_id),
+        description=_description(name, mlflow_experiment),
+        pipeline_version_reference=reference,
         runtime_config=V2beta1RuntimeConfig(parameters=parameters),
         service_account=service_account,
     )
     run_id = _start(api, run)
     say(f"started run {name} ({run_id})")
     say(api.link(run_id))
-    return watch(api, run_id, config, timeout, poll, say) if wait else DONE
+    if not wait:
+        return DONE
+    return watch(api, run_id, config, timeout, poll, say)
+
+
+def _run_name(config: Config) -> str:
+    """The config's name, the time, and four hexadecimal digits, which differ between runs of the same second."""
+    now = datetime.datetime.now()
+    return f"{config.name}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
+    from pipelines.prune_tune_loop import pipeline
+
+    known = pipeline.parameters(config)
+    unknown = sorted(parameters.keys() - known)
+    if unknown:
+        raise InputError(
+            f"{', '.join(unknown)} is no parameter of the run",
+            field="--param",
+            remedy=f"there are {', '.join(known)}",
+        )
+    if "gate" in parameters:
+        _check_gate(config, parameters["gate"])
 
 
 def _check_gate(config: Config, parameter: Any) -> None:
     """Whether the gate is on decides which tasks are compiled, and how they depend on each other."""
     enabled = check(Gate, parameter, "--param gate").enabled
-    if enabled != config.gate.enabled:
+    compiled = config.gate.enabled
+    if enabled != compiled:
         raise InputError(
-            f"--param gate: enabled is {enabled} there (or by default) and {config.gate.enabled} in the config, which "
-            f"decides the pipeline's structure; submit with --set gate.enabled={str(enabled).lower()}, or give "
-            f"enabled={str(config.gate.enabled).lower()} in the parameter"
+            f"enabled is {enabled} there (or by default) and {compiled} in the config, which decides the pipeline's "
+            "structure",
+            field="--param gate",
+            remedy=f"submit with --set gate.enabled={str(enabled).lower()}, or give enabled={str(compiled).lower()} "
+            "in the parameter",
         )
 
 
-def _description(name: str, experiment: str) -> str | None:
-    """A link to the run in MLflow, where MLFLOW_TRACKING_URI is a server here: its parent run is named as the run."""
+def _description(run_name: str, experiment: str) -> str | None:
+    """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not address.is_server(uri):
         return None
-    page = f"{address.page(address.bare(uri)).rstrip('/')}/#/experiments"
+    server = address.page(address.bare(uri)).rstrip("/")
+    # A link is a help: an MLflow that does not answer must not prevent the start.
     try:
         experiment_id = progress.experiment_id(experiment)
     except PtlError:
         experiment_id = None
     if experiment_id is None:  # the first run in it makes the experiment
-        return f"MLflow: {page}, experiment {experiment}, run {name}"
+        return f"MLflow: {server}/#/experiments, experiment {experiment}, run {run_name}"
     # The tab is in the path: without it MLflow 3 redirects to one of its own and drops the filter.
-    run = quote(f"attributes.run_name = '{name}'", safe="")
-    return f"MLflow: {page}/{experiment_id}/runs?searchFilter={run}"
+    run_filter = quote(f"attributes.run_name = '{run_name}'", safe="")
+    return f"MLflow: {server}/#/experiments/{experiment_id}/runs?searchFilter={run_filter}"
 
 
-def _pipeline(api: Api, name: str) -> str:
-    """The id of the pipeline with this name, created when there is none. `kfp.Client` finds none of a namespace."""
+def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
+    """Compile a config and upload it; returns the API's reference to the version."""
+    from kfp_server_api import V2beta1PipelineVersionReference
+
+    from pipelines.prune_tune_loop import pipeline
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pipeline.yaml")
+        pipeline.compile_pipeline(config, path)
+        pipeline_id = _pipeline_id(api, config.name)
+        return V2beta1PipelineVersionReference(pipeline_id, _upload(api, pipeline_id, path, version))
+
+
+def _pipeline_id(api: Api, name: str) -> str:
+    """The id of the pipeline with this name, which is created when there is none."""
     from kfp_server_api import V2beta1Pipeline
 
-    def find() -> str | None:
-        wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-        found = call(api, api.client.list_pipelines, filter=json.dumps(wanted), namespace=api.namespace).pipelines
-        return str(found[0].pipeline_id) if found else None
+    # Listed first: creating it again would be refused.
+    pipeline_id = _listed_pipeline_id(api, name)
+    if pipeline_id is not None:
+        return pipeline_id
+    pipeline = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
+    create = api.client._pipelines_api.pipeline_service_create_pipeline
+    try:
+        return str(call(api, create, pipeline, needs=("pipeline_id",)).pipeline_id)
+    except RefusedError as error:
+        if error.status != CONFLICT:
+            raise
+        pipeline_id = _listed_pipeline_id(api, name)  # another submit was first
+        if pipeline_id is None:
+            raise
+        return pipeline_id
 
-    pipeline_id = find()
-    if pipeline_id is None:
-        wanted = V2beta1Pipeline(display_name=name, name=name, namespace=api.namespace)
-        try:
-            create = api.client._pipelines_api.pipeline_service_create_pipeline
-            return str(call(api, create, wanted, needs=("pipeline_id",)).pipeline_id)
-        except RefusedError as error:
-            pipeline_id = find() if error.status == CONFLICT else None  # another submit was first
-            if pipeline_id is None:
-                raise
-    return pipeline_id
+
+def _listed_pipeline_id(api: Api, name: str) -> str | None:
+    """`kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines."""
+    answer = call(api, api.client.list_pipelines, filter=_by_name(name), namespace=api.namespace)
+    return str(answer.pipelines[0].pipeline_id) if answer.pipelines else None
 
 
 def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
-    """The id of the uploaded version."""
-    name = version or f"{__version__}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    """The id of the uploaded version, or of the one with the same content that was uploaded before."""
+    # By default the name follows the content: the same content is one version.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = version or f"{__version__}-{digest[:12]}"
+    upload = api.client.upload_pipeline_version
     try:
-        upload = api.client.upload_pipeline_version
-        made = call(api, upload, str(path), name, pipeline_id=pipeline_id, needs=("pipeline_version_id",))
-        return str(made.pipeline_version_id)
+        uploaded = call(api, upload, str(path), name, pipeline_id=pipeline_id, needs=("pipeline_version_id",))
+        return str(uploaded.pipeline_version_id)
     except RefusedError as error:
         if error.status != CONFLICT:
             raise
         if version is not None:
-            raise InputError(f"--version-name: {version!r} exists already; choose another one") from error
-    wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    listed = call(api, api.client.list_pipeline_versions, pipeline_id, filter=json.dumps(wanted))
-    found = [entry for entry in listed.pipeline_versions or [] if entry.display_name == name]
-    if not found:
-        raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it; use --version-name")
-    return str(found[0].pipeline_version_id)
+            raise InputError(
+                f"{version!r} exists already", field="--version-name", remedy="choose another one"
+            ) from error
+    # The content was uploaded before.
+    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=_by_name(name))
+    listed = _with_name(answer.pipeline_versions, name)
+    if listed is None:
+        raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
+    return str(listed.pipeline_version_id)
 
 
 def _start(api: Api, run: Any) -> str:
     """Start a run once: after a server error, look whether it was started before asking again."""
-    for last in (False, True):
+    create = api.client._run_api.run_service_create_run
+    for last_attempt in (False, True):
         try:
-            create = api.client._run_api.run_service_create_run
             return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
         except WorkError:
-            wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": run.display_name}]}
-            listed = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=json.dumps(wanted)).runs
-            found = [entry for entry in listed or [] if entry.display_name == run.display_name]
-            if found:
-                return str(found[0].run_id)
-            if last:
+            # The request may have taken effect although its answer was lost.
+            name_filter = _by_name(run.display_name)
+            answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
+            listed = _with_name(answer.runs, run.display_name)
+            if listed is not None:
+                return str(listed.run_id)
+            if last_attempt:
                 raise
     raise AssertionError("unreachable")
+
+
+def _by_name(display_name: str) -> str:
+    """A filter of the API's lists (backend/api/v2beta1/filter.proto)."""
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": display_name}
+    return json.dumps({"predicates": [predicate]})
+
+
+def _with_name(entries: list[Any] | None, display_name: str) -> Any:
+    """The first listed entry of this name, or None: an answer that ignored the filter lists others too."""
+    return next((entry for entry in entries or [] if entry.display_name == display_name), None)

@@ -5,6 +5,7 @@ Argo makes up to seven nodes of a task X: the retry nodes `X-driver` and `X` wit
 compiled YAML. The list names them all without their levels.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,10 +18,13 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 UNFINISHED = ("PENDING", "RUNNING")
 NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the year 1, or 1970
 STAGES = ("prune", "recover", "evaluate")
+MAX_PODS = 10  # of one attempt of a step
+FNV_PRIME = 0x01000193  # of 32 bits
+Entries = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedStep:
     """What the list says of one step."""
 
     state: str  # of Kubeflow; "" for a step that will not start, since one before it failed
@@ -36,98 +40,158 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     Where the version cannot be read, as after it was deleted, each task that is listed with a driver is named by its
     key; in YAMLs that are compiled now the key is the name.
     """
-    spec = run.pipeline_spec
-    reference = run.pipeline_version_reference
-    if not spec and reference and reference.pipeline_version_id:
-        try:
-            ids = (reference.pipeline_id, reference.pipeline_version_id)
-            spec = call(api, api.client.get_pipeline_version, *ids).pipeline_spec
-        except PtlError:
-            spec = None
-    spec = (spec or {}).get("pipeline_spec", spec or {})  # with Kubernetes settings it is one of two documents
+    spec = run.pipeline_spec or _spec_of_version(api, run.pipeline_version_reference) or {}
+    spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
+    # The answer of a server: any part of it may be missing.
     tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
     names = {key: task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()}
     if not names:
-        listed = {task.display_name or "" for task in _tasks(run)}
-        keys = {name.removesuffix("-driver") for name in listed if name.endswith("-driver")} - {"root"}
-        names = {key: key for key in keys}
-    return dict(sorted(names.items(), key=lambda item: _order(item[1])))
+        names = {key: key for key in _keys_with_driver(run)}
+    return dict(sorted(names.items(), key=lambda item: _position(item[1])))
 
 
-def fold(run: Any, keys: Iterable[str]) -> dict[str, Listed]:
+def _spec_of_version(api: Api, reference: Any) -> Any:
+    if not reference or not reference.pipeline_version_id:
+        return None
+    get_version = api.client.get_pipeline_version
+    try:
+        return call(api, get_version, reference.pipeline_id, reference.pipeline_version_id).pipeline_spec
+    except PtlError:
+        return None
+
+
+def _keys_with_driver(run: Any) -> set[str]:
+    keys = set()
+    for task in _listed_tasks(run):
+        key, suffix, rest = (task.display_name or "").rpartition("-driver")
+        if suffix and not rest:
+            keys.add(key)
+    return keys - {"root"}  # the driver of the whole DAG
+
+
+def _position(name: str) -> tuple[int, int, int, str]:
+    """For sorting: import, the loop by its iterations, the control, the report."""
+    before, _, last = name.rpartition("-")
+    if last.isdigit():
+        stage = STAGES.index(before) if before in STAGES else -1
+        return 1, int(last), stage, name
+    if before == "control" and last in STAGES:
+        return 2, 0, STAGES.index(last), name
+    if name in ("doctor", "import-model"):
+        return 0, 0, 0, name
+    return 3, 0, 0, name
+
+
+def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     """What the list says of each task; a task that it does not name is left out.
 
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
     entry that is unfinished is where the list stopped being updated, and says nothing.
     """
-    entries: dict[str, list[Any]] = {}
-    for task in _tasks(run):
-        if run.state not in ENDED or task.state not in UNFINISHED:
-            name, _, attempt = (task.display_name or "").partition("(")
-            entries.setdefault(name + "()" * bool(attempt), []).append(task)
-    folded = {key: _step(key, entries) for key in keys}
-    return {key: listed for key, listed in folded.items() if listed is not None}
+    # By display name, where `X()` collects the attempts X(0), X(1), ...
+    entries: Entries = defaultdict(list)
+    for task in _listed_tasks(run):
+        if run.state in ENDED and task.state in UNFINISHED:
+            continue
+        name, parenthesis, _ = (task.display_name or "").partition("(")
+        if parenthesis:
+            name += "()"
+        entries[name].append(task)
+    steps = {key: _listed_step(key, entries) for key in keys}
+    return {key: step for key, step in steps.items() if step is not None}
 
 
-def _step(key: str, entries: dict[str, list[Any]]) -> Listed | None:
-    node = _newest(entries.get(key) or entries.get(f"{key}()"))
-    driver = _newest(entries.get(f"{key}-driver") or entries.get(f"{key}-driver()"))
-    times = (_time(driver and driver.start_time), _time(driver and driver.end_time))
-    if driver is not None and driver.state == "FAILED" and not (node and node.state):
-        return Listed("FAILED", *times, "driver", _pod_of(driver))
-    if driver is not None and driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
-        return Listed("PENDING", *times)
-    if node is None:
-        return Listed("PENDING", *times) if driver is not None and driver.state == "SUCCEEDED" else None
-    times = (_time(node.start_time), _time(node.end_time))
-    pods = [pod for pod in entries.get("executor()", []) if pod.start_time == node.start_time]
+def _listed_step(key: str, entries: Entries) -> ListedStep | None:
+    # Where a retry node is not listed, its attempts are.
+    node = _newest(entries[key] or entries[f"{key}()"])
+    driver = _newest(entries[f"{key}-driver"] or entries[f"{key}-driver()"])
+    step = _step_at_driver(driver, node)
+    if step is not None or node is None:
+        return step
+    # The list names no parents: pods belong to the node that started at the same moment.
+    pods = [pod for pod in entries["executor()"] if pod.start_time == node.start_time]
     if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
-        return Listed("PENDING", *times)
-    if node.state != "FAILED":
-        return Listed(node.state or "", *times)
-    return Listed("FAILED", *times, _cause(pods), _last_pod(entries, key))
+        return _listed("PENDING", node)
+    if node.state == "FAILED":
+        return _listed("FAILED", node, cause=_cause(pods), pod=_last_pod(entries, key))
+    return _listed(node.state or "", node)
+
+
+def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
+    """A step whose newest entry is its driver, which prepares the pod; None once the step itself has begun."""
+    if driver is None:
+        return None
+    if driver.state == "FAILED" and not (node and node.state):
+        return _listed("FAILED", driver, cause="driver", pod=_pod_of(driver))
+    if driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
+        return _listed("PENDING", driver)
+    if driver.state == "SUCCEEDED" and node is None:
+        return _listed("PENDING", driver)
+    return None
+
+
+def _listed(state: str, task: Any, *, cause: str = "", pod: str = "") -> ListedStep:
+    return ListedStep(state, _moment(task.start_time), _moment(task.end_time), cause, pod)
 
 
 def _cause(pods: list[Any]) -> str:
     """Why no container ran, as far as the states of the pods show it."""
-    if pods and all([entry.state for entry in pod.state_history or []] == ["FAILED"] for pod in pods):
+    if pods and all(_was_refused(pod) for pod in pods):
         return "refused"
-    if pods and all(_time(pod.end_time) is None for pod in pods):
+    if pods and all(_moment(pod.end_time) is None for pod in pods):
         return "not started"
     return ""
 
 
-def _last_pod(entries: dict[str, list[Any]], key: str) -> str:
+def _was_refused(pod: Any) -> bool:
+    """Such a pod was never PENDING."""
+    return [entry.state for entry in pod.state_history or []] == ["FAILED"]
+
+
+def _last_pod(entries: Entries, key: str) -> str:
     """How the name of a step's last pod ends.
 
     A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
-    pods = {_pod_of(node, i) for node in entries.get("executor", []) for i in range(len(node.child_tasks or []))}
-    attempts = sorted(entries.get(f"{key}()", []), key=_start)
-    children = [child.pod_name for attempt in attempts for child in attempt.child_tasks or []]
-    known = [hashed for child in children for i in range(10) if (hashed := _continued(child, f"({i})")) in pods]
-    return known[-1] if known else ""
+    # All pods of the run; then the last one among them that continues the path of an attempt of this step.
+    pods: set[str] = set()
+    for executor in entries["executor"]:
+        pods.update(_path_hash(child.pod_name) for child in executor.child_tasks or [])
+    last_pod = ""
+    for attempt in sorted(entries[f"{key}()"], key=_start):
+        for child in attempt.child_tasks or []:
+            for number in range(MAX_PODS):
+                pod = _continued_hash(child.pod_name, f"({number})")
+                if pod in pods:
+                    last_pod = pod
+    return last_pod
 
 
-def _pod_of(node: Any, index: int = -1) -> str:
-    """The hash of a child of a retry node."""
-    return node.child_tasks[index].pod_name.rpartition("-")[2] if node.child_tasks else ""
+def _pod_of(retry_node: Any) -> str:
+    """The hash of its last child."""
+    children = retry_node.child_tasks
+    return _path_hash(children[-1].pod_name) if children else ""
 
 
-def _continued(node_id: str, text: str) -> str:
+def _path_hash(node_id: str) -> str:
+    return node_id.rpartition("-")[2]
+
+
+def _continued_hash(node_id: str, text: str) -> str:
     """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
-    last = node_id.rpartition("-")[2]
-    if not last.isdigit():
+    path_hash = _path_hash(node_id)
+    if not path_hash.isdigit():
         return ""
-    hashed = int(last)
+    continued = int(path_hash)
     for byte in text.encode():
-        hashed = ((hashed ^ byte) * 0x01000193) % 2**32
-    return str(hashed)
+        continued = ((continued ^ byte) * FNV_PRIME) % 2**32
+    return str(continued)
 
 
-def _tasks(run: Any) -> list[Any]:
-    return [task for task in (run.run_details and run.run_details.task_details) or [] if task is not None]
+def _listed_tasks(run: Any) -> list[Any]:
+    tasks = run.run_details.task_details if run.run_details else None
+    return [task for task in tasks or [] if task is not None]
 
 
 def _newest(entries: list[Any] | None) -> Any:
@@ -135,18 +199,9 @@ def _newest(entries: list[Any] | None) -> Any:
 
 
 def _start(task: Any) -> datetime:
-    return _time(task.start_time) or NEVER
+    return _moment(task.start_time) or NEVER
 
 
-def _time(moment: datetime | None) -> datetime | None:
-    return moment if moment and moment > NEVER else None
-
-
-def _order(name: str) -> tuple[int, int, int, str]:
-    """Import, the loop by its iterations, the control, the report."""
-    before, _, last = name.rpartition("-")
-    if last.isdigit():
-        return 1, int(last), STAGES.index(before) if before in STAGES else -1, name
-    if before == "control" and last in STAGES:
-        return 2, 0, STAGES.index(last), name
-    return (0 if name in ("doctor", "import-model") else 3), 0, 0, name
+def _moment(time: datetime | None) -> datetime | None:
+    """None for what has not happened."""
+    return time if time and time > NEVER else None
