@@ -101,9 +101,9 @@ def _add_cluster_commands() -> None:
     """Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images."""
     if importlib.util.find_spec("pipelines") is None:
         return
-    from pipelines.prune_tune_loop import cluster_cli
+    from ptl import cli_cluster
 
-    cluster_cli.add_to(app)
+    cli_cluster.add_to(app)
 
 
 # In this order `ptl --help` lists them.

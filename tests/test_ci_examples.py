@@ -57,8 +57,8 @@ def environment(tmp_path):
     tool = tmp_path / "bin" / "ptl"
     tool.parent.mkdir()
     code = (
-        "from ptl.cli import app, main; from pipelines.prune_tune_loop import cluster_cli;"
-        "'submit' in [c.name for c in app.registered_commands] or cluster_cli.add_to(app); main()"
+        "from ptl.cli import app, main\nfrom ptl import cli_cluster\n"
+        "'submit' in [c.name for c in app.registered_commands] or cli_cluster.add_to(app); main()"
     )
     tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')
     tool.chmod(0o755)

@@ -363,10 +363,10 @@ def test_a_path_of_this_machine_is_a_warning(world, tmp_path, monkeypatch):
     import typer
     from typer.testing import CliRunner
 
-    from pipelines.prune_tune_loop import cluster_cli
+    from ptl import cli_cluster
 
     app = typer.Typer()
-    cluster_cli.add_to(app)
+    cli_cluster.add_to(app)
     own = shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "model")
     monkeypatch.chdir(ROOT)
     command = ["submit", str(TINY), "--host", world.url]
@@ -388,10 +388,10 @@ def test_the_commands_pass_their_options_on(world, monkeypatch):
     import typer
     from typer.testing import CliRunner
 
-    from pipelines.prune_tune_loop import cluster_cli
+    from ptl import cli_cluster
 
     app = typer.Typer()
-    cluster_cli.add_to(app)
+    cli_cluster.add_to(app)
     runner = CliRunner()
     world.script = [("FAILED", {"prune-1": "FAILED"})]
     started = [
