@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; nothing expensive is started."""
     settings = load_config(config, pairs("--set", sets))
-    params = preflight(settings)
+    params = checked_params(settings)
     _print_plan(settings, params)
 
 
@@ -95,7 +95,7 @@ def require_checkout(command: str) -> None:
         )
 
 
-def preflight(config: Config) -> int:
+def checked_params(config: Config) -> int:
     """Check all that can be checked without weights in memory; returns the dense model's parameters."""
     from ptl import advice, importer
 

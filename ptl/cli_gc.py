@@ -46,14 +46,14 @@ def gc(
         retentions = garbage.apply_rules(stored_experiment, rules, now)
         print(f"experiment {stored_experiment.name}, in {stored_experiment.location}")
         _print_verdicts(retentions, now)
-        for retention in retentions:
-            if not retention.deletable:
+        for judged in retentions:
+            if not judged.deletable:
                 continue
             # A deletion may find that the checkpoint is needed by now.
-            if delete and not garbage.delete(stored_experiment, retention):
+            if delete and not garbage.delete(stored_experiment, judged):
                 continue
             num_items += 1
-            num_bytes += retention.stored.bytes
+            num_bytes += judged.stored.bytes
     summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
     if delete:
         print(f"deleted: {summary}")
@@ -65,22 +65,22 @@ def _print_verdicts(retentions: list[Retention], now: float) -> None:
     """For each run one line for everything that can go, and one for each reason to keep the rest."""
     # The oldest first, in each run too.
     by_run: dict[str, list[Retention]] = defaultdict(list)
-    for retention in sorted(retentions, key=attrgetter("stored.changed")):
-        by_run[retention.stored.run].append(retention)
+    for judged in sorted(retentions, key=attrgetter("stored.changed")):
+        by_run[judged.stored.run].append(judged)
     for run_id, run_verdicts in by_run.items():
         print(f"  run {run_id}")
         kept_bytes: dict[str, int] = defaultdict(int)  # by reason
-        for retention in run_verdicts:
-            if retention.deletable:
-                _print_removable(retention, now)
+        for judged in run_verdicts:
+            if judged.deletable:
+                _print_removable(judged, now)
             else:
-                kept_bytes[retention.reason] += retention.stored.bytes
+                kept_bytes[judged.reason] += judged.stored.bytes
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")
 
 
-def _print_removable(retention: Retention, now: float) -> None:
-    stored = retention.stored
+def _print_removable(judged: Retention, now: float) -> None:
+    stored = judged.stored
     days = (now - stored.changed) / garbage.DAY
     num_bytes = size(stored.bytes)
-    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {retention.reason}")
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {judged.reason}")

@@ -45,19 +45,19 @@ def start_servers(home: Path) -> Environment:
     return stack.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
 
 
-def environment(run: RunDir, servers: Environment) -> Environment:
+def environment(run: RunDir, addresses: Environment) -> Environment:
     """The environment of local steps: where to track, where checkpoints are, which run this is.
 
-    `servers` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
+    `addresses` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
     database file as default, and an MLflow server (http) decides where checkpoints go.
     """
     address.split_login()
     settings = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
-    if servers:
+    if addresses:
         # Other S3 settings of the caller would lead to another store.
         for name in s3_client.SETTINGS:
             settings.pop(name, None)
-        settings.update(servers)
+        settings.update(addresses)
     else:
         database = f"sqlite:///{run.home}/mlflow.db"
         settings["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or database

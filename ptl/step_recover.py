@@ -70,8 +70,8 @@ def recover(call: Call) -> None:
     content_key = takeover.key(parent.digest, settings)
     record = execute(step, parent, settings, work, content_key=content_key)
     # Committed: nothing resumes this training any more.
-    for training_checkpoints in stores:
-        training_checkpoints.clear()
+    for stage_store in stores:
+        stage_store.clear()
     write_pointer(call.outputs["out"], record["pointer"])
 
 

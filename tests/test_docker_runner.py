@@ -217,16 +217,16 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory):
+def stack_up(tmp_path_factory):
     up = Servers(tmp_path_factory.mktemp("home"))
     yield up
     stack.down(up.home)
 
 
 @pytest.fixture
-def records(servers, monkeypatch):
+def records(stack_up, monkeypatch):
     """Records of a run's steps, from the store."""
-    for name, value in servers.env.items():
+    for name, value in stack_up.env.items():
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
     assert location.startswith(f"s3://{stack.BUCKET}/")
@@ -254,19 +254,19 @@ def tasks(run):
 
 
 @pytest.fixture(scope="module")
-def killed(config, servers):
+def killed(config, stack_up):
     """In processes; the S3 server is killed in recover-1, and `ptl run` (kill -9) in the middle of recover-2."""
-    run = Run(config, servers.home, on={"recover-1: started": servers.restart_s3})
-    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-2/training-*/checkpoint-*/ptl-complete")), run)
+    run = Run(config, stack_up.home, on={"recover-1: started": stack_up.restart_s3})
+    wait_for(lambda: list(stack_up.home.glob("runs/*/scratch/recover-2/training-*/checkpoint-*/ptl-complete")), run)
     run.process.kill()  # alone: what it has started must end by itself, before the same command writes there
     run.reader.join()
     return run
 
 
 @pytest.fixture(scope="module")
-def disturbed(config, servers, killed):
+def disturbed(config, stack_up, killed):
     """The same command again; the MLflow server is away in recover-2."""
-    return Run(config, servers.home, on={"recover-2: started": servers.pause_mlflow}).finish()
+    return Run(config, stack_up.home, on={"recover-2: started": stack_up.pause_mlflow}).finish()
 
 
 def test_s3_server_restarted_in_mid_run(killed):
@@ -283,11 +283,11 @@ def test_a_killed_run_is_resumed_and_ends_the_same(finished, killed, disturbed, 
     assert whole_run.digests(resumed) == whole_run.digests(straight)
 
 
-def test_mlflow_server_down_in_mid_run(disturbed, servers):
+def test_mlflow_server_down_in_mid_run(disturbed, stack_up):
     assert disturbed.seconds("recover-2: started", "recover-2: done") > MLFLOW_DOWN
     from mlflow import MlflowClient
 
-    client = MlflowClient(servers.env["MLFLOW_TRACKING_URI"])
+    client = MlflowClient(stack_up.env["MLFLOW_TRACKING_URI"])
     (experiment,) = (found for found in client.search_experiments() if found.name == "ptl")
     found = client.search_runs([experiment.experiment_id], f"tags.`ptl.run` = '{disturbed.folder.name}'")
     assert {run.data.tags.get("ptl.step", "parent") for run in found} == {"parent", "report", *CHAIN}
@@ -296,8 +296,8 @@ def test_mlflow_server_down_in_mid_run(disturbed, servers):
     assert len(client.get_metric_history(recovery.info.run_id, "train/loss")) >= 12
 
 
-def test_no_secret_is_written_into_the_run(disturbed, servers):
-    secret = servers.env["AWS_SECRET_ACCESS_KEY"].encode()
+def test_no_secret_is_written_into_the_run(disturbed, stack_up):
+    secret = stack_up.env["AWS_SECRET_ACCESS_KEY"].encode()
     written = [path for path in disturbed.folder.rglob("*") if path.is_file()]
     assert {"pipeline.yaml", "log.txt", "result.json"} <= {path.name for path in written}
     assert not [path for path in written if secret in path.read_bytes()]
@@ -311,10 +311,10 @@ def inspect(folder):
 
 
 @pytest.fixture(scope="module")
-def contained(engine, config, servers, disturbed):
+def contained(engine, config, stack_up, disturbed):
     """In containers; what the engine says of one of them is kept."""
     seen = []
-    run = Run(config, servers.home, "--runner", "docker", on={"recover-1: 1": lambda: seen.extend(inspect(run.folder))})
+    run = Run(config, stack_up.home, "--runner", "docker", on={"recover-1: 1": lambda: seen.extend(inspect(run.folder))})
     run.finish()
     return run, seen
 
@@ -354,16 +354,16 @@ def test_containers_are_unprivileged(contained, config):
 
 
 @pytest.mark.docker
-def test_a_killed_run_resumes_in_containers(contained, config, servers, records):
+def test_a_killed_run_resumes_in_containers(contained, config, stack_up, records):
     """In mid-recovery; the same command removes the container that is left and resumes from its training checkpoint."""
-    first = Run(config, servers.home, "--runner", "docker")
-    wait_for(lambda: list(servers.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")), first)
+    first = Run(config, stack_up.home, "--runner", "docker")
+    wait_for(lambda: list(stack_up.home.glob("runs/*/scratch/recover-1/training-*/checkpoint-*/ptl-complete")), first)
     left = [container["Id"] for container in inspect(first.folder)]
     subprocess.run(
         ["docker", "pause", *left], check=True, capture_output=True
     )  # else it might finish before it is removed
     kill(first)
-    second = Run(config, servers.home, "--runner", "docker")
+    second = Run(config, stack_up.home, "--runner", "docker")
     wait_for(lambda: "recover-1: done" in second.output, second)  # the rest would be as in a run without a kill
     kill(second)
     containers.remove_leftovers(second.folder)
@@ -378,12 +378,12 @@ def test_a_killed_run_resumes_in_containers(contained, config, servers, records)
 
 
 @pytest.mark.docker
-def test_a_failing_container_reports_its_own_error_and_code(engine, config, servers, tmp_path):
+def test_a_failing_container_reports_its_own_error_and_code(engine, config, stack_up, tmp_path):
     checkpoint = Path(shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "checkpoint"))
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    run = Run(config, servers.home, "--runner", "docker", "--set", f"model.path={checkpoint}")
+    run = Run(config, stack_up.home, "--runner", "docker", "--set", f"model.path={checkpoint}")
     assert run.process.wait(300) == 2
     run.reader.join()
     assert "import-model: " in run.output and "tensor model.norm.weight" in run.output
@@ -446,17 +446,17 @@ def pod(folder, env, name, values):
 
 
 @pytest.mark.docker
-def test_a_pods_files_become_the_steps_environment(engine, servers, monkeypatch, tmp_path):
+def test_a_pods_files_become_the_steps_environment(engine, stack_up, monkeypatch, tmp_path):
     from mlflow import MlflowClient
 
     name = f"kfp-{os.urandom(4).hex()}"
-    done, minio = pod(tmp_path, servers.env, name, {"run_name": "tiny-20261125-184122-9d1f"})
+    done, minio = pod(tmp_path, stack_up.env, name, {"run_name": "tiny-20261125-184122-9d1f"})
     assert done.returncode == 0, done.stderr
     pointer = store.Pointer.load((minio / "mlpipeline/v2/artifacts/tiny/run/import-model/1/out").read_text())
     (artifact,) = json.loads((minio / "output_metadata.json").read_text())["artifacts"]["out"]["artifacts"]
     assert artifact["metadata"]["digest"] == pointer.digest and artifact["uri"].startswith("minio://")
-    assert servers.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
-    client = MlflowClient(servers.env["MLFLOW_TRACKING_URI"])
+    assert stack_up.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    client = MlflowClient(stack_up.env["MLFLOW_TRACKING_URI"])
     everywhere = [each.experiment_id for each in client.search_experiments()]
     runs_ = client.search_runs(everywhere, f"tags.`ptl.run` = '{name}'")
     by_role = {run.data.tags["ptl.role"]: run for run in runs_}
@@ -467,9 +467,9 @@ def test_a_pods_files_become_the_steps_environment(engine, servers, monkeypatch,
 
 
 @pytest.mark.docker
-def test_a_pod_with_wrong_input_ends_its_log_with_one_line(engine, servers, tmp_path):
+def test_a_pod_with_wrong_input_ends_its_log_with_one_line(engine, stack_up, tmp_path):
     name = f"kfp-{os.urandom(4).hex()}"
-    done, minio = pod(tmp_path, servers.env, name, {"gate": {"enabled": True}})
+    done, minio = pod(tmp_path, stack_up.env, name, {"gate": {"enabled": True}})
     assert done.returncode == 2 and not (minio / "output_metadata.json").exists()
     assert done.stderr.splitlines()[-1].startswith("error: import-model: gate.enabled: true, but this pipeline was")
     assert "Traceback" not in done.stdout + done.stderr

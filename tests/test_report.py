@@ -523,9 +523,9 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     assert "- Training data: examples/tiny\\_reasoner/train.jsonl\n" in card
     from huggingface_hub import ModelCard
 
-    results = ModelCard(card).data.eval_results
-    assert [(r.dataset_name, r.metric_value) for r in results] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
-    assert {(r.metric_type, r.metric_name) for r in results} == {("exact_match", "exact_match,final-number")}
+    rated = ModelCard(card).data.eval_results
+    assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
+    assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
     records["import-model"]["metadata"] |= {"model": "org/model-1", "license": "apache-2.0"}
     write_report(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
