@@ -22,16 +22,17 @@ install: .venv/installed ## virtual environment with the versions that were test
 demo: install ## the Prune-Tune Loop on the shipped tiny reasoner, through the compiled pipeline
 	$(BIN)/ptl run $(TINY)
 
-test: check ## format, lint, types and the whole test suite
+test: check ## all of check, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 test-fast: install ## the tests that take less than a second each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
-check: install ## format, lint and types only
+check: install ## format, lint, types and the arrows between rooms
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 bench: install ## share of the demo's time that is not prune, recover or evaluate work
 	$(BIN)/python benchmarks/orchestration.py
@@ -56,7 +57,7 @@ docs: install ## the documentation's pages in site/
 	$(BIN)/mkdocs build --strict
 
 golden: install ## write the compiled pipelines that tests compare with; read the diff
-	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/test_compile.py -k golden
+	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipelines/test_compile.py -k golden
 
 # checkov pins old libraries, hence an environment of its own.
 checkov: install ## check the manifests with checkov too
@@ -66,7 +67,7 @@ checkov: install ## check the manifests with checkov too
 # llama-cpp-python is compiled here (cmake and a C++ compiler, some minutes), hence not part of `make test`.
 gguf: install ## exported checkpoints, loaded and run by llama.cpp
 	$(BIN)/pip install --quiet 'llama-cpp-python>=0.3'
-	$(BIN)/pytest tests/test_export.py
+	$(BIN)/pytest tests/model/test_export.py
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ptl import harness, tasks
-from ptl.config import Evaluate, Speed, Task
-from ptl.evaluate import evaluate_checkpoint, read_items
+from ptl.config.run import Evaluate, Speed, Task
+from ptl.evaluation import task_loading, tasks
+from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     plain = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(args.checkpoint)},
-        tasks=[harness.load_task(spec, task, settings, seed=1234)] if args.data_dir else [args.task],
+        tasks=[task_loading.load_task(spec, task, settings, seed=1234)] if args.data_dir else [args.task],
         limit=args.limit,
         batch_size=args.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -24,16 +24,17 @@ import torch
 from recovery import CPT, DATA, REASONER, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ptl import checkpoint, paired
-from ptl.anatomy import ModelDimensions, model_dimensions, width_for
-from ptl.config import Calibration
-from ptl.data import calibration_batches
-from ptl.families import family_of
-from ptl.job import RecoveryJob, StageBudget
-from ptl.prune import prune_checkpoint
-from ptl.recover import recover_checkpoint
-from ptl.recover_config import Recovery
-from ptl.schedule import Prune
+from ptl.config.recover import Recovery
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune
+from ptl.data.sequences import calibration_batches
+from ptl.evaluation import paired
+from ptl.model import checkpoint
+from ptl.model.dimensions import ModelDimensions, model_dimensions, width_for
+from ptl.model.families import family_of
+from ptl.pruning.prune import prune_checkpoint
+from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.recover import recover_checkpoint
 
 # Each row's settings: of `prune`, and of `calibration` where it says so.
 OURS: dict[str, dict[str, Any]] = {

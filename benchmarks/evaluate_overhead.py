@@ -16,8 +16,8 @@ TINY = ROOT / "examples/tiny_reasoner"
 OURS = """
 import sys
 from pathlib import Path
-from ptl.config import Evaluate, Speed, Task
-from ptl.evaluate import evaluate_checkpoint
+from ptl.config.run import Evaluate, Speed, Task
+from ptl.evaluation.evaluate import evaluate_checkpoint
 task = Task(name=sys.argv[2], limit=int(sys.argv[3]))
 settings = Evaluate(tasks=[task], batch_size=int(sys.argv[4]), speed=Speed(repeats=0))
 print(evaluate_checkpoint(Path(sys.argv[1]), Path(sys.argv[5]), settings, seed=0).tasks[0].accuracy)

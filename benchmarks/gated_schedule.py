@@ -22,16 +22,17 @@ from typing import Any
 import torch
 from transformers import logging
 
-from ptl import checkpoint, gate, paired
-from ptl.anatomy import model_dimensions, smallest_cuts
-from ptl.config import Config, load_config
-from ptl.evaluate import evaluate_checkpoint, read_items
-from ptl.families import family_of
-from ptl.job import RecoveryJob, StageBudget
-from ptl.prune import prune_checkpoint
-from ptl.recover import recover_checkpoint
-from ptl.recover_config import Recovery
-from ptl.schedule import plan, removal
+from ptl.config.recover import Recovery
+from ptl.config.run import Config, load_config
+from ptl.config.schedule import plan, removal
+from ptl.evaluation import gate, paired
+from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, smallest_cuts
+from ptl.model.families import family_of
+from ptl.pruning.prune import prune_checkpoint
+from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.recover import recover_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 from recovery import REASONER, ROOT, correct, generate

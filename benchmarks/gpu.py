@@ -10,8 +10,8 @@
   lm-evaluation-harness (HFLM), the same items and batch size; loading the model does not count.
 
 MFU is the model's FLOPs per second (6 per weight of the linear layers and token, and attention's; recomputed
-activations do not count) over the peak of the GPU's data sheet (ptl/gpus.py; --peak for others). Every part has a
-process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
+activations do not count) over the peak of the GPU's data sheet (ptl/preflight/gpus.py; --peak for others). Every part
+has a process of its own, so that its peak memory is its own. Prints a Markdown table; --out has everything as JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Any
 import torch
 
 import ptl
-from ptl import forecast_model
-from ptl.gpus import GPUS
+from ptl.preflight import forecast_model
+from ptl.preflight.gpus import GPUS
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
 import prune_scale
@@ -66,8 +66,8 @@ DRIVER_NAMES = {
 
 def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU and peak GPU memory of the recover step and the bare loop: the median of the repeats."""
-    from ptl.job import RecoveryJob, StageBudget
-    from ptl.recover_config import Cpt, TrainingData
+    from ptl.config.recover import Cpt, TrainingData
+    from ptl.recovery.job import RecoveryJob, StageBudget
 
     settings = Cpt(
         batch_size=given.batch_size,
@@ -100,11 +100,11 @@ def recovery(model: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of removing a tenth of the parameters."""
-    from ptl import checkpoint
-    from ptl.config import Calibration
-    from ptl.prune import prune_checkpoint
-    from ptl.recover_config import DataSource
-    from ptl.schedule import Prune
+    from ptl.config.recover import DataSource
+    from ptl.config.run import Calibration
+    from ptl.config.schedule import Prune
+    from ptl.model import checkpoint
+    from ptl.pruning.prune import prune_checkpoint
 
     calibration = Calibration(
         data=DataSource(source=str(text(model, given)), format="text"),
@@ -124,9 +124,9 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
     """Items per second of a backend of ptl's, or of plain lm-evaluation-harness."""
     from lm_eval.evaluator import evaluate as plain_evaluate
 
-    from ptl import backends, harness, tasks
-    from ptl.config import Evaluate, Speed, Task
-    from ptl.scoring import score_task
+    from ptl.config.run import Evaluate, Speed, Task
+    from ptl.evaluation import language_models, task_loading, tasks
+    from ptl.evaluation.scoring import score_task
 
     task = Task(name=TASK, limit=given.items, max_new_tokens=given.new_tokens)
     settings = Evaluate(
@@ -143,10 +143,10 @@ def answers(model: Path, given: argparse.Namespace, backend: str) -> dict[str, A
         (spec,) = tasks.find(task.name)
 
         def work() -> None:
-            loaded = {spec.name: harness.load_task(spec, task, settings, given.seed)}
+            loaded = {spec.name: task_loading.load_task(spec, task, settings, given.seed)}
             plain_evaluate(lm=lm, task_dict={"tasks": loaded}, limit=task.limit, bootstrap_iters=0)
     else:
-        lm = backends.language_model(model, settings, given.seed)
+        lm = language_models.language_model(model, settings, given.seed)
 
         def work() -> None:
             score_task(lm, task, settings, seed=given.seed)

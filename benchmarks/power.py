@@ -7,7 +7,7 @@ import argparse
 
 import numpy as np
 
-from ptl.paired import Verdict, verdict_of
+from ptl.evaluation.paired import Verdict, verdict_of
 
 ITEMS = (200, 500, 1319)
 DROPS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.10)

@@ -36,7 +36,7 @@ def make(folder, depth):
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ptl import checkpoint, safefile
+    from ptl.model import checkpoint, safetensors_io
 
     folder.mkdir(parents=True)
     config = AutoConfig.for_model("llama", **SHAPE, num_hidden_layers=depth, dtype="bfloat16")
@@ -54,7 +54,7 @@ def make(folder, depth):
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         values = (fill(pool, shapes[name]) for name in names)
-        safefile.write_tensors(folder / file, [(name, "BF16", shapes[name]) for name in names], values)
+        safetensors_io.write_tensors(folder / file, [(name, "BF16", shapes[name]) for name in names], values)
         weight_map |= dict.fromkeys(names, file)
     checkpoint.write_index(folder, weight_map, 2 * sum(torch.Size(shape).numel() for shape in shapes.values()))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -73,8 +73,8 @@ def fill(pool, shape):
 
 def text(path, rows, length):
     """Calibration rows that are longer than `length` tokens of the tiny reasoner's tokenizer."""
-    from ptl.recover_config import DataSource
-    from ptl.sources import read_rows
+    from ptl.config.recover import DataSource
+    from ptl.data.sources import read_rows
 
     words = [
         f"{row['question']} {row['answer']}"
@@ -87,8 +87,8 @@ def text(path, rows, length):
 
 
 def settings(args):
-    from ptl.config import Calibration
-    from ptl.recover_config import DataSource
+    from ptl.config.recover import DataSource
+    from ptl.config.run import Calibration
 
     return Calibration(
         data=DataSource(source=str(args.scratch / "rows.jsonl"), format="text"),
@@ -111,7 +111,7 @@ def measure(args):
         import torch
         import transformers
 
-        import ptl.prune  # noqa: F401
+        import ptl.pruning.prune  # noqa: F401
 
         assert torch and transformers
     else:
@@ -137,12 +137,12 @@ def work(args, folder, out):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ptl import checkpoint
-    from ptl.anatomy import model_dimensions
-    from ptl.data import calibration_batches
-    from ptl.families import family_of
-    from ptl.prune import prune_checkpoint
-    from ptl.schedule import Prune
+    from ptl.config.schedule import Prune
+    from ptl.data.sequences import calibration_batches
+    from ptl.model import checkpoint
+    from ptl.model.dimensions import model_dimensions
+    from ptl.model.families import family_of
+    from ptl.pruning.prune import prune_checkpoint
 
     torch.set_num_threads(args.threads)
     body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ptl import checkpoint, paired
-from ptl.config import Calibration
-from ptl.job import RecoveryJob, StageBudget
-from ptl.prune import prune_checkpoint
-from ptl.recover import recover_checkpoint
-from ptl.recover_config import Recovery, TrainingData
-from ptl.rewards import final_number
-from ptl.schedule import Prune, Schedule, plan
+from ptl.config.recover import Recovery, TrainingData
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune, Schedule, plan
+from ptl.evaluation import paired
+from ptl.model import checkpoint
+from ptl.pruning.prune import prune_checkpoint
+from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.recover import recover_checkpoint
+from ptl.recovery.rewards import final_number
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/tiny_reasoner"))

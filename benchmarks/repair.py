@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from ptl import checkpoint
-from ptl.anatomy import model_dimensions
-from ptl.config import Calibration
-from ptl.data import order, padded, tokenize
-from ptl.families import family_of
-from ptl.measure import PrunedVariant, losses
-from ptl.prune import prune_checkpoint
-from ptl.recover_config import DataSource
-from ptl.schedule import Prune
-from ptl.sources import SourceRow, read_rows
-from ptl.stream import LayerwiseModel
+from ptl.config.recover import DataSource
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune
+from ptl.data.sequences import order, padded, tokenize
+from ptl.data.sources import SourceRow, read_rows
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import family_of
+from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.prune import prune_checkpoint
+from ptl.pruning.variant_losses import PrunedVariant, losses
 
 KINDS = ("off", "ridge")
 

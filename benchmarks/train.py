@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ptl import checkpoint, sft
-from ptl.job import RecoveryJob, StageBudget
-from ptl.recover import RECOVERIES
-from ptl.recover_config import Cpt, TrainingData
+from ptl.config.recover import Cpt, TrainingData
+from ptl.model import checkpoint
+from ptl.recovery import sft
+from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.recover import RECOVERIES
 
 ROOT = Path(__file__).parents[1]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"

@@ -1,5 +1,5 @@
 """`python -m ptl` is the `ptl` command."""
 
-from ptl.cli import main
+from ptl.cli.app import main
 
 main()

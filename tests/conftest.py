@@ -16,11 +16,14 @@ import whole_run
 import yaml
 from mock_kfp import MockKubeflow
 
-from ptl import image_names, images, mlflow_database, s3_client, stack
-from ptl.config import load_config
+from ptl.config import image_names
+from ptl.config.run import load_config
 from ptl.errors import WorkError
-from ptl.localfs import path_of
-from ptl.s3_client import split
+from ptl.lineage import mlflow_database
+from ptl.local import images, servers
+from ptl.storage import s3_client
+from ptl.storage.local_files import path_of
+from ptl.storage.s3_client import split
 
 TINY = Path(__file__).parents[1] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
@@ -117,8 +120,8 @@ def one_thread():
 def server(tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""
     root = tmp_path_factory.mktemp("s3")
-    yield stack.s3_up(root, free_port())
-    stack.down(root)
+    yield servers.s3_up(root, free_port())
+    servers.down(root)
 
 
 def free_port():
@@ -127,7 +130,7 @@ def free_port():
         # Not the global generator: training seeds it, and then two workers of xdist take the same port.
         # All below 32768, from where the system takes the ports of outgoing connections.
         port = random.SystemRandom().randrange(11000, 22500)
-        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, stack.GRPC)):
+        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, servers.GRPC)):
             return port
 
 
@@ -143,7 +146,7 @@ def s3(server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
-    return S3Place(f"s3://{stack.BUCKET}/{uuid.uuid4().hex}/ptl")
+    return S3Place(f"s3://{servers.BUCKET}/{uuid.uuid4().hex}/ptl")
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from ptl import execution, step_process, steps
-from ptl.call import write_pointer
 from ptl.errors import InputError, WorkError
-from ptl.execution import execute
+from ptl.steps import execution, process, table
+from ptl.steps.call import write_pointer
+from ptl.steps.execution import execute
 
 
 def work(call):
@@ -62,7 +62,7 @@ def stored(call):
 
 
 execution.fetch = lambda pointer: None  # the inputs of these tests have no files
-steps.STEPS["prune"] = stored if os.environ.get("PTL_TEST_STORE") else simple
+table.STEPS["prune"] = stored if os.environ.get("PTL_TEST_STORE") else simple
 
 if __name__ == "__main__":
-    step_process.main(Path(sys.argv[1]), int(sys.argv[2]))
+    process.main(Path(sys.argv[1]), int(sys.argv[2]))

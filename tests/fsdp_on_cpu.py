@@ -1,6 +1,7 @@
 """A mock of GPUs: accelerate shards on accelerators only, so it is made to take CPU processes (gloo) for some.
 
-Run in place of `-m ptl.worker`. What shards, trains and gathers is torch's own FSDP2; nothing of it is replaced.
+Run instead of `-m ptl.recovery.worker`. What shards, trains and gathers is torch's own FSDP2; nothing of it is
+replaced.
 """
 
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from ptl import launch, worker
+from ptl.recovery import launch, worker
 
 original = AcceleratorState.__init__
 

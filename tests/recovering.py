@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from ptl.config import Calibration
-from ptl.job import RecoveryJob, StageBudget
-from ptl.recover import recover_checkpoint
-from ptl.recover_config import Recovery, TrainingData
-from ptl.schedule import Prune
+from ptl.config.recover import Recovery, TrainingData
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune
+from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.recover import recover_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
@@ -20,7 +20,7 @@ SHORT = {"batch_size": 4, "max_length": 128, "save_steps": 2, "logging_steps": 1
 
 
 def cut(src, dst, goal):
-    from ptl.prune import prune_checkpoint
+    from ptl.pruning.prune import prune_checkpoint
 
     dst.mkdir(parents=True, exist_ok=True)
     scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=128)
@@ -39,6 +39,6 @@ def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, dat
 
 
 def weights(folder):
-    from ptl import checkpoint
+    from ptl.model import checkpoint
 
     return {name: tensor for path in checkpoint.shards(folder) for name, tensor in checkpoint.tensors(path)}

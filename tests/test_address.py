@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.prune_tune_loop import kfp_api
-from ptl import address, failure, mlflow_client
+from ptl import address
 from ptl.errors import InputError, WorkError
+from ptl.lineage import mlflow_client
+from ptl.steps import failure
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -131,7 +133,7 @@ def test_the_webhook_is_not_redirected(serve, monkeypatch, capsys):
 
 
 def test_a_page_in_place_of_mlflow_is_an_error(serve, monkeypatch):
-    from ptl.doctor_http import mlflow_fault
+    from ptl.preflight.doctor_http import mlflow_fault
 
     _, url = serve(200, body=b"<html>log in</html>")
     assert "answers with a page instead of JSON" in mlflow_fault(url)[0]

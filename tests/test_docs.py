@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.prune_tune_loop.pipeline import parameters
-from ptl.cluster_config import Resources, Storage
-from ptl.config import load_config
+from ptl.config.cluster import Resources, Storage
+from ptl.config.run import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptl import preempt
-from ptl.config import load_config
+from ptl.config.run import load_config
+from ptl.storage import training_checkpoints
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
@@ -192,7 +192,9 @@ def test_steps_may_delete_training_checkpoints_and_nothing_else(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2/weights").write_text("2")
     bucket = tmp_path / "my-bucket"
-    checkpoints = preempt.TrainingCheckpoints(f"file://{bucket}/ptl/1/ptl", "5f0c-run", "recover-1.0", "key", 0)
+    checkpoints = training_checkpoints.TrainingCheckpoints(
+        f"file://{bucket}/ptl/1/ptl", "5f0c-run", "recover-1.0", "key", 0
+    )
     checkpoints.save(tmp_path / "checkpoint-2")
     written = [path.relative_to(tmp_path).as_posix() for path in bucket.rglob("*") if path.is_file()]
     assert len(written) == 3 and all(fnmatch.fnmatch(f"arn:aws:s3:::{path}", allowed) for path in written)

@@ -9,6 +9,6 @@ def doctor(
     experiment: str,
     settings: dict,
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

@@ -20,6 +20,6 @@ def evaluate(
     metrics: Output[Metrics],
     fallback: Input[Model] = None,
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

@@ -23,6 +23,6 @@ def import_model(
     gated: bool,
     out: Output[Model],
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

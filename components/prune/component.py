@@ -16,6 +16,6 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

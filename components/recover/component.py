@@ -17,6 +17,6 @@ def recover(
     scored: Input[Artifact],
     out: Output[Model],
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

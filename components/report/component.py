@@ -27,6 +27,6 @@ def report(
     markdown: Output[Markdown],
     control: Input[Model] = None,
 ) -> None:
-    from ptl import supervisor
+    from ptl.steps import supervisor
 
     supervisor.run(locals())

@@ -4,10 +4,10 @@ from typing import Any
 
 from kfp import kubernetes
 
-from ptl import mounts
-from ptl.cluster_config import Resources, Storage
-from ptl.config import Config
-from ptl.retry_defaults import RETRY_WAIT
+from ptl.config.cluster import Resources, Storage
+from ptl.config.retry_defaults import RETRY_WAIT
+from ptl.config.run import Config
+from ptl.steps import mounts
 
 ACCELERATED = ("prune", "recover", "evaluate")  # the stages that need accelerators and their nodes
 # Variables of a pod's own fields. As inputs of the task they would have other values in each run.
@@ -53,7 +53,7 @@ def _set_compute(task: Any, stage: str, resources: Resources) -> None:
 
 
 def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
-    """A step tries again by itself (ptl.supervisor), and Argo starts a pod anew that was deleted or evicted.
+    """A step tries again by itself (ptl.steps.supervisor), and Argo starts a pod anew that was deleted or evicted.
 
     Both within one window: Argo's `maxDuration` begins with the first attempt, and so does the pod's deadline.
     """

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ptl import images
-from ptl.config import Config
+from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
+from ptl.local import images
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
 SECTIONS = ("model", "calibration", "training", "recover", "evaluate")  # where a config names files
@@ -116,7 +116,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def files(config: Config) -> set[Path]:
     """Local files and folders that a config names: model, data, and task files with the files next to them."""
-    from ptl import task_data, tasks
+    from ptl.evaluation import task_data, tasks
 
     working_directory = Path.cwd()
     paths = set()
@@ -140,7 +140,7 @@ def files(config: Config) -> set[Path]:
 
 def uses_hub(config: Config) -> bool:
     """Whether a step reads from the hub: a model, data or task that is not a local file."""
-    from ptl import tasks
+    from ptl.evaluation import tasks
 
     # What is on the disk or in a bucket is not asked for on the hub.
     for source in (config.model.path, *_texts(config, "source")):

@@ -17,10 +17,11 @@ from pipelines.prune_tune_loop.kfp_api import (
     get_run,
 )
 from pipelines.prune_tune_loop.run_view import RunView, StepView
-from ptl import processes, progress
-from ptl.config import Config
+from ptl import processes
+from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.progress import RunProgress
+from ptl.lineage import progress
+from ptl.lineage.progress import RunProgress
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import Any
 
-from ptl import locate
 from ptl.errors import InputError, WorkError
+from ptl.lineage import locate
 
 
 def result_of(run_id: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from components.recover.component import recover
 from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
-from ptl import dag
-from ptl.config import Config, essentials
-from ptl.image_names import image
+from ptl.config import dag
+from ptl.config.image_names import image
+from ptl.config.run import Config, essentials
 
 
 def parameters(config: Config) -> dict[str, Any]:

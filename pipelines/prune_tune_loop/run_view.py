@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from pipelines.prune_tune_loop.task_list import ENDED, STAGES, ListedStep
-from ptl.progress import RunProgress, StepProgress
+from ptl.lineage.progress import RunProgress, StepProgress
 
 NOT_LISTED = "not listed by Kubeflow"
 WAITING = "waiting"

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
-from ptl.config import Config
+from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.log import MARK
 

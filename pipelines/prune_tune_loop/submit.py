@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect
-from ptl import __version__, address, progress
-from ptl.config import Config, Gate, check
+from ptl import __version__, address
+from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
+from ptl.lineage import progress
 
 
 def submit(

@@ -1,0 +1,110 @@
+"""`ptl`, the composition root: it puts the groups of commands together and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from ptl import __version__, address, extras
+from ptl.cli import configs, gc, images, results, run, servers, steps
+from ptl.errors import InputError, PtlError, WorkError
+from ptl.storage import local_files
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug's traceback goes into an issue: as Python prints it
+)
+
+# A path in a command's input that cannot be used.
+UNUSABLE_PATH = {
+    errno.ENAMETOOLONG,  # too long
+    errno.ENOTDIR,  # a file where a folder is due
+    errno.ELOOP,  # links in a circle
+    errno.EACCES,  # no permission
+    errno.EROFS,  # a read-only file system
+}
+
+
+def main() -> None:
+    """Run a command; an error that a user can fix is one message and its exit code, without a traceback."""
+    # Before MLflow is used: it prints the address.
+    address.split_login()
+    try:
+        app(standalone_mode=True)
+    except PtlError as error:
+        _exit_with(error)
+    except ModuleNotFoundError as error:
+        missing = extras.missing(error.name or "", _command_name())
+        if missing is None:
+            raise
+        _exit_with(missing)
+    except OSError as error:
+        _exit_with(_file_error(error))
+
+
+def _file_error(error: OSError) -> PtlError:
+    """What a user can do about a full disk or an unusable path; raises all others again."""
+    # Libraries raise it in places where no command can expect it.
+    path = error.filename
+    if error.errno in local_files.FULL:
+        problem = f"no space left while writing {path or 'a file'}: {error.strerror}"
+        return WorkError(problem, remedy="free some")
+    if error.errno in UNUSABLE_PATH:
+        shortened = repr(str(path)[:200])
+        return InputError(f"{error.strerror}", field=shortened, remedy="give a path that can be used")
+    raise error
+
+
+def _exit_with(error: PtlError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _command_name() -> str:
+    """The command on the command line; its options come after it."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    return words[0] if words else ""
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
+    ] = False,
+) -> None:
+    """Compress a language model without losing its reasoning."""
+
+
+def _add_cluster_commands() -> None:
+    """Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images."""
+    if importlib.util.find_spec("pipelines") is None:
+        return
+    from ptl.cli import cluster
+
+    cluster.add_to(app)
+
+
+# In this order `ptl --help` lists them.
+configs.add_to(app)
+run.add_to(app)
+servers.add_to(app)
+images.add_to(app)
+results.add_to(app)
+steps.add_to(app)
+gc.add_to(app)
+_add_cluster_commands()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The commands for runs on a cluster: `ptl submit`, `status`, `cancel`, `retry`, `doctor`."""
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.prune_tune_loop.kfp_api import Server
+from ptl import extras
+from ptl.cli.options import Overrides
+from ptl.config.run import Config, load_config, pairs
+from ptl.errors import InputError
+from ptl.preflight import advice
+
+Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
+Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
+TokenFile = Annotated[Path | None, typer.Option(help="service-account token; none: KFP_TOKEN, or no login")]
+CaCert = Annotated[Path | None, typer.Option(help="PEM bundle to trust; none: KFP_CA_CERT, or the public CAs")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
+UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")]
+RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
+Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
+Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the run continues after them")]
+Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
+
+
+def _server_options(
+    host: Host = None,
+    namespace: Namespace = None,
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
+    insecure: Insecure = False,
+    ui_host: UiHost = None,
+) -> None:
+    """The options of every command that speaks to Kubeflow: the fields of Server."""
+
+
+def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with these options in place of its parameter `server`: typer reads a signature."""
+    signature = inspect.signature(command)
+    options = inspect.signature(_server_options).parameters
+    # The command's own options come first in its help.
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "server"]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        server = Server(**{name: values.pop(name) for name in options})
+        command(server=server, **values)
+
+    with_options.__signature__ = signature.replace(parameters=[*own, *options.values()])  # type: ignore[attr-defined]
+    return with_options
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    # The doctor checks a run on one machine too: it has options of its own.
+    for command in (submit, status, cancel, retry):
+        app.command(command.__name__, rich_help_panel="Cluster")(_with_server_options(command))
+    app.command("doctor", rich_help_panel="Cluster")(doctor)
+
+
+def submit(
+    server: Server,
+    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    sets: Overrides,
+    params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
+    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
+    version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
+    service_account: Annotated[str | None, typer.Option(help="of the run's pods; none: Kubeflow's default")] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    poll: Poll = 15,
+) -> None:
+    """Compile a config, upload it as a version of its pipeline, and start a run on Kubeflow."""
+    from pipelines.prune_tune_loop import submit as work
+
+    extras.need("kfp", "submit")
+    # Warnings come before anything is sent.
+    run_config = load_config(config, pairs("--set", sets))
+    for warning in advice.warnings(run_config):
+        print(f"warning: {warning}", file=sys.stderr)
+    _warn_of_local_files(run_config)
+    code = work.submit(
+        run_config,
+        server,
+        experiment=experiment,
+        parameters=pairs("--param", params),
+        version=version_name,
+        service_account=service_account,
+        wait=wait,
+        timeout=timeout,
+        poll=poll,
+        say=_say,
+    )
+    raise typer.Exit(code)
+
+
+def _warn_of_local_files(config: Config) -> None:
+    from pipelines.prune_tune_loop import containers
+
+    examples = Path.cwd() / "examples"  # the images contain them
+    # A volume may hold the path for the pods, so it is no error.
+    for path in sorted(containers.files(config)):
+        if not path.is_relative_to(examples):
+            _say(f"warning: {path} is on this machine; steps on the cluster look for it in their own pods")
+
+
+def status(server: Server, run_id: RunId) -> None:
+    """Print a run and its steps as a table; exit code 1 when it failed or was canceled."""
+    from pipelines.prune_tune_loop import follow
+
+    raise typer.Exit(follow.status(run_id, server, say=_say))
+
+
+def cancel(server: Server, run_id: RunId) -> None:
+    """End a run; its finished steps stay, and `ptl retry` resumes from them."""
+    from pipelines.prune_tune_loop import follow
+
+    raise typer.Exit(follow.cancel(run_id, server, say=_say))
+
+
+def retry(
+    server: Server,
+    run_id: RunId,
+    config: Annotated[Path | None, typer.Option(help="the run's YAML file: its gate decides the exit code")] = None,
+    wait: Wait = False,
+    timeout: Timeout = None,
+    poll: Poll = 15,
+) -> None:
+    """Run a failed run's unfinished steps again."""
+    from pipelines.prune_tune_loop import follow
+
+    run_config = load_config(config) if config else None
+    code = follow.retry(run_id, server, config=run_config, wait=wait, timeout=timeout, poll=poll, say=_say)
+    raise typer.Exit(code)
+
+
+def doctor(
+    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    sets: Overrides,
+    local: Annotated[
+        bool | None,
+        typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
+    ] = None,
+    runner: Annotated[str, typer.Option(help="of a local run: subprocess, or docker")] = "subprocess",
+    home: Annotated[Path, typer.Option(help="of a local run: where runs and checkpoints are")] = Path(".ptl"),
+    host: Host = None,
+    namespace: Annotated[str | None, typer.Option(help="where the run's pods start; none: KFP_NAMESPACE")] = None,
+    kubeflow_namespace: Annotated[str, typer.Option(help="where Kubeflow itself is")] = "kubeflow",
+) -> None:
+    """Try out what a run will need before it costs anything; exit code 1 on an error."""
+    from ptl.local import images
+    from ptl.preflight import doctor as work
+
+    run_config = load_config(config, pairs("--set", sets))
+    if runner not in ("subprocess", "docker"):
+        raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
+    address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    # Without an option the environment decides.
+    if local is None:
+        local = _is_local(work.names_a_cluster(address))
+    if local:
+        findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
+    else:
+        findings = work.cluster(
+            run_config,
+            host=address,
+            namespace=namespace or os.environ.get("KFP_NAMESPACE"),
+            kubeflow_namespace=kubeflow_namespace,
+        )
+    for finding in findings:
+        _say(str(finding))
+    raise typer.Exit(work.exit_code(findings))
+
+
+def _is_local(names_a_cluster: str | None) -> bool:
+    """Where a run goes of which no option says it; `names_a_cluster` is what in the environment points to one."""
+    if names_a_cluster is None:
+        _say("checking a run on this machine (--cluster checks one on Kubeflow)")
+        return True
+    _say(f"checking a run on a cluster ({names_a_cluster}; --local checks one on this machine)")
+    return False
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

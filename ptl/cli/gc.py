@@ -1,0 +1,87 @@
+"""`ptl gc`: list the checkpoints that nobody needs any more, and delete them with --delete."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from operator import attrgetter
+from typing import Annotated
+
+import typer
+
+from ptl.cli.options import HOME, Home, Servers
+from ptl.lineage import inventory, retention
+from ptl.lineage.retention import Retention
+from ptl.local import runs
+from ptl.units import size
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(gc)
+
+
+def gc(
+    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; none: all with runs")] = [],  # noqa: B006
+    run: Annotated[list[str], typer.Option(help="only this run; its checkpoints go even if it is not finished")] = [],  # noqa: B006
+    older_than: Annotated[float, typer.Option(min=0, help="days since the last write; nothing younger goes")] = 7.0,
+    keep_last: Annotated[int, typer.Option(min=0, help="newest finished runs per experiment that keep all")] = 0,
+    dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
+    s3: Servers = False,
+    home: Home = HOME,
+) -> None:
+    """List the checkpoints that nobody needs any more, with their bytes; --delete removes them.
+
+    Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
+    """
+    runs.reach(home.absolute(), s3)
+    experiments = list(inventory.experiments(experiment))
+    # Wrong names are refused before anything is deleted.
+    retention.check_runs(run, experiments)
+    rules = retention.Rules(older_than, keep_last, tuple(run), dense)
+    now = time.time()
+    num_items = 0
+    num_bytes = 0
+    for stored_experiment in experiments:
+        retentions = retention.apply_rules(stored_experiment, rules, now)
+        print(f"experiment {stored_experiment.name}, in {stored_experiment.location}")
+        _print_verdicts(retentions, now)
+        for judged in retentions:
+            if not judged.deletable:
+                continue
+            # A deletion may find that the checkpoint is needed by now.
+            if delete and not retention.delete(stored_experiment, judged):
+                continue
+            num_items += 1
+            num_bytes += judged.stored.bytes
+    summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
+    if delete:
+        print(f"deleted: {summary}")
+    else:
+        print(f"can go: {summary}; nothing was deleted, --delete does it")
+
+
+def _print_verdicts(retentions: list[Retention], now: float) -> None:
+    """For each run one line for everything that can go, and one for each reason to keep the rest."""
+    # The oldest first, in each run too.
+    by_run: dict[str, list[Retention]] = defaultdict(list)
+    for judged in sorted(retentions, key=attrgetter("stored.changed")):
+        by_run[judged.stored.run].append(judged)
+    for run_id, run_verdicts in by_run.items():
+        print(f"  run {run_id}")
+        kept_bytes: dict[str, int] = defaultdict(int)  # by reason
+        for judged in run_verdicts:
+            if judged.deletable:
+                _print_removable(judged, now)
+            else:
+                kept_bytes[judged.reason] += judged.stored.bytes
+        for reason, num_bytes in kept_bytes.items():
+            print(f"    kept   {size(num_bytes):>9} {reason}")
+
+
+def _print_removable(judged: Retention, now: float) -> None:
+    stored = judged.stored
+    days = (now - stored.changed) / retention.DAY
+    num_bytes = size(stored.bytes)
+    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {judged.reason}")

@@ -1,0 +1,51 @@
+"""`ptl images`: print, build or push the images that the pipeline's steps run in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptl import __version__
+from ptl.errors import InputError
+
+ACTIONS = ("print", "build", "push")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(images)
+
+
+def images(
+    action: Annotated[str, typer.Argument(help="print, build or push")] = "print",
+    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; none: the local engine's own")] = "",
+    tag: Annotated[str, typer.Option(help="image tag")] = __version__,
+    base_image: Annotated[str | None, typer.Option(help="base of a build; none: the Dockerfile's")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
+    # These two are set by the environment as for pip.
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="PIP_CERT", help="your organisation's CA, a bundle for a build's downloads"),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(envvar="PIP_INDEX_URL", help="package index of a build; none: PyPI", show_envvar=True),
+    ] = None,
+    wheels: Annotated[Path | None, typer.Option(help="folder of local wheels for a build")] = None,
+) -> None:
+    """Print, build or push the images that the pipeline's steps run in."""
+    from ptl.config import image_names
+    from ptl.local import images as work
+
+    if action == "print":
+        names = image_names.names(registry, tag)
+    elif action == "build":
+        names = work.build(registry, tag, base_image=base_image, cpu=cpu, ca=ca, index=index, wheels=wheels)
+    elif action == "push":
+        names = work.push(registry, tag)
+    else:
+        raise InputError(f"{action!r} must be one of {', '.join(ACTIONS)}", field="action")
+    for name in names:
+        print(name)

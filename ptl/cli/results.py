@@ -1,0 +1,167 @@
+"""What a run made: `ptl fetch` its checkpoint, `export` it, `report` its pages, `compare` its evaluations."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptl.cli import destination
+from ptl.cli.options import HOME, Home, Servers, TargetFolder
+from ptl.errors import InputError
+from ptl.lineage import locate
+from ptl.local import runs
+from ptl.storage import local_files, store
+from ptl.storage.manifest import FILES
+
+RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (fetch, export, report, compare):
+        app.command()(command)
+
+
+def fetch(
+    source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
+    dst: TargetFolder,
+    arm: Annotated[str, typer.Option(help="of a run: loop, its final model, or control")] = "loop",
+    s3: Servers = False,
+    home: Home = HOME,
+) -> None:
+    """Copy a checkpoint, verified by its digest, into a folder of your own; with the model card of its run."""
+    # Before anything is started or fetched.
+    destination.check_free(dst.resolve())
+    _reach_stores(home, s3, source)
+    checkpoint = locate.checkpoint(source, arm)
+    pointer = checkpoint.pointer
+    _start_servers_of(source, pointer.uri)
+    _copy(checkpoint, dst)
+
+    content = f"{pointer.params:,} parameters" if pointer.params else pointer.digest
+    card = "" if checkpoint.card else "; without a model card: a run has one for its final checkpoint"
+    print(f"wrote {dst}: {checkpoint.name}, {content}{card}")
+
+
+def export(
+    src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
+    to: Annotated[str, typer.Option(help="gguf")] = "gguf",
+    outtype: Annotated[str, typer.Option(help="auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
+) -> None:
+    """Write a checkpoint in the form of another runtime: GGUF, for llama.cpp."""
+    from ptl.model.export import OUTTYPES, export_gguf
+
+    if outtype not in OUTTYPES:
+        raise InputError(f"{outtype!r} must be one of {', '.join(OUTTYPES)}", field="--outtype")
+    if to != "gguf":
+        problem = f"{to!r} must be gguf"
+        raise InputError(problem, field="--to", remedy="vLLM and transformers read the checkpoint as it is")
+    if dst.exists():
+        raise InputError(f"{dst} exists", field="dst", remedy="give a file that does not")
+    written = export_gguf(src, dst, outtype)
+    print(f"wrote {written}")
+
+
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(help="RUN_ID, a run's directory, or its result.json", show_default=False),
+    ],
+    dst: Annotated[Path | None, typer.Argument(help="folder for the pages; none: report-<run>")] = None,
+    s3: Servers = False,
+    home: Home = HOME,
+) -> None:
+    """Make a run's pages again from its result.json."""
+    from jinja2 import UndefinedError
+
+    from ptl.report.render import render
+
+    _reach_stores(home, s3, source)
+    result = locate.result(source)
+    # It may be any JSON file: whatever the pages miss in it is wrong input.
+    try:
+        folder = dst or _report_folder(result)
+        render(result, folder)
+    except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
+        problem = f"{source} is no result of a run ({error!r})"
+        raise InputError(problem, field="result", remedy="give its result.json") from error
+    print(f"wrote {folder / 'report.html'}")
+
+
+def _report_folder(result: dict[str, Any]) -> Path:
+    run_id = result["run_id"]
+    if not store.is_name(run_id):  # it may come from anywhere, and becomes a path
+        raise ValueError(f"run_id {run_id!r} is not the name of a run")
+    return Path(f"report-{run_id}")
+
+
+def compare(
+    reference: Annotated[str, typer.Argument(help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID: its last")],
+    candidate: Annotated[str, typer.Argument(help="likewise: what is compared with the reference")],
+    margin: Annotated[float, typer.Option(help="loss of accuracy that is tolerated")] = 0.02,
+    alpha: Annotated[float, typer.Option(help="significance level of the tests")] = 0.05,
+    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown not inferior")] = False,
+    s3: Servers = False,
+    home: Home = HOME,
+) -> None:
+    """Compare two evaluations item by item: exit code 0 not inferior, 1 inferior, 2 wrong input."""
+    from rich.console import Console
+
+    from ptl.evaluation import compare as work
+
+    _reach_stores(home, s3, reference, candidate)
+    with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
+        cache = Path(folder)
+        reference_folder = locate.evaluation(reference, cache)
+        candidate_folder = locate.evaluation(candidate, cache)
+        # The files are read here, before the folder is removed.
+        outcome = work.compare(reference_folder, candidate_folder, margin, alpha, strict=strict)
+    table = work.table(outcome)
+    Console().print(table)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _reach_stores(home: Path, s3: bool, *names: str) -> None:
+    """The environment that the names need: none for folders, the store's servers for --s3, MLflow for run ids."""
+    # MLflow's own number of retries takes minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    if s3 or any(locate.needs_mlflow(name) for name in names):
+        runs.reach(home.absolute(), s3)
+
+
+def _start_servers_of(source: str, uri: str) -> None:
+    """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
+    # The caller's own credentials may be for another store than that of `ptl up`.
+    directory = Path(source)
+    has_own_store = "AWS_ACCESS_KEY_ID" in os.environ
+    if not directory.exists() or not uri.startswith("s3://") or has_own_store:
+        return
+    # A run's directory is HOME/runs/ID.
+    home = directory.resolve().parent.parent
+    if (home / "stack").is_dir():
+        servers = runs.start_servers(home)
+        runs.use(servers)
+
+
+def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
+    """Fill `dst` with a verified checkpoint, and the model card where it has one."""
+    with destination.writing(dst) as work, local_files.full_disk(work):
+        cache = work / "cache"
+        out = work / destination.OUT
+        shutil.rmtree(cache, ignore_errors=True)  # by a killed command
+        try:
+            folder = store.fetch(checkpoint.pointer, cache)
+            if folder.is_relative_to(cache):
+                folder.rename(out)
+            else:  # a store of files hands out its own folder
+                shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES), dirs_exist_ok=True)
+            if checkpoint.card is not None:
+                (out / "README.md").write_bytes(checkpoint.card)
+        finally:
+            shutil.rmtree(cache, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""`ptl run`: compile a config and execute the compiled pipeline on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptl import processes
+from ptl.cli.configs import checked_params, require_checkout
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides
+from ptl.config.run import Config, load_config, pairs
+from ptl.errors import InputError, PtlError, WorkError
+from ptl.local import run_directory, runs
+from ptl.local.run_directory import RunDir
+from ptl.processes import Environment
+
+if TYPE_CHECKING:
+    from pipelines.prune_tune_loop.runners import RunnerJob
+
+AFTER_INTERRUPT = "run the same command again to resume; finished steps are not redone"
+AFTER_FAILURE = (
+    "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
+    "those with the same inputs and settings are taken over"
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(run)
+
+
+def run(
+    config: ConfigFile,
+    sets: Overrides,
+    home: Home = HOME,
+    run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--new", help="start a new run although an unfinished one could be resumed")
+    ] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="start `ptl up`'s S3 and MLflow servers, and use them")] = False,
+    runner: Annotated[str, typer.Option(help="subprocess, or docker: each step in its image")] = "subprocess",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the steps print")] = False,
+) -> None:
+    """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
+    with processes.interruptible(AFTER_INTERRUPT):
+        require_checkout("run")
+        from pipelines.prune_tune_loop.pipeline import compile_pipeline
+        from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
+        from ptl.config import dag
+
+        # Everything that can be refused is refused before a server or a directory exists.
+        settings = load_config(config, pairs("--set", sets))
+        _check_runner(runner, settings, s3)
+        checked_params(settings)
+
+        # This process and its steps track in the same MLflow.
+        servers = runs.start_servers(home.absolute()) if s3 else {}
+        directory, resumed = run_directory.open_run(home, settings, run_dir, fresh)
+        environment = runs.environment(directory, servers)
+        runs.use(environment)
+        artifacts = runs.artifact_location(settings.storage.experiment)
+        with run_directory.working(directory, settings, CLEAR[runner]):
+            _print_start(directory, resumed, servers, artifacts)
+            started = time.monotonic()
+            pipeline = directory.path / "pipeline.yaml"
+            compile_pipeline(settings, pipeline)
+            steps = tuple(node.name for node in dag.nodes(settings))
+            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
+            _execute(job, runner, directory, verbose)
+            seconds = time.monotonic() - started
+            _print_end(directory, resumed, seconds)
+
+
+def _check_runner(runner: str, config: Config, s3: bool) -> None:
+    """Raise InputError for a runner that does not exist or lacks what it needs."""
+    from pipelines.prune_tune_loop import containers
+    from pipelines.prune_tune_loop.runners import RUNNERS
+
+    if runner not in RUNNERS:
+        raise InputError(f"{runner!r} must be one of {', '.join(RUNNERS)}", field="--runner")
+    if runner == "docker":
+        # With --s3 the address is not known yet, only that it will be a server's.
+        tracking_uri = "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", "")
+        containers.check(config, tracking_uri)
+
+
+def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> None:
+    """Run the compiled pipeline; a failed step's own error says how to resume."""
+    from pipelines.prune_tune_loop.runners import RUNNERS
+
+    try:
+        RUNNERS[runner](job, verbose)
+    except PtlError as error:
+        # The runner knows only that a step failed, the step has written why.
+        failure = run_directory.step_error(directory) or error
+        kind = InputError if failure.exit_code == InputError.exit_code else WorkError
+        raise kind(f"{failure}\n{AFTER_FAILURE}") from error
+
+
+def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
+    # Flushed: it is seen while the first step starts.
+    verb = "continuing" if resumed else "starting"
+    print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
+    if directory.earlier:
+        earlier = ", ".join(directory.earlier)
+        print(f"steps with the same inputs and settings are taken over from {earlier}")
+    if servers:
+        tracking_uri = servers["MLFLOW_TRACKING_URI"]
+        print(f"MLflow on {tracking_uri}, checkpoints in {artifacts}; `ptl down` stops both")
+
+
+def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
+    from ptl.report.render import print_table
+
+    # The time of this command, not of those that it resumed.
+    timing = {"seconds": seconds, "continued": resumed}
+    (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
+    result = json.loads(directory.result.read_text())
+    print_table(result, directory.path)
+    print(f"Checkpoint: `ptl fetch {directory.path} DIR` copies the final one")
+    print(f"done in {seconds:.0f} s")

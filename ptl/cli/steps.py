@@ -1,0 +1,173 @@
+"""Single steps by hand, on checkpoint folders, without pipeline, store or MLflow: `ptl prune SRC DST --config FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptl.cli.destination import OUT, check_free, writing
+from ptl.cli.options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
+from ptl.config.recover import Recovery
+from ptl.config.run import Config, load_config, pairs
+from ptl.config.schedule import removal
+from ptl.errors import InputError
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the step commands."""
+    for command in (import_model, prune, recover, evaluate):
+        app.command(rich_help_panel="Single steps")(command)
+
+
+def import_model(
+    source: Annotated[str, typer.Argument(help="hub id or folder", show_default=False)],
+    dst: TargetFolder,
+    revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
+) -> None:
+    """Check a dense checkpoint, weights included, and copy it."""
+    from ptl.model.import_checkpoint import import_checkpoint
+
+    check_free(dst)
+    with writing(dst) as work:
+        import_checkpoint(source, revision, work / OUT)
+    print(f"wrote {dst}")
+
+
+def prune(
+    src: CheckpointFolder,
+    dst: TargetFolder,
+    config: ConfigOption,
+    sets: Overrides,
+    target: Annotated[float | None, typer.Option(help="share of SRC to remove, or parameters to end with")] = None,
+    unit: Annotated[str, typer.Option(help="neurons or layers")] = "neurons",
+) -> None:
+    """Score, select and prune once; without --target to the config's whole target."""
+    from ptl.model import checkpoint
+    from ptl.pruning.prune import prune_checkpoint
+
+    overrides = pairs("--set", sets)
+    if target is not None:
+        overrides["schedule.target"] = target
+    settings = load_config(config, overrides)
+    if unit not in ("neurons", "layers"):
+        raise InputError(f"{unit!r} must be neurons or layers", field="--unit")
+    _check_folders(src, dst)
+    params = checkpoint.num_params(src)
+    goal = params - removal(params, settings.schedule.target)
+    with writing(dst) as work:
+        report = prune_checkpoint(
+            src,
+            work / OUT,
+            settings.prune,
+            settings.calibration,
+            unit=unit,
+            goal=goal,
+            seed=settings.seed,
+        )
+        _print_report(report)
+
+
+def recover(
+    src: CheckpointFolder,
+    dst: TargetFolder,
+    config: ConfigOption,
+    sets: Overrides,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="token budget; none: the config's whole budget"),
+    ] = None,
+    scored: Annotated[
+        Path | None,
+        typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained"),
+    ] = None,
+) -> None:
+    """Train a checkpoint on the config's training data, as one recovery that is both first and last.
+
+    Training checkpoints are in DST.partial until it is done; the same command resumes from them.
+    """
+    from ptl.recovery.job import RecoveryJob, StageBudget
+    from ptl.recovery.recover import recover_checkpoint
+
+    settings = load_config(config, pairs("--set", sets))
+    _check_folders(src, dst)
+    if scored is not None:
+        _check_scored(scored)
+    num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
+    # The only iteration: no earlier one has taken tokens from the data.
+    budget = StageBudget(num_tokens, (), 1, True, settings.seed)
+    recovery = Recovery(stages=settings.recover)
+    with writing(dst) as work:
+        # A training of other inputs is left alone: its weights must not become this one's.
+        key = _training_key(src, settings, num_tokens, scored)
+        scratch = work / f"training-{key[:12]}"
+        for folder in work.glob("training-*"):
+            if folder != scratch:
+                print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
+        job = RecoveryJob(settings.training, budget, scratch, _print_metrics, scored=scored)
+        report = recover_checkpoint(src, work / OUT, recovery, [num_tokens], job)
+        _print_report(report)
+
+
+def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, sets: Overrides) -> None:
+    """Score a checkpoint on the config's tasks; writes scores.json and items.jsonl."""
+    from ptl.evaluation.evaluate import evaluate_checkpoint
+
+    settings = load_config(config, pairs("--set", sets))
+    _check_folders(src, dst)
+    with writing(dst) as work:
+        report = evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed)
+        _print_report(report)
+
+
+def _check_folders(src: Path, dst: Path) -> None:
+    """Raise InputError unless `src` is a checkpoint that can be read and `dst` one that can be written."""
+    from ptl.model import checkpoint
+    from ptl.model.dimensions import model_dimensions
+    from ptl.model.families import family_of
+
+    checkpoint.check_links(src)
+    family = family_of(checkpoint.read_config(src))
+    model_dimensions(src, family)
+    check_free(dst)
+
+
+def _check_scored(folder: Path) -> None:
+    for name in ("items.jsonl", "scores.json"):
+        if not (folder / name).is_file():
+            problem = f"no {name} in {folder}"
+            raise InputError(problem, field="--scored", remedy="give a folder that `ptl evaluate` wrote")
+
+
+def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:
+    """What the training of `ptl recover` depends on; only training with the same key is resumed."""
+    from ptl.report import provenance
+    from ptl.steps import takeover
+
+    # Links too: a snapshot in the hub's cache has nothing else.
+    files = [path for path in src.iterdir() if path.is_file()]
+    if scored is not None:
+        files.append(scored / "items.jsonl")
+    # By content, not by path: a moved checkpoint is the same source.
+    contents = [f"{path.name} {provenance.file_digest(path)}" for path in files]
+    inputs = "\n".join(sorted(contents))
+    parameters = {
+        "training": settings.training,
+        "recover": settings.recover,
+        "seed": settings.seed,
+        "budget": num_tokens,
+    }
+    return takeover.key(inputs, parameters)
+
+
+def _print_metrics(metrics: Mapping[str, float], step: int) -> None:
+    print(step, metrics)
+
+
+def _print_report(report: Any) -> None:
+    record = dataclasses.asdict(report)
+    print(json.dumps(record, indent=1, default=str))

@@ -1,0 +1,251 @@
+"""What a config says about the cluster: resources of the steps, and where addresses and credentials come from.
+
+Addresses and credentials are never in the config, so never in the compiled YAML: they come from a ConfigMap and from
+Secrets of the cluster, all optional. A step names what it misses; runners on one machine ignore all of this.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ptl.config.base import Section
+from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
+
+StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
+# Kubernetes' quantities, and names of its objects.
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+# Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
+Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+
+# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
+RESERVED = {
+    "shm",
+    # Kubeflow's launcher.
+    "kfp-launcher",
+    "kfp-workspace",
+    "custom-ca",
+    "gcs-scratch",
+    "s3-scratch",
+    "minio-scratch",
+    "dot-local-scratch",
+    "dot-cache-scratch",
+    "dot-config-scratch",
+    # Argo's executor.
+    "var-run-argo",
+    "tmp-dir-argo",
+    "argo-env-config",
+    "argo-staging",
+}
+# Deadlines.
+START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
+WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
+
+
+class Toleration(Section):
+    """A taint of nodes that a step may run on."""
+
+    key: str = Field(min_length=1)
+    """for example nvidia.com/gpu"""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """`Equal`: only a taint with this `value`"""
+    value: str | None = None
+    """only with operator Equal"""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """none: all effects"""
+
+    @model_validator(mode="after")
+    def _value_belongs_to_equal(self) -> Toleration:
+        if (self.value is not None) != (self.operator == "Equal"):
+            raise ValueError("operator Equal needs a value, operator Exists takes none")
+        return self
+
+
+class StepResources(Section):
+    """What one kind of step asks for instead; a field that is left out is as for all steps."""
+
+    accelerators: int | None = Field(None, ge=0)
+    """accelerators of the step"""
+    cpu: Quantity | None = None
+    """CPU cores"""
+    memory: Quantity | None = None
+    """for example 64Gi"""
+    shm: Quantity | None = None
+    """size of /dev/shm; it counts as memory"""
+    timeout: int | None = Field(None, ge=1)
+    """seconds"""
+
+
+class Resources(Section):
+    """What a step asks of the cluster; runners on one machine heed `timeout`, `retries` and `retry_wait` alone."""
+
+    # Size of a step's pod.
+    accelerator: str | None = None
+    """for example nvidia.com/gpu"""
+    accelerators: int = Field(0, ge=0)
+    """accelerators per prune, recover and evaluate step"""
+    cpu: Quantity | None = None
+    """CPU cores, for example 8"""
+    memory: Quantity | None = None
+    """for example 64Gi"""
+    shm: Quantity | None = None
+    """size of /dev/shm of prune, recover and evaluate; it counts as memory"""
+
+    # Time and attempts.
+    timeout: int | None = Field(
+        None,
+        ge=1,
+        description="wall-clock seconds that each attempt of a step may take, its pod's start included: up to 5 "
+        "minutes of it, at most a quarter, are left to that",
+    )
+    retries: int | None = Field(
+        None,
+        ge=0,
+        le=10,
+        description="further attempts of a step that failed, in its pod or in another one; finished work is not "
+        "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
+    )
+    retry_wait: int = Field(RETRY_WAIT, ge=1)
+    """seconds before the first further attempt, doubled each time; by default 1 on one machine"""
+    control: Literal["beside", "after"] = "beside"
+    """when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator"""
+
+    # Which nodes, queues and images.
+    tolerations: tuple[Toleration, ...] = ()
+    """of prune, recover and evaluate"""
+    node_selector: dict[str, str] = Field({})
+    """labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"""
+    queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+    """Kueue LocalQueue"""
+    image_pull_secrets: tuple[Name, ...] = ()
+    """Secrets with the registry's login"""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """`Never`: the nodes hold the images already; none: Kubernetes' default"""
+
+    # What the backend takes, and who the steps run as.
+    kfp: Literal["2.14", "2.15", "2.16", "2.17"] = Field(
+        "2.17",
+        description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
+        "there is no security context",
+    )
+    run_as_user: int = Field(1000, ge=1)
+    """with KFP 2.16 and newer; non-root"""
+    run_as_group: int = Field(0, ge=0)
+    """the images are made for group 0, which has no privileges by itself"""
+    doctor: bool = False
+    """begin with a step that tries out MLflow, the store and the accelerators"""
+    steps: dict[StepName, StepResources] = Field({})
+    """other values for one kind of step"""
+
+    @property
+    def kfp_release(self) -> tuple[int, int]:
+        """`kfp` as numbers, to compare."""
+        major, minor = self.kfp.split(".")
+        return int(major), int(minor)
+
+    @property
+    def attempts(self) -> int:
+        """Attempts of a step on a cluster, the first one included."""
+        return 1 + (RETRIES if self.retries is None else self.retries)
+
+    def of_step(self, stage: str) -> StepResources:
+        """What `steps` says of a kind of step; nothing for one that it does not name."""
+        # A stage is any text, and the names are literals.
+        for name, own in self.steps.items():
+            if name == stage:
+                return own
+        return StepResources()
+
+    def accelerators_of(self, stage: str) -> int:
+        """Accelerators of a kind of step."""
+        own = self.of_step(stage).accelerators
+        return self.accelerators if own is None else own
+
+    def timeout_of(self, stage: str) -> int | None:
+        """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
+        own = self.of_step(stage).timeout
+        return self.timeout if own is None else own
+
+    def work_timeout(self, stage: str) -> int | None:
+        """The seconds of a timeout that an attempt's work may take.
+
+        A pod's deadline counts from before its image is pulled, and kills without a word: the work must end before it.
+        """
+        timeout = self.timeout_of(stage)
+        if timeout is None:
+            return None
+        return timeout - min(START, timeout // 4)
+
+    def window(self, stage: str) -> int:
+        """Wall-clock seconds within which all attempts of a kind of step end, the pauses between them included."""
+        timeout = self.timeout_of(stage)
+        if timeout is None:
+            return WITHOUT_TIMEOUT
+        # All pauses but none after the last attempt.
+        pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)  # 1 + 2 + 4 + ... times the first
+        return self.attempts * timeout + pauses
+
+    @model_validator(mode="after")
+    def _accelerators_have_a_name(self) -> Resources:
+        # Kubernetes counts a named resource, such as nvidia.com/gpu.
+        numbers = [self.accelerators]
+        numbers += [step.accelerators or 0 for step in self.steps.values()]
+        if any(numbers) and not self.accelerator:
+            raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
+        return self
+
+
+class Storage(Section):
+    """Where runs are tracked; the checkpoints are stored under the experiment's artifact location."""
+
+    experiment: str = Field("ptl", min_length=1)
+    """MLflow experiment"""
+    registered_model: str | None = Field(None, min_length=1, max_length=250)
+    """MLflow registry name, without / : and quotes; none: the config's name"""
+
+    # Where the pods get addresses and credentials; a name that is null is not mounted.
+    config_map: Mounted | None = "ptl"
+    """ConfigMap with MLFLOW_TRACKING_URI and any other variable"""
+    s3_secret: Mounted | None = "ptl-s3"
+    """Secret with the S3 keys; not needed with a cloud identity"""
+    s3_access_key: str = "AWS_ACCESS_KEY_ID"
+    """key of the Secret; KFP's own Secret has `accesskey`"""
+    s3_secret_key: str = "AWS_SECRET_ACCESS_KEY"
+    """key of the Secret; KFP's own has `secretkey`"""
+    mlflow_secret: Mounted | None = "ptl-mlflow"
+    """Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"""
+    hf_secret: Mounted | None = "ptl-hf"
+    """Secret with HF_TOKEN, for gated models"""
+    cache_claim: Mounted | None = None
+    """PVC (ReadWriteMany) for downloads from the hub"""
+    ca_config_map: Mounted | None = None
+    """ConfigMap whose key ca.crt holds the CA bundle to trust"""
+
+    @model_validator(mode="after")
+    def _volumes_have_names_of_their_own(self) -> Storage:
+        secrets = {self.s3_secret, self.mlflow_secret, self.hf_secret}  # the same Secret is one volume
+        names = [*secrets, self.config_map, self.ca_config_map, self.cache_claim]
+        counts = Counter(name for name in names if name is not None)
+        # Two volumes of one name: Kubernetes refuses the pod, hours after the run was submitted.
+        reserved = sorted(RESERVED.intersection(counts))
+        if reserved:
+            raise ValueError(
+                f"{reserved[0]!r} is the name of a volume that each step's pod has already: choose another"
+            )
+        repeated = sorted(name for name, count in counts.items() if count > 1)
+        if repeated:
+            raise ValueError(
+                f"{repeated[0]!r} names two things of different kinds, and Kubeflow names a volume after what it "
+                "holds: rename the ConfigMap, Secret or claim"
+            )
+        return self
+
+    @field_validator("registered_model")
+    @classmethod
+    def _name_that_mlflow_takes(cls, name: str | None) -> str | None:
+        if name and set(name) & set("/:'\"`"):
+            raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
+        return name

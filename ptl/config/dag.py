@@ -1,0 +1,166 @@
+"""The DAG of a run as data: which steps there are, what each takes from which other, and what else it waits for.
+
+The pipeline is built from it, the local runners take their order from it, and forecast and status their lists of steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ptl.config.run import Config
+
+Arm = Literal["loop", "control"]
+_NAME = re.compile(r"(control-)?(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An output of another step."""
+
+    step: str  # for example prune-1
+    output: str  # name of the artifact
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step: `inputs` are its artifacts by name, `after` the steps that it waits for without taking anything."""
+
+    name: str  # for example control-recover
+    inputs: Mapping[str, Source]  # artifact's name in this step -> where it comes from
+    after: tuple[str, ...] = ()  # steps that are waited for
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """All steps that must have ended before this one starts."""
+        makers = [source.step for source in self.inputs.values()]
+        return tuple(dict.fromkeys([*makers, *self.after]))  # each once, in order
+
+
+def stage_of(name: str) -> str:
+    """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
+    return _name_parts(name)[1]
+
+
+def arm_of(name: str) -> Arm:
+    """The arm that a step belongs to; what both arms need is of the loop."""
+    return "control" if _name_parts(name)[0] else "loop"
+
+
+def iteration_of(name: str) -> int:
+    """`prune-3` is of iteration 3, the control's steps are of its only one, all others of 0."""
+    control, _, number = _name_parts(name)
+    if number:
+        return int(number)
+    return 1 if control else 0
+
+
+def _name_parts(name: str) -> tuple[str, str, str]:
+    """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is no step")
+    # Groups that took no part in the match are None.
+    control, stage, iteration = match.groups(default="")
+    return control, stage, iteration
+
+
+def nodes(config: Config) -> list[Node]:
+    """All steps of a run, in an order in which one machine can execute them.
+
+    Only data makes dependencies: the control arm starts from the imported model, beside the loop, and with the gate off
+    an iteration starts from the recovered model while that is still being evaluated. Every recovery takes what
+    evaluate-0 wrote, because training rows are compared with the items of the benchmarks.
+    """
+    # The dense model, and its scores.
+    steps: list[Node] = []
+    if config.resources.doctor:
+        steps.append(Node("doctor", {}))
+    steps.append(Node("import-model", {}, after=_ends(steps)))
+    dense = Source("import-model", "out")
+    steps.append(Node("evaluate-0", {"model": dense}))
+
+    # The loop.
+    gated = config.gate.enabled
+    parent = dense
+    for number in range(1, config.schedule.iterations + 1):
+        prune, recover, evaluate = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
+        steps += [prune, recover, evaluate]
+        # With the gate the next iteration waits for the verdict, which decides what it starts from.
+        accepted = Source(evaluate.name, "accepted")
+        parent = accepted if gated else Source(recover.name, "out")
+    results = {"final": accepted}
+
+    # The control arm.
+    if config.control:
+        after = _ends(steps) if config.resources.control == "after" else ()
+        control = _iteration_nodes("control-{}", dense, fallback=False, after=after)
+        steps += control
+        results["control"] = Source(control[-1].name, "accepted")
+
+    # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
+    inputs = {source.step for source in results.values()}
+    others = [name for name in _ends(steps) if name not in inputs]
+    steps.append(Node("report", results, after=tuple(others)))
+    return steps
+
+
+def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
+    """The steps that no other one waits for: with the gate off each evaluation is one."""
+    needed: set[str] = set()
+    for node in steps:
+        needed.update(node.needs)
+    return tuple(node.name for node in steps if node.name not in needed)
+
+
+def _iteration_nodes(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
+    """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started.
+
+    `name` is a template of the steps' names.
+    """
+    prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
+    pruned = Source(prune, "out")
+    scores = Source("evaluate-0", "scores")
+    inputs = {"model": Source(recover, "out")}
+    if fallback:
+        inputs["fallback"] = parent
+    # Recovery takes the dense model's scores for the benchmarks' items, which it does not train on.
+    return [
+        Node(prune, {"model": parent}, after),
+        Node(recover, {"model": pruned, "scored": scores}),
+        Node(evaluate, inputs),
+    ]
+
+
+def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """When each step starts and ends, from 0, in the unit of the costs, where none waits for anything but its needs.
+
+    A step without a cost takes no time.
+    """
+    starts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    for node in steps:  # nodes are listed after those that they need
+        needed = [ends[name] for name in node.needs]
+        start = max(needed, default=0.0)
+        starts[node.name] = start
+        ends[node.name] = start + cost.get(node.name, 0.0)
+    return starts, ends
+
+
+def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[float, list[str]]:
+    """The longest chain of steps that wait for each other: its cost (hours, seconds: as given), and its steps.
+
+    A step without a cost counts as 0. No run can end earlier, whatever runs beside it.
+    """
+    _, ends = times(steps, cost)
+    needs = {node.name: node.needs for node in steps}
+
+    # Back from the step that ends last, always to what it waited for longest.
+    last = max(ends, key=ends.__getitem__)
+    path = [last]
+    while needs[path[0]]:
+        latest = max(needs[path[0]], key=ends.__getitem__)
+        path.insert(0, latest)
+    return ends[last], path

@@ -1,0 +1,372 @@
+"""What a user writes: one YAML file, checked here once and trusted afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from ptl import __version__
+from ptl.config import image_names, suggestions, yaml_text
+from ptl.config.base import Section
+from ptl.config.cluster import Resources, Storage
+from ptl.config.paths import FOLDER, Folder, Location, typed
+from ptl.config.recover import (
+    MIN_TOKENS,
+    Cpt,
+    DataSource,
+    Grpo,
+    RecoverStage,
+    Recovery,
+    TrainingData,
+)
+from ptl.config.schedule import Prune, Schedule, plan
+from ptl.errors import InputError
+
+S = TypeVar("S", bound=Section)
+
+SHOWN = 200  # characters of a wrong value
+
+
+class ModelSource(Section):
+    """The dense model to compress."""
+
+    path: Location
+    """hub id or local folder of a Hugging Face checkpoint (safetensors)"""
+    revision: str | None = None
+    """hub commit; pin it so that a run can be repeated"""
+
+
+class Calibration(Section):
+    """The reasoning text on which neurons and layers are scored."""
+
+    # Which text, and how much of it.
+    data: DataSource
+    """where the text comes from"""
+    num_sequences: int = Field(64, ge=1)
+    """sequences scored, drawn with the run's seed"""
+    max_length: int = Field(512, ge=2)
+    """tokens per sequence; longer ones are truncated"""
+    batch_size: int = Field(16, ge=1)
+    """sequences per forward pass"""
+
+    # A model's own answers are nearer to what it will write than a data set's are.
+    answers: Literal["given", "self"] = "given"
+    """`self`: the current model answers the prompts itself, and its correct answers are scored on"""
+    max_new_tokens: int = Field(256, ge=1)
+    """longest answer of its own (answers `self`)"""
+
+
+class Task(Section):
+    """One benchmark: a task name of lm-evaluation-harness, or the path of a task YAML."""
+
+    name: Location
+    """lm-eval task name, or the path of a task YAML"""
+    metric: str = "exact_match"
+    """the metric of the task that is reported as accuracy"""
+
+    # What the task's YAML says holds unless it is set here.
+    num_fewshot: int | None = Field(None, ge=0)
+    """none: what the task says"""
+    limit: int | None = Field(None, ge=1)
+    """first N items; none: all"""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """longest answer; none: what the task says (else 256)"""
+
+
+class Speed(Section):
+    """How speed is measured: the dense and the final model in turns, in one process, at the end of the loop."""
+
+    # Tokens per second.
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """sequences generated at once"""
+    prompt_tokens: int = Field(64, ge=1)
+    """tokens of each prompt"""
+    new_tokens: int = Field(32, ge=1)
+    """tokens generated after each prompt"""
+    repeats: int = Field(3, ge=0)
+    """the median is reported; 0: do not measure speed"""
+
+    # Seconds per solved problem: a smaller model may also answer at greater length.
+    items: int = Field(
+        64,
+        ge=0,
+        description="problems of the first task that each model answers in every repeat, for the seconds per solved "
+        "problem; 0: tokens per second only",
+    )
+
+
+class Evaluate(Section):
+    """Which benchmarks decide, and how."""
+
+    # What is measured.
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    """the first one is the run's accuracy"""
+
+    # How the answers are generated.
+    backend: Literal["hf", "vllm"] = "hf"
+    """what generates the answers; vllm needs a GPU"""
+    batch_size: int = Field(64, ge=1)
+    """items answered at once"""
+    max_length: int | None = Field(None, ge=2)
+    """none: the model's own context length"""
+    chat_template: bool = False
+    """put each item through the tokenizer's chat template"""
+
+    # What a task may read and run.
+    data_dir: Folder | None = None
+    """read the tasks' data from files in this folder, not from the hub"""
+    allow_code: bool = False
+    """run model-written code (humaneval, mbpp), in the sandbox only, and a task YAML's own functions"""
+
+    # What is reported beside the accuracy.
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """of the intervals of accuracies"""
+    speed: Speed = Speed()
+    """how speed is measured"""
+
+    @model_validator(mode="after")
+    def _speed_is_measured_with_transformers(self) -> Evaluate:
+        if self.backend == "vllm" and self.speed.repeats:
+            raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
+        return self
+
+
+class Gate(Section):
+    """Whether an iteration is accepted: each is compared with the dense model and with its parent, item by item."""
+
+    enabled: bool = False
+    """false: no iteration is tested, the next begins with what it made"""
+
+    # The test of one iteration: paired, and one-sided.
+    margin: float = Field(0.02, ge=0, lt=1)
+    """loss of accuracy that is tolerated, a share of the items"""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """significance level of each test: how often no real loss is taken for one"""
+
+    # What follows from its result.
+    max_rejections: int = Field(3, ge=1)
+    """rejections in a row, each halves the cut, before the loop stops"""
+    strict: bool = False
+    """accept only what is shown not inferior; needs many items"""
+
+
+class Images(Section):
+    """Which images the steps run in: `<registry>/ptl-<step>:<tag>`."""
+
+    registry: str = ""
+    """for example ghcr.io/you; empty: images of the local engine"""
+    tag: str = __version__
+    """the package's version by default"""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """the pipeline's name"""
+
+    # What the loop does with which model and data.
+    model: ModelSource
+    """the dense model"""
+    calibration: Calibration
+    """the text on which neurons and layers are scored"""
+    training: TrainingData
+    """what recovery trains on; one source may stand alone"""
+    schedule: Schedule
+    """how much goes in each iteration, and the tokens of each recovery"""
+    prune: Prune = Prune()
+    """what is redundant"""
+    recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
+    """stages of a recovery, in the order of their work: cpt, distil or grpo"""
+    evaluate: Evaluate
+    """benchmarks, and how they are run"""
+    gate: Gate = Gate()
+    """whether an iteration must hold against the dense model to be accepted"""
+    control: bool = True
+    """add one-shot pruning to the same size with the same total tokens"""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """of calibration, training and generation"""
+
+    # Where and in what it runs.
+    resources: Resources = Resources()
+    """what the steps ask of the cluster"""
+    images: Images = Images()
+    """container images of the steps"""
+    storage: Storage = Storage()
+    """where runs are tracked and credentials come from"""
+
+    def image_names(self) -> list[str]:
+        """The images that the steps of this run need."""
+        vllm = self.evaluate.backend == "vllm"
+        return image_names.names(self.images.registry, self.images.tag, vllm=vllm)
+
+    @model_validator(mode="after")
+    def _every_stage_trains_in_every_iteration(self) -> Config:
+        recovery = Recovery(stages=self.recover)
+        total = self.schedule.recovery_tokens
+        # Early iterations of a doubling budget get little, and a stage only its share of it.
+        for iteration in plan(self.schedule, self.prune):
+            # None: a grpo stage that only its steps limit.
+            budgets = [budget for budget in recovery.budgets(iteration.tokens) if budget is not None]
+            fewest = min(budgets, default=MIN_TOKENS)
+            if fewest < MIN_TOKENS:
+                raise ValueError(
+                    f"schedule.recovery_tokens={total} leaves {fewest or 'no'} token for a stage of iteration "
+                    f"{iteration.index}: raise it, or set schedule.tokens=uniform"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reinforcement_learning_steps_in_every_iteration(self) -> Config:
+        for stage in self.recover:
+            if not isinstance(stage, Grpo):
+                continue
+            # Steps are shared out over the iterations as tokens are.
+            steps = self.schedule.model_copy(update={"recovery_tokens": stage.steps})
+            iterations = plan(steps, self.prune)
+            if not all(iteration.tokens for iteration in iterations):
+                raise ValueError(
+                    f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
+                    "step: raise it, or set schedule.tokens=uniform"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Config:
+        for_layers, iterations = self.prune.layer_iterations, self.schedule.iterations
+        if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
+            raise ValueError(
+                f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "
+                f"it must be below schedule.iterations={iterations}"
+            )
+        return self
+
+
+def essentials(config: Config) -> dict[str, Any]:
+    """The config without what is a default anyway: every step of a compiled pipeline carries these bytes.
+
+    There is no null in it, which Kubeflow does not know. Paths below the working directory are relative to it: the
+    steps run there on one machine, and in their images' own, which hold the examples.
+    """
+    options: Any = {
+        "mode": "json",
+        "exclude_defaults": True,
+        "exclude_none": True,
+        "context": {FOLDER: Path.cwd()},  # to which paths are made relative
+    }
+    settings = config.model_dump(**options)
+    # A stage's method is the default of its class, but says which class it is.
+    settings["recover"] = []
+    for stage in config.recover:
+        stage_settings = {"method": stage.method, **stage.model_dump(**options)}
+        settings["recover"].append(stage_settings)
+    return settings
+
+
+def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
+    """Options of the form NAME=VALUE, the values read as YAML. Raises InputError that names the option."""
+    values: dict[str, Any] = {}
+    for entry in entries:
+        # A value may have further equals signs in it.
+        name, equals, text = entry.partition("=")
+        if not equals:
+            raise InputError("must be NAME=VALUE, for example seed=1", field=f"{option} {entry}")
+        values[name] = yaml_text.load(text, "the value", field=f"{option} {name}")
+    return values
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read and check a config file; its paths are relative to it, those in overrides to the working directory.
+
+    Raises InputError that names every wrong field, its value and the allowed range.
+    """
+    path = Path(path)
+    settings = _read_mapping(path)
+    # Overrides are checked with the file, so that fields which need each other can be set together.
+    for dotted, value in (overrides or {}).items():
+        assign(settings, dotted, typed(value))
+    return check(Config, settings, str(path), folder=path.absolute().parent)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a config file."""
+    try:
+        if not path.is_file():
+            raise InputError(f"no file {path}", field="config", remedy="give the path of a YAML file")
+        # One character more than is allowed: a file of any length is refused at once.
+        with path.open(encoding="utf-8") as file:
+            text = file.read(yaml_text.BYTES + 1)
+        settings = yaml_text.load(text, str(path), field="config")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{str(path)[:200]} cannot be read: {error}"
+        raise InputError(problem[:500], field="config") from error
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise InputError(f"{path} must hold a mapping of fields, found {kind}", field="config")
+    return settings
+
+
+def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the field that a dotted name means, as `--set` does; sections that are missing are added."""
+    *parents, last = dotted.split(".")
+    for name in parents:
+        section = settings.get(name, {})
+        if isinstance(section, list):
+            raise InputError(
+                f"{name} is a list", field=f"--set {dotted}", remedy=f"give it whole: --set '{name}=[{{...}}]'"
+            )
+        if not isinstance(section, dict):
+            raise InputError(f"{name} is not a section", field=f"--set {dotted}")
+        settings[name] = dict(section)  # a copy: sections with one YAML anchor are one object
+        settings = settings[name]
+    settings[last] = value
+
+
+def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Path | None = None) -> S:
+    """Validate a mapping; pydantic's errors become one InputError with a line for each field.
+
+    Relative paths are taken from `folder`; without one they stay as they are.
+    """
+    try:
+        return section.model_validate(settings, context=folder and {FOLDER: folder})
+    except ValidationError as error:  # which lists all wrong fields, and so does ours
+        lines = "\n".join(_explanations(section, error))
+        raise InputError(f"wrong values\n{lines}", field=where) from error
+
+
+def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
+    """A line for each wrong field."""
+    for details in error.errors():
+        # A list whose entries are wrong counts as empty: that follows from the others.
+        if details["type"] == "too_short" and details["input"]:
+            continue
+        field = ".".join(str(part) for part in details["loc"]) or "config"
+        yield f"  {field}: {_explanation(section, details)}"
+
+
+def _explanation(section: type[Section], details: Any) -> str:
+    """What is wrong with a field, in words that name a remedy."""
+    if details["type"] == "extra_forbidden":
+        similar = " or ".join(suggestions.fields(section, details["loc"]))
+        remedy = f"did you mean {similar}?" if similar else "remove it, or see `ptl schema` for the fields there are"
+        return f"unknown field; {remedy}"
+    if details["type"] == "missing":
+        return "missing; add it"
+    message = details["msg"]
+    if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
+        message = str(details["ctx"]["error"])
+    value = details["input"]
+    if isinstance(value, dict):  # a whole section says less than the message
+        return message
+    return f"{_beginning(value)}: {message}"
+
+
+def _beginning(value: Any) -> str:
+    """A wrong value as it is shown: somebody may have pasted a whole file."""
+    text = repr(value)
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -1,0 +1,169 @@
+"""How much is removed in each iteration, of what, and how many tokens follow: plan() turns it into iterations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator
+
+from ptl.config.base import LARGEST, Section
+
+FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
+
+Unit = Literal["neurons", "layers", "auto"]
+
+
+def _share_or_count(target: float) -> float:
+    if target >= 1 and (target < FEWEST or not target.is_integer()):
+        raise ValueError(
+            f"must be a share of the parameters to remove, below 1, or the whole number of parameters to end with, "
+            f"{FEWEST} or more"
+        )
+    return target
+
+
+Target = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count)]
+
+
+class Schedule(Section):
+    """How much goes in each iteration, and how many tokens each recovery gets."""
+
+    iterations: int = Field(4, ge=1, le=64)
+    """iterations of prune, recover and evaluate"""
+    target: Target
+    """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with"""
+    cuts: Literal["uniform", "cubic"] = "cubic"
+    """equal cuts, or large ones first on a cubic curve"""
+    tokens: Literal["uniform", "doubling"] = "doubling"
+    """equal budgets, or twice as much each time"""
+    recovery_tokens: int = Field(ge=0)
+    """tokens of recovery training over all iterations"""
+
+
+class Prune(Section):
+    """What is redundant, and how widths are rounded."""
+
+    # What is removed, and by which score.
+    target: Literal["neurons", "layers", "neurons_then_layers", "auto"] = Field(
+        "neurons",
+        description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`; `auto` chooses in "
+        "each iteration by the measured loss per parameter",
+    )
+    layer_iterations: int = Field(1, ge=1)
+    """only with `neurons_then_layers`"""
+    criterion: Literal["max", "mean", "weight", "taylor", "random"] = "max"
+    """score of a neuron"""
+    layer_criterion: Literal["max", "block_influence"] = "max"
+    """score of a layer"""
+
+    # Thresholds of the scores, for a removal that may end below its budget.
+    sigma_neuron: float | None = Field(
+        None,
+        gt=0,
+        description="remove only neurons that score below; none: by budget. With criterion `max`: whose removal moves "
+        "the layer's output by less than that (Euclidean norm) for every token",
+    )
+    sigma_layer: float | None = Field(
+        None,
+        gt=0,
+        description="remove only layers that score below; none: by budget. With layer_criterion `max`: which move the "
+        "hidden state by less than that (Euclidean norm) in the mean over a sequence's tokens",
+    )
+
+    # Widths that GPUs multiply fast, and that can be divided between several.
+    width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="round the FFN width down to a multiple of this; `auto`: 128, 64, 8 or 1, the first that goes into "
+        "the width at least 8 times, evenly",
+    )
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs that will share the model; each width is a multiple of it"""
+
+    # What is fixed in closed form before any training.
+    repair: Literal["off", "ridge"] = "off"
+    """after pruning, without training: `ridge` fits down_proj to the output of the layer before it was pruned"""
+
+    ridge: float = Field(0.1, gt=0)
+    """strength of `ridge`, a share of the mean second moment of a neuron"""
+
+    @field_validator("repair", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of the loop. Shares are exact fractions, so that they add up without rounding."""
+
+    index: int  # 1..iterations
+    cut: Fraction  # share of the whole removal that goes in this iteration; all cuts add up to 1
+    progress: Fraction  # cuts up to and including this iteration; 1 in the last
+    tokens: int  # recovery tokens of this iteration; all add up to schedule.recovery_tokens
+    tokens_before: int  # recovery tokens of earlier iterations: where this one's fresh data begins
+    unit: Unit  # what is removed
+    last: bool  # whether the loop ends with it
+
+
+def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
+    """The iterations of a run: pure and torch-free.
+
+    The cubic curve is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1): after iteration i of k the
+    share 1 - (1 - i/k)^3 of the removal is done. Doubling gives iteration i 2^(i-1) / (2^k - 1) of the tokens.
+    """
+    iterations: list[Iteration] = []
+    progress_before = Fraction(0)
+    tokens_before = 0
+    for index in range(1, schedule.iterations + 1):
+        progress = _removed_share(schedule, index)
+        tokens_after = int(_token_share(schedule, index) * schedule.recovery_tokens)
+        iteration = Iteration(
+            index,
+            cut=progress - progress_before,
+            progress=progress,
+            tokens=tokens_after - tokens_before,
+            tokens_before=tokens_before,
+            unit=_unit_of(schedule, prune, index),
+            last=index == schedule.iterations,
+        )
+        iterations.append(iteration)
+        progress_before = progress
+        tokens_before = tokens_after
+    return iterations
+
+
+def _removed_share(schedule: Schedule, index: int) -> Fraction:
+    """Share of the removal that is done after an iteration."""
+    uniform = Fraction(index, schedule.iterations)
+    if schedule.cuts == "uniform":
+        return uniform
+    return 1 - (1 - uniform) ** 3
+
+
+def _token_share(schedule: Schedule, index: int) -> Fraction:
+    """Share of the recovery tokens that is spent after an iteration."""
+    if schedule.tokens == "uniform":
+        return Fraction(index, schedule.iterations)
+    return Fraction(2**index - 1, 2**schedule.iterations - 1)
+
+
+def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
+    if prune.target != "neurons_then_layers":
+        return prune.target
+    # At least one iteration is for neurons: the control's only one is.
+    layer_iterations = min(prune.layer_iterations, schedule.iterations - 1)
+    return "layers" if index > schedule.iterations - layer_iterations else "neurons"
+
+
+def one_shot(schedule: Schedule) -> Schedule:
+    """The control's schedule: one cut to the same size, with all of the recovery tokens."""
+    return schedule.model_copy(update={"iterations": 1})
+
+
+def removal(original_params: int, target: float) -> int:
+    """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
+    if target < 1:
+        return int(Fraction(str(target)) * original_params)  # 0.1 as it is written, not its binary form
+    return original_params - int(target)

@@ -1,0 +1,94 @@
+"""Whether a model can do what the config asks of it: lengths, chats, teachers. Reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ptl.config.recover import DataSource, Distil, Grpo, NextToken, RecoverStage, TrainingData
+from ptl.config.run import Calibration, Evaluate
+from ptl.errors import InputError
+from ptl.model import checks, hub
+
+
+def check_settings(
+    folder: Path,
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+    recover: Sequence[RecoverStage],
+) -> None:
+    """Raise InputError for what the model in `folder` cannot do of all that the config asks of it."""
+    # What every step needs.
+    checks.check_tokenizer(folder)
+    checks.check_generation_config(folder)
+
+    # Lengths; what is not set follows the model.
+    lengths = {"calibration.max_length": calibration.max_length}
+    if evaluate.max_length is not None:
+        lengths["evaluate.max_length"] = evaluate.max_length
+    checks.check_positions(folder, lengths)
+    _check_recovery(folder, recover, teacher=None)
+
+    # Chats, by the field that names them.
+    sources: dict[str, DataSource] = {"calibration.data": calibration.data}
+    for number, source in enumerate(training.sources):
+        sources[f"training.sources.{number}"] = source
+    check_chat_template(folder, sources)
+
+
+def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
+    """Raise InputError for a recovery that the model in `folder`, or a teacher that is known, cannot do.
+
+    `teacher` is the run's original model; None: not known yet, or the model itself.
+    """
+    checks.check_tokenizer(folder)
+    _check_recovery(folder, stages, teacher)
+
+
+def _check_recovery(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
+    """Lengths and teachers of all stages, before the first of them trains."""
+    for stage in stages:
+        if isinstance(stage, NextToken):
+            checks.check_positions(folder, {"recover.max_length": stage.max_length})
+        if isinstance(stage, Grpo):
+            checks.check_positions(folder, {"recover.max_completion_length": stage.max_completion_length})
+        if isinstance(stage, Distil):
+            _check_distillation(folder, stage, teacher)
+
+
+def _check_distillation(folder: Path, stage: Distil, original: Path | None) -> None:
+    """The teacher reads the same sequences, and numbers tokens in the same way."""
+    teacher = _teacher_files(stage.teacher) if stage.teacher else original
+    if teacher is None:
+        return
+    lengths = {"recover.max_length (for recover.teacher)": stage.max_length}
+    checks.check_positions(teacher, lengths)
+    name = stage.teacher or str(teacher)  # as the user knows it
+    checks.check_teacher(folder, teacher, name)
+
+
+def _teacher_files(teacher: str) -> Path:
+    """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
+    folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    # A local path that does not exist is only seen here.
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"no config.json in {folder}",
+            field="recover.teacher",
+            remedy="give the folder of a checkpoint, or a hub id",
+        )
+    return folder
+
+
+def check_chat_template(folder: Path, sources: Mapping[str, DataSource]) -> None:
+    """Raise InputError for chats without a template that renders them."""
+    if checks.has_chat_template(folder):
+        return
+    for field, source in sources.items():
+        if source.format == "messages":
+            raise InputError(
+                f"`messages` needs a chat template, and the tokenizer of {folder} has none",
+                field=f"{field}.format",
+                remedy="use another format, or a model with a template",
+            )

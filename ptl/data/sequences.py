@@ -1,0 +1,274 @@
+"""Calibration text and training sets: rows become token sequences, the same way everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ptl.config.recover import DataSource, TrainingData
+from ptl.config.run import Calibration
+from ptl.data.decontamination import Filter
+from ptl.data.sources import Chat, SourceRow, chat_and_answer, read_rows, texts
+from ptl.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = dict[str, "Tensor"]  # input_ids, attention_mask, labels: int64 [B, T], padded on the right
+TokenIds = list[int]
+Side = Literal["left", "right"]
+IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence; the prompt carries no loss when training on completions only."""
+
+    ids: TokenIds
+    prompt: int  # tokens of the prompt, at the front
+
+    def labels(self, loss: str) -> TokenIds:
+        """Labels for next-token training: all tokens, or the completion's only."""
+        if loss == "all":
+            return self.ids
+        completion = self.ids[self.prompt :]
+        return [IGNORED] * self.prompt + completion
+
+
+def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
+    """One row as tokens, ended by EOS and truncated to max_length."""
+    if tokenizer.eos_token_id is None:
+        problem = "the tokenizer has no EOS token, so no answer could end"
+        raise InputError(problem, field="model.path", remedy="set eos_token and save it")
+    is_chat = row.source.format == "messages"
+    encode = _chat_tokens if is_chat else _text_tokens
+    prompt, ids = encode(row, tokenizer)
+    # a prompt that fills max_length leaves no completion
+    num_prompt = min(len(prompt), max_length)
+    return Tokens(ids[:max_length], num_prompt)
+
+
+def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+    """Tokens of the prompt, and of the prompt with its completion."""
+    eos = tokenizer.eos_token_id
+    prompt_text, completion_text = texts(row)
+    prompt = tokenizer(prompt_text)["input_ids"] if prompt_text else []
+    # some tokenizers end every text by themselves
+    if prompt and prompt[-1] == eos:
+        prompt = prompt[:-1]
+    # tokens such as BOS begin the sequence, whichever part that is
+    completion = tokenizer(completion_text, add_special_tokens=not prompt)["input_ids"]
+    if not completion or completion[-1] != eos:
+        completion = [*completion, eos]
+    return prompt, prompt + completion
+
+
+def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
+    """Tokens of the turns before the answer, and of the chat with its answer."""
+    chat, answer = chat_and_answer(row)
+    prompt = chat_ids(tokenizer, chat, row.number)
+    full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
+    # the prompt's length is where the labels begin
+    if full[: len(prompt)] != prompt:
+        problem = f"row {row.number}: the chat template renders the prompt differently with its answer"
+        raise InputError(problem, field="data.messages")
+    return prompt, full
+
+
+def chat_ids(
+    tokenizer: Any,
+    chat: Chat,
+    number: int,  # of the row, for errors
+    *,
+    ended: bool = False,
+) -> TokenIds:
+    """A chat by the tokenizer's template; unless it has ended, with the words that begin an answer."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        problem = "`messages` needs a chat template, and the tokenizer has none"
+        raise InputError(problem, field="data.format", remedy="use another format")
+    try:
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
+    except (TemplateError, TypeError) as error:
+        problem = f"row {number}: the model's chat template does not take it ({error})"
+        raise InputError(problem, field="data.messages", remedy="correct the row") from error
+    return list(encoded["input_ids"])
+
+
+def order(count: int, seed: int) -> Iterator[int]:
+    """Endless row numbers: one deterministic permutation after another, so that data runs out only to begin again."""
+    for epoch in itertools.count():
+        # a seed of its own, so that no epoch repeats the order of another
+        shuffle = random.Random(f"{seed}/{epoch}")
+        yield from shuffle.sample(range(count), count)
+
+
+def calibration_batches(settings: Calibration, tokenizer: Any, seed: int) -> list[Batch]:
+    """Calibration rows as `padded` batches."""
+    sequences = calibration_rows(settings, tokenizer, seed, settings.num_sequences)
+    return padded(sequences, settings.batch_size)
+
+
+def calibration_rows(
+    settings: Calibration,
+    tokenizer: Any,
+    seed: int,
+    count: int,
+) -> list[Tokens]:
+    """As many rows of the calibration data drawn with the seed, or all of them."""
+    rows = read_rows(settings.data)
+    sequences = []
+    # none twice
+    count = min(count, len(rows))
+    for i in itertools.islice(order(len(rows), seed), count):
+        row = SourceRow(rows[i], settings.data, i + 1)
+        sequences.append(tokenize(row, tokenizer, settings.max_length))
+    return sequences
+
+
+def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
+    """Right-padded batches, those of equal length together: input_ids, attention_mask, labels, int64 [B, T].
+
+    Only the completions have labels; a text without a prompt is all completion.
+    """
+    # by length: little padding
+    ordered = sorted(sequences, key=lambda tokens: len(tokens.ids))
+    batches = []
+    for begin in range(0, len(ordered), size):
+        group = ordered[begin : begin + size]
+        ids = [tokens.ids for tokens in group]
+        batch = padded_ids(ids, 0, "right")
+        # padding carries no loss
+        labels = [tokens.labels("completion") for tokens in group]
+        batch["labels"] = _pad(labels, IGNORED, "right")
+        batches.append(batch)
+    return batches
+
+
+def padded_ids(rows: Sequence[TokenIds], pad_token: int, side: Side) -> Batch:
+    """One batch: input_ids, and attention_mask with 0 at the padding, int64 [B, T]; to generate, padded on the left."""
+    ones = [[1] * len(ids) for ids in rows]
+    return {
+        "input_ids": _pad(rows, pad_token, side),  # [B, T]
+        "attention_mask": _pad(ones, 0, side),  # [B, T]
+    }
+
+
+def _pad(rows: Sequence[TokenIds], value: int, side: Side) -> Tensor:
+    """Rows of numbers as one tensor, filled up to the longest: int64 [B, T]."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    # a prompt may be empty, which torch would take for float32
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)  # [B, T]
+
+
+def training_chunk(
+    data: TrainingData,
+    tokenizer: Any,
+    max_length: int,  # tokens of a sequence
+    *,
+    seed: int,
+    earlier: Sequence[int],  # the budgets before this one
+    budget: int,  # tokens
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
+) -> list[Tokens]:
+    """The sequences of one budget: exactly `budget` tokens, none from a sequence that an earlier budget began.
+
+    The run reads one endless shuffled stream, which the budgets take from one after another. The last sequence is
+    truncated at its front, so that the count is exact and the answer stays; it comes first, so that it never makes a
+    batch of its own.
+    """
+    streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter) for source in data.sources]
+    weights = [source.weight for source in data.sources]
+    stream = _mixed(streams, weights)
+    # read again from the start, as an attempt on another machine does
+    for earlier_budget in earlier:
+        _take(stream, earlier_budget)
+    chunk = _take(stream, budget)
+    num_taken = sum(len(tokens.ids) for tokens in chunk)
+    excess = num_taken - budget
+    if excess > 0:
+        last = chunk.pop()
+        ids = last.ids[excess:]
+        prompt = max(0, last.prompt - excess)
+        chunk.insert(0, Tokens(ids, prompt))
+    return chunk
+
+
+def _take(stream: Iterator[Tokens], budget: int) -> list[Tokens]:
+    """Whole sequences of at least `budget` tokens."""
+    sequences = []
+    while budget > 0:
+        tokens = next(stream)
+        sequences.append(tokens)
+        budget -= len(tokens.ids)
+    return sequences
+
+
+def prompt_rows(
+    source: DataSource,
+    *,
+    seed: int,
+    skip: int,  # those of earlier iterations
+    count: int,
+    leak_filter: Filter | None = None,  # drops rows that share text with a benchmark
+) -> list[SourceRow]:
+    """Rows for prompts, after the first `skip` of the run's order."""
+    rows = read_rows(source)
+    # without a filter no row is read but those that are picked
+    kept: Sequence[int] = range(len(rows))
+    if leak_filter is not None:
+        kept = []
+        for i, columns in enumerate(rows):
+            row = SourceRow(columns, source, i + 1)
+            if leak_filter.keeps(row):
+                kept.append(i)
+    if not kept:
+        problem = f"each of the {len(rows)} rows of {source.source} is dropped"
+        raise InputError(problem, field="training.decontaminate", remedy="give other data")
+    shuffled = order(len(kept), seed)
+    picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
+    return [SourceRow(rows[i], source, i + 1) for i in picked]
+
+
+def _mixed(streams: Sequence[Iterator[Tokens]], weights: Sequence[float]) -> Iterator[Tokens]:
+    """Endless sequences; the source that is furthest behind its share of the tokens comes next."""
+    taken = [0.0] * len(streams)  # tokens over weight
+    while True:
+        behind = taken.index(min(taken))
+        tokens = next(streams[behind])
+        # as if all weights were 1
+        taken[behind] += len(tokens.ids) / weights[behind]
+        yield tokens
+
+
+def _source_stream(
+    source: DataSource,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    leak_filter: Filter | None,
+) -> Iterator[Tokens]:
+    """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
+    rows = read_rows(source)
+    useless = 0  # rows without a sequence, one after another
+    for i in order(len(rows), seed):
+        row = SourceRow(rows[i], source, i + 1)
+        if leak_filter is None or leak_filter.keeps(row):
+            tokens = tokenize(row, tokenizer, max_length)
+            if tokens.prompt < len(tokens.ids):
+                useless = 0
+                yield tokens
+                continue
+        useless += 1
+        # so many in a row hold one complete permutation, of which no row is of use
+        if useless == 2 * len(rows):
+            reasons = f"dropped by training.decontaminate or its prompt fills recover.max_length={max_length}"
+            problem = f"no row of {source.source} is left: each is {reasons}"
+            raise InputError(problem, field="training", remedy="raise max_length or give other data")

@@ -1,0 +1,324 @@
+"""Where rows of text come from: local and s3:// JSONL or Parquet files, and the hub. Columns and lines are checked.
+
+`field` is the section of the config that names a source, for errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from ptl.config.recover import DataSource, columns_of
+from ptl.errors import InputError
+from ptl.json_lines import JSON_LINES, read_json_lines
+
+DATA = "data"  # the section of the config that errors name, where the caller knows no better
+FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
+# remedies
+CORRECT = "correct the row"
+LEAVE_OUT = "leave such rows out"
+
+Chat = list[dict[str, Any]]  # turns with role and content
+
+_template_columns = cache(columns_of)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row of a source."""
+
+    columns: Any  # a mapping from names to values
+    source: DataSource
+    number: int = 0  # from 1
+    field: str = DATA  # the section of the config that names the source, for errors
+
+    def error(self, problem: str, remedy: str) -> InputError:
+        """An error about this row; its field is the one of the row's format."""
+        location = f"row {self.number} of {self.source.source}"
+        setting = f"{self.field}.{self.source.format}"
+        return InputError(location + problem, field=setting, remedy=remedy)
+
+
+def read_rows(source: DataSource) -> Any:
+    """The columns of all rows, indexable. Raises InputError that names the file and line of a malformed row."""
+    rows = _load(source, DATA)
+    # a table is read from the disk as it is indexed
+    return rows if hasattr(rows, "__len__") else list(rows)
+
+
+def numbered_rows(source: DataSource, field: str = DATA) -> Iterator[SourceRow]:
+    """The rows of a source one after another; a JSONL file is not read into memory as a whole."""
+    for number, columns in enumerate(_load(source, field), 1):
+        yield SourceRow(columns, source, number, field)
+
+
+def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -> None:
+    """Fail early: a file must exist, parse and have what its templates name in every row, chats with an answer.
+
+    Without `answers` a chat may end with the user's turn: its text is only compared, or answered by the model.
+    Datasets on the hub are not downloaded.
+    """
+    if local_file(source, field) is None:
+        return
+    needs_answers = answers and source.format == "messages"
+    read = chat_and_answer if needs_answers else texts
+    for row in numbered_rows(source, field):
+        read(row)
+
+
+def _load(source: DataSource, field: str) -> Any:
+    """The columns of all rows, which can be iterated; a table's are indexable too."""
+    setting = f"{field}.source"
+    path = local_file(source, field)
+    if path is None:
+        rows = _from_hub(source, setting)
+    elif path.name.endswith(JSON_LINES):
+        # an iterator, which reports an empty file itself
+        return read_json_lines(path, setting, source.source)
+    else:
+        rows = _from_parquet(path, setting)
+    if len(rows) == 0:
+        remedy = "give a source with at least one row"
+        raise InputError(f"{source.source} is empty", field=setting, remedy=remedy)
+    return rows
+
+
+def texts(row: SourceRow) -> tuple[str, str]:
+    """Prompt and completion of a row; a text row has no prompt. Raises InputError for a missing column."""
+    source = row.source
+    if source.format == "messages":
+        chat, answer = turns(row)
+        return _chat_text(chat), _chat_text(answer)
+    if source.format == "text":
+        return "", fill(source.text, row)
+    prompt = fill(source.prompt, row)
+    completion = fill(source.completion, row)
+    return prompt, completion
+
+
+def _chat_text(chat: Chat) -> str:
+    """What is written in the turns of a chat; a turn that calls tools may have no text."""
+    contents = [message.get("content") or "" for message in chat]
+    return "\n".join(contents)
+
+
+def turns(row: SourceRow) -> tuple[Chat, Chat]:
+    """The turns of a row's chat before its answer, and the assistant's last turn; none where another's ends the chat.
+
+    Raises InputError for what is no chat of text.
+    """
+    column = row.source.messages
+    chat = row.columns.get(column)
+    if not isinstance(chat, list) or not chat:
+        columns = _names(row)
+        problem = f" has no list in column {column!r} (columns there: {columns})"
+        raise row.error(problem, "name the column that holds the chat")
+    for position, message in enumerate(chat, 1):
+        _check_message(message, position, row)
+    if chat[-1]["role"] != "assistant":
+        return chat, []
+    # without a prompt there is nothing to answer
+    if len(chat) == 1:
+        raise row.error(": nothing comes before the assistant's turn", LEAVE_OUT)
+    return chat[:-1], chat[-1:]
+
+
+def _check_message(message: Any, position: int, row: SourceRow) -> None:
+    """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise row.error(f": message {position} is no object with a role and a content", CORRECT)
+    content = message.get("content")
+    # a turn that calls tools needs no text
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        kind = _kind(content)
+        raise row.error(f": the content of message {position} is no text ({kind})", CORRECT)
+    _check_unicode(role + content, row)
+
+
+def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
+    """Like `turns`, for training and scoring. Raises InputError for a chat without an answer."""
+    chat, answer = turns(row)
+    if not answer:
+        role = chat[-1]["role"]
+        problem = f" ends with a turn of role {role!r}, so that there is no answer to learn from"
+        raise row.error(problem, LEAVE_OUT)
+    return chat, answer
+
+
+def prompt_of(row: SourceRow) -> Any:
+    """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
+    if row.source.format == "text":
+        problem = "format `text` has no prompt"
+        raise InputError(problem, field="recover.prompts", remedy="use prompt_completion or messages")
+    # all turns of a chat that ends with the user's
+    read = turns if row.source.format == "messages" else texts
+    prompt, _ = read(row)
+    return prompt
+
+
+def bare(row: SourceRow) -> SourceRow:
+    """The row with the columns of its templates alone, without the words around them (`Question: `)."""
+    source = row.source
+    templates = {
+        "text": _without_words(source.text),
+        "prompt": _without_words(source.prompt),
+        "completion": _without_words(source.completion),
+    }
+    return replace(row, source=source.model_copy(update=templates))
+
+
+@cache
+def _without_words(template: str) -> str:
+    columns = []
+    for _, name, spec, conversion in Formatter().parse(template):
+        if name is not None:
+            # as it was written: {number:.2f} stays rounded
+            conversion = f"!{conversion}" if conversion else ""
+            spec = f":{spec}" if spec else ""
+            columns.append(f"{{{name}{conversion}{spec}}}")
+    return " ".join(columns)
+
+
+def fill(template: str, row: SourceRow) -> str:
+    """A template over the columns of a row. Raises InputError that names the column that is not there or no text."""
+    try:
+        # first each value for itself: format_map would write None and [1, 2] into the text
+        for name in _template_columns(template):
+            value, _ = Formatter().get_field(name, (), row.columns)
+            if not _is_text(value):
+                kind = _kind(value)
+                problem = f" holds {kind} for {{{name}}}, which is no text"
+                parts = f"{{{name}[0]}}, {{{name}[key]}}"
+                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
+        text = template.format_map(row.columns)
+    # a missing column or key, and a format that the value does not take
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        columns = _names(row)
+        problem = f" lacks {error}, which a template names (columns there: {columns})"
+        raise row.error(problem, "correct the template") from error
+    _check_unicode(text, row)
+    return text
+
+
+def _names(row: SourceRow) -> str:
+    """The columns that a row has, for an error about one that it lacks."""
+    return ", ".join(sorted(row.columns))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is written as its author wrote it: None, brackets and quotes are Python's."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, list | dict | bytes | None)
+
+
+def _check_unicode(text: str, row: SourceRow) -> None:
+    """Raise InputError for half of a surrogate pair, which JSON can hold (\\ud83d) and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f": character {error.start} is no Unicode ({error.reason})"
+        raise row.error(problem, CORRECT) from error
+
+
+def _kind(value: Any) -> str:
+    """A value that is no text, for an error."""
+    if value is None:
+        return "null"
+    # NaN, or an infinite number
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else str(value)
+    return f"a {type(value).__name__}"
+
+
+def local_file(source: DataSource, field: str = DATA) -> Path | None:
+    """The file of a source, downloaded if it is on s3://; None for a hub id. Raises InputError."""
+    setting = f"{field}.source"
+    name = source.source
+    path = Path(name)
+    if path.name.endswith((*JSON_LINES, ".parquet")):
+        if name.startswith("s3://"):
+            return _from_s3(name, setting)
+        if not path.is_file():
+            raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
+        return path
+    # the id of a data set has no such ending
+    is_table = path.suffix in (".json", ".csv", ".txt")
+    if is_table or path.exists() or name.startswith("s3://"):
+        problem = f"{name} is no .jsonl, .jsonl.gz or .parquet file"
+        raise InputError(problem, field=setting, remedy="convert it, or give a hub id")
+    return None
+
+
+def _from_parquet(path: Path, setting: str) -> Any:
+    import datasets
+    import pyarrow
+
+    cache_folder = _cache() / "parquet"
+    try:
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder))
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        problem = f"{path} is no readable Parquet file ({error})"
+        raise InputError(problem, field=setting, remedy="write it again") from error
+
+
+def _from_s3(uri: str, setting: str) -> Path:
+    """Download once: the copy is named by the object's ETag, so that a changed object is fetched again."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from ptl.storage import s3_client
+
+    bucket, key = s3_client.split(uri)
+    try:
+        client = s3_client.client()
+        tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
+        # as from a web page in place of the server
+        if not tag:
+            problem = f"{uri}: no ETag in the answer"
+            raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
+        version = f"{uri} {tag}".encode()
+        digest = hashlib.sha256(version).hexdigest()
+        folder = _cache() / digest[:32]
+        target = folder / Path(key).name
+        if not target.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            # another process may download the same object
+            partial = folder / f".{os.getpid()}.{target.name}"
+            client.download_file(bucket, key, str(partial))
+            partial.rename(target)
+    except ClientError as error:
+        if s3_client.code(error) in ("404", "NoSuchKey"):
+            raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
+        raise s3_client.error_for(InputError, error, uri, field=setting) from error
+    except BotoCoreError as error:
+        raise s3_client.error_for(InputError, error, uri, field=setting) from error
+    return target
+
+
+def _cache() -> Path:
+    """Downloaded and converted files, which another step on the same machine may use again."""
+    parent = os.environ.get("PTL_SCRATCH") or tempfile.gettempdir()
+    return Path(parent) / "ptl-data"
+
+
+def _from_hub(source: DataSource, setting: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
+        part = f"subset {source.subset}, split {source.split}, revision {source.revision}"
+        reason = f"{type(error).__name__}: {error}"
+        problem = f"dataset {source.source!r} ({part}) cannot be loaded: {reason}"
+        raise InputError(problem, field=setting, remedy=f"check the id, or give {FILE_KINDS}") from error

@@ -1,0 +1,93 @@
+"""Scores of a checkpoint: benchmark accuracy by lm-evaluation-harness with every item's outcome, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl.config.run import Evaluate
+from ptl.errors import InputError
+from ptl.evaluation import language_models
+from ptl.evaluation.paired import Item
+from ptl.evaluation.scoring import TaskScore, score_task
+from ptl.evaluation.speed import measure_speed
+from ptl.evaluation.tasks import check_tasks
+from ptl.model import checks, cost
+
+ITEMS = "items.jsonl"
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything that is measured of one checkpoint."""
+
+    tasks: tuple[TaskScore, ...]
+    params: int
+    bytes: int  # of the weight files
+    flops_per_token: int  # of a forward pass, without attention
+    kv_bytes_per_token: int
+    speed: list[dict[str, Any]]  # rows of speed.measure_speed
+    widths: list[int]  # FFN width of each layer
+    seconds: float = 0.0  # of the whole evaluation
+
+
+def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, speed: bool = True) -> Scores:
+    """Score the checkpoint in `src`; write dst/scores.json and dst/items.jsonl.
+
+    Without `speed` its rows stay empty, and the files have nothing that was timed: equal models give equal bytes.
+    A line of items.jsonl is one item of a benchmark with right and wrong answers: task, id, prompt_digest, correct
+    (0 or 1), prompt (without few-shot examples), answer, target, tokens, truncated. Raises InputError for wrong tasks
+    and for a checkpoint that is not supported before the model is loaded.
+    """
+    started = time.monotonic()
+    check_tasks(settings)
+    static = cost.from_config(src)
+    checks.load_tokenizer(src)
+
+    lm = language_models.language_model(src, settings, seed)
+    scores = []
+    items = []
+    for task in settings.tasks:
+        score, its_items = score_task(lm, task, settings, seed=seed)
+        scores.append(score)
+        items += its_items
+    rows = []
+    if speed:
+        rows = measure_speed({"": lm.model}, settings.speed, seed)[""]
+    result = Scores(
+        tasks=tuple(scores),
+        params=static.params,
+        bytes=static.bytes,
+        flops_per_token=static.flops_per_token,
+        kv_bytes_per_token=static.kv_bytes_per_token,
+        speed=rows,
+        widths=static.widths,
+        seconds=time.monotonic() - started,
+    )
+    _write_files(dst, result, items, timed=speed)
+    return result
+
+
+def _write_files(dst: Path, scores: Scores, items: list[Item], timed: bool) -> None:
+    raw = asdict(scores)
+    if not timed:
+        for record in (raw, *raw["tasks"]):
+            del record["seconds"]
+    dst.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+    (dst / ITEMS).write_text("".join(lines))
+    (dst / SCORES).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def read_items(path: Path) -> list[Item]:
+    """The lines of an items.jsonl, or of the one in a folder."""
+    if path.is_dir():
+        path = path / ITEMS
+    if not path.is_file():
+        raise InputError(f"no {ITEMS} at {path}", remedy="evaluate the checkpoint first")
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in an answer too
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,158 @@
+"""The gate: accept or reject the candidate of an iteration, or stop the loop. Pure functions.
+
+The statistics behind a verdict are in ptl/evaluation/paired.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ptl.config.run import Gate
+from ptl.errors import InputError
+from ptl.evaluation.paired import Paired, describe
+
+REACHED = "target reached"
+NOT_TESTED: Literal["not tested"] = "not tested"  # the decision on every iteration of a run without the gate
+
+
+@dataclass(frozen=True)
+class State:
+    """What an accepted model carries to the next iteration (`Pointer.gate`)."""
+
+    cap: int | None = None  # most parameters that the next iteration may remove; none: as planned
+    rejections: int = 0  # in a row
+    stopped: bool = False  # nothing more is tried: later steps pass their input through
+    reason: str = ""  # why it stopped
+
+    @staticmethod
+    def load(raw: Mapping[str, Any]) -> State:
+        """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
+        known = {field.name for field in fields(State)}
+        unknown = sorted(set(raw) - known)
+        if unknown:
+            raise InputError(
+                f"unknown fields {unknown} in the pointer, which another version of ptl wrote",
+                field="gate",
+                remedy="continue the run with that version",
+            )
+        return State(**raw)
+
+    def dump(self) -> dict[str, Any]:
+        """For the pointer."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The decision on one iteration, and the state that the next one begins with."""
+
+    decision: Literal["accepted", "rejected", "stopped", "not tested"]
+    reason: str  # for a reader
+    numbers: dict[str, Any]  # what it was decided by: sizes in parameters, and the two comparisons
+    state: State  # for the next iteration
+
+    @property
+    def keep(self) -> Literal["candidate", "parent"]:
+        """Which model the next iteration gets."""
+        return "candidate" if self.decision in ("accepted", NOT_TESTED) else "parent"
+
+
+def check_structure(settings: Gate, compiled: bool) -> None:
+    """Raise InputError where a run's parameter switches the gate: what waits for what was compiled for `compiled`."""
+    if settings.enabled == compiled:
+        return
+    enabled = str(settings.enabled).lower()
+    gate = "on" if compiled else "off"
+    raise InputError(
+        f"{enabled}, but this pipeline was compiled with the gate {gate}, which decides what its steps wait for",
+        field="gate.enabled",
+        remedy="set gate.enabled in the config, and compile and submit it again",
+    )
+
+
+def goal(current_params: int, planned_goal: int, state: Mapping[str, Any]) -> int:
+    """Parameters to prune the current model to: as planned, but no more than the cap away from it."""
+    carried = State.load(state)
+    if carried.stopped:
+        return current_params
+    # After a rejection the step is half of the one that was rejected, at most.
+    if carried.cap is not None:
+        planned_goal = max(planned_goal, current_params - carried.cap)
+    return min(current_params, planned_goal)
+
+
+def decide(
+    settings: Gate,
+    state: State,
+    *,
+    params: int,  # of the candidate
+    target_params: int,  # to end the loop with
+    parent_params: int | None = None,
+    baseline: Paired | None = None,  # the candidate against the dense model
+    parent: Paired | None = None,  # the candidate against its parent
+    smallest_cut: int | None = 1,  # parameters that can be pruned from the parent next, at least; none: nothing can
+) -> Decision:
+    """The decision on a candidate that was pruned from its parent, the last accepted model.
+
+    When the gate is enabled it needs `parent_params`, `baseline` and `parent`.
+    A rejected candidate halves the cut for the next iteration; after `max_rejections` in a row, or when half the cut is
+    below the smallest, the loop stops with the parent: a smaller step would be rounded up to one that was just
+    rejected. An accepted candidate doubles that limit: one early rejection does not hold the whole run.
+    """
+    numbers: dict[str, Any] = {"params": params, "target_params": target_params}
+    if state.stopped:
+        return Decision("stopped", "the loop had stopped: nothing was tried", numbers, state)
+    if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
+        return Decision(NOT_TESTED, "the gate is off", numbers, state)
+    assert baseline is not None and parent is not None and parent_params is not None, "the gate needs the parent"
+    # Both must hold: many small losses against the parent add up to a large one against the dense model.
+    numbers["parent_params"] = parent_params
+    numbers["baseline"] = asdict(baseline)
+    numbers["parent"] = asdict(parent)
+    for name, pair in (("baseline", baseline), ("parent", parent)):
+        if pair.fails(settings.strict):
+            numbers["smallest_cut"] = smallest_cut
+            removed = parent_params - params
+            after = _state_after_rejection(settings, state, removed, smallest_cut)
+            return _rejected(f"{describe(pair)} against the {name}", numbers, after)
+    return _accepted(f"{describe(baseline)} against the baseline", numbers, state)
+
+
+def _accepted(reason: str, numbers: dict[str, Any], state: State) -> Decision:
+    """Accepted: the row of rejections ends, the cap doubles, and at the target the loop stops."""
+    cap = None if state.cap is None else 2 * state.cap
+    if numbers["params"] > numbers["target_params"]:
+        return Decision("accepted", reason, numbers, State(cap))
+    # Smaller than the target is not asked for.
+    reached = State(cap, stopped=True, reason=REACHED)
+    return Decision("accepted", f"{reason}; {REACHED}", numbers, reached)
+
+
+def _rejected(reason: str, numbers: dict[str, Any], after: State) -> Decision:
+    """Rejected: the next iteration begins with the parent again, with a smaller step."""
+    consequence = f"next cut at most {after.cap:,} parameters"
+    if after.stopped:
+        consequence = f"{after.reason}: stopped"
+    return Decision("rejected", f"{reason}; {consequence}", numbers, after)
+
+
+def _state_after_rejection(
+    settings: Gate,
+    state: State,
+    removed: int,  # parameters that the rejected candidate had less than its parent
+    smallest_cut: int | None,  # parameters; none: nothing can be removed
+) -> State:
+    """Half of the `removed` parameters are the next cap; the loop stops where that is no smaller step."""
+    rejections = state.rejections + 1
+    cap = removed // 2
+    reason = ""  # why the loop stops
+    if rejections >= settings.max_rejections:
+        in_a_row = "s in a row" if rejections > 1 else ""
+        reason = f"{rejections} rejection{in_a_row}"
+    elif smallest_cut is None:
+        reason = "no smaller step left (nothing is left to cut)"
+    elif cap < max(1, smallest_cut):
+        reason = f"no smaller step left (the smallest cut is {smallest_cut:,} parameters)"
+    return State(cap, rejections, stopped=bool(reason), reason=reason)

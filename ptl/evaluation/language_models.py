@@ -1,0 +1,155 @@
+"""The models of lm-evaluation-harness, with a note on every answer: Hugging Face or vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptl.config.run import Evaluate
+from ptl.errors import InputError
+
+
+def language_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
+    """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`."""
+    from ptl.evaluation.task_loading import cache_templates
+
+    cache_templates()
+    if settings.backend == "vllm":
+        return _vllm(src, settings, seed)
+    return _hugging_face(src, settings)
+
+
+class AnswerNote(NamedTuple):
+    """How a generated answer ended."""
+
+    tokens: int
+    truncated: bool  # by the token limit
+
+
+class AnswerNotes:
+    """To be mixed into a model of the harness: notes its time and how every answer ended."""
+
+    def start_notes(self) -> None:
+        """Forget what was noted, and take the place of the harness's cache hook."""
+        self.cache_hook = self
+        self.notes: dict[str, AnswerNote] = {}  # by prompt
+        self.seconds = 0.0  # spent in the model, over all requests
+        self.cut_prompts = 0  # prompts whose beginning did not fit into the context
+        self.pending: deque[AnswerNote] = deque()  # notes whose prompts the cache hook has yet to name
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        """The harness's cache hook: called once for each answer, in the order of the batch."""
+        if attr == "generate_until":
+            prompt = req[0]
+            self.notes[prompt] = self.pending.popleft()
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().generate_until, *args, **kwargs)  # type: ignore[misc]
+
+    def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().loglikelihood, *args, **kwargs)  # type: ignore[misc]
+
+    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
+        """Timed."""
+        return self._timed(super().loglikelihood_rolling, *args, **kwargs)  # type: ignore[misc]
+
+    def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        out = work(*args, **kwargs)  # ends on the CPU, so that the GPU has finished too
+        self.seconds += time.perf_counter() - started
+        return out
+
+
+def _hugging_face(src: Path, settings: Evaluate) -> Any:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class NotedModel(AnswerNotes, HFLM):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.start_notes()
+            generation = self.model.generation_config
+            # The limit is the task's: one in the checkpoint's generation config would silently take precedence.
+            generation.max_new_tokens = None
+            ends = generation.eos_token_id
+            if not isinstance(ends, list):
+                ends = [ends]
+            # Padding follows an answer that ended before others of its batch.
+            self._ends = {self.eot_token_id, self.tokenizer.pad_token_id, *ends}
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+            out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
+            answers = out[:, context.shape[1] :]  # [batch, answer]
+            for tokens in answers.tolist():
+                self.pending.append(self._note(tokens, stop))
+            return out
+
+        def _note(self, tokens: list[int], stop: list[str]) -> AnswerNote:
+            """`stop` are the texts at which the harness ends an answer."""
+            for length, token in enumerate(tokens):
+                if token in self._ends:
+                    return AnswerNote(length, truncated=False)
+            text = self.tok_decode(tokens)
+            stopped = any(sequence in text for sequence in stop)
+            return AnswerNote(len(tokens), truncated=not stopped)
+
+        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+            ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+            # A prompt that fills its room to the last token has lost its beginning, most likely.
+            if left_truncate_len:
+                lengths = mask.sum(1)  # [batch]
+                self.cut_prompts += int((lengths >= left_truncate_len).sum())
+            return ids, mask
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return NotedModel(
+        pretrained=str(src),
+        device=device,
+        dtype="auto",  # the checkpoint's own
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        trust_remote_code=False,  # a checkpoint's own code is never run
+    )
+
+
+def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"vllm is not installed here ({error})",
+            field="evaluate.backend",
+            remedy="use the image evaluate-vllm, or backend: hf",
+        ) from error
+
+    class NotedModel(AnswerNotes, VLLM):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.start_notes()
+
+        def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+            outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+            # Log-likelihoods have no answer.
+            if not generate:
+                return outputs
+            for prompt, params, output in zip(requests, sampling_params, outputs, strict=True):
+                answer = output.outputs[0]
+                truncated = answer.finish_reason == "length"
+                self.pending.append(AnswerNote(len(answer.token_ids), truncated))
+                # The harness has cut such a prompt to exactly the room that the answer leaves.
+                self.cut_prompts += len(prompt) + params.max_tokens >= self.max_length
+            return outputs
+
+    return NotedModel(
+        pretrained=str(src),
+        dtype="auto",
+        batch_size=settings.batch_size,
+        max_model_len=settings.max_length,
+        seed=seed,
+        trust_remote_code=False,
+    )

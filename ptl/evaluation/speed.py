@@ -1,0 +1,224 @@
+"""How fast models are, side by side: tokens per second of prompts and answers, and seconds per solved problem."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptl.config.run import Evaluate, Speed
+from ptl.evaluation import language_models, tasks
+from ptl.evaluation.scoring import TaskScore, score_task
+from ptl.model import cost
+
+PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
+PREFILL_PASSES = 20  # ... but no more often than that
+
+Models = Mapping[str, Any]  # by name: of transformers, or of the harness
+Measurement = dict[str, Any]  # the speed of one model at one batch size
+Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
+
+
+def measure_speed(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
+    """Prefill and decode speed of models side by side: name -> one row for each batch size.
+
+    Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
+    whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
+    The prompts are random tokens, and exactly `new_tokens` are generated. No repeats, no rows.
+    """
+    rows: dict[str, list[Measurement]] = {name: [] for name in models}
+    if settings.repeats == 0:
+        return rows
+    for batch in settings.batch_sizes:
+        times = _times_in_turns(models, settings, batch, seed)
+        for name in models:
+            rows[name].append(_medians(times[name], settings, batch))
+    return rows
+
+
+def _times_in_turns(
+    models: Models,
+    settings: Speed,
+    batch: int,
+    seed: int,
+) -> dict[str, list[Times]]:
+    """The times of every repeat, by model."""
+    new_tokens = settings.new_tokens
+    prompts = {}
+    passes = {}
+    # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
+    # read several times in a repeat.
+    for name, model in models.items():
+        prompts[name] = _random_prompts(model, batch, settings.prompt_tokens, seed)
+        prefill, _ = _time_once(model, prompts[name], new_tokens, passes=1)
+        needed = 1 + int(PREFILL_SECONDS / max(prefill, 1e-9))
+        passes[name] = min(PREFILL_PASSES, needed)
+    times: dict[str, list[Times]] = {name: [] for name in models}
+    for _ in range(settings.repeats):
+        for name, model in models.items():
+            seconds = _time_once(model, prompts[name], new_tokens, passes[name])
+            times[name].append(seconds)
+    return times
+
+
+def _random_prompts(model: Any, batch: int, prompt_tokens: int, seed: int) -> Any:
+    """int64 [batch, prompt_tokens] on the model's device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, prompt_tokens)
+    prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    return prompts.to(model.device)
+
+
+def _medians(times: list[Times], settings: Speed, batch: int) -> Measurement:
+    """The medians of all repeats."""
+    prefill = statistics.median(prefill for prefill, _ in times)
+    decode = statistics.median(decode for _, decode in times)
+    return {
+        "batch": batch,
+        "prefill_tokens_per_s": batch * settings.prompt_tokens / prefill,
+        "decode_tokens_per_s": batch * settings.new_tokens / decode,
+        "prefill_s": prefill,
+        "decode_s": decode,
+        "repeats": settings.repeats,
+    }
+
+
+def _time_once(
+    model: Any,
+    prompts: Any,  # int64 [batch, prompt_tokens]
+    new_tokens: int,
+    passes: int,
+) -> Times:
+    """Seconds for the prompts, the mean of `passes`, and for `new_tokens` greedy steps after them with the KV cache."""
+    import torch
+
+    # transformers 5.24 renamed the argument; the old name goes in 5.40
+    parameters = inspect.signature(model.forward).parameters
+    cache = "cache" if "cache" in parameters else "past_key_values"
+    on_gpu = model.device.type == "cuda"
+
+    def wait() -> None:
+        if on_gpu:  # it works on after a call has returned
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        wait()
+        started = time.perf_counter()
+        # Only the last position's logits: as when the answer begins.
+        for _ in range(passes):
+            out = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
+        wait()
+        filled = time.perf_counter()
+        # One token for each sequence at a time, after the cache of all before it.
+        for _ in range(new_tokens):
+            past = {cache: out.past_key_values}
+            out = model(input_ids=token, use_cache=True, logits_to_keep=1, **past)
+            token = out.logits[:, -1:].argmax(-1)  # [batch, 1]
+        wait()
+        ended = time.perf_counter()
+    return (filled - started) / passes, ended - filled
+
+
+def side_by_side(
+    folders: Mapping[str, Path],  # checkpoints by name
+    settings: Evaluate,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Speed of several checkpoints (dense, compact) in one process, taking turns; all of them are in memory at once.
+
+    Returns how it was measured (device, task, items, batch_size, prompt_tokens, new_tokens, repeats, seconds), and
+    `models`: name -> params, speed (rows of measure_speed), solved, answer_tokens and seconds_per_solved. The last is
+    the median over the repeats of the seconds in the model for `items` of the first task, divided by its right
+    answers, so that longer answers count; None where it solved none, or where the task has no accuracy.
+    """
+    import torch
+
+    started = time.monotonic()
+    # A model of the harness refers to itself: what was scored before may still hold its memory.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    models = {name: language_models.language_model(folder, settings, seed) for name, folder in folders.items()}
+    rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
+    runs = _solve_in_turns(models, settings, seed)
+    measured = {}
+    for name, folder in folders.items():
+        static = cost.from_config(folder)
+        measured[name] = {"params": static.params, "speed": rows[name]}
+        measured[name] |= _solving_speed(runs[name])
+    metadata = {
+        "device": _device_name(),
+        "task": "",
+        "items": 0,
+        "batch_size": settings.batch_size,
+        "prompt_tokens": settings.speed.prompt_tokens,
+        "new_tokens": settings.speed.new_tokens,
+        "repeats": settings.speed.repeats,
+        "models": measured,
+    }
+    # All models have answered the same items.
+    scores = next(iter(runs.values()))
+    if scores:
+        metadata["task"] = scores[0].task
+        metadata["items"] = scores[0].items
+    metadata["seconds"] = time.monotonic() - started
+    return metadata
+
+
+def _device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    threads = torch.get_num_threads()
+    plural = "s" if threads > 1 else ""
+    return f"CPU, {threads} thread{plural}"
+
+
+def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
+    """The first task's first items, answered by every model in every repeat; no runs where there is no accuracy."""
+    runs: dict[str, list[TaskScore]] = {name: [] for name in models}
+    task = settings.tasks[0]
+    specs = tasks.find(task.name)
+    # A group's limit is that of each member.
+    limit = settings.speed.items // len(specs)
+    if task.limit is not None:
+        limit = min(limit, task.limit)
+    # Without right answers no problem is solved.
+    has_accuracy = all(tasks.is_accuracy(spec, task.metric) for spec in specs)
+    if not limit or not has_accuracy:
+        return runs
+    first_items = task.model_copy(update={"limit": limit})
+    for _ in range(settings.speed.repeats):
+        for name, lm in models.items():
+            score, _ = score_task(lm, first_items, settings, seed=seed)
+            runs[name].append(score)
+    return runs
+
+
+def _solving_speed(runs: list[TaskScore]) -> dict[str, Any]:
+    """Seconds per solved problem of one model, from the same items in every repeat."""
+    seconds_per_solved = None
+    solved = 0
+    answer_tokens = 0.0
+    if runs:
+        last = runs[-1]
+        answer_tokens = last.answer_tokens
+        if last.low is not None:  # an accuracy
+            solved = round(last.accuracy * last.items)
+    if solved:
+        seconds = statistics.median(run.seconds for run in runs)
+        seconds_per_solved = seconds / solved
+    return {
+        "seconds_per_solved": seconds_per_solved,
+        "solved": solved,
+        "answer_tokens": answer_tokens,
+    }

@@ -1,0 +1,143 @@
+"""Tasks of lm-evaluation-harness with our overrides: local data, answer lengths, code run only in the sandbox."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from ptl.config.run import Evaluate, Task
+from ptl.errors import InputError, WorkError
+from ptl.evaluation import task_data, tasks
+from ptl.evaluation.task_yaml import SPLITS, Spec
+
+
+def check_lengths(lm: Any, loaded: Any) -> None:
+    """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
+    if loaded.get_config("output_type") != "generate_until":
+        return
+    generation = loaded.get_config("generation_kwargs") or {}
+    answer = generation.get("max_gen_toks", lm.max_gen_toks)
+    if answer < lm.max_length:
+        return
+    lengths = f"may be {answer} tokens long, but the model's context is {lm.max_length}"
+    raise InputError(
+        f"answers of {loaded.task_name!r} {lengths}",
+        field="evaluate.tasks",
+        remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
+    )
+
+
+def load_task(spec: Spec, task: Task, settings: Evaluate, seed: int) -> Any:
+    """The harness's task object, with the overrides of the config. May fetch data from the hub."""
+    tasks.check_code(spec, settings.allow_code)
+    config = _read_config(spec, task, settings)
+    loaded = _load_harness_task(spec, config)
+    # The config's overrides; few-shot examples are drawn with the run's seed.
+    if loaded.get_config("output_type") == "generate_until" and task.max_new_tokens is not None:
+        loaded.set_config("generation_kwargs", {"max_gen_toks": task.max_new_tokens}, update=True)
+    if task.num_fewshot is not None:
+        loaded.set_config("num_fewshot", task.num_fewshot)
+    elif loaded.get_config("num_fewshot") is None:  # neither the config nor the task says
+        loaded.set_config("num_fewshot", 0)
+    loaded.set_fewshot_seed(seed)
+    return loaded
+
+
+def _read_config(spec: Spec, task: Task, settings: Evaluate) -> dict[str, Any]:
+    """The task's YAML as the harness reads it, with local files in place of the hub's data set."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    # Reading the YAML imports its functions, and with them what scores code.
+    code_eval = _sandboxed_code_eval() if spec.runs_code else contextlib.nullcontext()
+    with code_eval:
+        config: dict[str, Any] = load_yaml(spec.path)
+    splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
+    if not splits:
+        return config
+    # A split that is named but has no file would be looked for.
+    for field in SPLITS:
+        if config.get(field) not in splits:
+            config[field] = None
+    # In place of dataset_path.
+    config["dataset_kwargs"] = None
+    config["custom_dataset"] = lambda **_: task_data.read_splits(splits)
+    return config
+
+
+def _load_harness_task(spec: Spec, config: dict[str, Any]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # The harness explains custom_dataset, which the user did not write.
+    logger = logging.getLogger("lm_eval.api.task")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # Only this task: the index of all that the harness ships takes seconds.
+        return TaskManager(include_defaults=False).load(config)["tasks"][spec.name]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise WorkError(
+            f"the task {spec.name!r} did not load: {error}",
+            field="evaluate.tasks",
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def cache_templates() -> None:
+    """Let the harness compile each prompt template once: five times for every item is 40 % of a tiny model's time.
+
+    In Jinja's sandbox: a template of a task's YAML is data and has no way to Python's internals.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval.utils import env
+
+    if hasattr(env.from_string, "cache_info"):  # by an earlier call
+        return
+    sandboxed = SandboxedEnvironment(undefined=env.undefined, keep_trailing_newline=env.keep_trailing_newline)
+    sandboxed.filters = env.filters
+    env.from_string = lru_cache(maxsize=256)(sandboxed.from_string)
+
+
+@contextlib.contextmanager
+def _sandboxed_code_eval() -> Iterator[None]:
+    """While a code task's module is imported, `evaluate.load("code_eval")` gives the sandbox instead.
+
+    The harness scores HumanEval and MBPP with Hugging Face's code_eval, which runs the answers in a child process with
+    all of the parent's rights. Its tasks import it at module level under the name `evaluate`.
+    """
+    from ptl.sandbox import runner
+
+    runner.require_support()
+    substitute = types.ModuleType("evaluate")
+    code_eval = types.SimpleNamespace(compute=pass_at_1)
+    substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
+    # The real module may be loaded already, by others who need it.
+    before = sys.modules.get("evaluate")
+    sys.modules["evaluate"] = substitute
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules["evaluate"]
+        else:
+            sys.modules["evaluate"] = before
+
+
+def pass_at_1(
+    references: list[str], predictions: list[list[str]], k: list[int] | None = None
+) -> tuple[dict[str, float], dict[int, Any]]:
+    """code_eval's `compute`, with every candidate run in the sandbox: the share that passes its tests."""
+    from ptl.sandbox import runner
+
+    if k not in (None, [1]):
+        raise InputError(f"pass@k with k={k} is not supported", field="evaluate.tasks", remedy="use a task with pass@1")
+    shares = []  # of the candidates that pass, by problem
+    for tests, candidates in zip(references, predictions, strict=True):
+        outcomes = [runner.run_tests(candidate, tests).passed for candidate in candidates]
+        shares.append(sum(outcomes) / len(outcomes))
+    return {"pass@1": sum(shares) / len(shares)}, {}

@@ -1,0 +1,222 @@
+"""Task files of lm-evaluation-harness: a task's YAML with its includes, and the index of the tasks that it ships.
+
+Nothing here imports lm_eval: the harness's own index reads 14,000 files for 6 seconds and more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptl.config import yaml_text
+from ptl.errors import InputError
+
+NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
+FUNCTIONS = "!function"  # a tag of YAML: the harness imports what it names; also the key that keeps all of a file
+SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
+# The metrics of a task that names none, by output_type (lm_eval.api.registry.DEFAULT_METRIC_REGISTRY).
+DEFAULT_METRICS = {
+    "loglikelihood": ["perplexity", "acc"],
+    "loglikelihood_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+    "multiple_choice": ["acc", "acc_norm"],
+    "generate_until": ["exact_match"],
+}
+
+TaskConfig = dict[str, Any]  # the fields of a task's YAML
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One task of the harness: its YAML and what it says, with `!function` tags as text."""
+
+    name: str  # in the harness, or in the user's file
+    path: Path  # of the YAML
+    config: TaskConfig  # with its includes
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of its metrics. A function's result may be a dict, whose keys are metrics too (HumanEval's pass@1)."""
+        entries = self.config.get("metric_list")
+        if entries is None:
+            output_type = self.config.get("output_type", "generate_until")
+            return DEFAULT_METRICS[output_type]
+        return [metric_name(entry) for entry in entries]
+
+    @property
+    def filters(self) -> list[str]:
+        """Names of the ways in which an answer is extracted; the first one counts unless the metric names another."""
+        entries = self.config.get("filter_list") or [{"name": "none"}]
+        return [entry["name"] for entry in entries]
+
+    @property
+    def scored_split(self) -> str:
+        """The split whose items are scored; empty where the YAML names none."""
+        return self.config.get("test_split") or self.config.get("validation_split") or ""
+
+    @property
+    def splits(self) -> list[str]:
+        """All splits that the YAML names, each once."""
+        names = [self.config.get(field) for field in SPLITS]
+        return list(dict.fromkeys(name for name in names if name))
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether scoring runs what the model wrote."""
+        return bool(self.config.get("unsafe_code"))
+
+
+def metric_name(entry: dict[str, Any]) -> str:
+    """The metric's name in the results, from its entry in metric_list."""
+    function = str(entry["metric"]).removeprefix(f"{FUNCTIONS} ")
+    name = function.rpartition(".")[2]
+    return "pass@1" if name == "pass_at_k" else name
+
+
+@cache
+def harness_folder() -> Path | None:
+    """The folder of the tasks that the harness ships; None where it is not installed."""
+    package = find_spec("lm_eval")
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "tasks"
+
+
+def is_of_the_harness(path: Path) -> bool:
+    """Whether the file is one that the harness ships."""
+    root = harness_folder()
+    return root is not None and path.resolve().is_relative_to(root.resolve())
+
+
+@cache
+def task_index() -> dict[str, Path]:
+    """Name of a task or group -> its YAML, of all that the harness ships."""
+    root = harness_folder()
+    if root is None:
+        raise InputError(
+            "lm-evaluation-harness is not installed",
+            field="evaluate.tasks",
+            remedy="install ptl's extra `evaluate`",
+        )
+    # By a pattern: parsing 14,000 files takes far longer than reading them.
+    paths: dict[str, Path] = {}
+    for path in sorted(root.rglob("*.yaml")):
+        for name in NAME.findall(path.read_bytes()):
+            paths.setdefault(name.decode(), path)
+    return paths
+
+
+def load_spec(path: Path) -> Spec:
+    """The task of a user's own file. Raises InputError where it is not a single task of the harness."""
+    if not path.is_file():
+        raise InputError(
+            f"no task file {path}",
+            field="evaluate.tasks",
+            remedy="give a path relative to the working directory",
+        )
+    config = read_yaml(path.resolve())
+    if not isinstance(config.get("task"), str):
+        raise InputError(
+            f"{path} has no `task: NAME`",
+            field="evaluate.tasks",
+            remedy="give a single task of lm-eval",
+        )
+    # Only the first is reported.
+    for problem in _wrong_fields(config):
+        raise InputError(f"{path} {problem}", field="evaluate.tasks")
+    return Spec(config["task"], path.resolve(), config)
+
+
+def _wrong_fields(config: TaskConfig) -> Iterator[str]:
+    """What is wrong with the fields of a task's YAML that we read: not what the harness takes there."""
+    output_type = config.get("output_type", "generate_until")
+    if not isinstance(output_type, str) or output_type not in DEFAULT_METRICS:
+        yield f"has output_type={output_type!r}; it must be one of {', '.join(DEFAULT_METRICS)}"
+    # The harness goes through both and takes the key from each entry.
+    for field, key in (("metric_list", "metric"), ("filter_list", "name")):
+        entries = config.get(field)
+        if entries is not None and not _are_named(entries, key):
+            yield f"must have a list in {field}, each entry with a `{key}`"
+    # These may be null or left out.
+    for field in ("dataset_kwargs", "fewshot_config"):
+        if not isinstance(config.get(field) or {}, dict):
+            yield f"must have a mapping in {field}"
+    for field in SPLITS:
+        if not isinstance(config.get(field) or "", str):
+            yield f"must have the name of a split in {field}"
+
+
+def _are_named(entries: Any, key: str) -> bool:
+    """Whether these are mappings with a text under `key`, in a list that is not empty."""
+    if not isinstance(entries, list) or not entries:
+        return False
+    return all(isinstance(entry, dict) and isinstance(entry.get(key), str) for entry in entries)
+
+
+def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfig:
+    """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read.
+
+    All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
+    includes this one replaces it.
+    """
+    if path in including:
+        raise InputError(f"{path} includes itself", field="evaluate.tasks")
+    config, functions = _read_task_file(path)
+    # Paths are relative to the file that includes them.
+    included = config.pop("include", [])
+    names = included if isinstance(included, list) else [included]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{path}: include must be the path of a YAML file, or a list of them",
+            field="evaluate.tasks",
+        )
+    merged: TaskConfig = {}
+    for name in names:
+        inner = read_yaml((path.parent / name).resolve(), including | {path})
+        functions += inner.pop(FUNCTIONS, ())
+        merged |= inner
+    # The including file wins; a function that it replaces is imported all the same.
+    merged |= config
+    if functions:
+        merged[FUNCTIONS] = list(dict.fromkeys(functions))
+    return merged
+
+
+def _read_task_file(path: Path) -> tuple[TaskConfig, list[str]]:
+    """One file without its includes, and the `!function` tags in it."""
+    functions: list[str] = []
+
+    # A class of its own: constructors belong to the class, and these note the tags of this file.
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def note_function(_loader: Any, node: yaml.Node) -> str:
+        text = f"{FUNCTIONS} {node.value}"
+        functions.append(text)
+        return text
+
+    Loader.add_constructor(FUNCTIONS, note_function)
+    # Nor is a pipe read, which may never end.
+    if not path.is_file():
+        raise InputError(f"{path} is no file", field="evaluate.tasks")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", field="evaluate.tasks") from error
+    # The harness's own files are trusted, and some name a field twice.
+    if is_of_the_harness(path):
+        config = yaml.load(text, Loader=Loader)
+    else:
+        config = yaml_text.load(text, f"evaluate.tasks: {path}", Loader)
+    if not isinstance(config, dict):
+        raise InputError(
+            f"{path} must hold a mapping, found {type(config).__name__}",
+            field="evaluate.tasks",
+        )
+    return config, functions

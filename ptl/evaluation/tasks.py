@@ -1,0 +1,189 @@
+"""Benchmarks of lm-evaluation-harness: looked up by name or path, and checked before any work; torch-free."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptl.config.run import Evaluate, Gate, Task
+from ptl.errors import InputError
+from ptl.evaluation import task_yaml
+from ptl.evaluation.task_data import local_splits
+from ptl.evaluation.task_yaml import FUNCTIONS, Spec
+
+CODE_FOLDERS = ("humaneval", "mbpp")  # whose answers are run by `evaluate`'s code_eval, which the sandbox replaces
+
+# Metrics of the harness that do not call an item right or wrong (lm_eval.api.metrics).
+NO_ACCURACY = {
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "likelihood", "brier_score", "mcc", "f1",
+    "bleu", "chrf", "chrf++", "ter",
+}  # fmt: skip
+
+# All of the harness's own (lm_eval.api.metrics); another name is looked up on the hub, as code.
+METRICS = {"acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bypass", "exact_match", *NO_ACCURACY}
+
+
+def is_path(name: str) -> bool:
+    """Whether a task is given by its YAML, not by its name in the harness."""
+    return name.endswith((".yaml", ".yml")) or "/" in name
+
+
+def can_find(name: str) -> bool:
+    """Whether a task can be looked up here: by its path, or by its name where the harness is installed."""
+    return is_path(name) or task_yaml.harness_folder() is not None
+
+
+def find(name: str) -> list[Spec]:
+    """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
+    if is_path(name):
+        return [task_yaml.load_spec(Path(name))]
+    paths = task_yaml.task_index()
+    if name not in paths:
+        raise _unknown_task(name, paths)
+    # A single task, or a group whose members are named in its YAML.
+    config = task_yaml.read_yaml(paths[name])
+    if "group" not in config:
+        return [Spec(name, paths[name], config)]
+    members = config.get("task")
+    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+        raise InputError(
+            f"the group {name!r} has subgroups of its own",
+            field="evaluate.tasks",
+            remedy="name its tasks one by one",
+        )
+    specs = []
+    for member in members:
+        specs += find(member)
+    return specs
+
+
+def _unknown_task(name: str, paths: dict[str, Path]) -> InputError:
+    problem = f"{name!r} is no task of lm-evaluation-harness"
+    close = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
+    if close:
+        problem += f"; close names: {', '.join(close)}"
+    remedy = "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
+    return InputError(problem, field="evaluate.tasks", remedy=remedy)
+
+
+def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
+    """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
+    name, _, extraction = metric.partition(",")
+    # The first filter counts unless the metric names another.
+    extraction = extraction or spec.filters[0]
+    for kind, choice, known in (("metric", name, spec.metrics), ("filter", extraction, spec.filters)):
+        if choice not in known:
+            raise InputError(
+                f"the task {spec.name!r} has no {kind} {choice!r}",
+                field="evaluate.tasks",
+                remedy=f"use one of: {', '.join(known)}",
+            )
+    return name, extraction
+
+
+def is_accuracy(spec: Spec, metric: str) -> bool:
+    """Whether each item is right or wrong by this metric, as far as the task's YAML can tell: a mean, no perplexity."""
+    name, _ = choose_metric(spec, metric)
+    if name in NO_ACCURACY:
+        return False
+    # What the task's YAML says of the metric; a default metric of the harness is a mean.
+    entries = spec.config.get("metric_list") or []
+    for entry in entries:
+        if task_yaml.metric_name(entry) == name:
+            aggregation = str(entry.get("aggregation", "mean"))
+            is_mean = aggregation in ("mean", "nanmean") or aggregation.startswith(FUNCTIONS)
+            return is_mean and entry.get("higher_is_better", True) is not False
+    return True
+
+
+def check_tasks(settings: Evaluate) -> None:
+    """Raise InputError for tasks, metrics, local files or code that evaluate would refuse.
+
+    A name can be checked only where lm_eval is installed; elsewhere the step checks it.
+    """
+    names = [task.name for task in settings.tasks]
+    for task in settings.tasks:
+        # A score is known by its task's name.
+        if names.count(task.name) > 1:
+            raise InputError(f"{task.name!r} is listed twice", field="evaluate.tasks", remedy="remove one")
+        if can_find(task.name):
+            for spec in find(task.name):
+                _check_task(spec, task, settings)
+
+
+def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
+    choose_metric(spec, task.metric)
+    # lm_eval itself would warn and ignore the number.
+    if task.num_fewshot and spec.config.get("num_fewshot") == 0:
+        no_examples = f"the task {spec.name!r} says it has no few-shot examples"
+        raise InputError(
+            f"num_fewshot={task.num_fewshot}, but {no_examples}",
+            field="evaluate.tasks",
+            remedy="leave num_fewshot out",
+        )
+    check_code(spec, settings.allow_code)
+    local_splits(spec, settings.data_dir, task.num_fewshot)
+
+
+def check_gate(settings: Evaluate, gate: Gate) -> None:
+    """Raise InputError when the gate is to decide by a task that calls no item right or wrong."""
+    # The run's accuracy is that of the first task.
+    first = settings.tasks[0]
+    if not gate.enabled or not can_find(first.name):
+        return
+    if not all(is_accuracy(spec, first.metric) for spec in find(first.name)):
+        raise no_accuracy(first)
+
+
+def no_accuracy(task: Task) -> InputError:
+    """The error for a first task that the gate cannot decide by."""
+    judged = f"evaluate.tasks.0 ({task.name!r}) is judged by {task.metric!r}, which calls no item right or wrong"
+    return InputError(
+        f"true, but {judged}, and the gate compares item by item",
+        field="gate.enabled",
+        remedy="put a task with an accuracy first (metric exact_match, acc, ...), or set gate.enabled: false",
+    )
+
+
+def check_code(spec: Spec, allow_code: bool) -> None:
+    """Raise InputError when scoring would run code unasked (a task file's, a model's) or a model's unsandboxed."""
+    code = list(_own_code(spec))
+    if code and not allow_code:
+        rights = "code that would run with all rights of the step, outside the sandbox"
+        raise InputError(
+            f"{spec.path} has {', '.join(code[:3])}: {rights}",
+            field="evaluate.allow_code",
+            remedy="read it, and set evaluate.allow_code: true to have it run",
+        )
+    # What the model writes.
+    if not spec.runs_code:
+        return
+    if not allow_code:
+        raise InputError(
+            f"the task {spec.name!r} runs code that the model wrote",
+            field="evaluate.allow_code",
+            remedy="set evaluate.allow_code: true to have it run in the sandbox",
+        )
+    if spec.path.parent.name not in CODE_FOLDERS:
+        raise InputError(
+            f"the task {spec.name!r} runs model-written code by means of its own, outside the sandbox",
+            field="evaluate.tasks",
+            remedy=f"use a task of {' or '.join(CODE_FOLDERS)}",
+        )
+
+
+def _own_code(spec: Spec) -> Iterator[str]:
+    """What of a user's task file is code: `!function` tags, a class in place of the harness's, metrics from the hub."""
+    if task_yaml.is_of_the_harness(spec.path):  # which is trusted
+        return
+    config = spec.config
+    yield from config.get(FUNCTIONS, ())
+    if config.get("class"):
+        yield f"class: {config['class']}"
+    for entry in config.get("metric_list") or []:
+        name = str(entry["metric"])
+        # The harness would fetch a metric that it does not have as code from the hub.
+        is_unknown = name not in METRICS and not name.startswith(FUNCTIONS)
+        if entry.get("hf_evaluate") or is_unknown:
+            yield f"metric_list: {name} (from the hub)"

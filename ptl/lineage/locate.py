@@ -1,0 +1,305 @@
+"""What a user names: a run, a step of a run, a registered version, a folder -> a checkpoint, an evaluation or a result.
+
+How runs and their steps are named: `pipeline_runs`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl.errors import InputError
+from ptl.lineage.mlflow_client import if_there
+from ptl.lineage.pipeline_runs import (
+    FORMS,
+    PipelineRun,
+    find_run,
+    finished_steps,
+    makes_model,
+    reading,
+    report_file,
+    result_of,
+    run_by_id,
+)
+from ptl.storage import store
+from ptl.storage.manifest import FILES, digest_of, load_files
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>\d+))")
+ARMS = ("loop", "control")
+
+Result = dict[str, Any]  # what result.json holds
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that a user named, and the model card of its run where the card is about this checkpoint."""
+
+    pointer: store.Pointer
+    name: str  # for messages, such as `recover-2 of run 5f0c`
+    card: bytes | None = None  # README.md
+
+
+def needs_mlflow(reference: str) -> bool:
+    """Whether MLflow must be asked for it."""
+    if Path(reference).exists():
+        return False
+    # Addresses of the store are read without it.
+    return reference.startswith("models:") or "://" not in reference
+
+
+def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
+    """The checkpoint of that name. `arm` chooses the model of a run: `loop` its final one, or `control`.
+
+    Raises InputError naming what there is where the checkpoint or what it needs is not there.
+    """
+    if arm not in ARMS:
+        raise InputError(f"{arm!r} must be one of {', '.join(ARMS)}", field="--arm")
+    # What is on this machine comes first: a run's directory may be named like a run.
+    if Path(reference).exists():
+        return _of_directory(Path(reference), arm)
+    if arm != "loop" and ":" in reference:
+        raise InputError(
+            f"{reference} names one checkpoint",
+            field="--arm",
+            remedy="--arm chooses among those of a run: give its id",
+        )
+    if reference.startswith("models:"):
+        return _registered(reference)
+    if "://" in reference:
+        return _published(reference)
+    run, step = find_run(reference)
+    if step:
+        return _of_step(run, step)
+    # The card is read after the result, which says whether there is one.
+    result = result_of(run)
+    card = report_file(run, "README.md")
+    return _final(result, arm, run.id, card)
+
+
+def evaluation(reference: str, cache: Path) -> Path:
+    """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
+    path = Path(reference)
+    is_run_directory = (path / "result.json").is_file()
+    # Items that are here already.
+    if path.exists() and not is_run_directory:
+        return path
+    # The directory of a run names the run: its items are in the store.
+    if is_run_directory:
+        reference = str(result(reference)["run_id"])
+    elif reference.startswith("models:") or "://" in reference:
+        raise InputError(
+            f"{reference!r} is a checkpoint",
+            field="compare",
+            remedy="give RUN_ID:evaluate-4, RUN_ID, or a folder of items",
+        )
+    run, step = find_run(reference)
+    # Of a run without a step, the evaluation of what it ended with.
+    step = step or _final_evaluation(result_of(run), run.id)
+    record = store.committed(run.root, run.id, step)
+    if record is None or "evaluate" not in step:
+        evaluations = [name for name in finished_steps(run) if "evaluate" in name]
+        existing = ", ".join(f"{run.id}:{name}" for name in evaluations) or "none yet"
+        raise InputError(
+            f"{step} is no finished evaluate step of run {run.id}",
+            field="compare",
+            remedy=f"it has {existing}",
+        )
+    pointer = store.Pointer(**record["pointer"])
+    return store.fetch(pointer, cache)
+
+
+def result(reference: str) -> Result:
+    """The result of a run from its result.json, its directory, or its id."""
+    path = Path(reference)
+    if not path.exists():
+        run, _ = find_run(reference)
+        return result_of(run)
+    if path.is_dir():
+        path = path / "result.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path} is no result.json of a run ({error!r})",
+            field="result",
+            remedy="give that file, or RUN_ID",
+        ) from error
+
+
+def _of_directory(folder: Path, arm: str) -> Checkpoint:
+    """The final checkpoint of a local run's directory."""
+    if not (folder / "result.json").is_file():
+        raise InputError(
+            f"{folder} holds no result.json, so no finished run",
+            field="run",
+            remedy=f"give {FORMS}",
+        )
+    path = folder / "README.md"
+    card = path.read_bytes() if path.is_file() else None
+    name = str(folder)
+    return _final(result(name), arm, name, card)
+
+
+def _final(
+    result: Result,
+    arm: str,
+    run: str,
+    card: bytes | None,
+) -> Checkpoint:
+    """The final checkpoint of an arm; the card is about the loop's."""
+    if arm == "loop":
+        row = result["final"]
+        name = f"final checkpoint of run {run}"
+    else:
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        if not rows:
+            problem = f"run {run} has no scored {arm}: it was made without one, or it did not finish"
+            raise InputError(problem, field="--arm")
+        row = rows[-1]
+        name = f"{arm} of run {run}"
+        card = None  # it is about the loop's model
+    pointer = store.Pointer(row["uri"], row["digest"], row["params"])
+    return Checkpoint(pointer, name, card)
+
+
+def _of_step(run: PipelineRun, step: str) -> Checkpoint:
+    record = store.committed(run.root, run.id, step)
+    # A step has a record once it has finished.
+    if record is None:
+        finished = [name for name in finished_steps(run) if makes_model(name)]
+        existing = ", ".join(finished) or "none yet"
+        raise InputError(
+            f"run {run.id} has no finished step {step!r}",
+            field="step",
+            remedy=f"it has {existing}",
+        )
+    # Its pointer names scores and items.
+    if record["metadata"]["stage"] == "evaluate":
+        raise InputError(
+            f"{step} is an evaluation, which `ptl compare` reads",
+            field="step",
+            remedy="name a step that makes a model",
+        )
+    pointer = store.Pointer(**record["pointer"])
+    card = _card(run, pointer.digest)
+    return Checkpoint(pointer, f"{step} of run {run.id}", card)
+
+
+def _card(run: PipelineRun, digest: str) -> bytes | None:
+    """The run's model card, if it is about the checkpoint with this digest: the final one."""
+    data = report_file(run, "result.json")
+    # A run that is not finished has no card yet.
+    if not data:
+        return None
+    final = json.loads(data)["final"]
+    return report_file(run, "README.md") if final["digest"] == digest else None
+
+
+def _registered(reference: str) -> Checkpoint:
+    """The checkpoint of a version in MLflow's registry."""
+    match = REGISTERED.fullmatch(reference)
+    if match is None:
+        raise InputError(f"{reference!r} must be models:/NAME@ALIAS or models:/NAME/VERSION", field="models")
+    name = match["name"]
+    with reading() as client:
+        version = _version(client, name, match["alias"], match["version"])
+        tags = version.tags
+        # Without its digest the files could not be verified.
+        if "ptl.digest" not in tags:
+            raise InputError(
+                f"{reference} has no tag ptl.digest, so ptl did not register it",
+                field="models",
+                remedy=f"give {FORMS}",
+            )
+        # The run that made it may be gone: then there is no card.
+        step_run = if_there(client.get_run, version.run_id) if version.run_id else None
+        run = None
+        if step_run is not None:
+            run_id = step_run.data.tags.get("ptl.run", "")
+            run = run_by_id(client, run_id)
+    params = int(tags.get("ptl.params", 0))
+    pointer = store.Pointer(str(version.source), tags["ptl.digest"], params)
+    card = _card(run, pointer.digest) if run else None
+    return Checkpoint(pointer, f"version {version.version} of {name}", card)
+
+
+def _version(
+    client: MlflowClient,
+    name: str,
+    alias: str | None,
+    number: str | None,
+) -> ModelVersion:
+    """The version of a registered model that has the alias, or the number."""
+    # Each of the three may be missing: the model, the alias, the version.
+    model = if_there(client.get_registered_model, name)
+    if model is None:
+        models = client.search_registered_models(max_results=20)
+        existing = ", ".join(model.name for model in models) or "none"
+        raise InputError(
+            f"this MLflow has no registered model {name!r}",
+            field="models",
+            remedy=f"it has {existing}",
+        )
+    if alias is not None:
+        number = _number_of_alias(name, model.aliases, alias)
+    get_version = functools.partial(client.get_model_version, name)
+    version: ModelVersion | None = if_there(get_version, str(number))
+    if version is None:
+        versions = client.search_model_versions(f"name = '{name}'", max_results=100)
+        numbers = sorted(int(other.version) for other in versions)
+        raise InputError(
+            f"{name} has no version {number}",
+            field="models",
+            remedy=f"it has {numbers or 'none'}",
+        )
+    return version
+
+
+def _number_of_alias(name: str, aliases: dict[str, str], alias: str) -> str:
+    """The version that an alias of a registered model points at."""
+    if alias not in aliases:
+        existing = [f"{other} (version {number})" for other, number in aliases.items()]
+        aliases_text = ", ".join(existing) or "none"
+        raise InputError(
+            f"{name} has no alias {alias!r}",
+            field="models",
+            remedy=f"it has {aliases_text}, or name a version: models:/{name}/1",
+        )
+    return aliases[alias]
+
+
+def _published(uri: str) -> Checkpoint:
+    """The checkpoint in a folder of the store: the list of its files, written last, names all that must be there."""
+    # As steps write addresses.
+    uri = uri.rstrip("/")
+    listing = store.read(f"{uri}/{FILES}")
+    if listing is None:
+        raise InputError(
+            f"no checkpoint at {uri}: it holds no {FILES}",
+            field="uri",
+            remedy="give the folder that a step published",
+        )
+    digest = digest_of(load_files(listing, uri))
+    return Checkpoint(store.Pointer(uri, digest), uri)
+
+
+def _final_evaluation(result: Result, run: str) -> str:
+    """The step that scored the final checkpoint."""
+    final = result["final"]["digest"]
+    # The last of them: a checkpoint may be scored again after a rejection.
+    for row in reversed(result["rows"]):
+        if row["arm"] == "loop" and row["digest"] == final:
+            return str(row["step"])
+    raise InputError(
+        f"the final checkpoint of run {run} was not scored",
+        field="compare",
+        remedy=f"name a step: {run}:evaluate-0",
+    )

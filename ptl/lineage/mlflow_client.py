@@ -1,0 +1,125 @@
+"""The connection to MLflow: settings that are checked first, how long to wait for a server, errors that name it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ptl import address
+from ptl.errors import InputError, WorkError
+from ptl.lineage import mlflow_database
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow's default of 7 retries takes four minutes; 6 outlast a restart of the server (sleeps of 0, 4, 8, 16, 32, 64 s).
+RETRIES = "6"
+REPORTING = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # 12 s of sleep
+PAGE = 1000  # results in one answer; MLflow allows no more of experiments
+
+# Error codes of MLflow.
+NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
+ALREADY_THERE = "RESOURCE_ALREADY_EXISTS"
+
+
+def connect() -> MlflowClient:
+    """Checked settings first: without them mlflow falls back to a database of its own, or fails in confusing ways."""
+    # MLflow prints the address: a password must not be in it.
+    address.split_login()
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise InputError(
+            "MLFLOW_TRACKING_URI is not set",
+            field="environment",
+            remedy="set it to your MLflow server's address",
+        )
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # A database needs more than the client.
+    if not address.is_server(uri):
+        _check_database_support(uri)
+    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
+    mlflow_database.create(uri, default_artifacts)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def _check_database_support(uri: str) -> None:
+    if importlib.util.find_spec("sqlalchemy") is None:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI={uri} needs the full mlflow package, this is mlflow-skinny",
+            field="environment",
+            remedy="run pip install 'ptl[pipelines]', or give the address of a server (http://...)",
+        )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """MLflow's own errors become one WorkError that names the server."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        raise WorkError(f"MLflow at {uri}: {error}", remedy="is the server up and is the address right?") from error
+
+
+@contextmanager
+def connected() -> Iterator[MlflowClient]:
+    """A client whose errors are explained. Raises InputError for a missing setting, WorkError where MLflow fails."""
+    with explained():
+        yield connect()
+
+
+@contextmanager
+def briefly(limits: dict[str, str] = REPORTING) -> Iterator[None]:
+    """Give up on a server sooner, where a failure is reported: the failure itself must not wait for minutes."""
+    earlier = {name: os.environ.get(name) for name in limits}
+    # What a user has set stays.
+    replaced = [name for name, value in earlier.items() if value in (None, RETRIES)]
+    for name in replaced:
+        os.environ[name] = limits[name]
+    try:
+        yield
+    finally:
+        for name in replaced:
+            os.environ.pop(name)
+            value = earlier[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def ignoring(error_code: str) -> Iterator[None]:
+    """Let errors of MLflow with this code pass: another step, or a request whose answer was lost, came first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != error_code:
+            raise
+
+
+def if_there(request: Callable[[str], Any], identity: str) -> Any:
+    """What MLflow answers about this id; None where it has nothing, as after a deletion whose answer was lost."""
+    with ignoring(NOT_THERE):
+        return request(identity)
+    return None
+
+
+def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
+    """All results of a search of MLflow, page by page."""
+    # No token is the first page, and the last page has none.
+    token = None
+    while True:
+        page = search(max_results=PAGE, page_token=token, **arguments)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -1,0 +1,145 @@
+"""How far a run is, from the steps' own MLflow runs: read by whoever watches it from outside; no torch, no kfp.
+
+A pod that is killed cannot end its MLflow run, nor can a step that never started. Whoever sees that the pipeline run
+has ended therefore closes what is still RUNNING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ptl.lineage import mlflow_client
+from ptl.lineage.run_status import TAG, by_step, parent_among, untag
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# A watcher asks again soon: MLflow's own retries take minutes, and its timeout is two.
+WATCHING = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # for each run that is ended, two lines
+}
+MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """What one step's MLflow run says of it."""
+
+    step: str  # name, such as prune-2
+    run_id: str  # in MLflow
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    ended: datetime | None = None
+    attempt: int | None = None  # number of the newest attempt, from 1
+    seconds: float | None = None  # of work
+    accuracy: float | None = None  # of an evaluate step, 0 to 1
+    verdict: str = ""  # of an evaluate step
+    tokens_seen: int | None = None  # of a recover step, so far
+    tokens_planned: int | None = None
+    loss: float | None = None  # of training, the newest
+    error: str = ""  # why the last attempt failed
+    loop_ended: str = ""  # why the loop ended with this step, before its last iteration
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """A pipeline run in MLflow: its parent run and the steps that have begun."""
+
+    experiment_id: str
+    parent_id: str
+    parent_status: str  # as of a step
+    steps: dict[str, StepProgress]
+
+
+def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | None:
+    """The progress of a pipeline run by its id; None where MLflow has no parent run of it.
+
+    One request with `experiment_ids`; without, all experiments are searched, for which they are listed first.
+    Raises InputError when MLFLOW_TRACKING_URI is not set, WorkError when MLflow does not answer.
+    """
+    with _watching() as client:
+        if experiment_ids is None:
+            experiments = mlflow_client.pages(client.search_experiments)
+            experiment_ids = [experiment.experiment_id for experiment in experiments]
+        if not experiment_ids:
+            return None
+        query = f"tags.`ptl.run` = '{run}'"
+        order = ["attributes.start_time ASC"]
+        runs = client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS)
+    parents = [entry for entry in runs if entry.data.tags.get("ptl.role") == "parent"]
+    if not parents:
+        return None
+    info = parent_among(parents).info
+    steps = {step: _step_progress(step, entry) for step, entry in by_step(runs).items()}
+    return RunProgress(info.experiment_id, info.run_id, info.status, steps)
+
+
+def close(progress: RunProgress, status: str, reason: str, reasons: dict[str, str]) -> bool:
+    """End what is still RUNNING of a pipeline run that has ended; returns whether there was anything.
+
+    `status` is FAILED, KILLED or FINISHED. `reasons` are those of single steps, `reason` that of the parent and of all
+    others; they become the tag `ptl.error`. Raises WorkError when MLflow does not answer.
+    """
+    errors = {}  # by the id of the MLflow run
+    for step in progress.steps.values():
+        if step.status == "RUNNING":
+            errors[step.run_id] = reasons.get(step.step) or reason
+    if progress.parent_status == "RUNNING":
+        errors[progress.parent_id] = reason
+    with _watching() as client:
+        for run_id, error in errors.items():
+            if status != "FINISHED":
+                client.set_tag(run_id, "ptl.error", error[:TAG])
+            client.set_terminated(run_id, status)
+    return bool(errors)
+
+
+def reopen(progress: RunProgress) -> None:
+    """Set the parent to RUNNING again, without its error: the pipeline run is retried. Steps reopen their own runs."""
+    with _watching() as client:
+        client.update_run(progress.parent_id, status="RUNNING")
+        untag(client, progress.parent_id, "ptl.error")
+
+
+def experiment_id(name: str) -> str | None:
+    """The id of an experiment; None where there is none of this name."""
+    with _watching() as client:
+        experiment = client.get_experiment_by_name(name)
+    return None if experiment is None else str(experiment.experiment_id)
+
+
+def _step_progress(step: str, run: Any) -> StepProgress:
+    tags = run.data.tags
+    metrics = run.data.metrics
+    ended = run.info.end_time  # milliseconds
+    return StepProgress(
+        step=step,
+        run_id=run.info.run_id,
+        status=run.info.status,
+        ended=datetime.fromtimestamp(ended / 1000, UTC) if ended else None,
+        attempt=_integer(tags.get("ptl.attempt")),
+        seconds=metrics.get("seconds"),
+        accuracy=metrics.get("accuracy"),
+        verdict=tags.get("ptl.verdict", ""),
+        tokens_seen=_integer(metrics.get("train/num_input_tokens_seen")),
+        tokens_planned=_integer(tags.get("ptl.tokens")),
+        loss=metrics.get("train/loss"),
+        error=tags.get("ptl.error", ""),
+        loop_ended=tags.get("ptl.loop_ended", ""),
+    )
+
+
+def _integer(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+@contextmanager
+def _watching() -> Iterator[MlflowClient]:
+    """A client with few retries and a short timeout, unless the environment says otherwise."""
+    with mlflow_client.briefly(WATCHING), mlflow_client.connected() as client:
+        yield client

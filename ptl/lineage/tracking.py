@@ -1,0 +1,333 @@
+"""What MLflow shows of a run: a parent, a child for each step, a LoggedModel for each checkpoint, and the metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptl import address
+from ptl.errors import InputError
+from ptl.lineage import mlflow_client, mlflow_objects, mlflow_values
+from ptl.lineage.mlflow_values import Metrics, Tags, Values, ptl_keys, set_tags
+from ptl.lineage.run_status import TAG, StepRun, node, records_root, settle, steps_of, tags_of_parent, untag
+from ptl.log import say
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+log = logging.getLogger(__name__)
+
+
+def pipeline_run() -> str:
+    """The pipeline run's id: `PTL_RUN_ID` (local) or `KFP_RUN_ID` (cluster). Raises InputError when neither is set."""
+    run = os.environ.get("PTL_RUN_ID")
+    run = run or os.environ.get("KFP_RUN_ID")
+    if not run:
+        raise InputError(
+            "neither PTL_RUN_ID nor KFP_RUN_ID is set",
+            field="environment",
+            remedy="start steps with `ptl run`, or set one",
+        )
+    return run
+
+
+def start(
+    experiment: str,
+    step: str,
+    *,
+    arm: str,
+    iteration: int,
+    artifact_location: str | None = None,
+    title: str | None = None,
+) -> StepRun:
+    """Find or create the run of a step, reopened when it had ended, under the pipeline run's parent.
+
+    `artifact_location` is where a new experiment keeps its files; None leaves it to the server. `title` is the name of
+    a new parent; None: the pipeline run's id. Raises InputError for a missing setting, WorkError when the server does
+    not answer.
+    """
+    run = pipeline_run()
+    own = {"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()}
+    tags = ptl_keys(own)
+    with mlflow_client.connected() as client:
+        # A step on a cluster may have a run already, in an experiment that is not ours to choose.
+        plugin_run_id = _plugin_run_id()
+        if plugin_run_id:
+            child = client.get_run(plugin_run_id)
+            home = client.get_experiment(child.info.experiment_id)
+            parent = _adopt(client, child, home, run, tags)
+        else:
+            home = mlflow_objects.experiment(client, experiment, artifact_location)
+            parent, child = _find_or_create(client, home, run, step, tags, title)
+        _reopen(client, child)
+        step_run = StepRun(
+            run_id=child.info.run_id,
+            parent_run_id=parent.info.run_id,
+            experiment_id=home.experiment_id,
+            root=records_root(home.artifact_location),
+            run=run,
+            artifact_uri=child.info.artifact_uri,
+            step=step,
+            arm=arm,
+        )
+        settle(client, step_run)
+        return step_run
+
+
+def _find_or_create(
+    client: MlflowClient,
+    experiment: Experiment,
+    run: str,
+    step: str,
+    tags: Tags,
+    title: str | None,
+) -> tuple[Run, Run]:
+    """The parent and the step's run."""
+    parent_tags = tags_of_parent(run)
+    parent = mlflow_objects.run(client, experiment, run, "", parent_tags, title or run)
+    parent_id = parent.info.run_id
+    if title and parent.info.run_name == run:  # made by a doctor that failed
+        client.update_run(parent_id, name=title)
+    tags["mlflow.parentRunId"] = parent_id
+    child = mlflow_objects.run(client, experiment, run, step, tags, step)
+    return parent, child
+
+
+def _reopen(client: MlflowClient, child: Run) -> None:
+    run_id = child.info.run_id
+    if child.info.status != "RUNNING":
+        client.update_run(run_id, status="RUNNING")
+    # An earlier attempt may have run elsewhere.
+    if child.data.tags.get("ptl.node") != node():
+        client.set_tag(run_id, "ptl.node", node())
+
+
+def _plugin_run_id() -> str | None:
+    """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
+    on_this_machine = os.environ.get("PTL_RUN_ID")
+    if on_this_machine or not os.environ.get("KFP_RUN_ID"):
+        return None
+    return os.environ.get("MLFLOW_RUN_ID")
+
+
+def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:
+    """Tag the step's run that the plugin has made, and its parent; returns the parent."""
+    tags["ptl.role"] = "step"
+    parent_tags = tags_of_parent(run)
+    parent_id = child.data.tags.get("mlflow.parentRunId")
+    if parent_id:
+        parent = client.get_run(parent_id)
+    else:
+        parent = mlflow_objects.run(client, experiment, run, "", parent_tags, run)
+        tags["mlflow.parentRunId"] = parent.info.run_id
+    set_tags(client, child.info.run_id, tags)
+    # By these the run's other steps find it.
+    parent_tags["ptl.role"] = "parent"
+    set_tags(client, parent.info.run_id, parent_tags)
+    return parent
+
+
+def new_model(
+    step_run: StepRun,
+    name: str,
+    params: Values,
+    tags: Values,
+) -> tuple[str, str]:
+    """A LoggedModel in state PENDING, named by pipeline run and `name`: its id, and a fresh location for the files."""
+    with mlflow_client.connected() as client:
+        parent = client.get_run(step_run.parent_run_id)
+        # MLflow allows none of these characters.
+        full_name = re.sub(r"[/:.%\"']", "-", f"{parent.info.run_name}-{name}")
+        model = mlflow_objects.logged_model(
+            client,
+            step_run.experiment_id,
+            name=full_name,
+            source_run_id=step_run.run_id,
+            tags=ptl_keys({**tags, "run": step_run.run}),
+            params=ptl_keys(params),
+            model_type="ptl",
+        )
+        return model.model_id, model.artifact_location
+
+
+def log_metrics(step_run: StepRun, metrics: Metrics, step: int) -> None:
+    """Metrics while a step works; `step` is the x-coordinate."""
+    with mlflow_client.connected() as client:
+        mlflow_values.log_metrics(client, step_run.run_id, metrics, step)
+
+
+def finish(
+    step_run: StepRun,
+    *,
+    params: Values,
+    metrics: Metrics,
+    inputs: list[str],
+    output: str | None,
+    step: int,
+) -> None:
+    """End a step: parameters, metrics and lineage. Calling it again changes nothing.
+
+    `inputs` and `output` are ids of LoggedModels; metrics also appear on the page of the output, or of the only input.
+    A parameter that an earlier attempt logged keeps its value, and a model that MLflow has lost is left out. The last
+    step, `report`, ends the parent too.
+    """
+    run_id = step_run.run_id
+    with mlflow_client.connected() as client:
+        inputs, output = _known_models(client, step_run, inputs, output)
+        run = client.get_run(run_id)
+        if run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")  # lineage can only be logged while it runs
+        # What an earlier attempt logged stays.
+        for key, before, now in mlflow_values.add_params(client, run, params):
+            log.warning("%s: %s was %s in an earlier attempt, now %s", step_run.step, key, before, now)
+        # The metrics belong to the model that was made, else to the one that was scored.
+        scored = output
+        if output is None and len(inputs) == 1:
+            (scored,) = inputs
+        mlflow_values.add_metrics(client, run, metrics, step, scored)
+        _log_inputs(client, run, inputs)
+        if output:
+            # READY last: until then the model counts as one of a killed attempt.
+            mlflow_objects.log_output(client, run_id, output, step)
+            client.finalize_logged_model(output, "READY")
+        _abandon(client, step_run)
+        if "ptl.error" in run.data.tags:  # of an earlier attempt
+            untag(client, run_id, "ptl.error")
+        client.set_terminated(run_id, "FINISHED")
+        settle(client, step_run)
+
+
+def _known_models(
+    client: MlflowClient,
+    step_run: StepRun,
+    inputs: list[str],
+    output: str | None,
+) -> tuple[list[str], str | None]:
+    """Inputs and output without those that MLflow has lost, which a warning names."""
+    models = {*inputs, output} if output else set(inputs)
+    existing = mlflow_objects.existing_models(client, models)
+    missing = ", ".join(sorted(models - existing))
+    if missing:
+        say(step_run.step, f"warning: MLflow has lost {missing}: left out of the lineage of this run")
+    known_inputs = [model for model in inputs if model in existing]
+    return known_inputs, output if output in existing else None
+
+
+def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
+    """Make LoggedModels inputs of a run, those that are not yet."""
+    from mlflow.entities import LoggedModelInput
+
+    logged = run.inputs.model_inputs if run.inputs else []
+    known = {model.model_id for model in logged}
+    new = [model_id for model_id in dict.fromkeys(model_ids) if model_id not in known]
+    if new:
+        models = [LoggedModelInput(model_id) for model_id in new]
+        client.log_inputs(run.info.run_id, models=models)
+
+
+def tag(step_run: StepRun, values: Values) -> None:
+    """Set tags `ptl.<name>` of a step's run."""
+    with mlflow_client.connected() as client:
+        set_tags(client, step_run.run_id, ptl_keys(values))
+
+
+def note_error(step_run: StepRun, message: str) -> None:
+    """Keep why an attempt failed, as tag `ptl.error`; another attempt may follow. It never hides the error itself."""
+    try:
+        with mlflow_client.briefly(), mlflow_client.connected() as client:
+            client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
+    except Exception as error:
+        say(step_run.step, f"warning: the failure could not be recorded: {error}")
+
+
+def error_of(step_run: StepRun) -> str:
+    """Why the last attempt of a step failed, as far as it could record it."""
+    with mlflow_client.connected() as client:
+        tags = client.get_run(step_run.run_id).data.tags
+        return str(tags.get("ptl.error", ""))
+
+
+def fail(step_run: StepRun, message: str) -> None:
+    """Mark a step as failed for good, with the message as tag `ptl.error`; a retry reopens it.
+
+    A step of the loop fails its pipeline run too, whose page then shows which step and why.
+    """
+    with mlflow_client.connected() as client:
+        # The reason first: a watcher reads it as soon as the status changes.
+        client.set_tag(step_run.run_id, "ptl.error", message[:TAG])
+        _abandon(client, step_run)
+        client.set_terminated(step_run.run_id, "FAILED")
+        settle(client, step_run)
+
+
+def computing_beside(step_run: StepRun) -> list[str]:
+    """Names of the run's other steps that are at work on the same node now."""
+    with mlflow_client.connected() as client:
+        runs = steps_of(client, step_run.experiment_id, step_run.run)
+    runs.pop(step_run.step, None)
+    busy = []
+    for step, run in runs.items():
+        # Steps of other nodes do not take its time.
+        runs_here = run.data.tags.get("ptl.node") == node()
+        if runs_here and run.info.status == "RUNNING":
+            busy.append(step)
+    return sorted(busy)
+
+
+def log_progress(
+    step_run: StepRun,
+    params: int,
+    accuracy: float,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
+    parent_id = step_run.parent_run_id
+    # The control has charts of its own: both arms end at the same size.
+    arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
+    values = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    with mlflow_client.connected() as client:
+        for name, value in values.items():
+            if value is None:
+                continue
+            chart = f"by_params/{arm}{name}"
+            history = client.get_metric_history(parent_id, chart)
+            # An earlier attempt may have logged the point.
+            points = [(point.step, point.value) for point in history]
+            if (params, value) not in points:
+                mlflow_values.log_metrics(client, parent_id, {chart: value}, params)
+
+
+def log_report(step_run: StepRun, files: list[Path]) -> None:
+    """Attach files to the parent run, under `report/`."""
+    with mlflow_client.connected() as client:
+        for file in files:
+            client.log_artifact(step_run.parent_run_id, str(file), "report")
+
+
+def links(step_run: StepRun) -> dict[str, str]:
+    """Where a report finds the pipeline run in MLflow; `mlflow_url` is empty when tracking is not on a server."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    server = ""
+    # A report is handed around: it must not hold a password.
+    if address.is_server(uri):
+        server = address.bare(uri).rstrip("/")
+    return {
+        "run_id": step_run.run,
+        "mlflow_run_id": step_run.parent_run_id,
+        "experiment_id": step_run.experiment_id,
+        "mlflow_url": server,
+    }
+
+
+def _abandon(client: MlflowClient, step_run: StepRun) -> None:
+    """Models that earlier, killed attempts of this step left PENDING are marked FAILED."""
+    query = f"source_run_id = '{step_run.run_id}'"
+    for model in client.search_logged_models([step_run.experiment_id], query):
+        if str(model.status) == "PENDING":  # the server cannot filter by status
+            client.finalize_logged_model(model.model_id, "FAILED")

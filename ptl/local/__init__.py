@@ -1,0 +1,1 @@
+"""One machine: run directories, servers, images."""

@@ -1,0 +1,135 @@
+"""Building and pushing the steps' images with buildx, and asking the engine for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptl import __version__
+from ptl.config.image_names import names
+from ptl.errors import InputError, WorkError
+from ptl.revision import revision_of
+
+ROOT = Path(__file__).parents[2]
+BAKE_FILE = Path("docker", "docker-bake.hcl")
+
+
+def build(
+    registry: str = "",
+    tag: str | None = None,
+    *,
+    base_image: str | None = None,
+    cpu: bool = False,
+    ca: Path | None = None,
+    index: str | None = None,
+    wheels: Path | None = None,
+) -> list[str]:
+    """Build the three images with `docker buildx bake` and load them into the engine; returns their names.
+
+    `base_image` replaces the CUDA base; `cpu` takes the locks that leave the CUDA libraries out (docs/images.md says
+    where their torch comes from). `ca` is a CA bundle and `index` the address of a package index, both only for the
+    build's downloads; `wheels` is a folder of local wheels. Raises InputError outside a checkout and for a missing
+    file, WorkError when no engine answers or a build fails.
+    """
+    built = names(registry, tag)
+    if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
+        problem = f"no {BAKE_FILE} under {ROOT}"
+        raise InputError(problem, field="images", remedy="run this in a checkout of the repository")
+    require_engine()
+    settings = {
+        "REGISTRY": f"{registry}/" if registry else "",
+        "TAG": tag or __version__,
+        "VERSION": __version__,
+        "REVISION": revision_of(ROOT) or "unknown",
+    }
+    if base_image:
+        settings["BASE_IMAGE"] = base_image
+    if cpu:
+        settings["LOCKS"] = "docker/locks/cpu"
+        settings["HASHES"] = "--verify-hashes"
+    if index:
+        settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
+    overrides = _download_options(ca, index, wheels)
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *overrides, settings=settings)
+    return built
+
+
+def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
+    """Options of bake that say where packages come from."""
+    # `ca` and `index` as secrets: they are in no layer of an image.
+    overrides = []
+    if ca is not None:
+        if not ca.is_file():
+            raise InputError(f"no file {ca}", field="--ca", remedy="give your organisation's CA, a bundle in PEM")
+        overrides.append(f"*.secrets=id=ca,src={ca.absolute()}")
+    if index is not None:
+        if not index.startswith(("http://", "https://")):
+            raise InputError("must be an address, http:// or https://", field="--index")
+        overrides.append("*.secrets=id=index,env=PIP_INDEX_URL")
+    if wheels is not None:
+        if not wheels.is_dir():
+            raise InputError(f"no folder {wheels}", field="--wheels", remedy="give a folder that holds wheels")
+        overrides.append(f"*.contexts.wheels={wheels.absolute()}")
+
+    options = []
+    for override in overrides:
+        options += ["--set", override]
+    return options
+
+
+def push(registry: str, tag: str | None = None) -> list[str]:
+    """Push the three images that `build` made; the engine's own login is used. Returns their names."""
+    if not registry:
+        remedy = "give --registry host[:port][/path], as for the build"
+        raise InputError("pushing needs one", field="registry", remedy=remedy)
+    # All three or none: a tag must not name images of two builds.
+    pushed = names(registry, tag)
+    absent = missing(pushed)
+    if absent:
+        problem = f"the engine has no {', '.join(absent)}"
+        raise InputError(problem, field="images", remedy="build with the same registry and tag first")
+    for name in pushed:
+        _docker("push", name)
+    return pushed
+
+
+def missing(image_names: Sequence[str]) -> list[str]:
+    """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
+    # Else all of them would seem to be missing.
+    require_engine()
+    absent = []
+    for name in image_names:
+        answer = _docker_quietly("image", "inspect", name)
+        if answer.returncode != 0:
+            absent.append(name)
+    return absent
+
+
+def require_engine() -> None:
+    """Raise WorkError, saying what to do, unless a Docker engine answers."""
+    if shutil.which("docker") is None:
+        remedy = "install Docker, or use the subprocess runner"
+        raise WorkError("the command is not on PATH", field="docker", remedy=remedy)
+    # The server's version: without an engine the command still has one.
+    answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
+    if answer.returncode != 0:
+        lines = answer.stderr.strip().splitlines()
+        reason = lines[-1] if lines else "no answer"
+        remedy = "start Docker, or set DOCKER_HOST to one that runs"
+        raise WorkError(f"no engine answers ({reason})", field="docker", remedy=remedy)
+
+
+def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
+    """Run a docker command from the checkout's root; the user sees its output."""
+    environment = {**os.environ, **(settings or {})}
+    done = subprocess.run(["docker", *command], cwd=ROOT, env=environment, check=False)
+    if done.returncode != 0:
+        problem = f"failed with exit code {done.returncode}"
+        raise WorkError(problem, field=f"docker {command[0]}", remedy="its output above says why")
+
+
+def _docker_quietly(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False)

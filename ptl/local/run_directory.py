@@ -1,0 +1,215 @@
+"""Run directories on one machine: a new one for each run, the same one again for a run that did not finish."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import secrets
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptl import processes
+from ptl.config.run import Config
+from ptl.errors import InputError, PtlError, WorkError
+from ptl.storage import local_files, store
+
+END_SECONDS = 30  # for the steps of an interrupted command to end
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`.ptl/runs/<id>/` holds the pipeline, the config, the result and the report of one run."""
+
+    home: Path  # .ptl
+    path: Path
+    earlier: tuple[str, ...] = ()  # unfinished runs of this name with another config, the newest first
+    launch: str = field(default_factory=lambda: uuid.uuid4().hex)  # of this command: each gives its steps new attempts
+
+    @property
+    def run_id(self) -> str:
+        """The folder's name; it also names the run in MLflow and in the store."""
+        return self.path.name
+
+    @property
+    def result(self) -> Path:
+        """Written by the last step: its presence means that the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Temporary work of the steps, which survives a kill."""
+        return self.path / "scratch"
+
+    @property
+    def lifeline(self) -> Path:
+        """Locked as long as this command runs: its steps end with it."""
+        return self.path / f"lifeline-{self.launch}"
+
+
+def open_run(
+    home: Path,
+    config: Config,
+    chosen: Path | None,
+    fresh: bool,
+) -> tuple[RunDir, bool]:
+    """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
+
+    Unless it is to begin anew, it names unfinished runs of other configs, whose steps may be taken over. Raises
+    InputError when `chosen` belongs to another run.
+    """
+    home = home.absolute()
+    resumable: list[Path] = []
+    earlier: list[str] = []
+    unfinished = [] if fresh else _unfinished_runs(home, config)
+    for path, old_config in unfinished:
+        if _is_same_run(old_config, config):
+            resumable.append(path)
+        else:
+            earlier.append(path.name)
+
+    if chosen is not None:
+        resumed = _check_chosen(chosen, config)
+        path = chosen.absolute()
+    elif resumable:
+        resumed = True
+        path = resumable[0]
+    else:
+        resumed = False
+        # Two commands may begin in the same second.
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+        path = home / "runs" / name
+    return RunDir(home, path, tuple(earlier)), resumed
+
+
+def _check_chosen(folder: Path, config: Config) -> bool:
+    """Whether the directory of --run-dir holds this config's run; InputError where it cannot take it."""
+    name = folder.absolute().name
+    if not store.is_name(name):  # it names the run in the store
+        problem = f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores"
+        raise InputError(problem, field="--run-dir")
+    old_config = _read_config(folder)
+    if old_config is None and _is_free(folder):
+        return False
+    if old_config is not None and _is_same_run(old_config, config):
+        return True
+    reason = "is not empty and holds no run"
+    if (folder / "config.yaml").is_file():
+        reason = "belongs to another run: its config.yaml differs from this config"
+    raise InputError(f"{folder} {reason}", field="--run-dir", remedy="choose another directory")
+
+
+def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories and configs of the runs of this name that have no result yet, the newest first."""
+    # Names end with the time: their order is that of the runs.
+    folder = home / "runs"
+    paths = sorted(folder.glob(f"{config.name}-*"), reverse=True)
+    unfinished = []
+    for path in paths:
+        if (path / "result.json").is_file():
+            continue
+        old_config = _read_config(path)
+        # The pattern also fits a longer name.
+        if old_config is not None and old_config["name"] == config.name:
+            unfinished.append((path, old_config))
+    return unfinished
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """The config that a directory's run began with; None where there is none, or only the part that a crash left."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    # A file that was cut off may still be valid YAML, or a scalar.
+    is_complete = isinstance(config, dict) and set(config) == set(Config.model_fields)
+    return config if is_complete else None
+
+
+def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
+    """Whether a run's config is this one but for `resources`, on which no result depends."""
+    new_config = config.model_dump(mode="json")
+    new_config["resources"] = old_config["resources"]
+    return bool(old_config == new_config)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a directory without a config is empty, or one that a killed command has begun.
+
+    Then the steps' own keys keep results of another config from being taken.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return "lock" in names or not names
+
+
+@contextlib.contextmanager
+def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Iterator[None]:
+    """Make the directory, write the effective config, point `.ptl/latest` at it; the block is this run's only command.
+
+    Steps that a killed command left behind have ended before it begins, and its own steps when it ends; `clear` ends
+    those that do not see by themselves that their command is gone, such as a paused container. Raises InputError when
+    another process executes the run.
+    """
+    lock = run.path / "lock"
+    remedy = "wait for it, or start another with --new"
+    with processes.exclusive(lock, f"run {run.run_id}", remedy=remedy):
+        # Steps of a killed command: one that comes too late to follow a lifeline ends as well.
+        for lifeline in run.path.glob("lifeline-*"):
+            lifeline.unlink()
+        clear(run.path)
+        _await_steps(run)
+
+        # From here on nobody else writes to the directory.
+        local_files.replace(run.path / "config.yaml", dump(config).encode())
+        (run.path / "error.json").unlink(missing_ok=True)
+        _point_link(run.home / "latest", run.path)
+        try:
+            with processes.lifeline(run.lifeline):
+                yield
+        finally:
+            with contextlib.suppress(InputError):  # the next command waits for them too
+                _await_steps(run)
+
+
+def _await_steps(run: RunDir) -> None:
+    """Wait until no step of the run works any more. Raises InputError naming the process of one that does not end."""
+    for lock in sorted(run.scratch.glob("*.lock")):
+        work = f"step {lock.stem} of run {run.run_id}"
+        with processes.exclusive(lock, work, wait=END_SECONDS):
+            pass
+
+
+def _point_link(link: Path, target: Path) -> None:
+    """Let a symbolic link point to `target`, in one step."""
+    # A new link is renamed over the old one: there is no moment without one.
+    draft_name = f".{link.name}.{uuid.uuid4().hex}"
+    draft = link.with_name(draft_name)
+    relative_target = os.path.relpath(target, link.parent)
+    draft.symlink_to(relative_target)
+    draft.replace(link)
+
+
+def step_error(run: RunDir) -> PtlError | None:
+    """The error that a failed step left behind."""
+    path = run.path / "error.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    kind = InputError if record["exit_code"] == InputError.exit_code else WorkError
+    return kind(record["message"], field=record["step"])
+
+
+def dump(config: Config) -> str:
+    """The effective config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

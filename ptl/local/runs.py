@@ -1,0 +1,155 @@
+"""Where the runs of one machine are tracked and stored: servers, and the environment of their steps."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ptl import address
+from ptl.errors import InputError
+from ptl.local.run_directory import RunDir
+from ptl.processes import LIFELINE, Environment
+from ptl.storage import s3_client
+
+# What steps get of this process's environment, beside what `environment` adds.
+PASSED = (
+    *s3_client.SETTINGS,
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "OMP_NUM_THREADS",
+    # Some libraries read the one spelling, some the other.
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
+
+
+def start_servers(home: Path) -> Environment:
+    """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
+    from ptl.local import servers
+
+    s3_port = servers.last_port(home, "s3") or servers.S3_PORT
+    mlflow_port = servers.last_port(home, "mlflow") or servers.MLFLOW_PORT
+    return servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
+
+
+def environment(run: RunDir, addresses: Environment) -> Environment:
+    """The environment of local steps: where to track, where checkpoints are, which run this is.
+
+    `addresses` is what `start_servers` returned, or empty: then this process's environment says where to track, with a
+    database file as default, and an MLflow server (http) decides where checkpoints go.
+    """
+    address.split_login()
+    settings = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
+    if addresses:
+        # Other S3 settings of the caller would lead to another store.
+        for name in s3_client.SETTINGS:
+            settings.pop(name, None)
+        settings.update(addresses)
+    else:
+        database = f"sqlite:///{run.home}/mlflow.db"
+        settings["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or database
+    # Without a server steps write their files themselves.
+    if not address.is_server(settings["MLFLOW_TRACKING_URI"]):
+        settings["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
+    settings.update(
+        {
+            "PTL_RUN_ID": run.run_id,
+            "PTL_LAUNCH": run.launch,
+            LIFELINE: str(run.lifeline),
+            "PTL_RUN_DIR": str(run.path),
+            "PTL_EARLIER_RUNS": " ".join(run.earlier),
+            "PTL_SCRATCH": str(run.scratch),
+            # Else a step's log is full of bars and warnings.
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
+    return settings
+
+
+def use(settings: Environment) -> None:
+    """Make this process's environment that of the steps: other S3 settings would lead them to another store."""
+    # What the steps' environment does not set, ours must not either.
+    for name in (*s3_client.SETTINGS, "PTL_ARTIFACT_ROOT"):
+        os.environ.pop(name, None)
+    os.environ.update(settings)
+
+
+def reach(home: Path, s3: bool) -> None:
+    """Make this process's environment lead to the MLflow of earlier runs: the caller's own, `ptl up`'s servers, or the
+    database of local runs. Raises InputError where `home` has none of it.
+    """
+    # `ptl up` makes this folder, and keeps it when its servers are stopped.
+    has_servers = (home / "stack").is_dir()
+    if s3:
+        if not has_servers:
+            problem = f"`ptl up` has never run in {home}"
+            raise InputError(problem, field="--s3", remedy="give --home, or leave --s3 out")
+        use(start_servers(home))
+        return
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return
+    database = home / "mlflow.db"
+    if not database.is_file():
+        problem = f"no local runs in {home} (no {database.name})"
+        if has_servers:
+            problem += "; --s3 is for the runs of its servers"
+        raise InputError(f"{problem}, or set MLFLOW_TRACKING_URI", field="--home")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{database}"
+
+
+def artifact_location(experiment: str) -> str:
+    """Where MLflow keeps the experiment's files, asked before any work; only `file://` without a server.
+
+    Raises InputError when the server does not answer, or its store cannot be used.
+    """
+    address.split_login()
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    if not address.is_server(uri):
+        return os.environ["PTL_ARTIFACT_ROOT"]
+    # MLflow's own client would try for minutes.
+    _require_answer(uri)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    from ptl.lineage import mlflow_objects
+    from ptl.storage import store
+
+    client = MlflowClient(uri, registry_uri=uri)
+    try:
+        mlflow_experiment = mlflow_objects.experiment(client, experiment)
+    except MlflowException as error:
+        problem = f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}"
+        question = "is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
+        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=question) from error
+    # Steps would find out only when the first checkpoint is done.
+    location = str(mlflow_experiment.artifact_location)
+    store.check(f"{location.rstrip('/')}/ptl")
+    return location
+
+
+def _require_answer(uri: str) -> None:
+    try:
+        url = f"{uri.rstrip('/')}/health"
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers; whether it accepts our password is seen later
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        problem = f"no MLflow server answers at {uri} ({reason})"
+        remedy = "start it or correct the address, or let --s3 start one"
+        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=remedy) from error

@@ -1,0 +1,269 @@
+"""A Hugging Face checkpoint as files: safetensors shards, config.json and the files that must travel with them."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl import json_input
+from ptl.errors import InputError
+from ptl.model import safetensors_io
+from ptl.model.families import ROTARY, family_of
+from ptl.model.safetensors_io import ITEM_BYTES, Entries, Entry
+
+if TYPE_CHECKING:
+    import torch
+
+# Names that transformers looks for in a folder
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
+DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
+ADAPTER = "adapter_config.json"  # of PEFT
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
+# Suffixes of files that can run code when they are read
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# A checkpoint with any of these files has a tokenizer
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+MAX_NAMED_PICKLES = 3  # in an error
+
+
+def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -> InputError:
+    """An error in the files that the setting model.path names."""
+    return InputError(problem, field="model.path", remedy=remedy)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises InputError when it is missing or not a JSON object."""
+    path = folder / "config.json"
+    # A wrong path and a folder without a checkpoint are different mistakes.
+    if not folder.is_dir():
+        raise checkpoint_error(f"no folder {folder}", "give a checkpoint folder or a hub id")
+    if not path.is_file():
+        raise checkpoint_error(f"{folder} has no config.json", "give the folder of a Hugging Face checkpoint")
+    return json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises InputError when it holds no JSON object."""
+    try:
+        content = json_input.loads(path.read_bytes())
+    except ValueError as error:
+        raise checkpoint_error(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise checkpoint_error(f"{path} must hold a JSON object")
+    return content
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files, in order. Raises InputError for pickles, missing shards and paths that leave the folder."""
+    index = folder / INDEX
+    if not index.is_file():
+        return [_single_file(folder)]
+    weight_map = _weight_map(folder)
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # A name with a folder in it could point to any file on the machine.
+        if Path(name).name != name:
+            raise checkpoint_error(f"{index} names {name!r}, which is not a plain file name")
+        if not (folder / name).is_file():
+            raise checkpoint_error(f"{index} names {name}, which is missing")
+    return [folder / name for name in names]
+
+
+def _single_file(folder: Path) -> Path:
+    """The only weight file of a checkpoint without an index."""
+    weights = folder / WEIGHTS
+    if weights.is_file():
+        return weights
+    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
+    if pickles:
+        examples = sorted(pickles)[:MAX_NAMED_PICKLES]
+        names = ", ".join(examples)
+        raise checkpoint_error(
+            f"{folder} has only pickled weights ({names}), which can run code when read",
+            "convert it: load it once with transformers and save_pretrained(..., safe_serialization=True)",
+        )
+    raise checkpoint_error(f"{folder} has no {WEIGHTS}", "give the folder of a safetensors checkpoint")
+
+
+def contents(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the weights by name, from the shards' headers alone. Raises InputError that names a bad shard."""
+    entries: dict[str, Entry] = {}
+    for path in shards(folder):
+        for entry in safetensors_io.entries(path):
+            if entry.name in entries:
+                raise checkpoint_error(f"tensor {entry.name} is in two shards, {path} among them")
+            entries[entry.name] = entry
+    # transformers trusts the index: it would initialise a tensor that is not in the shard named there.
+    index = folder / INDEX
+    for name, file in _weight_map(folder).items():
+        indexed = entries.get(name)
+        if indexed is None or indexed.path.name != file:
+            raise checkpoint_error(f"{index} says that {file} holds {name}, but it does not")
+    return entries
+
+
+def num_params(folder: Path) -> int:
+    """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
+    config = read_config(folder)
+    tied = family_of(config).is_tied(config)
+    return count_params(contents(folder), tied)
+
+
+def itemsize(folder: Path) -> int:
+    """Bytes of a number in the model as transformers loads it: in the config's dtype, else in that of the weights."""
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        return DTYPES[dtype]
+    # Of a hub id perhaps only config.json has been downloaded.
+    dtypes: set[str] = set()
+    if any(folder.glob("*.safetensors")):
+        dtypes = {entry.dtype for entry in contents(folder).values()}
+    sizes = [ITEM_BYTES[dtype] for dtype in dtypes]
+    return max(sizes, default=DTYPES["bfloat16"])
+
+
+def count_params(entries: Entries, tied: bool) -> int:
+    """Parameters of these tensors. An output layer that is the embeddings counts once, also where both are stored."""
+    params = 0
+    for name, entry in entries.items():
+        is_embeddings = tied and name == "lm_head.weight"
+        is_buffer = ROTARY.match(name)
+        if not is_embeddings and not is_buffer:
+            params += math.prod(entry.shape)
+    return params
+
+
+def check_tied(entries: Entries) -> None:
+    """Raise InputError where a tied output layer is stored with other values: transformers would then not tie it."""
+    output = entries.get("lm_head.weight")
+    embeddings = entries.get("model.embed_tokens.weight")
+    if output is None or embeddings is None:
+        return
+    # Compared in chunks: an output layer can have gigabytes.
+    output_chunks = safetensors_io.byte_chunks(output)
+    embedding_chunks = safetensors_io.byte_chunks(embeddings)
+    if not all(map(operator.eq, output_chunks, embedding_chunks)):
+        raise checkpoint_error(
+            f"{output.path} holds an output layer (lm_head.weight) that differs from the embeddings, but config.json "
+            "ties them",
+            "set tie_word_embeddings to false there, or remove that tensor",
+        )
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise InputError where an adapter is left in the folder: transformers would load it on top of the weights."""
+    if (folder / ADAPTER).is_file():
+        raise checkpoint_error(
+            f"{folder} has {ADAPTER}, with which transformers loads an adapter, or the adapter's own base model, in "
+            "place of these weights",
+            "merge the adapter and save the model, or remove its files",
+        )
+
+
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor, one after the other, so that only one is in memory."""
+    for entry in safetensors_io.entries(path):
+        yield entry.name, safetensors_io.read_tensor(entry)
+
+
+def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
+    """Save one shard in the form that transformers reads."""
+    from safetensors.torch import save_file
+
+    save_file(named, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """The index of a checkpoint with several shards."""
+    index = {
+        "metadata": {"total_size": total_size},  # bytes
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file of a checkpoint, as transformers writes it."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link to a file outside the folder: its content would be copied and published.
+
+    A snapshot in the hub's cache is made of links to the `blobs` beside it, which are its own.
+    """
+    root = folder.resolve()
+    allowed = [root]
+    # models--org--name/snapshots/<commit> and models--org--name/blobs
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    for path in sorted(root.rglob("*")):
+        if not path.is_symlink():
+            continue
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
+            link = folder / path.relative_to(root)
+            problem = f"{link} is a link to {target}, outside of that folder"
+            raise checkpoint_error(problem, "copy the file there in its place")
+
+
+def copy_companions(src: Path, dst: Path) -> None:
+    """Copy everything but the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
+    check_links(src)
+    # The caller writes the weights, and with them the index and the config; a manifest would be out of date.
+    weights = {path.name for path in shards(src)}
+    excluded_names = weights | {INDEX, "config.json", STATE, "ptl-files.json"}
+    excluded_suffixes = (*PICKLES, ".safetensors")
+    for path in sorted(src.iterdir()):
+        excluded = path.name in excluded_names or path.suffix in excluded_suffixes
+        if not excluded and path.is_file():
+            shutil.copyfile(path, dst / path.name)
+    templates = src / CHAT_TEMPLATES
+    for path in sorted(templates.glob("*.jinja")):
+        copy = dst / CHAT_TEMPLATES / path.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise InputError when a checkpoint has no tokenizer files."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        names = ", ".join(TOKENIZERS)
+        raise checkpoint_error(
+            f"{folder} has no tokenizer ({names})",
+            "save it beside the weights: AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+        )
+
+
+def check_finite(paths: Iterable[Path]) -> None:
+    """Raise InputError that names the first tensor with NaN or infinite values."""
+    for path in paths:
+        for name, tensor in tensors(path):
+            # Integers are always finite.
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                problem = f"tensor {name} in {path} holds NaN or infinite values"
+                raise checkpoint_error(problem, "use a checkpoint without them")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which tensor, by the index; empty without one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    # Any damage to its structure is reported in the same way.
+    try:
+        index = json_input.loads(path.read_bytes())
+        weight_map = index["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoint_error(f"{path} is not an index of shards ({error})") from error

@@ -1,0 +1,155 @@
+"""Whether a checkpoint can be trained and asked at all: tokenizer, EOS token, positions, vocabulary. Reads no weights.
+
+`ptl validate` runs without transformers and takes less than a second: it looks at files. The steps ask transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ptl import json_input
+from ptl.errors import InputError
+from ptl.model import checkpoint, pretrained
+
+JSON_FILES = (
+    "tokenizer.json",  # the tokenizer itself, vocabulary included
+    "tokenizer_config.json",  # special tokens and chat template
+    "special_tokens_map.json",  # special tokens, in older checkpoints
+    "vocab.json",  # the vocabulary, where there is no tokenizer.json
+)
+GENERATION = "generation_config.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
+    """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
+    try:
+        tokenizer = pretrained.tokenizer(folder, field)
+    except (InputError, ModuleNotFoundError):  # the latter: without transformers
+        raise
+    except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
+        raise _unreadable_tokenizer(folder, error) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{folder}: the tokenizer has no EOS token, so no answer could end",
+            field=field,
+            remedy="set eos_token and save it",
+        )
+    return tokenizer
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise InputError for a tokenizer that is not there, cannot be read or has no EOS token, as far as files say."""
+    # Is there one, and is each of its files JSON?
+    checkpoint.check_tokenizer(folder)
+    files = _json_files(folder)
+    # The library that transformers uses for it reads the file in milliseconds.
+    core = folder / "tokenizer.json"
+    if core.is_file() and find_spec("tokenizers") is not None:
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(core))
+        except Exception as error:  # the library raises Exception itself
+            raise _unreadable_tokenizer(folder, error) from error
+
+    # A few classes of transformers have an EOS token of their own, so files without one are asked of it.
+    eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
+    if not eos and find_spec("transformers") is not None:
+        load_tokenizer(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
+    path = folder / GENERATION
+    if path.is_file():
+        checkpoint.json_object(path)
+
+
+def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
+    """Raise InputError for a config field whose sequences are longer than the model's context; `lengths` in tokens."""
+    positions = checkpoint.read_config(folder).get("max_position_embeddings")
+    if not isinstance(positions, int):  # a family without a limit
+        return
+    for field, length in lengths.items():
+        if length > positions:
+            raise InputError(
+                f"{length} is more than the model's {positions} positions ({folder})",
+                field=field,
+                remedy=f"lower it to {positions}",
+            )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether chats can be rendered; older checkpoints have the template in the tokenizer's config."""
+    if any((folder / name).is_file() for name in TEMPLATES):
+        return True
+    return bool(_json_files(folder)["tokenizer_config.json"].get("chat_template"))
+
+
+def check_teacher(folder: Path, teacher: Path, name: str) -> None:
+    """Raise InputError for a teacher with another vocabulary, where both store it in tokenizer.json."""
+    student_tokens = _vocabulary(folder)
+    teacher_tokens = _vocabulary(teacher)
+    if student_tokens and teacher_tokens:
+        compare_vocabularies(student_tokens, teacher_tokens, name)
+
+
+def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
+    """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
+    if student == teacher:
+        return
+    # An entry is a token with its number; a token that has moved counts on both sides.
+    different = set(student.items()) ^ set(teacher.items())
+    raise InputError(
+        f"{name} has another vocabulary ({len(teacher)} tokens, the student {len(student)}; "
+        f"{len(different)} entries differ)",
+        field="recover.teacher",
+        remedy="distillation needs a teacher with the same tokenizer",
+    )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Tokens and their numbers, from tokenizer.json; empty without one."""
+    core = _json_files(folder)["tokenizer.json"]
+    if not core:
+        return {}
+    # Tokens that were added later (of chats, for example) are listed apart.
+    try:
+        vocabulary = core["model"].get("vocab", {})
+        if not isinstance(vocabulary, dict):  # Unigram: pairs of a token and its score, in the order of their numbers
+            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
+        added = core.get("added_tokens") or ()
+        return {**vocabulary, **{token["content"]: token["id"] for token in added}}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        kind = type(error).__name__
+        raise _unreadable_tokenizer(folder, f"tokenizer.json: {kind}: {error}") from error
+
+
+def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tokenizer's JSON files by name; empty: not there."""
+    files: dict[str, dict[str, Any]] = {}
+    for name in JSON_FILES:
+        path = folder / name
+        try:
+            text = path.read_bytes() if path.is_file() else b"{}"
+            content = json_input.loads(text)
+        except ValueError as error:
+            raise _unreadable_tokenizer(folder, f"{name}: {error}") from error
+        if not isinstance(content, dict):
+            raise _unreadable_tokenizer(folder, f"{name} holds no JSON object")
+        files[name] = content
+    return files
+
+
+def _unreadable_tokenizer(folder: Path, reason: object) -> InputError:
+    beginning = str(reason)[:300]
+    return InputError(
+        f"the tokenizer of {folder} cannot be read ({beginning})",
+        field="model.path",
+        remedy="fetch the checkpoint again, or save a tokenizer beside the weights: "
+        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+    )

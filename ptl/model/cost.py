@@ -1,0 +1,41 @@
+"""What a model costs: parameters, bytes, FLOPs and KV-cache per token from its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptl.model import checkpoint, shapes
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import family_of
+
+
+@dataclass(frozen=True)
+class StaticCost:
+    """Costs that follow from the shapes alone."""
+
+    params: int  # tied tensors count once
+    bytes: int  # of the weight files
+    flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
+    attention_flops: int  # per token of context
+    kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
+    widths: list[int]  # FFN width of each layer
+
+
+def from_config(folder: Path) -> StaticCost:
+    """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    _, product_params = shapes.count(config, family, sizes)
+    query_width = sizes.num_attention_heads * sizes.head_dim
+    key_width = sizes.num_key_value_heads * sizes.head_dim
+    cached_numbers = 2 * sizes.layers * key_width  # keys and values
+    return StaticCost(
+        params=model_dimensions(folder, family).params,
+        bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
+        flops_per_token=2 * product_params,  # multiply and add
+        attention_flops=4 * sizes.layers * query_width,  # the same for scores and for values
+        kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
+        widths=[sizes.width] * sizes.layers,
+    )

@@ -1,0 +1,225 @@
+"""Sizes of a checkpoint and what a goal in parameters means for it: torch-free, so that bad targets fail early."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ptl.errors import InputError
+from ptl.model import checkpoint, shapes
+from ptl.model.checkpoint import checkpoint_error
+from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
+from ptl.model.safetensors_io import FLOATS, Entries
+
+Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
+MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
+MIN_STEPS = 8  # a multiple is taken by default where the width holds at least as many of it
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """Sizes of a checkpoint, read from the headers of its shards and its config."""
+
+    params: int  # tied tensors count once
+    layers: int  # decoder layers
+    width: int  # FFN neurons in each layer
+    params_per_neuron: int  # of one channel in every layer together
+    params_per_layer: int  # of the smallest layer
+
+
+def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
+    """Measure a checkpoint without loading it.
+
+    Raises InputError that names an impossible field of config.json, a missing, extra or misshapen tensor, or dtypes
+    that cannot be pruned.
+    """
+    config = checkpoint.read_config(folder)
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    checkpoint.check_no_adapter(folder)
+    # Rotary buffers of old files are neither parameters nor read.
+    contents = checkpoint.contents(folder)
+    entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
+    _check_names(folder, family, config, entries)
+    _check_shapes(family, sizes, entries)
+    _check_dtypes(folder, entries)
+    tied = family.is_tied(config)
+    if tied:
+        checkpoint.check_tied(entries)
+
+    # A neuron has a row or a column in several tensors of every layer.
+    params_by_layer = [0] * sizes.layers
+    params_per_neuron = 0
+    for name, entry in entries.items():
+        match = IN_LAYER.match(name)
+        if match is None:
+            continue
+        params = math.prod(entry.shape)
+        params_by_layer[int(match["layer"])] += params
+        if family.has_neurons(match["part"], match["kind"]):
+            params_per_neuron += params // sizes.width
+    return ModelDimensions(
+        params=checkpoint.count_params(entries, tied),
+        layers=sizes.layers,
+        width=sizes.width,
+        params_per_neuron=params_per_neuron,
+        params_per_layer=min(params_by_layer),
+    )
+
+
+def resolve_multiple(width: int, multiple: Multiple, tensor_parallel: int = 1) -> int:
+    """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
+
+    Raises InputError when the ranks do not divide the width.
+    """
+    if width % tensor_parallel:
+        raise InputError(
+            f"{tensor_parallel} does not divide the FFN width {width}",
+            field="prune.tensor_parallel",
+            remedy="give the number of GPUs that the model is really split over",
+        )
+    if multiple != "auto":
+        return math.lcm(multiple, tensor_parallel)
+    for candidate in MULTIPLES:
+        step = candidate * tensor_parallel
+        # A wide multiple of a narrow FFN would leave only a few widths to choose from.
+        if width % step == 0 and width // step >= MIN_STEPS:
+            return step
+    return tensor_parallel
+
+
+def width_for(
+    dimensions: ModelDimensions,
+    goal: int,  # parameters
+    multiple: Multiple,
+    tensor_parallel: int = 1,
+) -> int:
+    """The largest uniform FFN width with at most `goal` parameters, rounded down to the multiple, never above today's.
+
+    Raises InputError when fewer neurons than one multiple would be left.
+    """
+    # A width that is not pruned need not be a multiple.
+    if goal >= dimensions.params:
+        return dimensions.width
+    step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
+    per_neuron = dimensions.params_per_neuron
+    excess = dimensions.params - goal
+    width = dimensions.width - math.ceil(excess / per_neuron)
+    width -= width % step
+    if width < step:
+        without_ffn = dimensions.params - dimensions.width * per_neuron
+        least = without_ffn + step * per_neuron
+        raise InputError(
+            f"{goal:,} parameters cannot be reached by neurons: "
+            f"all but the FFNs are {without_ffn:,}, and "
+            f"prune.width_multiple={step} needs at least {least:,}",
+            field="schedule.target",
+            remedy="lower schedule.target or prune.width_multiple",
+        )
+    return width
+
+
+def smallest_cuts(
+    dimensions: ModelDimensions,
+    multiple: Multiple,
+    tensor_parallel: int = 1,
+) -> dict[str, int]:
+    """Parameters that the smallest step of `neurons` or `layers` removes; a unit that cannot shrink is left out."""
+    smallest: dict[str, int] = {}
+    with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
+        width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
+        smallest["neurons"] = (dimensions.width - width) * dimensions.params_per_neuron
+    if dimensions.layers > 1:
+        smallest["layers"] = dimensions.params_per_layer
+    return smallest
+
+
+def layers_for(dimensions: ModelDimensions, goal: int) -> int:
+    """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
+    excess = dimensions.params - goal
+    count = max(0, math.ceil(excess / dimensions.params_per_layer))
+    if count >= dimensions.layers:
+        raise InputError(
+            f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
+            field="schedule.target",
+            remedy="lower schedule.target or prune neurons",
+        )
+    return count
+
+
+def _check_names(
+    folder: Path,
+    family: Family,
+    config: ConfigJson,
+    entries: Entries,
+) -> None:
+    """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
+    layers = config[family.depth_field]
+    in_layer = [f"{part}.weight" for part in family.parts]
+    in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
+    required = {"model.embed_tokens.weight", "model.norm.weight"}
+    for i in range(layers):
+        prefix = f"model.layers.{i}"
+        required.update(f"{prefix}.{name}" for name in in_layer)
+    allowed = required | {"lm_head.weight"}  # a tied one may be stored
+    if not family.is_tied(config):
+        required = allowed
+
+    # Only the first is named: a wrong checkpoint has hundreds.
+    missing = required - entries.keys()
+    unknown = entries.keys() - allowed
+    if missing:
+        problem = f"lacks tensor {_first_of(missing)}"
+    elif unknown:
+        problem = f"has an unknown tensor {_first_of(unknown)}"
+    else:
+        return
+    raise checkpoint_error(
+        f"{folder} {problem}, for model_type {family.model_type} with {layers} layers",
+        "use a complete checkpoint of this architecture",
+    )
+
+
+def _first_of(names: Set[str]) -> str:
+    """The first name, and how many others there are."""
+    first = min(names)
+    others = len(names) - 1
+    return f"{first} and {others} more" if others else first
+
+
+def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Entries) -> None:
+    """Every tensor has the shape that config.json gives it."""
+    # The width has its own name in config.json; the fields of Sizes are named as there.
+    values = vars(sizes) | {family.width_field: sizes.width}
+    for name, entry in entries.items():
+        # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
+        match = IN_LAYER.match(name)
+        if match:
+            part, kind = match["part"], match["kind"]
+        else:
+            part, kind = name.removeprefix("model.").rsplit(".", 1)
+        shape, fields = shapes.expected(part, family, sizes)
+        if kind == "bias":
+            shape = shape[:1]  # one number for each row of the weight
+        if entry.shape != shape:
+            settings = ", ".join(f"{field}={values[field]}" for field in fields)
+            raise checkpoint_error(
+                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
+                f"and config.json gives it {list(shape)} by {settings}",
+                "correct config.json, or use a checkpoint with the same shapes in every layer",
+            )
+
+
+def _check_dtypes(folder: Path, entries: Entries) -> None:
+    """All tensors have one floating-point dtype."""
+    dtypes = sorted({entry.dtype for entry in entries.values()})
+    if len(dtypes) > 1 or dtypes[0] not in FLOATS:
+        stored = " and ".join(dtypes)
+        possible = ", ".join(FLOATS)
+        raise checkpoint_error(
+            f"{folder} holds {stored} tensors; one of {possible} for all of them is needed",
+            "load it with from_pretrained(..., dtype=...), save it, and give that folder",
+        )

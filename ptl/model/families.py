@@ -1,0 +1,163 @@
+"""Where layers, MLPs and config fields are found: one record per model_type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptl.errors import InputError
+
+ConfigJson = Mapping[str, Any]  # the content of a checkpoint's config.json
+# A tensor of a decoder layer, whatever precedes `layers.` (names in the optimizer state begin with `exp_avg.`)
+IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)$")
+ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # in old files; it is recomputed
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKVO = (*QKV, "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture names the parts that are pruned.
+
+    Tensor names are relative to a decoder layer, as in the checkpoint: `<prefix>layers.<i>.<name>.weight`.
+    `other_parts`, `up_projections` and `down_projection` together are all the tensors of a layer: a checkpoint with
+    more or fewer is refused.
+    """
+
+    model_type: str  # as config.json names it
+    other_parts: tuple[str, ...] = (*QKVO, *PRE_NORMS)  # parts without a neuron dimension
+    # [fused_projections * intermediate, hidden]; their biases are pruned alike
+    up_projections: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    fused_projections: int = 1  # projections stacked in one tensor: 2 where gate and up are fused
+    down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
+    # Parts with biases, by the config field that switches them on ("": they always have them)
+    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    width_field: str = "intermediate_size"  # config field of the FFN width
+    depth_field: str = "num_hidden_layers"  # config field of the number of layers
+    per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
+    prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
+    tied: bool = False  # default of tie_word_embeddings
+    norm_offset: float = 0.0  # what the norms add to their weight: 1 in Gemma
+    norm_per_head: bool = True  # q_norm and k_norm: of each head, or of all heads together
+    defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
+    post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every part of a layer."""
+        return (*self.other_parts, *self.up_projections, self.down_projection)
+
+    def biased_parts(self, config: ConfigJson) -> list[str]:
+        """The parts of a layer that have a bias."""
+        biased: list[str] = []
+        for field, parts in self.biases:
+            if not field or config.get(field):
+                biased += parts
+        return biased
+
+    def has_neurons(self, part: str, kind: str) -> bool:
+        """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
+        if part == self.down_projection:
+            return kind == "weight"  # the bias is that of the hidden state
+        return part in self.up_projections
+
+    def is_tied(self, config: ConfigJson) -> bool:
+        """Whether the output layer is the embeddings."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
+
+_RECORDS = (
+    Family("llama", biases=(("attention_bias", QKVO), ("mlp_bias", MLP))),
+    Family("mistral", defaults=(("num_key_value_heads", 8),)),
+    Family(
+        "qwen2",
+        per_layer_fields=("layer_types",),
+        prefix_fields=("max_window_layers",),
+        defaults=(("num_key_value_heads", 32),),
+        biases=(("", QKV),),
+    ),
+    Family(
+        "qwen3",
+        other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
+        per_layer_fields=("layer_types",),
+        prefix_fields=("max_window_layers",),
+        defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
+        biases=(("attention_bias", QKVO),),
+    ),
+    Family(
+        "gemma2",
+        other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
+        per_layer_fields=("layer_types",),
+        defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
+        biases=(("attention_bias", QKVO),),
+        tied=True,
+        norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
+    ),
+    Family(
+        "gemma3_text",
+        other_parts=(*QKVO, *QK_NORMS, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
+        per_layer_fields=("layer_types",),
+        defaults=(
+            *(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
+            ("vocab_size", 262_208),
+        ),
+        biases=(("attention_bias", QKVO),),
+        tied=True,
+        norm_offset=1.0,
+        post_norm="post_feedforward_layernorm",
+    ),
+    Family(
+        "phi3",
+        other_parts=("self_attn.qkv_proj", "self_attn.o_proj", *PRE_NORMS),
+        up_projections=("mlp.gate_up_proj",),
+        fused_projections=2,
+    ),
+    Family(
+        "olmo2",
+        other_parts=(*QKVO, *QK_NORMS, *POST_NORMS),
+        norm_per_head=False,
+        biases=(("attention_bias", QKVO),),
+        post_norm="post_feedforward_layernorm",
+    ),
+)
+FAMILIES = {family.model_type: family for family in _RECORDS}
+
+# Config fields of models that are not dense language models
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+MODALITIES = ("vision_config", "audio_config", "text_config")
+
+
+def family_of(config: ConfigJson) -> Family:
+    """The record for a checkpoint's config.json. Raises InputError that lists what is supported."""
+    model_type = config.get("model_type")
+    supported = f"supported: {', '.join(sorted(FAMILIES))}"
+    for expert_field in EXPERTS:
+        if config.get(expert_field):
+            raise InputError(
+                f"model_type {model_type!r} is a mixture of experts (config field {expert_field}), whose neurons are "
+                "not all used for every token; it is refused rather than pruned wrongly",
+                field="model",
+                remedy=f"give a dense model ({supported})",
+            )
+    for modality in MODALITIES:
+        if config.get(modality):
+            raise InputError(
+                f"model_type {model_type!r} is more than a language model (config field {modality})",
+                field="model",
+                remedy=f"save its text model as a checkpoint of its own and give that ({supported})",
+            )
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise InputError(
+        f"model_type {model_type!r} is not supported ({supported})",
+        field="model",
+        remedy="a family is one record in ptl/model/families.py and one line in tests/model/test_families.py",
+    )

@@ -1,0 +1,82 @@
+"""Configs, tokenizers and models loaded by transformers: never with a checkpoint's own code, never from pickles.
+
+transformers asks on the terminal where it needs such code (`auto_map` in a JSON file names it) and is not forbidden to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ptl import json_input
+from ptl.errors import InputError
+
+MODEL = "model.path"  # the field of the config that names the checkpoint
+MAX_REASON = 300  # characters of transformers' own message that an error quotes
+
+
+def config(folder: Path, field: str = MODEL) -> Any:
+    """The config of a checkpoint. Raises InputError where it needs code of its own, or transformers refuses a field."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return _load(AutoConfig.from_pretrained, folder, field)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
+        words = str(error).split()
+        reason = " ".join(words)[:MAX_REASON]  # on one line
+        problem = f"transformers cannot read config.json in {folder} ({reason})"
+        raise InputError(problem, field=field, remedy="correct it, or fetch the checkpoint again") from error
+
+
+def config_with_defaults(content: Mapping[str, Any]) -> Any:
+    """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
+    from transformers import AutoConfig
+
+    fields = dict(content)
+    model_type = fields.pop("model_type")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def tokenizer(folder: Path, field: str = MODEL) -> Any:
+    """The tokenizer of a checkpoint. Raises InputError where it needs code of its own."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, folder, field)
+
+
+def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
+    """The model in its stored dtype, or in the one given. Raises InputError where it needs code of its own."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True)
+
+
+def _load(
+    load: Callable[..., Any],
+    folder: Path,
+    field: str,
+    **options: Any,
+) -> Any:
+    """Call a from_pretrained; InputError where it fails because it would have to run the checkpoint's code."""
+    try:
+        return load(folder, trust_remote_code=False, **options)
+    except ValueError as error:  # transformers has no error of its own for it
+        for name in ("config.json", "tokenizer_config.json"):
+            if _names_code(folder / name):
+                raise InputError(
+                    f"{folder} needs code of its own (auto_map in {name}), which is never run",
+                    field=field,
+                    remedy="use a checkpoint that transformers loads without trust_remote_code",
+                ) from error
+        raise
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a JSON file of a checkpoint names Python classes in files beside it."""
+    try:
+        content = json_input.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.get("auto_map"))

@@ -1,0 +1,210 @@
+"""The safetensors format, one tensor at a time: a file is read and written with only one tensor in memory.
+
+The safetensors library maps a whole file into memory and writes all tensors of a file at once; both break the promise
+that memory does not grow with the model. The format: 8 bytes of header length, a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl import json_input
+from ptl.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READ_BYTES = 1 << 20  # bytes that are read at once
+LENGTH_BYTES = 8  # of the header's length, little-endian; tensors begin at a multiple of it
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Each dtype of the format: its name in torch, and the bytes of a number
+FORMAT_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
+TensorShape = tuple[int, ...]
+TensorSpec = tuple[str, str, TensorShape]  # name, dtype as in the header, shape
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    path: Path  # of the file
+    name: str
+    dtype: str  # as in the header: "F32"
+    shape: TensorShape
+    start: int  # offset in the file, bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return num_bytes(self.shape, self.dtype)
+
+
+Entries = Mapping[str, Entry]  # by the tensor's name
+
+
+def num_bytes(shape: TensorShape, dtype: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * ITEM_BYTES[dtype]
+
+
+def entries(path: Path) -> list[Entry]:
+    """The tensors of a file in the order of their bytes, from its header. Raises InputError that names the file."""
+    try:
+        return _read_header(path)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_header(path: Path) -> list[Entry]:
+    """The entries of a file, checked to fill it without gaps. Raises ValueError among others for a damaged file."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(LENGTH_BYTES)
+        (length,) = struct.unpack("<Q", prefix)
+        # A damaged length must not make us read gigabytes.
+        if length > min(MAX_HEADER_BYTES, file_bytes):
+            raise ValueError("header longer than the file")
+        header = json_input.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data_start = LENGTH_BYTES + length
+    tensors = [_entry(path, name, fields, data_start) for name, fields in header.items()]
+    # By size too: an empty tensor has the offset of the next one.
+    tensors.sort(key=lambda entry: (entry.start, entry.size))
+    # Tensors follow one another without gaps up to the end of the file.
+    position = data_start
+    for entry in tensors:
+        if entry.start != position:
+            raise ValueError(f"tensor {entry.name} does not begin where the one before it ends")
+        position += entry.size
+    if file_bytes != position:
+        raise ValueError(f"{file_bytes:,} bytes, {position:,} by its header")
+    return tensors
+
+
+def read_tensor(entry: Entry) -> Tensor:
+    """One tensor, in memory of its own. Raises InputError when the file ends early."""
+    import torch
+
+    raw = torch.empty(entry.size, dtype=torch.uint8)
+    view = _memory(raw)
+    done = 0
+    with entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while done < entry.size:
+            count = file.readinto(view[done:])  # at most 2 GiB a call on Linux
+            if not count:
+                raise _damaged(entry.path, "it ends early")
+            done += count
+    dtype = dtypes()[entry.dtype]
+    return raw.view(dtype).reshape(entry.shape)
+
+
+def read_single(path: Path) -> Tensor:
+    """The tensor of a file that holds only one."""
+    return read_tensor(entries(path)[0])
+
+
+def byte_chunks(entry: Entry) -> Iterator[bytes]:
+    """The bytes of a tensor, 1 MiB at a time."""
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        for done in range(0, entry.size, READ_BYTES):
+            rest = entry.size - done
+            yield file.read(min(READ_BYTES, rest))
+
+
+def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
+    import torch
+
+    specs = list(specs)  # they are read twice
+    known_dtypes = dtypes()
+    with path.open("wb") as file:
+        file.write(_header(specs))
+        for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
+            expected = (known_dtypes[dtype], shape)
+            assert (tensor.dtype, tensor.shape) == expected, f"{tensor.dtype} {tensor.shape}"
+            flat = tensor.contiguous().reshape(-1)
+            file.write(_memory(flat.view(torch.uint8)))
+
+
+def _header(specs: Iterable[TensorSpec]) -> bytes:
+    """Length and JSON that precede the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in specs:
+        end = position + num_bytes(shape, dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, end],  # from the end of the header
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"))
+    padding = " " * (-len(text) % LENGTH_BYTES)
+    encoded = (text + padding).encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _entry(
+    path: Path,
+    name: str,
+    fields: dict[str, Any],
+    data_start: int,  # offset in the file, bytes
+) -> Entry:
+    """The entry of one tensor in a header; raises ValueError or KeyError for what is not a tensor."""
+    dtype = fields["dtype"]
+    shape = fields["shape"]
+    begin, end = fields["data_offsets"]  # from data_start on
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"tensor {name} has an unknown dtype {dtype!r}")
+    # Exact types: Python would also calculate with true and 2.0.
+    numbers = (begin, end, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"tensor {name} has sizes that are not integers")
+    entry = Entry(path, name, dtype, tuple(shape), data_start + begin)
+    size = end - begin
+    if size != entry.size:
+        raise ValueError(f"tensor {name} has {size} bytes, its shape {entry.size}")
+    return entry
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    problem = f"shard {path} is damaged ({reason})"
+    return InputError(problem, field="model.path", remedy="fetch the checkpoint again")
+
+
+def _memory(raw: Any) -> memoryview:
+    """The memory of a uint8 tensor on the CPU."""
+    return memoryview(raw.numpy())
+
+
+def dtypes() -> dict[str, Any]:
+    """torch's dtype of each dtype of the format."""
+    import torch
+
+    by_name = {}
+    for name, (torch_name, _) in FORMAT_DTYPES.items():
+        by_name[name] = getattr(torch, torch_name)
+    return by_name

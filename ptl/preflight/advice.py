@@ -1,0 +1,70 @@
+"""Warnings: settings that are allowed, and yet likely to waste a run. Pure and torch-free."""
+
+from __future__ import annotations
+
+from ptl.config.recover import NextToken
+from ptl.config.run import Config
+from ptl.config.schedule import Prune, Schedule, plan, removal
+
+FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
+SOME_TOKENS = 10**9  # enough to divide
+
+
+def warnings(config: Config) -> list[str]:
+    """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
+    if not config.gate.enabled:
+        return []
+    return [*_starved_iterations(config), *_undecayed(config)]
+
+
+def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
+    """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
+    total = removal(params, schedule.target)
+    numbers: list[str] = []
+    planned = 0  # parameters that the last of them is to remove
+    for iteration in plan(schedule, prune):
+        removed = iteration.cut * total
+        if iteration.unit == "layers" and removed < params_per_layer:
+            numbers.append(str(iteration.index))
+            planned = int(removed)
+    if not numbers:
+        return []
+    listed = ", ".join(numbers)
+    return [
+        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {listed} is planned to remove "
+        f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
+        "set schedule.cuts=uniform, or fewer iterations for layers"
+    ]
+
+
+def _starved_iterations(config: Config) -> list[str]:
+    """The gate judges right after each iteration, so recovery must not come iterations after the damage."""
+    schedule = config.schedule
+    if not schedule.recovery_tokens:  # GRPO alone, limited by its steps, which are shared out in the same way
+        schedule = schedule.model_copy(update={"recovery_tokens": SOME_TOKENS})
+    total = schedule.recovery_tokens
+    for iteration in plan(schedule, config.prune):
+        if iteration.tokens >= FAIR * iteration.cut * total:
+            continue
+        removed = 100 * float(iteration.cut)  # percent of the removal
+        trained = 100 * iteration.tokens / total  # percent of the recovery
+        # The first one is enough: the remedy is the same for all.
+        return [
+            f"schedule.tokens={schedule.tokens}, with schedule.cuts={schedule.cuts} and the gate on: iteration "
+            f"{iteration.index} removes {removed:.0f} % of what goes in all and gets {trained:.1f} % of the recovery; "
+            "the gate judges it right then, and a rejection halves the cuts that follow: set schedule.tokens=uniform"
+        ]
+    return []
+
+
+def _undecayed(config: Config) -> list[str]:
+    """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
+    if config.schedule.iterations == 1:
+        return []
+    stages = [stage for stage in config.recover if isinstance(stage, NextToken)]
+    if all(stage.decay == "each" for stage in stages):
+        return []
+    return [
+        "recover.decay=last, with the gate on: all iterations but the last are judged at the full learning rate, and a "
+        "loop that the gate stops ends with such a model: set decay: each in every stage of recover"
+    ]

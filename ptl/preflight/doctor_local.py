@@ -1,0 +1,138 @@
+"""What the doctor checks of a run on this machine: packages, model and data, disk, the Docker engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ptl import address, extras
+from ptl.config.recover import NextToken
+from ptl.config.run import Config
+from ptl.config.schedule import Schedule, one_shot, plan, removal
+from ptl.preflight.doctor_tracking import tracking_uri
+from ptl.preflight.finding import Finding
+from ptl.units import size
+
+OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
+
+MissingImages = Callable[[Sequence[str]], list[str]]  # those of the images that the local engine does not hold
+
+
+def track_as_run_does(home: Path) -> None:
+    """Let this process track where `ptl run` would: in `home`, unless the environment names another location."""
+    home = home.absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+    # A server has an artifact location of its own.
+    if not address.is_server(uri):
+        artifacts = home / "artifacts"
+        os.environ.setdefault("PTL_ARTIFACT_ROOT", artifacts.as_uri())
+
+
+def packages(config: Config, runner: str) -> Finding:
+    """What the steps import on this machine; in containers they bring their own."""
+    needed = ["pipelines"]
+    backends: list[str] = []
+    if runner != "docker":
+        needed = ["prune", "recover", "evaluate", *needed]
+        backends = _missing_backends(config)
+    package = f"ptl[{','.join(needed)}]"
+    missing = [*extras.absent(needed), *backends]
+    if not missing:
+        return Finding("packages", "ok", f"what the steps import is installed ({package})")
+    listed = ", ".join(missing)
+    # The backends are not in these extras: each goes with one kind of CUDA.
+    remedy = " ".join([f"pip install '{package}'", *backends])
+    return Finding("packages", "error", f"not installed: {listed}", remedy)
+
+
+def _missing_backends(config: Config) -> list[str]:
+    """Packages that only some settings need, and that no extra of these brings."""
+    # Neither works everywhere, so neither comes with what the steps need anyway.
+    backends: list[str] = []
+    if config.evaluate.backend == "vllm":
+        backends.append("vllm")
+    if any(stage.sharding == "zero2" for stage in config.recover):
+        backends.append("deepspeed")
+    return [name for name in backends if importlib.util.find_spec(name) is None]
+
+
+def model_and_data(config: Config) -> Finding:
+    """Data files, tasks and the model are as the run needs them; of a model on the hub only its config is read."""
+    from ptl.data import model_fit
+    from ptl.preflight import forecast_model, preflight
+
+    calibration, training = config.calibration, config.training
+    evaluate, recover = config.evaluate, config.recover
+    preflight.check_data_and_tasks(calibration, training, evaluate, config.gate, recover)
+
+    path = config.model.path
+    folder = Path(path).expanduser()
+    if folder.exists():
+        preflight.check_model(folder, config.schedule, config.prune)
+        model_fit.check_settings(folder, calibration, training, evaluate, recover)
+        return Finding("model and data", "ok", f"{path} and the data files can be read")
+
+    # Weights of many gigabytes are nothing to download for a check.
+    params = forecast_model.shape_of(path, config.model.revision).params
+    message = f"{path} is on the hub ({params:,} parameters); the run downloads it"
+    return Finding("model and data", "ok", message)
+
+
+def disk(config: Config, home: Path) -> Finding:
+    """Whether the checkpoints of a whole run fit beside what is there; on S3 only one at a time is here."""
+    from ptl.preflight import forecast_model
+
+    model = config.model
+    shape = forecast_model.shape_of(model.path, model.revision)
+    needed = checkpoint_bytes(config, shape.params, shape.itemsize)
+    free = shutil.disk_usage(home).free
+    message = f"{home} has {size(free)} free; the checkpoints of a whole run are about {size(needed)}"
+    # An estimate, and a run that stops for want of space can be resumed: no error.
+    if free >= needed:
+        return Finding("disk", "ok", message)
+    remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
+    return Finding("disk", "warning", message, remedy)
+
+
+def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
+    """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
+    schedule = config.schedule
+    needed = params * itemsize  # the imported model
+    needed += _arm_bytes(config, schedule, params, itemsize)
+    if config.control:
+        needed += _arm_bytes(config, one_shot(schedule), params, itemsize)
+    return needed
+
+
+def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
+    """Bytes of all checkpoints of one arm."""
+    total = removal(params, schedule.target)
+    next_token = [stage for stage in config.recover if isinstance(stage, NextToken)]
+    keeps_state = any(stage.carry_moments for stage in next_token)
+    needed = 0
+    for iteration in plan(schedule, config.prune):
+        after = params - int(iteration.progress * total)
+        of_parameter = itemsize
+        if keeps_state and not iteration.last:  # after the last there is nothing to carry it to
+            of_parameter += OPTIMIZER_STATE
+        needed += 2 * after * of_parameter  # pruned, and recovered
+    return needed
+
+
+def engine(config: Config, missing_images: MissingImages) -> Finding:
+    """The steps' images are in the local engine, and MLflow is a server, which is all that they speak to."""
+    names = config.image_names()
+    listed = ", ".join(names)
+    absent = ", ".join(missing_images(names))
+    if absent:
+        message = f"the engine has no {absent}"
+        return Finding("images", "error", message, "build them: ptl images build")
+    # A database's file is outside of the containers.
+    if not address.is_server(tracking_uri()):
+        message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"
+        return Finding("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
+    return Finding("images", "ok", f"{listed} are in the local engine")

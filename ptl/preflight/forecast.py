@@ -1,0 +1,184 @@
+"""What a run will need, from the model's config alone: parameters, tokens, FLOPs, GPU memory and hours for each step.
+
+Estimates, not measurements: forecast_model and forecast_steps say on what they rest. Steps that do not wait for each
+other run at the same time on a cluster: the critical path through them is the time from start to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
+from ptl.config.recover import NextToken
+from ptl.config.run import Config
+from ptl.config.schedule import Schedule, one_shot, plan, removal
+from ptl.errors import InputError
+from ptl.preflight import advice
+from ptl.preflight.forecast_model import Shape, shape_of
+from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
+from ptl.preflight.gpus import GIB, GPUS
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A whole run."""
+
+    gpu: str  # kind
+    count: int  # GPUs of a recovery
+    params: int  # of the dense model
+    steps: tuple[StepForecast, ...]
+    warnings: tuple[str, ...]
+    critical_hours: float  # from start to end, where no step waits for a GPU
+    critical_steps: tuple[str, ...]  # the chain of steps that takes it
+    busiest: tuple[str, ...]  # the steps that then run at the same time where their GPUs are most
+    busiest_gpus: int
+
+    @property
+    def hours(self) -> float:
+        """Of all steps, one after another."""
+        return sum(step.hours for step in self.steps)
+
+
+def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> Forecast:
+    """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
+
+    Raises InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
+    """
+    if gpu not in GPUS:
+        kinds = ", ".join(GPUS)
+        raise InputError(f"{gpu!r} is not known; it must be one of {kinds}", field="gpu")
+    # What each step takes.
+    dense = shape_of(config.model.path, config.model.revision)
+    gpus = max(1, _gpus(config, "recover", count))  # of a recovery, which alone uses several
+    assumed = Assumptions(config, dense, GPUS[gpu], gpus)
+    dag = nodes(config)
+    steps = _step_forecasts(dag, assumed)
+
+    # When they run, and how many GPUs that needs at once.
+    hours = {step.step: step.hours for step in steps}
+    held = {step.step: _gpus(config, step.step, count) for step in steps}
+    critical_hours, critical_steps = critical_path(dag, hours)
+    together = busiest(dag, hours, held)
+
+    # What would waste the run.
+    too_large = [_too_large(step, gpu, assumed) for step in steps if not step.fits]
+    return Forecast(
+        gpu=gpu,
+        count=gpus,
+        params=dense.params,
+        steps=tuple(steps),
+        warnings=(*advice.warnings(config), *too_large),
+        critical_hours=critical_hours,
+        critical_steps=tuple(critical_steps),
+        busiest=together,
+        busiest_gpus=sum(held[name] for name in together),
+    )
+
+
+def _gpus(config: Config, step: str, count: int | None) -> int:
+    """GPUs that a step holds while it runs: `count` where it is given, else what the config says.
+
+    A config without accelerators, for machines without GPUs, is forecast with one for each step.
+    """
+    if count is not None:
+        return count
+    stage = stage_of(step)
+    own = config.resources.of_step(stage).accelerators
+    if own is not None:
+        return own
+    return max(1, config.resources.accelerators)
+
+
+def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
+    """What each step that computes takes, in the DAG's order."""
+    config = assumed.config
+    schedules = {"loop": config.schedule, "control": one_shot(config.schedule)}
+    shapes = {arm: _shapes(schedule, assumed) for arm, schedule in schedules.items()}
+    # The others take minutes without a GPU.
+    steps: list[StepForecast] = []
+    for node in dag:
+        name = node.name
+        arm = arm_of(name)
+        number = iteration_of(name)
+        stage = stage_of(name)
+        after = shapes[arm][number]
+        if stage == "evaluate":
+            steps.append(evaluate_step(name, after, assumed))
+        elif stage == "prune":
+            before = shapes[arm][number - 1]
+            steps.append(prune_step(name, before, after.params, assumed))
+        elif stage == "recover":
+            steps.append(recover_step(name, after, schedules[arm], number, assumed))
+    return steps
+
+
+def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
+    """The model after each iteration of an arm; first the dense one, which is that after iteration 0."""
+    dense = assumed.dense
+    total = _removal(dense, schedule.target)
+    shapes = [dense]
+    for iteration in plan(schedule, assumed.config.prune):
+        removed = int(iteration.progress * total)
+        shapes.append(dense.scaled(dense.params - removed))
+    return shapes
+
+
+def _removal(dense: Shape, target: float) -> int:
+    """Parameters to remove in all. Raises InputError for more than the linear layers have."""
+    total = removal(dense.params, target)
+    # All of it comes out of linear layers.
+    if not 0 < total < dense.matrices:
+        raise InputError(
+            f"{target:g} would remove {total:,} of {dense.params:,} parameters",
+            field="schedule.target",
+            remedy="give a share between 0 and 1, or the number of parameters to end with",
+        )
+    return total
+
+
+def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:
+    """The steps that run at the same time when most GPUs are held, each step starting as soon as it can.
+
+    Steps without hours (import, report) hold none. Of several such moments the first.
+    """
+    starts, ends = times(dag, hours)
+    # The most are held at a moment when a step starts.
+    working = [node.name for node in dag if hours.get(node.name)]
+    most: tuple[str, ...] = ()  # steps
+    most_gpus = 0
+    for moment in sorted({starts[name] for name in working}):
+        running = [name for name in working if starts[name] <= moment < ends[name]]
+        held = sum(gpus[name] for name in running)
+        if held > most_gpus:
+            most_gpus = held
+            most = tuple(running)
+    return most
+
+
+def _too_large(step: StepForecast, gpu: str, assumed: Assumptions) -> str:
+    """The warning of a step that does not fit."""
+    name = step.step
+    needed = step.memory / GIB
+    there = assumed.card.memory / GIB
+    remedy = "lower the batch size, or take a larger GPU"
+    if stage_of(name) == "recover":
+        remedy = _smaller_recovery(assumed)
+    return f"{name}: about {needed:.0f} GiB on each GPU, {gpu} has {there:.0f} GiB: {remedy}"
+
+
+def _smaller_recovery(assumed: Assumptions) -> str:
+    """What makes a recovery smaller and is not used yet."""
+    remedies: list[str] = []
+    stages = assumed.config.recover
+    if any(stage.sharding == "none" for stage in stages):
+        remedies.append("recover.sharding: fsdp over several GPUs")
+    next_token = [stage for stage in stages if isinstance(stage, NextToken)]
+    if any(stage.lora is None for stage in next_token):
+        remedies.append("recover.lora")
+    if not all(stage.gradient_checkpointing for stage in stages):
+        remedies.append("recover.gradient_checkpointing: true")
+    remedies.append("a larger recover.accumulation")
+    if assumed.gpus > 1:
+        remedies[-1] += " or more GPUs"
+    return ", ".join(remedies)

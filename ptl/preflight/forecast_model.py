@@ -1,0 +1,123 @@
+"""A model as its config says it, and what such a model costs: FLOPs, memory for training, time to generate.
+
+FLOPs: 2 per weight and token forward, 6 with backward (Kaplan et al. 2020, 2001.08361, section 2.1), attention's
+products added. Activations: Korthikanti et al. 2022 (2205.05198), equation 2 without the attention matrix, which is
+never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
+from ptl.model import checkpoint, hub, shapes
+from ptl.model.families import family_of
+from ptl.preflight.gpus import Gpu
+
+DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
+CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
+PROMPT_TOKENS = 512  # of a prompt, where nothing says how long it is
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as its config says it."""
+
+    params: int
+    matrices: int  # weights of linear layers, the output layer included: the ones that cost FLOPs
+    layers: int
+    hidden: int
+    vocabulary: int
+    heads_width: int  # heads * head_dim
+    kv_bytes: int  # per token of context
+    itemsize: int  # bytes of a stored weight
+
+    def scaled(self, params: int) -> Shape:
+        """The shape with fewer parameters, all of them taken from the linear layers."""
+        removed = self.params - params
+        return replace(self, params=params, matrices=self.matrices - removed)
+
+
+def shape_of(path: str, revision: str | None = None) -> Shape:
+    """A model's shape from its config.json alone; of a folder without a dtype there, from the weights' headers too."""
+    folder = hub.locate_config(path, revision)
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    sizes = shapes.sizes(config, family, f"config.json of {path}")
+    params, matrices = shapes.count(config, family, sizes)
+    itemsize = checkpoint.itemsize(folder)
+    # Keys and values of one token in one layer.
+    kv_width = 2 * sizes.num_key_value_heads * sizes.head_dim
+    return Shape(
+        params=params,
+        matrices=matrices,
+        layers=sizes.layers,
+        hidden=sizes.hidden_size,
+        vocabulary=sizes.vocab_size,
+        heads_width=sizes.num_attention_heads * sizes.head_dim,
+        kv_bytes=sizes.layers * kv_width * itemsize,
+        itemsize=itemsize,
+    )
+
+
+def forward_flops(shape: Shape, tokens: float, context: float) -> float:
+    """FLOPs of a forward pass over `tokens`, each looking back over half of `context` on average."""
+    weights = 2 * shape.matrices
+    attention = 2 * shape.layers * shape.heads_width * context  # queries by keys, weights by values
+    return tokens * (weights + attention)
+
+
+def decode_seconds(shape: Shape, rows: float, itemsize: int, context: float, card: Gpu) -> float:
+    """Seconds to decode one token of every row: all weights and the cache are read once."""
+    weights = shape.params * itemsize  # bytes
+    cache = rows * context * shape.kv_bytes  # bytes
+    bandwidth = card.bandwidth * DECODE_SHARE
+    return (weights + cache) / bandwidth
+
+
+def activations(shape: Shape, tokens: float, itemsize: int, checkpointed: bool) -> float:
+    """Bytes kept for the backward pass of `tokens` tokens on one device."""
+    # 34 bytes for each hidden value in a layer at 2 bytes a number.
+    layer = 34 / 2 * itemsize * shape.hidden * tokens
+    if not checkpointed:
+        return shape.layers * layer
+    # Only each layer's input is kept; one layer at a time is computed again.
+    inputs = itemsize * shape.hidden * tokens
+    return shape.layers * inputs + layer
+
+
+def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: int) -> float:
+    """Bytes on each of `count` GPUs: float32 weights, gradients and optimizer state, activations, logits, teacher."""
+    # Weights, gradients and Adam's two averages, 4 bytes each; an adapter's are too small to count.
+    weights = 4.0 * shape.params
+    lora = isinstance(stage, NextToken) and stage.lora is not None
+    trained = 0.0 if lora else 12.0 * shape.params
+    if stage.sharding == "fsdp":
+        weights /= count
+        trained /= count
+    elif stage.sharding == "zero2":
+        trained /= count
+
+    # What a batch needs; `tokens` are those of one forward pass on one GPU.
+    micro_batches = stage.accumulation * count
+    rows = math.ceil(stage.batch_size / micro_batches)
+    tokens = rows * sequence_length(stage)
+    itemsize = 2 if stage.dtype == "bfloat16" else 4
+    kept = activations(shape, tokens, itemsize, stage.gradient_checkpointing)
+    memory = weights + trained + kept
+    if isinstance(stage, Distil):
+        memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
+        memory += teacher.params * teacher.itemsize
+    if isinstance(stage, Grpo):
+        if stage.beta:
+            memory += 4.0 * shape.params  # the reference model
+        memory += tokens * shape.kv_bytes  # the cache while it generates
+    return memory + CONTEXT
+
+
+def sequence_length(stage: RecoverStage) -> int:
+    """Tokens of the longest sequence that a stage trains on."""
+    if isinstance(stage, NextToken):
+        return stage.max_length
+    return PROMPT_TOKENS + stage.max_completion_length

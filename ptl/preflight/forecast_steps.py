@@ -1,0 +1,208 @@
+"""What each kind of step takes on a GPU: tokens, FLOPs, memory and hours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
+from ptl.config.run import Config
+from ptl.config.schedule import Schedule, plan
+from ptl.preflight.forecast_model import (
+    CONTEXT,
+    PROMPT_TOKENS,
+    Shape,
+    activations,
+    decode_seconds,
+    forward_flops,
+    sequence_length,
+    training_memory,
+)
+from ptl.preflight.gpus import Gpu
+
+TRAINING_SHARE = 0.35  # of the peak that training reaches
+FORWARD_SHARE = 0.4  # the same for scoring and prompts
+FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
+HOUR = 3600  # seconds
+ITEMS = {  # of tasks' test splits
+    "gsm8k": 1319,
+    "gsm8k_cot": 1319,
+    "minerva_math500": 500,
+    "humaneval": 164,
+    "mbpp": 500,
+}
+UNKNOWN_ITEMS, NEW_TOKENS = 1000, 256  # where a task does not say
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What all steps of a forecast share."""
+
+    config: Config
+    dense: Shape  # the original model, which is the teacher of distillation
+    card: Gpu
+    gpus: int  # for a recovery; other steps use one
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """One step."""
+
+    step: str
+    params: int  # of the model that it makes or scores
+    tokens: int
+    flops: float
+    memory: float  # bytes on each GPU
+    hours: float  # wall clock of the whole step
+    fits: bool  # whether the memory is enough
+    note: str = ""
+
+
+def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> StepForecast:
+    """Scoring: one forward pass over the calibration text, with Taylor a backward pass too; whole model on one GPU."""
+    card = assumed.card
+    calibration = assumed.config.calibration
+    backward = assumed.config.prune.criterion == "taylor"
+
+    tokens = calibration.num_sequences * calibration.max_length
+    passes = 3 if backward else 1
+    flops = forward_flops(before, tokens, calibration.max_length) * passes
+
+    # The weights as they are stored, scores in float32.
+    batch = calibration.batch_size * calibration.max_length  # tokens
+    copies = 2 if backward else 1  # weights, and gradients
+    memory = float(before.params * before.itemsize * copies + CONTEXT)
+    memory += activations(before, batch, 4, checkpointed=not backward)
+    memory += 4.0 * batch * before.vocabulary  # logits
+
+    return StepForecast(
+        step=name,
+        params=params,
+        tokens=tokens,
+        flops=flops,
+        memory=memory,
+        hours=flops / (card.fp32 * FORWARD_SHARE) / HOUR,
+        fits=memory <= FULL * card.memory,
+    )
+
+
+def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:
+    """Generation on one GPU: prompts at a share of the peak, answers at a share of the bandwidth."""
+    card = assumed.card
+    batch_size = assumed.config.evaluate.batch_size
+    tokens = longest = 0
+    flops = seconds = 0.0
+    note = ""
+    for task in assumed.config.evaluate.tasks:
+        items = task.limit or ITEMS.get(task.name)
+        if items is None:
+            items = UNKNOWN_ITEMS
+            note = f"{UNKNOWN_ITEMS} items assumed for a task of unknown size"
+        new_tokens = task.max_new_tokens or NEW_TOKENS
+        length = PROMPT_TOKENS + new_tokens
+        longest = max(longest, length)
+        tokens += items * length
+
+        # All prompts are read at once, then each batch answers token by token.
+        prefill = forward_flops(shape, items * PROMPT_TOKENS, PROMPT_TOKENS)
+        flops += prefill + forward_flops(shape, items * new_tokens, length)
+        batches = math.ceil(items / batch_size)
+        seconds += prefill / (card.bf16 * FORWARD_SHARE)
+        token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
+        seconds += batches * new_tokens * token_seconds
+
+    weights = shape.params * shape.itemsize
+    cache = batch_size * longest * shape.kv_bytes
+    memory = weights + cache + CONTEXT
+    return StepForecast(
+        step=name,
+        params=shape.params,
+        tokens=tokens,
+        flops=flops,
+        memory=memory,
+        hours=seconds / HOUR,
+        fits=memory <= FULL * card.memory,
+        note=note,
+    )
+
+
+def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assumed: Assumptions) -> StepForecast:
+    """All stages of the recovery of iteration `number`; the hungriest decides the memory. `schedule`: of the arm."""
+    card = assumed.card
+    tokens = 0
+    flops = seconds = memory = 0.0
+    recovery = Recovery(stages=assumed.config.recover)
+    iterations = plan(schedule, assumed.config.prune)
+    budgets = recovery.budgets(iterations[number - 1].tokens)
+    for stage, budget in zip(recovery.stages, budgets, strict=True):
+        if isinstance(stage, Grpo):
+            # Steps are shared out over the iterations as tokens are.
+            shared = schedule.model_copy(update={"recovery_tokens": stage.steps})
+            steps = plan(shared, assumed.config.prune)[number - 1].tokens
+            work = _reinforcement_learning(stage, budget, steps, pruned, assumed)
+        else:
+            work = _Work(tokens=float(budget or 0), passes=3, context=stage.max_length)
+        tokens += int(work.tokens)
+        stage_flops = _training_flops(stage, work, pruned, assumed.dense)
+        flops += stage_flops
+
+        # Generating, then training on what was generated.
+        gpus = devices(stage, assumed.gpus)
+        peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
+        seconds += work.decode_seconds
+        seconds += stage_flops / (peak * TRAINING_SHARE * gpus)
+        stage_memory = training_memory(pruned, stage, assumed.dense, gpus)
+        memory = max(memory, stage_memory)
+    return StepForecast(
+        step=name,
+        params=pruned.params,
+        tokens=tokens,
+        flops=flops,
+        memory=memory,
+        hours=seconds / HOUR,
+        fits=memory <= FULL * card.memory,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a stage does with the model that it trains."""
+
+    tokens: float  # read or generated
+    passes: int  # over each of them, in units of a forward pass: the backward pass counts 2
+    context: int  # tokens
+    decode_seconds: float = 0.0  # in which answers are generated
+
+
+def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned: Shape, assumed: Assumptions) -> _Work:
+    """A stage ends with its steps or its tokens; where nothing limits the tokens, each answer is of full length."""
+    context = sequence_length(stage)
+    answers = steps * stage.batch_size
+    tokens = float(answers * context) if budget is None else float(budget)
+
+    # The answers' part of the tokens, a batch at a time.
+    new_tokens = stage.max_completion_length
+    decoded = tokens * new_tokens / context
+    rows = stage.batch_size / devices(stage, assumed.gpus)
+    seconds = decode_seconds(pruned, rows, 4, new_tokens, assumed.card)
+    return _Work(
+        tokens=tokens,
+        passes=4 if stage.beta else 3,  # with beta the reference model's forward pass too
+        context=context,
+        decode_seconds=decoded / stage.batch_size * seconds,
+    )
+
+
+def _training_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Shape) -> float:
+    forward = forward_flops(pruned, work.tokens, work.context)
+    flops = work.passes * forward
+    if isinstance(stage, Distil):
+        flops += forward_flops(teacher, work.tokens, work.context)
+    if stage.gradient_checkpointing:
+        flops += forward  # once more, for the backward pass
+    return flops
+
+
+def devices(stage: RecoverStage, count: int) -> int:
+    """GPUs that a stage trains on."""
+    return min(stage.processes or count, count)

@@ -1,0 +1,96 @@
+"""What a run needs of its model, data and tasks, checked before any work and without weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from ptl.config.recover import RecoverStage, TrainingData
+from ptl.config.run import Calibration, Evaluate, Gate
+from ptl.config.schedule import Prune, Schedule, plan, removal
+from ptl.data import model_fit
+from ptl.data.checks import check_data, check_rewards
+from ptl.errors import InputError
+from ptl.evaluation.tasks import check_gate, check_tasks
+from ptl.model import checkpoint, hub
+from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
+from ptl.model.families import family_of
+
+
+def preflight(
+    path: str,
+    revision: str | None,
+    schedule: Schedule,
+    prune: Prune,
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+    gate: Gate | None = None,
+    recover: Sequence[RecoverStage] = (),
+) -> tuple[Path, ModelDimensions]:
+    """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
+
+    Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
+    """
+    check_data_and_tasks(calibration, training, evaluate, gate, recover)
+    # Only now a download, which may take an hour.
+    folder = hub.locate(path, revision)
+    dimensions = check_model(folder, schedule, prune)
+    model_fit.check_settings(folder, calibration, training, evaluate, recover)
+    return folder, dimensions
+
+
+def check_data_and_tasks(
+    calibration: Calibration,
+    training: TrainingData,
+    evaluate: Evaluate,
+    gate: Gate | None,
+    recover: Sequence[RecoverStage],
+) -> None:
+    """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
+    check_data(calibration, training, recover)
+    check_rewards(recover, training)
+    check_tasks(evaluate)
+    # The gate compares item by item, so its task must call each item right or wrong.
+    if gate is not None:
+        check_gate(evaluate, gate)
+
+
+def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:
+    """Check files, family and target without loading weights; returns the model's dimensions.
+
+    Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
+    target that the plan cannot reach.
+    """
+    # Its files.
+    family = family_of(checkpoint.read_config(folder))
+    checkpoint.check_links(folder)
+    dimensions = model_dimensions(folder, family)
+    checkpoint.check_tokenizer(folder)
+
+    # What the config will do to it.
+    _check_target(dimensions, schedule, prune)
+    return dimensions
+
+
+def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> None:
+    """Raise InputError for a target that neurons, and after them layers, cannot reach."""
+    total = removal(dimensions.params, schedule.target)
+    if not 0 < total < dimensions.params:
+        raise InputError(
+            f"{schedule.target:g} is no size below the model's own {dimensions.params:,} parameters",
+            field="schedule.target",
+            remedy="give a share between 0 and 1, or the number of parameters to end with",
+        )
+    # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
+    iterations = plan(schedule, prune)
+    neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
+    by_neurons = Fraction(0)  # share of the removal
+    if neuron_iterations:
+        by_neurons = neuron_iterations[-1].progress
+        removed = int(by_neurons * total)
+        width_for(dimensions, dimensions.params - removed, prune.width_multiple, prune.tensor_parallel)
+    if len(neuron_iterations) < len(iterations):
+        removed = int((1 - by_neurons) * total)
+        layers_for(dimensions, dimensions.params - removed)

@@ -1,0 +1,290 @@
+"""Scores for neurons and for layers: the less a score, the more redundant the part. CRITERIA is where a user extends.
+
+A neuron is one FFN intermediate channel: a row of gate and up, a column of down. Shape letters: B sequences, T tokens,
+H hidden size, F intermediate size. Scores are joined sequence by sequence, so that no activations are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ptl.model.families import Family
+from ptl.pruning.layerwise import LayerwiseModel, States, layers_in_turn, run_with_activations, sequences
+
+ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
+NeuronScores = list[Tensor]  # float32 [F] of each layer
+# Changes [T, F] of one sequence, and the unit of each neuron's changes [F] (or one for all) -> float32 [F]
+SequenceScore = Callable[[Tensor, Tensor], Tensor]
+
+
+def _max(changes: Tensor, units: Tensor) -> Tensor:
+    """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
+    largest = changes.abs().amax(dim=0)  # [F]
+    return largest.float() * units
+
+
+def _mean(changes: Tensor, units: Tensor) -> Tensor:
+    """The mean change of the layer's output over a sequence's tokens."""
+    mean = changes.abs().mean(dim=0, dtype=torch.float32)  # [F]
+    return mean * units
+
+
+@torch.no_grad()
+def _by_output_change(
+    model: LayerwiseModel,
+    _seed: int,
+    *,
+    score: SequenceScore,
+    join: str,  # of the sequences: "max" or "mean"
+) -> NeuronScores:
+    """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
+
+    A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
+    is between down_proj and the residual stream: see `changes_after_norm`.
+    """
+    family = model.family
+    scores = []
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "scoring neurons, by layer"):
+        if family.post_norm:
+            change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
+            units = torch.ones((), device=model.device)  # these changes are lengths already
+        else:
+            change_of = _activations_alone
+            units = column_norms(layer, family)  # [F]
+        total = _JoinedScores(join)
+        for b, hidden in enumerate(states):
+            states[b], *observed = run_with_activations(model, i, b, hidden)
+            for sequence in sequences(model, b, *observed):
+                changes = change_of(*sequence)  # [T, F]
+                total.add(score(changes, units))
+        scores.append(total.result())
+    return scores
+
+
+def _activations_alone(activations: Tensor) -> Tensor:
+    """Where no norm follows down_proj, a neuron's change is its activation in units of its column's norm."""
+    return activations
+
+
+@torch.enable_grad()
+def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
+    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
+
+    Runs backwards layer by layer, each forward pass done again. Memory: the hidden states of every layer, beside one
+    layer: (layers + 1) x tokens x hidden size.
+    """
+    inputs = _inputs_of_layers(model)
+    last_states = inputs.pop()
+    gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch
+    scores = []
+    for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
+        total = _JoinedScores("mean")
+        for b, states in enumerate(inputs.pop()):
+            hidden = states.detach().requires_grad_()  # [B, T, H]
+            output, activations, *_ = run_with_activations(model, i, b, hidden)
+            # By the layer's input, which is what the layer before it needs, and by the activations [B, T, F]
+            variables = (hidden, activations)
+            gradients[b], slopes = torch.autograd.grad(output, variables, gradients[b])
+            for value, slope in sequences(model, b, activations.detach(), slopes):
+                change = value.float() * slope.float()  # [T, F]
+                first_order = change.sum(dim=0)  # [F]
+                total.add(first_order.abs())
+        scores.append(total.result())
+    return scores[::-1]
+
+
+@torch.no_grad()
+def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
+    """Hidden states [B, T, H] before each layer and after the last one, of each batch."""
+    inputs = [model.embed()]
+    for i, _ in layers_in_turn(model, "taylor, forwards"):
+        outputs = model.run_batches(i, inputs[-1])
+        inputs.append(outputs)
+    return inputs
+
+
+def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
+    """Gradient of the summed loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
+    gradients = []
+    with model.head():
+        for b, states in enumerate(last_states):
+            # One sequence at a time: logits are as large as the vocabulary.
+            rows: list[Tensor] = []
+            for row in range(len(states)):
+                hidden = states[row : row + 1].detach().requires_grad_()  # [1, T, H]
+                loss = model.loss(b, row, hidden)
+                rows += torch.autograd.grad(loss, hidden)
+            gradients.append(torch.cat(rows))
+    return gradients
+
+
+@torch.no_grad()
+def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
+    """L2 norm of the neuron's weights; the data plays no part."""
+    family = model.family
+    scores = []
+    for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
+        squares = column_norms(layer, family).pow(2)  # [F]
+        for name in family.up_projections:
+            weight = layer.get_parameter(f"{name}.weight").float()  # [projections * F, H]
+            row_squares = weight.pow(2).sum(dim=1)  # [projections * F]
+            by_projection = row_squares.view(family.fused_projections, -1)  # [projections, F]
+            squares = squares + by_projection.sum(dim=0)
+        scores.append(squares.sqrt().cpu())
+    return scores
+
+
+def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
+    """Uniform numbers: the control of every criterion."""
+    generator = torch.Generator().manual_seed(seed)
+    width = getattr(model.config, model.family.width_field)
+    return [torch.rand(width, generator=generator) for _ in model.layers]
+
+
+# By their names in the setting prune.criterion; each takes the model and a seed
+CRITERIA: dict[str, Callable[[LayerwiseModel, int], NeuronScores]] = {
+    "max": partial(_by_output_change, score=_max, join="max"),
+    "mean": partial(_by_output_change, score=_mean, join="mean"),
+    "weight": _by_weights,
+    "taylor": _by_gradients,
+    "random": _random,
+}
+
+
+def _hidden_change(before: Tensor, after: Tensor) -> Tensor:
+    """The paper's layer criterion: how far the layer moves the hidden state. float32 [T]."""
+    movement = after.float() - before.float()  # [T, H]
+    return movement.norm(dim=-1)
+
+
+def _block_influence(before: Tensor, after: Tensor) -> Tensor:
+    """1 - cosine of hidden state before and after (ShortGPT, arXiv 2403.03853, eq. 1). float32 [T]."""
+    cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [T]
+    return 1 - cosine
+
+
+# The change of one sequence's hidden states, [T, H] and [T, H] -> [T], and how sequences are joined
+LAYER_CRITERIA = {
+    "max": (_hidden_change, "max"),
+    "block_influence": (_block_influence, "mean"),
+}
+
+
+def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
+    """Score every neuron on the model's batches; returns float32 [F] per layer."""
+    return CRITERIA[criterion](model, seed)
+
+
+@torch.no_grad()
+def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
+    """Score every layer: mean over a sequence's non-padding tokens, joined over sequences; float32 [layers]."""
+    change_of, join = LAYER_CRITERIA[criterion]
+    scores = []
+    states = model.embed()  # [B, T, H] of each batch
+    for i, _ in layers_in_turn(model, f"scoring layers ({criterion})"):
+        total = _JoinedScores(join)
+        for b, hidden in enumerate(states):
+            states[b] = model.run(i, b, hidden)
+            for before, after in sequences(model, b, hidden, states[b]):
+                changes = change_of(before, after)  # [T]
+                total.add(changes.mean())
+        scores.append(total.result())
+    return torch.stack(scores)
+
+
+def column_norms(layer: nn.Module, family: Family) -> Tensor:
+    """Norm of each column of down_proj: float32 [F]."""
+    weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
+    width = weight.shape[1]
+    squares = torch.zeros(width, device=weight.device)  # [F]
+    for rows in weight.split(ROWS):
+        row_squares = rows.float().square()  # [ROWS, F]
+        squares += row_squares.sum(dim=0)
+    return squares.sqrt_()
+
+
+def changes_after_norm(
+    layer: nn.Module,
+    family: Family,
+    epsilon: float,  # of the norm
+) -> Callable[..., Tensor]:
+    """How far each neuron's removal moves what the RMS norm after down_proj gives: exact, not to first order.
+
+    Returns a function of the activations [T, F] and the MLP's output y [T, H]; its value is float32 [T, F]. With g the
+    norm's gain, r the root mean square of y and s that of y - a w, the norm of g y / r - g (y - a w) / s is that of
+    g (c y + a w / s) with c = 1/r - 1/s. Costs two more products as large as down_proj, and its weight in float32.
+    """
+    down_projection = layer.get_parameter(f"{family.down_projection}.weight")
+    norm = layer.get_parameter(f"{family.post_norm}.weight")
+    w = down_projection.float()  # [H, F]
+    g = norm.float() + family.norm_offset  # [H]
+    hidden_size = len(g)
+    # What does not depend on the text
+    w2 = w.square()
+    g2 = g.square()
+    mean_w2 = w2.mean(dim=0)  # [F]: |w|^2 / H
+    gw2 = g2 @ w2  # [F]: |g w|^2
+
+    def changes(activations: Tensor, output: Tensor) -> Tensor:
+        a = activations.float()  # [T, F]
+        y = output.float()  # [T, H]
+        r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
+        # s^2 - r^2: [T, F]
+        products = y @ w
+        growth = a.square() * mean_w2
+        growth = growth - a * products * (2 / hidden_size)
+        s2 = r2 + growth
+        r = r2.sqrt()
+        s = s2.clamp(min=epsilon).sqrt()
+        # 1/r - 1/s would lose the digits of a small change.
+        c = growth / (r * s * (r + s))
+        b = a / s
+        # |g (c y + b w)|^2, multiplied out: [T, F]
+        gy = y * g
+        gy2 = gy.square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
+        gygw = (y * g2) @ w  # g y . g w
+        total = c.square() * gy2
+        total = total + 2 * b * c * gygw
+        total = total + b.square() * gw2
+        return total.clamp(min=0).sqrt()
+
+    return changes
+
+
+def keep_highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    highest = order[:count]
+    return highest.sort().values
+
+
+def num_redundant(scores: Tensor, sigma: float) -> int:
+    """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
+    redundant = scores < sigma
+    return int(redundant.sum())
+
+
+class _JoinedScores:
+    """Running `max` or `mean` over sequences of the scores of each unit."""
+
+    def __init__(self, join: str) -> None:
+        self.join = join
+        self.value = torch.zeros(())  # a score is never negative
+        self.count = 0  # sequences
+
+    def add(self, scores: Tensor) -> None:
+        """Take in the scores [units] of one sequence."""
+        combine = torch.add if self.join == "mean" else torch.maximum
+        self.value = combine(self.value, scores.detach().cpu())
+        self.count += 1
+
+    def result(self) -> Tensor:
+        """The joined scores: float32 [units]."""
+        if self.join == "mean":
+            return self.value / self.count
+        return self.value

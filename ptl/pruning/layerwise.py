@@ -1,0 +1,259 @@
+"""A language model of which one decoder layer at a time is in memory: what is scored may be larger than the machine.
+
+The model is built without weights (on the meta device of torch) and the forward of each layer is replaced once by a
+recorder, which keeps what the model gives its layers besides the hidden state (masks, position embeddings, whatever the
+family needs). After that the layers run one by one on the hidden states of all batches. Shape letters: importance.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ptl.data.sequences import IGNORED, Batch
+from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model.families import Family
+
+Arguments = dict[str, Any]  # keyword arguments of a module
+LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given besides them
+
+
+States = list[Tensor]  # hidden states [B, T, H] of each batch
+
+
+class LayerwiseModel:
+    """A checkpoint and the calibration batches that go through it, layer by layer.
+
+    Memory: embeddings (while they are used), one layer, and the hidden states of the batches.
+    """
+
+    def __init__(self, folder: Path, family: Family, batches: Sequence[Batch]) -> None:
+        from accelerate import init_empty_weights
+        from accelerate.utils import set_module_tensor_to_device
+        from transformers import AutoModelForCausalLM
+
+        self.family = family
+        # Files, and the config that says what to build
+        self.entries = checkpoint.contents(folder)
+        self.config = pretrained.config(folder)
+        # All tensors of a checkpoint have one dtype: model_dimensions refuses others.
+        norm = self.entries["model.norm.weight"]
+        dtype = safetensors_io.dtypes()[norm.dtype]
+        # Buffers follow from the config and are not in the files: they are made, on the CPU.
+        with init_empty_weights(include_buffers=False):
+            causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+        causal_lm.eval().requires_grad_(False)
+        # Weights stay on the meta device until a layer is used; buffers and batches are small.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        for name, _ in list(causal_lm.named_buffers()):
+            set_module_tensor_to_device(causal_lm, name, self.device)
+        self.causal_lm = causal_lm
+        self.decoder = causal_lm.get_decoder()
+        self.layers: nn.ModuleList = self.decoder.layers
+        self.batches = [_on_device(batch, self.device) for batch in batches]
+        # What the decoder gives each layer besides the hidden states, by batch; known once `embed` has run
+        self.layer_arguments: dict[int, list[Arguments]] = {}
+
+    def embed(self) -> States:
+        """The hidden states before the first layer: [B, T, H] for each batch."""
+        states = []
+        with torch.no_grad(), self._loaded(self._embeddings()):
+            for b, batch in enumerate(self.batches):
+                # Runs the whole decoder except its layers.
+                with self._recording_layers() as calls:
+                    self.decoder(**_inputs(batch))
+                self.layer_arguments[b] = [arguments for _, arguments in calls]
+                first_input, _ = calls[0]  # [B, T, H]
+                states.append(first_input)
+        return states
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """One layer with its weights, for as long as the block lasts."""
+        layer = self.layers[index]
+        with self._loaded({f"model.layers.{index}": layer}):
+            yield layer
+
+    def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Hidden states [B, T, H] of a batch through a layer that is in memory."""
+        arguments = self.layer_arguments[batch][index]
+        output = self.layers[index](hidden, **arguments)
+        # Layers of older families return a tuple.
+        return output[0] if isinstance(output, tuple) else output
+
+    def run_batches(self, index: int, states: States) -> States:
+        """Hidden states [B, T, H] of all batches through a layer that is in memory."""
+        return [self.run(index, batch, hidden) for batch, hidden in enumerate(states)]
+
+    def tokens(self, batch: int) -> Tensor:
+        """Non-padding tokens of each sequence: int64 [B]."""
+        return self.batches[batch]["attention_mask"].sum(dim=1)
+
+    def predicted(self, batch: int) -> Tensor:
+        """Tokens of each sequence that count in `loss`: int64 [B]; the first token is predicted from nothing."""
+        targets = self.batches[batch]["labels"][:, 1:]  # [B, T - 1]
+        return (targets != IGNORED).sum(dim=1)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of all batches."""
+        return sum(len(batch["input_ids"]) for batch in self.batches)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Embeddings, last norm and output projection with their weights, for as long as the block lasts."""
+        modules = self._embeddings()
+        embeddings = self.decoder.embed_tokens
+        output = self.causal_lm.get_output_embeddings()
+        tied = "lm_head.weight" not in self.entries
+        if not tied:
+            modules["lm_head"] = output
+        with self._loaded(modules):
+            # Loading replaces a parameter, and so unties the two modules.
+            if tied:
+                output.weight = embeddings.weight
+            yield
+        if tied:
+            output.weight = embeddings.weight  # on the meta device again
+
+    def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
+        """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
+        length = int(self.tokens(batch)[row])
+        sequence = {}
+        for name, tensor in self.batches[batch].items():
+            sequence[name] = tensor[row : row + 1, :length]  # [1, length]
+        # The last layer returns these states, and the model continues with its norm and its head.
+        with self._recording_layers(output=hidden[:, :length]):
+            result = self.causal_lm(**_inputs(sequence))
+        predictions = result.logits[0, :-1].float()  # [length - 1, vocabulary]
+        targets = sequence["labels"][0, 1:]  # [length - 1]
+        return nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+
+    @contextmanager
+    def _recording_layers(self, output: Tensor | None = None) -> Iterator[list[LayerCall]]:
+        """Layers that compute nothing: each records its call and returns its input, or `output` where it is given."""
+        calls: list[LayerCall] = []
+
+        def record(hidden: Tensor, *_: Any, **arguments: Any) -> Tensor:
+            calls.append((hidden, arguments))
+            return hidden if output is None else output
+
+        for layer in self.layers:
+            layer.forward = record
+        try:
+            yield calls
+        finally:
+            # Without the attribute of the instance, the method of the class is used again.
+            for layer in self.layers:
+                del layer.forward
+
+    def _embeddings(self) -> dict[str, nn.Module]:
+        """The modules around the layers, by the prefix of their tensors; the output projection is left to `head`."""
+        return {
+            "model.embed_tokens": self.decoder.embed_tokens,
+            "model.norm": self.decoder.norm,
+        }
+
+    @contextmanager
+    def _loaded(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Modules, by the prefix of their tensors, with the weights of the files for as long as the block lasts."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        for prefix, module in modules.items():
+            for name in _parameter_names(module):
+                entry = self.entries[f"{prefix}.{name}"]
+                value = safetensors_io.read_tensor(entry)
+                set_module_tensor_to_device(
+                    module,
+                    name,
+                    self.device,
+                    value,
+                    dtype=value.dtype,
+                    clear_cache=False,  # it would take longer than the transfer
+                )
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                for name in _parameter_names(module):
+                    set_module_tensor_to_device(module, name, "meta")
+
+
+def layers_in_turn(
+    model: LayerwiseModel,
+    description: str,  # of the progress bar
+    *,
+    backwards: bool = False,
+) -> Iterator[tuple[int, nn.Module]]:
+    """Number and module of one layer after the other, each with its weights only in its turn."""
+    order = range(len(model.layers))
+    if backwards:
+        order = order[::-1]
+    for i in tqdm(order, desc=description):
+        with model.layer(i) as layer:
+            yield i, layer
+
+
+def run_with_activations(
+    model: LayerwiseModel,
+    index: int,
+    batch: int,
+    hidden: Tensor,
+) -> tuple[Tensor, ...]:
+    """The layer's output [B, T, H], the activations of its neurons [B, T, F], and the output [B, T, H] of its MLP.
+
+    The last is left out for families without a norm between down_proj and the residual stream.
+    """
+    family = model.family
+    parts = [family.down_projection]  # reads the activations
+    if family.post_norm:
+        parts.append(family.post_norm)  # reads the MLP's output
+    inputs: list[Tensor] = []
+
+    def record(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0])
+
+    handles = []
+    for part in parts:
+        module = model.layers[index].get_submodule(part)
+        handles.append(module.register_forward_pre_hook(record))
+    try:
+        output = model.run(index, batch, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (output, *inputs)  # in the order in which the layer runs its parts
+
+
+def sequences(
+    model: LayerwiseModel,
+    batch: int,
+    *tensors: Tensor,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The rows [T, ...] of one sequence after the other in these tensors [B, T, ...], without its padding."""
+    for row, length in enumerate(model.tokens(batch)):
+        yield tuple(tensor[row, :length] for tensor in tensors)
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _inputs(batch: Batch) -> Arguments:
+    """The model's arguments for a batch."""
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "use_cache": False,
+    }
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]

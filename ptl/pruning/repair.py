@@ -1,0 +1,106 @@
+"""Closed-form repair after pruning: no training, only what the calibration text shows about the pruned layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ptl.model import safetensors_io
+from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations
+from ptl.pruning.surgery import Selection, TensorFiles
+
+
+@torch.no_grad()
+def ridge(
+    model: LayerwiseModel,
+    selection: Selection,
+    strength: float,
+    folder: Path,
+) -> TensorFiles:
+    """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
+
+    With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
+    min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
+    C = X^T X; lambda is `strength` times the mean of C's diagonal. Memory: C, float32 [F, F], beside one layer.
+    Where an RMS norm follows down_proj, each token's error is divided by the root mean square of its output, as the
+    norm divides it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = f"{model.family.down_projection}.weight"
+    repaired = {}
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
+        kept = selection.neurons.get(i)
+        # Nothing to fit: the layer is removed, or keeps all its neurons.
+        if kept is None:
+            states = model.run_batches(i, states)
+            continue
+        # C = X^T X: [F, F], over all batches
+        products: Tensor | None = None
+        for b, hidden in enumerate(states):
+            states[b], rows = _activations(model, i, b, hidden)
+            if products is None:
+                products = rows.t() @ rows
+            else:
+                products.addmm_(rows.t(), rows)
+        assert products is not None, "no batches"
+        weight = layer.get_parameter(part).float()  # [H, F]
+        fitted = fit(weight, products, kept.to(weight.device), strength)  # [H, kept]
+        name = f"model.layers.{i}.{part}"
+        repaired[name] = _save(model, folder, name, fitted)
+    return repaired
+
+
+def _activations(
+    model: LayerwiseModel,
+    i: int,
+    b: int,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Hidden states after layer i, and the inputs of its down_proj at the N non-padding tokens: float32 [N, F]."""
+    after, activations, *mlp_outputs = run_with_activations(model, i, b, hidden)
+    tokens = model.batches[b]["attention_mask"].bool()  # [B, T]
+    rows = activations[tokens].float()
+    # At most one: only where a norm follows, which divides each token's output
+    for output in mlp_outputs:
+        squares = output[tokens].float().square()  # [N, H]
+        mean_square = squares.mean(dim=1, keepdim=True)  # [N, 1]
+        mean_square += model.config.rms_norm_eps
+        rows *= mean_square.rsqrt()
+    return after, rows
+
+
+def fit(
+    weight: Tensor,  # W: float32 [H, F]
+    products: Tensor,  # C = X^T X of its inputs: float32 [F, F]
+    kept: Tensor,  # int64 [kept]
+    strength: float,
+) -> Tensor:
+    """The fitted weight W': float32 [H, kept]."""
+    removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
+    removed[kept] = False
+    # Neurons that are never active give a C of zeros, and lambda must not be zero.
+    smallest = torch.finfo(torch.float32).tiny
+    penalty = strength * products.diagonal().mean() + smallest
+    kept_products = products[kept]  # [kept, F]
+    inner = kept_products[:, kept]  # a copy: C_KK
+    inner.diagonal().add_(penalty)
+    # The output of the removed neurons, as the kept ones see it
+    removed_weight = weight[:, removed]  # [H, removed]
+    target = kept_products[:, removed] @ removed_weight.t()  # [kept, H]
+    # The matrix is symmetric and positive definite.
+    factor = torch.linalg.cholesky(inner)
+    correction = torch.cholesky_solve(target, factor)  # [kept, H]
+    return weight[:, kept] + correction.t()
+
+
+def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:
+    """A file with the new value of one tensor, in the checkpoint's dtype."""
+    path = folder / f"{name}.safetensors"
+    dtype = model.entries[name].dtype
+    stored = tensor.cpu().to(safetensors_io.dtypes()[dtype])
+    spec = (name, dtype, tuple(stored.shape))
+    safetensors_io.write_tensors(path, [spec], [stored])
+    return path

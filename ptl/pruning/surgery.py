@@ -1,0 +1,187 @@
+"""Prune weights and config together, tensor by tensor, so that memory holds one tensor whatever the model's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl.model import checkpoint, safetensors_io
+from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
+from ptl.model.pretrained import config_with_defaults
+from ptl.model.safetensors_io import Entry, TensorShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+TensorFiles = Mapping[str, Path]  # files that hold one new tensor, by the name of the old one
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays."""
+
+    layers: tuple[int, ...]  # their numbers in the source, ascending
+    neurons: Mapping[int, Tensor]  # of each of these layers: int64 [width], ascending; empty: all neurons stay
+
+
+@dataclass(frozen=True)
+class PrunedTensor:
+    """How a tensor of the source gets into the pruned checkpoint."""
+
+    name: str  # in the pruned checkpoint
+    axis: int = 0  # along which it is pruned
+    kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
+
+    def shape(self, source_shape: TensorShape) -> TensorShape:
+        """The shape of the pruned tensor."""
+        shape = list(source_shape)
+        if self.kept is not None:
+            shape[self.axis] = len(self.kept)
+        return tuple(shape)
+
+    def values(self, source: Tensor) -> Tensor:
+        """The pruned tensor."""
+        if self.kept is None:
+            return source
+        return source.index_select(self.axis, self.kept)
+
+
+def pruned_tensor(
+    name: str,
+    shape: TensorShape,
+    family: Family,
+    selection: Selection,
+) -> PrunedTensor | None:
+    """What becomes of a tensor; None where it is removed. The same for weights and their optimizer state."""
+    if ROTARY.match(name):
+        return None
+    # Embeddings, the last norm and the output layer stay as they are.
+    match = IN_LAYER.match(name)
+    if match is None:
+        return PrunedTensor(name)
+    layer = int(match["layer"])
+    if layer not in selection.layers:
+        return None
+    # The layers that stay are numbered anew, without gaps.
+    number = selection.layers.index(layer)
+    part, kind = match["part"], match["kind"]
+    new_name = f"{match['prefix']}{number}.{part}.{kind}"
+    kept = selection.neurons.get(layer)
+    if kept is None or not family.has_neurons(part, kind):
+        return PrunedTensor(new_name)
+    if part == family.down_projection:  # [hidden, intermediate]
+        return PrunedTensor(new_name, axis=1, kept=kept)
+    rows = _neuron_rows(kept, shape[0], family.fused_projections)
+    return PrunedTensor(new_name, axis=0, kept=rows)
+
+
+def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
+    """Rows of the kept neurons in a weight of so many rows: the same in each of the stacked projections."""
+    import torch
+
+    width = rows // fused_projections
+    starts = width * torch.arange(fused_projections)  # [projections]
+    indices = kept + starts[:, None]  # [projections, kept]
+    return indices.flatten()
+
+
+def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
+    """The config of the pruned model, with no field that the family does not have already."""
+    pruned = dict(config)
+    depth = config[family.depth_field]
+    pruned[family.depth_field] = len(selection.layers)
+    # Lists with an entry for each layer
+    for field in family.per_layer_fields:
+        entries = config.get(field)
+        if entries is None and len(selection.layers) < depth:
+            # What transformers would derive from a layer's number must stay with the layer.
+            defaults = config_with_defaults(config)
+            entries = getattr(defaults, field, None)
+        if isinstance(entries, list):
+            pruned[field] = [entries[layer] for layer in selection.layers]
+        else:
+            pruned.pop(field, None)
+    # Counts of leading layers
+    for field in family.prefix_fields:
+        leading = config.get(field)
+        if isinstance(leading, int):
+            # A count above the depth means all layers, and must stay above it.
+            beyond = max(0, leading - depth)
+            leading_kept = sum(layer < leading for layer in selection.layers)
+            pruned[field] = leading_kept + beyond
+    # config.json has one width for all layers.
+    if selection.neurons:
+        widths = {len(kept) for kept in selection.neurons.values()}
+        assert len(widths) == 1, f"widths differ between layers: {widths}"
+        pruned[family.width_field] = widths.pop()
+    return pruned
+
+
+def write_pruned(
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: TensorFiles | None = None,
+) -> None:
+    """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too.
+
+    `repaired` names tensors of the source whose new value, already pruned, is in a file of its own (repair.py).
+    """
+    dst.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    shards = checkpoint.shards(src)
+    for shard in shards:
+        # Shards keep their names.
+        pruned_shard = dst / shard.name
+        sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
+        weight_map |= dict.fromkeys(sizes, shard.name)
+        total_bytes += sum(sizes.values())
+    if shards != [src / checkpoint.WEIGHTS]:
+        checkpoint.write_index(dst, weight_map, total_bytes)
+    # Recovery resumes with the optimizer state of what stays.
+    state = src / checkpoint.STATE
+    if state.is_file():
+        _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
+    config = prune_config(checkpoint.read_config(src), family, selection)
+    checkpoint.write_json(dst / "config.json", config)
+    checkpoint.copy_companions(src, dst)
+
+
+def _write_pruned_file(
+    src: Path,
+    dst: Path,
+    family: Family,
+    selection: Selection,
+    repaired: TensorFiles,
+) -> dict[str, int]:
+    """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
+    # The header of a file comes first: all shapes are known before any tensor is read.
+    kept: list[tuple[Entry, PrunedTensor]] = []
+    specs = []
+    sizes = {}
+    for entry in safetensors_io.entries(src):
+        pruned = pruned_tensor(entry.name, entry.shape, family, selection)
+        if pruned is None:
+            continue
+        kept.append((entry, pruned))
+        shape = pruned.shape(entry.shape)
+        specs.append((pruned.name, entry.dtype, shape))
+        sizes[pruned.name] = safetensors_io.num_bytes(shape, entry.dtype)
+
+    def tensors() -> Iterator[Tensor]:
+        for entry, pruned in kept:
+            if entry.name in repaired:
+                yield safetensors_io.read_single(repaired[entry.name])
+                continue
+            source = safetensors_io.read_tensor(entry)
+            yield pruned.values(source)
+
+    if kept:
+        safetensors_io.write_tensors(dst, specs, tensors())
+        dst.chmod(0o644)  # others may read it, whatever the umask
+    return sizes

@@ -1,0 +1,1 @@
+"""Light training after each pruning."""

@@ -1,0 +1,110 @@
+"""Recovery by distillation: the student matches the original model's distribution on the answer tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from ptl.config.recover import Distil
+from ptl.data.sequences import IGNORED
+from ptl.errors import InputError
+from ptl.model import checks, hub, pretrained
+from ptl.recovery import sft
+from ptl.recovery.job import RecoverReport, RecoveryJob
+
+TEACHER = "recover.teacher"  # the field of the config, for errors
+
+
+def distil(
+    src: Path,
+    dst: Path,
+    settings: Distil,
+    job: RecoveryJob,
+) -> RecoverReport:
+    """Forward KL to the teacher mixed with the next-token loss, on the same tokens and batches as `cpt`.
+
+    Memory besides cpt's: the teacher's weights in its stored dtype, and the logits of both models at the positions that
+    carry loss, float32 [N, V] each. trl's DistillationTrainer has no next-token loss to mix in, and takes prompts, not
+    tokenized sequences of an exact total; so the loss is our own.
+    """
+    teacher = load_teacher(src, settings, job)
+    return sft.train(src, dst, settings, job, _trainer(settings, teacher))
+
+
+def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
+    """The teacher in its stored dtype. Raises InputError for another vocabulary."""
+    folder = job.teacher
+    if settings.teacher:
+        folder = hub.locate(settings.teacher, None, field=TEACHER)
+    if folder is None:
+        problem = "the run has no original model to learn from"
+        raise InputError(problem, field=TEACHER, remedy="give a folder or a hub id")
+    # the KL compares distributions over the same tokens
+    student_tokenizer = checks.load_tokenizer(src)
+    teacher_tokenizer = checks.load_tokenizer(folder, TEACHER)
+    name = settings.teacher or str(folder)
+    checks.compare_vocabularies(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), name)
+    teacher = pretrained.causal_lm(folder, field=TEACHER)
+    return teacher.eval().requires_grad_(False)
+
+
+def ce_and_kl(
+    student: torch.Tensor,  # [N, V]
+    teacher: torch.Tensor,  # [N, V], of another V where the embeddings are padded
+    labels: torch.Tensor,  # [N]
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over N positions of the next-token loss and of T^2 KL(teacher || student) at temperature T.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
+    # embeddings may be padded to different multiples: the tokens that both have
+    vocabulary = min(student.shape[-1], teacher.shape[-1])
+    student = student[:, :vocabulary].float()  # [N, V]
+    teacher = teacher[:, :vocabulary].float()  # [N, V]
+    ce = cross_entropy(student, labels, reduction="sum")
+    log_p = log_softmax(teacher / temperature, -1)  # [N, V]
+    log_q = log_softmax(student / temperature, -1)  # [N, V]
+    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return ce, kl * temperature**2
+
+
+def _trainer(settings: Distil, teacher: Any) -> Any:
+    from trl import SFTTrainer
+
+    class DistilTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        """SFTTrainer with another loss; data, batches, logging and checkpoints are the same."""
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            # without labels, so that neither model computes a loss
+            model_inputs = dict(inputs, use_cache=False)
+            labels = model_inputs.pop("labels")[:, 1:]  # [B, T-1]
+            has_label = labels != IGNORED  # [B, T-1]
+            outputs = model(**model_inputs)
+            student_logits = outputs.logits[:, :-1][has_label]  # [N, V]
+            # the Trainer moves the student only
+            if teacher.device != labels.device:
+                teacher.to(labels.device)
+            with torch.no_grad():
+                teacher_outputs = teacher(**model_inputs)
+            teacher_logits = teacher_outputs.logits[:, :-1][has_label]  # [N, V]
+            ce, kl = ce_and_kl(student_logits, teacher_logits, labels[has_label], settings.temperature)
+            loss = settings.mix * ce + (1 - settings.mix) * kl
+            # a batch of one token has no label
+            count = has_label.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss / torch.as_tensor(count).clamp(min=1)
+            if num_items_in_batch is not None:
+                # counted over all processes, whose gradients are averaged
+                loss = loss * self.accelerator.num_processes
+            return (loss, outputs) if return_outputs else loss
+
+    return DistilTrainer

@@ -1,0 +1,80 @@
+"""A recovery method's task and its report, and where training checkpoints may go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ptl.config.recover import TrainingData
+
+Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
+Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
+
+
+class CheckpointStore(Protocol):
+    """Where the training checkpoints of one stage outlive the machine."""
+
+    def save_if_due(self, folder: Path) -> None:
+        """Store a complete training checkpoint, if the last one was stored long enough ago."""
+
+    def restore(self, scratch: Path) -> None:
+        """Put the newest stored training checkpoint into `scratch`, unless a newer one is there."""
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """What one stage of a recovery may use, and its position in the run."""
+
+    tokens: int | None  # None: only its steps limit it
+    earlier: tuple[int, ...]  # budgets that took their tokens from the data before this one
+    iteration: int  # from 1
+    last: bool  # no later iteration trains
+    seed: int
+    weights: tuple[int, ...] = (1,)  # of all iterations, to divide a total among them; 1:2:4 for example
+
+    def part(self, total: int) -> tuple[int, int]:
+        """Of `total` for the run, how much earlier iterations had and how much this one has."""
+        until_this = self.weights[: self.iteration]
+        before_this = self.weights[: self.iteration - 1]
+        # rounding the sums, not each part, keeps the total exact
+        end = total * sum(until_this) // sum(self.weights)
+        begin = total * sum(before_this) // sum(self.weights)
+        return begin, end - begin
+
+
+@dataclass(frozen=True)
+class RecoveryJob:
+    """All that a method needs besides its settings and the two folders."""
+
+    data: TrainingData
+    budget: StageBudget
+    scratch: Path  # training checkpoints
+    on_log: Log
+    teacher: Path | None = None  # the original model, for distillation
+    save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
+    scored: Path | None = None  # the first evaluation's folder: its items are not to be trained on
+    keep_optimizer_state: bool = False  # a later recovery continues with it
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """What a recovery did."""
+
+    method: str  # cpt, distil or grpo; of a chain joined by +
+    tokens: int  # trained on
+    steps: int  # of the optimizer
+    curve: Curve  # at each log
+    resumed_at: int  # optimizer step of the training checkpoint that was resumed; 0: from the start
+    seconds: float  # wall clock, without those of an attempt that died
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def report_from_json(text: str) -> RecoverReport:
+    """A report as dataclasses.asdict and json.dumps wrote it."""
+    fields = json.loads(text)
+    # JSON has no tuples
+    fields["curve"] = tuple(map(tuple, fields["curve"]))
+    return RecoverReport(**fields)

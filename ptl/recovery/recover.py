@@ -1,0 +1,183 @@
+"""Restore a pruned model's reasoning by light training. RECOVERIES is where a user extends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptl.config.recover import MIN_TOKENS, RecoverStage, Recovery
+from ptl.data import model_fit
+from ptl.data.checks import check_chats, check_rewards
+from ptl.errors import InputError
+from ptl.recovery import launch
+from ptl.recovery.distillation import distil
+from ptl.recovery.grpo import grpo
+from ptl.recovery.job import CheckpointStore, Log, RecoverReport, RecoveryJob, report_from_json
+from ptl.recovery.sft import cpt
+from ptl.storage import local_files
+
+Method = Callable[[Path, Path, Any, RecoveryJob], RecoverReport]  # source, destination, its settings, job
+
+RECOVERIES: dict[str, Method] = {
+    "cpt": cpt,
+    "distil": distil,
+    "grpo": grpo,
+}
+
+
+def recover_checkpoint(
+    src: Path,
+    dst: Path,
+    recovery: Recovery,
+    iteration_tokens: Sequence[int],  # of the iterations up to this one
+    job: RecoveryJob,
+    stores: Sequence[CheckpointStore] = (),  # one for each stage; none: training checkpoints stay on this machine
+) -> RecoverReport:
+    """Run the stages one after another, on the tokens of this iteration in all, and write the result to `dst`.
+
+    An earlier attempt in `job.scratch` is resumed: finished stages are not repeated, and the stage in which it died
+    continues from its last training checkpoint. Raises InputError before any work.
+    """
+    stages = recovery.stages
+    budgets = recovery.budgets(iteration_tokens[-1])
+    for stage, tokens in zip(stages, budgets, strict=True):
+        launch.check(stage)
+        _check_budget(stage, tokens, iteration_tokens[-1], job.budget.iteration)
+    # of later stages too, before the first one trains
+    check_rewards(stages, job.data)
+    check_chats(stages, job.data)
+    model_fit.check_stages(src, stages, job.teacher)
+    dst.mkdir(parents=True, exist_ok=True)
+    reports: list[RecoverReport] = []
+    for i, stage in enumerate(stages):
+        is_last_stage = i == len(stages) - 1
+        earlier = budgets_before(recovery, iteration_tokens, i)
+        # each stage has its own tokens, and its logs continue those of the stages before it
+        stage_job = dataclasses.replace(
+            job,
+            budget=dataclasses.replace(job.budget, tokens=budgets[i], earlier=earlier),
+            on_log=_after(reports, job.on_log),
+            # after the run's last training nothing continues from it
+            keep_optimizer_state=not (is_last_stage and job.budget.last),
+        )
+        store = stores[i] if stores else None
+        # no stage may resume from the training checkpoints of another
+        folder = job.scratch / f"{i}-{stage.method}"
+        if len(stages) > 1:
+            stage_job = dataclasses.replace(stage_job, scratch=folder)
+        if is_last_stage:
+            report = _train(src, dst, stage, stage_job, store)
+        else:
+            # the next stage trains what this one writes
+            out = folder.with_name(f"{folder.name}-out")
+            report = _train_once(src, out, stage, stage_job, store)
+            src = out
+        reports.append(report)
+    return reports[0] if len(reports) == 1 else _joined(reports)
+
+
+def _check_budget(
+    stage: RecoverStage,
+    tokens: int | None,  # None: it needs none
+    total: int,  # tokens of the iteration
+    iteration: int,
+) -> None:
+    """Raise InputError for a stage that gets too few of the iteration's tokens."""
+    if tokens is None or tokens >= MIN_TOKENS:
+        return
+    rest = tokens or "none"
+    raise InputError(
+        f"{total} tokens for iteration {iteration} leave {rest} for {stage.method}, which needs {MIN_TOKENS}",
+        field="schedule.recovery_tokens",
+        remedy="raise it, or set schedule.tokens=uniform",
+    )
+
+
+def budgets_before(recovery: Recovery, iteration_tokens: Sequence[int], stage: int) -> tuple[int, ...]:
+    """The token budgets that were taken from the data before a stage of the last of the iterations."""
+    # all stages read the same data, one budget after another
+    *earlier_iterations, this_iteration = iteration_tokens
+    earlier: list[int | None] = []
+    for tokens in earlier_iterations:
+        earlier += recovery.budgets(tokens)
+    earlier += recovery.budgets(this_iteration)[:stage]
+    # None: of a stage without a budget
+    return tuple(budget for budget in earlier if budget)
+
+
+def _train_once(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> RecoverReport:
+    """A chain's earlier stage, which an attempt that died later may have finished."""
+    # not in the checkpoint: the next stage copies all files of its source
+    report_file = out.with_name(f"{out.name}.json")
+    if report_file.is_file():
+        return report_from_json(report_file.read_text())
+    report = _train(src, out, stage, job, store)
+    text = json.dumps(dataclasses.asdict(report))
+    local_files.replace(report_file, text.encode())
+    return report
+
+
+def _train(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> RecoverReport:
+    """One stage in as many processes as it asks for."""
+    # left by an attempt that died, whose training checkpoints are in job.scratch
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if store is not None:
+        store.restore(job.scratch)
+        job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
+    # a process that was launched trains itself
+    processes = launch.processes_for(stage)
+    if processes > 1 and launch.world_size() == 1:
+        return launch.run(src, out, stage, job, processes)
+    return RECOVERIES[stage.method](src, out, stage, job)
+
+
+def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
+    """The same log, with steps and tokens counted on from the stages that these reports are of."""
+    tokens = sum(report.tokens for report in reports)
+    steps = sum(report.steps for report in reports)
+
+    def on_stage_log(metrics: dict[str, float], step: int) -> None:
+        if "num_input_tokens_seen" in metrics:
+            seen = metrics["num_input_tokens_seen"] + tokens
+            metrics = {**metrics, "num_input_tokens_seen": seen}
+        on_log(metrics, steps + step)
+
+    return on_stage_log
+
+
+def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
+    """The report of a chain: tokens and steps add up; the stages' own reports are among the details."""
+    # tokens are counted on from stage to stage
+    curve: list[tuple[int, float]] = []
+    tokens_before = 0
+    for report in reports:
+        curve += [(tokens_before + tokens, loss) for tokens, loss in report.curve]
+        tokens_before += report.tokens
+    # the earlier stages of a resumed chain are finished, and report their own attempts
+    resumed = [report.resumed_at for report in reports if report.resumed_at]
+    return RecoverReport(
+        method="+".join(report.method for report in reports),
+        tokens=tokens_before,
+        steps=sum(report.steps for report in reports),
+        curve=tuple(curve),
+        resumed_at=resumed[0] if resumed else 0,
+        seconds=sum(report.seconds for report in reports),
+        details={"stages": [dataclasses.asdict(report) for report in reports]},
+    )

@@ -1,0 +1,124 @@
+"""Verifiable rewards: whether an answer is right, decided by comparing or by running it, never by another model."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ptl.config.recover import Reward
+
+FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
+CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)
+LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
+
+RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
+Texts = Sequence[str]
+RewardFunction = Callable[[Texts, Texts, Reward], RewardValues]  # of answers and their references
+
+
+def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
+    """1 where the number that stands alone on the last `#### ` line equals the reference's, digit for digit."""
+    values: RewardValues = []
+    for answer, reference in zip(answers, references, strict=True):
+        number = final_number(answer)
+        # a reference may be a bare number or a worked solution
+        expected = final_number(f"#### {_after_marker(reference)}")
+        is_right = number is not None and number == expected
+        values.append(float(is_right))
+    return values
+
+
+def final_number(text: str) -> str | None:
+    """The last `#### <number>` line's number, without thousands separators; None where there is none."""
+    numbers = FINAL.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def math_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
+    r"""1 where math-verify finds the answer equal to the reference (`\boxed{}`, LaTeX, or a plain number)."""
+    pairs = zip(answers, references, strict=True)
+    return [_math_value(answer, reference) for answer, reference in pairs]
+
+
+def _math_value(answer: str, reference: str) -> float | None:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    parse_limit: dict[str, Any] = {}
+    verify_limit: dict[str, Any] = {}
+    # math-verify's time limits are signals, which only the main thread may set
+    if threading.current_thread() is not threading.main_thread():
+        parse_limit["parsing_timeout"] = None
+        verify_limit["timeout_seconds"] = None
+    notations = [LatexExtractionConfig(), ExprExtractionConfig()]
+    # empty where nothing is read
+    expected = parse(_reference_formula(reference), extraction_config=notations, **parse_limit)
+    if not expected:
+        return None
+    concluded = parse(_answer_formula(answer), extraction_config=notations, **parse_limit)
+    return float(verify(expected, concluded, **verify_limit))
+
+
+def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
+    """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox."""
+    from ptl.sandbox.runner import run_many
+
+    programs = [program(answer) for answer in answers]
+    outcomes = run_many(zip(programs, references, strict=True))
+    return [float(outcome.passed) for outcome in outcomes]
+
+
+def program(answer: str) -> str:
+    """The Python in an answer."""
+    # a block that is not closed was ended by the limit of tokens
+    block = CODE_BLOCK.search(answer)
+    return block.group(1) if block else answer
+
+
+def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
+    """1 where the complete answer matches the pattern."""
+    pattern = re.compile(reward.pattern)
+    return [float(pattern.fullmatch(answer) is not None) for answer in answers]
+
+
+# by the name of a Reward in the config
+REWARDS: dict[str, RewardFunction] = {
+    "final_answer": final_answer_reward,
+    "math": math_reward,
+    "code": code_reward,
+    "format": format_reward,
+}
+
+
+def text_of(completion: Any) -> str:
+    """A completion's text; for chats trl gives a list with one message."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[0]["content"])
+
+
+def _after_marker(text: str) -> str:
+    """What follows the last `####`; all of a text without one."""
+    return text.rpartition("####")[2].strip()
+
+
+def _reference_formula(reference: str) -> str:
+    """A reference as math-verify reads it: the final answer of a worked solution, a bare LaTeX answer in dollars."""
+    formula = _after_marker(reference)
+    # a worked solution ends with a number, where a comma separates thousands
+    if "####" in reference:
+        formula = formula.replace(",", "")
+    is_marked = "$" in formula or "\\boxed" in formula
+    if is_marked or len(formula) > LONGEST_BARE_ANSWER:
+        return formula
+    return f"${formula}$"
+
+
+def _answer_formula(answer: str) -> str:
+    """What follows the last `####`, where the model marks its answer so; else all of it."""
+    conclusion = _after_marker(answer)
+    if "####" not in answer or not conclusion:
+        return answer
+    # thousands separators are no part of a number in LaTeX
+    return f"${conclusion.replace(',', '')}$"

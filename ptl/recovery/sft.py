@@ -1,0 +1,198 @@
+"""Recovery on an exact number of tokens of the training data, by trl's SFTTrainer: `cpt`, and what `distil` shares."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptl.config.recover import Cpt, Distil, Lora, NextToken
+from ptl.data import decontamination
+from ptl.data.sequences import IGNORED, training_chunk
+from ptl.model import checkpoint, checks
+from ptl.recovery import training
+from ptl.recovery.job import RecoverReport, RecoveryJob
+from ptl.recovery.launch import world_size
+
+
+def cpt(
+    src: Path,
+    dst: Path,
+    settings: Cpt,
+    job: RecoveryJob,
+) -> RecoverReport:
+    """Continual pre-training: next-token loss on the training data."""
+    return train(src, dst, settings, job, sft_trainer())
+
+
+def train(
+    src: Path,
+    dst: Path,
+    settings: Cpt | Distil,
+    job: RecoveryJob,
+    trainer_class: Any,  # trl's SFTTrainer, or a kind of it
+) -> RecoverReport:
+    """Train `src` on exactly the stage's tokens and write the result to `dst`."""
+    started = time.monotonic()
+    tokens = job.budget.tokens
+    assert tokens is not None  # only grpo trains without a budget
+    tokenizer = checks.load_tokenizer(src)
+    arguments = sft_arguments(settings, job)
+    # before the weights are read: a wrong row is reported at once
+    dataset, details = training_dataset(tokenizer, settings, job, arguments)
+    model, dtype = training.load(src)
+    if settings.lora is not None:
+        # the Trainer's seed comes later than the adapters' first values
+        torch.manual_seed(job.budget.seed)
+        model = with_adapters(model, settings.lora)
+    # merged adapters and spread optimizers leave no state that pruning could slice
+    sharded = training.is_sharded(settings)
+    carries_state = settings.carry_moments and settings.lora is None and not sharded
+    stored_state = src / checkpoint.STATE
+    carried = carries_state and stored_state.is_file()
+    # the dataset is read once, in the order of its rows
+    steps = math.ceil(len(dataset) / settings.batch_size)
+    curve = training.learning_rate_curve(settings, job.budget, steps, carried)
+    optimizers: tuple[Any, Any] = (None, None)
+    if sharded:
+        # the Trainer makes the optimizer, from parameters that it shards first
+        trainer_class = training.with_curve(trainer_class, curve)
+    else:
+        optimizer = training.optimizer_for(model, settings, stored_state if carried else None)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+        optimizers = (optimizer, scheduler)
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        optimizers=optimizers,
+        callbacks=[training.watch(job)],
+    )
+    resumed_at = training.run(trainer, job.scratch)
+    keeps_state = carries_state and job.keep_optimizer_state
+    training.save(trainer, src, dst, dtype, with_state=keeps_state, sharded=sharded)
+    return RecoverReport(
+        method=settings.method,
+        tokens=tokens,
+        steps=trainer.state.global_step,
+        curve=training.curve_of(trainer, tokens),
+        resumed_at=resumed_at,
+        seconds=time.monotonic() - started,
+        details=details,
+    )
+
+
+def sft_trainer() -> Any:
+    """trl's SFTTrainer; on a CPU with the model's own loss in place of trl's.
+
+    trl's is for GPUs, where it scores only the positions with a label and never holds all logits. On a CPU it scores
+    all positions, and each for entropy and top token too, which costs a third of a step (docs/recovery.md).
+    """
+    from transformers import Trainer
+    from trl import SFTTrainer
+
+    if torch.cuda.is_available():
+        return SFTTrainer
+
+    class PlainLoss(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            # zero for a batch of one token; trl's loss does the same
+            if num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch.clamp(min=1)
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    return PlainLoss
+
+
+def with_adapters(model: Any, lora: Lora) -> Any:
+    """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685)."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def training_dataset(
+    tokenizer: Any, settings: NextToken, job: RecoveryJob, arguments: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The tokenized sequences of the stage's budget, packed if the settings say so, and details for the report.
+
+    With several processes there are as many as fill their batches.
+    """
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    budget = job.budget
+    assert budget.tokens is not None
+    # rows that share text with a benchmark's items are left out
+    leak_filter = decontamination.build(job.data.decontaminate, job.scored)
+    chunk = training_chunk(
+        job.data,
+        tokenizer,
+        settings.max_length,
+        seed=budget.seed,
+        earlier=budget.earlier,
+        budget=budget.tokens,
+        leak_filter=leak_filter,
+    )
+    # for the step's metadata
+    details: dict[str, Any] = {"sequences": len(chunk), "processes": arguments.world_size}
+    if leak_filter is not None:
+        details["decontaminated"] = leak_filter.report()
+    columns = {
+        "input_ids": [tokens.ids for tokens in chunk],
+        "labels": [tokens.labels(settings.loss) for tokens in chunk],
+    }
+    dataset = Dataset.from_dict(columns)
+    if settings.packing:
+        dataset = pack_dataset(dataset, settings.max_length, "bfd")
+    # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
+    sequences_per_pass = arguments.per_device_train_batch_size * arguments.world_size
+    missing = -len(dataset) % sequences_per_pass
+    if arguments.world_size > 1 and missing:
+        dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
+    return dataset, details
+
+
+def _filled_up(dataset: Any, count: int, token: int) -> Any:
+    """The dataset with `count` more sequences of one token without a label, which train nothing."""
+    from datasets import Dataset, concatenate_datasets
+
+    row = {"input_ids": [token], "labels": [IGNORED]}
+    if "seq_lengths" in dataset.column_names:  # packed
+        row["seq_lengths"] = [1]
+    empty = Dataset.from_list([row] * count, features=dataset.features)
+    return concatenate_datasets([dataset, empty])
+
+
+def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
+    """trl's SFTConfig of a stage."""
+    from trl import SFTConfig
+
+    shared = training.arguments(settings, job, world_size())
+    return SFTConfig(
+        **shared,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=1,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},  # the sequences come tokenized, truncated and packed
+        train_sampling_strategy="sequential",  # they come shuffled, and in the same batches for any number of processes
+        include_num_input_tokens_seen="non_padding",
+    )

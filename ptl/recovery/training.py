@@ -1,0 +1,338 @@
+"""What all recovery methods share: optimizer, learning rate, callbacks, saving."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ptl.config.recover import NextToken, Stage
+from ptl.errors import WorkError
+from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.recovery import launch
+from ptl.recovery.job import Curve, RecoveryJob, StageBudget
+from ptl.storage.training_files import COMPLETE, last_complete, step_of
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# torch and safetensors wrap the operating system's error in their own
+NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in NO_SPACE))
+
+
+def load(src: Path) -> tuple[Any, torch.dtype]:
+    """Model in float32, and the dtype of the stored weights, whatever config.json names.
+
+    Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
+    `recover.dtype` is the precision of the forward pass alone.
+    """
+    # all weights have one dtype, see model_dimensions()
+    embedding = checkpoint.contents(src)["model.embed_tokens.weight"]
+    dtype = safetensors_io.dtypes()[embedding.dtype]
+    return pretrained.causal_lm(src, torch.float32), dtype
+
+
+def learning_rate_curve(
+    settings: Stage,
+    budget: StageBudget,
+    steps: int,  # of the optimizer, in this iteration
+    carried: bool,  # whether the optimizer state comes from the last iteration
+) -> Callable[[int], float]:
+    """The factor on the learning rate at each optimizer step.
+
+    An optimizer state that was carried through pruning needs no warm-up; a fresh optimizer does, for at most half of
+    the steps and from a rate above zero, so that an iteration of one step trains too. With decay `last` the rate is
+    constant until the last iteration, whose cosine ends the run at zero; with `each` every iteration has its own.
+    Reinforcement learning has no decay.
+    """
+    warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
+    decays = isinstance(settings, NextToken)
+    if isinstance(settings, NextToken) and settings.decay == "last":
+        decays = budget.last
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if not decays:
+            return 1.0
+        decay_steps = max(1, steps - warmup)
+        angle = math.pi * (step - warmup) / decay_steps
+        return (1 + math.cos(angle)) / 2
+
+    return factor
+
+
+def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> torch.optim.AdamW:
+    """AdamW without weight decay on norms and biases; with `state`, it continues the last iteration's."""
+    # with LoRA the adapters alone are trained
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
+    # norms and biases
+    vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
+    groups = []
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    if state is None:
+        return optimizer
+    stored = dict(checkpoint.tensors(state))
+    for name, parameter in trained.items():
+        adam = optimizer.state[parameter]
+        # torch counts the steps for each parameter
+        adam["step"] = stored["step"].clone()
+        for kind in ADAM_STATE:
+            adam[kind] = stored[f"{kind}.{name}"]
+    return optimizer
+
+
+def arguments(settings: Stage, job: RecoveryJob, processes: int) -> dict[str, Any]:
+    """TrainingArguments that all methods share."""
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
+    fsdp = settings.sharding == "fsdp" and is_sharded(settings)
+    return {
+        "output_dir": str(job.scratch),
+        "per_device_train_batch_size": launch.sequences_per_pass(settings, processes),
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "bf16": settings.dtype == "bfloat16",
+        "gradient_checkpointing": settings.gradient_checkpointing and not fsdp,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": job.budget.seed,
+        # two, as a kill may leave the newest half-written
+        "save_steps": settings.save_steps,
+        "save_total_limit": 2,
+        # `watch` passes the metrics on, and stops at a loss that is no number
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+
+
+def watch(job: RecoveryJob) -> Any:
+    """A callback that marks complete checkpoints, passes metrics on, and stops at a loss that is no number."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        last_logged: int | None = None  # optimizer step; None: this process has logged none
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # an iteration shorter than logging_steps has a curve too
+            if state.global_step >= state.max_steps:
+                control.should_log = True
+
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            step = state.global_step
+            # a checkpoint that is marked complete is one to resume from
+            check_finite(model, step, args.output_dir)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # each process writes a part of the checkpoint
+            if not state.is_world_process_zero:
+                return
+            folder = Path(args.output_dir) / f"checkpoint-{step}"
+            (folder / COMPLETE).touch()
+            if job.save_checkpoint is not None:
+                job.save_checkpoint(folder)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            metrics = _numbers(logs or {})
+            step = state.global_step
+            loss = metrics.get("loss", 0.0)
+            if not math.isfinite(loss):
+                # the loss is a mean over all steps since the last log
+                first_step = max(1, step - args.logging_steps + 1)
+                if self.last_logged is not None:
+                    first_step = self.last_logged + 1
+                raise _loss_error(loss, first_step, step, args.output_dir)
+            self.last_logged = step
+            seen = metrics.get("num_input_tokens_seen")
+            if seen is not None and job.budget.tokens is not None:
+                # the last batch of several processes is filled up with empty sequences, which are no training tokens
+                metrics["num_input_tokens_seen"] = min(seen, job.budget.tokens)
+            if state.is_world_process_zero:
+                job.on_log(metrics, step)
+
+    return Watch()
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    """The metrics among what a trainer logs."""
+    numbers = {}
+    for name, value in logs.items():
+        # the Trainer logs texts too
+        if isinstance(value, int | float):
+            numbers[name] = float(value)
+    return numbers
+
+
+def _loss_error(
+    loss: float,
+    first_step: int,
+    step: int,
+    scratch: str,
+) -> WorkError:
+    """An error about a loss that is no number, which came up between two steps."""
+    problem = f"the loss is {loss}"
+    # a lower learning rate would not help
+    if step == 1:
+        return WorkError(
+            f"{problem} at optimizer step 1, before any weight has changed: the model itself computes it",
+            field="recover",
+            remedy="check its weights (ptl evaluate), or use a sound checkpoint",
+        )
+    return _not_finite(problem, first_step, step, scratch)
+
+
+def check_finite(model: Any, step: int, scratch: str) -> None:
+    """Raise WorkError for weights that are no numbers."""
+    for parameter in model.parameters():
+        finite = parameter.isfinite().all()
+        if hasattr(finite, "full_tensor"):  # FSDP: spread over GPUs
+            finite = finite.full_tensor()
+        if not bool(finite):
+            raise _not_finite("a weight is NaN or infinite", step, step, scratch)
+
+
+def _not_finite(
+    problem: str,
+    first_step: int,  # of those in which it came up
+    step: int,  # the last of them
+    scratch: str,  # with the training checkpoints
+) -> WorkError:
+    steps = f"at optimizer step {step}"
+    if first_step < step:
+        steps = f"in optimizer steps {first_step} to {step}"
+    problem = f"{problem} {steps}; {_last_good(Path(scratch))}"
+    return WorkError(problem, field="recover", remedy="lower recover.learning_rate")
+
+
+def _last_good(scratch: Path) -> str:
+    """The training checkpoint to resume from, for an error."""
+    last = last_complete(scratch)
+    if last is None:
+        return "no training checkpoint was written yet"
+    return f"the last good training checkpoint is kept in {last}"
+
+
+def run(trainer: Any, scratch: Path) -> int:
+    """Train, resuming from the newest complete checkpoint in `scratch`; returns its optimizer step, 0 without one."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # `watch` passes the metrics on
+    last = last_complete(scratch)
+    with reported_full_disk("training checkpoints", scratch, scratch):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return step_of(last) if last else 0
+
+
+@contextmanager
+def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None]:
+    """Turn a full disk into a WorkError: for which files there was no space, and what `scratch` has to resume from."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        is_wrapped = any(mark in text for mark in NO_SPACE_TEXTS)
+        if not is_wrapped and getattr(error, "errno", None) not in NO_SPACE:
+            raise
+        raise WorkError(
+            f"no space left for {files} in {folder}; {_last_good(scratch)}",
+            field="recover",
+            remedy="free some space (or raise recover.save_steps) and run the same command again to resume",
+        ) from error
+
+
+def save(
+    trainer: Any,
+    src: Path,
+    dst: Path,
+    dtype: torch.dtype,
+    *,
+    with_state: bool = False,  # the optimizer's, for the next iteration
+    sharded: bool = False,  # whether the weights are spread over processes
+) -> None:
+    """Write an ordinary checkpoint in the dtype of `src`; config and tokenizer files are those of the source."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    step = trainer.state.global_step
+    scratch = trainer.args.output_dir
+    check_finite(model, step, scratch)
+    if sharded:
+        # all processes take part in it
+        model = _gathered(trainer, dst.with_name(f"{dst.name}.gathered"))
+    if not trainer.is_world_process_zero():
+        return
+    with reported_full_disk("the trained checkpoint", dst, Path(scratch)):
+        if with_state:
+            state = _optimizer_state(model, trainer.optimizer)
+            checkpoint.write_shard(dst / checkpoint.STATE, state)
+        if hasattr(model, "merge_and_unload"):  # LoRA
+            model = model.merge_and_unload()
+        model = model.to(dtype)
+        check_finite(model, step, scratch)  # float16 ends at 65,504
+        model.save_pretrained(dst)
+        # save_pretrained writes a config of this version of transformers
+        config = (src / "config.json").read_text()
+        (dst / "config.json").write_text(config)
+        checkpoint.copy_companions(src, dst)
+
+
+def is_sharded(settings: Stage) -> bool:
+    """Whether weights or optimizer state are spread over processes."""
+    if settings.sharding == "none" or launch.world_size() == 1:
+        return False
+    return launch.can_shard()
+
+
+def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
+    """A kind of trainer that makes its own optimizer and follows our learning-rate curve."""
+
+    class Curved(trainer_class):  # type: ignore[misc,valid-type,unused-ignore]
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
+            return self.lr_scheduler
+
+    return Curved
+
+
+def _gathered(trainer: Any, folder: Path) -> Any:
+    """The complete model, on the first process, from weights that are spread over all; None on the others."""
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return None
+    model = pretrained.causal_lm(folder, torch.float32)
+    shutil.rmtree(folder)
+    return model
+
+
+def _optimizer_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Adam's state by `<kind>.<parameter>`, each in its parameter's shape, and the step: float32 []."""
+    adam = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = adam.state[parameter]
+        tensors["step"] = state["step"].clone().reshape(())
+        for kind in ADAM_STATE:
+            tensors[f"{kind}.{name}"] = state[kind].contiguous()
+    return tensors
+
+
+def curve_of(trainer: Any, tokens: int) -> Curve:
+    """Tokens seen, `tokens` at most, and loss at each log of a trainer."""
+    points = []
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            # without the empty sequences of several processes
+            seen = min(int(entry["num_input_tokens_seen"]), tokens)
+            points.append((seen, float(entry["loss"])))
+    return tuple(points)

@@ -1,0 +1,68 @@
+"""One of the processes that train together: launch.py starts it with a job, and reads its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ptl.config.recover import Recovery
+from ptl.errors import PtlError
+from ptl.processes import die_with_tied
+from ptl.recovery.launch import CHECKPOINT, ERROR, HANDOVER, JOB, METRICS
+from ptl.recovery.recover import RECOVERIES
+
+POLL = 0.05  # seconds
+
+
+def main(job_file: Path) -> None:
+    """Train as the job says; the first process writes the report, or the error."""
+    die_with_tied()
+    fields = json.loads(job_file.read_text())
+    # checked by the class of its method
+    (settings,) = Recovery(stages=[fields["settings"]]).stages
+    # the job's functions write to the launching process
+    functions: dict[str, Any] = {"on_log": _print_metrics}
+    if fields["stores_checkpoints"]:
+        functions["save_checkpoint"] = _hand_over
+    job = JOB.validate_python(fields["job"] | functions)
+    is_first = os.environ.get("RANK", "0") == "0"
+    src, dst = Path(fields["src"]), Path(fields["dst"])
+    train = RECOVERIES[settings.method]
+    try:
+        report = train(src, dst, settings, job)
+    except PtlError as error:
+        if is_first:
+            # the launching process raises it again
+            parts = {
+                "problem": error.problem,
+                "field": error.field,
+                "remedy": error.remedy,
+                "exit_code": error.exit_code,
+            }
+            (job.scratch / ERROR).write_text(json.dumps(parts))
+        raise
+    # the others have the same numbers
+    if is_first:
+        Path(fields["report"]).write_text(json.dumps(dataclasses.asdict(report)))
+
+
+def _print_metrics(metrics: dict[str, float], step: int) -> None:
+    print(f"{METRICS}{json.dumps([metrics, step])}", flush=True)
+
+
+def _hand_over(folder: Path) -> None:
+    """Have the launching process store a training checkpoint, and wait for it: the Trainer deletes older ones."""
+    handover = folder.parent / HANDOVER
+    handover.touch()
+    print(f"{CHECKPOINT}{json.dumps(str(folder))}", flush=True)
+    while handover.exists():
+        time.sleep(POLL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,133 @@
+"""Numbers and settings as the report prints them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptl.config.flat_settings import flat_settings
+from ptl.report.result_rows import Row
+
+Task = Row  # score of a benchmark, as in a row's `scores`
+Pairs = list[tuple[str, str]]  # names and printed values
+
+UNITS = {1e9: " B", 1e6: " M", 1e3: " k"}
+
+
+def first_task(row: Row) -> Task:
+    """The score of a row's first benchmark, which is the run's accuracy."""
+    return dict(row["scores"]["tasks"][0])
+
+
+def is_share(task: Task) -> bool:
+    """Whether a score is a share of items, shown in percent; perplexities and other means have no interval."""
+    if task["low"] is None:
+        return False
+    return 0 <= task["accuracy"] <= 1
+
+
+def percent(share: float) -> str:
+    """0.981 -> `98.1 %`."""
+    return f"{share * 100:.1f} %"
+
+
+def points(difference: float) -> str:
+    """0.081 -> `8.1 points`."""
+    return f"{difference * 100:.1f} points"
+
+
+def level(result: Row) -> str:
+    """The confidence level of the intervals: `95 %`."""
+    confidence = result["confidence"]
+    return f"{confidence * 100:g} %"
+
+
+def accuracy(task: Task) -> str:
+    """A task's score without its interval: percent where it is a share."""
+    value = task["accuracy"]
+    if is_share(task):
+        return percent(value)
+    return f"{value:.4g}"
+
+
+def interval(task: Task) -> str:
+    """A task's interval; empty where it has none."""
+    low = task["low"]
+    high = task["high"]
+    if low is None:
+        return ""
+    # Of other scores than shares four digits.
+    if not is_share(task):
+        return f"{low:.4g} to {high:.4g}"
+    # In percent without the sign, which the score beside it has.
+    low *= 100
+    high *= 100
+    return f"{low:.1f} to {high:.1f}"
+
+
+def score(task: Task) -> str:
+    """A task's score with its interval, in percent where it is a share."""
+    text = accuracy(task)
+    if task["low"] is not None:
+        text += f" ({interval(task)})"
+    return text
+
+
+def span(low: int, high: int) -> str:
+    """From the lowest to the highest number; one number where they are equal."""
+    if low == high:
+        return f"{low:,}"
+    return f"{low:,} to {high:,}"
+
+
+def short(number: float) -> str:
+    """A count in three or four characters: 950, 82 k, 1.23 M, 7 B."""
+    # The largest unit that leaves a digit before the point.
+    for size, unit in UNITS.items():
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def comparison(pair: Row) -> str:
+    """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
+    change = _signed_points(pair["difference"])
+    low = _signed_points(pair["low"])
+    high = _signed_points(pair["high"])
+    # The interval is that of two one-sided tests, each at the significance level.
+    alpha = pair["alpha"]
+    confidence = 100 * (1 - 2 * alpha)
+    bounds = f"{low} to {high} at {confidence:g} %"
+    # Only items that changed distinguish the models.
+    regressions = pair["regressions"]
+    improvements = pair["improvements"]
+    return (
+        f"{change} points ({bounds}), "
+        f"{regressions} regressions and {improvements} improvements on {pair['items']:,} items, "
+        f"p {pair['p_different']:.2g}"
+    )
+
+
+def _signed_points(difference: float) -> str:
+    """-0.016 -> `-1.6`."""
+    return f"{100 * difference:+.1f}"
+
+
+def settings(config: Row) -> Pairs:
+    """A nested config as dotted names and printed values; empty values are left out."""
+    pairs = []
+    for name, value in flat_settings(config).items():
+        text = _printed(value)
+        # Empty lists and texts say nothing.
+        if text:
+            pairs.append((name, text))
+    return pairs
+
+
+def _printed(value: Any) -> str:
+    # 0.0003 instead of 0.00030000000000000003.
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # Lists of numbers or words; lists of sections are flat already.
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

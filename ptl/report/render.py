@@ -1,0 +1,181 @@
+"""The lineage as a page people read: HTML, Markdown, model card and terminal table, all from one result."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl.evaluation import speed_rows
+from ptl.report import tables, wording
+from ptl.report.cells import level, settings, short
+from ptl.report.model_card import front_matter
+from ptl.report.plots import draw
+from ptl.report.result import Result, build, total_tokens, work_seconds
+from ptl.report.result_rows import Records
+from ptl.units import duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PAPER = "Prune-Tune Loop, arXiv 2602.04919"
+WIDE = 100  # columns of a terminal from which cells of the table have space between them
+# Of the table's rows, by their verdict; `not tested` has the terminal's own colour.
+COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
+
+
+def write_report(records: Records, settings: dict[str, Any], out: Path) -> Result:
+    """Make the result of a run from the records of its steps and write it and its pages into `out`."""
+    return render(build(records, settings), out)
+
+
+def render(result: Result, out: Path) -> Result:
+    """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    # All pages show the same sentences and tables; only the HTML has pictures.
+    variables = _variables(result)
+    card = _template("model_card.md.j2", html=False, **variables)
+    pages = {
+        "report.html": _template("report.html.j2", html=True, **variables, pictures=draw(result)),
+        "report.md": _template("report.md.j2", html=False, **variables),
+        "README.md": front_matter(result) + card,
+        "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+    }
+    for name, text in pages.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return result
+
+
+def print_table(result: Result, out: Path | None = None) -> None:
+    """Print the verdict and the table; with `out`, also where the page is."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    # In 80 columns the table has just room.
+    padding = 1 if console.width >= WIDE else 0
+    console.print(_terminal_table(result, padding))
+    for sentence in [wording.verdict(result), *wording.notes(result)]:
+        console.print(escape(sentence), highlight=False)
+    if out is not None:
+        page = str((out / "report.html").resolve())
+        console.print(f"\nReport: {escape(page)}", highlight=False, soft_wrap=True)
+    address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
+    console.print(f"MLflow: {escape(address)}", highlight=False)
+
+
+def _terminal_table(result: Result, padding: int) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=escape(f"{result['name']} (seed {result['seed']})"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, padding),
+    )
+    table.add_column("Iteration", no_wrap=True)
+    for heading in ("Params", "Removed", "Accuracy", "Interval", "Items", "Recovery\ntokens"):
+        table.add_column(heading, no_wrap=True, justify="right")
+    table.add_column("Verdict", no_wrap=True)
+    for row in tables.iterations(result):
+        # The page says `one-shot control`, which is too long here.
+        label = "control" if row["arm"] == "control" else row["label"]
+        if row["final"]:
+            label += " [bold](final)[/]"
+        verdict = row["verdict"]
+        table.add_row(
+            label,
+            row["params"],
+            row["removed"],
+            row["accuracy"],
+            row["interval"],
+            row["num_items"],
+            row["tokens"],
+            escape(verdict),
+            style=COLOURS.get(verdict),
+        )
+    return table
+
+
+def _variables(result: Result) -> dict[str, Any]:
+    """What the templates show."""
+    speed = result["speed"]
+    return {
+        "result": result,
+        "paper": PAPER,
+        # Sentences.
+        "verdict": wording.verdict(result),
+        "notes": wording.notes(result),
+        "not_needed": wording.not_needed(result),
+        "control_failed": result["control_failed"],
+        "table_caption": wording.table_caption(result),
+        "accuracy_caption": wording.accuracy_caption(result),
+        "loss_caption": wording.loss_caption(result),
+        "speed_setting": speed_rows.setting(speed),
+        "speed_disturbed": speed_rows.disturbance(speed),
+        # Tables.
+        "iterations": tables.iterations(result),
+        "task_names": _task_names(result),
+        "layers_removed": any(row["removed_layers"] for row in result["rows"]),
+        "columns": [name for name, _ in tables.columns(result)],
+        "costs": tables.costs(result),
+        "speed_rows": [row.cells for row in speed_rows.rows(speed)],
+        "steps_without_record": tables.steps_without_record(result),
+        "links": tables.links(result),
+        "settings": settings(result["settings"]),
+        # Numbers.
+        "started": _date(result["started"]),
+        "work_seconds": work_seconds(result),
+        "wall_seconds": result["wall_seconds"],
+        "loop_tokens": total_tokens(result, "loop"),
+        "level": level(result),
+    }
+
+
+def _task_names(result: Result) -> list[str]:
+    # All checkpoints were scored on the same benchmarks.
+    first = result["rows"][0]
+    return [task["task"] for task in first["scores"]["tasks"]]
+
+
+def _date(seconds: float | None) -> str:
+    """Unix time as a date and hour; empty for none."""
+    if not seconds:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%d %B %Y, %H:%M UTC")
+
+
+def _template(name: str, *, html: bool, **variables: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # StrictUndefined: a result of another version fails instead of leaving gaps.
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters = {"md": _md, "duration": duration, "short": short, "digest": _digest}
+    env.filters.update(filters)
+    return env.get_template(name).render(**variables)
+
+
+def _md(text: Any) -> str:
+    """Text that a Markdown table cell shows as it is: no markup, no new cell, no new line."""
+    # HTML first: Markdown would pass it through.
+    escaped = str(text).replace("&", "&amp;")
+    escaped = escaped.replace("<", "&lt;")
+    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
+    return " ".join(escaped.split())
+
+
+def _digest(digest: str) -> str:
+    """The beginning of a digest, enough to distinguish the checkpoints of a run."""
+    return digest.removeprefix("sha256:")[:12]

@@ -1,0 +1,282 @@
+"""A result in sentences: verdict, notes and captions, which claim no more than the numbers."""
+
+from __future__ import annotations
+
+from ptl.data import decontamination
+from ptl.evaluation import speed_rows
+from ptl.report.cells import Task, accuracy, comparison, first_task, is_share, level, percent, points
+from ptl.report.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
+from ptl.report.result_rows import Row
+from ptl.report.score_plots import begins_at_zero
+from ptl.units import MINUTE, duration
+
+Sentences = list[str]
+
+SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
+
+
+def verdict(result: Result) -> str:
+    """The run in one sentence: it claims no more than the numbers."""
+    sentence = _headline(result)
+    if result["control_failed"]:
+        sentence += "; the control arm did not finish"
+    return sentence + "."
+
+
+def _headline(result: Result) -> str:
+    dense = dense_row(result)
+    final = final_row(result)
+    removed = result["final"]["share_removed"]
+    share = percent(removed)
+    # It is named without its score where its evaluation belongs to another checkpoint.
+    if final is None:
+        return f"{share} of the parameters were removed; the final checkpoint was not scored"
+    task = first_task(dense)
+    before = accuracy(task)
+    # A perplexity is called by its name.
+    metric = "accuracy" if is_share(task) else _metric_name(task)
+    if final is dense:
+        return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
+    after = accuracy(first_task(final))
+    change = f"from {before} to {after}"
+    sentence = f"Removing {share} of the parameters took {metric} {change}"
+    # The gate may have been off.
+    pair = result["paired"].get("dense")
+    if pair and pair["verdict"] == "inferior":
+        margin = 100 * pair["margin"]
+        sentence += f": inferior to the dense model (margin {margin:g} points)"
+    control = control_row(result)
+    if control is not None:
+        beside = _beside_control(result, final, control)
+        sentence += f"; {beside}"
+    return sentence
+
+
+def _metric_name(task: Task) -> str:
+    """The metric without its filter: `exact_match,final-number`."""
+    name: str = task["metric"]
+    return name.partition(",")[0]
+
+
+def _beside_control(result: Result, final: Row, control: Row) -> str:
+    """The one-shot control's score, and whether the loop's is better."""
+    reached = accuracy(first_task(control))
+    one_shot = f"one-shot pruning reached {reached}"
+    # Where the loop stopped early, the control is smaller.
+    ratio = control["params"] / final["params"]
+    if abs(ratio - 1) > SAME_SIZE:
+        share = percent(control["share_removed"])
+        one_shot += f" with {share} removed"
+    gain = _gain(final, control)
+    if gain == 0:
+        return f"{one_shot}, the same"
+    p = _insignificant_p(result)
+    if p is not None:
+        return f"{one_shot}: the difference is not significant (p {p:.2g})"
+    # Differences of shares are points, not percent.
+    size = abs(gain)
+    distance = points(size) if is_share(first_task(final)) else f"{size:.3g}"
+    if gain < 0:
+        return f"{one_shot}: the control is {distance} better than the loop"
+    return f"{one_shot}, {distance} worse than the loop"
+
+
+def _gain(final: Row, control: Row) -> float:
+    """How much better the loop's final model scored than the control."""
+    difference: float = final["accuracy"] - control["accuracy"]
+    # Of a perplexity, less is better.
+    higher_is_better = first_task(final).get("higher_is_better", True)
+    return difference if higher_is_better else -difference
+
+
+def _insignificant_p(result: Result) -> float | None:
+    """p where the difference between loop and control was tested and is not significant; else None."""
+    pair = result["paired"].get("control")
+    if not pair:
+        return None
+    p: float = pair["p_different"]
+    significance_level = 1 - result["confidence"]
+    return p if p > significance_level else None
+
+
+def notes(result: Result) -> Sentences:
+    """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
+    sentences = []
+    # What limits the comparison comes first, what it cost last.
+    if result["control_failed"]:
+        sentences.append(f"The control arm did not finish: {result['control_failed']}.")
+    sentences += _comparisons(result)
+    sentences += _about_control(result)
+    sentences += _about_gate(result)
+    for reason, iterations in not_needed(result):
+        numbers = ", ".join(map(str, iterations))
+        sentences.append(f"Not needed: iteration {numbers} ({reason}).")
+    # Data, speed and time of the run.
+    if result["decontaminated"]:
+        sentences.append(decontamination.sentence(result["decontaminated"]))
+    # Either may have nothing to say.
+    sentences.append(speed_rows.sentence(result["speed"]))
+    sentences.append(wall_clock(result))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _comparisons(result: Result) -> Sentences:
+    """The final model against the dense one and against the control."""
+    final = final_row(result)
+    dense = dense_row(result)
+    if final is None or final is dense:
+        return []
+    against_dense = _comparison(result, "dense", "the dense model", final, dense)
+    control = control_row(result)
+    if control is None:
+        return [against_dense]
+    against_control = _comparison(result, "control", "the control", final, control)
+    return [against_dense, against_control]
+
+
+def _comparison(
+    result: Result,
+    key: str,
+    name: str,
+    final: Row,
+    other: Row,
+) -> str:
+    """Item by item where the items are known, else by the intervals; empty where there are none."""
+    pair = result["paired"].get(key)
+    if pair:
+        return f"Final against {name}, item by item: {comparison(pair)}."
+    if final["low"] is None:
+        return ""
+    # The upper one begins where the lower one has ended.
+    begin = max(final["low"], other["low"])
+    end = min(final["high"], other["high"])
+    disjoint = begin > end
+    overlap = "do not overlap" if disjoint else "overlap"
+    intervals = f"the {level(result)} intervals"
+    return f"Final and {name}: {intervals} {overlap}."
+
+
+def _about_control(result: Result) -> Sentences:
+    """Whether the arms were trained equally, and how to fetch a control that is better."""
+    final = final_row(result)
+    control = control_row(result)
+    if control is None:
+        return []
+    sentences = []
+    # A control with more tokens would look better than pruning in one shot is.
+    loop_tokens = total_tokens(result, "loop")
+    control_tokens = total_tokens(result, "control")
+    if loop_tokens != control_tokens:
+        tokens = f"loop {loop_tokens:,}, control {control_tokens:,}"
+        sentences.append(f"The arms had different recovery tokens: {tokens}.")
+    # As the headline says it.
+    is_better = final is not None and _gain(final, control) < 0
+    if is_better and _insignificant_p(result) is None:
+        command = f"ptl fetch {result['run_id']} DIR --arm control"
+        sentences.append(f"The control's checkpoint: {command}")
+    return sentences
+
+
+def _about_gate(result: Result) -> Sentences:
+    """What it rejected, or that it was off."""
+    sentences = []
+    verdicts = [row["verdict"] for row in result["rows"]]
+    num_rejected = verdicts.count("rejected")
+    if num_rejected:
+        plural = "s" if num_rejected > 1 else ""
+        sentences.append(f"The gate rejected {num_rejected} iteration{plural}; the next began from the last accepted.")
+    # Then a checkpoint can be final that is worse than the dense model.
+    if not result["settings"]["gate"]["enabled"]:
+        sentences.append("The gate was off: no iteration was tested before the next began.")
+    return sentences
+
+
+def not_needed(result: Result) -> list[tuple[str, list[int]]]:
+    """Why iterations of the plan were passed through, and which: reason -> iterations."""
+    by_reason: dict[str, list[int]] = {}
+    for step in result["not_needed"]:
+        iterations = by_reason.setdefault(step["reason"], [])
+        # Each of its three steps is listed.
+        if step["iteration"] not in iterations:
+            iterations.append(step["iteration"])
+    return list(by_reason.items())
+
+
+def wall_clock(result: Result) -> str:
+    """How long the run took from start to end, beside the summed work of its steps where the two differ."""
+    wall = result["wall_seconds"]
+    idle = result["idle_seconds"]
+    if wall is None:
+        return ""
+    work = work_seconds(result)
+    # Below a minute two durations count as the same.
+    difference = abs(wall - work)
+    if difference < MINUTE and idle < MINUTE:
+        return f"Wall clock: {duration(wall)}."
+    # Longer: there were pauses. Shorter: the arms ran side by side.
+    summed = f"the work of all steps adds up to {duration(work)}"
+    if idle < MINUTE:
+        return f"Wall clock: {duration(wall)}; {summed}."
+    return (
+        f"Wall clock, pauses included: {duration(wall)}, "
+        f"{duration(idle)} of it between the steps (pauses, start-up, failed attempts); "
+        f"{summed}, without loading libraries and checkpoints."
+    )
+
+
+def table_caption(result: Result) -> str:
+    """What the main table's numbers are; nothing about columns and marks that it does not have."""
+    rows = result["rows"]
+    task = first_task(rows[0])
+    sentences = [_about_task(task)]
+    if any(row["recovery_tokens"] for row in rows):
+        sentences.append("Recovery tokens are those of each iteration alone.")
+    # All rows have an interval, or none has: they are scores of one task.
+    if task["low"] is not None:
+        lowest = min(row["low"] for row in rows)
+        # The bars would be too short to compare if it did.
+        zero = " that does not begin at zero" if lowest > 0 else ""
+        sentences.append(f"The drawn intervals share one scale{zero}.")
+    return " ".join(sentences)
+
+
+def _about_task(task: Task) -> str:
+    """Which metric the scores are, on which version of which task."""
+    subject = "Accuracy" if is_share(task) else "The score"
+    metric = task["metric"]
+    sentence = f"{subject} is {metric} on {task['task']}"
+    # Scores of another version are not comparable.
+    if task["version"]:
+        sentence += f", version {task['version']}"
+    if task["num_fewshot"] is not None:
+        sentence += f", {task['num_fewshot']}-shot"
+    return sentence + "."
+
+
+def accuracy_caption(result: Result) -> str:
+    """What is seen in the chart of scores against parameters."""
+    rows = result["rows"]
+    sentences = []
+    # All rows have an interval, or none has.
+    if rows[0]["low"] is not None:
+        sentences.append(f"Bars are {level(result)} intervals.")
+    if not begins_at_zero(rows):
+        sentences.append("The vertical axis does not begin at zero.")
+    if final_row(result) is not None:
+        sentences.append("The ringed mark is the final checkpoint.")
+    if arm_rows(result, "control"):
+        sentences.append("The control is drawn a little to the right of its size.")
+    return " ".join(sentences)
+
+
+def loss_caption(result: Result) -> str:
+    """What is seen in the chart of losses."""
+    caption = "Training loss of each recovery"
+    stages = result["settings"]["recover"]
+    if "grpo" in [stage["method"] for stage in stages]:
+        caption += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
+    # Only the loop's curves are drawn one after another.
+    loop_steps = [step for step in result["curves"] if not step.startswith("control")]
+    if loop_steps:
+        caption += "; the numbers at the dotted lines are the iterations"
+    return caption + "."

@@ -1,0 +1,1 @@
+"""The steps' bodies, and how any step runs."""

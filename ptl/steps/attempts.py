@@ -1,0 +1,114 @@
+"""Attempts of a step: how many there may be, and counting them in the store.
+
+Those in one pod, in pods that Argo starts anew, and those of a local runner together are `retries` + 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import uuid
+
+from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
+from ptl.errors import WorkError
+
+
+class NoAttemptLeftError(WorkError):
+    """The step has used all of its attempts; it is not tried again until somebody asks for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How often a step is tried, and for how long. The compiled pipeline sets the variables of the pod."""
+
+    retries: int  # attempts after the first one
+    pause: float  # seconds before the first further attempt; doubled each time
+    timeout: float | None  # seconds for one attempt
+
+    @property
+    def attempts(self) -> int:
+        """All attempts, the first one included."""
+        return self.retries + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed, and whether another one may follow."""
+
+    reason: str
+    exit_code: int = 1
+    final: bool = False  # no attempt follows
+    exhausted: bool = False  # earlier attempts have used all, and the last of them has reported why
+
+
+def policy() -> Policy:
+    """What this pod's or process's environment asks for."""
+    # On one machine whoever started the run sees it fail, and runs the same command again.
+    retries, pause = (RETRIES, RETRY_WAIT) if on_a_cluster() else (0, 1)
+    timeout = os.environ.get("PTL_TIMEOUT")
+    return Policy(
+        retries=int(os.environ.get("PTL_RETRIES") or retries),
+        pause=float(os.environ.get("PTL_RETRY_WAIT") or pause),
+        timeout=float(timeout) if timeout else None,
+    )
+
+
+def on_a_cluster() -> bool:
+    """Whether Kubeflow started this step; a local runner names the run by PTL_RUN_ID."""
+    if os.environ.get("PTL_RUN_ID"):
+        return False
+    return bool(os.environ.get("KFP_RUN_ID"))
+
+
+def claim(root: str, run: str, step: str) -> int:
+    """Count an attempt of a step in the store; returns its number in this launch, from 1.
+
+    A launch begins when somebody starts or retries the run; Argo's further pods continue it. Raises NoAttemptLeftError.
+    """
+    # Counted in the store: pods share nothing else, and a step's own process may die at any moment.
+    launch, earlier = _claim_next(root, run, step)
+    number = earlier.count(launch) + 1
+    allowed = policy().attempts
+    if number > allowed:
+        raise NoAttemptLeftError(
+            f"all {allowed} attempts were used (resources.retries: {allowed - 1})",
+            remedy="`ptl retry` or Kubeflow's Retry gives it new ones, from what is finished",
+        )
+    return number
+
+
+def _claim_next(root: str, run: str, step: str) -> tuple[str | None, list[str | None]]:
+    """Take the first number that no other attempt has: the launch it is of, and those of all attempts before it."""
+    from ptl.storage import store
+
+    own_launch = _launch()
+    attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
+    earlier: list[str | None] = []
+    # Numbers are claimed in order, each by one attempt: of two that begin together one gets the next number.
+    while True:
+        name = f"{step}.attempt-{len(earlier) + 1}"
+        claimed = store.claim(root, run, name, json.dumps(attempt))
+        winner = json.loads(claimed)
+        if winner["id"] == attempt["id"]:
+            return attempt["launch"], earlier
+        earlier.append(winner["launch"])
+        if own_launch is None:  # this attempt continues the newest launch
+            attempt["launch"] = winner["launch"]
+
+
+def _launch() -> str | None:
+    """What distinguishes one launch from another; None: this pod continues the launch before it.
+
+    Argo numbers its attempts at every level of the workflow, `run(0).root(0).prune-1(0).executor(1)`, and begins anew
+    at 0 when a run is retried by a person.
+    """
+    if not on_a_cluster():
+        return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex  # called by hand: each call is a launch
+    retry_index = os.environ.get("KFP_RETRY_INDEX") or 0
+    node = os.environ.get("PTL_ARGO_NODE") or f"({retry_index})"
+    levels = node.split("(")[1:]
+    # A number above 0 on any level: Argo, not a person, has started this pod.
+    if not all(level.startswith("0)") for level in levels):
+        return None
+    return os.environ.get("KFP_POD_UID") or os.environ.get("PTL_LAUNCH")

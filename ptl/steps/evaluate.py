@@ -1,0 +1,111 @@
+"""The evaluate step: a checkpoint is scored, and the gate decides which one the loop continues with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ptl.config.run import Evaluate, Gate
+from ptl.config.schedule import Prune
+from ptl.evaluation import gate
+from ptl.lineage.run_status import StepRun
+from ptl.steps import takeover
+from ptl.steps.call import Call, Metadata, passes_through, write_pointer
+from ptl.steps.execution import execute
+from ptl.steps.final_speed import beside_dense
+from ptl.steps.machine import limit_threads
+from ptl.steps.metrics import kubeflow_metrics
+from ptl.steps.verdict import LoopSettings, Trial, decide
+from ptl.storage.store import Pointer
+
+
+def evaluate(call: Call) -> None:
+    """Score the checkpoint, and decide which one continues: it, or the `fallback` that its iteration began with.
+
+    The step that ends the loop also measures the final model's speed beside the dense one's. With the gate off there is
+    no fallback, and the next iteration does not wait for the scores.
+    """
+    if passes_through(call, "scores", "accepted"):
+        return
+    step, seed = call.step, call.settings["seed"]
+    candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
+    settings = call.section(Evaluate, "evaluate")
+    loop = _loop_settings(call)
+    if step.arm == "loop" and step.iteration:
+        # The pipeline was compiled with a fallback for each iteration, or with none.
+        gate.check_structure(loop.gate, compiled=fallback is not None)
+    # The scores depend on less than the verdict: another gate can take them over.
+    content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
+
+    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
+        from ptl.evaluation import tasks
+
+        # The import step does not know whether the gate can decide by the first benchmark.
+        tasks.check_gate(settings, loop.gate)
+        limit_threads(candidate.params)
+        scores = _scores(src, dst, run, content_key, settings, seed)
+        if loop.gate.enabled and scores["tasks"][0]["low"] is None:
+            # The task's YAML did not say that it has no accuracy.
+            raise tasks.no_accuracy(settings.tasks[0])
+        # `dst` has the outcome of every item, which the gate compares.
+        trial = Trial(step, run, loop, candidate, fallback)
+        verdict, accepted = decide(trial, dst)
+        speed: Metadata = {}
+        if trial.ends_the_loop(accepted):
+            speed = beside_dense(step, run, accepted, settings, seed)
+        return {
+            "scores": scores,
+            "checkpoint": dataclasses.asdict(candidate),
+            "smallest_cuts": loop.smallest_cuts(src),
+            "verdict": verdict,
+            "accepted": dataclasses.asdict(accepted),
+            "speed": speed,
+            "seconds": scores["seconds"] + speed.get("seconds", 0.0),
+            takeover.KEY: content_key,
+        }
+
+    key_settings = _key_settings(settings, loop, fallback, seed)
+    record = execute(step, candidate, key_settings, work)
+    write_pointer(call.outputs["scores"], record["pointer"])
+    write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
+    # Kubeflow shows them in its table of runs.
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"]))
+
+
+def _loop_settings(call: Call) -> LoopSettings:
+    """What the verdict needs to know of the whole run, checked."""
+    settings = call.settings
+    return LoopSettings(
+        settings["iterations"],
+        settings["target"],
+        call.section(Prune, "prune"),
+        call.section(Gate, "gate"),
+        settings["registered_model"],
+    )
+
+
+def _key_settings(settings: Evaluate, loop: LoopSettings, fallback: Pointer | None, seed: int) -> Metadata:
+    """All that the verdict depends on, beside the candidate."""
+    return {
+        "evaluate": settings,
+        "gate": loop.gate,
+        "prune": loop.prune,
+        "iterations": loop.iterations,
+        "seed": seed,
+        "target": loop.target,
+        "fallback": fallback and fallback.digest,
+        "state": fallback and fallback.gate,
+    }
+
+
+def _scores(src: Path, dst: Path, run: StepRun, content_key: str, settings: Evaluate, seed: int) -> Metadata:
+    """The scores of a checkpoint, whose files are written to `dst`: those of an earlier run, or new ones."""
+    from ptl.evaluation.evaluate import evaluate_checkpoint
+
+    # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
+    earlier = takeover.take(run, content_key, dst)
+    if earlier is None:
+        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
+        return dataclasses.asdict(scores)
+    scores_of_earlier: Metadata = earlier["scores"]
+    return scores_of_earlier

@@ -1,0 +1,189 @@
+"""How any step runs: take the committed record of an earlier try, or work, publish, commit; then report it to MLflow.
+
+A step is identified by the pipeline run and its name, and its record by a key over everything that it depends on. So a
+step that is repeated, on the same machine or another, does no finished work again and reads nothing half-written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ptl import __version__
+from ptl.errors import WorkError
+from ptl.lineage import tracking
+from ptl.lineage.run_status import StepRun
+from ptl.log import say
+from ptl.steps import metrics, takeover
+from ptl.steps.call import Metadata, Step
+from ptl.steps.inputs import damage_report, fetch
+from ptl.steps.machine import empty_folder, scratch
+from ptl.steps.reporting import begin, noting_errors, track
+from ptl.storage import store
+from ptl.storage.manifest import digest_of
+from ptl.storage.store import Pointer, Record
+
+# Reads the parent's folder (None: the step has no parent), fills the folder to publish, returns the step's metadata.
+Work = Callable[[Any, Path, StepRun], Metadata]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """A step at work."""
+
+    step: Step
+    run: StepRun  # in MLflow
+    parent: Pointer | None  # the checkpoint that the step starts from
+    work: Work
+    content_key: str  # under which an earlier run's result may be taken over; empty: it may not
+
+
+def execute(
+    step: Step,
+    parent: Pointer | None,
+    settings: Metadata,
+    work: Work,
+    *,
+    title: str | None = None,
+    content_key: str = "",
+) -> Record:
+    """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
+
+    `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
+    are taken over. Raises NoAttemptLeftError where earlier attempts have used all.
+    """
+    # The same however KFP passed them: they are a part of the key.
+    settings = {name: _plain_value(value) for name, value in settings.items()}
+    run = step.start(title)
+    execution = Execution(step, run, parent, work, content_key)
+    key = _record_key(step, parent, settings)
+    with noting_errors(run):
+        # Another command, an earlier pod or a retry may have finished the step.
+        record = store.committed(run.root, run.run, step.name, key)
+        if record is None:
+            begin(run)
+            folder = empty_folder(step.name)
+            metadata = _fetch_and_work(execution, folder)
+            pointer = _publish(execution, folder, metadata)
+            own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
+            # Another process may be first: then its record is the step's.
+            record = store.commit(run.root, run.run, step.name, own_record)
+            committed = record["metadata"]
+            seconds = committed["seconds"]
+            say(step.name, f"done in {seconds:.0f} s: {metrics.summary(committed)}")
+        elif damage_report(record["pointer"]["digest"]).exists():
+            # A later step could not fetch what this one has published.
+            _check_or_repair(execution, Pointer(**record["pointer"]))
+        else:
+            say(step.name, "done before: taken as it is")
+        # Again for a step that was done before: it may have been killed between the record and MLflow.
+        track(step, run, parent, settings, record)
+    shutil.rmtree(scratch(step.name), ignore_errors=True)
+    return record
+
+
+def _plain_value(setting: Any) -> Any:
+    """Sections of the config as plain values."""
+    if isinstance(setting, BaseModel):
+        return setting.model_dump(mode="json")
+    if isinstance(setting, list):
+        return [_plain_value(entry) for entry in setting]
+    return setting
+
+
+def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
+    """What a step's result depends on; the same key means that a committed result may be taken."""
+    parts = {
+        "version": __version__,
+        "step": step.name,
+        "parent": parent.digest if parent else None,
+        "settings": settings,
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
+    """Do the work on the parent's files; the step's metadata, with its times in seconds."""
+    step = execution.step
+    started = time.time()
+    metadata = _take_over_or_work(execution, folder)
+    elapsed = time.time() - started  # with the libraries' imports and the fetch of the parent
+    times = {"started": started, "seconds": elapsed}  # a work that reports its own `seconds` leaves those out
+    origin = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration}
+    return {**origin, **times, **metadata, "whole_seconds": elapsed}
+
+
+def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
+    """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
+    run, parent, content_key = execution.run, execution.parent, execution.content_key
+    metadata = takeover.take(run, content_key, folder) if content_key else None
+    if metadata is None:
+        src = fetch(parent) if parent else None
+        metadata = execution.work(src, folder, run)
+    if content_key:
+        metadata = {**metadata, takeover.KEY: content_key}
+    return metadata
+
+
+def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
+    """Publish the files under a fresh location; the pointer to them."""
+    step, run, parent = execution.step, execution.run, execution.parent
+    if step.stage == "evaluate":
+        # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
+        assert parent is not None
+        params = metadata["scores"]["params"]
+        model_id = parent.model_id
+        location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
+    else:
+        params = metadata["params"]
+        tags = {"step": step.name, "params": params, "digest_of_parent": parent.digest if parent else ""}
+        model_id, location = tracking.new_model(run, step.name, {"params": params}, tags)
+    files = store.publish(folder, location)
+    return Pointer(
+        uri=location,
+        digest=digest_of(files),
+        params=int(params),
+        original_params=parent.original_params if parent else params,
+        parent_digest=parent.digest if parent else "",
+        run_id=run.run_id,
+        model_id=model_id,
+        gate=parent.gate if parent else {},
+        step=step.name,
+    )
+
+
+def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
+    """Do the work of a committed step again where its files are damaged; the same bytes take their place.
+
+    The record stays, and so do all pointers to the files. Raises WorkError where the work comes out otherwise now.
+    """
+    run = execution.run
+    try:
+        store.fetch(pointer, scratch("cache"))
+        say(run.step, "done before: its files were verified")
+    except WorkError as damage:
+        say(run.step, f"done again, since its files are damaged: {damage}")
+        begin(run)
+        folder = empty_folder(run.step)
+        _take_over_or_work(execution, folder)
+        # Published in the scratch folder first: the damaged files go only once the same bytes are there.
+        copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
+        files = store.publish(folder, copy.as_uri())
+        if digest_of(files) != pointer.digest:
+            cause = "as on another machine or with other versions"
+            problem = f"its files are damaged, and doing it again gave others, {cause}"
+            raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage
+        store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
+        store.publish(folder, pointer.uri)
+    damage_report(pointer.digest).unlink()

@@ -1,0 +1,79 @@
+"""The import step: the dense model, checked and published as the checkpoint that a run starts from."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from ptl import __version__
+from ptl.config.flat_settings import flat_settings
+from ptl.config.recover import TrainingData
+from ptl.config.run import Calibration, Evaluate, Gate
+from ptl.config.schedule import Prune
+from ptl.evaluation import gate
+from ptl.lineage.run_status import StepRun
+from ptl.report import provenance, run_page
+from ptl.steps import attempts
+from ptl.steps.call import Call, Metadata, write_pointer
+from ptl.steps.execution import execute
+from ptl.steps.iterations import schedule_of
+
+
+def import_model(call: Call) -> None:
+    """Check the dense model and all that the run will need of it, then publish it."""
+    from ptl.model.import_checkpoint import import_checkpoint
+    from ptl.preflight import preflight
+
+    settings = call.settings
+    # What waits for what was compiled: a run parameter cannot switch the gate.
+    gate_settings = call.section(Gate, "gate")
+    gate.check_structure(gate_settings, settings["gated"])
+    # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
+    schedule = schedule_of(call)
+    pruning = call.section(Prune, "prune")
+    calibration = call.section(Calibration, "calibration")
+    training = call.section(TrainingData, "training")
+    evaluation = call.section(Evaluate, "evaluate")
+
+    path, revision = settings["model"], settings["revision"]
+    folder, dimensions = preflight.preflight(
+        path, revision or None, schedule, pruning, calibration, training, evaluation
+    )
+
+    def work(_src: None, dst: Path, run: StepRun) -> Metadata:
+        # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
+        sections = {
+            "schedule": schedule,
+            "prune": pruning,
+            "calibration": calibration,
+            "training": training,
+            "evaluate": evaluation,
+            "gate": gate_settings,
+        }
+        params = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        params["model"] = {"path": path, "revision": revision or None}
+        data_sets = provenance.data_sets(calibration, training, evaluation)
+        run_page.describe(run, flat_settings(params), revision(), data_sets)
+
+        # From the folder that was checked: on the hub the model may have changed since.
+        import_checkpoint(str(folder), None, dst)
+        versions, host = _versions(), platform.node()
+        return {**source, "params": dimensions.params, "versions": versions, "host": host}
+
+    source = {"model": path, "revision": revision}
+    # On one machine the id of the run is its name.
+    title = settings["run_name"] if attempts.on_a_cluster() else None
+    # The import has no parent: its key is the model's name and revision.
+    record = execute(call.step, None, source, work, title=title)
+    write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    from importlib.metadata import version
+
+    # An image may have other ones than the machine that compiled the pipeline.
+    versions = {"ptl": __version__, "python": platform.python_version()}
+    for library in ("torch", "transformers", "safetensors"):
+        versions[library] = version(library)
+    return versions

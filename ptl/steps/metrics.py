@@ -1,0 +1,68 @@
+"""Settings and records of a step as MLflow, Kubeflow and the log show them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptl.steps.call import Metadata
+
+# What of a record is shown as numbers.
+NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
+COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an evaluation's scores
+ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
+
+
+def _has_sections(settings: list[Any]) -> bool:
+    """Then each has its index in the name; a list of plain values is one parameter."""
+    return any(isinstance(entry, dict) for entry in settings)
+
+
+def metrics(metadata: Metadata) -> dict[str, float]:
+    """The numbers of a step's metadata that MLflow shows."""
+    numbers = {}
+    for name, value in metadata.items():
+        is_number = isinstance(value, int | float)
+        if is_number and name not in NOT_METRICS:
+            numbers[name] = float(value)
+    if "scores" not in metadata:
+        return numbers
+    # Of an evaluation: what the model costs, and each benchmark under its name.
+    scores = metadata["scores"]
+    for name in COSTS:
+        numbers[name] = float(scores[name])
+    for task in scores["tasks"]:
+        benchmark = task["task"]
+        for name, value in accuracy(task).items():
+            numbers[f"{benchmark}/{name}"] = float(value)
+    # The first benchmark is the run's accuracy.
+    numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
+    return numbers
+
+
+def accuracy(task: Metadata) -> dict[str, float]:
+    """A task's score with its interval and number of items, which metrics other than an accuracy do not have."""
+    return {name: task[name] for name in ACCURACY if task[name] is not None}
+
+
+def kubeflow_metrics(metadata: Metadata) -> Metadata:
+    """What Kubeflow's table of a run's metrics has of an evaluation."""
+    scores = metadata["scores"]
+    first = accuracy(scores["tasks"][0])
+    decision = metadata["verdict"]["decision"]
+    return {**first, "params": scores["params"], "verdict": decision}
+
+
+def summary(metadata: Metadata) -> str:
+    """What a step has done, for its last line in the log."""
+    if metadata["stage"] == "evaluate":
+        first = metadata["scores"]["tasks"][0]
+        metric, value = first["metric"], first["accuracy"]
+        score = f"{metric} {value:.3f}"
+        decision = metadata["verdict"]["decision"]
+        return f"{score} on {first['items']} items, {decision}"
+    if metadata["stage"] == "recover":
+        tokens, steps = metadata["tokens"], metadata["steps"]
+        return f"{tokens:,} tokens in {steps} steps"
+    # Of an import or a prune the size is what there is to say.
+    params = metadata["params"]
+    return f"{params:,} parameters"

@@ -1,0 +1,70 @@
+"""The process that does a step's work: ptl.steps.supervisor starts it with a call, and reads how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptl import processes
+from ptl.address import without_login
+from ptl.errors import InputError, PtlError
+from ptl.steps.attempts import Failure, NoAttemptLeftError
+
+WAIT = 30  # seconds for an earlier process of the same step to end
+
+
+def main(path: Path, parent: int) -> None:
+    """Do the work of the call in `path`; outputs and failure are written beside it."""
+    processes.die_with(parent)
+    call = json.loads(path.read_text())
+    try:
+        outputs = _work(call)
+    except PtlError as error:
+        # Explained: a line and no traceback.
+        exhausted = isinstance(error, NoAttemptLeftError)
+        # Another attempt would find the same wrong input, or may not be made.
+        final = exhausted or isinstance(error, InputError)
+        failure = Failure(str(error), error.exit_code, final, exhausted)
+        _write_failure(path, failure)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        # A bug, or a library: the traceback goes to the log.
+        reason = without_login(f"{type(error).__name__}: {error}")
+        _write_failure(path, Failure(reason))
+        raise
+    path.with_name("outputs.json").write_text(json.dumps(outputs))
+
+
+def _work(call: dict[str, Any]) -> dict[str, Any]:
+    """Read the inputs and do the step; the metadata of its outputs."""
+    from ptl.steps import table
+    from ptl.steps.call import Call, Output, Step
+    from ptl.steps.machine import scratch
+    from ptl.storage.store import Pointer
+
+    settings = dict(call["settings"])
+    # These two name the step; the other parameters are its settings.
+    step = Step(settings.pop("step"), settings.pop("experiment"))
+    # Of an artifact only the file is read: it holds the pointer.
+    inputs = {}
+    for name, file in call["inputs"].items():
+        inputs[name] = Pointer.load(Path(file).read_text())
+    outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
+    # A step of an earlier command ends with it; one that does not must not write into the same folder.
+    lock = scratch(f"{step.name}.lock")
+    with processes.exclusive(lock, f"step {step.name}", wait=WAIT):
+        work = table.STEPS[step.stage]
+        work(Call(step, settings, inputs, outputs))
+    return {name: output.metadata for name, output in outputs.items()}
+
+
+def _write_failure(path: Path, failure: Failure) -> None:
+    """Leave the reason where the supervisor looks for it."""
+    path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,158 @@
+"""The recover step: the pruned model is trained on one iteration's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptl.config.recover import Recovery, TrainingData
+from ptl.config.run import check
+from ptl.config.schedule import Prune, Schedule
+from ptl.data import decontamination
+from ptl.errors import WorkError
+from ptl.lineage import tracking
+from ptl.lineage.run_status import StepRun
+from ptl.log import say
+from ptl.steps import takeover
+from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
+from ptl.steps.execution import execute
+from ptl.steps.inputs import dense_model, fetch
+from ptl.steps.iterations import iterations_until, schedule_of
+from ptl.steps.machine import limit_threads, scratch
+from ptl.storage import training_checkpoints
+
+if TYPE_CHECKING:
+    from ptl.recovery.job import Log, RecoverReport
+
+
+def recover(call: Call) -> None:
+    """Train the pruned model on this iteration's tokens."""
+    if passes_through(call, "out"):
+        return
+    step, seed = call.step, call.settings["seed"]
+    parent = call.inputs["model"]
+    # What is pruned does not matter for the tokens.
+    iterations = iterations_until(call, Prune())
+    iteration = iterations[-1]
+    tokens = [earlier.tokens for earlier in iterations]
+    weights = _weights(schedule_of(call))
+    recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
+    data = call.section(TrainingData, "training")
+
+    # All that the result depends on, beside the pruned model.
+    settings = {
+        "tokens": iteration.tokens,
+        "weights": list(weights),
+        "skip": iteration.tokens_before,
+        "recover": list(recovery.stages),
+        "training": data,
+        "seed": seed,
+    }
+    training_key = training_checkpoints.key_of(parent.digest, settings)
+    stores = _training_checkpoints(step, training_key, recovery)
+
+    def work(src: Path, dst: Path, run: StepRun) -> Metadata:
+        from ptl.recovery.job import RecoveryJob, StageBudget
+        from ptl.recovery.recover import recover_checkpoint
+
+        tracking.tag(run, {"tokens": iteration.tokens})
+        limit_threads(parent.params)
+        budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
+        # Named by what the training depends on: with other settings it starts anew.
+        training_folder = scratch(step.name) / f"training-{training_key[:12]}"
+        on_log = _reporter(run, iteration.tokens)
+        teacher = _teacher(run, recovery)
+        # The items of the benchmarks, which the training data must not have.
+        scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None
+        job = RecoveryJob(data, budget, training_folder, on_log, teacher=teacher, scored=scored)
+        report = recover_checkpoint(src, dst, recovery, tokens, job, stores)
+        metadata = {"params": parent.params, **dataclasses.asdict(report)}
+        return metadata | _decontaminated(step.name, report)
+
+    content_key = takeover.key(parent.digest, settings)
+    record = execute(step, parent, settings, work, content_key=content_key)
+    # Committed: nothing resumes this training any more.
+    for stage_store in stores:
+        stage_store.clear()
+    write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _weights(schedule: Schedule) -> tuple[int, ...]:
+    """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
+    if schedule.tokens == "uniform":
+        return (1,) * schedule.iterations
+    indices = range(schedule.iterations)
+    return tuple(2**index for index in indices)
+
+
+def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[training_checkpoints.TrainingCheckpoints]:
+    """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that."""
+    minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
+    if not minutes:
+        return []
+    run = step.start()
+    names = [f"{step.name}.{i}" for i in range(len(recovery.stages))]
+    # One interval for all stages: the shortest that any of them asks for.
+    return [training_checkpoints.TrainingCheckpoints(run.root, run.run, name, key, min(minutes)) for name in names]
+
+
+def _reporter(run: StepRun, tokens: int) -> Log:
+    """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a line."""
+
+    def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
+        # A group of their own beside the metrics of the step's result.
+        train_metrics = {f"train/{name}": value for name, value in metrics.items()}
+        tracking.log_metrics(run, train_metrics, optimizer_step)
+        line = _progress(metrics, tokens)
+        if line:
+            say(run.step, line)
+
+    return on_log
+
+
+def _progress(metrics: dict[str, float], tokens: int) -> str:
+    """The line of progress for one log of a training; empty where there is nothing to say."""
+    if "reward" in metrics:
+        reward, length = metrics["reward"], metrics["completions/mean_length"]
+        return f"reward {reward:.3f}, answers of {length:.0f} tokens"
+    # The last log of a training has totals instead of these.
+    seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")
+    if seen is None or loss is None:
+        return ""
+    return f"{seen:,.0f} of {tokens:,} tokens, loss {loss:.4f}"
+
+
+def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
+    """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
+    methods = [stage.method for stage in recovery.stages]
+    if "distil" not in methods:
+        return None
+    # Distillation learns from the model as it was before any pruning.
+    dense = dense_model(run)
+    if dense is None:
+        problem = "the record of import-model is gone, and distil needs its model"
+        raise WorkError(problem, field=f"run {run.run}", remedy="start a new run")
+    return fetch(dense)
+
+
+def _decontaminated(step: str, report: RecoverReport) -> Metadata:
+    """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
+    # A chain has a report for each of its stages.
+    stages = report.details.get("stages", [{"details": report.details}])
+    details = [stage["details"] for stage in stages]
+    counts = [stage["decontaminated"] for stage in details if "decontaminated" in stage]
+    # Without benchmarks to compare with there is nothing to say.
+    if not counts:
+        return {}
+    for stage_counts in counts:
+        say(step, decontamination.sentence(stage_counts))
+    # Every stage compares its rows with the same items.
+    most = decontamination.most(counts)
+    return {
+        "rows_compared": most["rows"],
+        "rows_dropped": most["dropped"],
+        "benchmark_items": most["items"],
+        "benchmark_items_short": most["short"],
+        "not_compared": sorted(set(most["not_compared"])),
+    }

@@ -1,0 +1,171 @@
+"""The process of every component: it starts the step's work in a process of its own, and again after that has died.
+
+It imports neither torch nor MLflow, so a crash of the work, an error of CUDA or NCCL, a signal or a hang leaves it
+alive. It never tries again after an input error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ptl import processes
+from ptl.log import say
+from ptl.steps import mounts
+from ptl.steps.attempts import Failure, Policy, on_a_cluster, policy
+
+INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
+PROCESS = "ptl.steps.process"  # the module that does the work
+GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
+
+
+def run(names: dict[str, Any]) -> None:
+    """The body of every component: `names` are its locals, that is its arguments, and this module's own name.
+
+    Ends the process with the step's exit code where it fails: 2 for an input error, 1 otherwise.
+    """
+    arguments = dict(names)
+    arguments.pop("supervisor", None)
+    step = str(arguments["step"])
+    for warning in mounts.load():
+        say(step, warning)
+    # All attempts in this pod are of one launch; the work's process inherits its name.
+    os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
+    # A command that is killed takes the steps that it started with it.
+    processes.follow_lifeline()
+    # The work's process reads its call from a file, and leaves there how it ended.
+    with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
+        call = Path(folder, "call.json")
+        call.write_text(json.dumps(_call_of(arguments)))
+        failure = _until_done(call, step, policy())
+        if failure is None:
+            _take_outputs(arguments, call)
+    if failure is not None:
+        _give_up(arguments, failure)
+
+
+def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
+    """Try as often as the policy allows; returns why the last attempt failed, or None."""
+    # The last attempt is followed by no pause.
+    for retry in range(plan.retries):
+        failure = _attempt(call, plan.timeout)
+        if failure is None or failure.final:
+            return failure
+        pause = plan.pause * 2**retry
+        say(step, f"failed: {failure.reason}; the next attempt begins in {pause:g} s")
+        time.sleep(pause)
+    return _attempt(call, plan.timeout)
+
+
+def _call_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The call for the process that does the work: plain values, and the files of its artifacts."""
+    settings, inputs, outputs = {}, {}, {}
+    for name, value in arguments.items():
+        if not hasattr(value, "metadata"):
+            # None: an optional artifact that the pipeline does not have.
+            if value is not None:
+                settings[name] = value
+        elif name in INPUTS:
+            inputs[name] = value.path
+        else:
+            outputs[name] = value.path
+    return {"settings": settings, "inputs": inputs, "outputs": outputs}
+
+
+def _attempt(call: Path, timeout: float | None) -> Failure | None:
+    """Do the work once, in a process group of its own; None when it is done."""
+    failure_file = call.with_name("failure.json")
+    failure_file.unlink(missing_ok=True)
+    # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
+    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        with _ending_together(process):
+            exit_code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return Failure(f"it did not end within {timeout:g} s (resources.timeout)")
+    finally:
+        # A crash leaves launchers, workers and loaders behind, which hold the GPU and this process's output.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if exit_code == 0:
+        return None
+    # An error that was raised has left its reason in a file.
+    with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
+        return Failure(**json.loads(failure_file.read_text()))
+    return Failure(_unexplained(exit_code))
+
+
+def _unexplained(exit_code: int) -> str:
+    """How a process ended that has not written why; a negative code is the signal that killed it."""
+    if exit_code > 0:
+        return f"its process ended with exit code {exit_code} and without a word"
+    # SIGSEGV or SIGABRT, for example: what the code has printed is in the log above.
+    name = signal.Signals(-exit_code).name
+    if name != "SIGKILL":
+        return f"its process was killed by {name}"
+    remedy = "raise resources.memory, or lower the batch size" if on_a_cluster() else "free memory"
+    return f"its process was killed by SIGKILL (what the kernel does when memory is used up: {remedy})"
+
+
+@contextlib.contextmanager
+def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
+
+    # Only while the work runs: afterwards this process ends as any other does.
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, stop)
+    try:
+        yield
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the work and all that it started, SIGKILL to what remains after a while (or when the pod ends)."""
+    # The group, not the process: launchers and workers have children of their own.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+
+
+def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
+    """Metadata of the outputs, which KFP keeps with its artifacts; their files are written already."""
+    outputs = json.loads(call.with_name("outputs.json").read_text())
+    for name, metadata in outputs.items():
+        arguments[name].metadata.update(metadata)
+
+
+def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
+    """Report a failure wherever somebody may look, and end the process.
+
+    On a cluster a control that fails must not fail the run; on one machine the same command resumes it.
+    """
+    from ptl.steps import failure as reports
+
+    step = str(arguments["step"])
+    print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    reports.announce(step, str(arguments["experiment"]), failure)
+    if not (step.startswith("control-") and on_a_cluster()):
+        sys.exit(failure.exit_code)
+    reports.pass_on(step, failure.reason, arguments)

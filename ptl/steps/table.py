@@ -1,0 +1,26 @@
+"""The steps of a pipeline by their stage. Each function is all that a component does.
+
+A step's module has the settings that it checks and its work; what all steps do with the store and with MLflow is in
+ptl.steps.execution. Settings arrive as the component's parameters and are checked again in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ptl.steps.call import Call
+from ptl.steps.doctor import doctor
+from ptl.steps.evaluate import evaluate
+from ptl.steps.import_model import import_model
+from ptl.steps.prune import prune
+from ptl.steps.recover import recover
+from ptl.steps.report import report
+
+STEPS: dict[str, Callable[[Call], None]] = {
+    "doctor": doctor,
+    "import": import_model,
+    "prune": prune,
+    "recover": recover,
+    "evaluate": evaluate,
+    "report": report,
+}

@@ -1,0 +1,154 @@
+"""What an evaluate step does with the scores: it decides which checkpoint the loop continues with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ptl.config.run import Gate
+from ptl.config.schedule import Prune, Schedule, plan, removal
+from ptl.evaluation import gate, paired
+from ptl.lineage import registry
+from ptl.lineage.run_status import StepRun
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, smallest_cuts
+from ptl.model.families import family_of
+from ptl.steps.call import Metadata, Step
+from ptl.steps.inputs import Items, fetch_items
+from ptl.storage import store
+from ptl.storage.store import Pointer, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """What an evaluate step knows of the whole run."""
+
+    iterations: int
+    target: float  # of the schedule: a share to remove, or the number of parameters to end with
+    prune: Prune
+    gate: Gate
+    registered_model: str  # in MLflow: where accepted checkpoints become versions
+
+    def next_unit(self, iteration: int) -> str:
+        """What the iteration after this one removes (the last one: what it removed): neurons, layers or auto."""
+        # The units of a plan do not depend on its tokens.
+        schedule = Schedule(iterations=self.iterations, target=self.target, recovery_tokens=0)
+        # After the last iteration none follows: the gate still asks what a smaller step could be.
+        following = min(iteration, self.iterations - 1)
+        return plan(schedule, self.prune)[following].unit
+
+    def smallest_cuts(self, folder: Path) -> dict[str, int]:
+        """The least number of parameters that can be removed from this checkpoint, for each unit."""
+        family = family_of(checkpoint.read_config(folder))
+        dimensions = model_dimensions(folder, family)
+        return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A checkpoint that was evaluated, and what decides beside its scores."""
+
+    step: Step
+    run: StepRun
+    loop: LoopSettings
+    candidate: Pointer
+    fallback: Pointer | None  # what the iteration started from; only the gate needs it
+
+    def ends_the_loop(self, accepted: Pointer) -> bool:
+        """Whether the checkpoint that this verdict continues with is the run's final one."""
+        iteration = self.step.iteration
+        if self.step.arm == "control" or iteration == 0:
+            return False
+        state = gate.State.load(accepted.gate)
+        return state.stopped or iteration == self.loop.iterations
+
+
+def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
+    """The verdict on the checkpoint whose scores are in `scored`, and the pointer that the loop continues with."""
+    if trial.step.iteration == 0:
+        return {"decision": "baseline", "reason": ""}, trial.candidate
+    if trial.step.arm == "control":
+        # Registered as the loop's are: whether it takes an alias is decided by its score.
+        accepted = _register(trial, {"arm": "control"})
+        return {"decision": "control", "reason": ""}, accepted
+    decision = _gate_decision(trial, scored)
+    state = decision.state
+    if state.stopped:
+        # The steps that follow say this when they pass their input through.
+        reason = f"the loop ended in iteration {trial.step.iteration}: {state.reason}"
+        state = dataclasses.replace(state, reason=reason)
+    accepted = trial.fallback or trial.candidate
+    if decision.keep == "candidate":
+        accepted = _register(trial, {})
+    accepted = dataclasses.replace(accepted, gate=state.dump())
+    # The numbers are what the decision rests on, for the report.
+    verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
+    return verdict, accepted
+
+
+def _register(trial: Trial, tags: dict[str, str]) -> Pointer:
+    """The candidate with the version that it has in MLflow's registry."""
+    candidate = trial.candidate
+    # By these tags an alias finds the score of a version.
+    own_tags = {"step": trial.step.name, "params": candidate.params}
+    version = registry.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
+    return dataclasses.replace(candidate, model_version=version)
+
+
+def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
+    """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
+    loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
+    original_params = candidate.original_params
+    target_params = original_params - removal(original_params, loop.target)
+    if fallback is None:
+        # The next iteration has begun already, so that no verdict could change what it starts from.
+        state = gate.State.load(candidate.gate)
+        return gate.decide(loop.gate, state, params=candidate.params, target_params=target_params)
+    from ptl.evaluation.evaluate import read_items
+
+    items = read_items(scored)
+    dense_record, parent_record = _references(trial, fallback)
+    next_unit = loop.next_unit(trial.step.iteration)
+    return gate.decide(
+        loop.gate,
+        gate.State.load(fallback.gate),
+        params=candidate.params,
+        parent_params=fallback.params,
+        target_params=target_params,
+        baseline=_compare(dense_record, items, loop.gate),
+        parent=_compare(parent_record, items, loop.gate),
+        smallest_cut=_smallest_cut(parent_record, next_unit),
+    )
+
+
+def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
+    """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
+    run = trial.run
+    evaluations = []
+    parents = []
+    for iteration in range(trial.step.iteration):
+        record = store.committed(run.root, run.run, f"evaluate-{iteration}")
+        if record is None:
+            continue
+        evaluations.append(record)
+        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
+            parents.append(record)
+    # The first iteration's parent is the dense model itself.
+    return evaluations[0], parents[0]
+
+
+def _compare(reference: Record, items: Items, settings: Gate) -> paired.Paired:
+    """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
+    task = str(items[0]["task"])  # the first benchmark is the run's accuracy
+    reference_items = fetch_items(reference)
+    outcomes, candidate_outcomes = paired.match(reference_items, items, task)
+    return paired.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
+
+
+def _smallest_cut(record: Record, unit: str) -> int | None:
+    """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
+    by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
+    # `auto` takes what costs least, of neurons and layers.
+    if unit == "auto":
+        return min(by_unit.values(), default=None)
+    return by_unit.get(unit)

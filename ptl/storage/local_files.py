@@ -1,0 +1,224 @@
+"""Checkpoints as files: a folder appears by one rename, a record by one hard link: a kill leaves nothing half."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ptl.errors import InputError, WorkError
+from ptl.storage.manifest import FILES, THREADS, File, Files, Progress, chunks, dump_files, starts, verify
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
+
+
+def path_of(uri: str) -> Path:
+    """The path of a `file://` URI; a plain absolute path is one too."""
+    parts = urlsplit(uri)
+    # Only a URI encodes characters: a plain path may hold a percent sign.
+    path = Path(unquote(parts.path) if parts.scheme else uri)
+    other_host = parts.netloc not in ("", "localhost")
+    if other_host or not path.is_absolute():
+        raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
+    return path
+
+
+def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
+    """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
+    target = path_of(location)
+    # The rename below replaces an empty folder, and nothing else.
+    if target.is_dir() and any(target.iterdir()):
+        problem = f"{target} already holds files"
+        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
+    partial = target.with_name(target.name + ".partial")
+    with full_disk(target):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            copy = functools.partial(_copy, folder, partial, on_progress)
+            with ThreadPoolExecutor(THREADS) as pool:
+                files = tuple(pool.map(copy, paths))
+            _write(partial / FILES, dump_files(files))
+            # After a power failure the names must be there as well as the bytes.
+            _sync(partial)
+            for entry in partial.rglob("*"):
+                if entry.is_dir():
+                    _sync(entry)
+            partial.rename(target)
+            _sync(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return files
+
+
+def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
+    """Verify the folder and return it as it is: nothing is copied, `cache` is not used."""
+    # Every time: a disk may lose a byte between two steps.
+    folder = path_of(uri)
+    verify(folder, files, name, on_progress)
+    return folder
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of a small file, or None where there is none."""
+    try:
+        return path_of(uri).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def put_once(uri: str, data: bytes) -> bytes:
+    """Write a file unless it exists, in one step; returns what the file holds now, which may be another writer's."""
+    path = path_of(uri)
+    with full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Complete under another name first: a reader sees all of it or nothing.
+        draft = _draft(path)
+        try:
+            _write(draft, data)
+            _link(draft, path)
+            _sync(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+    return path.read_bytes()
+
+
+def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a small file completely or not at all, whatever it held before."""
+    draft = _draft(path)
+    draft.touch(mode)  # before any byte of it, which may be secret
+    try:
+        _write(draft, data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def walk(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Path below `uri`, size in bytes and time of change of every file there; nothing where there is no folder."""
+    folder = path_of(uri)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):  # a step that is at work removes its drafts
+                stat = path.lstat()
+                yield path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime
+
+
+def delete(uri: str, below: str) -> None:
+    """Remove a folder, the list of its files first: a reader then sees no checkpoint instead of half of one.
+
+    Raises InputError where this user may not, WorkError where a symlink leads out of the folder `below`.
+    """
+    folder = path_of(uri)
+    real = folder.resolve()
+    root = path_of(below).resolve()
+    # The caller has checked the names; what they lead to is checked here.
+    inside = real.is_relative_to(root) and real != root
+    if folder.is_symlink() or not inside:
+        problem = f"{folder} is {real}, which is not below {root}"
+        raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
+    try:
+        # A kill in the middle leaves files that no reader takes for a checkpoint.
+        (folder / FILES).unlink(missing_ok=True)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except PermissionError as error:
+        problem = f"{folder}: this user may not delete there ({error})"
+        raise InputError(problem, field="store", remedy="use one that may") from error
+
+
+def check(root: str) -> None:
+    """Raise InputError when the root cannot be written."""
+    path = path_of(root)
+    # Writing is the only proof: permissions alone do not tell of a read-only mount.
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe.{uuid.uuid4().hex}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        problem = f"cannot write {path}: {error.strerror}"
+        raise InputError(problem, field="store", remedy="make it writable or choose another") from error
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk, an exceeded quota or a file size limit into a WorkError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        problem = f"no space left while writing {path} ({error.strerror})"
+        remedy = "earlier checkpoints are intact: free some space and run the same command again"
+        raise WorkError(problem, field="store", remedy=remedy) from error
+
+
+def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
+    """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
+    blocks = []
+    new_file = target / path
+    new_file.parent.mkdir(parents=True, exist_ok=True)
+    # Hashed as it is copied: the source is read once.
+    with (source / path).open("rb", buffering=0) as reader, new_file.open("wb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        for start in starts(size):
+            hasher = hashlib.sha256()
+            for data in chunks(reader.fileno(), start, size):
+                hasher.update(data)
+                writer.write(data)
+                on_progress(len(data))
+            blocks.append(hasher.hexdigest())
+        # On the disk before the rename that publishes it.
+        writer.flush()
+        os.fsync(writer.fileno())
+    return File(path, size, tuple(blocks))
+
+
+def _draft(path: Path) -> Path:
+    """A name of this writer alone, in the same folder: a rename or a link from it is one step."""
+    unique = uuid.uuid4().hex
+    return path.with_name(f".{path.name}.{unique}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file, and have it on the disk when this returns."""
+    with path.open("wb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _link(draft: Path, path: Path) -> None:
+    """A hard link fails when the name is taken: that is the conditional write."""
+    # In one step, also for processes on other machines that share the folder.
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # A file system without hard links: the one writer that a step normally has is still safe.
+        if not path.exists():
+            draft.rename(path)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,300 @@
+"""Checkpoints: published under a fresh prefix, committed by one small record written last, verified on every read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from ptl.errors import InputError, WorkError
+from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
+
+FORMAT = 1  # of a record
+T = TypeVar("T")
+Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What travels between steps instead of weights."""
+
+    uri: str  # folder of the files: file:///... or s3://...
+    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256 of blocks)
+    params: int = 0
+    original_params: int = 0  # of the imported dense model; prune's goals are computed from it
+    parent_digest: str = ""
+    run_id: str = ""  # MLflow run that made it
+    model_id: str = ""  # MLflow LoggedModel
+    model_version: str = ""  # version in the registry, when registered
+    gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
+    step: str = ""  # that made it
+
+    def dump(self) -> str:
+        """JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def load(text: str) -> Pointer:
+        """Read JSON. Raises InputError for anything that is not a pointer, naming the field."""
+        try:
+            mapping = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"not JSON ({error})", field="pointer", remedy=_GIVE_POINTER) from error
+        return pointer_of(mapping)
+
+
+_GIVE_POINTER = "give the artifact of an earlier step"
+
+
+def pointer_of(mapping: Any) -> Pointer:
+    """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
+    if not isinstance(mapping, dict):
+        raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
+    empty = asdict(Pointer("", ""))
+    for name, value in mapping.items():
+        if name not in empty:
+            remedy = "this pointer was not written by this version of ptl"
+            raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
+        # The very type: True is an int for Python, and never one in a pointer.
+        kind = type(empty[name])
+        if type(value) is not kind:
+            raise InputError(f"{value!r} must be {kind.__name__}", field=f"pointer.{name}")
+    # Without these two nothing can be fetched; the other fields have a default.
+    for name in ("uri", "digest"):
+        if not mapping.get(name):
+            raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
+    digest = mapping["digest"]
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise InputError(f"{digest!r} must be sha256:<64 hex digits>", field="pointer.digest")
+    return Pointer(**mapping)
+
+
+def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> Files:
+    """Upload all files of `folder` under `location`, then the list of them (`ptl-files.json`) last.
+
+    `location` is a fresh prefix for every attempt: what a killed attempt leaves there is never read. The digest for the
+    pointer is `digest_of` the files returned. `on_progress` gets byte counts; by default a progress bar is shown on a
+    terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
+    """
+    folder = Path(folder)
+    paths = scan(folder)
+    sizes = [(folder / path).stat().st_size for path in paths]
+    with _bar("publish", sum(sizes), on_progress) as progress:
+        return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
+
+
+def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:
+    """The folder of a checkpoint, every file verified against the pointer's digest.
+
+    `file://` returns the folder itself: do not write there. `s3://` downloads into `cache/<hex>/` and takes a complete
+    earlier download from there. Raises WorkError naming the checkpoint, the file and the remedy.
+    """
+    # What messages call it.
+    name = f"checkpoint {pointer.uri}"
+    if pointer.run_id:
+        name += f" of run {pointer.run_id}"
+    uri = pointer.uri.rstrip("/")
+    files = _twice(lambda: _listed_files(pointer, uri, name))
+    # By the digest: whatever names the same files finds them.
+    target = Path(cache) / pointer.digest.removeprefix("sha256:")
+    sizes = [file.size for file in files]
+    with _bar("fetch", sum(sizes), on_progress) as progress:
+        return _backend(uri).fetch(uri, files, target, name, progress)
+
+
+def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
+    """The files of a checkpoint, by the list whose digest the pointer has."""
+    # The digest is over this list, and the list has those of all blocks.
+    listing = read(f"{uri}/{FILES}")
+    remedy = "restore it, or start a new run to make it again"
+    if listing is None:
+        cause = "it was deleted or never completely published"
+        raise WorkError(f"{name} is gone: no {FILES} there: {cause}", remedy=remedy)
+    files = load_files(listing, name)
+    digest = digest_of(files)
+    if digest != pointer.digest:
+        difference = f"{FILES} lists {digest}, not {pointer.digest}"
+        problem = f"digest differs: {difference}: the checkpoint was replaced"
+        raise WorkError(problem, field=name, remedy=remedy)
+    return files
+
+
+def commit(root: str, run: str, step: str, record: Record) -> Record:
+    """Write a step's record, unless there is one: returns the record that stays, ours or the earlier writer's.
+
+    The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
+    belongs to a run with other settings.
+    """
+    # Sealed: a record that a disk or a person has changed is found when it is read.
+    record = {**record, "format": FORMAT, "step": step}
+    sealed = {**record, "sha256": _seal(record)}
+    uri = _manifest(root, run, step)
+    # One atomic write decides: of two processes that did the step, both continue with the same record.
+    text = json.dumps(sealed, indent=1)
+    data = _backend(root).put_once(uri, text.encode())
+    kept = _load_record(data, uri, step)
+    _check_key(kept, record["key"], run, uri)
+    return kept
+
+
+def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
+    """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
+    uri = _manifest(root, run, step)
+
+    def read_record() -> Record | None:
+        data = read(uri)
+        return None if data is None else _load_record(data, uri, step)
+
+    record = _twice(read_record)
+    if record is not None and key is not None:
+        _check_key(record, key, run, uri)
+    return record
+
+
+def claim(root: str, run: str, name: str, value: str) -> str:
+    """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
+    name = _checked_name("name", name)
+    uri = f"{_run_folder(root, run)}/{name}.claim"
+    return _backend(root).put_once(uri, value.encode()).decode()
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of one small file, or None where there is none."""
+    return _backend(uri).read(uri)
+
+
+def check(root: str) -> None:
+    """Ask the store whether it can be used, before any work: credentials, endpoint, bucket. Raises InputError."""
+    _backend(root).check(root)
+
+
+def walk(uri: str) -> Iterator[tuple[str, int, float]]:
+    """Path below `uri`, size in bytes and time of change (unix) of every file there; in no order."""
+    yield from _backend(uri).walk(uri)
+
+
+def delete(uri: str, *, below: str) -> None:
+    """Remove a folder with all its files, which must be below the folder `below`; one that is gone is no error.
+
+    Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
+    """
+    if not is_below(uri, below):
+        problem = f"{uri!r} is not a plain folder below {below}"
+        raise WorkError(problem, field="store", remedy="nothing was deleted: who wrote that URI?")
+    _backend(uri).delete(uri, below)
+
+
+def is_below(uri: str, root: str) -> bool:
+    """Whether a URI begins with `root` and continues with plain names: no `..`, nothing empty, nothing encoded."""
+    folder = root.rstrip("/") + "/"
+    if not uri.startswith(folder):
+        return False
+    names = uri.removeprefix(folder).split("/")
+    return all(is_name(name) for name in names)
+
+
+def is_name(name: str) -> bool:
+    """Whether a run or a step may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _backend(uri: str) -> ModuleType:
+    """The module for a URI's scheme."""
+    # Imported here: on a local disk nothing needs boto3.
+    scheme = uri.partition(":")[0]
+    if scheme == "file" or uri.startswith("/"):
+        from ptl.storage import local_files
+
+        return local_files
+    if scheme == "s3":
+        from ptl.storage import s3
+
+        return s3
+    # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
+    remedy = (
+        "start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
+        "(or file:///folder), then use a new experiment"
+    )
+    raise InputError(f"{uri!r} is neither file:// nor s3://", field="store", remedy=remedy)
+
+
+def _manifest(root: str, run: str, step: str) -> str:
+    """The URI of a step's record."""
+    step = _checked_name("step", step)
+    return f"{_run_folder(root, run)}/{step}/manifest.json"
+
+
+def _run_folder(root: str, run: str) -> str:
+    """Where the records of a run are."""
+    run = _checked_name("run", run)
+    return f"{root.rstrip('/')}/{run}"
+
+
+def _checked_name(kind: str, name: str) -> str:
+    """The name, which may come from a user: it must not lead out of the root."""
+    if not is_name(name):
+        raise InputError(f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind)
+    return name
+
+
+def _load_record(data: bytes, uri: str, step: str) -> Record:
+    """A record from its bytes; what cannot be trusted is a WorkError."""
+    remedy = f"delete {uri} and run the same command again to redo this step"
+    try:
+        record = dict(json.loads(data))
+        seal = record.pop("sha256")
+        if seal != _seal(record):
+            problem = "digest differs: its bytes are not the ones that were committed"
+            raise WorkError(problem, field=uri, remedy=remedy)
+        # An intact record may still be one of another version, or copied from another step.
+        identity = (record["format"], record["step"], type(record["key"]))
+        if identity != (FORMAT, step, str):
+            raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
+        pointer_of(record["pointer"])
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        raise WorkError(f"damaged ({error})", field=uri, remedy=remedy) from error
+    return record
+
+
+def _seal(record: Record) -> str:
+    """Hex sha256 over a record: a changed byte shows."""
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_key(record: Record, key: str, run: str, uri: str) -> None:
+    # The same run id with another config: nothing that it has may be taken for this one's.
+    if record["key"] != key:
+        cause = "it was committed with other settings, another model or another version of ptl"
+        step = record["step"]
+        problem = f"step {step} belongs to another run: {cause} ({uri})"
+        raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
+
+
+def _twice(read_and_check: Callable[[], T]) -> T:
+    """What is read and checked; a failed check has it read once more, since a byte may have changed on its way."""
+    try:
+        return read_and_check()
+    except WorkError:
+        return read_and_check()
+
+
+@contextmanager
+def _bar(title: str, total: int, on_progress: Progress | None) -> Iterator[Progress]:
+    """What counts the bytes: the caller's own, or a progress bar."""
+    # Training checkpoints are stored beside the training, whose own bar is on the terminal.
+    if on_progress is not None:
+        yield on_progress
+        return
+    from tqdm import tqdm
+
+    # disable=None: a bar on a terminal, nothing in a pod's log.
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update

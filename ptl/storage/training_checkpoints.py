@@ -1,0 +1,135 @@
+"""Training checkpoints that outlive the machine: a few of them are kept in the store while a step trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ptl.storage import store
+from ptl.storage.manifest import FILES, digest_of
+from ptl.storage.store import Pointer
+from ptl.storage.training_files import COMPLETE, last_complete, step_of
+
+NUM_KEPT = 2  # newest checkpoints whose files stay in the store
+
+
+@dataclass
+class TrainingCheckpoints:
+    """Those of one stage of one step."""
+
+    root: str  # of the store
+    run: str
+    name: str  # of the step and stage
+    key: str  # of all that the result depends on, as for steps
+    minutes: float  # between two checkpoints in the store; 0: every one
+    last_saved: float | None = None  # time.monotonic(); of the first checkpoint until one is saved
+
+    def save_if_due(self, folder: Path) -> None:
+        """Store a complete training checkpoint if the interval has passed."""
+        now = time.monotonic()
+        if self.last_saved is None:
+            self.last_saved = now
+        if now - self.last_saved >= self.minutes * 60:
+            self.save(folder)
+            self.last_saved = time.monotonic()
+
+    def save(self, folder: Path) -> None:
+        """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
+        stored = self.records()
+        slot = self._slot(len(stored))
+        # a random suffix: a save that was killed before its record left a folder of the same number
+        suffix = uuid.uuid4().hex[:12]
+        location = f"{self._folder()}/{slot}-{suffix}"
+        files = store.publish(folder, location, on_progress=_silent)
+        pointer = Pointer(location, digest_of(files))
+        metadata = {"folder": folder.name}
+        # written last: what it names is complete
+        record = {"key": self.key, "pointer": asdict(pointer), "metadata": metadata}
+        store.commit(self.root, self.run, slot, record)
+        num_outdated = len(stored) + 1 - NUM_KEPT
+        for number in range(num_outdated):
+            self._delete_files(number, stored[number])
+
+    def restore(self, scratch: Path) -> None:
+        """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
+        stored = self.records()
+        if not stored:
+            return
+        newest = stored[-1]
+        # named by its optimizer step, as the Trainer looks for it
+        target = scratch / newest["metadata"]["folder"]
+        local = last_complete(scratch)
+        if local is not None and step_of(local) >= step_of(target):
+            return
+        # one that is not complete is replaced
+        download = scratch / "fetched"
+        pointer = Pointer(**newest["pointer"])
+        folder = store.fetch(pointer, download, on_progress=_silent)
+        shutil.rmtree(target, ignore_errors=True)
+        # one rename makes it complete
+        partial = scratch / f".{os.getpid()}.{target.name}"
+        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
+        partial.rename(target)
+        assert (target / COMPLETE).is_file()
+        shutil.rmtree(download, ignore_errors=True)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of the checkpoints stored so far, oldest first."""
+        stored: list[dict[str, Any]] = []
+        while True:
+            slot = self._slot(len(stored))
+            record = store.committed(self.root, self.run, slot, self.key)
+            # numbers are given without a gap
+            if record is None:
+                return stored
+            stored.append(record)
+
+    def clear(self) -> None:
+        """Remove all of them, after the step has been committed."""
+        stored = self.records()
+        folder = self._folder()
+        # the newest first, as `records` ends at the first gap
+        for number in reversed(range(len(stored))):
+            self._delete_files(number, stored[number])
+            slot = self._slot(number)
+            store.delete(f"{folder}/{slot}", below=folder)
+
+    def _delete_files(self, number: int, record: dict[str, Any]) -> None:
+        """Delete a checkpoint's files: of its record only the name counts, and that must be one which `save` gives."""
+        folder = self._folder()
+        uri = record["pointer"]["uri"]
+        name = uri.rpartition("/")[2]
+        slot = re.escape(self._slot(number))
+        if re.fullmatch(rf"{slot}-[0-9a-f]{{12}}", name):
+            store.delete(f"{folder}/{name}", below=folder)
+
+    def _folder(self) -> str:
+        """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
+        root = self.root.rstrip("/")
+        return f"{root}/{self.run}"
+
+    def _slot(self, number: int) -> str:
+        """The name of a record, as of a step."""
+        return f"{self.name}.training-{number}"
+
+
+def _silent(_: int) -> None:
+    """No bar of progress: the training reports its own."""
+
+
+def key_of(*parts: Any) -> str:
+    """A digest of all that a result depends on: plain values and sections of the config."""
+    text = json.dumps(parts, sort_keys=True, default=_section_values)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _section_values(section: Any) -> Any:
+    return section.model_dump(mode="json")

@@ -1,0 +1,251 @@
+"""The command line on wrong input: a clear message, exit code 2, and nothing expensive started."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from ptl.cli import app, configs
+from ptl.config.run import Config, load_config
+from ptl.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+PERPLEXITY = str(ROOT / "examples/smollm2/gsm8k_perplexity.yaml")
+DATA = str(ROOT / "examples/tiny_reasoner/train.jsonl.gz")
+CHECKPOINT = ROOT / "examples/tiny_reasoner/checkpoint"
+
+
+def ptl(*arguments, **options):
+    command = [sys.executable, "-m", "ptl", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write tiny.yaml with changes given as dotted fields."""
+
+    def write(**fields):
+        raw = load_config(TINY).model_dump(mode="json")  # with the paths of its own folder
+        for dotted, value in fields.items():
+            *parents, last = dotted.split("__")
+            section = raw
+            for name in parents:
+                section = section[name]
+            section[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def refused(path, said, tmp_path):
+    """The run ends with code 2 and a message that says this, before MLflow's database or a run directory exist."""
+    home = tmp_path / "home"
+    done = ptl("run", path, "--home", home)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    return not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"schedule__target": 0.9}, "schedule.target"),
+        ({"schedule__target": 10_000_000}, "schedule.target: 1e+07 is no size below the model's own"),
+        ({"prune__width_multiple": 128}, "prune.width_multiple=128"),
+        ({"prune__criterion": "magic"}, "prune.criterion: 'magic'"),
+        ({"model__path": "./nowhere"}, "nowhere"),
+        ({"evaluate__tasks": [{"name": "no_such_task"}]}, "no_such_task"),
+        ({"evaluate__tasks": [{"name": "./none.yaml"}]}, "none.yaml"),
+        (
+            {
+                "evaluate__tasks": [{"name": PERPLEXITY, "metric": "word_perplexity"}],
+                "gate": {"enabled": True},
+            },
+            f"gate.enabled: true, but evaluate.tasks.0 ({PERPLEXITY!r}) is judged by 'word_perplexity'",
+        ),
+        ({"training__sources": [{"source": "./none.jsonl"}]}, "/none.jsonl; give an existing"),
+        (
+            {"training__sources": [{"source": DATA, "prompt": "{question} {hint}\n", "completion": "{answer}"}]},
+            "lacks 'hint'",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
+    assert refused(config(**fields), said, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "is empty"), ('{"question": "1", "answer": "2"}\n{"question":\n', "line 2 is not JSON")]
+)
+@pytest.mark.slow
+def test_a_bad_data_file_is_refused_with_its_line(config, tmp_path, text, said):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    assert refused(
+        config(training__sources=[{"source": str(data), "prompt": "{question}", "completion": "{answer}"}]),
+        said,
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
+def test_only_pickled_weights_are_refused(config, checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    assert refused(config(model__path=str(checkpoint)), "has only pickled weights (pytorch_model.bin)", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_missing_tokenizer_is_refused(config, checkpoint, tmp_path):
+    (checkpoint / "tokenizer.json").unlink()
+    assert refused(config(model__path=str(checkpoint)), "has no tokenizer", tmp_path)
+
+
+@pytest.mark.slow
+def test_nan_in_the_weights_is_refused_by_the_first_step(config, checkpoint, tmp_path):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    refused(config(model__path=str(checkpoint)), "tensor model.norm.weight", tmp_path)
+    assert not list((tmp_path / "home" / "artifacts").glob("ptl/*/*/manifest.json"))
+
+
+def test_a_directory_of_another_run_is_refused(config, tmp_path):
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.yaml").write_text("name: other\n")
+    done = ptl("run", config(), "--home", tmp_path / "home", "--run-dir", other)
+    assert done.returncode == 2 and "belongs to another run" in done.stderr
+    assert (other / "config.yaml").read_text() == "name: other\n"
+
+
+def test_validate_prints_the_plan_and_schema_the_fields():
+    done = ptl("validate", TINY)
+    assert done.returncode == 0, done.stderr
+    assert "213,568 parameters" in done.stdout and "266,667" in done.stdout
+    printed = json.loads(ptl("schema").stdout)
+    assert printed == Config.model_json_schema() and printed["additionalProperties"] is False
+
+
+def test_a_bad_override_is_refused():
+    for entry, said in [("seed", "must be NAME=VALUE"), ("seed=[1", "the value is not valid YAML")]:
+        done = ptl("validate", TINY, "--set", entry)
+        assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.slow
+def test_files_and_folders_that_are_not_there_are_named(tmp_path):
+    for command in (
+        ("prune", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("prune", CHECKPOINT, tmp_path / "out", "-c", TINY, "--target", "1.5"),
+        ("recover", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
+        ("export", "./nowhere", tmp_path / "out.gguf"),
+        ("export", TINY.parents[3] / "examples/tiny_reasoner/checkpoint", tmp_path / "out.gguf", "--outtype", "q4"),
+        ("compile", TINY, "-o", tmp_path / "nowhere" / "p.yaml"),
+        ("compile", TINY, "-o", tmp_path / "p.txt"),
+    ):
+        done = ptl(*command)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (command, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
+    dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
+    (tmp_path / "scored").mkdir()
+    for name in ("items.jsonl", "scores.json"):
+        done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--scored", tmp_path / "scored")
+        assert done.returncode == 2 and f"--scored: no {name} in" in done.stderr
+        (tmp_path / "scored" / name).touch()
+    assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_fetch_refuses_what_is_no_finished_run(tmp_path):
+    done = ptl("fetch", tmp_path, tmp_path / "out")
+    assert done.returncode == 2 and "holds no result.json" in done.stderr
+
+
+def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, checkpoint, tmp_path):
+    """A leftover of another source must not become this one's weights."""
+    from ptl.cli.steps import _training_key
+    from ptl.config.run import load_config
+
+    def key(path, budget=1000, folder=checkpoint):
+        return _training_key(folder, load_config(path), budget, None)
+
+    source = ROOT / "examples/tiny_reasoner/train.jsonl.gz"
+    data = shutil.copyfile(source, tmp_path / "train.jsonl.gz")
+    sources = [{"source": str(data), "prompt": "{question}\n", "completion": "{answer}"}]
+    first = key(config(training={"sources": sources}))
+    moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
+    assert key(config(training={"sources": sources}), folder=moved) == first
+    others = [key(config(training={"sources": sources}), 2000), key(config(training={"sources": sources}, seed=1))]
+    data.write_bytes(data.read_bytes() + b"\0")
+    others.append(key(config(training={"sources": sources})))
+    teacher = Path(shutil.copytree(moved, tmp_path / "teacher"))
+    distil = {"training": {"sources": sources}, "recover": [{"method": "distil", "teacher": str(teacher)}]}
+    others.append(key(config(**distil)))
+    (teacher / "model.safetensors").write_bytes(b"another teacher")
+    others.append(key(config(**distil)))
+    (checkpoint / "model.safetensors").write_bytes(b"other weights")
+    others.append(key(config(training={"sources": sources})))
+    assert len({first, *others}) == 7
+
+
+def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
+    from ptl.cli.destination import OUT, writing
+
+    dst, work = tmp_path / "dst", tmp_path / "dst.partial"
+    with pytest.raises(RuntimeError), writing(dst) as folder:
+        (folder / OUT / "model.safetensors").touch()
+        (folder / "training-1").mkdir()
+        with pytest.raises(InputError, match="another process executes it"), writing(dst):
+            raise AssertionError("two writers")
+        raise RuntimeError("it died")
+    assert not dst.exists() and (work / "training-1").is_dir() and not (work / OUT).exists()
+    (work / OUT).mkdir()
+    (work / OUT / "left").touch()  # as by kill -9
+    with writing(dst) as folder:
+        (folder / OUT / "model.safetensors").touch()
+    assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["run", str(TINY)], ["compile", str(TINY), "-o", "p.yaml"]], ids=["run", "compile"]
+)
+def test_without_a_checkout_it_says_what_to_get(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None)
+    error = CliRunner().invoke(app.app, command).exception
+    assert isinstance(error, InputError) and "needs the folder pipelines/ of the checkout" in str(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/model.safetensors")
+
+    monkeypatch.setattr(app, "app", full)
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 1
+    assert "no space left while writing /data/model.safetensors" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""The config: every wrong field is named, and the plan adds up exactly."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptl.config.run import Config, load_config, pairs
+from ptl.config.schedule import Prune, Schedule, one_shot, plan, removal
+from ptl.errors import InputError
+from ptl.pruning.importance import CRITERIA, LAYER_CRITERIA
+from ptl.recovery.recover import RECOVERIES
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+schedules = st.builds(
+    Schedule,
+    iterations=st.integers(1, 40),
+    target=st.floats(0.01, 0.9),
+    cuts=st.sampled_from(["uniform", "cubic"]),
+    tokens=st.sampled_from(["uniform", "doubling"]),
+    recovery_tokens=st.integers(0, 10**12),
+)
+
+
+@given(schedules)
+def test_cuts_and_tokens_add_up_exactly(schedule):
+    rounds = plan(schedule, Prune())
+    assert sum(it.cut for it in rounds) == Fraction(1)
+    assert rounds[-1].progress == 1
+    assert sum(it.tokens for it in rounds) == schedule.recovery_tokens
+    assert [it.tokens_before for it in rounds[1:]] == [it.tokens_before + it.tokens for it in rounds[:-1]]
+    assert all(it.cut > 0 and it.tokens >= 0 for it in rounds)
+    assert [it.last for it in rounds] == [False] * (schedule.iterations - 1) + [True]
+
+
+def test_curves_are_those_that_are_promised():
+    uniform = plan(Schedule(iterations=4, target=0.4, cuts="uniform", tokens="uniform", recovery_tokens=400), Prune())
+    assert [it.cut for it in uniform] == [Fraction(1, 4)] * 4
+    assert [it.tokens for it in uniform] == [100] * 4
+    shaped = plan(Schedule(iterations=4, target=0.4, recovery_tokens=150), Prune())
+    assert [it.cut for it in shaped] == [Fraction(37, 64), Fraction(19, 64), Fraction(7, 64), Fraction(1, 64)]
+    assert [it.tokens for it in shaped] == [10, 20, 40, 80]
+
+
+def test_layers_come_last_and_the_control_has_one_round():
+    schedule = Schedule(iterations=5, target=0.4, recovery_tokens=100)
+    both = plan(schedule, Prune(target="neurons_then_layers", layer_iterations=2))
+    assert [it.unit for it in both] == ["neurons"] * 3 + ["layers"] * 2
+    assert [it.unit for it in plan(schedule, Prune(target="layers"))] == ["layers"] * 5
+    (control,) = plan(one_shot(schedule), Prune(target="neurons_then_layers", layer_iterations=2))
+    assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
+
+
+def test_target_is_a_share_or_the_parameters_to_end_with():
+    assert removal(1000, 0.4) == 400
+    assert removal(1000, 0.1) == 100  # 0.1 * 1000 is exact, whatever the binary form of 0.1
+    assert removal(1000, 700) == 300
+
+
+def test_the_criteria_of_the_config_are_those_of_the_code():
+    assert set(Prune.model_fields["criterion"].annotation.__args__) == set(CRITERIA)
+    assert set(Prune.model_fields["layer_criterion"].annotation.__args__) == set(LAYER_CRITERIA)
+    methods = Config.model_json_schema()["properties"]["recover"]
+    assert all(name in str(Config.model_json_schema()) for name in RECOVERIES) and methods
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    assert load_config(path).name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"colour": "red"}, "colour: unknown field"),
+        ({"prune": {"criterium": "max"}}, "prune.criterium: unknown field"),
+        ({"prune": {"criterion": "magic"}}, "prune.criterion: 'magic': Input should be 'max'"),
+        ({"schedule": {"target": 0, "recovery_tokens": 1}}, "schedule.target: 0: Input should be greater than 0"),
+        ({"schedule": {"target": 0.4}}, "schedule.recovery_tokens: missing"),
+        ({"schedule": {"target": 0.4, "recovery_tokens": -1}}, "schedule.recovery_tokens: -1"),
+        ({"seed": "many"}, "seed: 'many'"),
+        ({"name": "Not A Name"}, "name: 'Not A Name'"),
+        ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
+        ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
+        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
+        ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
+        ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
+        ({"schedule": {"target": 0.4, "recovery_tokens": 15}}, "recovery_tokens=15 leaves 1 token for a stage"),
+        (
+            {"recover": [{"share": 0.5}, {"method": "distil"}], "schedule": {"target": 0.4, "recovery_tokens": 15}},
+            "=15",
+        ),
+        ({"recover": [{"method": "grpo", "steps": 14}]}, "recover.steps=14, shared out over 4 iterations, leaves one"),
+    ],
+)
+def test_errors_name_field_value_and_remedy(tmp_path, change, said):
+    raw = yaml.safe_load(TINY.read_text()) | change
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(InputError) as error:
+        load_config(path)
+    assert said in str(error.value) and error.value.exit_code == 2
+
+
+def test_files_that_are_no_config(tmp_path):
+    for text, said in [("a: [1", "not valid YAML"), ("- 1", "must hold a mapping")]:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        with pytest.raises(InputError, match=said):
+            load_config(path)
+    with pytest.raises(InputError, match="no file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_are_checked_like_the_file():
+    assert load_config(TINY, {"schedule.target": 0.2}).schedule.target == 0.2
+    with pytest.raises(InputError, match=r"schedule\.target"):
+        load_config(TINY, {"schedule.target": -1})
+    with pytest.raises(InputError, match="is not a section"):
+        load_config(TINY, {"name.first": 1})
+    with pytest.raises(InputError, match="recover is a list; give it whole"):
+        load_config(TINY, {"recover.learning_rate": 1e-4})
+
+
+def test_an_override_leaves_other_sections_of_the_same_anchor():
+    shared = TINY.with_name("onprem.yaml")
+    before, after = load_config(shared), load_config(shared, {"training.source": "s3://b/other.jsonl"})
+    assert before.training.sources[0].source == before.calibration.data.source  # one anchor
+    assert after.training.sources[0].source == "s3://b/other.jsonl" and after.calibration == before.calibration
+
+
+def test_a_bare_off_is_off():
+    overrides = pairs("--set", ["prune.repair=off"])
+    assert overrides == {"prune.repair": False}  # YAML 1.1
+    assert load_config(TINY, overrides).prune.repair == "off"
+    told = load_config(TINY, pairs("--set", ["training.decontaminate=off"])).training.decontaminate
+    assert not told.tasks and not told.against
+
+
+def test_reinforcement_learning_may_do_without_tokens():
+    stage = {"method": "grpo", "steps": 15}  # 1, 2, 4, 8
+    assert load_config(TINY, {"recover": [stage], "schedule.recovery_tokens": 0}).recover[0].method == "grpo"

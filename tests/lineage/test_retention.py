@@ -1,0 +1,569 @@
+"""`ptl gc` on what real steps leave: in a folder with MLflow's database, and on real S3 and MLflow servers.
+
+The steps' work is a stand-in that writes a few bytes; publishing, records and tracking are the real ones.
+"""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from ptl.cli.app import app
+from ptl.config import dag
+from ptl.errors import InputError, WorkError
+from ptl.lineage import inventory, registry, retention, tracking
+from ptl.lineage.retention import DAY, Rules
+from ptl.local import servers
+from ptl.steps import execution
+from ptl.steps.call import Step
+from ptl.storage import s3, s3_client, store, training_checkpoints
+from ptl.storage.manifest import digest_of
+from ptl.storage.store import Pointer
+from ptl.storage.training_files import COMPLETE
+from ptl.units import size
+
+pytestmark = pytest.mark.xdist_group("gc")
+SIZES = {"model.safetensors": 50_000, "config.json": 10}
+
+
+@pytest.fixture(scope="module")
+def local(new_database, tmp_path_factory):
+    home = new_database(tmp_path_factory.mktemp("home"))
+    return {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+        "PTL_ARTIFACT_ROOT": f"file://{home}/artifacts",
+    }
+
+
+@pytest.fixture(scope="module")
+def served(server, new_database, tmp_path_factory):
+    root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"s3://{servers.BUCKET}/gc", server)
+    yield {**server, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    servers.down(root)
+
+
+@pytest.fixture(params=["local", "served"])
+def experiment(request, monkeypatch, tmp_path):
+    """A fresh experiment, with the environment of its steps."""
+    for name in ("PTL_ARTIFACT_ROOT", "PTL_RUN_DIR", "KFP_RUN_ID", "PTL_LAUNCH", *s3_client.SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    name = f"gc-{uuid.uuid4().hex[:8]}"
+    settings = dict(request.getfixturevalue(request.param))
+    if request.param == "local":
+        settings["PTL_ARTIFACT_ROOT"] += f"/{name}"
+    for key, value in {**settings, "PTL_SCRATCH": str(tmp_path / "scratch")}.items():
+        monkeypatch.setenv(key, value)
+    return name
+
+
+class Loop:
+    """One run of the pipeline, step by step."""
+
+    def __init__(self, experiment, monkeypatch):
+        self.experiment, self.run = experiment, f"run-{uuid.uuid4().hex[:8]}"
+        self.use = lambda: monkeypatch.setenv("PTL_RUN_ID", self.run)
+        self.use()
+
+    def work(self, name, parent=None, metadata=None):
+        """Publish and commit the checkpoint of a step."""
+        self.use()
+        number = 0 if "control" in name else dag.iteration_of(name)
+        before = Pointer(**parent["pointer"]) if parent else None
+
+        def work(src, dst, run):
+            if before and not metadata:
+                assert (src / "config.json").is_file()
+            for path, count in SIZES.items():
+                (dst / path).write_bytes(os.urandom(count))
+            return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
+
+        return execution.execute(Step(name, self.experiment), before, {}, work)
+
+    def evaluate(self, name, candidate, fallback, accepted):
+        """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
+        mine, other = Pointer(**candidate["pointer"]), Pointer(**fallback["pointer"])
+
+        def metadata(run):
+            if accepted and mine.params < 100:
+                registry.register(run, self.experiment, mine, {})
+            task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
+            sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1)
+            return {
+                "scores": {"tasks": [task], **sizes},
+                "verdict": {"decision": "accepted" if accepted else "rejected"},
+                "checkpoint": asdict(mine),
+                "accepted": asdict(mine if accepted or "control" in name else other),
+            }
+
+        return self.work(name, candidate, metadata)
+
+    def whole(self):
+        """Round 1 is accepted, round 2 rejected, with a control."""
+        dense = self.work("import-model")
+        self.evaluate("evaluate-0", dense, dense, True)
+        steps = {"import-model": dense}
+        for name, accepted in (("1", True), ("2", False), ("control", False)):
+            prune, recover, evaluate = (
+                f"control-{stage}" if name == "control" else f"{stage}-{name}"
+                for stage in ("prune", "recover", "evaluate")
+            )
+            start = steps["recover-1"] if name == "2" else dense
+            steps[prune] = self.work(prune, start)
+            steps[recover] = self.work(recover, steps[prune])
+            self.evaluate(evaluate, steps[recover], start, accepted)
+        self.end(steps["recover-1"])
+        return steps
+
+    def end(self, final=None):
+        """As the report step does; without `final` only MLflow says that the run has ended."""
+        self.use()
+        report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
+        if final:
+            record = {"key": "report", "pointer": final["pointer"], "metadata": {"stage": "report"}}
+            store.commit(report.root, self.run, "report", record)
+        tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
+
+    def step_run(self, name):
+        self.use()
+        where = os.environ.get("PTL_ARTIFACT_ROOT")
+        return tracking.start(self.experiment, name, arm="loop", iteration=1, artifact_location=where)
+
+
+@pytest.fixture
+def loop(experiment, monkeypatch):
+    return lambda: Loop(experiment, monkeypatch)
+
+
+def verdicts(experiment, days=0.0, **rules):
+    (held,) = inventory.experiments([experiment])
+    return held, retention.apply_rules(held, Rules(**rules), time.time() + days * DAY)
+
+
+def going(experiment, days=8.0, **rules):
+    """Steps and kinds of what can go after so many days."""
+    return sorted(
+        (each.stored.step, each.stored.kind) for each in verdicts(experiment, days, **rules)[1] if each.deletable
+    )
+
+
+def collect(experiment, days=8.0, **rules):
+    held, found = verdicts(experiment, days, **rules)
+    return [retention.delete(held, verdict) for verdict in found if verdict.deletable]
+
+
+def fetchable(record, tmp_path):
+    try:
+        return store.fetch(Pointer(**record["pointer"]), tmp_path / uuid.uuid4().hex).is_dir()
+    except WorkError as error:
+        assert "is gone" in str(error) and "it was deleted" in str(error)
+        return False
+
+
+def listing(uri):
+    return sorted((path, size) for path, size, _ in store.walk(uri))
+
+
+INTERMEDIATE = [
+    ("control-prune", "pruned"),
+    ("prune-1", "pruned"),
+    ("prune-2", "pruned"),
+    ("recover-2", "recovered"),
+]
+
+
+@pytest.mark.slow
+def test_finished_run(experiment, loop, tmp_path):
+    run = loop()
+    steps = run.whole()
+    held, found = verdicts(experiment, 8)
+    assert going(experiment) == INTERMEDIATE
+    before = listing(held.root)
+    for verdict in found:
+        uri = verdict.stored.uris[0]
+        assert verdict.stored.bytes == sum(size for _, size in listing(uri)) > sum(SIZES.values())
+    kept = {each.stored.step: each.reason for each in found if not each.deletable}
+    assert kept == {
+        "import-model": "imported model; --dense lets it go",
+        "recover-1": f"registered: {experiment} 1",
+        "control-recover": "the control of its run",
+    }
+    assert collect(experiment) == [True] * 4
+    assert {step: fetchable(record, tmp_path) for step, record in steps.items()} == {
+        step: step in kept for step in steps
+    }
+    assert collect(experiment) == [] and going(experiment) == []
+    assert listing(held.root) == before  # records are all there
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    tags = {step: client.get_logged_model(record["pointer"]["model_id"]).tags for step, record in steps.items()}
+    assert {step for step in tags if retention.DELETED in tags[step]} == {step for step, _ in INTERMEDIATE}
+    scored = store.committed(held.root, run.run, "evaluate-2")
+    assert fetchable(scored, tmp_path)  # scores and items stay
+
+
+@pytest.mark.slow
+def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
+    steps = loop().whole()
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.delete_model_version(experiment, "1")
+    _, found = verdicts(experiment, 8)
+    assert "final checkpoint of its run" in [each.reason for each in found]
+    assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
+    collect(experiment, dense=True)
+    assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
+
+
+@pytest.mark.slow
+def test_young_and_newest_runs_are_kept(experiment, loop):
+    first, second = loop(), loop()
+    first.whole()
+    second.whole()
+    assert going(experiment, days=6.9) == [] and going(experiment, days=0, older_than=0) == sorted(2 * INTERMEDIATE)
+    _, found = verdicts(experiment, 8, keep_last=1)
+    assert {each.stored.run for each in found if each.deletable} == {first.run}
+    assert going(experiment, keep_last=2) == []
+
+
+DIES = """
+import os
+from pathlib import Path
+from ptl.steps.table import call, execution; from ptl.storage import store
+
+def publish(folder, location, publish=store.publish):
+    return publish(folder, location, on_progress=lambda count: os.kill(os.getpid(), 9))
+
+def work(src, dst, run):
+    (dst / "a.safetensors").write_bytes(bytes(90_000))
+    (dst / "b.safetensors").write_bytes(bytes(90_000))
+    return {"params": 99, "tokens": 1, "steps": 1}
+
+store.publish = publish
+execution.execute(call.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
+"""
+
+
+@pytest.mark.slow
+def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
+    run = loop()
+    dense = run.work("import-model")
+    run.evaluate("evaluate-0", dense, dense, True)
+    cut = run.work("prune-1", dense)
+    environment = {**os.environ, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
+    died = subprocess.run(
+        [sys.executable, "-c", DIES], env=environment, capture_output=True, cwd=Path(__file__).parents[2]
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    step = run.step_run("recover-1")
+    checkpoints = training_checkpoints.TrainingCheckpoints(step.root, run.run, "recover-1.0", "key", 0)
+    for number in (2, 4):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / COMPLETE).write_text(str(number))
+        checkpoints.save(folder)
+    store.publish(folder, f"{step.root}/{run.run}/recover-1.0.training-2-{'a' * 12}")  # killed before its record
+
+    assert going(experiment, days=0, older_than=0) == []  # all of this may be at work
+    assert going(experiment, days=2, older_than=0) == 2 * [("recover-1", "attempt")]
+    _, found = verdicts(experiment, 8)
+    assert {each.reason for each in found if not each.deletable} == {
+        "its run is not finished and can be resumed; --run lets it go"
+    }
+    assert collect(experiment) == [True, True] and collect(experiment) == []
+
+    checkpoints.restore(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/checkpoint-4" / COMPLETE).read_text() == "4"
+    healed = run.work("recover-1", cut)
+    assert fetchable(healed, tmp_path)
+    assert going(experiment) == [("recover-1", "training")]  # the step was killed before it could clear them
+    collect(experiment)
+    assert checkpoints.records() == [] and not [path for path, _ in listing(step.root) if "training" in path]
+    run.evaluate("evaluate-1", healed, dense, True)
+    run.end(healed)
+    assert going(experiment) == [("prune-1", "pruned")]
+
+
+def test_committed_after_the_listing(experiment, loop, tmp_path):
+    """A machine that slept through the listing and then commits its attempt."""
+    run = loop()
+    step = run.step_run("import-model")
+    model, location = tracking.new_model(step, "m", {}, {"step": "import-model"})
+    (tmp_path / "config.json").write_text("{}")
+    files = store.publish(tmp_path, location)
+    held, found = verdicts(experiment, 8)
+    (verdict,) = (each for each in found if each.deletable)
+    pointer = Pointer(location, digest_of(files), model_id=model)
+    metadata = {"stage": "import", "iteration": 0}
+    record = store.commit(
+        step.root, step.run, "import-model", {"key": "k", "pointer": asdict(pointer), "metadata": metadata}
+    )
+    assert retention.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
+    with pytest.raises(ValueError, match="is to be kept"):
+        retention.delete(held, verdicts(experiment, 8)[1][0])
+
+
+def test_training_checkpoint_committed_after_the_listing(experiment, loop, tmp_path):
+    run = loop()
+    step = run.step_run("recover-1")
+    (tmp_path / COMPLETE).write_text("2")
+    location = f"{step.root}/{run.run}/recover-1.0.training-0-{'a' * 12}"
+    files = store.publish(tmp_path, location)
+    held, found = verdicts(experiment, 8)
+    (verdict,) = (each for each in found if each.deletable)
+    pointer = Pointer(location, digest_of(files))
+    record = {"key": "k", "pointer": asdict(pointer), "metadata": {"folder": "checkpoint-2"}}
+    store.commit(step.root, step.run, "recover-1.0.training-0", record)
+    assert retention.delete(held, verdict) is False and fetchable(record, tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_a_record_that_was_lost_keeps_what_it_named(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
+    assert going(experiment) == [each for each in INTERMEDIATE if each[0] != "prune-2"]
+    assert "its step has no record, though the run is finished" in [each.reason for each in verdicts(experiment, 8)[1]]
+
+
+@pytest.mark.slow
+def test_files_of_others_and_drafts_of_a_killed_writer(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    for name in (".DS_Store", f"{run.run}/.parent-1.claim.{'a' * 32}", f"{run.run}/.hidden/file"):
+        store._backend(held.root).put_once(f"{held.root}/{name}", b"x")
+    assert going(experiment) == INTERMEDIATE
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+@pytest.mark.slow
+def test_experiments_that_share_their_place(experiment, loop, monkeypatch):
+    """All of `ptl run` without a server do; a run is judged where MLflow knows it, also when it is named."""
+    run, other = loop(), Loop(f"{experiment}-other", monkeypatch)
+    run.whole()
+    steps = other.whole()
+    MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).delete_model_version(other.experiment, "1")
+    held, found = verdicts(experiment, 8, runs=(other.run,), dense=True)
+    assert (set(held.runs), found) == ({run.run}, [])
+    _, found = verdicts(other.experiment, 8, runs=(other.run,), dense=True)
+    kept = [steps[name]["pointer"]["uri"] for name in ("recover-1", "control-recover")]
+    assert [each.stored.uris[0] for each in found if not each.deletable] == kept
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+@pytest.mark.slow
+def test_a_store_that_was_moved(experiment, loop):
+    """MLflow was told of the new place, the records name the old one, where a copy may be in use."""
+    loop().whole()
+    old = Path(os.environ["PTL_ARTIFACT_ROOT"].removeprefix("file://"))
+    shutil.copytree(old, f"{old}-moved")
+    columns = {"experiments": "artifact_location", "logged_models": "artifact_location", "model_versions": "source"}
+    with sqlite3.connect(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")) as database:
+        for table, column in columns.items():
+            database.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(old), f"{old}-moved"))
+    held, found = verdicts(experiment, 8, dense=True)
+    assert held.root.endswith("-moved/ptl") and found == []
+
+
+def model_of(uri):
+    return uri.split("/")[-2]
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
+    """Records of a finished run that name files outside of the experiment, of other runs, and of none."""
+    victim, forger = loop(), loop()
+    final = victim.work("import-model")  # of a run that is under way
+    (held,) = inventory.experiments([experiment])
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "key").write_text("x")
+    (Path(held.location.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/mine").write_text("x")
+    victims = final["pointer"]["uri"]
+    attacks = [
+        f"file://{secrets}",
+        str(secrets),
+        f"{held.location}/../{os.path.relpath(secrets, held.location.removeprefix('file://'))}",
+        f"{held.location}/models/../ptl/artifacts",
+        f"{held.location}/models/%2e%2e/artifacts",
+        f"{held.location}/models//{model_of(victims)}/artifacts",
+        f"{held.location}/models/{model_of(victims)}/artifacts/",
+        f"{held.location}/models/{model_of(victims)}/./artifacts",
+        f"{held.location}/models/linked/artifacts",
+        held.location,
+        held.root,
+        victims,
+    ]
+    for number, uri in enumerate(attacks):
+        pointer = asdict(Pointer(uri, "sha256:" + "0" * 64))
+        metadata = {"stage": "prune", "iteration": number}
+        step = forger.step_run("evaluate-1")
+        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "metadata": metadata})
+    forger.evaluate("evaluate-1", forger.work("import-model"), final, True)
+    forger.end(final)
+    before = set(tmp_path.rglob("*"))
+    try:
+        collect(experiment, dense=True)
+    except WorkError as error:
+        assert "linked" in str(error)  # a symlink is seen only when it is to be deleted
+    assert fetchable(final, tmp_path / "cache") and set(tmp_path.rglob("*")) == before
+    assert {each.stored.uris[0] for each in verdicts(experiment, 8)[1]} & set(attacks) <= {victims, attacks[8]}
+
+
+def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    location = f"{place.root}/models/a/artifacts"
+    pointer = Pointer(location, digest_of(store.publish(folder, location)))
+    for uri in (
+        location.replace("/models/", "/models/../models/"),
+        location.replace("/models/", "//models/"),
+        location.replace("/models/", "/models/%61/../"),
+        location.replace("/models/", "/m%6fdels/"),
+        location.replace("/a/", "/a/./"),
+        f"{location}/",
+        place.root,
+        f"{place.root}/",
+        f"file://{folder}",
+        str(folder),
+        "s3://other/models/a/artifacts",
+        f"{place.root}-other/a",
+        f"{location}?versionId=1",
+    ):
+        with pytest.raises(WorkError, match="is not a plain folder below"):
+            store.delete(uri, below=place.root)
+    assert fetchable({"pointer": asdict(pointer)}, tmp_path) and (folder / "config.json").is_file()
+    store.delete(location, below=place.root)
+    assert listing(place.root) == []
+
+
+def test_a_symlink_does_not_lead_out_of_the_root(tmp_path):
+    kept = tmp_path / "kept/artifacts"
+    kept.mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a").symlink_to(kept.parent)
+    (tmp_path / "root/b").symlink_to(tmp_path / "root")
+    for name in ("a", "a/artifacts", "b"):
+        with pytest.raises(WorkError, match=r"nothing was deleted: remove the symlink"):
+            store.delete(f"file://{tmp_path}/root/{name}", below=f"file://{tmp_path}/root")
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("experiment", ["local"], indirect=True)
+def test_only_a_report_finishes_a_run(experiment, loop):
+    """Somebody set the run to FINISHED in MLflow, which keeps no report of it."""
+    run = loop()
+    dense = run.work("import-model")
+    run.evaluate("evaluate-0", dense, dense, True)
+    run.work("prune-1", dense)
+    run.end()
+    held, found = verdicts(experiment, 8)
+    assert held.runs[run.run].state == "unfinished" and not [each for each in found if each.deletable]
+    run.end(dense)
+    assert verdicts(experiment, 8)[0].runs[run.run].state == "finished" and going(experiment) == [("prune-1", "pruned")]
+
+
+@pytest.mark.slow
+def test_runs_that_are_named(experiment, loop, tmp_path):
+    ended, open_ = loop(), loop()
+    ended.whole()
+    dense = open_.work("import-model")
+    open_.evaluate("evaluate-0", dense, dense, True)
+    cut = open_.work("prune-1", dense)
+    assert not [each for each in verdicts(experiment, 8)[1] if each.deletable and each.stored.run == open_.run]
+    mlflow_id = open_.step_run("prune-1").parent_run_id
+    for name in (open_.run, mlflow_id):
+        assert going(experiment, runs=(name,)) == [("import-model", "dense"), ("prune-1", "pruned")]
+    assert going(experiment, days=2, runs=(open_.run,)) == []
+    # A finished run that was deleted in MLflow is let go only by name, registered versions never.
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.delete_run(ended.step_run("report").parent_run_id)
+    assert going(experiment) == []
+    everything = [*INTERMEDIATE, ("control-recover", "recovered"), ("import-model", "dense")]
+    assert going(experiment, runs=(ended.run,)) == sorted(everything)
+    collect(experiment, runs=(open_.run,))
+    with pytest.raises(WorkError, match=r"is gone.*it was deleted"):
+        open_.work("recover-1", cut)
+
+
+@pytest.mark.slow
+def test_a_damaged_record_keeps_its_run(experiment, loop):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    uri = f"{held.root}/{run.run}/prune-2/manifest.json"
+    store.delete(f"{held.root}/{run.run}/prune-2", below=held.root)
+    garbled = b'{"format": 1}'
+    store._backend(uri).put_once(uri, garbled)
+    _, found = verdicts(experiment, 8)
+    assert [each for each in found if each.deletable] == []
+    assert sum("a record of the run cannot be read" in each.reason for each in found) == 6  # all but the registered one
+
+
+@pytest.mark.slow
+def test_command(experiment, loop, monkeypatch):
+    run = loop()
+    run.whole()
+    (held,) = inventory.experiments([experiment])
+    before = listing(held.root.removesuffix("/ptl"))
+    goes = sum(each.stored.bytes for each in verdicts(experiment, 8)[1] if each.deletable)
+
+    def ptl(*arguments):
+        answer = CliRunner().invoke(app, ["gc", "--experiment", experiment, *arguments])
+        if answer.exception and not isinstance(answer.exception, SystemExit):
+            raise answer.exception
+        return answer.output
+
+    assert "can go: 0 items, 0 B (0 bytes)" in ptl()
+    dry = ptl("--older-than", "0")
+    assert f"can go: 4 items, {size(goes)} ({goes:,} bytes); nothing was deleted" in dry
+    assert f"registered: {experiment} 1" in dry and "--dense lets it go" in dry
+    assert listing(held.root.removesuffix("/ptl")) == before
+    assert f"deleted: 4 items, {size(goes)} ({goes:,} bytes)" in ptl("--older-than", "0", "--delete")
+    after = listing(held.root.removesuffix("/ptl"))
+    assert set(after) < set(before) and sum(size for _, size in before) - sum(size for _, size in after) == goes
+    assert "deleted: 0 items" in ptl("--older-than", "0", "--delete")
+    with pytest.raises(InputError, match="--run: no run 'nowhere'"):
+        ptl("--run", "nowhere")
+    with pytest.raises(InputError, match="--experiment: MLflow has no 'nowhere'"):
+        ptl("--experiment", "nowhere")
+
+
+def test_where_runs_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runner = CliRunner()
+    said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
+    assert isinstance(said, InputError) and "--home: no local runs in" in str(said) and "--s3" not in str(said)
+    said = runner.invoke(app, ["gc", "--s3", "--home", str(tmp_path)]).exception
+    assert isinstance(said, InputError) and "`ptl up` has never run" in str(said)
+    (tmp_path / "stack").mkdir()
+    said = runner.invoke(app, ["gc", "--home", str(tmp_path)]).exception
+    assert "--s3 is for the runs of its servers" in str(said)
+
+
+def test_credentials_that_may_not_delete(monkeypatch):
+    """A stand-in for S3's client; those of the steps are like this."""
+    from botocore.exceptions import ClientError
+
+    class Refuses:
+        def delete_object(self, **_):
+            raise ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject")
+
+    monkeypatch.setattr(s3, "client", Refuses)
+    monkeypatch.setattr(s3, "walk", lambda uri: [("model.safetensors", 1, 0.0)])
+    with pytest.raises(InputError, match=r"s3://b/x: these credentials may not delete.*s3:DeleteObject"):
+        store.delete("s3://b/x", below="s3://b")

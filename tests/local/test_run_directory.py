@@ -1,0 +1,113 @@
+"""Run directories: one command at a time, and what a crash has left of one is no obstacle."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptl import processes
+from ptl.config.run import load_config
+from ptl.errors import InputError, WorkError
+from ptl.local import run_directory
+from ptl.local.run_directory import RunDir, open_run, working
+
+TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+
+def leave(folder):
+    """A runner that starts no containers has nothing to clear."""
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(TINY)
+
+
+def test_a_run_is_executed_once_at_a_time(tmp_path, config):
+    run, _ = open_run(tmp_path, config, None, False)
+    with working(run, config, leave):
+        again, resumed = open_run(tmp_path, config, None, False)
+        assert resumed and again.path == run.path
+        with pytest.raises(InputError, match=r"another process executes it .*--new"), working(again, config, leave):
+            raise AssertionError("two at once")
+    with working(again, config, leave):
+        assert (tmp_path / "latest").resolve() == run.path
+
+
+def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_not_end(tmp_path, config, monkeypatch):
+    run, _ = open_run(tmp_path, config, None, False)
+    monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
+    refusal = pytest.raises(InputError, match=r"step recover-1 of run .*process id \d+.*kill \d+")
+    left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
+    with left, refusal, working(run, config, leave):
+        raise AssertionError("two writers")
+    with working(run, config, leave):
+        pass
+
+
+def test_what_does_not_end_by_itself_is_ended_before_it_is_waited_for(tmp_path, config, monkeypatch):
+    """As a paused container of a killed command, which holds its step's lock."""
+    run, _ = open_run(tmp_path, config, None, False)
+    monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
+    left = processes.exclusive(run.scratch / "recover-1.lock", "the step of the killed command")
+    left.__enter__()
+    with working(run, config, lambda folder: left.__exit__(None, None, None) if folder == run.path else None):
+        assert (run.path / "config.yaml").is_file()
+
+
+def test_a_lifeline_of_an_earlier_command_is_cut(tmp_path, config):
+    run, _ = open_run(tmp_path, config, None, False)
+    run.path.mkdir(parents=True)
+    earlier = replace(run, launch="killed").lifeline
+    earlier.touch()
+    with working(run, config, leave):
+        assert not earlier.exists() and run.lifeline.exists()
+    assert not run.lifeline.exists()
+
+
+@pytest.mark.parametrize("left", ["", "name: [", "- a list", "name: ti"], ids=["empty", "no-yaml", "list", "truncated"])
+def test_a_half_written_config_is_written_anew(left, tmp_path, config):
+    chosen = tmp_path / "mine"
+    chosen.mkdir()
+    (chosen / "lock").touch()
+    (chosen / "config.yaml").write_text(left)
+    run, resumed = open_run(tmp_path, config, chosen, False)
+    assert not resumed
+    with working(run, config, leave):
+        assert yaml.safe_load((chosen / "config.yaml").read_text())["name"] == config.name
+
+
+def test_a_directory_that_a_command_has_only_locked_is_taken(tmp_path, config):
+    chosen = tmp_path / "mine"
+    chosen.mkdir()
+    (chosen / "lock").touch()
+    run, resumed = open_run(tmp_path, config, chosen, False)
+    assert run.path == chosen and not resumed
+    (chosen / "lock").unlink()
+    (chosen / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds no run"):
+        open_run(tmp_path, config, chosen, False)
+
+
+def test_a_damaged_run_of_this_name_does_not_stop_new_ones(tmp_path, config):
+    damaged = tmp_path / "runs" / f"{config.name}-20200101-000000-aaaa"
+    damaged.mkdir(parents=True)
+    (damaged / "config.yaml").write_bytes(b"name: \xff [")
+    run, resumed = open_run(tmp_path, config, None, False)
+    assert not resumed and run.path != damaged
+
+
+def test_a_failure_that_was_left_is_read(tmp_path, config):
+    run = RunDir(tmp_path, tmp_path)
+    assert run_directory.step_error(run) is None
+    (tmp_path / "error.json").write_text(json.dumps({"step": "prune-1", "message": "away", "exit_code": 1}))
+    error = run_directory.step_error(run)
+    assert str(error) == "prune-1: away" and isinstance(error, WorkError)
+
+
+@pytest.mark.parametrize("name", ["my run", "..", "x" * 129], ids=["space", "parent", "long"])
+def test_a_directory_whose_name_cannot_name_a_run_is_refused_before_any_work(tmp_path, config, name):
+    with pytest.raises(InputError, match=r"--run-dir: .* must be"):
+        open_run(tmp_path, config, tmp_path / name, False)

@@ -1,0 +1,66 @@
+"""The local runner on a small pipeline of its own: tasks that share a definition keep their own outputs."""
+
+import json
+
+import pytest
+from kfp import compiler, dsl
+from kfp.dsl import Artifact, Input, Output
+
+from pipelines.prune_tune_loop.compact import compact
+from pipelines.prune_tune_loop.runners import RunnerJob, run_subprocess
+from ptl.config.run import Config
+from ptl.errors import WorkError
+
+
+@dsl.component
+def write(text: str, out: Output[Artifact]):
+    from pathlib import Path
+
+    Path(out.path).write_text(text)
+
+
+@dsl.component
+def read(early: Input[Artifact], late: Input[Artifact], target: str):
+    import json
+    from pathlib import Path
+
+    Path(target).write_text(json.dumps([Path(each.path).read_text() for each in (early, late)]))
+
+
+@dsl.component
+def dies():
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_reported_as_such(tmp_path):
+    """Not the one of the work, whose death its supervisor reports: the supervisor itself."""
+
+    @dsl.pipeline
+    def small():
+        dies()
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    with pytest.raises(WorkError, match=r"'dies'\. Its process left no reason, as when it is killed") as caught:
+        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("dies",)))
+    assert "\x1b" not in str(caught.value)
+
+
+def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
+    """Recoveries take the scores of evaluate-0, after other evaluate steps have written theirs."""
+
+    @dsl.pipeline
+    def small():
+        early = write(text="early")
+        late = write(text="late").after(early)
+        read(early=early.outputs["out"], late=late.outputs["out"], target=str(tmp_path / "result.json"))
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    compact(path)
+    assert "comp-write:" in path.read_text() and "comp-write-2" not in path.read_text()
+    run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write", "write-2", "read")))
+    assert json.loads((tmp_path / "result.json").read_text()) == ["early", "late"]

@@ -1,0 +1,86 @@
+"""Warnings of settings that are allowed and yet likely to waste a run."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ptl.cli import app
+from ptl.config.run import load_config
+from ptl.config.schedule import Prune, Schedule
+from ptl.model.dimensions import ModelDimensions
+from ptl.preflight import advice
+
+CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
+TINY = next(path for path in CONFIGS if path.stem == "tiny")
+REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
+BODY = ModelDimensions(params=213_568, layers=6, width=64, params_per_neuron=1_152, params_per_layer=30_000)
+STAGE = {"method": "cpt", "decay": "each"}
+
+
+def warnings(**fields):
+    config = {"gate.enabled": True, "recover": [STAGE], "schedule.iterations": 8}
+    return advice.warnings(
+        load_config(TINY, config | {name.replace("__", "."): value for name, value in fields.items()})
+    )
+
+
+def test_an_iteration_with_a_large_cut_and_few_tokens_is_warned_of():
+    (warning,) = warnings()  # cubic cuts and doubling tokens
+    assert "schedule.tokens=doubling, with schedule.cuts=cubic" in warning
+    assert "iteration 1 removes 33 % of what goes in all and gets 0.4 % of the recovery" in warning
+    assert "set schedule.tokens=uniform" in warning
+
+
+@pytest.mark.parametrize("cuts", ["uniform", "cubic"])
+@pytest.mark.parametrize("iterations", [1, 4, 8, 64])
+def test_the_remedy_leaves_no_warning(cuts, iterations):
+    assert warnings(schedule__cuts=cuts, schedule__iterations=iterations, schedule__tokens="uniform") == []
+
+
+def test_equal_cuts_with_doubling_tokens_starve_the_first_of_many():
+    assert "iteration 1 removes 12 %" in warnings(schedule__cuts="uniform")[0]
+    assert warnings(schedule__cuts="uniform", schedule__iterations=4) == []
+
+
+def test_steps_of_reinforcement_learning_are_shared_out_like_tokens():
+    fields = {"recover": [{"method": "grpo", "steps": 510}], "schedule__recovery_tokens": 0}
+    assert "gets 0.4 % of the recovery" in warnings(**fields)[0]
+    assert warnings(**fields, schedule__tokens="uniform") == []
+
+
+def test_a_rate_that_decays_only_in_the_last_iteration_is_warned_of():
+    stages = [STAGE | {"share": 0.5}, {"method": "distil"}]
+    (warning,) = warnings(recover=stages, schedule__tokens="uniform")
+    assert warning.startswith("recover.decay=last, with the gate on") and "set decay: each" in warning
+    assert warnings(recover=stages, schedule__iterations=1) == []  # the last iteration is the only one
+
+
+def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
+    assert warnings(gate__enabled=False, recover=[{"method": "cpt"}]) == []
+
+
+def test_an_iteration_that_removes_less_than_a_layer_is_warned_of():
+    schedule = Schedule(target=0.4, iterations=8, recovery_tokens=0, cuts="cubic")
+    (warning,) = advice.layer_warnings(schedule, Prune(target="neurons_then_layers"), 800_000, 50_000)
+    assert warning.startswith("prune.target=neurons_then_layers, with schedule.cuts=cubic: iteration 8 is planned to")
+    assert "remove 625 parameters, and a layer has 50,000" in warning and "set schedule.cuts=uniform" in warning
+    uniform = schedule.model_copy(update={"cuts": "uniform"})
+    assert advice.layer_warnings(uniform, Prune(target="neurons_then_layers"), 800_000, 40_000) == []
+    assert advice.layer_warnings(schedule, Prune(), 800_000, 50_000) == []  # neurons alone
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_shipped_config_is_warned_of(path):
+    assert advice.warnings(load_config(path)) == []
+
+
+@pytest.mark.parametrize("command", ["validate", "submit"])
+def test_a_command_that_starts_something_warns_first(monkeypatch, command):
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
+    monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda *config, **options: 0)
+    done = CliRunner().invoke(
+        app.app, [command, str(TINY), "--set", "gate.enabled=true", "--set", "schedule.iterations=8"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=last" in done.stderr

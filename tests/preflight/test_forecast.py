@@ -1,0 +1,227 @@
+"""The forecast: sizes from the config alone, the known FLOP rules, and warnings where a run cannot fit."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from ptl.config.dag import Node, Source, nodes
+from ptl.config.run import load_config
+from ptl.config.schedule import plan
+from ptl.errors import InputError
+from ptl.preflight.forecast import busiest, forecast
+from ptl.preflight.forecast_model import forward_flops, shape_of, training_memory
+from ptl.preflight.forecast_steps import devices
+from ptl.preflight.forecast_table import table
+from ptl.preflight.gpus import GPUS
+from ptl.units import duration
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+DENSE = ROOT / "examples/tiny_reasoner/checkpoint"
+LLAMA3 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Only the config of an 8B model: there are no weights to read."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3))
+    return tmp_path
+
+
+def config(model, **changes):
+    given = {"model.path": str(model), "schedule.recovery_tokens": 100_000_000, "recover": [{"dtype": "bfloat16"}]}
+    return load_config(TINY, given | changes)
+
+
+def test_the_shape_is_that_of_the_model():
+    shape = shape_of(str(DENSE))
+    model = AutoModelForCausalLM.from_pretrained(DENSE)
+    assert shape.params == model.num_parameters()
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (4, 64, model.config.vocab_size)
+
+
+def test_a_large_model_needs_its_config_only(large):
+    shape = shape_of(str(large))
+    assert shape.params == 8_030_261_248  # of Llama 3 8B
+    assert shape.kv_bytes == 2 * 32 * 8 * 128 * 2 and shape.itemsize == 2
+    assert forward_flops(shape, 1, 0) == pytest.approx(2 * shape.params, rel=0.07)  # the embedding is no product
+
+
+def test_steps_and_tokens_are_those_of_the_plan(large):
+    settings = config(large)
+    told = forecast(settings)
+    names = [step.step for step in told.steps]
+    assert names[:4] == ["evaluate-0", "prune-1", "recover-1", "evaluate-1"]
+    assert names[-3:] == ["control-prune", "control-recover", "control-evaluate"]
+    tokens = [step.tokens for step in told.steps if step.step.startswith("recover")]
+    assert tokens == [it.tokens for it in plan(settings.schedule, settings.prune)]
+    assert told.steps[-1].params == told.steps[-4].params == pytest.approx(0.6 * told.params, abs=2)
+    assert told.hours == pytest.approx(sum(step.hours for step in told.steps))
+    last = told.steps[-2]
+    assert last.flops == pytest.approx(6 * (last.params - 128256 * 4096) * 1e8, rel=0.1)
+
+
+def test_what_cannot_fit_is_said_with_a_remedy(large):
+    told = forecast(config(large), "h100", 1)
+    assert len(told.warnings) == 5 and "recover-1: about" in told.warnings[0] and "fsdp" in told.warnings[0]
+    roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
+    assert forecast(config(large, recover=roomy), "h100", 8).warnings == ()
+    assert forecast(config(DENSE), "t4").warnings == ()
+
+
+def test_settings_that_would_waste_the_run_are_said_as_well():
+    (warning,) = forecast(config(DENSE, **{"gate.enabled": True}, recover=[{"decay": "last"}])).warnings[1:]
+    assert warning.startswith("recover.decay=last")
+
+
+def test_memory_follows_the_settings(large):
+    shape = shape_of(str(large))
+    plain, bits = config(large).recover[0], 16 * shape.params
+
+    def memory(count=1, **changes):
+        stage = config(large, recover=[{"dtype": "bfloat16"} | changes]).recover[0]
+        return training_memory(shape, stage, shape, count)
+
+    assert memory() > bits and devices(plain, 4) == 4
+    assert memory(gradient_checkpointing=True) < memory()
+    assert memory(lora={"rank": 8}) == pytest.approx(memory() - 12 * shape.params)
+    assert memory(4, sharding="zero2") == pytest.approx(memory(4) - 9 * shape.params)
+    assert memory(4, sharding="fsdp") == pytest.approx(memory(4) - 12 * shape.params)
+    assert memory(method="distil") > memory() + 2 * shape.params
+    assert memory(method="grpo", beta=0.01) == pytest.approx(memory(method="grpo", beta=0.0) + 4 * shape.params)
+
+
+def test_more_gpus_and_faster_ones_take_less_time(large):
+    one, four = (forecast(config(large), "a100-80", count) for count in (1, 4))
+    recovery = [step.hours for step in one.steps if "recover" in step.step]
+    shared = [step.hours for step in four.steps if "recover" in step.step]
+    assert shared == pytest.approx([hours / 4 for hours in recovery])
+    assert forecast(config(large), "h100", 1).hours < one.hours
+    slower = forecast(config(large, recover=[{"dtype": "float32"}]), "a100-80", 1)
+    assert slower.hours > one.hours
+
+
+def test_unknown_sizes_are_told(large):
+    task = {"tasks": [{"name": "somebody_elses_task"}]}
+    assert "1000 items assumed" in forecast(config(large, evaluate=task)).steps[0].note
+    known = {"tasks": [{"name": "gsm8k"}]}
+    assert forecast(config(large, evaluate=known)).steps[0].note == ""
+
+
+def test_errors_name_what_is_wrong(large, tmp_path):
+    with pytest.raises(InputError, match="gpu: 'h9000' is not known; it must be one of t4"):
+        forecast(config(large), "h9000")
+    with pytest.raises(InputError, match="no folder /nowhere"):
+        forecast(config("/nowhere"))
+    with pytest.raises(InputError, match="would remove"):
+        forecast(config(large, **{"schedule.target": 9e9}))
+
+
+def test_the_gpus_are_in_the_order_of_their_memory_and_in_plausible_units():
+    assert list(GPUS) == sorted(GPUS, key=lambda name: GPUS[name].memory)
+    for gpu in GPUS.values():
+        assert gpu.bf16 >= gpu.fp32 > 1e12 and 1e11 < gpu.bandwidth < 1e13 and 16 << 30 <= gpu.memory < 1 << 40
+    assert GPUS["h100"].bf16 / GPUS["a100-80"].bf16 == pytest.approx(3.17, abs=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate.enabled": True}, {"control": False}, {"resources.doctor": True}])
+def test_every_step_of_the_dag_that_computes_is_forecast(large, changes):
+    settings = config(large, **changes)
+    computing = {node.name for node in nodes(settings)} - {"doctor", "import-model", "report"}
+    told = forecast(settings)
+    assert len(told.steps) == len(computing) and {step.step for step in told.steps} == computing
+
+
+def hours_of(told):
+    """Hours by step, and the sum of those named."""
+    hours = {step.step: step.hours for step in told.steps}
+    return hours, lambda *names: sum(hours[name] for name in names)
+
+
+def test_with_the_gate_off_only_the_last_evaluation_is_waited_for(large):
+    told = forecast(config(large), "h100", 8)
+    hours, total = hours_of(told)
+    trained = [f"{stage}-{i}" for i in (2, 3, 4) for stage in ("prune", "recover")]
+    first = max(hours["evaluate-0"], hours["prune-1"])
+    assert told.critical_hours == pytest.approx(first + total("recover-1", *trained, "evaluate-4"))
+    assert told.critical_steps == ("import-model", "evaluate-0", "recover-1", *trained, "evaluate-4")
+    assert told.hours == pytest.approx(sum(hours.values())) and told.critical_hours < 0.6 * told.hours
+
+
+def test_with_the_gate_each_iteration_waits_for_its_verdict(large):
+    told = forecast(config(large, **{"gate.enabled": True}), "h100", 8)
+    hours, total = hours_of(told)
+    arm = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")]
+    assert told.critical_hours == pytest.approx(total("evaluate-0", *arm) - hours["prune-1"])
+    assert told.critical_steps == ("import-model", "evaluate-0", *arm[1:])
+
+
+def test_an_equal_control_beside_the_loop_costs_gpus_and_no_time(large):
+    """With one iteration both arms are the same work."""
+    once = {"schedule.iterations": 1}
+    told, without = (forecast(config(large, control=control, **once), "h100", 8) for control in (True, False))
+    assert told.critical_hours == pytest.approx(without.critical_hours)
+    assert told.hours > 1.5 * without.hours and told.busiest_gpus > without.busiest_gpus
+
+
+def test_a_control_after_the_loop_adds_its_hours(large):
+    changes = {"gate.enabled": True, "resources.control": "after"}
+    told = forecast(config(large, **changes), "h100", 8)
+    hours, _ = hours_of(told)
+    assert told.critical_hours == pytest.approx(told.hours - min(hours["evaluate-0"], hours["prune-1"]))
+    assert told.busiest == ("evaluate-0", "prune-1")  # the only two that do not wait for each other
+    assert told.critical_steps[-3:] == ("control-prune", "control-recover", "control-evaluate")
+
+
+def test_the_busiest_moment_by_hand():
+    """a 0-2, b 0-1, c 1-3 (after b), d 2-4 (after a): a and b, then a and c, then c and d."""
+    dag = [Node("a", {}), Node("b", {}), Node("c", {"in": Source("b", "out")}), Node("d", {}, ("a",))]
+    hours = {"a": 2.0, "b": 1.0, "c": 2.0, "d": 2.0}
+    assert busiest(dag, hours, dict.fromkeys(hours, 1)) == ("a", "b")  # the first of three
+    assert busiest(dag, hours, {"a": 1, "b": 1, "c": 1, "d": 4}) == ("c", "d")
+    assert busiest(dag, hours, {"a": 4, "b": 1, "c": 2, "d": 1}) == ("a", "c")
+    in_turn = [Node("a", {}), Node("b", {}, ("a",))]
+    assert busiest(in_turn, {"a": 1.0, "b": 1.0}, {"a": 1, "b": 1}) == ("a",)
+    assert busiest(in_turn, {}, {}) == ()
+
+
+def test_gpus_at_the_same_time_follow_the_config_and_the_command_line(large):
+    given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 1, "control": False}
+    four = {"resources.steps": {"recover": {"accelerators": 4}}}
+    assert forecast(config(large, **given)).busiest_gpus == 2
+    told = forecast(config(large, **given, **four))
+    assert told.count == 4 and told.busiest_gpus == 5  # a recovery, and an evaluation that ends meanwhile
+    assert [name.partition("-")[0] for name in told.busiest] == ["evaluate", "recover"]
+    assert forecast(config(large, **given, **four), count=2).busiest_gpus == 4
+    assert forecast(config(large)).busiest_gpus == 3  # without accelerators: one for each step
+
+
+def test_the_table_gives_both_times_and_marks_the_path(large):
+    told = forecast(config(large, **{"gate.enabled": True, "schedule.recovery_tokens": 10**9}), "h100", 8)
+    console = Console(width=200, file=io.StringIO())
+    console.print(table(told))
+    printed = console.file.getvalue()
+    work, wall_clock = duration(3600 * told.hours), duration(3600 * told.critical_hours)
+    assert " h " in work and f"{work} of work, {wall_clock} from start to end (estimates)" in printed
+    marked = {line.split()[1] for line in printed.splitlines() if line.startswith("│") and line.split()[2] == "*"}
+    assert marked == set(told.critical_steps) - {"import-model"}
+    assert "holds 24 GPUs: evaluate-0, prune-1 and control-prune at the same time" in " ".join(printed.split())
+
+
+def test_short_runs_are_not_0_hours():
+    title = table(forecast(config(DENSE))).title
+    assert " s of work" in title and " 0.0 s" not in title

@@ -1,0 +1,147 @@
+"""Training in several processes: the same tokens and the same result, as whole copies and sharded; what is refused."""
+
+import shutil
+
+import pytest
+import torch
+from recovering import DENSE, ROOT, cut, recover, weights
+
+from ptl.config.recover import Cpt
+from ptl.errors import InputError, WorkError
+from ptl.recovery import launch
+
+CPT = {"method": "cpt"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return cut(DENSE, tmp_path_factory.mktemp("cut"), 130_000)
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """One recovery in one process: folder, report."""
+    dst = tmp_path_factory.mktemp("straight") / "out"
+    return dst, recover(small, dst, CPT)
+
+
+@pytest.fixture
+def replace_worker(monkeypatch):
+    """Have accelerate start a script in place of ptl.recovery.worker."""
+    whole = launch.command
+    return lambda script: monkeypatch.setattr(launch, "command", lambda *args: [*whole(*args)[:-2], str(script)])
+
+
+@pytest.fixture
+def sharding(monkeypatch, replace_worker):
+    """accelerate shards on GPUs only: a mock makes it take CPU processes for some."""
+    monkeypatch.setattr(launch, "can_shard", lambda: True)
+    replace_worker(ROOT / "tests/fsdp_on_cpu.py")
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight, tmp_path):
+    """accelerate launch with gloo: the same batches, so the losses differ by floating point only."""
+    log = []
+    report = recover(small, tmp_path / "out", CPT | {"processes": 2}, log=log)
+    one = straight[1]
+    assert (report.details["processes"], one.details["processes"]) == (2, 1)
+    assert (report.tokens, report.steps) == (one.tokens, one.steps) == (1500, one.steps)
+    assert [tokens for tokens, _ in report.curve] == [tokens for tokens, _ in one.curve]
+    assert [loss for _, loss in report.curve] == pytest.approx([loss for _, loss in one.curve], rel=1e-4)
+    assert [step for step, metrics in log if "loss" in metrics] == list(range(1, one.steps + 1))
+    mine, theirs = weights(tmp_path / "out"), weights(straight[0])
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+
+
+@pytest.mark.slow
+def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(small, straight, tmp_path, sharding):
+    """FSDP2 with gloo: weights and optimizer state are halved; tokens and, up to rounding, result are the same."""
+    stage, dst = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}, tmp_path / "out"
+    report = recover(small, dst, stage)
+    one = straight[1]
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
+    assert [loss for _, loss in report.curve] == pytest.approx([loss for _, loss in one.curve], rel=1e-4)
+    mine, theirs = weights(dst), weights(straight[0])
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+    assert {path.name for path in dst.iterdir()} == {path.name for path in small.iterdir()}
+
+    for path in tmp_path.glob("out.training/checkpoint-*"):  # as if it had died after step 4
+        if path.name != "checkpoint-4":
+            shutil.rmtree(path)
+    again = recover(small, tmp_path / "again", stage, scratch=tmp_path / "out.training")
+    assert again.resumed_at == 4 and again.steps == one.steps == 5
+    resumed = weights(tmp_path / "again")
+    assert all(torch.equal(resumed[name], mine[name]) for name in mine)
+
+
+@pytest.mark.slow
+def test_sharded_training_in_bf16(small, straight, tmp_path, sharding):
+    """The weights stay float32, and are saved in the dtype they came in."""
+    stage = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True, "dtype": "bfloat16"}
+    report = recover(small, tmp_path / "out", stage)
+    assert (report.tokens, report.steps) == (1500, straight[1].steps)
+    assert [loss for _, loss in report.curve] == pytest.approx([loss for _, loss in straight[1].curve], abs=0.02)
+    before, after = weights(small), weights(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_goes_with_sharding(small, tmp_path, sharding):
+    """Generation, reference model and saving, with the weights spread."""
+    stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
+    stage |= {"max_completion_length": 44, "guard_prompts": 4, "logging_steps": 1, "processes": 2, "sharding": "fsdp"}
+    report = recover(small, tmp_path / "out", stage | {"rewards": [{"name": "final_answer"}]})
+    assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
+    before, after = weights(small), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
+
+
+def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, monkeypatch):
+    """A GPU is pretended, so that sharding is possible at all."""
+    monkeypatch.setattr(launch, "can_shard", lambda: True)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*ptl\[deepspeed\]"):
+        recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4)
+    assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_reported_with_its_signal(small, tmp_path, replace_worker):
+    """A mock of the worker is killed, as by a machine that runs out of memory; the other one is stopped for it."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "print('loading', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    )
+    replace_worker(script)
+    with pytest.raises(WorkError, match=r"in 2 processes failed: a process was killed by SIGKILL .*memory") as error:
+        recover(small, tmp_path / "out", CPT | {"processes": 2})
+    assert "loading" in str(error.value) and "elastic" not in str(error.value)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_any_work(small, tmp_path):
+    with pytest.raises(InputError, match="must be a multiple of accumulation=1 times the 3 training processes"):
+        recover(small, tmp_path / "out", CPT, CPT | {"processes": 3})
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_worker):
+    """A mock of a method fails in both processes."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom ptl.recovery import worker\nfrom ptl.errors import InputError\n"
+        "def refuses(*_): raise InputError('recover.x: refused in a process')\n"
+        "worker.RECOVERIES = {'cpt': refuses}\nworker.main(Path(sys.argv[1]))\n"
+    )
+    replace_worker(script)
+    with pytest.raises(InputError, match=r"^recover\.x: refused in a process$"):
+        recover(small, tmp_path / "out", CPT | {"processes": 2})

@@ -1,0 +1,720 @@
+"""The report, from records that are a fixture: their numbers are made up for the tests and measured nowhere."""
+
+import copy
+import itertools
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from ptl.cli import results
+from ptl.errors import InputError
+from ptl.report.render import print_table, render, write_report
+from ptl.report.result import build, final_row, work_seconds
+from ptl.report.wording import accuracy_caption, loss_caption, notes, table_caption, verdict, wall_clock
+
+NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+DENSE, WIDTHS = 213_120, (256, 206, 170, 145, 122)
+
+
+def pointer(step: str, params: int, parent: str = "") -> dict:
+    digest = f"sha256:{step.encode().hex():0<64}"
+    return {
+        "uri": f"file:///tmp/run/{step}", "digest": digest, "params": params, "original_params": DENSE,
+        "parent_digest": parent, "run_id": f"{step.encode().hex():0<32}"[:32], "model_id": f"m-{step}",
+        "model_version": "",
+    }  # fmt: skip
+
+
+def scores(params: int, accuracy: float, width: int) -> dict:
+    def task(name: str, value: float, items: int) -> dict:
+        reach = 0.02
+        return {"task": name, "version": 1, "metric": "exact_match,final-number", "accuracy": value,
+                "low": value - reach, "high": min(1.0, value + reach), "items": items, "num_fewshot": 0,
+                "truncated": 0.0}  # fmt: skip
+
+    return {
+        "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
+        "params": params, "bytes": params * 4, "flops_per_token": params * 2, "kv_bytes_per_token": 2048,
+        "speed": [],
+        "widths": [width] * 4, "seconds": 4.2,
+    }  # fmt: skip
+
+
+def speed() -> dict:
+    """Metadata of evaluate.side_by_side."""
+
+    def model(params: int, times: float, solved: int) -> dict:
+        rows = [
+            {"batch": b, "prefill_tokens_per_s": 4000.0 * b, "decode_tokens_per_s": 900.0 * b * times, "repeats": 3}
+            for b in (1, 32)
+        ]
+        return {"params": params, "speed": rows, "seconds_per_solved": 0.5 / solved / times, "solved": solved,
+                "answer_tokens": 22.5}  # fmt: skip
+
+    return {
+        "device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "batch_size": 128, "prompt_tokens": 64,
+        "new_tokens": 32, "repeats": 3, "models": {"dense": model(DENSE, 1.0, 64), "final": model(127_872, 1.25, 50)},
+        "seconds": 3.0,
+    }  # fmt: skip
+
+
+def metadata(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:
+    return {"stage": stage, "arm": arm, "iteration": iteration, "seconds": 3.5 + iteration, "started": 1.76e9} | more
+
+
+def items(wrong: set[int]) -> list[dict]:
+    return [
+        {"task": "tiny_reasoner", "id": i, "prompt": f"{i} + 4 =", "target": str(i + 4), "correct": int(i not in wrong),
+         "answer": str(i + 4 + (i in wrong))}
+        for i in range(20)
+    ]  # fmt: skip
+
+
+def curve(tokens: int, start: float) -> list[list[float]]:
+    return [[tokens * k / 40, round(start * (0.2 + 0.8 / (1 + k)), 4)] for k in range(1, 41)]
+
+
+@pytest.fixture
+def settings() -> dict:
+    return {
+        "name": "tiny", "model": {"path": "examples/tiny_reasoner/checkpoint", "revision": None}, "seed": 7,
+        "training": {"sources": [{"source": "examples/tiny_reasoner/train.jsonl"}]},
+        "schedule": {"iterations": 4, "target": 0.4},
+        "recover": [{"method": "cpt", "learning_rate": 3e-4}], "evaluate": {"confidence": 0.95},
+        "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05},
+        "run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records() -> dict:
+    """Four accepted iterations that end at 0.98, a control that ends at 0.90."""
+    out = {
+        "import-model": metadata("import", 0, model="examples/tiny_reasoner/checkpoint", revision="", params=DENSE,
+                              versions={"torch": "2.13.0", "ptl": "0.1.0"}, host="fixture"),
+        "evaluate-0": metadata("evaluate", 0, scores=scores(DENSE, 0.996, 256), items=items({3}),
+                            verdict={"decision": "baseline", "reason": "the dense model"}),
+    }  # fmt: skip
+    sizes, accuracies = (163_800, 141_100, 132_400, 127_872), (0.99, 0.986, 0.984, 0.98)
+    for i, (params, accuracy) in enumerate(zip(sizes, accuracies, strict=True), 1):
+        out |= arm_records(f"-{i}", "loop", i, params, accuracy, 100_000 * 2**i, WIDTHS[i])
+    out["evaluate-4"] |= {"items": items({2, 11}), "speed": speed()}
+    out |= arm_records("control", "control", 1, 127_872, 0.9, 3_000_000, WIDTHS[4])
+    return {step: record_of(step, f) for step, f in out.items()}
+
+
+def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
+    def step(verb: str) -> str:
+        return f"{name}-{verb}" if arm == "control" else f"{verb}{name}"
+
+    decision = "control" if arm == "control" else "accepted"
+    return {
+        step("prune"): metadata("prune", i, arm, params=params, criterion="max"),
+        step("recover"): metadata("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
+        step("evaluate"): metadata("evaluate", i, arm, scores=scores(params, accuracy, width),
+                                verdict={"decision": decision, "reason": "within the margin", "p_value": 0.0213}),
+    }  # fmt: skip
+
+
+def record_of(step: str, f: dict) -> dict:
+    """An evaluate step scored and accepted what it passes on."""
+    passed_on = pointer_of(step, f)
+    if f["stage"] == "evaluate":
+        f = {"checkpoint": passed_on, "accepted": passed_on} | f
+    return {"step": step, "metadata": f, "pointer": passed_on}
+
+
+def pointer_of(step: str, f: dict) -> dict:
+    """An evaluate step passes on what it scored."""
+    made = step.replace("evaluate", "recover") if f["iteration"] else "import-model"
+    made = made if f["stage"] == "evaluate" else step
+    return pointer(
+        made, f.get("params") or f["scores"]["params"], "" if made == "import-model" else "sha256:" + "a" * 64
+    )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A mock in place of the plots, for tests that look at the words only: drawing takes most of the time."""
+    monkeypatch.setattr("ptl.report.render.draw", lambda result: {})
+
+
+def reject(records: dict, i: int) -> None:
+    """Iteration i fails the gate: its evaluate step passes on what iteration i-1 ended with."""
+    records[f"evaluate-{i}"]["metadata"]["verdict"] = {
+        "decision": "rejected",
+        "reason": "2.1 points below",
+        "margin": 0.01,
+    }
+    before = records[f"evaluate-{i - 1}"]["metadata"]["accepted"]
+    records[f"evaluate-{i}"]["metadata"]["accepted"] = before
+    records[f"evaluate-{i}"]["pointer"] = before
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would load or run."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.ids: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "iframe", "link", "object", "embed", "img"), tag
+        for name, value in attrs:
+            assert not name.startswith("on"), name
+            if name in ("src", "href", "xlink:href", "data") and not value.startswith("#"):
+                self.loads.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.open)
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text.append(data)
+
+
+def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and page.loads == []
+    assert "http" not in re.sub(r'http-equiv="[^"]*"', "", html) and "@import" not in html and "url(http" not in html
+    assert len(page.ids) == len(set(page.ids))
+    assert len(html.encode()) < 300_000
+    assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
+    assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
+    for part in ("127,872", "96.0 to 100.0", "1,600,000", "Recovery loss", "Widths and layers", "tiny_retention",
+                 "control-recover", "0.0003", "2.13.0", "Seed", "p value", "Speed beside the dense model",
+                 "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 x", "Prefill, batch 1", "1.00 x",
+                 "Solved problem (ms) 7.81 8.00 0.98 x", "divided by the 64 (dense) and 50 (final)",
+                 "decode 1.25 times as fast (batch 1, 32)", "8.00 instead of 7.81 ms per solved problem"):  # fmt: skip
+        assert part in text, part
+    assert "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
+    records["import-model"]["metadata"]["model"] = NASTY
+    settings["name"] = NASTY
+    for record in records.values():
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
+            task["task"] = NASTY
+        for item in record["metadata"].get("items", []):
+            item["prompt"] = item["task"] = NASTY
+    records["evaluate-1"]["metadata"]["verdict"]["reason"] = NASTY
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert "<script" not in html and page.loads == []
+    assert NASTY in "".join(page.text)
+    for name in ("report.md", "README.md"):
+        assert "<script" not in (tmp_path / name).read_text().split("---\n")[-1], name
+    assert len({line.count("|") for line in (tmp_path / "report.md").read_text().splitlines() if "script" in line}) <= 6
+
+
+@pytest.mark.slow
+def test_same_records_same_bytes_and_render_needs_only_the_result(records, settings, tmp_path):
+    write_report(records, settings, tmp_path / "a")
+    write_report(dict(reversed(records.items())), copy.deepcopy(settings), tmp_path / "b")
+    render(json.loads((tmp_path / "a/result.json").read_text()), tmp_path / "c")
+    for name in ("report.html", "report.md", "README.md", "result.json"):
+        first = (tmp_path / "a" / name).read_bytes()
+        assert first == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
+
+
+def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings, tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert {"run_id", "mlflow_run_id", "seed", "versions", "rows", "final"} <= result.keys()
+    fields = {"arm", "iteration", "params", "accuracy", "low", "high", "items", "task", "recovery_tokens", "verdict",
+              "uri", "digest"}  # fmt: skip
+    assert all(fields <= row.keys() for row in result["rows"])
+    assert [(row["arm"], row["iteration"]) for row in result["rows"]] == [("loop", i) for i in range(5)] + [
+        ("control", 1)
+    ]
+    assert result["final"]["params"] == 127_872 and result["final"]["share_removed"] == pytest.approx(0.4, abs=1e-4)
+    assert result["final"]["digest"] == records["recover-4"]["pointer"]["digest"]
+    assert (result["run_id"], result["mlflow_run_id"], result["seed"]) == ("run-1", "f" * 32, 7)
+    assert result["curves"].keys() == {f"recover-{i}" for i in (1, 2, 3, 4)} | {"control-recover"}
+    changed = result["examples"]
+    assert (changed["compared"], changed["num_regressions"], changed["num_improvements"]) == (20, 2, 1)
+    assert [(item["id"], item["after"]) for item in changed["regressions"]] == [("2", "7"), ("11", "16")]
+    assert [(item["id"], item["before"], item["after"]) for item in changed["improvements"]] == [("3", "8", "7")]
+
+
+def test_rejected_and_skipped_iterations(records, settings, tmp_path):
+    reject(records, 3)
+    accepted = records["evaluate-2"]["pointer"]
+    gate = {"cap": 1, "rejections": 1, "stopped": True, "reason": "the loop ended in iteration 3: no smaller step left"}
+    records["evaluate-3"]["metadata"]["accepted"] = accepted | {"gate": gate}
+    for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
+        del records[step]
+    result = write_report(records, settings, tmp_path)
+    assert [row["verdict"] for row in result["rows"]] == ["baseline", "accepted", "accepted", "rejected", "control"]
+    assert (
+        result["rows"][3]["digest"] == records["recover-3"]["pointer"]["digest"]
+    )  # what was scored, not what the loop continues with
+    assert result["final"]["digest"] == accepted["digest"] and final_row(result)["iteration"] == 2
+    assert [step["step"] for step in result["not_needed"]] == ["prune-4", "recover-4", "evaluate-4"]
+    reason = "the loop ended in iteration 3: no smaller step left"
+    assert {step["reason"] for step in result["not_needed"]} == {reason}
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert f"Not needed: iteration 4 ({reason})." in text and "rejected 1 iteration;" in text
+    assert f"4 not needed Passed its input through: {reason}." in text
+    assert f"recover-4 \u2013 not needed: {reason}" in text
+    markdown = (tmp_path / "report.md").read_text()
+    assert f"| 4 | not needed | passed its input through: {reason} |" in markdown
+    assert f"| evaluate-4 | \u2013 | not needed: {reason} | | |" in markdown
+    assert "with 40.0 % removed" in verdict(result)  # the control is smaller than where the loop stopped
+
+
+def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictures):
+    for i in (1, 2, 3, 4):
+        reject(records, i)
+    result = write_report(records, settings, tmp_path)
+    assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
+    assert result["final"]["share_removed"] == 0.0
+    card = (tmp_path / "README.md").read_text()
+    assert "unchanged: no iteration of the Prune-Tune Loop passed." in card and "made smaller" not in card
+
+
+def test_a_better_control_is_not_hidden(records, settings):
+    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.99, 122)
+    result = build(records, settings)
+    assert "the control is 1.0 points better than the loop" in verdict(result)
+    assert "Final and the control: the 95 % intervals overlap." in notes(result)
+    chance = result | {"paired": {"control": {"p_different": 0.06}}}
+    assert "the difference is not significant (p 0.06)" in verdict(chance)
+    real = result | {"paired": {"control": {"p_different": 0.04}}}
+    assert "the control is 1.0 points better than the loop" in verdict(real)
+    fetch = f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control"
+    assert fetch in notes(result)
+    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.9, 122)
+    assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
+
+
+def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_path):
+    few = {step: record for step, record in records.items() if "control" not in step}
+    for record in few.values():
+        record["metadata"].pop("items", None)
+        record["metadata"].pop("curve", None)
+        record["metadata"].pop("speed", None)
+        if "scores" in record["metadata"]:
+            record["metadata"]["scores"] |= {"speed": [], "tasks": record["metadata"]["scores"]["tasks"][:1]}
+    result = write_report(few, settings, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+    assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
+    assert "Speed" not in text
+    assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
+
+
+def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_path, no_pictures):
+    records["evaluate-0"]["metadata"]["items"] = items({0, 1, 2})
+    records["evaluate-4"]["metadata"]["items"] = items(set(range(3, 20)))
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Regressions: 17<" in html and "Improvements: 3<" in html
+    assert html.count("<summary>") == 20 and all(f"<summary>tiny_reasoner, item {i}<" in html for i in range(20))
+    assert html.count('<details class="example" open>') == 4  # the first two of each
+
+
+def test_a_result_of_another_version_is_named(records, settings, tmp_path, no_pictures):
+    result = build(records, settings)
+    del result["examples"]["regressions"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match=r"is no result of a run .*regressions"):
+        results.report(str(tmp_path / "result.json"), tmp_path / "pages")
+
+
+def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
+    monkeypatch.setattr("ptl.report.changed_answers.MAX_CHANGED", 1)
+    write_report(records, settings, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert "Regressions: 2, the first 1<" in html and "items.jsonl of evaluate-0 and of evaluate-4" in html
+
+
+def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings, tmp_path, no_pictures):
+    chain = ["import-model", "prune-1", "recover-1", "prune-2", "recover-2"]
+    for parent, child in itertools.pairwise(chain):
+        records[child]["pointer"]["parent_digest"] = records[parent]["pointer"]["digest"]
+    records["prune-1"]["metadata"]["removed_layers"] = [1]
+    records["prune-2"]["metadata"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
+    result = write_report(records, settings, tmp_path)
+    assert [row["removed_layers"] for row in result["rows"]] == [[], [1], [2], [], [], []]
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert "Removed layers are those of the iteration, counted from 0 as in the dense model." in text
+    assert "| 2 | 4 | 170 | 2 |" in (tmp_path / "report.md").read_text()
+
+
+def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings, tmp_path)
+    assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
+    assert table_caption(result).endswith("share one scale that does not begin at zero.")
+    low = dict(result, rows=[dict(row, low=0.0) for row in result["rows"]])  # the axis has zero on it then
+    assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
+    assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
+    few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
+    few["evaluate-4"]["metadata"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
+    for record in few.values():
+        for task in record["metadata"].get("scores", {}).get("tasks", []):
+            task.update(metric="word_perplexity,none", accuracy=20.0, low=None, high=None)
+        if record["metadata"]["stage"] == "recover":
+            record["metadata"].update(tokens=0)
+    bare = build(few, settings | {"recover": [{"method": "grpo"}]})
+    assert accuracy_caption(bare) == "The vertical axis does not begin at zero."
+    assert table_caption(bare) == "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
+    assert "GRPO" in loss_caption(bare)
+    assert "Removed layers" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_curve_of_one_point_is_drawn(records, settings):
+    from ptl.report.plots import draw
+
+    for name, record in records.items():
+        if record["metadata"]["stage"] == "recover":
+            record["metadata"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
+    svg = draw(build(records, settings))["loss"]["wide"]
+    assert re.search(r"<use[^>]*stroke: var\(--loop\)", svg)  # a mark: a line of one point has no length
+    records["recover-1"]["metadata"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
+    assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"]["wide"])
+
+
+def test_rows_that_were_left_out_are_told(records, settings):
+    assert not [note for note in notes(build(records, settings)) if "left out" in note]
+    for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
+        counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
+                  "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
+        records[name]["metadata"] |= counts
+    told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
+    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    assert told in notes(build(records, settings))
+    records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
+    told += " Training rows were not compared with wikitext, whose items are not known."
+    assert told in notes(build(records, settings))
+    for name in ("recover-1", "recover-2"):
+        nothing = {"rows_compared": 0, "rows_dropped": 0, "benchmark_items": 0, "benchmark_items_short": 0}
+        records[name]["metadata"] |= nothing
+    assert not [note for note in notes(build(records, settings)) if "left out" in note]
+
+
+def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
+    records["evaluate-4"]["metadata"]["speed"] = {"reason": "the GPU does not hold both"}
+    result = write_report(records, settings, tmp_path)
+    assert "Speed was not measured: the GPU does not hold both." in notes(result)
+    assert "per solved problem" not in (tmp_path / "report.html").read_text()
+
+
+def test_numbers_on_the_axes_keep_their_digits():
+    from ptl.report.svg import inline
+
+    svg = inline('<svg viewBox="0 0 9 9"><path d="M 1.2345 6.789"/><text>1.025</text></svg>', "speed")
+    assert svg.endswith('<path d="M 1.2 6.7"/><text>1.025</text></svg>')
+
+
+def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_pictures):
+    write_report(records, settings, tmp_path)
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert "| Decode, batch 1 (tokens/s) | 900 | 1,125 | 1.25 x |" in text, name
+        assert "Both models in one process on CPU, 1 thread, taking turns, median of 3" in text, name
+
+
+def test_paired_comparisons_from_the_items(records, settings):
+    records["control-evaluate"]["metadata"]["items"] = items({0, 1, 4, 5, 6, 7})
+    result = build(records, settings)
+    dense, control = result["paired"]["dense"], result["paired"]["control"]
+    assert (dense["regressions"], dense["improvements"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
+    assert (control["regressions"], control["improvements"]) == (2, 6)
+    assert not any("--arm control" in note for note in notes(result))
+    assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
+    assert "2 regressions and 6 improvements on 20 items, p 0.29" in notes(result)[1]
+
+
+def test_a_gate_that_was_off_is_said(records, settings):
+    settings["gate"]["enabled"] = False
+    assert "The gate was off: no iteration was tested before the next began." in notes(build(records, settings))
+
+
+def test_the_headline_says_inferior_when_the_final_model_is(records, settings, tmp_path, no_pictures):
+    settings["gate"]["enabled"] = False
+    for step, wrong in (("evaluate-0", {3}), ("evaluate-4", set(range(18)))):
+        records[step]["metadata"]["items"] = items(wrong)
+        records[step]["metadata"]["scores"] = scores(
+            DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122
+        )
+    result = write_report(records, settings, tmp_path)
+    sentence = "took accuracy from 95.0 % to 10.0 %: inferior to the dense model (margin 2 points); one-shot"
+    for name in ("report.html", "report.md", "README.md"):
+        assert sentence in (tmp_path / name).read_text(), name
+    assert sentence in verdict(result)
+    records["evaluate-4"]["metadata"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
+    assert "inferior" not in verdict(build(records, settings))
+
+
+def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
+    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "regressions": 11, "improvements": 3, "items": 500,
+            "p_different": 0.0574, "alpha": 0.05, "margin": 0.02}  # fmt: skip
+    records["evaluate-4"]["metadata"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
+    write_report(records, settings, tmp_path)
+    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
+    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 regressions and 3 improvements" in text
+    assert "improvements on 500 items, p 0.057" in text
+    assert "target params 127,873" in text
+
+
+def test_a_run_judged_by_perplexity(records, settings, tmp_path):
+    """A run may be judged by a metric without intervals, where less is better."""
+    for record in records.values():
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
+            worse = 25.0 if record["metadata"]["arm"] == "control" else 20.0 + record["metadata"]["iteration"] / 2
+            task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
+    result = write_report(records, settings, tmp_path)
+    assert verdict(result).endswith(
+        "took word_perplexity from 20 to 22; one-shot pruning reached 25, 3 worse than the loop."
+    )
+
+
+def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, tmp_path, no_pictures):
+    for record in records.values():
+        for task in record["metadata"].get("scores", {}).get("tasks", [])[1:]:
+            task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
+    write_report(records, settings, tmp_path)
+    assert '<td class="n">21.53</td>' in (tmp_path / "report.html").read_text()
+
+
+def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
+    settings["mlflow_url"] = "http://127.0.0.1:5000/"
+    write_report(records, settings, tmp_path)
+    run = records["prune-1"]["pointer"]["run_id"]
+    links = Page((tmp_path / "report.html").read_text()).loads
+    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}" in links and len(links) == len(records)
+    settings["mlflow_url"] = "javascript:alert(1)//"
+    write_report(records, settings, tmp_path)
+    assert "javascript" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pictures):
+    write_report(records, settings, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert data["library_name"] == "transformers" and data["base_model"] == "tiny_reasoner-checkpoint"
+    assert data["datasets"] == ["tiny_reasoner-train.jsonl"] and data["metrics"] == ["exact_match"]
+    assert "license" not in data and "pruning" in data["tags"]
+    assert "from_pretrained" in card and "500 items" in card
+    assert "- Training data: examples/tiny\\_reasoner/train.jsonl\n" in card
+    from huggingface_hub import ModelCard
+
+    rated = ModelCard(card).data.eval_results
+    assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
+    assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
+    records["import-model"]["metadata"] |= {"model": "org/model-1", "license": "apache-2.0"}
+    write_report(records, settings, tmp_path)
+    data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
+    assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
+
+
+@pytest.mark.slow
+def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
+    long = {"import-model": records["import-model"], "evaluate-0": records["evaluate-0"]}
+    for i in range(1, 65):
+        made = arm_records(f"-{i}", "loop", i, 213_000 - 1_000 * i, 0.98, 100_000, 250 - i)
+        made[f"recover-{i}"]["curve"] = curve(100_000, 1.2) * 50
+        made[f"evaluate-{i}"]["scores"]["widths"] = [250 - i] * 64
+        long |= {step: record_of(step, f) for step, f in made.items()}
+    write_report(long, settings, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+
+
+def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    settings["name"] = "tiny[/]"
+    print_table(build(records, settings), tmp_path)
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("tiny[/]", "127,872", "98.0 %", "4 (final)", "1,600,000"))
+    assert "…" not in printed  # 80 columns are enough
+    assert str(tmp_path / "report.html") in printed and "ptl ui" in printed
+    assert "8.0 points worse than the loop" in " ".join(printed.split())
+
+
+def schedule_of(records: dict, starts: dict[str, float], seconds: float) -> dict:
+    """Every step takes `seconds`; it starts at `starts[step]`, counted from the run's first."""
+    for step, record in records.items():
+        record["metadata"] |= {"started": 1.76e9 + starts[step], "seconds": seconds, "whole_seconds": seconds}
+    return records
+
+
+def one_after_another(records: dict, seconds: float) -> dict:
+    return schedule_of(records, {step: i * seconds for i, step in enumerate(records)}, seconds)
+
+
+def test_wall_clock_of_steps_one_after_another_is_their_sum(records, settings):
+    result = build(one_after_another(records, 600.0), settings)
+    assert result["wall_seconds"] == work_seconds(result) == 17 * 600 and result["idle_seconds"] == 0
+    assert "Wall clock: 2 h 50 min." in notes(result)
+
+
+def test_arms_beside_each_other_take_less_wall_clock_than_work(records, settings, tmp_path, no_pictures):
+    loop = [step for step in records if not step.startswith("control")]
+    starts = {step: i * 600.0 for i, step in enumerate(loop)}
+    starts |= {"control-prune": 900.0, "control-recover": 1500.0, "control-evaluate": 2100.0}
+    result = write_report(schedule_of(records, starts, 600.0), settings, tmp_path)
+    assert (result["wall_seconds"], work_seconds(result), result["idle_seconds"]) == (14 * 600, 17 * 600, 0)
+    sentence = "Wall clock: 2 h 20 min; the work of all steps adds up to 2 h 50 min."
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and sentence in text
+    assert "Work in steps 2 h 50 min" in text and "Wall clock 2 h 20 min" in text
+    assert f"- {sentence}" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "result.json").read_text())["wall_seconds"] == 8400
+
+
+def test_a_resumed_run_says_that_its_pause_is_counted(records, settings):
+    one_after_another(records, 600.0)
+    for step in ("control-prune", "control-recover", "control-evaluate"):  # the run was resumed a day later
+        records[step]["metadata"]["started"] += 86_400
+    result = build(records, settings)
+    assert result["idle_seconds"] == 86_400 and result["wall_seconds"] == 86_400 + 17 * 600
+    assert wall_clock(result) == (
+        "Wall clock, pauses included: 26 h 50 min, 24 h of it between the steps (pauses, start-up, failed "
+        "attempts); the work of all steps adds up to 2 h 50 min, without loading libraries and checkpoints."
+    )
+
+
+def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
+    starts = {step: i * 600.0 for i, step in enumerate(step for step in records if not step.startswith("control"))}
+    starts |= {"control-prune": 1200.0, "control-recover": 1800.0, "control-evaluate": 2400.0}
+    starts |= {"evaluate-4": starts["evaluate-4"] + 1800}  # what the control saved
+    result = build(schedule_of(records, starts, 600.0), settings)
+    assert result["wall_seconds"] == work_seconds(result)
+    assert "pauses included: 2 h 50 min, 30 min of it between" in wall_clock(result)
+
+
+def test_results_without_times_have_no_wall_clock(records, settings, tmp_path, no_pictures):
+    """Records of other origin."""
+    del records["recover-2"]["metadata"]["started"]
+    result = write_report(records, settings, tmp_path)
+    assert result["wall_seconds"] is None and wall_clock(result) == ""
+    assert "Wall clock" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("completed", [0, 1, 2])
+def test_a_control_that_did_not_finish(records, settings, tmp_path, completed, capsys):
+    steps = ["control-prune", "control-recover", "control-evaluate"]
+    for step in steps[completed:]:
+        del records[step]
+    reason = "control-recover was killed after 3 attempts: out of memory;\n raise resources.memory <b>"
+    said = "control-recover was killed after 3 attempts: out of memory; raise resources.memory <b>"
+    result = write_report(records, settings | {"control_failed": reason + "."}, tmp_path)
+    assert result["control_failed"] == said and "control_failed" not in result["settings"]
+    assert {row["arm"] for row in result["rows"]} == {"loop"} and "control" not in result["paired"]
+    assert [step["step"] for step in result["steps"] if step["arm"] == "control"] == steps[:completed]
+    assert [step["step"] for step in result["not_finished"]] == steps[completed:]
+    assert result["not_needed"] == []
+    headline = "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %; the control arm did not finish."
+    assert verdict(result) == headline
+    assert notes(result)[0] == f"The control arm did not finish: {said}."
+    page = Page((tmp_path / "report.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert page.open == [] and headline in text and notes(result)[0] in text
+    assert f"one-shot control not finished {said}." in text
+    assert f"control-evaluate \u2013 not finished: {said}" in text
+    assert "The ringed mark is the final checkpoint." in text and "the control is drawn" not in text
+    assert "Final and the control" not in text and "Final against the control" not in text
+    markdown = (tmp_path / "report.md").read_text()
+    cell = said.replace("<", "&lt;")
+    assert f"- The control arm did not finish: {cell}." in markdown
+    assert f"| one-shot control | not finished | {cell} |" in markdown
+    assert f"| control-evaluate | \u2013 | not finished: {cell} | | |" in markdown
+    print_table(result)
+    assert "The control arm did not finish" in capsys.readouterr().out
+
+
+def test_a_control_that_was_evaluated_did_finish(records, settings):
+    """Its committed record holds its score, whatever failed after the commit."""
+    result = build(records, settings | {"control_failed": "control-evaluate: MLflow cannot be reached"})
+    assert result["control_failed"] == "" and result["not_finished"] == []
+    assert "one-shot pruning reached 90.0 %" in verdict(result)
+
+
+def test_a_run_whose_control_finished_says_nothing_of_failures(records, settings, tmp_path, no_pictures):
+    result = write_report(records, settings | {"control_failed": ""}, tmp_path)
+    assert "One-shot control" in (tmp_path / "report.md").read_text()
+    assert result["control_failed"] == "" and "did not finish" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("beside", "warning"),
+    [
+        (
+            ["control-recover"],
+            "While speed was measured, control-recover was computing on the same node: read the ratio with care.",
+        ),
+        (
+            ["evaluate-3", "control-recover"],
+            "While speed was measured, control-recover and evaluate-3 were computing on the same node: read the ratio "
+            "with care.",
+        ),
+    ],
+)
+def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures, beside, warning):
+    records["evaluate-4"]["metadata"]["speed"]["beside"] = beside
+    result = write_report(records, settings, tmp_path)
+    assert result["speed"]["beside"] == beside
+    html = (tmp_path / "report.html").read_text()
+    assert f"<strong>{warning}</strong>" in html[html.index("Times as fast") :]  # by the table
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert warning in text[text.index("## Speed") :], name
+    assert any(note.endswith(f"per solved problem. {warning}") for note in notes(result))
+
+
+def test_speed_measured_alone_has_no_warning(records, settings, tmp_path, no_pictures):
+    records["evaluate-4"]["metadata"]["speed"]["beside"] = []
+    result = write_report(records, settings, tmp_path)
+    assert "read the ratio" not in (tmp_path / "report.html").read_text() + " ".join(notes(result))
+    records["evaluate-4"]["metadata"]["speed"] = {"reason": "no memory", "beside": ["control-recover"]}
+    assert "Speed was not measured: no memory." in notes(build(records, settings))
+
+
+def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, settings, tmp_path, no_pictures):
+    """Both arms run at once: steps overlap, and versions are numbered as they happen to be registered."""
+    for iteration, version in ((1, "7"), (2, "3"), (3, "10"), (4, "2")):
+        records[f"evaluate-{iteration}"]["pointer"]["model_version"] = version
+    draw = random.Random(5)
+    starts = {step: draw.uniform(0, 900) for step in records}
+    schedule_of(records, starts, 300.0)
+    write_report(records, settings, tmp_path / "first")
+    steps = list(records)
+    for i in range(3):
+        draw.shuffle(steps)
+        result = write_report({step: records[step] for step in steps}, settings, tmp_path / str(i))
+        for name in ("report.html", "report.md", "README.md", "result.json"):
+            assert (tmp_path / str(i) / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+    stages = ("prune", "recover", "evaluate")
+    loop = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in stages]
+    expected = ["import-model", "evaluate-0", *loop, *(f"control-{stage}" for stage in stages)]
+    assert [step["step"] for step in result["steps"]] == expected
+    assert [row["step"] for row in result["rows"]] == [step for step in expected if "evaluate" in step]
+    assert result["final"]["model_version"] == "2" and final_row(result)["iteration"] == 4
+    records |= {step: {**record, "metadata": record["metadata"] | {"started": 1.76e9 - starts[step]}}
+                for step, record in records.items()}  # fmt: skip
+    assert [step["step"] for step in build(records, settings)["steps"]] == expected

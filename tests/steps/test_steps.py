@@ -1,0 +1,76 @@
+"""What a step refuses before it does any work: it is compiled for a gate that is on or off, and needs its records."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ptl.config.run import load_config
+from ptl.errors import InputError, WorkError
+from ptl.steps import iterations, recover, table
+from ptl.steps.call import Call, Output, Step
+from ptl.storage import store
+from ptl.storage.store import Pointer
+
+ROOT = Path(__file__).parents[2]
+TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
+CONFIG = TINY.model_dump(mode="json")
+SCHEDULE = {name: CONFIG["schedule"][name] for name in iterations.FIELDS}
+POINTER = Pointer("file:///recovered", "sha256:" + "c" * 64, params=9, original_params=9)
+
+
+def gate(enabled):
+    return CONFIG["gate"] | {"enabled": enabled}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_import_refuses_a_run_parameter_that_switches_the_gate(compiled, tmp_path):
+    sections = {name: CONFIG[name] for name in ("prune", "calibration", "training", "evaluate")}
+    settings = {**SCHEDULE, **sections, "model": "nowhere", "revision": "", "run_name": "r"}
+    call = Call(
+        Step("import-model", "e"),
+        settings | {"gate": gate(not compiled), "gated": compiled},
+        {},
+        {"out": Output(tmp_path / "out")},
+    )
+    with pytest.raises(InputError, match=f"gate.enabled: {str(not compiled).lower()}, but this pipeline was compiled"):
+        table.import_model(call)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_evaluation_refuses_it_too(compiled, tmp_path):
+    """Its fallback is what the compiled pipeline has with the gate on."""
+    inputs = {"model": POINTER} | ({"fallback": POINTER} if compiled else {})
+    settings = {
+        **{name: CONFIG[name] for name in ("prune", "evaluate", "seed")},
+        **{"iterations": 4, "target": 0.4, "registered_model": "m", "gate": gate(not compiled)},
+    }
+    outputs = {name: Output(tmp_path / name) for name in ("scores", "accepted", "metrics")}
+    with pytest.raises(InputError, match=r"compile and submit it again"):
+        table.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
+
+
+def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / "scratch"))
+    run = SimpleNamespace(root=f"file://{tmp_path}/ptl", run="r")
+    distillation = SimpleNamespace(stages=[SimpleNamespace(method="distil")])
+    with pytest.raises(WorkError, match="the record of import-model is gone"):
+        recover._teacher(run, distillation)
+    pointer = Pointer(f"file://{tmp_path}/gone", "sha256:" + "d" * 64)
+    store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
+    with pytest.raises(WorkError, match="is gone"):
+        recover._teacher(run, distillation)
+
+
+@pytest.mark.parametrize("stage", ["prune", "recover"])
+def test_each_step_knows_its_share_of_the_schedule(stage):
+    """Prune is given the sizes, recover the tokens: what they compute is what the whole schedule says."""
+    given = {
+        "prune": ("iterations", "target", "cuts"),
+        "recover": ("iterations", "recovery_tokens", "tokens"),
+    }[stage]
+    call = Call(Step(f"{stage}-2", "e"), {name: SCHEDULE[name] for name in given}, {}, {})
+    part = iterations.iterations_until(call, TINY.prune)[-1]
+    whole = iterations.iterations_until(Call(Step("prune-2", "e"), SCHEDULE, {}, {}), TINY.prune)[-1]
+    for field in {"prune": ("cut", "progress", "unit"), "recover": ("tokens", "tokens_before", "last")}[stage]:
+        assert getattr(part, field) == getattr(whole, field)
