@@ -30,13 +30,13 @@ sys.meta_path.insert(0, Blocker())
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name in blocked else found(name, package)
-from ptl.cli.app import app
+from ptl.cli.app import main
 done = []
 for command in commands:
     sys.argv, code = ["ptl", *command], 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
-            app.main()
+            main()
         except SystemExit as error:
             code = error.code or 0
         except Exception as error:

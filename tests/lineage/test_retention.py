@@ -238,7 +238,8 @@ def test_young_and_newest_runs_are_kept(experiment, loop):
 DIES = """
 import os
 from pathlib import Path
-from ptl.steps.table import call, execution; from ptl.storage import store
+from ptl.steps import call, execution
+from ptl.storage import store
 
 def publish(folder, location, publish=store.publish):
     return publish(folder, location, on_progress=lambda count: os.kill(os.getpid(), 9))

@@ -458,7 +458,7 @@ def test_memory_limit_ends_a_step_with_137(engine):
 CACHES = ("HF_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 TRY_CACHES = f"""
 import json, os, tempfile
-from ptl.steps.table import mounts
+from ptl.steps import mounts
 warnings = mounts.load()  # as a step begins
 refused = []
 for folder in [*(os.environ[name] for name in {CACHES}), tempfile.gettempdir()]:

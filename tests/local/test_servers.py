@@ -183,7 +183,7 @@ def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(servers.localfs, "replace", killed)
+    monkeypatch.setattr(servers.local_files, "replace", killed)
     begun = tmp_path / "begun"
     with pytest.raises(KeyboardInterrupt):
         servers._start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")

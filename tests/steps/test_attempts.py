@@ -157,7 +157,7 @@ def gone(pid):
 PARENT = """
 import sys
 from types import SimpleNamespace
-from ptl.steps.table import supervisor
+from ptl.steps import supervisor
 
 supervisor.PROCESS = "failing_step"
 out = SimpleNamespace(path=sys.argv[1] + "/out", metadata={})
