@@ -12,11 +12,6 @@ COSTS = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")  # of an ev
 ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 
-def _has_sections(settings: list[Any]) -> bool:
-    """Then each has its index in the name; a list of plain values is one parameter."""
-    return any(isinstance(entry, dict) for entry in settings)
-
-
 def metrics(metadata: Metadata) -> dict[str, float]:
     """The numbers of a step's metadata that MLflow shows."""
     numbers = {}

@@ -259,7 +259,8 @@ def test_a_kill_half_way_leaves_nothing_under_the_name(here, tmp_path):
     code = """
 import shutil, sys, time
 from pathlib import Path
-from ptl.cli.app import results; from ptl.lineage import locate
+from ptl.cli import results
+from ptl.lineage import locate
 def slow(source, target, **_):
     Path(target).mkdir(exist_ok=True)
     shutil.copyfile(Path(source, "config.json"), Path(target, "config.json"))
