@@ -21,8 +21,6 @@ TEXT = 1500  # characters of an error's text
 
 Tagged = dict[str, Any]  # a value or handle with its tag
 Build = Callable[[list[Any]], Any]  # the value of which these are the parts
-Refer = Callable[[Any], Any]  # makes the handle of an object that is not plain data, or raises TypeError
-Resolve = Callable[[Tagged], Any]  # the object of a handle
 
 _HEADER = struct.Struct("<I")  # length of the JSON that follows
 _CHUNK = 1 << 20  # bytes of one read
@@ -150,7 +148,7 @@ def _read_exactly(descriptor: int, size: int) -> bytes:
     return b"".join(chunks)
 
 
-def encode(value: Any, refer: Refer) -> Any:
+def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     """Return `value` as JSON data; `refer` makes the handle of what is not plain data (or raises TypeError)."""
     # Exact types: an object of a subclass is more than its value.
     kind = type(value)
@@ -162,12 +160,11 @@ def encode(value: Any, refer: Refer) -> Any:
         return [encode(item, refer) for item in value]
     tag = _tag_of(kind)
     if tag is not None:
-        parts = _CODECS[tag].parts(value)
-        return {"t": tag, "v": [encode(part, refer) for part in parts]}
+        return {"t": tag, "v": [encode(part, refer) for part in _CODECS[tag].parts(value)]}
     if isinstance(value, type(sys)):
         return {"t": "module", "v": value.__name__}
     # Asked for its name only if it is surely a class: any other object may run code of its own for that.
-    if kind is type and _is_builtin(value):
+    if kind is type and getattr(builtins, value.__name__, None) is value:
         return {"t": "builtin", "v": value.__name__}
     return refer(value)
 
@@ -181,11 +178,7 @@ def _tag_of(kind: type) -> str | None:
     return "namedtuple" if is_namedtuple else None
 
 
-def _is_builtin(kind: type) -> bool:
-    return getattr(builtins, kind.__name__, None) is kind
-
-
-def decode(data: Any, resolve: Resolve) -> Any:
+def decode(data: Any, resolve: Callable[[Tagged], Any]) -> Any:
     """Return the value that `data` stands for; `resolve` turns handles (any other tag) into objects."""
     if isinstance(data, list):
         return [decode(item, resolve) for item in data]
@@ -198,8 +191,7 @@ def decode(data: Any, resolve: Resolve) -> Any:
     if codec is not None:
         if not isinstance(content, list):
             raise ValueError(f"the content of a {tag} is no list")
-        parts = [decode(part, resolve) for part in content]
-        return codec.build(parts)
+        return codec.build([decode(part, resolve) for part in content])
     if tag == "builtin":
         builtin = getattr(builtins, str(content))
         if not isinstance(builtin, type):  # a function such as eval must not come from the candidate
