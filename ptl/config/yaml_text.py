@@ -26,8 +26,7 @@ def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *
     try:
         return _construct(kind(text))
     except InputError as error:  # of a line
-        problem = f"{where}, {error.problem}"
-        raise InputError(problem, field=field, remedy=error.remedy) from error
+        raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:
         raise InputError(f"{where} is nested too deeply", field=field) from error
     except Exception as error:  # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`

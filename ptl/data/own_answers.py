@@ -41,8 +41,9 @@ def own_answers(
     Needs the complete model in memory, unlike scoring. Raises WorkError when no answer is correct.
     """
     if settings.data.format == "text":
-        problem = "`self` needs prompts: data.format must be prompt_completion or messages"
-        raise InputError(problem, field="calibration.answers")
+        raise InputError(
+            "`self` needs prompts: data.format must be prompt_completion or messages", field="calibration.answers"
+        )
     # more than are needed: not every answer will be correct
     prompts = calibration_rows(settings, tokenizer, seed, TRIES * settings.num_sequences)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -41,8 +41,11 @@ class Tokens:
 def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     """One row as tokens, ended by EOS and truncated to max_length."""
     if tokenizer.eos_token_id is None:
-        problem = "the tokenizer has no EOS token, so no answer could end"
-        raise InputError(problem, field="model.path", remedy="set eos_token and save it")
+        raise InputError(
+            "the tokenizer has no EOS token, so no answer could end",
+            field="model.path",
+            remedy="set eos_token and save it",
+        )
     is_chat = row.source.format == "messages"
     encode = _chat_tokens if is_chat else _text_tokens
     prompt, ids = encode(row, tokenizer)
@@ -73,8 +76,9 @@ def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
     # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
-        problem = f"row {row.number}: the chat template renders the prompt differently with its answer"
-        raise InputError(problem, field="data.messages")
+        raise InputError(
+            f"row {row.number}: the chat template renders the prompt differently with its answer", field="data.messages"
+        )
     return prompt, full
 
 
@@ -89,13 +93,19 @@ def chat_ids(
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        problem = "`messages` needs a chat template, and the tokenizer has none"
-        raise InputError(problem, field="data.format", remedy="use another format")
+        raise InputError(
+            "`messages` needs a chat template, and the tokenizer has none",
+            field="data.format",
+            remedy="use another format",
+        )
     try:
         encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
     except (TemplateError, TypeError) as error:
-        problem = f"row {number}: the model's chat template does not take it ({error})"
-        raise InputError(problem, field="data.messages", remedy="correct the row") from error
+        raise InputError(
+            f"row {number}: the model's chat template does not take it ({error})",
+            field="data.messages",
+            remedy="correct the row",
+        ) from error
     return list(encoded["input_ids"])
 
 
@@ -230,8 +240,11 @@ def prompt_rows(
             if leak_filter.keeps(row):
                 kept.append(i)
     if not kept:
-        problem = f"each of the {len(rows)} rows of {source.source} is dropped"
-        raise InputError(problem, field="training.decontaminate", remedy="give other data")
+        raise InputError(
+            f"each of the {len(rows)} rows of {source.source} is dropped",
+            field="training.decontaminate",
+            remedy="give other data",
+        )
     shuffled = order(len(kept), seed)
     picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
     return [SourceRow(rows[i], source, i + 1) for i in picked]
@@ -270,5 +283,8 @@ def _source_stream(
         # so many in a row hold one complete permutation, of which no row is of use
         if useless == 2 * len(rows):
             reasons = f"dropped by training.decontaminate or its prompt fills recover.max_length={max_length}"
-            problem = f"no row of {source.source} is left: each is {reasons}"
-            raise InputError(problem, field="training", remedy="raise max_length or give other data")
+            raise InputError(
+                f"no row of {source.source} is left: each is {reasons}",
+                field="training",
+                remedy="raise max_length or give other data",
+            )

@@ -43,8 +43,7 @@ class SourceRow:
     def error(self, problem: str, remedy: str) -> InputError:
         """An error about this row; its field is the one of the row's format."""
         location = f"row {self.number} of {self.source.source}"
-        setting = f"{self.field}.{self.source.format}"
-        return InputError(location + problem, field=setting, remedy=remedy)
+        return InputError(location + problem, field=f"{self.field}.{self.source.format}", remedy=remedy)
 
 
 def read_rows(source: DataSource) -> Any:
@@ -86,8 +85,7 @@ def _load(source: DataSource, field: str) -> Any:
     else:
         rows = _from_parquet(path, setting)
     if len(rows) == 0:
-        remedy = "give a source with at least one row"
-        raise InputError(f"{source.source} is empty", field=setting, remedy=remedy)
+        raise InputError(f"{source.source} is empty", field=setting, remedy="give a source with at least one row")
     return rows
 
 
@@ -119,8 +117,9 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     chat = row.columns.get(column)
     if not isinstance(chat, list) or not chat:
         columns = _names(row)
-        problem = f" has no list in column {column!r} (columns there: {columns})"
-        raise row.error(problem, "name the column that holds the chat")
+        raise row.error(
+            f" has no list in column {column!r} (columns there: {columns})", "name the column that holds the chat"
+        )
     for position, message in enumerate(chat, 1):
         _check_message(message, position, row)
     if chat[-1]["role"] != "assistant":
@@ -151,16 +150,16 @@ def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
     chat, answer = turns(row)
     if not answer:
         role = chat[-1]["role"]
-        problem = f" ends with a turn of role {role!r}, so that there is no answer to learn from"
-        raise row.error(problem, LEAVE_OUT)
+        raise row.error(f" ends with a turn of role {role!r}, so that there is no answer to learn from", LEAVE_OUT)
     return chat, answer
 
 
 def prompt_of(row: SourceRow) -> Any:
     """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
     if row.source.format == "text":
-        problem = "format `text` has no prompt"
-        raise InputError(problem, field="recover.prompts", remedy="use prompt_completion or messages")
+        raise InputError(
+            "format `text` has no prompt", field="recover.prompts", remedy="use prompt_completion or messages"
+        )
     # all turns of a chat that ends with the user's
     read = turns if row.source.format == "messages" else texts
     prompt, _ = read(row)
@@ -198,15 +197,17 @@ def fill(template: str, row: SourceRow) -> str:
             value, _ = Formatter().get_field(name, (), row.columns)
             if not _is_text(value):
                 kind = _kind(value)
-                problem = f" holds {kind} for {{{name}}}, which is no text"
                 parts = f"{{{name}[0]}}, {{{name}[key]}}"
-                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
+                raise row.error(
+                    f" holds {kind} for {{{name}}}, which is no text", f"{LEAVE_OUT}, or name a part of it ({parts})"
+                )
         text = template.format_map(row.columns)
     # a missing column or key, and a format that the value does not take
     except (KeyError, IndexError, ValueError, TypeError) as error:
         columns = _names(row)
-        problem = f" lacks {error}, which a template names (columns there: {columns})"
-        raise row.error(problem, "correct the template") from error
+        raise row.error(
+            f" lacks {error}, which a template names (columns there: {columns})", "correct the template"
+        ) from error
     _check_unicode(text, row)
     return text
 
@@ -228,8 +229,7 @@ def _check_unicode(text: str, row: SourceRow) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        problem = f": character {error.start} is no Unicode ({error.reason})"
-        raise row.error(problem, CORRECT) from error
+        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
 
 
 def _kind(value: Any) -> str:
@@ -256,8 +256,9 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     # the id of a data set has no such ending
     is_table = path.suffix in (".json", ".csv", ".txt")
     if is_table or path.exists() or name.startswith("s3://"):
-        problem = f"{name} is no .jsonl, .jsonl.gz or .parquet file"
-        raise InputError(problem, field=setting, remedy="convert it, or give a hub id")
+        raise InputError(
+            f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=setting, remedy="convert it, or give a hub id"
+        )
     return None
 
 
@@ -269,8 +270,9 @@ def _from_parquet(path: Path, setting: str) -> Any:
     try:
         return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder))
     except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        problem = f"{path} is no readable Parquet file ({error})"
-        raise InputError(problem, field=setting, remedy="write it again") from error
+        raise InputError(
+            f"{path} is no readable Parquet file ({error})", field=setting, remedy="write it again"
+        ) from error
 
 
 def _from_s3(uri: str, setting: str) -> Path:
@@ -285,8 +287,9 @@ def _from_s3(uri: str, setting: str) -> Path:
         tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
         # as from a web page in place of the server
         if not tag:
-            problem = f"{uri}: no ETag in the answer"
-            raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
+            raise InputError(
+                f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
+            )
         version = f"{uri} {tag}".encode()
         digest = hashlib.sha256(version).hexdigest()
         folder = _cache() / digest[:32]
@@ -320,5 +323,8 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
         part = f"subset {source.subset}, split {source.split}, revision {source.revision}"
         reason = f"{type(error).__name__}: {error}"
-        problem = f"dataset {source.source!r} ({part}) cannot be loaded: {reason}"
-        raise InputError(problem, field=setting, remedy=f"check the id, or give {FILE_KINDS}") from error
+        raise InputError(
+            f"dataset {source.source!r} ({part}) cannot be loaded: {reason}",
+            field=setting,
+            remedy=f"check the id, or give {FILE_KINDS}",
+        ) from error

@@ -50,9 +50,14 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
     findings = tracking_and_store(config, elsewhere=True)
     findings.append(as_finding("images", images, config))
     if host is None:
-        message = "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set"
-        remedy = "give the address of the API; `ptl submit` needs it too"
-        findings.append(Finding("Kubeflow", "warning", message, remedy))
+        findings.append(
+            Finding(
+                "Kubeflow",
+                "warning",
+                "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set",
+                "give the address of the API; `ptl submit` needs it too",
+            )
+        )
     else:
         findings.append(as_finding("Kubeflow", kubeflow, config, host))
         # What no option names, the server itself may say.
@@ -114,8 +119,12 @@ def gpu(config: Config) -> Finding:
     message = f"{visible} visible here, the config asks for {needed}"
     if visible >= needed:
         return Finding("GPU", "ok", message)
-    remedy = "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin"
-    return Finding("GPU", "error" if in_step else "warning", message, remedy)
+    return Finding(
+        "GPU",
+        "error" if in_step else "warning",
+        message,
+        "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin",
+    )
 
 
 def _visible_gpus() -> int:
@@ -135,14 +144,14 @@ def images(config: Config) -> Finding:
     if not config.images.registry:
         # Nodes that hold the images already (kind, minikube) need no registry.
         if config.resources.image_pull_policy == "Never":
-            message = f"the nodes must hold {listed}: resources.image_pull_policy is Never"
-            return Finding("images", "ok", message)
-        message = "images.registry is not set: a cluster cannot pull from the Docker engine of this machine"
-        remedy = (
+            return Finding("images", "ok", f"the nodes must hold {listed}: resources.image_pull_policy is Never")
+        return Finding(
+            "images",
+            "error",
+            "images.registry is not set: a cluster cannot pull from the Docker engine of this machine",
             "ptl images push --registry HOST/PATH, and set images.registry to it; where the nodes hold the images "
-            "already (kind load), set resources.image_pull_policy: Never"
+            "already (kind load), set resources.image_pull_policy: Never",
         )
-        return Finding("images", "error", message, remedy)
     for name in names:
         problem = _registry_problem(name)
         if problem is not None:
@@ -157,14 +166,20 @@ def _registry_problem(name: str) -> Finding | None:
         return None
     # 404 is what a public registry says of a missing image; a private one may ask for a login instead.
     if status == 404:
-        remedy = "ptl images build, then ptl images push, with this registry and tag; or correct images.registry"
-        return Finding("images", "error", f"{name} is not in the registry", remedy)
+        return Finding(
+            "images",
+            "error",
+            f"{name} is not in the registry",
+            "ptl images build, then ptl images push, with this registry and tag; or correct images.registry",
+        )
     if status in http.REFUSED:
-        message = f"{name} needs a login ({status}), so it was not checked"
-        remedy = "make sure that resources.image_pull_secrets names a Secret that can pull them"
-        return Finding("images", "warning", message, remedy)
-    message = f"the registry answers {status} for {name}"
-    return Finding("images", "error", message, "is the registry healthy?")
+        return Finding(
+            "images",
+            "warning",
+            f"{name} needs a login ({status}), so it was not checked",
+            "make sure that resources.image_pull_secrets names a Secret that can pull them",
+        )
+    return Finding("images", "error", f"the registry answers {status} for {name}", "is the registry healthy?")
 
 
 def kubeflow(config: Config, host: str) -> Finding:
@@ -180,9 +195,14 @@ def kubeflow(config: Config, host: str) -> Finding:
     if release < http.release(oldest):
         major, minor = release
         message += f", the YAML is compiled for {oldest} and newer"
-        remedy = f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{major}.{minor}"'
-        return Finding("Kubeflow", "error", message, remedy)
+        return Finding(
+            "Kubeflow",
+            "error",
+            message,
+            f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{major}.{minor}"',
+        )
     if release < http.release(RECOMMENDED):
-        remedy = f"it works with {OLDEST} and newer; {RECOMMENDED} is recommended"
-        return Finding("Kubeflow", "warning", message, remedy)
+        return Finding(
+            "Kubeflow", "warning", message, f"it works with {OLDEST} and newer; {RECOMMENDED} is recommended"
+        )
     return Finding("Kubeflow", "ok", message)

@@ -175,8 +175,7 @@ def manifest_status(image: str) -> int:
     if answer.status == 401 and challenge.lower().startswith("bearer "):
         token = _anonymous_token(challenge)
         if token is not None:
-            headers = {"Accept": MANIFESTS, **_bearer(token)}
-            answer = get(url, headers, follow=True)
+            answer = get(url, {"Accept": MANIFESTS, **_bearer(token)}, follow=True)
     return answer.status
 
 

@@ -46,14 +46,26 @@ class NoSuchObjectError(NotSeenError):
 def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
     """Everything that kubectl is asked. `namespace` is where the steps' pods start, None if nobody says it."""
     if shutil.which("kubectl") is None:
-        message = "Secrets, retry policy and MLflow plugin were not checked: kubectl is not on PATH"
-        return [Finding("kubectl", "warning", message, "install it, or check by hand (docs/install.md)")]
+        return [
+            Finding(
+                "kubectl",
+                "warning",
+                "Secrets, retry policy and MLflow plugin were not checked: kubectl is not on PATH",
+                "install it, or check by hand (docs/install.md)",
+            )
+        ]
     # First what Kubeflow's own namespace says, which not everybody may read.
     findings = [retry_policy(kubeflow_namespace), plugin(kubeflow_namespace, namespace)]
     if namespace is None:
-        message = "not checked: the namespace of the run is not known"
-        remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
-        return [*findings, Finding("Secrets and ConfigMaps", "warning", message, remedy)]
+        return [
+            *findings,
+            Finding(
+                "Secrets and ConfigMaps",
+                "warning",
+                "not checked: the namespace of the run is not known",
+                "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow",
+            ),
+        ]
     return [*findings, *objects(config, namespace)]
 
 
@@ -100,24 +112,27 @@ def retry_policy(kubeflow_namespace: str) -> Finding:
     in_pod = "failed attempts are repeated inside the step's pod (resources.retries)"
     # Without a default the task's own retries hold, which ptl sets together with those in the pod.
     if policy is None:
-        message = (
+        return Finding(
+            subject,
+            "ok",
             "the cluster sets no default: Argo repeats a task's failed pods, as often as the task says; "
-            f"{in_pod}, and all attempts count together"
+            f"{in_pod}, and all attempts count together",
         )
-        return Finding(subject, "ok", message)
     # A default is inherited by every template: by steps, and by the DAGs around them.
     name = policy.get("retryPolicy") or "OnFailure"  # Argo's own default
     if name in ONLY_DELETED_PODS:
-        message = f"{name}: the cluster starts only pods again that were deleted or evicted; {in_pod}"
-        return Finding(subject, "ok", message)
+        return Finding(
+            subject, "ok", f"{name}: the cluster starts only pods again that were deleted or evicted; {in_pod}"
+        )
     limit = policy.get("limit", "no limit")
-    message = (
+    return Finding(
+        subject,
+        "warning",
         f"{name} (limit {limit}) is the default for every template, so the cluster repeats a failed step at every "
         "level of the DAG: with a limit of 2, one failing step was started 36 times. ptl counts attempts in the store: "
-        "after resources.retries + 1 of them each further pod ends at once, but it is started and waited for"
+        "after resources.retries + 1 of them each further pod ends at once, but it is started and waited for",
+        f"ask the administrator for retryPolicy: OnError in {CONTROLLER} (Kubeflow 2.17's own), or for no default",
     )
-    remedy = f"ask the administrator for retryPolicy: OnError in {CONTROLLER} (Kubeflow 2.17's own), or for no default"
-    return Finding(subject, "warning", message, remedy)
 
 
 def _default_retries(data: dict[str, str]) -> dict[str, Any] | None:
@@ -169,11 +184,13 @@ def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
     # The manifests' own MLflow has basic auth.
     if settings.auth_type not in BEARER:
         return Finding(subject, "ok", message)
-    remedy = (
+    return Finding(
+        subject,
+        "warning",
+        message,
         "it sends a bearer token, which an MLflow with basic auth (manifests/base/mlflow) refuses: give the plugin an "
-        "MLflow that takes it, or authType basic-auth with its Secret"
+        "MLflow that takes it, or authType basic-auth with its Secret",
     )
-    return Finding(subject, "warning", message, remedy)
 
 
 def _mounted_config(kubeflow_namespace: str) -> str | None:
@@ -229,10 +246,12 @@ def _injects_by_namespace(namespace: str | None) -> bool | None:
 
 
 def _not_seen(subject: str, error: NotSeenError) -> Finding:
-    remedy = (
-        "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow"
+    return Finding(
+        subject,
+        "warning",
+        f"not checked: {error}",
+        "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow",
     )
-    return Finding(subject, "warning", f"not checked: {error}", remedy)
 
 
 def _config_map(name: str, namespace: str) -> dict[str, str]:

@@ -45,8 +45,7 @@ def packages(config: Config, runner: str) -> Finding:
         return Finding("packages", "ok", f"what the steps import is installed ({package})")
     listed = ", ".join(missing)
     # The backends are not in these extras: each goes with one kind of CUDA.
-    remedy = " ".join([f"pip install '{package}'", *backends])
-    return Finding("packages", "error", f"not installed: {listed}", remedy)
+    return Finding("packages", "error", f"not installed: {listed}", " ".join([f"pip install '{package}'", *backends]))
 
 
 def _missing_backends(config: Config) -> list[str]:
@@ -78,8 +77,7 @@ def model_and_data(config: Config) -> Finding:
 
     # Weights of many gigabytes are nothing to download for a check.
     params = forecast_model.shape_of(path, config.model.revision).params
-    message = f"{path} is on the hub ({params:,} parameters); the run downloads it"
-    return Finding("model and data", "ok", message)
+    return Finding("model and data", "ok", f"{path} is on the hub ({params:,} parameters); the run downloads it")
 
 
 def disk(config: Config, home: Path) -> Finding:
@@ -94,8 +92,12 @@ def disk(config: Config, home: Path) -> Finding:
     # An estimate, and a run that stops for want of space can be resumed: no error.
     if free >= needed:
         return Finding("disk", "ok", message)
-    remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
-    return Finding("disk", "warning", message, remedy)
+    return Finding(
+        "disk",
+        "warning",
+        message,
+        "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs",
+    )
 
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
@@ -129,10 +131,13 @@ def engine(config: Config, missing_images: MissingImages) -> Finding:
     listed = ", ".join(names)
     absent = ", ".join(missing_images(names))
     if absent:
-        message = f"the engine has no {absent}"
-        return Finding("images", "error", message, "build them: ptl images build")
+        return Finding("images", "error", f"the engine has no {absent}", "build them: ptl images build")
     # A database's file is outside of the containers.
     if not address.is_server(tracking_uri()):
-        message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"
-        return Finding("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
+        return Finding(
+            "images",
+            "warning",
+            f"the engine has {listed}, which speak to an MLflow server only, and none is set",
+            "run with --s3, which starts one, or set MLFLOW_TRACKING_URI",
+        )
     return Finding("images", "ok", f"{listed} are in the local engine")
