@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -33,11 +34,9 @@ def local(config: Config, *, home: Path, missing_images: MissingImages, runner: 
     packages = as_finding("packages", doctor_local.packages, config, runner)
     findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
-        disk = as_finding("disk", doctor_local.disk, config, home)
-        findings.append(disk)
+        findings.append(as_finding("disk", doctor_local.disk, config, home))
     if runner == "docker":
-        engine = as_finding("images", doctor_local.engine, config, missing_images)
-        findings.append(engine)
+        findings.append(as_finding("images", doctor_local.engine, config, missing_images))
     return findings
 
 
@@ -68,12 +67,11 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
 
 def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
     """Where the pods of runs start when nobody names a profile: beside Kubeflow, unless it has several users."""
-    try:
-        multi_user = http.kubeflow_server(host).multi_user
-    except PtlError:
-        return None  # the check of Kubeflow says why
-    # A version that does not say it may have several.
-    return kubeflow_namespace if multi_user is False else None
+    with contextlib.suppress(PtlError):  # the check of Kubeflow says why
+        # A version that does not say it may have several.
+        if http.kubeflow_server(host).multi_user is False:
+            return kubeflow_namespace
+    return None
 
 
 def names_a_cluster(host: str | None) -> str | None:
@@ -88,16 +86,12 @@ def task(settings: dict[str, Any], experiment: str) -> None:
     config = check(Config, settings, "settings")
     # The run's parameter wins over the config's value.
     storage = config.storage.model_copy(update={"experiment": experiment})
-    config = config.model_copy(update={"storage": storage})
+    findings = step_environment(config.model_copy(update={"storage": storage}))
 
     # All findings go to the step's log, the errors into its message too.
-    errors: list[str] = []
-    for finding in step_environment(config):
-        print(finding, flush=True)
-        if finding.state == "error":
-            errors.append(str(finding))
-    if errors:
-        lines = "\n".join(errors)
+    print(*findings, sep="\n", flush=True)
+    lines = "\n".join(str(finding) for finding in findings if finding.state == "error")
+    if lines:
         raise InputError(f"doctor:\n{lines}")  # of the input: another attempt would find the same
 
 
@@ -110,11 +104,8 @@ def gpu(config: Config) -> Finding:
     """Whether accelerators that the config asks for are visible here."""
     # On the cluster this step has what prune has; elsewhere the largest step is to fit.
     in_step = bool(os.environ.get("KFP_RUN_ID"))
-    steps = ["prune"]
-    if not in_step:
-        steps += ["recover", "evaluate"]
-    resources = config.resources
-    needed = max(resources.accelerators_of(step) for step in steps)
+    steps = ["prune"] if in_step else ["prune", "recover", "evaluate"]
+    needed = max(config.resources.accelerators_of(step) for step in steps)
     visible = _visible_gpus()
     message = f"{visible} visible here, the config asks for {needed}"
     if visible >= needed:
@@ -133,8 +124,7 @@ def _visible_gpus() -> int:
         return 0
     # One line for each GPU, and an indented one for each part of a GPU (MIG).
     listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    lines = listing.stdout.splitlines()
-    return sum(line.startswith("GPU ") for line in lines)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def images(config: Config) -> Finding:
@@ -152,11 +142,8 @@ def images(config: Config) -> Finding:
             "ptl images push --registry HOST/PATH, and set images.registry to it; where the nodes hold the images "
             "already (kind load), set resources.image_pull_policy: Never",
         )
-    for name in names:
-        problem = _registry_problem(name)
-        if problem is not None:
-            return problem
-    return Finding("images", "ok", f"{listed} can be pulled")
+    problems = filter(None, map(_registry_problem, names))
+    return next(problems, Finding("images", "ok", f"{listed} can be pulled"))
 
 
 def _registry_problem(name: str) -> Finding | None:

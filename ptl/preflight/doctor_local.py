@@ -11,7 +11,7 @@ from pathlib import Path
 from ptl import address, extras
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
-from ptl.config.schedule import Schedule, one_shot, plan, removal
+from ptl.config.schedule import one_shot, plan, removal
 from ptl.preflight.doctor_tracking import tracking_uri
 from ptl.preflight.finding import Finding
 from ptl.units import size
@@ -102,21 +102,13 @@ def disk(config: Config, home: Path) -> Finding:
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
     """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
-    schedule = config.schedule
-    needed = params * itemsize  # the imported model
-    needed += _arm_bytes(config, schedule, params, itemsize)
+    iterations = plan(config.schedule, config.prune)
     if config.control:
-        needed += _arm_bytes(config, one_shot(schedule), params, itemsize)
-    return needed
-
-
-def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
-    """Bytes of all checkpoints of one arm."""
-    total = removal(params, schedule.target)
-    next_token = [stage for stage in config.recover if isinstance(stage, NextToken)]
-    keeps_state = any(stage.carry_moments for stage in next_token)
-    needed = 0
-    for iteration in plan(schedule, config.prune):
+        iterations += plan(one_shot(config.schedule), config.prune)
+    total = removal(params, config.schedule.target)
+    keeps_state = any(isinstance(stage, NextToken) and stage.carry_moments for stage in config.recover)
+    needed = params * itemsize  # the imported model
+    for iteration in iterations:
         after = params - int(iteration.progress * total)
         of_parameter = itemsize
         if keeps_state and not iteration.last:  # after the last there is nothing to carry it to

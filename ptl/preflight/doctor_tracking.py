@@ -74,9 +74,7 @@ def mlflow(config: Config) -> Finding:
         )
     # MLflow's client retries for minutes where nobody answers, and says little of why.
     if address.is_server(uri):
-        fault = http.mlflow_fault(uri)
-        if fault:
-            return Finding("MLflow", "error", *fault)
+        http.check_mlflow(uri)
     experiment = config.storage.experiment
     try:
         _make_a_run(experiment)

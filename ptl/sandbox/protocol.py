@@ -10,7 +10,7 @@ import builtins
 import json
 import os
 import struct
-import sys
+import types
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from operator import attrgetter
@@ -152,7 +152,7 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     """Return `value` as JSON data; `refer` makes the handle of what is not plain data (or raises TypeError)."""
     # Exact types: an object of a subclass is more than its value.
     kind = type(value)
-    if value is None or kind in (bool, str, float):
+    if kind in (types.NoneType, bool, str, float):
         return value
     if kind is int and -(2**63) <= value < 2**63:
         return value
@@ -161,11 +161,13 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     tag = _tag_of(kind)
     if tag is not None:
         return {"t": tag, "v": [encode(part, refer) for part in _CODECS[tag].parts(value)]}
-    if isinstance(value, type(sys)):
+    if isinstance(value, types.ModuleType):
         return {"t": "module", "v": value.__name__}
     # Asked for its name only if it is surely a class: any other object may run code of its own for that.
-    if kind is type and getattr(builtins, value.__name__, None) is value:
-        return {"t": "builtin", "v": value.__name__}
+    if kind is type:
+        name = value.__name__
+        if getattr(builtins, name, None) is value:
+            return {"t": "builtin", "v": name}
     return refer(value)
 
 
