@@ -7,20 +7,29 @@ from fractions import Fraction
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from ptl.config.base import Section
+from ptl.config.base import Positive, Section
 from ptl.config.paths import Location
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
 NUMBER = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
-CONVERSIONS = (None, "r", "s", "a")
 TOLERANCE = 1e-9  # of a sum of shares
 
 
-def columns_of(template: str) -> tuple[str, ...]:
+def columns_of(template: str) -> list[str]:
     """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
     try:
         parts = list(Formatter().parse(template))
@@ -36,10 +45,10 @@ def columns_of(template: str) -> tuple[str, ...]:
             )
         spec = spec or ""
         is_plain = "{" not in spec and not NUMBER.search(spec)
-        if not is_plain or conversion not in CONVERSIONS:
+        if not is_plain or conversion not in (None, "r", "s", "a"):
             raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
         columns.append(name)
-    return tuple(columns)
+    return columns
 
 
 def _valid_template(template: str) -> str:
@@ -78,7 +87,7 @@ class DataSource(Section):
 class TrainingSource(DataSource):
     """One of the training sources."""
 
-    weight: float = Field(1.0, gt=0)
+    weight: PositiveFloat = 1.0
     """its share of the tokens, relative to the other sources"""
 
 
@@ -131,9 +140,9 @@ class TrainingData(Section):
 class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
-    rank: int = Field(16, ge=1)
+    rank: Positive = 16
     """rank of each adapter's two matrices"""
-    alpha: float = Field(32, gt=0)
+    alpha: PositiveFloat = 32
     """the update is scaled by alpha / rank"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """share of an adapter's inputs that is zeroed in training"""
@@ -145,16 +154,16 @@ class Stage(Section):
     # one optimizer step of AdamW
     learning_rate: float = Field(3e-4, gt=0, lt=1)
     """peak, after the warm-up"""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Positive = 16
     """sequences per optimizer step, over all processes"""
-    accumulation: int = Field(1, ge=1)
+    accumulation: Positive = 1
     """forward passes that one optimizer step is split into"""
     # how a chain of stages divides the iteration's tokens
     share: float | None = Field(None, gt=0, le=1)
     """share of the iteration's recovery tokens; none: what the other stages leave"""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: NonNegativeFloat = 0.01
     """AdamW's decoupled weight decay"""
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: NonNegativeInt = 10
     """optimizer steps over which the learning rate rises from 0"""
     # memory
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -162,14 +171,14 @@ class Stage(Section):
     gradient_checkpointing: bool = False
     """compute activations again in the backward pass: less memory, about a third more time"""
     # training checkpoints and logs
-    save_steps: int = Field(50, ge=1)
+    save_steps: Positive = 50
     """optimizer steps between training checkpoints"""
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: Positive = 10
     """optimizer steps between logged losses"""
-    store_minutes: float | None = Field(None, ge=0)
+    store_minutes: NonNegativeFloat | None = None
     """minutes between training checkpoints that go to the store; none: they stay local"""
     # several GPUs
-    processes: int | None = Field(None, ge=1)
+    processes: Positive | None = None
     """training processes; none: one for each GPU of the step"""
     sharding: Literal["none", "fsdp", "zero2"] = "none"
     """with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"""
@@ -225,7 +234,7 @@ class Distil(NextToken):
     # what the student learns from, and how much of the loss that is
     teacher: Location | None = None
     """local folder or hub id; none: the run's original model"""
-    temperature: float = Field(1.0, gt=0)
+    temperature: PositiveFloat = 1.0
     """both distributions are softened by it; the loss is scaled back"""
     mix: float = Field(0.5, ge=0, le=1)
     """weight of the next-token loss; the rest goes to the KL"""
@@ -244,7 +253,7 @@ class Reward(Section):
     # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"]
     """what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"""
-    weight: float = Field(1.0, gt=0)
+    weight: PositiveFloat = 1.0
     """of this part in the sum"""
     # what an answer is compared with, by the method that is named
     answer: Template = "{answer}"
@@ -281,21 +290,21 @@ class Grpo(Stage):
     """peak, after the warm-up"""
     batch_size: int = Field(64, ge=2)
     """answers per optimizer step, over all processes"""
-    warmup_steps: int = Field(3, ge=0)
+    warmup_steps: NonNegativeInt = 3
     """optimizer steps over which the learning rate rises from 0"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay"""
     # how long it trains
-    steps: int = Field(240, ge=1)
+    steps: Positive = 240
     """optimizer steps over all iterations, at most; shared out over them like the tokens"""
     # the answers
     num_generations: int = Field(8, ge=2)
     """answers to one prompt, which are compared with each other"""
-    max_completion_length: int = Field(512, ge=1)
+    max_completion_length: Positive = 512
     """tokens of one answer"""
-    beta: float = Field(0.01, ge=0)
+    beta: NonNegativeFloat = 0.01
     """weight of the KL to the model that training began with"""
-    temperature: float = Field(1.0, gt=0)
+    temperature: PositiveFloat = 1.0
     """of the sampled answers"""
     # what the model is asked, and which answers are rewarded
     prompts: DataSource | None = None
@@ -304,7 +313,7 @@ class Grpo(Stage):
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
     )
     """parts of an answer's reward, added up by weight"""
-    guard_prompts: int = Field(32, ge=1)
+    guard_prompts: Positive = 32
     """prompts on which pass@num_generations is measured before training"""
     rollouts: Literal["auto", "transformers", "vllm"] = "auto"
     """what generates the answers; auto: vLLM where it is installed and there is a GPU"""
@@ -366,16 +375,12 @@ class Recovery(Section):
 
     def _stages_without_share(self) -> list[RecoverStage]:
         """The stages that divide what the shares leave; grpo needs no tokens of its own, its steps limit it."""
-        without_share = [stage for stage in self.stages if stage.share is None]
-        return [stage for stage in without_share if stage.method != "grpo"]
+        return [stage for stage in self.stages if stage.share is None and stage.method != "grpo"]
 
     def budgets(self, tokens: int) -> tuple[int | None, ...]:
         """Tokens of each stage; they add up to `tokens`. None: a grpo stage that only its steps limit."""
         # as fractions: 0.1 as a float is a little more than a tenth
-        rest = Fraction(1)
-        for stage in self.stages:
-            if stage.share is not None:
-                rest -= Fraction(str(stage.share))
+        rest = 1 - sum((Fraction(str(stage.share or 0)) for stage in self.stages), Fraction(0))
         num_others = len(self._stages_without_share())
         budgets: list[int | None] = []
         share_so_far = Fraction(0)

@@ -217,13 +217,9 @@ def _without_system_message(row: SourceRow) -> SourceRow:
     chat = row.columns.get(column)
     if row.source.format != "messages" or not isinstance(chat, list):
         return row
-    kept = [message for message in chat if not _is_system_message(message)]
-    return replace(row, columns={**row.columns, column: kept})
-
-
-def _is_system_message(message: Any) -> bool:
     # what is no message at all is reported where the chat is read
-    return isinstance(message, dict) and message.get("role") == "system"
+    kept = [message for message in chat if not isinstance(message, dict) or message.get("role") != "system"]
+    return replace(row, columns={**row.columns, column: kept})
 
 
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:

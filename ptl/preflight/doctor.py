@@ -173,19 +173,21 @@ def kubeflow(config: Config, host: str) -> Finding:
     """Kubeflow answers, in a version that takes the compiled YAML."""
     version = http.kubeflow_server(host).version
     if version is None:
-        message = f"{host} answers, but does not say its version"
-        return Finding("Kubeflow", "warning", message, f"make sure that it is {OLDEST} or newer")
+        return Finding(
+            "Kubeflow",
+            "warning",
+            f"{host} answers, but does not say its version",
+            f"make sure that it is {OLDEST} or newer",
+        )
     message = f"{host} is {version}"
     release = http.release(version)
-    oldest = config.resources.kfp
     # An older backend refuses fields that it does not know.
-    if release < http.release(oldest):
+    if release < config.resources.kfp_release:
         major, minor = release
-        message += f", the YAML is compiled for {oldest} and newer"
         return Finding(
             "Kubeflow",
             "error",
-            message,
+            f"{message}, the YAML is compiled for {config.resources.kfp} and newer",
             f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{major}.{minor}"',
         )
     if release < http.release(RECOMMENDED):

@@ -244,7 +244,6 @@ def _kubeflow_token() -> str | None:
     return Path(file).read_text().strip()
 
 
-def release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, ...]:
     """Major and minor of `2.17.0`."""
-    major, minor = re.findall(r"\d+", version)[:2]
-    return int(major), int(minor)
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

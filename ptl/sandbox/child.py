@@ -39,7 +39,7 @@ def main() -> None:
         actor = Checker
     try:
         readable = [path for path in sys.path if os.access(path, os.F_OK)]  # pathlib would cost 8 ms of start-up
-        lockdown.lock_down(".", readable, **order["limits"])
+        lockdown.lock_down(readable, **order["limits"])
         if os.getppid() != order["parent"]:  # it died before PR_SET_PDEATHSIG was in force
             raise OSError("the parent has gone")
     except (OSError, ValueError) as error:
@@ -169,16 +169,12 @@ class Candidate:
         """Return the message that reports an exception."""
         # The candidate's exception may raise another where it is asked for its text.
         try:
-            args = [_plain_argument(arg) for arg in error.args]
+            args = [arg if isinstance(arg, (str, int)) else repr(arg) for arg in error.args]
             text = str(error)[:TEXT]
         except Exception:
             args = []
             text = "(its text cannot be read)"
         return ["raise", _base_names(type(error)), args, text]
-
-
-def _plain_argument(argument: Any) -> str | int:
-    return argument if isinstance(argument, (str, int)) else repr(argument)
 
 
 def _base_names(kind: type[BaseException]) -> list[str]:

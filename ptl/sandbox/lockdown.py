@@ -193,20 +193,19 @@ def missing_support() -> str | None:
 
 
 def lock_down(
-    scratch: str,
     readable: Sequence[str],
     *,
     cpu_s: int,
     memory_bytes: int,
     file_bytes: int,
 ) -> None:
-    """Confine this process: files under `scratch` (flat), the standard library in `readable`, no other resource."""
+    """Confine this process: files in its working directory, the standard library in `readable`, no other resource."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)  # nobody of the same user attaches to this process or reads its /proc entry
     _set_limits(cpu_s, memory_bytes, file_bytes)
     _drop_capabilities()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # without it neither Landlock nor seccomp accepts us
-    _restrict_files(scratch, readable)
+    _restrict_files(readable)
     _restrict_calls()
 
 
@@ -231,7 +230,7 @@ def _drop_capabilities() -> None:
     _syscall(_CAPSET[_column()], header, no_capabilities)
 
 
-def _restrict_files(scratch: str, readable: Sequence[str]) -> None:
+def _restrict_files(readable: Sequence[str]) -> None:
     """Landlock: nothing but the paths below, no network, and no signal or socket to others where the kernel can."""
     version = _landlock_version()
     known_version = min(version, len(_NUM_RIGHTS))
@@ -245,7 +244,7 @@ def _restrict_files(scratch: str, readable: Sequence[str]) -> None:
         attributes += struct.pack("<Q", _SOCKETS_AND_SIGNALS)
     size = ctypes.c_size_t(len(attributes))
     ruleset = _syscall(_LANDLOCK_CREATE_RULESET, attributes, size, ctypes.c_uint32(0))
-    _allow_path(ruleset, scratch, _SCRATCH_RIGHTS & handled)
+    _allow_path(ruleset, ".", _SCRATCH_RIGHTS & handled)
     for root in readable:
         if root.endswith(".zip"):
             _allow_path(ruleset, root, _READ_FILE)

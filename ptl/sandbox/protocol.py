@@ -59,10 +59,6 @@ def _text(value: Any) -> list[str]:
     return [str(value)]
 
 
-def _iso_text(value: Any) -> list[str]:
-    return [value.isoformat()]
-
-
 def _latin_text(value: Any) -> list[str]:
     return [value.decode("latin-1"), "latin-1"]
 
@@ -106,9 +102,9 @@ _CODECS = {
     "Counter": _Codec("collections", _pairs, _build_counter),
     "Decimal": _Codec("decimal", _text, _star_later("decimal", "Decimal")),
     "Fraction": _Codec("fractions", _text, _star_later("fractions", "Fraction")),
-    "date": _Codec("datetime", _iso_text, _star_later("datetime", "date.fromisoformat")),
-    "time": _Codec("datetime", _iso_text, _star_later("datetime", "time.fromisoformat")),
-    "datetime": _Codec("datetime", _iso_text, _star_later("datetime", "datetime.fromisoformat")),
+    "date": _Codec("datetime", _text, _star_later("datetime", "date.fromisoformat")),
+    "time": _Codec("datetime", _text, _star_later("datetime", "time.fromisoformat")),
+    "datetime": _Codec("datetime", _text, _star_later("datetime", "datetime.fromisoformat")),
     "timedelta": _Codec(
         "datetime", attrgetter("days", "seconds", "microseconds"), _star_later("datetime", "timedelta")
     ),

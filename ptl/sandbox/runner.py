@@ -146,12 +146,8 @@ def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Ou
 def run_many(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
     """Run each (candidate, tests) pair, one on each usable core; outcomes are in the order of the pairs."""
     require_support()
-
-    def run_pair(pair: tuple[str, str]) -> Outcome:
-        return run_tests(*pair, limits)
-
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(run_pair, pairs))
+        return list(pool.map(lambda pair: run_tests(pair[0], pair[1], limits), pairs))
 
 
 @contextlib.contextmanager
