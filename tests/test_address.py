@@ -133,12 +133,13 @@ def test_the_webhook_is_not_redirected(serve, monkeypatch, capsys):
 
 
 def test_a_page_in_place_of_mlflow_is_an_error(serve, monkeypatch):
-    from ptl.preflight.doctor_http import mlflow_fault
+    from ptl.preflight.doctor_http import check_mlflow
 
-    _, url = serve(200, body=b"<html>log in</html>")
-    assert "answers with a page instead of JSON" in mlflow_fault(url)[0]
-    _, url = serve(200, body=json.dumps({"x": "0" * (2 << 20)}).encode())
-    assert "answers with a page instead of JSON" in mlflow_fault(url)[0]  # more than is read
+    more_than_is_read = json.dumps({"x": "0" * (2 << 20)}).encode()
+    for body in (b"<html>log in</html>", more_than_is_read):
+        _, url = serve(200, body=body)
+        with pytest.raises(InputError, match="answers with a page instead of JSON"):
+            check_mlflow(url)
 
 
 def test_links_to_kubeflow_have_no_login():

@@ -1,12 +1,14 @@
 """The base of every part of the config."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ptl.address import without_login
 
 LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with other digits
+
+Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors that speak of "greater than 0"
 
 
 class Section(BaseModel):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from ptl.config.base import Section
+from ptl.config.base import Positive, Section
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 
 StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
@@ -67,7 +67,7 @@ class Toleration(Section):
 class StepResources(Section):
     """What one kind of step asks for instead; a field that is left out is as for all steps."""
 
-    accelerators: int | None = Field(None, ge=0)
+    accelerators: NonNegativeInt | None = None
     """accelerators of the step"""
     cpu: Quantity | None = None
     """CPU cores"""
@@ -75,7 +75,7 @@ class StepResources(Section):
     """for example 64Gi"""
     shm: Quantity | None = None
     """size of /dev/shm; it counts as memory"""
-    timeout: int | None = Field(None, ge=1)
+    timeout: Positive | None = None
     """seconds"""
 
 
@@ -85,7 +85,7 @@ class Resources(Section):
     # Size of a step's pod.
     accelerator: str | None = None
     """for example nvidia.com/gpu"""
-    accelerators: int = Field(0, ge=0)
+    accelerators: NonNegativeInt = 0
     """accelerators per prune, recover and evaluate step"""
     cpu: Quantity | None = None
     """CPU cores, for example 8"""
@@ -108,7 +108,7 @@ class Resources(Section):
         description="further attempts of a step that failed, in its pod or in another one; finished work is not "
         "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
     )
-    retry_wait: int = Field(RETRY_WAIT, ge=1)
+    retry_wait: Positive = RETRY_WAIT
     """seconds before the first further attempt, doubled each time; by default 1 on one machine"""
     control: Literal["beside", "after"] = "beside"
     """when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator"""
@@ -131,9 +131,9 @@ class Resources(Section):
         description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
         "there is no security context",
     )
-    run_as_user: int = Field(1000, ge=1)
+    run_as_user: Positive = 1000
     """with KFP 2.16 and newer; non-root"""
-    run_as_group: int = Field(0, ge=0)
+    run_as_group: NonNegativeInt = 0
     """the images are made for group 0, which has no privileges by itself"""
     doctor: bool = False
     """begin with a step that tries out MLflow, the store and the accelerators"""
@@ -143,8 +143,8 @@ class Resources(Section):
     @property
     def kfp_release(self) -> tuple[int, int]:
         """`kfp` as numbers, to compare."""
-        major, minor = self.kfp.split(".")
-        return int(major), int(minor)
+        major, minor = map(int, self.kfp.split("."))
+        return major, minor
 
     @property
     def attempts(self) -> int:
@@ -191,8 +191,7 @@ class Resources(Section):
     @model_validator(mode="after")
     def _accelerators_have_a_name(self) -> Resources:
         # Kubernetes counts a named resource, such as nvidia.com/gpu.
-        numbers = [self.accelerators]
-        numbers += [step.accelerators or 0 for step in self.steps.values()]
+        numbers = [self.accelerators, *[step.accelerators for step in self.steps.values()]]
         if any(numbers) and not self.accelerator:
             raise ValueError("accelerators without accelerator: name the resource, for example nvidia.com/gpu")
         return self

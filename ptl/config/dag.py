@@ -57,14 +57,12 @@ def iteration_of(name: str) -> int:
     return 1 if control else 0
 
 
-def _name_parts(name: str) -> tuple[str, str, str]:
+def _name_parts(name: str) -> tuple[str, ...]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
-    # Groups that took no part in the match are None.
-    control, stage, iteration = match.groups(default="")
-    return control, stage, iteration
+    return match.groups(default="")
 
 
 def nodes(config: Config) -> list[Node]:
@@ -75,19 +73,20 @@ def nodes(config: Config) -> list[Node]:
     evaluate-0 wrote, because training rows are compared with the items of the benchmarks.
     """
     # The dense model, and its scores.
-    steps: list[Node] = []
-    if config.resources.doctor:
-        steps.append(Node("doctor", {}))
-    steps.append(Node("import-model", {}, after=_ends(steps)))
+    steps = [Node("doctor", {})] if config.resources.doctor else []
     dense = Source("import-model", "out")
-    steps.append(Node("evaluate-0", {"model": dense}))
+    steps += [
+        Node("import-model", {}, after=_ends(steps)),
+        Node("evaluate-0", {"model": dense}),
+    ]
 
     # The loop.
     gated = config.gate.enabled
     parent = dense
     for number in range(1, config.schedule.iterations + 1):
-        prune, recover, evaluate = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
-        steps += [prune, recover, evaluate]
+        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
+        steps += iteration
+        _, recover, evaluate = iteration
         # With the gate the next iteration waits for the verdict, which decides what it starts from.
         accepted = Source(evaluate.name, "accepted")
         parent = accepted if gated else Source(recover.name, "out")
@@ -109,9 +108,7 @@ def nodes(config: Config) -> list[Node]:
 
 def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
     """The steps that no other one waits for: with the gate off each evaluation is one."""
-    needed: set[str] = set()
-    for node in steps:
-        needed.update(node.needs)
+    needed = {name for node in steps for name in node.needs}
     return tuple(node.name for node in steps if node.name not in needed)
 
 
@@ -121,15 +118,14 @@ def _iteration_nodes(name: str, parent: Source, *, fallback: bool, after: tuple[
     `name` is a template of the steps' names.
     """
     prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
-    pruned = Source(prune, "out")
-    scores = Source("evaluate-0", "scores")
     inputs = {"model": Source(recover, "out")}
     if fallback:
         inputs["fallback"] = parent
     # Recovery takes the dense model's scores for the benchmarks' items, which it does not train on.
+    scores = Source("evaluate-0", "scores")
     return [
         Node(prune, {"model": parent}, after),
-        Node(recover, {"model": pruned, "scored": scores}),
+        Node(recover, {"model": Source(prune, "out"), "scored": scores}),
         Node(evaluate, inputs),
     ]
 
@@ -142,10 +138,8 @@ def times(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[dict[str, f
     starts: dict[str, float] = {}
     ends: dict[str, float] = {}
     for node in steps:  # nodes are listed after those that they need
-        needed = [ends[name] for name in node.needs]
-        start = max(needed, default=0.0)
-        starts[node.name] = start
-        ends[node.name] = start + cost.get(node.name, 0.0)
+        starts[node.name] = max([ends[name] for name in node.needs], default=0.0)
+        ends[node.name] = starts[node.name] + cost.get(node.name, 0.0)
     return starts, ends
 
 
@@ -161,6 +155,5 @@ def critical_path(steps: Sequence[Node], cost: Mapping[str, float]) -> tuple[flo
     last = max(ends, key=ends.__getitem__)
     path = [last]
     while needs[path[0]]:
-        latest = max(needs[path[0]], key=ends.__getitem__)
-        path.insert(0, latest)
+        path.insert(0, max(needs[path[0]], key=ends.__getitem__))
     return ends[last], path

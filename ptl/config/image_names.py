@@ -55,7 +55,5 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
 
 def names(registry: str = "", tag: str | None = None, *, vllm: bool = False) -> list[str]:
     """The three images, in the order of IMAGES; with `vllm` also that of evaluate on vLLM, made by bake alone."""
-    steps = list(IMAGES)
-    if vllm:
-        steps.append("evaluate-vllm")
+    steps = (*IMAGES, "evaluate-vllm") if vllm else IMAGES
     return [image(step, registry, tag) for step in steps]

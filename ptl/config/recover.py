@@ -7,20 +7,29 @@ from fractions import Fraction
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from ptl.config.base import Section
+from ptl.config.base import Positive, Section
 from ptl.config.paths import Location
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
 NUMBER = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
 COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
-CONVERSIONS = (None, "r", "s", "a")
 TOLERANCE = 1e-9  # of a sum of shares
 
 
-def columns_of(template: str) -> tuple[str, ...]:
+def columns_of(template: str) -> list[str]:
     """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
     try:
         parts = list(Formatter().parse(template))
@@ -36,10 +45,10 @@ def columns_of(template: str) -> tuple[str, ...]:
             )
         spec = spec or ""
         is_plain = "{" not in spec and not NUMBER.search(spec)
-        if not is_plain or conversion not in CONVERSIONS:
+        if not is_plain or conversion not in (None, "r", "s", "a"):
             raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
         columns.append(name)
-    return tuple(columns)
+    return columns
 
 
 def _valid_template(template: str) -> str:
@@ -54,44 +63,53 @@ class DataSource(Section):
     """Rows of text, from a local or s3:// JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
 
     # a file, or a dataset on the hub
-    source: Location = Field(description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
-    revision: str | None = Field(None, description="hub commit of the dataset; pin it so that a run can be repeated")
-    subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
-    split: str = Field("train", description="hub split")
+    source: Location
+    """.jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id"""
+    revision: str | None = None
+    """hub commit of the dataset; pin it so that a run can be repeated"""
+    subset: str | None = None
+    """hub configuration name, for example `main` of gsm8k"""
+    split: str = "train"
+    """hub split"""
     # how its rows are read
-    format: Literal["text", "prompt_completion", "messages"] = Field(
-        "prompt_completion", description="what a row is: one text, a prompt with its completion, or a chat"
-    )
-    text: Template = Field("{text}", description="template over a row's columns (format `text`)")
-    prompt: Template = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
-    completion: Template = Field(
-        "{completion}", description="template over a row's columns (format `prompt_completion`)"
-    )
-    messages: str = Field("messages", description="column that holds the chat (format `messages`)")
+    format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
+    """what a row is: one text, a prompt with its completion, or a chat"""
+    text: Template = "{text}"
+    """template over a row's columns (format `text`)"""
+    prompt: Template = "{prompt}"
+    """template over a row's columns (format `prompt_completion`)"""
+    completion: Template = "{completion}"
+    """template over a row's columns (format `prompt_completion`)"""
+    messages: str = "messages"
+    """column that holds the chat (format `messages`)"""
 
 
 class TrainingSource(DataSource):
     """One of the training sources."""
 
-    weight: float = Field(1.0, gt=0, description="its share of the tokens, relative to the other sources")
+    weight: PositiveFloat = 1.0
+    """its share of the tokens, relative to the other sources"""
 
 
 class Decontaminate(Section):
     """Leave out training rows and prompts that share text with a benchmark."""
 
     # the run's own benchmarks need no data here: the first evaluation has written their items
-    tasks: bool = Field(
-        True, description="compare with the items of `evaluate.tasks`, as the first evaluation saw them"
-    )
-    against: tuple[DataSource, ...] = Field((), description="more benchmarks; only the text of their items is used")
-    ngram: int = Field(13, ge=2, description="words in a row that must be equal; of a shorter item all of its words")
+    tasks: bool = True
+    """compare with the items of `evaluate.tasks`, as the first evaluation saw them"""
+    against: tuple[DataSource, ...] = ()
+    """more benchmarks; only the text of their items is used"""
+    ngram: int = Field(13, ge=2)
+    """words in a row that must be equal; of a shorter item all of its words"""
 
 
 class TrainingData(Section):
     """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1, description="where the rows come from, mixed by weight")
-    decontaminate: Decontaminate = Field(Decontaminate(), description="rows to leave out; `off`: none")
+    sources: tuple[TrainingSource, ...] = Field(min_length=1)
+    """where the rows come from, mixed by weight"""
+    decontaminate: Decontaminate = Decontaminate()
+    """rows to leave out; `off`: none"""
 
     @field_validator("decontaminate", mode="before")
     @classmethod
@@ -122,57 +140,67 @@ class TrainingData(Section):
 class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
-    rank: int = Field(16, ge=1, description="rank of each adapter's two matrices")
-    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is zeroed in training")
+    rank: Positive = 16
+    """rank of each adapter's two matrices"""
+    alpha: PositiveFloat = 32
+    """the update is scaled by alpha / rank"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """share of an adapter's inputs that is zeroed in training"""
 
 
 class Stage(Section):
     """What all recovery methods share."""
 
     # one optimizer step of AdamW
-    learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak, after the warm-up")
-    batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
-    accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    learning_rate: float = Field(3e-4, gt=0, lt=1)
+    """peak, after the warm-up"""
+    batch_size: Positive = 16
+    """sequences per optimizer step, over all processes"""
+    accumulation: Positive = 1
+    """forward passes that one optimizer step is split into"""
     # how a chain of stages divides the iteration's tokens
-    share: float | None = Field(
-        None, gt=0, le=1, description="share of the iteration's recovery tokens; none: what the other stages leave"
-    )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    warmup_steps: int = Field(10, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    share: float | None = Field(None, gt=0, le=1)
+    """share of the iteration's recovery tokens; none: what the other stages leave"""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay"""
+    warmup_steps: NonNegativeInt = 10
+    """optimizer steps over which the learning rate rises from 0"""
     # memory
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="precision of the forward and backward passes; `bfloat16` is for GPUs"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, about a third more time"
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward and backward passes; `bfloat16` is for GPUs"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, about a third more time"""
     # training checkpoints and logs
-    save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
-    logging_steps: int = Field(10, ge=1, description="optimizer steps between logged losses")
-    store_minutes: float | None = Field(
-        None, ge=0, description="minutes between training checkpoints that go to the store; none: they stay local"
-    )
+    save_steps: Positive = 50
+    """optimizer steps between training checkpoints"""
+    logging_steps: Positive = 10
+    """optimizer steps between logged losses"""
+    store_minutes: NonNegativeFloat | None = None
+    """minutes between training checkpoints that go to the store; none: they stay local"""
     # several GPUs
-    processes: int | None = Field(None, ge=1, description="training processes; none: one for each GPU of the step")
-    sharding: Literal["none", "fsdp", "zero2"] = Field(
-        "none", description="with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"
-    )
+    processes: Positive | None = None
+    """training processes; none: one for each GPU of the step"""
+    sharding: Literal["none", "fsdp", "zero2"] = "none"
+    """with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"""
 
 
 class NextToken(Stage):
     """What methods share that train on an exact number of tokens of the training data."""
 
-    max_length: int = Field(512, ge=2, description="tokens per sequence; longer ones are truncated")
+    max_length: int = Field(512, ge=2)
+    """tokens per sequence; longer ones are truncated"""
     # at inference the model reads prompts and writes answers
-    loss: Literal["completion", "all"] = Field("completion", description="train on the answer only, or on all tokens")
-    packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
+    loss: Literal["completion", "all"] = "completion"
+    """train on the answer only, or on all tokens"""
+    packing: bool = False
+    """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
-    decay: Literal["last", "each"] = Field(
-        "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
-    )
-    carry_moments: bool = Field(True, description="carry the optimizer state through pruning, sliced with the weights")
-    lora: Lora | None = Field(None, description="train low-rank adapters; none: all weights")
+    decay: Literal["last", "each"] = "last"
+    """decay the learning rate in the last iteration only, or in each (a fresh cosine)"""
+    carry_moments: bool = True
+    """carry the optimizer state through pruning, sliced with the weights"""
+    lora: Lora | None = None
+    """train low-rank adapters; none: all weights"""
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
@@ -194,17 +222,22 @@ class NextToken(Stage):
 class Cpt(NextToken):
     """Recovery by continual pre-training on the training data."""
 
-    method: Literal["cpt"] = Field("cpt", description="continual pre-training")
+    method: Literal["cpt"] = "cpt"
+    """continual pre-training"""
 
 
 class Distil(NextToken):
     """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
 
-    method: Literal["distil"] = Field("distil", description="distillation")
+    method: Literal["distil"] = "distil"
+    """distillation"""
     # what the student learns from, and how much of the loss that is
-    teacher: Location | None = Field(None, description="local folder or hub id; none: the run's original model")
-    temperature: float = Field(1.0, gt=0, description="both distributions are softened by it; the loss is scaled back")
-    mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the rest goes to the KL")
+    teacher: Location | None = None
+    """local folder or hub id; none: the run's original model"""
+    temperature: PositiveFloat = 1.0
+    """both distributions are softened by it; the loss is scaled back"""
+    mix: float = Field(0.5, ge=0, le=1)
+    """weight of the next-token loss; the rest goes to the KL"""
 
     @model_validator(mode="after")
     def _no_packing(self) -> Self:
@@ -218,16 +251,17 @@ class Reward(Section):
     """One part of the reward; `answer` and `tests` are templates over a row's columns."""
 
     # the functions are in rewards.REWARDS
-    name: Literal["final_answer", "math", "code", "format"] = Field(
-        description="what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"
-    )
-    weight: float = Field(1.0, gt=0, description="of this part in the sum")
+    name: Literal["final_answer", "math", "code", "format"]
+    """what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"""
+    weight: PositiveFloat = 1.0
+    """of this part in the sum"""
     # what an answer is compared with, by the method that is named
-    answer: Template = Field("{answer}", description="the reference, for `final_answer` and `math`")
-    tests: Template = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
-    pattern: str = Field(
-        r"(?s).*(####|\\boxed\{)[^#]*", description="regular expression that a whole answer must match, for `format`"
-    )
+    answer: Template = "{answer}"
+    """the reference, for `final_answer` and `math`"""
+    tests: Template = "{test}"
+    """Python that raises when the answer is wrong, for `code`"""
+    pattern: str = r"(?s).*(####|\\boxed\{)[^#]*"
+    """regular expression that a whole answer must match, for `format`"""
 
     @field_validator("pattern")
     @classmethod
@@ -249,34 +283,40 @@ class Reward(Section):
 class Grpo(Stage):
     """Recovery by reinforcement learning with verifiable rewards (GRPO, arXiv 2402.03300)."""
 
-    method: Literal["grpo"] = Field("grpo", description="reinforcement learning with verifiable rewards")
+    method: Literal["grpo"] = "grpo"
+    """reinforcement learning with verifiable rewards"""
     # other defaults than those of the methods that learn from text
-    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak, after the warm-up")
-    batch_size: int = Field(64, ge=2, description="answers per optimizer step, over all processes")
-    warmup_steps: int = Field(3, ge=0, description="optimizer steps over which the learning rate rises from 0")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    learning_rate: float = Field(1e-6, gt=0, lt=1)
+    """peak, after the warm-up"""
+    batch_size: int = Field(64, ge=2)
+    """answers per optimizer step, over all processes"""
+    warmup_steps: NonNegativeInt = 3
+    """optimizer steps over which the learning rate rises from 0"""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay"""
     # how long it trains
-    steps: int = Field(
-        240, ge=1, description="optimizer steps over all iterations, at most; shared out over them like the tokens"
-    )
+    steps: Positive = 240
+    """optimizer steps over all iterations, at most; shared out over them like the tokens"""
     # the answers
-    num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
-    max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
-    beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")
-    temperature: float = Field(1.0, gt=0, description="of the sampled answers")
+    num_generations: int = Field(8, ge=2)
+    """answers to one prompt, which are compared with each other"""
+    max_completion_length: Positive = 512
+    """tokens of one answer"""
+    beta: NonNegativeFloat = 0.01
+    """weight of the KL to the model that training began with"""
+    temperature: PositiveFloat = 1.0
+    """of the sampled answers"""
     # what the model is asked, and which answers are rewarded
-    prompts: DataSource | None = Field(None, description="none: the prompts of `training`'s first source")
+    prompts: DataSource | None = None
+    """none: the prompts of `training`'s first source"""
     rewards: tuple[Reward, ...] = Field(
-        (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)),
-        min_length=1,
-        description="parts of an answer's reward, added up by weight",
+        (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
     )
-    guard_prompts: int = Field(
-        32, ge=1, description="prompts on which pass@num_generations is measured before training"
-    )
-    rollouts: Literal["auto", "transformers", "vllm"] = Field(
-        "auto", description="what generates the answers; auto: vLLM where it is installed and there is a GPU"
-    )
+    """parts of an answer's reward, added up by weight"""
+    guard_prompts: Positive = 32
+    """prompts on which pass@num_generations is measured before training"""
+    rollouts: Literal["auto", "transformers", "vllm"] = "auto"
+    """what generates the answers; auto: vLLM where it is installed and there is a GPU"""
 
     @model_validator(mode="after")
     def _divides_into_groups(self) -> Self:
@@ -318,7 +358,8 @@ RecoverStage = Annotated[_Cpt | _Distil | _Grpo, _BY_METHOD]
 class Recovery(Section):
     """The stages of one recovery, one after another."""
 
-    stages: tuple[RecoverStage, ...] = Field(min_length=1, description="in the order of their work")
+    stages: tuple[RecoverStage, ...] = Field(min_length=1)
+    """in the order of their work"""
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:
@@ -334,16 +375,12 @@ class Recovery(Section):
 
     def _stages_without_share(self) -> list[RecoverStage]:
         """The stages that divide what the shares leave; grpo needs no tokens of its own, its steps limit it."""
-        without_share = [stage for stage in self.stages if stage.share is None]
-        return [stage for stage in without_share if stage.method != "grpo"]
+        return [stage for stage in self.stages if stage.share is None and stage.method != "grpo"]
 
     def budgets(self, tokens: int) -> tuple[int | None, ...]:
         """Tokens of each stage; they add up to `tokens`. None: a grpo stage that only its steps limit."""
         # as fractions: 0.1 as a float is a little more than a tenth
-        rest = Fraction(1)
-        for stage in self.stages:
-            if stage.share is not None:
-                rest -= Fraction(str(stage.share))
+        rest = 1 - sum((Fraction(str(stage.share or 0)) for stage in self.stages), Fraction(0))
         num_others = len(self._stages_without_share())
         budgets: list[int | None] = []
         share_so_far = Fraction(0)

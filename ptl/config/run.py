@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
 from ptl.config import image_names, suggestions, yaml_text
-from ptl.config.base import Section
+from ptl.config.base import Positive, Section
 from ptl.config.cluster import Resources, Storage
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
@@ -45,17 +45,17 @@ class Calibration(Section):
     # Which text, and how much of it.
     data: DataSource
     """where the text comes from"""
-    num_sequences: int = Field(64, ge=1)
+    num_sequences: Positive = 64
     """sequences scored, drawn with the run's seed"""
     max_length: int = Field(512, ge=2)
     """tokens per sequence; longer ones are truncated"""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Positive = 16
     """sequences per forward pass"""
 
     # A model's own answers are nearer to what it will write than a data set's are.
     answers: Literal["given", "self"] = "given"
     """`self`: the current model answers the prompts itself, and its correct answers are scored on"""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: Positive = 256
     """longest answer of its own (answers `self`)"""
 
 
@@ -68,11 +68,11 @@ class Task(Section):
     """the metric of the task that is reported as accuracy"""
 
     # What the task's YAML says holds unless it is set here.
-    num_fewshot: int | None = Field(None, ge=0)
+    num_fewshot: NonNegativeInt | None = None
     """none: what the task says"""
-    limit: int | None = Field(None, ge=1)
+    limit: Positive | None = None
     """first N items; none: all"""
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: Positive | None = None
     """longest answer; none: what the task says (else 256)"""
 
 
@@ -82,11 +82,11 @@ class Speed(Section):
     # Tokens per second.
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     """sequences generated at once"""
-    prompt_tokens: int = Field(64, ge=1)
+    prompt_tokens: Positive = 64
     """tokens of each prompt"""
-    new_tokens: int = Field(32, ge=1)
+    new_tokens: Positive = 32
     """tokens generated after each prompt"""
-    repeats: int = Field(3, ge=0)
+    repeats: NonNegativeInt = 3
     """the median is reported; 0: do not measure speed"""
 
     # Seconds per solved problem: a smaller model may also answer at greater length.
@@ -108,7 +108,7 @@ class Evaluate(Section):
     # How the answers are generated.
     backend: Literal["hf", "vllm"] = "hf"
     """what generates the answers; vllm needs a GPU"""
-    batch_size: int = Field(64, ge=1)
+    batch_size: Positive = 64
     """items answered at once"""
     max_length: int | None = Field(None, ge=2)
     """none: the model's own context length"""
@@ -147,7 +147,7 @@ class Gate(Section):
     """significance level of each test: how often no real loss is taken for one"""
 
     # What follows from its result.
-    max_rejections: int = Field(3, ge=1)
+    max_rejections: Positive = 3
     """rejections in a row, each halves the cut, before the loop stops"""
     strict: bool = False
     """accept only what is shown not inferior; needs many items"""
@@ -200,13 +200,11 @@ class Config(Section):
 
     def image_names(self) -> list[str]:
         """The images that the steps of this run need."""
-        vllm = self.evaluate.backend == "vllm"
-        return image_names.names(self.images.registry, self.images.tag, vllm=vllm)
+        return image_names.names(self.images.registry, self.images.tag, vllm=self.evaluate.backend == "vllm")
 
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
         recovery = Recovery(stages=self.recover)
-        total = self.schedule.recovery_tokens
         # Early iterations of a doubling budget get little, and a stage only its share of it.
         for iteration in plan(self.schedule, self.prune):
             # None: a grpo stage that only its steps limit.
@@ -214,8 +212,8 @@ class Config(Section):
             fewest = min(budgets, default=MIN_TOKENS)
             if fewest < MIN_TOKENS:
                 raise ValueError(
-                    f"schedule.recovery_tokens={total} leaves {fewest or 'no'} token for a stage of iteration "
-                    f"{iteration.index}: raise it, or set schedule.tokens=uniform"
+                    f"schedule.recovery_tokens={self.schedule.recovery_tokens} leaves {fewest or 'no'} token for a "
+                    f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
                 )
         return self
 
@@ -259,10 +257,7 @@ def essentials(config: Config) -> dict[str, Any]:
     }
     settings = config.model_dump(**options)
     # A stage's method is the default of its class, but says which class it is.
-    settings["recover"] = []
-    for stage in config.recover:
-        stage_settings = {"method": stage.method, **stage.model_dump(**options)}
-        settings["recover"].append(stage_settings)
+    settings["recover"] = [{"method": stage.method, **stage.model_dump(**options)} for stage in config.recover]
     return settings
 
 
@@ -301,11 +296,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
             text = file.read(yaml_text.BYTES + 1)
         settings = yaml_text.load(text, str(path), field="config")
     except (OSError, UnicodeDecodeError) as error:
-        problem = f"{str(path)[:200]} cannot be read: {error}"
-        raise InputError(problem[:500], field="config") from error
+        raise InputError(f"{str(path)[:200]} cannot be read: {error}"[:500], field="config") from error
     if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise InputError(f"{path} must hold a mapping of fields, found {kind}", field="config")
+        raise InputError(f"{path} must hold a mapping of fields, found {type(settings).__name__}", field="config")
     return settings
 
 
@@ -333,8 +326,8 @@ def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Pat
     try:
         return section.model_validate(settings, context=folder and {FOLDER: folder})
     except ValidationError as error:  # which lists all wrong fields, and so does ours
-        lines = "\n".join(_explanations(section, error))
-        raise InputError(f"wrong values\n{lines}", field=where) from error
+        lines = ["wrong values", *_explanations(section, error)]
+        raise InputError("\n".join(lines), field=where) from error
 
 
 def _explanations(section: type[Section], error: ValidationError) -> Iterator[str]:
@@ -351,22 +344,17 @@ def _explanation(section: type[Section], details: Any) -> str:
     """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
         similar = " or ".join(suggestions.fields(section, details["loc"]))
-        remedy = f"did you mean {similar}?" if similar else "remove it, or see `ptl schema` for the fields there are"
-        return f"unknown field; {remedy}"
+        if similar:
+            return f"unknown field; did you mean {similar}?"
+        return "unknown field; remove it, or see `ptl schema` for the fields there are"
     if details["type"] == "missing":
         return "missing; add it"
     message = details["msg"]
     if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
         message = str(details["ctx"]["error"])
-    value = details["input"]
-    if isinstance(value, dict):  # a whole section says less than the message
+    if isinstance(details["input"], dict):  # a whole section says less than the message
         return message
-    return f"{_beginning(value)}: {message}"
-
-
-def _beginning(value: Any) -> str:
-    """A wrong value as it is shown: somebody may have pasted a whole file."""
-    text = repr(value)
-    if len(text) <= SHOWN:
-        return text
-    return f"{text[:SHOWN]}... ({len(text):,} characters)"
+    value = repr(details["input"])
+    if len(value) > SHOWN:  # somebody may have pasted a whole file
+        value = f"{value[:SHOWN]}... ({len(value):,} characters)"
+    return f"{value}: {message}"

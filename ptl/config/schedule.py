@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator
 
-from ptl.config.base import LARGEST, Section
+from ptl.config.base import LARGEST, Positive, Section
 
 FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
 
@@ -38,7 +38,7 @@ class Schedule(Section):
     """equal cuts, or large ones first on a cubic curve"""
     tokens: Literal["uniform", "doubling"] = "doubling"
     """equal budgets, or twice as much each time"""
-    recovery_tokens: int = Field(ge=0)
+    recovery_tokens: NonNegativeInt
     """tokens of recovery training over all iterations"""
 
 
@@ -51,7 +51,7 @@ class Prune(Section):
         description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`; `auto` chooses in "
         "each iteration by the measured loss per parameter",
     )
-    layer_iterations: int = Field(1, ge=1)
+    layer_iterations: Positive = 1
     """only with `neurons_then_layers`"""
     criterion: Literal["max", "mean", "weight", "taylor", "random"] = "max"
     """score of a neuron"""
@@ -78,14 +78,14 @@ class Prune(Section):
         description="round the FFN width down to a multiple of this; `auto`: 128, 64, 8 or 1, the first that goes into "
         "the width at least 8 times, evenly",
     )
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: Positive = 1
     """GPUs that will share the model; each width is a multiple of it"""
 
     # What is fixed in closed form before any training.
     repair: Literal["off", "ridge"] = "off"
     """after pruning, without training: `ridge` fits down_proj to the output of the layer before it was pruned"""
 
-    ridge: float = Field(0.1, gt=0)
+    ridge: PositiveFloat = 0.1
     """strength of `ridge`, a share of the mean second moment of a neuron"""
 
     @field_validator("repair", mode="before")

@@ -19,8 +19,8 @@ def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     """Dotted names of fields that were probably meant at the location of an unknown one, the best first."""
     known = field_paths(section)
     *outer, last = location
-    names = [part for part in outer if isinstance(part, str)]  # not the indices of lists
-    parents = tuple(name for name in names if name not in METHODS)
+    # Without the indices of lists.
+    parents = tuple(part for part in outer if isinstance(part, str) and part not in METHODS)
 
     # A typing error: a similar name in the same section.
     siblings = [path[-1] for path in known if path[:-1] == parents]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -21,13 +20,11 @@ UNSTORABLE = re.compile("[\\0\\ud800-\\udfff]")  # no UTF-8 file or database tak
 def load(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader, *, field: str = "") -> Any:
     """The value of a YAML text; `kind` may know more tags. Raises InputError whose problem begins with `where`."""
     if len(text) > BYTES:
-        limit = BYTES >> 10
-        raise InputError(f"{where} is longer than {limit} KiB, which no config is", field=field)
+        raise InputError(f"{where} is longer than {BYTES >> 10} KiB, which no config is", field=field)
     try:
         return _construct(kind(text))
     except InputError as error:  # of a line
-        problem = f"{where}, {error.problem}"
-        raise InputError(problem, field=field, remedy=error.remedy) from error
+        raise InputError(f"{where}, {error.problem}", field=field, remedy=error.remedy) from error
     except RecursionError as error:
         raise InputError(f"{where} is nested too deeply", field=field) from error
     except Exception as error:  # PyYAML's constructors leak a dozen kinds, for example for `2026-13-01`
@@ -46,18 +43,12 @@ def _construct(loader: yaml.SafeLoader) -> Any:
         loader.dispose()
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """The size of a node with its aliases expanded."""
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """Values in a node and its height in levels, with its aliases expanded.
 
-    values: int  # of itself and below
-    height: int  # levels
-
-
-def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measure:
-    """Size of a node; each is visited once, however many aliases name it. Raises InputError that begins with a line."""
-    number = node.start_mark.line + 1
-    line = f"line {number}"
+    Each is visited once, however many aliases name it. Raises InputError that begins with a line.
+    """
+    line = f"line {node.start_mark.line + 1}"
     if id(node) in known:
         return known[id(node)]
     if depth > DEPTH:  # also where an anchor holds itself
@@ -65,16 +56,15 @@ def _measure(node: yaml.Node, known: dict[int, _Measure], depth: int) -> _Measur
 
     values = height = 1
     for child in _child_nodes(node, line):
-        below = _measure(child, known, depth + 1)
-        values += below.values
-        height = max(height, 1 + below.height)
+        child_values, child_height = _measure(child, known, depth + 1)
+        values += child_values
+        height = max(height, 1 + child_height)
     # Only aliases bring a node that was read as a small one above these.
     if values > VALUES or height > DEPTH:
         raise InputError(f"{line} holds more than {VALUES:,} values, or more than {DEPTH} levels, by its aliases")
 
-    measure = _Measure(values, height)
-    known[id(node)] = measure
-    return measure
+    known[id(node)] = values, height
+    return values, height
 
 
 def _child_nodes(node: yaml.Node, line: str) -> list[yaml.Node]:
@@ -90,8 +80,7 @@ def _child_nodes(node: yaml.Node, line: str) -> list[yaml.Node]:
 
 def _check_scalar(node: yaml.ScalarNode, line: str) -> None:
     if UNSTORABLE.search(node.value):
-        beginning = repr(node.value[:40])
-        raise InputError(f"{line} has a character that no file can hold ({beginning})", remedy="remove it")
+        raise InputError(f"{line} has a character that no file can hold ({node.value[:40]!r})", remedy="remove it")
     digits = len(node.value)
     if node.tag == "tag:yaml.org,2002:int" and digits > DIGITS:
         raise InputError(f"{line} is a number of {digits:,} digits", remedy="give a smaller one")
@@ -104,5 +93,4 @@ def _check_keys(node: yaml.MappingNode, line: str) -> None:
     del counts["<<"]  # merges may be several
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
-        name = repeated[0]
-        raise InputError(f"{line}: {name!r} appears twice in one section", remedy="remove one")
+        raise InputError(f"{line}: {repeated[0]!r} appears twice in one section", remedy="remove one")

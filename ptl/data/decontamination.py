@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,19 @@ class Benchmark:
 
     def shares(self, row: RowWords) -> bool:
         """Whether a training row has text of this benchmark."""
-        if not self.ngrams.isdisjoint(row.ngrams):
-            return True
-        if any(map(self._has_short_item, row.texts)):
-            return True
-        return any(map(self._is_item, row.lines))
+        return (
+            not self.ngrams.isdisjoint(row.ngrams)
+            or any(map(self._has_short_item, row.texts))
+            or any(map(self._is_item, row.lines))
+        )
+
+    def counts(self) -> dict[str, int]:
+        """For the report."""
+        return {
+            "items": self.items,
+            "short": self.short,
+            "dropped": self.dropped,
+        }
 
     def _has_short_item(self, words: Words) -> bool:
         """Whether the words of a short item are among these, one after another."""
@@ -59,18 +67,14 @@ class Benchmark:
         # all keys have one length
         size = len(next(iter(self.short_items)))
         for start in range(len(words) - size + 1):
-            first_words = words[start : start + size]
-            for item in self.short_items.get(first_words, ()):
-                end = start + len(item)
-                if words[start:end] == item:
+            for item in self.short_items.get(words[start : start + size], ()):
+                if words[start : start + len(item)] == item:
                     return True
         return False
 
     def _is_item(self, line: Words) -> bool:
         """Whether a line is an item, with or without the words of a template."""
-        if line in self.lines:
-            return True
-        return _without_affixes(line, self.affixes) in self.lines
+        return line in self.lines or _without_affixes(line, self.affixes) in self.lines
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,7 @@ class Filter:
     def _leaks(self, row: SourceRow) -> bool:
         """Whether a row shares text with a benchmark; counted for each of them."""
         columns = texts(bare(row))
-        # with the words of the templates, as it is trained on
-        trained = texts(row)
-        words = _row_words(columns, trained, self.ngram)
+        words = _row_words(columns, texts(row), self.ngram)
         leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
         if not leaked:
             return False
@@ -114,29 +116,21 @@ class Filter:
         self.dropped += 1
         if len(self.examples) < MAX_EXAMPLES:
             excerpt = _question(columns).strip()[:200]
-            location = f"{row.source.source} row {row.number}"
-            self.examples.append(f"{location}: {excerpt}")
+            self.examples.append(f"{row.source.source} row {row.number}: {excerpt}")
         return True
 
     def report(self) -> dict[str, Any]:
         """What was compared and dropped, for the step's metadata; see `sentence`."""
-        counts: Counter[str] = Counter()
-        benchmarks = {}
-        for name, benchmark in self.benchmarks.items():
-            benchmarks[name] = {
-                "items": benchmark.items,
-                "short": benchmark.short,
-                "dropped": benchmark.dropped,
-            }
-            counts.update(benchmarks[name])
+        benchmarks = self.benchmarks.values()
+        items = sum(benchmark.items for benchmark in benchmarks)
         return {
             # with no items, no row was compared
-            "rows": len(self.decisions) if counts["items"] else 0,
+            "rows": len(self.decisions) if items else 0,
             "dropped": self.dropped,  # a row that shares text with two benchmarks counts once
-            "items": counts["items"],
-            "short": counts["short"],
+            "items": items,
+            "short": sum(benchmark.short for benchmark in benchmarks),
             "ngram": self.ngram,
-            "benchmarks": benchmarks,
+            "benchmarks": {name: benchmark.counts() for name, benchmark in self.benchmarks.items()},
             "not_compared": self.not_compared,
             "examples": self.examples,
         }
@@ -157,12 +151,11 @@ def sentence(report: dict[str, Any]) -> str:
     if dropped:
         parts.append(f"{dropped:,} of {rows} were left out: they share text with a benchmark")
     elif items > short:
-        comparable = items - short
-        parts.append(f"None of {rows} shares text with one of {comparable:,} benchmark items")
+        parts.append(f"None of {rows} shares text with one of {items - short:,} benchmark items")
     if short:
         parts.append(f"{short:,} of {items:,} benchmark items have too few words to be found inside a row")
-    if report["not_compared"]:
-        names = ", ".join(report["not_compared"])
+    names = ", ".join(report["not_compared"])
+    if names:
         parts.append(f"Training rows were not compared with {names}, whose items are not known")
     elif not items:
         parts.append("Training rows were not compared with a benchmark: there are no items")
@@ -180,7 +173,7 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     items: dict[str, list[Item]] = {}
     not_compared: list[str] = []
     if settings.tasks and scored is None:
-        not_compared.append("evaluate.tasks")
+        not_compared = ["evaluate.tasks"]
     elif settings.tasks and scored is not None:
         items = _scored_items(scored)
         # tasks without items that have a prompt and an answer, such as perplexity
@@ -188,8 +181,7 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
         names = [task["task"] for task in scores["tasks"]]
         not_compared = [name for name in names if name not in items]
     for source in settings.against:
-        parts = (source.source, source.subset, source.split)
-        name = " ".join(filter(None, parts))
+        name = " ".join(filter(None, (source.source, source.subset, source.split)))
         # the same rows may be named again, for other columns
         if name in items:
             name += f" ({len(items)})"
@@ -204,9 +196,8 @@ def _scored_items(folder: Path) -> dict[str, list[Item]]:
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
         for line in lines:
             item = json.loads(line)
-            answer = str(item["target"])
             task_items = items.setdefault(item["task"], [])
-            task_items.append((item["prompt"], answer))
+            task_items.append((item["prompt"], str(item["target"])))
     return items
 
 
@@ -214,8 +205,7 @@ def _source_items(source: DataSource) -> list[Item]:
     """Prompts and right answers of a benchmark that a source holds."""
     items = []
     for row in numbered_rows(source):
-        question = _without_system_message(row)
-        columns = texts(bare(question))
+        columns = texts(bare(_without_system_message(row)))
         # where the answer begins in a text is not known: all of it is both
         items.append((_question(columns), columns[1]))
     return items
@@ -225,16 +215,11 @@ def _without_system_message(row: SourceRow) -> SourceRow:
     """A benchmark's chat without its system message, which is no part of the question."""
     column = row.source.messages
     chat = row.columns.get(column)
-    is_chat = row.source.format == "messages"
-    if not is_chat or not isinstance(chat, list):
+    if row.source.format != "messages" or not isinstance(chat, list):
         return row
-    kept = [message for message in chat if not _is_system_message(message)]
-    return replace(row, columns={**row.columns, column: kept})
-
-
-def _is_system_message(message: Any) -> bool:
     # what is no message at all is reported where the chat is read
-    return isinstance(message, dict) and message.get("role") == "system"
+    kept = [message for message in chat if not isinstance(message, dict) or message.get("role") != "system"]
+    return replace(row, columns={**row.columns, column: kept})
 
 
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
@@ -244,9 +229,7 @@ def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     questions, affixes = _without_template(prompts)
     bare_answers, _ = _without_template(answers)
     # an answer is searched for only if it is long: short ones are the answers of many questions
-    ngrams: set[Words] = set()
-    for answer in bare_answers:
-        ngrams |= _ngrams(answer, ngram)
+    ngrams = _ngrams(bare_answers, ngram)
     # the prompts of a small benchmark may share words that are no template
     has_template = len(items) >= TEMPLATE_ITEMS
     least = min(SHORTEST, ngram)
@@ -256,24 +239,21 @@ def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     for prompt, question in zip(prompts, questions, strict=True):
         words = question if has_template else prompt
         if len(words) >= ngram:
-            ngrams |= _ngrams(words, ngram)
+            ngrams |= _ngrams([words], ngram)
             continue
         # too few words to be searched for inside a row: compared with its lines
         if len(words) < least:
             num_short += 1
             lines.add(words)
-        variants = [words, *_widened(question, affixes, least)]
+        searched |= {words, *_widened(question, affixes, least)}
         if question:
-            variants.append(prompt)  # a copy may have the template's words too
-        for variant in variants:
-            if len(variant) >= least:
-                searched.add(variant)
+            searched.add(prompt)  # a copy may have the template's words too
     lines.discard(())  # an item without a word
     # by the words they begin with, so that a row is read once for all of them
     short_items: dict[Words, list[Words]] = {}
     for item in searched:
-        first_words = item[:least]
-        short_items.setdefault(first_words, []).append(item)
+        if len(item) >= least:
+            short_items.setdefault(item[:least], []).append(item)
     return Benchmark(len(items), num_short, ngrams, short_items, lines, affixes)
 
 
@@ -293,20 +273,15 @@ def _widened(question: Words, affixes: Affixes, least: int) -> list[Words]:
 def _row_words(columns: Item, trained: Item, ngram: int) -> RowWords:
     # joined, so that an item may begin in the prompt and end in the answer; most templates add no words
     row_texts = {_words("\n".join(pair)) for pair in (columns, trained)}
-    ngrams: set[Words] = set()
-    for words in row_texts:
-        ngrams |= _ngrams(words, ngram)
     # a short item is often a line of its own, such as one below `Q:`
     question = _question(columns)
-    lines = [_words(line) for line in question.splitlines()]
-    lines.append(_words(question))
-    return RowWords(row_texts, lines, ngrams)
+    lines = [_words(line) for line in [*question.splitlines(), question]]
+    return RowWords(row_texts, lines, _ngrams(row_texts, ngram))
 
 
 def _question(columns: Item) -> str:
     """A row's prompt, or all of a text: a line of an answer is too often a line of another answer."""
-    prompt, completion = columns
-    return prompt or completion
+    return columns[0] or columns[1]
 
 
 def _without_affixes(line: Words, affixes: Affixes) -> Words:
@@ -334,21 +309,15 @@ def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], Affixes]:
     # in what is left, so that no word belongs to both ends
     from_the_end = [words[::-1] for words in rest]
     end = _common_prefix(from_the_end)[::-1]
-    questions = []
-    for words in rest:
-        length = len(words) - len(end)
-        questions.append(words[:length])
+    questions = [words[: len(words) - len(end)] for words in rest]
     return questions, (begin, end)
 
 
 def _common_prefix(prompts: Sequence[Words]) -> Words:
     """The words that all texts begin with."""
-    count = 0
-    for column in zip(*prompts, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return prompts[0][:count]
+    positions = zip(*prompts, strict=False)
+    same = takewhile(lambda words: len(set(words)) == 1, positions)
+    return tuple(words[0] for words in same)
 
 
 def _words(text: str) -> Words:
@@ -359,6 +328,10 @@ def _words(text: str) -> Words:
     return tuple(WORD.findall(visible))
 
 
-def _ngrams(words: Words, n: int) -> set[Words]:
-    starts = range(len(words) - n + 1)
-    return {words[start : start + n] for start in starts}
+def _ngrams(row_texts: Iterable[Words], n: int) -> set[Words]:
+    """All runs of n words."""
+    ngrams: set[Words] = set()
+    for words in row_texts:
+        starts = range(len(words) - n + 1)
+        ngrams.update(words[start : start + n] for start in starts)
+    return ngrams

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ptl.config.recover import DataSource, Distil, Grpo, NextToken, RecoverStage, TrainingData
+from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage, TrainingData
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.model import checks, hub
@@ -31,10 +31,16 @@ def check_settings(
     _check_recovery(folder, recover, teacher=None)
 
     # Chats, by the field that names them.
-    sources: dict[str, DataSource] = {"calibration.data": calibration.data}
-    for number, source in enumerate(training.sources):
-        sources[f"training.sources.{number}"] = source
-    check_chat_template(folder, sources)
+    if checks.has_chat_template(folder):
+        return
+    training_sources = {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
+    for field, source in {"calibration.data": calibration.data, **training_sources}.items():
+        if source.format == "messages":
+            raise InputError(
+                f"`messages` needs a chat template, and the tokenizer of {folder} has none",
+                field=f"{field}.format",
+                remedy="use another format, or a model with a template",
+            )
 
 
 def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | None) -> None:
@@ -62,10 +68,8 @@ def _check_distillation(folder: Path, stage: Distil, original: Path | None) -> N
     teacher = _teacher_files(stage.teacher) if stage.teacher else original
     if teacher is None:
         return
-    lengths = {"recover.max_length (for recover.teacher)": stage.max_length}
-    checks.check_positions(teacher, lengths)
-    name = stage.teacher or str(teacher)  # as the user knows it
-    checks.check_teacher(folder, teacher, name)
+    checks.check_positions(teacher, {"recover.max_length (for recover.teacher)": stage.max_length})
+    checks.check_teacher(folder, teacher, stage.teacher or str(teacher))
 
 
 def _teacher_files(teacher: str) -> Path:
@@ -79,16 +83,3 @@ def _teacher_files(teacher: str) -> Path:
             remedy="give the folder of a checkpoint, or a hub id",
         )
     return folder
-
-
-def check_chat_template(folder: Path, sources: Mapping[str, DataSource]) -> None:
-    """Raise InputError for chats without a template that renders them."""
-    if checks.has_chat_template(folder):
-        return
-    for field, source in sources.items():
-        if source.format == "messages":
-            raise InputError(
-                f"`messages` needs a chat template, and the tokenizer of {folder} has none",
-                field=f"{field}.format",
-                remedy="use another format, or a model with a template",
-            )

@@ -24,8 +24,7 @@ def final_answer(text: str) -> str:
         text = text.rsplit("####", 1)[1]
     elif r"\boxed{" in text:
         # may be a formula: all of it counts
-        behind = text.rsplit(r"\boxed{", 1)[1]
-        return _up_to_closing_brace(behind).strip()
+        return _up_to_closing_brace(text.rsplit(r"\boxed{", 1)[1]).strip()
     numbers = NUMBER.findall(text)
     return numbers[-1].replace(",", "") if numbers else ""
 
@@ -41,22 +40,23 @@ def own_answers(
     Needs the complete model in memory, unlike scoring. Raises WorkError when no answer is correct.
     """
     if settings.data.format == "text":
-        problem = "`self` needs prompts: data.format must be prompt_completion or messages"
-        raise InputError(problem, field="calibration.answers")
+        raise InputError(
+            "`self` needs prompts: data.format must be prompt_completion or messages", field="calibration.answers"
+        )
     # more than are needed: not every answer will be correct
     prompts = calibration_rows(settings, tokenizer, seed, TRIES * settings.num_sequences)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = pretrained.causal_lm(folder).eval().to(device)
     correct: list[Tokens] = []
-    num_asked = 0
     # until there are enough, or no prompts are left
-    while len(correct) < settings.num_sequences and num_asked < len(prompts):
-        group = prompts[num_asked : num_asked + settings.batch_size]
-        num_asked += len(group)
+    for begin in range(0, len(prompts), settings.batch_size):
+        if len(correct) >= settings.num_sequences:
+            break
+        group = prompts[begin : begin + settings.batch_size]
         correct += _correct_answers(model, tokenizer, group, settings)
     if not correct:
         raise WorkError(
-            f"none of the model's own answers to {num_asked} prompts was correct",
+            f"none of the model's own answers to {len(prompts)} prompts was correct",
             field="calibration.answers",
             remedy="use `given` answers, or raise calibration.max_new_tokens",
         )
@@ -72,16 +72,13 @@ def _correct_answers(
     """The prompts with the model's answers, where these end and are correct."""
     eos = tokenizer.eos_token_id
     correct = []
-    answers = _generate(model, tokenizer, group, settings)
-    for tokens, answer in zip(group, answers, strict=True):
+    for tokens, answer in zip(group, _generate(model, tokenizer, group, settings), strict=True):
         # an answer that max_new_tokens ended has no conclusion
         if eos not in answer:
             continue
-        length = answer.index(eos) + 1
-        answer = answer[:length]
+        answer = answer[: answer.index(eos) + 1]
         # the data's own answer, of which the conclusion counts
-        reference = tokens.ids[tokens.prompt :]
-        expected = final_answer(tokenizer.decode(reference, skip_special_tokens=True))
+        expected = final_answer(tokenizer.decode(tokens.ids[tokens.prompt :], skip_special_tokens=True))
         concluded = final_answer(tokenizer.decode(answer, skip_special_tokens=True))
         if expected and concluded == expected:
             # to be scored like a row of the data
@@ -103,8 +100,7 @@ def _generate(
     batch = padded_ids(prompts, pad_token, "left")  # [batch, width]
     width = batch["input_ids"].shape[1]
     generated = model.generate(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
+        **{name: tensor.to(model.device) for name, tensor in batch.items()},
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
@@ -118,10 +114,7 @@ def _up_to_closing_brace(text: str) -> str:
     """The text up to the brace that closes one opened before it."""
     depth = 1  # braces that are open
     for position, character in enumerate(text):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
             return text[:position]
     return text

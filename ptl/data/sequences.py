@@ -34,21 +34,21 @@ class Tokens:
         """Labels for next-token training: all tokens, or the completion's only."""
         if loss == "all":
             return self.ids
-        completion = self.ids[self.prompt :]
-        return [IGNORED] * self.prompt + completion
+        return [IGNORED] * self.prompt + self.ids[self.prompt :]
 
 
 def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     """One row as tokens, ended by EOS and truncated to max_length."""
     if tokenizer.eos_token_id is None:
-        problem = "the tokenizer has no EOS token, so no answer could end"
-        raise InputError(problem, field="model.path", remedy="set eos_token and save it")
-    is_chat = row.source.format == "messages"
-    encode = _chat_tokens if is_chat else _text_tokens
+        raise InputError(
+            "the tokenizer has no EOS token, so no answer could end",
+            field="model.path",
+            remedy="set eos_token and save it",
+        )
+    encode = _chat_tokens if row.source.format == "messages" else _text_tokens
     prompt, ids = encode(row, tokenizer)
     # a prompt that fills max_length leaves no completion
-    num_prompt = min(len(prompt), max_length)
-    return Tokens(ids[:max_length], num_prompt)
+    return Tokens(ids[:max_length], min(len(prompt), max_length))
 
 
 def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
@@ -73,8 +73,9 @@ def _chat_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
     full = chat_ids(tokenizer, chat + answer, row.number, ended=True)
     # the prompt's length is where the labels begin
     if full[: len(prompt)] != prompt:
-        problem = f"row {row.number}: the chat template renders the prompt differently with its answer"
-        raise InputError(problem, field="data.messages")
+        raise InputError(
+            f"row {row.number}: the chat template renders the prompt differently with its answer", field="data.messages"
+        )
     return prompt, full
 
 
@@ -89,13 +90,19 @@ def chat_ids(
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        problem = "`messages` needs a chat template, and the tokenizer has none"
-        raise InputError(problem, field="data.format", remedy="use another format")
+        raise InputError(
+            "`messages` needs a chat template, and the tokenizer has none",
+            field="data.format",
+            remedy="use another format",
+        )
     try:
         encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=not ended, return_dict=True)
     except (TemplateError, TypeError) as error:
-        problem = f"row {number}: the model's chat template does not take it ({error})"
-        raise InputError(problem, field="data.messages", remedy="correct the row") from error
+        raise InputError(
+            f"row {number}: the model's chat template does not take it ({error})",
+            field="data.messages",
+            remedy="correct the row",
+        ) from error
     return list(encoded["input_ids"])
 
 
@@ -121,13 +128,10 @@ def calibration_rows(
 ) -> list[Tokens]:
     """As many rows of the calibration data drawn with the seed, or all of them."""
     rows = read_rows(settings.data)
-    sequences = []
     # none twice
-    count = min(count, len(rows))
-    for i in itertools.islice(order(len(rows), seed), count):
-        row = SourceRow(rows[i], settings.data, i + 1)
-        sequences.append(tokenize(row, tokenizer, settings.max_length))
-    return sequences
+    picked = itertools.islice(order(len(rows), seed), min(count, len(rows)))
+    drawn = [SourceRow(rows[i], settings.data, i + 1) for i in picked]
+    return [tokenize(row, tokenizer, settings.max_length) for row in drawn]
 
 
 def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
@@ -140,12 +144,10 @@ def padded(sequences: Sequence[Tokens], size: int) -> list[Batch]:
     batches = []
     for begin in range(0, len(ordered), size):
         group = ordered[begin : begin + size]
-        ids = [tokens.ids for tokens in group]
-        batch = padded_ids(ids, 0, "right")
+        batch = padded_ids([tokens.ids for tokens in group], 0, "right")
         # padding carries no loss
         labels = [tokens.labels("completion") for tokens in group]
-        batch["labels"] = _pad(labels, IGNORED, "right")
-        batches.append(batch)
+        batches.append({**batch, "labels": _pad(labels, IGNORED, "right")})
     return batches
 
 
@@ -185,19 +187,15 @@ def training_chunk(
     batch of its own.
     """
     streams = [_source_stream(source, tokenizer, max_length, seed, leak_filter) for source in data.sources]
-    weights = [source.weight for source in data.sources]
-    stream = _mixed(streams, weights)
+    stream = _mixed(streams, [source.weight for source in data.sources])
     # read again from the start, as an attempt on another machine does
     for earlier_budget in earlier:
         _take(stream, earlier_budget)
     chunk = _take(stream, budget)
-    num_taken = sum(len(tokens.ids) for tokens in chunk)
-    excess = num_taken - budget
+    excess = sum(len(tokens.ids) for tokens in chunk) - budget
     if excess > 0:
         last = chunk.pop()
-        ids = last.ids[excess:]
-        prompt = max(0, last.prompt - excess)
-        chunk.insert(0, Tokens(ids, prompt))
+        chunk.insert(0, Tokens(last.ids[excess:], max(0, last.prompt - excess)))
     return chunk
 
 
@@ -224,14 +222,13 @@ def prompt_rows(
     # without a filter no row is read but those that are picked
     kept: Sequence[int] = range(len(rows))
     if leak_filter is not None:
-        kept = []
-        for i, columns in enumerate(rows):
-            row = SourceRow(columns, source, i + 1)
-            if leak_filter.keeps(row):
-                kept.append(i)
+        kept = [i for i, columns in enumerate(rows) if leak_filter.keeps(SourceRow(columns, source, i + 1))]
     if not kept:
-        problem = f"each of the {len(rows)} rows of {source.source} is dropped"
-        raise InputError(problem, field="training.decontaminate", remedy="give other data")
+        raise InputError(
+            f"each of the {len(rows)} rows of {source.source} is dropped",
+            field="training.decontaminate",
+            remedy="give other data",
+        )
     shuffled = order(len(kept), seed)
     picked = [kept[i] for i in itertools.islice(shuffled, skip, skip + count)]
     return [SourceRow(rows[i], source, i + 1) for i in picked]
@@ -260,15 +257,17 @@ def _source_stream(
     useless = 0  # rows without a sequence, one after another
     for i in order(len(rows), seed):
         row = SourceRow(rows[i], source, i + 1)
+        useless += 1
         if leak_filter is None or leak_filter.keeps(row):
             tokens = tokenize(row, tokenizer, max_length)
             if tokens.prompt < len(tokens.ids):
                 useless = 0
                 yield tokens
-                continue
-        useless += 1
         # so many in a row hold one complete permutation, of which no row is of use
         if useless == 2 * len(rows):
-            reasons = f"dropped by training.decontaminate or its prompt fills recover.max_length={max_length}"
-            problem = f"no row of {source.source} is left: each is {reasons}"
-            raise InputError(problem, field="training", remedy="raise max_length or give other data")
+            raise InputError(
+                f"no row of {source.source} is left: each is dropped by training.decontaminate or its prompt fills "
+                f"recover.max_length={max_length}",
+                field="training",
+                remedy="raise max_length or give other data",
+            )

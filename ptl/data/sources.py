@@ -42,9 +42,11 @@ class SourceRow:
 
     def error(self, problem: str, remedy: str) -> InputError:
         """An error about this row; its field is the one of the row's format."""
-        location = f"row {self.number} of {self.source.source}"
-        setting = f"{self.field}.{self.source.format}"
-        return InputError(location + problem, field=setting, remedy=remedy)
+        return InputError(
+            f"row {self.number} of {self.source.source}{problem}",
+            field=f"{self.field}.{self.source.format}",
+            remedy=remedy,
+        )
 
 
 def read_rows(source: DataSource) -> Any:
@@ -68,8 +70,7 @@ def check_rows(source: DataSource, *, answers: bool = True, field: str = DATA) -
     """
     if local_file(source, field) is None:
         return
-    needs_answers = answers and source.format == "messages"
-    read = chat_and_answer if needs_answers else texts
+    read = chat_and_answer if answers and source.format == "messages" else texts
     for row in numbered_rows(source, field):
         read(row)
 
@@ -86,8 +87,7 @@ def _load(source: DataSource, field: str) -> Any:
     else:
         rows = _from_parquet(path, setting)
     if len(rows) == 0:
-        remedy = "give a source with at least one row"
-        raise InputError(f"{source.source} is empty", field=setting, remedy=remedy)
+        raise InputError(f"{source.source} is empty", field=setting, remedy="give a source with at least one row")
     return rows
 
 
@@ -99,9 +99,7 @@ def texts(row: SourceRow) -> tuple[str, str]:
         return _chat_text(chat), _chat_text(answer)
     if source.format == "text":
         return "", fill(source.text, row)
-    prompt = fill(source.prompt, row)
-    completion = fill(source.completion, row)
-    return prompt, completion
+    return fill(source.prompt, row), fill(source.completion, row)
 
 
 def _chat_text(chat: Chat) -> str:
@@ -118,9 +116,10 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     column = row.source.messages
     chat = row.columns.get(column)
     if not isinstance(chat, list) or not chat:
-        columns = _names(row)
-        problem = f" has no list in column {column!r} (columns there: {columns})"
-        raise row.error(problem, "name the column that holds the chat")
+        raise row.error(
+            f" has no list in column {column!r} (columns there: {_names(row)})",
+            "name the column that holds the chat",
+        )
     for position, message in enumerate(chat, 1):
         _check_message(message, position, row)
     if chat[-1]["role"] != "assistant":
@@ -141,8 +140,7 @@ def _check_message(message: Any, position: int, row: SourceRow) -> None:
     if content is None and message.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        kind = _kind(content)
-        raise row.error(f": the content of message {position} is no text ({kind})", CORRECT)
+        raise row.error(f": the content of message {position} is no text ({_kind(content)})", CORRECT)
     _check_unicode(role + content, row)
 
 
@@ -151,30 +149,25 @@ def chat_and_answer(row: SourceRow) -> tuple[Chat, Chat]:
     chat, answer = turns(row)
     if not answer:
         role = chat[-1]["role"]
-        problem = f" ends with a turn of role {role!r}, so that there is no answer to learn from"
-        raise row.error(problem, LEAVE_OUT)
+        raise row.error(f" ends with a turn of role {role!r}, so that there is no answer to learn from", LEAVE_OUT)
     return chat, answer
 
 
 def prompt_of(row: SourceRow) -> Any:
     """What the model is to answer: a text, or the turns of a chat. Raises InputError for a source without prompts."""
     if row.source.format == "text":
-        problem = "format `text` has no prompt"
-        raise InputError(problem, field="recover.prompts", remedy="use prompt_completion or messages")
+        raise InputError(
+            "format `text` has no prompt", field="recover.prompts", remedy="use prompt_completion or messages"
+        )
     # all turns of a chat that ends with the user's
     read = turns if row.source.format == "messages" else texts
-    prompt, _ = read(row)
-    return prompt
+    return read(row)[0]
 
 
 def bare(row: SourceRow) -> SourceRow:
     """The row with the columns of its templates alone, without the words around them (`Question: `)."""
     source = row.source
-    templates = {
-        "text": _without_words(source.text),
-        "prompt": _without_words(source.prompt),
-        "completion": _without_words(source.completion),
-    }
+    templates = {name: _without_words(getattr(source, name)) for name in ("text", "prompt", "completion")}
     return replace(row, source=source.model_copy(update=templates))
 
 
@@ -197,16 +190,17 @@ def fill(template: str, row: SourceRow) -> str:
         for name in _template_columns(template):
             value, _ = Formatter().get_field(name, (), row.columns)
             if not _is_text(value):
-                kind = _kind(value)
-                problem = f" holds {kind} for {{{name}}}, which is no text"
-                parts = f"{{{name}[0]}}, {{{name}[key]}}"
-                raise row.error(problem, f"{LEAVE_OUT}, or name a part of it ({parts})")
+                raise row.error(
+                    f" holds {_kind(value)} for {{{name}}}, which is no text",
+                    f"{LEAVE_OUT}, or name a part of it ({{{name}[0]}}, {{{name}[key]}})",
+                )
         text = template.format_map(row.columns)
     # a missing column or key, and a format that the value does not take
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        columns = _names(row)
-        problem = f" lacks {error}, which a template names (columns there: {columns})"
-        raise row.error(problem, "correct the template") from error
+        raise row.error(
+            f" lacks {error}, which a template names (columns there: {_names(row)})",
+            "correct the template",
+        ) from error
     _check_unicode(text, row)
     return text
 
@@ -228,8 +222,7 @@ def _check_unicode(text: str, row: SourceRow) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        problem = f": character {error.start} is no Unicode ({error.reason})"
-        raise row.error(problem, CORRECT) from error
+        raise row.error(f": character {error.start} is no Unicode ({error.reason})", CORRECT) from error
 
 
 def _kind(value: Any) -> str:
@@ -254,10 +247,10 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
             raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
         return path
     # the id of a data set has no such ending
-    is_table = path.suffix in (".json", ".csv", ".txt")
-    if is_table or path.exists() or name.startswith("s3://"):
-        problem = f"{name} is no .jsonl, .jsonl.gz or .parquet file"
-        raise InputError(problem, field=setting, remedy="convert it, or give a hub id")
+    if path.suffix in (".json", ".csv", ".txt") or path.exists() or name.startswith("s3://"):
+        raise InputError(
+            f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=setting, remedy="convert it, or give a hub id"
+        )
     return None
 
 
@@ -265,12 +258,12 @@ def _from_parquet(path: Path, setting: str) -> Any:
     import datasets
     import pyarrow
 
-    cache_folder = _cache() / "parquet"
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder))
+        return datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache() / "parquet"))
     except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        problem = f"{path} is no readable Parquet file ({error})"
-        raise InputError(problem, field=setting, remedy="write it again") from error
+        raise InputError(
+            f"{path} is no readable Parquet file ({error})", field=setting, remedy="write it again"
+        ) from error
 
 
 def _from_s3(uri: str, setting: str) -> Path:
@@ -285,10 +278,10 @@ def _from_s3(uri: str, setting: str) -> Path:
         tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
         # as from a web page in place of the server
         if not tag:
-            problem = f"{uri}: no ETag in the answer"
-            raise InputError(problem, field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?")
-        version = f"{uri} {tag}".encode()
-        digest = hashlib.sha256(version).hexdigest()
+            raise InputError(
+                f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
+            )
+        digest = hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()
         folder = _cache() / digest[:32]
         target = folder / Path(key).name
         if not target.is_file():
@@ -297,11 +290,9 @@ def _from_s3(uri: str, setting: str) -> Path:
             partial = folder / f".{os.getpid()}.{target.name}"
             client.download_file(bucket, key, str(partial))
             partial.rename(target)
-    except ClientError as error:
-        if s3_client.code(error) in ("404", "NoSuchKey"):
+    except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError) and s3_client.is_missing(error):
             raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
-        raise s3_client.error_for(InputError, error, uri, field=setting) from error
-    except BotoCoreError as error:
         raise s3_client.error_for(InputError, error, uri, field=setting) from error
     return target
 
@@ -318,7 +309,9 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        part = f"subset {source.subset}, split {source.split}, revision {source.revision}"
-        reason = f"{type(error).__name__}: {error}"
-        problem = f"dataset {source.source!r} ({part}) cannot be loaded: {reason}"
-        raise InputError(problem, field=setting, remedy=f"check the id, or give {FILE_KINDS}") from error
+        raise InputError(
+            f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
+            f"cannot be loaded: {type(error).__name__}: {error}",
+            field=setting,
+            remedy=f"check the id, or give {FILE_KINDS}",
+        ) from error

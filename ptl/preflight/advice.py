@@ -20,16 +20,12 @@ def warnings(config: Config) -> list[str]:
 def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
     """Warnings of iterations that are planned to remove less than a layer, of a model whose sizes are known."""
     total = removal(params, schedule.target)
-    numbers: list[str] = []
-    planned = 0  # parameters that the last of them is to remove
-    for iteration in plan(schedule, prune):
-        removed = iteration.cut * total
-        if iteration.unit == "layers" and removed < params_per_layer:
-            numbers.append(str(iteration.index))
-            planned = int(removed)
-    if not numbers:
+    for_layers = [iteration for iteration in plan(schedule, prune) if iteration.unit == "layers"]
+    starved = [iteration for iteration in for_layers if iteration.cut * total < params_per_layer]
+    if not starved:
         return []
-    listed = ", ".join(numbers)
+    listed = ", ".join(str(iteration.index) for iteration in starved)
+    planned = int(starved[-1].cut * total)  # parameters
     return [
         f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {listed} is planned to remove "
         f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -33,11 +34,9 @@ def local(config: Config, *, home: Path, missing_images: MissingImages, runner: 
     packages = as_finding("packages", doctor_local.packages, config, runner)
     findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
-        disk = as_finding("disk", doctor_local.disk, config, home)
-        findings.append(disk)
+        findings.append(as_finding("disk", doctor_local.disk, config, home))
     if runner == "docker":
-        engine = as_finding("images", doctor_local.engine, config, missing_images)
-        findings.append(engine)
+        findings.append(as_finding("images", doctor_local.engine, config, missing_images))
     return findings
 
 
@@ -50,9 +49,14 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
     findings = tracking_and_store(config, elsewhere=True)
     findings.append(as_finding("images", images, config))
     if host is None:
-        message = "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set"
-        remedy = "give the address of the API; `ptl submit` needs it too"
-        findings.append(Finding("Kubeflow", "warning", message, remedy))
+        findings.append(
+            Finding(
+                "Kubeflow",
+                "warning",
+                "not checked: neither --host nor KF_PIPELINES_ENDPOINT is set",
+                "give the address of the API; `ptl submit` needs it too",
+            )
+        )
     else:
         findings.append(as_finding("Kubeflow", kubeflow, config, host))
         # What no option names, the server itself may say.
@@ -63,12 +67,11 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
 
 def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
     """Where the pods of runs start when nobody names a profile: beside Kubeflow, unless it has several users."""
-    try:
-        multi_user = http.kubeflow_server(host).multi_user
-    except PtlError:
-        return None  # the check of Kubeflow says why
-    # A version that does not say it may have several.
-    return kubeflow_namespace if multi_user is False else None
+    with contextlib.suppress(PtlError):  # the check of Kubeflow says why
+        # A version that does not say it may have several.
+        if http.kubeflow_server(host).multi_user is False:
+            return kubeflow_namespace
+    return None
 
 
 def names_a_cluster(host: str | None) -> str | None:
@@ -83,16 +86,12 @@ def task(settings: dict[str, Any], experiment: str) -> None:
     config = check(Config, settings, "settings")
     # The run's parameter wins over the config's value.
     storage = config.storage.model_copy(update={"experiment": experiment})
-    config = config.model_copy(update={"storage": storage})
+    findings = step_environment(config.model_copy(update={"storage": storage}))
 
     # All findings go to the step's log, the errors into its message too.
-    errors: list[str] = []
-    for finding in step_environment(config):
-        print(finding, flush=True)
-        if finding.state == "error":
-            errors.append(str(finding))
-    if errors:
-        lines = "\n".join(errors)
+    print(*findings, sep="\n", flush=True)
+    lines = "\n".join(str(finding) for finding in findings if finding.state == "error")
+    if lines:
         raise InputError(f"doctor:\n{lines}")  # of the input: another attempt would find the same
 
 
@@ -105,17 +104,18 @@ def gpu(config: Config) -> Finding:
     """Whether accelerators that the config asks for are visible here."""
     # On the cluster this step has what prune has; elsewhere the largest step is to fit.
     in_step = bool(os.environ.get("KFP_RUN_ID"))
-    steps = ["prune"]
-    if not in_step:
-        steps += ["recover", "evaluate"]
-    resources = config.resources
-    needed = max(resources.accelerators_of(step) for step in steps)
+    steps = ["prune"] if in_step else ["prune", "recover", "evaluate"]
+    needed = max(config.resources.accelerators_of(step) for step in steps)
     visible = _visible_gpus()
     message = f"{visible} visible here, the config asks for {needed}"
     if visible >= needed:
         return Finding("GPU", "ok", message)
-    remedy = "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin"
-    return Finding("GPU", "error" if in_step else "warning", message, remedy)
+    return Finding(
+        "GPU",
+        "error" if in_step else "warning",
+        message,
+        "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin",
+    )
 
 
 def _visible_gpus() -> int:
@@ -124,8 +124,7 @@ def _visible_gpus() -> int:
         return 0
     # One line for each GPU, and an indented one for each part of a GPU (MIG).
     listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    lines = listing.stdout.splitlines()
-    return sum(line.startswith("GPU ") for line in lines)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def images(config: Config) -> Finding:
@@ -135,19 +134,16 @@ def images(config: Config) -> Finding:
     if not config.images.registry:
         # Nodes that hold the images already (kind, minikube) need no registry.
         if config.resources.image_pull_policy == "Never":
-            message = f"the nodes must hold {listed}: resources.image_pull_policy is Never"
-            return Finding("images", "ok", message)
-        message = "images.registry is not set: a cluster cannot pull from the Docker engine of this machine"
-        remedy = (
+            return Finding("images", "ok", f"the nodes must hold {listed}: resources.image_pull_policy is Never")
+        return Finding(
+            "images",
+            "error",
+            "images.registry is not set: a cluster cannot pull from the Docker engine of this machine",
             "ptl images push --registry HOST/PATH, and set images.registry to it; where the nodes hold the images "
-            "already (kind load), set resources.image_pull_policy: Never"
+            "already (kind load), set resources.image_pull_policy: Never",
         )
-        return Finding("images", "error", message, remedy)
-    for name in names:
-        problem = _registry_problem(name)
-        if problem is not None:
-            return problem
-    return Finding("images", "ok", f"{listed} can be pulled")
+    problems = filter(None, map(_registry_problem, names))
+    return next(problems, Finding("images", "ok", f"{listed} can be pulled"))
 
 
 def _registry_problem(name: str) -> Finding | None:
@@ -157,32 +153,45 @@ def _registry_problem(name: str) -> Finding | None:
         return None
     # 404 is what a public registry says of a missing image; a private one may ask for a login instead.
     if status == 404:
-        remedy = "ptl images build, then ptl images push, with this registry and tag; or correct images.registry"
-        return Finding("images", "error", f"{name} is not in the registry", remedy)
+        return Finding(
+            "images",
+            "error",
+            f"{name} is not in the registry",
+            "ptl images build, then ptl images push, with this registry and tag; or correct images.registry",
+        )
     if status in http.REFUSED:
-        message = f"{name} needs a login ({status}), so it was not checked"
-        remedy = "make sure that resources.image_pull_secrets names a Secret that can pull them"
-        return Finding("images", "warning", message, remedy)
-    message = f"the registry answers {status} for {name}"
-    return Finding("images", "error", message, "is the registry healthy?")
+        return Finding(
+            "images",
+            "warning",
+            f"{name} needs a login ({status}), so it was not checked",
+            "make sure that resources.image_pull_secrets names a Secret that can pull them",
+        )
+    return Finding("images", "error", f"the registry answers {status} for {name}", "is the registry healthy?")
 
 
 def kubeflow(config: Config, host: str) -> Finding:
     """Kubeflow answers, in a version that takes the compiled YAML."""
     version = http.kubeflow_server(host).version
     if version is None:
-        message = f"{host} answers, but does not say its version"
-        return Finding("Kubeflow", "warning", message, f"make sure that it is {OLDEST} or newer")
+        return Finding(
+            "Kubeflow",
+            "warning",
+            f"{host} answers, but does not say its version",
+            f"make sure that it is {OLDEST} or newer",
+        )
     message = f"{host} is {version}"
     release = http.release(version)
-    oldest = config.resources.kfp
     # An older backend refuses fields that it does not know.
-    if release < http.release(oldest):
+    if release < config.resources.kfp_release:
         major, minor = release
-        message += f", the YAML is compiled for {oldest} and newer"
-        remedy = f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{major}.{minor}"'
-        return Finding("Kubeflow", "error", message, remedy)
+        return Finding(
+            "Kubeflow",
+            "error",
+            f"{message}, the YAML is compiled for {config.resources.kfp} and newer",
+            f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{major}.{minor}"',
+        )
     if release < http.release(RECOMMENDED):
-        remedy = f"it works with {OLDEST} and newer; {RECOMMENDED} is recommended"
-        return Finding("Kubeflow", "warning", message, remedy)
+        return Finding(
+            "Kubeflow", "warning", message, f"it works with {OLDEST} and newer; {RECOMMENDED} is recommended"
+        )
     return Finding("Kubeflow", "ok", message)

@@ -71,8 +71,7 @@ def get(
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
         raise _no_answer(url, error) from error
     if answer.status in REDIRECTS and not follow:
-        location = answer.headers.get("Location", "")
-        target = address.page(urljoin(url, location))
+        target = address.page(urljoin(url, answer.headers.get("Location", "")))
         raise InputError(
             f"{page} redirects to {target}, where no login is sent",
             remedy="give that address if it is the server's own, or log in again if it is a login page",
@@ -118,8 +117,8 @@ def _no_answer(url: str, error: BaseException) -> InputError:
     return InputError(reason, field=url, remedy=remedy)
 
 
-def mlflow_fault(uri: str) -> tuple[str, str] | None:
-    """What keeps requests out of an MLflow server, and the remedy; None when they come in. `uri` has no login in it.
+def check_mlflow(uri: str) -> None:
+    """Raise InputError for an MLflow server that lets no request in. `uri` has no login in it.
 
     /health says 200 even where the host check or the login refuses everything else, so the API itself is asked.
     """
@@ -130,19 +129,25 @@ def mlflow_fault(uri: str) -> tuple[str, str] | None:
     if answer.status == 403 and "host" in answer.text.lower():
         name = urlsplit(uri).netloc
         host = name.partition(":")[0]
-        remedy = f'start it with --allowed-hosts "{host}:*" (this replaces the default list)'
-        return f"{base} refuses the host name {name} (403)", remedy
+        raise InputError(
+            f"{base} refuses the host name {name} (403)",
+            remedy=f'start it with --allowed-hosts "{host}:*" (this replaces the default list)',
+        )
     if answer.status in REFUSED:
-        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        return f"{base} refuses this user ({answer.status})", remedy
+        raise InputError(
+            f"{base} refuses this user ({answer.status})",
+            remedy="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
     if answer.status != 200:
-        beginning = answer.text[:100]
-        remedy = "is MLFLOW_TRACKING_URI an MLflow server of version 3?"
-        return f"{base} answers {answer.status}: {beginning}", remedy
+        raise InputError(
+            f"{base} answers {answer.status}: {answer.text[:100]}",
+            remedy="is MLFLOW_TRACKING_URI an MLflow server of version 3?",
+        )
     if answer.json_object() is None:
-        remedy = "log in again where it is a login page, or correct MLFLOW_TRACKING_URI"
-        return f"{base} answers with a page instead of JSON", remedy
-    return None
+        raise InputError(
+            f"{base} answers with a page instead of JSON",
+            remedy="log in again where it is a login page, or correct MLFLOW_TRACKING_URI",
+        )
 
 
 def _mlflow_login() -> dict[str, str]:
@@ -150,8 +155,7 @@ def _mlflow_login() -> dict[str, str]:
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if user:
         password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-        login = f"{user}:{password}".encode()
-        encoded = base64.b64encode(login).decode()
+        encoded = base64.b64encode(f"{user}:{password}".encode()).decode()
         return {"Authorization": f"Basic {encoded}"}
     return _bearer(os.environ.get("MLFLOW_TRACKING_TOKEN"))
 
@@ -175,8 +179,7 @@ def manifest_status(image: str) -> int:
     if answer.status == 401 and challenge.lower().startswith("bearer "):
         token = _anonymous_token(challenge)
         if token is not None:
-            headers = {"Accept": MANIFESTS, **_bearer(token)}
-            answer = get(url, headers, follow=True)
+            answer = get(url, {"Accept": MANIFESTS, **_bearer(token)}, follow=True)
     return answer.status
 
 
@@ -205,9 +208,7 @@ class Kubeflow:
 def kubeflow_server(host: str) -> Kubeflow:
     """The API server's version and mode. Raises InputError where it is not Kubeflow, or lets nobody in."""
     base = host.rstrip("/")
-    login = _bearer(_kubeflow_token())
-    ca_cert = os.environ.get("KFP_CA_CERT")
-    answer = get(f"{base}/apis/v2beta1/healthz", login, ca_cert)
+    answer = get(f"{base}/apis/v2beta1/healthz", _bearer(_kubeflow_token()), os.environ.get("KFP_CA_CERT"))
     if answer.status in REFUSED:
         raise InputError(
             f"{base} refuses this user ({answer.status})",
@@ -243,7 +244,6 @@ def _kubeflow_token() -> str | None:
     return Path(file).read_text().strip()
 
 
-def release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, ...]:
     """Major and minor of `2.17.0`."""
-    major, minor = re.findall(r"\d+", version)[:2]
-    return int(major), int(minor)
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

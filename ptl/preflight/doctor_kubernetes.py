@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
@@ -46,43 +45,52 @@ class NoSuchObjectError(NotSeenError):
 def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
     """Everything that kubectl is asked. `namespace` is where the steps' pods start, None if nobody says it."""
     if shutil.which("kubectl") is None:
-        message = "Secrets, retry policy and MLflow plugin were not checked: kubectl is not on PATH"
-        return [Finding("kubectl", "warning", message, "install it, or check by hand (docs/install.md)")]
+        return [
+            Finding(
+                "kubectl",
+                "warning",
+                "Secrets, retry policy and MLflow plugin were not checked: kubectl is not on PATH",
+                "install it, or check by hand (docs/install.md)",
+            )
+        ]
     # First what Kubeflow's own namespace says, which not everybody may read.
     findings = [retry_policy(kubeflow_namespace), plugin(kubeflow_namespace, namespace)]
     if namespace is None:
-        message = "not checked: the namespace of the run is not known"
-        remedy = "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow"
-        return [*findings, Finding("Secrets and ConfigMaps", "warning", message, remedy)]
+        return [
+            *findings,
+            Finding(
+                "Secrets and ConfigMaps",
+                "warning",
+                "not checked: the namespace of the run is not known",
+                "give --namespace, or set KFP_NAMESPACE: your profile in multi-user Kubeflow",
+            ),
+        ]
     return [*findings, *objects(config, namespace)]
 
 
 def objects(config: Config, namespace: str) -> list[Finding]:
     """ConfigMaps, Secrets and the claim that the config names exist."""
     storage = config.storage
-    findings = [
+    # Kind and name of each object, and state and remedy where it is missing.
+    names: list[tuple[str, str | None, Literal["warning", "error"], str]] = [
         # Without these no run works: MLflow's address, and a volume that pods wait for.
-        _exists("configmap", storage.config_map, namespace, "error"),
-        _exists("persistentvolumeclaim", storage.cache_claim, namespace, "error"),
+        ("configmap", storage.config_map, "error", MAKE),
+        ("persistentvolumeclaim", storage.cache_claim, "error", MAKE),
         # Without these a run may work: a cloud identity needs no keys, a public model no token.
-        _exists("configmap", storage.ca_config_map, namespace, "warning", MAKE_BUNDLE),
-        _exists("secret", storage.s3_secret, namespace, "warning"),
-        _exists("secret", storage.mlflow_secret, namespace, "warning"),
-        _exists("secret", storage.hf_secret, namespace, "warning"),
+        ("configmap", storage.ca_config_map, "warning", MAKE_BUNDLE),
+        ("secret", storage.s3_secret, "warning", MAKE),
+        ("secret", storage.mlflow_secret, "warning", MAKE),
+        ("secret", storage.hf_secret, "warning", MAKE),
+        *[("secret", name, "error", MAKE) for name in config.resources.image_pull_secrets],
     ]
-    findings += [_exists("secret", name, namespace, "error") for name in config.resources.image_pull_secrets]
-    return [finding for finding in findings if finding is not None]
+    return [_exists(kind, name, namespace, absent, remedy) for kind, name, absent, remedy in names if name is not None]
 
 
-def _exists(
-    kind: str, name: str | None, namespace: str, absent: Literal["warning", "error"], remedy: str = MAKE
-) -> Finding | None:
-    """Whether an object exists; None where the config names none. `absent` is what a run without it is."""
-    if name is None:
-        return None
+def _exists(kind: str, name: str, namespace: str, absent: Literal["warning", "error"], remedy: str) -> Finding:
+    """Whether an object exists; `absent` is what a run without it is."""
     subject = f"{kind} {name}"
     try:
-        _kubectl("get", kind, name, "--namespace", namespace, "--output", "name")
+        _kubectl(kind, name, namespace, "name")
     except NoSuchObjectError:
         return Finding(subject, absent, f"is not in {namespace}", remedy.format(name=name))
     except NotSeenError as error:
@@ -100,24 +108,27 @@ def retry_policy(kubeflow_namespace: str) -> Finding:
     in_pod = "failed attempts are repeated inside the step's pod (resources.retries)"
     # Without a default the task's own retries hold, which ptl sets together with those in the pod.
     if policy is None:
-        message = (
+        return Finding(
+            subject,
+            "ok",
             "the cluster sets no default: Argo repeats a task's failed pods, as often as the task says; "
-            f"{in_pod}, and all attempts count together"
+            f"{in_pod}, and all attempts count together",
         )
-        return Finding(subject, "ok", message)
     # A default is inherited by every template: by steps, and by the DAGs around them.
     name = policy.get("retryPolicy") or "OnFailure"  # Argo's own default
     if name in ONLY_DELETED_PODS:
-        message = f"{name}: the cluster starts only pods again that were deleted or evicted; {in_pod}"
-        return Finding(subject, "ok", message)
+        return Finding(
+            subject, "ok", f"{name}: the cluster starts only pods again that were deleted or evicted; {in_pod}"
+        )
     limit = policy.get("limit", "no limit")
-    message = (
+    return Finding(
+        subject,
+        "warning",
         f"{name} (limit {limit}) is the default for every template, so the cluster repeats a failed step at every "
         "level of the DAG: with a limit of 2, one failing step was started 36 times. ptl counts attempts in the store: "
-        "after resources.retries + 1 of them each further pod ends at once, but it is started and waited for"
+        "after resources.retries + 1 of them each further pod ends at once, but it is started and waited for",
+        f"ask the administrator for retryPolicy: OnError in {CONTROLLER} (Kubeflow 2.17's own), or for no default",
     )
-    remedy = f"ask the administrator for retryPolicy: OnError in {CONTROLLER} (Kubeflow 2.17's own), or for no default"
-    return Finding(subject, "warning", message, remedy)
 
 
 def _default_retries(data: dict[str, str]) -> dict[str, Any] | None:
@@ -136,15 +147,6 @@ def _default_retries(data: dict[str, str]) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-@dataclass(frozen=True)
-class PluginSettings:
-    """What plugins.mlflow says in one namespace."""
-
-    endpoint: str  # MLflow's address
-    auth_type: str
-    injects_run: bool  # injectUserEnvVars: the steps get the plugin's run by environment variables
-
-
 def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
     """Whether Kubeflow's own MLflow plugin is on, and what that means for the runs that the steps make."""
     subject = "MLflow plugin"
@@ -155,46 +157,48 @@ def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
         settings = _plugin_settings(_config_map(mounted, kubeflow_namespace), namespace)
         if settings is None:
             return Finding(subject, "ok", "off; ptl makes its own runs")
-        override = _injects_by_namespace(namespace)
+        injects = _injects_by_namespace(namespace)
     except NotSeenError as error:
         return _not_seen(subject, error)
-    injects = settings.injects_run if override is None else override
+    # Whether the steps get the plugin's run by environment variables.
+    if injects is None:
+        injects = settings.get("injectUserEnvVars")
 
     # Both are allowed: ptl's runs take the plugin's as their parent where there is one.
-    message = f"on ({settings.endpoint}, login {settings.auth_type})"
+    login = settings.get("authType", "kubernetes")
+    message = f"on ({settings['endpoint']}, login {login})"
     if injects:
         message += ", and injects its run into the steps: ptl's runs hang below the plugin's"
     else:
         message += " without injectUserEnvVars: it keeps runs of its own beside ptl's"
     # The manifests' own MLflow has basic auth.
-    if settings.auth_type not in BEARER:
+    if login not in BEARER:
         return Finding(subject, "ok", message)
-    remedy = (
+    return Finding(
+        subject,
+        "warning",
+        message,
         "it sends a bearer token, which an MLflow with basic auth (manifests/base/mlflow) refuses: give the plugin an "
-        "MLflow that takes it, or authType basic-auth with its Secret"
+        "MLflow that takes it, or authType basic-auth with its Secret",
     )
-    return Finding(subject, "warning", message, remedy)
 
 
 def _mounted_config(kubeflow_namespace: str) -> str | None:
     """Name of the ConfigMap that is mounted as the API server's config.json; None if the image's own is used."""
-    deployment = _json_object("get", "deployment", API_SERVER, "--namespace", kubeflow_namespace)
+    deployment = _json_object("deployment", API_SERVER, kubeflow_namespace)
     pod = deployment["spec"]["template"]["spec"]
 
     # Volumes that are mounted at the config's path, and the one among them that is a ConfigMap.
-    volumes: set[str] = set()
-    for container in pod["containers"]:
-        for mount in container.get("volumeMounts", []):
-            if mount["mountPath"].rstrip("/") in MOUNTS:
-                volumes.add(mount["name"])
+    mounts = [mount for container in pod["containers"] for mount in container.get("volumeMounts", [])]
+    volumes = {mount["name"] for mount in mounts if mount["mountPath"].rstrip("/") in MOUNTS}
     for volume in pod.get("volumes", []):
         if volume["name"] in volumes and "configMap" in volume:
             return str(volume["configMap"]["name"])
     return None
 
 
-def _plugin_settings(data: dict[str, str], namespace: str | None) -> PluginSettings | None:
-    """plugins.mlflow of the API server's config for this namespace; None where the plugin is off."""
+def _plugin_settings(data: dict[str, str], namespace: str | None) -> dict[str, Any] | None:
+    """Settings and endpoint of the API server's plugins.mlflow for this namespace; None where the plugin is off."""
     try:
         config = json.loads(data.get("config.json", "{}"))
         common = config.get("plugins", {}).get("mlflow")
@@ -202,66 +206,58 @@ def _plugin_settings(data: dict[str, str], namespace: str | None) -> PluginSetti
             return None
         # A namespace may have values of its own; its settings are merged, not replaced.
         own = common.get("namespaces", {}).get(namespace or "", {})
-        settings = {**common.get("settings", {}), **own.get("settings", {})}
         endpoint = own.get("endpoint", common.get("endpoint", "no endpoint"))
+        return {**common.get("settings", {}), **own.get("settings", {}), "endpoint": endpoint}
     except (ValueError, AttributeError) as error:
         raise NotSeenError(f"the API server's config.json cannot be read ({type(error).__name__})") from error
-    return PluginSettings(
-        endpoint=endpoint,
-        auth_type=settings.get("authType", "kubernetes"),
-        injects_run=bool(settings.get("injectUserEnvVars")),
-    )
 
 
-def _injects_by_namespace(namespace: str | None) -> bool | None:
+def _injects_by_namespace(namespace: str | None) -> Any:
     """injectUserEnvVars as the run's namespace sets it in its own ConfigMap; None where it does not."""
     if namespace is None:
         return None
     try:
         data = _config_map(LAUNCHER, namespace)
         overrides = json.loads(data.get("plugins.mlflow", "{}"))
-        injects = overrides.get("settings", {}).get("injectUserEnvVars")
+        return overrides.get("settings", {}).get("injectUserEnvVars")
     except NoSuchObjectError:
         return None
     except (ValueError, AttributeError) as error:
         raise NotSeenError(f"{LAUNCHER} in {namespace}: plugins.mlflow is not JSON ({error})") from error
-    return None if injects is None else bool(injects)
 
 
 def _not_seen(subject: str, error: NotSeenError) -> Finding:
-    remedy = (
-        "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow"
+    return Finding(
+        subject,
+        "warning",
+        f"not checked: {error}",
+        "somebody who may read Kubeflow's namespace can check it; --kubeflow-namespace names another one than kubeflow",
     )
-    return Finding(subject, "warning", f"not checked: {error}", remedy)
 
 
 def _config_map(name: str, namespace: str) -> dict[str, str]:
-    config_map = _json_object("get", "configmap", name, "--namespace", namespace)
+    config_map = _json_object("configmap", name, namespace)
     return dict(config_map.get("data") or {})
 
 
-def _json_object(*arguments: str) -> dict[str, Any]:
-    output = _kubectl(*arguments, "--output", "json")
+def _json_object(kind: str, name: str, namespace: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(output))
+        return dict(json.loads(_kubectl(kind, name, namespace, "json")))
     except ValueError as error:
-        beginning = " ".join(arguments[:3])
-        raise NotSeenError(f"kubectl {beginning} gave no JSON") from error
+        raise NotSeenError(f"kubectl get {kind} {name} gave no JSON") from error
 
 
-def _kubectl(*arguments: str) -> str:
-    """What kubectl prints. Raises NotSeenError where it does not, with what it says."""
-    command = ["kubectl", *arguments, f"--request-timeout={SECONDS}s"]
+def _kubectl(kind: str, name: str, namespace: str, output: str) -> str:
+    """What `kubectl get` prints. Raises NotSeenError where it does not, with what it says."""
+    command = ["kubectl", "get", kind, name, "--namespace", namespace, "--output", output]
+    command.append(f"--request-timeout={SECONDS}s")
     try:
         # The request has a timeout of its own; a plugin for logins that asks on the terminal has none.
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotSeenError(f"kubectl gave no answer ({type(error).__name__})") from error
-    if done.returncode == 0:
-        return done.stdout
-    message = done.stderr.strip()[:200]
-    if not message:
-        message = f"kubectl ended with exit code {done.returncode}"
-    if "NotFound" in done.stderr:
-        raise NoSuchObjectError(message)
-    raise NotSeenError(message)
+    if process.returncode == 0:
+        return process.stdout
+    message = process.stderr.strip()[:200] or f"kubectl ended with exit code {process.returncode}"
+    kind_of_error = NoSuchObjectError if "NotFound" in process.stderr else NotSeenError
+    raise kind_of_error(message)

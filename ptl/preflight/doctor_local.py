@@ -11,7 +11,7 @@ from pathlib import Path
 from ptl import address, extras
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
-from ptl.config.schedule import Schedule, one_shot, plan, removal
+from ptl.config.schedule import one_shot, plan, removal
 from ptl.preflight.doctor_tracking import tracking_uri
 from ptl.preflight.finding import Finding
 from ptl.units import size
@@ -45,8 +45,7 @@ def packages(config: Config, runner: str) -> Finding:
         return Finding("packages", "ok", f"what the steps import is installed ({package})")
     listed = ", ".join(missing)
     # The backends are not in these extras: each goes with one kind of CUDA.
-    remedy = " ".join([f"pip install '{package}'", *backends])
-    return Finding("packages", "error", f"not installed: {listed}", remedy)
+    return Finding("packages", "error", f"not installed: {listed}", " ".join([f"pip install '{package}'", *backends]))
 
 
 def _missing_backends(config: Config) -> list[str]:
@@ -78,8 +77,7 @@ def model_and_data(config: Config) -> Finding:
 
     # Weights of many gigabytes are nothing to download for a check.
     params = forecast_model.shape_of(path, config.model.revision).params
-    message = f"{path} is on the hub ({params:,} parameters); the run downloads it"
-    return Finding("model and data", "ok", message)
+    return Finding("model and data", "ok", f"{path} is on the hub ({params:,} parameters); the run downloads it")
 
 
 def disk(config: Config, home: Path) -> Finding:
@@ -94,27 +92,23 @@ def disk(config: Config, home: Path) -> Finding:
     # An estimate, and a run that stops for want of space can be resumed: no error.
     if free >= needed:
         return Finding("disk", "ok", message)
-    remedy = "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs"
-    return Finding("disk", "warning", message, remedy)
+    return Finding(
+        "disk",
+        "warning",
+        message,
+        "free some, give another --home, or keep checkpoints on S3; ptl gc removes those of earlier runs",
+    )
 
 
 def checkpoint_bytes(config: Config, params: int, itemsize: int) -> int:
     """Estimate of what a run publishes: a checkpoint by each prune and recover, some with the optimizer's state."""
-    schedule = config.schedule
-    needed = params * itemsize  # the imported model
-    needed += _arm_bytes(config, schedule, params, itemsize)
+    iterations = plan(config.schedule, config.prune)
     if config.control:
-        needed += _arm_bytes(config, one_shot(schedule), params, itemsize)
-    return needed
-
-
-def _arm_bytes(config: Config, schedule: Schedule, params: int, itemsize: int) -> int:
-    """Bytes of all checkpoints of one arm."""
-    total = removal(params, schedule.target)
-    next_token = [stage for stage in config.recover if isinstance(stage, NextToken)]
-    keeps_state = any(stage.carry_moments for stage in next_token)
-    needed = 0
-    for iteration in plan(schedule, config.prune):
+        iterations += plan(one_shot(config.schedule), config.prune)
+    total = removal(params, config.schedule.target)
+    keeps_state = any(isinstance(stage, NextToken) and stage.carry_moments for stage in config.recover)
+    needed = params * itemsize  # the imported model
+    for iteration in iterations:
         after = params - int(iteration.progress * total)
         of_parameter = itemsize
         if keeps_state and not iteration.last:  # after the last there is nothing to carry it to
@@ -129,10 +123,13 @@ def engine(config: Config, missing_images: MissingImages) -> Finding:
     listed = ", ".join(names)
     absent = ", ".join(missing_images(names))
     if absent:
-        message = f"the engine has no {absent}"
-        return Finding("images", "error", message, "build them: ptl images build")
+        return Finding("images", "error", f"the engine has no {absent}", "build them: ptl images build")
     # A database's file is outside of the containers.
     if not address.is_server(tracking_uri()):
-        message = f"the engine has {listed}, which speak to an MLflow server only, and none is set"
-        return Finding("images", "warning", message, "run with --s3, which starts one, or set MLFLOW_TRACKING_URI")
+        return Finding(
+            "images",
+            "warning",
+            f"the engine has {listed}, which speak to an MLflow server only, and none is set",
+            "run with --s3, which starts one, or set MLFLOW_TRACKING_URI",
+        )
     return Finding("images", "ok", f"{listed} are in the local engine")

@@ -28,12 +28,15 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
     step = "with resources.doctor, the first step of the run checks it"
     # A local database is nothing that a pod could use.
     if elsewhere and not address.is_server(tracking_uri()):
-        message = (
-            "not checked: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
-            f"{storage.config_map}"
-        )
-        remedy = f"set it to check both from here; {step}"
-        return [Finding("MLflow and store", "warning", message, remedy)]
+        return [
+            Finding(
+                "MLflow and store",
+                "warning",
+                "not checked: MLFLOW_TRACKING_URI names no server here; the steps take it from ConfigMap "
+                f"{storage.config_map}",
+                f"set it to check both from here; {step}",
+            )
+        ]
 
     # The store is where MLflow's experiment keeps its artifacts, so MLflow comes first.
     tracking = as_finding("MLflow", mlflow, config)
@@ -44,9 +47,15 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
     # On a cluster the pods have keys of their own, which this machine need not have.
     has_keys = any(os.environ.get(name) for name in s3_client.CREDENTIALS)
     if elsewhere and not has_keys and _store_root(config).startswith("s3://"):
-        message = f"not checked: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}"
-        remedy = f"set them to check it from here; {step}"
-        return [tracking, Finding("store", "warning", message, remedy)]
+        return [
+            tracking,
+            Finding(
+                "store",
+                "warning",
+                f"not checked: no S3 credentials are set here; the steps take them from Secret {storage.s3_secret}",
+                f"set them to check it from here; {step}",
+            ),
+        ]
     return [tracking, as_finding("store", store, config)]
 
 
@@ -57,20 +66,26 @@ def mlflow(config: Config) -> Finding:
     address.split_login()  # no message below shows a password
     uri = tracking_uri()
     if not uri:
-        remedy = "set it to the server's address; on a cluster it is a key of the ConfigMap storage.config_map"
-        return Finding("MLflow", "error", "MLFLOW_TRACKING_URI is not set", remedy)
+        return Finding(
+            "MLflow",
+            "error",
+            "MLFLOW_TRACKING_URI is not set",
+            "set it to the server's address; on a cluster it is a key of the ConfigMap storage.config_map",
+        )
     # MLflow's client retries for minutes where nobody answers, and says little of why.
     if address.is_server(uri):
-        fault = http.mlflow_fault(uri)
-        if fault:
-            return Finding("MLflow", "error", *fault)
+        http.check_mlflow(uri)
     experiment = config.storage.experiment
     try:
         _make_a_run(experiment)
     except MlflowException as error:
         reason = str(error)[:200]
-        remedy = "the user needs the right to write: EDIT on the experiment, or the right to create it"
-        return Finding("MLflow", "error", f"answers, but does not take a run: {reason}", remedy)
+        return Finding(
+            "MLflow",
+            "error",
+            f"answers, but does not take a run: {reason}",
+            "the user needs the right to write: EDIT on the experiment, or the right to create it",
+        )
     server = address.without_login(uri)
     return Finding("MLflow", "ok", f"{server} takes runs in experiment {experiment!r}")
 
@@ -115,8 +130,12 @@ def store(config: Config) -> Finding:
         _delete(client, bucket, key)
     if refused:
         return Finding("store", "ok", f"{root} is writable and refuses a second writer")
-    remedy = "use a store with conditional writes (AWS, SeaweedFS 4, MinIO), or never retry a step while it still runs"
-    return Finding("store", "warning", f"{root} is writable, but ignores If-None-Match", remedy)
+    return Finding(
+        "store",
+        "warning",
+        f"{root} is writable, but ignores If-None-Match",
+        "use a store with conditional writes (AWS, SeaweedFS 4, MinIO), or never retry a step while it still runs",
+    )
 
 
 def _writable_folder(root: str) -> Finding:

@@ -31,7 +31,5 @@ def as_finding(subject: str, check: Callable[..., Finding], *arguments: Any) -> 
     try:
         return check(*arguments)
     except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
-        message = error.problem
-        if error.field:
-            message = f"{error.field}: {message}"
+        message = f"{error.field}: {error.problem}" if error.field else error.problem
         return Finding(subject, "error", message, error.remedy or "see the message")

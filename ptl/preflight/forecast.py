@@ -46,8 +46,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     Raises InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
     """
     if gpu not in GPUS:
-        kinds = ", ".join(GPUS)
-        raise InputError(f"{gpu!r} is not known; it must be one of {kinds}", field="gpu")
+        raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
     # What each step takes.
     dense = shape_of(config.model.path, config.model.revision)
     gpus = max(1, _gpus(config, "recover", count))  # of a recovery, which alone uses several
@@ -59,7 +58,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     hours = {step.step: step.hours for step in steps}
     held = {step.step: _gpus(config, step.step, count) for step in steps}
     critical_hours, critical_steps = critical_path(dag, hours)
-    together = busiest(dag, hours, held)
+    concurrent_steps = busiest(dag, hours, held)
 
     # What would waste the run.
     too_large = [_too_large(step, gpu, assumed) for step in steps if not step.fits]
@@ -71,8 +70,8 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         warnings=(*advice.warnings(config), *too_large),
         critical_hours=critical_hours,
         critical_steps=tuple(critical_steps),
-        busiest=together,
-        busiest_gpus=sum(held[name] for name in together),
+        busiest=concurrent_steps,
+        busiest_gpus=sum(held[name] for name in concurrent_steps),
     )
 
 
@@ -83,11 +82,8 @@ def _gpus(config: Config, step: str, count: int | None) -> int:
     """
     if count is not None:
         return count
-    stage = stage_of(step)
-    own = config.resources.of_step(stage).accelerators
-    if own is not None:
-        return own
-    return max(1, config.resources.accelerators)
+    own = config.resources.of_step(stage_of(step)).accelerators
+    return max(1, config.resources.accelerators) if own is None else own
 
 
 def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
@@ -99,15 +95,14 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
     steps: list[StepForecast] = []
     for node in dag:
         name = node.name
+        stage = stage_of(name)
         arm = arm_of(name)
         number = iteration_of(name)
-        stage = stage_of(name)
         after = shapes[arm][number]
         if stage == "evaluate":
             steps.append(evaluate_step(name, after, assumed))
         elif stage == "prune":
-            before = shapes[arm][number - 1]
-            steps.append(prune_step(name, before, after.params, assumed))
+            steps.append(prune_step(name, shapes[arm][number - 1], after.params, assumed))
         elif stage == "recover":
             steps.append(recover_step(name, after, schedules[arm], number, assumed))
     return steps
@@ -145,26 +140,25 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
     starts, ends = times(dag, hours)
     # The most are held at a moment when a step starts.
     working = [node.name for node in dag if hours.get(node.name)]
-    most: tuple[str, ...] = ()  # steps
-    most_gpus = 0
-    for moment in sorted({starts[name] for name in working}):
-        running = [name for name in working if starts[name] <= moment < ends[name]]
-        held = sum(gpus[name] for name in running)
-        if held > most_gpus:
-            most_gpus = held
-            most = tuple(running)
-    return most
+    moments = sorted({starts[name] for name in working})
+
+    def running(moment: float) -> tuple[str, ...]:
+        return tuple(name for name in working if starts[name] <= moment < ends[name])
+
+    def held(names: tuple[str, ...]) -> int:
+        return sum(gpus[name] for name in names)
+
+    return max(map(running, moments), key=held, default=())
 
 
 def _too_large(step: StepForecast, gpu: str, assumed: Assumptions) -> str:
     """The warning of a step that does not fit."""
-    name = step.step
     needed = step.memory / GIB
-    there = assumed.card.memory / GIB
+    available = assumed.card.memory / GIB
     remedy = "lower the batch size, or take a larger GPU"
-    if stage_of(name) == "recover":
+    if stage_of(step.step) == "recover":
         remedy = _smaller_recovery(assumed)
-    return f"{name}: about {needed:.0f} GiB on each GPU, {gpu} has {there:.0f} GiB: {remedy}"
+    return f"{step.step}: about {needed:.0f} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}"
 
 
 def _smaller_recovery(assumed: Assumptions) -> str:
@@ -173,8 +167,7 @@ def _smaller_recovery(assumed: Assumptions) -> str:
     stages = assumed.config.recover
     if any(stage.sharding == "none" for stage in stages):
         remedies.append("recover.sharding: fsdp over several GPUs")
-    next_token = [stage for stage in stages if isinstance(stage, NextToken)]
-    if any(stage.lora is None for stage in next_token):
+    if any(isinstance(stage, NextToken) and stage.lora is None for stage in stages):
         remedies.append("recover.lora")
     if not all(stage.gradient_checkpointing for stage in stages):
         remedies.append("recover.gradient_checkpointing: true")

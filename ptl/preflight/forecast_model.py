@@ -95,8 +95,7 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: in
     trained = 0.0 if lora else 12.0 * shape.params
     if stage.sharding == "fsdp":
         weights /= count
-        trained /= count
-    elif stage.sharding == "zero2":
+    if stage.sharding != "none":
         trained /= count
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
@@ -104,8 +103,8 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: in
     rows = math.ceil(stage.batch_size / micro_batches)
     tokens = rows * sequence_length(stage)
     itemsize = 2 if stage.dtype == "bfloat16" else 4
-    kept = activations(shape, tokens, itemsize, stage.gradient_checkpointing)
-    memory = weights + trained + kept
+    memory = weights + trained
+    memory += activations(shape, tokens, itemsize, stage.gradient_checkpointing) + CONTEXT
     if isinstance(stage, Distil):
         memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
         memory += teacher.params * teacher.itemsize
@@ -113,7 +112,7 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: in
         if stage.beta:
             memory += 4.0 * shape.params  # the reference model
         memory += tokens * shape.kv_bytes  # the cache while it generates
-    return memory + CONTEXT
+    return memory
 
 
 def sequence_length(stage: RecoverStage) -> int:

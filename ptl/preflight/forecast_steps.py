@@ -43,6 +43,10 @@ class Assumptions:
     card: Gpu
     gpus: int  # for a recovery; other steps use one
 
+    def fits(self, memory: float) -> bool:
+        """Whether so many bytes fit on a GPU."""
+        return memory <= FULL * self.card.memory
+
 
 @dataclass(frozen=True)
 class StepForecast:
@@ -60,7 +64,6 @@ class StepForecast:
 
 def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> StepForecast:
     """Scoring: one forward pass over the calibration text, with Taylor a backward pass too; whole model on one GPU."""
-    card = assumed.card
     calibration = assumed.config.calibration
     backward = assumed.config.prune.criterion == "taylor"
 
@@ -81,8 +84,8 @@ def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> S
         tokens=tokens,
         flops=flops,
         memory=memory,
-        hours=flops / (card.fp32 * FORWARD_SHARE) / HOUR,
-        fits=memory <= FULL * card.memory,
+        hours=flops / (assumed.card.fp32 * FORWARD_SHARE) / HOUR,
+        fits=assumed.fits(memory),
     )
 
 
@@ -111,9 +114,8 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
         seconds += batches * new_tokens * token_seconds
 
-    weights = shape.params * shape.itemsize
-    cache = batch_size * longest * shape.kv_bytes
-    memory = weights + cache + CONTEXT
+    memory = shape.params * shape.itemsize  # weights
+    memory += batch_size * longest * shape.kv_bytes + CONTEXT
     return StepForecast(
         step=name,
         params=shape.params,
@@ -121,7 +123,7 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         flops=flops,
         memory=memory,
         hours=seconds / HOUR,
-        fits=memory <= FULL * card.memory,
+        fits=assumed.fits(memory),
         note=note,
     )
 
@@ -132,8 +134,8 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
     tokens = 0
     flops = seconds = memory = 0.0
     recovery = Recovery(stages=assumed.config.recover)
-    iterations = plan(schedule, assumed.config.prune)
-    budgets = recovery.budgets(iterations[number - 1].tokens)
+    iteration = plan(schedule, assumed.config.prune)[number - 1]
+    budgets = recovery.budgets(iteration.tokens)
     for stage, budget in zip(recovery.stages, budgets, strict=True):
         if isinstance(stage, Grpo):
             # Steps are shared out over the iterations as tokens are.
@@ -149,10 +151,8 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         # Generating, then training on what was generated.
         gpus = devices(stage, assumed.gpus)
         peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
-        seconds += work.decode_seconds
-        seconds += stage_flops / (peak * TRAINING_SHARE * gpus)
-        stage_memory = training_memory(pruned, stage, assumed.dense, gpus)
-        memory = max(memory, stage_memory)
+        seconds += work.decode_seconds + stage_flops / (peak * TRAINING_SHARE * gpus)
+        memory = max(memory, training_memory(pruned, stage, assumed.dense, gpus))
     return StepForecast(
         step=name,
         params=pruned.params,
@@ -160,7 +160,7 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         flops=flops,
         memory=memory,
         hours=seconds / HOUR,
-        fits=memory <= FULL * card.memory,
+        fits=assumed.fits(memory),
     )
 
 

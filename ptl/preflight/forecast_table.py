@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ptl.preflight.forecast import Forecast
-from ptl.preflight.forecast_steps import HOUR, StepForecast
+from ptl.preflight.forecast_steps import HOUR
 from ptl.preflight.gpus import GIB
 from ptl.units import duration
 
@@ -29,37 +29,28 @@ def table(forecast: Forecast) -> Any:
     work = duration(forecast.hours * HOUR)
     wall_clock = duration(forecast.critical_hours * HOUR)
     model = f"{forecast.params:,} parameters on {forecast.count} x {forecast.gpu}"
-    title = f"{model}: {work} of work, {wall_clock} from start to end (estimates)"
-    caption = concurrency(forecast)
-
     # A step that does not fit is red, and says so too where there are no colours.
-    rows = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    rows = Table(
+        title=f"{model}: {work} of work, {wall_clock} from start to end (estimates)",
+        title_justify="left",
+        caption=concurrency(forecast),
+        caption_justify="left",
+    )
     for heading, side in COLUMNS.items():
         rows.add_column(heading, justify=side)
     for step in forecast.steps:
-        critical = step.step in forecast.critical_steps
-        style = None if step.fits else "red"
-        rows.add_row(*_cells(step, critical), style=style)
+        # In the order of COLUMNS.
+        rows.add_row(
+            f"{step.step} *" if step.step in forecast.critical_steps else step.step,
+            f"{step.params:,}",
+            f"{step.tokens:,}" if step.tokens else "",  # a recovery by steps alone may have none
+            f"{step.flops:.1e}",
+            f"{step.memory / GIB:.1f}",
+            f"{step.hours:.2f}",
+            step.note if step.fits else "; ".join(filter(None, ["does not fit", step.note])),
+            style=None if step.fits else "red",
+        )
     return rows
-
-
-def _cells(step: StepForecast, critical: bool) -> list[str]:
-    """A step's row, in the order of COLUMNS."""
-    name = f"{step.step} *" if critical else step.step
-    notes = [] if step.fits else ["does not fit"]
-    if step.note:
-        notes.append(step.note)
-    memory = step.memory / GIB
-    tokens = f"{step.tokens:,}" if step.tokens else ""  # a recovery by steps alone may have none
-    return [
-        name,
-        f"{step.params:,}",
-        tokens,
-        f"{step.flops:.1e}",
-        f"{memory:.1f}",
-        f"{step.hours:.2f}",
-        "; ".join(notes),
-    ]
 
 
 def concurrency(forecast: Forecast) -> str:

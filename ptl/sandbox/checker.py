@@ -42,8 +42,7 @@ class Checker:
             detail = _describe(error, source)
         if self.broken is not None:  # also where the tests swallowed it
             status, detail = self.broken
-        verdict = json.dumps({"status": status, "detail": detail[: 2 * TEXT]})
-        os.write(self.report, f"{verdict}\n".encode())
+        os.write(self.report, json.dumps({"status": status, "detail": detail[: 2 * TEXT]}).encode())
         os._exit(0)
 
     def check(self, source: str) -> tuple[str, str]:
@@ -53,14 +52,13 @@ class Checker:
             return "setup_failed", "the candidate's process did not report its lock-down"
         # The names that the tests ask for are those of their code, nested functions included.
         code = compile(source, "<tests>", "exec", dont_inherit=True)
-        namespace: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
         try:
             exported = self.outcome(None)
         except Exception as error:
             return "failed", f"the candidate cannot be imported: {type(error).__name__}: {error}"
         if not isinstance(exported, dict):
             raise self.gone("not a table of names")
-        namespace.update(self.usable(exported, _names_in(code)))
+        namespace = {"__name__": "tests", "__builtins__": builtins, **self.usable(exported, _names_in(code))}
         exec(code, namespace)
         return "passed", ""
 
@@ -69,8 +67,7 @@ class Checker:
 
         Unless the tests ask for nothing else of the candidate: then the function under test bears a builtin's name.
         """
-        requested = asked.intersection(exported)
-        requested = {name for name in requested if not name.startswith("__")}
+        requested = {name for name in asked.intersection(exported) if not name.startswith("__")}
         names = requested.difference(dir(builtins)) or requested
         values: dict[str, Any] = {}
         # In the candidate's order: an exception may be derived from an earlier one.
@@ -106,8 +103,7 @@ class Checker:
             known = self.exceptions.get(name) or getattr(builtins, name, None)
             if isinstance(known, type) and issubclass(known, Exception):
                 return known
-        first = str(names[0])
-        raise self.gone(f"the candidate raised {first[:80]}")
+        raise self.gone(f"the candidate raised {names[0]!s:.80}")
 
     def gone(self, detail: str, status: str = "failed") -> _GoneError:
         """Note why the candidate cannot be asked any more, and return the exception to raise."""
@@ -150,12 +146,11 @@ class Checker:
 
     def resolve(self, data: Tagged) -> Any:
         """Return the object of a handle, or a function of the tests that comes back."""
-        tag = data["t"]
         number = data["v"]
-        if tag == "handle" and isinstance(number, int):
+        if data["t"] == "handle" and isinstance(number, int):
             kind = RemoteCallable if data.get("c") is True else Remote
             return kind(self, number)
-        if tag == "local":
+        if data["t"] == "local":
             return self.locals[number]
         raise ValueError("unknown tag")
 
@@ -181,10 +176,9 @@ class Checker:
         `keep` leaves the result there and returns its handle.
         """
         # Both raise TypeError for what may not go out, before anything is sent.
-        encoded_args = encode(list(args), self.refer)
-        encoded_keywords = encode(keywords or {}, self.refer)
+        operands = [encode(list(args), self.refer), encode(keywords or {}, self.refer)]
         self.require_unbroken()
-        self.send(["do", name, encoded_args, encoded_keywords, keep])
+        self.send(["do", name, *operands, keep])
         value = self.outcome(args, stop=name == "next")
         if keep and not isinstance(value, Remote):
             raise self.gone("the candidate answered with a value where a handle is due")
@@ -234,11 +228,9 @@ class Checker:
         keywords = self.decode(kwargs)
         # Its exceptions are the candidate's to handle, as in one process.
         try:
-            value = function(*values, **keywords)
-            reply = ["reply", True, encode(value, self.refer)]
+            reply = ["reply", True, encode(function(*values, **keywords), self.refer)]
         except Exception as error:
-            kind = type(error).__name__
-            reply = ["reply", False, kind, str(error)[:TEXT]]
+            reply = ["reply", False, type(error).__name__, str(error)[:TEXT]]
         self.send(reply)
 
 
@@ -389,10 +381,6 @@ def _describe(error: BaseException, source: str) -> str:
         if trace.tb_frame.f_code.co_filename == "<tests>":
             number = trace.tb_lineno
         trace = trace.tb_next
-    lines = source.splitlines()
-    line = ""
-    if 0 < number <= len(lines):  # else it is of no line, such as a SyntaxError
-        line = lines[number - 1].strip()
-    kind = type(error).__name__
-    text = str(error)[:TEXT]
-    return f"{kind}: {text} (tests, line {number}: {line[:200]})"
+    # Empty where it is of no line, such as a SyntaxError.
+    line = dict(enumerate(source.splitlines(), 1)).get(number, "").strip()
+    return f"{type(error).__name__}: {str(error)[:TEXT]} (tests, line {number}: {line[:200]})"

@@ -32,44 +32,26 @@ def main() -> None:
     for module in ("zlib", "binascii"):  # where they are linked to a shared library, its folder is out of reach later
         with contextlib.suppress(ImportError):
             __import__(module)
-    actor = _actor(order["role"], order["pipes"])
+    actor: Any = Candidate
+    if order["role"] == "checker":
+        from ptl.sandbox.checker import Checker
+
+        actor = Checker
     try:
         readable = [path for path in sys.path if os.access(path, os.F_OK)]  # pathlib would cost 8 ms of start-up
-        lockdown.lock_down(".", readable, **order["limits"])
+        lockdown.lock_down(readable, **order["limits"])
         if os.getppid() != order["parent"]:  # it died before PR_SET_PDEATHSIG was in force
             raise OSError("the parent has gone")
     except (OSError, ValueError) as error:
         sys.stderr.write(f"sandbox set-up failed: {error}\n")
         sys.stderr.flush()
         os._exit(SETUP_FAILED)
-    actor.run(order["source"])
+    actor(*order["pipes"]).run(order["source"])
 
 
-def _actor(role: str, pipes: list[int]) -> Any:
-    if role == "candidate":
-        return Candidate(*pipes)
-    from ptl.sandbox.checker import Checker
-
-    return Checker(*pipes)
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-# Besides these, the functions of the module operator.
+# Besides the functions of the module operator.
 _OPERATIONS: dict[str, Callable[..., Any]] = {
-    "call": _call,
-    "getattr": getattr,
-    "setattr": setattr,
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "bool": bool,
-    "repr": repr,
-    "str": str,
-    "hash": hash,
-    "isinstance": isinstance,
+    function.__name__: function for function in (getattr, setattr, iter, next, len, bool, repr, str, hash, isinstance)
 }
 _MUTABLE = (list, dict, set, bytearray)
 
@@ -94,13 +76,11 @@ class Candidate:
                 del sys.modules[name]
         sys.modules["candidate"] = module
         try:
-            code = compile(source, "<candidate>", "exec", dont_inherit=True)
-            exec(code, module.__dict__)
+            exec(compile(source, "<candidate>", "exec", dont_inherit=True), module.__dict__)
         except BaseException as error:
             send(self.outgoing, self.failure(error))
         else:
-            names = self.exported(module)
-            send(self.outgoing, ["ok", names, []])
+            send(self.outgoing, ["ok", self.exported(module), []])
         while True:
             try:
                 message = receive(self.incoming)
@@ -110,12 +90,9 @@ class Candidate:
 
     def exported(self, module: types.ModuleType) -> dict[str, Any]:
         """Return the data for every name of the module."""
-        names = {}
         # A copy: asking a value for its class may run the candidate's code, which may change the module.
-        for name, value in list(vars(module).items()):
-            if not name.startswith("__"):
-                names[name] = self.export(value)
-        return names
+        names = list(vars(module).items())
+        return {name: self.export(value) for name, value in names if not name.startswith("__")}
 
     def export(self, value: Any) -> Any:
         """Return the data for one name of the module."""
@@ -130,8 +107,7 @@ class Candidate:
         """Return the handle of an object that stays here; it is kept for ever, so that its id() stays its own."""
         key = id(value)
         if key in self.callbacks:
-            number, _ = self.callbacks[key]
-            return {"t": "local", "v": number}
+            return {"t": "local", "v": self.callbacks[key][0]}
         if key not in self.handles:
             self.handles[key] = len(self.objects)
             self.objects.append(value)
@@ -144,9 +120,8 @@ class Candidate:
             return self.objects[number]
 
         def callback(*args: Any, **kwargs: Any) -> Any:
-            encoded_args = encode(list(args), self.refer)
-            encoded_kwargs = encode(kwargs, self.refer)
-            send(self.outgoing, ["callback", number, encoded_args, encoded_kwargs])
+            content = [encode(list(args), self.refer), encode(kwargs, self.refer)]
+            send(self.outgoing, ["callback", number, *content])
             return self.await_reply()
 
         # When it goes back it is the tests' own function again; kept for ever, as in `refer`.
@@ -175,8 +150,7 @@ class Candidate:
             operation = _OPERATIONS.get(name) or getattr(operator, name)
             value = operation(*args, **keywords)
             result = self.refer(value) if keep else encode(value, self.refer)
-            changes = self.changes(args, encoded_args)
-            send(self.outgoing, ["ok", result, changes])
+            send(self.outgoing, ["ok", result, self.changes(args, encoded_args)])
         except (EOFError, BrokenPipeError):
             os._exit(0)  # the checker has finished
         except BaseException as error:  # SystemExit and KeyboardInterrupt are answers too
@@ -185,11 +159,9 @@ class Candidate:
     def changes(self, args: list[Any], encoded_before: list[Any]) -> list[Any]:
         """Return index and content of the arguments that the candidate changed in place."""
         changes = []
-        for index, arg in enumerate(args):
-            if type(arg) not in _MUTABLE:
-                continue
-            content = encode(arg, self.refer)
-            if content != encoded_before[index]:
+        for index, (arg, before) in enumerate(zip(args, encoded_before, strict=True)):
+            content = encode(arg, self.refer) if type(arg) in _MUTABLE else before
+            if content != before:
                 changes.append([index, content])
         return changes
 
@@ -197,16 +169,12 @@ class Candidate:
         """Return the message that reports an exception."""
         # The candidate's exception may raise another where it is asked for its text.
         try:
-            args = [_plain_argument(arg) for arg in error.args]
+            args = [arg if isinstance(arg, (str, int)) else repr(arg) for arg in error.args]
             text = str(error)[:TEXT]
         except Exception:
             args = []
             text = "(its text cannot be read)"
         return ["raise", _base_names(type(error)), args, text]
-
-
-def _plain_argument(argument: Any) -> str | int:
-    return argument if isinstance(argument, (str, int)) else repr(argument)
 
 
 def _base_names(kind: type[BaseException]) -> list[str]:

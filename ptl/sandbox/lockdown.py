@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-# name: (x86_64, aarch64); -1 where the architecture has no such call.
+# name: (x86_64, aarch64); None where the architecture has no such call.
 _SYSCALLS = {
     # files: Landlock decides which ones; no chmod, chown, link, symlink, mkdir, truncate by path, chdir, readlink
     "read": (0, 63),
@@ -28,31 +28,31 @@ _SYSCALLS = {
     "fstat": (5, 80),
     "newfstatat": (262, 79),
     "statx": (332, 291),
-    "stat": (4, -1),
-    "lstat": (6, -1),
+    "stat": (4, None),
+    "lstat": (6, None),
     "lseek": (8, 62),
     "pread64": (17, 67),
     "pwrite64": (18, 68),
     "readv": (19, 65),
     "writev": (20, 66),
-    "access": (21, -1),
+    "access": (21, None),
     "faccessat": (269, 48),
     "faccessat2": (439, 439),
     "pipe2": (293, 59),
     "dup": (32, 23),
-    "dup2": (33, -1),
+    "dup2": (33, None),
     "dup3": (292, 24),
     "getdents64": (217, 61),
     "getcwd": (79, 17),
-    "unlink": (87, -1),
+    "unlink": (87, None),
     "unlinkat": (263, 35),
-    "rename": (82, -1),
+    "rename": (82, None),
     "renameat": (264, 38),
     "renameat2": (316, 276),
     "ftruncate": (77, 46),
-    "poll": (7, -1),
+    "poll": (7, None),
     "ppoll": (271, 73),
-    "select": (23, -1),
+    "select": (23, None),
     "pselect6": (270, 72),
     # memory
     "mmap": (9, 222),
@@ -73,7 +73,7 @@ _SYSCALLS = {
     "geteuid": (107, 175),
     "getgid": (104, 176),
     "getegid": (108, 177),
-    "getpgrp": (111, -1),
+    "getpgrp": (111, None),
     "uname": (63, 160),
     "sysinfo": (99, 179),
     "getrusage": (98, 165),
@@ -91,14 +91,13 @@ _SYSCALLS = {
     "clock_gettime": (228, 113),
     "clock_getres": (229, 114),
     "gettimeofday": (96, 169),
-    "time": (201, -1),
+    "time": (201, None),
     "nanosleep": (35, 101),
     "clock_nanosleep": (230, 115),
     "getrandom": (318, 278),
 }
 
 _O_TRUNC = 0o1000
-_CLONE_THREAD = 0x10000
 
 
 class _ArgumentCheck(NamedTuple):
@@ -118,8 +117,6 @@ _CHECKED = [
     # ioctl: TCGETS (isatty), FIONCLEX, FIOCLEX
     _ArgumentCheck((16, 29), 1, 0xFFFFFFFF, (0x5401, 0x5450, 0x5451)),
 ]
-_CLONE_THREADS_ONLY = _ArgumentCheck((56, 220), 0, _CLONE_THREAD, (_CLONE_THREAD,))
-_CLONE3 = 435  # its flags are behind a pointer that seccomp cannot read: ENOSYS makes libc fall back to clone
 
 # Calls of our own, before the filter is in force.
 _LANDLOCK_CREATE_RULESET = 444
@@ -196,25 +193,23 @@ def missing_support() -> str | None:
 
 
 def lock_down(
-    scratch: str,
     readable: Sequence[str],
     *,
     cpu_s: int,
     memory_bytes: int,
     file_bytes: int,
-    threads: bool,
 ) -> None:
-    """Confine this process: files under `scratch` (flat), the standard library in `readable`, no other resource."""
+    """Confine this process: files in its working directory, the standard library in `readable`, no other resource."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)  # nobody of the same user attaches to this process or reads its /proc entry
-    _set_limits(cpu_s, memory_bytes, file_bytes, threads)
+    _set_limits(cpu_s, memory_bytes, file_bytes)
     _drop_capabilities()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # without it neither Landlock nor seccomp accepts us
-    _restrict_files(scratch, readable)
-    _restrict_calls(threads)
+    _restrict_files(readable)
+    _restrict_calls()
 
 
-def _set_limits(cpu_s: int, memory_bytes: int, file_bytes: int, threads: bool) -> None:
+def _set_limits(cpu_s: int, memory_bytes: int, file_bytes: int) -> None:
     # SIGXCPU comes a second before SIGKILL, which distinguishes a timeout from another death.
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     limits = {
@@ -223,10 +218,8 @@ def _set_limits(cpu_s: int, memory_bytes: int, file_bytes: int, threads: bool) -
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_NPROC: 0,  # no thread or process; root is exempt, and seccomp repeats it
     }
-    # It counts the user's processes, so it can only say none; root is exempt, and seccomp repeats it.
-    if not threads:
-        limits[resource.RLIMIT_NPROC] = 0
     for name, limit in limits.items():
         resource.setrlimit(name, (limit, limit))
 
@@ -237,7 +230,7 @@ def _drop_capabilities() -> None:
     _syscall(_CAPSET[_column()], header, no_capabilities)
 
 
-def _restrict_files(scratch: str, readable: Sequence[str]) -> None:
+def _restrict_files(readable: Sequence[str]) -> None:
     """Landlock: nothing but the paths below, no network, and no signal or socket to others where the kernel can."""
     version = _landlock_version()
     known_version = min(version, len(_NUM_RIGHTS))
@@ -251,7 +244,7 @@ def _restrict_files(scratch: str, readable: Sequence[str]) -> None:
         attributes += struct.pack("<Q", _SOCKETS_AND_SIGNALS)
     size = ctypes.c_size_t(len(attributes))
     ruleset = _syscall(_LANDLOCK_CREATE_RULESET, attributes, size, ctypes.c_uint32(0))
-    _allow_path(ruleset, scratch, _SCRATCH_RIGHTS & handled)
+    _allow_path(ruleset, ".", _SCRATCH_RIGHTS & handled)
     for root in readable:
         if root.endswith(".zip"):
             _allow_path(ruleset, root, _READ_FILE)
@@ -275,12 +268,11 @@ def _allow_path(ruleset: int, path: str, rights: int) -> None:
         os.close(descriptor)
 
 
-def _restrict_calls(threads: bool) -> None:
-    """Seccomp: the allow-list for all threads of this process and whatever it becomes."""
-    program = _filter(threads)
+def _restrict_calls() -> None:
+    """Seccomp: the allow-list for this process and whatever it becomes."""
+    program = _filter()
     # struct sock_filter
-    instructions = [struct.pack("<HBBI", *instruction) for instruction in program]
-    code = b"".join(instructions)
+    code = b"".join(struct.pack("<HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     prog = struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(buffer))  # struct sock_fprog
     set_mode_filter = ctypes.c_uint(1)
@@ -292,29 +284,25 @@ _Instruction = tuple[int, int, int, int]
 _LOAD, _EQUAL, _MASK, _RETURN = 0x20, 0x15, 0x54, 0x06
 _ALLOW = (_RETURN, 0, 0, 0x7FFF0000)
 _DENY = (_RETURN, 0, 0, 0x00050000 | errno.EPERM)
-_NOT_IMPLEMENTED = (_RETURN, 0, 0, 0x00050000 | errno.ENOSYS)
 _KILL_PROCESS = (_RETURN, 0, 0, 0x80000000)
 _LOAD_NUMBER = (_LOAD, 0, 0, 0)
 _LOAD_ARCHITECTURE = (_LOAD, 0, 0, 4)
 
 
-def _filter(threads: bool) -> list[_Instruction]:
+def _filter() -> list[_Instruction]:
     """Return the allow-list as a program."""
     column, architecture = _MACHINES[os.uname().machine]
     # Numbers mean other calls on another architecture.
-    program = [_LOAD_ARCHITECTURE, (_EQUAL, 1, 0, architecture), _KILL_PROCESS]
-    program.append(_LOAD_NUMBER)
+    program = [_LOAD_ARCHITECTURE, (_EQUAL, 1, 0, architecture), _KILL_PROCESS, _LOAD_NUMBER]
     for numbers in _SYSCALLS.values():
-        if numbers[column] >= 0:
-            program += [(_EQUAL, 0, 1, numbers[column]), _ALLOW]
-    checks = [*_CHECKED, _CLONE_THREADS_ONLY] if threads else _CHECKED
-    for check in checks:
+        number = numbers[column]
+        if number is not None:
+            program += [(_EQUAL, 0, 1, number), _ALLOW]
+    for check in _CHECKED:
         verdict = _argument_verdict(check)
         program.append((_EQUAL, 0, len(verdict), check.numbers[column]))
         program += verdict
-    program += [(_EQUAL, 0, 1, _CLONE3), _NOT_IMPLEMENTED]
-    program.append(_DENY)
-    return program
+    return [*program, _DENY]
 
 
 def _argument_verdict(check: _ArgumentCheck) -> list[_Instruction]:
@@ -323,5 +311,4 @@ def _argument_verdict(check: _ArgumentCheck) -> list[_Instruction]:
     verdict = [(_LOAD, 0, 0, low_half), (_MASK, 0, 0, check.mask)]
     for value in check.allowed:
         verdict += [(_EQUAL, 0, 1, value), _ALLOW]
-    verdict.append(_DENY)
-    return verdict
+    return [*verdict, _DENY]

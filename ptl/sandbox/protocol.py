@@ -10,7 +10,7 @@ import builtins
 import json
 import os
 import struct
-import sys
+import types
 from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from operator import attrgetter
@@ -21,8 +21,6 @@ TEXT = 1500  # characters of an error's text
 
 Tagged = dict[str, Any]  # a value or handle with its tag
 Build = Callable[[list[Any]], Any]  # the value of which these are the parts
-Refer = Callable[[Any], Any]  # makes the handle of an object that is not plain data, or raises TypeError
-Resolve = Callable[[Tagged], Any]  # the object of a handle
 
 _HEADER = struct.Struct("<I")  # length of the JSON that follows
 _CHUNK = 1 << 20  # bytes of one read
@@ -59,10 +57,6 @@ def _pairs(value: Any) -> list[list[Any]]:
 
 def _text(value: Any) -> list[str]:
     return [str(value)]
-
-
-def _iso_text(value: Any) -> list[str]:
-    return [value.isoformat()]
 
 
 def _latin_text(value: Any) -> list[str]:
@@ -108,9 +102,9 @@ _CODECS = {
     "Counter": _Codec("collections", _pairs, _build_counter),
     "Decimal": _Codec("decimal", _text, _star_later("decimal", "Decimal")),
     "Fraction": _Codec("fractions", _text, _star_later("fractions", "Fraction")),
-    "date": _Codec("datetime", _iso_text, _star_later("datetime", "date.fromisoformat")),
-    "time": _Codec("datetime", _iso_text, _star_later("datetime", "time.fromisoformat")),
-    "datetime": _Codec("datetime", _iso_text, _star_later("datetime", "datetime.fromisoformat")),
+    "date": _Codec("datetime", _text, _star_later("datetime", "date.fromisoformat")),
+    "time": _Codec("datetime", _text, _star_later("datetime", "time.fromisoformat")),
+    "datetime": _Codec("datetime", _text, _star_later("datetime", "datetime.fromisoformat")),
     "timedelta": _Codec(
         "datetime", attrgetter("days", "seconds", "microseconds"), _star_later("datetime", "timedelta")
     ),
@@ -150,11 +144,11 @@ def _read_exactly(descriptor: int, size: int) -> bytes:
     return b"".join(chunks)
 
 
-def encode(value: Any, refer: Refer) -> Any:
+def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
     """Return `value` as JSON data; `refer` makes the handle of what is not plain data (or raises TypeError)."""
     # Exact types: an object of a subclass is more than its value.
     kind = type(value)
-    if value is None or kind in (bool, str, float):
+    if kind in (types.NoneType, bool, str, float):
         return value
     if kind is int and -(2**63) <= value < 2**63:
         return value
@@ -162,13 +156,14 @@ def encode(value: Any, refer: Refer) -> Any:
         return [encode(item, refer) for item in value]
     tag = _tag_of(kind)
     if tag is not None:
-        parts = _CODECS[tag].parts(value)
-        return {"t": tag, "v": [encode(part, refer) for part in parts]}
-    if isinstance(value, type(sys)):
+        return {"t": tag, "v": [encode(part, refer) for part in _CODECS[tag].parts(value)]}
+    if isinstance(value, types.ModuleType):
         return {"t": "module", "v": value.__name__}
     # Asked for its name only if it is surely a class: any other object may run code of its own for that.
-    if kind is type and _is_builtin(value):
-        return {"t": "builtin", "v": value.__name__}
+    if kind is type:
+        name = value.__name__
+        if getattr(builtins, name, None) is value:
+            return {"t": "builtin", "v": name}
     return refer(value)
 
 
@@ -181,11 +176,7 @@ def _tag_of(kind: type) -> str | None:
     return "namedtuple" if is_namedtuple else None
 
 
-def _is_builtin(kind: type) -> bool:
-    return getattr(builtins, kind.__name__, None) is kind
-
-
-def decode(data: Any, resolve: Resolve) -> Any:
+def decode(data: Any, resolve: Callable[[Tagged], Any]) -> Any:
     """Return the value that `data` stands for; `resolve` turns handles (any other tag) into objects."""
     if isinstance(data, list):
         return [decode(item, resolve) for item in data]
@@ -198,8 +189,7 @@ def decode(data: Any, resolve: Resolve) -> Any:
     if codec is not None:
         if not isinstance(content, list):
             raise ValueError(f"the content of a {tag} is no list")
-        parts = [decode(part, resolve) for part in content]
-        return codec.build(parts)
+        return codec.build([decode(part, resolve) for part in content])
     if tag == "builtin":
         builtin = getattr(builtins, str(content))
         if not isinstance(builtin, type):  # a function such as eval must not come from the candidate

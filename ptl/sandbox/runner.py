@@ -19,13 +19,12 @@ What it cannot guarantee
 - Metadata stays visible: `os.stat` works on any path (existence, size, times), and so do pid, uid, host name and the
   names, not the content, in the standard library's folder.
 - A hole in the kernel's Landlock or seccomp, or in Python's own JSON parser and types that decode answers, is a hole.
-- `memory_bytes` and `cpu_s` hold per process, the checker's included. The total of scratch files and the number of
-  threads are polled every 50 ms, so a burst can pass the limit for that long, and deleted but open files (64 at most)
-  are not in the total.
+- `memory_bytes` and `cpu_s` hold per process, the checker's included. The total of scratch files is polled every
+  50 ms, so a burst can pass the limit for that long, and deleted but open files (64 at most) are not in the total.
 
-What candidates and tests cannot do here: asyncio and sockets, subprocesses, threads (unless `Limits.processes` > 1),
-subclassing a candidate's class in the tests, comparing with `is`, `in` on the candidate's own container types,
-capturing what the candidate prints, and extension modules that need a shared library (ssl, sqlite3, bz2, lzma).
+What candidates and tests cannot do here: asyncio and sockets, subprocesses, threads, subclassing a candidate's class in
+the tests, comparing with `is`, `in` on the candidate's own container types, capturing what the candidate prints, and
+extension modules that need a shared library (ssl, sqlite3, bz2, lzma).
 """
 
 from __future__ import annotations
@@ -42,12 +41,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from ptl.errors import InputError, WorkError
 from ptl.sandbox import lockdown
@@ -79,26 +75,11 @@ class Limits:
     wall_s: float = 10.0  # from the start of the processes to the end of the tests
     cpu_s: int = 5
     memory_bytes: int = 512 << 20  # address space, the interpreter's own ~30 MB included
-    processes: int = 1  # 1: no fork and no thread; n: up to n threads, still no fork
     output_bytes: int = 64 << 10  # standard output and error together
     file_bytes: int = 1 << 20  # all files in the scratch folder together, at most 64 of them
 
-    def __post_init__(self) -> None:
-        # The interpreter alone takes some 30 MB.
-        minima = {
-            "cpu_s": 1,
-            "memory_bytes": 64 << 20,
-            "processes": 1,
-            "output_bytes": 0,
-            "file_bytes": 0,
-        }
-        limits = asdict(self)
-        for name, minimum in minima.items():
-            limit = limits[name]
-            if limit < minimum:
-                raise InputError(f"{limit} must be at least {minimum}", field=f"sandbox limit {name}")
-        if self.wall_s <= 0:
-            raise InputError(f"{self.wall_s} must be positive", field="sandbox limit wall_s")
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -106,7 +87,7 @@ class Outcome:
     """How one candidate did."""
 
     passed: bool
-    status: str  # passed | failed | timeout | killed | output_limit | file_limit | process_limit
+    status: str  # passed | failed | timeout | killed | output_limit | file_limit
     detail: str  # may quote the candidate: show it as text, never act on it
 
 
@@ -138,19 +119,17 @@ def require_support() -> None:
         raise WorkError(f"model-written code is not run: {reason}. Run this step on a kernel that has both")
 
 
-def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outcome:
+def run_tests(candidate: str, tests: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
     """Execute `candidate`, then `tests` against its names; passed only if the tests' last line was reached.
 
     `tests` is trusted not to be hostile, but is confined too. Raises WorkError where the sandbox cannot be set up
     (nothing was run then) and InputError for empty tests.
     """
-    limits = limits or Limits()
     if not tests.strip():
         raise InputError("empty, so every candidate would pass. Give at least one assert", field="tests")
     require_support()
     if len(candidate) > _MAX_SOURCE:
-        detail = f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}"
-        return Outcome(False, "failed", detail)
+        return Outcome(False, "failed", f"the candidate has {len(candidate)} characters, more than {_MAX_SOURCE}")
     scratch = tempfile.mkdtemp(prefix="ptl-sandbox-")
     try:
         with _running_children(candidate, tests, limits, scratch) as children:
@@ -164,21 +143,11 @@ def run_tests(candidate: str, tests: str, limits: Limits | None = None) -> Outco
         shutil.rmtree(scratch)  # flat: the children can make no folder or link
 
 
-def run_many(
-    pairs: Iterable[tuple[str, str]],
-    limits: Limits | None = None,
-    workers: int | None = None,
-) -> list[Outcome]:
-    """Run each (candidate, tests) pair, `workers` at a time (default: the usable cores), in the order of the pairs."""
+def run_many(pairs: Iterable[tuple[str, str]], limits: Limits = DEFAULT_LIMITS) -> list[Outcome]:
+    """Run each (candidate, tests) pair, one on each usable core; outcomes are in the order of the pairs."""
     require_support()
-
-    def run_pair(pair: tuple[str, str]) -> Outcome:
-        candidate, tests = pair
-        return run_tests(candidate, tests, limits)
-
-    num_workers = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(num_workers) as pool:
-        return list(pool.map(run_pair, pairs))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda pair: run_tests(pair[0], pair[1], limits), pairs))
 
 
 @contextlib.contextmanager
@@ -203,9 +172,7 @@ def _running_children(candidate: str, tests: str, limits: Limits, scratch: str) 
 def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     """The reading and the writing end of a new pipe, which the stack closes."""
     reading, writing = os.pipe()
-    reading_end = stack.enter_context(FileIO(reading, "r"))
-    writing_end = stack.enter_context(FileIO(writing, "w"))
-    return reading_end, writing_end
+    return stack.enter_context(FileIO(reading, "r")), stack.enter_context(FileIO(writing, "w"))
 
 
 def _kill(child: Process) -> None:
@@ -224,10 +191,9 @@ def _start_child(
     """Start one of the two with the descriptors of its pipes; the rest of its order comes by its standard input."""
     descriptors = [pipe.fileno() for pipe in pipes]
     # -P, -s and -S: neither the working directory nor site-packages is on the path.
-    folder = str(Path(__file__).resolve().parent)
-    command = [sys.executable, "-u", "-P", "-s", "-S", "-X", "utf8", "-c", _BOOT.format(folder=folder)]
+    boot = _BOOT.format(folder=str(Path(__file__).resolve().parent))
     child = subprocess.Popen(
-        command,
+        [sys.executable, "-u", "-P", "-s", "-S", "-X", "utf8", "-c", boot],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
@@ -245,7 +211,6 @@ def _start_child(
             "cpu_s": limits.cpu_s,
             "memory_bytes": limits.memory_bytes,
             "file_bytes": limits.file_bytes,
-            "threads": limits.processes > 1,
         },
     }
     assert child.stdin is not None
@@ -280,15 +245,18 @@ def _observe(children: _Children, limits: Limits, scratch: str) -> _Observation:
                 observation.detail = f"not done after {limits.wall_s} s"
             elif now >= next_poll:
                 next_poll = now + _POLL_S
-                pid = children.candidate.pid
-                observation.status, observation.detail = _passed_limit(pid, limits, scratch)
+                _poll_files(observation, limits, scratch)
     return observation
 
 
 def _take_output(observation: _Observation, children: _Children, limits: Limits) -> bool:
     """Read what was printed; False where both children have closed their output."""
-    chunk = os.read(children.output.fileno(), _CHUNK)
-    _count_output(observation, chunk, limits)
+    chunk = os.read(children.output.fileno(), limits.output_bytes + _CHUNK)
+    observation.output_size += len(chunk)
+    observation.output = (observation.output + chunk)[:_DETAIL]
+    if observation.output_size > limits.output_bytes:
+        observation.status = "output_limit"
+        observation.detail = f"printed more than {limits.output_bytes} bytes"
     return bool(chunk)
 
 
@@ -298,23 +266,14 @@ def _take_report(observation: _Observation, children: _Children, limits: Limits)
     observation.report = (observation.report + chunk)[:_REPORT]
     if not chunk:
         # What was printed before the report counts, so that the outcome does not depend on which was read first.
-        output = children.output.fileno()
-        os.set_blocking(output, False)
+        os.set_blocking(children.output.fileno(), False)
         with contextlib.suppress(BlockingIOError):
-            _count_output(observation, os.read(output, limits.output_bytes + _CHUNK), limits)
+            _take_output(observation, children, limits)
     return bool(chunk)
 
 
-def _count_output(observation: _Observation, chunk: bytes, limits: Limits) -> None:
-    observation.output_size += len(chunk)
-    observation.output = (observation.output + chunk)[:_DETAIL]
-    if observation.output_size > limits.output_bytes:
-        observation.status = "output_limit"
-        observation.detail = f"printed more than {limits.output_bytes} bytes"
-
-
-def _passed_limit(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
-    """Return the status and detail for what no kernel limit covers: the scratch folder's total and the threads."""
+def _poll_files(observation: _Observation, limits: Limits, scratch: str) -> None:
+    """The scratch folder's total, which no kernel limit covers."""
     sizes = []
     # Flat: the children can make no folder.
     for entry in os.scandir(scratch):
@@ -322,14 +281,8 @@ def _passed_limit(pid: int, limits: Limits, scratch: str) -> tuple[str, str]:
             sizes.append(entry.stat(follow_symlinks=False).st_size)
     num_bytes = sum(sizes)
     if num_bytes > limits.file_bytes or len(sizes) > _MAX_FILES:
-        allowed = f"allowed are {_MAX_FILES} of {limits.file_bytes}"
-        return "file_limit", f"{len(sizes)} files of {num_bytes} bytes; {allowed}"
-    if limits.processes > 1:
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
-            num_threads = psutil.Process(pid).num_threads()
-            if num_threads > limits.processes:
-                return "process_limit", f"{num_threads} threads; allowed are {limits.processes}"
-    return "", ""
+        observation.status = "file_limit"
+        observation.detail = f"{len(sizes)} files of {num_bytes} bytes; allowed are {_MAX_FILES} of {limits.file_bytes}"
 
 
 def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome:
@@ -344,9 +297,9 @@ def _judge(observation: _Observation, exit_code: int, limits: Limits) -> Outcome
     if len(lines) < 2:
         return _not_passed("killed", "the tests' own process ended early (memory or CPU limit?)", printed)
 
-    verdict: dict[str, Any] = json.loads(lines[1])
-    status = str(verdict["status"])
-    detail = str(verdict["detail"])
+    verdict: dict[str, str] = json.loads(lines[1])
+    status = verdict["status"]
+    detail = verdict["detail"]
     if status == "passed":
         return Outcome(True, "passed", "")
     if status == "setup_failed":

@@ -55,8 +55,10 @@ def test_any_values_of_fields_are_refused_or_sound(fields):
         *parents, last = dotted.split(".")
         section = raw
         for name in parents:
-            section = section.setdefault(name, {}) if isinstance(section, dict) else section[0]
-            section = section[0] if isinstance(section, list) and section else section
+            if isinstance(section, dict):
+                section = section.setdefault(name, {})
+            if isinstance(section, list) and section:
+                section = section[0]
         if isinstance(section, dict):
             section[last] = value
     try:

@@ -196,6 +196,7 @@ def test_the_busiest_moment_by_hand():
     assert busiest(dag, hours, {"a": 4, "b": 1, "c": 2, "d": 1}) == ("a", "c")
     in_turn = [Node("a", {}), Node("b", {}, ("a",))]
     assert busiest(in_turn, {"a": 1.0, "b": 1.0}, {"a": 1, "b": 1}) == ("a",)
+    assert busiest(in_turn, {"a": 1.0, "b": 1.0}, {"a": 0, "b": 0}) == ("a",)  # the table names its last step
     assert busiest(in_turn, {}, {}) == ()
 
 

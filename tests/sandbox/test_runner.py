@@ -143,9 +143,9 @@ def test_a_function_named_like_a_builtin_is_tested_itself():
 
 def test_run_many_keeps_the_order_and_repeats():
     pairs = [(f"def f(): return {i % 3}", "assert f() == 0") for i in range(6)]
-    first = run_many(pairs, workers=2)
+    first = run_many(pairs)
     assert [outcome.passed for outcome in first] == [True, False, False, True, False, False]
-    assert run_many(pairs, workers=1) == first
+    assert run_many(pairs) == first
 
 
 def test_what_was_printed_is_in_the_detail():
@@ -153,9 +153,7 @@ def test_what_was_printed_is_in_the_detail():
     assert outcome.detail.endswith("output:\nloaded\ncalled\n")
 
 
-def test_wrong_settings_are_input_errors():
-    with pytest.raises(InputError, match="memory_bytes"):
-        Limits(memory_bytes=1)
+def test_empty_tests_are_an_input_error():
     with pytest.raises(InputError, match="empty"):
         run_tests("x = 1", "  \n")
 
@@ -405,23 +403,6 @@ def attack():
     assert (bomb.passed, bomb.status) == (False, "failed") and "PermissionError" in bomb.detail
 
 
-def test_threads_are_counted_where_they_are_allowed():
-    code = """
-import threading
-def f(n):
-    event = threading.Event()
-    for _ in range(n):
-        threading.Thread(target=event.wait, daemon=True).start()
-    event.wait(0.5)
-    event.set()
-    return n
-"""
-    assert run_tests(code, "assert f(2) == 2", Limits(processes=4)).passed
-    assert run_tests(code, "assert f(8) == 8", Limits(processes=4)).status == "process_limit"
-    fork = run_tests("import os\ndef f(): return os.fork()", "f()", Limits(processes=4))
-    assert not fork.passed and "PermissionError" in fork.detail
-
-
 def test_a_memory_bomb_is_stopped():
     limits = Limits(memory_bytes=128 << 20)
     outcome = run_tests("def f():\n    x = bytearray(1 << 30)\n    return len(x)", "assert f() == 1 << 30", limits)
@@ -667,11 +648,11 @@ def test_a_machine_without_support_is_named(monkeypatch):
 
 def test_the_syscall_tables_have_no_double_number():
     for column in (0, 1):
-        numbers = [pair[column] for pair in lockdown._SYSCALLS.values() if pair[column] >= 0]
+        numbers = [pair[column] for pair in lockdown._SYSCALLS.values() if pair[column] is not None]
         assert len(numbers) == len(set(numbers)) > 50
     dangerous = {41, 42, 49, 56, 57, 58, 59, 62, 101, 157, 272, 310, 311, 321, 424, 425, 434, 438}
     assert dangerous.isdisjoint({pair[0] for pair in lockdown._SYSCALLS.values()})
-    assert struct.calcsize("<HBBI") == 8 and len(lockdown._filter(True)) < 4096
+    assert struct.calcsize("<HBBI") == 8 and len(lockdown._filter()) < 4096
 
 
 # -------------------------------------------------------------------------------------------- the reference solutions
