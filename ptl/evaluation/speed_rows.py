@@ -53,14 +53,16 @@ def rows(speed: Metadata) -> list[SpeedRow]:
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             label = f"{phase.capitalize()}, batch {old['batch']}"
             times = new[field] / old[field]
-            measures.append(SpeedRow(phase, label, old[field], new[field], "tokens/s", times))
+            row = SpeedRow(phase, label, old[field], new[field], "tokens/s", times)
+            measures.append(row)
     # Seconds: less is faster. None where a model solved nothing.
     before = dense["seconds_per_solved"]
     after = final["seconds_per_solved"]
     if before and after:
         scale, unit = (1, "s") if max(before, after) >= 1 else (1000, "ms")
         times = before / after
-        measures.append(SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times))
+        row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
+        measures.append(row)
     return measures
 
 

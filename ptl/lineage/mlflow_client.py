@@ -106,6 +106,11 @@ def if_there(request: Callable[..., Any], *identity: str) -> Any:
     return None
 
 
+def experiment_ids(client: MlflowClient) -> list[str]:
+    """The ids of all active experiments."""
+    return [experiment.experiment_id for experiment in pages(client.search_experiments)]
+
+
 def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:
     """All results of a search of MLflow, page by page."""
     # No token is the first page, and the last page has none.

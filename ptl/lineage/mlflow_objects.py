@@ -52,12 +52,12 @@ def run(
     others are deleted if they hold nothing.
     """
     experiment_id = experiment.experiment_id
-    candidates = search(client, experiment_id, pipeline_run, step)
+    candidates = search(client, [experiment_id], pipeline_run, step)
     if not candidates:
         all_tags = {**tags, "ptl.role": "step" if step else "parent"}
         created = client.create_run(experiment_id, tags=all_tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
-        candidates = search(client, experiment_id, pipeline_run, step) or [created]
+        candidates = search(client, [experiment_id], pipeline_run, step) or [created]
     winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
     # An empty double only confuses; one with content may be somebody's.
     for other in candidates:
@@ -86,12 +86,12 @@ def _claimed(
         claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
 
 
-def search(client: MlflowClient, experiment_id: str, pipeline_run: str, step: str) -> list[Run]:
+def search(client: MlflowClient, experiment_ids: list[str], pipeline_run: str, step: str) -> list[Run]:
     """The active runs of a step, or of the pipeline run where `step` is empty, the oldest first."""
     role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
     query = f"tags.`ptl.run` = '{pipeline_run}' and {role}"
     order = ["attributes.start_time ASC"]
-    return list(client.search_runs([experiment_id], query, order_by=order, max_results=100))
+    return list(client.search_runs(experiment_ids, query, order_by=order, max_results=100))
 
 
 def logged_model(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
-from ptl.lineage import mlflow_client
-from ptl.lineage.mlflow_client import if_there, pages
+from ptl.lineage import mlflow_client, mlflow_objects
+from ptl.lineage.mlflow_client import if_there
 from ptl.lineage.run_status import parent_among, records_root, steps_of
 from ptl.storage import store
 
@@ -65,9 +65,7 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
 
 def run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     """The pipeline run with this id, in whichever experiment it is: Kubeflow's MLflow plugin has one of its own."""
-    experiment_ids = [experiment.experiment_id for experiment in pages(client.search_experiments)]
-    query = f"tags.`ptl.run` = '{run_id}' and tags.`ptl.role` = 'parent'"
-    parents = client.search_runs(experiment_ids, query, max_results=100)
+    parents = mlflow_objects.search(client, mlflow_client.experiment_ids(client), run_id, step="")
     if not parents:
         return None
     info = parent_among(parents).info

@@ -64,8 +64,7 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
     """
     with _watching() as client:
         if experiment_ids is None:
-            experiments = mlflow_client.pages(client.search_experiments)
-            experiment_ids = [experiment.experiment_id for experiment in experiments]
+            experiment_ids = mlflow_client.experiment_ids(client)
         query = f"tags.`ptl.run` = '{run}'"
         order = ["attributes.start_time ASC"]
         runs = client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS)

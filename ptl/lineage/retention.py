@@ -165,10 +165,10 @@ def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -
 
 def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:
     """Raise InputError for a run that no experiment has."""
-    known: set[str] = set()
+    known = set()
     for experiment in experiments:
         for run in experiment.runs.values():
-            known.update([run.id, run.mlflow_id])
+            known |= {run.id, run.mlflow_id}
     for name in names:
         if name not in known:
             raise InputError(

@@ -19,7 +19,9 @@ def first_task(row: Row) -> Row:
 
 def is_share(task: Row) -> bool:
     """Whether a score is a share of items, shown in percent; perplexities and other means have no interval."""
-    return task["low"] is not None and 0 <= task["accuracy"] <= 1
+    if task["low"] is None:
+        return False
+    return 0 <= task["accuracy"] <= 1
 
 
 def metric_name(task: Row) -> str:

@@ -84,7 +84,8 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     axis.set_xlabel("recovery tokens since the start of the arm")
     axis.margins(0.02, 0.08)
     _set_loss_limits(axis, curves)
-    add_key(figure, list(keys.values()), columns=3, gap=0.5)
+    lines = list(keys.values())
+    add_key(figure, lines, columns=3, gap=0.5)
 
 
 def _thinned(curve: Curve, max_points: int) -> Curve:
@@ -143,7 +144,8 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     start = 0.0
     for row in rows:
         heights, edges = skyline(row["widths"], start)
-        axis.stairs(heights, edges, fill=True, color=mark_of(row).colour, alpha=0.85)
+        colour = mark_of(row).colour
+        axis.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
         # A label in the middle of the room for all layers, also below a model with fewer.
         ticks.append(start + num_layers / 2)
         in_loop = row["arm"] == "loop"
@@ -212,7 +214,8 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     room = share * max(high - low, 0.1)
     room_below = room if low < 1 else room / 4
     axis.set_xlim(low - room_below, high + room)
-    axis.set_yticks(positions, [row.label for row in rows])
+    labels = [row.label for row in rows]
+    axis.set_yticks(positions, labels)
     # The first row at the top.
     axis.invert_yaxis()
     # Vertical lines instead of horizontal ones.

@@ -99,7 +99,8 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
     lines = math.ceil(len(by_task) / columns)
     key_height = 0.4 if wide else 0.6
     set_size(figure, wide, 2.3 * lines + key_height)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    grid = figure.subplots(lines, columns, squeeze=False)
+    panels = grid.flatten()
     for axis, (name, scores) in zip(panels, by_task.items(), strict=False):
         _draw_scores(axis, result, scores)
         axis.set_title(_shortened(name))
@@ -198,7 +199,8 @@ def _draw_key(figure: Any, result: Result, wide: bool) -> None:
             # A line without points, for its mark and its label.
             line = Line2D([], [], marker=mark.marker, color=mark.colour, linestyle="", label=label)
             lines.append(line)
-    add_key(figure, lines, columns=4 if wide else 2, gap=0.2)
+    columns = 4 if wide else 2
+    add_key(figure, lines, columns=columns, gap=0.2)
 
 
 def _percent_tick(value: float, _position: int) -> str:

@@ -44,13 +44,15 @@ def _headline(result: Result) -> str:
         sentence += f": inferior to the dense model (margin {margin:g} points)"
     control = control_row(result)
     if control is not None:
-        sentence += f"; {_beside_control(result, final, control)}"
+        beside = _beside_control(result, final, control)
+        sentence += f"; {beside}"
     return sentence
 
 
 def _beside_control(result: Result, final: Row, control: Row) -> str:
     """The one-shot control's score, and whether the loop's is better."""
-    one_shot = f"one-shot pruning reached {accuracy(first_task(control))}"
+    reached = accuracy(first_task(control))
+    one_shot = f"one-shot pruning reached {reached}"
     # Where the loop stopped early, the control is smaller.
     ratio = control["params"] / final["params"]
     if abs(ratio - 1) > SAME_SIZE:
@@ -74,7 +76,8 @@ def _gain(final: Row, control: Row) -> float:
     """How much better the loop's final model scored than the control."""
     difference: float = final["accuracy"] - control["accuracy"]
     # Of a perplexity, less is better.
-    return difference if first_task(final)["higher_is_better"] else -difference
+    higher_is_better = first_task(final)["higher_is_better"]
+    return difference if higher_is_better else -difference
 
 
 def _insignificant_p(result: Result) -> float | None:
@@ -139,7 +142,8 @@ def _comparison(
     end = min(final["high"], other["high"])
     disjoint = begin > end
     overlap = "do not overlap" if disjoint else "overlap"
-    return f"Final and {name}: the {level(result)} intervals {overlap}."
+    intervals = f"the {level(result)} intervals"
+    return f"Final and {name}: {intervals} {overlap}."
 
 
 def _about_control(result: Result) -> list[str]:
@@ -249,9 +253,11 @@ def accuracy_caption(result: Result) -> str:
 def loss_caption(result: Result) -> str:
     """What is seen in the chart of losses."""
     caption = "Training loss of each recovery"
-    if any(stage["method"] == "grpo" for stage in result["settings"]["recover"]):
+    methods = [stage["method"] for stage in result["settings"]["recover"]]
+    if "grpo" in methods:
         caption += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
     # Only the loop's curves are drawn one after another.
-    if any(not step.startswith("control") for step in result["curves"]):
+    loop_steps = [step for step in result["curves"] if not step.startswith("control")]
+    if loop_steps:
         caption += "; the numbers at the dotted lines are the iterations"
     return caption + "."
