@@ -12,9 +12,6 @@ from ptl.errors import InputError
 from ptl.evaluation import paired
 from ptl.evaluation.evaluate import read_items
 
-# Exit codes; errors of the user's input are 2, as everywhere.
-NOT_INFERIOR = 0
-INFERIOR = 1
 # Two lines for each benchmark: in the 80 columns of a log only a long name folds.
 HEADINGS = (
     "items",
@@ -30,7 +27,7 @@ class Comparison:
     """B against A on every benchmark that both were scored on."""
 
     tasks: dict[str, paired.Paired]  # by benchmark
-    exit_code: int
+    exit_code: int  # 0 not inferior, 1 inferior; errors of the user's input are 2, as everywhere
 
 
 def compare(
@@ -54,13 +51,13 @@ def compare(
     new = read_items(items_b)
     # Over all benchmarks first: one that only B has would not be missed below.
     paired.match(old, new)
-    names = list(dict.fromkeys(str(item["task"]) for item in old))
+    names = list(dict.fromkeys(item["task"] for item in old))
     tasks = {}
     for name in names:
         before, after = paired.match(old, new, name)
         tasks[name] = paired.paired(before, after, margin, alpha / len(names))
     failed = any(pair.fails(strict) for pair in tasks.values())
-    return Comparison(tasks, INFERIOR if failed else NOT_INFERIOR)
+    return Comparison(tasks, exit_code=int(failed))
 
 
 def table(comparison: Comparison) -> Table:

@@ -55,9 +55,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
         score, its_items = score_task(lm, task, settings, seed=seed)
         scores.append(score)
         items += its_items
-    rows = []
-    if speed:
-        rows = measure_speed({"": lm.model}, settings.speed, seed)[""]
+    rows = measure_speed({"": lm.model}, settings.speed, seed)[""] if speed else []
     result = Scores(
         tasks=tuple(scores),
         params=static.params,

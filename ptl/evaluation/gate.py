@@ -29,8 +29,7 @@ class State:
     @staticmethod
     def load(raw: Mapping[str, Any]) -> State:
         """From a pointer; {} is the state at the start. Raises InputError for fields that are not known."""
-        known = {field.name for field in fields(State)}
-        unknown = sorted(set(raw) - known)
+        unknown = sorted(set(raw) - {field.name for field in fields(State)})
         if unknown:
             raise InputError(
                 f"unknown fields {unknown} in the pointer, which another version of ptl wrote",
@@ -63,10 +62,11 @@ def check_structure(settings: Gate, compiled: bool) -> None:
     """Raise InputError where a run's parameter switches the gate: what waits for what was compiled for `compiled`."""
     if settings.enabled == compiled:
         return
-    enabled = str(settings.enabled).lower()
-    gate = "on" if compiled else "off"
+    switch = "false, but this pipeline was compiled with the gate on"
+    if settings.enabled:
+        switch = "true, but this pipeline was compiled with the gate off"
     raise InputError(
-        f"{enabled}, but this pipeline was compiled with the gate {gate}, which decides what its steps wait for",
+        f"{switch}, which decides what its steps wait for",
         field="gate.enabled",
         remedy="set gate.enabled in the config, and compile and submit it again",
     )

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
+from ptl.evaluation.task_loading import cache_templates
 
 
 def language_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
     """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`."""
-    from ptl.evaluation.task_loading import cache_templates
-
     cache_templates()
     if settings.backend == "vllm":
         return _vllm(src, settings, seed)
@@ -27,6 +26,18 @@ class AnswerNote(NamedTuple):
 
     tokens: int
     truncated: bool  # by the token limit
+
+
+def _timed(name: str) -> Callable[..., Any]:
+    """A method of the harness's model that adds its time to `seconds`."""
+
+    def run(self: AnswerNotes, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        out = getattr(super(AnswerNotes, self), name)(*args, **kwargs)  # ends on the CPU: the GPU has finished too
+        self.seconds += time.perf_counter() - started
+        return out
+
+    return run
 
 
 class AnswerNotes:
@@ -46,23 +57,9 @@ class AnswerNotes:
             prompt = req[0]
             self.notes[prompt] = self.pending.popleft()
 
-    def generate_until(self, *args: Any, **kwargs: Any) -> Any:
-        """Timed."""
-        return self._timed(super().generate_until, *args, **kwargs)  # type: ignore[misc]
-
-    def loglikelihood(self, *args: Any, **kwargs: Any) -> Any:
-        """Timed."""
-        return self._timed(super().loglikelihood, *args, **kwargs)  # type: ignore[misc]
-
-    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> Any:
-        """Timed."""
-        return self._timed(super().loglikelihood_rolling, *args, **kwargs)  # type: ignore[misc]
-
-    def _timed(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        out = work(*args, **kwargs)  # ends on the CPU, so that the GPU has finished too
-        self.seconds += time.perf_counter() - started
-        return out
+    generate_until = _timed("generate_until")
+    loglikelihood = _timed("loglikelihood")
+    loglikelihood_rolling = _timed("loglikelihood_rolling")
 
 
 def _hugging_face(src: Path, settings: Evaluate) -> Any:

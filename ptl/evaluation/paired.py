@@ -183,15 +183,13 @@ def _items_by_key(items: Sequence[Item], task: str | None) -> dict[tuple[str, st
     by_key = {}
     for item in items:
         if task in (None, item["task"]):
-            key = (str(item["task"]), str(item["id"]))
-            by_key[key] = item
+            by_key[item["task"], item["id"]] = item
     return by_key
 
 
 def describe(pair: Paired) -> str:
     """One comparison in words, with its numbers in percentage points."""
-    difference = f"{100 * pair.difference:+.1f} points"
-    interval = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-    margin = f"margin {100 * pair.margin:g}"
-    p_worse = f"p worse {pair.p_worse:.2g}"
-    return f"{pair.verdict}: {difference} ({interval}, {margin}, {p_worse}, {pair.items:,} items)"
+    return (
+        f"{pair.verdict}: {100 * pair.difference:+.1f} points ({100 * pair.low:+.1f} to {100 * pair.high:+.1f}, "
+        f"margin {100 * pair.margin:g}, p worse {pair.p_worse:.2g}, {pair.items:,} items)"
+    )

@@ -27,10 +27,10 @@ class TaskScore:
     items: int  # that were scored
     num_fewshot: int  # examples before each item
     truncated: float  # share of the answers that hit the token limit
-    higher_is_better: bool = True
-    cut_prompts: float = 0.0  # share of the prompts whose beginning did not fit into the context
-    answer_tokens: float = 0.0  # mean length of the generated answers
-    seconds: float = 0.0  # in the model; divided by the right answers it is the time per solved problem
+    higher_is_better: bool
+    cut_prompts: float  # share of the prompts whose beginning did not fit into the context
+    answer_tokens: float  # mean length of the generated answers
+    seconds: float  # in the model; divided by the right answers it is the time per solved problem
 
 
 def score_task(
@@ -136,7 +136,7 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
 
 
 def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / max(len(values), 1)
 
 
 def _item_record(
@@ -151,7 +151,7 @@ def _item_record(
     note = notes.get(prompt, AnswerNote(0, False))  # choices are not generated: they have no note
     answer = sample["resps"][0][0]
     if not isinstance(answer, str):  # log-likelihoods of the choices
-        likelihoods = [float(response[0][0]) for response in sample["resps"]]
+        likelihoods = [response[0][0] for response in sample["resps"]]
         answer = _likeliest(likelihoods, harness_task, sample["doc"], metric)
     item_id = str(sample["doc_id"])
     # The members of a group all count from 0.
@@ -178,7 +178,7 @@ def _likeliest(likelihoods: list[float], harness_task: Any, doc: Any, metric: st
     conditional = likelihoods[: len(choices)]
     compared = conditional
     if metric in ("acc_norm", "acc_bytes"):  # per character, per byte
-        texts = choices if metric == "acc_norm" else [choice.encode() for choice in choices]
+        texts = choices if metric == "acc_norm" else map(str.encode, choices)
         compared = [value / len(text) for value, text in zip(conditional, texts, strict=True)]
     elif metric == "acc_mutual_info":
         without_question = likelihoods[len(choices) :]

@@ -47,20 +47,19 @@ def _times_in_turns(
     seed: int,
 ) -> dict[str, list[Times]]:
     """The times of every repeat, by model."""
-    new_tokens = settings.new_tokens
     prompts = {}
     passes = {}
     # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
     # read several times in a repeat.
     for name, model in models.items():
         prompts[name] = _random_prompts(model, batch, settings.prompt_tokens, seed)
-        prefill, _ = _time_once(model, prompts[name], new_tokens, passes=1)
+        prefill, _ = _time_once(model, prompts[name], settings.new_tokens, passes=1)
         needed = 1 + int(PREFILL_SECONDS / max(prefill, 1e-9))
         passes[name] = min(PREFILL_PASSES, needed)
     times: dict[str, list[Times]] = {name: [] for name in models}
     for _ in range(settings.repeats):
         for name, model in models.items():
-            seconds = _time_once(model, prompts[name], new_tokens, passes[name])
+            seconds = _time_once(model, prompts[name], settings.new_tokens, passes[name])
             times[name].append(seconds)
     return times
 
@@ -101,10 +100,9 @@ def _time_once(
     # transformers 5.24 renamed the argument; the old name goes in 5.40
     parameters = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in parameters else "past_key_values"
-    on_gpu = model.device.type == "cuda"
 
     def wait() -> None:
-        if on_gpu:  # it works on after a call has returned
+        if model.device.type == "cuda":  # it works on after a call has returned
             torch.cuda.synchronize()
 
     with torch.inference_mode():
@@ -144,33 +142,27 @@ def side_by_side(
     started = time.monotonic()
     # A model of the harness refers to itself: what was scored before may still hold its memory.
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
     models = {name: language_models.language_model(folder, settings, seed) for name, folder in folders.items()}
     rows = measure_speed({name: lm.model for name, lm in models.items()}, settings.speed, seed)
     runs = _solve_in_turns(models, settings, seed)
     measured = {}
     for name, folder in folders.items():
-        static = cost.from_config(folder)
-        measured[name] = {"params": static.params, "speed": rows[name]}
-        measured[name] |= _solving_speed(runs[name])
-    metadata = {
+        params = cost.from_config(folder).params
+        measured[name] = {"params": params, "speed": rows[name], **_solving_speed(runs[name])}
+    # All models have answered the same items.
+    scores = next(iter(runs.values()))
+    return {
         "device": _device_name(),
-        "task": "",
-        "items": 0,
+        "task": scores[0].task if scores else "",
+        "items": scores[0].items if scores else 0,
         "batch_size": settings.batch_size,
         "prompt_tokens": settings.speed.prompt_tokens,
         "new_tokens": settings.speed.new_tokens,
         "repeats": settings.speed.repeats,
         "models": measured,
+        "seconds": time.monotonic() - started,
     }
-    # All models have answered the same items.
-    scores = next(iter(runs.values()))
-    if scores:
-        metadata["task"] = scores[0].task
-        metadata["items"] = scores[0].items
-    metadata["seconds"] = time.monotonic() - started
-    return metadata
 
 
 def _device_name() -> str:
@@ -179,8 +171,7 @@ def _device_name() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     threads = torch.get_num_threads()
-    plural = "s" if threads > 1 else ""
-    return f"CPU, {threads} thread{plural}"
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, list[TaskScore]]:
@@ -189,9 +180,7 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
     task = settings.tasks[0]
     specs = tasks.find(task.name)
     # A group's limit is that of each member.
-    limit = settings.speed.items // len(specs)
-    if task.limit is not None:
-        limit = min(limit, task.limit)
+    limit = min(settings.speed.items // len(specs), task.limit or settings.speed.items)
     # Without right answers no problem is solved.
     has_accuracy = all(tasks.is_accuracy(spec, task.metric) for spec in specs)
     if not limit or not has_accuracy:
@@ -206,19 +195,13 @@ def _solve_in_turns(models: Models, settings: Evaluate, seed: int) -> dict[str, 
 
 def _solving_speed(runs: list[TaskScore]) -> dict[str, Any]:
     """Seconds per solved problem of one model, from the same items in every repeat."""
-    seconds_per_solved = None
-    solved = 0
-    answer_tokens = 0.0
-    if runs:
-        last = runs[-1]
-        answer_tokens = last.answer_tokens
-        if last.low is not None:  # an accuracy
-            solved = round(last.accuracy * last.items)
-    if solved:
-        seconds = statistics.median(run.seconds for run in runs)
-        seconds_per_solved = seconds / solved
+    if not runs:
+        return {"seconds_per_solved": None, "solved": 0, "answer_tokens": 0.0}
+    last = runs[-1]
+    solved = round(last.accuracy * last.items) if last.low is not None else 0  # only of an accuracy
+    seconds = statistics.median(run.seconds for run in runs)
     return {
-        "seconds_per_solved": seconds_per_solved,
+        "seconds_per_solved": seconds / solved if solved else None,
         "solved": solved,
-        "answer_tokens": answer_tokens,
+        "answer_tokens": last.answer_tokens,
     }

@@ -52,9 +52,8 @@ def rows(speed: Metadata) -> list[SpeedRow]:
         field = f"{phase}_tokens_per_s"
         for old, new in zip(dense["speed"], final["speed"], strict=True):
             label = f"{phase.capitalize()}, batch {old['batch']}"
-            before = old[field]
-            after = new[field]
-            row = SpeedRow(phase, label, before, after, "tokens/s", times=after / before)
+            times = new[field] / old[field]
+            row = SpeedRow(phase, label, old[field], new[field], "tokens/s", times)
             measures.append(row)
     # Seconds: less is faster. None where a model solved nothing.
     before = dense["seconds_per_solved"]
@@ -71,10 +70,7 @@ def sentence(speed: Metadata) -> str:
     """The speed in a sentence; empty where nothing was asked or measured."""
     measures = rows(speed)
     if not measures:
-        reason = speed.get("reason")
-        if not reason:
-            return ""
-        return f"Speed was not measured: {reason}."
+        return f"Speed was not measured: {speed['reason']}." if speed else ""
     # One part for each kind of row, with the range over the batch sizes.
     parts = []
     batches = ", ".join(str(row["batch"]) for row in speed["models"]["dense"]["speed"])
@@ -94,15 +90,13 @@ def sentence(speed: Metadata) -> str:
 def _times_range(times: list[float]) -> str:
     low = f"{min(times):.2f}"
     high = f"{max(times):.2f}"
-    if low == high:
-        return low
-    return f"{low} to {high}"
+    return low if low == high else f"{low} to {high}"
 
 
 def disturbance(speed: Metadata) -> str:
     """A warning where other steps (`beside`) were computing on the same node meanwhile; else empty."""
-    others = sorted(speed.get("beside") or ())
-    if not others or not rows(speed):
+    others = speed.get("beside")
+    if not others:
         return ""
     names = " and ".join(others)
     were = "was" if len(others) == 1 else "were"
@@ -113,9 +107,7 @@ def setting(speed: Metadata) -> str:
     """How it was measured."""
     if not rows(speed):
         return ""
-    template = SETTING
-    if speed["items"]:
-        template += SOLVING
+    template = SETTING + SOLVING if speed["items"] else SETTING
     return template.format(**speed, **speed["models"])
 
 
@@ -125,8 +117,8 @@ def metrics(models: dict[str, Any]) -> dict[str, float]:
     for name, model in models.items():
         for row in model["speed"]:
             for phase in PHASES:
-                metric = f"speed/{name}/{phase}_tokens_per_s/batch_{row['batch']}"
-                numbers[metric] = row[f"{phase}_tokens_per_s"]
+                tokens_per_s = f"{phase}_tokens_per_s"
+                numbers[f"speed/{name}/{tokens_per_s}/batch_{row['batch']}"] = row[tokens_per_s]
         # None where nothing was solved: MLflow takes numbers only.
         seconds = model["seconds_per_solved"]
         if seconds is not None:

@@ -26,14 +26,12 @@ def _math_row(row: Row) -> Row:
     # The harness takes the answer from the solution's last \boxed{}; MATH-500 as a plain list has only the answer.
     if "solution" in row:
         return row
-    solution = f"\\boxed{{{row['answer']}}}"
-    return {**row, "solution": solution}
+    return {**row, "solution": f"\\boxed{{{row['answer']}}}"}
 
 
 def _mbpp_row(row: Row) -> Row | None:
     # The authors' split (Austin et al. 2021): 1-10 few-shot, 11-510 test, 511-600 validation, 601-974 training.
-    number = int(row["task_id"])
-    return row if 11 <= number <= 510 else None
+    return row if 11 <= int(row["task_id"]) <= 510 else None
 
 
 GSM8K = {"train": LocalFile("gsm8k_train.jsonl"), "test": LocalFile("gsm8k_test.jsonl")}
@@ -69,19 +67,17 @@ def local_splits(
     if data_dir is None or "custom_dataset" in config:
         return {}
     # Under the names of LOCAL, or by task and split.
-    root = Path(data_dir)
     needed = _needed_splits(spec, num_fewshot)
     splits = {}
     known_files = LOCAL.get(spec.name, {})
     for split in spec.splits:
-        default = LocalFile(f"{spec.name}/{split}.jsonl")
-        local = known_files.get(split, default)
-        path = root / local.file
+        local = known_files.get(split, LocalFile(f"{spec.name}/{split}.jsonl"))
+        path = Path(data_dir, local.file)
         if path.is_file():
             splits[split] = LocalFile(str(path.resolve()), local.row)
         elif split in needed:
             raise InputError(
-                f"{root} has no {local.file}, which the task {spec.name!r} needs",
+                f"{Path(data_dir)} has no {local.file}, which the task {spec.name!r} needs",
                 field="evaluate.data_dir",
             )
     return splits
@@ -112,11 +108,8 @@ def _data_file(spec: Spec, file: str) -> str:
         path = folder / file
         if path.is_file():
             return str(path.resolve())
-    reads = f"the task {spec.name!r} reads {file}"
-    raise InputError(
-        f"{reads}, which is neither in the working directory nor in a folder above {spec.path}",
-        field="evaluate.tasks",
-    )
+    neither = f"which is neither in the working directory nor in a folder above {spec.path}"
+    raise InputError(f"the task {spec.name!r} reads {file}, {neither}", field="evaluate.tasks")
 
 
 def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
@@ -132,6 +125,6 @@ def read_splits(splits: dict[str, LocalFile]) -> dict[str, Any]:
         else:
             raw = read_json_lines(path, "evaluate.data_dir", str(path))
         # None: a row of another split of the same file.
-        rows = [local.row(row) for row in raw]
+        rows = map(local.row, raw)
         data_sets[split] = Dataset.from_list([row for row in rows if row is not None])
     return data_sets

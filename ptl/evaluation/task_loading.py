@@ -24,9 +24,9 @@ def check_lengths(lm: Any, loaded: Any) -> None:
     answer = generation.get("max_gen_toks", lm.max_gen_toks)
     if answer < lm.max_length:
         return
-    lengths = f"may be {answer} tokens long, but the model's context is {lm.max_length}"
+    context = f"but the model's context is {lm.max_length}"
     raise InputError(
-        f"answers of {loaded.task_name!r} {lengths}",
+        f"answers of {loaded.task_name!r} may be {answer} tokens long, {context}",
         field="evaluate.tasks",
         remedy="set max_new_tokens of the task below that (or evaluate.max_length, if it can be longer)",
     )
@@ -117,15 +117,13 @@ def _sandboxed_code_eval() -> Iterator[None]:
     code_eval = types.SimpleNamespace(compute=pass_at_1)
     substitute.load = lambda name: code_eval  # type: ignore[attr-defined]
     # The real module may be loaded already, by others who need it.
-    before = sys.modules.get("evaluate")
+    before = {name: module for name, module in sys.modules.items() if name == "evaluate"}
     sys.modules["evaluate"] = substitute
     try:
         yield
     finally:
-        if before is None:
-            del sys.modules["evaluate"]
-        else:
-            sys.modules["evaluate"] = before
+        del sys.modules["evaluate"]
+        sys.modules.update(before)
 
 
 def pass_at_1(

@@ -45,8 +45,7 @@ class Spec:
         """Names of its metrics. A function's result may be a dict, whose keys are metrics too (HumanEval's pass@1)."""
         entries = self.config.get("metric_list")
         if entries is None:
-            output_type = self.config.get("output_type", "generate_until")
-            return DEFAULT_METRICS[output_type]
+            return DEFAULT_METRICS[self.config.get("output_type", "generate_until")]
         return [metric_name(entry) for entry in entries]
 
     @property
@@ -83,9 +82,7 @@ def metric_name(entry: dict[str, Any]) -> str:
 def harness_folder() -> Path | None:
     """The folder of the tasks that the harness ships; None where it is not installed."""
     package = find_spec("lm_eval")
-    if package is None or package.origin is None:
-        return None
-    return Path(package.origin).parent / "tasks"
+    return Path(str(package.origin)).parent / "tasks" if package else None
 
 
 def is_of_the_harness(path: Path) -> bool:
@@ -197,9 +194,8 @@ def _read_task_file(path: Path) -> tuple[TaskConfig, list[str]]:
         pass
 
     def note_function(_loader: Any, node: yaml.Node) -> str:
-        text = f"{FUNCTIONS} {node.value}"
-        functions.append(text)
-        return text
+        functions.append(f"{FUNCTIONS} {node.value}")
+        return functions[-1]
 
     Loader.add_constructor(FUNCTIONS, note_function)
     # Nor is a pipe read, which may never end.

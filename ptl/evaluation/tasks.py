@@ -40,31 +40,24 @@ def find(name: str) -> list[Spec]:
         return [task_yaml.load_spec(Path(name))]
     paths = task_yaml.task_index()
     if name not in paths:
-        raise _unknown_task(name, paths)
+        problem = f"{name!r} is no task of lm-evaluation-harness"
+        close = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
+        if close:
+            problem += f"; close names: {', '.join(close)}"
+        remedy = "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
+        raise InputError(problem, field="evaluate.tasks", remedy=remedy)
     # A single task, or a group whose members are named in its YAML.
     config = task_yaml.read_yaml(paths[name])
     if "group" not in config:
         return [Spec(name, paths[name], config)]
-    members = config.get("task")
+    members = config["task"]
     if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
         raise InputError(
             f"the group {name!r} has subgroups of its own",
             field="evaluate.tasks",
             remedy="name its tasks one by one",
         )
-    specs = []
-    for member in members:
-        specs += find(member)
-    return specs
-
-
-def _unknown_task(name: str, paths: dict[str, Path]) -> InputError:
-    problem = f"{name!r} is no task of lm-evaluation-harness"
-    close = difflib.get_close_matches(name, paths, n=8, cutoff=0.5)
-    if close:
-        problem += f"; close names: {', '.join(close)}"
-    remedy = "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
-    return InputError(problem, field="evaluate.tasks", remedy=remedy)
+    return [spec for member in members for spec in find(member)]
 
 
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
@@ -116,9 +109,8 @@ def _check_task(spec: Spec, task: Task, settings: Evaluate) -> None:
     choose_metric(spec, task.metric)
     # lm_eval itself would warn and ignore the number.
     if task.num_fewshot and spec.config.get("num_fewshot") == 0:
-        no_examples = f"the task {spec.name!r} says it has no few-shot examples"
         raise InputError(
-            f"num_fewshot={task.num_fewshot}, but {no_examples}",
+            f"num_fewshot={task.num_fewshot}, but the task {spec.name!r} says it has no few-shot examples",
             field="evaluate.tasks",
             remedy="leave num_fewshot out",
         )

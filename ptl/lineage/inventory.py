@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, LoggedModel, Run
 
-RunNames = dict[str, list[str]]  # what each run keeps beside its checkpoints
-
 
 @dataclass(frozen=True)
 class RunInventory:
@@ -56,15 +54,11 @@ def experiments(names: list[str]) -> Iterator[ExperimentInventory]:
         for name in names:
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
-                raise InputError(
-                    f"MLflow has no {name!r}",
-                    field="--experiment",
-                    remedy=f"it has {existing}",
-                )
+                raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
         for name in sorted(set(names) or known):
-            others = dict(known)
-            experiment = others.pop(name)
-            foreign_runs = _runs_at(client, _location(experiment), others.values())
+            experiment = known[name]
+            others = [other for other in known.values() if other is not experiment]
+            foreign_runs = _runs_at(client, _location(experiment), others)
             inventory = _inventory(client, experiment, foreign_runs)
             if inventory.runs or names:
                 yield inventory
@@ -98,8 +92,8 @@ def _inventory(
     root = records_root(location)
     model_folders = folders(f"{location}/models", depth=1)
     run_folders = folders(root, depth=2)
-    names: RunNames = {run: [] for run in parents}  # some have written nothing yet
-    names.update(_names(run_folders))
+    names: dict[str, list[str]] = {run: [] for run in parents}  # some have written nothing yet
+    names |= _names(run_folders)
 
     records: dict[str, Records] = {}
     runs: dict[str, RunInventory] = {}
@@ -123,9 +117,9 @@ def _inventory(
     return ExperimentInventory(experiment.name, location, runs, stored)
 
 
-def _names(run_folders: dict[str, Folder]) -> RunNames:
+def _names(run_folders: dict[str, Folder]) -> dict[str, list[str]]:
     """Records and training checkpoints of each run, without claims."""
-    names: RunNames = {}
+    names: dict[str, list[str]] = {}
     for path in run_folders:
         run, _, name = path.partition("/")
         # Drafts of a killed writer and files of others have no such names.
@@ -180,17 +174,13 @@ def _run_inventory(
 
 def _final_uri(records: Records, arm: str) -> str | None:
     """The checkpoint that the last evaluation of an arm passed on; None before the first."""
-    last = -1  # iteration
-    uri = None
+    uris = {}  # by iteration
     for record in records.values():
         metadata = record["metadata"]
         # Only evaluations have accepted anything.
-        if "accepted" not in metadata or metadata.get("arm", "loop") != arm:
-            continue
-        if metadata["iteration"] > last:
-            last = metadata["iteration"]
-            uri = metadata["accepted"]["uri"]
-    return uri
+        if "accepted" in metadata and metadata["arm"] == arm:
+            uris[metadata["iteration"]] = metadata["accepted"]["uri"]
+    return uris[max(uris)] if uris else None
 
 
 def _models(client: MlflowClient, experiment_id: str) -> list[LoggedModel]:
@@ -210,8 +200,7 @@ def _parents(client: MlflowClient, experiment_id: str) -> dict[str, Run]:
         run_view_type=ViewType.ALL,
     )
     # The active one comes last and is the one that stays in the dict.
-    ordered = sorted(runs, key=_is_active)
-    return {run.data.tags["ptl.run"]: run for run in ordered}
+    return {run.data.tags["ptl.run"]: run for run in sorted(runs, key=_is_active)}
 
 
 def _is_active(run: Run) -> bool:
@@ -222,11 +211,9 @@ def _versions(client: MlflowClient) -> dict[str, str]:
     """`name version` of everything that is registered, by the location and by the id of the model."""
     versions = {}
     for version in pages(client.search_model_versions):
-        source = version.source or ""
-        model_id = version.tags.get("ptl.model_id")
+        keys = (version.source, version.tags.get("ptl.model_id"), version.model_id)
         # Whoever registers a checkpoint by hand may give any of them.
-        for key in (source.rstrip("/"), model_id, version.model_id):
-            if key:
-                address = key.removeprefix("models:/")
-                versions[address] = f"{version.name} {version.version}"
+        for key in filter(None, keys):
+            address = key.rstrip("/").removeprefix("models:/")
+            versions[address] = f"{version.name} {version.version}"
     return versions

@@ -5,7 +5,6 @@ How runs and their steps are named: `pipeline_runs`.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from dataclasses import dataclass
@@ -144,8 +143,7 @@ def _of_directory(folder: Path, arm: str) -> Checkpoint:
         )
     path = folder / "README.md"
     card = path.read_bytes() if path.is_file() else None
-    name = str(folder)
-    return _final(result(name), arm, name, card)
+    return _final(result(str(folder)), arm, str(folder), card)
 
 
 def _final(
@@ -159,11 +157,10 @@ def _final(
         row = result["final"]
         name = f"final checkpoint of run {run}"
     else:
-        rows = [row for row in result["rows"] if row["arm"] == arm]
-        if not rows:
+        row = next((row for row in result["rows"] if row["arm"] == arm), None)
+        if row is None:
             problem = f"run {run} has no scored {arm}: it was made without one, or it did not finish"
             raise InputError(problem, field="--arm")
-        row = rows[-1]
         name = f"{arm} of run {run}"
         card = None  # it is about the loop's model
     pointer = store.Pointer(row["uri"], row["digest"], row["params"])
@@ -174,8 +171,7 @@ def _of_step(run: PipelineRun, step: str) -> Checkpoint:
     record = store.committed(run.root, run.id, step)
     # A step has a record once it has finished.
     if record is None:
-        finished = [name for name in finished_steps(run) if makes_model(name)]
-        existing = ", ".join(finished) or "none yet"
+        existing = ", ".join(filter(makes_model, finished_steps(run))) or "none yet"
         raise InputError(
             f"run {run.id} has no finished step {step!r}",
             field="step",
@@ -199,8 +195,8 @@ def _card(run: PipelineRun, digest: str) -> bytes | None:
     # A run that is not finished has no card yet.
     if not data:
         return None
-    final = json.loads(data)["final"]
-    return report_file(run, "README.md") if final["digest"] == digest else None
+    is_final = json.loads(data)["final"]["digest"] == digest
+    return report_file(run, "README.md") if is_final else None
 
 
 def _registered(reference: str) -> Checkpoint:
@@ -220,13 +216,9 @@ def _registered(reference: str) -> Checkpoint:
                 remedy=f"give {FORMS}",
             )
         # The run that made it may be gone: then there is no card.
-        step_run = if_there(client.get_run, version.run_id) if version.run_id else None
-        run = None
-        if step_run is not None:
-            run_id = step_run.data.tags.get("ptl.run", "")
-            run = run_by_id(client, run_id)
-    params = int(tags.get("ptl.params", 0))
-    pointer = store.Pointer(str(version.source), tags["ptl.digest"], params)
+        step_run = if_there(client.get_run, str(version.run_id))
+        run = run_by_id(client, step_run.data.tags["ptl.run"]) if step_run else None
+    pointer = store.Pointer(str(version.source), tags["ptl.digest"], int(tags["ptl.params"]))
     card = _card(run, pointer.digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {name}", card)
 
@@ -242,16 +234,23 @@ def _version(
     model = if_there(client.get_registered_model, name)
     if model is None:
         models = client.search_registered_models(max_results=20)
-        existing = ", ".join(model.name for model in models) or "none"
+        known = ", ".join(model.name for model in models) or "none"
         raise InputError(
             f"this MLflow has no registered model {name!r}",
             field="models",
-            remedy=f"it has {existing}",
+            remedy=f"it has {known}",
         )
     if alias is not None:
-        number = _number_of_alias(name, model.aliases, alias)
-    get_version = functools.partial(client.get_model_version, name)
-    version: ModelVersion | None = if_there(get_version, str(number))
+        if alias not in model.aliases:
+            existing = [f"{other} (version {number})" for other, number in model.aliases.items()]
+            aliases = ", ".join(existing) or "none"
+            raise InputError(
+                f"{name} has no alias {alias!r}",
+                field="models",
+                remedy=f"it has {aliases}, or name a version: models:/{name}/1",
+            )
+        number = model.aliases[alias]
+    version: ModelVersion | None = if_there(client.get_model_version, name, str(number))
     if version is None:
         versions = client.search_model_versions(f"name = '{name}'", max_results=100)
         numbers = sorted(int(other.version) for other in versions)
@@ -261,19 +260,6 @@ def _version(
             remedy=f"it has {numbers or 'none'}",
         )
     return version
-
-
-def _number_of_alias(name: str, aliases: dict[str, str], alias: str) -> str:
-    """The version that an alias of a registered model points at."""
-    if alias not in aliases:
-        existing = [f"{other} (version {number})" for other, number in aliases.items()]
-        aliases_text = ", ".join(existing) or "none"
-        raise InputError(
-            f"{name} has no alias {alias!r}",
-            field="models",
-            remedy=f"it has {aliases_text}, or name a version: models:/{name}/1",
-        )
-    return aliases[alias]
 
 
 def _published(uri: str) -> Checkpoint:
@@ -293,10 +279,9 @@ def _published(uri: str) -> Checkpoint:
 
 def _final_evaluation(result: Result, run: str) -> str:
     """The step that scored the final checkpoint."""
-    final = result["final"]["digest"]
     # The last of them: a checkpoint may be scored again after a rejection.
     for row in reversed(result["rows"]):
-        if row["arm"] == "loop" and row["digest"] == final:
+        if row["arm"] == "loop" and row["digest"] == result["final"]["digest"]:
             return str(row["step"])
     raise InputError(
         f"the final checkpoint of run {run} was not scored",

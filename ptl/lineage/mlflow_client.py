@@ -39,22 +39,17 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # A database needs more than the client.
-    if not address.is_server(uri):
-        _check_database_support(uri)
-    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
-    mlflow_database.create(uri, default_artifacts)
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri, registry_uri=uri)
-
-
-def _check_database_support(uri: str) -> None:
-    if importlib.util.find_spec("sqlalchemy") is None:
+    if not address.is_server(uri) and importlib.util.find_spec("sqlalchemy") is None:
         raise InputError(
             f"MLFLOW_TRACKING_URI={uri} needs the full mlflow package, this is mlflow-skinny",
             field="environment",
             remedy="run pip install 'ptl[pipelines]', or give the address of a server (http://...)",
         )
+    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
+    mlflow_database.create(uri, default_artifacts)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri, registry_uri=uri)
 
 
 @contextmanager
@@ -79,17 +74,15 @@ def connected() -> Iterator[MlflowClient]:
 @contextmanager
 def briefly(limits: dict[str, str] = REPORTING) -> Iterator[None]:
     """Give up on a server sooner, where a failure is reported: the failure itself must not wait for minutes."""
-    earlier = {name: os.environ.get(name) for name in limits}
     # What a user has set stays.
-    replaced = [name for name, value in earlier.items() if value in (None, RETRIES)]
-    for name in replaced:
+    defaults = {name: os.environ.get(name) for name in limits if os.environ.get(name) in (None, RETRIES)}
+    for name in defaults:
         os.environ[name] = limits[name]
     try:
         yield
     finally:
-        for name in replaced:
-            os.environ.pop(name)
-            value = earlier[name]
+        for name, value in defaults.items():
+            del os.environ[name]
             if value is not None:
                 os.environ[name] = value
 
@@ -106,11 +99,16 @@ def ignoring(error_code: str) -> Iterator[None]:
             raise
 
 
-def if_there(request: Callable[[str], Any], identity: str) -> Any:
+def if_there(request: Callable[..., Any], *identity: str) -> Any:
     """What MLflow answers about this id; None where it has nothing, as after a deletion whose answer was lost."""
     with ignoring(NOT_THERE):
-        return request(identity)
+        return request(*identity)
     return None
+
+
+def experiment_ids(client: MlflowClient) -> list[str]:
+    """The ids of all active experiments."""
+    return [experiment.experiment_id for experiment in pages(client.search_experiments)]
 
 
 def pages(search: Callable[..., Any], **arguments: Any) -> Iterator[Any]:

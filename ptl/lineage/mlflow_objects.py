@@ -52,12 +52,12 @@ def run(
     others are deleted if they hold nothing.
     """
     experiment_id = experiment.experiment_id
-    candidates = search(client, experiment_id, pipeline_run, step)
+    candidates = search(client, [experiment_id], pipeline_run, step)
     if not candidates:
         all_tags = {**tags, "ptl.role": "step" if step else "parent"}
         created = client.create_run(experiment_id, tags=all_tags, run_name=name)
         # The answer to an earlier request may have been lost, and other steps create the parent too.
-        candidates = search(client, experiment_id, pipeline_run, step) or [created]
+        candidates = search(client, [experiment_id], pipeline_run, step) or [created]
     winner = _claimed(client, experiment, pipeline_run, step or "parent", candidates[0])
     # An empty double only confuses; one with content may be somebody's.
     for other in candidates:
@@ -86,14 +86,12 @@ def _claimed(
         claim = f"{role}-{experiment.experiment_id}-after-{run_id}"
 
 
-def search(client: MlflowClient, experiment_id: str, pipeline_run: str, step: str) -> list[Run]:
+def search(client: MlflowClient, experiment_ids: list[str], pipeline_run: str, step: str) -> list[Run]:
     """The active runs of a step, or of the pipeline run where `step` is empty, the oldest first."""
-    role = "tags.`ptl.role` = 'parent'"
-    if step:
-        role = f"tags.`ptl.step` = '{step}'"
+    role = f"tags.`ptl.step` = '{step}'" if step else "tags.`ptl.role` = 'parent'"
     query = f"tags.`ptl.run` = '{pipeline_run}' and {role}"
     order = ["attributes.start_time ASC"]
-    return list(client.search_runs([experiment_id], query, order_by=order, max_results=100))
+    return list(client.search_runs(experiment_ids, query, order_by=order, max_results=100))
 
 
 def logged_model(
@@ -116,11 +114,7 @@ def logged_model(
 
 def existing_models(client: MlflowClient, model_ids: Iterable[str]) -> set[str]:
     """Those of the LoggedModels that MLflow has."""
-    existing = set()
-    for model_id in model_ids:
-        if model_id and if_there(client.get_logged_model, model_id) is not None:
-            existing.add(model_id)
-    return existing
+    return {model_id for model_id in model_ids if if_there(client.get_logged_model, model_id)}
 
 
 def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> None:
@@ -139,18 +133,12 @@ def log_output(client: MlflowClient, run_id: str, model_id: str, step: int) -> N
 
 
 def _is_output(client: MlflowClient, run_id: str, model_id: str) -> bool:
-    run = client.get_run(run_id)
-    outputs = run.outputs
-    if outputs is None:
-        return False
-    return any(model.model_id == model_id for model in outputs.model_outputs)
+    outputs = client.get_run(run_id).outputs
+    return outputs is not None and model_id in [model.model_id for model in outputs.model_outputs]
 
 
 def _holds_anything(client: MlflowClient, other: Run) -> bool:
     """Whether a run has metrics, parameters or runs below it."""
-    if other.data.metrics or other.data.params:
-        return True
-    info = other.info
-    query = f"tags.`mlflow.parentRunId` = '{info.run_id}'"
-    children = client.search_runs([info.experiment_id], query, max_results=1)
-    return bool(children)
+    query = f"tags.`mlflow.parentRunId` = '{other.info.run_id}'"
+    children = client.search_runs([other.info.experiment_id], query, max_results=1)
+    return bool(other.data.metrics or other.data.params or children)

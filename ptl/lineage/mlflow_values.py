@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-BATCH = 100  # parameters that MLflow takes in one request
 LONGEST = 6000  # characters of a parameter
 
 Tags = dict[str, str]
@@ -47,9 +46,7 @@ def add_params(
             new.append(Param(key, value))
         elif known[key] != value:
             changed.append((key, known[key], value))
-    for first in range(0, len(new), BATCH):
-        batch = new[first : first + BATCH]
-        client.log_batch(run.info.run_id, params=batch)
+    client.log_batch(run.info.run_id, params=new)
     return changed
 
 
@@ -78,10 +75,6 @@ def log_metrics(
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)  # milliseconds
-    points = []
     # One request for all of them.
-    for key, value in metrics.items():
-        point = Metric(key, float(value), now, step, model_id=model_id)
-        points.append(point)
-    if points:
-        client.log_batch(run_id, metrics=points)
+    points = [Metric(key, float(value), now, step, model_id=model_id) for key, value in metrics.items()]
+    client.log_batch(run_id, metrics=points)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError
-from ptl.lineage import mlflow_client
-from ptl.lineage.mlflow_client import if_there, pages
+from ptl.lineage import mlflow_client, mlflow_objects
+from ptl.lineage.mlflow_client import if_there
 from ptl.lineage.run_status import parent_among, records_root, steps_of
 from ptl.storage import store
 
@@ -29,7 +30,6 @@ class PipelineRun:
     """A run of the pipeline, as MLflow knows it."""
 
     id: str  # of Kubeflow, or of a local run
-    mlflow_id: str  # its parent run in MLflow
     experiment_id: str
     state: str  # of the MLflow run: RUNNING, FINISHED, FAILED, ...
     root: str  # where the records of its steps are
@@ -48,7 +48,7 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
         # It may be the id of an MLflow run, of the parent or of a step.
         if re.fullmatch("[0-9a-f]{32}", name):
             mlflow_run = if_there(client.get_run, name)
-            tags = mlflow_run.data.tags if mlflow_run is not None else {}
+            tags = mlflow_run.data.tags if mlflow_run else {}
             if "ptl.run" in tags:
                 name = tags["ptl.run"]
                 step = step or tags.get("ptl.step", "")
@@ -65,19 +65,13 @@ def find_run(reference: str) -> tuple[PipelineRun, str]:
 
 def run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
     """The pipeline run with this id, in whichever experiment it is: Kubeflow's MLflow plugin has one of its own."""
-    experiments = pages(client.search_experiments)
-    experiment_ids = [experiment.experiment_id for experiment in experiments]
-    if not experiment_ids:
-        return None
-    query = f"tags.`ptl.run` = '{run_id}' and tags.`ptl.role` = 'parent'"
-    parents = client.search_runs(experiment_ids, query, max_results=100)
+    parents = mlflow_objects.search(client, mlflow_client.experiment_ids(client), run_id, step="")
     if not parents:
         return None
     info = parent_among(parents).info
     experiment = client.get_experiment(info.experiment_id)
     return PipelineRun(
         id=run_id,
-        mlflow_id=info.run_id,
         experiment_id=info.experiment_id,
         state=info.status,
         root=records_root(experiment.artifact_location),
@@ -100,23 +94,17 @@ def _step_states(run: PipelineRun) -> dict[str, str]:
 def result_of(run: PipelineRun) -> dict[str, Any]:
     """The result.json of a run in MLflow. Raises InputError with the run's state and steps where there is none yet."""
     data = report_file(run, "result.json")
-    if data is None:
-        raise _no_result(run)
-    return dict(json.loads(data))
-
-
-def _no_result(run: PipelineRun) -> InputError:
-    by_state: dict[str, list[str]] = {}
+    if data is not None:
+        return dict(json.loads(data))
+    by_state: dict[str, list[str]] = defaultdict(list)
     for step, state in _step_states(run).items():
-        steps = by_state.setdefault(state, [])
-        steps.append(step)
+        by_state[state].append(step)
     progress = [f"{state}: {', '.join(steps)}" for state, steps in by_state.items()]
     states = "; ".join(progress) or "no step has begun"
     # A checkpoint of the run that can be fetched meanwhile.
-    finished = by_state.get("FINISHED", [])
-    fetchable = ", ".join(f"{run.id}:{step}" for step in finished if makes_model(step))
-    fetchable = fetchable or "none is finished"
-    return InputError(
+    finished = filter(makes_model, by_state["FINISHED"])
+    fetchable = ", ".join(f"{run.id}:{step}" for step in finished) or "none is finished"
+    raise InputError(
         f"{run.id} has no result yet, its state is {run.state} ({states})",
         field="run",
         remedy=f"wait for its report, or name one step ({fetchable}) or a registered version (models:/NAME@ALIAS)",

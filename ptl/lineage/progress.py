@@ -64,10 +64,7 @@ def read(run: str, experiment_ids: list[str] | None = None) -> RunProgress | Non
     """
     with _watching() as client:
         if experiment_ids is None:
-            experiments = mlflow_client.pages(client.search_experiments)
-            experiment_ids = [experiment.experiment_id for experiment in experiments]
-        if not experiment_ids:
-            return None
+            experiment_ids = mlflow_client.experiment_ids(client)
         query = f"tags.`ptl.run` = '{run}'"
         order = ["attributes.start_time ASC"]
         runs = client.search_runs(experiment_ids, query, order_by=order, max_results=MAX_RUNS)
@@ -110,7 +107,7 @@ def experiment_id(name: str) -> str | None:
     """The id of an experiment; None where there is none of this name."""
     with _watching() as client:
         experiment = client.get_experiment_by_name(name)
-    return None if experiment is None else str(experiment.experiment_id)
+    return str(experiment.experiment_id) if experiment else None
 
 
 def _step_progress(step: str, run: Any) -> StepProgress:

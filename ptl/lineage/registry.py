@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +54,8 @@ def register(
             )
             numbers = _versions_of(client, registered_model, pointer.model_id)
             # A request that was sent twice has made two.
-            delete = functools.partial(client.delete_model_version, registered_model)
             for duplicate in numbers[1:]:
-                if_there(delete, duplicate)
+                if_there(client.delete_model_version, registered_model, duplicate)
         _mark_registered(client, registered_model, numbers[0], pointer.model_id)
         return numbers[0]
 
@@ -71,8 +69,7 @@ def set_alias(registered_model: str, alias: str, version: str) -> None:
 def _versions_of(client: MlflowClient, registered_model: str, model_id: str) -> list[str]:
     """Numbers of the versions of one LoggedModel, ascending."""
     query = f"name = '{registered_model}' and tags.`ptl.model_id` = '{model_id}'"
-    versions = client.search_model_versions(query)
-    numbers = [str(version.version) for version in versions]
+    numbers = [str(version.version) for version in client.search_model_versions(query)]
     return sorted(numbers, key=int)
 
 
@@ -88,7 +85,7 @@ def _mark_registered(
     """
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-    model = if_there(client.get_logged_model, model_id) if model_id else None
+    model = if_there(client.get_logged_model, model_id)
     if model is None:  # the database was replaced, or the model deleted: it has no page
         return
     versions = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))

@@ -68,10 +68,8 @@ def apply_rules(experiment: ExperimentInventory, rules: Rules, now: float) -> li
         earlier = agreed.get(uri)
         if earlier is None or (earlier.deletable and reason):
             agreed[uri] = retention
-    retentions = list(agreed.values())
-    if rules.runs:
-        return [retention for retention in retentions if retention.stored.run in selected]
-    return retentions
+    retentions = agreed.values()
+    return [retention for retention in retentions if not rules.runs or retention.stored.run in selected]
 
 
 def _newest(experiment: ExperimentInventory, number: int) -> list[str]:
@@ -111,11 +109,9 @@ def _needed(
     if run.damaged:
         return f"a record of the run cannot be read: {run.damaged}"
     if stored.kind == "attempt":
-        # Where records were lost, it may be the result.
-        if finished and not done:
-            return "its step has no record, though the run is finished"
         # Nobody reads it: a repeated step publishes under a fresh prefix.
-        return ""
+        # Where records were lost, it may be the result.
+        return "its step has no record, though the run is finished" if finished and not done else ""
     if stored.kind == "training" and done:
         return ""
     if not finished:
@@ -143,17 +139,16 @@ def delete(experiment: ExperimentInventory, retention: Retention) -> bool:
         raise ValueError(f"{stored.uris[0]} is to be kept: {retention.reason}")
     if is_attempt and _committed_meanwhile(experiment, stored):
         return False
-    model_id = stored.model_id
     with mlflow_client.connected() as client:
         # First, so that no page of a model says that files are there which are not.
-        if model_id:
+        if stored.model_id:
             now = datetime.datetime.now(datetime.UTC)
-            client.set_logged_model_tags(model_id, {DELETED: now.isoformat(timespec="seconds")})
+            client.set_logged_model_tags(stored.model_id, {DELETED: now.isoformat(timespec="seconds")})
         for uri in stored.uris:
             store.delete(uri, below=experiment.location)
         # An attempt is part of no lineage.
-        if model_id and is_attempt:
-            client.delete_logged_model(model_id)
+        if stored.model_id and is_attempt:
+            client.delete_logged_model(stored.model_id)
     return True
 
 
@@ -165,17 +160,15 @@ def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -
     if folder == f"{experiment.root}/{stored.run}":
         record_name = name.rpartition("-")[0]
     record = store.committed(experiment.root, stored.run, record_name)
-    if record is None:
-        return False
-    return record["pointer"]["uri"] in stored.uris
+    return record is not None and record["pointer"]["uri"] in stored.uris
 
 
 def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:
     """Raise InputError for a run that no experiment has."""
-    known: set[str] = set()
+    known = set()
     for experiment in experiments:
         for run in experiment.runs.values():
-            known.update([run.id, run.mlflow_id])
+            known |= {run.id, run.mlflow_id}
     for name in names:
         if name not in known:
             raise InputError(

@@ -31,8 +31,8 @@ class StepRun:
     root: str  # where the records are: `records_root` of the experiment
     run: str  # id of the pipeline run
     artifact_uri: str  # of this MLflow run
-    step: str = ""  # name, such as prune-2
-    arm: str = "loop"  # or control
+    step: str  # name, such as prune-2
+    arm: str  # loop or control
 
 
 def records_root(artifact_location: str) -> str:
@@ -69,8 +69,7 @@ def _status(client: MlflowClient, step_run: StepRun) -> tuple[str, str]:
         tags = run.data.tags
         in_loop = tags.get("ptl.arm") == "loop"
         if in_loop and run.info.status == "FAILED":
-            error = tags.get("ptl.error", "")
-            return "FAILED", f"{step}: {error}"
+            return "FAILED", f"{step}: {tags.get('ptl.error', '')}"
     # The report is the last step.
     report = runs.get("report")
     if report and report.info.status == "FINISHED":
@@ -89,11 +88,9 @@ def by_step(runs: Iterable[Run]) -> dict[str, Run]:
     """The run of each step, in the order in which they began; of several the one that finished, else the newest."""
     steps: dict[str, Run] = {}
     for run in sorted(runs, key=_start_time):
-        step = run.data.tags.get("ptl.step")
-        if not step:  # the parent
-            continue
-        earlier = steps.get(step)
-        if earlier is None or earlier.info.status != "FINISHED":
+        step = run.data.tags.get("ptl.step")  # the parent has none
+        finished = step in steps and steps[step].info.status == "FINISHED"
+        if step and not finished:
             steps[step] = run
     return steps
 
@@ -136,8 +133,7 @@ def _note(run: str, error: str) -> str:
     if error:
         on_cluster = os.environ.get("KFP_RUN_ID")
         command = f"`ptl retry {run}`" if on_cluster else "the same `ptl run` command"
-        paragraphs.append(f"{FAILED}{error}")
-        paragraphs.append(f"Once that is fixed, {command} resumes it from what is finished.")
+        paragraphs += [f"{FAILED}{error}", f"Once that is fixed, {command} resumes it from what is finished."]
     return "\n\n".join(paragraphs)
 
 
@@ -149,10 +145,8 @@ def untag(client: MlflowClient, run_id: str, key: str) -> None:
 
 def kubeflow_page(run: str) -> str:
     """The run's page in Kubeflow, where the ConfigMap names the UI's address; else empty."""
-    ui = os.environ.get("PTL_KFP_UI", "")
-    if not ui:
-        return ""
-    return f"{ui.rstrip('/')}/#/runs/details/{run}"
+    ui = os.environ.get("PTL_KFP_UI", "").rstrip("/")
+    return f"{ui}/#/runs/details/{run}" if ui else ""
 
 
 def tags_of_parent(run: str) -> dict[str, str]:

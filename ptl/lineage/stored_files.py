@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ptl.storage import store
+from ptl.storage.store import Record
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
-Record = dict[str, Any]
 Records = dict[str, Record]  # of one run, by the step's name
 
 KINDS = {"import": "dense", "prune": "pruned", "recover": "recovered"}  # by the stage of the step that committed it
@@ -55,11 +56,9 @@ def folders(uri: str, depth: int) -> dict[str, Folder]:
     """The folders that are `depth` levels below `uri`, by their path from there; from one listing."""
     by_path: dict[str, Folder] = {}
     for path, size, changed in store.walk(uri):
-        parts = path.split("/")
-        folder_path = "/".join(parts[:depth])
+        folder_path = "/".join(path.split("/")[:depth])
         known = by_path.get(folder_path, NO_FILES)
-        newest = max(known.changed, changed)
-        by_path[folder_path] = Folder(known.bytes + size, newest)
+        by_path[folder_path] = Folder(known.bytes + size, max(known.changed, changed))
     return by_path
 
 
@@ -74,20 +73,18 @@ def checkpoints(
     `location` is the experiment's, `models` its LoggedModels, `records` those of all its runs.
     """
     models_by_uri = {model.artifact_location: model for model in models}
-    owners = _owners(records, models)
     stored = []
-    for uri, claims in owners.items():
+    for uri, owners in _owners(records, models).items():
         name = _folder_name(uri, location)
         if name is None:
             continue
         model = models_by_uri.get(uri)
         folder = model_folders.get(name, NO_FILES)
-        for owner in claims:
+        for owner in owners:
             changed = folder.changed
             if owner.kind == "attempt" and model:
                 # It may be at work without having written yet.
-                updated = model.last_updated_timestamp / 1000
-                changed = max(changed, updated)
+                changed = max(changed, model.last_updated_timestamp / 1000)
             elif not folder.bytes:  # deleted before
                 continue
             files = StoredFiles(
@@ -105,27 +102,24 @@ def checkpoints(
 
 def _owners(records: dict[str, Records], models: list[LoggedModel]) -> dict[str, list[_Owner]]:
     """Who needs the files at a URI: the steps whose records name it, and the attempts that MLflow knows."""
-    owners: dict[str, list[_Owner]] = {}
+    owners: dict[str, list[_Owner]] = defaultdict(list)
     committed_ids = set()
     for run, steps in records.items():
         for step, record in steps.items():
             pointer = record["pointer"]
             committed_ids.add(pointer["model_id"])
-            stage = record["metadata"].get("stage")
+            stage = record["metadata"]["stage"]
             # Evaluations and the report pass on what others have made.
             if stage in KINDS:
-                claims = owners.setdefault(pointer["uri"], [])
-                claims.append(_Owner(run, step, KINDS[stage]))
+                owners[pointer["uri"]].append(_Owner(run, step, KINDS[stage]))
     for model in models:
         uri = model.artifact_location
         run = model.tags["ptl.run"]
         # Of a store that was moved, the record names the address before the move.
         moved = uri not in owners and model.model_id in committed_ids
-        claims = owners.setdefault(uri, [])
-        committed = run in [owner.run for owner in claims]
+        committed = run in [owner.run for owner in owners[uri]]
         if not moved and not committed:
-            step = model.tags.get("ptl.step", model.name)
-            claims.append(_Owner(run, step, "attempt"))
+            owners[uri].append(_Owner(run, model.tags["ptl.step"], "attempt"))
     return owners
 
 
@@ -157,13 +151,12 @@ def training_checkpoints(
     matches = [match for match in map(_TRAINING.fullmatch, names) if match]
     # As steps clear them: the newest first, files before their record.
     matches.sort(key=_training_order, reverse=True)
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for match in matches:
         name, step = match.string, match["step"]
         # A step that is not finished may resume from what is complete.
         alone = step not in finished and _is_half_written(match, names)
-        members = groups.setdefault((step, name if alone else ""), [])
-        members.append(name)
+        groups[step, name if alone else ""].append(name)
     for (step, attempt), members in groups.items():
         group = [run_folders[f"{run}/{name}"] for name in members]
         yield StoredFiles(
@@ -178,14 +171,10 @@ def training_checkpoints(
 
 def _is_half_written(match: re.Match[str], names: list[str]) -> bool:
     """Whether files of a training checkpoint have no record, which is written last."""
-    name = match.string
-    if name.endswith(".partial"):
-        return True
-    record_name = name.rpartition("-")[0]
-    return bool(match["attempt"]) and record_name not in names
+    record_name = match.string.rpartition("-")[0]
+    return match.string.endswith(".partial") or bool(match["attempt"] and record_name not in names)
 
 
 def _training_order(match: re.Match[str]) -> tuple[int, int, bool]:
     """Stage, number, and files after their record."""
-    stage, number = int(match["stage"]), int(match["number"])
-    return stage, number, bool(match["attempt"])
+    return int(match["stage"]), int(match["number"]), bool(match["attempt"])

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 def pipeline_run() -> str:
     """The pipeline run's id: `PTL_RUN_ID` (local) or `KFP_RUN_ID` (cluster). Raises InputError when neither is set."""
-    run = os.environ.get("PTL_RUN_ID")
-    run = run or os.environ.get("KFP_RUN_ID")
+    run = os.environ.get("PTL_RUN_ID") or os.environ.get("KFP_RUN_ID")
     if not run:
         raise InputError(
             "neither PTL_RUN_ID nor KFP_RUN_ID is set",
@@ -51,8 +50,7 @@ def start(
     not answer.
     """
     run = pipeline_run()
-    own = {"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()}
-    tags = ptl_keys(own)
+    tags = ptl_keys({"run": run, "step": step, "arm": arm, "iteration": iteration, "node": node()})
     with mlflow_client.connected() as client:
         # A step on a cluster may have a run already, in an experiment that is not ours to choose.
         plugin_run_id = _plugin_run_id()
@@ -87,8 +85,7 @@ def _find_or_create(
     title: str | None,
 ) -> tuple[Run, Run]:
     """The parent and the step's run."""
-    parent_tags = tags_of_parent(run)
-    parent = mlflow_objects.run(client, experiment, run, "", parent_tags, title or run)
+    parent = mlflow_objects.run(client, experiment, run, "", tags_of_parent(run), title or run)
     parent_id = parent.info.run_id
     if title and parent.info.run_name == run:  # made by a doctor that failed
         client.update_run(parent_id, name=title)
@@ -108,10 +105,8 @@ def _reopen(client: MlflowClient, child: Run) -> None:
 
 def _plugin_run_id() -> str | None:
     """The MLflow run that Kubeflow's MLflow plugin made for this task; a run id that a shell has set is not meant."""
-    on_this_machine = os.environ.get("PTL_RUN_ID")
-    if on_this_machine or not os.environ.get("KFP_RUN_ID"):
-        return None
-    return os.environ.get("MLFLOW_RUN_ID")
+    on_cluster = os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID")
+    return os.environ.get("MLFLOW_RUN_ID") if on_cluster else None
 
 
 def _adopt(client: MlflowClient, child: Run, experiment: Experiment, run: str, tags: Tags) -> Run:
@@ -187,7 +182,7 @@ def finish(
         # The metrics belong to the model that was made, else to the one that was scored.
         scored = output
         if output is None and len(inputs) == 1:
-            (scored,) = inputs
+            scored = inputs[0]
         mlflow_values.add_metrics(client, run, metrics, step, scored)
         _log_inputs(client, run, inputs)
         if output:
@@ -208,7 +203,7 @@ def _known_models(
     output: str | None,
 ) -> tuple[list[str], str | None]:
     """Inputs and output without those that MLflow has lost, which a warning names."""
-    models = {*inputs, output} if output else set(inputs)
+    models = set(filter(None, [*inputs, output]))
     existing = mlflow_objects.existing_models(client, models)
     missing = ", ".join(sorted(models - existing))
     if missing:
@@ -222,10 +217,9 @@ def _log_inputs(client: MlflowClient, run: Run, model_ids: list[str]) -> None:
     from mlflow.entities import LoggedModelInput
 
     logged = run.inputs.model_inputs if run.inputs else []
-    known = {model.model_id for model in logged}
-    new = [model_id for model_id in dict.fromkeys(model_ids) if model_id not in known]
+    new = set(model_ids) - {model.model_id for model in logged}
     if new:
-        models = [LoggedModelInput(model_id) for model_id in new]
+        models = [LoggedModelInput(model_id) for model_id in sorted(new)]
         client.log_inputs(run.info.run_id, models=models)
 
 
@@ -247,8 +241,7 @@ def note_error(step_run: StepRun, message: str) -> None:
 def error_of(step_run: StepRun) -> str:
     """Why the last attempt of a step failed, as far as it could record it."""
     with mlflow_client.connected() as client:
-        tags = client.get_run(step_run.run_id).data.tags
-        return str(tags.get("ptl.error", ""))
+        return str(client.get_run(step_run.run_id).data.tags.get("ptl.error", ""))
 
 
 def fail(step_run: StepRun, message: str) -> None:
@@ -269,13 +262,9 @@ def computing_beside(step_run: StepRun) -> list[str]:
     with mlflow_client.connected() as client:
         runs = steps_of(client, step_run.experiment_id, step_run.run)
     runs.pop(step_run.step, None)
-    busy = []
-    for step, run in runs.items():
-        # Steps of other nodes do not take its time.
-        runs_here = run.data.tags.get("ptl.node") == node()
-        if runs_here and run.info.status == "RUNNING":
-            busy.append(step)
-    return sorted(busy)
+    # Steps of other nodes do not take its time.
+    on_node = {step: run for step, run in runs.items() if run.data.tags["ptl.node"] == node()}
+    return sorted(step for step, run in on_node.items() if run.info.status == "RUNNING")
 
 
 def log_progress(
@@ -296,9 +285,8 @@ def log_progress(
             if value is None:
                 continue
             chart = f"by_params/{arm}{name}"
-            history = client.get_metric_history(parent_id, chart)
             # An earlier attempt may have logged the point.
-            points = [(point.step, point.value) for point in history]
+            points = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
             if (params, value) not in points:
                 mlflow_values.log_metrics(client, parent_id, {chart: value}, params)
 
@@ -312,11 +300,9 @@ def log_report(step_run: StepRun, files: list[Path]) -> None:
 
 def links(step_run: StepRun) -> dict[str, str]:
     """Where a report finds the pipeline run in MLflow; `mlflow_url` is empty when tracking is not on a server."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    server = ""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
     # A report is handed around: it must not hold a password.
-    if address.is_server(uri):
-        server = address.bare(uri).rstrip("/")
+    server = address.bare(uri).rstrip("/") if address.is_server(uri) else ""
     return {
         "run_id": step_run.run,
         "mlflow_run_id": step_run.parent_run_id,

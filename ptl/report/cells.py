@@ -7,22 +7,26 @@ from typing import Any
 from ptl.config.flat_settings import flat_settings
 from ptl.report.result_rows import Row
 
-Task = Row  # score of a benchmark, as in a row's `scores`
 Pairs = list[tuple[str, str]]  # names and printed values
 
 UNITS = {1e9: " B", 1e6: " M", 1e3: " k"}
 
 
-def first_task(row: Row) -> Task:
+def first_task(row: Row) -> Row:
     """The score of a row's first benchmark, which is the run's accuracy."""
     return dict(row["scores"]["tasks"][0])
 
 
-def is_share(task: Task) -> bool:
+def is_share(task: Row) -> bool:
     """Whether a score is a share of items, shown in percent; perplexities and other means have no interval."""
     if task["low"] is None:
         return False
     return 0 <= task["accuracy"] <= 1
+
+
+def metric_name(task: Row) -> str:
+    """The metric without its filter: `exact_match` of `exact_match,final-number`."""
+    return str(task["metric"]).partition(",")[0]
 
 
 def percent(share: float) -> str:
@@ -37,11 +41,11 @@ def points(difference: float) -> str:
 
 def level(result: Row) -> str:
     """The confidence level of the intervals: `95 %`."""
-    confidence = result["confidence"]
-    return f"{confidence * 100:g} %"
+    confidence = result["confidence"] * 100
+    return f"{confidence:g} %"
 
 
-def accuracy(task: Task) -> str:
+def accuracy(task: Row) -> str:
     """A task's score without its interval: percent where it is a share."""
     value = task["accuracy"]
     if is_share(task):
@@ -49,22 +53,21 @@ def accuracy(task: Task) -> str:
     return f"{value:.4g}"
 
 
-def interval(task: Task) -> str:
+def interval(task: Row) -> str:
     """A task's interval; empty where it has none."""
     low = task["low"]
     high = task["high"]
     if low is None:
         return ""
-    # Of other scores than shares four digits.
-    if not is_share(task):
-        return f"{low:.4g} to {high:.4g}"
     # In percent without the sign, which the score beside it has.
-    low *= 100
-    high *= 100
-    return f"{low:.1f} to {high:.1f}"
+    if is_share(task):
+        low *= 100
+        high *= 100
+        return f"{low:.1f} to {high:.1f}"
+    return f"{low:.4g} to {high:.4g}"
 
 
-def score(task: Task) -> str:
+def score(task: Row) -> str:
     """A task's score with its interval, in percent where it is a share."""
     text = accuracy(task)
     if task["low"] is not None:
@@ -94,14 +97,12 @@ def comparison(pair: Row) -> str:
     low = _signed_points(pair["low"])
     high = _signed_points(pair["high"])
     # The interval is that of two one-sided tests, each at the significance level.
-    alpha = pair["alpha"]
-    confidence = 100 * (1 - 2 * alpha)
-    bounds = f"{low} to {high} at {confidence:g} %"
+    confidence = 100 * (1 - 2 * pair["alpha"])
     # Only items that changed distinguish the models.
     regressions = pair["regressions"]
     improvements = pair["improvements"]
     return (
-        f"{change} points ({bounds}), "
+        f"{change} points ({low} to {high} at {confidence:g} %), "
         f"{regressions} regressions and {improvements} improvements on {pair['items']:,} items, "
         f"p {pair['p_different']:.2g}"
     )

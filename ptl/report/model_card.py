@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from ptl.report.cells import Task
+from ptl.report.cells import metric_name
 from ptl.report.result import Result, final_row
-
-Entry = dict[str, Any]  # of the card's YAML
+from ptl.report.result_rows import Row
 
 
 def front_matter(result: Result) -> str:
@@ -20,9 +18,9 @@ def front_matter(result: Result) -> str:
     return f"---\n{text}---\n"
 
 
-def _metadata(result: Result) -> Entry:
+def _metadata(result: Result) -> Row:
     # What every card has.
-    card: Entry = {
+    card: Row = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": _hub_name(result["model"]["model"]),
@@ -38,17 +36,15 @@ def _metadata(result: Result) -> Entry:
     final = final_row(result)
     if final is not None:
         tasks = final["scores"]["tasks"]
-        metrics = [_metric(task) for task in tasks]
-        card["metrics"] = list(dict.fromkeys(metrics))
-        scores = [_score(task) for task in tasks]
-        card["model-index"] = [{"name": result["name"], "results": scores}]
+        card["metrics"] = list(dict.fromkeys(map(metric_name, tasks)))
+        card["model-index"] = [{"name": result["name"], "results": [_score(task) for task in tasks]}]
     return card
 
 
-def _score(task: Task) -> Entry:
+def _score(task: Row) -> Row:
     """A task's score as an entry of the hub's model index."""
     metric = {
-        "type": _metric(task),
+        "type": metric_name(task),  # the hub does not know the filter
         "name": task["metric"],
         "value": round(task["accuracy"], 6),
     }
@@ -60,18 +56,11 @@ def _score(task: Task) -> Entry:
     }
 
 
-def _metric(task: Task) -> str:
-    """The metric without its filter (`exact_match,final-number`), which the hub does not know."""
-    name: str = task["metric"]
-    return name.partition(",")[0]
-
-
 def _hub_name(source: str) -> str:
     """A hub id as it is; of a local path the last two parts, in the form the hub's metadata allows."""
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         return source
     # The last folder alone is often `checkpoint`.
-    parts = Path(source).parts
-    name = "-".join(parts[-2:])
+    name = "-".join(Path(source).parts[-2:])
     allowed = re.sub(r"[^\w.-]+", "-", name)
     return allowed.strip("-.") or "unknown"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,12 +10,13 @@ from ptl.report import score_plots
 from ptl.report.result import Result
 from ptl.report.result_rows import Row
 from ptl.report.score_plots import mark_of, short_tick
-from ptl.report.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, add_key, picture, set_size
+from ptl.report.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, Painter, add_key, picture, set_size
 from ptl.report.tables import iteration_label
 
 MAX_POINTS = 4000  # of all loss curves together: keeps the page far below 1 MB
 MAX_TOWERS = 500  # layers of all checkpoints together that are drawn apart from each other
 GAP = 0.14  # of the width of a tower
+DOTS = (0, (2, 3))  # of a line: offset, then lengths of dot and gap in points
 
 Curve = list[tuple[int, float]]  # tokens and loss
 Skyline = tuple[list[int], list[float]]  # heights, and edges of which there is one more
@@ -24,7 +24,7 @@ Skyline = tuple[list[int], list[float]]  # heights, and edges of which there is 
 
 def draw(result: Result) -> dict[str, Row]:
     """Every picture that the result has data for: name -> {"wide": svg, "narrow": svg} (desktop and phone)."""
-    painters: Row = {"accuracy": score_plots.accuracy, "widths": _widths}
+    painters: dict[str, Painter] = {"accuracy": score_plots.accuracy, "widths": _widths}
     # The others need data that not every run has.
     if result["curves"]:
         painters["loss"] = _losses
@@ -36,11 +36,9 @@ def draw(result: Result) -> dict[str, Row]:
         painters["speed"] = _speed
     pictures = {}
     for name, painter in painters.items():
-        wide = functools.partial(painter, result=result, wide=True)
-        narrow = functools.partial(painter, result=result, wide=False)
         pictures[name] = {
-            "wide": picture(wide, f"{name}-wide"),
-            "narrow": picture(narrow, f"{name}-narrow"),
+            "wide": picture(painter, result, True, f"{name}-wide"),
+            "narrow": picture(painter, result, False, f"{name}-narrow"),
         }
     return pictures
 
@@ -49,11 +47,12 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     """Training losses against the recovery tokens of the arm; the loop's curves follow one another."""
     from matplotlib.lines import Line2D
 
-    set_size(figure, wide, wide_height=3.3, narrow_height=3.2)
+    set_size(figure, wide, 3.3 if wide else 3.2)
     axis = figure.subplots()
     curves = result["curves"]
     max_points = max(20, MAX_POINTS // len(curves))
-    rejected = _rejected_iterations(result)
+    rejected_rows = [row for row in result["rows"] if row["verdict"] == "rejected"]
+    rejected = [row["iteration"] for row in rejected_rows]
     keys = {}  # by label
     start = 0  # tokens of the loop so far
     for step in result["steps"]:
@@ -89,11 +88,6 @@ def _losses(figure: Any, result: Result, wide: bool) -> None:
     add_key(figure, lines, columns=3, gap=0.5)
 
 
-def _rejected_iterations(result: Result) -> list[int]:
-    rejected = [row for row in result["rows"] if row["verdict"] == "rejected"]
-    return [row["iteration"] for row in rejected]
-
-
 def _thinned(curve: Curve, max_points: int) -> Curve:
     """At most so many points of a curve, and its last."""
     stride = math.ceil(len(curve) / max_points)
@@ -105,16 +99,14 @@ def _draw_curve(axis: Any, curve: Curve, offset: int, **style: str) -> None:
     x = [offset + tokens for tokens, _ in curve]
     y = [loss for _, loss in curve]
     # A line of one point is not seen.
-    has_length = x[0] != x[-1]
-    marker = "" if has_length else "o"
+    marker = "o" if x[0] == x[-1] else ""
     # Thicker than the grid, thinner than a mark.
     axis.plot(x, y, marker=marker, linewidth=1.5, markersize=4, **style)
 
 
 def _draw_iteration_start(axis: Any, tokens: int, iteration: int) -> None:
     """A dotted line with the iteration's number."""
-    dots = (0, (2, 3))  # offset, then lengths of line and gap in points
-    axis.axvline(tokens, color=GRID, linewidth=0.8, linestyle=dots)
+    axis.axvline(tokens, color=GRID, linewidth=0.8, linestyle=DOTS)
     # At its upper end, to the right.
     axis.annotate(
         str(iteration),
@@ -141,7 +133,7 @@ def _set_loss_limits(axis: Any, curves: dict[str, Curve]) -> None:
 def _widths(figure: Any, result: Result, wide: bool) -> None:
     """A skyline per checkpoint: as many towers as layers, as high as each layer's FFN is wide."""
     rows = result["rows"]
-    set_size(figure, wide, wide_height=2.7, narrow_height=2.7)
+    set_size(figure, wide, 2.7)
     axis = figure.subplots()
     num_layers = max(len(row["widths"]) for row in rows)
     gap = max(1.0, num_layers * 0.3)
@@ -203,15 +195,13 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     rows = speed_rows.rows(result["speed"])
     # In inches, with the labels of the axis.
     bar_height = 0.3 if wide else 0.32
-    height = 0.6 + bar_height * len(rows)
-    set_size(figure, wide, wide_height=height, narrow_height=height)
+    set_size(figure, wide, 0.6 + bar_height * len(rows))
     axis = figure.subplots()
     times = [row.times for row in rows]
-    labels = [row.label for row in rows]
     positions = range(len(rows))
     # A bar begins at the dense model's 1.
     lengths = [value - 1 for value in times]
-    colours = [BAD if length < 0 else LOOP for length in lengths]
+    colours = [BAD if value < 1 else LOOP for value in times]
     axis.barh(positions, lengths, left=1, height=0.62, color=colours)
     for position, value in enumerate(times):
         _draw_number(axis, value, position)
@@ -224,6 +214,7 @@ def _speed(figure: Any, result: Result, wide: bool) -> None:
     room = share * max(high - low, 0.1)
     room_below = room if low < 1 else room / 4
     axis.set_xlim(low - room_below, high + room)
+    labels = [row.label for row in rows]
     axis.set_yticks(positions, labels)
     # The first row at the top.
     axis.invert_yaxis()

@@ -31,8 +31,7 @@ def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evalua
     """Every data set of a run, in the order of its config, without repetitions of context and source."""
     records = [_data_set("calibration", calibration.data)]
     records += [_data_set("training", source) for source in training.sources]
-    benchmarks = training.decontaminate.against
-    records += [_data_set("decontamination", source) for source in benchmarks]
+    records += [_data_set("decontamination", source) for source in training.decontaminate.against]
     for task in evaluate.tasks:
         records += _benchmark(task, evaluate)
     # One data set may serve several purposes, but is named once for each.
@@ -44,9 +43,8 @@ def _data_set(context: str, source: DataSource) -> DataSet:
     path = local_file(source)
     # A file, on this machine or fetched from a bucket.
     if path is not None:
-        name = Path(address).name
         kind = "s3" if address.startswith("s3://") else "local"
-        return DataSet(context, name, file_digest(path), kind, address)
+        return DataSet(context, Path(address).name, file_digest(path), kind, address)
     # On the hub, where the revision stands for the content.
     digest = source.revision or UNPINNED
     full_name = _joined(address, source.subset, source.split)
@@ -59,21 +57,18 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
         return
     for spec in tasks.find(task.name):
         config = spec.config
-        # As the harness chooses the split.
-        scored = config.get("test_split") or config.get("validation_split") or ""
         splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
-        if scored in splits:
-            file = splits[scored].file
-            digest = file_digest(Path(file))
-            yield DataSet("evaluation", spec.name, digest, "local", file)
+        if spec.scored_split in splits:
+            file = splits[spec.scored_split].file
+            yield DataSet("evaluation", spec.name, file_digest(Path(file)), "local", file)
         elif config.get("dataset_path"):
-            full_name = _joined(config["dataset_path"], config.get("dataset_name"), scored)
+            full_name = _joined(config["dataset_path"], config.get("dataset_name"), spec.scored_split)
             yield DataSet("evaluation", spec.name, UNPINNED, "hf", full_name)
 
 
 def _joined(*parts: str | None) -> str:
     """The parts of a hub id that are set, such as `org/chats test`."""
-    return " ".join(part for part in parts if part)
+    return " ".join(filter(None, parts))
 
 
 def file_digest(path: Path) -> str:

@@ -36,11 +36,10 @@ def render(result: Result, out: Path) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     # All pages show the same sentences and tables; only the HTML has pictures.
     variables = _variables(result)
-    card = _template("model_card.md.j2", html=False, **variables)
     pages = {
-        "report.html": _template("report.html.j2", html=True, **variables, pictures=draw(result)),
-        "report.md": _template("report.md.j2", html=False, **variables),
-        "README.md": front_matter(result) + card,
+        "report.html": _template("report.html.j2", variables | {"pictures": draw(result)}),
+        "report.md": _template("report.md.j2", variables),
+        "README.md": front_matter(result) + _template("model_card.md.j2", variables),
         "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in pages.items():
@@ -60,8 +59,8 @@ def print_table(result: Result, out: Path | None = None) -> None:
     for sentence in [wording.verdict(result), *wording.notes(result)]:
         console.print(escape(sentence), highlight=False)
     if out is not None:
-        page = str((out / "report.html").resolve())
-        console.print(f"\nReport: {escape(page)}", highlight=False, soft_wrap=True)
+        page = (out / "report.html").resolve()
+        console.print(f"\nReport: {escape(str(page))}", highlight=False, soft_wrap=True)
     address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
     console.print(f"MLflow: {escape(address)}", highlight=False)
 
@@ -84,10 +83,9 @@ def _terminal_table(result: Result, padding: int) -> Table:
     table.add_column("Verdict", no_wrap=True)
     for row in tables.iterations(result):
         # The page says `one-shot control`, which is too long here.
-        label = "control" if row["arm"] == "control" else row["label"]
+        label = row["label"].removeprefix("one-shot ")
         if row["final"]:
             label += " [bold](final)[/]"
-        verdict = row["verdict"]
         table.add_row(
             label,
             row["params"],
@@ -96,8 +94,8 @@ def _terminal_table(result: Result, padding: int) -> Table:
             row["interval"],
             row["num_items"],
             row["tokens"],
-            escape(verdict),
-            style=COLOURS.get(verdict),
+            escape(row["verdict"]),
+            style=COLOURS.get(row["verdict"]),
         )
     return table
 
@@ -112,7 +110,6 @@ def _variables(result: Result) -> dict[str, Any]:
         "verdict": wording.verdict(result),
         "notes": wording.notes(result),
         "not_needed": wording.not_needed(result),
-        "control_failed": result["control_failed"],
         "table_caption": wording.table_caption(result),
         "accuracy_caption": wording.accuracy_caption(result),
         "loss_caption": wording.loss_caption(result),
@@ -120,7 +117,8 @@ def _variables(result: Result) -> dict[str, Any]:
         "speed_disturbed": speed_rows.disturbance(speed),
         # Tables.
         "iterations": tables.iterations(result),
-        "task_names": _task_names(result),
+        # All checkpoints were scored on the same benchmarks.
+        "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
         "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in tables.columns(result)],
         "costs": tables.costs(result),
@@ -131,40 +129,30 @@ def _variables(result: Result) -> dict[str, Any]:
         # Numbers.
         "started": _date(result["started"]),
         "work_seconds": work_seconds(result),
-        "wall_seconds": result["wall_seconds"],
         "loop_tokens": total_tokens(result, "loop"),
         "level": level(result),
     }
 
 
-def _task_names(result: Result) -> list[str]:
-    # All checkpoints were scored on the same benchmarks.
-    first = result["rows"][0]
-    return [task["task"] for task in first["scores"]["tasks"]]
-
-
-def _date(seconds: float | None) -> str:
-    """Unix time as a date and hour; empty for none."""
-    if not seconds:
-        return ""
+def _date(seconds: float) -> str:
+    """Unix time as a date and hour."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%d %B %Y, %H:%M UTC")
 
 
-def _template(name: str, *, html: bool, **variables: Any) -> str:
+def _template(name: str, variables: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # StrictUndefined: a result of another version fails instead of leaving gaps.
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=html,
+        autoescape=".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = {"md": _md, "duration": duration, "short": short, "digest": _digest}
-    env.filters.update(filters)
-    return env.get_template(name).render(**variables)
+    env.filters |= {"md": _md, "duration": duration, "short": short, "digest": _digest}
+    return env.get_template(name).render(variables)
 
 
 def _md(text: Any) -> str:

@@ -9,14 +9,13 @@ from ptl.report import changed_answers, result_rows
 from ptl.report.result_rows import Record, Records, Row
 
 Result = dict[str, Any]
-Settings = dict[str, Any]
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
 # What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
 
 
-def build(records: Records, settings: Settings) -> Result:
+def build(records: Records, settings: Row) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
@@ -29,8 +28,10 @@ def build(records: Records, settings: Settings) -> Result:
     tracked = {key: config.pop(key, None) or "" for key in RUN}
     control_failed = _control_failed(records, config.pop("control_failed", None))
     imported = records["import-model"]["metadata"]
+    rows = result_rows.rows(records, imported["params"])
     final = result_rows.final(records, imported["params"])
-    final_step = changed_answers.final_step(records, final["digest"])
+    scored = final_row({"rows": rows, "final": final})
+    final_step = scored["step"] if scored else ""
     result = {
         # The run.
         "run_id": tracked["run_id"],
@@ -38,10 +39,14 @@ def build(records: Records, settings: Settings) -> Result:
         "seed": config["seed"],
         "versions": dict(sorted(imported["versions"].items())),
         # Checkpoints: the scored ones, and the one that the run ends with.
-        "rows": result_rows.rows(records, imported["params"]),
+        "rows": rows,
         "final": final,
         "name": config["name"],
-        "model": _dense_model(imported),
+        "model": {
+            "model": imported["model"],  # path or hub id
+            "revision": imported["revision"],
+            "license": imported.get("license", ""),
+        },
         "original_params": imported["params"],
         "host": imported["host"],
         "started": imported["started"],  # unix time
@@ -65,17 +70,7 @@ def build(records: Records, settings: Settings) -> Result:
         "settings": config,
     }
     # Exactly what result.json holds: lists, no tuples.
-    as_json = json.dumps(result)
-    return dict(json.loads(as_json))
-
-
-def _dense_model(imported: Row) -> dict[str, str]:
-    """Where the dense model came from."""
-    return {
-        "model": imported["model"],  # path or hub id
-        "revision": imported["revision"] or "",
-        "license": imported.get("license") or "",
-    }
+    return dict(json.loads(json.dumps(result)))
 
 
 def arm_rows(result: Result, arm: str) -> list[Row]:
@@ -100,14 +95,12 @@ def final_row(result: Result) -> Row | None:
 
 def control_row(result: Result) -> Row | None:
     """The row of the one-shot control; None where the run has none, or it did not finish."""
-    rows = arm_rows(result, "control")
-    return rows[-1] if rows else None
+    return next(iter(arm_rows(result, "control")), None)
 
 
 def total_tokens(result: Result, arm: str) -> int:
     """Recovery tokens of all steps of an arm, rejected iterations included."""
-    steps = [step for step in result["steps"] if step["arm"] == arm]
-    return sum(step["tokens"] for step in steps)
+    return sum(step["tokens"] for step in result["steps"] if step["arm"] == arm)
 
 
 def work_seconds(result: Result) -> float:
@@ -124,20 +117,17 @@ def _order(named: tuple[str, Record]) -> tuple[Any, ...]:
     return is_control, metadata["iteration"], stage, name
 
 
-def _times(records: Records) -> dict[str, float | None]:
+def _times(records: Records) -> dict[str, float]:
     """`wall_seconds` from the first start to the last end, and `idle_seconds` of them in which no step was at work.
 
     A step's record has the times of the attempt that committed it: a pause between two sessions, the start-up of a
-    step and an attempt that failed are all idle. None for records that do not say when their steps started.
+    step and an attempt that failed are all idle.
     """
     spans = []
     for record in records.values():
         metadata = record["metadata"]
-        start = metadata.get("started")
-        if start is None:
-            return {"wall_seconds": None, "idle_seconds": None}
-        seconds = metadata.get("whole_seconds") or metadata["seconds"]
-        spans.append((start, start + seconds))
+        start = metadata["started"]
+        spans.append((start, start + metadata["whole_seconds"]))
     spans.sort()
     first, _ = spans[0]
     # Steps of the two arms overlap: `until` is where the work so far has ended.
@@ -166,8 +156,7 @@ def _not_finished(records: Records, control_failed: str) -> list[Row]:
     if not control_failed:
         return []
     steps = ("control-prune", "control-recover", "control-evaluate")
-    missing = [step for step in steps if step not in records]
-    return [_missing(step, 1, control_failed) for step in missing]
+    return [_missing(step, 1, control_failed) for step in steps if step not in records]
 
 
 def _missing(step: str, iteration: int, reason: str) -> Row:
@@ -191,8 +180,7 @@ def _stopped(records: Records) -> str:
     """Why the loop ended, as the gate's state at its end says."""
     for record in result_rows.evaluations(records, "loop").values():
         # The state that the gate hands on with what it accepted.
-        accepted = record["metadata"]["accepted"]
-        gate = accepted.get("gate", {})
+        gate = record["metadata"]["accepted"]["gate"]
         if gate.get("stopped"):
             return str(gate["reason"])
     return "its record was not found"
@@ -201,20 +189,15 @@ def _stopped(records: Records) -> str:
 def _speed(records: Records) -> Row:
     """What the step that ended the loop measured of the dense and the final model."""
     for record in result_rows.evaluations(records, "loop").values():
-        speed: Row = record["metadata"].get("speed", {})
-        if speed:
-            return speed
+        if record["metadata"]["speed"]:
+            return dict(record["metadata"]["speed"])
     return {}
 
 
 def _curves(records: Records) -> Row:
     """Losses of the recover steps: step -> pairs of tokens and loss."""
-    curves = {}
-    for name, record in records.items():
-        curve = record["metadata"].get("curve")
-        if curve:
-            curves[name] = curve
-    return curves
+    curves = {name: record["metadata"].get("curve") for name, record in records.items()}
+    return {name: curve for name, curve in curves.items() if curve}
 
 
 def _decontaminated(records: Records) -> Row:
@@ -229,7 +212,7 @@ def _decontaminated(records: Records) -> Row:
     if not counts:
         return {}
     # Each iteration reads the data from its start: the longest has read all that others have.
-    longest = max(counts, key=_rows_compared)
+    longest = max(counts, key=lambda count: int(count["rows_compared"]))
     return {
         "rows": longest["rows_compared"],
         "dropped": longest["rows_dropped"],
@@ -237,7 +220,3 @@ def _decontaminated(records: Records) -> Row:
         "short": max(count["benchmark_items_short"] for count in counts),  # too short to be compared
         "not_compared": sorted(not_compared),  # benchmarks whose items are not known
     }
-
-
-def _rows_compared(metadata: Row) -> int:
-    return int(metadata["rows_compared"])

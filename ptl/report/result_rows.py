@@ -7,7 +7,6 @@ from typing import Any
 Record = dict[str, Any]  # of a step, as it was committed: metadata and pointer
 Records = dict[str, Record]  # by the step's name, in the order of the result
 Row = dict[str, Any]
-Layers = list[int]  # numbers of layers, as in the dense model
 
 
 def evaluations(records: Records, *arms: str) -> Records:
@@ -15,8 +14,7 @@ def evaluations(records: Records, *arms: str) -> Records:
     chosen = {}
     for name, record in records.items():
         metadata = record["metadata"]
-        is_evaluation = metadata["stage"] == "evaluate"
-        if is_evaluation and metadata["arm"] in arms:
+        if metadata["stage"] == "evaluate" and metadata["arm"] in arms:
             chosen[name] = record
     return chosen
 
@@ -27,9 +25,8 @@ def rows(records: Records, original: int) -> list[Row]:
     table = []
     for name in evaluations(records, "loop", "control"):
         row = _row(name, records, original)
-        # The iteration's prune step; the dense model has none.
-        prune = name.replace("evaluate", "prune")
-        row["removed_layers"] = removed_layers.get(prune, [])
+        # Of the iteration's prune step; the dense model has none.
+        row["removed_layers"] = removed_layers.get(name.replace("evaluate", "prune"), [])
         # Of all benchmarks, with costs.
         row["scores"] = records[name]["metadata"]["scores"]
         table.append(row)
@@ -43,12 +40,8 @@ def _row(name: str, records: Records, original: int) -> Row:
     # What was scored: after a rejection it is not what the loop continues with.
     checkpoint = metadata["checkpoint"]
     gate = dict(metadata["verdict"])
-    decision = gate.pop("decision")
     # The dense model was not recovered.
-    recover = name.replace("evaluate", "recover")
-    tokens = 0
-    if recover in records:
-        tokens = records[recover]["metadata"]["tokens"]
+    recover = records.get(name.replace("evaluate", "recover"))
     return {
         "arm": metadata["arm"],
         "iteration": metadata["iteration"],
@@ -59,8 +52,8 @@ def _row(name: str, records: Records, original: int) -> Row:
         "high": first["high"],
         "items": first["items"],
         "task": first["task"],
-        "recovery_tokens": tokens,  # of this iteration alone
-        "verdict": decision,
+        "recovery_tokens": recover["metadata"]["tokens"] if recover else 0,  # of this iteration alone
+        "verdict": gate.pop("decision"),
         "uri": checkpoint["uri"],
         "digest": checkpoint["digest"],
         "share_removed": _share_removed(scores["params"], original),
@@ -70,13 +63,12 @@ def _row(name: str, records: Records, original: int) -> Row:
     }
 
 
-def _removed_layers(records: Records) -> dict[str, Layers]:
+def _removed_layers(records: Records) -> dict[str, list[int]]:
     """What each prune step removed, in the dense model's numbers: a step counts the layers that its input had."""
-    scores = records["evaluate-0"]["metadata"]["scores"]
-    num_layers = len(scores["widths"])
+    num_layers = len(records["evaluate-0"]["metadata"]["scores"]["widths"])
     dense = records["import-model"]["pointer"]["digest"]
     remaining = {dense: list(range(num_layers))}  # by the checkpoint's digest
-    removed: dict[str, Layers] = {}
+    removed: dict[str, list[int]] = {}
     for name, record in records.items():
         metadata = record["metadata"]
         pointer = record["pointer"]
@@ -84,16 +76,15 @@ def _removed_layers(records: Records) -> dict[str, Layers]:
         if layers is None or metadata["stage"] not in ("prune", "recover"):
             continue
         # A recover step has none, but the next iteration begins from its checkpoint.
-        indices = sorted(metadata.get("removed_layers", ()))
-        removed[name] = [layers[index] for index in indices]
+        removed[name] = [layers[index] for index in sorted(metadata.get("removed_layers", ()))]
         remaining[pointer["digest"]] = [layer for layer in layers if layer not in removed[name]]
     return removed
 
 
 def final(records: Records, original: int) -> Row:
     """The checkpoint that the last evaluation of the loop passed on; never a rejected one."""
-    evaluated = list(evaluations(records, "loop").values())
-    pointer = evaluated[-1]["metadata"]["accepted"]
+    *_, last = evaluations(records, "loop").values()
+    pointer = last["metadata"]["accepted"]
     keys = ("uri", "digest", "params", "run_id", "model_id", "model_version")
     checkpoint = {key: pointer[key] for key in keys}
     checkpoint["share_removed"] = _share_removed(pointer["params"], original)
@@ -101,8 +92,7 @@ def final(records: Records, original: int) -> Row:
 
 
 def _share_removed(params: int, original: int) -> float:
-    share = 1 - params / original
-    return round(share, 6)
+    return round(1 - params / original, 6)
 
 
 def steps(records: Records) -> list[Row]:
@@ -115,8 +105,6 @@ def _step_row(name: str, record: Record) -> Row:
     pointer = record["pointer"]
     # Only evaluations have a verdict, only recover steps train.
     verdict = metadata.get("verdict", {})
-    trains = metadata["stage"] == "recover"
-    reason = verdict.get("reason") or metadata.get("reason", "")
     return {
         "uri": pointer["uri"],
         "digest": pointer["digest"],
@@ -128,10 +116,10 @@ def _step_row(name: str, record: Record) -> Row:
         "iteration": metadata["iteration"],
         "stage": metadata["stage"],
         "seconds": metadata["seconds"],  # of work
-        "whole_seconds": metadata.get("whole_seconds", 0.0),  # with loading libraries and checkpoints
+        "whole_seconds": metadata["whole_seconds"],  # with loading libraries and checkpoints
         "params": pointer["params"],
         "model_version": pointer["model_version"],
         "decision": verdict.get("decision", ""),
-        "reason": reason,
-        "tokens": metadata["tokens"] if trains else 0,
+        "reason": verdict.get("reason", ""),
+        "tokens": metadata.get("tokens", 0),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,6 @@ from ptl.report.result import final_row
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput, Run
-
-Identity = tuple[str, str]  # of a data set in MLflow: name and digest
 
 
 def describe(
@@ -38,13 +37,12 @@ def describe(
 def _log_data_sets(client: MlflowClient, parent: Run, data_sets: Sequence[DataSet]) -> None:
     """Data sets as inputs of the run, those that are not yet."""
     # MLflow keeps one entry for a name and digest: its contexts are listed there.
-    grouped: dict[Identity, list[DataSet]] = {}
+    grouped: dict[tuple[str, str], list[DataSet]] = defaultdict(list)
     for data_set in data_sets:
-        same = grouped.setdefault((data_set.name, data_set.digest), [])
-        same.append(data_set)
+        grouped[data_set.name, data_set.digest].append(data_set)
     # An earlier attempt may have logged them.
-    entries = parent.inputs.dataset_inputs if parent.inputs else []
-    for entry in entries:
+    logged = parent.inputs.dataset_inputs if parent.inputs else []
+    for entry in logged:
         grouped.pop((entry.dataset.name, entry.dataset.digest), None)
     if grouped:
         inputs = [_dataset_input(same) for same in grouped.values()]
@@ -58,8 +56,7 @@ def _dataset_input(same: list[DataSet]) -> DatasetInput:
 
     first = same[0]
     # As MLflow's own sources of these kinds are written.
-    address_key = "path" if first.kind == "hf" else "uri"
-    source = json.dumps({address_key: first.source})
+    source = json.dumps({"path" if first.kind == "hf" else "uri": first.source})
     contexts = ", ".join(data_set.context for data_set in same)
     return DatasetInput(
         Dataset(first.name, first.digest, first.kind, source),
@@ -70,8 +67,7 @@ def _dataset_input(same: list[DataSet]) -> DatasetInput:
 def log_result(run: StepRun, metrics: dict[str, float]) -> None:
     """Metrics of the pipeline run, such as `final/accuracy`. Calling it again changes nothing."""
     with mlflow_client.connected() as client:
-        parent = client.get_run(run.parent_run_id)
-        mlflow_values.add_metrics(client, parent, metrics)
+        mlflow_values.add_metrics(client, client.get_run(run.parent_run_id), metrics)
 
 
 def result_metrics(result: dict[str, Any]) -> dict[str, float]:

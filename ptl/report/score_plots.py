@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ptl.report.cells import Task, first_task, is_share, short
+from ptl.report.cells import first_task, is_share, short
 from ptl.report.result import Result, final_row
 from ptl.report.result_rows import Row
 from ptl.report.svg import BAD, CONTROL, LOOP, PAPER, add_key, set_size
-
-Coordinates = tuple[list[int], list[float]]  # as matplotlib takes them: all parameters, all scores
 
 MARGIN = 0.12  # of the scores' range, above and below them
 ASIDE = 7 / 72  # inches to the right
@@ -29,7 +27,7 @@ class Scored(NamedTuple):
     """A checkpoint's score of one task."""
 
     row: Row
-    task: Task
+    task: Row
 
 
 DENSE = Mark(LOOP, "s", False)
@@ -64,7 +62,7 @@ def begins_at_zero(rows: list[Row]) -> bool:
     return lowest <= margin
 
 
-def _bounds(score: Task) -> tuple[float, float]:
+def _bounds(score: Row) -> tuple[float, float]:
     """The ends of an interval; of a score that has none, the score itself."""
     if score["low"] is None:
         return score["accuracy"], score["accuracy"]
@@ -75,10 +73,10 @@ def accuracy(figure: Any, result: Result, wide: bool) -> None:
     """The scores of the first task."""
     from matplotlib.ticker import MaxNLocator
 
-    set_size(figure, wide, wide_height=3.9, narrow_height=3.7)
+    height = 3.9 if wide else 3.7
+    set_size(figure, wide, height)
     axis = figure.subplots()
-    rows = result["rows"]
-    scores = [Scored(row, first_task(row)) for row in rows]
+    scores = [Scored(row, first_task(row)) for row in result["rows"]]
     _draw_scores(axis, result, scores)
     # As many numbers as there is room for.
     num_ticks = 7 if wide else 4
@@ -97,16 +95,13 @@ def tasks(figure: Any, result: Result, wide: bool) -> None:
             scores = by_task.setdefault(task["task"], [])
             scores.append(Scored(row, task))
     # As many lines of panels as are needed.
-    columns = 1
-    if wide:
-        columns = min(3, len(by_task))
+    columns = min(3, len(by_task)) if wide else 1
     lines = math.ceil(len(by_task) / columns)
-    height = 2.3 * lines
-    set_size(figure, wide, wide_height=height + 0.4, narrow_height=height + 0.6)
+    key_height = 0.4 if wide else 0.6
+    set_size(figure, wide, 2.3 * lines + key_height)
     grid = figure.subplots(lines, columns, squeeze=False)
-    panels = list(grid.flat)
-    for axis, name in zip(panels, by_task, strict=False):
-        scores = by_task[name]
+    panels = grid.flatten()
+    for axis, (name, scores) in zip(panels, by_task.items(), strict=False):
         _draw_scores(axis, result, scores)
         axis.set_title(_shortened(name))
         axis.xaxis.set_major_locator(MaxNLocator(3))
@@ -131,8 +126,8 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     for scored in scores:
         mark = mark_of(scored.row)
         by_mark.setdefault(mark, []).append(scored)
-    for mark in sorted(by_mark):
-        _draw_marks(axis, mark, by_mark[mark])
+    for mark, marked in sorted(by_mark.items()):
+        _draw_marks(axis, mark, marked)
     # A ring around the final checkpoint.
     final = final_row(result)
     ring = [scored for scored in scores if scored.row == final]
@@ -150,7 +145,8 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     axis.xaxis.set_major_formatter(short_tick)
 
 
-def _coordinates(scores: list[Scored]) -> Coordinates:
+def _coordinates(scores: list[Scored]) -> tuple[list[int], list[float]]:
+    """All parameters and all scores, as matplotlib takes them."""
     x = [scored.row["params"] for scored in scores]
     y = [scored.task["accuracy"] for scored in scores]
     return x, y
@@ -201,10 +197,10 @@ def _draw_key(figure: Any, result: Result, wide: bool) -> None:
     for mark, label in LABELS.items():
         if mark in present:
             # A line without points, for its mark and its label.
-            line = Line2D([], [], linestyle="", label=label)
-            line.set(marker=mark.marker, color=mark.colour)
+            line = Line2D([], [], marker=mark.marker, color=mark.colour, linestyle="", label=label)
             lines.append(line)
-    add_key(figure, lines, columns=4 if wide else 2, gap=0.2)
+    columns = 4 if wide else 2
+    add_key(figure, lines, columns=columns, gap=0.2)
 
 
 def _percent_tick(value: float, _position: int) -> str:

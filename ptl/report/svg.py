@@ -7,17 +7,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+# Paints a result on a matplotlib figure, in the wide version or the narrow one.
+Painter = Callable[[Any, dict[str, Any], bool], None]
+
 # Each colour stands for a CSS variable of the page and is replaced by it after drawing.
-INK, MUTED, GRID, LOOP, CONTROL, BAD, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))
-VARIABLES = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    LOOP: "loop",
-    CONTROL: "control",
-    BAD: "bad",
-    PAPER: "paper",
-}
+NAMES = ("ink", "muted", "grid", "loop", "control", "bad", "paper")
+VARIABLES = {f"#0{i}0{i}0{i}": name for i, name in enumerate(NAMES, 1)}
+INK, MUTED, GRID, LOOP, CONTROL, BAD, PAPER = VARIABLES
 WIDE, NARROW = 8.4, 3.9  # inches of a figure's width: on a desktop and on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, searchable, readable aloud
@@ -53,11 +49,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def set_size(figure: Any, wide: bool, *, wide_height: float, narrow_height: float) -> None:
-    """Make a figure as wide as the page, and so many inches high."""
-    width = WIDE if wide else NARROW
-    height = wide_height if wide else narrow_height
-    figure.set_size_inches(width, height)
+def set_size(figure: Any, wide: bool, height: float) -> None:
+    """Make a figure as wide as the page, and `height` inches high."""
+    figure.set_size_inches(WIDE if wide else NARROW, height)
 
 
 def add_key(figure: Any, lines: list[Any], *, columns: int, gap: float) -> None:
@@ -71,16 +65,15 @@ def add_key(figure: Any, lines: list[Any], *, columns: int, gap: float) -> None:
     )
 
 
-def picture(draw: Callable[[Any], None], name: str) -> str:
-    """What `draw` paints on a figure, as an element of the page; `name` makes its ids unique there."""
+def picture(paint: Painter, result: dict[str, Any], wide: bool, name: str) -> str:
+    """What `paint` draws on a figure, as an element of the page; `name` makes its ids unique there."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {**STYLE, "svg.hashsalt": name}  # the same bytes each time
-    with mpl.rc_context(style):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # the same bytes each time
         figure = Figure(layout="constrained")
-        draw(figure)
+        paint(figure, result, wide)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return inline(buffer.getvalue(), name)
@@ -88,11 +81,8 @@ def picture(draw: Callable[[Any], None], name: str) -> str:
 
 def inline(svg: str, name: str) -> str:
     """An SVG file -> an element of the page: no prolog, metadata or page-wide style; own ids, CSS colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"\s*<style .*?</style>", "", svg, flags=re.S)
-    head, content = svg.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
+    svg = re.sub(r"\s*<(metadata>|style ).*?</(metadata|style)>", "", svg, flags=re.S)
+    _, view_box, _, content = re.split(r'<svg[^>]*(viewBox="[^"]*")([^>]*)>', svg, maxsplit=1)
     # Ids, and what refers to them.
     content = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', content)
     content = re.sub(r"url\(#", f"url(#{name}-", content)
@@ -101,7 +91,6 @@ def inline(svg: str, name: str) -> str:
     content = re.sub(r"<[^>]+>", _rounded, content)
     for colour, variable in VARIABLES.items():
         content = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{variable})", content)
-    view_box = box.group() if box else ""
     return f'<svg {view_box} aria-hidden="true" focusable="false">{content}'.rstrip()
 
 

@@ -37,10 +37,8 @@ def iterations(result: Result) -> list[Row]:
 def _iteration(row: Row) -> Row:
     task = cells.first_task(row)
     widths = row["widths"]
-    tasks = row["scores"]["tasks"]
-    label = iteration_label(row)
     return {
-        "label": "one-shot control" if row["arm"] == "control" else label,
+        "label": "one-shot control" if row["arm"] == "control" else iteration_label(row),
         "arm": row["arm"],
         "params": f"{row['params']:,}",
         "removed": cells.percent(row["share_removed"]),
@@ -55,7 +53,7 @@ def _iteration(row: Row) -> Row:
         "layers": len(widths),
         "removed_layers": ", ".join(map(str, row["removed_layers"])),
         # For the tables further down.
-        "tasks": [_task_cells(other) for other in tasks],
+        "tasks": [{**other, "score": cells.score(other)} for other in row["scores"]["tasks"]],
         "gate": gate_numbers(row["gate"]),
     }
 
@@ -65,38 +63,28 @@ def iteration_label(row: Row) -> str:
     return str(row["iteration"] or "dense")
 
 
-def _task_cells(task: cells.Task) -> Row:
-    """A task's score, formatted, beside its other fields."""
-    return {**task, "score": cells.score(task)}
-
-
 def _bar(row: Row, low: float, high: float) -> list[float]:
     """Ends and middle of a row's interval, in percent of the way from `low` to `high`; empty without an interval."""
     if row["low"] is None:
         return []
     # All intervals may be a point.
     scale = 100 / (high - low or 1)
-    bar = []
-    for key in ("low", "accuracy", "high"):
-        distance = row[key] - low
-        percent = round(distance * scale, 1)
-        bar.append(percent)
-    return bar
+    ends = (row["low"], row["accuracy"], row["high"])
+    return [round((value - low) * scale, 1) for value in ends]
 
 
 def gate_numbers(gate: dict[str, Any]) -> cells.Pairs:
     """A verdict's reason and numbers, one pair of name and text for each."""
-    # The dense model's verdict has no numbers.
-    values = dict(gate)
-    numbers = values.pop("numbers", {})
-    values.update(numbers)
     pairs: cells.Pairs = []
+    # The dense model's verdict has no numbers.
+    values = {**gate, **gate.get("numbers", {})}
     for key, value in values.items():
+        if key == "numbers":
+            continue
         name = _spaced(key)
         # A paired comparison, a count, or a setting such as the margin.
         if isinstance(value, dict):
-            text = cells.comparison(value)
-            pairs.append((f"against the {key}", text))
+            pairs.append((f"against the {key}", cells.comparison(value)))
         elif type(value) is int:
             pairs.append((name, f"{value:,}"))
         else:
@@ -111,39 +99,29 @@ def _spaced(name: str) -> str:
 
 def columns(result: Result) -> list[tuple[str, Row]]:
     """The rows that are set side by side: dense, final (unless it is the dense one), control."""
-    # Any but the dense one may be missing.
-    dense = dense_row(result)
-    final = final_row(result)
-    control = control_row(result)
-    side_by_side = [("Dense", dense)]
+    rows = {
+        "Dense": dense_row(result),
+        "Final": final_row(result),
+        "One-shot control": control_row(result),
+    }
     # Where no iteration passed, the dense model is the final one.
-    if final is not None and final is not dense:
-        side_by_side.append(("Final", final))
-    if control is not None:
-        side_by_side.append(("One-shot control", control))
-    return side_by_side
+    if rows["Final"] is rows["Dense"]:
+        del rows["Final"]
+    return [(label, row) for label, row in rows.items() if row is not None]
 
 
 def costs(result: Result) -> list[tuple[str, list[str]]]:
     """What each of dense, final and control costs: label -> one cell per column of `columns`."""
-    models = [row["scores"] for _, row in columns(result)]
     table = []
     for key, label in COSTS.items():
-        numbers = [scores[key] for scores in models]
-        texts = _with_ratios(numbers)
+        dense, *others = [row["scores"][key] for _, row in columns(result)]
+        # The others with how many times the dense model's cost they are.
+        texts = [f"{dense:,}"]
+        for number in others:
+            ratio = number / dense
+            texts.append(f"{number:,} ({ratio:.2f}x)")
         table.append((label, texts))
     return table
-
-
-def _with_ratios(numbers: list[int]) -> list[str]:
-    """Numbers, all but the first with how many times the first they are."""
-    # The first is the dense model's.
-    first, *others = numbers
-    texts = [f"{first:,}"]
-    for number in others:
-        ratio = number / first
-        texts.append(f"{number:,} ({ratio:.2f}x)")
-    return texts
 
 
 def links(result: Result) -> dict[str, str]:
@@ -154,8 +132,7 @@ def links(result: Result) -> dict[str, str]:
     is_web_address = re.match(r"https?://", url)
     addresses = {}
     for step in result["steps"]:
-        run_id = step["run_id"]
-        address = f"{url}/#/experiments/{experiment}/runs/{run_id}"
+        address = f"{url}/#/experiments/{experiment}/runs/{step['run_id']}"
         addresses[step["step"]] = address if is_web_address else ""
     return addresses
 
@@ -164,8 +141,7 @@ def steps_without_record(result: Result) -> list[dict[str, str]]:
     """Steps that left no record, with the reason: not needed by the loop, then not finished by a failed control."""
     table = []
     for key in ("not_needed", "not_finished"):
-        state = _spaced(key)
         for step in result[key]:
-            reason = f"{state}: {step['reason']}"
+            reason = f"{_spaced(key)}: {step['reason']}"
             table.append({"step": step["step"], "reason": reason})
     return table

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from ptl.data import decontamination
 from ptl.evaluation import speed_rows
-from ptl.report.cells import Task, accuracy, comparison, first_task, is_share, level, percent, points
+from ptl.report.cells import accuracy, comparison, first_task, is_share, level, metric_name, percent, points
 from ptl.report.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
 from ptl.report.result_rows import Row
 from ptl.report.score_plots import begins_at_zero
 from ptl.units import MINUTE, duration
-
-Sentences = list[str]
 
 SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 
@@ -26,15 +24,14 @@ def verdict(result: Result) -> str:
 def _headline(result: Result) -> str:
     dense = dense_row(result)
     final = final_row(result)
-    removed = result["final"]["share_removed"]
-    share = percent(removed)
+    share = percent(result["final"]["share_removed"])
     # It is named without its score where its evaluation belongs to another checkpoint.
     if final is None:
         return f"{share} of the parameters were removed; the final checkpoint was not scored"
     task = first_task(dense)
     before = accuracy(task)
     # A perplexity is called by its name.
-    metric = "accuracy" if is_share(task) else _metric_name(task)
+    metric = "accuracy" if is_share(task) else metric_name(task)
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
     after = accuracy(first_task(final))
@@ -50,12 +47,6 @@ def _headline(result: Result) -> str:
         beside = _beside_control(result, final, control)
         sentence += f"; {beside}"
     return sentence
-
-
-def _metric_name(task: Task) -> str:
-    """The metric without its filter: `exact_match,final-number`."""
-    name: str = task["metric"]
-    return name.partition(",")[0]
 
 
 def _beside_control(result: Result, final: Row, control: Row) -> str:
@@ -85,7 +76,7 @@ def _gain(final: Row, control: Row) -> float:
     """How much better the loop's final model scored than the control."""
     difference: float = final["accuracy"] - control["accuracy"]
     # Of a perplexity, less is better.
-    higher_is_better = first_task(final).get("higher_is_better", True)
+    higher_is_better = first_task(final)["higher_is_better"]
     return difference if higher_is_better else -difference
 
 
@@ -99,10 +90,10 @@ def _insignificant_p(result: Result) -> float | None:
     return p if p > significance_level else None
 
 
-def notes(result: Result) -> Sentences:
+def notes(result: Result) -> list[str]:
     """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
     sentences = []
-    # What limits the comparison comes first, what it cost last.
+    # What limits the comparison comes first, what the run cost last.
     if result["control_failed"]:
         sentences.append(f"The control arm did not finish: {result['control_failed']}.")
     sentences += _comparisons(result)
@@ -117,21 +108,20 @@ def notes(result: Result) -> Sentences:
     # Either may have nothing to say.
     sentences.append(speed_rows.sentence(result["speed"]))
     sentences.append(wall_clock(result))
-    return [sentence for sentence in sentences if sentence]
+    return list(filter(None, sentences))
 
 
-def _comparisons(result: Result) -> Sentences:
+def _comparisons(result: Result) -> list[str]:
     """The final model against the dense one and against the control."""
     final = final_row(result)
     dense = dense_row(result)
     if final is None or final is dense:
         return []
-    against_dense = _comparison(result, "dense", "the dense model", final, dense)
+    sentences = [_comparison(result, "dense", "the dense model", final, dense)]
     control = control_row(result)
-    if control is None:
-        return [against_dense]
-    against_control = _comparison(result, "control", "the control", final, control)
-    return [against_dense, against_control]
+    if control is not None:
+        sentences.append(_comparison(result, "control", "the control", final, control))
+    return sentences
 
 
 def _comparison(
@@ -156,7 +146,7 @@ def _comparison(
     return f"Final and {name}: {intervals} {overlap}."
 
 
-def _about_control(result: Result) -> Sentences:
+def _about_control(result: Result) -> list[str]:
     """Whether the arms were trained equally, and how to fetch a control that is better."""
     final = final_row(result)
     control = control_row(result)
@@ -167,17 +157,15 @@ def _about_control(result: Result) -> Sentences:
     loop_tokens = total_tokens(result, "loop")
     control_tokens = total_tokens(result, "control")
     if loop_tokens != control_tokens:
-        tokens = f"loop {loop_tokens:,}, control {control_tokens:,}"
-        sentences.append(f"The arms had different recovery tokens: {tokens}.")
+        sentences.append(f"The arms had different recovery tokens: loop {loop_tokens:,}, control {control_tokens:,}.")
     # As the headline says it.
     is_better = final is not None and _gain(final, control) < 0
     if is_better and _insignificant_p(result) is None:
-        command = f"ptl fetch {result['run_id']} DIR --arm control"
-        sentences.append(f"The control's checkpoint: {command}")
+        sentences.append(f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control")
     return sentences
 
 
-def _about_gate(result: Result) -> Sentences:
+def _about_gate(result: Result) -> list[str]:
     """What it rejected, or that it was off."""
     sentences = []
     verdicts = [row["verdict"] for row in result["rows"]]
@@ -206,8 +194,6 @@ def wall_clock(result: Result) -> str:
     """How long the run took from start to end, beside the summed work of its steps where the two differ."""
     wall = result["wall_seconds"]
     idle = result["idle_seconds"]
-    if wall is None:
-        return ""
     work = work_seconds(result)
     # Below a minute two durations count as the same.
     difference = abs(wall - work)
@@ -233,24 +219,19 @@ def table_caption(result: Result) -> str:
         sentences.append("Recovery tokens are those of each iteration alone.")
     # All rows have an interval, or none has: they are scores of one task.
     if task["low"] is not None:
+        # The bars would be too short to compare if it began at zero.
         lowest = min(row["low"] for row in rows)
-        # The bars would be too short to compare if it did.
         zero = " that does not begin at zero" if lowest > 0 else ""
         sentences.append(f"The drawn intervals share one scale{zero}.")
     return " ".join(sentences)
 
 
-def _about_task(task: Task) -> str:
+def _about_task(task: Row) -> str:
     """Which metric the scores are, on which version of which task."""
     subject = "Accuracy" if is_share(task) else "The score"
-    metric = task["metric"]
-    sentence = f"{subject} is {metric} on {task['task']}"
+    sentence = f"{subject} is {task['metric']} on {task['task']}"
     # Scores of another version are not comparable.
-    if task["version"]:
-        sentence += f", version {task['version']}"
-    if task["num_fewshot"] is not None:
-        sentence += f", {task['num_fewshot']}-shot"
-    return sentence + "."
+    return f"{sentence}, version {task['version']}, {task['num_fewshot']}-shot."
 
 
 def accuracy_caption(result: Result) -> str:
@@ -272,8 +253,8 @@ def accuracy_caption(result: Result) -> str:
 def loss_caption(result: Result) -> str:
     """What is seen in the chart of losses."""
     caption = "Training loss of each recovery"
-    stages = result["settings"]["recover"]
-    if "grpo" in [stage["method"] for stage in stages]:
+    methods = [stage["method"] for stage in result["settings"]["recover"]]
+    if "grpo" in methods:
         caption += " (of GRPO its policy loss, which says little: the rewards are on the steps' pages in MLflow)"
     # Only the loop's curves are drawn one after another.
     loop_steps = [step for step in result["curves"] if not step.startswith("control")]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ptl.config.run import Evaluate
+from ptl.evaluation import speed_rows
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
@@ -46,22 +45,7 @@ def beside_dense(
     except torch.OutOfMemoryError as error:
         first_line = str(error).splitlines()[0]
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
-    tracking.log_metrics(run, _metrics(speed["models"]), step.iteration)
+    tracking.log_metrics(run, speed_rows.metrics(speed["models"]), step.iteration)
     # What began or ended in between took its share as well.
     beside = {*busy_before, *tracking.computing_beside(run)}
     return {**speed, "beside": sorted(beside)}
-
-
-def _metrics(models: dict[str, Any]) -> dict[str, float]:
-    """What MLflow shows of the speeds."""
-    metrics = {}
-    for name, model in models.items():
-        # A row for each batch size.
-        for row in model["speed"]:
-            for phase in ("prefill", "decode"):
-                tokens_per_s = f"{phase}_tokens_per_s"
-                metrics[f"speed/{name}/{tokens_per_s}/batch_{row['batch']}"] = row[tokens_per_s]
-        # None for a benchmark without right answers.
-        if model["seconds_per_solved"] is not None:
-            metrics[f"speed/{name}/seconds_per_solved"] = model["seconds_per_solved"]
-    return metrics
