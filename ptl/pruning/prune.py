@@ -15,10 +15,11 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, checks
 from ptl.model.dimensions import model_dimensions, resolve_multiple
 from ptl.model.families import family_of
+from ptl.model.safetensors_io import Entries
 from ptl.pruning import repair
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.selection import CHOICES, SelectionTask, check_goal
-from ptl.pruning.surgery import Selection, TensorFiles, write_pruned
+from ptl.pruning.surgery import Selection, write_pruned
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _write_repaired(
     model: LayerwiseModel,
 ) -> int:
     """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
-    changed: TensorFiles = {}
+    changed: Entries = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
         if selection.neurons and settings.repair == "ridge":
             changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))
@@ -109,9 +110,9 @@ def _write_repaired(
 
 def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
     """What was removed, as PruneReport names it."""
-    if removed_layers:
-        return "both" if selection.neurons else "layers"
-    return "neurons" if selection.neurons else "nothing"
+    if selection.neurons:
+        return "both" if removed_layers else "neurons"
+    return "layers" if removed_layers else "nothing"
 
 
 def _batches(
@@ -126,8 +127,7 @@ def _batches(
     if calibration.answers == "given":
         batches = calibration_batches(calibration, tokenizer, seed)
     else:
-        answers = own_answers(src, calibration, tokenizer, seed)
-        batches = padded(answers, calibration.batch_size)
+        batches = padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
     if measured and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
