@@ -45,9 +45,8 @@ def _parse(text: str) -> Parts:
     spec = documents[0]
     root = spec["root"]
     settings = {}
-    if len(documents) > 1:
-        kubernetes = documents[1]["platforms"]["kubernetes"]
-        settings = kubernetes["deploymentSpec"]["executors"]
+    for platforms in documents[1:]:
+        settings = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return Parts(
         documents=documents,
         parameters=root.get("inputDefinitions", {}).get("parameters", {}),
@@ -172,21 +171,19 @@ def _drop_old_resources(container: dict[str, Any]) -> None:
 
 def _shorten_command(container: dict[str, Any]) -> None:
     """Drop repeated blanks of KFP's script, and imports that the function does not need."""
-    command = []
-    for part in container["command"]:
+    command = container["command"]
+    for i, part in enumerate(command):
         if part.startswith(KFP_IMPORTS):
-            command.append(part.replace(KFP_IMPORTS, USED_IMPORTS, 1))
+            command[i] = part.replace(KFP_IMPORTS, USED_IMPORTS, 1)
         else:
-            command.append(re.sub(r" {2,}", " ", part))
-    container["command"] = command
+            command[i] = re.sub(r" {2,}", " ", part)
 
 
 def _drop_name_parameters(settings: dict[str, Any]) -> None:
     """Keep the plain name, which every backend reads (driver/k8s.go), of what is named in two ways."""
     for kind in NAMED_TWICE & settings.keys():
         for volume in settings[kind]:
-            parameters = [field for field in volume if field.endswith("NameParameter")]
-            for parameter in parameters:
+            for parameter in [field for field in volume if field.endswith("NameParameter")]:
                 name = volume[parameter].get("runtimeValue", {}).get("constant")
                 if name in (volume.get(parameter.removesuffix("Parameter")), volume.get("constant")):
                     del volume[parameter]
@@ -195,7 +192,7 @@ def _drop_name_parameters(settings: dict[str, Any]) -> None:
 def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
     """Drop repeated executors; returns, for every label, the label that is kept."""
     # What runs and where it runs: both must be equal.
-    definitions = {label: [executor, settings.get(label)] for label, executor in executors.items()}
+    definitions: dict[str, Any] = {label: [executor, settings.get(label)] for label, executor in executors.items()}
     kept = _share(definitions)
     for label in executors.keys() - definitions.keys():
         del executors[label]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ptl import address
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
@@ -20,15 +21,14 @@ CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 def check(config: Config, tracking_uri: str) -> None:
     """Raise InputError, before any work, for what would stop every container: server, engine or images missing."""
-    if not tracking_uri.startswith(("http://", "https://")):
+    if not address.is_server(tracking_uri):
         raise InputError(
             "the steps' images speak to an MLflow server only, and none is given",
             field="--runner docker",
             remedy="add --s3, which starts one, or set MLFLOW_TRACKING_URI to the address of yours",
         )
-    names = config.image_names()
     try:
-        absent = images.missing(names)
+        absent = images.missing(config.image_names())
     except WorkError as error:
         raise InputError(str(error), field="--runner docker") from error
     if absent:
@@ -43,8 +43,7 @@ def check(config: Config, tracking_uri: str) -> None:
 def use_same_engine() -> None:
     """Set DOCKER_HOST, the only setting that the SDK follows, to the engine of the docker command's context."""
     if not os.environ.get("DOCKER_HOST"):
-        host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
-        if host:
+        if host := _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}"):
             os.environ["DOCKER_HOST"] = host
 
 
@@ -120,10 +119,8 @@ def files(config: Config) -> set[Path]:
 
     working_directory = Path.cwd()
     paths = set()
-    for text in _texts(config):
-        if "\n" in text or len(text) >= LONGEST_PATH:
-            continue
-        path = Path(text).expanduser()
+    texts = [text for text in _texts(config) if "\n" not in text and len(text) < LONGEST_PATH]
+    for path in map(Path.expanduser, map(Path, texts)):
         # A text that is no path may still be "." or "/".
         if path.exists() and not working_directory.is_relative_to(path.resolve()):
             paths.add(_with_blobs(path))
@@ -135,7 +132,7 @@ def files(config: Config) -> set[Path]:
             paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
             splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
-    return {_absolute(path) for path in paths}
+    return set(map(_absolute, paths))
 
 
 def uses_hub(config: Config) -> bool:
@@ -156,12 +153,15 @@ def hub_caches() -> dict[str, str]:
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     datasets = os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")
-    return {"HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)), "HF_DATASETS_CACHE": str(_absolute(datasets))}
+    return {
+        "HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)),
+        "HF_DATASETS_CACHE": str(_absolute(datasets)),
+    }
 
 
 def _absolute(path: str | Path) -> Path:
     """As the step will look for it: without following links, but without `..`."""
-    return Path(os.path.normpath(Path(path).absolute()))
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _with_blobs(path: Path) -> Path:
@@ -193,4 +193,5 @@ def _names_a_file(variable: str) -> bool:
 
 
 def _docker(*command: str) -> str:
-    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False).stdout.strip()
+    process = subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    return process.stdout.strip()

@@ -95,19 +95,18 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
         say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
     say(run_text.step_table(view))
     # Reasons are longer than a cell of the table.
-    reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
-    if view.state == "FAILED" and not reasons:
-        reasons = [f"{view.name}: {view.reason}"]
-    for reason in reasons:
-        say(reason)
+    failed = [step for step in view.steps if step.reason]
+    for step in failed:
+        say(f"{step.name}: {step.reason}")
+    if view.state == "FAILED" and not failed:
+        say(f"{view.name}: {view.reason}")
     if any(step.state == run_view.NOT_LISTED for step in view.steps):
         say(
             f"{run_view.NOT_LISTED}: its list names a step when it starts, and stops being updated when the run's "
             f"workflow is larger than 1 MiB; {link} shows all"
         )
     observer.settle(view, records)
-    hint = run_text.hint_to_cancel(view)
-    if hint:
+    if hint := run_text.hint_to_cancel(view):
         say(hint)
     say(f"{view.name}: {run_text.state_text(view)}  {link}")
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
@@ -124,7 +123,11 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
         return DONE
     # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
     run = _await_effect(
-        api, run_id, lambda run: run.state in (*task_list.ENDED, "CANCELING"), poll, no_effect="does not end"
+        api,
+        run_id,
+        lambda run: run.state in (*task_list.ENDED, "CANCELING"),
+        poll,
+        no_effect="does not end",
     )
     view, records = observer.look(run)
     say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
@@ -153,11 +156,17 @@ def _terminate(api: Api, run_id: str) -> Any:
     return run
 
 
-def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll: float, *, no_effect: str) -> Any:
+def _await_effect(
+    api: Api,
+    run_id: str,
+    has_effect: Callable[[Any], bool],
+    poll: float,
+    *,
+    no_effect: str,
+) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    run = get_run(api, run_id)
-    while not has_effect(run):
+    while not has_effect(run := get_run(api, run_id)):
         if time.monotonic() > deadline:
             raise WorkError(
                 f"{run_id} {no_effect}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
@@ -166,7 +175,6 @@ def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll
                 remedy=LOGIN_AGAIN,
             )
         time.sleep(poll)
-        run = get_run(api, run_id)
     return run
 
 
@@ -192,12 +200,13 @@ def retry(
     view, records = observer.look(run)
     observer.settle(view, records)
     _ask_for_retry(api, run_id)
-    finished_at = run.finished_at
-
-    def has_begun(run: Any) -> bool:
-        return run.state not in task_list.ENDED or run.finished_at != finished_at
-
-    _await_effect(api, run_id, has_begun, min(poll, 2.0), no_effect="does not run again")
+    _await_effect(
+        api,
+        run_id,
+        lambda retried: retried.state not in task_list.ENDED or retried.finished_at != run.finished_at,
+        min(poll, 2.0),
+        no_effect="does not run again",
+    )
     # The run itself is under way, whatever MLflow answers.
     if records is not None:
         try:
@@ -314,8 +323,6 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
         say(f"{view.name}: SUCCEEDED")
         return DONE
     passed, reason = outcome.gate_passed(outcome.result_of(view.run_id))
-    if not passed:
-        say(f"{view.name}: SUCCEEDED, gate not passed: {reason}")
-        return GATE
-    say(f"{view.name}: SUCCEEDED, gate passed: {reason}")
-    return DONE
+    verdict = "passed" if passed else "not passed"
+    say(f"{view.name}: SUCCEEDED, gate {verdict}: {reason}")
+    return DONE if passed else GATE

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urljoin
@@ -46,8 +47,8 @@ class Server:
 class RefusedError(InputError):
     """The server answered with an error that repeating the request would not change."""
 
-    def __init__(self, problem: str, status: int, *, field: str = "", remedy: str = "") -> None:
-        super().__init__(problem, field=field, remedy=remedy)
+    def __init__(self, problem: str, status: int, **details: str) -> None:
+        super().__init__(problem, **details)
         self.status = status
 
 
@@ -85,9 +86,7 @@ def connect(server: Server) -> Api:
     host = _host(server)
     namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
     token = os.environ.get("KFP_TOKEN")
-    token_file = None
-    if not token:
-        token_file = server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
+    token_file = None if token else server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
     ca_cert = server.ca_cert or _path_variable("KFP_CA_CERT")
     for option, path in (("--token-file", token_file), ("--ca-cert", ca_cert)):
         if path is not None and not path.is_file():
@@ -117,7 +116,7 @@ def _host(server: Server) -> str:
     host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if not host:
         raise InputError("give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT", field="--host")
-    if not host.startswith(("http://", "https://")):
+    if not address.is_server(host):
         raise InputError(f"{host!r} must begin with https:// or http://", field="--host")
     return host
 
@@ -140,10 +139,12 @@ def _guard(client: Any) -> None:
     send = pool.request
 
     def guarded(method: str, url: str, **options: Any) -> HTTPResponse:
-        options["preload_content"] = False
-        options["redirect"] = False
-        options["timeout"] = Timeout(CONNECT_TIMEOUT, READ_TIMEOUT)
-        options["retries"] = Retry(total=None, connect=0, read=0, status=0, other=0)
+        options |= {
+            "preload_content": False,
+            "redirect": False,
+            "timeout": Timeout(CONNECT_TIMEOUT, READ_TIMEOUT),
+            "retries": Retry(total=None, connect=0, read=0, status=0, other=0),
+        }
         with contextlib.closing(send(method, url, **options)) as answer:
             if 300 <= answer.status < 400:
                 target = urljoin(url, answer.headers.get("Location", ""))
@@ -178,7 +179,12 @@ def _is_json_object(content: bytes) -> bool:
 
 
 def call(
-    api: Api, function: Callable[..., T], *args: Any, again: bool = True, needs: tuple[str, ...] = (), **kwargs: Any
+    api: Api,
+    function: Callable[..., T],
+    *args: Any,
+    again: bool = True,
+    needs: tuple[str, ...] = (),
+    **kwargs: Any,
 ) -> T:
     """One request. With `again`, server errors and lost connections are tried again; without, they are WorkError.
 
@@ -188,22 +194,19 @@ def call(
         try:
             # The client prints links of its own.
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
-                return _parsed_answer(function, args, kwargs, needs)
-        except UnreachableError:
-            raise  # nobody listens there: waiting some seconds does not help
-        except WorkError:
-            if not again or attempt == ATTEMPTS - 1:
+                return _parsed_answer(partial(function, *args, **kwargs), needs)
+        except WorkError as error:
+            # Where nobody listens, waiting some seconds does not help.
+            if isinstance(error, UnreachableError) or not again or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(PAUSE * 2.0**attempt)
     raise AssertionError("unreachable")
 
 
-def _parsed_answer(
-    function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], needs: Iterable[str]
-) -> T:
+def _parsed_answer(request: Callable[[], T], needs: Iterable[str]) -> T:
     """The answer as the client's record. Raises UnreadableError for fields of another kind, where the client fails."""
     try:
-        answer = function(*args, **kwargs)
+        answer = request()
     except (TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"the answer is not one of the API's ({error})") from error
     missing = [name for name in needs if not getattr(answer, name)]
@@ -295,9 +298,8 @@ def _of_lost_connection(error: Any, where: str) -> WorkError:
     reason = getattr(error, "reason", None) or error
     # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
     problem = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
-    remedy = "is --host right, and is it up?"
-    if "CERTIFICATE" in str(error).upper():
-        remedy = "is --ca-cert right?"
+    is_certificate = "CERTIFICATE" in str(error).upper()
+    remedy = "is --ca-cert right?" if is_certificate else "is --host right, and is it up?"
     error_class = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
     return error_class(problem, field=where, remedy=remedy)
 
@@ -308,6 +310,7 @@ def _server_sentence(error: Any) -> str:
     if isinstance(content, bytes):
         content = content.decode(errors="replace")
     content = str(content)
+    sentences = []
     try:
         answer = json.loads(content)
         sentences = [answer.get(name) for name in ("message", "error_message", "error")]

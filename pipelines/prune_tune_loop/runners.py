@@ -67,7 +67,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     from kfp import components, local
 
     root = job.folder / "kfp"
-    workspace = root / "workspace"  # KFP mounts one and removes it; by default it is a new folder in /tmp
+    workspace = root / "workspace"  # KFP mounts it and removes it; by default it is a new folder in /tmp
     workspace.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
     log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
@@ -76,8 +76,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     with _logged(log, verbose):
         try:
             text = local_copy(job.pipeline.read_text(), job.steps)
-            run_pipeline = components.load_component_from_text(text)
-            run_pipeline()
+            components.load_component_from_text(text)()
         except Exception as error:
             raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
@@ -97,9 +96,9 @@ def _step_error(error: Exception, log: Path, log_start: int) -> InputError | Wor
     class_name, message = errors[-1]
     if class_name == "InputError":
         return InputError(f"{message}\n{where}")
-    if class_name == "WorkError":
-        return WorkError(f"{message}\n{where}")
-    return WorkError(f"{class_name}: {message}\n{where}")
+    if class_name != "WorkError":
+        message = f"{class_name}: {message}"
+    return WorkError(f"{message}\n{where}")
 
 
 @contextlib.contextmanager
@@ -126,8 +125,6 @@ class _Tee(io.TextIOBase):
         *lines, self.unfinished_line = (self.unfinished_line + text).split("\n")
         for line in lines:
             before, mark, progress = line.partition(MARK)
-            if self.verbose:
-                print(line, file=self.terminal, flush=True)
-            elif mark and not before.strip():
-                print(progress, file=self.terminal, flush=True)
+            if self.verbose or (mark and not before.strip()):
+                print(line if self.verbose else progress, file=self.terminal, flush=True)
         return len(text)

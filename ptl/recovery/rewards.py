@@ -25,8 +25,7 @@ def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> Re
         number = final_number(answer)
         # a reference may be a bare number or a worked solution
         expected = final_number(f"#### {_after_marker(reference)}")
-        is_right = number is not None and number == expected
-        values.append(float(is_right))
+        values.append(float(number is not None and number == expected))
     return values
 
 
@@ -38,8 +37,7 @@ def final_number(text: str) -> str | None:
 
 def math_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     r"""1 where math-verify finds the answer equal to the reference (`\boxed{}`, LaTeX, or a plain number)."""
-    pairs = zip(answers, references, strict=True)
-    return [_math_value(answer, reference) for answer, reference in pairs]
+    return list(map(_math_value, answers, references))
 
 
 def _math_value(answer: str, reference: str) -> float | None:
@@ -64,8 +62,7 @@ def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValu
     """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox."""
     from ptl.sandbox.runner import run_many
 
-    programs = [program(answer) for answer in answers]
-    outcomes = run_many(zip(programs, references, strict=True))
+    outcomes = run_many(zip(map(program, answers), references, strict=True))
     return [float(outcome.passed) for outcome in outcomes]
 
 
