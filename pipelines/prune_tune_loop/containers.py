@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ptl import address
+from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
+from ptl.steps import mounts
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
-SECTIONS = ("model", "calibration", "training", "recover", "evaluate")  # where a config names files
+SECTIONS = {"model", "calibration", "training", "recover", "evaluate"}  # where a config names files
 LONGEST_PATH = 256  # characters; a longer text is a prompt or code
-CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 def check(config: Config, tracking_uri: str) -> None:
@@ -43,11 +43,17 @@ def check(config: Config, tracking_uri: str) -> None:
 def use_same_engine() -> None:
     """Set DOCKER_HOST, the only setting that the SDK follows, to the engine of the docker command's context."""
     if not os.environ.get("DOCKER_HOST"):
-        if host := _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}"):
+        host = _docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+        if host:
             os.environ["DOCKER_HOST"] = host
 
 
-def arguments(config: Config, folder: Path, environment: dict[str, str], artifacts: str) -> dict[str, Any]:
+def arguments(
+    config: Config,
+    folder: Path,
+    environment: dict[str, str],
+    artifacts: str,
+) -> dict[str, Any]:
     """Arguments of the docker SDK's `containers.run`: unprivileged, with a read-only root, on the host's network.
 
     `folder` is the run's, `artifacts` where MLflow's experiment keeps its files (mounted where that is a folder). Paths
@@ -55,7 +61,8 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
     """
     from docker.types import DeviceRequest
 
-    certificates = {name: os.environ[name] for name in CERTIFICATES if _names_a_file(name)}
+    variables = {name: os.environ.get(name, "") for name in mounts.BUNDLES}
+    certificates = {name: path for name, path in variables.items() if Path(path).is_file()}
     caches = hub_caches() if uses_hub(config) else {}
     run_arguments: dict[str, Any] = {
         "environment": {
@@ -101,16 +108,16 @@ def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
     from docker.types import Mount
 
     # A mount contains all that is below it.
-    outermost = [path for path in paths if paths.isdisjoint(path.parents)]
-    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in sorted(outermost)]
+    outermost = sorted(path for path in paths if paths.isdisjoint(path.parents))
+    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in outermost]
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the run's containers: a killed `ptl run` leaves one behind, which still writes to the run's folder."""
     # Also those that were created and not started.
-    containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}").split()
+    containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}")
     if containers:
-        subprocess.run(["docker", "rm", "--force", *containers], check=False, capture_output=True)
+        _docker("rm", "--force", *containers.split())
 
 
 def files(config: Config) -> set[Path]:
@@ -119,8 +126,10 @@ def files(config: Config) -> set[Path]:
 
     working_directory = Path.cwd()
     paths = set()
-    texts = [text for text in _texts(config) if "\n" not in text and len(text) < LONGEST_PATH]
-    for path in map(Path.expanduser, map(Path, texts)):
+    for text in _texts(config):
+        if "\n" in text or len(text) >= LONGEST_PATH:
+            continue
+        path = Path(text).expanduser()
         # A text that is no path may still be "." or "/".
         if path.exists() and not working_directory.is_relative_to(path.resolve()):
             paths.add(_with_blobs(path))
@@ -140,7 +149,7 @@ def uses_hub(config: Config) -> bool:
     from ptl.evaluation import tasks
 
     # What is on the disk or in a bucket is not asked for on the hub.
-    for source in (config.model.path, *_texts(config, "source")):
+    for source in (config.model.path, *_texts(config, ".source")):
         if not source.startswith("s3://") and not Path(source).expanduser().exists():
             return True
     # The harness's own tasks name datasets of the hub, unless their files are in `data_dir`.
@@ -170,26 +179,10 @@ def _with_blobs(path: Path) -> Path:
     return parents[1] if parents[0].name == "snapshots" else path
 
 
-def _texts(config: Config, field: str | None = None) -> Iterator[str]:
-    """All texts in the sections that may name files, or those of one field."""
-    settings = config.model_dump(mode="json")
-    for section in SECTIONS:
-        yield from _texts_in(settings[section], section, field)
-
-
-def _texts_in(value: Any, name: str, field: str | None) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _texts_in(entry, key, field)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts_in(entry, name, field)
-    elif isinstance(value, str) and field in (None, name):
-        yield value
-
-
-def _names_a_file(variable: str) -> bool:
-    return Path(os.environ.get(variable) or "/").is_file()
+def _texts(config: Config, field: str = "") -> list[str]:
+    """All texts in the sections that may name files, or those of the fields whose dotted names end so."""
+    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS))
+    return [text for name, text in settings.items() if isinstance(text, str) and name.endswith(field)]
 
 
 def _docker(*command: str) -> str:

@@ -56,14 +56,6 @@ class UnreachableError(WorkError):
     """Nobody listens at the address; a server that restarts behind a gateway answers 502 or 503 instead."""
 
 
-class RedirectError(Exception):
-    """An answer that points to another address."""
-
-    def __init__(self, target: str, status: int) -> None:
-        super().__init__(target)
-        self.status = status
-
-
 class UnreadableError(Exception):
     """An answer of 200 that is not what the API answers, as a login page is."""
 
@@ -107,7 +99,7 @@ def connect(server: Server) -> Api:
         )
     # The client would send the placeholder above with its requests.
     client._context_setting["namespace"] = namespace or ""
-    _guard(client)
+    _guard(client, _server_name(host))
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
     return Api(client, namespace, address.bare(ui).rstrip("/"))
 
@@ -126,7 +118,7 @@ def _path_variable(name: str) -> Path | None:
     return Path(value) if value else None
 
 
-def _guard(client: Any) -> None:
+def _guard(client: Any, server_name: str) -> None:
     """Bound every request of a client in time and size, and refuse redirects and answers that are not JSON objects.
 
     kfp's methods take no timeout, and without one a server that hangs hangs the command. Its models turn a login page
@@ -147,8 +139,14 @@ def _guard(client: Any) -> None:
         }
         with contextlib.closing(send(method, url, **options)) as answer:
             if 300 <= answer.status < 400:
-                target = urljoin(url, answer.headers.get("Location", ""))
-                raise RedirectError(address.page(target), answer.status)
+                target = address.page(urljoin(url, answer.headers.get("Location", "")))
+                raise RefusedError(
+                    f"{answer.status} it points to {target}, where no token is sent: the session may have expired",
+                    answer.status,
+                    field=server_name,
+                    remedy="log in again (KFP_TOKEN or --token-file), "
+                    "or give that address as --host if it is the server's own",
+                )
             content = _read(answer)
         if answer.status < 300 and not _is_json_object(content):
             raise UnreadableError("the answer is not JSON")
@@ -245,13 +243,6 @@ def explained(host: str) -> Any:
         raise _of_error_status(error, where) from error
     except HTTPError as error:
         raise _of_lost_connection(error, where) from error
-    except RedirectError as error:
-        raise RefusedError(
-            f"{error.status} it points to {error}, where no token is sent: the session may have expired",
-            error.status,
-            field=where,
-            remedy="log in again (KFP_TOKEN or --token-file), or give that address as --host if it is the server's own",
-        ) from error
     except UnreadableError as error:
         raise WorkError(
             str(error),

@@ -25,6 +25,13 @@ def result_of(run_id: str) -> dict[str, Any]:
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
 
 
+# The table in Markdown, from the fields of the rows in result.json
+HEADING = """\
+| arm | iteration | parameters | accuracy | items | recovery tokens | verdict |
+|---|---|---|---|---|---|---|"""
+LINE = "| {arm} | {iteration} | {params:,} | {accuracy} | {items} | {recovery_tokens:,} | {verdict} |"
+
+
 def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
     """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
     # The control has no gate, and iteration 0 is the dense model.

@@ -70,8 +70,5 @@ def change_line(step: StepView) -> str:
 
 def state_text(view: RunView) -> str:
     """The state of the whole run."""
-    if view.state == "CANCELED":
-        return "canceled"
-    if view.state == "CANCELING":
-        return "is being canceled"
-    return view.state
+    states = {"CANCELED": "canceled", "CANCELING": "is being canceled"}
+    return states.get(view.state, view.state)

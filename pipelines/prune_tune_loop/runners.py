@@ -57,9 +57,15 @@ def run_docker(job: RunnerJob, verbose: bool = False) -> None:
         containers.remove_leftovers(job.folder)
 
 
-RUNNERS: dict[str, Callable[[RunnerJob, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
+RUNNERS = {
+    "subprocess": run_subprocess,
+    "docker": run_docker,
+}
 # What an earlier command may have left at work in a run's folder: a killed one's containers outlive it.
-CLEAR: dict[str, Callable[[Path], None]] = {"subprocess": lambda folder: None, "docker": containers.remove_leftovers}
+CLEAR: dict[str, Callable[[Path], None]] = {
+    "subprocess": lambda folder: None,
+    "docker": containers.remove_leftovers,
+}
 
 
 def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
@@ -72,7 +78,12 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     log = job.folder / "log.txt"
     log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
-    local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
+    local.init(
+        runner,
+        pipeline_root=str(root),
+        workspace_root=str(workspace),
+        enable_caching=False,
+    )
     with _logged(log, verbose):
         try:
             text = local_copy(job.pipeline.read_text(), job.steps)
@@ -92,7 +103,8 @@ def _step_error(error: Exception, log: Path, log_start: int) -> InputError | Wor
     where = f"{log} has everything that was printed"
     errors = TRACEBACK_END.findall(printed)
     if not errors:
-        return WorkError(f"{TERMINAL_COLOUR.sub('', str(error))} {NO_REASON}\n{where}")
+        problem = TERMINAL_COLOUR.sub("", str(error))
+        return WorkError(f"{problem} {NO_REASON}\n{where}")
     class_name, message = errors[-1]
     if class_name == "InputError":
         return InputError(f"{message}\n{where}")

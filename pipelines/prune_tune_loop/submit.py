@@ -41,14 +41,6 @@ def submit(
     _check_parameters(config, parameters)
     api = connect(server)
     reference = _upload_pipeline(api, config, version)
-    # The client returns an experiment of this name that there is already.
-    kubeflow_experiment = call(
-        api,
-        api.client.create_experiment,
-        experiment or config.storage.experiment,
-        namespace=api.namespace,
-        needs=("experiment_id",),
-    )
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
     # Hexadecimal digits, which differ between runs of the same second
@@ -56,7 +48,7 @@ def submit(
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
     run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
-        experiment_id=kubeflow_experiment.experiment_id,
+        experiment_id=_experiment_id(api, experiment or config.storage.experiment),
         display_name=name,
         description=_description(name, mlflow_experiment),
         pipeline_version_reference=reference,
@@ -69,6 +61,12 @@ def submit(
     if not wait:
         return DONE
     return watch(api, run_id, config, timeout, poll, say)
+
+
+def _experiment_id(api: Api, name: str) -> str:
+    """The id of the experiment with this name; the client returns one that there is already."""
+    create = api.client.create_experiment
+    return str(call(api, create, name, namespace=api.namespace, needs=("experiment_id",)).experiment_id)
 
 
 def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the ye
 STAGES = ("prune", "recover", "evaluate")
 MAX_PODS = 10  # of one attempt of a step
 FNV_PRIME = 0x01000193  # of 32 bits
-Entries = dict[str, list[Any]]
+Entries = dict[str, list[Any]]  # of the list, by display name
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     spec = run.pipeline_spec or _spec_of_version(api, run.pipeline_version_reference) or {}
     spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
     # The answer of a server: any part of it may be missing.
-    tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
-    names = {key: task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()}
+    dag = spec.get("root", {}).get("dag", {})
+    names = {}
+    for key, task in dag.get("tasks", {}).items():
+        names[key] = task.get("taskInfo", {}).get("name", key)
     if not names:
         names = {key: key for key in _keys_with_driver(run)}
     in_order = sorted(names, key=lambda key: _position(names[key]))
@@ -77,7 +79,8 @@ def _position(name: str) -> tuple[int, int, int, str]:
     """For sorting: import, the loop by its iterations, the control, the report."""
     before, _, last = name.rpartition("-")
     if last.isdigit():
-        return 1, int(last), STAGES.index(before) if before in STAGES else -1, name
+        stage = STAGES.index(before) if before in STAGES else -1
+        return 1, int(last), stage, name
     if before == "control" and last in STAGES:
         return 2, 0, STAGES.index(last), name
     if name in ("doctor", "import-model"):
@@ -91,29 +94,37 @@ def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
     entry that is unfinished is where the list stopped being updated, and says nothing.
     """
-    # By display name, where `X()` collects the attempts X(0), X(1), ...
+    # `X()` collects the attempts X(0), X(1), ...
     entries: Entries = defaultdict(list)
     for task in _listed_tasks(run):
         if run.state not in ENDED or task.state not in UNFINISHED:
             name = re.sub(r"\(.*", "()", task.display_name or "")
             entries[name].append(task)
-    steps = {key: _listed_step(key, entries) for key in keys}
-    return {key: step for key, step in steps.items() if step is not None}
+    steps = {}
+    for key in keys:
+        step = _listed_step(key, entries)
+        if step is not None:
+            steps[key] = step
+    return steps
 
 
 def _listed_step(key: str, entries: Entries) -> ListedStep | None:
-    # Where a retry node is not listed, its attempts are.
-    node = _newest(entries[key] or entries[f"{key}()"])
-    driver = _newest(entries[f"{key}-driver"] or entries[f"{key}-driver()"])
+    node = _newest(entries, key)
+    driver = _newest(entries, f"{key}-driver")
     step = _step_at_driver(driver, node)
     if step is not None or node is None:
         return step
     # The list names no parents: pods belong to the node that started at the same moment.
     pods = [pod for pod in entries["executor()"] if pod.start_time == node.start_time]
-    if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
+    if node.state == "RUNNING" and {pod.state for pod in pods} == {"PENDING"}:
         return _listed("PENDING", node)
     if node.state == "FAILED":
-        return _listed("FAILED", node, cause=_cause(pods), pod=_last_pod(entries, key))
+        return _listed(
+            "FAILED",
+            node,
+            cause=_cause(pods),
+            pod=_last_pod(entries, key),
+        )
     return _listed(node.state or "", node)
 
 
@@ -132,7 +143,13 @@ def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
 
 
 def _listed(state: str, task: Any, *, cause: str = "", pod: str = "") -> ListedStep:
-    return ListedStep(state, _moment(task.start_time), _moment(task.end_time), cause, pod)
+    return ListedStep(
+        state,
+        _moment(task.start_time),
+        _moment(task.end_time),
+        cause,
+        pod,
+    )
 
 
 def _cause(pods: list[Any]) -> str:
@@ -189,8 +206,10 @@ def _listed_tasks(run: Any) -> list[Any]:
     return [task for task in tasks or [] if task is not None]
 
 
-def _newest(entries: list[Any]) -> Any:
-    return max(entries, key=_start, default=None)
+def _newest(entries: Entries, name: str) -> Any:
+    # Where a retry node is not listed, its attempts are.
+    nodes = entries[name] or entries[f"{name}()"]
+    return max(nodes, key=_start, default=None)
 
 
 def _start(task: Any) -> datetime:

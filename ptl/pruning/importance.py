@@ -21,12 +21,14 @@ NeuronScores = list[Tensor]  # float32 [F] of each layer
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
     """The paper's criterion (arXiv 2602.04919): the largest change of the layer's output over a sequence's tokens."""
-    return changes.abs().amax(dim=0).float() * units
+    largest = changes.abs().amax(dim=0)  # [F]
+    return largest.float() * units
 
 
 def _mean(changes: Tensor, units: Tensor) -> Tensor:
     """The mean change of the layer's output over a sequence's tokens."""
-    return changes.abs().mean(dim=0, dtype=torch.float32) * units
+    mean = changes.abs().mean(dim=0, dtype=torch.float32)  # [F]
+    return mean * units
 
 
 @torch.no_grad()
@@ -82,7 +84,8 @@ def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
             variables = (hidden, activations)
             gradients[b], slopes = torch.autograd.grad(output, variables, gradients[b])
             for value, slope in sequences(model, b, activations.detach(), slopes):
-                first_order = (value.float() * slope.float()).sum(dim=0)  # [F]
+                change = value.float() * slope.float()  # [T, F]
+                first_order = change.sum(dim=0)  # [F]
                 total.add(first_order.abs())
         scores.append(total.result())
     return scores[::-1]
@@ -106,7 +109,8 @@ def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
             rows: list[Tensor] = []
             for row in range(len(states)):
                 hidden = states[row : row + 1].detach().requires_grad_()  # [1, T, H]
-                rows += torch.autograd.grad(model.loss(b, row, hidden), hidden)
+                loss = model.loss(b, row, hidden)
+                rows += torch.autograd.grad(loss, hidden)
             gradients.append(torch.cat(rows))
     return gradients
 
@@ -121,7 +125,8 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
         for name in family.up_projections:
             weight = layer.get_parameter(f"{name}.weight").float()  # [projections * F, H]
             row_squares = weight.pow(2).sum(dim=1)  # [projections * F]
-            squares = squares + row_squares.view(family.fused_projections, -1).sum(dim=0)
+            by_projection = row_squares.view(family.fused_projections, -1)  # [projections, F]
+            squares = squares + by_projection.sum(dim=0)
         scores.append(squares.sqrt().cpu())
     return scores
 
@@ -188,7 +193,8 @@ def column_norms(layer: nn.Module, family: Family) -> Tensor:
     weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
     squares = torch.zeros(weight.shape[1], device=weight.device)  # [F]
     for rows in weight.split(ROWS):
-        squares += rows.float().square().sum(dim=0)
+        row_squares = rows.float().square()  # [ROWS, F]
+        squares += row_squares.sum(dim=0)
     return squares.sqrt_()
 
 
@@ -219,14 +225,17 @@ def changes_after_norm(
         r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
         # s^2 - r^2: [T, F]
         growth = a.square() * mean_w2
-        growth = growth - a * (y @ w) * (2 / len(g))
+        products = y @ w
+        growth = growth - a * products * (2 / len(g))
+        s2 = r2 + growth
         r = r2.sqrt()
-        s = (r2 + growth).clamp(min=epsilon).sqrt()
+        s = s2.clamp(min=epsilon).sqrt()
         # 1/r - 1/s would lose the digits of a small change.
         c = growth / (r * s * (r + s))
         b = a / s
         # |g (c y + b w)|^2, multiplied out: [T, F]
-        gy2 = (y * g).square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
+        gy = y * g
+        gy2 = gy.square().sum(dim=1, keepdim=True)  # [T, 1]: |g y|^2
         gygw = (y * g2) @ w  # g y . g w
         total = c.square() * gy2
         total = total + 2 * b * c * gygw

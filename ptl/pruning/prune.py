@@ -41,16 +41,9 @@ class PruneReport:
 
 
 def prune_checkpoint(
-    src: Path,
-    dst: Path,
-    settings: Prune,
-    calibration: Calibration,
-    *,
-    unit: str,  # "neurons", "layers" or "auto"
-    goal: int,  # parameters
-    seed: int,
+    src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
-    """Prune `src` to at most `goal` parameters by removing neurons or layers; write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or auto; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
     answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
@@ -59,10 +52,10 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
+    # Otherwise nothing has to be removed: no text is read, and no layer is scored.
+    selection = Selection(tuple(range(before.layers)), {})
+    repaired = sequences = 0
     if goal >= before.params:
-        # Nothing has to be removed: no text is read, and no layer is scored.
-        selection = Selection(tuple(range(before.layers)), {})
-        repaired = sequences = 0
         write_pruned(src, dst, family, selection)
     else:
         check_goal(unit, before, settings, goal)

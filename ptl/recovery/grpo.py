@@ -34,12 +34,7 @@ LOGGED = (
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
 
-def grpo(
-    src: Path,
-    dst: Path,
-    settings: Grpo,
-    job: RecoveryJob,
-) -> RecoverReport:
+def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
     """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from datasets import Dataset
     from trl import GRPOTrainer

@@ -67,14 +67,10 @@ def recover_checkpoint(
             keep_optimizer_state=not (is_last_stage and job.budget.last),
         )
         store = stores[i] if stores else None
-        if is_last_stage:
-            report = _train(src, dst, stage, stage_job, store)
-        else:
-            # the next stage trains what this one writes
-            out = folder.with_name(f"{folder.name}-out")
-            report = _train_once(src, out, stage, stage_job, store)
-            src = out
-        reports.append(report)
+        out = dst if is_last_stage else folder.with_name(f"{folder.name}-out")
+        train = _train if is_last_stage else _train_once
+        reports.append(train(src, out, stage, stage_job, store))
+        src = out  # the next stage trains what this one writes
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ptl.config.recover import Reward
@@ -15,7 +15,6 @@ LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
 Texts = Sequence[str]
-RewardFunction = Callable[[Texts, Texts, Reward], RewardValues]  # of answers and their references
 
 
 def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
@@ -76,11 +75,12 @@ def program(answer: str) -> str:
 def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     """1 where the complete answer matches the pattern."""
     pattern = re.compile(reward.pattern)
-    return [float(pattern.fullmatch(answer) is not None) for answer in answers]
+    matches = map(pattern.fullmatch, answers)
+    return [float(match is not None) for match in matches]
 
 
 # by the name of a Reward in the config
-REWARDS: dict[str, RewardFunction] = {
+REWARDS = {
     "final_answer": final_answer_reward,
     "math": math_reward,
     "code": code_reward,
@@ -118,4 +118,5 @@ def _answer_formula(answer: str) -> str:
     if "####" not in answer or not conclusion:
         return answer
     # thousands separators are no part of a number in LaTeX
-    return f"${conclusion.replace(',', '')}$"
+    number = conclusion.replace(",", "")
+    return f"${number}$"

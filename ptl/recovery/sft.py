@@ -27,14 +27,8 @@ def cpt(
     return train(src, dst, settings, job, sft_trainer())
 
 
-def train(
-    src: Path,
-    dst: Path,
-    settings: Cpt | Distil,
-    job: RecoveryJob,
-    trainer_class: Any,  # trl's SFTTrainer, or a kind of it
-) -> RecoverReport:
-    """Train `src` on exactly the stage's tokens and write the result to `dst`."""
+def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
+    """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
     tokens = job.budget.tokens
     assert tokens is not None  # only grpo trains without a budget
@@ -50,9 +44,8 @@ def train(
     # merged adapters and spread optimizers leave no state that pruning could slice
     sharded = training.is_sharded(settings)
     carries_state = settings.carry_moments and settings.lora is None and not sharded
-    state = src / checkpoint.STATE if carries_state else None
-    if state is not None and not state.is_file():
-        state = None
+    stored = src / checkpoint.STATE
+    state = stored if carries_state and stored.is_file() else None
     # the dataset is read once, in the order of its rows
     steps = math.ceil(len(dataset) / settings.batch_size)
     curve = training.learning_rate_curve(settings, job.budget, steps, state is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ from ptl.errors import WorkError
 from ptl.model import checkpoint, pretrained, safetensors_io
 from ptl.recovery import launch
 from ptl.recovery.job import Curve, RecoveryJob, StageBudget
+from ptl.storage.local_files import FULL
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch and safetensors wrap the operating system's error in their own
-NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in NO_SPACE))
+NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
 
 
 def load(src: Path) -> tuple[Any, torch.dtype]:
@@ -232,7 +231,7 @@ def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         is_wrapped = any(map(str(error).__contains__, NO_SPACE_TEXTS))
-        if not is_wrapped and getattr(error, "errno", None) not in NO_SPACE:
+        if not is_wrapped and getattr(error, "errno", None) not in FULL:
             raise
         raise WorkError(
             f"no space left for {files} in {folder}; {_last_good(scratch)}",
