@@ -1,5 +1,6 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -235,10 +236,10 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
         observer = Observer(api, say)
         announcer = _Announcer(say)
-        deadline = None if timeout is None else time.monotonic() + timeout
         last_answer = time.monotonic()
+        deadline = last_answer + (math.inf if timeout is None else timeout)
         while True:
-            is_last_look = deadline is not None and time.monotonic() + poll > deadline
+            is_last_look = time.monotonic() + poll > deadline
             # Not tried again at once: the next look is the next attempt.
             try:
                 run = get_run(api, run_id, again=False)
@@ -279,7 +280,7 @@ class _Announcer:
             if step.state in ANNOUNCED and self._is_new(step.name, (step.state, step.attempt)):
                 self.say(run_text.change_line(step))
             now = time.monotonic()
-            is_due = now - self.trainings.get(step.name, float("-inf")) >= TRAINING
+            is_due = now - self.trainings.get(step.name, -math.inf) >= TRAINING
             if step.progress and is_due and self._is_new(f"progress of {step.name}", step.progress):
                 self.trainings[step.name] = now
                 self.say(f"{step.name}: {step.progress}")

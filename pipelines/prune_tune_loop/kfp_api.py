@@ -236,17 +236,17 @@ def explained(host: str) -> Any:
     from kfp_server_api.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
-    where = _server_name(host)
+    server_name = _server_name(host)
     try:
         yield
     except ApiException as error:
-        raise _of_error_status(error, where) from error
+        raise _of_error_status(error, server_name) from error
     except HTTPError as error:
-        raise _of_lost_connection(error, where) from error
+        raise _of_lost_connection(error, server_name) from error
     except UnreadableError as error:
         raise WorkError(
             str(error),
-            field=where,
+            field=server_name,
             remedy=f"{LOGIN_AGAIN}, and check that --host ends where the API begins",
         ) from error
 
@@ -267,23 +267,23 @@ REFUSALS = {
 }
 
 
-def _of_error_status(error: Any, where: str) -> RefusedError | WorkError:
+def _of_error_status(error: Any, server_name: str) -> RefusedError | WorkError:
     sentence = _server_sentence(error)
     status = error.status
     # The server answers 500 for a version that is not there.
     deleted = re.search(r"ResourceNotFoundError: (.*)", sentence)
     if status == 500 and deleted:
-        return RefusedError(deleted[1], NOT_FOUND, field=where, remedy="it was deleted")
+        return RefusedError(deleted[1], NOT_FOUND, field=server_name, remedy="it was deleted")
     if not status or status >= 500 or status == TOO_MANY_REQUESTS:
-        return WorkError(f"{status} {sentence}", field=where, remedy="is it healthy?")
+        return WorkError(f"{status} {sentence}", field=server_name, remedy="is it healthy?")
     # 401 and the like do not say what to do about them.
     if status in REFUSALS:
         meaning, remedy = REFUSALS[status]
-        return RefusedError(f"{status} {meaning}", status, field=where, remedy=f"{remedy} ({sentence})")
-    return RefusedError(f"{status} {sentence}", status, field=where)
+        return RefusedError(f"{status} {meaning}", status, field=server_name, remedy=f"{remedy} ({sentence})")
+    return RefusedError(f"{status} {sentence}", status, field=server_name)
 
 
-def _of_lost_connection(error: Any, where: str) -> WorkError:
+def _of_lost_connection(error: Any, server_name: str) -> WorkError:
     from urllib3.exceptions import NewConnectionError
 
     reason = getattr(error, "reason", None) or error
@@ -292,7 +292,7 @@ def _of_lost_connection(error: Any, where: str) -> WorkError:
     is_certificate = "CERTIFICATE" in str(error).upper()
     remedy = "is --ca-cert right?" if is_certificate else "is --host right, and is it up?"
     error_class = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
-    return error_class(problem, field=where, remedy=remedy)
+    return error_class(problem, field=server_name, remedy=remedy)
 
 
 def _server_sentence(error: Any) -> str:

@@ -206,9 +206,9 @@ def _is_before_retry(record: StepProgress, run: Any) -> bool:
     """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
     # Each retry adds a RUNNING to the history.
     starts = [entry.update_time for entry in run.state_history or [] if entry.state == "RUNNING"]
-    if len(starts) < 2 or record.ended is None or record.status not in ("FAILED", "KILLED"):
+    if len(starts) < 2 or record.ended is None:
         return False
-    return bool(record.ended < starts[-1])
+    return record.status in ("FAILED", "KILLED") and bool(record.ended < starts[-1])
 
 
 def _is_of_later_iteration(name: str, last: str) -> bool:
@@ -224,7 +224,7 @@ def _failure(
     is_bystander: bool,
     where_to_look: str,
 ) -> str:
-    """Why a step failed; a bystander is one that was at work when another made the run fail."""
+    """Why a step failed; a bystander is one that was running when another made the run fail."""
     if record is None:
         cause, _ = CAUSES[task.cause if task else ""]
         return f"{cause}; {where_to_look}" if cause else where_to_look

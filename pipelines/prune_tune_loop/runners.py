@@ -61,7 +61,7 @@ RUNNERS = {
     "subprocess": run_subprocess,
     "docker": run_docker,
 }
-# What an earlier command may have left at work in a run's folder: a killed one's containers outlive it.
+# Ends what an earlier command may have left running in a run's folder: a killed one's containers outlive it.
 CLEAR: dict[str, Callable[[Path], None]] = {
     "subprocess": lambda folder: None,
     "docker": containers.remove_leftovers,
@@ -100,17 +100,17 @@ def _step_error(error: Exception, log: Path, log_start: int) -> InputError | Wor
     with log.open("rb") as file:
         file.seek(log_start)
         printed = file.read().decode(errors="replace")
-    where = f"{log} has everything that was printed"
+    log_note = f"{log} has everything that was printed"
     errors = TRACEBACK_END.findall(printed)
     if not errors:
         problem = TERMINAL_COLOUR.sub("", str(error))
-        return WorkError(f"{problem} {NO_REASON}\n{where}")
+        return WorkError(f"{problem} {NO_REASON}\n{log_note}")
     class_name, message = errors[-1]
     if class_name == "InputError":
-        return InputError(f"{message}\n{where}")
+        return InputError(f"{message}\n{log_note}")
     if class_name != "WorkError":
         message = f"{class_name}: {message}"
-    return WorkError(f"{message}\n{where}")
+    return WorkError(f"{message}\n{log_note}")
 
 
 @contextlib.contextmanager

@@ -133,16 +133,27 @@ def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
     if driver is None:
         return None
     if driver.state == "FAILED" and not (node and node.state):
-        *_, pod = ["", *_child_hashes([driver])]
-        return _listed("FAILED", driver, cause="driver", pod=pod)
-    # One that has succeeded is followed by the step itself.
-    is_newest = node is None or (driver.state in UNFINISHED and _start(driver) > _start(node))
-    if is_newest and driver.state in (*UNFINISHED, "SUCCEEDED"):
+        children = _child_hashes([driver])
+        return _listed(
+            "FAILED",
+            driver,
+            cause="driver",
+            pod=children[-1] if children else "",
+        )
+    is_prepared = driver.state == "SUCCEEDED" and node is None
+    is_preparing = driver.state in UNFINISHED
+    if is_prepared or is_preparing and (node is None or _start(driver) > _start(node)):
         return _listed("PENDING", driver)
     return None
 
 
-def _listed(state: str, task: Any, *, cause: str = "", pod: str = "") -> ListedStep:
+def _listed(
+    state: str,
+    task: Any,
+    *,
+    cause: str = "",
+    pod: str = "",
+) -> ListedStep:
     return ListedStep(
         state,
         _moment(task.start_time),

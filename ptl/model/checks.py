@@ -55,7 +55,7 @@ def check_tokenizer(folder: Path) -> None:
         except Exception as error:  # the library raises Exception itself
             raise _unreadable_tokenizer(folder, error) from error
 
-    # A few classes of transformers have an EOS token of their own, so files without one are asked of it.
+    # A few tokenizer classes of transformers have a default EOS token, which the files do not name.
     eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
     if not eos and find_spec("transformers") is not None:
         load_tokenizer(folder)

@@ -69,9 +69,8 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
     if model_type.startswith("gemma"):
         yield from _cap_differences(model_type, effective)
     yield from _rope_differences(model_type, effective, architecture)
-    activation = getattr(effective, "hidden_activation", None)  # of Gemma's configs
-    if activation is None:
-        activation = getattr(effective, "hidden_act", None)
+    # Gemma's configs have the first of these fields.
+    activation = getattr(effective, "hidden_activation", None) or getattr(effective, "hidden_act", None)
     if activation not in architecture.activations:
         yield f"the activation is {activation}, but it always uses {architecture.activations[0]}"
     ignored = set(biases) - set(architecture.biases)

@@ -181,11 +181,9 @@ def _check_heads(checked: Sizes, source: str) -> None:
 def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
     """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
     for field in family.per_layer_fields:
-        types = config.get(field)
-        if types is None:
-            continue
+        types: Any = config.get(field)
         complete = isinstance(types, list) and len(types) == layers
-        if not complete or not all(layer_type in LAYER_TYPES for layer_type in types):
+        if types is not None and not (complete and all(map(LAYER_TYPES.__contains__, types))):
             known = ", ".join(LAYER_TYPES)
             raise checkpoint_error(
                 f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",

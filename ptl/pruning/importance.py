@@ -272,6 +272,4 @@ class _JoinedScores:
 
     def result(self) -> Tensor:
         """The joined scores: float32 [units]."""
-        if self.join == "mean":
-            return self.value / self.count
-        return self.value
+        return self.value / self.count if self.join == "mean" else self.value

@@ -121,9 +121,8 @@ class LayerwiseModel:
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        sequence = {}
-        for name, tensor in self.batches[batch].items():
-            sequence[name] = tensor[row : row + 1, :length]  # [1, length]
+        # [1, length]
+        sequence = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items()}
         # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -169,14 +170,14 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
 def _reason(printed: list[str]) -> str:
     """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
     # where the launcher begins to report on the processes that it stopped, not on why the first one died
-    is_of_launcher = ("torch/distributed/elastic" in line for line in printed)
-    end = next((i for i, found in enumerate(is_of_launcher) if found), len(printed))
-    _, _, root_cause = "".join(printed[end:]).partition("Root Cause")
+    of_training = list(takewhile(lambda line: "torch/distributed/elastic" not in line, printed))
+    of_launcher = "".join(printed[len(of_training) :])
+    _, _, root_cause = of_launcher.partition("Root Cause")
     killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
     signal = ""
     if killed:
         signal = f": a process was killed by {killed[1]}"
         if killed[1] == "SIGKILL":
             signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
-    last_lines = "".join(printed[:end][-LAST_LINES:])
+    last_lines = "".join(of_training[-LAST_LINES:])
     return f"{signal}:\n{last_lines}"

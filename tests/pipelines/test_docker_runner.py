@@ -30,6 +30,7 @@ from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.local import runs, servers
+from ptl.steps.mounts import BUNDLES
 from ptl.storage import store
 
 ROOT = Path(__file__).parents[2]
