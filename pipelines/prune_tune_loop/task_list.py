@@ -142,7 +142,7 @@ def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
         )
     is_prepared = driver.state == "SUCCEEDED" and node is None
     is_preparing = driver.state in UNFINISHED
-    if is_prepared or is_preparing and (node is None or _start(driver) > _start(node)):
+    if is_prepared or (is_preparing and (node is None or _start(driver) > _start(node))):
         return _listed("PENDING", driver)
     return None
 

@@ -120,7 +120,8 @@ def itemsize(folder: Path) -> int:
         return DTYPES[dtype]
     # Of a hub id perhaps only config.json has been downloaded.
     entries = contents(folder) if any(folder.glob("*.safetensors")) else {}
-    return max((ITEM_BYTES[entry.dtype] for entry in entries.values()), default=DTYPES["bfloat16"])
+    sizes = [ITEM_BYTES[entry.dtype] for entry in entries.values()]
+    return max(sizes, default=DTYPES["bfloat16"])
 
 
 def count_params(entries: Entries, tied: bool) -> int:
@@ -174,10 +175,14 @@ def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
     path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
 
 
-def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+def write_index(
+    folder: Path,
+    weight_map: dict[str, str],
+    total_size: int,  # bytes
+) -> None:
     """The index of a checkpoint with several shards."""
     index = {
-        "metadata": {"total_size": total_size},  # bytes
+        "metadata": {"total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
     write_json(folder / INDEX, index)

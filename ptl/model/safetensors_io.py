@@ -127,7 +127,11 @@ def byte_chunks(entry: Entry) -> Iterator[bytes]:
             yield file.read(min(READ_BYTES, entry.size - done))
 
 
-def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
+def write_tensors(
+    path: Path,
+    specs: Iterable[TensorSpec],
+    tensors: Iterable[Tensor],
+) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
 

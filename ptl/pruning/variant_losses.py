@@ -78,8 +78,12 @@ def _layer_change(variant: PrunedVariant, i: int) -> Hashable:
 
 
 @contextmanager
-def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Iterator[None]:
-    """Neurons outside `kept` are zero while the block lasts; None keeps all."""
+def masked(
+    layer: nn.Module,
+    down_projection: str,
+    kept: Tensor | None,  # int64 [kept]; None: all
+) -> Iterator[None]:
+    """Neurons outside `kept` are zero while the block lasts."""
     if kept is None:
         yield
         return
