@@ -30,7 +30,6 @@ from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.local import runs, servers
-from ptl.steps.mounts import BUNDLES
 from ptl.storage import store
 
 ROOT = Path(__file__).parents[2]
@@ -115,9 +114,9 @@ def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tm
     mounts = {mount["Target"]: mount["ReadOnly"] for mount in given["mounts"]}
     writable = [str(tmp_path / "run"), str(tmp_path / "artifacts")]
     assert {path for path, read_only in mounts.items() if not read_only} == set(writable)
-    assert {path for path, read_only in mounts.items() if read_only} - {os.environ.get(n) for n in BUNDLES} == {
-        str(example)
-    }
+    assert {path for path, read_only in mounts.items() if read_only} - {
+        os.environ.get(n) for n in containers.mounts.BUNDLES
+    } == {str(example)}
     assert given["working_dir"] == str(ROOT) and given["environment"]["PTL_RUN_ID"] == "r"
     assert "device_requests" not in given
     monkeypatch.setenv("ANSWER", '{"nvidia":{"path":"nvidia-container-runtime"}}')
