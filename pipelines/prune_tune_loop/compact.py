@@ -28,16 +28,19 @@ NAMED_TWICE = {"secretAsVolume", "configMapAsVolume", "imagePullSecret", "pvcMou
 POD_COPIES = 6  # of the seven nodes that Argo makes of a task, those that contain its pod (Kubeflow 2.17)
 
 
+Json = dict[str, Any]  # an object of the compiled YAML
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of a compiled YAML that are rewritten, each in place."""
 
     documents: list[Any]  # the pipeline spec, and where a task has Kubernetes settings a second one with them
-    parameters: dict[str, Any]  # of the run, by name
-    tasks: dict[str, Any]  # by key
-    components: dict[str, Any]  # by name
-    executors: dict[str, Any]  # by label
-    settings: dict[str, Any]  # Kubernetes settings, by label of the executor
+    parameters: Json  # of the run, by name
+    tasks: Json  # by key
+    components: Json  # by name
+    executors: Json  # by label
+    settings: Json  # Kubernetes settings, by label of the executor
 
 
 def _parse(text: str) -> Parts:
@@ -45,9 +48,8 @@ def _parse(text: str) -> Parts:
     spec = documents[0]
     root = spec["root"]
     settings = {}
-    if len(documents) > 1:
-        kubernetes = documents[1]["platforms"]["kubernetes"]
-        settings = kubernetes["deploymentSpec"]["executors"]
+    for platforms in documents[1:]:
+        settings = platforms["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     return Parts(
         documents=documents,
         parameters=root.get("inputDefinitions", {}).get("parameters", {}),
@@ -77,7 +79,8 @@ def compact(path: Path) -> None:
         reference = task["componentRef"]
         reference["name"] = kept_components[reference["name"]]
     _name_by_step(parts.tasks)
-    comments = [f"{line}\n" for line in text.splitlines() if line.startswith(KEPT_COMMENTS)]
+    lines = text.splitlines(keepends=True)
+    comments = [line for line in lines if line.startswith(KEPT_COMMENTS)]
     path.write_text("".join(comments) + yaml.safe_dump_all(parts.documents, sort_keys=True))
 
 
@@ -97,8 +100,8 @@ def local_copy(text: str, order: Sequence[str]) -> str:
         task.pop("retryPolicy", None)
         # They run tasks one by one, and independent ones in an order of their own.
         before = order[: order.index(name)]
-        dependencies = {*task.get("dependentTasks", []), *before[-1:]}
-        task["dependentTasks"] = sorted(dependencies)
+        dependencies = task.get("dependentTasks", [])
+        task["dependentTasks"] = sorted({*dependencies, *before[-1:]})
     # A cluster's volumes are not there, whatever the environment says of them.
     for executor in parts.executors.values():
         container = executor["container"]
@@ -128,7 +131,12 @@ def weigh(path: Path) -> Weight:
         label = component["executorLabel"]
         sources = task["inputs"].get("parameters", {})
         values = {name: _default_value(source, parts.parameters) for name, source in sources.items()}
-        in_pod = (component, parts.executors[label], values, parts.settings.get(label, {}))
+        in_pod = (
+            component,
+            parts.executors[label],
+            values,
+            parts.settings.get(label, {}),
+        )
         total += POD_COPIES * sum(map(_json_bytes, in_pod))
         total += _json_bytes(task)
     num_tasks = len(parts.tasks)
@@ -139,7 +147,7 @@ def _json_bytes(value: Any) -> int:
     return len(json.dumps(value, separators=(",", ":")))
 
 
-def _default_value(source: dict[str, Any], run_parameters: dict[str, Any]) -> Any:
+def _default_value(source: Json, run_parameters: Json) -> Any:
     """The value of a task's parameter when the run takes all defaults."""
     run_parameter = source.get("componentInputParameter")
     if run_parameter is None:
@@ -147,13 +155,13 @@ def _default_value(source: dict[str, Any], run_parameters: dict[str, Any]) -> An
     return run_parameters[run_parameter].get("defaultValue")
 
 
-def _name_by_step(tasks: dict[str, Any]) -> None:
+def _name_by_step(tasks: Json) -> None:
     """Give every task its display name as key, wherever it is referred to."""
     steps = {key: task["taskInfo"]["name"] for key, task in tasks.items()}
-    renamed = {steps[key]: task for key, task in tasks.items()}
+    renamed = dict(zip(steps.values(), tasks.values(), strict=True))
     tasks.clear()  # a step's name may be the key that KFP gave to another step
     tasks.update(renamed)
-    for task in tasks.values():
+    for task in renamed.values():
         if "dependentTasks" in task:
             task["dependentTasks"] = sorted(steps[key] for key in task["dependentTasks"])
         for source in task["inputs"].get("artifacts", {}).values():
@@ -161,7 +169,7 @@ def _name_by_step(tasks: dict[str, Any]) -> None:
             output["producerTask"] = steps[output["producerTask"]]
 
 
-def _drop_old_resources(container: dict[str, Any]) -> None:
+def _drop_old_resources(container: Json) -> None:
     """Drop the fields of `resources` that have a successor beside them."""
     resources = container.get("resources", {})
     for field in OLD_RESOURCES:
@@ -170,32 +178,33 @@ def _drop_old_resources(container: dict[str, Any]) -> None:
         resources.get("accelerator", {}).pop(field, None)
 
 
-def _shorten_command(container: dict[str, Any]) -> None:
+def _shorten_command(container: Json) -> None:
     """Drop repeated blanks of KFP's script, and imports that the function does not need."""
-    command = []
-    for part in container["command"]:
+    command = container["command"]
+    for i, part in enumerate(command):
         if part.startswith(KFP_IMPORTS):
-            command.append(part.replace(KFP_IMPORTS, USED_IMPORTS, 1))
+            command[i] = part.replace(KFP_IMPORTS, USED_IMPORTS, 1)
         else:
-            command.append(re.sub(r" {2,}", " ", part))
-    container["command"] = command
+            command[i] = re.sub(r" {2,}", " ", part)
 
 
-def _drop_name_parameters(settings: dict[str, Any]) -> None:
+def _drop_name_parameters(settings: Json) -> None:
     """Keep the plain name, which every backend reads (driver/k8s.go), of what is named in two ways."""
     for kind in NAMED_TWICE & settings.keys():
         for volume in settings[kind]:
-            parameters = [field for field in volume if field.endswith("NameParameter")]
-            for parameter in parameters:
-                name = volume[parameter].get("runtimeValue", {}).get("constant")
-                if name in (volume.get(parameter.removesuffix("Parameter")), volume.get("constant")):
+            for parameter in [field for field in volume if field.endswith("NameParameter")]:
+                value = volume[parameter].get("runtimeValue", {})
+                plain_name = volume.get(parameter.removesuffix("Parameter"))
+                if value.get("constant") in (plain_name, volume.get("constant")):
                     del volume[parameter]
 
 
-def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+def _share_executors(executors: Json, settings: Json) -> dict[str, str]:
     """Drop repeated executors; returns, for every label, the label that is kept."""
     # What runs and where it runs: both must be equal.
-    definitions = {label: [executor, settings.get(label)] for label, executor in executors.items()}
+    definitions: Json = {}
+    for label, executor in executors.items():
+        definitions[label] = [executor, settings.get(label)]
     kept = _share(definitions)
     for label in executors.keys() - definitions.keys():
         del executors[label]
@@ -203,7 +212,7 @@ def _share_executors(executors: dict[str, Any], settings: dict[str, Any]) -> dic
     return kept
 
 
-def _share(definitions: dict[str, Any]) -> dict[str, str]:
+def _share(definitions: Json) -> dict[str, str]:
     """Drop repeated definitions; returns, for every name, the name that is kept."""
     first_names: dict[str, str] = {}  # by content
     kept = {}

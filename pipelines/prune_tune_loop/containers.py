@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ptl import address
+from ptl.config.flat_settings import flat_settings
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
+from ptl.steps import mounts
 
 LABEL = "ptl.run-dir"  # on every container of a run, by which a killed run's are recognized
-SECTIONS = ("model", "calibration", "training", "recover", "evaluate")  # where a config names files
+SECTIONS = {"model", "calibration", "training", "recover", "evaluate"}  # where a config names files
 LONGEST_PATH = 256  # characters; a longer text is a prompt or code
-CERTIFICATES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 def check(config: Config, tracking_uri: str) -> None:
     """Raise InputError, before any work, for what would stop every container: server, engine or images missing."""
-    if not tracking_uri.startswith(("http://", "https://")):
+    if not address.is_server(tracking_uri):
         raise InputError(
             "the steps' images speak to an MLflow server only, and none is given",
             field="--runner docker",
             remedy="add --s3, which starts one, or set MLFLOW_TRACKING_URI to the address of yours",
         )
-    names = config.image_names()
     try:
-        absent = images.missing(names)
+        absent = images.missing(config.image_names())
     except WorkError as error:
         raise InputError(str(error), field="--runner docker") from error
     if absent:
@@ -48,7 +48,12 @@ def use_same_engine() -> None:
             os.environ["DOCKER_HOST"] = host
 
 
-def arguments(config: Config, folder: Path, environment: dict[str, str], artifacts: str) -> dict[str, Any]:
+def arguments(
+    config: Config,
+    folder: Path,
+    environment: dict[str, str],
+    artifacts: str,
+) -> dict[str, Any]:
     """Arguments of the docker SDK's `containers.run`: unprivileged, with a read-only root, on the host's network.
 
     `folder` is the run's, `artifacts` where MLflow's experiment keeps its files (mounted where that is a folder). Paths
@@ -56,7 +61,8 @@ def arguments(config: Config, folder: Path, environment: dict[str, str], artifac
     """
     from docker.types import DeviceRequest
 
-    certificates = {name: os.environ[name] for name in CERTIFICATES if _names_a_file(name)}
+    variables = {name: os.environ.get(name, "") for name in mounts.BUNDLES}
+    certificates = {name: path for name, path in variables.items() if Path(path).is_file()}
     caches = hub_caches() if uses_hub(config) else {}
     run_arguments: dict[str, Any] = {
         "environment": {
@@ -102,16 +108,16 @@ def _mounts(paths: set[Path], *, read_only: bool) -> list[Any]:
     from docker.types import Mount
 
     # A mount contains all that is below it.
-    outermost = [path for path in paths if paths.isdisjoint(path.parents)]
-    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in sorted(outermost)]
+    outermost = sorted(path for path in paths if paths.isdisjoint(path.parents))
+    return [Mount(str(path), str(path.resolve()), "bind", read_only=read_only) for path in outermost]
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the run's containers: a killed `ptl run` leaves one behind, which still writes to the run's folder."""
     # Also those that were created and not started.
-    containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}").split()
+    containers = _docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}={folder}")
     if containers:
-        subprocess.run(["docker", "rm", "--force", *containers], check=False, capture_output=True)
+        _docker("rm", "--force", *containers.split())
 
 
 def files(config: Config) -> set[Path]:
@@ -135,7 +141,7 @@ def files(config: Config) -> set[Path]:
             paths.add(spec.path if working_directory.is_relative_to(folder) else folder)
             splits = task_data.local_splits(spec, config.evaluate.data_dir, task.num_fewshot)
             paths |= {Path(split.file) for split in splits.values()}
-    return {_absolute(path) for path in paths}
+    return set(map(_absolute, paths))
 
 
 def uses_hub(config: Config) -> bool:
@@ -143,7 +149,7 @@ def uses_hub(config: Config) -> bool:
     from ptl.evaluation import tasks
 
     # What is on the disk or in a bucket is not asked for on the hub.
-    for source in (config.model.path, *_texts(config, "source")):
+    for source in (config.model.path, *_texts(config, ".source")):
         if not source.startswith("s3://") and not Path(source).expanduser().exists():
             return True
     # The harness's own tasks name datasets of the hub, unless their files are in `data_dir`.
@@ -156,12 +162,15 @@ def hub_caches() -> dict[str, str]:
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     datasets = os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME, "datasets")
-    return {"HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)), "HF_DATASETS_CACHE": str(_absolute(datasets))}
+    return {
+        "HF_HUB_CACHE": str(_absolute(HF_HUB_CACHE)),
+        "HF_DATASETS_CACHE": str(_absolute(datasets)),
+    }
 
 
 def _absolute(path: str | Path) -> Path:
     """As the step will look for it: without following links, but without `..`."""
-    return Path(os.path.normpath(Path(path).absolute()))
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _with_blobs(path: Path) -> Path:
@@ -170,27 +179,12 @@ def _with_blobs(path: Path) -> Path:
     return parents[1] if parents[0].name == "snapshots" else path
 
 
-def _texts(config: Config, field: str | None = None) -> Iterator[str]:
-    """All texts in the sections that may name files, or those of one field."""
-    settings = config.model_dump(mode="json")
-    for section in SECTIONS:
-        yield from _texts_in(settings[section], section, field)
-
-
-def _texts_in(value: Any, name: str, field: str | None) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _texts_in(entry, key, field)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts_in(entry, name, field)
-    elif isinstance(value, str) and field in (None, name):
-        yield value
-
-
-def _names_a_file(variable: str) -> bool:
-    return Path(os.environ.get(variable) or "/").is_file()
+def _texts(config: Config, field: str = "") -> list[str]:
+    """All texts in the sections that may name files, or those of the fields whose dotted names end so."""
+    settings = flat_settings(config.model_dump(mode="json", include=SECTIONS))
+    return [text for name, text in settings.items() if isinstance(text, str) and name.endswith(field)]
 
 
 def _docker(*command: str) -> str:
-    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False).stdout.strip()
+    process = subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    return process.stdout.strip()

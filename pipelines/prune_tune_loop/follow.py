@@ -1,5 +1,6 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,47 +40,43 @@ class Observer:
     api: Api
     say: Say
     step_names: dict[str, str] = field(default_factory=dict)  # by task key
-    last_records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
+    records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     outage_reported: bool = False  # that MLflow does not answer
 
-    def look(self, run: Any) -> tuple[RunView, RunProgress | None]:
+    def look(self, run: Any) -> RunView:
         """A run as Kubeflow has just described it, joined with its records in MLflow."""
         # The names are those of the run's pipeline version, which does not change.
         if not self.step_names:
             self.step_names = task_list.step_names(self.api, run)
-        records = self.records(run.run_id)
-        view = run_view.view(
+        self._read_records(run.run_id)
+        return run_view.view(
             run,
             self.step_names,
             task_list.fold(run, self.step_names),
-            records,
+            self.records,
             namespace=self.api.namespace or "kubeflow",
             link=self.api.link(run.run_id),
         )
-        return view, records
 
-    def records(self, run_id: str) -> RunProgress | None:
+    def _read_records(self, run_id: str) -> None:
         """The steps' own records; when they cannot be read, that is reported once."""
         # The first time all of MLflow's experiments are looked through.
-        experiment_ids = [self.last_records.experiment_id] if self.last_records else None
+        experiment_ids = [self.records.experiment_id] if self.records else None
         try:
-            records = progress.read(run_id, experiment_ids)
+            self.records = progress.read(run_id, experiment_ids) or self.records
         except PtlError as error:
             if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
             self.outage_reported = True
-            return self.last_records
-        self.last_records = records or self.last_records
-        return self.last_records
 
-    def settle(self, view: RunView, records: RunProgress | None) -> None:
+    def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
-        if not view.ended or records is None:
+        if not view.ended or self.records is None:
             return
         status = MLFLOW_STATUS.get(view.state, "FAILED")
         reasons = {step.name: step.reason for step in view.steps}
         try:
-            if progress.close(records, status, view.reason, reasons):
+            if progress.close(self.records, status, view.reason, reasons):
                 self.say(f"MLflow: what was still RUNNING of this run is {status} now")
         except PtlError as error:
             self.say(f"MLflow: the run could not be closed: {error}")
@@ -89,25 +86,24 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
     """Print a run and its steps as a table. 1 when it failed or was canceled."""
     api = connect(server)
     observer = Observer(api, say)
-    view, records = observer.look(get_run(api, run_id))
+    view = observer.look(get_run(api, run_id))
     link = api.link(run_id)
-    if records is None and not observer.outage_reported:
+    if observer.records is None and not observer.outage_reported:
         say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
     say(run_text.step_table(view))
     # Reasons are longer than a cell of the table.
-    reasons = [f"{step.name}: {step.reason}" for step in view.steps if step.reason]
-    if view.state == "FAILED" and not reasons:
-        reasons = [f"{view.name}: {view.reason}"]
-    for reason in reasons:
-        say(reason)
+    failed = [step for step in view.steps if step.reason]
+    for step in failed:
+        say(f"{step.name}: {step.reason}")
+    if view.state == "FAILED" and not failed:
+        say(f"{view.name}: {view.reason}")
     if any(step.state == run_view.NOT_LISTED for step in view.steps):
         say(
             f"{run_view.NOT_LISTED}: its list names a step when it starts, and stops being updated when the run's "
             f"workflow is larger than 1 MiB; {link} shows all"
         )
-    observer.settle(view, records)
-    hint = run_text.hint_to_cancel(view)
-    if hint:
+    observer.settle(view)
+    if hint := run_text.hint_to_cancel(view):
         say(hint)
     say(f"{view.name}: {run_text.state_text(view)}  {link}")
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
@@ -117,24 +113,28 @@ def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) 
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
     observer = Observer(api, say)
-    view, records = observer.look(_terminate(api, run_id))
+    view = observer.look(_terminate(api, run_id))
     if view.ended:
-        observer.settle(view, records)
+        observer.settle(view)
         say(f"{view.name}: has ended before ({run_text.state_text(view)})")
         return DONE
     # The server's answer is empty, as a proxy's may be: only the run's state shows that the request has come to it.
     run = _await_effect(
-        api, run_id, lambda run: run.state in (*task_list.ENDED, "CANCELING"), poll, no_effect="does not end"
+        api,
+        run_id,
+        lambda run: run.state in (*task_list.ENDED, "CANCELING"),
+        poll,
+        no_effect="does not end",
     )
-    view, records = observer.look(run)
+    view = observer.look(run)
     say(f"{view.name}: asked to end; `ptl status {run_id}` shows when it has")
     # With records in MLflow it is worth waiting: what is RUNNING there can be closed after the end only.
     deadline = time.monotonic() + SETTLING
-    while records is not None and not view.ended and time.monotonic() < deadline:
+    while observer.records is not None and not view.ended and time.monotonic() < deadline:
         time.sleep(poll)
-        view, records = observer.look(get_run(api, run_id))
+        view = observer.look(get_run(api, run_id))
     if view.ended:
-        observer.settle(view, records)
+        observer.settle(view)
         say(f"{view.name}: {run_text.state_text(view)}")
     return DONE
 
@@ -153,11 +153,17 @@ def _terminate(api: Api, run_id: str) -> Any:
     return run
 
 
-def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll: float, *, no_effect: str) -> Any:
+def _await_effect(
+    api: Api,
+    run_id: str,
+    has_effect: Callable[[Any], bool],
+    poll: float,
+    *,
+    no_effect: str,
+) -> Any:
     """The run, once a request has had its effect. Raises WorkError where it has none."""
     deadline = time.monotonic() + SETTLING
-    run = get_run(api, run_id)
-    while not has_effect(run):
+    while not has_effect(run := get_run(api, run_id)):
         if time.monotonic() > deadline:
             raise WorkError(
                 f"{run_id} {no_effect}: the request was answered, but after {SETTLING:.0f} s the run is {run.state} as "
@@ -166,7 +172,6 @@ def _await_effect(api: Api, run_id: str, has_effect: Callable[[Any], bool], poll
                 remedy=LOGIN_AGAIN,
             )
         time.sleep(poll)
-        run = get_run(api, run_id)
     return run
 
 
@@ -189,19 +194,19 @@ def retry(
         )
     # What still is RUNNING in MLflow belongs to the attempt that failed.
     observer = Observer(api, say)
-    view, records = observer.look(run)
-    observer.settle(view, records)
+    observer.settle(observer.look(run))
     _ask_for_retry(api, run_id)
-    finished_at = run.finished_at
-
-    def has_begun(run: Any) -> bool:
-        return run.state not in task_list.ENDED or run.finished_at != finished_at
-
-    _await_effect(api, run_id, has_begun, min(poll, 2.0), no_effect="does not run again")
+    _await_effect(
+        api,
+        run_id,
+        lambda retried: retried.state not in task_list.ENDED or retried.finished_at != run.finished_at,
+        min(poll, 2.0),
+        no_effect="does not run again",
+    )
     # The run itself is under way, whatever MLflow answers.
-    if records is not None:
+    if observer.records is not None:
         try:
-            progress.reopen(records)
+            progress.reopen(observer.records)
         except PtlError as error:
             say(f"MLflow: the run could not be reopened: {error}")
     say(f"{run.display_name}: runs again  {api.link(run_id)}")
@@ -231,10 +236,10 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
     with processes.interruptible(f"the run continues; `ptl status {run_id}` shows it, `ptl cancel {run_id}` ends it"):
         observer = Observer(api, say)
         announcer = _Announcer(say)
-        deadline = None if timeout is None else time.monotonic() + timeout
         last_answer = time.monotonic()
+        deadline = last_answer + (math.inf if timeout is None else timeout)
         while True:
-            is_last_look = deadline is not None and time.monotonic() + poll > deadline
+            is_last_look = time.monotonic() + poll > deadline
             # Not tried again at once: the next look is the next attempt.
             try:
                 run = get_run(api, run_id, again=False)
@@ -248,11 +253,12 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
                 time.sleep(poll)
                 continue
             last_answer = time.monotonic()
-            view, records = observer.look(run)
+            announcer.outage("")
+            view = observer.look(run)
             announcer.steps(view.steps)
             announcer.hint(run_text.hint_to_cancel(view))
             if view.ended:
-                observer.settle(view, records)
+                observer.settle(view)
                 return _exit_code(view, config, say)
             # Another pause would end after the deadline.
             if is_last_look:
@@ -266,39 +272,32 @@ class _Announcer:
     """Prints each change of a run that is waited for as one line, and nothing twice."""
 
     say: Say
-    states: dict[str, tuple[str, int | None]] = field(default_factory=dict)  # state and attempt, by step
-    trainings: dict[str, tuple[float, str]] = field(default_factory=dict)  # time and text of the last line, by step
-    last_outage: str = ""
-    last_hint: str = ""
+    last: dict[str, Any] = field(default_factory=dict)  # what was last seen, by step (state and attempt) and topic
+    trainings: dict[str, float] = field(default_factory=dict)  # time of the last line, by step
 
     def steps(self, steps: list[StepView]) -> None:
-        self.last_outage = ""  # the server has answered: the next outage is a new one
         for step in steps:
-            self._state(step)
-            self._training(step)
-
-    def _state(self, step: StepView) -> None:
-        state = (step.state, step.attempt)
-        if step.state in ANNOUNCED and self.states.get(step.name) != state:
-            self.states[step.name] = state
-            self.say(run_text.change_line(step))
-
-    def _training(self, step: StepView) -> None:
-        now = time.monotonic()
-        last_time, last_text = self.trainings.get(step.name, (float("-inf"), ""))
-        if step.progress and step.progress != last_text and now - last_time >= TRAINING:
-            self.trainings[step.name] = (now, step.progress)
-            self.say(f"{step.name}: {step.progress}")
+            if step.state in ANNOUNCED and self._is_new(step.name, (step.state, step.attempt)):
+                self.say(run_text.change_line(step))
+            now = time.monotonic()
+            is_due = now - self.trainings.get(step.name, -math.inf) >= TRAINING
+            if step.progress and is_due and self._is_new(f"progress of {step.name}", step.progress):
+                self.trainings[step.name] = now
+                self.say(f"{step.name}: {step.progress}")
 
     def hint(self, hint: str) -> None:
-        if hint and hint != self.last_hint:
+        if self._is_new("hint", hint) and hint:
             self.say(hint)
-        self.last_hint = hint
 
     def outage(self, error: str) -> None:
-        if error != self.last_outage:
+        """`error` is empty where the server has answered: the next outage is a new one."""
+        if self._is_new("outage", error) and error:
             self.say(f"still waiting: {error}")
-        self.last_outage = error
+
+    def _is_new(self, topic: str, value: Any) -> bool:
+        is_new = self.last.get(topic) != value
+        self.last[topic] = value
+        return is_new
 
 
 def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
@@ -314,8 +313,6 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
         say(f"{view.name}: SUCCEEDED")
         return DONE
     passed, reason = outcome.gate_passed(outcome.result_of(view.run_id))
-    if not passed:
-        say(f"{view.name}: SUCCEEDED, gate not passed: {reason}")
-        return GATE
-    say(f"{view.name}: SUCCEEDED, gate passed: {reason}")
-    return DONE
+    verdict = "passed" if passed else "not passed"
+    say(f"{view.name}: SUCCEEDED, gate {verdict}: {reason}")
+    return DONE if passed else GATE

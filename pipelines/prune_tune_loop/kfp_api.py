@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urljoin
@@ -46,21 +47,13 @@ class Server:
 class RefusedError(InputError):
     """The server answered with an error that repeating the request would not change."""
 
-    def __init__(self, problem: str, status: int, *, field: str = "", remedy: str = "") -> None:
-        super().__init__(problem, field=field, remedy=remedy)
+    def __init__(self, problem: str, status: int, **details: str) -> None:
+        super().__init__(problem, **details)
         self.status = status
 
 
 class UnreachableError(WorkError):
     """Nobody listens at the address; a server that restarts behind a gateway answers 502 or 503 instead."""
-
-
-class RedirectError(Exception):
-    """An answer that points to another address."""
-
-    def __init__(self, target: str, status: int) -> None:
-        super().__init__(target)
-        self.status = status
 
 
 class UnreadableError(Exception):
@@ -85,9 +78,7 @@ def connect(server: Server) -> Api:
     host = _host(server)
     namespace = server.namespace or os.environ.get("KFP_NAMESPACE")
     token = os.environ.get("KFP_TOKEN")
-    token_file = None
-    if not token:
-        token_file = server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
+    token_file = None if token else server.token_file or _path_variable("KF_PIPELINES_SA_TOKEN_PATH")
     ca_cert = server.ca_cert or _path_variable("KFP_CA_CERT")
     for option, path in (("--token-file", token_file), ("--ca-cert", ca_cert)):
         if path is not None and not path.is_file():
@@ -108,7 +99,7 @@ def connect(server: Server) -> Api:
         )
     # The client would send the placeholder above with its requests.
     client._context_setting["namespace"] = namespace or ""
-    _guard(client)
+    _guard(client, _server_name(host))
     ui = server.ui_host or os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
     return Api(client, namespace, address.bare(ui).rstrip("/"))
 
@@ -117,7 +108,7 @@ def _host(server: Server) -> str:
     host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if not host:
         raise InputError("give the address of Kubeflow Pipelines, or set KF_PIPELINES_ENDPOINT", field="--host")
-    if not host.startswith(("http://", "https://")):
+    if not address.is_server(host):
         raise InputError(f"{host!r} must begin with https:// or http://", field="--host")
     return host
 
@@ -127,7 +118,7 @@ def _path_variable(name: str) -> Path | None:
     return Path(value) if value else None
 
 
-def _guard(client: Any) -> None:
+def _guard(client: Any, server_name: str) -> None:
     """Bound every request of a client in time and size, and refuse redirects and answers that are not JSON objects.
 
     kfp's methods take no timeout, and without one a server that hangs hangs the command. Its models turn a login page
@@ -140,14 +131,22 @@ def _guard(client: Any) -> None:
     send = pool.request
 
     def guarded(method: str, url: str, **options: Any) -> HTTPResponse:
-        options["preload_content"] = False
-        options["redirect"] = False
-        options["timeout"] = Timeout(CONNECT_TIMEOUT, READ_TIMEOUT)
-        options["retries"] = Retry(total=None, connect=0, read=0, status=0, other=0)
+        options |= {
+            "preload_content": False,
+            "redirect": False,
+            "timeout": Timeout(CONNECT_TIMEOUT, READ_TIMEOUT),
+            "retries": Retry(total=None, connect=0, read=0, status=0, other=0),
+        }
         with contextlib.closing(send(method, url, **options)) as answer:
             if 300 <= answer.status < 400:
-                target = urljoin(url, answer.headers.get("Location", ""))
-                raise RedirectError(address.page(target), answer.status)
+                target = address.page(urljoin(url, answer.headers.get("Location", "")))
+                raise RefusedError(
+                    f"{answer.status} it points to {target}, where no token is sent: the session may have expired",
+                    answer.status,
+                    field=server_name,
+                    remedy="log in again (KFP_TOKEN or --token-file), "
+                    "or give that address as --host if it is the server's own",
+                )
             content = _read(answer)
         if answer.status < 300 and not _is_json_object(content):
             raise UnreadableError("the answer is not JSON")
@@ -178,7 +177,12 @@ def _is_json_object(content: bytes) -> bool:
 
 
 def call(
-    api: Api, function: Callable[..., T], *args: Any, again: bool = True, needs: tuple[str, ...] = (), **kwargs: Any
+    api: Api,
+    function: Callable[..., T],
+    *args: Any,
+    again: bool = True,
+    needs: tuple[str, ...] = (),
+    **kwargs: Any,
 ) -> T:
     """One request. With `again`, server errors and lost connections are tried again; without, they are WorkError.
 
@@ -188,22 +192,19 @@ def call(
         try:
             # The client prints links of its own.
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
-                return _parsed_answer(function, args, kwargs, needs)
-        except UnreachableError:
-            raise  # nobody listens there: waiting some seconds does not help
-        except WorkError:
-            if not again or attempt == ATTEMPTS - 1:
+                return _parsed_answer(partial(function, *args, **kwargs), needs)
+        except WorkError as error:
+            # Where nobody listens, waiting some seconds does not help.
+            if isinstance(error, UnreachableError) or not again or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(PAUSE * 2.0**attempt)
     raise AssertionError("unreachable")
 
 
-def _parsed_answer(
-    function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], needs: Iterable[str]
-) -> T:
+def _parsed_answer(request: Callable[[], T], needs: Iterable[str]) -> T:
     """The answer as the client's record. Raises UnreadableError for fields of another kind, where the client fails."""
     try:
-        answer = function(*args, **kwargs)
+        answer = request()
     except (TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"the answer is not one of the API's ({error})") from error
     missing = [name for name in needs if not getattr(answer, name)]
@@ -235,24 +236,17 @@ def explained(host: str) -> Any:
     from kfp_server_api.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
-    where = _server_name(host)
+    server_name = _server_name(host)
     try:
         yield
     except ApiException as error:
-        raise _of_error_status(error, where) from error
+        raise _of_error_status(error, server_name) from error
     except HTTPError as error:
-        raise _of_lost_connection(error, where) from error
-    except RedirectError as error:
-        raise RefusedError(
-            f"{error.status} it points to {error}, where no token is sent: the session may have expired",
-            error.status,
-            field=where,
-            remedy="log in again (KFP_TOKEN or --token-file), or give that address as --host if it is the server's own",
-        ) from error
+        raise _of_lost_connection(error, server_name) from error
     except UnreadableError as error:
         raise WorkError(
             str(error),
-            field=where,
+            field=server_name,
             remedy=f"{LOGIN_AGAIN}, and check that --host ends where the API begins",
         ) from error
 
@@ -273,33 +267,32 @@ REFUSALS = {
 }
 
 
-def _of_error_status(error: Any, where: str) -> RefusedError | WorkError:
+def _of_error_status(error: Any, server_name: str) -> RefusedError | WorkError:
     sentence = _server_sentence(error)
     status = error.status
     # The server answers 500 for a version that is not there.
     deleted = re.search(r"ResourceNotFoundError: (.*)", sentence)
     if status == 500 and deleted:
-        return RefusedError(deleted[1], NOT_FOUND, field=where, remedy="it was deleted")
+        return RefusedError(deleted[1], NOT_FOUND, field=server_name, remedy="it was deleted")
     if not status or status >= 500 or status == TOO_MANY_REQUESTS:
-        return WorkError(f"{status} {sentence}", field=where, remedy="is it healthy?")
+        return WorkError(f"{status} {sentence}", field=server_name, remedy="is it healthy?")
     # 401 and the like do not say what to do about them.
     if status in REFUSALS:
         meaning, remedy = REFUSALS[status]
-        return RefusedError(f"{status} {meaning}", status, field=where, remedy=f"{remedy} ({sentence})")
-    return RefusedError(f"{status} {sentence}", status, field=where)
+        return RefusedError(f"{status} {meaning}", status, field=server_name, remedy=f"{remedy} ({sentence})")
+    return RefusedError(f"{status} {sentence}", status, field=server_name)
 
 
-def _of_lost_connection(error: Any, where: str) -> WorkError:
+def _of_lost_connection(error: Any, server_name: str) -> WorkError:
     from urllib3.exceptions import NewConnectionError
 
     reason = getattr(error, "reason", None) or error
     # Without the library's own objects and the query: `HTTPSConnectionPool(host=..., port=443): `
     problem = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
-    remedy = "is --host right, and is it up?"
-    if "CERTIFICATE" in str(error).upper():
-        remedy = "is --ca-cert right?"
+    is_certificate = "CERTIFICATE" in str(error).upper()
+    remedy = "is --ca-cert right?" if is_certificate else "is --host right, and is it up?"
     error_class = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
-    return error_class(problem, field=where, remedy=remedy)
+    return error_class(problem, field=server_name, remedy=remedy)
 
 
 def _server_sentence(error: Any) -> str:
@@ -308,6 +301,7 @@ def _server_sentence(error: Any) -> str:
     if isinstance(content, bytes):
         content = content.decode(errors="replace")
     content = str(content)
+    sentences = []
     try:
         answer = json.loads(content)
         sentences = [answer.get(name) for name in ("message", "error_message", "error")]

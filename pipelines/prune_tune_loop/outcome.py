@@ -25,6 +25,13 @@ def result_of(run_id: str) -> dict[str, Any]:
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
 
 
+# The table in Markdown, from the fields of the rows in result.json
+HEADING = """\
+| arm | iteration | parameters | accuracy | items | recovery tokens | verdict |
+|---|---|---|---|---|---|---|"""
+LINE = "| {arm} | {iteration} | {params:,} | {accuracy} | {items} | {recovery_tokens:,} | {verdict} |"
+
+
 def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
     """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
     # The control has no gate, and iteration 0 is the dense model.
@@ -32,27 +39,23 @@ def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
     if not iterations:
         return False, "no iteration was scored"
     last = max(iterations, key=lambda row: row["iteration"])
-    removed = f"{result['final']['share_removed']:.1%} removed"
-    return last["verdict"] == "accepted", f"iteration {last['iteration']} {last['verdict']}, {removed}"
+    share = result["final"]["share_removed"]
+    sentence = "iteration {iteration} {verdict}".format_map(last)
+    return last["verdict"] == "accepted", f"{sentence}, {share:.1%} removed"
 
 
 def markdown_table(result: dict[str, Any]) -> str:
     """One line for each scored checkpoint, and below them the share of parameters that was removed."""
-    lines = [
-        "| arm | iteration | parameters | accuracy | items | recovery tokens | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [HEADING]
     for row in result["rows"]:
-        accuracy = f"{row['accuracy']:.3f}"
+        accuracy = "{accuracy:.3f}"
         # With the interval, where the evaluation has one.
         if row.get("low") is not None:
-            accuracy += f" ({row['low']:.3f} to {row['high']:.3f})"
-        lines.append(
-            f"| {row['arm']} | {row['iteration']} | {row['params']:,} | {accuracy} | {row['items']} "
-            f"| {row['recovery_tokens']:,} | {row['verdict']} |"
-        )
+            accuracy += " ({low:.3f} to {high:.3f})"
+        lines.append(LINE.format_map(row | {"accuracy": accuracy.format_map(row)}))
     share = result["final"]["share_removed"]
-    return "\n".join([*lines, "", f"{share:.1%} of all parameters removed."])
+    lines += ["", f"{share:.1%} of all parameters removed."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

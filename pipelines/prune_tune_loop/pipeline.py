@@ -87,7 +87,6 @@ COMPONENTS = {
     "evaluate": evaluate,
     "report": report,
 }
-DOCTORS_STAGE = "prune"  # the doctor looks where prune will run
 STRUCTURE = ("name", "schedule", "control", "resources", "images", "storage")
 # Run parameters that each stage takes; the report takes all. `<stage>_settings` arrives at the component as `<stage>`.
 STAGE_PARAMETERS = {
@@ -125,11 +124,8 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
 
 def _cluster_stage(stage: str) -> str:
     """The name of a stage in `resources.steps` and among the images."""
-    if stage == "import":
-        return "import-model"
-    if stage == "doctor":
-        return DOCTORS_STAGE
-    return stage
+    # The doctor looks where prune will run.
+    return {"import": "import-model", "doctor": "prune"}.get(stage, stage)
 
 
 def _image(config: Config, stage: str) -> str:

@@ -6,7 +6,7 @@ from pipelines.prune_tune_loop.run_view import RunView, StepView
 
 
 def hint_to_cancel(view: RunView) -> str:
-    """What to do about a run that has failed but has not ended, since the other arm is still at work; or ""."""
+    """What to do about a run that has failed but has not ended, since the other arm is still running; or ""."""
     # A failure of the control does not fail the run.
     failed = [step.name for step in view.steps if step.state == "FAILED" and not step.name.startswith("control-")]
     working = [step.name for step in view.steps if step.state == "RUNNING"]
@@ -70,8 +70,5 @@ def change_line(step: StepView) -> str:
 
 def state_text(view: RunView) -> str:
     """The state of the whole run."""
-    if view.state == "CANCELED":
-        return "canceled"
-    if view.state == "CANCELING":
-        return "is being canceled"
-    return view.state
+    states = {"CANCELED": "canceled", "CANCELING": "is being canceled"}
+    return states.get(view.state, view.state)

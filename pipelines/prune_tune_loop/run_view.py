@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from pipelines.prune_tune_loop.task_list import ENDED, STAGES, ListedStep
@@ -19,6 +20,7 @@ SMALLER_BATCH = {
 }
 # Why no container ran, as far as Kubeflow's list shows it; and the command of kubectl that says more.
 CAUSES = {
+    "": ("", "logs"),
     "driver": ("its driver failed: no container of the step was started", "logs"),
     "refused": ("no container of the step was started: Kubernetes refused its pod", "get workflow"),
     "not started": (
@@ -71,28 +73,22 @@ class RunView:
         return f"{culprit.name}: {culprit.reason}"
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Where more about a run is to be seen."""
-
-    namespace: str  # of its pods
-    run_id: str
-    page: str  # its address in the UI
-
-    def sentence(self, task: ListedStep | None = None) -> str:
-        """Where the log of a step is, or else its pod."""
-        # A pod that never ran has no log: the workflow or the pod's events say more.
-        command = "logs"
-        if task is not None and task.cause:
-            _, command = CAUSES[task.cause]
-        selector = f"-n {self.namespace} -l pipeline/runid={self.run_id}"
-        if command == "get workflow":
-            return f"see `kubectl get workflow {selector} -o yaml` and {self.page}"
-        pods = f"kubectl get pods {selector}"
-        if task is None or not task.pod:
-            return f"see `{pods}` and {self.page}"
-        pod = f"$({pods} -o name | grep -e -{task.pod})"
-        return f"see `kubectl {command} -n {self.namespace} {pod}` and {self.page}"
+def _where_to_look(
+    namespace: str,  # of the run's pods
+    run_id: str,
+    page: str,  # the run's address in the UI
+    task: ListedStep | None = None,
+) -> str:
+    """Where the log of a step is, or else its pod."""
+    # A pod that never ran has no log: the workflow or the pod's events say more.
+    _, command = CAUSES[task.cause if task else ""]
+    selector = f"-n {namespace} -l pipeline/runid={run_id}"
+    pods = f"kubectl get pods {selector}"
+    if command == "get workflow":
+        pods = f"kubectl get workflow {selector} -o yaml"
+    elif task and task.pod:
+        pods = f"kubectl {command} -n {namespace} $({pods} -o name | grep -e -{task.pod})"
+    return f"see `{pods}` and {page}"
 
 
 def view(
@@ -108,14 +104,15 @@ def view(
     A step's record wins over Kubeflow's list, which stops being updated when a run has many tasks. `namespace` and
     `link`, the run's page, are for the sentences that say where to look.
     """
-    sources = _Sources(namespace, run.run_id, link)
+    where_to_look = partial(_where_to_look, namespace, run.run_id, link)
     canceled = canceled_at(run)
     run_state = run.state
     if canceled:
         run_state = "CANCELED" if run.state in ENDED else "CANCELING"
     all_records = records.steps if records else {}
     current_records = {step: record for step, record in all_records.items() if not _is_before_retry(record, run)}
-    last_step = _last_step_of_loop(names, all_records)
+    # The step with which the gate ended the loop before its last iteration
+    ends = [name for name in names.values() if name in all_records and all_records[name].loop_ended]
     culprits = _culprits(names, listed, current_records)
     steps = []
     for key, name in names.items():
@@ -124,15 +121,20 @@ def view(
         if record is not None:
             state = _recorded_state(record, task, run_state, canceled)
         else:
-            is_needed = last_step is None or not _is_of_later_iteration(name, last_step)
-            state = _listed_state(task, run_state, canceled, is_needed=is_needed, is_recorded=records is not None)
+            state = _listed_state(
+                task,
+                run_state,
+                canceled,
+                is_needed=not (ends and _is_of_later_iteration(name, ends[0])),
+                is_recorded=records is not None,
+            )
         reason = ""
         if state == "FAILED":
             is_bystander = bool(culprits) and name not in culprits
-            reason = _failure(name, task, record, is_bystander, sources.sentence(task))
+            reason = _failure(name, task, record, is_bystander, where_to_look(task))
         # Also of an attempt before the retry: its seconds and its attempt are shown until the step begins again.
         steps.append(_step_view(name, state, task, all_records.get(name), reason))
-    return RunView(run.run_id, run.display_name, run_state, steps, sources.sentence())
+    return RunView(run.run_id, run.display_name, run_state, steps, where_to_look())
 
 
 def canceled_at(run: Any) -> datetime | None:
@@ -148,31 +150,29 @@ def canceled_at(run: Any) -> datetime | None:
     return None
 
 
-def _last_step_of_loop(names: dict[str, str], records: dict[str, StepProgress]) -> str | None:
-    """The step with which the gate ended the loop before its last iteration."""
-    for name in names.values():
-        if name in records and records[name].loop_ended:
-            return name
-    return None
-
-
-def _culprits(names: dict[str, str], listed: dict[str, ListedStep], records: dict[str, StepProgress]) -> set[str]:
+def _culprits(
+    names: dict[str, str],
+    listed: dict[str, ListedStep],
+    records: dict[str, StepProgress],
+) -> set[str]:
     """Steps that made the run fail; a step of the control that says why it could not finish does not."""
-    culprits = set()
-    for step, record in records.items():
-        if record.status == "FAILED" and record.error and "control" not in step:
-            culprits.add(step)
+    failed = {step for step, record in records.items() if record.status == "FAILED" and record.error}
+    culprits = {step for step in failed if "control" not in step}
     # Without such a record Kubeflow's list is all there is.
     return culprits or {names[key] for key, task in listed.items() if task.state == "FAILED"}
 
 
-def _recorded_state(record: StepProgress, task: ListedStep | None, run_state: str, canceled: datetime | None) -> str:
+def _recorded_state(
+    record: StepProgress,
+    task: ListedStep | None,
+    run_state: str,
+    canceled: datetime | None,
+) -> str:
     """The state of a step that has a record in MLflow. A pod that is killed leaves its record RUNNING."""
     listed_state = task.state if task else ""
-    run_ended = run_state in ENDED
     if record.status == "FINISHED":
         return "SUCCEEDED"
-    if record.status == "RUNNING" and not run_ended:
+    if record.status == "RUNNING" and run_state not in ENDED:
         return "FAILED" if listed_state == "FAILED" and not canceled else "RUNNING"
     if record.status == "RUNNING" and "SUCCEEDED" in (run_state, listed_state):
         return "SUCCEEDED"
@@ -182,7 +182,12 @@ def _recorded_state(record: StepProgress, task: ListedStep | None, run_state: st
 
 
 def _listed_state(
-    task: ListedStep | None, run_state: str, canceled: datetime | None, *, is_needed: bool, is_recorded: bool
+    task: ListedStep | None,
+    run_state: str,
+    canceled: datetime | None,
+    *,
+    is_needed: bool,
+    is_recorded: bool,
 ) -> str:
     """The state of a step without a record. `is_recorded`: MLflow was read and knows the run."""
     failed = task is not None and task.state == "FAILED"
@@ -201,40 +206,46 @@ def _is_before_retry(record: StepProgress, run: Any) -> bool:
     """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
     # Each retry adds a RUNNING to the history.
     starts = [entry.update_time for entry in run.state_history or [] if entry.state == "RUNNING"]
-    if len(starts) < 2 or record.ended is None or record.status not in ("FAILED", "KILLED"):
+    if len(starts) < 2 or record.ended is None:
         return False
-    return bool(record.ended < starts[-1])
+    return record.status in ("FAILED", "KILLED") and bool(record.ended < starts[-1])
 
 
 def _is_of_later_iteration(name: str, last: str) -> bool:
     """Whether a step belongs to an iteration of the loop after that of the step `last`."""
-    number = name.rpartition("-")[2]
-    last_number = last.rpartition("-")[2]
+    number, last_number = (step.rpartition("-")[2] for step in (name, last))
     return number.isdigit() and last_number.isdigit() and int(number) > int(last_number)
 
 
 def _failure(
-    name: str, task: ListedStep | None, record: StepProgress | None, is_bystander: bool, where_to_look: str
+    name: str,
+    task: ListedStep | None,
+    record: StepProgress | None,
+    is_bystander: bool,
+    where_to_look: str,
 ) -> str:
-    """Why a step failed; a bystander is one that was at work when another made the run fail."""
+    """Why a step failed; a bystander is one that was running when another made the run fail."""
     if record is None:
-        if task is None or not task.cause:
-            return where_to_look
-        cause, _ = CAUSES[task.cause]
-        return f"{cause}; {where_to_look}"
+        cause, _ = CAUSES[task.cause if task else ""]
+        return f"{cause}; {where_to_look}" if cause else where_to_look
     if record.error:
         return record.error
     if is_bystander:
         return "it was stopped when the run failed"
     stage = next((stage for stage in STAGES if stage in name), name.partition("-")[0])
-    smaller_batch = SMALLER_BATCH.get(stage, "")
     return (
         "killed from outside, most likely out of memory (or past resources.timeout): raise resources.memory or "
-        f"resources.steps.{stage}.memory{smaller_batch}; {where_to_look}"
+        f"resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}; {where_to_look}"
     )
 
 
-def _step_view(name: str, state: str, task: ListedStep | None, record: StepProgress | None, reason: str) -> StepView:
+def _step_view(
+    name: str,
+    state: str,
+    task: ListedStep | None,
+    record: StepProgress | None,
+    reason: str,
+) -> StepView:
     if record is None:
         # Kubeflow's times are all there is without a record; they include the pod's start.
         seconds = None

@@ -57,9 +57,15 @@ def run_docker(job: RunnerJob, verbose: bool = False) -> None:
         containers.remove_leftovers(job.folder)
 
 
-RUNNERS: dict[str, Callable[[RunnerJob, bool], None]] = {"subprocess": run_subprocess, "docker": run_docker}
-# What an earlier command may have left at work in a run's folder: a killed one's containers outlive it.
-CLEAR: dict[str, Callable[[Path], None]] = {"subprocess": lambda folder: None, "docker": containers.remove_leftovers}
+RUNNERS = {
+    "subprocess": run_subprocess,
+    "docker": run_docker,
+}
+# Ends what an earlier command may have left running in a run's folder: a killed one's containers outlive it.
+CLEAR: dict[str, Callable[[Path], None]] = {
+    "subprocess": lambda folder: None,
+    "docker": containers.remove_leftovers,
+}
 
 
 def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
@@ -67,17 +73,21 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     from kfp import components, local
 
     root = job.folder / "kfp"
-    workspace = root / "workspace"  # KFP mounts one and removes it; by default it is a new folder in /tmp
+    workspace = root / "workspace"  # KFP mounts it and removes it; by default it is a new folder in /tmp
     workspace.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
     log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
-    local.init(runner, pipeline_root=str(root), workspace_root=str(workspace), enable_caching=False)
+    local.init(
+        runner,
+        pipeline_root=str(root),
+        workspace_root=str(workspace),
+        enable_caching=False,
+    )
     with _logged(log, verbose):
         try:
             text = local_copy(job.pipeline.read_text(), job.steps)
-            run_pipeline = components.load_component_from_text(text)
-            run_pipeline()
+            components.load_component_from_text(text)()
         except Exception as error:
             raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
@@ -90,16 +100,17 @@ def _step_error(error: Exception, log: Path, log_start: int) -> InputError | Wor
     with log.open("rb") as file:
         file.seek(log_start)
         printed = file.read().decode(errors="replace")
-    where = f"{log} has everything that was printed"
+    log_note = f"{log} has everything that was printed"
     errors = TRACEBACK_END.findall(printed)
     if not errors:
-        return WorkError(f"{TERMINAL_COLOUR.sub('', str(error))} {NO_REASON}\n{where}")
+        problem = TERMINAL_COLOUR.sub("", str(error))
+        return WorkError(f"{problem} {NO_REASON}\n{log_note}")
     class_name, message = errors[-1]
     if class_name == "InputError":
-        return InputError(f"{message}\n{where}")
-    if class_name == "WorkError":
-        return WorkError(f"{message}\n{where}")
-    return WorkError(f"{class_name}: {message}\n{where}")
+        return InputError(f"{message}\n{log_note}")
+    if class_name != "WorkError":
+        message = f"{class_name}: {message}"
+    return WorkError(f"{message}\n{log_note}")
 
 
 @contextlib.contextmanager
@@ -126,8 +137,6 @@ class _Tee(io.TextIOBase):
         *lines, self.unfinished_line = (self.unfinished_line + text).split("\n")
         for line in lines:
             before, mark, progress = line.partition(MARK)
-            if self.verbose:
-                print(line, file=self.terminal, flush=True)
-            elif mark and not before.strip():
-                print(progress, file=self.terminal, flush=True)
+            if self.verbose or (mark and not before.strip()):
+                print(line if self.verbose else progress, file=self.terminal, flush=True)
         return len(text)

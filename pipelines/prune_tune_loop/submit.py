@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,21 +41,14 @@ def submit(
     _check_parameters(config, parameters)
     api = connect(server)
     reference = _upload_pipeline(api, config, version)
-    # The client returns an experiment of this name that there is already.
-    kubeflow_experiment = call(
-        api,
-        api.client.create_experiment,
-        experiment or config.storage.experiment,
-        namespace=api.namespace,
-        needs=("experiment_id",),
-    )
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
-    name = _run_name(config)
+    # Hexadecimal digits, which differ between runs of the same second
+    name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
 
     run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
-        experiment_id=kubeflow_experiment.experiment_id,
+        experiment_id=_experiment_id(api, experiment or config.storage.experiment),
         display_name=name,
         description=_description(name, mlflow_experiment),
         pipeline_version_reference=reference,
@@ -69,10 +63,10 @@ def submit(
     return watch(api, run_id, config, timeout, poll, say)
 
 
-def _run_name(config: Config) -> str:
-    """The config's name, the time, and four hexadecimal digits, which differ between runs of the same second."""
-    now = datetime.datetime.now()
-    return f"{config.name}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+def _experiment_id(api: Api, name: str) -> str:
+    """The id of the experiment with this name; the client returns one that there is already."""
+    create = api.client.create_experiment
+    return str(call(api, create, name, namespace=api.namespace, needs=("experiment_id",)).experiment_id)
 
 
 def _check_parameters(config: Config, parameters: dict[str, Any]) -> None:
@@ -111,10 +105,9 @@ def _description(run_name: str, experiment: str) -> str | None:
         return None
     server = address.page(address.bare(uri)).rstrip("/")
     # A link is a help: an MLflow that does not answer must not prevent the start.
-    try:
+    experiment_id = None
+    with suppress(PtlError):
         experiment_id = progress.experiment_id(experiment)
-    except PtlError:
-        experiment_id = None
     if experiment_id is None:  # the first run in it makes the experiment
         return f"MLflow: {server}/#/experiments, experiment {experiment}, run {run_name}"
     # The tab is in the path: without it MLflow 3 redirects to one of its own and drops the filter.
@@ -148,9 +141,8 @@ def _pipeline_id(api: Api, name: str) -> str:
     try:
         return str(call(api, create, pipeline, needs=("pipeline_id",)).pipeline_id)
     except RefusedError as error:
-        if error.status != CONFLICT:
-            raise
-        pipeline_id = _listed_pipeline_id(api, name)  # another submit was first
+        # Another submit was first.
+        pipeline_id = _listed_pipeline_id(api, name) if error.status == CONFLICT else None
         if pipeline_id is None:
             raise
         return pipeline_id
@@ -186,22 +178,21 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
     return str(listed.pipeline_version_id)
 
 
-def _start(api: Api, run: Any) -> str:
+def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
     """Start a run once: after a server error, look whether it was started before asking again."""
     create = api.client._run_api.run_service_create_run
-    for last_attempt in (False, True):
-        try:
-            return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
-        except WorkError:
-            # The request may have taken effect although its answer was lost.
-            name_filter = _by_name(run.display_name)
-            answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
-            listed = _with_name(answer.runs, run.display_name)
-            if listed is not None:
-                return str(listed.run_id)
-            if last_attempt:
-                raise
-    raise AssertionError("unreachable")
+    try:
+        return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
+    except WorkError:
+        # The request may have taken effect although its answer was lost.
+        name_filter = _by_name(run.display_name)
+        answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
+        listed = _with_name(answer.runs, run.display_name)
+        if listed is not None:
+            return str(listed.run_id)
+        if is_last_attempt:
+            raise
+    return _start(api, run, is_last_attempt=True)
 
 
 def _by_name(display_name: str) -> str:

@@ -5,6 +5,7 @@ Argo makes up to seven nodes of a task X: the retry nodes `X-driver` and `X` wit
 compiled YAML. The list names them all without their levels.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the ye
 STAGES = ("prune", "recover", "evaluate")
 MAX_PODS = 10  # of one attempt of a step
 FNV_PRIME = 0x01000193  # of 32 bits
-Entries = dict[str, list[Any]]
+Entries = dict[str, list[Any]]  # of the list, by display name
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,34 @@ def step_names(api: Api, run: Any) -> dict[str, str]:
     spec = run.pipeline_spec or _spec_of_version(api, run.pipeline_version_reference) or {}
     spec = spec.get("pipeline_spec", spec)  # with Kubernetes settings it is one of two documents
     # The answer of a server: any part of it may be missing.
-    tasks = spec.get("root", {}).get("dag", {}).get("tasks", {})
-    names = {key: task.get("taskInfo", {}).get("name", key) for key, task in tasks.items()}
+    dag = spec.get("root", {}).get("dag", {})
+    names = {}
+    for key, task in dag.get("tasks", {}).items():
+        names[key] = task.get("taskInfo", {}).get("name", key)
     if not names:
         names = {key: key for key in _keys_with_driver(run)}
-    return dict(sorted(names.items(), key=lambda item: _position(item[1])))
+    in_order = sorted(names, key=lambda key: _position(names[key]))
+    return {key: names[key] for key in in_order}
 
 
 def _spec_of_version(api: Api, reference: Any) -> Any:
     if not reference or not reference.pipeline_version_id:
         return None
-    get_version = api.client.get_pipeline_version
     try:
-        return call(api, get_version, reference.pipeline_id, reference.pipeline_version_id).pipeline_spec
+        version = call(
+            api,
+            api.client.get_pipeline_version,
+            reference.pipeline_id,
+            reference.pipeline_version_id,
+        )
     except PtlError:
         return None
+    return version.pipeline_spec
 
 
 def _keys_with_driver(run: Any) -> set[str]:
-    keys = set()
-    for task in _listed_tasks(run):
-        key, suffix, rest = (task.display_name or "").rpartition("-driver")
-        if suffix and not rest:
-            keys.add(key)
+    names = [task.display_name or "" for task in _listed_tasks(run)]
+    keys = {name.removesuffix("-driver") for name in names if name.endswith("-driver")}
     return keys - {"root"}  # the driver of the whole DAG
 
 
@@ -88,32 +94,37 @@ def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
     entry that is unfinished is where the list stopped being updated, and says nothing.
     """
-    # By display name, where `X()` collects the attempts X(0), X(1), ...
+    # `X()` collects the attempts X(0), X(1), ...
     entries: Entries = defaultdict(list)
     for task in _listed_tasks(run):
-        if run.state in ENDED and task.state in UNFINISHED:
-            continue
-        name, parenthesis, _ = (task.display_name or "").partition("(")
-        if parenthesis:
-            name += "()"
-        entries[name].append(task)
-    steps = {key: _listed_step(key, entries) for key in keys}
-    return {key: step for key, step in steps.items() if step is not None}
+        if run.state not in ENDED or task.state not in UNFINISHED:
+            name = re.sub(r"\(.*", "()", task.display_name or "")
+            entries[name].append(task)
+    steps = {}
+    for key in keys:
+        step = _listed_step(key, entries)
+        if step is not None:
+            steps[key] = step
+    return steps
 
 
 def _listed_step(key: str, entries: Entries) -> ListedStep | None:
-    # Where a retry node is not listed, its attempts are.
-    node = _newest(entries[key] or entries[f"{key}()"])
-    driver = _newest(entries[f"{key}-driver"] or entries[f"{key}-driver()"])
+    node = _newest(entries, key)
+    driver = _newest(entries, f"{key}-driver")
     step = _step_at_driver(driver, node)
     if step is not None or node is None:
         return step
     # The list names no parents: pods belong to the node that started at the same moment.
     pods = [pod for pod in entries["executor()"] if pod.start_time == node.start_time]
-    if node.state == "RUNNING" and pods and all(pod.state == "PENDING" for pod in pods):
+    if node.state == "RUNNING" and {pod.state for pod in pods} == {"PENDING"}:
         return _listed("PENDING", node)
     if node.state == "FAILED":
-        return _listed("FAILED", node, cause=_cause(pods), pod=_last_pod(entries, key))
+        return _listed(
+            "FAILED",
+            node,
+            cause=_cause(pods),
+            pod=_last_pod(entries, key),
+        )
     return _listed(node.state or "", node)
 
 
@@ -122,30 +133,49 @@ def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
     if driver is None:
         return None
     if driver.state == "FAILED" and not (node and node.state):
-        return _listed("FAILED", driver, cause="driver", pod=_pod_of(driver))
-    if driver.state in UNFINISHED and (node is None or _start(driver) > _start(node)):
-        return _listed("PENDING", driver)
-    if driver.state == "SUCCEEDED" and node is None:
+        children = _child_hashes([driver])
+        return _listed(
+            "FAILED",
+            driver,
+            cause="driver",
+            pod=children[-1] if children else "",
+        )
+    is_prepared = driver.state == "SUCCEEDED" and node is None
+    is_preparing = driver.state in UNFINISHED
+    if is_prepared or (is_preparing and (node is None or _start(driver) > _start(node))):
         return _listed("PENDING", driver)
     return None
 
 
-def _listed(state: str, task: Any, *, cause: str = "", pod: str = "") -> ListedStep:
-    return ListedStep(state, _moment(task.start_time), _moment(task.end_time), cause, pod)
+def _listed(
+    state: str,
+    task: Any,
+    *,
+    cause: str = "",
+    pod: str = "",
+) -> ListedStep:
+    return ListedStep(
+        state,
+        _moment(task.start_time),
+        _moment(task.end_time),
+        cause,
+        pod,
+    )
 
 
 def _cause(pods: list[Any]) -> str:
     """Why no container ran, as far as the states of the pods show it."""
-    if pods and all(_was_refused(pod) for pod in pods):
+    if pods and all(map(_was_refused, pods)):
         return "refused"
-    if pods and all(_moment(pod.end_time) is None for pod in pods):
+    if pods and not any(_moment(pod.end_time) for pod in pods):
         return "not started"
     return ""
 
 
 def _was_refused(pod: Any) -> bool:
     """Such a pod was never PENDING."""
-    return [entry.state for entry in pod.state_history or []] == ["FAILED"]
+    states = [entry.state for entry in pod.state_history or []]
+    return states == ["FAILED"]
 
 
 def _last_pod(entries: Entries, key: str) -> str:
@@ -155,32 +185,25 @@ def _last_pod(entries: Entries, key: str) -> str:
     `executor`, which the attempts of the step have as a child, continued by `(0)`.
     """
     # All pods of the run; then the last one among them that continues the path of an attempt of this step.
-    pods: set[str] = set()
-    for executor in entries["executor"]:
-        pods.update(_path_hash(child.pod_name) for child in executor.child_tasks or [])
+    pods = _child_hashes(entries["executor"])
     last_pod = ""
-    for attempt in sorted(entries[f"{key}()"], key=_start):
-        for child in attempt.child_tasks or []:
-            for number in range(MAX_PODS):
-                pod = _continued_hash(child.pod_name, f"({number})")
-                if pod in pods:
-                    last_pod = pod
+    attempts = sorted(entries[f"{key}()"], key=_start)
+    for executor in _child_hashes(attempts):
+        for number in range(MAX_PODS):
+            pod = _continued_hash(executor, f"({number})")
+            if pod in pods:
+                last_pod = pod
     return last_pod
 
 
-def _pod_of(retry_node: Any) -> str:
-    """The hash of its last child."""
-    children = retry_node.child_tasks
-    return _path_hash(children[-1].pod_name) if children else ""
+def _child_hashes(nodes: list[Any]) -> list[str]:
+    """The hashes in the ids of these nodes' children."""
+    ids = [child.pod_name for node in nodes for child in node.child_tasks or []]
+    return [node_id.rpartition("-")[2] for node_id in ids]
 
 
-def _path_hash(node_id: str) -> str:
-    return node_id.rpartition("-")[2]
-
-
-def _continued_hash(node_id: str, text: str) -> str:
+def _continued_hash(path_hash: str, text: str) -> str:
     """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
-    path_hash = _path_hash(node_id)
     if not path_hash.isdigit():
         return ""
     continued = int(path_hash)
@@ -194,8 +217,10 @@ def _listed_tasks(run: Any) -> list[Any]:
     return [task for task in tasks or [] if task is not None]
 
 
-def _newest(entries: list[Any] | None) -> Any:
-    return max(entries, key=_start) if entries else None
+def _newest(entries: Entries, name: str) -> Any:
+    # Where a retry node is not listed, its attempts are.
+    nodes = entries[name] or entries[f"{name}()"]
+    return max(nodes, key=_start, default=None)
 
 
 def _start(task: Any) -> datetime:

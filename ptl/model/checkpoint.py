@@ -66,8 +66,7 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return [_single_file(folder)]
-    weight_map = _weight_map(folder)
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(_weight_map(folder).values()))
     for name in names:
         # A name with a folder in it could point to any file on the machine.
         if Path(name).name != name:
@@ -82,10 +81,9 @@ def _single_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
     if weights.is_file():
         return weights
-    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        examples = sorted(pickles)[:MAX_NAMED_PICKLES]
-        names = ", ".join(examples)
+        names = ", ".join(pickles[:MAX_NAMED_PICKLES])
         raise checkpoint_error(
             f"{folder} has only pickled weights ({names}), which can run code when read",
             "convert it: load it once with transformers and save_pretrained(..., safe_serialization=True)",
@@ -102,19 +100,16 @@ def contents(folder: Path) -> dict[str, Entry]:
                 raise checkpoint_error(f"tensor {entry.name} is in two shards, {path} among them")
             entries[entry.name] = entry
     # transformers trusts the index: it would initialise a tensor that is not in the shard named there.
-    index = folder / INDEX
     for name, file in _weight_map(folder).items():
-        indexed = entries.get(name)
-        if indexed is None or indexed.path.name != file:
-            raise checkpoint_error(f"{index} says that {file} holds {name}, but it does not")
+        if name not in entries or entries[name].path.name != file:
+            raise checkpoint_error(f"{folder / INDEX} says that {file} holds {name}, but it does not")
     return entries
 
 
 def num_params(folder: Path) -> int:
     """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
     config = read_config(folder)
-    tied = family_of(config).is_tied(config)
-    return count_params(contents(folder), tied)
+    return count_params(contents(folder), family_of(config).is_tied(config))
 
 
 def itemsize(folder: Path) -> int:
@@ -124,10 +119,8 @@ def itemsize(folder: Path) -> int:
     if dtype:
         return DTYPES[dtype]
     # Of a hub id perhaps only config.json has been downloaded.
-    dtypes: set[str] = set()
-    if any(folder.glob("*.safetensors")):
-        dtypes = {entry.dtype for entry in contents(folder).values()}
-    sizes = [ITEM_BYTES[dtype] for dtype in dtypes]
+    entries = contents(folder) if any(folder.glob("*.safetensors")) else {}
+    sizes = [ITEM_BYTES[entry.dtype] for entry in entries.values()]
     return max(sizes, default=DTYPES["bfloat16"])
 
 
@@ -136,8 +129,7 @@ def count_params(entries: Entries, tied: bool) -> int:
     params = 0
     for name, entry in entries.items():
         is_embeddings = tied and name == "lm_head.weight"
-        is_buffer = ROTARY.match(name)
-        if not is_embeddings and not is_buffer:
+        if not is_embeddings and not ROTARY.match(name):
             params += math.prod(entry.shape)
     return params
 
@@ -183,10 +175,14 @@ def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
     path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
 
 
-def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+def write_index(
+    folder: Path,
+    weight_map: dict[str, str],
+    total_size: int,  # bytes
+) -> None:
     """The index of a checkpoint with several shards."""
     index = {
-        "metadata": {"total_size": total_size},  # bytes
+        "metadata": {"total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
     write_json(folder / INDEX, index)
@@ -208,13 +204,13 @@ def check_links(folder: Path) -> None:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     for path in sorted(root.rglob("*")):
-        if not path.is_symlink():
-            continue
         target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(allowed_folder) for allowed_folder in allowed):
+        if path.is_symlink() and not any(map(target.is_relative_to, allowed)):
             link = folder / path.relative_to(root)
-            problem = f"{link} is a link to {target}, outside of that folder"
-            raise checkpoint_error(problem, "copy the file there in its place")
+            raise checkpoint_error(
+                f"{link} is a link to {target}, outside of that folder",
+                "copy the file there in its place",
+            )
 
 
 def copy_companions(src: Path, dst: Path) -> None:
@@ -223,13 +219,11 @@ def copy_companions(src: Path, dst: Path) -> None:
     # The caller writes the weights, and with them the index and the config; a manifest would be out of date.
     weights = {path.name for path in shards(src)}
     excluded_names = weights | {INDEX, "config.json", STATE, "ptl-files.json"}
-    excluded_suffixes = (*PICKLES, ".safetensors")
     for path in sorted(src.iterdir()):
-        excluded = path.name in excluded_names or path.suffix in excluded_suffixes
+        excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
         if not excluded and path.is_file():
             shutil.copyfile(path, dst / path.name)
-    templates = src / CHAT_TEMPLATES
-    for path in sorted(templates.glob("*.jinja")):
+    for path in sorted((src / CHAT_TEMPLATES).glob("*.jinja")):
         copy = dst / CHAT_TEMPLATES / path.name
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -251,8 +245,10 @@ def check_finite(paths: Iterable[Path]) -> None:
         for name, tensor in tensors(path):
             # Integers are always finite.
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                problem = f"tensor {name} in {path} holds NaN or infinite values"
-                raise checkpoint_error(problem, "use a checkpoint without them")
+                raise checkpoint_error(
+                    f"tensor {name} in {path} holds NaN or infinite values",
+                    "use a checkpoint without them",
+                )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -262,8 +258,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {}
     # Any damage to its structure is reported in the same way.
     try:
-        index = json_input.loads(path.read_bytes())
-        weight_map = index["weight_map"]
+        weight_map = json_input.loads(path.read_bytes())["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise checkpoint_error(f"{path} is not an index of shards ({error})") from error

@@ -20,7 +20,6 @@ JSON_FILES = (
     "special_tokens_map.json",  # special tokens, in older checkpoints
     "vocab.json",  # the vocabulary, where there is no tokenizer.json
 )
-GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -56,7 +55,7 @@ def check_tokenizer(folder: Path) -> None:
         except Exception as error:  # the library raises Exception itself
             raise _unreadable_tokenizer(folder, error) from error
 
-    # A few classes of transformers have an EOS token of their own, so files without one are asked of it.
+    # A few tokenizer classes of transformers have a default EOS token, which the files do not name.
     eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
     if not eos and find_spec("transformers") is not None:
         load_tokenizer(folder)
@@ -64,7 +63,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_generation_config(folder: Path) -> None:
     """Raise InputError for a generation_config.json that is no JSON object: transformers reads it with the weights."""
-    path = folder / GENERATION
+    path = folder / "generation_config.json"
     if path.is_file():
         checkpoint.json_object(path)
 
@@ -125,8 +124,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
         added = core.get("added_tokens") or ()
         return {**vocabulary, **{token["content"]: token["id"] for token in added}}
     except (AttributeError, KeyError, TypeError, IndexError) as error:
-        kind = type(error).__name__
-        raise _unreadable_tokenizer(folder, f"tokenizer.json: {kind}: {error}") from error
+        raise _unreadable_tokenizer(folder, f"tokenizer.json: {type(error).__name__}: {error}") from error
 
 
 def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -135,21 +133,17 @@ def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
     for name in JSON_FILES:
         path = folder / name
         try:
-            text = path.read_bytes() if path.is_file() else b"{}"
-            content = json_input.loads(text)
+            files[name] = json_input.loads(path.read_bytes()) if path.is_file() else {}
         except ValueError as error:
             raise _unreadable_tokenizer(folder, f"{name}: {error}") from error
-        if not isinstance(content, dict):
+        if not isinstance(files[name], dict):
             raise _unreadable_tokenizer(folder, f"{name} holds no JSON object")
-        files[name] = content
     return files
 
 
 def _unreadable_tokenizer(folder: Path, reason: object) -> InputError:
-    beginning = str(reason)[:300]
-    return InputError(
-        f"the tokenizer of {folder} cannot be read ({beginning})",
-        field="model.path",
-        remedy="fetch the checkpoint again, or save a tokenizer beside the weights: "
+    return checkpoint.checkpoint_error(
+        f"the tokenizer of {folder} cannot be read ({str(reason)[:300]})",
+        "fetch the checkpoint again, or save a tokenizer beside the weights: "
         "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
     )

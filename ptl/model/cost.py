@@ -28,14 +28,15 @@ def from_config(folder: Path) -> StaticCost:
     family = family_of(config)
     sizes = shapes.sizes(config, family, f"{folder}/config.json")
     _, product_params = shapes.count(config, family, sizes)
+    layers = sizes.num_hidden_layers
     query_width = sizes.num_attention_heads * sizes.head_dim
     key_width = sizes.num_key_value_heads * sizes.head_dim
-    cached_numbers = 2 * sizes.layers * key_width  # keys and values
+    cached_numbers = 2 * layers * key_width  # keys and values
     return StaticCost(
         params=model_dimensions(folder, family).params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
         flops_per_token=2 * product_params,  # multiply and add
-        attention_flops=4 * sizes.layers * query_width,  # the same for scores and for values
+        attention_flops=4 * layers * query_width,  # the same for scores and for values
         kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
-        widths=[sizes.width] * sizes.layers,
+        widths=[sizes.intermediate_size] * layers,
     )

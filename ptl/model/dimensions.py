@@ -51,7 +51,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         checkpoint.check_tied(entries)
 
     # A neuron has a row or a column in several tensors of every layer.
-    params_by_layer = [0] * sizes.layers
+    params_by_layer = [0] * sizes.num_hidden_layers
     params_per_neuron = 0
     for name, entry in entries.items():
         match = IN_LAYER.match(name)
@@ -60,11 +60,11 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         params = math.prod(entry.shape)
         params_by_layer[int(match["layer"])] += params
         if family.has_neurons(match["part"], match["kind"]):
-            params_per_neuron += params // sizes.width
+            params_per_neuron += params // sizes.intermediate_size
     return ModelDimensions(
         params=checkpoint.count_params(entries, tied),
-        layers=sizes.layers,
-        width=sizes.width,
+        layers=sizes.num_hidden_layers,
+        width=sizes.intermediate_size,
         params_per_neuron=params_per_neuron,
         params_per_layer=min(params_by_layer),
     )
@@ -106,8 +106,7 @@ def width_for(
         return dimensions.width
     step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
     per_neuron = dimensions.params_per_neuron
-    excess = dimensions.params - goal
-    width = dimensions.width - math.ceil(excess / per_neuron)
+    width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron
@@ -139,8 +138,7 @@ def smallest_cuts(
 
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
-    excess = dimensions.params - goal
-    count = max(0, math.ceil(excess / dimensions.params_per_layer))
+    count = max(0, math.ceil((dimensions.params - goal) / dimensions.params_per_layer))
     if count >= dimensions.layers:
         raise InputError(
             f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
@@ -157,7 +155,7 @@ def _check_names(
     entries: Entries,
 ) -> None:
     """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
-    layers = config[family.depth_field]
+    layers = config["num_hidden_layers"]
     in_layer = [f"{part}.weight" for part in family.parts]
     in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
     required = {"model.embed_tokens.weight", "model.norm.weight"}
@@ -192,20 +190,18 @@ def _first_of(names: Set[str]) -> str:
 
 def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Entries) -> None:
     """Every tensor has the shape that config.json gives it."""
-    # The width has its own name in config.json; the fields of Sizes are named as there.
-    values = vars(sizes) | {family.width_field: sizes.width}
     for name, entry in entries.items():
         # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
         match = IN_LAYER.match(name)
         if match:
             part, kind = match["part"], match["kind"]
         else:
-            part, kind = name.removeprefix("model.").rsplit(".", 1)
+            part, kind = name.removeprefix("model.").split(".")
         shape, fields = shapes.expected(part, family, sizes)
         if kind == "bias":
             shape = shape[:1]  # one number for each row of the weight
         if entry.shape != shape:
-            settings = ", ".join(f"{field}={values[field]}" for field in fields)
+            settings = ", ".join(f"{field}={getattr(sizes, field)}" for field in fields)
             raise checkpoint_error(
                 f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
                 f"and config.json gives it {list(shape)} by {settings}",

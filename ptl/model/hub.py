@@ -22,20 +22,14 @@ def locate(
     if folder.exists() or path.startswith((".", "/", "~")):
         return folder.expanduser()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__
+    except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
         raise InputError(
-            f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {reason}",
+            f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {type(error).__name__}",
             field=field,
             remedy="check the path or id, HF_TOKEN for a gated model, and that the hub can be reached "
             "(HF_HUB_OFFLINE=1: only what its cache holds)",
         ) from error
-
-
-def locate_config(path: str, revision: str | None) -> Path:
-    """A folder that holds the checkpoint's config.json; of a hub id nothing else is downloaded."""
-    return locate(path, revision, ["config.json"])

@@ -6,7 +6,7 @@ conversion/ folder of its converter (which fields of config.json reach the file)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,8 +50,8 @@ ARCHITECTURES = {
 }
 
 
-def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[str]:
-    """Reasons why llama.cpp's answers would not be those of transformers; empty where they are the same.
+def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterator[str]:
+    """Reasons why llama.cpp's answers would not be those of transformers; none where they are the same.
 
     `config` is the content of config.json, `biases` the parts of a layer that have a bias.
     """
@@ -59,123 +59,105 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> list[s
     architecture = ARCHITECTURES[model_type]
     effective = pretrained.config_with_defaults(config)
     # Structure, attention and rotary embeddings; then the smaller parts
-    reasons = [
-        *_class_differences(config),
-        *_window_differences(config, effective, architecture),
-        *_scale_differences(effective, architecture),
-        *_cap_differences(model_type, effective),
-        *_rope_differences(model_type, effective, architecture),
-    ]
-    activation = getattr(effective, "hidden_activation", None)  # of Gemma's configs
-    if activation is None:
-        activation = getattr(effective, "hidden_act", None)
+    yield from _class_differences(config)
+    if architecture.full_every:
+        yield from _pattern_differences(effective, architecture.full_every)
+    else:
+        yield from _window_differences(config, effective)
+    if architecture.rescaled_depth:
+        yield from _scale_differences(effective, architecture.rescaled_depth)
+    if model_type.startswith("gemma"):
+        yield from _cap_differences(model_type, effective)
+    yield from _rope_differences(model_type, effective, architecture)
+    # Gemma's configs have the first of these fields.
+    activation = getattr(effective, "hidden_activation", None) or getattr(effective, "hidden_act", None)
     if activation not in architecture.activations:
-        fixed = architecture.activations[0]
-        reasons.append(f"the activation is {activation}, but it always uses {fixed}")
+        yield f"the activation is {activation}, but it always uses {architecture.activations[0]}"
     ignored = set(biases) - set(architecture.biases)
     if ignored:
         names = ", ".join(sorted(ignored))
-        reasons.append(f"it has no biases for {names} of this architecture")
-    if architecture.tied is not None and tied != architecture.tied:
-        value = "true" if tied else "false"
-        reasons.append(f"tie_word_embeddings is {value}, but it supports only the opposite for this architecture")
+        yield f"it has no biases for {names} of this architecture"
+    if architecture.tied not in (None, tied):
+        value = str(tied).lower()
+        yield f"tie_word_embeddings is {value}, but it supports only the opposite for this architecture"
     head_dim = _head_dim(effective)
     usual = effective.hidden_size // effective.num_attention_heads
     if head_dim != usual and not architecture.any_head_dim:
-        reasons.append(f"head_dim is {head_dim}, but it uses hidden_size / num_attention_heads = {usual}")
-    return reasons
+        yield f"head_dim is {head_dim}, but it uses hidden_size / num_attention_heads = {usual}"
 
 
-def _class_differences(config: ConfigJson) -> list[str]:
+def _class_differences(config: ConfigJson) -> Iterator[str]:
     """The converter goes by `architectures`, transformers by model_type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     name = NAMES[config["model_type"]]
     architectures = config.get("architectures")
-    if architectures == [name]:
-        return []
-    return [
-        f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]',
-    ]
+    if architectures != [name]:
+        yield f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]'
 
 
-def _window_differences(
-    config: ConfigJson,
-    effective: Any,
-    architecture: Architecture,
-) -> list[str]:
-    """Windows and their pattern follow from the architecture, not from the file."""
-    if architecture.full_every:
-        return _pattern_differences(effective, architecture.full_every)
-    # All other architectures have full attention in llama.cpp.
+def _window_differences(config: ConfigJson, effective: Any) -> Iterator[str]:
+    """All architectures but Gemma's have full attention in llama.cpp."""
     model_type = config["model_type"]
     window = config.get("sliding_window")
     if model_type == "olmo2":
         # transformers has no windows there, the converter writes the field all the same.
-        return [f"sliding_window is {window}, which transformers ignores but it does not"] if window else []
+        if window:
+            yield f"sliding_window is {window}, which transformers ignores but it does not"
+        return
     layer_types = getattr(effective, "layer_types", None) or ()
     if model_type not in WINDOWED_EVERYWHERE and "sliding_attention" not in layer_types:
-        return []
+        return
     window = effective.sliding_window or window
-    if not window or window >= effective.max_position_embeddings:
-        return []
-    return [
-        f"sliding_window is {window}, but it gives every layer full attention (layer_types): "
-        f"answers differ from token {window + 1} on; if yours are shorter, "
-        f"set max_position_embeddings={window} in a copy's config.json",
-    ]
+    if window and window < effective.max_position_embeddings:
+        yield (
+            f"sliding_window is {window}, but it gives every layer full attention (layer_types): "
+            f"answers differ from token {window + 1} on; if yours are shorter, "
+            f"set max_position_embeddings={window} in a copy's config.json"
+        )
 
 
-def _pattern_differences(effective: Any, full_every: int) -> list[str]:
+def _pattern_differences(effective: Any, full_every: int) -> Iterator[str]:
     """Gemma's layers with full attention and with windows take turns, by the layer's number alone."""
-    pattern = []
-    for number in range(1, effective.num_hidden_layers + 1):
-        has_window = number % full_every
-        pattern.append("sliding_attention" if has_window else "full_attention")
+    pattern = ["sliding_attention"] * effective.num_hidden_layers
+    for last in range(full_every - 1, len(pattern), full_every):
+        pattern[last] = "full_attention"
     if list(effective.layer_types) != pattern:
-        return [
+        yield (
             "layer_types (which layers have sliding windows) is not its pattern, full attention in one of "
             f"{full_every} layers, the last: removing layers shifts it, removing neurons does not"
-        ]
-    if getattr(effective, "use_bidirectional_attention", False) or effective.sliding_window is None:
-        return ["sliding_window is null or attention looks ahead, which it does not support"]
-    return []
+        )
+    elif getattr(effective, "use_bidirectional_attention", False) or effective.sliding_window is None:
+        yield "sliding_window is null or attention looks ahead, which it does not support"
 
 
-def _scale_differences(effective: Any, architecture: Architecture) -> list[str]:
+def _scale_differences(effective: Any, rescaled_depth: int) -> Iterator[str]:
     """Gemma's queries are scaled by a field that does not reach the file."""
-    if not architecture.rescaled_depth:
-        return []
     # One size of the model, known by its depth, is scaled in another way.
     layers = effective.num_hidden_layers
     scalar = effective.query_pre_attn_scalar
     usual = _head_dim(effective)
-    if layers == architecture.rescaled_depth:
+    if layers == rescaled_depth:
         usual = effective.hidden_size // effective.num_attention_heads
-    if scalar == usual:
-        return []
-    return [f"query_pre_attn_scalar is {scalar}, and for {layers} layers it takes {usual}"]
+    if scalar != usual:
+        yield f"query_pre_attn_scalar is {scalar}, and for {layers} layers it takes {usual}"
 
 
-def _cap_differences(model_type: str, effective: Any) -> list[str]:
+def _cap_differences(model_type: str, effective: Any) -> Iterator[str]:
     """Soft caps are always there in Gemma 2 and never in Gemma 3."""
-    if not model_type.startswith("gemma"):
-        return []
     capped = model_type == "gemma2"
     requirement = "needs a number" if capped else "has none"
-    reasons = []
     for field in ("attn_logit_softcapping", "final_logit_softcapping"):
         cap = getattr(effective, field, None)
         if bool(cap) != capped:
-            reasons.append(f"{field} is {cap}, but it {requirement}")
-    return reasons
+            yield f"{field} is {cap}, but it {requirement}"
 
 
 def _rope_differences(
     model_type: str,
     effective: Any,
     architecture: Architecture,
-) -> list[str]:
+) -> Iterator[str]:
     """The rotary embeddings that the converter writes, and which of their parameters it leaves out."""
     # Gemma 3 has parameters for each kind of attention, all others one set.
     parameters = effective.rope_parameters
@@ -183,21 +165,19 @@ def _rope_differences(
     windowed = parameters.get("sliding_attention", {})
     kind = full.get("rope_type", "default")
     windowed_kind = windowed.get("rope_type", "default")
-    dropped = []
     if windowed_kind != "default":
-        dropped.append(f"rope_type is {kind} and {windowed_kind}")
+        yield f"rope_type is {kind} and {windowed_kind}, which the converter drops"
     elif kind not in architecture.ropes:
-        dropped.append(f"rope_type is {kind}")
+        yield f"rope_type is {kind}, which the converter drops"
     # Parameters of a known kind that the converter does not read
     unread = ("attention_factor", "mscale", "mscale_all_dim")
     ignored = [field for field in unread if full.get(field) is not None]
     if full.get("truncate") is False:  # llama.cpp always truncates
         ignored.append("truncate")
-    partial = full.get("partial_rotary_factor", 1.0)
-    if model_type != "phi3" and partial != 1.0:
+    if model_type != "phi3" and full.get("partial_rotary_factor", 1.0) != 1.0:
         ignored.append("partial_rotary_factor")
-    dropped += [f"rope_parameters has {field}" for field in ignored]
-    return [f"{parameter}, which the converter drops" for parameter in dropped]
+    for field in ignored:
+        yield f"rope_parameters has {field}, which the converter drops"
 
 
 def _head_dim(effective: Any) -> int:

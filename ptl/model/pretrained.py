@@ -24,19 +24,19 @@ def config(folder: Path, field: str = MODEL) -> Any:
     try:
         return _load(AutoConfig.from_pretrained, folder, field)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
-        words = str(error).split()
-        reason = " ".join(words)[:MAX_REASON]  # on one line
-        problem = f"transformers cannot read config.json in {folder} ({reason})"
-        raise InputError(problem, field=field, remedy="correct it, or fetch the checkpoint again") from error
+        reason = " ".join(str(error).split())[:MAX_REASON]  # on one line
+        raise InputError(
+            f"transformers cannot read config.json in {folder} ({reason})",
+            field=field,
+            remedy="correct it, or fetch the checkpoint again",
+        ) from error
 
 
 def config_with_defaults(content: Mapping[str, Any]) -> Any:
     """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
     from transformers import AutoConfig
 
-    fields = dict(content)
-    model_type = fields.pop("model_type")
-    return AutoConfig.for_model(model_type, **fields)
+    return AutoConfig.for_model(**content)
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:

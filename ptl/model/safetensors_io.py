@@ -107,7 +107,7 @@ def read_tensor(entry: Entry) -> Tensor:
     import torch
 
     raw = torch.empty(entry.size, dtype=torch.uint8)
-    view = _memory(raw)
+    view = raw.numpy().data
     done = 0
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.start)
@@ -116,13 +116,7 @@ def read_tensor(entry: Entry) -> Tensor:
             if not count:
                 raise _damaged(entry.path, "it ends early")
             done += count
-    dtype = dtypes()[entry.dtype]
-    return raw.view(dtype).reshape(entry.shape)
-
-
-def read_single(path: Path) -> Tensor:
-    """The tensor of a file that holds only one."""
-    return read_tensor(entries(path)[0])
+    return raw.view(dtypes()[entry.dtype]).reshape(entry.shape)
 
 
 def byte_chunks(entry: Entry) -> Iterator[bytes]:
@@ -130,23 +124,25 @@ def byte_chunks(entry: Entry) -> Iterator[bytes]:
     with entry.path.open("rb") as file:
         file.seek(entry.start)
         for done in range(0, entry.size, READ_BYTES):
-            rest = entry.size - done
-            yield file.read(min(READ_BYTES, rest))
+            yield file.read(min(READ_BYTES, entry.size - done))
 
 
-def write_tensors(path: Path, specs: Iterable[TensorSpec], tensors: Iterable[Tensor]) -> None:
+def write_tensors(
+    path: Path,
+    specs: Iterable[TensorSpec],
+    tensors: Iterable[Tensor],
+) -> None:
     """Write a file: name, dtype and shape of every tensor first, then the tensors one by one in the same order."""
     import torch
 
     specs = list(specs)  # they are read twice
-    known_dtypes = dtypes()
+    torch_dtypes = dtypes()
     with path.open("wb") as file:
         file.write(_header(specs))
         for (_, dtype, shape), tensor in zip(specs, tensors, strict=True):
-            expected = (known_dtypes[dtype], shape)
-            assert (tensor.dtype, tensor.shape) == expected, f"{tensor.dtype} {tensor.shape}"
+            assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
             flat = tensor.contiguous().reshape(-1)
-            file.write(_memory(flat.view(torch.uint8)))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:
@@ -161,10 +157,9 @@ def _header(specs: Iterable[TensorSpec]) -> bytes:
             "data_offsets": [position, end],  # from the end of the header
         }
         position = end
-    text = json.dumps(header, separators=(",", ":"))
-    padding = " " * (-len(text) % LENGTH_BYTES)
-    encoded = (text + padding).encode()
-    return struct.pack("<Q", len(encoded)) + encoded
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _entry(
@@ -191,20 +186,11 @@ def _entry(
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    problem = f"shard {path} is damaged ({reason})"
-    return InputError(problem, field="model.path", remedy="fetch the checkpoint again")
-
-
-def _memory(raw: Any) -> memoryview:
-    """The memory of a uint8 tensor on the CPU."""
-    return memoryview(raw.numpy())
+    return InputError(f"shard {path} is damaged ({reason})", field="model.path", remedy="fetch the checkpoint again")
 
 
 def dtypes() -> dict[str, Any]:
     """torch's dtype of each dtype of the format."""
     import torch
 
-    by_name = {}
-    for name, (torch_name, _) in FORMAT_DTYPES.items():
-        by_name[name] = getattr(torch, torch_name)
-    return by_name
+    return {name: getattr(torch, torch_name) for name, (torch_name, _) in FORMAT_DTYPES.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ptl.model.checkpoint import DTYPES, checkpoint_error
@@ -13,13 +15,6 @@ from ptl.model.safetensors_io import TensorShape
 CORRECT = "correct it, or fetch the checkpoint again"
 MAX_SIZE = 1 << 31  # a model beyond it is a typing error
 MAX_LAYERS = 10_000  # as above
-# Optional fields of config.json by the values that they may have
-POSITIVE_INTEGERS = ("max_position_embeddings", "sliding_window")
-BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window")
-POSITIVE_NUMBERS = (
-    *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"),
-    *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-)
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Names that transformers gives to activations without weights of their own (tests/model/test_shapes.py compares)
 ACTIVATIONS = (
@@ -43,14 +38,14 @@ ROPES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes by which tensors are shaped."""
+    """The sizes by which tensors are shaped, named as in config.json."""
 
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    width: int  # FFN neurons in each layer
-    layers: int  # decoder layers
+    intermediate_size: int  # FFN neurons in each layer
+    num_hidden_layers: int  # decoder layers
     vocab_size: int
 
 
@@ -71,8 +66,9 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
             raise checkpoint_error(f"{source} lacks {field}")
         # true is an int in Python.
         if type(value) is not int or not 0 < value <= largest:
-            possible = f"a whole number from 1 to {largest:,}"
-            raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}")
+            raise checkpoint_error(
+                f"{source} has {field}={value!r}, which must be a whole number from 1 to {largest:,}",
+            )
         return value
 
     hidden = size("hidden_size")
@@ -82,13 +78,13 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
         num_attention_heads=heads,
         num_key_value_heads=size("num_key_value_heads", derived=heads),
         head_dim=size("head_dim", derived=hidden // heads),
-        width=size(family.width_field),
-        layers=size(family.depth_field, largest=MAX_LAYERS),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers", largest=MAX_LAYERS),
         vocab_size=size("vocab_size"),
     )
     # The other fields must fit these sizes.
     _check_heads(checked, source)
-    _check_layer_types(config, family, checked.layers, source)
+    _check_layer_types(config, family, checked.num_hidden_layers, source)
     _check_optional_fields(config, source)
     _check_padding(config, checked.vocab_size, source)
     _check_rope(config, source)
@@ -107,11 +103,9 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     hidden = (dims.hidden_size, ("hidden_size",))
     queries = (query_width, ("num_attention_heads", "head_dim"))
     keys = (key_width, ("num_key_value_heads", "head_dim"))
-    qkv_width = query_width + 2 * key_width
-    fused_qkv = (qkv_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    neurons = (dims.width, (family.width_field,))
-    fused_width = family.fused_projections * dims.width
-    fused_neurons = (fused_width, (family.width_field,))
+    fused_qkv = (query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    neurons = (dims.intermediate_size, ("intermediate_size",))
+    fused_neurons = (family.fused_projections * dims.intermediate_size, ("intermediate_size",))
     vocabulary = (dims.vocab_size, ("vocab_size",))
 
     # Dimensions of the parts, by the last piece of their names
@@ -126,18 +120,13 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
         "embed_tokens": (vocabulary, hidden),
         "lm_head": (vocabulary, hidden),
     }
-    name = part.rpartition(".")[2]
-    layout = layouts.get(name, (hidden,))  # all other norms
+    layout = layouts.get(part.rpartition(".")[2], (hidden,))  # all other norms
     if part in family.up_projections:
         layout = (fused_neurons, hidden)
     elif part == family.down_projection:
         layout = (hidden, neurons)
-    shape: TensorShape = ()
-    fields: Fields = ()
-    for length, length_fields in layout:
-        shape += (length,)
-        fields += length_fields
-    return shape, fields
+    shape, fields = zip(*layout, strict=True)
+    return shape, tuple(chain(*fields))
 
 
 def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
@@ -154,9 +143,9 @@ def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
         shape, _ = expected(part, family, dims)
         vectors += shape[0]
     embeddings = dims.vocab_size * dims.hidden_size
-    products = dims.layers * matrices + embeddings  # the output layer is as large as the embeddings
+    products = dims.num_hidden_layers * matrices + embeddings  # the output layer is as large as the embeddings
     last_norm = dims.hidden_size
-    params = products + dims.layers * vectors + last_norm
+    params = products + dims.num_hidden_layers * vectors + last_norm
     if not family.is_tied(config):
         params += embeddings
     return params, products
@@ -167,9 +156,7 @@ def _check_not_quantized(config: ConfigJson, source: str) -> None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return
-    method = quantization
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     raise checkpoint_error(
         f"{source} has a quantization_config ({method}), and only float weights can be pruned",
         "where the weights are float, remove that field, else dequantize the model and save it",
@@ -181,13 +168,12 @@ def _check_heads(checked: Sizes, source: str) -> None:
     hidden = checked.hidden_size
     heads = checked.num_attention_heads
     key_value_heads = checked.num_key_value_heads
-    relation = ""
     if hidden % heads:
-        relation = f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}"
-    elif heads % key_value_heads:
-        relation = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
-    if relation:
-        raise checkpoint_error(f"in {source} {relation}")
+        raise checkpoint_error(f"in {source} hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+    if heads % key_value_heads:
+        raise checkpoint_error(
+            f"in {source} num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
+        )
     if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
         raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
 
@@ -195,11 +181,9 @@ def _check_heads(checked: Sizes, source: str) -> None:
 def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
     """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
     for field in family.per_layer_fields:
-        types = config.get(field)
-        if types is None:
-            continue
+        types: Any = config.get(field)
         complete = isinstance(types, list) and len(types) == layers
-        if not complete or not all(layer_type in LAYER_TYPES for layer_type in types):
+        if types is not None and not (complete and all(map(LAYER_TYPES.__contains__, types))):
             known = ", ".join(LAYER_TYPES)
             raise checkpoint_error(
                 f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",
@@ -215,36 +199,39 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and _is_positive(value)
-
-
-def _is_boolean(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_dropout(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and value in DTYPES
-
-
-def _is_activation(value: Any) -> bool:
-    return value in ACTIVATIONS
-
-
 # Optional fields of config.json, which values they may have beside null, and the same in words
-OPTIONAL_FIELDS = (
-    (POSITIVE_NUMBERS, _is_positive, "a number above 0"),
-    (POSITIVE_INTEGERS, _is_positive_integer, "a whole number above 0"),
-    (BOOLEANS, _is_boolean, "true or false"),
-    (("attention_dropout",), _is_dropout, "from 0 to below 1"),
-    (("dtype", "torch_dtype"), _is_dtype, "one of " + ", ".join(DTYPES)),
+OPTIONAL_FIELDS: tuple[tuple[Fields, Callable[[Any], bool], str], ...] = (
+    (
+        (
+            *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"),
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        _is_positive,
+        "a number above 0",
+    ),
+    (
+        ("max_position_embeddings", "sliding_window"),
+        lambda value: isinstance(value, int) and _is_positive(value),
+        "a whole number above 0",
+    ),
+    (
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window"),
+        lambda value: isinstance(value, bool),
+        "true or false",
+    ),
+    (
+        ("attention_dropout",),
+        lambda value: _is_number(value) and 0 <= value < 1,
+        "from 0 to below 1",
+    ),
+    (
+        ("dtype", "torch_dtype"),
+        lambda value: isinstance(value, str) and value in DTYPES,
+        "one of " + ", ".join(DTYPES),
+    ),
     (
         ("hidden_act", "hidden_activation"),
-        _is_activation,
+        ACTIVATIONS.__contains__,
         "known to transformers: one of " + ", ".join(ACTIVATIONS),
     ),
 )
@@ -256,16 +243,13 @@ def _check_optional_fields(config: ConfigJson, source: str) -> None:
         for field in fields:
             value = config.get(field)
             if value is not None and not is_possible(value):
-                problem = f"{source} has {field}={value!r}, which must be {possible}"
-                raise checkpoint_error(problem, CORRECT)
+                raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
 
 
 def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
     """The padding token is an index into the embeddings, which counts from the end where it is negative."""
     value = config.get("pad_token_id")
-    if value is None:
-        return
-    if not isinstance(value, int) or not -vocabulary <= value < vocabulary:
+    if value is not None and not (isinstance(value, int) and -vocabulary <= value < vocabulary):
         raise checkpoint_error(
             f"{source} has pad_token_id={value!r}, which is not one of the {vocabulary} tokens of vocab_size",
             "set it to one of them, or to null",
@@ -275,38 +259,32 @@ def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
 def _check_rope(config: ConfigJson, source: str) -> None:
     """Rotary embeddings of a known kind with the parameters that it needs, for all layers or by kind of attention."""
     for field in ("rope_parameters", "rope_scaling"):
-        value = config.get(field)
-        if value is None:
-            continue
+        value: Any = config.get(field)
         # Gemma 3 rotates by other parameters where attention has a window.
-        layer_types = []
-        if isinstance(value, dict):
-            layer_types = [layer_type for layer_type in LAYER_TYPES if layer_type in value]
+        layer_types = [name for name in LAYER_TYPES if name in value] if isinstance(value, dict) else []
         for layer_type in layer_types:
             _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
-        if not layer_types:
+        if value is not None and not layer_types:
             _check_rope_parameters(field, value, source)
 
 
 def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
     """`name` is that of the field, for the messages."""
     if not isinstance(parameters, dict):
-        problem = f"{source} has {name}={parameters!r}, which must be a JSON object"
-        raise checkpoint_error(problem, CORRECT)
+        raise checkpoint_error(f"{source} has {name}={parameters!r}, which must be a JSON object", CORRECT)
     # Older files call it `type`.
-    old_kind = parameters.get("type", "default")
-    kind = parameters.get("rope_type", old_kind)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPES:
-        problem = f"{source} has {name}.rope_type={kind!r}, which is not known"
         known = ", ".join(ROPES)
-        raise checkpoint_error(problem, f"it must be one of {known}")
+        raise checkpoint_error(
+            f"{source} has {name}.rope_type={kind!r}, which is not known",
+            f"it must be one of {known}",
+        )
     for field in ROPES[kind]:
-        value = parameters.get(field)
-        numbers = [value]
+        value: Any = parameters.get(field)
         # longrope has a factor for each rotated pair
-        if isinstance(value, list) and field in ROPES["longrope"]:
-            numbers = value
-        if not all(map(_is_positive, numbers)):
+        is_list = isinstance(value, list) and field in ROPES["longrope"]
+        if not all(map(_is_positive, value if is_list else [value])):
             raise checkpoint_error(
                 f"{source} has {name}.{field}={value!r}, "
                 f"and rope_type={kind} needs a number above 0 there, "

@@ -41,7 +41,7 @@ class Shape:
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """A model's shape from its config.json alone; of a folder without a dtype there, from the weights' headers too."""
-    folder = hub.locate_config(path, revision)
+    folder = hub.locate(path, revision, ["config.json"])
     config = checkpoint.read_config(folder)
     family = family_of(config)
     sizes = shapes.sizes(config, family, f"config.json of {path}")
@@ -52,11 +52,11 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     return Shape(
         params=params,
         matrices=matrices,
-        layers=sizes.layers,
+        layers=sizes.num_hidden_layers,
         hidden=sizes.hidden_size,
         vocabulary=sizes.vocab_size,
         heads_width=sizes.num_attention_heads * sizes.head_dim,
-        kv_bytes=sizes.layers * kv_width * itemsize,
+        kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
         itemsize=itemsize,
     )
 

@@ -1,1 +1,1 @@
-"""Score, select, cut, repair."""
+"""Score, select, prune, repair."""

@@ -17,8 +17,6 @@ from ptl.pruning.layerwise import LayerwiseModel, States, layers_in_turn, run_wi
 
 ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
 NeuronScores = list[Tensor]  # float32 [F] of each layer
-# Changes [T, F] of one sequence, and the unit of each neuron's changes [F] (or one for all) -> float32 [F]
-SequenceScore = Callable[[Tensor, Tensor], Tensor]
 
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def _by_output_change(
     model: LayerwiseModel,
     _seed: int,
     *,
-    score: SequenceScore,
+    score: Callable[[Tensor, Tensor], Tensor],  # changes [T, F] of a sequence, their units [F] or [] -> float32 [F]
     join: str,  # of the sequences: "max" or "mean"
 ) -> NeuronScores:
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
@@ -50,25 +48,20 @@ def _by_output_change(
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring neurons, by layer"):
+        change_of = None
         if family.post_norm:
             change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
             units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
-            change_of = _activations_alone
-            units = column_norms(layer, family)  # [F]
+            units = column_norms(layer, family)  # [F]; a neuron's change is its activation
         total = _JoinedScores(join)
         for b, hidden in enumerate(states):
             states[b], *observed = run_with_activations(model, i, b, hidden)
             for sequence in sequences(model, b, *observed):
-                changes = change_of(*sequence)  # [T, F]
+                changes = change_of(*sequence) if change_of else sequence[0]  # [T, F]
                 total.add(score(changes, units))
         scores.append(total.result())
     return scores
-
-
-def _activations_alone(activations: Tensor) -> Tensor:
-    """Where no norm follows down_proj, a neuron's change is its activation in units of its column's norm."""
-    return activations
 
 
 @torch.enable_grad()
@@ -103,8 +96,7 @@ def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
     """Hidden states [B, T, H] before each layer and after the last one, of each batch."""
     inputs = [model.embed()]
     for i, _ in layers_in_turn(model, "taylor, forwards"):
-        outputs = model.run_batches(i, inputs[-1])
-        inputs.append(outputs)
+        inputs.append(model.run_batches(i, inputs[-1]))
     return inputs
 
 
@@ -142,7 +134,7 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
 def _random(model: LayerwiseModel, seed: int) -> NeuronScores:
     """Uniform numbers: the control of every criterion."""
     generator = torch.Generator().manual_seed(seed)
-    width = getattr(model.config, model.family.width_field)
+    width = model.config.intermediate_size
     return [torch.rand(width, generator=generator) for _ in model.layers]
 
 
@@ -191,8 +183,7 @@ def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
         for b, hidden in enumerate(states):
             states[b] = model.run(i, b, hidden)
             for before, after in sequences(model, b, hidden, states[b]):
-                changes = change_of(before, after)  # [T]
-                total.add(changes.mean())
+                total.add(change_of(before, after).mean())
         scores.append(total.result())
     return torch.stack(scores)
 
@@ -200,8 +191,7 @@ def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
 def column_norms(layer: nn.Module, family: Family) -> Tensor:
     """Norm of each column of down_proj: float32 [F]."""
     weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
-    width = weight.shape[1]
-    squares = torch.zeros(width, device=weight.device)  # [F]
+    squares = torch.zeros(weight.shape[1], device=weight.device)  # [F]
     for rows in weight.split(ROWS):
         row_squares = rows.float().square()  # [ROWS, F]
         squares += row_squares.sum(dim=0)
@@ -223,7 +213,6 @@ def changes_after_norm(
     norm = layer.get_parameter(f"{family.post_norm}.weight")
     w = down_projection.float()  # [H, F]
     g = norm.float() + family.norm_offset  # [H]
-    hidden_size = len(g)
     # What does not depend on the text
     w2 = w.square()
     g2 = g.square()
@@ -235,9 +224,9 @@ def changes_after_norm(
         y = output.float()  # [T, H]
         r2 = y.square().mean(dim=1, keepdim=True) + epsilon  # [T, 1]
         # s^2 - r^2: [T, F]
-        products = y @ w
         growth = a.square() * mean_w2
-        growth = growth - a * products * (2 / hidden_size)
+        products = y @ w
+        growth = growth - a * products * (2 / len(g))
         s2 = r2 + growth
         r = r2.sqrt()
         s = s2.clamp(min=epsilon).sqrt()
@@ -259,14 +248,12 @@ def changes_after_norm(
 def keep_highest(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays."""
     order = torch.sort(scores, descending=True, stable=True).indices
-    highest = order[:count]
-    return highest.sort().values
+    return order[:count].sort().values
 
 
 def num_redundant(scores: Tensor, sigma: float) -> int:
     """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
-    redundant = scores < sigma
-    return int(redundant.sum())
+    return int((scores < sigma).sum())
 
 
 class _JoinedScores:
@@ -285,6 +272,4 @@ class _JoinedScores:
 
     def result(self) -> Tensor:
         """The joined scores: float32 [units]."""
-        if self.join == "mean":
-            return self.value / self.count
-        return self.value
+        return self.value / self.count if self.join == "mean" else self.value

@@ -8,7 +8,7 @@ family needs). After that the layers run one by one on the hidden states of all 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from ptl.model import checkpoint, pretrained, safetensors_io
 from ptl.model.families import Family
 
 Arguments = dict[str, Any]  # keyword arguments of a module
-LayerCall = tuple[Tensor, Arguments]  # hidden states [B, T, H], and what a layer is given besides them
-
-
 States = list[Tensor]  # hidden states [B, T, H] of each batch
 
 
@@ -50,9 +47,8 @@ class LayerwiseModel:
             causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
         causal_lm.eval().requires_grad_(False)
         # Weights stay on the meta device until a layer is used; buffers and batches are small.
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        for name, _ in list(causal_lm.named_buffers()):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name in dict(causal_lm.named_buffers()):
             set_module_tensor_to_device(causal_lm, name, self.device)
         self.causal_lm = causal_lm
         self.decoder = causal_lm.get_decoder()
@@ -83,8 +79,7 @@ class LayerwiseModel:
 
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, H] of a batch through a layer that is in memory."""
-        arguments = self.layer_arguments[batch][index]
-        output = self.layers[index](hidden, **arguments)
+        output = self.layers[index](hidden, **self.layer_arguments[batch][index])
         # Layers of older families return a tuple.
         return output[0] if isinstance(output, tuple) else output
 
@@ -126,9 +121,8 @@ class LayerwiseModel:
     def loss(self, batch: int, row: int, hidden: Tensor) -> Tensor:
         """Summed loss of one sequence over its labels, from its last hidden state [1, T, H]; needs `head()`."""
         length = int(self.tokens(batch)[row])
-        sequence = {}
-        for name, tensor in self.batches[batch].items():
-            sequence[name] = tensor[row : row + 1, :length]  # [1, length]
+        # [1, length]
+        sequence = {name: tensor[row : row + 1, :length] for name, tensor in self.batches[batch].items()}
         # The last layer returns these states, and the model continues with its norm and its head.
         with self._recording_layers(output=hidden[:, :length]):
             result = self.causal_lm(**_inputs(sequence))
@@ -137,9 +131,9 @@ class LayerwiseModel:
         return nn.functional.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
 
     @contextmanager
-    def _recording_layers(self, output: Tensor | None = None) -> Iterator[list[LayerCall]]:
+    def _recording_layers(self, output: Tensor | None = None) -> Iterator[list[tuple[Tensor, Arguments]]]:
         """Layers that compute nothing: each records its call and returns its input, or `output` where it is given."""
-        calls: list[LayerCall] = []
+        calls: list[tuple[Tensor, Arguments]] = []  # hidden states [B, T, H], and what a layer gets besides them
 
         def record(hidden: Tensor, *_: Any, **arguments: Any) -> Tensor:
             calls.append((hidden, arguments))
@@ -167,9 +161,8 @@ class LayerwiseModel:
         from accelerate.utils import set_module_tensor_to_device
 
         for prefix, module in modules.items():
-            for name in _parameter_names(module):
-                entry = self.entries[f"{prefix}.{name}"]
-                value = safetensors_io.read_tensor(entry)
+            for name in dict(module.named_parameters()):
+                value = safetensors_io.read_tensor(self.entries[f"{prefix}.{name}"])
                 set_module_tensor_to_device(
                     module,
                     name,
@@ -182,7 +175,7 @@ class LayerwiseModel:
             yield
         finally:
             for module in modules.values():
-                for name in _parameter_names(module):
+                for name in dict(module.named_parameters()):
                     set_module_tensor_to_device(module, name, "meta")
 
 
@@ -194,9 +187,7 @@ def layers_in_turn(
 ) -> Iterator[tuple[int, nn.Module]]:
     """Number and module of one layer after the other, each with its weights only in its turn."""
     order = range(len(model.layers))
-    if backwards:
-        order = order[::-1]
-    for i in tqdm(order, desc=description):
+    for i in tqdm(order[::-1] if backwards else order, desc=description):
         with model.layer(i) as layer:
             yield i, layer
 
@@ -220,15 +211,11 @@ def run_with_activations(
     def record(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0])
 
-    handles = []
-    for part in parts:
-        module = model.layers[index].get_submodule(part)
-        handles.append(module.register_forward_pre_hook(record))
-    try:
+    with ExitStack() as hooks:
+        for part in parts:
+            module = model.layers[index].get_submodule(part)
+            hooks.enter_context(module.register_forward_pre_hook(record))
         output = model.run(index, batch, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     return (output, *inputs)  # in the order in which the layer runs its parts
 
 
@@ -253,7 +240,3 @@ def _inputs(batch: Batch) -> Arguments:
         "attention_mask": batch["attention_mask"],
         "use_cache": False,
     }
-
-
-def _parameter_names(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]

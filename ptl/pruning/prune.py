@@ -15,10 +15,11 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, checks
 from ptl.model.dimensions import model_dimensions, resolve_multiple
 from ptl.model.families import family_of
+from ptl.model.safetensors_io import Entries
 from ptl.pruning import repair
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.selection import CHOICES, SelectionTask, check_goal
-from ptl.pruning.surgery import Selection, TensorFiles, write_pruned
+from ptl.pruning.surgery import Selection, write_pruned
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,9 @@ class PruneReport:
 
 
 def prune_checkpoint(
-    src: Path,
-    dst: Path,
-    settings: Prune,
-    calibration: Calibration,
-    *,
-    unit: str,  # "neurons", "layers" or "auto"
-    goal: int,  # parameters
-    seed: int,
+    src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
-    """Prune `src` to at most `goal` parameters by removing neurons or layers; write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or auto; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
     answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
@@ -58,10 +52,10 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
+    # Otherwise nothing has to be removed: no text is read, and no layer is scored.
+    selection = Selection(tuple(range(before.layers)), {})
+    repaired = sequences = 0
     if goal >= before.params:
-        # Nothing has to be removed: no text is read, and no layer is scored.
-        selection = Selection(tuple(range(before.layers)), {})
-        repaired = sequences = 0
         write_pruned(src, dst, family, selection)
     else:
         check_goal(unit, before, settings, goal)
@@ -99,7 +93,7 @@ def _write_repaired(
     model: LayerwiseModel,
 ) -> int:
     """Write the pruned checkpoint, repaired where that is asked for; returns how many tensors the repair changed."""
-    changed: TensorFiles = {}
+    changed: Entries = {}
     with tempfile.TemporaryDirectory(prefix="ptl-repair-") as scratch:
         if selection.neurons and settings.repair == "ridge":
             changed = repair.ridge(model, selection, settings.ridge, Path(scratch, "ridge"))
@@ -109,9 +103,9 @@ def _write_repaired(
 
 def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
     """What was removed, as PruneReport names it."""
-    if removed_layers:
-        return "both" if selection.neurons else "layers"
-    return "neurons" if selection.neurons else "nothing"
+    if selection.neurons:
+        return "both" if removed_layers else "neurons"
+    return "layers" if removed_layers else "nothing"
 
 
 def _batches(
@@ -126,8 +120,7 @@ def _batches(
     if calibration.answers == "given":
         batches = calibration_batches(calibration, tokenizer, seed)
     else:
-        answers = own_answers(src, calibration, tokenizer, seed)
-        batches = padded(answers, calibration.batch_size)
+        batches = padded(own_answers(src, calibration, tokenizer, seed), calibration.batch_size)
     if measured and not any(map(_has_loss, batches)):
         raise InputError(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "

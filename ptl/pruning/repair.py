@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ptl.model import safetensors_io
+from ptl.model.safetensors_io import Entries, Entry
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations
-from ptl.pruning.surgery import Selection, TensorFiles
+from ptl.pruning.surgery import Selection
 
 
 @torch.no_grad()
@@ -18,8 +19,8 @@ def ridge(
     selection: Selection,
     strength: float,
     folder: Path,
-) -> TensorFiles:
-    """Fit each pruned down_proj to the output of the original one; returns a file for each new tensor, in `folder`.
+) -> Entries:
+    """Fit each pruned down_proj to the output of the original one; returns the new tensors by name, in `folder`.
 
     With X the neurons' activations over all tokens, K kept and R removed ones, the ridge problem
     min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
@@ -38,15 +39,12 @@ def ridge(
             states = model.run_batches(i, states)
             continue
         # C = X^T X: [F, F], over all batches
-        products: Tensor | None = None
+        weight = layer.get_parameter(part).float()  # [H, F]
+        width = weight.shape[1]
+        products = weight.new_zeros(width, width)
         for b, hidden in enumerate(states):
             states[b], rows = _activations(model, i, b, hidden)
-            if products is None:
-                products = rows.t() @ rows
-            else:
-                products.addmm_(rows.t(), rows)
-        assert products is not None, "no batches"
-        weight = layer.get_parameter(part).float()  # [H, F]
+            products.addmm_(rows.t(), rows)
         fitted = fit(weight, products, kept.to(weight.device), strength)  # [H, kept]
         name = f"model.layers.{i}.{part}"
         repaired[name] = _save(model, folder, name, fitted)
@@ -66,8 +64,7 @@ def _activations(
     # At most one: only where a norm follows, which divides each token's output
     for output in mlp_outputs:
         squares = output[tokens].float().square()  # [N, H]
-        mean_square = squares.mean(dim=1, keepdim=True)  # [N, 1]
-        mean_square += model.config.rms_norm_eps
+        mean_square = squares.mean(dim=1, keepdim=True) + model.config.rms_norm_eps  # [N, 1]
         rows *= mean_square.rsqrt()
     return after, rows
 
@@ -82,25 +79,22 @@ def fit(
     removed = torch.ones_like(weight[0], dtype=torch.bool)  # [F]
     removed[kept] = False
     # Neurons that are never active give a C of zeros, and lambda must not be zero.
-    smallest = torch.finfo(torch.float32).tiny
-    penalty = strength * products.diagonal().mean() + smallest
+    penalty = strength * products.diagonal().mean() + torch.finfo(torch.float32).tiny
     kept_products = products[kept]  # [kept, F]
     inner = kept_products[:, kept]  # a copy: C_KK
     inner.diagonal().add_(penalty)
     # The output of the removed neurons, as the kept ones see it
-    removed_weight = weight[:, removed]  # [H, removed]
-    target = kept_products[:, removed] @ removed_weight.t()  # [kept, H]
+    target = kept_products[:, removed] @ weight[:, removed].t()  # [kept, H]
     # The matrix is symmetric and positive definite.
-    factor = torch.linalg.cholesky(inner)
-    correction = torch.cholesky_solve(target, factor)  # [kept, H]
+    correction = torch.cholesky_solve(target, torch.linalg.cholesky(inner))  # [kept, H]
     return weight[:, kept] + correction.t()
 
 
-def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Path:
-    """A file with the new value of one tensor, in the checkpoint's dtype."""
+def _save(model: LayerwiseModel, folder: Path, name: str, tensor: Tensor) -> Entry:
+    """The new value of one tensor, in a file of its own and in the checkpoint's dtype."""
     path = folder / f"{name}.safetensors"
     dtype = model.entries[name].dtype
     stored = tensor.cpu().to(safetensors_io.dtypes()[dtype])
-    spec = (name, dtype, tuple(stored.shape))
-    safetensors_io.write_tensors(path, [spec], [stored])
-    return path
+    safetensors_io.write_tensors(path, [(name, dtype, tuple(stored.shape))], [stored])
+    (entry,) = safetensors_io.entries(path)
+    return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ptl.config.schedule import Prune
@@ -48,12 +49,10 @@ def neurons(task: SelectionTask) -> Selection:
     sigma = settings.sigma_neuron
     if sigma is not None:
         # One width serves all layers: the layer with the fewest redundant neurons decides.
-        redundant = min(num_redundant(layer, sigma) for layer in scores)
+        needed = dimensions.width - min(num_redundant(layer, sigma) for layer in scores)
         step = resolve_multiple(dimensions.width, settings.width_multiple, settings.tensor_parallel)
-        needed = dimensions.width - redundant
         needed += -needed % step  # up to the next multiple
-        width = max(width, needed)
-        width = min(width, dimensions.width)  # which need not be a multiple
+        width = min(max(width, needed), dimensions.width)  # which need not be a multiple
     return _keep_neurons(range(dimensions.layers), scores, width)
 
 
@@ -76,10 +75,7 @@ def cheapest(task: SelectionTask) -> Selection:
     """
     scores = neuron_scores(task.model, task.settings.criterion, task.seed)
     kept = list(range(task.dimensions.layers))
-    while True:
-        layer = _cheapest_layer(task, scores, kept)
-        if layer is None:
-            break
+    while (layer := _cheapest_layer(task, scores, kept)) is not None:
         kept.remove(layer)
     # Whole layers rarely hit the goal exactly: neurons close the gap.
     remaining = _with_layers(task.dimensions, len(kept))
@@ -113,8 +109,7 @@ def _cheapest_layer(
         return None
 
     # The reference, then each of the layers removed, and last as many parameters in neurons
-    all_layers = frozenset(range(task.dimensions.layers))
-    removed = all_layers - frozenset(kept)
+    removed = frozenset(range(task.dimensions.layers)).difference(kept)
     variants = [PrunedVariant(removed)]
     variants += [PrunedVariant(removed | {layer}) for layer in kept]
     width = _width_like_a_layer(task, remaining)
@@ -125,13 +120,11 @@ def _cheapest_layer(
     reference, *measured = mean_losses.tolist()
 
     # Loss per parameter, so that a layer and a few neurons compare
-    layer_losses = measured[: len(kept)]
-    costs = [(loss - reference) / layer_params for loss in layer_losses]
+    costs = [(loss - reference) / layer_params for loss in measured[: len(kept)]]
     lowest_cost = min(costs)
     if width is not None:
-        num_neurons = remaining.width - width
-        increase = measured[-1] - reference
-        if increase / (num_neurons * remaining.params_per_neuron) <= lowest_cost:
+        neuron_params = (remaining.width - width) * remaining.params_per_neuron
+        if (measured[-1] - reference) / neuron_params <= lowest_cost:
             return None
     return kept[costs.index(lowest_cost)]
 
@@ -139,12 +132,10 @@ def _cheapest_layer(
 def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int | None:
     """The width that saves about as much as a layer; None where neurons cannot save that much."""
     # But not more than the goal asks for
-    without_a_layer = remaining.params - remaining.params_per_layer
-    goal = max(task.goal, without_a_layer)
-    try:
+    goal = max(task.goal, remaining.params - remaining.params_per_layer)
+    with suppress(InputError):
         return _width(remaining, task.settings, goal)
-    except InputError:
-        return None
+    return None
 
 
 def _keep_neurons(kept: Iterable[int], scores: NeuronScores, width: int) -> Selection:

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ptl.model import checkpoint, safetensors_io
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
-from ptl.model.safetensors_io import Entry, TensorShape
+from ptl.model.safetensors_io import Entries, Entry, TensorShape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-TensorFiles = Mapping[str, Path]  # files that hold one new tensor, by the name of the old one
 
 
 @dataclass(frozen=True)
@@ -74,32 +71,28 @@ def pruned_tensor(
         return PrunedTensor(new_name)
     if part == family.down_projection:  # [hidden, intermediate]
         return PrunedTensor(new_name, axis=1, kept=kept)
-    rows = _neuron_rows(kept, shape[0], family.fused_projections)
-    return PrunedTensor(new_name, axis=0, kept=rows)
+    return PrunedTensor(new_name, kept=_neuron_rows(kept, shape[0], family.fused_projections))
 
 
 def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
     """Rows of the kept neurons in a weight of so many rows: the same in each of the stacked projections."""
     import torch
 
-    width = rows // fused_projections
-    starts = width * torch.arange(fused_projections)  # [projections]
-    indices = kept + starts[:, None]  # [projections, kept]
-    return indices.flatten()
+    starts = rows // fused_projections * torch.arange(fused_projections)  # [projections]
+    return (kept + starts[:, None]).flatten()
 
 
 def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
     """The config of the pruned model, with no field that the family does not have already."""
     pruned = dict(config)
-    depth = config[family.depth_field]
-    pruned[family.depth_field] = len(selection.layers)
+    depth = config["num_hidden_layers"]
+    pruned["num_hidden_layers"] = len(selection.layers)
     # Lists with an entry for each layer
     for field in family.per_layer_fields:
         entries = config.get(field)
         if entries is None and len(selection.layers) < depth:
             # What transformers would derive from a layer's number must stay with the layer.
-            defaults = config_with_defaults(config)
-            entries = getattr(defaults, field, None)
+            entries = getattr(config_with_defaults(config), field, None)
         if isinstance(entries, list):
             pruned[field] = [entries[layer] for layer in selection.layers]
         else:
@@ -109,14 +102,13 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         leading = config.get(field)
         if isinstance(leading, int):
             # A count above the depth means all layers, and must stay above it.
-            beyond = max(0, leading - depth)
             leading_kept = sum(layer < leading for layer in selection.layers)
-            pruned[field] = leading_kept + beyond
+            pruned[field] = leading_kept + max(0, leading - depth)
     # config.json has one width for all layers.
     if selection.neurons:
         widths = {len(kept) for kept in selection.neurons.values()}
         assert len(widths) == 1, f"widths differ between layers: {widths}"
-        pruned[family.width_field] = widths.pop()
+        pruned["intermediate_size"] = widths.pop()
     return pruned
 
 
@@ -125,11 +117,11 @@ def write_pruned(
     dst: Path,
     family: Family,
     selection: Selection,
-    repaired: TensorFiles | None = None,
+    repaired: Entries | None = None,
 ) -> None:
     """Write the pruned checkpoint to `dst`, tensor by tensor; the optimizer state next to it is pruned too.
 
-    `repaired` names tensors of the source whose new value, already pruned, is in a file of its own (repair.py).
+    `repaired` has tensors of the source whose new value, already pruned, is in a file of its own (repair.py).
     """
     dst.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
@@ -137,8 +129,7 @@ def write_pruned(
     shards = checkpoint.shards(src)
     for shard in shards:
         # Shards keep their names.
-        pruned_shard = dst / shard.name
-        sizes = _write_pruned_file(shard, pruned_shard, family, selection, repaired or {})
+        sizes = _write_pruned_file(shard, dst / shard.name, family, selection, repaired or {})
         weight_map |= dict.fromkeys(sizes, shard.name)
         total_bytes += sum(sizes.values())
     if shards != [src / checkpoint.WEIGHTS]:
@@ -147,8 +138,7 @@ def write_pruned(
     state = src / checkpoint.STATE
     if state.is_file():
         _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
-    config = prune_config(checkpoint.read_config(src), family, selection)
-    checkpoint.write_json(dst / "config.json", config)
+    checkpoint.write_json(dst / "config.json", prune_config(checkpoint.read_config(src), family, selection))
     checkpoint.copy_companions(src, dst)
 
 
@@ -157,7 +147,7 @@ def _write_pruned_file(
     dst: Path,
     family: Family,
     selection: Selection,
-    repaired: TensorFiles,
+    repaired: Entries,
 ) -> dict[str, int]:
     """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
     # The header of a file comes first: all shapes are known before any tensor is read.
@@ -176,10 +166,9 @@ def _write_pruned_file(
     def tensors() -> Iterator[Tensor]:
         for entry, pruned in kept:
             if entry.name in repaired:
-                yield safetensors_io.read_single(repaired[entry.name])
-                continue
-            source = safetensors_io.read_tensor(entry)
-            yield pruned.values(source)
+                yield safetensors_io.read_tensor(repaired[entry.name])
+            else:
+                yield pruned.values(safetensors_io.read_tensor(entry))
 
     if kept:
         safetensors_io.write_tensors(dst, specs, tensors())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,11 +40,8 @@ def losses(model: LayerwiseModel, variants: Sequence[PrunedVariant]) -> Tensor:
     count = len(variants)
     groups = [_Group(model.embed(), list(range(count)))]
     for i, layer in layers_in_turn(model, f"loss of {count} variants, by layer"):
-        divided: list[_Group] = []
         # A group is divided where its members begin to differ.
-        for group in groups:
-            divided += _advance(model, layer, i, group, variants)
-        groups = divided
+        groups = [part for group in groups for part in _advance(model, layer, i, group, variants)]
     measured = torch.zeros(count, model.num_sequences, dtype=torch.float64)
     with model.head():
         for group in groups:
@@ -59,10 +57,9 @@ def _advance(
     variants: Sequence[PrunedVariant],
 ) -> Iterator[_Group]:
     """The group after layer i, divided by what its members do in that layer."""
-    members_by_change: dict[Hashable, list[int]] = {}
+    members_by_change: dict[Hashable, list[int]] = defaultdict(list)
     for member in group.members:
-        change = _layer_change(variants[member], i)
-        members_by_change.setdefault(change, []).append(member)
+        members_by_change[_layer_change(variants[member], i)].append(member)
     for members in members_by_change.values():
         variant = variants[members[0]]  # all of them are the same up to here
         states = group.states
@@ -81,8 +78,12 @@ def _layer_change(variant: PrunedVariant, i: int) -> Hashable:
 
 
 @contextmanager
-def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Iterator[None]:
-    """Neurons outside `kept` are zero while the block lasts; None keeps all."""
+def masked(
+    layer: nn.Module,
+    down_projection: str,
+    kept: Tensor | None,  # int64 [kept]; None: all
+) -> Iterator[None]:
+    """Neurons outside `kept` are zero while the block lasts."""
     if kept is None:
         yield
         return
@@ -93,11 +94,8 @@ def masked(layer: nn.Module, down_projection: str, kept: Tensor | None) -> Itera
         keep[kept.to(keep.device)] = 1
         return (activations * keep,)
 
-    handle = layer.get_submodule(down_projection).register_forward_pre_hook(mask)
-    try:
+    with layer.get_submodule(down_projection).register_forward_pre_hook(mask):
         yield
-    finally:
-        handle.remove()
 
 
 def _sequence_losses(model: LayerwiseModel, states: States) -> Tensor:
@@ -106,7 +104,6 @@ def _sequence_losses(model: LayerwiseModel, states: States) -> Tensor:
     for b, hidden in enumerate(states):
         # One sequence at a time: logits are as large as the vocabulary.
         for row, count in enumerate(model.predicted(b).tolist()):
-            states_of_row = hidden[row : row + 1]  # [1, T, H]
-            loss = model.loss(b, row, states_of_row)
+            loss = model.loss(b, row, hidden[row : row + 1])
             means.append(float(loss) / max(1, count))
     return torch.tensor(means, dtype=torch.float64)

@@ -40,13 +40,17 @@ def load_teacher(src: Path, settings: Distil, job: RecoveryJob) -> Any:
     if settings.teacher:
         folder = hub.locate(settings.teacher, None, field=TEACHER)
     if folder is None:
-        problem = "the run has no original model to learn from"
-        raise InputError(problem, field=TEACHER, remedy="give a folder or a hub id")
+        raise InputError(
+            "the run has no original model to learn from",
+            field=TEACHER,
+            remedy="give a folder or a hub id",
+        )
     # the KL compares distributions over the same tokens
-    student_tokenizer = checks.load_tokenizer(src)
-    teacher_tokenizer = checks.load_tokenizer(folder, TEACHER)
-    name = settings.teacher or str(folder)
-    checks.compare_vocabularies(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), name)
+    checks.compare_vocabularies(
+        checks.load_tokenizer(src).get_vocab(),
+        checks.load_tokenizer(folder, TEACHER).get_vocab(),
+        settings.teacher or str(folder),
+    )
     teacher = pretrained.causal_lm(folder, field=TEACHER)
     return teacher.eval().requires_grad_(False)
 
@@ -78,25 +82,16 @@ def _trainer(settings: Distil, teacher: Any) -> Any:
     class DistilTrainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
         """SFTTrainer with another loss; data, batches, logging and checkpoints are the same."""
 
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
+        def compute_loss(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             # without labels, so that neither model computes a loss
             model_inputs = dict(inputs, use_cache=False)
             labels = model_inputs.pop("labels")[:, 1:]  # [B, T-1]
             has_label = labels != IGNORED  # [B, T-1]
-            outputs = model(**model_inputs)
-            student_logits = outputs.logits[:, :-1][has_label]  # [N, V]
+            student_logits = model(**model_inputs).logits[:, :-1][has_label]  # [N, V]
             # the Trainer moves the student only
-            if teacher.device != labels.device:
-                teacher.to(labels.device)
+            teacher.to(labels.device)
             with torch.no_grad():
-                teacher_outputs = teacher(**model_inputs)
-            teacher_logits = teacher_outputs.logits[:, :-1][has_label]  # [N, V]
+                teacher_logits = teacher(**model_inputs).logits[:, :-1][has_label]  # [N, V]
             ce, kl = ce_and_kl(student_logits, teacher_logits, labels[has_label], settings.temperature)
             loss = settings.mix * ce + (1 - settings.mix) * kl
             # a batch of one token has no label
@@ -105,6 +100,6 @@ def _trainer(settings: Distil, teacher: Any) -> Any:
             if num_items_in_batch is not None:
                 # counted over all processes, whose gradients are averaged
                 loss = loss * self.accelerator.num_processes
-            return (loss, outputs) if return_outputs else loss
+            return loss
 
     return DistilTrainer

@@ -34,12 +34,7 @@ LOGGED = (
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
 
 
-def grpo(
-    src: Path,
-    dst: Path,
-    settings: Grpo,
-    job: RecoveryJob,
-) -> RecoverReport:
+def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverReport:
     """Train by trl's GRPOTrainer for this iteration's part of the steps, or until the stage's tokens are used up."""
     from datasets import Dataset
     from trl import GRPOTrainer
@@ -62,8 +57,7 @@ def grpo(
     # the iteration's part of the run's steps
     _, steps = job.budget.part(settings.steps)
     curve = training.learning_rate_curve(settings, job.budget, steps, carried=False)
-    trainer_class = training.with_curve(GRPOTrainer, curve)
-    trainer = trainer_class(
+    trainer = training.with_curve(GRPOTrainer, curve)(
         model=model,
         reward_funcs=[reward_function(i, reward) for i, reward in enumerate(settings.rewards)],
         args=_arguments(settings, job, steps),
@@ -96,8 +90,7 @@ def _logged(trainer: Any) -> tuple[Curve, list[dict[str, float]]]:
         tokens = int(entry["num_tokens"])
         if "loss" in entry:
             points.append((tokens, float(entry["loss"])))
-        logged = {name: float(entry[name]) for name in LOGGED if name in entry}
-        rewards.append({"tokens": tokens, **logged})
+        rewards.append({"tokens": tokens} | {name: float(entry[name]) for name in LOGGED if name in entry})
     return tuple(points), rewards
 
 
@@ -115,9 +108,9 @@ def prompts(
     source = settings.prompt_source(job.data)
     steps_before, steps = job.budget.part(settings.steps)
     if not steps:
-        num_iterations = len(job.budget.weights)
         raise InputError(
-            f"{settings.steps} steps over {num_iterations} iterations leave none for iteration {job.budget.iteration}",
+            f"{settings.steps} steps over {len(job.budget.weights)} iterations leave none "
+            f"for iteration {job.budget.iteration}",
             field="recover.steps",
             remedy="give more",
         )
@@ -148,9 +141,9 @@ def _check_length(row: SourceRow, num_prompt: int, num_answer: int, positions: i
     length = num_prompt + num_answer
     if length <= positions:
         return
-    answered = f"prompt {row.number} of {row.source.source} and an answer of {num_answer} tokens"
     raise InputError(
-        f"{answered} are {length} tokens, the model has {positions} positions",
+        f"prompt {row.number} of {row.source.source} and an answer of {num_answer} tokens are {length} tokens, "
+        f"the model has {positions} positions",
         field="recover.max_completion_length",
         remedy="lower it, or leave such prompts out",
     )
@@ -165,9 +158,7 @@ def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
     """A reward in the form that trl calls, which has its weight from the arguments."""
 
     def score(completions: Sequence[Any], **columns: Any) -> RewardValues:
-        answers = [text_of(completion) for completion in completions]
-        references = columns[_reference(index)]
-        return REWARDS[reward.name](answers, references, reward)
+        return REWARDS[reward.name](list(map(text_of, completions)), columns[_reference(index)], reward)
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score
@@ -191,14 +182,13 @@ def guard(
     torch.manual_seed(seed)
     for begin in range(0, len(sample), per_batch):
         batch = sample[begin : begin + per_batch]
-        batch_prompts = [row["prompt"] for row in batch]
-        answers = _generate(model, tokenizer, settings, batch_prompts)
+        answers = _generate(model, tokenizer, settings, [row["prompt"] for row in batch])
         for row, group in zip(batch, answers, strict=True):
             num_solved += _is_solved(row, group, settings.rewards)
     if num_solved == 0:
-        tries = f"{len(sample)} prompts in {settings.num_generations} tries each"
         raise WorkError(
-            f"the model solves none of {tries}, so GRPO would learn nothing from them",
+            f"the model solves none of {len(sample)} prompts in {settings.num_generations} tries each, "
+            "so GRPO would learn nothing from them",
             field="recover",
             remedy="recover by cpt or distil first (recover: [{method: cpt}, {method: grpo}]), prune less, "
             "or give easier prompts",
@@ -209,12 +199,9 @@ def guard(
 def _is_solved(row: PromptRow, answers: Sequence[str], rewards: Sequence[Reward]) -> bool:
     """Whether one of the answers to a prompt is right by one of the rewards; a right format is not enough."""
     for i, reward in enumerate(rewards):
-        if reward.name == "format":
-            continue
         references = [row[_reference(i)]] * len(answers)
-        values = REWARDS[reward.name](answers, references, reward)
         # None: the reference cannot be read
-        if any(values):
+        if reward.name != "format" and any(REWARDS[reward.name](answers, references, reward)):
             return True
     return False
 
@@ -249,8 +236,7 @@ def _generate(
     )  # [batch * k, width + answer]
     # the answers to one prompt are next to each other
     answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-    groups = range(0, len(answers), k)
-    return [answers[begin : begin + k] for begin in groups]
+    return [answers[begin : begin + k] for begin in range(0, len(answers), k)]
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
@@ -264,9 +250,8 @@ def _prompt_ids(tokenizer: Any, prompt: Any, number: int = 0) -> list[int]:
 def _arguments(settings: Grpo, job: RecoveryJob, steps: int) -> Any:
     from trl import GRPOConfig
 
-    shared = training.arguments(settings, job, world_size())
     return GRPOConfig(
-        **shared,
+        **training.arguments(settings, job),
         max_steps=steps,
         num_generations=settings.num_generations,
         max_completion_length=settings.max_completion_length,
@@ -282,11 +267,13 @@ def _arguments(settings: Grpo, job: RecoveryJob, steps: int) -> Any:
 
 def uses_vllm(settings: Grpo) -> bool:
     """Whether vLLM generates the answers. Raises InputError where it is asked for and cannot."""
-    installed = find_spec("vllm") is not None
-    possible = torch.cuda.is_available() and installed
+    possible = torch.cuda.is_available() and find_spec("vllm") is not None
     if settings.rollouts == "vllm" and not possible:
-        problem = "vllm needs a GPU and the vllm package"
-        raise InputError(problem, field="recover.rollouts", remedy="use auto or transformers")
+        raise InputError(
+            "vllm needs a GPU and the vllm package",
+            field="recover.rollouts",
+            remedy="use auto or transformers",
+        )
     return possible and settings.rollouts != "transformers"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import TypeAdapter
 
 from ptl.config.recover import TrainingData
 
@@ -72,9 +73,4 @@ class RecoverReport:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def report_from_json(text: str) -> RecoverReport:
-    """A report as dataclasses.asdict and json.dumps wrote it."""
-    fields = json.loads(text)
-    # JSON has no tuples
-    fields["curve"] = tuple(map(tuple, fields["curve"]))
-    return RecoverReport(**fields)
+REPORT = TypeAdapter(RecoverReport)  # reads what dataclasses.asdict and json.dumps wrote; JSON has no tuples

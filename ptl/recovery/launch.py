@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -19,12 +20,13 @@ from pydantic import TypeAdapter
 from ptl.config.recover import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
-from ptl.recovery.job import RecoverReport, RecoveryJob, report_from_json
+from ptl.recovery.job import REPORT, RecoverReport, RecoveryJob
 
 METRICS = "ptl-metrics "  # then metrics and optimizer step, as JSON
 CHECKPOINT = "ptl-checkpoint "  # then the folder of a complete training checkpoint
 HANDOVER = "checkpoint.handover"  # a file in `scratch`, until the launching process has stored the checkpoint
-ERROR = "error.json"  # in `scratch`
+REPORT_FILE = "report.json"  # in `scratch`
+ERROR_FILE = "error.json"  # in `scratch`
 JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
 LAST_LINES = 30  # of a failed training, in its error
 
@@ -45,8 +47,11 @@ def sequences_per_pass(settings: Stage, processes: int) -> int:
     """Sequences of one forward pass in one process. Raises InputError where a batch cannot be divided like that."""
     parts = settings.accumulation * processes
     if settings.batch_size % parts:
-        factors = f"accumulation={settings.accumulation} times the {processes} training processes"
-        raise InputError(f"{settings.batch_size} must be a multiple of {factors}", field="recover.batch_size")
+        raise InputError(
+            f"{settings.batch_size} must be a multiple of accumulation={settings.accumulation} "
+            f"times the {processes} training processes",
+            field="recover.batch_size",
+        )
     return settings.batch_size // parts
 
 
@@ -60,10 +65,11 @@ def run(
     """Train in several processes, passing metrics on while they run; returns the report of the first process."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     job_file = job.scratch / "job.json"
-    report_file = job.scratch / "report.json"
-    error_file = job.scratch / ERROR
-    for of_earlier_attempt in (report_file, error_file):
-        of_earlier_attempt.unlink(missing_ok=True)
+    report_file = job.scratch / REPORT_FILE
+    error_file = job.scratch / ERROR_FILE
+    # of an earlier attempt
+    report_file.unlink(missing_ok=True)
+    error_file.unlink(missing_ok=True)
     # all that a process needs, in JSON's types
     fields = {
         "src": str(src),
@@ -71,12 +77,10 @@ def run(
         "settings": settings.model_dump(mode="json"),
         "job": JOB.dump_python(job, mode="json", exclude={"on_log", "save_checkpoint"}),
         "stores_checkpoints": job.save_checkpoint is not None,
-        "report": str(report_file),
     }
     job_file.write_text(json.dumps(fields))
-    launcher = [*command(settings, processes), str(job_file)]
     process = subprocess.Popen(
-        tied(launcher),  # ends with this process, however that ends
+        tied([*command(settings, processes), str(job_file)]),  # ends with this process, however that ends
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,14 +91,13 @@ def run(
     printed = _follow(process, job)
     succeeded = process.wait() == 0
     if succeeded and report_file.is_file():
-        return report_from_json(report_file.read_text())
+        return REPORT.validate_json(report_file.read_bytes())
     if error_file.is_file():
         # the error of the first process, raised again
         error = json.loads(error_file.read_text())
         is_input = error.pop("exit_code") == InputError.exit_code
         raise InputError(**error) if is_input else WorkError(**error)
-    problem = f"training in {processes} processes failed{_reason(printed)}"
-    raise WorkError(problem, field="recover")
+    raise WorkError(f"training in {processes} processes failed{_reason(printed)}", field="recover")
 
 
 def can_shard() -> bool:
@@ -112,11 +115,10 @@ def check(settings: RecoverStage) -> None:
     sequences_per_pass(settings, processes)
     needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
     if needs_deepspeed and find_spec("deepspeed") is None:
-        install = "install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]')"
         raise InputError(
             "zero2 needs the package deepspeed, which is not installed",
             field="recover.sharding",
-            remedy=f"{install}, or use fsdp",
+            remedy="install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp",
         )
 
 
@@ -151,8 +153,7 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
                 metrics, step = json.loads(line.removeprefix(METRICS))
                 job.on_log(metrics, step)
             elif line.startswith(CHECKPOINT) and job.save_checkpoint is not None:
-                folder = json.loads(line.removeprefix(CHECKPOINT))
-                job.save_checkpoint(Path(folder))
+                job.save_checkpoint(Path(json.loads(line.removeprefix(CHECKPOINT))))
                 # the training waits until this file is gone
                 (job.scratch / HANDOVER).unlink()
             else:
@@ -169,10 +170,8 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
 def _reason(printed: list[str]) -> str:
     """What a failed training printed last, and the signal that killed it, which only torch's launcher reports."""
     # where the launcher begins to report on the processes that it stopped, not on why the first one died
-    end = 0
-    while end < len(printed) and "torch/distributed/elastic" not in printed[end]:
-        end += 1
-    of_launcher = "".join(printed[end:])
+    of_training = list(takewhile(lambda line: "torch/distributed/elastic" not in line, printed))
+    of_launcher = "".join(printed[len(of_training) :])
     _, _, root_cause = of_launcher.partition("Root Cause")
     killed = re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)
     signal = ""
@@ -180,6 +179,5 @@ def _reason(printed: list[str]) -> str:
         signal = f": a process was killed by {killed[1]}"
         if killed[1] == "SIGKILL":
             signal += " (as the system does when memory is used up; recover.accumulation splits a step's batch)"
-    of_training = printed[:end]
     last_lines = "".join(of_training[-LAST_LINES:])
     return f"{signal}:\n{last_lines}"

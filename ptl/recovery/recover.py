@@ -16,13 +16,12 @@ from ptl.errors import InputError
 from ptl.recovery import launch
 from ptl.recovery.distillation import distil
 from ptl.recovery.grpo import grpo
-from ptl.recovery.job import CheckpointStore, Log, RecoverReport, RecoveryJob, report_from_json
+from ptl.recovery.job import REPORT, CheckpointStore, Log, RecoverReport, RecoveryJob
 from ptl.recovery.sft import cpt
 from ptl.storage import local_files
 
-Method = Callable[[Path, Path, Any, RecoveryJob], RecoverReport]  # source, destination, its settings, job
-
-RECOVERIES: dict[str, Method] = {
+# Each takes source, destination, its settings and the job
+RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] = {
     "cpt": cpt,
     "distil": distil,
     "grpo": grpo,
@@ -56,27 +55,22 @@ def recover_checkpoint(
     for i, stage in enumerate(stages):
         is_last_stage = i == len(stages) - 1
         earlier = budgets_before(recovery, iteration_tokens, i)
+        folder = job.scratch / f"{i}-{stage.method}"
         # each stage has its own tokens, and its logs continue those of the stages before it
         stage_job = dataclasses.replace(
             job,
             budget=dataclasses.replace(job.budget, tokens=budgets[i], earlier=earlier),
             on_log=_after(reports, job.on_log),
+            # no stage may resume from the training checkpoints of another
+            scratch=folder if len(stages) > 1 else job.scratch,
             # after the run's last training nothing continues from it
             keep_optimizer_state=not (is_last_stage and job.budget.last),
         )
         store = stores[i] if stores else None
-        # no stage may resume from the training checkpoints of another
-        folder = job.scratch / f"{i}-{stage.method}"
-        if len(stages) > 1:
-            stage_job = dataclasses.replace(stage_job, scratch=folder)
-        if is_last_stage:
-            report = _train(src, dst, stage, stage_job, store)
-        else:
-            # the next stage trains what this one writes
-            out = folder.with_name(f"{folder.name}-out")
-            report = _train_once(src, out, stage, stage_job, store)
-            src = out
-        reports.append(report)
+        out = dst if is_last_stage else folder.with_name(f"{folder.name}-out")
+        train = _train if is_last_stage else _train_once
+        reports.append(train(src, out, stage, stage_job, store))
+        src = out  # the next stage trains what this one writes
     return reports[0] if len(reports) == 1 else _joined(reports)
 
 
@@ -89,9 +83,9 @@ def _check_budget(
     """Raise InputError for a stage that gets too few of the iteration's tokens."""
     if tokens is None or tokens >= MIN_TOKENS:
         return
-    rest = tokens or "none"
     raise InputError(
-        f"{total} tokens for iteration {iteration} leave {rest} for {stage.method}, which needs {MIN_TOKENS}",
+        f"{total} tokens for iteration {iteration} leave {tokens or 'none'} for {stage.method}, "
+        f"which needs {MIN_TOKENS}",
         field="schedule.recovery_tokens",
         remedy="raise it, or set schedule.tokens=uniform",
     )
@@ -120,10 +114,9 @@ def _train_once(
     # not in the checkpoint: the next stage copies all files of its source
     report_file = out.with_name(f"{out.name}.json")
     if report_file.is_file():
-        return report_from_json(report_file.read_text())
+        return REPORT.validate_json(report_file.read_bytes())
     report = _train(src, out, stage, job, store)
-    text = json.dumps(dataclasses.asdict(report))
-    local_files.replace(report_file, text.encode())
+    local_files.replace(report_file, json.dumps(dataclasses.asdict(report)).encode())
     return report
 
 
@@ -155,8 +148,7 @@ def _after(reports: Sequence[RecoverReport], on_log: Log) -> Log:
 
     def on_stage_log(metrics: dict[str, float], step: int) -> None:
         if "num_input_tokens_seen" in metrics:
-            seen = metrics["num_input_tokens_seen"] + tokens
-            metrics = {**metrics, "num_input_tokens_seen": seen}
+            metrics = metrics | {"num_input_tokens_seen": metrics["num_input_tokens_seen"] + tokens}
         on_log(metrics, steps + step)
 
     return on_stage_log
@@ -171,13 +163,12 @@ def _joined(reports: Sequence[RecoverReport]) -> RecoverReport:
         curve += [(tokens_before + tokens, loss) for tokens, loss in report.curve]
         tokens_before += report.tokens
     # the earlier stages of a resumed chain are finished, and report their own attempts
-    resumed = [report.resumed_at for report in reports if report.resumed_at]
     return RecoverReport(
         method="+".join(report.method for report in reports),
         tokens=tokens_before,
         steps=sum(report.steps for report in reports),
         curve=tuple(curve),
-        resumed_at=resumed[0] if resumed else 0,
+        resumed_at=next((report.resumed_at for report in reports if report.resumed_at), 0),
         seconds=sum(report.seconds for report in reports),
         details={"stages": [dataclasses.asdict(report) for report in reports]},
     )

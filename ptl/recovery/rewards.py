@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ptl.config.recover import Reward
@@ -15,7 +15,6 @@ LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
 Texts = Sequence[str]
-RewardFunction = Callable[[Texts, Texts, Reward], RewardValues]  # of answers and their references
 
 
 def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
@@ -25,8 +24,7 @@ def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> Re
         number = final_number(answer)
         # a reference may be a bare number or a worked solution
         expected = final_number(f"#### {_after_marker(reference)}")
-        is_right = number is not None and number == expected
-        values.append(float(is_right))
+        values.append(float(number is not None and number == expected))
     return values
 
 
@@ -38,8 +36,7 @@ def final_number(text: str) -> str | None:
 
 def math_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     r"""1 where math-verify finds the answer equal to the reference (`\boxed{}`, LaTeX, or a plain number)."""
-    pairs = zip(answers, references, strict=True)
-    return [_math_value(answer, reference) for answer, reference in pairs]
+    return list(map(_math_value, answers, references))
 
 
 def _math_value(answer: str, reference: str) -> float | None:
@@ -64,8 +61,7 @@ def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValu
     """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox."""
     from ptl.sandbox.runner import run_many
 
-    programs = [program(answer) for answer in answers]
-    outcomes = run_many(zip(programs, references, strict=True))
+    outcomes = run_many(zip(map(program, answers), references, strict=True))
     return [float(outcome.passed) for outcome in outcomes]
 
 
@@ -79,11 +75,12 @@ def program(answer: str) -> str:
 def format_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
     """1 where the complete answer matches the pattern."""
     pattern = re.compile(reward.pattern)
-    return [float(pattern.fullmatch(answer) is not None) for answer in answers]
+    matches = map(pattern.fullmatch, answers)
+    return [float(match is not None) for match in matches]
 
 
 # by the name of a Reward in the config
-REWARDS: dict[str, RewardFunction] = {
+REWARDS = {
     "final_answer": final_answer_reward,
     "math": math_reward,
     "code": code_reward,
@@ -121,4 +118,5 @@ def _answer_formula(answer: str) -> str:
     if "####" not in answer or not conclusion:
         return answer
     # thousands separators are no part of a number in LaTeX
-    return f"${conclusion.replace(',', '')}$"
+    number = conclusion.replace(",", "")
+    return f"${number}$"

@@ -15,7 +15,6 @@ from ptl.data.sequences import IGNORED, training_chunk
 from ptl.model import checkpoint, checks
 from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
-from ptl.recovery.launch import world_size
 
 
 def cpt(
@@ -28,14 +27,8 @@ def cpt(
     return train(src, dst, settings, job, sft_trainer())
 
 
-def train(
-    src: Path,
-    dst: Path,
-    settings: Cpt | Distil,
-    job: RecoveryJob,
-    trainer_class: Any,  # trl's SFTTrainer, or a kind of it
-) -> RecoverReport:
-    """Train `src` on exactly the stage's tokens and write the result to `dst`."""
+def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, trainer_class: Any) -> RecoverReport:
+    """Train `src` on exactly the stage's tokens by a kind of SFTTrainer and write the result to `dst`."""
     started = time.monotonic()
     tokens = job.budget.tokens
     assert tokens is not None  # only grpo trains without a budget
@@ -51,25 +44,18 @@ def train(
     # merged adapters and spread optimizers leave no state that pruning could slice
     sharded = training.is_sharded(settings)
     carries_state = settings.carry_moments and settings.lora is None and not sharded
-    stored_state = src / checkpoint.STATE
-    carried = carries_state and stored_state.is_file()
+    stored = src / checkpoint.STATE
+    state = stored if carries_state and stored.is_file() else None
     # the dataset is read once, in the order of its rows
     steps = math.ceil(len(dataset) / settings.batch_size)
-    curve = training.learning_rate_curve(settings, job.budget, steps, carried)
-    optimizers: tuple[Any, Any] = (None, None)
-    if sharded:
-        # the Trainer makes the optimizer, from parameters that it shards first
-        trainer_class = training.with_curve(trainer_class, curve)
-    else:
-        optimizer = training.optimizer_for(model, settings, stored_state if carried else None)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, curve)
-        optimizers = (optimizer, scheduler)
-    trainer = trainer_class(
+    curve = training.learning_rate_curve(settings, job.budget, steps, state is not None)
+    trainer = training.with_curve(trainer_class, curve)(
         model=model,
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        optimizers=optimizers,
+        # sharded: the Trainer makes it, from parameters that it shards first
+        optimizers=(None if sharded else training.optimizer_for(model, settings, state), None),
         callbacks=[training.watch(job)],
     )
     resumed_at = training.run(trainer, job.scratch)
@@ -118,14 +104,16 @@ def with_adapters(model: Any, lora: Lora) -> Any:
     """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685)."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
+            lora_dropout=lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
     )
-    return get_peft_model(model, config)
 
 
 def training_dataset(
@@ -155,16 +143,16 @@ def training_dataset(
     details: dict[str, Any] = {"sequences": len(chunk), "processes": arguments.world_size}
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
-    columns = {
-        "input_ids": [tokens.ids for tokens in chunk],
-        "labels": [tokens.labels(settings.loss) for tokens in chunk],
-    }
-    dataset = Dataset.from_dict(columns)
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [tokens.ids for tokens in chunk],
+            "labels": [tokens.labels(settings.loss) for tokens in chunk],
+        }
+    )
     if settings.packing:
         dataset = pack_dataset(dataset, settings.max_length, "bfd")
     # otherwise accelerate repeats sequences of the first batch, and the token count is no longer exact
-    sequences_per_pass = arguments.per_device_train_batch_size * arguments.world_size
-    missing = -len(dataset) % sequences_per_pass
+    missing = -len(dataset) % (arguments.per_device_train_batch_size * arguments.world_size)
     if arguments.world_size > 1 and missing:
         dataset = _filled_up(dataset, missing, tokenizer.eos_token_id)
     return dataset, details
@@ -185,9 +173,8 @@ def sft_arguments(settings: NextToken, job: RecoveryJob) -> Any:
     """trl's SFTConfig of a stage."""
     from trl import SFTConfig
 
-    shared = training.arguments(settings, job, world_size())
     return SFTConfig(
-        **shared,
+        **training.arguments(settings, job),
         weight_decay=settings.weight_decay,
         num_train_epochs=1,
         max_length=settings.max_length,

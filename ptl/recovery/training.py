@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,12 +17,12 @@ from ptl.errors import WorkError
 from ptl.model import checkpoint, pretrained, safetensors_io
 from ptl.recovery import launch
 from ptl.recovery.job import Curve, RecoveryJob, StageBudget
+from ptl.storage.local_files import FULL
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch and safetensors wrap the operating system's error in their own
-NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in NO_SPACE))
+NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
 
 
 def load(src: Path) -> tuple[Any, torch.dtype]:
@@ -52,17 +51,14 @@ def learning_rate_curve(
     Reinforcement learning has no decay.
     """
     warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
-    decays = isinstance(settings, NextToken)
-    if isinstance(settings, NextToken) and settings.decay == "last":
-        decays = budget.last
+    decays = isinstance(settings, NextToken) and (budget.last or settings.decay == "each")
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         if not decays:
             return 1.0
-        decay_steps = max(1, steps - warmup)
-        angle = math.pi * (step - warmup) / decay_steps
+        angle = math.pi * (step - warmup) / max(1, steps - warmup)
         return (1 + math.cos(angle)) / 2
 
     return factor
@@ -75,11 +71,10 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
     # norms and biases
     vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
-    groups = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
     if state is None:
         return optimizer
@@ -93,14 +88,14 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     return optimizer
 
 
-def arguments(settings: Stage, job: RecoveryJob, processes: int) -> dict[str, Any]:
+def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
     fsdp = settings.sharding == "fsdp" and is_sharded(settings)
     return {
         "output_dir": str(job.scratch),
-        "per_device_train_batch_size": launch.sequences_per_pass(settings, processes),
+        "per_device_train_batch_size": launch.sequences_per_pass(settings, launch.world_size()),
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.learning_rate,
         "bf16": settings.dtype == "bfloat16",
@@ -145,7 +140,8 @@ def watch(job: RecoveryJob) -> Any:
                 job.save_checkpoint(folder)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            metrics = _numbers(logs or {})
+            # the Trainer logs texts too
+            metrics = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
             step = state.global_step
             loss = metrics.get("loss", 0.0)
             if not math.isfinite(loss):
@@ -163,16 +159,6 @@ def watch(job: RecoveryJob) -> Any:
                 job.on_log(metrics, step)
 
     return Watch()
-
-
-def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    """The metrics among what a trainer logs."""
-    numbers = {}
-    for name, value in logs.items():
-        # the Trainer logs texts too
-        if isinstance(value, int | float):
-            numbers[name] = float(value)
-    return numbers
 
 
 def _loss_error(
@@ -199,7 +185,7 @@ def check_finite(model: Any, step: int, scratch: str) -> None:
         finite = parameter.isfinite().all()
         if hasattr(finite, "full_tensor"):  # FSDP: spread over GPUs
             finite = finite.full_tensor()
-        if not bool(finite):
+        if not finite:
             raise _not_finite("a weight is NaN or infinite", step, step, scratch)
 
 
@@ -212,8 +198,11 @@ def _not_finite(
     steps = f"at optimizer step {step}"
     if first_step < step:
         steps = f"in optimizer steps {first_step} to {step}"
-    problem = f"{problem} {steps}; {_last_good(Path(scratch))}"
-    return WorkError(problem, field="recover", remedy="lower recover.learning_rate")
+    return WorkError(
+        f"{problem} {steps}; {_last_good(Path(scratch))}",
+        field="recover",
+        remedy="lower recover.learning_rate",
+    )
 
 
 def _last_good(scratch: Path) -> str:
@@ -241,9 +230,8 @@ def reported_full_disk(files: str, folder: Path, scratch: Path) -> Iterator[None
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        text = str(error)
-        is_wrapped = any(mark in text for mark in NO_SPACE_TEXTS)
-        if not is_wrapped and getattr(error, "errno", None) not in NO_SPACE:
+        is_wrapped = any(map(str(error).__contains__, NO_SPACE_TEXTS))
+        if not is_wrapped and getattr(error, "errno", None) not in FULL:
             raise
         raise WorkError(
             f"no space left for {files} in {folder}; {_last_good(scratch)}",
@@ -273,28 +261,24 @@ def save(
         return
     with reported_full_disk("the trained checkpoint", dst, Path(scratch)):
         if with_state:
-            state = _optimizer_state(model, trainer.optimizer)
-            checkpoint.write_shard(dst / checkpoint.STATE, state)
+            checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
         if hasattr(model, "merge_and_unload"):  # LoRA
             model = model.merge_and_unload()
         model = model.to(dtype)
         check_finite(model, step, scratch)  # float16 ends at 65,504
         model.save_pretrained(dst)
         # save_pretrained writes a config of this version of transformers
-        config = (src / "config.json").read_text()
-        (dst / "config.json").write_text(config)
+        shutil.copyfile(src / "config.json", dst / "config.json")
         checkpoint.copy_companions(src, dst)
 
 
 def is_sharded(settings: Stage) -> bool:
     """Whether weights or optimizer state are spread over processes."""
-    if settings.sharding == "none" or launch.world_size() == 1:
-        return False
-    return launch.can_shard()
+    return settings.sharding != "none" and launch.world_size() > 1 and launch.can_shard()
 
 
 def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
-    """A kind of trainer that makes its own optimizer and follows our learning-rate curve."""
+    """A kind of trainer that follows our learning-rate curve, whether it makes its optimizer or is given one."""
 
     class Curved(trainer_class):  # type: ignore[misc,valid-type,unused-ignore]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -329,10 +313,9 @@ def _optimizer_state(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
 
 def curve_of(trainer: Any, tokens: int) -> Curve:
     """Tokens seen, `tokens` at most, and loss at each log of a trainer."""
-    points = []
-    for entry in trainer.state.log_history:
-        if "loss" in entry:
-            # without the empty sequences of several processes
-            seen = min(int(entry["num_input_tokens_seen"]), tokens)
-            points.append((seen, float(entry["loss"])))
-    return tuple(points)
+    # at most: without the empty sequences of several processes
+    return tuple(
+        (min(int(entry["num_input_tokens_seen"]), tokens), float(entry["loss"]))
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    )

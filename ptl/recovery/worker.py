@@ -13,7 +13,7 @@ from typing import Any
 from ptl.config.recover import Recovery
 from ptl.errors import PtlError
 from ptl.processes import die_with_tied
-from ptl.recovery.launch import CHECKPOINT, ERROR, HANDOVER, JOB, METRICS
+from ptl.recovery.launch import CHECKPOINT, ERROR_FILE, HANDOVER, JOB, METRICS, REPORT_FILE
 from ptl.recovery.recover import RECOVERIES
 
 POLL = 0.05  # seconds
@@ -31,24 +31,17 @@ def main(job_file: Path) -> None:
         functions["save_checkpoint"] = _hand_over
     job = JOB.validate_python(fields["job"] | functions)
     is_first = os.environ.get("RANK", "0") == "0"
-    src, dst = Path(fields["src"]), Path(fields["dst"])
-    train = RECOVERIES[settings.method]
     try:
-        report = train(src, dst, settings, job)
+        report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
     except PtlError as error:
         if is_first:
             # the launching process raises it again
-            parts = {
-                "problem": error.problem,
-                "field": error.field,
-                "remedy": error.remedy,
-                "exit_code": error.exit_code,
-            }
-            (job.scratch / ERROR).write_text(json.dumps(parts))
+            parts = {**vars(error), "exit_code": error.exit_code}
+            (job.scratch / ERROR_FILE).write_text(json.dumps(parts))
         raise
     # the others have the same numbers
     if is_first:
-        Path(fields["report"]).write_text(json.dumps(dataclasses.asdict(report)))
+        (job.scratch / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report)))
 
 
 def _print_metrics(metrics: dict[str, float], step: int) -> None:

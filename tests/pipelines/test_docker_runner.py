@@ -115,7 +115,7 @@ def test_mounts_are_the_files_that_the_config_names(stub_docker, monkeypatch, tm
     writable = [str(tmp_path / "run"), str(tmp_path / "artifacts")]
     assert {path for path, read_only in mounts.items() if not read_only} == set(writable)
     assert {path for path, read_only in mounts.items() if read_only} - {
-        os.environ.get(n) for n in containers.CERTIFICATES
+        os.environ.get(n) for n in containers.mounts.BUNDLES
     } == {str(example)}
     assert given["working_dir"] == str(ROOT) and given["environment"]["PTL_RUN_ID"] == "r"
     assert "device_requests" not in given
