@@ -54,20 +54,20 @@ class DataSource(Section):
     """Rows of text, from a local or s3:// JSONL / Parquet file or from the hub, and how a row becomes a sequence."""
 
     # a file, or a dataset on the hub
-    source: Location = Field(description=".jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id")
+    source: Location = Field(description=".jsonl, .jsonl.gz or .parquet file (local or s3://), or a hub id")
     revision: str | None = Field(None, description="hub commit of the dataset; pin it so that a run can be repeated")
-    subset: str | None = Field(None, description="hub configuration name, for example `main` of gsm8k")
-    split: str = Field("train", description="hub split")
+    subset: str | None = Field(None, description="configuration of the dataset on the hub, for example `main` of gsm8k")
+    split: str = Field("train", description="split of the dataset on the hub")
     # how its rows are read
     format: Literal["text", "prompt_completion", "messages"] = Field(
-        "prompt_completion", description="what a row is: one text, a prompt with its completion, or a chat"
+        "prompt_completion", description="what a row is: a text, a prompt with its completion, or a chat"
     )
     text: Template = Field("{text}", description="template over a row's columns (format `text`)")
     prompt: Template = Field("{prompt}", description="template over a row's columns (format `prompt_completion`)")
     completion: Template = Field(
         "{completion}", description="template over a row's columns (format `prompt_completion`)"
     )
-    messages: str = Field("messages", description="column that holds the chat (format `messages`)")
+    messages: str = Field("messages", description="column with the chat (format `messages`)")
 
 
 class TrainingSource(DataSource):
@@ -81,17 +81,17 @@ class Decontaminate(Section):
 
     # the run's own benchmarks need no data here: the first evaluation has written their items
     tasks: bool = Field(
-        True, description="compare with the items of `evaluate.tasks`, as the first evaluation saw them"
+        True, description="compare with the items of `evaluate.tasks`, as the first evaluation stored them"
     )
     against: tuple[DataSource, ...] = Field((), description="more benchmarks; only the text of their items is used")
-    ngram: int = Field(13, ge=2, description="words in a row that must be equal; of a shorter item all of its words")
+    ngram: int = Field(13, ge=2, description="consecutive words that must be equal; of a shorter item, all words")
 
 
 class TrainingData(Section):
-    """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
+    """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
 
-    sources: tuple[TrainingSource, ...] = Field(min_length=1, description="where the rows come from, mixed by weight")
-    decontaminate: Decontaminate = Field(Decontaminate(), description="rows to leave out; `off`: none")
+    sources: tuple[TrainingSource, ...] = Field(min_length=1, description="where the rows come from, mixed by `weight`")
+    decontaminate: Decontaminate = Field(Decontaminate(), description="which rows are left out; `off`: none")
 
     @field_validator("decontaminate", mode="before")
     @classmethod
@@ -124,19 +124,22 @@ class Lora(Section):
 
     rank: int = Field(16, ge=1, description="rank of each adapter's two matrices")
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is zeroed in training")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that are zeroed in training")
 
 
 class Stage(Section):
     """What all recovery methods share."""
 
     # one optimizer step of AdamW
-    learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak, after the warm-up")
+    learning_rate: float = Field(3e-4, gt=0, lt=1, description="peak learning rate, after the warm-up")
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all processes")
-    accumulation: int = Field(1, ge=1, description="forward passes that one optimizer step is split into")
+    accumulation: int = Field(1, ge=1, description="forward passes into which one optimizer step is split")
     # how a chain of stages divides the iteration's tokens
     share: float | None = Field(
-        None, gt=0, le=1, description="share of the iteration's recovery tokens; none: what the other stages leave"
+        None,
+        gt=0,
+        le=1,
+        description="share of the iteration's recovery tokens; default: an equal part of what the other stages leave",
     )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     warmup_steps: int = Field(10, ge=0, description="optimizer steps over which the learning rate rises from 0")
@@ -145,18 +148,20 @@ class Stage(Section):
         "float32", description="precision of the forward and backward passes; `bfloat16` is for GPUs"
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, about a third more time"
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     # training checkpoints and logs
     save_steps: int = Field(50, ge=1, description="optimizer steps between training checkpoints")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between logged losses")
     store_minutes: float | None = Field(
-        None, ge=0, description="minutes between training checkpoints that go to the store; none: they stay local"
+        None,
+        ge=0,
+        description="minutes between training checkpoints that are copied to the store; default: they stay local",
     )
     # several GPUs
-    processes: int | None = Field(None, ge=1, description="training processes; none: one for each GPU of the step")
+    processes: int | None = Field(None, ge=1, description="training processes; default: one for each GPU of the step")
     sharding: Literal["none", "fsdp", "zero2"] = Field(
-        "none", description="with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"
+        "none", description="with several GPUs: a complete copy on each, FSDP (full shard), or DeepSpeed ZeRO-2"
     )
 
 
@@ -169,10 +174,12 @@ class NextToken(Stage):
     packing: bool = Field(False, description="join sequences to max_length (loss `all` only)")
     # from one iteration to the next
     decay: Literal["last", "each"] = Field(
-        "last", description="decay the learning rate in the last iteration only, or in each (a fresh cosine)"
+        "last", description="decay the learning rate in the last iteration only, or in each (with a new cosine)"
     )
-    carry_moments: bool = Field(True, description="carry the optimizer state through pruning, sliced with the weights")
-    lora: Lora | None = Field(None, description="train low-rank adapters; none: all weights")
+    carry_moments: bool = Field(
+        True, description="carry the optimizer state to the next iteration, pruned together with the weights"
+    )
+    lora: Lora | None = Field(None, description="train low-rank adapters; default: all weights")
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
@@ -202,9 +209,9 @@ class Distil(NextToken):
 
     method: Literal["distil"] = Field("distil", description="distillation")
     # what the student learns from, and how much of the loss that is
-    teacher: Location | None = Field(None, description="local folder or hub id; none: the run's original model")
-    temperature: float = Field(1.0, gt=0, description="both distributions are softened by it; the loss is scaled back")
-    mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the rest goes to the KL")
+    teacher: Location | None = Field(None, description="local folder or hub id; default: the run's original model")
+    temperature: float = Field(1.0, gt=0, description="softens both distributions; the loss is scaled to compensate")
+    mix: float = Field(0.5, ge=0, le=1, description="weight of the next-token loss; the KL gets the rest")
 
     @model_validator(mode="after")
     def _no_packing(self) -> Self:
@@ -219,14 +226,14 @@ class Reward(Section):
 
     # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"] = Field(
-        description="what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"
+        description="how an answer is verified: its result as text, as mathematics, by tests, or only its format"
     )
-    weight: float = Field(1.0, gt=0, description="of this part in the sum")
+    weight: float = Field(1.0, gt=0, description="weight of this part in the sum")
     # what an answer is compared with, by the method that is named
     answer: Template = Field("{answer}", description="the reference, for `final_answer` and `math`")
-    tests: Template = Field("{test}", description="Python that raises when the answer is wrong, for `code`")
+    tests: Template = Field("{test}", description="Python code that raises if the answer is wrong, for `code`")
     pattern: str = Field(
-        r"(?s).*(####|\\boxed\{)[^#]*", description="regular expression that a whole answer must match, for `format`"
+        r"(?s).*(####|\\boxed\{)[^#]*", description="regular expression that the whole answer must match, for `format`"
     )
 
     @field_validator("pattern")
@@ -251,31 +258,35 @@ class Grpo(Stage):
 
     method: Literal["grpo"] = Field("grpo", description="reinforcement learning with verifiable rewards")
     # other defaults than those of the methods that learn from text
-    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak, after the warm-up")
+    learning_rate: float = Field(1e-6, gt=0, lt=1, description="peak learning rate, after the warm-up")
     batch_size: int = Field(64, ge=2, description="answers per optimizer step, over all processes")
     warmup_steps: int = Field(3, ge=0, description="optimizer steps over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     # how long it trains
     steps: int = Field(
-        240, ge=1, description="optimizer steps over all iterations, at most; shared out over them like the tokens"
+        240, ge=1, description="most optimizer steps of the whole run, distributed over the iterations like the tokens"
     )
     # the answers
-    num_generations: int = Field(8, ge=2, description="answers to one prompt, which are compared with each other")
-    max_completion_length: int = Field(512, ge=1, description="tokens of one answer")
-    beta: float = Field(0.01, ge=0, description="weight of the KL to the model that training began with")
-    temperature: float = Field(1.0, gt=0, description="of the sampled answers")
+    num_generations: int = Field(8, ge=2, description="answers to each prompt, which are compared with each other")
+    max_completion_length: int = Field(512, ge=1, description="tokens of the longest answer")
+    beta: float = Field(0.01, ge=0, description="weight of the KL to the model with which training started")
+    temperature: float = Field(1.0, gt=0, description="temperature of the sampled answers")
     # what the model is asked, and which answers are rewarded
-    prompts: DataSource | None = Field(None, description="none: the prompts of `training`'s first source")
+    prompts: DataSource | None = Field(
+        None, description="where the prompts come from; default: the first source of `training`"
+    )
     rewards: tuple[Reward, ...] = Field(
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)),
         min_length=1,
         description="parts of an answer's reward, added up by weight",
     )
     guard_prompts: int = Field(
-        32, ge=1, description="prompts on which pass@num_generations is measured before training"
+        32,
+        ge=1,
+        description="prompts on which pass@num_generations is measured before training; training needs one that is solved",
     )
     rollouts: Literal["auto", "transformers", "vllm"] = Field(
-        "auto", description="what generates the answers; auto: vLLM where it is installed and there is a GPU"
+        "auto", description="what generates the answers; auto: vLLM if it is installed and there is a GPU"
     )
 
     @model_validator(mode="after")
@@ -318,7 +329,7 @@ RecoverStage = Annotated[_Cpt | _Distil | _Grpo, _BY_METHOD]
 class Recovery(Section):
     """The stages of one recovery, one after another."""
 
-    stages: tuple[RecoverStage, ...] = Field(min_length=1, description="in the order of their work")
+    stages: tuple[RecoverStage, ...] = Field(min_length=1, description="the stages, in order")
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:
