@@ -283,7 +283,7 @@ class Grpo(Stage):
     guard_prompts: int = Field(
         32,
         ge=1,
-        description="prompts on which pass@num_generations is measured before training; training needs one that is solved",
+        description="prompts on which pass@num_generations is measured before training; one at least must be solved",
     )
     rollouts: Literal["auto", "transformers", "vllm"] = Field(
         "auto", description="what generates the answers; auto: vLLM if it is installed and there is a GPU"

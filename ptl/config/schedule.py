@@ -62,8 +62,8 @@ class Prune(Section):
     sigma_neuron: float | None = Field(
         None,
         gt=0,
-        description="remove only neurons that score below this; default: no threshold. With criterion `max`: neurons whose "
-        "removal changes the layer's output by less than this (Euclidean norm) at every token",
+        description="remove only neurons that score below this; default: no threshold. With criterion `max`: neurons "
+        "whose removal changes the layer's output by less than this (Euclidean norm) at every token",
     )
     sigma_layer: float | None = Field(
         None,
