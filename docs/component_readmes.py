@@ -12,8 +12,8 @@ CUSTOM = "<!-- custom-content -->"  # what follows is written by hand and is kep
 
 # Descriptions of inputs and outputs: one wording wherever a name occurs.
 DESCRIPTIONS = {
-    "step": "Name of the step, for example `prune-1`. The MLflow run and the record have this name, and it says to which "
-    "arm and iteration the step belongs.",
+    "step": "Name of the step, for example `prune-1`. The MLflow run and the record have this name, and it says to "
+    "which arm and iteration the step belongs.",
     "iterations": "Number of iterations of the step's arm; 1 for the control.",
     "experiment": "MLflow experiment; checkpoints are stored under its artifact location.",
     "run_name": "Display name of the run in MLflow.",
