@@ -13,6 +13,7 @@ from ptl.config.schedule import Prune
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
 from ptl.report import provenance, run_page
+from ptl.revision import own_revision
 from ptl.steps import attempts
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
@@ -53,7 +54,7 @@ def import_model(call: Call) -> None:
         params = {name: section.model_dump(mode="json") for name, section in sections.items()}
         params["model"] = {"path": path, "revision": revision or None}
         data_sets = provenance.data_sets(calibration, training, evaluation)
-        run_page.describe(run, flat_settings(params), revision(), data_sets)
+        run_page.describe(run, flat_settings(params), own_revision(), data_sets)
 
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)

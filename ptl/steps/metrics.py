@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ptl.steps.call import Metadata
 
 # What of a record is shown as numbers.
