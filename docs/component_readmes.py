@@ -8,27 +8,27 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parents[1]
-CUSTOM = "<!-- custom-content -->"  # what follows it is written by hand, and kept
+CUSTOM = "<!-- custom-content -->"  # what follows is written by hand and is kept
 
 # Descriptions of inputs and outputs: one wording wherever a name occurs.
 DESCRIPTIONS = {
-    "step": "Name of the step, for example `prune-1`: it names the MLflow run and the record, and says which arm and "
-    "iteration it is of.",
-    "iterations": "Iterations of the step's arm: the loop's, or 1 for the control.",
-    "experiment": "MLflow experiment; its artifact location is where checkpoints are stored.",
+    "step": "Name of the step, for example `prune-1`. The MLflow run and the record have this name, and it says to "
+    "which arm and iteration the step belongs.",
+    "iterations": "Number of iterations of the step's arm; 1 for the control.",
+    "experiment": "MLflow experiment; checkpoints are stored under its artifact location.",
     "run_name": "Display name of the run in MLflow.",
-    "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must be equal.",
-    "target": "Below 1: share of all parameters to remove in the whole run; 1 or more: parameters to end with.",
+    "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must agree.",
+    "target": "Below 1: share of all parameters to remove in the run; 1 or more: number of parameters to end with.",
     "cuts": "`uniform` or `cubic`: how the removal is distributed over the iterations.",
     "recovery_tokens": "Tokens of recovery training over all iterations.",
     "tokens": "`uniform` or `doubling`: how these tokens are distributed over the iterations.",
     "seed": "Seed of every random choice.",
     "model": "Checkpoint to work on.",
-    "scored": "Scores of evaluate-0, whose items must not be trained on.",
-    "fallback": "Checkpoint that the iteration started from; the loop continues with it when the gate rejects.",
+    "scored": "Scores of evaluate-0; training rows that share text with its items are left out.",
+    "fallback": "Checkpoint that the iteration started from; the loop continues with it if the gate rejects.",
     "final": "Checkpoint that the loop ended with.",
-    "control": "Checkpoint that the control arm ended with, or why it did not finish.",
-    "revision": "Commit on the Hugging Face hub; empty for the newest or for a folder.",
+    "control": "Checkpoint that the control arm ended with, or the reason why it did not finish.",
+    "revision": "Commit on the Hugging Face hub; empty for the newest, or for a local folder.",
     "prune": "Section `prune` of the config.",
     "calibration": "Section `calibration` of the config.",
     "recover": "Section `recover` of the config.",
@@ -44,8 +44,8 @@ DESCRIPTIONS = {
     "html": "The report as one page.",
     "markdown": "The report as Markdown.",
 }
-# Where `model` is what the user named, not a checkpoint of the run.
-USERS_MODEL = "Hub id or folder of a Hugging Face checkpoint with safetensors."
+# For the components whose `model` is what the user named, not a checkpoint of the run.
+USERS_MODEL = "Hub id, or local folder, of a Hugging Face checkpoint with safetensors."
 
 
 def readme(name: str) -> str:

@@ -17,16 +17,22 @@ from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
-Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
-Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
-TokenFile = Annotated[Path | None, typer.Option(help="service-account token; none: KFP_TOKEN, or no login")]
-CaCert = Annotated[Path | None, typer.Option(help="PEM bundle to trust; none: KFP_CA_CERT, or the public CAs")]
+Host = Annotated[str | None, typer.Option(help="API address; default: KF_PIPELINES_ENDPOINT")]
+Namespace = Annotated[str | None, typer.Option(help="your profile in multi-user Kubeflow; default: KFP_NAMESPACE")]
+TokenFile = Annotated[
+    Path | None, typer.Option(help="file with a service-account token; default: KFP_TOKEN, or no login")
+]
+CaCert = Annotated[Path | None, typer.Option(help="CA bundle to trust (PEM); default: KFP_CA_CERT, or the public CAs")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
-UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")]
-RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
-Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
-Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the run continues after them")]
-Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
+UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; default: --host")]
+RunId = Annotated[str, typer.Argument(help="id of the run, as `ptl submit` printed it", show_default=False)]
+Wait = Annotated[
+    bool, typer.Option("--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout")
+]
+Timeout = Annotated[
+    float | None, typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that")
+]
+Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between two requests for the state")]
 
 
 def _server_options(
@@ -69,9 +75,13 @@ def submit(
     config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
-    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; none: storage.experiment")] = None,
-    version_name: Annotated[str | None, typer.Option(help="none: version of ptl and digest of the YAML")] = None,
-    service_account: Annotated[str | None, typer.Option(help="of the run's pods; none: Kubeflow's default")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; default: storage.experiment")] = None,
+    version_name: Annotated[
+        str | None, typer.Option(help="name of the pipeline version; default: ptl's version and the digest of the YAML")
+    ] = None,
+    service_account: Annotated[
+        str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
+    ] = None,
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
@@ -111,14 +121,14 @@ def _warn_of_local_files(config: Config) -> None:
 
 
 def status(server: Server, run_id: RunId) -> None:
-    """Print a run and its steps as a table; exit code 1 when it failed or was canceled."""
+    """Print a run and its steps as a table; exit code 1 if it failed or was canceled."""
     from pipelines.prune_tune_loop import follow
 
     raise typer.Exit(follow.status(run_id, server, say=_say))
 
 
 def cancel(server: Server, run_id: RunId) -> None:
-    """End a run; its finished steps stay, and `ptl retry` resumes from them."""
+    """Cancel a run; its finished steps are kept, and `ptl retry` resumes from them."""
     from pipelines.prune_tune_loop import follow
 
     raise typer.Exit(follow.cancel(run_id, server, say=_say))
@@ -127,12 +137,14 @@ def cancel(server: Server, run_id: RunId) -> None:
 def retry(
     server: Server,
     run_id: RunId,
-    config: Annotated[Path | None, typer.Option(help="the run's YAML file: its gate decides the exit code")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="the run's YAML file; if its gate is on, --wait can return 3")
+    ] = None,
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
 ) -> None:
-    """Run a failed run's unfinished steps again."""
+    """Run the unfinished steps of a failed or canceled run again."""
     from pipelines.prune_tune_loop import follow
 
     run_config = load_config(config) if config else None
@@ -145,15 +157,17 @@ def doctor(
     sets: Overrides,
     local: Annotated[
         bool | None,
-        typer.Option("--local/--cluster", help="where the run goes; none: a cluster if the environment names one"),
+        typer.Option(
+            "--local/--cluster", help="where the run is to go; default: a cluster if the environment names one"
+        ),
     ] = None,
-    runner: Annotated[str, typer.Option(help="of a local run: subprocess, or docker")] = "subprocess",
-    home: Annotated[Path, typer.Option(help="of a local run: where runs and checkpoints are")] = Path(".ptl"),
+    runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
+    home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
     host: Host = None,
-    namespace: Annotated[str | None, typer.Option(help="where the run's pods start; none: KFP_NAMESPACE")] = None,
-    kubeflow_namespace: Annotated[str, typer.Option(help="where Kubeflow itself is")] = "kubeflow",
+    namespace: Annotated[str | None, typer.Option(help="namespace of the run's pods; default: KFP_NAMESPACE")] = None,
+    kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
-    """Try out what a run will need before it costs anything; exit code 1 on an error."""
+    """Check what a run will need before it costs anything; exit code 1 on an error."""
     from ptl.local import images
     from ptl.preflight import doctor as work
 

@@ -24,14 +24,14 @@ def add_to(app: typer.Typer) -> None:
 
 
 def validate(config: ConfigFile, sets: Overrides) -> None:
-    """Check a config, its data files and its model, and print the plan; nothing expensive is started."""
+    """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
     params = checked_params(settings)
     _print_plan(settings, params)
 
 
 def schema() -> None:
-    """Print the config's JSON schema, for editors."""
+    """Print the JSON schema of a config, for editors."""
     print(json.dumps(Config.model_json_schema(), indent=2))
 
 
@@ -39,11 +39,11 @@ def plan(
     config: ConfigFile,
     sets: Overrides,
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
-    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; none: as the config says")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; default: as the config says")] = None,
 ) -> None:
     """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
 
-    From the model's config alone; no weights are read.
+    Reads only the model's config, no weights.
     """
     from rich.console import Console
 
@@ -59,10 +59,10 @@ def plan(
 
 def compile_(
     config: ConfigFile,
-    output: Annotated[Path, typer.Option("-o", "--output", help="where the pipeline's YAML goes")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
     sets: Overrides,
 ) -> None:
-    """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
+    """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
     # kfp's compiler decides by the suffix what it writes.
     is_yaml = output.suffix in (".yaml", ".yml")
     folder = output.absolute().parent

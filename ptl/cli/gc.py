@@ -22,18 +22,22 @@ def add_to(app: typer.Typer) -> None:
 
 
 def gc(
-    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; none: all with runs")] = [],  # noqa: B006
-    run: Annotated[list[str], typer.Option(help="only this run; its checkpoints go even if it is not finished")] = [],  # noqa: B006
-    older_than: Annotated[float, typer.Option(min=0, help="days since the last write; nothing younger goes")] = 7.0,
-    keep_last: Annotated[int, typer.Option(min=0, help="newest finished runs per experiment that keep all")] = 0,
-    dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
-    delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
+    experiment: Annotated[list[str], typer.Option(help="MLflow experiment; default: all that have runs")] = [],  # noqa: B006
+    run: Annotated[
+        list[str], typer.Option(help="only this run; includes its checkpoints even if it is unfinished")
+    ] = [],  # noqa: B006
+    older_than: Annotated[float, typer.Option(min=0, help="days since the last write; anything newer is kept")] = 7.0,
+    keep_last: Annotated[
+        int, typer.Option(min=0, help="newest finished runs of each experiment that keep all checkpoints")
+    ] = 0,
+    dense: Annotated[bool, typer.Option("--dense", help="include the imported models of finished runs")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without this option nothing is changed")] = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """List the checkpoints that nobody needs any more, with their bytes; --delete removes them.
+    """List the checkpoints that are no longer needed, with their sizes; --delete removes them.
 
-    Final checkpoints, registered versions and what an unfinished run needs stay, and so do all records and scores.
+    Final checkpoints, registered versions and what an unfinished run needs are kept, as are all records and scores.
     """
     runs.reach(home.absolute(), s3)
     experiments = list(inventory.experiments(experiment))

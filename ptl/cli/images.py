@@ -20,20 +20,20 @@ def add_to(app: typer.Typer) -> None:
 
 def images(
     action: Annotated[str, typer.Argument(help="print, build or push")] = "print",
-    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; none: the local engine's own")] = "",
+    registry: Annotated[str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")] = "",
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
-    base_image: Annotated[str | None, typer.Option(help="base of a build; none: the Dockerfile's")] = None,
+    base_image: Annotated[str | None, typer.Option(help="base image of a build; default: the Dockerfile's")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="build for machines without a GPU")] = False,
     # These two are set by the environment as for pip.
     ca: Annotated[
         Path | None,
-        typer.Option(envvar="PIP_CERT", help="your organisation's CA, a bundle for a build's downloads"),
+        typer.Option(envvar="PIP_CERT", help="CA bundle for a build's downloads, for example your organisation's"),
     ] = None,
     index: Annotated[
         str | None,
-        typer.Option(envvar="PIP_INDEX_URL", help="package index of a build; none: PyPI", show_envvar=True),
+        typer.Option(envvar="PIP_INDEX_URL", help="package index for a build; default: PyPI", show_envvar=True),
     ] = None,
-    wheels: Annotated[Path | None, typer.Option(help="folder of local wheels for a build")] = None,
+    wheels: Annotated[Path | None, typer.Option(help="folder with local wheels for a build")] = None,
 ) -> None:
     """Print, build or push the images that the pipeline's steps run in."""
     from ptl.config import image_names

@@ -20,13 +20,13 @@ CheckpointFolder = Annotated[
 ]
 TargetFolder = Annotated[
     Path,
-    typer.Argument(help="folder to write; must not exist yet or be empty", show_default=False),
+    typer.Argument(help="folder to write; it must be empty or not exist yet", show_default=False),
 ]
 
 # Options.
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", "-c", help="the run's YAML file, for its settings"),
+    typer.Option("--config", "-c", help="the run's YAML file"),
 ]
 Overrides = Annotated[
     list[str],
@@ -39,5 +39,5 @@ Home = Annotated[
 ]
 Servers = Annotated[
     bool,
-    typer.Option("--s3", help="the runs of `ptl run --s3`: `ptl up`'s servers"),
+    typer.Option("--s3", help="use the servers of `ptl up`, as `ptl run --s3` does"),
 ]

@@ -30,11 +30,11 @@ def add_to(app: typer.Typer) -> None:
 def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
-    arm: Annotated[str, typer.Option(help="of a run: loop, its final model, or control")] = "loop",
+    arm: Annotated[str, typer.Option(help="which arm of a run: loop (its final model) or control")] = "loop",
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """Copy a checkpoint, verified by its digest, into a folder of your own; with the model card of its run."""
+    """Copy a checkpoint into your own folder and verify its digest; a run's final one comes with its model card."""
     # Before anything is started or fetched.
     destination.check_free(dst.resolve())
     _reach_stores(home, s3, source)
@@ -51,10 +51,10 @@ def fetch(
 def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
-    to: Annotated[str, typer.Option(help="gguf")] = "gguf",
-    outtype: Annotated[str, typer.Option(help="auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
+    to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
+    outtype: Annotated[str, typer.Option(help="data type: auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
 ) -> None:
-    """Write a checkpoint in the form of another runtime: GGUF, for llama.cpp."""
+    """Convert a checkpoint for another runtime: GGUF, for llama.cpp."""
     from ptl.model.export import OUTTYPES, export_gguf
 
     if outtype not in OUTTYPES:
@@ -73,11 +73,11 @@ def report(
         str,
         typer.Argument(help="RUN_ID, a run's directory, or its result.json", show_default=False),
     ],
-    dst: Annotated[Path | None, typer.Argument(help="folder for the pages; none: report-<run>")] = None,
+    dst: Annotated[Path | None, typer.Argument(help="folder for the report; default: report-<run>")] = None,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """Make a run's pages again from its result.json."""
+    """Make a run's report again from its result.json."""
     from jinja2 import UndefinedError
 
     from ptl.report.render import render
@@ -102,15 +102,17 @@ def _report_folder(result: dict[str, Any]) -> Path:
 
 
 def compare(
-    reference: Annotated[str, typer.Argument(help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID: its last")],
-    candidate: Annotated[str, typer.Argument(help="likewise: what is compared with the reference")],
-    margin: Annotated[float, typer.Option(help="loss of accuracy that is tolerated")] = 0.02,
+    reference: Annotated[
+        str, typer.Argument(help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID for its final evaluation")
+    ],
+    candidate: Annotated[str, typer.Argument(help="the evaluation to compare with it, named the same way")],
+    margin: Annotated[float, typer.Option(help="drop in accuracy that is tolerated, as a share of the items")] = 0.02,
     alpha: Annotated[float, typer.Option(help="significance level of the tests")] = 0.05,
-    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown not inferior")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="pass only what is shown to be not inferior")] = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
-    """Compare two evaluations item by item: exit code 0 not inferior, 1 inferior, 2 wrong input."""
+    """Compare two evaluations item by item. Exit code: 0 not inferior, 1 inferior, 2 wrong input."""
     from rich.console import Console
 
     from ptl.evaluation import compare as work

@@ -40,13 +40,13 @@ def run(
     home: Home = HOME,
     run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
     fresh: Annotated[
-        bool, typer.Option("--new", help="start a new run although an unfinished one could be resumed")
+        bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
     ] = False,
-    s3: Annotated[bool, typer.Option("--s3", help="start `ptl up`'s S3 and MLflow servers, and use them")] = False,
-    runner: Annotated[str, typer.Option(help="subprocess, or docker: each step in its image")] = "subprocess",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show all that the steps print")] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="start the S3 and MLflow servers of `ptl up`, and use them")] = False,
+    runner: Annotated[str, typer.Option(help="subprocess, or docker: run each step in its image")] = "subprocess",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show everything that the steps print")] = False,
 ) -> None:
-    """Compile a config and execute the compiled pipeline here; the same command again continues a run that died."""
+    """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
         require_checkout("run")
         from pipelines.prune_tune_loop.pipeline import compile_pipeline

@@ -20,7 +20,7 @@ def ui(
     home: Home = HOME,
     port: Annotated[int, typer.Option(help="port on loopback")] = 5000,
 ) -> None:
-    """Open MLflow over the runs of this folder: serves until you press Ctrl-C."""
+    """Browse the runs of this folder in MLflow; serves until you press Ctrl-C."""
     from ptl.local import servers
 
     # MLflow's server would end with a traceback of its own.
@@ -30,11 +30,11 @@ def ui(
 
 def up(
     home: Home = HOME,
-    s3_port: Annotated[int, typer.Option(help="SeaweedFS; the next three ports are taken too")] = 8433,
-    mlflow_port: Annotated[int, typer.Option(help="MLflow")] = 15000,
-    backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; none: sqlite")] = None,
+    s3_port: Annotated[int, typer.Option(help="port of SeaweedFS; it also uses the next three")] = 8433,
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow")] = 15000,
+    backend_store_uri: Annotated[str | None, typer.Option(help="MLflow's database; default: sqlite")] = None,
 ) -> None:
-    """Start a real S3 server and a real MLflow server on loopback, and print the environment that reaches them."""
+    """Start a real S3 and a real MLflow server on loopback, and print the environment variables to use them."""
     from ptl.local import servers
 
     extras.need("flask", "up")
@@ -53,7 +53,7 @@ def up(
 
 
 def down(home: Home = HOME) -> None:
-    """Stop exactly the servers that `ptl up` started."""
+    """Stop the servers that `ptl up` started, and no others."""
     from ptl.local import servers
 
     stopped = servers.down(home.absolute())

@@ -25,11 +25,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def import_model(
-    source: Annotated[str, typer.Argument(help="hub id or folder", show_default=False)],
+    source: Annotated[str, typer.Argument(help="hub id, or folder of a checkpoint", show_default=False)],
     dst: TargetFolder,
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
-    """Check a dense checkpoint, weights included, and copy it."""
+    """Check a dense checkpoint, including its weights, and copy it."""
     from ptl.model.import_checkpoint import import_checkpoint
 
     check_free(dst)
@@ -43,10 +43,12 @@ def prune(
     dst: TargetFolder,
     config: ConfigOption,
     sets: Overrides,
-    target: Annotated[float | None, typer.Option(help="share of SRC to remove, or parameters to end with")] = None,
-    unit: Annotated[str, typer.Option(help="neurons or layers")] = "neurons",
+    target: Annotated[
+        float | None, typer.Option(help="share of the parameters of SRC to remove, or number to end with")
+    ] = None,
+    unit: Annotated[str, typer.Option(help="what to remove: neurons or layers")] = "neurons",
 ) -> None:
-    """Score, select and prune once; without --target to the config's whole target."""
+    """Score, select and prune once, to --target or else to the config's whole target."""
     from ptl.model import checkpoint
     from ptl.pruning.prune import prune_checkpoint
 
@@ -79,16 +81,16 @@ def recover(
     sets: Overrides,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="token budget; none: the config's whole budget"),
+        typer.Option(min=1, help="token budget; default: the config's whole budget"),
     ] = None,
     scored: Annotated[
         Path | None,
-        typer.Option(help="folder of `ptl evaluate`, on whose items it must not be trained"),
+        typer.Option(help="folder that `ptl evaluate` wrote: training rows with its items are left out"),
     ] = None,
 ) -> None:
-    """Train a checkpoint on the config's training data, as one recovery that is both first and last.
+    """Train a checkpoint on the config's training data, as the only recovery of a run.
 
-    Training checkpoints are in DST.partial until it is done; the same command resumes from them.
+    Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
     from ptl.recovery.job import RecoveryJob, StageBudget
     from ptl.recovery.recover import recover_checkpoint

@@ -46,7 +46,7 @@ WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes o
 
 
 class Toleration(Section):
-    """A taint of nodes that a step may run on."""
+    """A taint of nodes on which a step may run nevertheless."""
 
     key: str = Field(min_length=1)
     """for example nvidia.com/gpu"""
@@ -55,7 +55,7 @@ class Toleration(Section):
     value: str | None = None
     """only with operator Equal"""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """none: all effects"""
+    """default: all effects"""
 
     @model_validator(mode="after")
     def _value_belongs_to_equal(self) -> Toleration:
@@ -65,7 +65,7 @@ class Toleration(Section):
 
 
 class StepResources(Section):
-    """What one kind of step asks for instead; a field that is left out is as for all steps."""
+    """Other values for one kind of step; a field that is left out has the value for all steps."""
 
     accelerators: NonNegativeInt | None = None
     """accelerators of the step"""
@@ -76,11 +76,11 @@ class StepResources(Section):
     shm: Quantity | None = None
     """size of /dev/shm; it counts as memory"""
     timeout: Positive | None = None
-    """seconds"""
+    """wall-clock seconds that each attempt may take"""
 
 
 class Resources(Section):
-    """What a step asks of the cluster; runners on one machine heed `timeout`, `retries` and `retry_wait` alone."""
+    """What a step requests from the cluster; on one machine only `timeout`, `retries` and `retry_wait` apply."""
 
     # Size of a step's pod.
     accelerator: str | None = None
@@ -98,45 +98,45 @@ class Resources(Section):
     timeout: int | None = Field(
         None,
         ge=1,
-        description="wall-clock seconds that each attempt of a step may take, its pod's start included: up to 5 "
-        "minutes of it, at most a quarter, are left to that",
+        description="wall-clock seconds that each attempt of a step may take, including the start of its pod, for "
+        "which up to 5 minutes (at most a quarter) are reserved",
     )
     retries: int | None = Field(
         None,
         ge=0,
         le=10,
-        description="further attempts of a step that failed, in its pod or in another one; finished work is not "
-        "redone, and an input error is never tried again. None: 2 on a cluster, 0 on one machine",
+        description="how often a failed step is retried, in its pod or in another one; finished work is not repeated, "
+        "and an input error is never retried. Default: 2 on a cluster, 0 on one machine",
     )
     retry_wait: Positive = RETRY_WAIT
-    """seconds before the first further attempt, doubled each time; by default 1 on one machine"""
+    """seconds before the first retry, doubled each time; on one machine the default is 1"""
     control: Literal["beside", "after"] = "beside"
-    """when the control arm runs: `beside` the loop, or `after` it, for a cluster with one accelerator"""
+    """when the control arm runs: next to the loop (`beside`), or `after` it, for a cluster with one accelerator"""
 
     # Which nodes, queues and images.
     tolerations: tuple[Toleration, ...] = ()
-    """of prune, recover and evaluate"""
+    """tolerations of prune, recover and evaluate"""
     node_selector: dict[str, str] = Field({})
     """labels of the nodes for prune, recover and evaluate, for example nvidia.com/gpu.product"""
     queue: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
     """Kueue LocalQueue"""
     image_pull_secrets: tuple[Name, ...] = ()
-    """Secrets with the registry's login"""
+    """Secrets with the login of the image registry"""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
-    """`Never`: the nodes hold the images already; none: Kubernetes' default"""
+    """`Never`: the nodes already have the images; default: Kubernetes' own"""
 
     # What the backend takes, and who the steps run as.
     kfp: Literal["2.14", "2.15", "2.16", "2.17"] = Field(
         "2.17",
-        description="oldest KFP backend that must take the YAML; it refuses fields that it does not know. Below 2.16 "
-        "there is no security context",
+        description="oldest KFP backend that must accept the YAML; a backend refuses fields that it does not know. "
+        "Below 2.16 there is no security context",
     )
     run_as_user: Positive = 1000
-    """with KFP 2.16 and newer; non-root"""
+    """user id of the steps, not root; with KFP 2.16 and newer"""
     run_as_group: NonNegativeInt = 0
-    """the images are made for group 0, which has no privileges by itself"""
+    """group id of the steps; the images need group 0, which has no privileges by itself"""
     doctor: bool = False
-    """begin with a step that tries out MLflow, the store and the accelerators"""
+    """start with a step that tries MLflow, the store and the accelerators"""
     steps: dict[StepName, StepResources] = Field({})
     """other values for one kind of step"""
 
@@ -198,22 +198,22 @@ class Resources(Section):
 
 
 class Storage(Section):
-    """Where runs are tracked; the checkpoints are stored under the experiment's artifact location."""
+    """Where runs are tracked; checkpoints are stored under the experiment's artifact location."""
 
     experiment: str = Field("ptl", min_length=1)
     """MLflow experiment"""
     registered_model: str | None = Field(None, min_length=1, max_length=250)
-    """MLflow registry name, without / : and quotes; none: the config's name"""
+    """name in the MLflow registry, without / : and quotes; default: the config's name"""
 
     # Where the pods get addresses and credentials; a name that is null is not mounted.
     config_map: Mounted | None = "ptl"
-    """ConfigMap with MLFLOW_TRACKING_URI and any other variable"""
+    """ConfigMap with MLFLOW_TRACKING_URI and other environment variables"""
     s3_secret: Mounted | None = "ptl-s3"
     """Secret with the S3 keys; not needed with a cloud identity"""
     s3_access_key: str = "AWS_ACCESS_KEY_ID"
-    """key of the Secret; KFP's own Secret has `accesskey`"""
+    """key of the access key in that Secret; in KFP's own Secret it is `accesskey`"""
     s3_secret_key: str = "AWS_SECRET_ACCESS_KEY"
-    """key of the Secret; KFP's own has `secretkey`"""
+    """key of the secret key in that Secret; in KFP's own it is `secretkey`"""
     mlflow_secret: Mounted | None = "ptl-mlflow"
     """Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD, or _TOKEN"""
     hf_secret: Mounted | None = "ptl-hf"

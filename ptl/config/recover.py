@@ -64,16 +64,16 @@ class DataSource(Section):
 
     # a file, or a dataset on the hub
     source: Location
-    """.jsonl, .jsonl.gz or .parquet file, local or s3://, or a hub id"""
+    """.jsonl, .jsonl.gz or .parquet file (local or s3://), or a hub id"""
     revision: str | None = None
     """hub commit of the dataset; pin it so that a run can be repeated"""
     subset: str | None = None
-    """hub configuration name, for example `main` of gsm8k"""
+    """configuration of the dataset on the hub, for example `main` of gsm8k"""
     split: str = "train"
-    """hub split"""
+    """split of the dataset on the hub"""
     # how its rows are read
     format: Literal["text", "prompt_completion", "messages"] = "prompt_completion"
-    """what a row is: one text, a prompt with its completion, or a chat"""
+    """what a row is: a text, a prompt with its completion, or a chat"""
     text: Template = "{text}"
     """template over a row's columns (format `text`)"""
     prompt: Template = "{prompt}"
@@ -81,7 +81,7 @@ class DataSource(Section):
     completion: Template = "{completion}"
     """template over a row's columns (format `prompt_completion`)"""
     messages: str = "messages"
-    """column that holds the chat (format `messages`)"""
+    """column with the chat (format `messages`)"""
 
 
 class TrainingSource(DataSource):
@@ -96,20 +96,20 @@ class Decontaminate(Section):
 
     # the run's own benchmarks need no data here: the first evaluation has written their items
     tasks: bool = True
-    """compare with the items of `evaluate.tasks`, as the first evaluation saw them"""
+    """compare with the items of `evaluate.tasks`, as the first evaluation stored them"""
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
     ngram: int = Field(13, ge=2)
-    """words in a row that must be equal; of a shorter item all of its words"""
+    """consecutive words that must be equal; of a shorter item, all words"""
 
 
 class TrainingData(Section):
-    """What recovery trains on. One source may stand alone, and a list of sources too: both become `sources`."""
+    """What recovery trains on: `sources`. The short forms are a single source, or a list of sources."""
 
     sources: tuple[TrainingSource, ...] = Field(min_length=1)
-    """where the rows come from, mixed by weight"""
+    """where the rows come from, mixed by `weight`"""
     decontaminate: Decontaminate = Decontaminate()
-    """rows to leave out; `off`: none"""
+    """which rows are left out; `off`: none"""
 
     @field_validator("decontaminate", mode="before")
     @classmethod
@@ -145,7 +145,7 @@ class Lora(Section):
     alpha: PositiveFloat = 32
     """the update is scaled by alpha / rank"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """share of an adapter's inputs that is zeroed in training"""
+    """share of an adapter's inputs that are zeroed in training"""
 
 
 class Stage(Section):
@@ -153,14 +153,14 @@ class Stage(Section):
 
     # one optimizer step of AdamW
     learning_rate: float = Field(3e-4, gt=0, lt=1)
-    """peak, after the warm-up"""
+    """peak learning rate, after the warm-up"""
     batch_size: Positive = 16
     """sequences per optimizer step, over all processes"""
     accumulation: Positive = 1
-    """forward passes that one optimizer step is split into"""
+    """forward passes into which one optimizer step is split"""
     # how a chain of stages divides the iteration's tokens
     share: float | None = Field(None, gt=0, le=1)
-    """share of the iteration's recovery tokens; none: what the other stages leave"""
+    """share of the iteration's recovery tokens; default: an equal part of what the other stages leave"""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decoupled weight decay"""
     warmup_steps: NonNegativeInt = 10
@@ -169,19 +169,19 @@ class Stage(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the forward and backward passes; `bfloat16` is for GPUs"""
     gradient_checkpointing: bool = False
-    """compute activations again in the backward pass: less memory, about a third more time"""
+    """recompute activations in the backward pass: less memory, about a third more time"""
     # training checkpoints and logs
     save_steps: Positive = 50
     """optimizer steps between training checkpoints"""
     logging_steps: Positive = 10
     """optimizer steps between logged losses"""
     store_minutes: NonNegativeFloat | None = None
-    """minutes between training checkpoints that go to the store; none: they stay local"""
+    """minutes between training checkpoints that are copied to the store; default: they stay local"""
     # several GPUs
     processes: Positive | None = None
-    """training processes; none: one for each GPU of the step"""
+    """training processes; default: one for each GPU of the step"""
     sharding: Literal["none", "fsdp", "zero2"] = "none"
-    """with several GPUs: a complete copy on each, FSDP (full shard) or DeepSpeed ZeRO-2"""
+    """with several GPUs: a complete copy on each, FSDP (full shard), or DeepSpeed ZeRO-2"""
 
 
 class NextToken(Stage):
@@ -196,11 +196,11 @@ class NextToken(Stage):
     """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
     decay: Literal["last", "each"] = "last"
-    """decay the learning rate in the last iteration only, or in each (a fresh cosine)"""
+    """decay the learning rate in the last iteration only, or in each (with a new cosine)"""
     carry_moments: bool = True
-    """carry the optimizer state through pruning, sliced with the weights"""
+    """carry the optimizer state to the next iteration, pruned together with the weights"""
     lora: Lora | None = None
-    """train low-rank adapters; none: all weights"""
+    """train low-rank adapters; default: all weights"""
 
     @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
@@ -233,11 +233,11 @@ class Distil(NextToken):
     """distillation"""
     # what the student learns from, and how much of the loss that is
     teacher: Location | None = None
-    """local folder or hub id; none: the run's original model"""
+    """local folder or hub id; default: the run's original model"""
     temperature: PositiveFloat = 1.0
-    """both distributions are softened by it; the loss is scaled back"""
+    """softens both distributions; the loss is scaled to compensate"""
     mix: float = Field(0.5, ge=0, le=1)
-    """weight of the next-token loss; the rest goes to the KL"""
+    """weight of the next-token loss; the KL gets the rest"""
 
     @model_validator(mode="after")
     def _no_packing(self) -> Self:
@@ -252,16 +252,16 @@ class Reward(Section):
 
     # the functions are in rewards.REWARDS
     name: Literal["final_answer", "math", "code", "format"]
-    """what is verified: the final answer as text, as mathematics, by tests, or the form of the answer"""
+    """how an answer is verified: its result as text, as mathematics, by tests, or only its format"""
     weight: PositiveFloat = 1.0
-    """of this part in the sum"""
+    """weight of this part in the sum"""
     # what an answer is compared with, by the method that is named
     answer: Template = "{answer}"
     """the reference, for `final_answer` and `math`"""
     tests: Template = "{test}"
-    """Python that raises when the answer is wrong, for `code`"""
+    """Python code that raises if the answer is wrong, for `code`"""
     pattern: str = r"(?s).*(####|\\boxed\{)[^#]*"
-    """regular expression that a whole answer must match, for `format`"""
+    """regular expression that the whole answer must match, for `format`"""
 
     @field_validator("pattern")
     @classmethod
@@ -287,7 +287,7 @@ class Grpo(Stage):
     """reinforcement learning with verifiable rewards"""
     # other defaults than those of the methods that learn from text
     learning_rate: float = Field(1e-6, gt=0, lt=1)
-    """peak, after the warm-up"""
+    """peak learning rate, after the warm-up"""
     batch_size: int = Field(64, ge=2)
     """answers per optimizer step, over all processes"""
     warmup_steps: NonNegativeInt = 3
@@ -296,27 +296,27 @@ class Grpo(Stage):
     """AdamW's decoupled weight decay"""
     # how long it trains
     steps: Positive = 240
-    """optimizer steps over all iterations, at most; shared out over them like the tokens"""
+    """most optimizer steps of the whole run, distributed over the iterations like the tokens"""
     # the answers
     num_generations: int = Field(8, ge=2)
-    """answers to one prompt, which are compared with each other"""
+    """answers to each prompt, which are compared with each other"""
     max_completion_length: Positive = 512
-    """tokens of one answer"""
+    """tokens of the longest answer"""
     beta: NonNegativeFloat = 0.01
-    """weight of the KL to the model that training began with"""
+    """weight of the KL to the model with which training started"""
     temperature: PositiveFloat = 1.0
-    """of the sampled answers"""
+    """temperature of the sampled answers"""
     # what the model is asked, and which answers are rewarded
     prompts: DataSource | None = None
-    """none: the prompts of `training`'s first source"""
+    """where the prompts come from; default: the first source of `training`"""
     rewards: tuple[Reward, ...] = Field(
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
     )
     """parts of an answer's reward, added up by weight"""
     guard_prompts: Positive = 32
-    """prompts on which pass@num_generations is measured before training"""
+    """prompts on which pass@num_generations is measured before training; one at least must be solved"""
     rollouts: Literal["auto", "transformers", "vllm"] = "auto"
-    """what generates the answers; auto: vLLM where it is installed and there is a GPU"""
+    """what generates the answers; auto: vLLM if it is installed and there is a GPU"""
 
     @model_validator(mode="after")
     def _divides_into_groups(self) -> Self:
@@ -359,7 +359,7 @@ class Recovery(Section):
     """The stages of one recovery, one after another."""
 
     stages: tuple[RecoverStage, ...] = Field(min_length=1)
-    """in the order of their work"""
+    """the stages, in order"""
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Self:

@@ -34,7 +34,7 @@ class ModelSource(Section):
     """The dense model to compress."""
 
     path: Location
-    """hub id or local folder of a Hugging Face checkpoint (safetensors)"""
+    """hub id, or local folder of a Hugging Face checkpoint (safetensors)"""
     revision: str | None = None
     """hub commit; pin it so that a run can be repeated"""
 
@@ -46,7 +46,7 @@ class Calibration(Section):
     data: DataSource
     """where the text comes from"""
     num_sequences: Positive = 64
-    """sequences scored, drawn with the run's seed"""
+    """number of sequences to score on, drawn with the run's seed"""
     max_length: int = Field(512, ge=2)
     """tokens per sequence; longer ones are truncated"""
     batch_size: Positive = 16
@@ -56,7 +56,7 @@ class Calibration(Section):
     answers: Literal["given", "self"] = "given"
     """`self`: the current model answers the prompts itself, and its correct answers are scored on"""
     max_new_tokens: Positive = 256
-    """longest answer of its own (answers `self`)"""
+    """tokens of its longest own answer (answers `self`)"""
 
 
 class Task(Section):
@@ -65,19 +65,19 @@ class Task(Section):
     name: Location
     """lm-eval task name, or the path of a task YAML"""
     metric: str = "exact_match"
-    """the metric of the task that is reported as accuracy"""
+    """metric of the task that is reported as the accuracy"""
 
     # What the task's YAML says holds unless it is set here.
     num_fewshot: NonNegativeInt | None = None
-    """none: what the task says"""
+    """few-shot examples; default: as the task says"""
     limit: Positive | None = None
-    """first N items; none: all"""
+    """use only the first N items; default: all"""
     max_new_tokens: Positive | None = None
-    """longest answer; none: what the task says (else 256)"""
+    """tokens of the longest answer; default: as the task says, otherwise 256"""
 
 
 class Speed(Section):
-    """How speed is measured: the dense and the final model in turns, in one process, at the end of the loop."""
+    """How speed is measured: the dense and the final model take turns in one process at the end of the loop."""
 
     # Tokens per second.
     batch_sizes: tuple[int, ...] = (1, 8, 32)
@@ -87,19 +87,19 @@ class Speed(Section):
     new_tokens: Positive = 32
     """tokens generated after each prompt"""
     repeats: NonNegativeInt = 3
-    """the median is reported; 0: do not measure speed"""
+    """measurements, of which the median is reported; 0: do not measure speed"""
 
     # Seconds per solved problem: a smaller model may also answer at greater length.
     items: int = Field(
         64,
         ge=0,
         description="problems of the first task that each model answers in every repeat, for the seconds per solved "
-        "problem; 0: tokens per second only",
+        "problem; 0: only tokens per second",
     )
 
 
 class Evaluate(Section):
-    """Which benchmarks decide, and how."""
+    """Which benchmarks are scored, and how."""
 
     # What is measured.
     tasks: tuple[Task, ...] = Field(min_length=1)
@@ -111,19 +111,19 @@ class Evaluate(Section):
     batch_size: Positive = 64
     """items answered at once"""
     max_length: int | None = Field(None, ge=2)
-    """none: the model's own context length"""
+    """tokens of prompt and answer; default: the model's own context length"""
     chat_template: bool = False
-    """put each item through the tokenizer's chat template"""
+    """apply the tokenizer's chat template to each item"""
 
     # What a task may read and run.
     data_dir: Folder | None = None
-    """read the tasks' data from files in this folder, not from the hub"""
+    """read the tasks' data from files in this folder instead of the hub"""
     allow_code: bool = False
-    """run model-written code (humaneval, mbpp), in the sandbox only, and a task YAML's own functions"""
+    """allow model-written code (humaneval, mbpp), in the sandbox only, and functions of a task YAML, outside it"""
 
     # What is reported beside the accuracy.
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    """of the intervals of accuracies"""
+    """confidence level of the intervals of accuracies"""
     speed: Speed = Speed()
     """how speed is measured"""
 
@@ -135,31 +135,31 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """Whether an iteration is accepted: each is compared with the dense model and with its parent, item by item."""
+    """The gate accepts or rejects iterations: each is compared with the dense model and its parent, item by item."""
 
     enabled: bool = False
-    """false: no iteration is tested, the next begins with what it made"""
+    """false: no iteration is tested, and the next one starts from its result"""
 
     # The test of one iteration: paired, and one-sided.
     margin: float = Field(0.02, ge=0, lt=1)
-    """loss of accuracy that is tolerated, a share of the items"""
+    """drop in accuracy that is tolerated, as a share of the items"""
     alpha: float = Field(0.05, gt=0, lt=0.5)
-    """significance level of each test: how often no real loss is taken for one"""
+    """significance level of each test: how often a drop is reported where there is none"""
 
     # What follows from its result.
     max_rejections: Positive = 3
-    """rejections in a row, each halves the cut, before the loop stops"""
+    """rejections in a row after which the loop stops; each of them halves the cut"""
     strict: bool = False
-    """accept only what is shown not inferior; needs many items"""
+    """accept only what is shown to be not inferior; needs many items"""
 
 
 class Images(Section):
-    """Which images the steps run in: `<registry>/ptl-<step>:<tag>`."""
+    """Which images the steps run in: `<registry>/ptl-<image>:<tag>`."""
 
     registry: str = ""
     """for example ghcr.io/you; empty: images of the local engine"""
     tag: str = __version__
-    """the package's version by default"""
+    """image tag; default: the package's version"""
 
 
 class Config(Section):
@@ -174,29 +174,29 @@ class Config(Section):
     calibration: Calibration
     """the text on which neurons and layers are scored"""
     training: TrainingData
-    """what recovery trains on; one source may stand alone"""
+    """what recovery trains on; a single source needs no list"""
     schedule: Schedule
-    """how much goes in each iteration, and the tokens of each recovery"""
+    """how much each iteration removes, and the tokens of each recovery"""
     prune: Prune = Prune()
-    """what is redundant"""
+    """what counts as redundant, and how widths are rounded"""
     recover: tuple[RecoverStage, ...] = Field((Cpt(),), min_length=1)
-    """stages of a recovery, in the order of their work: cpt, distil or grpo"""
+    """stages of each recovery, in order: cpt, distil or grpo"""
     evaluate: Evaluate
     """benchmarks, and how they are run"""
     gate: Gate = Gate()
-    """whether an iteration must hold against the dense model to be accepted"""
+    """whether an iteration is tested before the next one starts from it"""
     control: bool = True
-    """add one-shot pruning to the same size with the same total tokens"""
+    """add the control: one-shot pruning to the same size, with the same tokens in total"""
     seed: int = Field(0, ge=0, le=2**31 - 1)
-    """of calibration, training and generation"""
+    """seed of calibration, training and generation"""
 
     # Where and in what it runs.
     resources: Resources = Resources()
-    """what the steps ask of the cluster"""
+    """what the steps request from the cluster"""
     images: Images = Images()
     """container images of the steps"""
     storage: Storage = Storage()
-    """where runs are tracked and credentials come from"""
+    """where runs are tracked, and where credentials come from"""
 
     def image_names(self) -> list[str]:
         """The images that the steps of this run need."""

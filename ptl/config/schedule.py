@@ -28,65 +28,65 @@ Target = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_coun
 
 
 class Schedule(Section):
-    """How much goes in each iteration, and how many tokens each recovery gets."""
+    """How much each iteration removes, and how many tokens each recovery gets."""
 
     iterations: int = Field(4, ge=1, le=64)
-    """iterations of prune, recover and evaluate"""
+    """number of iterations, each of which prunes, recovers and evaluates"""
     target: Target
     """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with"""
     cuts: Literal["uniform", "cubic"] = "cubic"
-    """equal cuts, or large ones first on a cubic curve"""
+    """remove equal parts in each iteration, or more in the first ones, on a cubic curve"""
     tokens: Literal["uniform", "doubling"] = "doubling"
-    """equal budgets, or twice as much each time"""
+    """equal token budgets, or twice as many in each iteration"""
     recovery_tokens: NonNegativeInt
     """tokens of recovery training over all iterations"""
 
 
 class Prune(Section):
-    """What is redundant, and how widths are rounded."""
+    """What counts as redundant, and how widths are rounded."""
 
     # What is removed, and by which score.
     target: Literal["neurons", "layers", "neurons_then_layers", "auto"] = Field(
         "neurons",
-        description="what goes; `neurons_then_layers` drops layers in the last `layer_iterations`; `auto` chooses in "
-        "each iteration by the measured loss per parameter",
+        description="what is removed; `neurons_then_layers` removes layers in the last `layer_iterations`; `auto` "
+        "chooses in each iteration by the measured loss per parameter",
     )
     layer_iterations: Positive = 1
-    """only with `neurons_then_layers`"""
+    """iterations at the end that remove layers (`neurons_then_layers` only)"""
     criterion: Literal["max", "mean", "weight", "taylor", "random"] = "max"
-    """score of a neuron"""
+    """how neurons are scored"""
     layer_criterion: Literal["max", "block_influence"] = "max"
-    """score of a layer"""
+    """how layers are scored"""
 
     # Thresholds of the scores, for a removal that may end below its budget.
     sigma_neuron: float | None = Field(
         None,
         gt=0,
-        description="remove only neurons that score below; none: by budget. With criterion `max`: whose removal moves "
-        "the layer's output by less than that (Euclidean norm) for every token",
+        description="remove only neurons that score below this; default: no threshold. With criterion `max`: neurons "
+        "whose removal changes the layer's output by less than this (Euclidean norm) at every token",
     )
     sigma_layer: float | None = Field(
         None,
         gt=0,
-        description="remove only layers that score below; none: by budget. With layer_criterion `max`: which move the "
-        "hidden state by less than that (Euclidean norm) in the mean over a sequence's tokens",
+        description="remove only layers that score below this; default: no threshold. With layer_criterion `max`: "
+        "layers that change the hidden state by less than this (Euclidean norm), in the mean over a sequence's tokens",
     )
 
     # Widths that GPUs multiply fast, and that can be divided between several.
     width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="round the FFN width down to a multiple of this; `auto`: 128, 64, 8 or 1, the first that goes into "
-        "the width at least 8 times, evenly",
+        description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
+        "divides the width and is at most an eighth of it",
     )
     tensor_parallel: Positive = 1
-    """GPUs that will share the model; each width is a multiple of it"""
+    """GPUs that will share the model; each width is a multiple of this"""
 
     # What is fixed in closed form before any training.
     repair: Literal["off", "ridge"] = "off"
-    """after pruning, without training: `ridge` fits down_proj to the output of the layer before it was pruned"""
+    """after pruning, without training: `ridge` fits down_proj to the output that the layer had before pruning"""
 
     ridge: PositiveFloat = 0.1
-    """strength of `ridge`, a share of the mean second moment of a neuron"""
+    """strength of `ridge`, as a share of the neurons' mean second moment"""
 
     @field_validator("repair", mode="before")
     @classmethod

@@ -205,7 +205,7 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
     assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
     assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
     for part in ("127,872", "96.0 to 100.0", "1,600,000", "Recovery loss", "Widths and layers", "tiny_retention",
-                 "control-recover", "0.0003", "2.13.0", "Seed", "p value", "Speed beside the dense model",
+                 "control-recover", "0.0003", "2.13.0", "Seed", "p value", "Speed compared with the dense model",
                  "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 x", "Prefill, batch 1", "1.00 x",
                  "Solved problem (ms) 7.81 8.00 0.98 x", "divided by the 64 (dense) and 50 (final)",
                  "decode 1.25 times as fast (batch 1, 32)", "8.00 instead of 7.81 ms per solved problem"):  # fmt: skip
@@ -295,7 +295,7 @@ def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictur
     assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
     assert result["final"]["share_removed"] == 0.0
     card = (tmp_path / "README.md").read_text()
-    assert "unchanged: no iteration of the Prune-Tune Loop passed." in card and "made smaller" not in card
+    assert "unchanged: no iteration of the Prune-Tune Loop was accepted." in card and "made smaller" not in card
 
 
 def test_a_better_control_is_not_hidden(records, settings):
@@ -362,7 +362,7 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
     result = write_report(records, settings, tmp_path)
     assert [row["removed_layers"] for row in result["rows"]] == [[], [1], [2], [], [], []]
     text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert "Removed layers are those of the iteration, counted from 0 as in the dense model." in text
+    assert "Removed layers are those removed in the iteration, numbered from 0 as in the dense model." in text
     assert "| 2 | 4 | 170 | 2 |" in (tmp_path / "report.md").read_text()
 
 
@@ -673,7 +673,7 @@ def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path,
     result = write_report(records, settings, tmp_path)
     assert result["speed"]["beside"] == beside
     html = (tmp_path / "report.html").read_text()
-    assert f"<strong>{warning}</strong>" in html[html.index("Times as fast") :]  # by the table
+    assert f"<strong>{warning}</strong>" in html[html.index("Speedup") :]  # by the table
     for name in ("report.md", "README.md"):
         text = (tmp_path / name).read_text()
         assert warning in text[text.index("## Speed") :], name
