@@ -32,8 +32,10 @@ def missing(module: str, command: str = "") -> InputError | None:
         return None
     # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
-    problem = f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'"
-    return InputError(problem, field=f"ptl {command}")
+    return InputError(
+        f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'",
+        field=f"ptl {command}",
+    )
 
 
 def need(module: str, command: str) -> None:

@@ -52,11 +52,16 @@ def _file_error(error: OSError) -> PtlError:
     # Libraries raise it in places where no command can expect it.
     path = error.filename
     if error.errno in local_files.FULL:
-        problem = f"no space left while writing {path or 'a file'}: {error.strerror}"
-        return WorkError(problem, remedy="free some")
+        return WorkError(
+            f"no space left while writing {path or 'a file'}: {error.strerror}",
+            remedy="free some",
+        )
     if error.errno in UNUSABLE_PATH:
-        shortened = repr(str(path)[:200])
-        return InputError(f"{error.strerror}", field=shortened, remedy="give a path that can be used")
+        return InputError(
+            f"{error.strerror}",
+            field=repr(str(path)[:200]),
+            remedy="give a path that can be used",
+        )
     raise error
 
 

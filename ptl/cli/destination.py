@@ -17,12 +17,18 @@ LOCK = "lock"  # of a work folder: held by the process that writes
 def check_free(dst: Path) -> None:
     """Raise InputError where something would be lost by writing `dst`, or where it cannot be replaced."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        problem = f"{dst} is a file or not empty"
-        raise InputError(problem, field="dst", remedy="give a folder that does not exist yet")
+        raise InputError(
+            f"{dst} is a file or not empty",
+            field="dst",
+            remedy="give a folder that does not exist yet",
+        )
     # The rename at the end would fail, after all the work.
     if dst.is_mount():
-        problem = f"{dst} is a mount point, which cannot be replaced"
-        raise InputError(problem, field="dst", remedy=f"give a folder in it: {dst / 'model'}")
+        raise InputError(
+            f"{dst} is a mount point, which cannot be replaced",
+            field="dst",
+            remedy=f"give a folder in it: {dst / 'model'}",
+        )
 
 
 @contextmanager

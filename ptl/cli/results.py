@@ -60,8 +60,11 @@ def export(
     if outtype not in OUTTYPES:
         raise InputError(f"{outtype!r} must be one of {', '.join(OUTTYPES)}", field="--outtype")
     if to != "gguf":
-        problem = f"{to!r} must be gguf"
-        raise InputError(problem, field="--to", remedy="vLLM and transformers read the checkpoint as it is")
+        raise InputError(
+            f"{to!r} must be gguf",
+            field="--to",
+            remedy="vLLM and transformers read the checkpoint as it is",
+        )
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a file that does not")
     written = export_gguf(src, dst, outtype)
@@ -89,8 +92,11 @@ def report(
         folder = dst or _report_folder(result)
         render(result, folder)
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
-        problem = f"{source} is no result of a run ({error!r})"
-        raise InputError(problem, field="result", remedy="give its result.json") from error
+        raise InputError(
+            f"{source} is no result of a run ({error!r})",
+            field="result",
+            remedy="give its result.json",
+        ) from error
     print(f"wrote {folder / 'report.html'}")
 
 

@@ -139,8 +139,11 @@ def _check_folders(src: Path, dst: Path) -> None:
 def _check_scored(folder: Path) -> None:
     for name in ("items.jsonl", "scores.json"):
         if not (folder / name).is_file():
-            problem = f"no {name} in {folder}"
-            raise InputError(problem, field="--scored", remedy="give a folder that `ptl evaluate` wrote")
+            raise InputError(
+                f"no {name} in {folder}",
+                field="--scored",
+                remedy="give a folder that `ptl evaluate` wrote",
+            )
 
 
 def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:

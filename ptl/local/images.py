@@ -36,8 +36,11 @@ def build(
     """
     built = names(registry, tag)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
-        problem = f"no {BAKE_FILE} under {ROOT}"
-        raise InputError(problem, field="images", remedy="run this in a checkout of the repository")
+        raise InputError(
+            f"no {BAKE_FILE} under {ROOT}",
+            field="images",
+            remedy="run this in a checkout of the repository",
+        )
     require_engine()
     settings = {
         "REGISTRY": f"{registry}/" if registry else "",
@@ -83,14 +86,20 @@ def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -
 def push(registry: str, tag: str | None = None) -> list[str]:
     """Push the three images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
-        remedy = "give --registry host[:port][/path], as for the build"
-        raise InputError("pushing needs one", field="registry", remedy=remedy)
+        raise InputError(
+            "pushing needs one",
+            field="registry",
+            remedy="give --registry host[:port][/path], as for the build",
+        )
     # All three or none: a tag must not name images of two builds.
     pushed = names(registry, tag)
     absent = missing(pushed)
     if absent:
-        problem = f"the engine has no {', '.join(absent)}"
-        raise InputError(problem, field="images", remedy="build with the same registry and tag first")
+        raise InputError(
+            f"the engine has no {', '.join(absent)}",
+            field="images",
+            remedy="build with the same registry and tag first",
+        )
     for name in pushed:
         _docker("push", name)
     return pushed
@@ -111,15 +120,21 @@ def missing(image_names: Sequence[str]) -> list[str]:
 def require_engine() -> None:
     """Raise WorkError, saying what to do, unless a Docker engine answers."""
     if shutil.which("docker") is None:
-        remedy = "install Docker, or use the subprocess runner"
-        raise WorkError("the command is not on PATH", field="docker", remedy=remedy)
+        raise WorkError(
+            "the command is not on PATH",
+            field="docker",
+            remedy="install Docker, or use the subprocess runner",
+        )
     # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
         lines = answer.stderr.strip().splitlines()
         reason = lines[-1] if lines else "no answer"
-        remedy = "start Docker, or set DOCKER_HOST to one that runs"
-        raise WorkError(f"no engine answers ({reason})", field="docker", remedy=remedy)
+        raise WorkError(
+            f"no engine answers ({reason})",
+            field="docker",
+            remedy="start Docker, or set DOCKER_HOST to one that runs",
+        )
 
 
 def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
@@ -127,8 +142,11 @@ def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
     environment = {**os.environ, **(settings or {})}
     done = subprocess.run(["docker", *command], cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
-        problem = f"failed with exit code {done.returncode}"
-        raise WorkError(problem, field=f"docker {command[0]}", remedy="its output above says why")
+        raise WorkError(
+            f"failed with exit code {done.returncode}",
+            field=f"docker {command[0]}",
+            remedy="its output above says why",
+        )
 
 
 def _docker_quietly(*command: str) -> subprocess.CompletedProcess[str]:

@@ -93,8 +93,10 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     """Whether the directory of --run-dir holds this config's run; InputError where it cannot take it."""
     name = folder.absolute().name
     if not store.is_name(name):  # it names the run in the store
-        problem = f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores"
-        raise InputError(problem, field="--run-dir")
+        raise InputError(
+            f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores",
+            field="--run-dir",
+        )
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False

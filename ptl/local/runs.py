@@ -97,8 +97,11 @@ def reach(home: Path, s3: bool) -> None:
     has_servers = (home / "stack").is_dir()
     if s3:
         if not has_servers:
-            problem = f"`ptl up` has never run in {home}"
-            raise InputError(problem, field="--s3", remedy="give --home, or leave --s3 out")
+            raise InputError(
+                f"`ptl up` has never run in {home}",
+                field="--s3",
+                remedy="give --home, or leave --s3 out",
+            )
         use(start_servers(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -133,9 +136,11 @@ def artifact_location(experiment: str) -> str:
     try:
         mlflow_experiment = mlflow_objects.experiment(client, experiment)
     except MlflowException as error:
-        problem = f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}"
-        question = "is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
-        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=question) from error
+        raise InputError(
+            f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}",
+            field="MLFLOW_TRACKING_URI",
+            remedy="is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?",
+        ) from error
     # Steps would find out only when the first checkpoint is done.
     location = str(mlflow_experiment.artifact_location)
     store.check(f"{location.rstrip('/')}/ptl")
@@ -150,6 +155,8 @@ def _require_answer(uri: str) -> None:
         return  # it answers; whether it accepts our password is seen later
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        problem = f"no MLflow server answers at {uri} ({reason})"
-        remedy = "start it or correct the address, or let --s3 start one"
-        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=remedy) from error
+        raise InputError(
+            f"no MLflow server answers at {uri} ({reason})",
+            field="MLFLOW_TRACKING_URI",
+            remedy="start it or correct the address, or let --s3 start one",
+        ) from error

@@ -174,8 +174,10 @@ def _await_bucket(environment: Environment) -> None:
             return
         except (BotoCoreError, ClientError) as error:
             if time.monotonic() > deadline:
-                problem = f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}"
-                raise WorkError(problem, field="s3 server") from error
+                raise WorkError(
+                    f"bucket {BUCKET} did not appear within {START_SECONDS} s: {error}",
+                    field="s3 server",
+                ) from error
             time.sleep(0.1)
 
 
@@ -208,8 +210,11 @@ def ui(root: Path, port: int = UI_PORT) -> NoReturn:
     """
     database = root / "mlflow.db"
     if not database.is_file():
-        problem = f"no runs yet in {root} (no {database.name})"
-        raise InputError(problem, field="ui", remedy="start one with `ptl run CONFIG`")
+        raise InputError(
+            f"no runs yet in {root} (no {database.name})",
+            field="ui",
+            remedy="start one with `ptl run CONFIG`",
+        )
     _require_free("--port", port)
     print(f"MLflow on {_address(port)} (Ctrl-C stops it)", flush=True)
     environment = {**os.environ, **_mlflow_environment(f"sqlite:///{database}")}
@@ -323,8 +328,11 @@ def _is_running(root: Path, name: str, port: int) -> bool:
     if service is None or not _is_alive(service):
         return False
     if service.port != port:
-        problem = f"the {name} server of {root} already runs on port {service.port}"
-        raise InputError(problem, field=f"--{name}-port", remedy="`ptl down` first")
+        raise InputError(
+            f"the {name} server of {root} already runs on port {service.port}",
+            field=f"--{name}-port",
+            remedy="`ptl down` first",
+        )
     return True
 
 
@@ -346,16 +354,21 @@ def _is_alive(service: Service) -> bool:
 def _require_free(option: str, port: int) -> None:
     """Raise InputError, naming the option, for a port that a server cannot take."""
     if not 1 <= port <= 65535:
-        problem = f"port {port} must be in 1..65535 (SeaweedFS takes its ports + {GRPC} too)"
-        raise InputError(problem, field=option)
+        raise InputError(
+            f"port {port} must be in 1..65535 (SeaweedFS takes its ports + {GRPC} too)",
+            field=option,
+        )
     with socket.socket() as probe:
         # As the servers do: connections of an earlier one that are closing do no harm.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            problem = f"port {port} is in use ({error.strerror})"
-            raise InputError(problem, field=option, remedy="choose another") from error
+            raise InputError(
+                f"port {port} is in use ({error.strerror})",
+                field=option,
+                remedy="choose another",
+            ) from error
 
 
 def _answers(url: str) -> bool:

@@ -218,8 +218,9 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
     run = holder.tags.get("ptl.run")
     if not root or not run or not step:
         # Somebody has registered it by hand.
-        problem = f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
-        raise InputError(problem)
+        raise InputError(
+            f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it",
+        )
     # The records at hand have their items already.
     if run == scored.run.run and step in scored.records:
         return scored.records[step]

@@ -182,8 +182,11 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         files = store.publish(folder, copy.as_uri())
         if digest_of(files) != pointer.digest:
             cause = "as on another machine or with other versions"
-            problem = f"its files are damaged, and doing it again gave others, {cause}"
-            raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage
+            raise WorkError(
+                f"its files are damaged, and doing it again gave others, {cause}",
+                field=run.step,
+                remedy="start a new run with --new",
+            ) from damage
         store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
         store.publish(folder, pointer.uri)
     damage_report(pointer.digest).unlink()

@@ -28,8 +28,11 @@ def fetch(pointer: Pointer) -> Path:
         if attempts.on_a_cluster() or not pointer.step:
             raise
         rerun = f"Run the same command again: it checks step {pointer.step}, and repeats it if need be"
-        remedy = f"{error.remedy}. {rerun}"
-        raise WorkError(error.problem, field=error.field, remedy=remedy) from error
+        raise WorkError(
+            error.problem,
+            field=error.field,
+            remedy=f"{error.remedy}. {rerun}",
+        ) from error
 
 
 def damage_report(digest: str) -> Path:

@@ -28,6 +28,8 @@ def iterations_until(call: Call, prune: Prune) -> list[Iteration]:
     index = call.step.iteration
     last = len(iterations)
     if not 1 <= index <= last:
-        problem = f"{index} is outside 1..{last}, the iterations of this schedule"
-        raise InputError(problem, field="iteration")
+        raise InputError(
+            f"{index} is outside 1..{last}, the iterations of this schedule",
+            field="iteration",
+        )
     return iterations[:index]

@@ -131,8 +131,11 @@ def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     # Distillation learns from the model as it was before any pruning.
     dense = dense_model(run)
     if dense is None:
-        problem = "the record of import-model is gone, and distil needs its model"
-        raise WorkError(problem, field=f"run {run.run}", remedy="start a new run")
+        raise WorkError(
+            "the record of import-model is gone, and distil needs its model",
+            field=f"run {run.run}",
+            remedy="start a new run",
+        )
     return fetch(dense)
 
 

@@ -37,8 +37,11 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     target = path_of(location)
     # The rename below replaces an empty folder, and nothing else.
     if target.is_dir() and any(target.iterdir()):
-        problem = f"{target} already holds files"
-        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
+        raise WorkError(
+            f"{target} already holds files",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     partial = target.with_name(target.name + ".partial")
     with full_disk(target):
         try:
@@ -126,16 +129,22 @@ def delete(uri: str, below: str) -> None:
     # The caller has checked the names; what they lead to is checked here.
     inside = real.is_relative_to(root) and real != root
     if folder.is_symlink() or not inside:
-        problem = f"{folder} is {real}, which is not below {root}"
-        raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
+        raise WorkError(
+            f"{folder} is {real}, which is not below {root}",
+            field="store",
+            remedy="nothing was deleted: remove the symlink",
+        )
     try:
         # A kill in the middle leaves files that no reader takes for a checkpoint.
         (folder / FILES).unlink(missing_ok=True)
         if folder.is_dir():
             shutil.rmtree(folder)
     except PermissionError as error:
-        problem = f"{folder}: this user may not delete there ({error})"
-        raise InputError(problem, field="store", remedy="use one that may") from error
+        raise InputError(
+            f"{folder}: this user may not delete there ({error})",
+            field="store",
+            remedy="use one that may",
+        ) from error
 
 
 def check(root: str) -> None:
@@ -148,8 +157,11 @@ def check(root: str) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        problem = f"cannot write {path}: {error.strerror}"
-        raise InputError(problem, field="store", remedy="make it writable or choose another") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror}",
+            field="store",
+            remedy="make it writable or choose another",
+        ) from error
 
 
 @contextmanager
@@ -160,9 +172,11 @@ def full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        problem = f"no space left while writing {path} ({error.strerror})"
-        remedy = "earlier checkpoints are intact: free some space and run the same command again"
-        raise WorkError(problem, field="store", remedy=remedy) from error
+        raise WorkError(
+            f"no space left while writing {path} ({error.strerror})",
+            field="store",
+            remedy="earlier checkpoints are intact: free some space and run the same command again",
+        ) from error
 
 
 def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:

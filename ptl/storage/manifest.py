@@ -63,15 +63,21 @@ def digest_of(files: Iterable[File]) -> str:
 def scan(folder: Path) -> list[str]:
     """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
     if not folder.is_dir():
-        remedy = "give the folder that holds the files"
-        raise InputError(f"no folder {folder}", field="checkpoint", remedy=remedy)
+        raise InputError(
+            f"no folder {folder}",
+            field="checkpoint",
+            remedy="give the folder that holds the files",
+        )
     paths = []
     for entry in sorted(folder.rglob("*")):
         regular = entry.is_file() or entry.is_dir()
         # What a link leads to may change, or be on no other machine.
         if entry.is_symlink() or not regular:
-            problem = f"{entry} is not a regular file"
-            raise InputError(problem, field="checkpoint", remedy="put a copy of the file in its place")
+            raise InputError(
+                f"{entry} is not a regular file",
+                field="checkpoint",
+                remedy="put a copy of the file in its place",
+            )
         path = entry.relative_to(folder).as_posix()
         if entry.is_file() and path != FILES:
             paths.append(path)
@@ -193,27 +199,42 @@ def _verify_names(folder: Path, files: Files, name: str) -> None:
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():
-            problem = f"{path} is a symlink"
-            raise WorkError(problem, field=name, remedy="refused: a checkpoint holds regular files only")
+            raise WorkError(
+                f"{path} is a symlink",
+                field=name,
+                remedy="refused: a checkpoint holds regular files only",
+            )
         if not entry.is_dir() and path not in listed:
-            problem = f"{path} is not part of the checkpoint"
-            raise WorkError(problem, field=name, remedy=f"remove it from {folder}")
+            raise WorkError(
+                f"{path} is not part of the checkpoint",
+                field=name,
+                remedy=f"remove it from {folder}",
+            )
 
 
 def deleted(name: str, file: File) -> WorkError:
     """For a file that is no longer there."""
-    problem = f"file {file.path} was deleted"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"file {file.path} was deleted",
+        field=name,
+        remedy=RESTORE,
+    )
 
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:
     """For a file that was truncated or replaced."""
     sizes = f"{size} bytes, {file.size} were published"
-    problem = f"file {file.path} has {sizes}"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"file {file.path} has {sizes}",
+        field=name,
+        remedy=RESTORE,
+    )
 
 
 def wrong_digest(name: str, file: File) -> WorkError:
     """For a file whose bytes changed."""
-    problem = f"digest differs in file {file.path}: its bytes are not the ones that were published"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"digest differs in file {file.path}: its bytes are not the ones that were published",
+        field=name,
+        remedy=RESTORE,
+    )

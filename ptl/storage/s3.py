@@ -38,8 +38,11 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     """Upload the files side by side, hashing them meanwhile, and their list last."""
     # A prefix that is used twice could mix the files of two attempts.
     if read(f"{location}/{FILES}") is not None:
-        problem = f"{location} already holds a checkpoint"
-        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
+        raise WorkError(
+            f"{location} already holds a checkpoint",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     bucket, prefix = split(location)
     sizes = {path: (folder / path).stat().st_size for path in paths}
     blocks = {}
@@ -194,8 +197,11 @@ def put_once(uri: str, data: bytes) -> bytes:
                     client().put_object(Bucket=bucket, Key=key, Body=data)
                 elif code(error) not in EXISTS:
                     raise
-    problem = f"{uri} was written but cannot be read back"
-    raise WorkError(problem, field="store", remedy="look at the S3 server's log")
+    raise WorkError(
+        f"{uri} was written but cannot be read back",
+        field="store",
+        remedy="look at the S3 server's log",
+    )
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
@@ -230,8 +236,11 @@ def delete(uri: str, below: str) -> None:
             except ClientError as error:
                 if code(error) not in ("AccessDenied", "403"):
                     raise
-                problem = f"{uri}: these credentials may not delete"
-                raise InputError(problem, field="store", remedy="use some that may (s3:DeleteObject)") from error
+                raise InputError(
+                    f"{uri}: these credentials may not delete",
+                    field="store",
+                    remedy="use some that may (s3:DeleteObject)",
+                ) from error
 
 
 def check(root: str) -> None:

@@ -51,8 +51,11 @@ def split(uri: str) -> tuple[str, str]:
 def client(attempts: int = ATTEMPTS) -> S3Client:
     """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
     if not any(os.environ.get(name) for name in CREDENTIALS):
-        remedy = f"{SET_KEYS} (`ptl up` prints them)"
-        raise InputError("no S3 credentials", field="environment", remedy=remedy)
+        raise InputError(
+            "no S3 credentials",
+            field="environment",
+            remedy=f"{SET_KEYS} (`ptl up` prints them)",
+        )
     # The environment may change while a process lives: a client is kept for each state of it.
     names = (*SETTINGS, *CREDENTIALS)
     settings = tuple(os.environ.get(name, "") for name in names)
@@ -83,8 +86,11 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     try:
         built = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except ValueError as error:
-        problem = f"{endpoint!r} is not an address"
-        raise InputError(problem, field="MLFLOW_S3_ENDPOINT_URL", remedy="write http://host:port") from error
+        raise InputError(
+            f"{endpoint!r} is not an address",
+            field="MLFLOW_S3_ENDPOINT_URL",
+            remedy="write http://host:port",
+        ) from error
     retry = functools.partial(_seconds_to_retry, attempts)
     built.meta.events.register("needs-retry.s3", retry)  # type: ignore[arg-type]
     built.meta.events.register("after-call.s3", _require_receipt)
@@ -106,8 +112,11 @@ def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> N
     status = http_response.status_code
     if receipt and status < 300 and not parsed.get(receipt):
         request = f"{model.name} at {endpoint_url() or 'AWS'}"
-        problem = f"{request}: answered {status} without {receipt}, so that nothing says that it was stored"
-        raise WorkError(problem, field="store", remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?")
+        raise WorkError(
+            f"{request}: answered {status} without {receipt}, so that nothing says that it was stored",
+            field="store",
+            remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?",
+        )
 
 
 def _seconds_to_retry(

@@ -135,8 +135,11 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
     if size != file.size:
         raise wrong_size(name, file, size)
     if first != start:
-        problem = f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}"
-        raise WorkError(problem, field=name, remedy="does a proxy before the S3 server ignore ranges?")
+        raise WorkError(
+            f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}",
+            field=name,
+            remedy="does a proxy before the S3 server ignore ranges?",
+        )
     return response["Body"]
 
 

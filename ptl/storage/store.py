@@ -60,8 +60,11 @@ def pointer_of(mapping: Any) -> Pointer:
     empty = asdict(Pointer("", ""))
     for name, value in mapping.items():
         if name not in empty:
-            remedy = "this pointer was not written by this version of ptl"
-            raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
+            raise InputError(
+                "unknown field",
+                field=f"pointer.{name}",
+                remedy="this pointer was not written by this version of ptl",
+            )
         # The very type: True is an int for Python, and never one in a pointer.
         kind = type(empty[name])
         if type(value) is not kind:
@@ -121,8 +124,11 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     digest = digest_of(files)
     if digest != pointer.digest:
         difference = f"{FILES} lists {digest}, not {pointer.digest}"
-        problem = f"digest differs: {difference}: the checkpoint was replaced"
-        raise WorkError(problem, field=name, remedy=remedy)
+        raise WorkError(
+            f"digest differs: {difference}: the checkpoint was replaced",
+            field=name,
+            remedy=remedy,
+        )
     return files
 
 
@@ -186,8 +192,11 @@ def delete(uri: str, *, below: str) -> None:
     Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
     """
     if not is_below(uri, below):
-        problem = f"{uri!r} is not a plain folder below {below}"
-        raise WorkError(problem, field="store", remedy="nothing was deleted: who wrote that URI?")
+        raise WorkError(
+            f"{uri!r} is not a plain folder below {below}",
+            field="store",
+            remedy="nothing was deleted: who wrote that URI?",
+        )
     _backend(uri).delete(uri, below)
 
 
@@ -218,11 +227,12 @@ def _backend(uri: str) -> ModuleType:
 
         return s3
     # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
-    remedy = (
-        "start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
-        "(or file:///folder), then use a new experiment"
+    raise InputError(
+        f"{uri!r} is neither file:// nor s3://",
+        field="store",
+        remedy="start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
+        "(or file:///folder), then use a new experiment",
     )
-    raise InputError(f"{uri!r} is neither file:// nor s3://", field="store", remedy=remedy)
 
 
 def _manifest(root: str, run: str, step: str) -> str:
@@ -251,8 +261,11 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
         record = dict(json.loads(data))
         seal = record.pop("sha256")
         if seal != _seal(record):
-            problem = "digest differs: its bytes are not the ones that were committed"
-            raise WorkError(problem, field=uri, remedy=remedy)
+            raise WorkError(
+                "digest differs: its bytes are not the ones that were committed",
+                field=uri,
+                remedy=remedy,
+            )
         # An intact record may still be one of another version, or copied from another step.
         identity = (record["format"], record["step"], type(record["key"]))
         if identity != (FORMAT, step, str):
@@ -274,8 +287,11 @@ def _check_key(record: Record, key: str, run: str, uri: str) -> None:
     if record["key"] != key:
         cause = "it was committed with other settings, another model or another version of ptl"
         step = record["step"]
-        problem = f"step {step} belongs to another run: {cause} ({uri})"
-        raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
+        raise InputError(
+            f"step {step} belongs to another run: {cause} ({uri})",
+            field=f"run {run}",
+            remedy="choose a new run directory",
+        )
 
 
 def _twice(read_and_check: Callable[[], T]) -> T:
