@@ -28,8 +28,7 @@ def bare(uri: str) -> str:
 
 def page(uri: str) -> str:
     """An address as it may be printed: a login page's query may hold secrets."""
-    without_query, *_ = re.split(r"[?#]", uri, maxsplit=1)
-    return without_login(without_query)
+    return without_login(re.split(r"[?#]", uri)[0])
 
 
 def split_login(environment: MutableMapping[str, str] = os.environ) -> None:

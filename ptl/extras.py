@@ -49,10 +49,7 @@ def need(module: str, command: str) -> None:
 
 def absent(extras: Iterable[str]) -> list[str]:
     """Modules of these extras that are not installed; nothing is imported."""
-    modules: list[str] = []
-    for extra in extras:
-        modules += MODULES[extra]
-    return [module for module in modules if not _is_installed(module)]
+    return [module for extra in extras for module in MODULES[extra] if not _is_installed(module)]
 
 
 def _is_installed(module: str) -> bool:

@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 import psutil
 
@@ -135,22 +135,31 @@ def die_with_tied() -> None:
 def interruptible(advice: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a command alike: a sentence with `advice`, and exit code 128 + the signal's number."""
 
-    def interrupt(number: int, _frame: Any) -> NoReturn:
+    def interrupt(number: int) -> NoReturn:
         raise KeyboardInterrupt(number)
 
     # SIGTERM would end the command without its clean-up.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    with handling_signals(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            # Libraries raise it themselves, without a number.
+            number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+            print(f"\ninterrupted by {number.name}: {advice}", file=sys.stderr)
+            raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def handling_signals(handler: Callable[[int], NoReturn]) -> Iterator[None]:
+    """Call `handler` with the signal's number for SIGINT and SIGTERM, as long as the block runs."""
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda number, _frame: handler(number))
     try:
         yield
-    except KeyboardInterrupt as error:
-        # Libraries raise it themselves, without a number.
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        print(f"\ninterrupted by {number.name}: {advice}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier_handler in previous.items():
+            signal.signal(number, earlier_handler)
 
 
 def start_time(pid: int) -> str:

@@ -92,24 +92,32 @@ def options(
     """Compress a language model without losing its reasoning."""
 
 
-def _add_cluster_commands() -> None:
-    """Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images."""
-    if importlib.util.find_spec("pipelines") is None:
-        return
+# In this order `ptl --help` lists them.
+COMMANDS = (
+    configs.validate,
+    configs.schema,
+    configs.plan,
+    configs.compile,
+    run.run,
+    servers.ui,
+    servers.up,
+    servers.down,
+    images.images,
+    results.fetch,
+    results.export,
+    results.report,
+    results.compare,
+    gc.gc,
+)
+for command in COMMANDS:
+    app.command()(command)
+for step in (steps.import_model, steps.prune, steps.recover, steps.evaluate):
+    app.command(rich_help_panel="Single steps")(step)
+# Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images.
+if importlib.util.find_spec("pipelines") is not None:
     from ptl.cli import cluster
 
     cluster.add_to(app)
-
-
-# In this order `ptl --help` lists them.
-configs.add_to(app)
-run.add_to(app)
-servers.add_to(app)
-images.add_to(app)
-results.add_to(app)
-steps.add_to(app)
-gc.add_to(app)
-_add_cluster_commands()
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,9 @@ Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the
 Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between looks")]
 
 
+_say = functools.partial(print, flush=True)
+
+
 def _server_options(
     host: Host = None,
     namespace: Namespace = None,
@@ -185,7 +188,3 @@ def _is_local(names_a_cluster: str | None) -> bool:
         return True
     _say(f"checking a run on a cluster ({names_a_cluster}; --local checks one on this machine)")
     return False
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

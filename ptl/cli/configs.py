@@ -15,19 +15,10 @@ from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.command()(validate)
-    app.command()(schema)
-    app.command()(plan)
-    app.command("compile")(compile_)
-
-
 def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; nothing expensive is started."""
     settings = load_config(config, pairs("--set", sets))
-    params = checked_params(settings)
-    _print_plan(settings, params)
+    _print_plan(settings, checked_params(settings))
 
 
 def schema() -> None:
@@ -51,22 +42,19 @@ def plan(
 
     settings = load_config(config, pairs("--set", sets))
     run_forecast = forecast.forecast(settings, gpu, count)
-    table = forecast_table.table(run_forecast)
-    Console().print(table)
+    Console().print(forecast_table.table(run_forecast))
     for warning in run_forecast.warnings:
         print(f"warning: {warning}")
 
 
-def compile_(
+def compile(
     config: ConfigFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="where the pipeline's YAML goes")],
     sets: Overrides,
 ) -> None:
     """Compile the pipeline to the YAML that Kubeflow and `ptl run` execute."""
     # kfp's compiler decides by the suffix what it writes.
-    is_yaml = output.suffix in (".yaml", ".yml")
-    folder = output.absolute().parent
-    if not is_yaml or not folder.is_dir():
+    if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
     settings = load_config(config, pairs("--set", sets))
 
@@ -129,20 +117,17 @@ def _print_plan(config: Config, params: int) -> None:
     from ptl.config.schedule import plan as planned_iterations
     from ptl.config.schedule import removal
 
-    title = f"{config.name}: {params:,} parameters"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{config.name}: {params:,} parameters", title_justify="left")
     for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
         table.add_column(heading, justify="right")
     # Shares of the iterations are fractions of what is removed in all.
     total = removal(params, config.schedule.target)
     for iteration in planned_iterations(config.schedule, config.prune):
-        removed = float(iteration.cut * total)
-        remaining = params - int(iteration.progress * total)
         table.add_row(
             str(iteration.index),
             iteration.unit,
-            f"{removed:,.0f}",
-            f"{remaining:,}",
+            f"{float(iteration.cut * total):,.0f}",
+            f"{params - int(iteration.progress * total):,}",
             f"{iteration.tokens:,}",
         )
     Console().print(table)

@@ -10,8 +10,7 @@ from pathlib import Path
 from ptl import processes
 from ptl.errors import InputError
 
-OUT = "out"  # of a work folder: what becomes the destination
-LOCK = "lock"  # of a work folder: held by the process that writes
+LOCK = "lock"  # beside the folder: held by the process that writes
 
 
 def check_free(dst: Path) -> None:
@@ -33,20 +32,21 @@ def check_free(dst: Path) -> None:
 
 @contextmanager
 def writing(dst: Path) -> Iterator[Path]:
-    """A work folder whose `out` becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
+    """A folder that becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
 
-    Raises InputError when another process writes the same `dst`.
+    What is beside it stays after an error, for the same command to resume from. Raises InputError when another process
+    writes the same `dst`.
     """
     dst = dst.resolve()
     work = dst.with_name(f"{dst.name}.partial")
-    out = work / OUT
+    out = work / "out"
     interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
     with interruptible, processes.exclusive(work / LOCK, f"dst: {dst}"):
         check_free(dst)
         shutil.rmtree(out, ignore_errors=True)  # by a killed command
         out.mkdir()
         try:
-            yield work
+            yield out
             out.rename(dst)
             shutil.rmtree(work)
         finally:

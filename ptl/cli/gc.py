@@ -16,11 +16,6 @@ from ptl.local import runs
 from ptl.units import size
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command()(gc)
-
-
 def gc(
     experiment: Annotated[list[str], typer.Option(help="MLflow experiment; none: all with runs")] = [],  # noqa: B006
     run: Annotated[list[str], typer.Option(help="only this run; its checkpoints go even if it is not finished")] = [],  # noqa: B006

@@ -55,31 +55,34 @@ def build(
         settings["HASHES"] = "--verify-hashes"
     if index:
         settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
-    overrides = _download_options(ca, index, wheels)
-    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *overrides, settings=settings)
+    _docker(
+        "buildx",
+        "bake",
+        "--file",
+        str(BAKE_FILE),
+        "--load",
+        *_download_options(ca, index, wheels),
+        **settings,
+    )
     return built
 
 
 def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
     """Options of bake that say where packages come from."""
     # `ca` and `index` as secrets: they are in no layer of an image.
-    overrides = []
+    options = []
     if ca is not None:
         if not ca.is_file():
             raise InputError(f"no file {ca}", field="--ca", remedy="give your organisation's CA, a bundle in PEM")
-        overrides.append(f"*.secrets=id=ca,src={ca.absolute()}")
+        options += ["--set", f"*.secrets=id=ca,src={ca.absolute()}"]
     if index is not None:
         if not index.startswith(("http://", "https://")):
             raise InputError("must be an address, http:// or https://", field="--index")
-        overrides.append("*.secrets=id=index,env=PIP_INDEX_URL")
+        options += ["--set", "*.secrets=id=index,env=PIP_INDEX_URL"]
     if wheels is not None:
         if not wheels.is_dir():
             raise InputError(f"no folder {wheels}", field="--wheels", remedy="give a folder that holds wheels")
-        overrides.append(f"*.contexts.wheels={wheels.absolute()}")
-
-    options = []
-    for override in overrides:
-        options += ["--set", override]
+        options += ["--set", f"*.contexts.wheels={wheels.absolute()}"]
     return options
 
 
@@ -109,12 +112,7 @@ def missing(image_names: Sequence[str]) -> list[str]:
     """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
     # Else all of them would seem to be missing.
     require_engine()
-    absent = []
-    for name in image_names:
-        answer = _docker_quietly("image", "inspect", name)
-        if answer.returncode != 0:
-            absent.append(name)
-    return absent
+    return [name for name in image_names if _docker_quietly("image", "inspect", name).returncode != 0]
 
 
 def require_engine() -> None:
@@ -128,8 +126,7 @@ def require_engine() -> None:
     # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
-        lines = answer.stderr.strip().splitlines()
-        reason = lines[-1] if lines else "no answer"
+        *_, reason = ["no answer", *answer.stderr.strip().splitlines()]
         raise WorkError(
             f"no engine answers ({reason})",
             field="docker",
@@ -137,13 +134,12 @@ def require_engine() -> None:
         )
 
 
-def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
+def _docker(*command: str, **settings: str) -> None:
     """Run a docker command from the checkout's root; the user sees its output."""
-    environment = {**os.environ, **(settings or {})}
-    done = subprocess.run(["docker", *command], cwd=ROOT, env=environment, check=False)
-    if done.returncode != 0:
+    exit_code = subprocess.call(["docker", *command], cwd=ROOT, env={**os.environ, **settings})
+    if exit_code != 0:
         raise WorkError(
-            f"failed with exit code {done.returncode}",
+            f"failed with exit code {exit_code}",
             field=f"docker {command[0]}",
             remedy="its output above says why",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import uuid
 
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
@@ -88,8 +89,7 @@ def _claim_next(root: str, run: str, step: str) -> tuple[str | None, list[str | 
     # Numbers are claimed in order, each by one attempt: of two that begin together one gets the next number.
     while True:
         name = f"{step}.attempt-{len(earlier) + 1}"
-        claimed = store.claim(root, run, name, json.dumps(attempt))
-        winner = json.loads(claimed)
+        winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
         if winner["id"] == attempt["id"]:
             return attempt["launch"], earlier
         earlier.append(winner["launch"])
@@ -107,8 +107,7 @@ def _launch() -> str | None:
         return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex  # called by hand: each call is a launch
     retry_index = os.environ.get("KFP_RETRY_INDEX") or 0
     node = os.environ.get("PTL_ARGO_NODE") or f"({retry_index})"
-    levels = node.split("(")[1:]
     # A number above 0 on any level: Argo, not a person, has started this pod.
-    if not all(level.startswith("0)") for level in levels):
+    if re.search(r"\((?!0\))", node):
         return None
     return os.environ.get("KFP_POD_UID") or os.environ.get("PTL_LAUNCH")

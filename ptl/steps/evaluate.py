@@ -50,9 +50,7 @@ def evaluate(call: Call) -> None:
         # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback)
         verdict, accepted = decide(trial, dst)
-        speed: Metadata = {}
-        if trial.ends_the_loop(accepted):
-            speed = beside_dense(step, run, accepted, settings, seed)
+        speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
         return {
             "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
@@ -64,8 +62,7 @@ def evaluate(call: Call) -> None:
             takeover.KEY: content_key,
         }
 
-    key_settings = _key_settings(settings, loop, fallback, seed)
-    record = execute(step, candidate, key_settings, work)
+    record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
     write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
@@ -105,7 +102,5 @@ def _scores(src: Path, dst: Path, run: StepRun, content_key: str, settings: Eval
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
     earlier = takeover.take(run, content_key, dst)
     if earlier is None:
-        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
-        return dataclasses.asdict(scores)
-    scores_of_earlier: Metadata = earlier["scores"]
-    return scores_of_earlier
+        return dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
+    return dict(earlier["scores"])

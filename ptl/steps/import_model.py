@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from ptl import __version__
+from pydantic_core import to_jsonable_python
+
+from ptl import __version__, revision
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Gate
@@ -35,14 +37,21 @@ def import_model(call: Call) -> None:
     training = call.section(TrainingData, "training")
     evaluation = call.section(Evaluate, "evaluate")
 
-    path, revision = settings["model"], settings["revision"]
+    path, model_revision = settings["model"], settings["revision"]
     folder, dimensions = preflight.preflight(
-        path, revision or None, schedule, pruning, calibration, training, evaluation
+        path,
+        model_revision or None,
+        schedule,
+        pruning,
+        calibration,
+        training,
+        evaluation,
     )
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        sections = {
+        params = {
+            "model": {"path": path, "revision": model_revision or None},
             "schedule": schedule,
             "prune": pruning,
             "calibration": calibration,
@@ -50,17 +59,19 @@ def import_model(call: Call) -> None:
             "evaluate": evaluation,
             "gate": gate_settings,
         }
-        params = {name: section.model_dump(mode="json") for name, section in sections.items()}
-        params["model"] = {"path": path, "revision": revision or None}
         data_sets = provenance.data_sets(calibration, training, evaluation)
-        run_page.describe(run, flat_settings(params), revision(), data_sets)
+        run_page.describe(run, flat_settings(to_jsonable_python(params)), revision.revision(), data_sets)
 
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)
-        versions, host = _versions(), platform.node()
-        return {**source, "params": dimensions.params, "versions": versions, "host": host}
+        return {
+            **source,
+            "params": dimensions.params,
+            "versions": _versions(),
+            "host": platform.node(),
+        }
 
-    source = {"model": path, "revision": revision}
+    source = {"model": path, "revision": model_revision}
     # On one machine the id of the run is its name.
     title = settings["run_name"] if attempts.on_a_cluster() else None
     # The import has no parent: its key is the model's name and revision.

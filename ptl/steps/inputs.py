@@ -27,11 +27,11 @@ def fetch(pointer: Pointer) -> Path:
         # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
         if attempts.on_a_cluster() or not pointer.step:
             raise
-        rerun = f"Run the same command again: it checks step {pointer.step}, and repeats it if need be"
         raise WorkError(
             error.problem,
             field=error.field,
-            remedy=f"{error.remedy}. {rerun}",
+            remedy=f"{error.remedy}. Run the same command again: it checks step {pointer.step}, and repeats it if need "
+            "be",
         ) from error
 
 
@@ -50,5 +50,4 @@ def fetch_items(record: Record) -> Items:
     """Each item of an evaluation with its outcome, by the record of the step."""
     from ptl.evaluation.evaluate import read_items
 
-    pointer = Pointer(**record["pointer"])
-    return read_items(fetch(pointer))
+    return read_items(fetch(Pointer(**record["pointer"])))

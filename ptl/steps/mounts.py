@@ -31,10 +31,7 @@ S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_S
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
-    variables = {}
-    for name, variable in S3_KEYS.items():
-        if name in environment:
-            variables[environment[name]] = variable
+    variables = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
         for path in _keys(base / name):
             variable = variables.get(path.name, path.name) if name == "s3" else path.name
@@ -53,9 +50,7 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
 
 def _keys(folder: Path) -> list[Path]:
     """The keys of a mounted ConfigMap or Secret: its files."""
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return [path for path in sorted(folder.glob("*")) if path.is_file()]
 
 
 def _trust(environment: MutableMapping[str, str], folder: Path) -> str:

@@ -48,6 +48,5 @@ def prune(call: Call) -> None:
         "calibration": calibration,
         "seed": seed,
     }
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(call.step, parent, settings, work, content_key=content_key)
+    record = execute(call.step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     write_pointer(call.outputs["out"], record["pointer"])

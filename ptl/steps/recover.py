@@ -20,7 +20,8 @@ from ptl.steps.execution import execute
 from ptl.steps.inputs import dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
-from ptl.storage import training_checkpoints
+from ptl.storage import store
+from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
     from ptl.recovery.job import Log, RecoverReport
@@ -49,7 +50,7 @@ def recover(call: Call) -> None:
         "training": data,
         "seed": seed,
     }
-    training_key = training_checkpoints.key_of(parent.digest, settings)
+    training_key = store.digest([parent.digest, settings])
     stores = _training_checkpoints(step, training_key, recovery)
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
@@ -61,17 +62,23 @@ def recover(call: Call) -> None:
         budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
         # Named by what the training depends on: with other settings it starts anew.
         training_folder = scratch(step.name) / f"training-{training_key[:12]}"
-        on_log = _reporter(run, iteration.tokens)
-        teacher = _teacher(run, recovery)
-        # The items of the benchmarks, which the training data must not have.
-        scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None
-        job = RecoveryJob(data, budget, training_folder, on_log, teacher=teacher, scored=scored)
+        job = RecoveryJob(
+            data,
+            budget,
+            training_folder,
+            _reporter(run, iteration.tokens),
+            teacher=_teacher(run, recovery),
+            # The items of the benchmarks, which the training data must not have.
+            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,
+        )
         report = recover_checkpoint(src, dst, recovery, tokens, job, stores)
-        metadata = {"params": parent.params, **dataclasses.asdict(report)}
-        return metadata | _decontaminated(step.name, report)
+        return {
+            "params": parent.params,
+            **dataclasses.asdict(report),
+            **_decontaminated(step.name, report),
+        }
 
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key)
+    record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()
@@ -82,19 +89,20 @@ def _weights(schedule: Schedule) -> tuple[int, ...]:
     """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
     if schedule.tokens == "uniform":
         return (1,) * schedule.iterations
-    indices = range(schedule.iterations)
-    return tuple(2**index for index in indices)
+    return tuple(2**index for index in range(schedule.iterations))
 
 
-def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[training_checkpoints.TrainingCheckpoints]:
+def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:
     """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that."""
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
         return []
     run = step.start()
-    names = [f"{step.name}.{i}" for i in range(len(recovery.stages))]
     # One interval for all stages: the shortest that any of them asks for.
-    return [training_checkpoints.TrainingCheckpoints(run.root, run.run, name, key, min(minutes)) for name in names]
+    return [
+        TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, min(minutes))
+        for i in range(len(recovery.stages))
+    ]
 
 
 def _reporter(run: StepRun, tokens: int) -> Log:
@@ -125,8 +133,7 @@ def _progress(metrics: dict[str, float], tokens: int) -> str:
 
 def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
-    methods = [stage.method for stage in recovery.stages]
-    if "distil" not in methods:
+    if all(stage.method != "distil" for stage in recovery.stages):
         return None
     # Distillation learns from the model as it was before any pruning.
     dense = dense_model(run)
@@ -143,8 +150,7 @@ def _decontaminated(step: str, report: RecoverReport) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    details = [stage["details"] for stage in stages]
-    counts = [stage["decontaminated"] for stage in details if "decontaminated" in stage]
+    counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}

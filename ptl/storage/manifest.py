@@ -57,7 +57,7 @@ def digest_of(files: Iterable[File]) -> str:
     rows = sorted([file.path, file.size, list(file.blocks)] for file in files)
     # One spelling of each list, byte for byte.
     text = json.dumps(rows, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def scan(folder: Path) -> list[str]:
@@ -70,9 +70,8 @@ def scan(folder: Path) -> list[str]:
         )
     paths = []
     for entry in sorted(folder.rglob("*")):
-        regular = entry.is_file() or entry.is_dir()
         # What a link leads to may change, or be on no other machine.
-        if entry.is_symlink() or not regular:
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             raise InputError(
                 f"{entry} is not a regular file",
                 field="checkpoint",
@@ -91,8 +90,7 @@ def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
     offset = start
     stop = min(start + BLOCK, size)
     while offset < stop:
-        length = min(CHUNK, stop - offset)
-        data = os.pread(handle, length, offset)
+        data = os.pread(handle, min(CHUNK, stop - offset), offset)
         if not data:  # the file has become shorter
             return
         yield data
@@ -114,8 +112,7 @@ def dump_files(files: Iterable[File]) -> bytes:
     """The text of `ptl-files.json`."""
     # In one order, so that equal folders have equal lists.
     rows = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
-    listing = {"format": FORMAT, "block": BLOCK, "files": rows}
-    return json.dumps(listing, indent=1).encode()
+    return json.dumps({"format": FORMAT, "block": BLOCK, "files": rows}, indent=1).encode()
 
 
 def load_files(text: bytes, name: str) -> Files:
@@ -138,9 +135,11 @@ def load_files(text: bytes, name: str) -> Files:
 
 def _file(row: dict[str, Any]) -> File:
     """Converted, so that a wrong type shows here."""
-    path, size = str(row["path"]), int(row["size"])
-    blocks = tuple(str(digest) for digest in row["blocks"])
-    return File(path, size, blocks)
+    return File(
+        str(row["path"]),
+        int(row["size"]),
+        tuple(str(digest) for digest in row["blocks"]),
+    )
 
 
 def _check_files(files: Files) -> None:
@@ -148,12 +147,11 @@ def _check_files(files: Files) -> None:
     for file in files:
         if not is_inside(file.path):
             raise ValueError(f"{file.path!r} is outside of the checkpoint")
-        digests, size = len(file.blocks), file.size
-        if size < 0 or digests != len(starts(size)):
-            raise ValueError(f"{digests} digests for {size} bytes")
+        digests = len(file.blocks)
+        if file.size < 0 or digests != len(starts(file.size)):
+            raise ValueError(f"{digests} digests for {file.size} bytes")
     # Two entries would write one file at the same time.
-    paths = {file.path for file in files}
-    if len(paths) != len(files):
+    if len({file.path for file in files}) != len(files):
         raise ValueError("a file is named twice")
 
 
@@ -162,8 +160,7 @@ def is_inside(path: str) -> bool:
     if path == FILES or "\\" in path or "\0" in path:
         return False
     # An absolute path begins with an empty part, and a doubled slash is one.
-    parts = path.split("/")
-    return all(part not in ("", ".", "..") for part in parts)
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None:
@@ -179,8 +176,7 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None
             raise wrong_size(name, file, size)
 
     def verify_block(file: File, start: int) -> None:
-        digest = sha256_of(folder / file.path, start)
-        if digest != file.blocks[start // BLOCK]:
+        if sha256_of(folder / file.path, start) != file.blocks[start // BLOCK]:
             raise wrong_digest(name, file)
         on_progress(block_size(file, start))
 
@@ -223,9 +219,8 @@ def deleted(name: str, file: File) -> WorkError:
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:
     """For a file that was truncated or replaced."""
-    sizes = f"{size} bytes, {file.size} were published"
     return WorkError(
-        f"file {file.path} has {sizes}",
+        f"file {file.path} has {size} bytes, {file.size} were published",
         field=name,
         remedy=RESTORE,
     )

@@ -49,16 +49,14 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     # Hashed while they are uploaded.
     with explained(location), ThreadPoolExecutor(2) as hashing:
         for path, size in sizes.items():
-            source = folder / path
-            blocks[path] = [hashing.submit(sha256_of, source, start) for start in starts(size)]
+            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
         _upload(folder, bucket, prefix, paths, on_progress)
         files = []
         for path, size in sizes.items():
             digests = tuple(block.result() for block in blocks[path])
             files.append(File(path, size, digests))
         # Last: where the list is, all files are.
-        listing = dump_files(files)
-        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=listing)
+        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
     return tuple(files)
 
 
@@ -92,9 +90,12 @@ def _upload_once(
     with TransferManager(client(), config) as manager:
         uploads = {}
         for path in paths:
-            source = str(folder / path)
-            counters = [_counter(on_progress)]
-            uploads[path] = manager.upload(source, bucket, f"{prefix}/{path}", subscribers=counters)
+            uploads[path] = manager.upload(
+                str(folder / path),
+                bucket,
+                f"{prefix}/{path}",
+                subscribers=[_counter(on_progress)],
+            )
         # All have been submitted: waiting for one does not hold the others up.
         for path, upload in uploads.items():
             try:
@@ -210,11 +211,9 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     folder = f"{prefix}/"
     with explained(uri):
         # A page has up to 1,000 objects.
-        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
-        for page in pages:
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder):
             for entry in page.get("Contents", []):
-                path = entry["Key"].removeprefix(folder)
-                yield path, entry["Size"], entry["LastModified"].timestamp()
+                yield entry["Key"].removeprefix(folder), entry["Size"], entry["LastModified"].timestamp()
 
 
 def delete(uri: str, below: str) -> None:
@@ -226,9 +225,8 @@ def delete(uri: str, below: str) -> None:
     from botocore.exceptions import ClientError
 
     bucket, prefix = split(uri)
-    paths = [path for path, _, _ in walk(uri)]
     # False sorts before True: the list first.
-    paths.sort(key=lambda path: path != FILES)
+    paths = sorted((path for path, _, _ in walk(uri)), key=lambda path: path != FILES)
     with explained(uri):
         for path in paths:
             try:

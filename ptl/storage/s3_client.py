@@ -57,13 +57,11 @@ def client(attempts: int = ATTEMPTS) -> S3Client:
             remedy=f"{SET_KEYS} (`ptl up` prints them)",
         )
     # The environment may change while a process lives: a client is kept for each state of it.
-    names = (*SETTINGS, *CREDENTIALS)
-    settings = tuple(os.environ.get(name, "") for name in names)
-    return _build(attempts, settings)
+    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
 
 
 @functools.lru_cache(4)
-def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
+def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
     import boto3
     from botocore.config import Config
@@ -111,9 +109,9 @@ def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> N
     receipt = _RECEIPTS.get(model.name)
     status = http_response.status_code
     if receipt and status < 300 and not parsed.get(receipt):
-        request = f"{model.name} at {endpoint_url() or 'AWS'}"
         raise WorkError(
-            f"{request}: answered {status} without {receipt}, so that nothing says that it was stored",
+            f"{model.name} at {_server()}: answered {status} without {receipt}, "
+            "so that nothing says that it was stored",
             field="store",
             remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?",
         )
@@ -144,8 +142,7 @@ def _seconds_to_retry(
 
 def pause(attempts: int) -> float:
     """Seconds to wait after so many attempts: doubling up to 5, with some noise so that parts do not return at once."""
-    noise = 0.7 + 0.3 * random.random()
-    return min(5.0, 0.25 * 2**attempts) * noise
+    return min(5.0, 0.25 * 2**attempts) * random.uniform(0.7, 1.0)
 
 
 def broken_stream() -> tuple[type[Exception], ...]:
@@ -157,10 +154,12 @@ def broken_stream() -> tuple[type[Exception], ...]:
 
 def endpoint_url() -> str | None:
     """Where the S3 server is; None means AWS itself."""
-    for name in SETTINGS[:3]:
-        if os.environ.get(name):
-            return os.environ[name]
-    return None
+    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+
+
+def _server() -> str:
+    """The S3 server as messages name it."""
+    return endpoint_url() or "AWS"
 
 
 @contextmanager
@@ -173,13 +172,11 @@ def explained(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise error_for(InputError, error, uri) from error
-    except ClientError as error:
-        kind = InputError if code(error) in _SETTINGS_ERRORS else WorkError
+    except (BotoCoreError, ClientError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
+        no_credentials = isinstance(error, NoCredentialsError | PartialCredentialsError)
+        refused = isinstance(error, ClientError) and code(error) in _SETTINGS_ERRORS
+        kind = InputError if no_credentials or refused else WorkError
         raise error_for(kind, error, uri) from error
-    except (BotoCoreError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
-        raise error_for(WorkError, error, uri) from error
 
 
 # One remedy in several messages.
@@ -208,8 +205,7 @@ def error_for(
 ) -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do."""
     problem, remedy = _explanation(error)
-    server = endpoint_url() or "AWS"
-    return kind(f"{uri} at {server}: {problem}", field=field, remedy=remedy)
+    return kind(f"{uri} at {_server()}: {problem}", field=field, remedy=remedy)
 
 
 def _explanation(error: Exception) -> tuple[str, str]:
