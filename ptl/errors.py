@@ -32,5 +32,3 @@ class InputError(PtlError):
 
 class WorkError(PtlError):
     """The work itself failed."""
-
-    exit_code = 1

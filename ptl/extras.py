@@ -23,7 +23,7 @@ OF_COMMAND = {
 }
 
 
-def missing(module: str, command: str = "") -> InputError | None:
+def missing(module: str, command: str) -> InputError | None:
     """What to install for a module that cannot be imported; None where no extra brings it."""
     # The names of an extra's modules are those of the top level.
     package = module.partition(".")[0]
@@ -40,10 +40,8 @@ def missing(module: str, command: str = "") -> InputError | None:
 
 def need(module: str, command: str) -> None:
     """Raise InputError where a command would start a program that lacks this module."""
-    if _is_installed(module):
-        return
-    error = missing(module, command)
-    if error is not None:
+    error = None if _is_installed(module) else missing(module, command)
+    if error:
         raise error
 
 

@@ -64,17 +64,16 @@ def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
     else:
         holder = "in another container"
         command = "remove its container"
-    problem = f"another process executes it (process {holder})"
-    if not remedy:
-        remedy = f"wait for it, or end it ({command}) and run the same command again"
-    return InputError(problem, field=work, remedy=remedy)
+    return InputError(
+        f"another process executes it (process {holder})",
+        field=work,
+        remedy=remedy or f"wait for it, or end it ({command}) and run the same command again",
+    )
 
 
 def _pid_namespace() -> str:
     """In which process ids have their meaning: a container has one of its own."""
-    if sys.platform != "linux":
-        return ""
-    return str(Path("/proc/self/ns/pid").readlink())
+    return str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
 
 
 @contextlib.contextmanager
@@ -96,8 +95,7 @@ def follow_lifeline() -> None:
     """
     path = os.environ.get(LIFELINE)
     if path:
-        follower = threading.Thread(target=_end_with_lifeline, args=(Path(path),), daemon=True)
-        follower.start()
+        threading.Thread(target=_end_with_lifeline, args=(Path(path),), daemon=True).start()
 
 
 def _end_with_lifeline(path: Path) -> None:

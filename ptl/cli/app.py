@@ -72,8 +72,7 @@ def _exit_with(error: PtlError) -> NoReturn:
 
 def _command_name() -> str:
     """The command on the command line; its options come after it."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    return words[0] if words else ""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _print_version(requested: bool) -> None:

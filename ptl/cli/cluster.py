@@ -18,11 +18,6 @@ from ptl.errors import InputError
 from ptl.preflight import advice
 
 Host = Annotated[str | None, typer.Option(help="API address; none: KF_PIPELINES_ENDPOINT")]
-Namespace = Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")]
-TokenFile = Annotated[Path | None, typer.Option(help="service-account token; none: KFP_TOKEN, or no login")]
-CaCert = Annotated[Path | None, typer.Option(help="PEM bundle to trust; none: KFP_CA_CERT, or the public CAs")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
-UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")]
 RunId = Annotated[str, typer.Argument(help="id of the run, printed by submit", show_default=False)]
 Wait = Annotated[bool, typer.Option("--wait", help="follow to the end: 0 done, 1 failed, 3 gate not passed, 4 timeout")]
 Timeout = Annotated[float | None, typer.Option(min=0, help="seconds to wait; the run continues after them")]
@@ -34,11 +29,13 @@ _say = functools.partial(print, flush=True)
 
 def _server_options(
     host: Host = None,
-    namespace: Namespace = None,
-    token_file: TokenFile = None,
-    ca_cert: CaCert = None,
-    insecure: Insecure = False,
-    ui_host: UiHost = None,
+    namespace: Annotated[str | None, typer.Option(help="profile, in multi-user Kubeflow; none: KFP_NAMESPACE")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="service-account token; none: KFP_TOKEN, or no login")] = None,
+    ca_cert: Annotated[
+        Path | None, typer.Option(help="PEM bundle to trust; none: KFP_CA_CERT, or the public CAs")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")] = False,
+    ui_host: Annotated[str | None, typer.Option(help="address of the UI, for links; none: as --host")] = None,
 ) -> None:
     """The options of every command that speaks to Kubeflow: the fields of Server."""
 
@@ -138,8 +135,15 @@ def retry(
     """Run a failed run's unfinished steps again."""
     from pipelines.prune_tune_loop import follow
 
-    run_config = load_config(config) if config else None
-    code = follow.retry(run_id, server, config=run_config, wait=wait, timeout=timeout, poll=poll, say=_say)
+    code = follow.retry(
+        run_id,
+        server,
+        config=load_config(config) if config else None,
+        wait=wait,
+        timeout=timeout,
+        poll=poll,
+        say=_say,
+    )
     raise typer.Exit(code)
 
 
@@ -166,7 +170,12 @@ def doctor(
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
     # Without an option the environment decides.
     if local is None:
-        local = _is_local(work.names_a_cluster(address))
+        name = work.names_a_cluster(address)
+        local = name is None
+        if local:
+            _say("checking a run on this machine (--cluster checks one on Kubeflow)")
+        else:
+            _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
     if local:
         findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
     else:
@@ -179,12 +188,3 @@ def doctor(
     for finding in findings:
         _say(str(finding))
     raise typer.Exit(work.exit_code(findings))
-
-
-def _is_local(names_a_cluster: str | None) -> bool:
-    """Where a run goes of which no option says it; `names_a_cluster` is what in the environment points to one."""
-    if names_a_cluster is None:
-        _say("checking a run on this machine (--cluster checks one on Kubeflow)")
-        return True
-    _say(f"checking a run on a cluster ({names_a_cluster}; --local checks one on this machine)")
-    return False

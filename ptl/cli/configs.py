@@ -89,8 +89,9 @@ def checked_params(config: Config) -> int:
 
     _warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
-    model = config.model
-    sections = (
+    _, dimensions = preflight.preflight(
+        config.model.path,
+        config.model.revision,
         config.schedule,
         config.prune,
         config.calibration,
@@ -99,7 +100,6 @@ def checked_params(config: Config) -> int:
         config.gate,
         config.recover,
     )
-    _, dimensions = preflight.preflight(model.path, model.revision, *sections)
     params = dimensions.params
     _warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
     return params

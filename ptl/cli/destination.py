@@ -40,8 +40,10 @@ def writing(dst: Path) -> Iterator[Path]:
     dst = dst.resolve()
     work = dst.with_name(f"{dst.name}.partial")
     out = work / "out"
-    interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
-    with interruptible, processes.exclusive(work / LOCK, f"dst: {dst}"):
+    with (
+        processes.interruptible(f"{dst} was not written; run the same command again"),
+        processes.exclusive(work / LOCK, f"dst: {dst}"),
+    ):
         check_free(dst)
         shutil.rmtree(out, ignore_errors=True)  # by a killed command
         out.mkdir()

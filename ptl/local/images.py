@@ -55,15 +55,8 @@ def build(
         settings["HASHES"] = "--verify-hashes"
     if index:
         settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
-    _docker(
-        "buildx",
-        "bake",
-        "--file",
-        str(BAKE_FILE),
-        "--load",
-        *_download_options(ca, index, wheels),
-        **settings,
-    )
+    downloads = _download_options(ca, index, wheels)
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, **settings)
     return built
 
 
@@ -146,4 +139,4 @@ def _docker(*command: str, **settings: str) -> None:
 
 
 def _docker_quietly(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    return subprocess.run(["docker", *command], capture_output=True, text=True)

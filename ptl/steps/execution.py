@@ -121,11 +121,8 @@ def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
     run, parent, content_key = execution.run, execution.parent, execution.content_key
     metadata = takeover.take(run, content_key, folder) if content_key else None
     if metadata is None:
-        src = fetch(parent) if parent else None
-        metadata = execution.work(src, folder, run)
-    if content_key:
-        metadata = {**metadata, takeover.KEY: content_key}
-    return metadata
+        metadata = execution.work(fetch(parent) if parent else None, folder, run)
+    return metadata | ({takeover.KEY: content_key} if content_key else {})
 
 
 def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import to_jsonable_python
 
@@ -31,35 +32,21 @@ def import_model(call: Call) -> None:
     gate_settings = call.section(Gate, "gate")
     gate.check_structure(gate_settings, settings["gated"])
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
-    schedule = schedule_of(call)
-    pruning = call.section(Prune, "prune")
-    calibration = call.section(Calibration, "calibration")
-    training = call.section(TrainingData, "training")
-    evaluation = call.section(Evaluate, "evaluate")
-
+    sections: dict[str, Any] = {
+        "schedule": schedule_of(call),
+        "prune": call.section(Prune, "prune"),
+        "calibration": call.section(Calibration, "calibration"),
+        "training": call.section(TrainingData, "training"),
+        "evaluate": call.section(Evaluate, "evaluate"),
+    }
     path, model_revision = settings["model"], settings["revision"]
-    folder, dimensions = preflight.preflight(
-        path,
-        model_revision or None,
-        schedule,
-        pruning,
-        calibration,
-        training,
-        evaluation,
-    )
+    folder, dimensions = preflight.preflight(path, model_revision or None, *sections.values())
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        params = {
-            "model": {"path": path, "revision": model_revision or None},
-            "schedule": schedule,
-            "prune": pruning,
-            "calibration": calibration,
-            "training": training,
-            "evaluate": evaluation,
-            "gate": gate_settings,
-        }
-        data_sets = provenance.data_sets(calibration, training, evaluation)
+        model = {"path": path, "revision": model_revision or None}
+        params = {"model": model, **sections, "gate": gate_settings}
+        data_sets = provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")])
         run_page.describe(run, flat_settings(to_jsonable_python(params)), revision.revision(), data_sets)
 
         # From the folder that was checked: on the hub the model may have changed since.
@@ -84,7 +71,8 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     # An image may have other ones than the machine that compiled the pipeline.
-    versions = {"ptl": __version__, "python": platform.python_version()}
-    for library in ("torch", "transformers", "safetensors"):
-        versions[library] = version(library)
-    return versions
+    return {
+        "ptl": __version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in ("torch", "transformers", "safetensors")},
+    }

@@ -12,10 +12,11 @@ ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 def metrics(metadata: Metadata) -> dict[str, float]:
     """The numbers of a step's metadata that MLflow shows."""
-    numbers = {}
-    for name, value in metadata.items():
-        if isinstance(value, int | float) and name not in NOT_METRICS:
-            numbers[name] = float(value)
+    numbers = {
+        name: float(value)
+        for name, value in metadata.items()
+        if isinstance(value, int | float) and name not in NOT_METRICS
+    }
     if "scores" not in metadata:
         return numbers
     # Of an evaluation: what the model costs, and each benchmark under its name.

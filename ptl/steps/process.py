@@ -48,9 +48,7 @@ def _work(call: dict[str, Any]) -> dict[str, Any]:
     # These two name the step; the other parameters are its settings.
     step = Step(settings.pop("step"), settings.pop("experiment"))
     # Of an artifact only the file is read: it holds the pointer.
-    inputs = {}
-    for name, file in call["inputs"].items():
-        inputs[name] = Pointer.load(Path(file).read_text())
+    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
     with processes.exclusive(scratch(f"{step.name}.lock"), f"step {step.name}", wait=WAIT):

@@ -36,7 +36,6 @@ def recover(call: Call) -> None:
     # What is pruned does not matter for the tokens.
     iterations = iterations_until(call, Prune())
     iteration = iterations[-1]
-    tokens = [earlier.tokens for earlier in iterations]
     weights = _weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
@@ -44,9 +43,9 @@ def recover(call: Call) -> None:
     # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
-        "weights": list(weights),
+        "weights": weights,
         "skip": iteration.tokens_before,
-        "recover": list(recovery.stages),
+        "recover": recovery.stages,
         "training": data,
         "seed": seed,
     }
@@ -60,23 +59,18 @@ def recover(call: Call) -> None:
         tracking.tag(run, {"tokens": iteration.tokens})
         limit_threads(parent.params)
         budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
-        # Named by what the training depends on: with other settings it starts anew.
-        training_folder = scratch(step.name) / f"training-{training_key[:12]}"
         job = RecoveryJob(
             data,
             budget,
-            training_folder,
+            scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
             # The items of the benchmarks, which the training data must not have.
             scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,
         )
+        tokens = [earlier.tokens for earlier in iterations]
         report = recover_checkpoint(src, dst, recovery, tokens, job, stores)
-        return {
-            "params": parent.params,
-            **dataclasses.asdict(report),
-            **_decontaminated(step.name, report),
-        }
+        return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
 
     record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     # Committed: nothing resumes this training any more.

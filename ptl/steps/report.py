@@ -55,12 +55,13 @@ def report(call: Call) -> None:
 def _run_config(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
     # Kubeflow lets a user change the parameters of a compiled pipeline for each run.
-    config = dict(settings["settings"])
-    config["model"] = {"path": settings["model"], "revision": settings["revision"] or None}
-    config["schedule"] = config["schedule"] | schedule_settings(settings)
-    for section in SECTIONS:
-        config[section] = settings[section]
-    return config
+    config = settings["settings"]
+    return {
+        **config,
+        **{section: settings[section] for section in SECTIONS},
+        "model": {"path": settings["model"], "revision": settings["revision"] or None},
+        "schedule": config["schedule"] | schedule_settings(settings),
+    }
 
 
 def _records(run: StepRun, config: Config) -> dict[str, Record]:

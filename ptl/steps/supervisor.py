@@ -49,7 +49,9 @@ def run(names: dict[str, Any]) -> None:
         call.write_text(json.dumps(_call_of(arguments)))
         failure = _until_done(call, step, policy())
         if failure is None:
-            _take_outputs(arguments, call)
+            # KFP keeps it with its artifacts; their files are written already.
+            for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
+                arguments[name].metadata.update(metadata)
     if failure is not None:
         _give_up(arguments, failure)
 
@@ -142,12 +144,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-
-
-def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
-    """Metadata of the outputs, which KFP keeps with its artifacts; their files are written already."""
-    for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
-        arguments[name].metadata.update(metadata)
 
 
 def _give_up(arguments: dict[str, Any], failure: Failure) -> None:

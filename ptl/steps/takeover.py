@@ -81,9 +81,5 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
         files = list(path.parent.iterdir())  # a YAML may include what is next to it
     else:
         files = [path]
-    stamps = []
-    for file in sorted(files):
-        if file.is_file():
-            stat = file.stat()
-            stamps.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return stamps
+    stats = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ptl.errors import InputError, WorkError
@@ -84,6 +85,7 @@ def _upload_once(
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
+    counter: Any = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
     # Memory: THREADS parts of BLOCK bytes.
     config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
     forgotten: dict[str, Exception] = {}
@@ -94,7 +96,7 @@ def _upload_once(
                 str(folder / path),
                 bucket,
                 f"{prefix}/{path}",
-                subscribers=[_counter(on_progress)],
+                subscribers=[counter],
             )
         # All have been submitted: waiting for one does not hold the others up.
         for path, upload in uploads.items():
@@ -105,17 +107,6 @@ def _upload_once(
                     raise
                 forgotten[path] = error
     return forgotten
-
-
-def _counter(on_progress: Progress) -> Any:
-    """A subscriber that hands byte counts on."""
-    from s3transfer.subscribers import BaseSubscriber
-
-    class Counter(BaseSubscriber):
-        def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
-            on_progress(bytes_transferred)
-
-    return Counter()
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
