@@ -57,7 +57,7 @@ def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
     """The error that names the holder of a lock file, by what the holder wrote into it."""
     file.seek(0)
     pid, _, namespace = file.read().partition(" ")
-    # An id of another container may be that of a process here which has nothing to do with it.
+    # An id from another container may belong to an unrelated process in this one.
     if namespace == _pid_namespace():
         holder = f"id {pid}"
         command = f"kill {pid}"

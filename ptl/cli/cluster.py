@@ -3,7 +3,6 @@
 import functools
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
+from ptl.cli.configs import warn
 from ptl.cli.options import Overrides
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -82,8 +82,7 @@ def submit(
     extras.need("kfp", "submit")
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
-    for warning in advice.warnings(run_config):
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(advice.warnings(run_config))
     _warn_of_local_files(run_config)
     code = work.submit(
         run_config,

@@ -65,10 +65,9 @@ def compile(
     compile_pipeline(settings, output)
     weight = weigh(output)
     # A cluster refuses a workflow that is too large, so the user sees how large it is.
-    kib = output.stat().st_size / 1024
-    kb_of_task = weight.task_bytes / 1000
     print(
-        f"wrote {output} ({kib:.0f} KB): {weight.tasks} steps, each about {kb_of_task:.0f} kB of a cluster's workflow"
+        f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
+        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
     )
 
 
@@ -87,7 +86,7 @@ def checked_params(config: Config) -> int:
     """Check all that can be checked without weights in memory; returns the dense model's parameters."""
     from ptl.preflight import advice, preflight
 
-    _warn(advice.warnings(config))
+    warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
     _, dimensions = preflight.preflight(
         config.model.path,
@@ -101,11 +100,12 @@ def checked_params(config: Config) -> int:
         config.recover,
     )
     params = dimensions.params
-    _warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
+    warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
     return params
 
 
-def _warn(warnings: list[str]) -> None:
+def warn(warnings: list[str]) -> None:
+    """Print warnings beside a command's output."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -33,14 +33,8 @@ def gc(
         int,
         typer.Option(min=0, help="newest finished runs per experiment that keep all"),
     ] = 0,
-    dense: Annotated[
-        bool,
-        typer.Option("--dense", help="imported models of finished runs go too"),
-    ] = False,
-    delete: Annotated[
-        bool,
-        typer.Option("--delete", help="delete; without it nothing is changed"),
-    ] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="imported models of finished runs go too")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without it nothing is changed")] = False,
     s3: Servers = False,
     home: Home = HOME,
 ) -> None:
@@ -65,10 +59,7 @@ def gc(
         removed_bytes += [judged.stored.bytes for judged in deletable]
     num_bytes = sum(removed_bytes)
     summary = f"{len(removed_bytes)} items, {size(num_bytes)} ({num_bytes:,} bytes)"
-    if delete:
-        print(f"deleted: {summary}")
-    else:
-        print(f"can go: {summary}; nothing was deleted, --delete does it")
+    print(f"deleted: {summary}" if delete else f"can go: {summary}; nothing was deleted, --delete does it")
 
 
 def _print_verdicts(retentions: list[Retention], now: float) -> None:

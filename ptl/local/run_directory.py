@@ -92,7 +92,11 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     reason = "is not empty and holds no run"
     if (folder / "config.yaml").is_file():
         reason = "belongs to another run: its config.yaml differs from this config"
-    raise InputError(f"{folder} {reason}", field="--run-dir", remedy="choose another directory")
+    raise InputError(
+        f"{folder} {reason}",
+        field="--run-dir",
+        remedy="choose another directory",
+    )
 
 
 def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
@@ -166,7 +170,11 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
 def _await_steps(run: RunDir) -> None:
     """Wait until no step of the run works any more. Raises InputError naming the process of one that does not end."""
     for lock in sorted(run.scratch.glob("*.lock")):
-        with processes.exclusive(lock, f"step {lock.stem} of run {run.run_id}", wait=END_SECONDS):
+        with processes.exclusive(
+            lock,
+            f"step {lock.stem} of run {run.run_id}",
+            wait=END_SECONDS,
+        ):
             pass
 
 

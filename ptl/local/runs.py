@@ -130,9 +130,8 @@ def artifact_location(experiment: str) -> str:
     from ptl.lineage import mlflow_objects
     from ptl.storage import store
 
-    client = MlflowClient(uri, registry_uri=uri)
     try:
-        location = str(mlflow_objects.experiment(client, experiment).artifact_location)
+        mlflow_experiment = mlflow_objects.experiment(MlflowClient(uri, registry_uri=uri), experiment)
     except MlflowException as error:
         raise InputError(
             f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}",
@@ -140,6 +139,7 @@ def artifact_location(experiment: str) -> str:
             remedy="is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?",
         ) from error
     # Steps would find out only when the first checkpoint is done.
+    location = str(mlflow_experiment.artifact_location)
     store.check(f"{location.rstrip('/')}/ptl")
     return location
 

@@ -46,8 +46,14 @@ def up(root: Path, port: int) -> Environment:
     # Apart from `stack`: its logs and keys are no data.
     data = root / "s3"
     data.mkdir(parents=True, exist_ok=True)
-    server_environment = environment | _closed_doors(root) | {"GOMEMLIMIT": "768MiB"}  # soft limit of its heap
-    server_process.start(root, "s3", _command(weed, data, ports), server_environment, port, "/healthz")
+    server_process.start(
+        root,
+        "s3",
+        _command(weed, data, ports),
+        environment | _closed_doors(root) | {"GOMEMLIMIT": "768MiB"},  # soft limit of its heap
+        port,
+        "/healthz",
+    )
     _await_bucket(environment)
     return environment
 
@@ -152,13 +158,14 @@ def _make_certificate(certificate: Path, key: Path) -> None:
         .add_extension(host_names, critical=False)
         .sign(private_key, hashes.SHA256())
     )
-    key_text = private_key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
     # Private before it holds anything.
     key.unlink(missing_ok=True)
     key.touch(mode=0o600)
-    key.write_bytes(key_text)
+    key.write_bytes(
+        private_key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
     certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))

@@ -1,4 +1,4 @@
-"""The aliases `best` and `smallest` of a registered model: they move only to what was compared with their holder.
+"""The aliases `best` and `smallest` of a registered model: they move only to versions compared with their holder.
 
 `best`: the highest accuracy; it moves to a checkpoint that is shown to be not inferior to its holder, and that has a
 higher accuracy, or the same accuracy with fewer parameters. `smallest`: the fewest parameters; it moves to a smaller
@@ -46,7 +46,7 @@ class Candidate:
     record: Record
 
     def describe(self) -> str:
-        """For a sentence."""
+        """The candidate as sentences name it."""
         return f"version {self.version} ({self.step}: {self.accuracy:.1%}, {self.params:,} parameters)"
 
 
@@ -56,7 +56,7 @@ def set_aliases(
     registered_model: str,
     settings: Gate,
 ) -> list[str]:
-    """Move both aliases where this run has earned them; returns sentences that say what became of each.
+    """Move both aliases to this run's versions where the comparisons allow it; returns a sentence for each outcome.
 
     `records` are those of the run's steps; an evaluate record carries its items in its metadata as `items`. Where two
     runs end at the same moment the last one to look at an alias decides: it is read again right before it is moved.
@@ -133,7 +133,7 @@ def _candidate(scored: ScoredRun, step: str, record: Record) -> Candidate:
 
 
 def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
-    """Point the alias at the candidate, unless its holder has better claims; says what was done."""
+    """Point the alias at the candidate, unless it stays with its holder; returns a sentence for the log."""
     registered_model = scored.registered_model
     name = f"alias {alias} of {registered_model}"
     # Until nobody else has moved it meanwhile.
@@ -223,7 +223,8 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
 
 def _paired(reference: Record, candidate: Record, settings: Gate) -> paired.Paired:
     """Two evaluations on the first task. Raises InputError for another task or other items."""
-    old, new = reference["metadata"], candidate["metadata"]
+    old = reference["metadata"]
+    new = candidate["metadata"]
     old_task = old["scores"]["tasks"][0]
     new_task = new["scores"]["tasks"][0]
     # Scores of another benchmark, of another version of it or by another metric are other numbers.

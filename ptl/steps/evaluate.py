@@ -27,8 +27,10 @@ def evaluate(call: Call) -> None:
     """
     if passes_through(call, "scores", "accepted"):
         return
-    step, seed = call.step, call.settings["seed"]
-    candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
+    step = call.step
+    seed = call.settings["seed"]
+    candidate = call.inputs["model"]
+    fallback = call.inputs.get("fallback")
     settings = call.section(Evaluate, "evaluate")
     loop = _loop_settings(call)
     if step.arm == "loop" and step.iteration:

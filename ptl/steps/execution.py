@@ -118,7 +118,9 @@ def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
 
 def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
     """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
-    run, parent, content_key = execution.run, execution.parent, execution.content_key
+    run = execution.run
+    parent = execution.parent
+    content_key = execution.content_key
     metadata = takeover.take(run, content_key, folder) if content_key else None
     if metadata is None:
         metadata = execution.work(fetch(parent) if parent else None, folder, run)
@@ -127,7 +129,9 @@ def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
 
 def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
     """Publish the files under a fresh location; the pointer to them."""
-    step, run, parent = execution.step, execution.run, execution.parent
+    step = execution.step
+    run = execution.run
+    parent = execution.parent
     if step.stage == "evaluate":
         # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
         assert parent is not None

@@ -83,7 +83,7 @@ def _post(url: str, step: str, reason: str) -> None:
     response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
     response.raise_for_status()
     if response.is_redirect:
-        # It may lead to anybody, and a POST that is redirected loses its body.
+        # It may lead to any server, and a POST that is redirected loses its body.
         raise WorkError(
             f"it points to {address.page(response.headers['location'])}",
             remedy=f"set {WEBHOOK} to that address",

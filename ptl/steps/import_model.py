@@ -39,15 +39,19 @@ def import_model(call: Call) -> None:
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),
     }
-    path, model_revision = settings["model"], settings["revision"]
+    path = settings["model"]
+    model_revision = settings["revision"]
     folder, dimensions = preflight.preflight(path, model_revision or None, *sections.values())
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        model = {"path": path, "revision": model_revision or None}
-        params = {"model": model, **sections, "gate": gate_settings}
-        data_sets = provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")])
-        run_page.describe(run, flat_settings(to_jsonable_python(params)), revision.revision(), data_sets)
+        params = {"model": {"path": path, "revision": model_revision or None}, **sections, "gate": gate_settings}
+        run_page.describe(
+            run,
+            flat_settings(to_jsonable_python(params)),
+            revision.revision(),
+            provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+        )
 
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)
@@ -59,9 +63,8 @@ def import_model(call: Call) -> None:
         }
 
     source = {"model": path, "revision": model_revision}
-    # On one machine the id of the run is its name.
+    # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
     title = settings["run_name"] if attempts.on_a_cluster() else None
-    # The import has no parent: its key is the model's name and revision.
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])
 

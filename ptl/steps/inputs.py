@@ -20,7 +20,7 @@ def fetch(pointer: Pointer) -> Path:
     try:
         return store.fetch(pointer, scratch("cache"))
     except WorkError as error:
-        # The step that made it cannot know: it finds its record and is done.
+        # The step that made it does not notice: it finds its record and ends.
         report = damage_report(pointer.digest)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.touch()

@@ -1,4 +1,4 @@
-"""The part of the schedule that a step is given: prune the sizes, recover the tokens, import and report all of it."""
+"""The schedule among a step's settings: prune has the sizes, recover the tokens, import and report all of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptl.steps.call import Call, Metadata
 
 # Of the schedule, what may be among a step's settings.
 FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
-# For the fields that have no default: a step reads only those that it is given.
+# For the fields that have no default, in steps that have no use for them.
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
 
 

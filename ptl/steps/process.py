@@ -51,7 +51,11 @@ def _work(call: dict[str, Any]) -> dict[str, Any]:
     inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(scratch(f"{step.name}.lock"), f"step {step.name}", wait=WAIT):
+    with processes.exclusive(
+        scratch(f"{step.name}.lock"),
+        f"step {step.name}",
+        wait=WAIT,
+    ):
         table.STEPS[step.stage](Call(step, settings, inputs, outputs))
     return {name: output.metadata for name, output in outputs.items()}
 

@@ -21,7 +21,8 @@ def prune(call: Call) -> None:
     # After a stop by the gate there is nothing to prune.
     if passes_through(call, "out"):
         return
-    parent, seed = call.inputs["model"], call.settings["seed"]
+    parent = call.inputs["model"]
+    seed = call.settings["seed"]
     pruning = call.section(Prune, "prune")
     calibration = call.section(Calibration, "calibration")
     iteration = iterations_until(call, pruning)[-1]

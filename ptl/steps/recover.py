@@ -31,15 +31,13 @@ def recover(call: Call) -> None:
     """Train the pruned model on this iteration's tokens."""
     if passes_through(call, "out"):
         return
-    step, seed = call.step, call.settings["seed"]
+    step = call.step
     parent = call.inputs["model"]
-    # What is pruned does not matter for the tokens.
-    iterations = iterations_until(call, Prune())
+    iterations = iterations_until(call, Prune())  # what is pruned does not matter for the tokens
     iteration = iterations[-1]
     weights = _weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
-
     # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
@@ -47,7 +45,7 @@ def recover(call: Call) -> None:
         "skip": iteration.tokens_before,
         "recover": recovery.stages,
         "training": data,
-        "seed": seed,
+        "seed": call.settings["seed"],
     }
     training_key = store.digest([parent.digest, settings])
     stores = _training_checkpoints(step, training_key, recovery)
@@ -58,18 +56,15 @@ def recover(call: Call) -> None:
 
         tracking.tag(run, {"tokens": iteration.tokens})
         limit_threads(parent.params)
-        budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
         job = RecoveryJob(
             data,
-            budget,
+            StageBudget(iteration.tokens, (), step.iteration, iteration.last, settings["seed"], weights),
             scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
-            # The items of the benchmarks, which the training data must not have.
-            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,
+            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
         )
-        tokens = [earlier.tokens for earlier in iterations]
-        report = recover_checkpoint(src, dst, recovery, tokens, job, stores)
+        report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
         return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
 
     record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
@@ -116,7 +111,8 @@ def _reporter(run: StepRun, tokens: int) -> Log:
 def _progress(metrics: dict[str, float], tokens: int) -> str:
     """The line of progress for one log of a training; empty where there is nothing to say."""
     if "reward" in metrics:
-        reward, length = metrics["reward"], metrics["completions/mean_length"]
+        reward = metrics["reward"]
+        length = metrics["completions/mean_length"]
         return f"reward {reward:.3f}, answers of {length:.0f} tokens"
     # The last log of a training has totals instead of these.
     seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")

@@ -44,7 +44,10 @@ def report(call: Call) -> None:
         folder = scratch(call.step.name) / "report"
         settings = _report_settings(call, run, config)
         result = write_report(records, settings, folder)
-        _log(run, config, result, folder)
+        tracking.log_report(run, sorted(folder.iterdir()))
+        # import-model was not given all of the config.
+        run_page.describe(run, flat_settings(config.model_dump(mode="json")))
+        run_page.log_result(run, run_page.result_metrics(result))
         # Name the best and the smallest version in MLflow's registry.
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)
@@ -90,14 +93,6 @@ def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
         **tracking.links(run),
         "control_failed": gate.State.load(control.gate).reason if control else "",
     }
-
-
-def _log(run: StepRun, config: Config, result: Any, folder: Path) -> None:
-    """The pages and the result on the page of the pipeline run."""
-    tracking.log_report(run, sorted(folder.iterdir()))
-    # import-model was not given all of the config.
-    run_page.describe(run, flat_settings(config.model_dump(mode="json")))
-    run_page.log_result(run, run_page.result_metrics(result))
 
 
 def _copy_pages(call: Call, folder: Path) -> None:

@@ -35,10 +35,12 @@ def begin(run: StepRun) -> None:
         attempt = attempts.claim(run.root, run.run, run.step)
     except attempts.NoAttemptLeftError as error:
         # Whoever reads this looks for why, not for how often.
-        problem, reason = error.problem, tracking.error_of(run)
-        if reason:
-            problem += f"; the last one failed: {reason}"
-        raise attempts.NoAttemptLeftError(problem, remedy=error.remedy) from None
+        reason = tracking.error_of(run)
+        last = f"; the last one failed: {reason}" if reason else ""
+        raise attempts.NoAttemptLeftError(
+            f"{error.problem}{last}",
+            remedy=error.remedy,
+        ) from None
     tracking.tag(run, {"attempt": attempt})
     number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().attempts}"
     say(run.step, f"started{number}")

@@ -43,7 +43,7 @@ def run(names: dict[str, Any]) -> None:
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
-    # The work's process reads its call from a file, and leaves there how it ended.
+    # The work's process reads its call from a file, and writes its outputs or its failure beside it.
     with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
         call = Path(folder, "call.json")
         call.write_text(json.dumps(_call_of(arguments)))

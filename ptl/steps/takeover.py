@@ -31,7 +31,7 @@ LONGEST_PATH = 255  # characters of a setting that may name a file
 
 def key(digest: str, settings: dict[str, Any]) -> str:
     """What a step's files depend on: the checkpoint, the settings, and the local files that these name."""
-    # A path says nothing of its content: a corrected data file must be read again.
+    # A path is the same after its content has changed: a corrected data file must be read again.
     settings = to_jsonable_python(settings)
     paths = sorted(set(_paths(settings)))
     return store.digest([__version__, digest, settings, [_stamps(path) for path in paths]])

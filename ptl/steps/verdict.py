@@ -98,7 +98,9 @@ def _register(trial: Trial, tags: Metadata) -> Pointer:
 
 def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
-    loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
+    loop = trial.loop
+    candidate = trial.candidate
+    fallback = trial.fallback
     original_params = candidate.original_params
     target_params = original_params - removal(original_params, loop.target)
     if fallback is None:

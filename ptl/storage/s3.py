@@ -69,44 +69,36 @@ def _upload(
     on_progress: Progress,
 ) -> None:
     """Upload all files; what the store forgot half-way is uploaded again."""
-    # A server that restarts may lose the uploads that were not complete.
-    for _ in range(UPLOADS):
-        forgotten = _upload_once(folder, bucket, prefix, paths, on_progress)
-        if not forgotten:
-            return
-        paths = list(forgotten)
-    raise next(iter(forgotten.values()))
-
-
-def _upload_once(
-    folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress
-) -> dict[str, Exception]:
-    """Upload all files with one transfer manager; the error of each whose multipart upload the store forgot."""
     from botocore.exceptions import ClientError
     from s3transfer.manager import TransferConfig, TransferManager
 
     counter: Any = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
     # Memory: THREADS parts of BLOCK bytes.
     config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
-    forgotten: dict[str, Exception] = {}
-    with TransferManager(client(), config) as manager:
-        uploads = {}
-        for path in paths:
-            uploads[path] = manager.upload(
-                str(folder / path),
-                bucket,
-                f"{prefix}/{path}",
-                subscribers=[counter],
-            )
-        # All have been submitted: waiting for one does not hold the others up.
-        for path, upload in uploads.items():
-            try:
-                upload.result()
-            except ClientError as error:
-                if code(error) != "NoSuchUpload":
-                    raise
-                forgotten[path] = error
-    return forgotten
+    # A server that restarts may lose the multipart uploads that were not complete.
+    for _ in range(UPLOADS):
+        forgotten: dict[str, Exception] = {}
+        with TransferManager(client(), config) as manager:
+            uploads = {}
+            for path in paths:
+                uploads[path] = manager.upload(
+                    str(folder / path),
+                    bucket,
+                    f"{prefix}/{path}",
+                    subscribers=[counter],
+                )
+            # All have been submitted: waiting for one does not hold the others up.
+            for path, upload in uploads.items():
+                try:
+                    upload.result()
+                except ClientError as error:
+                    if code(error) != "NoSuchUpload":
+                        raise
+                    forgotten[path] = error
+        if not forgotten:
+            return
+        paths = list(forgotten)
+    raise next(iter(forgotten.values()))
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:

@@ -89,8 +89,7 @@ def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
             field="MLFLOW_S3_ENDPOINT_URL",
             remedy="write http://host:port",
         ) from error
-    retry = functools.partial(_seconds_to_retry, attempts)
-    built.meta.events.register("needs-retry.s3", retry)  # type: ignore[arg-type]
+    built.meta.events.register("needs-retry.s3", functools.partial(_seconds_to_retry, attempts))  # type: ignore[arg-type]
     built.meta.events.register("after-call.s3", _require_receipt)
     return built
 
@@ -213,8 +212,10 @@ def _explanation(error: Exception) -> tuple[str, str]:
     from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, ClientError):
-        unknown = (str(error), "run the same command again, or look at the S3 server's log")
-        return _SETTINGS_ERRORS.get(code(error), unknown)
+        return _SETTINGS_ERRORS.get(
+            code(error),
+            (str(error), "run the same command again, or look at the S3 server's log"),
+        )
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return str(error), SET_KEYS
     if isinstance(error, FlexibleChecksumError):

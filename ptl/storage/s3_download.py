@@ -115,7 +115,8 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
     """The stream of an object's bytes from `start`. Raises WorkError for a file that is not the published one."""
     from botocore.exceptions import ClientError
 
-    name, file = download.name, download.file
+    name = download.name
+    file = download.file
     bucket, prefix = split(download.uri)
     location: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
     # A range of an empty file would be refused.

@@ -82,7 +82,12 @@ class TrainingCheckpoints:
         """The records of the checkpoints stored so far, oldest first."""
         stored: list[dict[str, Any]] = []
         while True:
-            record = store.committed(self.root, self.run, self._slot(len(stored)), self.key)
+            record = store.committed(
+                self.root,
+                self.run,
+                self._slot(len(stored)),
+                self.key,
+            )
             # numbers are given without a gap
             if record is None:
                 return stored
