@@ -18,6 +18,8 @@ from ptl.local import runs
 from ptl.storage import local_files, store
 from ptl.storage.manifest import FILES
 
+RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
+
 
 def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
@@ -129,8 +131,8 @@ def compare(
 
 def _reach_stores(home: Path, s3: bool, *names: str) -> None:
     """The environment that the names need: none for folders, the store's servers for --s3, MLflow for run ids."""
-    # Within 12 seconds, since a person waits for the answer; MLflow's own number of retries takes minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # MLflow's own number of retries takes minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     if s3 or any(locate.needs_mlflow(name) for name in names):
         runs.reach(home.absolute(), s3)
 
