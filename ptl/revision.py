@@ -9,7 +9,7 @@ from pathlib import Path
 import ptl
 
 
-def revision() -> str:
+def own_revision() -> str:
     """The commit of this package: an image says it, else its checkout. Empty where neither knows."""
     from_image = os.environ.get("PTL_REVISION", "").removeprefix("unknown")
     return from_image or revision_of(Path(ptl.__file__).parents[1])

@@ -57,7 +57,7 @@ def environment(tmp_path):
     tool = tmp_path / "bin" / "ptl"
     tool.parent.mkdir()
     code = (
-        "from ptl.cli.app import app, main\nfrom ptl.cli.app import cluster\n"
+        "from ptl.cli.app import app, main\nfrom ptl.cli import cluster\n"
         "'submit' in [c.name for c in app.registered_commands] or cli_cluster.add_to(app); main()"
     )
     tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n')

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from ptl import __version__, revision
+from ptl import __version__
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Gate
@@ -16,6 +16,7 @@ from ptl.config.schedule import Prune
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
 from ptl.report import provenance, run_page
+from ptl.revision import own_revision
 from ptl.steps import attempts
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
@@ -40,16 +41,16 @@ def import_model(call: Call) -> None:
         "evaluate": call.section(Evaluate, "evaluate"),
     }
     path = settings["model"]
-    model_revision = settings["revision"]
-    folder, dimensions = preflight.preflight(path, model_revision or None, *sections.values())
+    revision = settings["revision"]
+    folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        params = {"model": {"path": path, "revision": model_revision or None}, **sections, "gate": gate_settings}
+        params = {"model": {"path": path, "revision": revision or None}, **sections, "gate": gate_settings}
         run_page.describe(
             run,
             flat_settings(to_jsonable_python(params)),
-            revision.revision(),
+            own_revision(),
             provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
         )
 
@@ -62,7 +63,7 @@ def import_model(call: Call) -> None:
             "host": platform.node(),
         }
 
-    source = {"model": path, "revision": model_revision}
+    source = {"model": path, "revision": revision}
     # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
     title = settings["run_name"] if attempts.on_a_cluster() else None
     record = execute(call.step, None, source, work, title=title)

@@ -197,9 +197,9 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
 
 def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("PTL_REVISION", "unknown")
-    assert revision.revision() == revision.revision_of(ROOT)
+    assert revision.own_revision() == revision.revision_of(ROOT)
     monkeypatch.setenv("PTL_REVISION", "abc")
-    assert revision.revision() == "abc"
+    assert revision.own_revision() == "abc"
     assert revision.revision_of(ROOT / "ptl") == ""  # in a repository, but not its top: as an installed package is
 
 

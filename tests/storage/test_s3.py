@@ -321,6 +321,7 @@ MOVE = """
 import sys
 from pathlib import Path
 from ptl.storage import store
+from ptl.storage.manifest import digest_of
 files = store.publish(Path(sys.argv[1]), sys.argv[2])
 store.fetch(store.Pointer(sys.argv[2], digest_of(files)), Path(sys.argv[3]))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
