@@ -28,8 +28,7 @@ def bare(uri: str) -> str:
 
 def page(uri: str) -> str:
     """An address as it may be printed: a login page's query may hold secrets."""
-    without_query, *_ = re.split(r"[?#]", uri, maxsplit=1)
-    return without_login(without_query)
+    return without_login(re.split(r"[?#]", uri)[0])
 
 
 def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -40,12 +39,10 @@ def split_login(environment: MutableMapping[str, str] = os.environ) -> None:
     uri = environment.get("MLFLOW_TRACKING_URI", "")
     try:
         parts = urlsplit(uri)
-        user = parts.username
-        password = parts.password
     except ValueError:  # no address at all, which its first use reports
         return
-    if is_server(uri) and password:
+    if is_server(uri) and parts.password:
         # In an address they are quoted, in the variables they are not.
-        environment["MLFLOW_TRACKING_USERNAME"] = unquote(user or "")
-        environment["MLFLOW_TRACKING_PASSWORD"] = unquote(password)
+        environment["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+        environment["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
         environment["MLFLOW_TRACKING_URI"] = bare(uri)

@@ -18,17 +18,10 @@ class PtlError(Exception):
         self.problem = without_login(problem)
         self.field = without_login(field)
         self.remedy = without_login(remedy)
-        super().__init__(self.sentence)
-
-    @property
-    def sentence(self) -> str:
-        """`field: problem; remedy`, without the parts that are empty."""
+        # Without the parts that are empty.
         where = f"{self.field}: " if self.field else ""
         advice = f"; {self.remedy}" if self.remedy else ""
-        return f"{where}{self.problem}{advice}"
-
-    def __str__(self) -> str:
-        return self.sentence
+        super().__init__(f"{where}{self.problem}{advice}")
 
 
 class InputError(PtlError):
@@ -39,5 +32,3 @@ class InputError(PtlError):
 
 class WorkError(PtlError):
     """The work itself failed."""
-
-    exit_code = 1

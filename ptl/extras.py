@@ -23,7 +23,7 @@ OF_COMMAND = {
 }
 
 
-def missing(module: str, command: str = "") -> InputError | None:
+def missing(module: str, command: str) -> InputError | None:
     """What to install for a module that cannot be imported; None where no extra brings it."""
     # The names of an extra's modules are those of the top level.
     package = module.partition(".")[0]
@@ -32,25 +32,22 @@ def missing(module: str, command: str = "") -> InputError | None:
         return None
     # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
-    problem = f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'"
-    return InputError(problem, field=f"ptl {command}")
+    return InputError(
+        f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'",
+        field=f"ptl {command}",
+    )
 
 
 def need(module: str, command: str) -> None:
     """Raise InputError where a command would start a program that lacks this module."""
-    if _is_installed(module):
-        return
-    error = missing(module, command)
-    if error is not None:
+    error = None if _is_installed(module) else missing(module, command)
+    if error:
         raise error
 
 
 def absent(extras: Iterable[str]) -> list[str]:
     """Modules of these extras that are not installed; nothing is imported."""
-    modules: list[str] = []
-    for extra in extras:
-        modules += MODULES[extra]
-    return [module for module in modules if not _is_installed(module)]
+    return [module for extra in extras for module in MODULES[extra] if not _is_installed(module)]
 
 
 def _is_installed(module: str) -> bool:

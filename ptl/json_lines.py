@@ -32,16 +32,22 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
                 # a line of that length was not read to its end
                 if len(line) == MAX_LINE or size > max_size:
                     sizes = f"{size:,} characters so far from a file of {file_size:,} bytes"
-                    problem = f"{name}, line {number}: {sizes} are no rows of text"
-                    raise InputError(problem, field=field, remedy="correct the file")
+                    raise InputError(
+                        f"{name}, line {number}: {sizes} are no rows of text",
+                        field=field,
+                        remedy="correct the file",
+                    )
                 # an empty line is no row, one at the end for example
                 if line.strip():
                     rows += 1
                     yield _json_object(line, field, f"{name}, line {number}")
     # a truncated or changed file, or one in another encoding
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        problem = f"{name} is damaged after line {number} ({error})"
-        raise InputError(problem, field=field, remedy="fetch it again") from error
+        raise InputError(
+            f"{name} is damaged after line {number} ({error})",
+            field=field,
+            remedy="fetch it again",
+        ) from error
     if rows == 0:
         raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")
 

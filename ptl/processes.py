@@ -10,9 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 import psutil
 
@@ -57,24 +57,23 @@ def _held_by_another(file: IO[str], work: str, remedy: str) -> InputError:
     """The error that names the holder of a lock file, by what the holder wrote into it."""
     file.seek(0)
     pid, _, namespace = file.read().partition(" ")
-    # An id of another container may be that of a process here which has nothing to do with it.
+    # An id from another container may belong to an unrelated process in this one.
     if namespace == _pid_namespace():
         holder = f"id {pid}"
         command = f"kill {pid}"
     else:
         holder = "in another container"
         command = "remove its container"
-    problem = f"another process executes it (process {holder})"
-    if not remedy:
-        remedy = f"wait for it, or end it ({command}) and run the same command again"
-    return InputError(problem, field=work, remedy=remedy)
+    return InputError(
+        f"another process executes it (process {holder})",
+        field=work,
+        remedy=remedy or f"wait for it, or end it ({command}) and run the same command again",
+    )
 
 
 def _pid_namespace() -> str:
     """In which process ids have their meaning: a container has one of its own."""
-    if sys.platform != "linux":
-        return ""
-    return str(Path("/proc/self/ns/pid").readlink())
+    return str(Path("/proc/self/ns/pid").readlink()) if sys.platform == "linux" else ""
 
 
 @contextlib.contextmanager
@@ -96,8 +95,7 @@ def follow_lifeline() -> None:
     """
     path = os.environ.get(LIFELINE)
     if path:
-        follower = threading.Thread(target=_end_with_lifeline, args=(Path(path),), daemon=True)
-        follower.start()
+        threading.Thread(target=_end_with_lifeline, args=(Path(path),), daemon=True).start()
 
 
 def _end_with_lifeline(path: Path) -> None:
@@ -135,22 +133,31 @@ def die_with_tied() -> None:
 def interruptible(advice: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end a command alike: a sentence with `advice`, and exit code 128 + the signal's number."""
 
-    def interrupt(number: int, _frame: Any) -> NoReturn:
+    def interrupt(number: int) -> NoReturn:
         raise KeyboardInterrupt(number)
 
     # SIGTERM would end the command without its clean-up.
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    with handling_signals(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            # Libraries raise it themselves, without a number.
+            number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+            print(f"\ninterrupted by {number.name}: {advice}", file=sys.stderr)
+            raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def handling_signals(handler: Callable[[int], NoReturn]) -> Iterator[None]:
+    """Call `handler` with the signal's number for SIGINT and SIGTERM, as long as the block runs."""
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda number, _frame: handler(number))
     try:
         yield
-    except KeyboardInterrupt as error:
-        # Libraries raise it themselves, without a number.
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        print(f"\ninterrupted by {number.name}: {advice}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, earlier_handler in previous.items():
+            signal.signal(number, earlier_handler)
 
 
 def start_time(pid: int) -> str:

@@ -12,8 +12,7 @@ import ptl
 def own_revision() -> str:
     """The commit of this package: an image says it, else its checkout. Empty where neither knows."""
     from_image = os.environ.get("PTL_REVISION", "").removeprefix("unknown")
-    checkout = Path(ptl.__file__).parents[1]
-    return from_image or revision_of(checkout)
+    return from_image or revision_of(Path(ptl.__file__).parents[1])
 
 
 def revision_of(root: Path) -> str:
@@ -22,7 +21,7 @@ def revision_of(root: Path) -> str:
         return ""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        process = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=root, capture_output=True, text=True)
     except OSError:  # git is not installed
         return ""
     return process.stdout.strip() if process.returncode == 0 else ""

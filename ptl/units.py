@@ -23,8 +23,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    parts = {"h": hours, "min": minutes, "s": rest}
-    if hours:
-        del parts["s"]  # beside hours nobody needs them
-    shown = [f"{number} {unit}" for unit, number in parts.items() if number]
-    return " ".join(shown)
+    # Beside hours nobody needs seconds.
+    parts = {"h": hours, "min": minutes, "s": 0 if hours else rest}
+    return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)

@@ -20,7 +20,7 @@ from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import WorkError
 from ptl.lineage import mlflow_database
-from ptl.local import images, servers
+from ptl.local import images, seaweedfs, servers
 from ptl.storage import s3_client
 from ptl.storage.local_files import path_of
 from ptl.storage.s3_client import split
@@ -120,7 +120,7 @@ def one_thread():
 def server(tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""
     root = tmp_path_factory.mktemp("s3")
-    yield servers.s3_up(root, free_port())
+    yield seaweedfs.up(root, free_port())
     servers.down(root)
 
 
@@ -130,7 +130,7 @@ def free_port():
         # Not the global generator: training seeds it, and then two workers of xdist take the same port.
         # All below 32768, from where the system takes the ports of outgoing connections.
         port = random.SystemRandom().randrange(11000, 22500)
-        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, servers.GRPC)):
+        if all(unused(port + shift + extra) for shift in range(4) for extra in (0, seaweedfs.GRPC)):
             return port
 
 
@@ -146,7 +146,7 @@ def s3(server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
-    return S3Place(f"s3://{servers.BUCKET}/{uuid.uuid4().hex}/ptl")
+    return S3Place(f"s3://{seaweedfs.BUCKET}/{uuid.uuid4().hex}/ptl")
 
 
 @pytest.fixture(params=["file", "s3"])

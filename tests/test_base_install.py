@@ -151,6 +151,6 @@ def test_what_needs_an_extra_names_it_in_one_line(base, tmp_path):
 
 
 def test_a_module_that_no_extra_brings_is_an_error_of_ours():
-    assert extras.missing("no_such_module") is None
+    assert extras.missing("no_such_module", "run") is None
     assert isinstance(extras.missing("torch.nn", "evaluate"), InputError)
     assert "ptl evaluate: needs the module torch" in str(extras.missing("torch.nn", "evaluate"))

@@ -52,11 +52,16 @@ def _file_error(error: OSError) -> PtlError:
     # Libraries raise it in places where no command can expect it.
     path = error.filename
     if error.errno in local_files.FULL:
-        problem = f"no space left while writing {path or 'a file'}: {error.strerror}"
-        return WorkError(problem, remedy="free some")
+        return WorkError(
+            f"no space left while writing {path or 'a file'}: {error.strerror}",
+            remedy="free some",
+        )
     if error.errno in UNUSABLE_PATH:
-        shortened = repr(str(path)[:200])
-        return InputError(f"{error.strerror}", field=shortened, remedy="give a path that can be used")
+        return InputError(
+            f"{error.strerror}",
+            field=repr(str(path)[:200]),
+            remedy="give a path that can be used",
+        )
     raise error
 
 
@@ -67,8 +72,7 @@ def _exit_with(error: PtlError) -> NoReturn:
 
 def _command_name() -> str:
     """The command on the command line; its options come after it."""
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    return words[0] if words else ""
+    return next((word for word in sys.argv[1:] if not word.startswith("-")), "")
 
 
 def _print_version(requested: bool) -> None:
@@ -87,24 +91,32 @@ def options(
     """Compress a language model without losing its reasoning."""
 
 
-def _add_cluster_commands() -> None:
-    """Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images."""
-    if importlib.util.find_spec("pipelines") is None:
-        return
+# In this order `ptl --help` lists them.
+COMMANDS = (
+    configs.validate,
+    configs.schema,
+    configs.plan,
+    configs.compile,
+    run.run,
+    servers.ui,
+    servers.up,
+    servers.down,
+    images.images,
+    results.fetch,
+    results.export,
+    results.report,
+    results.compare,
+    gc.gc,
+)
+for command in COMMANDS:
+    app.command()(command)
+for step in (steps.import_model, steps.prune, steps.recover, steps.evaluate):
+    app.command(rich_help_panel="Single steps")(step)
+# Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images.
+if importlib.util.find_spec("pipelines") is not None:
     from ptl.cli import cluster
 
     cluster.add_to(app)
-
-
-# In this order `ptl --help` lists them.
-configs.add_to(app)
-run.add_to(app)
-servers.add_to(app)
-images.add_to(app)
-results.add_to(app)
-steps.add_to(app)
-gc.add_to(app)
-_add_cluster_commands()
 
 if __name__ == "__main__":
     main()

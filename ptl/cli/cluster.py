@@ -3,7 +3,6 @@
 import functools
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
+from ptl.cli.configs import warn
 from ptl.cli.options import Overrides
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -33,6 +33,9 @@ Timeout = Annotated[
     float | None, typer.Option(min=0, help="longest time to wait, in seconds; the run continues after that")
 ]
 Poll = Annotated[float, typer.Option(min=1, max=3600, help="seconds between two requests for the state")]
+
+
+_say = functools.partial(print, flush=True)
 
 
 def _server_options(
@@ -92,8 +95,7 @@ def submit(
     extras.need("kfp", "submit")
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
-    for warning in advice.warnings(run_config):
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(advice.warnings(run_config))
     _warn_of_local_files(run_config)
     code = work.submit(
         run_config,
@@ -147,8 +149,15 @@ def retry(
     """Run the unfinished steps of a failed or canceled run again."""
     from pipelines.prune_tune_loop import follow
 
-    run_config = load_config(config) if config else None
-    code = follow.retry(run_id, server, config=run_config, wait=wait, timeout=timeout, poll=poll, say=_say)
+    code = follow.retry(
+        run_id,
+        server,
+        config=load_config(config) if config else None,
+        wait=wait,
+        timeout=timeout,
+        poll=poll,
+        say=_say,
+    )
     raise typer.Exit(code)
 
 
@@ -177,7 +186,12 @@ def doctor(
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
     # Without an option the environment decides.
     if local is None:
-        local = _is_local(work.names_a_cluster(address))
+        name = work.names_a_cluster(address)
+        local = name is None
+        if local:
+            _say("checking a run on this machine (--cluster checks one on Kubeflow)")
+        else:
+            _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
     if local:
         findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
     else:
@@ -190,16 +204,3 @@ def doctor(
     for finding in findings:
         _say(str(finding))
     raise typer.Exit(work.exit_code(findings))
-
-
-def _is_local(names_a_cluster: str | None) -> bool:
-    """Where a run goes of which no option says it; `names_a_cluster` is what in the environment points to one."""
-    if names_a_cluster is None:
-        _say("checking a run on this machine (--cluster checks one on Kubeflow)")
-        return True
-    _say(f"checking a run on a cluster ({names_a_cluster}; --local checks one on this machine)")
-    return False
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -15,19 +15,10 @@ from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    app.command()(validate)
-    app.command()(schema)
-    app.command()(plan)
-    app.command("compile")(compile_)
-
-
 def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    params = checked_params(settings)
-    _print_plan(settings, params)
+    _print_plan(settings, checked_params(settings))
 
 
 def schema() -> None:
@@ -51,22 +42,19 @@ def plan(
 
     settings = load_config(config, pairs("--set", sets))
     run_forecast = forecast.forecast(settings, gpu, count)
-    table = forecast_table.table(run_forecast)
-    Console().print(table)
+    Console().print(forecast_table.table(run_forecast))
     for warning in run_forecast.warnings:
         print(f"warning: {warning}")
 
 
-def compile_(
+def compile(
     config: ConfigFile,
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write the pipeline's YAML to")],
     sets: Overrides,
 ) -> None:
     """Compile a config to the pipeline YAML that Kubeflow and `ptl run` execute."""
     # kfp's compiler decides by the suffix what it writes.
-    is_yaml = output.suffix in (".yaml", ".yml")
-    folder = output.absolute().parent
-    if not is_yaml or not folder.is_dir():
+    if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
     settings = load_config(config, pairs("--set", sets))
 
@@ -77,10 +65,9 @@ def compile_(
     compile_pipeline(settings, output)
     weight = weigh(output)
     # A cluster refuses a workflow that is too large, so the user sees how large it is.
-    kib = output.stat().st_size / 1024
-    kb_of_task = weight.task_bytes / 1000
     print(
-        f"wrote {output} ({kib:.0f} KB): {weight.tasks} steps, each about {kb_of_task:.0f} kB of a cluster's workflow"
+        f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
+        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
     )
 
 
@@ -99,10 +86,11 @@ def checked_params(config: Config) -> int:
     """Check all that can be checked without weights in memory; returns the dense model's parameters."""
     from ptl.preflight import advice, preflight
 
-    _warn(advice.warnings(config))
+    warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
-    model = config.model
-    sections = (
+    _, dimensions = preflight.preflight(
+        config.model.path,
+        config.model.revision,
         config.schedule,
         config.prune,
         config.calibration,
@@ -111,13 +99,13 @@ def checked_params(config: Config) -> int:
         config.gate,
         config.recover,
     )
-    _, dimensions = preflight.preflight(model.path, model.revision, *sections)
     params = dimensions.params
-    _warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
+    warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
     return params
 
 
-def _warn(warnings: list[str]) -> None:
+def warn(warnings: list[str]) -> None:
+    """Print warnings beside a command's output."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -129,20 +117,17 @@ def _print_plan(config: Config, params: int) -> None:
     from ptl.config.schedule import plan as planned_iterations
     from ptl.config.schedule import removal
 
-    title = f"{config.name}: {params:,} parameters"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{config.name}: {params:,} parameters", title_justify="left")
     for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
         table.add_column(heading, justify="right")
     # Shares of the iterations are fractions of what is removed in all.
     total = removal(params, config.schedule.target)
     for iteration in planned_iterations(config.schedule, config.prune):
-        removed = float(iteration.cut * total)
-        remaining = params - int(iteration.progress * total)
         table.add_row(
             str(iteration.index),
             iteration.unit,
-            f"{removed:,.0f}",
-            f"{remaining:,}",
+            f"{float(iteration.cut * total):,.0f}",
+            f"{params - int(iteration.progress * total):,}",
             f"{iteration.tokens:,}",
         )
     Console().print(table)

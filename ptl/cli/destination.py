@@ -10,37 +10,45 @@ from pathlib import Path
 from ptl import processes
 from ptl.errors import InputError
 
-OUT = "out"  # of a work folder: what becomes the destination
-LOCK = "lock"  # of a work folder: held by the process that writes
+LOCK = "lock"  # beside the folder: held by the process that writes
 
 
 def check_free(dst: Path) -> None:
     """Raise InputError where something would be lost by writing `dst`, or where it cannot be replaced."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        problem = f"{dst} is a file or not empty"
-        raise InputError(problem, field="dst", remedy="give a folder that does not exist yet")
+        raise InputError(
+            f"{dst} is a file or not empty",
+            field="dst",
+            remedy="give a folder that does not exist yet",
+        )
     # The rename at the end would fail, after all the work.
     if dst.is_mount():
-        problem = f"{dst} is a mount point, which cannot be replaced"
-        raise InputError(problem, field="dst", remedy=f"give a folder in it: {dst / 'model'}")
+        raise InputError(
+            f"{dst} is a mount point, which cannot be replaced",
+            field="dst",
+            remedy=f"give a folder in it: {dst / 'model'}",
+        )
 
 
 @contextmanager
 def writing(dst: Path) -> Iterator[Path]:
-    """A work folder whose `out` becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
+    """A folder that becomes `dst` when the block ends well: a kill leaves no half of a checkpoint there.
 
-    Raises InputError when another process writes the same `dst`.
+    What is beside it stays after an error, for the same command to resume from. Raises InputError when another process
+    writes the same `dst`.
     """
     dst = dst.resolve()
     work = dst.with_name(f"{dst.name}.partial")
-    out = work / OUT
-    interruptible = processes.interruptible(f"{dst} was not written; run the same command again")
-    with interruptible, processes.exclusive(work / LOCK, f"dst: {dst}"):
+    out = work / "out"
+    with (
+        processes.interruptible(f"{dst} was not written; run the same command again"),
+        processes.exclusive(work / LOCK, f"dst: {dst}"),
+    ):
         check_free(dst)
         shutil.rmtree(out, ignore_errors=True)  # by a killed command
         out.mkdir()
         try:
-            yield work
+            yield out
             out.rename(dst)
             shutil.rmtree(work)
         finally:

@@ -16,11 +16,6 @@ from ptl.local import runs
 from ptl.units import size
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command()(gc)
-
-
 def gc(
     experiment: Annotated[list[str], typer.Option(help="MLflow experiment; default: all that have runs")] = [],  # noqa: B006
     run: Annotated[
@@ -45,25 +40,18 @@ def gc(
     retention.check_runs(run, experiments)
     rules = retention.Rules(older_than, keep_last, tuple(run), dense)
     now = time.time()
-    num_items = 0
-    num_bytes = 0
+    removed_bytes: list[int] = []  # of each checkpoint
     for stored_experiment in experiments:
         retentions = retention.apply_rules(stored_experiment, rules, now)
         print(f"experiment {stored_experiment.name}, in {stored_experiment.location}")
         _print_verdicts(retentions, now)
-        for judged in retentions:
-            if not judged.deletable:
-                continue
-            # A deletion may find that the checkpoint is needed by now.
-            if delete and not retention.delete(stored_experiment, judged):
-                continue
-            num_items += 1
-            num_bytes += judged.stored.bytes
-    summary = f"{num_items} items, {size(num_bytes)} ({num_bytes:,} bytes)"
-    if delete:
-        print(f"deleted: {summary}")
-    else:
-        print(f"can go: {summary}; nothing was deleted, --delete does it")
+        deletable = [judged for judged in retentions if judged.deletable]
+        if delete:  # which may find that a checkpoint is needed by now
+            deletable = [judged for judged in deletable if retention.delete(stored_experiment, judged)]
+        removed_bytes += [judged.stored.bytes for judged in deletable]
+    num_bytes = sum(removed_bytes)
+    summary = f"{len(removed_bytes)} items, {size(num_bytes)} ({num_bytes:,} bytes)"
+    print(f"deleted: {summary}" if delete else f"can go: {summary}; nothing was deleted, --delete does it")
 
 
 def _print_verdicts(retentions: list[Retention], now: float) -> None:
@@ -76,16 +64,11 @@ def _print_verdicts(retentions: list[Retention], now: float) -> None:
         print(f"  run {run_id}")
         kept_bytes: dict[str, int] = defaultdict(int)  # by reason
         for judged in run_verdicts:
+            stored = judged.stored
             if judged.deletable:
-                _print_removable(judged, now)
+                days = (now - stored.changed) / retention.DAY
+                print(f"    can go {size(stored.bytes):>9} {stored.step:16} {days:6.1f} days  {judged.reason}")
             else:
-                kept_bytes[judged.reason] += judged.stored.bytes
+                kept_bytes[judged.reason] += stored.bytes
         for reason, num_bytes in kept_bytes.items():
             print(f"    kept   {size(num_bytes):>9} {reason}")
-
-
-def _print_removable(judged: Retention, now: float) -> None:
-    stored = judged.stored
-    days = (now - stored.changed) / retention.DAY
-    num_bytes = size(stored.bytes)
-    print(f"    can go {num_bytes:>9} {stored.step:16} {days:6.1f} days  {judged.reason}")

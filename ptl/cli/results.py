@@ -21,12 +21,6 @@ from ptl.storage.manifest import FILES
 RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    for command in (fetch, export, report, compare):
-        app.command()(command)
-
-
 def fetch(
     source: Annotated[str, typer.Argument(help=locate.FORMS, show_default=False)],
     dst: TargetFolder,
@@ -60,12 +54,14 @@ def export(
     if outtype not in OUTTYPES:
         raise InputError(f"{outtype!r} must be one of {', '.join(OUTTYPES)}", field="--outtype")
     if to != "gguf":
-        problem = f"{to!r} must be gguf"
-        raise InputError(problem, field="--to", remedy="vLLM and transformers read the checkpoint as it is")
+        raise InputError(
+            f"{to!r} must be gguf",
+            field="--to",
+            remedy="vLLM and transformers read the checkpoint as it is",
+        )
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a file that does not")
-    written = export_gguf(src, dst, outtype)
-    print(f"wrote {written}")
+    print(f"wrote {export_gguf(src, dst, outtype)}")
 
 
 def report(
@@ -89,8 +85,11 @@ def report(
         folder = dst or _report_folder(result)
         render(result, folder)
     except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
-        problem = f"{source} is no result of a run ({error!r})"
-        raise InputError(problem, field="result", remedy="give its result.json") from error
+        raise InputError(
+            f"{source} is no result of a run ({error!r})",
+            field="result",
+            remedy="give its result.json",
+        ) from error
     print(f"wrote {folder / 'report.html'}")
 
 
@@ -120,12 +119,15 @@ def compare(
     _reach_stores(home, s3, reference, candidate)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
         cache = Path(folder)
-        reference_folder = locate.evaluation(reference, cache)
-        candidate_folder = locate.evaluation(candidate, cache)
         # The files are read here, before the folder is removed.
-        outcome = work.compare(reference_folder, candidate_folder, margin, alpha, strict=strict)
-    table = work.table(outcome)
-    Console().print(table)
+        outcome = work.compare(
+            locate.evaluation(reference, cache),
+            locate.evaluation(candidate, cache),
+            margin,
+            alpha,
+            strict=strict,
+        )
+    Console().print(work.table(outcome))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -141,21 +143,18 @@ def _start_servers_of(source: str, uri: str) -> None:
     """Start `ptl up`'s servers for the directory of a run that was made with --s3."""
     # The caller's own credentials may be for another store than that of `ptl up`.
     directory = Path(source)
-    has_own_store = "AWS_ACCESS_KEY_ID" in os.environ
-    if not directory.exists() or not uri.startswith("s3://") or has_own_store:
+    if not directory.exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
         return
     # A run's directory is HOME/runs/ID.
-    home = directory.resolve().parent.parent
+    home = directory.resolve().parents[1]
     if (home / "stack").is_dir():
-        servers = runs.start_servers(home)
-        runs.use(servers)
+        runs.use(runs.start_servers(home))
 
 
 def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
     """Fill `dst` with a verified checkpoint, and the model card where it has one."""
-    with destination.writing(dst) as work, local_files.full_disk(work):
-        cache = work / "cache"
-        out = work / destination.OUT
+    with destination.writing(dst) as out, local_files.full_disk(out.parent):
+        cache = out.with_name("cache")
         shutil.rmtree(cache, ignore_errors=True)  # by a killed command
         try:
             folder = store.fetch(checkpoint.pointer, cache)

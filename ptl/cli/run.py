@@ -14,7 +14,7 @@ from ptl import processes
 from ptl.cli.configs import checked_params, require_checkout
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides
 from ptl.config.run import Config, load_config, pairs
-from ptl.errors import InputError, PtlError, WorkError
+from ptl.errors import InputError, PtlError
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
@@ -27,11 +27,6 @@ AFTER_FAILURE = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
     "those with the same inputs and settings are taken over"
 )
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the command."""
-    app.command()(run)
 
 
 def run(
@@ -72,8 +67,7 @@ def run(
             steps = tuple(node.name for node in dag.nodes(settings))
             job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
             _execute(job, runner, directory, verbose)
-            seconds = time.monotonic() - started
-            _print_end(directory, resumed, seconds)
+            _print_end(directory, resumed, time.monotonic() - started)
 
 
 def _check_runner(runner: str, config: Config, s3: bool) -> None:
@@ -98,8 +92,7 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
     except PtlError as error:
         # The runner knows only that a step failed, the step has written why.
         failure = run_directory.step_error(directory) or error
-        kind = InputError if failure.exit_code == InputError.exit_code else WorkError
-        raise kind(f"{failure}\n{AFTER_FAILURE}") from error
+        raise type(failure)(f"{failure}\n{AFTER_FAILURE}") from error
 
 
 def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
@@ -107,11 +100,9 @@ def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifac
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
-        earlier = ", ".join(directory.earlier)
-        print(f"steps with the same inputs and settings are taken over from {earlier}")
+        print(f"steps with the same inputs and settings are taken over from {', '.join(directory.earlier)}")
     if servers:
-        tracking_uri = servers["MLFLOW_TRACKING_URI"]
-        print(f"MLflow on {tracking_uri}, checkpoints in {artifacts}; `ptl down` stops both")
+        print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
@@ -120,7 +111,6 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     # The time of this command, not of those that it resumed.
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
-    result = json.loads(directory.result.read_text())
-    print_table(result, directory.path)
+    print_table(json.loads(directory.result.read_text()), directory.path)
     print(f"Checkpoint: `ptl fetch {directory.path} DIR` copies the final one")
     print(f"done in {seconds:.0f} s")

@@ -10,12 +10,6 @@ from ptl import extras, processes
 from ptl.cli.options import HOME, Home
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
-    for command in (ui, up, down):
-        app.command()(command)
-
-
 def ui(
     home: Home = HOME,
     port: Annotated[int, typer.Option(help="port on loopback")] = 5000,

@@ -10,18 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli.destination import OUT, check_free, writing
+from ptl.cli.destination import check_free, writing
 from ptl.cli.options import CheckpointFolder, ConfigOption, Overrides, TargetFolder
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import removal
 from ptl.errors import InputError
-
-
-def add_to(app: typer.Typer) -> None:
-    """Register the step commands."""
-    for command in (import_model, prune, recover, evaluate):
-        app.command(rich_help_panel="Single steps")(command)
 
 
 def import_model(
@@ -33,8 +27,8 @@ def import_model(
     from ptl.model.import_checkpoint import import_checkpoint
 
     check_free(dst)
-    with writing(dst) as work:
-        import_checkpoint(source, revision, work / OUT)
+    with writing(dst) as out:
+        import_checkpoint(source, revision, out)
     print(f"wrote {dst}")
 
 
@@ -61,10 +55,10 @@ def prune(
     _check_folders(src, dst)
     params = checkpoint.num_params(src)
     goal = params - removal(params, settings.schedule.target)
-    with writing(dst) as work:
+    with writing(dst) as out:
         report = prune_checkpoint(
             src,
-            work / OUT,
+            out,
             settings.prune,
             settings.calibration,
             unit=unit,
@@ -97,21 +91,25 @@ def recover(
 
     settings = load_config(config, pairs("--set", sets))
     _check_folders(src, dst)
-    if scored is not None:
-        _check_scored(scored)
+    for name in ("items.jsonl", "scores.json"):
+        if scored and not (scored / name).is_file():
+            raise InputError(
+                f"no {name} in {scored}",
+                field="--scored",
+                remedy="give a folder that `ptl evaluate` wrote",
+            )
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
-    recovery = Recovery(stages=settings.recover)
-    with writing(dst) as work:
+    with writing(dst) as out:
         # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, scored)
-        scratch = work / f"training-{key[:12]}"
-        for folder in work.glob("training-*"):
+        scratch = out.with_name(f"training-{key[:12]}")
+        for folder in out.parent.glob("training-*"):
             if folder != scratch:
                 print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
         job = RecoveryJob(settings.training, budget, scratch, _print_metrics, scored=scored)
-        report = recover_checkpoint(src, work / OUT, recovery, [num_tokens], job)
+        report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)
         _print_report(report)
 
 
@@ -121,8 +119,8 @@ def evaluate(src: CheckpointFolder, dst: TargetFolder, config: ConfigOption, set
 
     settings = load_config(config, pairs("--set", sets))
     _check_folders(src, dst)
-    with writing(dst) as work:
-        report = evaluate_checkpoint(src, work / OUT, settings.evaluate, seed=settings.seed)
+    with writing(dst) as out:
+        report = evaluate_checkpoint(src, out, settings.evaluate, seed=settings.seed)
         _print_report(report)
 
 
@@ -133,16 +131,8 @@ def _check_folders(src: Path, dst: Path) -> None:
     from ptl.model.families import family_of
 
     checkpoint.check_links(src)
-    family = family_of(checkpoint.read_config(src))
-    model_dimensions(src, family)
+    model_dimensions(src, family_of(checkpoint.read_config(src)))
     check_free(dst)
-
-
-def _check_scored(folder: Path) -> None:
-    for name in ("items.jsonl", "scores.json"):
-        if not (folder / name).is_file():
-            problem = f"no {name} in {folder}"
-            raise InputError(problem, field="--scored", remedy="give a folder that `ptl evaluate` wrote")
 
 
 def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:
@@ -155,15 +145,16 @@ def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | N
     if scored is not None:
         files.append(scored / "items.jsonl")
     # By content, not by path: a moved checkpoint is the same source.
-    contents = [f"{path.name} {provenance.file_digest(path)}" for path in files]
-    inputs = "\n".join(sorted(contents))
-    parameters = {
-        "training": settings.training,
-        "recover": settings.recover,
-        "seed": settings.seed,
-        "budget": num_tokens,
-    }
-    return takeover.key(inputs, parameters)
+    contents = sorted(f"{path.name} {provenance.file_digest(path)}" for path in files)
+    return takeover.key(
+        "\n".join(contents),
+        {
+            "training": settings.training,
+            "recover": settings.recover,
+            "seed": settings.seed,
+            "budget": num_tokens,
+        },
+    )
 
 
 def _print_metrics(metrics: Mapping[str, float], step: int) -> None:
@@ -171,5 +162,4 @@ def _print_metrics(metrics: Mapping[str, float], step: int) -> None:
 
 
 def _print_report(report: Any) -> None:
-    record = dataclasses.asdict(report)
-    print(json.dumps(record, indent=1, default=str))
+    print(json.dumps(dataclasses.asdict(report), indent=1, default=str))

@@ -36,8 +36,11 @@ def build(
     """
     built = names(registry, tag)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
-        problem = f"no {BAKE_FILE} under {ROOT}"
-        raise InputError(problem, field="images", remedy="run this in a checkout of the repository")
+        raise InputError(
+            f"no {BAKE_FILE} under {ROOT}",
+            field="images",
+            remedy="run this in a checkout of the repository",
+        )
     require_engine()
     settings = {
         "REGISTRY": f"{registry}/" if registry else "",
@@ -52,45 +55,47 @@ def build(
         settings["HASHES"] = "--verify-hashes"
     if index:
         settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
-    overrides = _download_options(ca, index, wheels)
-    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *overrides, settings=settings)
+    downloads = _download_options(ca, index, wheels)
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, **settings)
     return built
 
 
 def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -> list[str]:
     """Options of bake that say where packages come from."""
     # `ca` and `index` as secrets: they are in no layer of an image.
-    overrides = []
+    options = []
     if ca is not None:
         if not ca.is_file():
             raise InputError(f"no file {ca}", field="--ca", remedy="give your organisation's CA, a bundle in PEM")
-        overrides.append(f"*.secrets=id=ca,src={ca.absolute()}")
+        options += ["--set", f"*.secrets=id=ca,src={ca.absolute()}"]
     if index is not None:
         if not index.startswith(("http://", "https://")):
             raise InputError("must be an address, http:// or https://", field="--index")
-        overrides.append("*.secrets=id=index,env=PIP_INDEX_URL")
+        options += ["--set", "*.secrets=id=index,env=PIP_INDEX_URL"]
     if wheels is not None:
         if not wheels.is_dir():
             raise InputError(f"no folder {wheels}", field="--wheels", remedy="give a folder that holds wheels")
-        overrides.append(f"*.contexts.wheels={wheels.absolute()}")
-
-    options = []
-    for override in overrides:
-        options += ["--set", override]
+        options += ["--set", f"*.contexts.wheels={wheels.absolute()}"]
     return options
 
 
 def push(registry: str, tag: str | None = None) -> list[str]:
     """Push the three images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
-        remedy = "give --registry host[:port][/path], as for the build"
-        raise InputError("pushing needs one", field="registry", remedy=remedy)
+        raise InputError(
+            "pushing needs one",
+            field="registry",
+            remedy="give --registry host[:port][/path], as for the build",
+        )
     # All three or none: a tag must not name images of two builds.
     pushed = names(registry, tag)
     absent = missing(pushed)
     if absent:
-        problem = f"the engine has no {', '.join(absent)}"
-        raise InputError(problem, field="images", remedy="build with the same registry and tag first")
+        raise InputError(
+            f"the engine has no {', '.join(absent)}",
+            field="images",
+            remedy="build with the same registry and tag first",
+        )
     for name in pushed:
         _docker("push", name)
     return pushed
@@ -100,36 +105,38 @@ def missing(image_names: Sequence[str]) -> list[str]:
     """Those of the images that the engine does not hold. Raises WorkError when no engine answers."""
     # Else all of them would seem to be missing.
     require_engine()
-    absent = []
-    for name in image_names:
-        answer = _docker_quietly("image", "inspect", name)
-        if answer.returncode != 0:
-            absent.append(name)
-    return absent
+    return [name for name in image_names if _docker_quietly("image", "inspect", name).returncode != 0]
 
 
 def require_engine() -> None:
     """Raise WorkError, saying what to do, unless a Docker engine answers."""
     if shutil.which("docker") is None:
-        remedy = "install Docker, or use the subprocess runner"
-        raise WorkError("the command is not on PATH", field="docker", remedy=remedy)
+        raise WorkError(
+            "the command is not on PATH",
+            field="docker",
+            remedy="install Docker, or use the subprocess runner",
+        )
     # The server's version: without an engine the command still has one.
     answer = _docker_quietly("version", "--format", "{{.Server.Version}}")
     if answer.returncode != 0:
-        lines = answer.stderr.strip().splitlines()
-        reason = lines[-1] if lines else "no answer"
-        remedy = "start Docker, or set DOCKER_HOST to one that runs"
-        raise WorkError(f"no engine answers ({reason})", field="docker", remedy=remedy)
+        *_, reason = ["no answer", *answer.stderr.strip().splitlines()]
+        raise WorkError(
+            f"no engine answers ({reason})",
+            field="docker",
+            remedy="start Docker, or set DOCKER_HOST to one that runs",
+        )
 
 
-def _docker(*command: str, settings: dict[str, str] | None = None) -> None:
+def _docker(*command: str, **settings: str) -> None:
     """Run a docker command from the checkout's root; the user sees its output."""
-    environment = {**os.environ, **(settings or {})}
-    done = subprocess.run(["docker", *command], cwd=ROOT, env=environment, check=False)
-    if done.returncode != 0:
-        problem = f"failed with exit code {done.returncode}"
-        raise WorkError(problem, field=f"docker {command[0]}", remedy="its output above says why")
+    exit_code = subprocess.call(["docker", *command], cwd=ROOT, env={**os.environ, **settings})
+    if exit_code != 0:
+        raise WorkError(
+            f"failed with exit code {exit_code}",
+            field=f"docker {command[0]}",
+            remedy="its output above says why",
+        )
 
 
 def _docker_quietly(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    return subprocess.run(["docker", *command], capture_output=True, text=True)

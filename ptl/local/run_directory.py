@@ -65,59 +65,50 @@ def open_run(
     InputError when `chosen` belongs to another run.
     """
     home = home.absolute()
-    resumable: list[Path] = []
-    earlier: list[str] = []
     unfinished = [] if fresh else _unfinished_runs(home, config)
-    for path, old_config in unfinished:
-        if _is_same_run(old_config, config):
-            resumable.append(path)
-        else:
-            earlier.append(path.name)
+    resumable = [path for path, old_config in unfinished if _is_same_run(old_config, config)]
+    earlier = tuple(path.name for path, _ in unfinished if path not in resumable)
 
     if chosen is not None:
         resumed = _check_chosen(chosen, config)
-        path = chosen.absolute()
-    elif resumable:
-        resumed = True
-        path = resumable[0]
-    else:
-        resumed = False
-        # Two commands may begin in the same second.
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
-        path = home / "runs" / name
-    return RunDir(home, path, tuple(earlier)), resumed
+        return RunDir(home, chosen.absolute(), earlier), resumed
+    if resumable:
+        return RunDir(home, resumable[0], earlier), True
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Two commands may begin in the same second.
+    name = f"{config.name}-{stamp}-{secrets.token_hex(2)}"
+    return RunDir(home, home / "runs" / name, earlier), False
 
 
 def _check_chosen(folder: Path, config: Config) -> bool:
     """Whether the directory of --run-dir holds this config's run; InputError where it cannot take it."""
-    name = folder.absolute().name
-    if not store.is_name(name):  # it names the run in the store
-        problem = f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores"
-        raise InputError(problem, field="--run-dir")
+    # It names the run in the store.
+    store.check_name("--run-dir", folder.absolute().name)
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False
-    if old_config is not None and _is_same_run(old_config, config):
+    if old_config and _is_same_run(old_config, config):
         return True
     reason = "is not empty and holds no run"
     if (folder / "config.yaml").is_file():
         reason = "belongs to another run: its config.yaml differs from this config"
-    raise InputError(f"{folder} {reason}", field="--run-dir", remedy="choose another directory")
+    raise InputError(
+        f"{folder} {reason}",
+        field="--run-dir",
+        remedy="choose another directory",
+    )
 
 
 def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
     """Directories and configs of the runs of this name that have no result yet, the newest first."""
     # Names end with the time: their order is that of the runs.
-    folder = home / "runs"
-    paths = sorted(folder.glob(f"{config.name}-*"), reverse=True)
     unfinished = []
-    for path in paths:
+    for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
         if (path / "result.json").is_file():
             continue
         old_config = _read_config(path)
         # The pattern also fits a longer name.
-        if old_config is not None and old_config["name"] == config.name:
+        if old_config and old_config["name"] == config.name:
             unfinished.append((path, old_config))
     return unfinished
 
@@ -129,15 +120,14 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     # A file that was cut off may still be valid YAML, or a scalar.
-    is_complete = isinstance(config, dict) and set(config) == set(Config.model_fields)
-    return config if is_complete else None
+    if isinstance(config, dict) and set(config) == set(Config.model_fields):
+        return config
+    return None
 
 
 def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
     """Whether a run's config is this one but for `resources`, on which no result depends."""
-    new_config = config.model_dump(mode="json")
-    new_config["resources"] = old_config["resources"]
-    return bool(old_config == new_config)
+    return config.model_dump(mode="json") | {"resources": old_config["resources"]} == old_config
 
 
 def _is_free(folder: Path) -> bool:
@@ -145,12 +135,8 @@ def _is_free(folder: Path) -> bool:
 
     Then the steps' own keys keep results of another config from being taken.
     """
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    return "lock" in names or not names
+    names = {path.name for path in folder.glob("*")}
+    return not folder.is_file() and (not names or "lock" in names)
 
 
 @contextlib.contextmanager
@@ -161,9 +147,8 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
     those that do not see by themselves that their command is gone, such as a paused container. Raises InputError when
     another process executes the run.
     """
-    lock = run.path / "lock"
     remedy = "wait for it, or start another with --new"
-    with processes.exclusive(lock, f"run {run.run_id}", remedy=remedy):
+    with processes.exclusive(run.path / "lock", f"run {run.run_id}", remedy=remedy):
         # Steps of a killed command: one that comes too late to follow a lifeline ends as well.
         for lifeline in run.path.glob("lifeline-*"):
             lifeline.unlink()
@@ -185,18 +170,19 @@ def working(run: RunDir, config: Config, clear: Callable[[Path], None]) -> Itera
 def _await_steps(run: RunDir) -> None:
     """Wait until no step of the run works any more. Raises InputError naming the process of one that does not end."""
     for lock in sorted(run.scratch.glob("*.lock")):
-        work = f"step {lock.stem} of run {run.run_id}"
-        with processes.exclusive(lock, work, wait=END_SECONDS):
+        with processes.exclusive(
+            lock,
+            f"step {lock.stem} of run {run.run_id}",
+            wait=END_SECONDS,
+        ):
             pass
 
 
 def _point_link(link: Path, target: Path) -> None:
     """Let a symbolic link point to `target`, in one step."""
     # A new link is renamed over the old one: there is no moment without one.
-    draft_name = f".{link.name}.{uuid.uuid4().hex}"
-    draft = link.with_name(draft_name)
-    relative_target = os.path.relpath(target, link.parent)
-    draft.symlink_to(relative_target)
+    draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+    draft.symlink_to(os.path.relpath(target, link.parent))
     draft.replace(link)
 
 

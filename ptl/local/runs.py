@@ -39,11 +39,13 @@ PASSED = (
 
 def start_servers(home: Path) -> Environment:
     """`ptl up` with the ports it had last (its defaults the first time): the environment that reaches both servers."""
-    from ptl.local import servers
+    from ptl.local import server_process, servers
 
-    s3_port = servers.last_port(home, "s3") or servers.S3_PORT
-    mlflow_port = servers.last_port(home, "mlflow") or servers.MLFLOW_PORT
-    return servers.up(home, s3_port=s3_port, mlflow_port=mlflow_port)
+    return servers.up(
+        home,
+        s3_port=server_process.last_port(home, "s3") or servers.S3_PORT,
+        mlflow_port=server_process.last_port(home, "mlflow") or servers.MLFLOW_PORT,
+    )
 
 
 def environment(run: RunDir, addresses: Environment) -> Environment:
@@ -56,29 +58,25 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
     settings = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
     if addresses:
         # Other S3 settings of the caller would lead to another store.
-        for name in s3_client.SETTINGS:
-            settings.pop(name, None)
-        settings.update(addresses)
+        settings = {name: value for name, value in settings.items() if name not in s3_client.SETTINGS} | addresses
     else:
         database = f"sqlite:///{run.home}/mlflow.db"
         settings["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or database
     # Without a server steps write their files themselves.
     if not address.is_server(settings["MLFLOW_TRACKING_URI"]):
         settings["PTL_ARTIFACT_ROOT"] = (run.home / "artifacts").as_uri()
-    settings.update(
-        {
-            "PTL_RUN_ID": run.run_id,
-            "PTL_LAUNCH": run.launch,
-            LIFELINE: str(run.lifeline),
-            "PTL_RUN_DIR": str(run.path),
-            "PTL_EARLIER_RUNS": " ".join(run.earlier),
-            "PTL_SCRATCH": str(run.scratch),
-            # Else a step's log is full of bars and warnings.
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    )
-    return settings
+    return {
+        **settings,
+        "PTL_RUN_ID": run.run_id,
+        "PTL_LAUNCH": run.launch,
+        LIFELINE: str(run.lifeline),
+        "PTL_RUN_DIR": str(run.path),
+        "PTL_EARLIER_RUNS": " ".join(run.earlier),
+        "PTL_SCRATCH": str(run.scratch),
+        # Else a step's log is full of bars and warnings.
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def use(settings: Environment) -> None:
@@ -97,8 +95,11 @@ def reach(home: Path, s3: bool) -> None:
     has_servers = (home / "stack").is_dir()
     if s3:
         if not has_servers:
-            problem = f"`ptl up` has never run in {home}"
-            raise InputError(problem, field="--s3", remedy="give --home, or leave --s3 out")
+            raise InputError(
+                f"`ptl up` has never run in {home}",
+                field="--s3",
+                remedy="give --home, or leave --s3 out",
+            )
         use(start_servers(home))
         return
     if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -129,13 +130,14 @@ def artifact_location(experiment: str) -> str:
     from ptl.lineage import mlflow_objects
     from ptl.storage import store
 
-    client = MlflowClient(uri, registry_uri=uri)
     try:
-        mlflow_experiment = mlflow_objects.experiment(client, experiment)
+        mlflow_experiment = mlflow_objects.experiment(MlflowClient(uri, registry_uri=uri), experiment)
     except MlflowException as error:
-        problem = f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}"
-        question = "is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?"
-        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=question) from error
+        raise InputError(
+            f"the server at {uri} refuses to say where experiment {experiment!r} keeps its files: {error}",
+            field="MLFLOW_TRACKING_URI",
+            remedy="is the address right, and are MLFLOW_TRACKING_USERNAME and _PASSWORD?",
+        ) from error
     # Steps would find out only when the first checkpoint is done.
     location = str(mlflow_experiment.artifact_location)
     store.check(f"{location.rstrip('/')}/ptl")
@@ -144,12 +146,12 @@ def artifact_location(experiment: str) -> str:
 
 def _require_answer(uri: str) -> None:
     try:
-        url = f"{uri.rstrip('/')}/health"
-        urllib.request.urlopen(url, timeout=10).close()
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it accepts our password is seen later
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        problem = f"no MLflow server answers at {uri} ({reason})"
-        remedy = "start it or correct the address, or let --s3 start one"
-        raise InputError(problem, field="MLFLOW_TRACKING_URI", remedy=remedy) from error
+        raise InputError(
+            f"no MLflow server answers at {uri} ({getattr(error, 'reason', error)})",
+            field="MLFLOW_TRACKING_URI",
+            remedy="start it or correct the address, or let --s3 start one",
+        ) from error

@@ -1,4 +1,4 @@
-"""The aliases `best` and `smallest` of a registered model: they move only to what was compared with their holder.
+"""The aliases `best` and `smallest` of a registered model: they move only to versions compared with their holder.
 
 `best`: the highest accuracy; it moves to a checkpoint that is shown to be not inferior to its holder, and that has a
 higher accuracy, or the same accuracy with fewer parameters. `smallest`: the fewest parameters; it moves to a smaller
@@ -46,9 +46,8 @@ class Candidate:
     record: Record
 
     def describe(self) -> str:
-        """For a sentence."""
-        scores = f"{self.accuracy:.1%}, {self.params:,} parameters"
-        return f"version {self.version} ({self.step}: {scores})"
+        """The candidate as sentences name it."""
+        return f"version {self.version} ({self.step}: {self.accuracy:.1%}, {self.params:,} parameters)"
 
 
 def set_aliases(
@@ -57,7 +56,7 @@ def set_aliases(
     registered_model: str,
     settings: Gate,
 ) -> list[str]:
-    """Move both aliases where this run has earned them; returns sentences that say what became of each.
+    """Move both aliases to this run's versions where the comparisons allow it; returns a sentence for each outcome.
 
     `records` are those of the run's steps; an evaluate record carries its items in its metadata as `items`. Where two
     runs end at the same moment the last one to look at an alias decides: it is read again right before it is moved.
@@ -67,19 +66,13 @@ def set_aliases(
     if not candidates:
         return sentences
     # Of equal ones the smaller is the best, and of equally small ones the better is the smallest.
-    best = max(candidates, key=_accuracy_then_size)
-    smallest = min(candidates, key=_size_then_accuracy)
-    sentences.append(_move(scored, "best", best))
-    sentences.append(_move(scored, "smallest", smallest))
-    return sentences
-
-
-def _accuracy_then_size(candidate: Candidate) -> tuple[float, int]:
-    return candidate.accuracy, -candidate.params
-
-
-def _size_then_accuracy(candidate: Candidate) -> tuple[int, float]:
-    return candidate.params, -candidate.accuracy
+    best = max(candidates, key=lambda candidate: (candidate.accuracy, -candidate.params))
+    smallest = min(candidates, key=lambda candidate: (candidate.params, -candidate.accuracy))
+    return [
+        *sentences,
+        _move(scored, "best", best),
+        _move(scored, "smallest", smallest),
+    ]
 
 
 def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
@@ -105,13 +98,11 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
         if _acceptable(pair, scored.gate):
             candidates.append(candidate)
         else:
-            accuracy = f"{candidate.accuracy:.1%}"
-            worse.append(f"{candidate.version} ({step}: {accuracy})")
+            worse.append(f"{candidate.version} ({step}: {candidate.accuracy:.1%})")
     # One sentence for all of them: in a run without the gate there may be many.
     if worse:
         plural = "s" if len(worse) > 1 else ""
-        versions = ", ".join(worse)
-        sentences.append(f"no alias for version{plural} {versions}: not shown as good as the dense model")
+        sentences.append(f"no alias for version{plural} {', '.join(worse)}: not shown as good as the dense model")
     return candidates, sentences
 
 
@@ -121,10 +112,9 @@ def _is_registered(record: Record) -> bool:
     if metadata["stage"] != "evaluate":
         return False
     accepted = metadata["accepted"]
-    if not accepted.get("model_version"):
-        return False
     # What is passed on after a rejection was scored by an earlier step.
-    return bool(accepted["digest"] == metadata["checkpoint"]["digest"])
+    is_own = accepted["digest"] == metadata["checkpoint"]["digest"]
+    return bool(accepted["model_version"] and is_own)
 
 
 def _candidate(scored: ScoredRun, step: str, record: Record) -> Candidate:
@@ -132,14 +122,18 @@ def _candidate(scored: ScoredRun, step: str, record: Record) -> Candidate:
     metadata = record["metadata"]
     accepted = Pointer(**metadata["accepted"])
     tags = {"step": step, "params": accepted.params}
-    version = registry.register(scored.run, scored.registered_model, accepted, tags)
     scores = metadata["scores"]
-    accuracy = scores["tasks"][0]["accuracy"]
-    return Candidate(version, step, scores["params"], accuracy, record)
+    return Candidate(
+        registry.register(scored.run, scored.registered_model, accepted, tags),
+        step,
+        scores["params"],
+        scores["tasks"][0]["accuracy"],
+        record,
+    )
 
 
 def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
-    """Point the alias at the candidate, unless its holder has better claims; says what was done."""
+    """Point the alias at the candidate, unless it stays with its holder; returns a sentence for the log."""
     registered_model = scored.registered_model
     name = f"alias {alias} of {registered_model}"
     # Until nobody else has moved it meanwhile.
@@ -150,8 +144,7 @@ def _move(scored: ScoredRun, alias: str, candidate: Candidate) -> str:
                 return f"{name}: {candidate.describe()}"
             reason = _reason_to_stay(scored, alias, candidate, holder)
             if reason:
-                stays = f"{name}: stays at version {holder.version}"
-                return f"{stays}; {candidate.describe()} {reason}"
+                return f"{name}: stays at version {holder.version}; {candidate.describe()} {reason}"
         # Another run may have moved it while this one was compared with its holder.
         compared, holder = holder, _holder(registered_model, alias)
         if (compared and compared.version) == (holder and holder.version):
@@ -188,13 +181,10 @@ def _reason_to_stay(
         pair = _paired(reference, candidate.record, scored.gate)
     except (PtlError, OSError) as error:
         return f"cannot be compared with it: {error}; {by_hand}"
-    holder_params = own["metadata"]["scores"]["params"]
-    smaller = candidate.params < holder_params
+    smaller = candidate.params < own["metadata"]["scores"]["params"]
     if alias == "best":
         # A claim on `best` is a higher score, or the same one with fewer parameters.
-        equal = pair.difference == 0
-        better = pair.difference > 0 or (equal and smaller)
-        if not better:
+        if pair.difference < 0 or (pair.difference == 0 and not smaller):
             return f"is not better: {paired.describe(pair)}"
         proven = pair.verdict == "not inferior"
         model = "it"
@@ -218,22 +208,23 @@ def _evaluation(scored: ScoredRun, holder: ModelVersion, step: str) -> Record:
     run = holder.tags.get("ptl.run")
     if not root or not run or not step:
         # Somebody has registered it by hand.
-        problem = f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it"
-        raise InputError(problem)
+        raise InputError(
+            f"version {holder.version} has no tags ptl.run, ptl.step and ptl.root, which say what scored it",
+        )
     # The records at hand have their items already.
     if run == scored.run.run and step in scored.records:
         return scored.records[step]
     record = store.committed(root, run, step)
     if record is None:
-        missing = f"no record of {step} of run {run}"
-        raise WorkError(f"{root} has {missing}, which scored version {holder.version}")
+        raise WorkError(f"{root} has no record of {step} of run {run}, which scored version {holder.version}")
     record["metadata"]["items"] = fetch_items(record)
     return record
 
 
 def _paired(reference: Record, candidate: Record, settings: Gate) -> paired.Paired:
     """Two evaluations on the first task. Raises InputError for another task or other items."""
-    old, new = reference["metadata"], candidate["metadata"]
+    old = reference["metadata"]
+    new = candidate["metadata"]
     old_task = old["scores"]["tasks"][0]
     new_task = new["scores"]["tasks"][0]
     # Scores of another benchmark, of another version of it or by another metric are other numbers.
@@ -243,9 +234,8 @@ def _paired(reference: Record, candidate: Record, settings: Gate) -> paired.Pair
         new_value = new_task.get(field, "")
         if old_value != new_value:
             raise InputError(f"scored on another {field} ({old_value!r} and {new_value!r})")
-    task = str(new_task["task"])
-    outcomes, candidate_outcomes = paired.match(old["items"], new["items"], task)
-    return paired.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
+    outcomes = paired.match(old["items"], new["items"], new_task["task"])
+    return paired.paired(*outcomes, settings.margin, settings.alpha)
 
 
 def _acceptable(pair: paired.Paired, settings: Gate) -> bool:

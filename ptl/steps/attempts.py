@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import uuid
 
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
@@ -56,9 +57,7 @@ def policy() -> Policy:
 
 def on_a_cluster() -> bool:
     """Whether Kubeflow started this step; a local runner names the run by PTL_RUN_ID."""
-    if os.environ.get("PTL_RUN_ID"):
-        return False
-    return bool(os.environ.get("KFP_RUN_ID"))
+    return bool(os.environ.get("KFP_RUN_ID")) and not os.environ.get("PTL_RUN_ID")
 
 
 def claim(root: str, run: str, step: str) -> int:
@@ -66,9 +65,22 @@ def claim(root: str, run: str, step: str) -> int:
 
     A launch begins when somebody starts or retries the run; Argo's further pods continue it. Raises NoAttemptLeftError.
     """
-    # Counted in the store: pods share nothing else, and a step's own process may die at any moment.
-    launch, earlier = _claim_next(root, run, step)
-    number = earlier.count(launch) + 1
+    from ptl.storage import store
+
+    own_launch = _launch()
+    attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
+    earlier: list[str | None] = []  # launches of the attempts before this one
+    # Counted in the store: pods share nothing else, and a step's own process may die at any moment. Numbers are claimed
+    # in order, each by one attempt: of two that begin together one gets the next number.
+    while True:
+        name = f"{step}.attempt-{len(earlier) + 1}"
+        winner = json.loads(store.claim(root, run, name, json.dumps(attempt)))
+        if winner["id"] == attempt["id"]:
+            break
+        earlier.append(winner["launch"])
+        if own_launch is None:  # this attempt continues the newest launch
+            attempt["launch"] = winner["launch"]
+    number = earlier.count(attempt["launch"]) + 1
     allowed = policy().attempts
     if number > allowed:
         raise NoAttemptLeftError(
@@ -76,25 +88,6 @@ def claim(root: str, run: str, step: str) -> int:
             remedy="`ptl retry` or Kubeflow's Retry gives it new ones, from what is finished",
         )
     return number
-
-
-def _claim_next(root: str, run: str, step: str) -> tuple[str | None, list[str | None]]:
-    """Take the first number that no other attempt has: the launch it is of, and those of all attempts before it."""
-    from ptl.storage import store
-
-    own_launch = _launch()
-    attempt = {"launch": own_launch, "id": uuid.uuid4().hex}
-    earlier: list[str | None] = []
-    # Numbers are claimed in order, each by one attempt: of two that begin together one gets the next number.
-    while True:
-        name = f"{step}.attempt-{len(earlier) + 1}"
-        claimed = store.claim(root, run, name, json.dumps(attempt))
-        winner = json.loads(claimed)
-        if winner["id"] == attempt["id"]:
-            return attempt["launch"], earlier
-        earlier.append(winner["launch"])
-        if own_launch is None:  # this attempt continues the newest launch
-            attempt["launch"] = winner["launch"]
 
 
 def _launch() -> str | None:
@@ -107,8 +100,7 @@ def _launch() -> str | None:
         return os.environ.get("PTL_LAUNCH") or uuid.uuid4().hex  # called by hand: each call is a launch
     retry_index = os.environ.get("KFP_RETRY_INDEX") or 0
     node = os.environ.get("PTL_ARGO_NODE") or f"({retry_index})"
-    levels = node.split("(")[1:]
     # A number above 0 on any level: Argo, not a person, has started this pod.
-    if not all(level.startswith("0)") for level in levels):
+    if re.search(r"\((?!0\))", node):
         return None
     return os.environ.get("KFP_POD_UID") or os.environ.get("PTL_LAUNCH")

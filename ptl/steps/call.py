@@ -1,4 +1,4 @@
-"""What a step is given and what it hands on: its place in the run, settings, pointers to read and files to write."""
+"""The inputs and outputs of a step: its position in the run, settings, pointers to read and files to write."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A step with everything that its component was given."""
+    """A step with the arguments of its component."""
 
     step: Step
     settings: Metadata  # parameters of the component

@@ -27,8 +27,10 @@ def evaluate(call: Call) -> None:
     """
     if passes_through(call, "scores", "accepted"):
         return
-    step, seed = call.step, call.settings["seed"]
-    candidate, fallback = call.inputs["model"], call.inputs.get("fallback")
+    step = call.step
+    seed = call.settings["seed"]
+    candidate = call.inputs["model"]
+    fallback = call.inputs.get("fallback")
     settings = call.section(Evaluate, "evaluate")
     loop = _loop_settings(call)
     if step.arm == "loop" and step.iteration:
@@ -38,21 +40,12 @@ def evaluate(call: Call) -> None:
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
-        from ptl.evaluation import tasks
-
-        # The import step does not know whether the gate can decide by the first benchmark.
-        tasks.check_gate(settings, loop.gate)
         limit_threads(candidate.params)
-        scores = _scores(src, dst, run, content_key, settings, seed)
-        if loop.gate.enabled and scores["tasks"][0]["low"] is None:
-            # The task's YAML did not say that it has no accuracy.
-            raise tasks.no_accuracy(settings.tasks[0])
+        scores = _scores(src, dst, run, content_key, settings, seed, loop.gate)
         # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback)
         verdict, accepted = decide(trial, dst)
-        speed: Metadata = {}
-        if trial.ends_the_loop(accepted):
-            speed = beside_dense(step, run, accepted, settings, seed)
+        speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
         return {
             "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
@@ -64,8 +57,7 @@ def evaluate(call: Call) -> None:
             takeover.KEY: content_key,
         }
 
-    key_settings = _key_settings(settings, loop, fallback, seed)
-    record = execute(step, candidate, key_settings, work)
+    record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
     write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
@@ -98,14 +90,28 @@ def _key_settings(settings: Evaluate, loop: LoopSettings, fallback: Pointer | No
     }
 
 
-def _scores(src: Path, dst: Path, run: StepRun, content_key: str, settings: Evaluate, seed: int) -> Metadata:
+def _scores(
+    src: Path,
+    dst: Path,
+    run: StepRun,
+    content_key: str,
+    settings: Evaluate,
+    seed: int,
+    gate_settings: Gate,
+) -> Metadata:
     """The scores of a checkpoint, whose files are written to `dst`: those of an earlier run, or new ones."""
+    from ptl.evaluation import tasks
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
+    # The import step does not know whether the gate can decide by the first benchmark.
+    tasks.check_gate(settings, gate_settings)
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
     earlier = takeover.take(run, content_key, dst)
-    if earlier is None:
-        scores = evaluate_checkpoint(src, dst, settings, seed=seed, speed=False)
-        return dataclasses.asdict(scores)
-    scores_of_earlier: Metadata = earlier["scores"]
-    return scores_of_earlier
+    if earlier:
+        scores = dict(earlier["scores"])
+    else:
+        scores = dataclasses.asdict(evaluate_checkpoint(src, dst, settings, seed=seed, speed=False))
+    if gate_settings.enabled and scores["tasks"][0]["low"] is None:
+        # The task's YAML did not say that it has no accuracy.
+        raise tasks.no_accuracy(settings.tasks[0])
+    return scores

@@ -7,8 +7,6 @@ step that is repeated, on the same machine or another, does no finished work aga
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -17,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.errors import WorkError
@@ -62,8 +60,6 @@ def execute(
     `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
     are taken over. Raises NoAttemptLeftError where earlier attempts have used all.
     """
-    # The same however KFP passed them: they are a part of the key.
-    settings = {name: _plain_value(value) for name, value in settings.items()}
     run = step.start(title)
     execution = Execution(step, run, parent, work, content_key)
     key = _record_key(step, parent, settings)
@@ -75,42 +71,32 @@ def execute(
             folder = empty_folder(step.name)
             metadata = _fetch_and_work(execution, folder)
             pointer = _publish(execution, folder, metadata)
-            own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
+            record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
             # Another process may be first: then its record is the step's.
-            record = store.commit(run.root, run.run, step.name, own_record)
+            record = store.commit(run.root, run.run, step.name, record)
             committed = record["metadata"]
-            seconds = committed["seconds"]
-            say(step.name, f"done in {seconds:.0f} s: {metrics.summary(committed)}")
+            say(step.name, f"done in {committed['seconds']:.0f} s: {metrics.summary(committed)}")
         elif damage_report(record["pointer"]["digest"]).exists():
             # A later step could not fetch what this one has published.
             _check_or_repair(execution, Pointer(**record["pointer"]))
         else:
             say(step.name, "done before: taken as it is")
         # Again for a step that was done before: it may have been killed between the record and MLflow.
-        track(step, run, parent, settings, record)
+        track(step, run, parent, to_jsonable_python(settings), record)
     shutil.rmtree(scratch(step.name), ignore_errors=True)
     return record
 
 
-def _plain_value(setting: Any) -> Any:
-    """Sections of the config as plain values."""
-    if isinstance(setting, BaseModel):
-        return setting.model_dump(mode="json")
-    if isinstance(setting, list):
-        return [_plain_value(entry) for entry in setting]
-    return setting
-
-
 def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
     """What a step's result depends on; the same key means that a committed result may be taken."""
-    parts = {
-        "version": __version__,
-        "step": step.name,
-        "parent": parent.digest if parent else None,
-        "settings": settings,
-    }
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return store.digest(
+        {
+            "version": __version__,
+            "step": step.name,
+            "parent": parent.digest if parent else None,
+            "settings": settings,
+        }
+    )
 
 
 def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
@@ -119,26 +105,33 @@ def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
     started = time.time()
     metadata = _take_over_or_work(execution, folder)
     elapsed = time.time() - started  # with the libraries' imports and the fetch of the parent
-    times = {"started": started, "seconds": elapsed}  # a work that reports its own `seconds` leaves those out
-    origin = {"stage": step.stage, "arm": step.arm, "iteration": step.iteration}
-    return {**origin, **times, **metadata, "whole_seconds": elapsed}
+    return {
+        "stage": step.stage,
+        "arm": step.arm,
+        "iteration": step.iteration,
+        "started": started,
+        "seconds": elapsed,  # a work that reports its own `seconds` leaves those out
+        **metadata,
+        "whole_seconds": elapsed,
+    }
 
 
 def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
     """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
-    run, parent, content_key = execution.run, execution.parent, execution.content_key
+    run = execution.run
+    parent = execution.parent
+    content_key = execution.content_key
     metadata = takeover.take(run, content_key, folder) if content_key else None
     if metadata is None:
-        src = fetch(parent) if parent else None
-        metadata = execution.work(src, folder, run)
-    if content_key:
-        metadata = {**metadata, takeover.KEY: content_key}
-    return metadata
+        metadata = execution.work(fetch(parent) if parent else None, folder, run)
+    return metadata | ({takeover.KEY: content_key} if content_key else {})
 
 
 def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
     """Publish the files under a fresh location; the pointer to them."""
-    step, run, parent = execution.step, execution.run, execution.parent
+    step = execution.step
+    run = execution.run
+    parent = execution.parent
     if step.stage == "evaluate":
         # An evaluation makes no model: it belongs to the one that it scores, and its files to its own run.
         assert parent is not None
@@ -149,10 +142,9 @@ def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
         params = metadata["params"]
         tags = {"step": step.name, "params": params, "digest_of_parent": parent.digest if parent else ""}
         model_id, location = tracking.new_model(run, step.name, {"params": params}, tags)
-    files = store.publish(folder, location)
     return Pointer(
         uri=location,
-        digest=digest_of(files),
+        digest=digest_of(store.publish(folder, location)),
         params=int(params),
         original_params=parent.original_params if parent else params,
         parent_digest=parent.digest if parent else "",
@@ -179,11 +171,12 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         _take_over_or_work(execution, folder)
         # Published in the scratch folder first: the damaged files go only once the same bytes are there.
         copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
-        files = store.publish(folder, copy.as_uri())
-        if digest_of(files) != pointer.digest:
-            cause = "as on another machine or with other versions"
-            problem = f"its files are damaged, and doing it again gave others, {cause}"
-            raise WorkError(problem, field=run.step, remedy="start a new run with --new") from damage
+        if digest_of(store.publish(folder, copy.as_uri())) != pointer.digest:
+            raise WorkError(
+                "its files are damaged, and doing it again gave others, as on another machine or with other versions",
+                field=run.step,
+                remedy="start a new run with --new",
+            ) from damage
         store.delete(pointer.uri, below=run.root.removesuffix("/ptl"))
         store.publish(folder, pointer.uri)
     damage_report(pointer.digest).unlink()

@@ -33,8 +33,7 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
     if folder:
         # KFP's local runner itself only says that a task failed.
         error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
-        text = json.dumps(error)
-        local_files.replace(Path(folder, "error.json"), text.encode())
+        local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
     with mlflow_client.briefly():
         _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))
@@ -49,17 +48,14 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
 
     A failed task would fail the run and keep its report from being written, and the loop can do without its control.
     """
-    model = Path(arguments["model"].path)
-    pointer = Pointer.load(model.read_text())
+    pointer = Pointer.load(Path(arguments["model"].path).read_text())
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
-    onward = dataclasses.replace(pointer, gate=stopped.dump())
-    # The outputs of prune, recover and evaluate; a step has some of them.
+    onward = dataclasses.asdict(pointer) | {"gate": stopped.dump()}
+    # The outputs of prune, recover and evaluate; a step has some of them. Kubeflow keeps what is beside the file.
     for name in ("out", "scores", "accepted"):
         if name in arguments:
-            output = Output(Path(arguments[name].path))
-            write_pointer(output, dataclasses.asdict(onward))
-            # Kubeflow keeps what is beside the file.
-            arguments[name].metadata.update(output.metadata)
+            artifact = arguments[name]
+            write_pointer(Output(Path(artifact.path), artifact.metadata), onward)
     say(step, f"failed: {reason}; the run continues without its control")
 
 
@@ -75,17 +71,23 @@ def _post(url: str, step: str, reason: str) -> None:
     import requests
 
     run = tracking.pipeline_run()
-    text = f"ptl: run {run} failed in {step}: {reason}"
-    message = {"text": text, "run": run, "step": step, "reason": reason}
+    message = {
+        "text": f"ptl: run {run} failed in {step}: {reason}",
+        "run": run,
+        "step": step,
+        "reason": reason,
+    }
     page = kubeflow_page(run)
     if page:
         message["kubeflow"] = page
     response = requests.post(url, json=message, timeout=SECONDS, allow_redirects=False)
     response.raise_for_status()
     if response.is_redirect:
-        # It may lead to anybody, and a POST that is redirected loses its body.
-        location = address.page(response.headers["location"])
-        raise WorkError(f"it points to {location}", remedy=f"set {WEBHOOK} to that address")
+        # It may lead to any server, and a POST that is redirected loses its body.
+        raise WorkError(
+            f"it points to {address.page(response.headers['location'])}",
+            remedy=f"set {WEBHOOK} to that address",
+        )
 
 
 def _try(step: str, receiver: str, report: Callable[[], None]) -> None:

@@ -39,7 +39,7 @@ def beside_dense(
     say(step.name, "measuring speed, the dense and the final model in turns")
     folders = {"dense": fetch(dense), "final": fetch(final)}
     # Other steps on this machine slow both models down; the report names them.
-    busy_before = tracking.computing_beside(run)
+    beside = set(tracking.computing_beside(run))
     try:
         speed = side_by_side(folders, settings, seed=seed)
     except torch.OutOfMemoryError as error:
@@ -47,5 +47,5 @@ def beside_dense(
         return {"reason": f"the GPU does not hold the dense and the final model at once ({first_line})"}
     tracking.log_metrics(run, speed_rows.metrics(speed["models"]), step.iteration)
     # What began or ended in between took its share as well.
-    beside = {*busy_before, *tracking.computing_beside(run)}
+    beside.update(tracking.computing_beside(run))
     return {**speed, "beside": sorted(beside)}

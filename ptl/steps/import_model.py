@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.config.flat_settings import flat_settings
@@ -30,41 +33,39 @@ def import_model(call: Call) -> None:
     gate_settings = call.section(Gate, "gate")
     gate.check_structure(gate_settings, settings["gated"])
     # All sections that the hub, the data and the benchmarks can be checked with, before anything expensive.
-    schedule = schedule_of(call)
-    pruning = call.section(Prune, "prune")
-    calibration = call.section(Calibration, "calibration")
-    training = call.section(TrainingData, "training")
-    evaluation = call.section(Evaluate, "evaluate")
-
-    path, revision = settings["model"], settings["revision"]
-    folder, dimensions = preflight.preflight(
-        path, revision or None, schedule, pruning, calibration, training, evaluation
-    )
+    sections: dict[str, Any] = {
+        "schedule": schedule_of(call),
+        "prune": call.section(Prune, "prune"),
+        "calibration": call.section(Calibration, "calibration"),
+        "training": call.section(TrainingData, "training"),
+        "evaluate": call.section(Evaluate, "evaluate"),
+    }
+    path = settings["model"]
+    revision = settings["revision"]
+    folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        sections = {
-            "schedule": schedule,
-            "prune": pruning,
-            "calibration": calibration,
-            "training": training,
-            "evaluate": evaluation,
-            "gate": gate_settings,
-        }
-        params = {name: section.model_dump(mode="json") for name, section in sections.items()}
-        params["model"] = {"path": path, "revision": revision or None}
-        data_sets = provenance.data_sets(calibration, training, evaluation)
-        run_page.describe(run, flat_settings(params), own_revision(), data_sets)
+        params = {"model": {"path": path, "revision": revision or None}, **sections, "gate": gate_settings}
+        run_page.describe(
+            run,
+            flat_settings(to_jsonable_python(params)),
+            own_revision(),
+            provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+        )
 
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)
-        versions, host = _versions(), platform.node()
-        return {**source, "params": dimensions.params, "versions": versions, "host": host}
+        return {
+            **source,
+            "params": dimensions.params,
+            "versions": _versions(),
+            "host": platform.node(),
+        }
 
     source = {"model": path, "revision": revision}
-    # On one machine the id of the run is its name.
+    # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
     title = settings["run_name"] if attempts.on_a_cluster() else None
-    # The import has no parent: its key is the model's name and revision.
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])
 
@@ -74,7 +75,8 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     # An image may have other ones than the machine that compiled the pipeline.
-    versions = {"ptl": __version__, "python": platform.python_version()}
-    for library in ("torch", "transformers", "safetensors"):
-        versions[library] = version(library)
-    return versions
+    return {
+        "ptl": __version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in ("torch", "transformers", "safetensors")},
+    }

@@ -20,16 +20,19 @@ def fetch(pointer: Pointer) -> Path:
     try:
         return store.fetch(pointer, scratch("cache"))
     except WorkError as error:
-        # The step that made it cannot know: it finds its record and is done.
+        # The step that made it does not notice: it finds its record and ends.
         report = damage_report(pointer.digest)
         report.parent.mkdir(parents=True, exist_ok=True)
         report.touch()
         # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
         if attempts.on_a_cluster() or not pointer.step:
             raise
-        rerun = f"Run the same command again: it checks step {pointer.step}, and repeats it if need be"
-        remedy = f"{error.remedy}. {rerun}"
-        raise WorkError(error.problem, field=error.field, remedy=remedy) from error
+        raise WorkError(
+            error.problem,
+            field=error.field,
+            remedy=f"{error.remedy}. Run the same command again: it checks step {pointer.step}, and repeats it if need "
+            "be",
+        ) from error
 
 
 def damage_report(digest: str) -> Path:
@@ -47,5 +50,4 @@ def fetch_items(record: Record) -> Items:
     """Each item of an evaluation with its outcome, by the record of the step."""
     from ptl.evaluation.evaluate import read_items
 
-    pointer = Pointer(**record["pointer"])
-    return read_items(fetch(pointer))
+    return read_items(fetch(Pointer(**record["pointer"])))

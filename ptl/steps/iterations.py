@@ -1,33 +1,35 @@
-"""The part of the schedule that a step is given: prune the sizes, recover the tokens, import and report all of it."""
+"""The schedule among a step's settings: prune has the sizes, recover the tokens, import and report all of it."""
 
 from __future__ import annotations
 
 from ptl.config.run import check
 from ptl.config.schedule import Iteration, Prune, Schedule, plan
 from ptl.errors import InputError
-from ptl.steps.call import Call
+from ptl.steps.call import Call, Metadata
 
 # Of the schedule, what may be among a step's settings.
 FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
-# For the fields that have no default: a step reads only those that it is given.
+# For the fields that have no default, in steps that have no use for them.
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
 
 
 def schedule_of(call: Call) -> Schedule:
     """The schedule among a step's settings, checked. Raises InputError."""
-    settings = dict(UNUSED)
-    for name in FIELDS:
-        if name in call.settings:
-            settings[name] = call.settings[name]
-    return check(Schedule, settings, "schedule")
+    return check(Schedule, UNUSED | schedule_settings(call.settings), "schedule")
+
+
+def schedule_settings(settings: Metadata) -> Metadata:
+    """The schedule's fields among a step's settings."""
+    return {name: settings[name] for name in FIELDS if name in settings}
 
 
 def iterations_until(call: Call, prune: Prune) -> list[Iteration]:
     """The plan of a run, from its first iteration to that of the step. Raises InputError for one outside of it."""
     iterations = plan(schedule_of(call), prune)
     index = call.step.iteration
-    last = len(iterations)
-    if not 1 <= index <= last:
-        problem = f"{index} is outside 1..{last}, the iterations of this schedule"
-        raise InputError(problem, field="iteration")
+    if not 1 <= index <= len(iterations):
+        raise InputError(
+            f"{index} is outside 1..{len(iterations)}, the iterations of this schedule",
+            field="iteration",
+        )
     return iterations[:index]

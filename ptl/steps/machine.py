@@ -16,10 +16,8 @@ SMALL_MODEL = 5_000_000  # parameters below which a second thread costs more tha
 def scratch(name: str) -> Path:
     """A folder for temporary work; with PTL_SCRATCH it survives a kill, so that training resumes from it."""
     # By the run: two runs on one machine must not share their checkpoints' folders.
-    base = os.environ.get("PTL_SCRATCH")
-    if not base:
-        base = f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
-    return Path(base) / name
+    base = os.environ.get("PTL_SCRATCH") or f"{tempfile.gettempdir()}/ptl-{tracking.pipeline_run()}"
+    return Path(base, name)
 
 
 def empty_folder(step: str) -> Path:

@@ -12,11 +12,11 @@ ACCURACY = ("accuracy", "low", "high", "items")  # of a task's score
 
 def metrics(metadata: Metadata) -> dict[str, float]:
     """The numbers of a step's metadata that MLflow shows."""
-    numbers = {}
-    for name, value in metadata.items():
-        is_number = isinstance(value, int | float)
-        if is_number and name not in NOT_METRICS:
-            numbers[name] = float(value)
+    numbers = {
+        name: float(value)
+        for name, value in metadata.items()
+        if isinstance(value, int | float) and name not in NOT_METRICS
+    }
     if "scores" not in metadata:
         return numbers
     # Of an evaluation: what the model costs, and each benchmark under its name.
@@ -24,9 +24,8 @@ def metrics(metadata: Metadata) -> dict[str, float]:
     for name in COSTS:
         numbers[name] = float(scores[name])
     for task in scores["tasks"]:
-        benchmark = task["task"]
         for name, value in accuracy(task).items():
-            numbers[f"{benchmark}/{name}"] = float(value)
+            numbers[f"{task['task']}/{name}"] = float(value)
     # The first benchmark is the run's accuracy.
     numbers["accuracy"] = float(scores["tasks"][0]["accuracy"])
     return numbers
@@ -40,22 +39,20 @@ def accuracy(task: Metadata) -> dict[str, float]:
 def kubeflow_metrics(metadata: Metadata) -> Metadata:
     """What Kubeflow's table of a run's metrics has of an evaluation."""
     scores = metadata["scores"]
-    first = accuracy(scores["tasks"][0])
-    decision = metadata["verdict"]["decision"]
-    return {**first, "params": scores["params"], "verdict": decision}
+    return {
+        **accuracy(scores["tasks"][0]),
+        "params": scores["params"],
+        "verdict": metadata["verdict"]["decision"],
+    }
 
 
 def summary(metadata: Metadata) -> str:
     """What a step has done, for its last line in the log."""
     if metadata["stage"] == "evaluate":
         first = metadata["scores"]["tasks"][0]
-        metric, value = first["metric"], first["accuracy"]
-        score = f"{metric} {value:.3f}"
-        decision = metadata["verdict"]["decision"]
-        return f"{score} on {first['items']} items, {decision}"
+        score = f"{first['metric']} {first['accuracy']:.3f}"
+        return f"{score} on {first['items']} items, {metadata['verdict']['decision']}"
     if metadata["stage"] == "recover":
-        tokens, steps = metadata["tokens"], metadata["steps"]
-        return f"{tokens:,} tokens in {steps} steps"
+        return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
     # Of an import or a prune the size is what there is to say.
-    params = metadata["params"]
-    return f"{params:,} parameters"
+    return f"{metadata['params']:,} parameters"

@@ -31,14 +31,11 @@ S3_KEYS = {"PTL_S3_ACCESS_KEY": "AWS_ACCESS_KEY_ID", "PTL_S3_SECRET_KEY": "AWS_S
 def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -> list[str]:
     """Add what is mounted under `root` to the environment; returns warnings, for the step's log."""
     base, warnings = Path(root), []
-    variables = {}
-    for name, variable in S3_KEYS.items():
-        if name in environment:
-            variables[environment[name]] = variable
+    variables = {environment[name]: variable for name, variable in S3_KEYS.items() if name in environment}
     for name in ("s3", "mlflow", "hf", "config"):  # a Secret comes before the ConfigMap
-        for path in _keys(base / name):
+        for path in sorted((base / name).glob("*")):  # its keys
             variable = variables.get(path.name, path.name) if name == "s3" else path.name
-            if not variable.isidentifier() or variable in environment:
+            if not path.is_file() or not variable.isidentifier() or variable in environment:
                 continue
             try:
                 environment[variable] = path.read_text().rstrip("\n")  # `kubectl create secret --from-file` adds it
@@ -49,13 +46,6 @@ def load(environment: MutableMapping[str, str] = os.environ, root: str = ROOT) -
     warnings.append(_trust(environment, base / "ca"))
     warnings.append(_cache(environment))
     return [warning for warning in warnings if warning]
-
-
-def _keys(folder: Path) -> list[Path]:
-    """The keys of a mounted ConfigMap or Secret: its files."""
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if path.is_file()]
 
 
 def _trust(environment: MutableMapping[str, str], folder: Path) -> str:

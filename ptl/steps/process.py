@@ -27,8 +27,7 @@ def main(path: Path, parent: int) -> None:
         exhausted = isinstance(error, NoAttemptLeftError)
         # Another attempt would find the same wrong input, or may not be made.
         final = exhausted or isinstance(error, InputError)
-        failure = Failure(str(error), error.exit_code, final, exhausted)
-        _write_failure(path, failure)
+        _write_failure(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:
         # A bug, or a library: the traceback goes to the log.
@@ -49,15 +48,15 @@ def _work(call: dict[str, Any]) -> dict[str, Any]:
     # These two name the step; the other parameters are its settings.
     step = Step(settings.pop("step"), settings.pop("experiment"))
     # Of an artifact only the file is read: it holds the pointer.
-    inputs = {}
-    for name, file in call["inputs"].items():
-        inputs[name] = Pointer.load(Path(file).read_text())
+    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
     outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    lock = scratch(f"{step.name}.lock")
-    with processes.exclusive(lock, f"step {step.name}", wait=WAIT):
-        work = table.STEPS[step.stage]
-        work(Call(step, settings, inputs, outputs))
+    with processes.exclusive(
+        scratch(f"{step.name}.lock"),
+        f"step {step.name}",
+        wait=WAIT,
+    ):
+        table.STEPS[step.stage](Call(step, settings, inputs, outputs))
     return {name: output.metadata for name, output in outputs.items()}
 
 

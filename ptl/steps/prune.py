@@ -21,7 +21,8 @@ def prune(call: Call) -> None:
     # After a stop by the gate there is nothing to prune.
     if passes_through(call, "out"):
         return
-    parent, seed = call.inputs["model"], call.settings["seed"]
+    parent = call.inputs["model"]
+    seed = call.settings["seed"]
     pruning = call.section(Prune, "prune")
     calibration = call.section(Calibration, "calibration")
     iteration = iterations_until(call, pruning)[-1]
@@ -48,6 +49,5 @@ def prune(call: Call) -> None:
         "calibration": calibration,
         "seed": seed,
     }
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(call.step, parent, settings, work, content_key=content_key)
+    record = execute(call.step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     write_pointer(call.outputs["out"], record["pointer"])

@@ -20,7 +20,8 @@ from ptl.steps.execution import execute
 from ptl.steps.inputs import dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
-from ptl.storage import training_checkpoints
+from ptl.storage import store
+from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
     from ptl.recovery.job import Log, RecoverReport
@@ -30,26 +31,23 @@ def recover(call: Call) -> None:
     """Train the pruned model on this iteration's tokens."""
     if passes_through(call, "out"):
         return
-    step, seed = call.step, call.settings["seed"]
+    step = call.step
     parent = call.inputs["model"]
-    # What is pruned does not matter for the tokens.
-    iterations = iterations_until(call, Prune())
+    iterations = iterations_until(call, Prune())  # what is pruned does not matter for the tokens
     iteration = iterations[-1]
-    tokens = [earlier.tokens for earlier in iterations]
     weights = _weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
-
     # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
-        "weights": list(weights),
+        "weights": weights,
         "skip": iteration.tokens_before,
-        "recover": list(recovery.stages),
+        "recover": recovery.stages,
         "training": data,
-        "seed": seed,
+        "seed": call.settings["seed"],
     }
-    training_key = training_checkpoints.key_of(parent.digest, settings)
+    training_key = store.digest([parent.digest, settings])
     stores = _training_checkpoints(step, training_key, recovery)
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
@@ -58,20 +56,18 @@ def recover(call: Call) -> None:
 
         tracking.tag(run, {"tokens": iteration.tokens})
         limit_threads(parent.params)
-        budget = StageBudget(iteration.tokens, (), step.iteration, iteration.last, seed, weights)
-        # Named by what the training depends on: with other settings it starts anew.
-        training_folder = scratch(step.name) / f"training-{training_key[:12]}"
-        on_log = _reporter(run, iteration.tokens)
-        teacher = _teacher(run, recovery)
-        # The items of the benchmarks, which the training data must not have.
-        scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None
-        job = RecoveryJob(data, budget, training_folder, on_log, teacher=teacher, scored=scored)
-        report = recover_checkpoint(src, dst, recovery, tokens, job, stores)
-        metadata = {"params": parent.params, **dataclasses.asdict(report)}
-        return metadata | _decontaminated(step.name, report)
+        job = RecoveryJob(
+            data,
+            StageBudget(iteration.tokens, (), step.iteration, iteration.last, settings["seed"], weights),
+            scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
+            _reporter(run, iteration.tokens),
+            teacher=_teacher(run, recovery),
+            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
+        )
+        report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
+        return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
 
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key)
+    record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()
@@ -82,19 +78,20 @@ def _weights(schedule: Schedule) -> tuple[int, ...]:
     """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
     if schedule.tokens == "uniform":
         return (1,) * schedule.iterations
-    indices = range(schedule.iterations)
-    return tuple(2**index for index in indices)
+    return tuple(2**index for index in range(schedule.iterations))
 
 
-def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[training_checkpoints.TrainingCheckpoints]:
+def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:
     """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that."""
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
     if not minutes:
         return []
     run = step.start()
-    names = [f"{step.name}.{i}" for i in range(len(recovery.stages))]
     # One interval for all stages: the shortest that any of them asks for.
-    return [training_checkpoints.TrainingCheckpoints(run.root, run.run, name, key, min(minutes)) for name in names]
+    return [
+        TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, min(minutes))
+        for i in range(len(recovery.stages))
+    ]
 
 
 def _reporter(run: StepRun, tokens: int) -> Log:
@@ -114,7 +111,8 @@ def _reporter(run: StepRun, tokens: int) -> Log:
 def _progress(metrics: dict[str, float], tokens: int) -> str:
     """The line of progress for one log of a training; empty where there is nothing to say."""
     if "reward" in metrics:
-        reward, length = metrics["reward"], metrics["completions/mean_length"]
+        reward = metrics["reward"]
+        length = metrics["completions/mean_length"]
         return f"reward {reward:.3f}, answers of {length:.0f} tokens"
     # The last log of a training has totals instead of these.
     seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")
@@ -125,14 +123,16 @@ def _progress(metrics: dict[str, float], tokens: int) -> str:
 
 def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     """The imported dense model, where a stage distils from it. Raises WorkError where its record is gone."""
-    methods = [stage.method for stage in recovery.stages]
-    if "distil" not in methods:
+    if all(stage.method != "distil" for stage in recovery.stages):
         return None
     # Distillation learns from the model as it was before any pruning.
     dense = dense_model(run)
     if dense is None:
-        problem = "the record of import-model is gone, and distil needs its model"
-        raise WorkError(problem, field=f"run {run.run}", remedy="start a new run")
+        raise WorkError(
+            "the record of import-model is gone, and distil needs its model",
+            field=f"run {run.run}",
+            remedy="start a new run",
+        )
     return fetch(dense)
 
 
@@ -140,8 +140,7 @@ def _decontaminated(step: str, report: RecoverReport) -> Metadata:
     """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    details = [stage["details"] for stage in stages]
-    counts = [stage["decontaminated"] for stage in details if "decontaminated" in stage]
+    counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}

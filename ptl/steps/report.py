@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl.config import dag
 from ptl.config.flat_settings import flat_settings
-from ptl.config.run import Config, Gate, check
+from ptl.config.run import Config, check
 from ptl.evaluation import gate
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
@@ -19,7 +19,7 @@ from ptl.report import run_page
 from ptl.steps import aliases
 from ptl.steps.call import Call, Metadata
 from ptl.steps.inputs import fetch_items
-from ptl.steps.iterations import FIELDS
+from ptl.steps.iterations import schedule_settings
 from ptl.steps.machine import scratch
 from ptl.steps.reporting import begin, noting_errors
 from ptl.storage import local_files, store
@@ -44,8 +44,13 @@ def report(call: Call) -> None:
         folder = scratch(call.step.name) / "report"
         settings = _report_settings(call, run, config)
         result = write_report(records, settings, folder)
-        _log(run, config, result, folder)
-        _set_aliases(call, run, records, config.gate)
+        tracking.log_report(run, sorted(folder.iterdir()))
+        # import-model was not given all of the config.
+        run_page.describe(run, flat_settings(config.model_dump(mode="json")))
+        run_page.log_result(run, run_page.result_metrics(result))
+        # Name the best and the smallest version in MLflow's registry.
+        for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
+            say(call.step.name, sentence)
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
 
@@ -53,17 +58,13 @@ def report(call: Call) -> None:
 def _run_config(settings: Metadata) -> Metadata:
     """The config of the run: the compiled one, with the run's own parameters."""
     # Kubeflow lets a user change the parameters of a compiled pipeline for each run.
-    config = dict(settings["settings"])
-    revision = settings["revision"] or None
-    config["model"] = {"path": settings["model"], "revision": revision}
-    schedule = dict(config["schedule"])
-    for name in FIELDS:
-        if name in settings:
-            schedule[name] = settings[name]
-    config["schedule"] = schedule
-    for section in SECTIONS:
-        config[section] = settings[section]
-    return config
+    config = settings["settings"]
+    return {
+        **config,
+        **{section: settings[section] for section in SECTIONS},
+        "model": {"path": settings["model"], "revision": settings["revision"] or None},
+        "schedule": config["schedule"] | schedule_settings(settings),
+    }
 
 
 def _records(run: StepRun, config: Config) -> dict[str, Record]:
@@ -85,42 +86,23 @@ def _records(run: StepRun, config: Config) -> dict[str, Record]:
 
 def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
     """What the pages show beside the records: the config, where MLflow has the run, and why a control failed."""
-    settings = config.model_dump(mode="json")
-    settings |= tracking.links(run)
-    settings["control_failed"] = ""
     # A control that failed has passed its input on, with the reason in its gate's state.
     control = call.inputs.get("control")
-    if control:
-        settings["control_failed"] = gate.State.load(control.gate).reason
-    return settings
-
-
-def _log(run: StepRun, config: Config, result: Any, folder: Path) -> None:
-    """The pages and the result on the page of the pipeline run."""
-    tracking.log_report(run, sorted(folder.iterdir()))
-    # import-model was not given all of the config.
-    params = flat_settings(config.model_dump(mode="json"))
-    run_page.describe(run, params)
-    run_page.log_result(run, run_page.result_metrics(result))
-
-
-def _set_aliases(call: Call, run: StepRun, records: dict[str, Record], settings: Gate) -> None:
-    """Name the best and the smallest version in MLflow's registry."""
-    registered_model = call.settings["registered_model"]
-    for sentence in aliases.set_aliases(run, records, registered_model, settings):
-        say(call.step.name, sentence)
+    return {
+        **config.model_dump(mode="json"),
+        **tracking.links(run),
+        "control_failed": gate.State.load(control.gate).reason if control else "",
+    }
 
 
 def _copy_pages(call: Call, folder: Path) -> None:
     """The pages as Kubeflow's artifacts and, from a local runner, in the run's directory."""
-    html, markdown = call.outputs["html"], call.outputs["markdown"]
-    shutil.copyfile(folder / "report.html", html.path)
-    shutil.copyfile(folder / "report.md", markdown.path)
+    shutil.copyfile(folder / "report.html", call.outputs["html"].path)
+    shutil.copyfile(folder / "report.md", call.outputs["markdown"].path)
     run_directory = os.environ.get("PTL_RUN_DIR")
     if run_directory:
         # result.json last: where it is, all other files are.
-        pages = sorted(folder.iterdir(), key=lambda path: path.name == "result.json")
-        for path in pages:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "result.json"):
             local_files.replace(Path(run_directory, path.name), path.read_bytes())
 
 
@@ -130,8 +112,11 @@ def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
     record = {"key": "report", "pointer": dataclasses.asdict(final), "metadata": {"stage": "report"}}
     store.commit(run.root, run.run, call.step.name, record)
-    final_model = result["final"]
-    metrics = {"share_removed": final_model["share_removed"], "params": final_model["params"]}
-    # The final model is the report's input: MLflow shows the way to it.
-    inputs = [final.model_id]
-    tracking.finish(run, params={}, metrics=metrics, inputs=inputs, output=None, step=0)
+    tracking.finish(
+        run,
+        params={},
+        metrics={name: result["final"][name] for name in ("share_removed", "params")},
+        inputs=[final.model_id],  # MLflow shows the way to the final model
+        output=None,
+        step=0,
+    )

@@ -24,25 +24,25 @@ def noting_errors(run: StepRun) -> Iterator[None]:
     except attempts.NoAttemptLeftError:
         raise  # the page has the reason of the last one
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        tracking.note_error(run, without_login(reason))
+        tracking.note_error(run, without_login(f"{type(error).__name__}: {error}"))
         raise
 
 
 def begin(run: StepRun) -> None:
     """Count an attempt, in the store and on the step's page. Raises NoAttemptLeftError, with the last one's reason."""
     # The step's process dies with a crash: only what is counted before the work counts.
-    allowed = attempts.policy().attempts
     try:
         attempt = attempts.claim(run.root, run.run, run.step)
     except attempts.NoAttemptLeftError as error:
         # Whoever reads this looks for why, not for how often.
-        problem, reason = error.problem, tracking.error_of(run)
-        if reason:
-            problem += f"; the last one failed: {reason}"
-        raise attempts.NoAttemptLeftError(problem, remedy=error.remedy) from None
+        reason = tracking.error_of(run)
+        last = f"; the last one failed: {reason}" if reason else ""
+        raise attempts.NoAttemptLeftError(
+            f"{error.problem}{last}",
+            remedy=error.remedy,
+        ) from None
     tracking.tag(run, {"attempt": attempt})
-    number = "" if attempt == 1 else f", attempt {attempt} of {allowed}"
+    number = "" if attempt == 1 else f", attempt {attempt} of {attempts.policy().attempts}"
     say(run.step, f"started{number}")
 
 

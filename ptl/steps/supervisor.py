@@ -43,13 +43,15 @@ def run(names: dict[str, Any]) -> None:
     os.environ.setdefault("PTL_LAUNCH", uuid.uuid4().hex)
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
-    # The work's process reads its call from a file, and leaves there how it ended.
+    # The work's process reads its call from a file, and writes its outputs or its failure beside it.
     with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
         call = Path(folder, "call.json")
         call.write_text(json.dumps(_call_of(arguments)))
         failure = _until_done(call, step, policy())
         if failure is None:
-            _take_outputs(arguments, call)
+            # KFP keeps it with its artifacts; their files are written already.
+            for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
+                arguments[name].metadata.update(metadata)
     if failure is not None:
         _give_up(arguments, failure)
 
@@ -69,17 +71,15 @@ def _until_done(call: Path, step: str, plan: Policy) -> Failure | None:
 
 def _call_of(arguments: dict[str, Any]) -> dict[str, Any]:
     """The call for the process that does the work: plain values, and the files of its artifacts."""
-    settings, inputs, outputs = {}, {}, {}
+    call: dict[str, Any] = {"settings": {}, "inputs": {}, "outputs": {}}
     for name, value in arguments.items():
-        if not hasattr(value, "metadata"):
-            # None: an optional artifact that the pipeline does not have.
-            if value is not None:
-                settings[name] = value
-        elif name in INPUTS:
-            inputs[name] = value.path
-        else:
-            outputs[name] = value.path
-    return {"settings": settings, "inputs": inputs, "outputs": outputs}
+        if hasattr(value, "metadata"):
+            kind = "inputs" if name in INPUTS else "outputs"
+            call[kind][name] = value.path
+        # None: an optional artifact that the pipeline does not have.
+        elif value is not None:
+            call["settings"][name] = value
+    return call
 
 
 def _attempt(call: Path, timeout: float | None) -> Failure | None:
@@ -87,8 +87,10 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    command = [sys.executable, "-m", PROCESS, str(call), str(os.getpid())]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", PROCESS, str(call), str(os.getpid())],
+        start_new_session=True,
+    )
     try:
         with _ending_together(process):
             exit_code = process.wait(timeout)
@@ -122,21 +124,16 @@ def _unexplained(exit_code: int) -> str:
 def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
 
-    def stop(number: int, _frame: Any) -> NoReturn:
+    def stop(number: int) -> NoReturn:
         raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
 
     # Only while the work runs: afterwards this process ends as any other does.
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, stop)
-    try:
-        yield
-    except BaseException:
-        _end(process)
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with processes.handling_signals(stop):
+        try:
+            yield
+        except BaseException:
+            _end(process)
+            raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -147,13 +144,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-
-
-def _take_outputs(arguments: dict[str, Any], call: Path) -> None:
-    """Metadata of the outputs, which KFP keeps with its artifacts; their files are written already."""
-    outputs = json.loads(call.with_name("outputs.json").read_text())
-    for name, metadata in outputs.items():
-        arguments[name].metadata.update(metadata)
 
 
 def _give_up(arguments: dict[str, Any], failure: Failure) -> None:

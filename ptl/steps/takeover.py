@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.errors import WorkError
@@ -20,7 +20,7 @@ from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.steps.call import Metadata
 from ptl.steps.machine import scratch
-from ptl.storage import store, training_checkpoints
+from ptl.storage import store
 from ptl.storage.manifest import FILES
 from ptl.storage.store import Pointer
 
@@ -31,9 +31,10 @@ LONGEST_PATH = 255  # characters of a setting that may name a file
 
 def key(digest: str, settings: dict[str, Any]) -> str:
     """What a step's files depend on: the checkpoint, the settings, and the local files that these name."""
-    # A path says nothing of its content: a corrected data file must be read again.
+    # A path is the same after its content has changed: a corrected data file must be read again.
+    settings = to_jsonable_python(settings)
     paths = sorted(set(_paths(settings)))
-    return training_checkpoints.key_of(__version__, digest, settings, [_stamps(path) for path in paths])
+    return store.digest([__version__, digest, settings, [_stamps(path) for path in paths]])
 
 
 def take(run: StepRun, content_key: str, dst: Path) -> Metadata | None:
@@ -60,33 +61,25 @@ def take(run: StepRun, content_key: str, dst: Path) -> Metadata | None:
 
 def _paths(value: Any) -> Iterator[Path]:
     """Existing files and folders that settings name; not those that hold the working directory, `.` or `/`."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         for inner in value:
             yield from _paths(inner)
     elif isinstance(value, str) and "\n" not in value and 0 < len(value) <= LONGEST_PATH:
         path = Path(value).expanduser()
         # A folder that holds the working directory is named by chance, and may be huge.
-        holds_everything = Path.cwd().is_relative_to(path.resolve())
-        if path.exists() and not holds_everything:
+        if path.exists() and not Path.cwd().is_relative_to(path.resolve()):
             yield path
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change (ns) of a file, or of all files of a folder."""
-    files: Iterator[Path]
     if path.is_dir():
-        files = path.rglob("*")
+        files = list(path.rglob("*"))
     elif path.suffix in (".yaml", ".yml"):
-        files = path.parent.iterdir()  # a YAML may include what is next to it
+        files = list(path.parent.iterdir())  # a YAML may include what is next to it
     else:
-        files = iter([path])
-    stamps = []
-    for file in sorted(files):
-        if file.is_file():
-            stat = file.stat()
-            stamps.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return stamps
+        files = [path]
+    stats = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

@@ -39,8 +39,7 @@ class LoopSettings:
 
     def smallest_cuts(self, folder: Path) -> dict[str, int]:
         """The least number of parameters that can be removed from this checkpoint, for each unit."""
-        family = family_of(checkpoint.read_config(folder))
-        dimensions = model_dimensions(folder, family)
+        dimensions = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
         return smallest_cuts(dimensions, self.prune.width_multiple, self.prune.tensor_parallel)
 
 
@@ -80,35 +79,42 @@ def decide(trial: Trial, scored: Path) -> tuple[Metadata, Pointer]:
     accepted = trial.fallback or trial.candidate
     if decision.keep == "candidate":
         accepted = _register(trial, {})
-    accepted = dataclasses.replace(accepted, gate=state.dump())
-    # The numbers are what the decision rests on, for the report.
-    verdict = {"decision": decision.decision, "reason": decision.reason, "numbers": decision.numbers}
-    return verdict, accepted
+    verdict = {
+        "decision": decision.decision,
+        "reason": decision.reason,
+        "numbers": decision.numbers,  # what the decision rests on, for the report
+    }
+    return verdict, dataclasses.replace(accepted, gate=state.dump())
 
 
-def _register(trial: Trial, tags: dict[str, str]) -> Pointer:
+def _register(trial: Trial, tags: Metadata) -> Pointer:
     """The candidate with the version that it has in MLflow's registry."""
     candidate = trial.candidate
     # By these tags an alias finds the score of a version.
-    own_tags = {"step": trial.step.name, "params": candidate.params}
-    version = registry.register(trial.run, trial.loop.registered_model, candidate, own_tags | tags)
+    tags = {"step": trial.step.name, "params": candidate.params, **tags}
+    version = registry.register(trial.run, trial.loop.registered_model, candidate, tags)
     return dataclasses.replace(candidate, model_version=version)
 
 
 def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
     """The gate's decision; with the gate off there is no fallback, and nothing is compared."""
-    loop, candidate, fallback = trial.loop, trial.candidate, trial.fallback
+    loop = trial.loop
+    candidate = trial.candidate
+    fallback = trial.fallback
     original_params = candidate.original_params
     target_params = original_params - removal(original_params, loop.target)
     if fallback is None:
         # The next iteration has begun already, so that no verdict could change what it starts from.
-        state = gate.State.load(candidate.gate)
-        return gate.decide(loop.gate, state, params=candidate.params, target_params=target_params)
+        return gate.decide(
+            loop.gate,
+            gate.State.load(candidate.gate),
+            params=candidate.params,
+            target_params=target_params,
+        )
     from ptl.evaluation.evaluate import read_items
 
     items = read_items(scored)
     dense_record, parent_record = _references(trial, fallback)
-    next_unit = loop.next_unit(trial.step.iteration)
     return gate.decide(
         loop.gate,
         gate.State.load(fallback.gate),
@@ -117,32 +123,25 @@ def _gate_decision(trial: Trial, scored: Path) -> gate.Decision:
         target_params=target_params,
         baseline=_compare(dense_record, items, loop.gate),
         parent=_compare(parent_record, items, loop.gate),
-        smallest_cut=_smallest_cut(parent_record, next_unit),
+        smallest_cut=_smallest_cut(parent_record, loop.next_unit(trial.step.iteration)),
     )
 
 
 def _references(trial: Trial, fallback: Pointer) -> tuple[Record, Record]:
     """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
     run = trial.run
-    evaluations = []
-    parents = []
-    for iteration in range(trial.step.iteration):
-        record = store.committed(run.root, run.run, f"evaluate-{iteration}")
-        if record is None:
-            continue
-        evaluations.append(record)
-        if record["metadata"]["checkpoint"]["digest"] == fallback.digest:
-            parents.append(record)
+    names = [f"evaluate-{iteration}" for iteration in range(trial.step.iteration)]
+    records = [record for name in names if (record := store.committed(run.root, run.run, name))]
     # The first iteration's parent is the dense model itself.
-    return evaluations[0], parents[0]
+    parent = next(record for record in records if record["metadata"]["checkpoint"]["digest"] == fallback.digest)
+    return records[0], parent
 
 
 def _compare(reference: Record, items: Items, settings: Gate) -> paired.Paired:
     """The candidate's items against those of an earlier evaluation, on the run's first benchmark."""
-    task = str(items[0]["task"])  # the first benchmark is the run's accuracy
-    reference_items = fetch_items(reference)
-    outcomes, candidate_outcomes = paired.match(reference_items, items, task)
-    return paired.paired(outcomes, candidate_outcomes, settings.margin, settings.alpha)
+    task = items[0]["task"]  # the first benchmark is the run's accuracy
+    outcomes = paired.match(fetch_items(reference), items, task)
+    return paired.paired(*outcomes, settings.margin, settings.alpha)
 
 
 def _smallest_cut(record: Record, unit: str) -> int | None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,7 @@ def path_of(uri: str) -> Path:
     parts = urlsplit(uri)
     # Only a URI encodes characters: a plain path may hold a percent sign.
     path = Path(unquote(parts.path) if parts.scheme else uri)
-    other_host = parts.netloc not in ("", "localhost")
-    if other_host or not path.is_absolute():
+    if parts.netloc not in ("", "localhost") or not path.is_absolute():
         raise InputError(f"{uri!r} is not an absolute path", field="store", remedy="write file:///folder")
     return path
 
@@ -37,8 +37,11 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     target = path_of(location)
     # The rename below replaces an empty folder, and nothing else.
     if target.is_dir() and any(target.iterdir()):
-        problem = f"{target} already holds files"
-        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
+        raise WorkError(
+            f"{target} already holds files",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     partial = target.with_name(target.name + ".partial")
     with full_disk(target):
         try:
@@ -49,10 +52,8 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
                 files = tuple(pool.map(copy, paths))
             _write(partial / FILES, dump_files(files))
             # After a power failure the names must be there as well as the bytes.
-            _sync(partial)
-            for entry in partial.rglob("*"):
-                if entry.is_dir():
-                    _sync(entry)
+            for path, _, _ in os.walk(partial):
+                _sync(Path(path))
             partial.rename(target)
             _sync(target.parent)
         except BaseException:
@@ -83,25 +84,16 @@ def put_once(uri: str, data: bytes) -> bytes:
     with full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Complete under another name first: a reader sees all of it or nothing.
-        draft = _draft(path)
-        try:
-            _write(draft, data)
+        with _draft(path, data) as draft:
             _link(draft, path)
             _sync(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
     return path.read_bytes()
 
 
 def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file completely or not at all, whatever it held before."""
-    draft = _draft(path)
-    draft.touch(mode)  # before any byte of it, which may be secret
-    try:
-        _write(draft, data)
+    with _draft(path, data, mode) as draft:
         draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
@@ -124,18 +116,23 @@ def delete(uri: str, below: str) -> None:
     real = folder.resolve()
     root = path_of(below).resolve()
     # The caller has checked the names; what they lead to is checked here.
-    inside = real.is_relative_to(root) and real != root
-    if folder.is_symlink() or not inside:
-        problem = f"{folder} is {real}, which is not below {root}"
-        raise WorkError(problem, field="store", remedy="nothing was deleted: remove the symlink")
+    if folder.is_symlink() or root not in real.parents:
+        raise WorkError(
+            f"{folder} is {real}, which is not below {root}",
+            field="store",
+            remedy="nothing was deleted: remove the symlink",
+        )
     try:
         # A kill in the middle leaves files that no reader takes for a checkpoint.
         (folder / FILES).unlink(missing_ok=True)
         if folder.is_dir():
             shutil.rmtree(folder)
     except PermissionError as error:
-        problem = f"{folder}: this user may not delete there ({error})"
-        raise InputError(problem, field="store", remedy="use one that may") from error
+        raise InputError(
+            f"{folder}: this user may not delete there ({error})",
+            field="store",
+            remedy="use one that may",
+        ) from error
 
 
 def check(root: str) -> None:
@@ -144,12 +141,13 @@ def check(root: str) -> None:
     # Writing is the only proof: permissions alone do not tell of a read-only mount.
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe.{uuid.uuid4().hex}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        problem = f"cannot write {path}: {error.strerror}"
-        raise InputError(problem, field="store", remedy="make it writable or choose another") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror}",
+            field="store",
+            remedy="make it writable or choose another",
+        ) from error
 
 
 @contextmanager
@@ -160,9 +158,11 @@ def full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        problem = f"no space left while writing {path} ({error.strerror})"
-        remedy = "earlier checkpoints are intact: free some space and run the same command again"
-        raise WorkError(problem, field="store", remedy=remedy) from error
+        raise WorkError(
+            f"no space left while writing {path} ({error.strerror})",
+            field="store",
+            remedy="earlier checkpoints are intact: free some space and run the same command again",
+        ) from error
 
 
 def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
@@ -186,10 +186,16 @@ def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
     return File(path, size, tuple(blocks))
 
 
-def _draft(path: Path) -> Path:
-    """A name of this writer alone, in the same folder: a rename or a link from it is one step."""
-    unique = uuid.uuid4().hex
-    return path.with_name(f".{path.name}.{unique}")
+@contextmanager
+def _draft(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
+    """The data under a name of this writer alone, in the same folder: a rename or a link from it is one step."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.touch(mode)  # before any byte of it, which may be secret
+    try:
+        _write(draft, data)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -57,21 +57,26 @@ def digest_of(files: Iterable[File]) -> str:
     rows = sorted([file.path, file.size, list(file.blocks)] for file in files)
     # One spelling of each list, byte for byte.
     text = json.dumps(rows, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def scan(folder: Path) -> list[str]:
     """Relative paths of all files under `folder`, sorted. Raises InputError for symlinks, sockets and empty folders."""
     if not folder.is_dir():
-        remedy = "give the folder that holds the files"
-        raise InputError(f"no folder {folder}", field="checkpoint", remedy=remedy)
+        raise InputError(
+            f"no folder {folder}",
+            field="checkpoint",
+            remedy="give the folder that holds the files",
+        )
     paths = []
     for entry in sorted(folder.rglob("*")):
-        regular = entry.is_file() or entry.is_dir()
         # What a link leads to may change, or be on no other machine.
-        if entry.is_symlink() or not regular:
-            problem = f"{entry} is not a regular file"
-            raise InputError(problem, field="checkpoint", remedy="put a copy of the file in its place")
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise InputError(
+                f"{entry} is not a regular file",
+                field="checkpoint",
+                remedy="put a copy of the file in its place",
+            )
         path = entry.relative_to(folder).as_posix()
         if entry.is_file() and path != FILES:
             paths.append(path)
@@ -85,8 +90,7 @@ def chunks(handle: int, start: int, size: int) -> Iterator[bytes]:
     offset = start
     stop = min(start + BLOCK, size)
     while offset < stop:
-        length = min(CHUNK, stop - offset)
-        data = os.pread(handle, length, offset)
+        data = os.pread(handle, min(CHUNK, stop - offset), offset)
         if not data:  # the file has become shorter
             return
         yield data
@@ -108,8 +112,7 @@ def dump_files(files: Iterable[File]) -> bytes:
     """The text of `ptl-files.json`."""
     # In one order, so that equal folders have equal lists.
     rows = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
-    listing = {"format": FORMAT, "block": BLOCK, "files": rows}
-    return json.dumps(listing, indent=1).encode()
+    return json.dumps({"format": FORMAT, "block": BLOCK, "files": rows}, indent=1).encode()
 
 
 def load_files(text: bytes, name: str) -> Files:
@@ -132,9 +135,11 @@ def load_files(text: bytes, name: str) -> Files:
 
 def _file(row: dict[str, Any]) -> File:
     """Converted, so that a wrong type shows here."""
-    path, size = str(row["path"]), int(row["size"])
-    blocks = tuple(str(digest) for digest in row["blocks"])
-    return File(path, size, blocks)
+    return File(
+        str(row["path"]),
+        int(row["size"]),
+        tuple(str(digest) for digest in row["blocks"]),
+    )
 
 
 def _check_files(files: Files) -> None:
@@ -142,12 +147,11 @@ def _check_files(files: Files) -> None:
     for file in files:
         if not is_inside(file.path):
             raise ValueError(f"{file.path!r} is outside of the checkpoint")
-        digests, size = len(file.blocks), file.size
-        if size < 0 or digests != len(starts(size)):
-            raise ValueError(f"{digests} digests for {size} bytes")
+        digests = len(file.blocks)
+        if file.size < 0 or digests != len(starts(file.size)):
+            raise ValueError(f"{digests} digests for {file.size} bytes")
     # Two entries would write one file at the same time.
-    paths = {file.path for file in files}
-    if len(paths) != len(files):
+    if len({file.path for file in files}) != len(files):
         raise ValueError("a file is named twice")
 
 
@@ -156,8 +160,7 @@ def is_inside(path: str) -> bool:
     if path == FILES or "\\" in path or "\0" in path:
         return False
     # An absolute path begins with an empty part, and a doubled slash is one.
-    parts = path.split("/")
-    return all(part not in ("", ".", "..") for part in parts)
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None:
@@ -173,8 +176,7 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None
             raise wrong_size(name, file, size)
 
     def verify_block(file: File, start: int) -> None:
-        digest = sha256_of(folder / file.path, start)
-        if digest != file.blocks[start // BLOCK]:
+        if sha256_of(folder / file.path, start) != file.blocks[start // BLOCK]:
             raise wrong_digest(name, file)
         on_progress(block_size(file, start))
 
@@ -193,27 +195,41 @@ def _verify_names(folder: Path, files: Files, name: str) -> None:
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():
-            problem = f"{path} is a symlink"
-            raise WorkError(problem, field=name, remedy="refused: a checkpoint holds regular files only")
+            raise WorkError(
+                f"{path} is a symlink",
+                field=name,
+                remedy="refused: a checkpoint holds regular files only",
+            )
         if not entry.is_dir() and path not in listed:
-            problem = f"{path} is not part of the checkpoint"
-            raise WorkError(problem, field=name, remedy=f"remove it from {folder}")
+            raise WorkError(
+                f"{path} is not part of the checkpoint",
+                field=name,
+                remedy=f"remove it from {folder}",
+            )
 
 
 def deleted(name: str, file: File) -> WorkError:
     """For a file that is no longer there."""
-    problem = f"file {file.path} was deleted"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"file {file.path} was deleted",
+        field=name,
+        remedy=RESTORE,
+    )
 
 
 def wrong_size(name: str, file: File, size: int) -> WorkError:
     """For a file that was truncated or replaced."""
-    sizes = f"{size} bytes, {file.size} were published"
-    problem = f"file {file.path} has {sizes}"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"file {file.path} has {size} bytes, {file.size} were published",
+        field=name,
+        remedy=RESTORE,
+    )
 
 
 def wrong_digest(name: str, file: File) -> WorkError:
     """For a file whose bytes changed."""
-    problem = f"digest differs in file {file.path}: its bytes are not the ones that were published"
-    return WorkError(problem, field=name, remedy=RESTORE)
+    return WorkError(
+        f"digest differs in file {file.path}: its bytes are not the ones that were published",
+        field=name,
+        remedy=RESTORE,
+    )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ptl.errors import InputError, WorkError
@@ -38,24 +39,25 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
     """Upload the files side by side, hashing them meanwhile, and their list last."""
     # A prefix that is used twice could mix the files of two attempts.
     if read(f"{location}/{FILES}") is not None:
-        problem = f"{location} already holds a checkpoint"
-        raise WorkError(problem, field="store", remedy="publish every attempt under a fresh prefix")
+        raise WorkError(
+            f"{location} already holds a checkpoint",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     bucket, prefix = split(location)
     sizes = {path: (folder / path).stat().st_size for path in paths}
     blocks = {}
     # Hashed while they are uploaded.
     with explained(location), ThreadPoolExecutor(2) as hashing:
         for path, size in sizes.items():
-            source = folder / path
-            blocks[path] = [hashing.submit(sha256_of, source, start) for start in starts(size)]
+            blocks[path] = [hashing.submit(sha256_of, folder / path, start) for start in starts(size)]
         _upload(folder, bucket, prefix, paths, on_progress)
         files = []
         for path, size in sizes.items():
             digests = tuple(block.result() for block in blocks[path])
             files.append(File(path, size, digests))
         # Last: where the list is, all files are.
-        listing = dump_files(files)
-        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=listing)
+        client().put_object(Bucket=bucket, Key=f"{prefix}/{FILES}", Body=dump_files(files))
     return tuple(files)
 
 
@@ -67,51 +69,36 @@ def _upload(
     on_progress: Progress,
 ) -> None:
     """Upload all files; what the store forgot half-way is uploaded again."""
-    # A server that restarts may lose the uploads that were not complete.
+    from botocore.exceptions import ClientError
+    from s3transfer.manager import TransferConfig, TransferManager
+
+    counter: Any = SimpleNamespace(on_progress=lambda bytes_transferred, **_: on_progress(bytes_transferred))
+    # Memory: THREADS parts of BLOCK bytes.
+    config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
+    # A server that restarts may lose the multipart uploads that were not complete.
     for _ in range(UPLOADS):
-        forgotten = _upload_once(folder, bucket, prefix, paths, on_progress)
+        forgotten: dict[str, Exception] = {}
+        with TransferManager(client(), config) as manager:
+            uploads = {}
+            for path in paths:
+                uploads[path] = manager.upload(
+                    str(folder / path),
+                    bucket,
+                    f"{prefix}/{path}",
+                    subscribers=[counter],
+                )
+            # All have been submitted: waiting for one does not hold the others up.
+            for path, upload in uploads.items():
+                try:
+                    upload.result()
+                except ClientError as error:
+                    if code(error) != "NoSuchUpload":
+                        raise
+                    forgotten[path] = error
         if not forgotten:
             return
         paths = list(forgotten)
     raise next(iter(forgotten.values()))
-
-
-def _upload_once(
-    folder: Path, bucket: str, prefix: str, paths: list[str], on_progress: Progress
-) -> dict[str, Exception]:
-    """Upload all files with one transfer manager; the error of each whose multipart upload the store forgot."""
-    from botocore.exceptions import ClientError
-    from s3transfer.manager import TransferConfig, TransferManager
-
-    # Memory: THREADS parts of BLOCK bytes.
-    config = TransferConfig(multipart_threshold=BLOCK, multipart_chunksize=BLOCK, max_request_concurrency=THREADS)
-    forgotten: dict[str, Exception] = {}
-    with TransferManager(client(), config) as manager:
-        uploads = {}
-        for path in paths:
-            source = str(folder / path)
-            counters = [_counter(on_progress)]
-            uploads[path] = manager.upload(source, bucket, f"{prefix}/{path}", subscribers=counters)
-        # All have been submitted: waiting for one does not hold the others up.
-        for path, upload in uploads.items():
-            try:
-                upload.result()
-            except ClientError as error:
-                if code(error) != "NoSuchUpload":
-                    raise
-                forgotten[path] = error
-    return forgotten
-
-
-def _counter(on_progress: Progress) -> Any:
-    """A subscriber that hands byte counts on."""
-    from s3transfer.subscribers import BaseSubscriber
-
-    class Counter(BaseSubscriber):
-        def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
-            on_progress(bytes_transferred)
-
-    return Counter()
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
@@ -194,8 +181,11 @@ def put_once(uri: str, data: bytes) -> bytes:
                     client().put_object(Bucket=bucket, Key=key, Body=data)
                 elif code(error) not in EXISTS:
                     raise
-    problem = f"{uri} was written but cannot be read back"
-    raise WorkError(problem, field="store", remedy="look at the S3 server's log")
+    raise WorkError(
+        f"{uri} was written but cannot be read back",
+        field="store",
+        remedy="look at the S3 server's log",
+    )
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
@@ -204,11 +194,9 @@ def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     folder = f"{prefix}/"
     with explained(uri):
         # A page has up to 1,000 objects.
-        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder)
-        for page in pages:
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=folder):
             for entry in page.get("Contents", []):
-                path = entry["Key"].removeprefix(folder)
-                yield path, entry["Size"], entry["LastModified"].timestamp()
+                yield entry["Key"].removeprefix(folder), entry["Size"], entry["LastModified"].timestamp()
 
 
 def delete(uri: str, below: str) -> None:
@@ -220,9 +208,8 @@ def delete(uri: str, below: str) -> None:
     from botocore.exceptions import ClientError
 
     bucket, prefix = split(uri)
-    paths = [path for path, _, _ in walk(uri)]
     # False sorts before True: the list first.
-    paths.sort(key=lambda path: path != FILES)
+    paths = sorted((path for path, _, _ in walk(uri)), key=lambda path: path != FILES)
     with explained(uri):
         for path in paths:
             try:
@@ -230,8 +217,11 @@ def delete(uri: str, below: str) -> None:
             except ClientError as error:
                 if code(error) not in ("AccessDenied", "403"):
                     raise
-                problem = f"{uri}: these credentials may not delete"
-                raise InputError(problem, field="store", remedy="use some that may (s3:DeleteObject)") from error
+                raise InputError(
+                    f"{uri}: these credentials may not delete",
+                    field="store",
+                    remedy="use some that may (s3:DeleteObject)",
+                ) from error
 
 
 def check(root: str) -> None:

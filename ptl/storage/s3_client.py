@@ -51,16 +51,17 @@ def split(uri: str) -> tuple[str, str]:
 def client(attempts: int = ATTEMPTS) -> S3Client:
     """A client for the environment as it is now. Raises InputError when that says nothing about credentials."""
     if not any(os.environ.get(name) for name in CREDENTIALS):
-        remedy = f"{SET_KEYS} (`ptl up` prints them)"
-        raise InputError("no S3 credentials", field="environment", remedy=remedy)
+        raise InputError(
+            "no S3 credentials",
+            field="environment",
+            remedy=f"{SET_KEYS} (`ptl up` prints them)",
+        )
     # The environment may change while a process lives: a client is kept for each state of it.
-    names = (*SETTINGS, *CREDENTIALS)
-    settings = tuple(os.environ.get(name, "") for name in names)
-    return _build(attempts, settings)
+    return _build(attempts, tuple(os.environ.get(name) for name in SETTINGS + CREDENTIALS))
 
 
 @functools.lru_cache(4)
-def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
+def _build(attempts: int, settings: tuple[str | None, ...]) -> S3Client:
     """A client for the settings of this moment; clients are safe to share between threads and slow to make."""
     import boto3
     from botocore.config import Config
@@ -83,10 +84,12 @@ def _build(attempts: int, settings: tuple[str, ...]) -> S3Client:
     try:
         built = session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
     except ValueError as error:
-        problem = f"{endpoint!r} is not an address"
-        raise InputError(problem, field="MLFLOW_S3_ENDPOINT_URL", remedy="write http://host:port") from error
-    retry = functools.partial(_seconds_to_retry, attempts)
-    built.meta.events.register("needs-retry.s3", retry)  # type: ignore[arg-type]
+        raise InputError(
+            f"{endpoint!r} is not an address",
+            field="MLFLOW_S3_ENDPOINT_URL",
+            remedy="write http://host:port",
+        ) from error
+    built.meta.events.register("needs-retry.s3", functools.partial(_seconds_to_retry, attempts))  # type: ignore[arg-type]
     built.meta.events.register("after-call.s3", _require_receipt)
     return built
 
@@ -105,9 +108,12 @@ def _require_receipt(model: Any, http_response: Any, parsed: Any, **_: Any) -> N
     receipt = _RECEIPTS.get(model.name)
     status = http_response.status_code
     if receipt and status < 300 and not parsed.get(receipt):
-        request = f"{model.name} at {endpoint_url() or 'AWS'}"
-        problem = f"{request}: answered {status} without {receipt}, so that nothing says that it was stored"
-        raise WorkError(problem, field="store", remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?")
+        raise WorkError(
+            f"{model.name} at {_server()}: answered {status} without {receipt}, "
+            "so that nothing says that it was stored",
+            field="store",
+            remedy="is MLFLOW_S3_ENDPOINT_URL the S3 server itself?",
+        )
 
 
 def _seconds_to_retry(
@@ -135,8 +141,7 @@ def _seconds_to_retry(
 
 def pause(attempts: int) -> float:
     """Seconds to wait after so many attempts: doubling up to 5, with some noise so that parts do not return at once."""
-    noise = 0.7 + 0.3 * random.random()
-    return min(5.0, 0.25 * 2**attempts) * noise
+    return min(5.0, 0.25 * 2**attempts) * random.uniform(0.7, 1.0)
 
 
 def broken_stream() -> tuple[type[Exception], ...]:
@@ -148,10 +153,12 @@ def broken_stream() -> tuple[type[Exception], ...]:
 
 def endpoint_url() -> str | None:
     """Where the S3 server is; None means AWS itself."""
-    for name in SETTINGS[:3]:
-        if os.environ.get(name):
-            return os.environ[name]
-    return None
+    return next((os.environ[name] for name in SETTINGS[:3] if os.environ.get(name)), None)
+
+
+def _server() -> str:
+    """The S3 server as messages name it."""
+    return endpoint_url() or "AWS"
 
 
 @contextmanager
@@ -164,13 +171,11 @@ def explained(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise error_for(InputError, error, uri) from error
-    except ClientError as error:
-        kind = InputError if code(error) in _SETTINGS_ERRORS else WorkError
+    except (BotoCoreError, ClientError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
+        no_credentials = isinstance(error, NoCredentialsError | PartialCredentialsError)
+        refused = isinstance(error, ClientError) and code(error) in _SETTINGS_ERRORS
+        kind = InputError if no_credentials or refused else WorkError
         raise error_for(kind, error, uri) from error
-    except (BotoCoreError, Boto3Error, ResponseParserError, RetriesExceededError) as error:
-        raise error_for(WorkError, error, uri) from error
 
 
 # One remedy in several messages.
@@ -199,8 +204,7 @@ def error_for(
 ) -> PtlError:
     """An error of boto3 as one that says what went wrong, where, and what to do."""
     problem, remedy = _explanation(error)
-    server = endpoint_url() or "AWS"
-    return kind(f"{uri} at {server}: {problem}", field=field, remedy=remedy)
+    return kind(f"{uri} at {_server()}: {problem}", field=field, remedy=remedy)
 
 
 def _explanation(error: Exception) -> tuple[str, str]:
@@ -208,8 +212,10 @@ def _explanation(error: Exception) -> tuple[str, str]:
     from botocore.exceptions import ClientError, FlexibleChecksumError, NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, ClientError):
-        unknown = (str(error), "run the same command again, or look at the S3 server's log")
-        return _SETTINGS_ERRORS.get(code(error), unknown)
+        return _SETTINGS_ERRORS.get(
+            code(error),
+            (str(error), "run the same command again, or look at the S3 server's log"),
+        )
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return str(error), SET_KEYS
     if isinstance(error, FlexibleChecksumError):

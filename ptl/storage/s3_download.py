@@ -53,8 +53,7 @@ def download(uri: str, files: Files, target: Path, name: str, on_progress: Progr
             for file in files:
                 path = target / file.path
                 path.parent.mkdir(parents=True, exist_ok=True)
-                out = opened.enter_context(FileIO(path, "x+"))
-                download = _Download(uri, name, file, out)
+                download = _Download(uri, name, file, opened.enter_context(FileIO(path, "x+")))
                 # An empty file has one block too, so that it is missed when it was deleted.
                 blocks += [pool.submit(_get_block, download, start, on_progress) for start in starts(file.size)]
             for block in blocks:
@@ -104,8 +103,10 @@ def _receive(download: _Download, start: int) -> str:
             return hasher.hexdigest()
         failures = 0 if offset > before else failures + 1
         if failures == ATTEMPTS:
-            problem = f"the S3 server sends no more of {file.path} than {offset:,} bytes"
-            raise broken or WorkError(problem, field=download.name)
+            raise broken or WorkError(
+                f"the S3 server sends no more of {file.path} than {offset:,} bytes",
+                field=download.name,
+            )
         if failures:
             time.sleep(pause(failures))  # a server that has just started answers before it has its data
 
@@ -114,15 +115,14 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
     """The stream of an object's bytes from `start`. Raises WorkError for a file that is not the published one."""
     from botocore.exceptions import ClientError
 
-    name, file = download.name, download.file
+    name = download.name
+    file = download.file
     bucket, prefix = split(download.uri)
-    key = f"{prefix}/{file.path}"
-    location: dict[str, Any] = {"Bucket": bucket, "Key": key}
-    request = dict(location)
-    if file.size:  # a range of an empty file would be refused
-        request["Range"] = f"bytes={start}-{stop - 1}"
+    location: dict[str, Any] = {"Bucket": bucket, "Key": f"{prefix}/{file.path}"}
+    # A range of an empty file would be refused.
+    part: dict[str, Any] = {"Range": f"bytes={start}-{stop - 1}"} if file.size else {}
     try:
-        response = client().get_object(**request)
+        response = client().get_object(**location, **part)
     except ClientError as error:
         if is_missing(error):
             raise deleted(name, file) from error
@@ -135,8 +135,11 @@ def _open_stream(download: _Download, start: int, stop: int) -> Any:
     if size != file.size:
         raise wrong_size(name, file, size)
     if first != start:
-        problem = f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}"
-        raise WorkError(problem, field=name, remedy="does a proxy before the S3 server ignore ranges?")
+        raise WorkError(
+            f"file {file.path} was asked for from byte {start:,} and is sent from byte {first:,}",
+            field=name,
+            remedy="does a proxy before the S3 server ignore ranges?",
+        )
     return response["Body"]
 
 
@@ -150,7 +153,6 @@ def _sent_range(response: Any) -> tuple[int, int]:
 
 def _write_at(out: FileIO, data: bytes, offset: int) -> None:
     """Write all of `data` at an offset of the file; the system may take only a part of it at once."""
-    written = 0
-    while written < len(data):
-        rest = data[written:] if written else data
-        written += os.pwrite(out.fileno(), rest, offset + written)
+    while data:
+        written = os.pwrite(out.fileno(), data, offset)
+        data, offset = data[written:], offset + written

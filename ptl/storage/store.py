@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
 
@@ -60,8 +62,11 @@ def pointer_of(mapping: Any) -> Pointer:
     empty = asdict(Pointer("", ""))
     for name, value in mapping.items():
         if name not in empty:
-            remedy = "this pointer was not written by this version of ptl"
-            raise InputError("unknown field", field=f"pointer.{name}", remedy=remedy)
+            raise InputError(
+                "unknown field",
+                field=f"pointer.{name}",
+                remedy="this pointer was not written by this version of ptl",
+            )
         # The very type: True is an int for Python, and never one in a pointer.
         kind = type(empty[name])
         if type(value) is not kind:
@@ -70,9 +75,8 @@ def pointer_of(mapping: Any) -> Pointer:
     for name in ("uri", "digest"):
         if not mapping.get(name):
             raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
-    digest = mapping["digest"]
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
-        raise InputError(f"{digest!r} must be sha256:<64 hex digits>", field="pointer.digest")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", mapping["digest"]):
+        raise InputError(f"{mapping['digest']!r} must be sha256:<64 hex digits>", field="pointer.digest")
     return Pointer(**mapping)
 
 
@@ -83,10 +87,9 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
     pointer is `digest_of` the files returned. `on_progress` gets byte counts; by default a progress bar is shown on a
     terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
     """
-    folder = Path(folder)
     paths = scan(folder)
-    sizes = [(folder / path).stat().st_size for path in paths]
-    with _bar("publish", sum(sizes), on_progress) as progress:
+    num_bytes = sum((folder / path).stat().st_size for path in paths)
+    with _bar("publish", num_bytes, on_progress) as progress:
         return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
 
 
@@ -103,9 +106,9 @@ def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None)
     uri = pointer.uri.rstrip("/")
     files = _twice(lambda: _listed_files(pointer, uri, name))
     # By the digest: whatever names the same files finds them.
-    target = Path(cache) / pointer.digest.removeprefix("sha256:")
-    sizes = [file.size for file in files]
-    with _bar("fetch", sum(sizes), on_progress) as progress:
+    target = cache / pointer.digest.removeprefix("sha256:")
+    num_bytes = sum(file.size for file in files)
+    with _bar("fetch", num_bytes, on_progress) as progress:
         return _backend(uri).fetch(uri, files, target, name, progress)
 
 
@@ -115,14 +118,18 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
     listing = read(f"{uri}/{FILES}")
     remedy = "restore it, or start a new run to make it again"
     if listing is None:
-        cause = "it was deleted or never completely published"
-        raise WorkError(f"{name} is gone: no {FILES} there: {cause}", remedy=remedy)
+        raise WorkError(
+            f"{name} is gone: no {FILES} there: it was deleted or never completely published",
+            remedy=remedy,
+        )
     files = load_files(listing, name)
-    digest = digest_of(files)
-    if digest != pointer.digest:
-        difference = f"{FILES} lists {digest}, not {pointer.digest}"
-        problem = f"digest differs: {difference}: the checkpoint was replaced"
-        raise WorkError(problem, field=name, remedy=remedy)
+    listed = digest_of(files)
+    if listed != pointer.digest:
+        raise WorkError(
+            f"digest differs: {FILES} lists {listed}, not {pointer.digest}: the checkpoint was replaced",
+            field=name,
+            remedy=remedy,
+        )
     return files
 
 
@@ -134,11 +141,10 @@ def commit(root: str, run: str, step: str, record: Record) -> Record:
     """
     # Sealed: a record that a disk or a person has changed is found when it is read.
     record = {**record, "format": FORMAT, "step": step}
-    sealed = {**record, "sha256": _seal(record)}
+    sealed = {**record, "sha256": digest(record)}
     uri = _manifest(root, run, step)
     # One atomic write decides: of two processes that did the step, both continue with the same record.
-    text = json.dumps(sealed, indent=1)
-    data = _backend(root).put_once(uri, text.encode())
+    data = _backend(root).put_once(uri, json.dumps(sealed, indent=1).encode())
     kept = _load_record(data, uri, step)
     _check_key(kept, record["key"], run, uri)
     return kept
@@ -160,8 +166,7 @@ def committed(root: str, run: str, step: str, key: str | None = None) -> Record 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
     """The first value that any process claimed for `name` in a run: one winner among concurrent callers."""
-    name = _checked_name("name", name)
-    uri = f"{_run_folder(root, run)}/{name}.claim"
+    uri = f"{_run_folder(root, run)}/{check_name('name', name)}.claim"
     return _backend(root).put_once(uri, value.encode()).decode()
 
 
@@ -177,7 +182,7 @@ def check(root: str) -> None:
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     """Path below `uri`, size in bytes and time of change (unix) of every file there; in no order."""
-    yield from _backend(uri).walk(uri)
+    return _backend(uri).walk(uri)
 
 
 def delete(uri: str, *, below: str) -> None:
@@ -186,8 +191,11 @@ def delete(uri: str, *, below: str) -> None:
     Records and MLflow say which folder, and others may have written those: raises WorkError for any other URI.
     """
     if not is_below(uri, below):
-        problem = f"{uri!r} is not a plain folder below {below}"
-        raise WorkError(problem, field="store", remedy="nothing was deleted: who wrote that URI?")
+        raise WorkError(
+            f"{uri!r} is not a plain folder below {below}",
+            field="store",
+            remedy="nothing was deleted: who wrote that URI?",
+        )
     _backend(uri).delete(uri, below)
 
 
@@ -196,8 +204,7 @@ def is_below(uri: str, root: str) -> bool:
     folder = root.rstrip("/") + "/"
     if not uri.startswith(folder):
         return False
-    names = uri.removeprefix(folder).split("/")
-    return all(is_name(name) for name in names)
+    return all(is_name(name) for name in uri.removeprefix(folder).split("/"))
 
 
 def is_name(name: str) -> bool:
@@ -218,26 +225,25 @@ def _backend(uri: str) -> ModuleType:
 
         return s3
     # An MLflow server that proxies artifacts gives addresses of its own, which no step can read.
-    remedy = (
-        "start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
-        "(or file:///folder), then use a new experiment"
+    raise InputError(
+        f"{uri!r} is neither file:// nor s3://",
+        field="store",
+        remedy="start the MLflow server with --no-serve-artifacts and --default-artifact-root s3://bucket/folder "
+        "(or file:///folder), then use a new experiment",
     )
-    raise InputError(f"{uri!r} is neither file:// nor s3://", field="store", remedy=remedy)
 
 
 def _manifest(root: str, run: str, step: str) -> str:
     """The URI of a step's record."""
-    step = _checked_name("step", step)
-    return f"{_run_folder(root, run)}/{step}/manifest.json"
+    return f"{_run_folder(root, run)}/{check_name('step', step)}/manifest.json"
 
 
 def _run_folder(root: str, run: str) -> str:
     """Where the records of a run are."""
-    run = _checked_name("run", run)
-    return f"{root.rstrip('/')}/{run}"
+    return f"{root.rstrip('/')}/{check_name('run', run)}"
 
 
-def _checked_name(kind: str, name: str) -> str:
+def check_name(kind: str, name: str) -> str:
     """The name, which may come from a user: it must not lead out of the root."""
     if not is_name(name):
         raise InputError(f"{name!r} must be 1-128 letters, digits, dots, dashes or underscores", field=kind)
@@ -249,13 +255,14 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
         record = dict(json.loads(data))
-        seal = record.pop("sha256")
-        if seal != _seal(record):
-            problem = "digest differs: its bytes are not the ones that were committed"
-            raise WorkError(problem, field=uri, remedy=remedy)
+        if record.pop("sha256") != digest(record):
+            raise WorkError(
+                "digest differs: its bytes are not the ones that were committed",
+                field=uri,
+                remedy=remedy,
+            )
         # An intact record may still be one of another version, or copied from another step.
-        identity = (record["format"], record["step"], type(record["key"]))
-        if identity != (FORMAT, step, str):
+        if (record["format"], record["step"], type(record["key"])) != (FORMAT, step, str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
         pointer_of(record["pointer"])
     except (ValueError, KeyError, TypeError, InputError) as error:
@@ -263,19 +270,21 @@ def _load_record(data: bytes, uri: str, step: str) -> Record:
     return record
 
 
-def _seal(record: Record) -> str:
-    """Hex sha256 over a record: a changed byte shows."""
-    text = json.dumps(record, sort_keys=True)
+def digest(value: Any) -> str:
+    """Hex sha256 over a value as JSON; sections of the config may be in it."""
+    text = json.dumps(value, sort_keys=True, default=to_jsonable_python)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_key(record: Record, key: str, run: str, uri: str) -> None:
     # The same run id with another config: nothing that it has may be taken for this one's.
     if record["key"] != key:
-        cause = "it was committed with other settings, another model or another version of ptl"
-        step = record["step"]
-        problem = f"step {step} belongs to another run: {cause} ({uri})"
-        raise InputError(problem, field=f"run {run}", remedy="choose a new run directory")
+        raise InputError(
+            f"step {record['step']} belongs to another run: it was committed with other settings, another model or "
+            f"another version of ptl ({uri})",
+            field=f"run {run}",
+            remedy="choose a new run directory",
+        )
 
 
 def _twice(read_and_check: Callable[[], T]) -> T:

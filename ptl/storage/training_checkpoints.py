@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -46,16 +44,16 @@ class TrainingCheckpoints:
         stored = self.records()
         slot = self._slot(len(stored))
         # a random suffix: a save that was killed before its record left a folder of the same number
-        suffix = uuid.uuid4().hex[:12]
-        location = f"{self._folder()}/{slot}-{suffix}"
+        location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
         files = store.publish(folder, location, on_progress=_silent)
-        pointer = Pointer(location, digest_of(files))
-        metadata = {"folder": folder.name}
         # written last: what it names is complete
-        record = {"key": self.key, "pointer": asdict(pointer), "metadata": metadata}
+        record = {
+            "key": self.key,
+            "pointer": asdict(Pointer(location, digest_of(files))),
+            "metadata": {"folder": folder.name},
+        }
         store.commit(self.root, self.run, slot, record)
-        num_outdated = len(stored) + 1 - NUM_KEPT
-        for number in range(num_outdated):
+        for number in range(len(stored) + 1 - NUM_KEPT):
             self._delete_files(number, stored[number])
 
     def restore(self, scratch: Path) -> None:
@@ -71,8 +69,7 @@ class TrainingCheckpoints:
             return
         # one that is not complete is replaced
         download = scratch / "fetched"
-        pointer = Pointer(**newest["pointer"])
-        folder = store.fetch(pointer, download, on_progress=_silent)
+        folder = store.fetch(Pointer(**newest["pointer"]), download, on_progress=_silent)
         shutil.rmtree(target, ignore_errors=True)
         # one rename makes it complete
         partial = scratch / f".{os.getpid()}.{target.name}"
@@ -85,8 +82,12 @@ class TrainingCheckpoints:
         """The records of the checkpoints stored so far, oldest first."""
         stored: list[dict[str, Any]] = []
         while True:
-            slot = self._slot(len(stored))
-            record = store.committed(self.root, self.run, slot, self.key)
+            record = store.committed(
+                self.root,
+                self.run,
+                self._slot(len(stored)),
+                self.key,
+            )
             # numbers are given without a gap
             if record is None:
                 return stored
@@ -99,8 +100,7 @@ class TrainingCheckpoints:
         # the newest first, as `records` ends at the first gap
         for number in reversed(range(len(stored))):
             self._delete_files(number, stored[number])
-            slot = self._slot(number)
-            store.delete(f"{folder}/{slot}", below=folder)
+            store.delete(f"{folder}/{self._slot(number)}", below=folder)
 
     def _delete_files(self, number: int, record: dict[str, Any]) -> None:
         """Delete a checkpoint's files: of its record only the name counts, and that must be one which `save` gives."""
@@ -113,8 +113,7 @@ class TrainingCheckpoints:
 
     def _folder(self) -> str:
         """What a run keeps beside its checkpoints: records of steps, and training checkpoints with theirs."""
-        root = self.root.rstrip("/")
-        return f"{root}/{self.run}"
+        return f"{self.root.rstrip('/')}/{self.run}"
 
     def _slot(self, number: int) -> str:
         """The name of a record, as of a step."""
@@ -123,13 +122,3 @@ class TrainingCheckpoints:
 
 def _silent(_: int) -> None:
     """No bar of progress: the training reports its own."""
-
-
-def key_of(*parts: Any) -> str:
-    """A digest of all that a result depends on: plain values and sections of the config."""
-    text = json.dumps(parts, sort_keys=True, default=_section_values)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _section_values(section: Any) -> Any:
-    return section.model_dump(mode="json")

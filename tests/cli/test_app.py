@@ -212,20 +212,20 @@ def test_training_is_resumed_only_for_the_same_source_settings_and_data(config, 
 
 
 def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path):
-    from ptl.cli.destination import OUT, writing
+    from ptl.cli.destination import writing
 
     dst, work = tmp_path / "dst", tmp_path / "dst.partial"
-    with pytest.raises(RuntimeError), writing(dst) as folder:
-        (folder / OUT / "model.safetensors").touch()
-        (folder / "training-1").mkdir()
+    with pytest.raises(RuntimeError), writing(dst) as out:
+        (out / "model.safetensors").touch()
+        out.with_name("training-1").mkdir()
         with pytest.raises(InputError, match="another process executes it"), writing(dst):
             raise AssertionError("two writers")
         raise RuntimeError("it died")
-    assert not dst.exists() and (work / "training-1").is_dir() and not (work / OUT).exists()
-    (work / OUT).mkdir()
-    (work / OUT / "left").touch()  # as by kill -9
-    with writing(dst) as folder:
-        (folder / OUT / "model.safetensors").touch()
+    assert not dst.exists() and (work / "training-1").is_dir() and not out.exists()
+    out.mkdir()
+    (out / "left").touch()  # as by kill -9
+    with writing(dst) as out:
+        (out / "model.safetensors").touch()
     assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()
 
 

@@ -29,7 +29,7 @@ from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.local import runs, servers
+from ptl.local import runs, seaweedfs, server_process, servers
 from ptl.storage import store
 
 ROOT = Path(__file__).parents[2]
@@ -170,10 +170,10 @@ class Servers:
     def restart_s3(self):
         os.kill(json.loads((self.home / "stack" / "s3.service.json").read_text())["pid"], signal.SIGKILL)
         time.sleep(S3_DOWN)
-        servers.s3_up(self.home, self.ports["s3_port"])
+        seaweedfs.up(self.home, self.ports["s3_port"])
 
     def pause_mlflow(self):
-        servers.down_one(self.home, "mlflow")
+        server_process.stop(self.home, "mlflow")
         time.sleep(MLFLOW_DOWN)
         servers.up(self.home, **self.ports)
 
@@ -231,7 +231,7 @@ def records(stack_up, monkeypatch):
     for name, value in stack_up.env.items():
         monkeypatch.setenv(name, value)
     location = runs.artifact_location("ptl")
-    assert location.startswith(f"s3://{servers.BUCKET}/")
+    assert location.startswith(f"s3://{seaweedfs.BUCKET}/")
     return lambda run: {step: store.committed(f"{location}/ptl", run.folder.name, step) for step in CHAIN}
 
 

@@ -10,7 +10,8 @@ from ptl.errors import InputError
 from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
-from ptl.storage.training_checkpoints import TrainingCheckpoints, key_of
+from ptl.storage.store import digest
+from ptl.storage.training_checkpoints import TrainingCheckpoints
 from ptl.storage.training_files import COMPLETE, last_complete
 
 
@@ -76,9 +77,9 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri)
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
-    checkpoints = TrainingCheckpoints(f"file://{tmp_path}/art", "run", "recover-1.0", key_of("digest", DATA), 0)
+    checkpoints = TrainingCheckpoints(f"file://{tmp_path}/art", "run", "recover-1.0", digest(["digest", DATA]), 0)
     checkpoints.save(folder(tmp_path, 2))
-    assert key_of("digest", DATA) != key_of("other", DATA)
+    assert digest(["digest", DATA]) != digest(["other", DATA])
     with pytest.raises(InputError, match="belongs to another run"):
         replace(checkpoints, key="other").restore(tmp_path / "scratch")
 
