@@ -1,4 +1,4 @@
-"""Sizes and durations as people read them."""
+"""Sizes, durations and numbers of things as people read them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def duration(seconds: float) -> str:
     # Beside hours nobody needs seconds.
     parts = {"h": hours, "min": minutes, "s": 0 if hours else rest}
     return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
+
+
+def counted(number: int, noun: str) -> str:
+    """1, `item` -> `1 item`; 1200 -> `1,200 items`."""
+    plural = "" if number == 1 else "s"
+    return f"{number:,} {noun}{plural}"

@@ -1,6 +1,6 @@
 """Sizes and durations as they are printed."""
 
-from ptl.units import duration, size
+from ptl.units import counted, duration, size
 
 
 def test_sizes_have_one_to_three_digits_before_the_point():
@@ -18,3 +18,7 @@ def test_sizes_have_one_to_three_digits_before_the_point():
 def test_durations():
     cases = {4.21: "4.2 s", 59.97: "1 min", 230.4: "3 min 50 s", 3599.6: "1 h", 26_000: "7 h 13 min"}
     assert {seconds: duration(seconds) for seconds in cases} == cases
+
+
+def test_one_thing_is_not_many():
+    assert [counted(number, "item") for number in (0, 1, 1200)] == ["0 items", "1 item", "1,200 items"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from ptl.config.flat_settings import flat_settings
 from ptl.report.result_rows import Row
+from ptl.units import counted
 
 Pairs = list[tuple[str, str]]  # names and printed values
 
@@ -99,11 +100,11 @@ def comparison(pair: Row) -> str:
     # The interval is that of two one-sided tests, each at the significance level.
     confidence = 100 * (1 - 2 * pair["alpha"])
     # Only items that changed distinguish the models.
-    regressions = pair["regressions"]
-    improvements = pair["improvements"]
+    regressions = counted(pair["regressions"], "regression")
+    improvements = counted(pair["improvements"], "improvement")
     return (
         f"{change} points ({low} to {high} at {confidence:g} %), "
-        f"{regressions} regressions and {improvements} improvements on {pair['items']:,} items, "
+        f"{regressions} and {improvements} on {pair['items']:,} items, "
         f"p {pair['p_different']:.2g}"
     )
 
