@@ -17,5 +17,7 @@ fi
 if [ ! -e /opt/ptl/bin/python ]; then
     python3 -m venv --without-pip /opt/ptl
 fi
+# HASHES may be empty, or several options.
+# shellcheck disable=SC2086
 /opt/tools/bin/uv pip install --cache-dir /root/.cache/uv --link-mode copy --compile-bytecode \
-    --find-links /wheels "$hashes" --requirements "$lock"
+    --find-links /wheels $hashes --requirements "$lock"

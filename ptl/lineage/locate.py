@@ -216,9 +216,9 @@ def _registered(reference: str) -> Checkpoint:
                 remedy=f"give {FORMS}",
             )
         # The run that made it may be gone: then there is no card.
-        step_run = if_there(client.get_run, str(version.run_id))
-        run = run_by_id(client, step_run.data.tags["ptl.run"]) if step_run else None
-    pointer = store.Pointer(str(version.source), tags["ptl.digest"], int(tags["ptl.params"]))
+        step_run = if_there(client.get_run, version.run_id) if version.run_id else None
+        run = run_by_id(client, step_run.data.tags.get("ptl.run", "")) if step_run else None
+    pointer = store.Pointer(str(version.source), tags["ptl.digest"], int(tags.get("ptl.params", 0)))
     card = _card(run, pointer.digest) if run else None
     return Checkpoint(pointer, f"version {version.version} of {name}", card)
 

@@ -43,7 +43,7 @@ def register(
         numbers = _versions_of(client, registered_model, pointer.model_id)
         if not numbers:
             # MLflow may have lost the LoggedModel; the version then has the tag alone.
-            known = existing_models(client, [pointer.model_id])
+            known = pointer.model_id and existing_models(client, [pointer.model_id])
             client.create_model_version(
                 registered_model,
                 source=pointer.uri,
@@ -56,7 +56,8 @@ def register(
             # A request that was sent twice has made two.
             for duplicate in numbers[1:]:
                 if_there(client.delete_model_version, registered_model, duplicate)
-        _mark_registered(client, registered_model, numbers[0], pointer.model_id)
+        if pointer.model_id:
+            _mark_registered(client, registered_model, numbers[0], pointer.model_id)
         return numbers[0]
 
 

@@ -119,7 +119,7 @@ def _owners(records: dict[str, Records], models: list[LoggedModel]) -> dict[str,
         moved = uri not in owners and model.model_id in committed_ids
         committed = run in [owner.run for owner in owners[uri]]
         if not moved and not committed:
-            owners[uri].append(_Owner(run, model.tags["ptl.step"], "attempt"))
+            owners[uri].append(_Owner(run, model.tags.get("ptl.step", model.name), "attempt"))
     return owners
 
 

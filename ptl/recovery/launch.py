@@ -156,7 +156,7 @@ def _follow(process: subprocess.Popen[str], job: RecoveryJob) -> list[str]:
                 job.save_checkpoint(Path(json.loads(line.removeprefix(CHECKPOINT))))
                 # the training waits until this file is gone
                 (job.scratch / HANDOVER).unlink()
-            else:
+            elif line.strip():  # a message begins with an empty line
                 printed.append(line)
                 print(line, end="", flush=True)
     except BaseException:

@@ -45,16 +45,22 @@ def main(job_file: Path) -> None:
 
 
 def _print_metrics(metrics: dict[str, float], step: int) -> None:
-    print(f"{METRICS}{json.dumps([metrics, step])}", flush=True)
+    _send(METRICS, [metrics, step])
 
 
 def _hand_over(folder: Path) -> None:
     """Have the launching process store a training checkpoint, and wait for it: the Trainer deletes older ones."""
     handover = folder.parent / HANDOVER
     handover.touch()
-    print(f"{CHECKPOINT}{json.dumps(str(folder))}", flush=True)
+    _send(CHECKPOINT, str(folder))
     while handover.exists():
         time.sleep(POLL)
+
+
+def _send(mark: str, value: Any) -> None:
+    """A line for the launching process, in one write and on a line of its own: all processes share its pipe."""
+    sys.stdout.flush()
+    os.write(1, f"\n{mark}{json.dumps(value)}\n".encode())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune
-from ptl.evaluation import gate
+from ptl.evaluation import gate, tasks
 from ptl.lineage.run_status import StepRun
 from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, passes_through, write_pointer
@@ -36,6 +36,8 @@ def evaluate(call: Call) -> None:
     if step.arm == "loop" and step.iteration:
         # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(loop.gate, compiled=fallback is not None)
+    # The import step does not know whether the gate can decide by the first benchmark.
+    tasks.check_gate(settings, loop.gate)
     # The scores depend on less than the verdict: another gate can take them over.
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
@@ -100,11 +102,8 @@ def _scores(
     gate_settings: Gate,
 ) -> Metadata:
     """The scores of a checkpoint, whose files are written to `dst`: those of an earlier run, or new ones."""
-    from ptl.evaluation import tasks
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
-    # The import step does not know whether the gate can decide by the first benchmark.
-    tasks.check_gate(settings, gate_settings)
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
     earlier = takeover.take(run, content_key, dst)
     if earlier:

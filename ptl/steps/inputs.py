@@ -27,12 +27,9 @@ def fetch(pointer: Pointer) -> Path:
         # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
         if attempts.on_a_cluster() or not pointer.step:
             raise
-        raise WorkError(
-            error.problem,
-            field=error.field,
-            remedy=f"{error.remedy}. Run the same command again: it checks step {pointer.step}, and repeats it if need "
-            "be",
-        ) from error
+        again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
+        remedy = f"{error.remedy}; or {again}" if error.remedy else again
+        raise WorkError(error.problem, field=error.field, remedy=remedy) from error
 
 
 def damage_report(digest: str) -> Path:

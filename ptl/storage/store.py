@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
 
-FORMAT = 1  # of a record
+FORMAT = 2  # of a record
 T = TypeVar("T")
 Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
