@@ -54,7 +54,7 @@ class Calibration(Section):
 
     # A model's own answers are nearer to what it will write than a data set's are.
     answers: Literal["given", "self"] = "given"
-    """`self`: the current model answers the prompts itself, and its correct answers are scored on"""
+    """`self`: the current model answers the prompts itself, and its correct answers are used for scoring"""
     max_new_tokens: Positive = 256
     """tokens of its longest own answer (answers `self`)"""
 
