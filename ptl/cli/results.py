@@ -84,11 +84,11 @@ def report(
     try:
         folder = dst or _report_folder(result)
         render(result, folder)
-    except (OSError, ValueError, KeyError, TypeError, UndefinedError) as error:
+    except (OSError, ValueError, LookupError, TypeError, UndefinedError) as error:
         raise InputError(
             f"{source} is no result of a run ({error!r})",
             field="result",
-            remedy="give its result.json",
+            remedy="give a result.json that this version of ptl has written",
         ) from error
     print(f"wrote {folder / 'report.html'}")
 

@@ -34,7 +34,7 @@ class TaskScore:
 
 
 def score_task(
-    lm: Any,  # of backends.language_model
+    lm: Any,  # of language_models.language_model
     task: Task,
     settings: Evaluate,
     *,

@@ -71,10 +71,10 @@ def optimizer_for(model: Any, settings: Stage, state: Path | None = None) -> tor
     matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
     # norms and biases
     vectors = [parameter for parameter in trained.values() if parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    # adapters have none
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
     if state is None:
         return optimizer

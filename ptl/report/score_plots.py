@@ -138,7 +138,7 @@ def _draw_scores(axis: Any, result: Result, scores: list[Scored]) -> None:
     x, y = _coordinates(path)
     axis.plot(x, y, color=LOOP, linewidth=1.2, alpha=0.55, zorder=1)  # below the marks
     # A task's scores are all shares, or none is.
-    if is_share(scores[0].task):
+    if all(is_share(score.task) for score in scores):
         axis.yaxis.set_major_formatter(_percent_tick)
     axis.autoscale_view()
     axis.invert_xaxis()

@@ -135,7 +135,7 @@ def _comparison(
     pair = result["paired"].get(key)
     if pair:
         return f"Final against {name}, item by item: {comparison(pair)}."
-    if final["low"] is None:
+    if final["low"] is None or other["low"] is None:
         return ""
     # The upper one begins where the lower one has ended.
     begin = max(final["low"], other["low"])
@@ -217,11 +217,11 @@ def table_caption(result: Result) -> str:
     sentences = [_about_task(task)]
     if any(row["recovery_tokens"] for row in rows):
         sentences.append("Recovery tokens are those of each iteration alone.")
-    # All rows have an interval, or none has: they are scores of one task.
-    if task["low"] is not None:
+    # Of a metric that is no accuracy only a row whose items all score 0 or 1 has an interval.
+    lows = [row["low"] for row in rows if row["low"] is not None]
+    if lows:
         # The bars would be too short to compare if it began at zero.
-        lowest = min(row["low"] for row in rows)
-        zero = " that does not begin at zero" if lowest > 0 else ""
+        zero = " that does not begin at zero" if min(lows) > 0 else ""
         sentences.append(f"The drawn intervals share one scale{zero}.")
     return " ".join(sentences)
 
@@ -238,8 +238,7 @@ def accuracy_caption(result: Result) -> str:
     """What is seen in the chart of scores against parameters."""
     rows = result["rows"]
     sentences = []
-    # All rows have an interval, or none has.
-    if rows[0]["low"] is not None:
+    if any(row["low"] is not None for row in rows):
         sentences.append(f"Bars are {level(result)} intervals.")
     if not begins_at_zero(rows):
         sentences.append("The vertical axis does not begin at zero.")

@@ -46,7 +46,7 @@ def scores(params: int, accuracy: float, width: int) -> dict:
 
 
 def speed() -> dict:
-    """Metadata of evaluate.side_by_side."""
+    """Metadata of speed.side_by_side."""
 
     def model(params: int, times: float, solved: int) -> dict:
         rows = [
@@ -711,3 +711,14 @@ def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, setting
     records |= {step: {**record, "metadata": record["metadata"] | {"started": 1.76e9 - starts[step]}}
                 for step, record in records.items()}  # fmt: skip
     assert [step["step"] for step in build(records, settings)["steps"]] == expected
+
+
+def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_path):
+    """Of a metric that is no accuracy only a row whose items all score 0 or 1 has one."""
+    for name, record in records.items():
+        if record["metadata"]["stage"] == "evaluate" and name != "evaluate-4":
+            record["metadata"]["scores"]["tasks"][0] |= {"low": None, "high": None}
+        record["metadata"].pop("items", None)
+    result = write_report(records, settings, tmp_path)
+    assert [row["low"] is None for row in result["rows"]].count(False) == 1
+    assert "intervals" not in " ".join(notes(result)) and (tmp_path / "report.html").is_file()

@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_names_its_step_and_file_and_the_next_command_makes
     before = execute(step, None, {}, work)
     pointer = Pointer(**before["pointer"])
     flip(before["pointer"])
-    with pytest.raises(WorkError, match=r"file model\.safetensors.*Run the same command again.*checks step prune-1"):
+    with pytest.raises(WorkError, match=r"file model\.safetensors.*run the same command again.*checks step prune-1"):
         fetch(pointer)
     assert execute(step, None, {}, work) == before and work.done == 2
     assert "done again, since its files are damaged" in capsys.readouterr().out
