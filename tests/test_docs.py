@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.prune_tune_loop.pipeline import parameters
+from ptl.cli.configs import checked_params
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 
@@ -28,7 +29,7 @@ def test_it_builds_with_every_link_checked(tmp_path):
     assert (tmp_path / "site" / "install" / "index.html").is_file()
 
 
-def test_the_form_explains_every_parameter():
+def test_the_page_of_run_parameters_explains_every_one():
     text = (ROOT / "docs" / "ui.md").read_text()
     told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
     assert told == set(parameters(load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")))
@@ -44,3 +45,12 @@ def test_files_that_are_named_exist():
     pattern = re.compile(r"`((?:manifests|examples|pipelines|docs|tests|components)/[\w./-]+\.\w+)`")
     named = {name for path in DOCS for name in pattern.findall(path.read_text())}
     assert len(named) >= 4 and not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path):
+    """It is said to be a file in the root of the checkout; its paths are relative to its folder."""
+    block = re.search(r"```yaml\n(name: tiny\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    (tmp_path / "readme.yaml").write_text(block)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    config = load_config(tmp_path / "readme.yaml")
+    assert checked_params(config) == 213_568

@@ -146,7 +146,7 @@ def _start_servers_of(source: str, uri: str) -> None:
     if not directory.exists() or not uri.startswith("s3://") or "AWS_ACCESS_KEY_ID" in os.environ:
         return
     # A run's directory is HOME/runs/ID.
-    home = directory.resolve().parents[1]
+    home = directory.resolve().parent.parent
     if (home / "stack").is_dir():
         runs.use(runs.start_servers(home))
 

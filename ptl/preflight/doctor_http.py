@@ -85,9 +85,9 @@ def _session(url: str, ca_cert: str | None) -> requests.Session:
     session.trust_env = False
     session.proxies = requests.utils.get_environ_proxies(url)
     # What OpenSSL trusts, unless a CA bundle is named: requests alone would trust a bundle of its own.
-    named = ca_cert or os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")
+    # It reads SSL_CERT_FILE and SSL_CERT_DIR, and passes over what does not exist.
     system = ssl.get_default_verify_paths()
-    session.verify = named or system.cafile or system.capath or True
+    session.verify = ca_cert or system.cafile or system.capath or True
     session.headers["Accept-Encoding"] = "identity"  # the limit is one of bytes on the wire
     return session
 
