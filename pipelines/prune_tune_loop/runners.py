@@ -8,17 +8,34 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
+from ptl import fork_server
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
+from ptl.lineage import mlflow_client
 from ptl.log import MARK
+from ptl.processes import Environment
 
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
+# What the steps need, imported once and not in the process of each.
+IMPORTED = (
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "ptl.steps.table",
+    "ptl.model.import_checkpoint",
+    "ptl.preflight.preflight",
+    "ptl.pruning.prune",
+    "ptl.recovery.recover",
+    "ptl.evaluation.evaluate",
+    "trl.trainer.sft_trainer",
+    "lm_eval.models.huggingface",
+)
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
@@ -33,7 +50,7 @@ class RunnerJob:
     config: Config
     pipeline: Path  # the compiled YAML
     folder: Path  # of the run
-    environment: dict[str, str]  # of every step
+    environment: Environment  # of every step
     artifacts: str  # where the MLflow experiment keeps its files
     steps: tuple[str, ...]  # in the order of their execution
 
@@ -43,7 +60,18 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     from kfp import local
 
     warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
-    _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+    with fork_server.serving(IMPORTED), _making_database(job.environment):
+        _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+
+
+@contextlib.contextmanager
+def _making_database(environment: Environment) -> Iterator[None]:
+    """Let MLflow make its tables, where they are on this machine, while the libraries are imported."""
+    uri = environment.get("MLFLOW_TRACKING_URI", "")
+    # The first step makes them otherwise, and reports why it cannot.
+    with ThreadPoolExecutor(1) as background:
+        background.submit(mlflow_client.make_database, uri)
+        yield
 
 
 def run_docker(job: RunnerJob, verbose: bool = False) -> None:

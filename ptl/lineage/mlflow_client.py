@@ -45,11 +45,16 @@ def connect() -> MlflowClient:
             field="environment",
             remedy="run pip install 'ptl[pipelines]', or give the address of a server (http://...)",
         )
-    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
-    mlflow_database.create(uri, default_artifacts)
+    make_database(uri)
     from mlflow import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
+
+
+def make_database(uri: str) -> None:
+    """Make the database of a sqlite URI unless it exists. Raises WorkError where MLflow cannot."""
+    default_artifacts = os.environ.get("PTL_ARTIFACT_ROOT", "mlruns")  # mlruns: MLflow's own default
+    mlflow_database.create(uri, default_artifacts)
 
 
 @contextmanager

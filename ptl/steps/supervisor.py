@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptl import processes
+from ptl import fork_server, processes
 from ptl.log import say
 from ptl.steps import mounts
 from ptl.steps.attempts import Failure, Policy, on_a_cluster, policy
 
 INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
 PROCESS = "ptl.steps.process"  # the module that does the work
+Work = subprocess.Popen[bytes] | fork_server.Forked
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
 
 
@@ -87,7 +88,7 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
     failure_file = call.with_name("failure.json")
     failure_file.unlink(missing_ok=True)
     # A session of its own: a signal to this process is passed on, and all of the work's processes end together.
-    process = subprocess.Popen(
+    process = fork_server.start(PROCESS, str(call)) or subprocess.Popen(
         [sys.executable, "-m", PROCESS, str(call), str(os.getpid())],
         start_new_session=True,
     )
@@ -121,7 +122,7 @@ def _unexplained(exit_code: int) -> str:
 
 
 @contextlib.contextmanager
-def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ending_together(process: Work) -> Iterator[None]:
     """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
 
     def stop(number: int) -> NoReturn:
@@ -136,7 +137,7 @@ def _ending_together(process: subprocess.Popen[bytes]) -> Iterator[None]:
             raise
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Work) -> None:
     """SIGTERM to the work and all that it started, SIGKILL to what remains after a while (or when the pod ends)."""
     # The group, not the process: launchers and workers have children of their own.
     for number in (signal.SIGTERM, signal.SIGKILL):

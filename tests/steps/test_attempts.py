@@ -1,5 +1,6 @@
 """A step that dies is tried again by its parent; the attempts of all pods and runners together are retries + 1."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
+from ptl import fork_server
 from ptl.lineage import mlflow_client, run_status, tracking
 from ptl.steps import attempts, supervisor
 from ptl.steps.call import Step
@@ -46,8 +48,15 @@ def environment(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "PROCESS", "failing_step")
 
 
+@pytest.fixture(params=["started", "forked"])
+def origin(request, environment):
+    """The process of the work is started, or forked from a server that has its libraries."""
+    with fork_server.serving([]) if request.param == "forked" else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
-def go(tmp_path, monkeypatch):
+def go(tmp_path, monkeypatch, origin):
     """Run a step as its component does; returns its exit code and the metadata of its output."""
 
     def run(plan, retries=2, step="prune-1", pointer=None, **more):
@@ -184,7 +193,7 @@ def test_the_parent_imports_nothing_heavy(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(number, tmp_path):
+def test_a_signal_to_the_parent_ends_the_work_and_is_no_reason_to_try_again(number, tmp_path, origin):
     process = parent(tmp_path, "hangs ok")
     deadline = time.monotonic() + 60
     while not (tmp_path / "hangs").exists():
@@ -390,6 +399,7 @@ def test_a_control_works_beside_a_loop_that_has_failed(go, mlflow):
     assert go("ok", PTL_LAUNCH="the retry")[0] == 0 and mlflow("")[0] == "RUNNING"
 
 
+@pytest.mark.parametrize("origin", ["started"], indirect=True)
 def test_a_failure_that_was_half_written_is_a_death(go, tmp_path, monkeypatch, capfd):
     real = supervisor.subprocess.Popen.wait
 
