@@ -24,7 +24,7 @@ from transformers import logging
 
 from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config
-from ptl.config.schedule import plan, removal
+from ptl.config.schedule import plan, removal, token_weights
 from ptl.evaluation import gate, paired
 from ptl.evaluation.evaluate import evaluate_checkpoint, read_items
 from ptl.model import checkpoint
@@ -40,7 +40,7 @@ from recovery import REASONER, ROOT, correct, generate
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 # name -> cuts, tokens, decay of the learning rate
 SCHEDULES = {
-    "cubic cuts, doubling tokens, decay last": ("cubic", "doubling", "last"),
+    "cubic cuts, doubling tokens, decay 0.5": ("cubic", "doubling", 0.5),
     "cubic cuts, doubling tokens, decay each": ("cubic", "doubling", "each"),
     "cubic cuts, uniform tokens, decay each": ("cubic", "uniform", "each"),
     "uniform cuts, uniform tokens, decay each": ("uniform", "uniform", "each"),
@@ -80,7 +80,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         planned = dense - int(it.progress * removal(dense, config.schedule.target))
         goal = gate.goal(checkpoint.num_params(accepted), planned, state.dump())
         prune_checkpoint(accepted, pruned, config.prune, config.calibration, unit=it.unit, goal=goal, seed=config.seed)
-        here = StageBudget(it.tokens, (), it.index, it.last, config.seed)
+        here = StageBudget(it.tokens, (), it.index, it.last, config.seed, token_weights(config.schedule))
         job = RecoveryJob(config.training, here, folder / f"training-{it.index}", lambda metrics, step: None)
         budgets = [each.tokens for each in iterations[: it.index]]
         used += recover_checkpoint(pruned, candidate, Recovery(stages=config.recover), budgets, job).tokens

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune, Schedule, plan
+from ptl.config.schedule import Prune, Schedule, plan, token_weights
 from ptl.evaluation import paired
 from ptl.model import checkpoint
 from ptl.pruning.prune import prune_checkpoint
@@ -87,7 +87,7 @@ def run(schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Pat
         at = cut
         if not stages:
             continue
-        here = StageBudget(it.tokens, (), it.index, it.last, seed)
+        here = StageBudget(it.tokens, (), it.index, it.last, seed, token_weights(schedule))
         job = RecoveryJob(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
         tokens = [each.tokens for each in rounds[: it.index]]
         used += recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens

@@ -30,7 +30,9 @@ def cut(src, dst, goal):
 
 def recover(src, dst, *stages, tokens=1500, earlier=(), last=True, log=None, data=DATA, stores=(), **more):
     """Run the stages on `tokens` tokens after those of `earlier` iterations; logs go into the list `log`."""
-    budget = StageBudget(tokens, (), len(earlier) + 1, last, 0)
+    iteration = len(earlier) + 1
+    weights = (1,) * (iteration if last else iteration + 1)
+    budget = StageBudget(tokens, (), iteration, last, 0, weights)
     scratch = more.pop("scratch", dst.with_name(dst.name + ".training"))
     collect = log if log is not None else []
     job = RecoveryJob(data, budget, scratch, lambda metrics, step: collect.append((step, metrics)), **more)

@@ -195,8 +195,8 @@ class NextToken(Stage):
     packing: bool = False
     """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
-    decay: Literal["last", "each"] = "last"
-    """decay the learning rate in the last iteration only, or in each (with a new cosine)"""
+    decay: Annotated[float, Field(ge=0, le=1)] | Literal["each"] = 0.5
+    """share of the run's recovery over which the learning rate decays, at its end; `each`: in each iteration anew"""
     carry_moments: bool = True
     """carry the optimizer state to the next iteration, pruned together with the weights"""
     lora: Lora | None = None

@@ -142,11 +142,17 @@ def _removed_share(schedule: Schedule, index: int) -> Fraction:
     return 1 - (1 - uniform) ** 3
 
 
+def token_weights(schedule: Schedule) -> tuple[int, ...]:
+    """What each iteration gets of the recovery, relative to the others: equal, or doubling."""
+    if schedule.tokens == "uniform":
+        return (1,) * schedule.iterations
+    return tuple(2**index for index in range(schedule.iterations))
+
+
 def _token_share(schedule: Schedule, index: int) -> Fraction:
     """Share of the recovery tokens that is spent after an iteration."""
-    if schedule.tokens == "uniform":
-        return Fraction(index, schedule.iterations)
-    return Fraction(2**index - 1, 2**schedule.iterations - 1)
+    weights = token_weights(schedule)
+    return Fraction(sum(weights[:index]), sum(weights))
 
 
 def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:

@@ -58,9 +58,10 @@ def _undecayed(config: Config) -> list[str]:
     if config.schedule.iterations == 1:
         return []
     stages = [stage for stage in config.recover if isinstance(stage, NextToken)]
-    if all(stage.decay == "each" for stage in stages):
+    decays = [stage.decay for stage in stages if stage.decay != "each"]
+    if not decays:
         return []
     return [
-        "recover.decay=last, with the gate on: all iterations but the last are judged at the full learning rate, and a "
+        f"recover.decay={decays[0]:g}, with the gate on: early iterations are judged at the full learning rate, and a "
         "loop that the gate stops ends with such a model: set decay: each in every stage of recover"
     ]

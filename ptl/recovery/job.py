@@ -36,6 +36,13 @@ class StageBudget:
     seed: int
     weights: tuple[int, ...] = (1,)  # of all iterations, to divide a total among them; 1:2:4 for example
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The shares of the run's recovery that are done before and after this iteration."""
+        assert self.iteration <= len(self.weights)
+        total = sum(self.weights)
+        return sum(self.weights[: self.iteration - 1]) / total, sum(self.weights[: self.iteration]) / total
+
     def part(self, total: int) -> tuple[int, int]:
         """Of `total` for the run, how much earlier iterations had and how much this one has."""
         until_this = self.weights[: self.iteration]

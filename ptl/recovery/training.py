@@ -46,20 +46,22 @@ def learning_rate_curve(
     """The factor on the learning rate at each optimizer step.
 
     An optimizer state that was carried through pruning needs no warm-up; a fresh optimizer does, for at most half of
-    the steps and from a rate above zero, so that an iteration of one step trains too. With decay `last` the rate is
-    constant until the last iteration, whose cosine ends the run at zero; with `each` every iteration has its own.
-    Reinforcement learning has no decay.
+    the steps and from a rate above zero, so that an iteration of one step trains too. The rate is constant until the
+    run's decay begins, in whichever iteration that is, and its cosine ends the run at zero; with `each` every iteration
+    is a run of its own, which decays from its start. Reinforcement learning has no decay.
     """
     warmup = 0 if carried else min(settings.warmup_steps, steps // 2)
-    decays = isinstance(settings, NextToken) and (budget.last or settings.decay == "each")
+    begin, end = budget.interval
+    decay = settings.decay if isinstance(settings, NextToken) else 0.0
+    if decay == "each":
+        begin, end, decay = 0.0, 1.0, 1.0
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        if not decays:
-            return 1.0
-        angle = math.pi * (step - warmup) / max(1, steps - warmup)
-        return (1 + math.cos(angle)) / 2
+        done = begin + (end - begin) * (step - warmup) / max(1, steps - warmup)  # share of the run's recovery
+        decayed = max(0.0, done - (1 - decay)) / decay if decay else 0.0  # share of the decay
+        return (1 + math.cos(math.pi * decayed)) / 2
 
     return factor
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
-from ptl.config.schedule import Prune, Schedule
+from ptl.config.schedule import Prune, token_weights
 from ptl.data import decontamination
 from ptl.errors import WorkError
 from ptl.lineage import tracking
@@ -35,7 +35,7 @@ def recover(call: Call) -> None:
     parent = call.inputs["model"]
     iterations = iterations_until(call, Prune())  # what is pruned does not matter for the tokens
     iteration = iterations[-1]
-    weights = _weights(schedule_of(call))
+    weights = token_weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
     # All that the result depends on, beside the pruned model.
@@ -72,13 +72,6 @@ def recover(call: Call) -> None:
     for stage_store in stores:
         stage_store.clear()
     write_pointer(call.outputs["out"], record["pointer"])
-
-
-def _weights(schedule: Schedule) -> tuple[int, ...]:
-    """Shares of the iterations in what is shared out: equal, or doubling as the tokens do."""
-    if schedule.tokens == "uniform":
-        return (1,) * schedule.iterations
-    return tuple(2**index for index in range(schedule.iterations))
 
 
 def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:

@@ -49,10 +49,10 @@ def test_steps_of_reinforcement_learning_are_shared_out_like_tokens():
     assert warnings(**fields, schedule__tokens="uniform") == []
 
 
-def test_a_rate_that_decays_only_in_the_last_iteration_is_warned_of():
+def test_a_rate_that_decays_only_at_the_end_of_the_run_is_warned_of():
     stages = [STAGE | {"share": 0.5}, {"method": "distil"}]
     (warning,) = warnings(recover=stages, schedule__tokens="uniform")
-    assert warning.startswith("recover.decay=last, with the gate on") and "set decay: each" in warning
+    assert warning.startswith("recover.decay=0.5, with the gate on") and "set decay: each" in warning
     assert warnings(recover=stages, schedule__iterations=1) == []  # the last iteration is the only one
 
 
@@ -83,4 +83,4 @@ def test_a_command_that_starts_something_warns_first(monkeypatch, command):
         app.app, [command, str(TINY), "--set", "gate.enabled=true", "--set", "schedule.iterations=8"]
     )
     assert done.exit_code == 0, done.output
-    assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=last" in done.stderr
+    assert "warning: schedule.tokens=doubling" in done.stderr and "warning: recover.decay=0.5" in done.stderr

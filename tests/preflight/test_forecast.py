@@ -84,8 +84,8 @@ def test_what_cannot_fit_is_said_with_a_remedy(large):
 
 
 def test_settings_that_would_waste_the_run_are_said_as_well():
-    (warning,) = forecast(config(DENSE, **{"gate.enabled": True}, recover=[{"decay": "last"}])).warnings[1:]
-    assert warning.startswith("recover.decay=last")
+    (warning,) = forecast(config(DENSE, **{"gate.enabled": True}, recover=[{"decay": 0.3}])).warnings[1:]
+    assert warning.startswith("recover.decay=0.3")
 
 
 def test_memory_follows_the_settings(large):

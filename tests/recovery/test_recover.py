@@ -183,24 +183,30 @@ def test_the_optimizer_state_is_written_only_where_it_is_continued(small, tmp_pa
     assert not (tmp_path / "switched-off" / checkpoint.STATE).exists()
 
 
-def curve(*, last, carried=False, steps=100, **settings):
-    return [
-        learning_rate_curve(Cpt(**settings), StageBudget(1, (), 1, last, 0), steps, carried)(i) for i in range(steps)
-    ]
+def curve(iteration=1, weights=(1,), *, carried=False, steps=100, **settings):
+    budget = StageBudget(1, (), iteration, iteration == len(weights), 0, weights)
+    factor = learning_rate_curve(Cpt(**settings), budget, steps, carried)
+    return [factor(step) for step in range(steps)]
 
 
-def test_the_learning_rate_decays_in_the_last_iteration_only():
-    level, final = curve(last=False, warmup_steps=10), curve(last=True, warmup_steps=10)
-    assert level[10:] == [1.0] * 90 and level[0] == pytest.approx(0.1)
+def test_the_learning_rate_decays_at_the_end_of_the_run():
+    """One curve over all iterations, wherever they end: half of the recovery is in the last of these."""
+    early, middle, final = (curve(i, (1, 2, 3), warmup_steps=10) for i in (1, 2, 3))
+    assert early[10:] == middle[10:] == [1.0] * 90 and early[0] == pytest.approx(0.1)
     assert final[10] == 1.0 and final[55] == pytest.approx(0.5) and final[-1] < 0.001
     assert all(later <= earlier for earlier, later in itertools.pairwise(final[10:]))
+    whole = curve(carried=True)
+    assert whole[:51] == [1.0] * 51 and whole[75] == pytest.approx(0.5) and whole[-1] < 0.005
+    parts = curve(1, (1, 1), carried=True, decay=1, steps=50) + curve(2, (1, 1), carried=True, decay=1, steps=50)
+    assert parts == pytest.approx(curve(carried=True, decay=1))
+    assert curve(decay=0, carried=True) == [1.0] * 100
 
 
 def test_each_decays_every_time_and_a_carried_optimizer_state_needs_no_warm_up():
-    assert curve(last=False, decay="each") == curve(last=True, decay="each")
-    assert curve(last=False, carried=True) == [1.0] * 100
-    assert curve(last=True, carried=True)[0] == 1.0
-    assert curve(last=False, warmup_steps=50, steps=10)[:5] == [pytest.approx((i + 1) / 5) for i in range(5)]
+    assert curve(1, (1, 2), decay="each") == curve(2, (1, 2), decay="each") == curve(decay=1)
+    assert curve(1, (1, 2), carried=True) == [1.0] * 100
+    assert curve(2, (1, 2), carried=True)[0] == 1.0
+    assert curve(1, (1, 2), warmup_steps=50, steps=10)[:5] == [pytest.approx((i + 1) / 5) for i in range(5)]
 
 
 @pytest.mark.slow
