@@ -15,11 +15,13 @@ problems each, so differences below 3 points are noise: one-shot cpt 6e-4 .938, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ GRPO = {
     "processes": 1,
     "rewards": [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}],
 }
+DEFAULT_PRUNE = Prune()
 ONE, SHAPED = {"iterations": 1}, {"iterations": 4}
 UNIFORM = {"iterations": 8, "cuts": "uniform", "tokens": "uniform"}
 # name -> schedule, stages. The paper's uniform loop has a fresh optimizer and its own decay in every iteration.
@@ -73,36 +76,58 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-def run(schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Path) -> tuple[Path, int]:
-    """Prune and recover by a schedule; returns the final checkpoint and the tokens used."""
-    at, used = REASONER, 0
+@dataclass
+class Trained:
+    """What a schedule leads to."""
+
+    checkpoint: Path
+    params: int
+    tokens: int = 0  # of recovery
+    flops: int = 0  # of recovery: 6 for each parameter and token
+
+
+def run(
+    schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Path, prune: Prune = DEFAULT_PRUNE
+) -> Trained:
+    """Prune and recover by a schedule."""
+    at = REASONER
     params = checkpoint.num_params(REASONER)
-    rounds = plan(schedule, Prune())
+    trained = Trained(at, params)
+    iterations = plan(schedule, prune)
     scored = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
-    for it in rounds:
+    for it in iterations:
         goal = params - int(it.progress * int(schedule.target * params))
         cut, out = folder / f"cut-{it.index}", folder / f"out-{it.index}"
         cut.mkdir()
-        prune_checkpoint(at, cut, Prune(), scored, unit="neurons", goal=goal, seed=seed)
+        prune_checkpoint(at, cut, prune, scored, unit="neurons", goal=goal, seed=seed)
         at = cut
+        trained = dataclasses.replace(trained, checkpoint=at, params=checkpoint.num_params(at))
         if not stages:
             continue
         here = StageBudget(it.tokens, (), it.index, it.last, seed, token_weights(schedule))
         job = RecoveryJob(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
-        tokens = [each.tokens for each in rounds[: it.index]]
-        used += recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens
+        tokens = [each.tokens for each in iterations[: it.index]]
+        used = recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens
         at = out
-    return at, used
+        trained.checkpoint = at
+        trained.tokens += used
+        trained.flops += 6 * trained.params * used
+    return trained
+
+
+def correct(folder: Path, problems: list[dict[str, str]]) -> int:
+    """How many problems greedy decoding solves."""
+    return sum(correct_items(folder, problems))
 
 
 @torch.inference_mode()
-def correct(folder: Path, problems: list[dict[str, str]]) -> int:
-    """How many problems greedy decoding solves."""
+def correct_items(folder: Path, problems: list[dict[str, str]]) -> list[int]:
+    """1 for each problem that greedy decoding solves, 0 for the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.generation_config.max_length = None
-    solved = 0
+    solved = []
     for begin in range(0, len(problems), 125):
         part = problems[begin : begin + 125]
         batch = tokenizer([row["question"] + "\n" for row in part], return_tensors="pt", padding=True)
@@ -114,9 +139,8 @@ def correct(folder: Path, problems: list[dict[str, str]]) -> int:
             pad_token_id=tokenizer.pad_token_id,
         )
         answers = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        solved += sum(
-            final_number(answer) == final_number(row["answer"]) for answer, row in zip(answers, part, strict=True)
-        )
+        for answer, row in zip(answers, part, strict=True):
+            solved.append(int(final_number(answer) == final_number(row["answer"])))
     return solved
 
 
@@ -136,11 +160,11 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.monotonic()
                 schedule = Schedule(target=target, recovery_tokens=given.tokens, **shape)
-                final, used = run(schedule, stages, seed, Path(folder))
+                trained = run(schedule, stages, seed, Path(folder))
                 seconds = time.monotonic() - started
-                solved = correct(final, problems)
+                solved = correct(trained.checkpoint, problems)
                 low, high = paired.wilson(solved, len(problems), 0.95)
-            row = {"run": name, "seed": seed, "tokens": used, "accuracy": solved / len(problems)}
+            row = {"run": name, "seed": seed, "tokens": trained.tokens, "accuracy": solved / len(problems)}
             yield row | {"low": round(low, 3), "high": round(high, 3), "seconds": round(seconds, 1)}
 
 

@@ -76,7 +76,7 @@ class Prune(Section):
     width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
-        "divides the width and is at most an eighth of it",
+        "divides the width and is at most an eighth of what is left of it",
     )
     tensor_parallel: Positive = 1
     """GPUs that will share the model; each width is a multiple of this"""

@@ -70,10 +70,16 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     )
 
 
-def resolve_multiple(width: int, multiple: Multiple, tensor_parallel: int = 1) -> int:
+def resolve_multiple(
+    width: int,
+    remaining: int,  # neurons that are left of it, before rounding
+    multiple: Multiple,
+    tensor_parallel: int = 1,
+) -> int:
     """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
 
-    Raises InputError when the ranks do not divide the width.
+    The remaining neurons decide, not the width: a loop and its control, which come to a size from different widths,
+    round it alike. Raises InputError when the ranks do not divide the width.
     """
     if width % tensor_parallel:
         raise InputError(
@@ -86,7 +92,7 @@ def resolve_multiple(width: int, multiple: Multiple, tensor_parallel: int = 1) -
     for candidate in MULTIPLES:
         step = candidate * tensor_parallel
         # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-        if width % step == 0 and width // step >= MIN_STEPS:
+        if width % step == 0 and remaining // step >= MIN_STEPS:
             return step
     return tensor_parallel
 
@@ -104,9 +110,9 @@ def width_for(
     # A width that is not pruned need not be a multiple.
     if goal >= dimensions.params:
         return dimensions.width
-    step = resolve_multiple(dimensions.width, multiple, tensor_parallel)
     per_neuron = dimensions.params_per_neuron
     width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
+    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron

@@ -78,7 +78,7 @@ def prune_checkpoint(
         layers=after.layers,
         widths=(after.width,) * after.layers,
         removed_layers=tuple(removed_layers),
-        width_multiple=resolve_multiple(before.width, settings.width_multiple, settings.tensor_parallel),
+        width_multiple=resolve_multiple(before.width, after.width, settings.width_multiple, settings.tensor_parallel),
         repaired=repaired,
         sequences=sequences,
         seconds=time.monotonic() - started,

@@ -50,7 +50,7 @@ def neurons(task: SelectionTask) -> Selection:
     if sigma is not None:
         # One width serves all layers: the layer with the fewest redundant neurons decides.
         needed = dimensions.width - min(num_redundant(layer, sigma) for layer in scores)
-        step = resolve_multiple(dimensions.width, settings.width_multiple, settings.tensor_parallel)
+        step = resolve_multiple(dimensions.width, width, settings.width_multiple, settings.tensor_parallel)
         needed += -needed % step  # up to the next multiple
         width = min(max(width, needed), dimensions.width)  # which need not be a multiple
     return _keep_neurons(range(dimensions.layers), scores, width)

@@ -92,14 +92,14 @@ def test_what_measures_loss_needs_a_token_of_an_answer(source, calibration, tmp_
     ],
 )
 def test_automatic_multiples(width, ranks, multiple):
-    assert resolve_multiple(width, "auto", ranks) == multiple
+    assert resolve_multiple(width, width, "auto", ranks) == multiple
     assert width % multiple == 0
 
 
 def test_a_multiple_is_made_to_fit_the_ranks():
-    assert resolve_multiple(192, 8, 3) == 24 and resolve_multiple(192, 64, 2) == 64
+    assert resolve_multiple(192, 100, 8, 3) == 24 and resolve_multiple(192, 100, 64, 2) == 64
     with pytest.raises(InputError, match=r"prune.tensor_parallel: 5 does not divide the FFN width 192"):
-        resolve_multiple(192, "auto", 5)
+        resolve_multiple(192, 100, "auto", 5)
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 16, 24, 64])
@@ -112,6 +112,19 @@ def test_widths_are_rounded_down_and_never_grow(goal, multiple):
     assert after <= goal or goal >= body.params
     step = multiple if width + multiple <= 192 else 192 - width
     assert width == 192 or after + step * 400 > goal  # no more than needed
+
+
+@pytest.mark.parametrize("goal", range(75_500, 99_000, 1_300))
+def test_a_loop_and_one_shot_pruning_end_with_the_same_width(goal):
+    """Also where the width is small at the end: one-shot pruning rounded it by the large width it began with."""
+    body = ModelDimensions(params=100_000, layers=4, width=64, params_per_neuron=400, params_per_layer=24_000)
+    direct = width_for(body, goal, "auto")
+    in_two_steps = body
+    for target in ((goal + body.params) // 2, goal):
+        width = width_for(in_two_steps, target, "auto")
+        params = in_two_steps.params - (in_two_steps.width - width) * 400
+        in_two_steps = dataclasses.replace(in_two_steps, params=params, width=width)
+    assert in_two_steps.width == direct
 
 
 def test_an_odd_width_stays_when_nothing_goes():
