@@ -12,6 +12,9 @@ from ptl.config.base import LARGEST, Positive, Section
 
 FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
 
+# Tokens of an iteration, as a multiple of the last one's.
+GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
+
 Unit = Literal["neurons", "layers", "auto"]
 
 
@@ -36,8 +39,8 @@ class Schedule(Section):
     """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with"""
     cuts: Literal["uniform", "cubic"] = "cubic"
     """remove equal parts in each iteration, or more in the first ones, on a cubic curve"""
-    tokens: Literal["uniform", "doubling"] = "doubling"
-    """equal token budgets, or twice as many in each iteration"""
+    tokens: Literal["uniform", "doubling", "quadrupling"] = "doubling"
+    """equal token budgets, or in each iteration twice or four times those of the last"""
     recovery_tokens: NonNegativeInt
     """tokens of recovery training over all iterations"""
 
@@ -111,7 +114,7 @@ def plan(schedule: Schedule, prune: Prune) -> list[Iteration]:
     """The iterations of a run: pure and torch-free.
 
     The cubic curve is that of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1): after iteration i of k the
-    share 1 - (1 - i/k)^3 of the removal is done. Doubling gives iteration i 2^(i-1) / (2^k - 1) of the tokens.
+    share 1 - (1 - i/k)^3 of the removal is done. With doubling tokens iteration i has 2^(i-1) / (2^k - 1) of them.
     """
     iterations: list[Iteration] = []
     progress_before = Fraction(0)
@@ -143,10 +146,9 @@ def _removed_share(schedule: Schedule, index: int) -> Fraction:
 
 
 def token_weights(schedule: Schedule) -> tuple[int, ...]:
-    """What each iteration gets of the recovery, relative to the others: equal, or doubling."""
-    if schedule.tokens == "uniform":
-        return (1,) * schedule.iterations
-    return tuple(2**index for index in range(schedule.iterations))
+    """What each iteration gets of the recovery, relative to the others."""
+    growth = GROWTH[schedule.tokens]
+    return tuple(growth**index for index in range(schedule.iterations))
 
 
 def _token_share(schedule: Schedule, index: int) -> Fraction:

@@ -1,0 +1,228 @@
+"""Where does going gradually pay? Accuracy against removed share: one-shot pruning against loops, at equal tokens.
+
+    python benchmarks/depth.py measure [--shares 0.6 0.65] [--arms "one-shot" "loop of 4"] [--tokens 500000]
+    python benchmarks/depth.py table [--markdown]     # what has been measured, with paired tests against one-shot
+    python benchmarks/depth.py plot docs/depth.svg
+    python benchmarks/depth.py cell                   # both arms at one size, in minutes (make depth)
+
+Each arm gets its own best learning rate for each share and budget. It is chosen on other seeds and other problems than
+those of the results: three neighbours of a grid by steps of the square root of 2, and further ones for as long as the
+best is at an edge. Every cell is a line of benchmarks/results/depth.jsonl, written as soon as it is measured; what is
+there is not measured again, so a study that was interrupted resumes. Two processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "depth.jsonl"
+RATES = tuple(float(f"{1.2e-3 * 2 ** (power / 2):.2g}") for power in range(-4, 6))  # 3e-4 to 6.8e-3
+FIRST_RATES = (4, 5, 6)  # positions in RATES: 1.2e-3, 1.7e-3, 2.4e-3
+
+Row = dict[str, Any]  # of RESULTS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to reach a size: fields of the config's sections that differ from the defaults."""
+
+    schedule: Row = field(default_factory=dict)
+    prune: Row = field(default_factory=dict)
+    stage: Row = field(default_factory=dict)  # of `recover`
+
+
+ONE_SHOT = {"iterations": 1}
+TAYLOR = {"criterion": "taylor"}
+ARMS = {
+    "one-shot": Arm(ONE_SHOT),
+    "one-shot, decay from the start": Arm(ONE_SHOT, stage={"decay": 1}),
+    "loop of 2": Arm({"iterations": 2}),
+    "loop of 4": Arm({"iterations": 4}),
+    "loop of 8": Arm({"iterations": 8}),
+    "loop of 16": Arm({"iterations": 16}),
+    "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
+    "loop of 4, taylor": Arm({"iterations": 4}, TAYLOR),
+    "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
+    "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
+}
+BASELINES = ("one-shot", "one-shot, decay from the start", "one-shot, taylor")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Which seeds and problems: the learning rate is chosen on others than those of the results."""
+
+    name: str
+    seeds: tuple[int, ...]
+    items: int
+    problem_seed: int
+
+
+CHOICE = Phase("choice", (1, 2), 1000, 99)
+RESULT = Phase("result", (11, 12, 13, 14, 15), 2000, 2026)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model: pruned and recovered by an arm, with one learning rate and one seed."""
+
+    arm: str
+    share: float  # of all parameters, to remove
+    tokens: int  # of recovery, in all iterations
+    learning_rate: float
+    phase: str
+    seed: int  # of calibration sequences and training order
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of one arm, share and budget."""
+
+    arm: str
+    share: float
+    tokens: int
+
+    def cells(self, phase: Phase, rates: Sequence[float]) -> list[Cell]:
+        return [
+            Cell(self.arm, self.share, self.tokens, rate, phase.name, seed) for rate in rates for seed in phase.seeds
+        ]
+
+
+class Results:
+    """The rows of a file, by their cells."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[Cell, Row] = {}
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                self._take(json.loads(line))
+
+    def add(self, row: Row) -> None:
+        self._take(row)
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _take(self, row: Row) -> None:
+        names = Cell.__dataclass_fields__
+        self.rows[Cell(**{name: row[name] for name in names})] = row
+
+    def missing(self, study: Study) -> list[Cell]:
+        """What to measure next: first all that the choice of the learning rate needs, then the results."""
+        tried = self.tried(study)
+        needed = study.cells(CHOICE, tried)
+        best = self.best_rate(study)
+        if best is not None:
+            needed = study.cells(RESULT, [best])
+        return [cell for cell in needed if cell not in self.rows]
+
+    def tried(self, study: Study) -> list[float]:
+        """Learning rates to try, as far as is known: neighbours are added for as long as the best is at an edge."""
+        low, *_, high = FIRST_RATES
+        while True:
+            rates = list(RATES[low : high + 1])
+            means = [self.mean(study, CHOICE, rate) for rate in rates]
+            if any(mean is None for mean in means):
+                return rates
+            best = low + max(range(len(rates)), key=lambda position: means[position] or 0.0)
+            if best == low and low > 0:
+                low -= 1
+            elif best == high and high < len(RATES) - 1:
+                high += 1
+            else:
+                return rates
+
+    def best_rate(self, study: Study) -> float | None:
+        """The chosen learning rate; None while a rate that is needed for the choice is not measured."""
+        rates = self.tried(study)
+        means = {rate: self.mean(study, CHOICE, rate) for rate in rates}
+        if any(mean is None for mean in means.values()):
+            return None
+        return max(rates, key=lambda rate: means[rate] or 0.0)
+
+    def mean(self, study: Study, phase: Phase, rate: float) -> float | None:
+        """The mean accuracy over the phase's seeds; None where one is missing."""
+        cells = study.cells(phase, [rate])
+        if any(cell not in self.rows for cell in cells):
+            return None
+        return sum(self.rows[cell]["accuracy"] for cell in cells) / len(cells)
+
+    def of(self, study: Study) -> list[Row]:
+        """The rows of the results, one for each seed; empty while some are missing."""
+        best = self.best_rate(study)
+        cells = study.cells(RESULT, [best]) if best is not None else []
+        return [self.rows[cell] for cell in cells] if all(cell in self.rows for cell in cells) else []
+
+
+def measure(cell: Cell) -> Row:
+    """Prune, recover and score one model; runs in a process of its own."""
+    import torch
+    from recovery import CPT, correct_items, generate, run
+    from transformers.utils import logging
+
+    from ptl.config.schedule import Prune, Schedule
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    arm = ARMS[cell.arm]
+    phase = CHOICE if cell.phase == CHOICE.name else RESULT
+    schedule = Schedule(target=cell.share, recovery_tokens=cell.tokens, **arm.schedule)
+    stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        trained = run(schedule, [stage], cell.seed, Path(folder), Prune(width_multiple=1, **arm.prune))
+        seconds = time.process_time() - began
+        solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
+    return asdict(cell) | {
+        "params": trained.params,
+        "accuracy": sum(solved) / len(solved),
+        "solved": f"{int(''.join(map(str, solved)), 2):0{math.ceil(phase.items / 4)}x}",
+        "flops": trained.flops,
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+    }
+
+
+def complete(studies: Sequence[Study], results: Results, processes: int) -> None:
+    """Measure all that the studies lack; what the choice of one needs decides what is measured next."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        while True:
+            missing = [cell for study in studies for cell in results.missing(study)]
+            if not missing:
+                return
+            print(f"{len(missing)} cells to measure, as far as is known now", flush=True)
+            for done in as_completed([pool.submit(measure, cell) for cell in missing]):
+                row = done.result()
+                results.add(row)
+                print(", ".join(f"{row[name]}" for name in (*Cell.__dataclass_fields__, "accuracy")), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["measure"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.6])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[500_000])
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    results = Results(RESULTS)
+    studies = [Study(arm, share, tokens) for tokens in given.tokens for share in given.shares for arm in given.arms]
+    complete(studies, results, given.processes)
+
+
+if __name__ == "__main__":
+    main()
