@@ -1,9 +1,8 @@
 """Where does going gradually pay? Accuracy against removed share: one-shot pruning against loops, at equal tokens.
 
     python benchmarks/depth.py measure [--shares 0.6 0.65] [--arms "one-shot" "loop of 4"] [--tokens 500000]
-    python benchmarks/depth.py table [--markdown]     # what has been measured, with paired tests against one-shot
-    python benchmarks/depth.py plot docs/depth.svg
-    python benchmarks/depth.py cell                   # both arms at one size, in minutes (make depth)
+    python benchmarks/depth.py cell   # one seed of both arms at one size, in minutes (make depth)
+    python benchmarks/depth_report.py # the table, with paired tests against one-shot pruning, and docs/depth.svg
 
 Each arm gets its own best learning rate for each share and budget. It is chosen on other seeds and other problems than
 those of the results: three neighbours of a grid by steps of the square root of 2, and further ones for as long as the
@@ -26,7 +25,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "depth.jsonl"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "depth.jsonl"
 RATES = tuple(float(f"{1.2e-3 * 2 ** (power / 2):.2g}") for power in range(-4, 6))  # 3e-4 to 6.8e-3
 FIRST_RATES = (4, 5, 6)  # positions in RATES: 1.2e-3, 1.7e-3, 2.4e-3
 
@@ -56,7 +56,19 @@ ARMS = {
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
 }
-BASELINES = ("one-shot", "one-shot, decay from the start", "one-shot, taylor")
+ONE_SHOTS = tuple(name for name, arm in ARMS.items() if arm.schedule == ONE_SHOT)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Where the README says that going gradually wins."""
+
+    arms: tuple[str, str]
+    share: float
+    tokens: int
+
+
+CLAIM = Claim(("one-shot, taylor", "loop of 8, taylor"), 0.65, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -211,17 +223,39 @@ def complete(studies: Sequence[Study], results: Results, processes: int) -> None
                 print(", ".join(f"{row[name]}" for name in (*Cell.__dataclass_fields__, "accuracy")), flush=True)
 
 
+def one_cell(results: Results, processes: int) -> None:
+    """One seed of the results of both arms at the size of the README's claim, measured again and compared."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    cells = []
+    for arm in CLAIM.arms:
+        study = Study(arm, CLAIM.share, CLAIM.tokens)
+        rate = results.best_rate(study)
+        assert rate is not None
+        cells.append(study.cells(RESULT, [rate])[0])
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        measured = list(pool.map(measure, cells))
+    print(
+        f"{CLAIM.share:.0%} of the parameters removed, {CLAIM.tokens:,} recovery tokens, {RESULT.items:,} new problems:"
+    )
+    for cell, row in zip(cells, measured, strict=True):
+        recorded = results.rows[cell]["accuracy"]
+        print(f"  {cell.arm}: {row['accuracy']:.1%} in {row['seconds']:.0f} s (recorded: {recorded:.1%})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["measure"])
+    parser.add_argument("what", choices=["measure", "cell"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[500_000])
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     results = Results(RESULTS)
-    studies = [Study(arm, share, tokens) for tokens in given.tokens for share in given.shares for arm in given.arms]
-    complete(studies, results, given.processes)
+    if given.what == "cell":
+        one_cell(results, given.processes)
+    else:
+        studies = [Study(arm, share, tokens) for tokens in given.tokens for share in given.shares for arm in given.arms]
+        complete(studies, results, given.processes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""What benchmarks/depth.py has measured: a Markdown table on standard output, and docs/depth.svg.
+
+    python benchmarks/depth_report.py
+
+p is McNemar's exact test on all problems of all seeds, each seed's models compared problem by problem. The intervals
+are Student's, over the seeds: these differ by more than their problems do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from depth import ARMS, ONE_SHOTS, RESULT, RESULTS, ROOT, Results, Row, Study
+
+PICTURE = ROOT / "docs" / "depth.svg"
+SHOWN = ("one-shot", "one-shot, taylor", "loop of 4, taylor, quadrupling", "loop of 8, taylor")  # in the picture
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An arm at one size and budget, over the seeds of the results."""
+
+    study: Study
+    learning_rate: float
+    params: int
+    accuracies: tuple[float, ...]  # of each seed
+    solved: tuple[int, ...]  # 0 or 1 for each problem, seed after seed
+    flops: float
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval of the mean (Student's t): seeds differ by more than their problems do."""
+        return half_width(self.accuracies)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summaries(results: Results) -> list[Summary]:
+    """All arms whose results are complete, by budget, share and arm."""
+    cells = {(cell.tokens, cell.share, cell.arm) for cell in results.rows}
+    found = []
+    for tokens, share, arm in sorted(cells, key=lambda key: (*key[:2], list(ARMS).index(key[2]))):
+        study = Study(arm, share, tokens)
+        rows = results.of(study)
+        if rows:
+            found.append(_summary(study, rows))
+    return found
+
+
+def _summary(study: Study, rows: Sequence[Row]) -> Summary:
+    solved = []
+    for row in rows:
+        bits = f"{int(row['solved'], 16):0{RESULT.items}b}"
+        solved += [int(bit) for bit in bits]
+    return Summary(
+        study,
+        learning_rate=rows[0]["learning_rate"],
+        params=rows[0]["params"],
+        accuracies=tuple(row["accuracy"] for row in rows),
+        solved=tuple(solved),
+        flops=statistics.mean(row["flops"] for row in rows),
+        seconds=statistics.mean(row["seconds"] for row in rows),
+    )
+
+
+def best_one_shot(group: Sequence[Summary]) -> Summary | None:
+    """Of the arms at one size and budget, the best that prunes at once."""
+    at_once = [summary for summary in group if summary.study.arm in ONE_SHOTS]
+    return max(at_once, key=lambda summary: summary.mean, default=None)
+
+
+def print_table(results: Results) -> None:
+    """Each arm beside the best that prunes at once: pooled over the seeds by item (p), and by seed (the interval)."""
+    from ptl.evaluation import paired
+
+    print(
+        "| removed | tokens | arm | rate | accuracy (95 %) | seeds | against the best one-shot | p | FLOPs | seconds |"
+    )
+    print("|---|---:|---|---|---|---|---|---|---:|---:|")
+    for (tokens, share), grouped in itertools.groupby(summaries(results), lambda it: (it.study.tokens, it.study.share)):
+        group = list(grouped)
+        reference = best_one_shot(group)
+        for it in group:
+            compared = "reference |"
+            if reference is not None and it is not reference:
+                pair = paired.paired(reference.solved, it.solved, margin=0.0, alpha=0.05)
+                by_seed = [ours - its for ours, its in zip(it.accuracies, reference.accuracies, strict=True)]
+                points = f"{100 * pair.difference:+.1f} ± {100 * half_width(by_seed):.1f} points"
+                compared = f"{points} | {pair.p_different:.1g}"
+            seeds = " ".join(f"{100 * accuracy:.1f}" for accuracy in it.accuracies)
+            print(
+                f"| {share:.0%} | {tokens:,} | {it.study.arm} | {it.learning_rate:g} "
+                f"| {100 * it.mean:.1f} ± {100 * it.half_width:.1f} | {seeds} | {compared} "
+                f"| {it.flops:.3g} | {it.seconds:.0f} |"
+            )
+
+
+def plot(results: Results, path: Path) -> None:
+    """Accuracy against removed share: a panel for each budget, a line for each arm, with intervals over the seeds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ptl"  # the same picture is the same file
+    from matplotlib import pyplot
+
+    found = summaries(results)
+    budgets = sorted({summary.study.tokens for summary in found})
+    figure, axes = pyplot.subplots(1, len(budgets), figsize=(4.6 * len(budgets), 3.8), sharey=True, squeeze=False)
+    for axis, tokens in zip(axes[0], budgets, strict=True):
+        for position, arm in enumerate(SHOWN):
+            line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, tokens)]
+            axis.errorbar(
+                [100 * summary.study.share for summary in line],
+                [100 * summary.mean for summary in line],
+                yerr=[100 * summary.half_width for summary in line],
+                label=arm,
+                color=f"C{position}",
+                linestyle="--" if arm in ONE_SHOTS else "-",
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axis.set_title(f"{tokens:,} recovery tokens", fontsize=10)
+        axis.set_xlabel("parameters removed (%)")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("problems solved (%)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    results = Results(RESULTS)
+    print_table(results)
+    plot(results, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
