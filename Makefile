@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ install: .venv/installed ## virtual environment with the versions that were test
 
 demo: install ## the Prune-Tune Loop on the shipped tiny reasoner, through the compiled pipeline
 	$(BIN)/ptl run $(TINY)
+
+depth: install ## one cell of the study of depth: pruning at once and gradually to the same small size
+	$(BIN)/python benchmarks/depth.py cell
 
 test: check ## all of check, and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup

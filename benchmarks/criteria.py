@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery import CPT, DATA, REASONER, correct, generate
+from loops import TINY
+from recovery import CPT, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from ptl.config.recover import Recovery
-from ptl.config.run import Calibration
 from ptl.config.schedule import Prune
 from ptl.data.sequences import calibration_batches
 from ptl.evaluation import paired
@@ -54,7 +54,7 @@ OURS: dict[str, dict[str, Any]] = {
     "layers, max, sigma_layer 10": {"unit": "layers", "sigma_layer": 10.0},
 }
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
-CALIBRATION = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
+CALIBRATION = TINY.calibration
 
 
 def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
@@ -63,16 +63,16 @@ def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int)
     calibration = CALIBRATION.model_copy(update={"answers": chosen.pop("answers", "given")})
     settings = Prune(**chosen, width_multiple=1)
     goal = body.params - (body.width - width) * body.params_per_neuron
-    prune_checkpoint(REASONER, dst, settings, calibration, unit=unit, goal=goal, seed=seed)
+    prune_checkpoint(TINY.model, dst, settings, calibration, unit=unit, goal=goal, seed=seed)
 
 
 def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
     """The same cut by torch-pruning's dependency graph, importance and surgery."""
     import torch_pruning as tp
 
-    model = AutoModelForCausalLM.from_pretrained(REASONER).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY.model).eval()
     model.config.use_cache = False
-    batches = calibration_batches(CALIBRATION, AutoTokenizer.from_pretrained(REASONER), seed)
+    batches = calibration_batches(CALIBRATION, AutoTokenizer.from_pretrained(TINY.model), seed)
     if kind.endswith("taylor"):
         for batch in batches:
             model(**batch).loss.backward()
@@ -93,18 +93,18 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
     model.config.intermediate_size = width
     model.config.use_cache = True
     model.save_pretrained(dst)
-    checkpoint.copy_companions(REASONER, dst)
+    checkpoint.copy_companions(TINY.model, dst)
 
 
 def recovered(cut: Path, out: Path, tokens: int, seed: int) -> Path:
-    job = RecoveryJob(DATA, StageBudget(tokens, (), 1, True, seed), out / "training", lambda metrics, step: None)
+    job = RecoveryJob(TINY.data, StageBudget(tokens, (), 1, True, seed), out / "training", lambda metrics, step: None)
     (out / "model").mkdir(parents=True)
     recover_checkpoint(cut, out / "model", Recovery(stages=[CPT]), [tokens], job)
     return out / "model"
 
 
 def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    body = model_dimensions(REASONER, family_of(checkpoint.read_config(REASONER)))
+    body = model_dimensions(TINY.model, family_of(checkpoint.read_config(TINY.model)))
     asked = list(generate("test", given.items, given.problem_seed))
     for share in given.shares:
         width = width_for(body, int(body.params * (1 - share)), 1, 1)

@@ -181,7 +181,8 @@ class Results:
 def measure(cell: Cell) -> Row:
     """Prune, recover and score one model; runs in a process of its own."""
     import torch
-    from recovery import CPT, correct_items, generate, run
+    from loops import TINY, run
+    from recovery import CPT, correct_items, generate
     from transformers.utils import logging
 
     from ptl.config.schedule import Prune, Schedule
@@ -195,7 +196,7 @@ def measure(cell: Cell) -> Row:
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        trained = run(schedule, [stage], cell.seed, Path(folder), Prune(width_multiple=1, **arm.prune))
+        trained = run(TINY, schedule, Prune(width_multiple=1, **arm.prune), [stage], cell.seed, Path(folder))
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
     return asdict(cell) | {

@@ -146,6 +146,8 @@ def plot(results: Results, path: Path) -> None:
 
 def main() -> None:
     results = Results(RESULTS)
+    if not summaries(results):
+        raise SystemExit(f"{RESULTS} has no complete result: benchmarks/depth.py measure")
     print_table(results)
     plot(results, PICTURE)
 

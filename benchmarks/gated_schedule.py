@@ -35,7 +35,9 @@ from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))  # a script's folder is on the path, a test's is not
-from recovery import REASONER, ROOT, correct, generate
+from loops import ROOT
+from loops import TINY as SUBJECT
+from recovery import correct, generate
 
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 # name -> cuts, tokens, decay of the learning rate
@@ -67,10 +69,10 @@ def configured(name: str, seed: int, given: argparse.Namespace) -> Config:
 
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """The loop with its gate; returns the final checkpoint, the decisions and the tokens that were trained on."""
-    accepted, state, used = REASONER, gate.State(), 0
-    dense = checkpoint.num_params(REASONER)
+    accepted, state, used = SUBJECT.model, gate.State(), 0
+    dense = checkpoint.num_params(SUBJECT.model)
     iterations = plan(config.schedule, config.prune)
-    items = {REASONER: scored(config, REASONER, folder / "scores-0")}
+    items = {SUBJECT.model: scored(config, SUBJECT.model, folder / "scores-0")}
     decisions = []
     for it in iterations:
         if state.stopped:
@@ -109,10 +111,10 @@ def decide(
     config: Config, state: gate.State, accepted: Path, candidate: Path, items: Mapping[Path, list[dict[str, Any]]]
 ) -> gate.Decision:
     """The gate's decision on a candidate that was pruned from the last accepted checkpoint."""
-    rule, dense = config.gate, checkpoint.num_params(REASONER)
+    rule, dense = config.gate, checkpoint.num_params(SUBJECT.model)
     baseline, parent = (
         paired.paired(*paired.match(items[reference], items[candidate]), rule.margin, rule.alpha)
-        for reference in (REASONER, accepted)
+        for reference in (SUBJECT.model, accepted)
     )
     body = model_dimensions(accepted, family_of(checkpoint.read_config(accepted)))
     return gate.decide(

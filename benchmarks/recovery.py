@@ -15,40 +15,25 @@ problems each, so differences below 3 points are noise: one-shot cpt 6e-4 .938, 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from loops import ROOT, TINY, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from ptl.config.recover import Recovery, TrainingData
-from ptl.config.run import Calibration
-from ptl.config.schedule import Prune, Schedule, plan, token_weights
+from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import paired
-from ptl.model import checkpoint
-from ptl.pruning.prune import prune_checkpoint
-from ptl.recovery.job import RecoveryJob, StageBudget
-from ptl.recovery.recover import recover_checkpoint
 from ptl.recovery.rewards import final_number
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/tiny_reasoner"))
-from problems import generate  # noqa: E402 - an example, not a package
+from problems import generate
 
-REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
-SOURCE = {
-    "source": str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"),
-    "prompt": "{question}\n",
-    "completion": "{answer}",
-}
-DATA = TrainingData(sources=[SOURCE])
 SHARED = {"processes": 1, "max_length": 256}
 CPT = SHARED | {"method": "cpt", "learning_rate": 6e-4}
 GRPO = {
@@ -60,7 +45,6 @@ GRPO = {
     "processes": 1,
     "rewards": [{"name": "final_answer", "weight": 0.9}, {"name": "format", "weight": 0.1}],
 }
-DEFAULT_PRUNE = Prune()
 ONE, SHAPED = {"iterations": 1}, {"iterations": 4}
 UNIFORM = {"iterations": 8, "cuts": "uniform", "tokens": "uniform"}
 # name -> schedule, stages. The paper's uniform loop has a fresh optimizer and its own decay in every iteration.
@@ -74,45 +58,6 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "shaped loop, distil": (SHAPED, [CPT | {"method": "distil"}]),
     "none": (ONE, []),
 }
-
-
-@dataclass
-class Trained:
-    """What a schedule leads to."""
-
-    checkpoint: Path
-    params: int
-    tokens: int = 0  # of recovery
-    flops: int = 0  # of recovery: 6 for each parameter and token
-
-
-def run(
-    schedule: Schedule, stages: list[dict[str, Any]], seed: int, folder: Path, prune: Prune = DEFAULT_PRUNE
-) -> Trained:
-    """Prune and recover by a schedule."""
-    at = REASONER
-    params = checkpoint.num_params(REASONER)
-    trained = Trained(at, params)
-    iterations = plan(schedule, prune)
-    scored = Calibration(data=DATA.sources[0], num_sequences=128, max_length=256)
-    for it in iterations:
-        goal = params - int(it.progress * int(schedule.target * params))
-        cut, out = folder / f"cut-{it.index}", folder / f"out-{it.index}"
-        cut.mkdir()
-        prune_checkpoint(at, cut, prune, scored, unit="neurons", goal=goal, seed=seed)
-        at = cut
-        trained = dataclasses.replace(trained, checkpoint=at, params=checkpoint.num_params(at))
-        if not stages:
-            continue
-        here = StageBudget(it.tokens, (), it.index, it.last, seed, token_weights(schedule))
-        job = RecoveryJob(DATA, here, folder / f"training-{it.index}", lambda metrics, step: None, teacher=REASONER)
-        tokens = [each.tokens for each in iterations[: it.index]]
-        used = recover_checkpoint(cut, out, Recovery(stages=stages), tokens, job).tokens
-        at = out
-        trained.checkpoint = at
-        trained.tokens += used
-        trained.flops += 6 * trained.params * used
-    return trained
 
 
 def correct(folder: Path, problems: list[dict[str, str]]) -> int:
@@ -160,7 +105,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.monotonic()
                 schedule = Schedule(target=target, recovery_tokens=given.tokens, **shape)
-                trained = run(schedule, stages, seed, Path(folder))
+                trained = run(TINY, schedule, Prune(), stages, seed, Path(folder))
                 seconds = time.monotonic() - started
                 solved = correct(trained.checkpoint, problems)
                 low, high = paired.wilson(solved, len(problems), 0.95)

