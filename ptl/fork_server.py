@@ -82,6 +82,7 @@ def serving(modules: Sequence[str]) -> Iterator[None]:
             server = subprocess.Popen(
                 [sys.executable, "-m", "ptl.fork_server", str(os.getpid()), str(listener.fileno()), *modules],
                 pass_fds=[listener.fileno()],
+                start_new_session=True,  # Ctrl-C is for those who asked for a process: they end it
                 # What imports print is no step's; the process itself reports those that fail, when it imports again.
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
