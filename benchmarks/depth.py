@@ -40,6 +40,7 @@ class Arm:
     schedule: Row = field(default_factory=dict)
     prune: Row = field(default_factory=dict)
     stage: Row = field(default_factory=dict)  # of `recover`
+    scored_once: bool = False  # on the dense model, and not in each iteration
 
 
 ONE_SHOT = {"iterations": 1}
@@ -55,6 +56,12 @@ ARMS = {
     "loop of 4, taylor": Arm({"iterations": 4}, TAYLOR),
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
+    # One thing switched off at a time.
+    "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, scored_once=True),
+    "loop of 8, taylor, fresh optimizer": Arm({"iterations": 8}, TAYLOR, {"carry_moments": False}),
+    "loop of 8, taylor, decay from the start": Arm({"iterations": 8}, TAYLOR, {"decay": 1}),
+    "loop of 8, taylor, uniform cuts": Arm({"iterations": 8, "cuts": "uniform"}, TAYLOR),
+    "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
 }
 ONE_SHOTS = tuple(name for name, arm in ARMS.items() if arm.schedule == ONE_SHOT)
 
@@ -181,7 +188,7 @@ class Results:
 def measure(cell: Cell) -> Row:
     """Prune, recover and score one model; runs in a process of its own."""
     import torch
-    from loops import TINY, run
+    from loops import TINY, run, scored_anew, scored_once
     from recovery import CPT, correct_items, generate
     from transformers.utils import logging
 
@@ -193,10 +200,12 @@ def measure(cell: Cell) -> Row:
     arm = ARMS[cell.arm]
     phase = CHOICE if cell.phase == CHOICE.name else RESULT
     schedule = Schedule(target=cell.share, recovery_tokens=cell.tokens, **arm.schedule)
+    prune = Prune(width_multiple=1, **arm.prune)
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        trained = run(TINY, schedule, Prune(width_multiple=1, **arm.prune), [stage], cell.seed, Path(folder))
+        prune_neurons = (scored_once if arm.scored_once else scored_anew)(TINY, prune, cell.seed)
+        trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), prune_neurons)
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
     return asdict(cell) | {

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule, plan, removal, token_weights
+from ptl.data.sequences import calibration_batches
 from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, width_for
+from ptl.model.families import family_of
+from ptl.pruning.importance import keep_highest, neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
+from ptl.pruning.surgery import Selection, write_pruned
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
@@ -51,6 +60,37 @@ class Trained:
     flops: int  # of recovery: 6 for each parameter and token
 
 
+PruneNeurons = Callable[[Path, Path, int], None]  # source, destination, parameters to end with
+
+
+def scored_anew(subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
+    """The prune step's own way."""
+
+    def prune_neurons(src: Path, dst: Path, goal: int) -> None:
+        prune_checkpoint(src, dst, prune, subject.calibration, unit="neurons", goal=goal, seed=seed)
+
+    return prune_neurons
+
+
+def scored_once(subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
+    """Every iteration goes by the scores of the dense model: what scoring again is worth, by leaving it out."""
+    family = family_of(checkpoint.read_config(subject.model))
+    batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
+    scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
+
+    def prune_neurons(src: Path, dst: Path, goal: int) -> None:
+        dimensions = model_dimensions(src, family)
+        width = width_for(dimensions, goal, prune.width_multiple)
+        kept = {}
+        for layer, its_scores in enumerate(scores):
+            # Of the dense model's neurons, those that `src` has, and of these the ones that stay.
+            present = keep_highest(its_scores, dimensions.width)
+            kept[layer] = torch.isin(present, keep_highest(its_scores, width)).nonzero().flatten()
+        write_pruned(src, dst, family, Selection(tuple(kept), kept))
+
+    return prune_neurons
+
+
 def run(
     subject: Subject,
     schedule: Schedule,
@@ -58,8 +98,10 @@ def run(
     stages: Sequence[dict[str, Any]],  # of each recovery; none: it is only pruned
     seed: int,
     folder: Path,  # with what an earlier call has left there, which is continued
+    prune_neurons: PruneNeurons | None = None,  # default: as the prune step does, scored anew in each iteration
 ) -> Trained:
     """Prune neurons and recover by a schedule."""
+    prune_neurons = prune_neurons or scored_anew(subject, prune, seed)
     dense = checkpoint.num_params(subject.model)
     iterations = plan(schedule, prune)
     at = subject.model
@@ -72,7 +114,7 @@ def run(
             shutil.rmtree(pruned, ignore_errors=True)
             pruned.mkdir(parents=True)
             goal = dense - int(iteration.progress * removal(dense, schedule.target))
-            prune_checkpoint(at, pruned, prune, subject.calibration, unit="neurons", goal=goal, seed=seed)
+            prune_neurons(at, pruned, goal)
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))

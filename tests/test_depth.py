@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import depth
 import depth_report
+import loops
 from depth import CHOICE, RATES, RESULT, Results, Study
+from recovery import CPT
+
+from ptl.model import checkpoint
 
 LOOP = Study("loop of 4", 0.6, 1000)
 ONE_SHOT = Study("one-shot", 0.6, 1000)
@@ -85,7 +90,35 @@ def test_the_table_compares_with_the_best_one_shot_item_by_item(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_cell_is_measured(tmp_path):
+def test_scored_once_keeps_the_neurons_that_one_cut_would_keep(tmp_path):
+    """Nothing is trained in between, so the weights are those of pruning to the final size at once."""
+    prune = loops.Prune(width_multiple=1, criterion="weight")
+    finals = []
+    for iterations in (1, 3):
+        schedule = loops.Schedule(target=0.5, recovery_tokens=0, iterations=iterations)
+        once = loops.scored_once(loops.TINY, prune, 1)
+        finals.append(loops.run(loops.TINY, schedule, prune, [], 1, tmp_path / str(iterations), once))
+    one, three = (dict(checkpoint.tensors(final.checkpoint / checkpoint.WEIGHTS)) for final in finals)
+    assert finals[0].params == finals[1].params == 106_048
+    assert all(torch.equal(tensor, three[name]) for name, tensor in one.items())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_continues(tmp_path):
+    """Iterations that are done are not done again: their sources may be gone."""
+    schedule = loops.Schedule(target=0.4, recovery_tokens=2000, iterations=2)
+    stage = CPT | {"save_steps": 10**9}
+    arguments = (loops.TINY, schedule, loops.Prune(width_multiple=1), [stage], 1, tmp_path)
+    first = loops.run(*arguments)
+    (tmp_path / "done-2").unlink()
+    (tmp_path / "pruned-1/model.safetensors").unlink()
+    weights = (first.checkpoint / checkpoint.WEIGHTS).read_bytes()
+    assert loops.run(*arguments) == first
+    assert (first.checkpoint / checkpoint.WEIGHTS).read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured():
     cell = depth.Cell("loop of 2", 0.4, 3000, 1e-3, "choice", 1)
     measured = depth.measure(cell)
     json.dumps(measured)
