@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Arm:
     schedule: Row = field(default_factory=dict)
     prune: Row = field(default_factory=dict)
     stage: Row = field(default_factory=dict)  # of `recover`
-    scored_once: bool = False  # on the dense model, and not in each iteration
+    choice: str = "scored anew"  # how neurons are chosen, of `choices`
 
 
 ONE_SHOT = {"iterations": 1}
@@ -57,11 +58,16 @@ ARMS = {
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
     # One thing switched off at a time.
-    "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, scored_once=True),
+    "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, choice="scored once"),
     "loop of 8, taylor, fresh optimizer": Arm({"iterations": 8}, TAYLOR, {"carry_moments": False}),
     "loop of 8, taylor, decay from the start": Arm({"iterations": 8}, TAYLOR, {"decay": 1}),
     "loop of 8, taylor, uniform cuts": Arm({"iterations": 8, "cuts": "uniform"}, TAYLOR),
     "loop of 8, taylor, uniform tokens": Arm({"iterations": 8, "tokens": "uniform"}, TAYLOR),
+    # Peers: their choice of neurons, our recovery.
+    "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
+    "one-shot, taylor + ridge": Arm(ONE_SHOT, TAYLOR | {"repair": "ridge"}),
+    "one-shot, torch-pruning magnitude": Arm(ONE_SHOT, choice="torch-pruning magnitude"),
+    "one-shot, torch-pruning taylor": Arm(ONE_SHOT, choice="torch-pruning taylor"),
 }
 ONE_SHOTS = tuple(name for name, arm in ARMS.items() if arm.schedule == ONE_SHOT)
 
@@ -185,10 +191,19 @@ class Results:
         return [self.rows[cell] for cell in cells] if all(cell in self.rows for cell in cells) else []
 
 
+def choices() -> dict[str, Any]:
+    """Ways to choose neurons: functions of the subject, the settings and the seed."""
+    import criteria
+    from loops import scored_anew, scored_once
+
+    theirs = {name: partial(criteria.by_torch_pruning, name) for name in criteria.THEIRS}
+    return {"scored anew": scored_anew, "scored once": scored_once, **theirs}
+
+
 def measure(cell: Cell) -> Row:
     """Prune, recover and score one model; runs in a process of its own."""
     import torch
-    from loops import TINY, run, scored_anew, scored_once
+    from loops import TINY, run
     from recovery import CPT, correct_items, generate
     from transformers.utils import logging
 
@@ -204,7 +219,7 @@ def measure(cell: Cell) -> Row:
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        prune_neurons = (scored_once if arm.scored_once else scored_anew)(TINY, prune, cell.seed)
+        prune_neurons = choices()[arm.choice](TINY, prune, cell.seed)
         trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), prune_neurons)
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
