@@ -17,6 +17,7 @@ from pathlib import Path
 
 from depth import ARMS, ONE_SHOTS, RESULT, RESULTS, ROOT, Results, Row, Study
 
+BESIDE = 0.25  # percent, so that intervals do not hide each other
 PICTURE = ROOT / "docs" / "depth.svg"
 SHOWN = ("one-shot", "one-shot, taylor", "loop of 4, taylor, quadrupling", "loop of 8, taylor")  # in the picture
 
@@ -120,12 +121,14 @@ def plot(results: Results, path: Path) -> None:
 
     found = summaries(results)
     budgets = sorted({summary.study.tokens for summary in found})
-    figure, axes = pyplot.subplots(1, len(budgets), figsize=(4.6 * len(budgets), 3.8), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(budgets), figsize=(4.6 * len(budgets), 3.8), sharex=True, sharey=True, squeeze=False
+    )
     for axis, tokens in zip(axes[0], budgets, strict=True):
         for position, arm in enumerate(SHOWN):
             line = [summary for summary in found if (summary.study.arm, summary.study.tokens) == (arm, tokens)]
             axis.errorbar(
-                [100 * summary.study.share for summary in line],
+                [100 * summary.study.share + BESIDE * position for summary in line],
                 [100 * summary.mean for summary in line],
                 yerr=[100 * summary.half_width for summary in line],
                 label=arm,
