@@ -90,7 +90,7 @@ def print_table(results: Results) -> None:
     from ptl.evaluation import paired
 
     print(
-        "| removed | tokens | arm | rate | accuracy (95 %) | seeds | against the best one-shot | p | FLOPs | seconds |"
+        "| removed | tokens | arm | rate | accuracy (95 %) | seeds | against the best one-shot | p | GFLOPs | seconds |"
     )
     print("|---|---:|---|---|---|---|---|---|---:|---:|")
     for (tokens, share), grouped in itertools.groupby(summaries(results), lambda it: (it.study.tokens, it.study.share)):
@@ -107,7 +107,7 @@ def print_table(results: Results) -> None:
             print(
                 f"| {share:.0%} | {tokens:,} | {it.study.arm} | {it.learning_rate:g} "
                 f"| {100 * it.mean:.1f} ± {100 * it.half_width:.1f} | {seeds} | {compared} "
-                f"| {it.flops:.3g} | {it.seconds:.0f} |"
+                f"| {it.flops / 1e9:.0f} | {it.seconds:.0f} |"
             )
 
 
