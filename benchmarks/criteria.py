@@ -54,13 +54,12 @@ OURS: dict[str, dict[str, Any]] = {
     "layers, max, sigma_layer 10": {"unit": "layers", "sigma_layer": 10.0},
 }
 THEIRS = ("torch-pruning magnitude", "torch-pruning taylor")
-CALIBRATION = TINY.calibration
 
 
 def cut_ours(dst: Path, kind: str, body: ModelDimensions, width: int, seed: int) -> None:
     chosen = dict(OURS[kind])
     unit = chosen.pop("unit", "neurons")
-    calibration = CALIBRATION.model_copy(update={"answers": chosen.pop("answers", "given")})
+    calibration = TINY.calibration.model_copy(update={"answers": chosen.pop("answers", "given")})
     settings = Prune(**chosen, width_multiple=1)
     goal = body.params - (body.width - width) * body.params_per_neuron
     prune_checkpoint(TINY.model, dst, settings, calibration, unit=unit, goal=goal, seed=seed)
@@ -72,7 +71,7 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
 
     model = AutoModelForCausalLM.from_pretrained(TINY.model).eval()
     model.config.use_cache = False
-    batches = calibration_batches(CALIBRATION, AutoTokenizer.from_pretrained(TINY.model), seed)
+    batches = calibration_batches(TINY.calibration, AutoTokenizer.from_pretrained(TINY.model), seed)
     if kind.endswith("taylor"):
         for batch in batches:
             model(**batch).loss.backward()

@@ -203,15 +203,12 @@ def choices() -> dict[str, Any]:
 def measure(cell: Cell) -> Row:
     """Prune, recover and score one model; runs in a process of its own."""
     import torch
-    from loops import TINY, run
+    from loops import TINY, run, work_quietly
     from recovery import CPT, correct_items, generate
-    from transformers.utils import logging
 
     from ptl.config.schedule import Prune, Schedule
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    work_quietly()
     arm = ARMS[cell.arm]
     phase = CHOICE if cell.phase == CHOICE.name else RESULT
     schedule = Schedule(target=cell.share, recovery_tokens=cell.tokens, **arm.schedule)
@@ -233,10 +230,15 @@ def measure(cell: Cell) -> Row:
     }
 
 
+def workers(count: int) -> ProcessPoolExecutor:
+    """New processes of one thread each."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+
+
 def complete(studies: Sequence[Study], results: Results, processes: int) -> None:
     """Measure all that the studies lack; what the choice of one needs decides what is measured next."""
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with workers(processes) as pool:
         while True:
             missing = [cell for study in studies for cell in results.missing(study)]
             if not missing:
@@ -250,14 +252,13 @@ def complete(studies: Sequence[Study], results: Results, processes: int) -> None
 
 def one_cell(results: Results, processes: int) -> None:
     """One seed of the results of both arms at the size of the README's claim, measured again and compared."""
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     cells = []
     for arm in CLAIM.arms:
         study = Study(arm, CLAIM.share, CLAIM.tokens)
         rate = results.best_rate(study)
         assert rate is not None
         cells.append(study.cells(RESULT, [rate])[0])
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with workers(processes) as pool:
         measured = list(pool.map(measure, cells))
     print(
         f"{CLAIM.share:.0%} of the parameters removed, {CLAIM.tokens:,} recovery tokens, {RESULT.items:,} new problems:"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import Calibration
@@ -58,6 +59,13 @@ class Trained:
     params: int
     tokens: int  # of recovery
     flops: int  # of recovery: 6 for each parameter and token
+
+
+def work_quietly() -> None:
+    """One thread, and no bars or warnings of transformers: for processes that measure side by side."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 PruneNeurons = Callable[[Path, Path, int], None]  # source, destination, parameters to end with

@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, Subject, run
+from loops import ROOT, Subject, run, work_quietly
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_model.jsonl"
 MODEL = ROOT / ".ptl" / "models" / "smollm2-135m"
@@ -81,13 +81,10 @@ def subject(data: Path) -> Subject:
 def measure(cell: Cell, data: Path) -> Row:
     """Prune, recover and score one model; runs in a process of its own."""
     import torch
-    from transformers.utils import logging
 
     from ptl.config.schedule import Prune, Schedule
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    work_quietly()
     stage = {
         "method": cell.method,
         "learning_rate": cell.learning_rate,
