@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loops import TINY, PruneNeurons, Subject
+from loops import TINY, Cut, Subject
 from recovery import CPT, correct, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -95,15 +95,15 @@ def cut_theirs(dst: Path, kind: str, body: ModelDimensions, width: int, seed: in
     checkpoint.copy_companions(TINY.model, dst)
 
 
-def by_torch_pruning(kind: str, subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
+def by_torch_pruning(kind: str, subject: Subject, prune: Prune, seed: int) -> Cut:
     """One cut of the dense model, as `loops.run` asks for it; of the settings only the width multiple matters."""
 
-    def prune_neurons(src: Path, dst: Path, goal: int) -> None:
+    def cut(src: Path, dst: Path, goal: int) -> None:
         assert src == subject.model
         body = model_dimensions(src, family_of(checkpoint.read_config(src)))
         cut_theirs(dst, kind, body, width_for(body, goal, prune.width_multiple), seed)
 
-    return prune_neurons
+    return cut
 
 
 def recovered(cut: Path, out: Path, tokens: int, seed: int) -> Path:

@@ -41,11 +41,12 @@ class Arm:
     schedule: Row = field(default_factory=dict)
     prune: Row = field(default_factory=dict)
     stage: Row = field(default_factory=dict)  # of `recover`
-    choice: str = "scored anew"  # how neurons are chosen, of `choices`
+    choice: str = "scored anew"  # of `choices`
 
 
 ONE_SHOT = {"iterations": 1}
 TAYLOR = {"criterion": "taylor"}
+LAYERS = {"target": "layers"}
 ARMS = {
     "one-shot": Arm(ONE_SHOT),
     "one-shot, decay from the start": Arm(ONE_SHOT, stage={"decay": 1}),
@@ -54,9 +55,14 @@ ARMS = {
     "loop of 8": Arm({"iterations": 8}),
     "loop of 16": Arm({"iterations": 16}),
     "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
+    "loop of 2, taylor": Arm({"iterations": 2}, TAYLOR),
     "loop of 4, taylor": Arm({"iterations": 4}, TAYLOR),
     "loop of 8, taylor": Arm({"iterations": 8}, TAYLOR),
+    "loop of 16, taylor": Arm({"iterations": 16}, TAYLOR),
     "loop of 4, taylor, quadrupling": Arm({"iterations": 4, "tokens": "quadrupling"}, TAYLOR),
+    # Layers: two of the four are 46 %.
+    "one-shot, layers": Arm(ONE_SHOT, LAYERS),
+    "loop of 2, layers": Arm({"iterations": 2, "cuts": "uniform"}, LAYERS),
     # One thing switched off at a time.
     "loop of 8, taylor, scored once": Arm({"iterations": 8}, TAYLOR, choice="scored once"),
     "loop of 8, taylor, fresh optimizer": Arm({"iterations": 8}, TAYLOR, {"carry_moments": False}),
@@ -95,7 +101,8 @@ class Phase:
 
 
 CHOICE = Phase("choice", (1, 2), 1000, 99)
-RESULT = Phase("result", (11, 12, 13, 14, 15), 2000, 2026)
+RESULT = Phase("result", (11, 12, 13, 14, 15, 16, 17, 18, 19, 20), 2000, 2026)
+FEWEST_SEEDS = 5  # of the results; more where a claim rests
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,8 @@ class Study:
     share: float
     tokens: int
 
-    def cells(self, phase: Phase, rates: Sequence[float]) -> list[Cell]:
-        return [
-            Cell(self.arm, self.share, self.tokens, rate, phase.name, seed) for rate in rates for seed in phase.seeds
-        ]
+    def cell(self, phase: Phase, rate: float, seed: int) -> Cell:
+        return Cell(self.arm, self.share, self.tokens, rate, phase.name, seed)
 
 
 class Results:
@@ -144,13 +149,13 @@ class Results:
         names = Cell.__dataclass_fields__
         self.rows[Cell(**{name: row[name] for name in names})] = row
 
-    def missing(self, study: Study) -> list[Cell]:
+    def missing(self, study: Study, seeds: int = FEWEST_SEEDS) -> list[Cell]:
         """What to measure next: first all that the choice of the learning rate needs, then the results."""
-        tried = self.tried(study)
-        needed = study.cells(CHOICE, tried)
         best = self.best_rate(study)
-        if best is not None:
-            needed = study.cells(RESULT, [best])
+        if best is None:
+            needed = [study.cell(CHOICE, rate, seed) for rate in self.tried(study) for seed in CHOICE.seeds]
+        else:
+            needed = [study.cell(RESULT, best, seed) for seed in RESULT.seeds[:seeds]]
         return [cell for cell in needed if cell not in self.rows]
 
     def tried(self, study: Study) -> list[float]:
@@ -158,7 +163,7 @@ class Results:
         low, *_, high = FIRST_RATES
         while True:
             rates = list(RATES[low : high + 1])
-            means = [self.mean(study, CHOICE, rate) for rate in rates]
+            means = [self.mean(study, rate) for rate in rates]
             if any(mean is None for mean in means):
                 return rates
             best = low + max(range(len(rates)), key=lambda position: means[position] or 0.0)
@@ -172,23 +177,26 @@ class Results:
     def best_rate(self, study: Study) -> float | None:
         """The chosen learning rate; None while a rate that is needed for the choice is not measured."""
         rates = self.tried(study)
-        means = {rate: self.mean(study, CHOICE, rate) for rate in rates}
+        means = {rate: self.mean(study, rate) for rate in rates}
         if any(mean is None for mean in means.values()):
             return None
         return max(rates, key=lambda rate: means[rate] or 0.0)
 
-    def mean(self, study: Study, phase: Phase, rate: float) -> float | None:
-        """The mean accuracy over the phase's seeds; None where one is missing."""
-        cells = study.cells(phase, [rate])
+    def mean(self, study: Study, rate: float) -> float | None:
+        """The mean accuracy over the seeds of the choice; None where one is missing."""
+        cells = [study.cell(CHOICE, rate, seed) for seed in CHOICE.seeds]
         if any(cell not in self.rows for cell in cells):
             return None
         return sum(self.rows[cell]["accuracy"] for cell in cells) / len(cells)
 
     def of(self, study: Study) -> list[Row]:
-        """The rows of the results, one for each seed; empty while some are missing."""
+        """The rows of the results, in the order of the seeds; empty while there are fewer than five."""
         best = self.best_rate(study)
-        cells = study.cells(RESULT, [best]) if best is not None else []
-        return [self.rows[cell] for cell in cells] if all(cell in self.rows for cell in cells) else []
+        if best is None:
+            return []
+        cells = [study.cell(RESULT, best, seed) for seed in RESULT.seeds]
+        rows = [self.rows[cell] for cell in cells if cell in self.rows]
+        return rows if len(rows) >= FEWEST_SEEDS else []
 
 
 def choices() -> dict[str, Any]:
@@ -216,8 +224,8 @@ def measure(cell: Cell) -> Row:
     stage = CPT | {"learning_rate": cell.learning_rate, "save_steps": 10**9} | arm.stage
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        prune_neurons = choices()[arm.choice](TINY, prune, cell.seed)
-        trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), prune_neurons)
+        cut = choices()[arm.choice](TINY, prune, cell.seed)
+        trained = run(TINY, schedule, prune, [stage], cell.seed, Path(folder), cut)
         seconds = time.process_time() - began
         solved = correct_items(trained.checkpoint, list(generate("test", phase.items, phase.problem_seed)))
     return asdict(cell) | {
@@ -236,11 +244,11 @@ def workers(count: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
 
 
-def complete(studies: Sequence[Study], results: Results, processes: int) -> None:
+def complete(studies: Sequence[Study], results: Results, seeds: int, processes: int) -> None:
     """Measure all that the studies lack; what the choice of one needs decides what is measured next."""
     with workers(processes) as pool:
         while True:
-            missing = [cell for study in studies for cell in results.missing(study)]
+            missing = [cell for study in studies for cell in results.missing(study, seeds)]
             if not missing:
                 return
             print(f"{len(missing)} cells to measure, as far as is known now", flush=True)
@@ -257,7 +265,7 @@ def one_cell(results: Results, processes: int) -> None:
         study = Study(arm, CLAIM.share, CLAIM.tokens)
         rate = results.best_rate(study)
         assert rate is not None
-        cells.append(study.cells(RESULT, [rate])[0])
+        cells.append(study.cell(RESULT, rate, RESULT.seeds[0]))
     with workers(processes) as pool:
         measured = list(pool.map(measure, cells))
     print(
@@ -274,6 +282,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[500_000])
+    parser.add_argument("--seeds", type=int, default=FEWEST_SEEDS, help="how many, of the results (at most 10)")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     results = Results(RESULTS)
@@ -281,7 +290,7 @@ def main() -> None:
         one_cell(results, given.processes)
     else:
         studies = [Study(arm, share, tokens) for tokens in given.tokens for share in given.shares for arm in given.arms]
-        complete(studies, results, given.processes)
+        complete(studies, results, given.seeds, given.processes)
 
 
 if __name__ == "__main__":

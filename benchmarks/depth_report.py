@@ -2,8 +2,8 @@
 
     python benchmarks/depth_report.py
 
-p is McNemar's exact test on all problems of all seeds, each seed's models compared problem by problem. The intervals
-are Student's, over the seeds: these differ by more than their problems do.
+p is McNemar's exact test on all problems of the seeds that both arms have, each seed's models compared problem by
+problem. The intervals are Student's, over the seeds: these differ by more than their problems do.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ class Summary:
     study: Study
     learning_rate: float
     params: int
-    accuracies: tuple[float, ...]  # of each seed
-    solved: tuple[int, ...]  # 0 or 1 for each problem, seed after seed
+    solved: dict[int, list[int]]  # of each seed, 0 or 1 for each problem
     flops: float
     seconds: float
+
+    @property
+    def accuracies(self) -> list[float]:
+        return [statistics.mean(bits) for bits in self.solved.values()]
 
     @property
     def mean(self) -> float:
@@ -64,16 +67,14 @@ def summaries(results: Results) -> list[Summary]:
 
 
 def _summary(study: Study, rows: Sequence[Row]) -> Summary:
-    solved = []
+    solved = {}
     for row in rows:
-        bits = f"{int(row['solved'], 16):0{RESULT.items}b}"
-        solved += [int(bit) for bit in bits]
+        solved[row["seed"]] = [int(bit) for bit in f"{int(row['solved'], 16):0{RESULT.items}b}"]
     return Summary(
         study,
         learning_rate=rows[0]["learning_rate"],
         params=rows[0]["params"],
-        accuracies=tuple(row["accuracy"] for row in rows),
-        solved=tuple(solved),
+        solved=solved,
         flops=statistics.mean(row["flops"] for row in rows),
         seconds=statistics.mean(row["seconds"] for row in rows),
     )
@@ -85,28 +86,31 @@ def best_one_shot(group: Sequence[Summary]) -> Summary | None:
     return max(at_once, key=lambda summary: summary.mean, default=None)
 
 
-def print_table(results: Results) -> None:
-    """Each arm beside the best that prunes at once: pooled over the seeds by item (p), and by seed (the interval)."""
+def difference(ours: Summary, its: Summary) -> str:
+    """On the seeds that both have: by seed (points and their interval), and pooled by item (p)."""
     from ptl.evaluation import paired
 
+    seeds = [seed for seed in ours.solved if seed in its.solved]
+    by_seed = [statistics.mean(ours.solved[seed]) - statistics.mean(its.solved[seed]) for seed in seeds]
+    before, after = (tuple(bit for seed in seeds for bit in summary.solved[seed]) for summary in (its, ours))
+    pair = paired.paired(before, after, margin=0.0, alpha=0.05)
+    return f"{100 * pair.difference:+.1f} ± {100 * half_width(by_seed):.1f} points | {pair.p_different:.1g}"
+
+
+def print_table(results: Results) -> None:
+    """Each arm beside the best that prunes at once."""
     print(
         "| removed | tokens | arm | rate | accuracy (95 %) | seeds | against the best one-shot | p | GFLOPs | seconds |"
     )
-    print("|---|---:|---|---|---|---|---|---|---:|---:|")
+    print("|---|---:|---|---|---|---:|---|---|---:|---:|")
     for (tokens, share), grouped in itertools.groupby(summaries(results), lambda it: (it.study.tokens, it.study.share)):
         group = list(grouped)
         reference = best_one_shot(group)
         for it in group:
-            compared = "reference |"
-            if reference is not None and it is not reference:
-                pair = paired.paired(reference.solved, it.solved, margin=0.0, alpha=0.05)
-                by_seed = [ours - its for ours, its in zip(it.accuracies, reference.accuracies, strict=True)]
-                points = f"{100 * pair.difference:+.1f} ± {100 * half_width(by_seed):.1f} points"
-                compared = f"{points} | {pair.p_different:.1g}"
-            seeds = " ".join(f"{100 * accuracy:.1f}" for accuracy in it.accuracies)
+            compared = "reference |" if reference is None or it is reference else difference(it, reference)
             print(
                 f"| {share:.0%} | {tokens:,} | {it.study.arm} | {it.learning_rate:g} "
-                f"| {100 * it.mean:.1f} ± {100 * it.half_width:.1f} | {seeds} | {compared} "
+                f"| {100 * it.mean:.1f} ± {100 * it.half_width:.1f} | {len(it.solved)} | {compared} "
                 f"| {it.flops / 1e9:.0f} | {it.seconds:.0f} |"
             )
 

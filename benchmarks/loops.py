@@ -68,25 +68,25 @@ def work_quietly() -> None:
     torch.set_num_threads(1)
 
 
-PruneNeurons = Callable[[Path, Path, int], None]  # source, destination, parameters to end with
+Cut = Callable[[Path, Path, int], None]  # source, destination, parameters to end with
 
 
-def scored_anew(subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
-    """The prune step's own way."""
+def scored_anew(subject: Subject, prune: Prune, seed: int) -> Cut:
+    """The prune step's own way; `prune.target` must be the same in all iterations, not `neurons_then_layers`."""
 
-    def prune_neurons(src: Path, dst: Path, goal: int) -> None:
-        prune_checkpoint(src, dst, prune, subject.calibration, unit="neurons", goal=goal, seed=seed)
+    def cut(src: Path, dst: Path, goal: int) -> None:
+        prune_checkpoint(src, dst, prune, subject.calibration, unit=prune.target, goal=goal, seed=seed)
 
-    return prune_neurons
+    return cut
 
 
-def scored_once(subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
+def scored_once(subject: Subject, prune: Prune, seed: int) -> Cut:
     """Every iteration goes by the scores of the dense model: what scoring again is worth, by leaving it out."""
     family = family_of(checkpoint.read_config(subject.model))
     batches = calibration_batches(subject.calibration, AutoTokenizer.from_pretrained(subject.model), seed)
     scores = neuron_scores(LayerwiseModel(subject.model, family, batches), prune.criterion, seed)  # [F] of each layer
 
-    def prune_neurons(src: Path, dst: Path, goal: int) -> None:
+    def cut(src: Path, dst: Path, goal: int) -> None:
         dimensions = model_dimensions(src, family)
         width = width_for(dimensions, goal, prune.width_multiple)
         kept = {}
@@ -96,7 +96,7 @@ def scored_once(subject: Subject, prune: Prune, seed: int) -> PruneNeurons:
             kept[layer] = torch.isin(present, keep_highest(its_scores, width)).nonzero().flatten()
         write_pruned(src, dst, family, Selection(tuple(kept), kept))
 
-    return prune_neurons
+    return cut
 
 
 def run(
@@ -106,10 +106,10 @@ def run(
     stages: Sequence[dict[str, Any]],  # of each recovery; none: it is only pruned
     seed: int,
     folder: Path,  # with what an earlier call has left there, which is continued
-    prune_neurons: PruneNeurons | None = None,  # default: as the prune step does, scored anew in each iteration
+    cut: Cut | None = None,  # default: as the prune step does, scored anew in each iteration
 ) -> Trained:
-    """Prune neurons and recover by a schedule."""
-    prune_neurons = prune_neurons or scored_anew(subject, prune, seed)
+    """Prune and recover by a schedule."""
+    cut = cut or scored_anew(subject, prune, seed)
     dense = checkpoint.num_params(subject.model)
     iterations = plan(schedule, prune)
     at = subject.model
@@ -122,7 +122,7 @@ def run(
             shutil.rmtree(pruned, ignore_errors=True)
             pruned.mkdir(parents=True)
             goal = dense - int(iteration.progress * removal(dense, schedule.target))
-            prune_neurons(at, pruned, goal)
+            cut(at, pruned, goal)
         at = pruned
         if stages:
             budget = StageBudget(iteration.tokens, (), iteration.index, iteration.last, seed, token_weights(schedule))

@@ -17,6 +17,7 @@ again, and a model that was interrupted resumes from its last training checkpoin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -37,8 +38,29 @@ MODEL = ROOT / ".ptl" / "models" / "smollm2-135m"
 WORK = ROOT / ".ptl" / "real_model"  # unfinished models
 TEXTS = 128  # held-out problems, and pieces of other text
 LENGTH = 256  # tokens of a text
-SCHEDULES: dict[str, dict[str, Any]] = {"one-shot": {"iterations": 1}, "loop of 4": {"iterations": 4}}
-DENSE = "dense"
+DENSE = "dense"  # an arm that prunes nothing
+UNTRAINED = "none"  # a method
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to reach a size."""
+
+    iterations: int
+    prune: dict[str, Any]  # fields of the config's section
+
+
+ONE_SHOT = 1
+ARMS = {
+    "one-shot, max": Arm(ONE_SHOT, {"criterion": "max"}),
+    "one-shot, mean": Arm(ONE_SHOT, {"criterion": "mean"}),
+    "one-shot, weight": Arm(ONE_SHOT, {"criterion": "weight"}),
+    "one-shot, taylor": Arm(ONE_SHOT, {"criterion": "taylor"}),
+    "one-shot, taylor + ridge": Arm(ONE_SHOT, {"criterion": "taylor", "repair": "ridge"}),
+    "loop of 4, max": Arm(4, {"criterion": "max"}),
+    "loop of 4, taylor": Arm(4, {"criterion": "taylor"}),
+}
+REFERENCE = "one-shot, taylor"
 
 Row = dict[str, Any]
 
@@ -47,7 +69,7 @@ Row = dict[str, Any]
 class Cell:
     """One model."""
 
-    arm: str  # of SCHEDULES, or dense: trained alike and not pruned
+    arm: str  # of ARMS, or dense: trained alike and not pruned
     share: float  # of all parameters, to remove
     tokens: int
     method: str
@@ -56,16 +78,15 @@ class Cell:
 
 
 def cells(given: argparse.Namespace) -> list[Cell]:
-    """The dense model first, then every arm; tokens 0: as it is before any training."""
-    found = [Cell(DENSE, 0.0, 0, "none", 0.0, 0)]
+    """Every arm, and the dense model beside them; tokens 0: as it is before any training."""
+    found = [Cell(DENSE, 0.0, 0, UNTRAINED, 0.0, 0)]
+    trainings = list(itertools.product(given.methods, given.learning_rates))
     for seed in given.seeds:
-        for method in given.methods:
-            for rate in given.learning_rates:
-                if method == "cpt":
-                    found.append(Cell(DENSE, 0.0, given.tokens, method, rate, seed))
-                found += [
-                    Cell(arm, share, given.tokens, method, rate, seed) for share in given.shares for arm in SCHEDULES
-                ]
+        for method, rate in trainings if given.tokens else [(UNTRAINED, 0.0)]:
+            arms = itertools.product(given.shares, given.arms)
+            found += [Cell(arm, share, given.tokens, method, rate, seed) for share, arm in arms]
+            if method == "cpt":
+                found.append(Cell(DENSE, 0.0, given.tokens, method, rate, seed))
     return found
 
 
@@ -95,14 +116,14 @@ def measure(cell: Cell, data: Path) -> Row:
         "processes": 1,
         "save_steps": 20,
     }
+    arm = ARMS.get(cell.arm, Arm(ONE_SHOT, {}))
     # Without a removal the dense model is only trained.
-    schedule = Schedule(
-        target=cell.share or 1e-9, recovery_tokens=cell.tokens, **SCHEDULES.get(cell.arm, {"iterations": 1})
-    )
+    schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations)
+    prune = Prune(width_multiple=32, **arm.prune)
     folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
     began = time.process_time()
     stages = [stage] if cell.tokens else []
-    trained = run(subject(data), schedule, Prune(width_multiple=32), stages, cell.seed, folder)
+    trained = run(subject(data), schedule, prune, stages, cell.seed, folder)
     seconds = time.process_time() - began
     row = asdict(cell) | {
         "params": trained.params,
@@ -170,7 +191,7 @@ def ratio(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]
 def print_table(rows: Sequence[Row]) -> None:
     """Each arm with the better of its learning rates, and its ratio to one-shot pruning at the same size."""
     print(
-        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text | GSM8K against one-shot |"
+        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text | GSM8K against one-shot, taylor |"
     )
     print("|---|---:|---|---|---:|---:|---|---:|---:|---|")
     best: dict[tuple[Any, ...], Row] = {}
@@ -178,9 +199,9 @@ def print_table(rows: Sequence[Row]) -> None:
         key = (row["share"], row["tokens"], row["method"], row["seed"], row["arm"])
         if key not in best or perplexity(row["gsm8k"]) < perplexity(best[key]["gsm8k"]):
             best[key] = row
-    for key in sorted(best, key=lambda key: (*key[:4], key[4] != "one-shot")):
+    for key in sorted(best, key=lambda key: (*key[:4], list(ARMS).index(key[4]) if key[4] in ARMS else -1)):
         row = best[key]
-        reference = best.get((*key[:4], "one-shot"))
+        reference = best.get((*key[:4], REFERENCE))
         compared = ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
         print(
             f"| {row['share']:.0%} | {row['params']:,} | {row['arm']} | {row['method']} | {row['tokens']:,} "
@@ -194,6 +215,7 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "table"])
     parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--methods", nargs="+", choices=["cpt", "distil"], default=["cpt"])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4])

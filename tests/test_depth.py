@@ -47,7 +47,7 @@ def test_rates_are_added_while_the_best_is_at_an_edge(tmp_path):
     assert [len(each) for each in asked] == [3, 1, 1]
     assert asked[1] == {("choice", RATES[depth.FIRST_RATES[0] - 1])}
     assert asked[2] == {("result", lowest)}
-    assert results.best_rate(LOOP) == lowest and len(results.of(LOOP)) == len(RESULT.seeds)
+    assert results.best_rate(LOOP) == lowest and len(results.of(LOOP)) == depth.FEWEST_SEEDS
 
 
 @pytest.mark.parametrize("direction", [1, -1])
@@ -69,22 +69,22 @@ def test_an_interrupted_study_measures_only_what_is_missing(tmp_path):
 
 def test_the_choice_is_on_other_seeds_and_problems_than_the_results():
     assert not set(CHOICE.seeds) & set(RESULT.seeds) and CHOICE.problem_seed != RESULT.problem_seed
-    assert len(RESULT.seeds) >= 5 and RESULT.items >= 2000
+    assert depth.FEWEST_SEEDS >= 5 and RESULT.items >= 2000
 
 
 def test_the_table_compares_with_the_best_one_shot_item_by_item(tmp_path, monkeypatch, capsys):
     results = Results(tmp_path / "results.jsonl")
     answer(results, ONE_SHOT, lambda rate: 0.5)
     answer(results, LOOP, lambda rate: 0.75)
-    for study, bits in ((ONE_SHOT, "01" * 1000), (LOOP, "0111" * 500)):
+    for study, seeds, bits in ((ONE_SHOT, 6, "01" * 1000), (LOOP, 7, "0111" * 500)):
         best = results.best_rate(study)
-        for number, cell in enumerate(study.cells(RESULT, [best])):
-            accuracy = bits.count("1") / len(bits) + number / 1000
-            results.add(row(cell, accuracy, f"{int(bits, 2):0500x}"))
+        for seed in RESULT.seeds[:seeds]:
+            cell = study.cell(RESULT, best, seed)
+            results.add(row(cell, bits.count("1") / len(bits), f"{int(bits, 2):0500x}"))
     depth_report.print_table(results)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| 60% | 1,000 | one-shot | ") and "| reference |" in lines[2]
-    assert "75.2 ± 0.2" in lines[3] and "| +25.0 ± 0.0 points | 0 |" in lines[3]
+    assert "75.0 ± 0.0 | 7 | +25.0 ± 0.0 points | 0 |" in lines[3]
     depth_report.plot(results, tmp_path / "picture.svg")
     assert "one-shot" in (tmp_path / "picture.svg").read_text()
 

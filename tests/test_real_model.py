@@ -11,7 +11,15 @@ import real_model
 from real_model import Cell
 from transformers import AutoTokenizer
 
-GIVEN = Namespace(shares=[0.2, 0.3], tokens=1000, methods=["cpt", "distil"], learning_rates=[1e-4, 3e-4], seeds=[1])
+ONE_SHOT, LOOP = "one-shot, taylor", "loop of 4, taylor"
+GIVEN = Namespace(
+    arms=[ONE_SHOT, LOOP],
+    shares=[0.2, 0.3],
+    tokens=1000,
+    methods=["cpt", "distil"],
+    learning_rates=[1e-4, 3e-4],
+    seeds=[1],
+)
 
 
 def row(cell, loss, texts=8):
@@ -26,18 +34,24 @@ def test_all_arms_have_the_same_sizes_tokens_and_rates():
     arms = {}
     for cell in found:
         arms.setdefault(cell.arm, set()).add((cell.share, cell.tokens, cell.method, cell.learning_rate, cell.seed))
-    assert arms["one-shot"] == arms["loop of 4"] and len(arms["one-shot"]) == 8
+    assert arms[ONE_SHOT] == arms[LOOP] and len(arms[LOOP]) == 8
     # The dense model as it is, and trained on the same tokens.
     assert arms["dense"] == {(0.0, 0, "none", 0.0, 0), (0.0, 1000, "cpt", 1e-4, 1), (0.0, 1000, "cpt", 3e-4, 1)}
 
 
+def test_without_tokens_nothing_is_trained():
+    given = Namespace(**vars(GIVEN) | {"tokens": 0, "shares": [0.3]})
+    dense, one_shot, loop = real_model.cells(given)
+    assert one_shot == Cell(ONE_SHOT, 0.3, 0, "none", 0.0, 1) and loop.arm == LOOP and dense.arm == "dense"
+
+
 def test_the_table_shows_each_arm_with_its_better_rate(capsys):
-    cells = [Cell(arm, 0.2, 1000, "cpt", rate, 1) for arm in ("one-shot", "loop of 4") for rate in (1e-4, 3e-4)]
+    cells = [Cell(arm, 0.2, 1000, "cpt", rate, 1) for arm in (ONE_SHOT, LOOP) for rate in (1e-4, 3e-4)]
     real_model.print_table([row(cell, loss) for cell, loss in zip(cells, (1.0, 1.2, 1.3, 0.9), strict=True)])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 2
-    assert "one-shot | cpt | 1,000 | 1 | 0.0001 | 2.86 |" in lines[0]
-    assert "loop of 4 | cpt | 1,000 | 1 | 0.0003 | 2.59 | 2.59 | 0.905 (0.905 to 0.905) |" in lines[1]
+    assert f"{ONE_SHOT} | cpt | 1,000 | 1 | 0.0001 | 2.86 |" in lines[0]
+    assert f"{LOOP} | cpt | 1,000 | 1 | 0.0003 | 2.59 | 2.59 | 0.905 (0.905 to 0.905) |" in lines[1]
 
 
 def test_the_interval_is_of_the_paired_difference():
