@@ -191,7 +191,8 @@ def ratio(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]
 def print_table(rows: Sequence[Row]) -> None:
     """Each arm with the better of its learning rates, and its ratio to one-shot pruning at the same size."""
     print(
-        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text | GSM8K against one-shot, taylor |"
+        "| removed | parameters | arm | method | tokens | seed | rate | GSM8K | other text "
+        "| GSM8K against one-shot, taylor |"
     )
     print("|---|---:|---|---|---:|---:|---|---:|---:|---|")
     best: dict[tuple[Any, ...], Row] = {}
@@ -205,8 +206,8 @@ def print_table(rows: Sequence[Row]) -> None:
         compared = ratio(row["gsm8k"], reference["gsm8k"]) if reference and reference is not row else ""
         print(
             f"| {row['share']:.0%} | {row['params']:,} | {row['arm']} | {row['method']} | {row['tokens']:,} "
-            f"| {row['seed']} | {row['learning_rate']:g} | {perplexity(row['gsm8k']):.2f} "
-            f"| {perplexity(row['other']):.2f} | {compared} |"
+            f"| {row['seed']} | {row['learning_rate']:g} | {perplexity(row['gsm8k']):,.2f} "
+            f"| {perplexity(row['other']):,.2f} | {compared} |"
         )
 
 
