@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    ConfigDict,
     Discriminator,
     Field,
+    GetJsonSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -18,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from ptl.config.base import Positive, Section
 from ptl.config.paths import Location
@@ -56,6 +59,7 @@ def _valid_template(template: str) -> str:
     return template
 
 
+Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
 Template = Annotated[str, AfterValidator(_valid_template)]  # text with {column}s of a row
 
 
@@ -111,12 +115,25 @@ class TrainingData(Section):
     decontaminate: Decontaminate = Decontaminate()
     """which rows are left out; `off`: none"""
 
-    @field_validator("decontaminate", mode="before")
+    @field_validator("decontaminate", mode="before", json_schema_input_type=Decontaminate | Off)
     @classmethod
-    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
-        if value is False:
+    def _off_means_no_tasks(cls, value: Any) -> Any:
+        # YAML 1.1 reads off as false
+        if value is False or value == "off":
             return {"tasks": False}
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema of the section or of one of its short forms, which only the validator below knows."""
+        section = handler(core)
+        fields = handler.resolve_ref_schema(section)["properties"]
+        source = fields["sources"]["items"]
+        # beside the fields of the one source
+        single = dict(handler.resolve_ref_schema(source))
+        single["title"] = "SingleSource"
+        single["properties"] = single["properties"] | {"decontaminate": fields["decontaminate"]}
+        return {"anyOf": [section, single, {"type": "array", "items": source, "minItems": 1}]}
 
     @model_validator(mode="before")
     @classmethod
@@ -219,6 +236,10 @@ class NextToken(Stage):
         return self
 
 
+# in the schema a stage without a method is of one class only, cpt
+NAMED = ConfigDict(json_schema_extra={"required": ["method"]})
+
+
 class Cpt(NextToken):
     """Recovery by continual pre-training on the training data."""
 
@@ -228,6 +249,8 @@ class Cpt(NextToken):
 
 class Distil(NextToken):
     """Recovery by distillation: forward KL to a teacher's distribution, mixed with the next-token loss."""
+
+    model_config = NAMED
 
     method: Literal["distil"] = "distil"
     """distillation"""
@@ -282,6 +305,8 @@ class Reward(Section):
 
 class Grpo(Stage):
     """Recovery by reinforcement learning with verifiable rewards (GRPO, arXiv 2402.03300)."""
+
+    model_config = NAMED
 
     method: Literal["grpo"] = "grpo"
     """reinforcement learning with verifiable rewards"""

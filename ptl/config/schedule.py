@@ -91,7 +91,7 @@ class Prune(Section):
     ridge: PositiveFloat = 0.1
     """strength of `ridge`, as a share of the neurons' mean second moment"""
 
-    @field_validator("repair", mode="before")
+    @field_validator("repair", mode="before", json_schema_input_type=Literal["off", "ridge", False])
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value
