@@ -1,0 +1,142 @@
+"""What the rows of a source are, told by their columns: chats, plain text, or a prompt with its completion.
+
+`recognise` reads a few rows and returns the source as a config has it, with templates that fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptl.config.recover import DataSource
+from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
+from ptl.errors import InputError
+
+SAMPLE = 200  # rows that are looked at
+CHATS = ("messages", "conversations", "conversation", "chat")
+TEXTS = ("text", "content")
+QUESTIONS = ("question", "problem", "query")  # asked in the words of a benchmark's prompt, `Question: ...`
+# Answers that are worked out come before `answer`, which may be the bare result beside them.
+ANSWERS = ("completion", "response", "output", "solution", "answer")
+# Columns of prompt and completion, the likeliest first.
+PAIRS = (
+    *itertools.product(("instruction", *QUESTIONS, "prompt", "input"), ANSWERS),
+    ("text", "code"),
+)
+KNOWN = (
+    "chats in `messages` or `conversations` (role and content), `text`, or a prompt and its completion in columns such "
+    "as question/answer, instruction/output, prompt/completion or problem/solution"
+)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A source whose rows are known."""
+
+    source: DataSource
+    long: int  # characters, prompt and completion together, that 95 % of the sampled rows do not exceed
+    characters: float | None  # of all rows, estimated; None: on the hub
+
+
+def recognise(name: str, subset: str | None = None, *, field: str) -> Recognised:
+    """Look at the first rows of a file or of a hub data set. Raises InputError that names `field` for all others."""
+    bare = DataSource(source=name, subset=subset)
+    try:
+        rows, count = _sample(bare, field)
+        return _measured(bare.model_copy(update=settings_of(rows)), rows, count)
+    except InputError as error:  # whose field would be one of a config that does not exist yet
+        raise InputError(error.problem, field=field, remedy=error.remedy) from error
+
+
+def settings_of(rows: Sequence[Row]) -> dict[str, str]:
+    """`format` of the rows, and the column or templates that go with it. Raises InputError where none fits."""
+    for column in CHATS:
+        if _all(rows, column, list):
+            return _chats(rows, column)
+    for prompt, completion in PAIRS:
+        if _all(rows, prompt, str) and _all(rows, completion, (str, int, float)):
+            return _pair(rows, prompt, completion)
+    for column in TEXTS:
+        if _all(rows, column, str):
+            return {"format": "text", "text": f"{{{column}}}"}
+    columns = ", ".join(sorted({str(name) for row in rows for name in row}))
+    raise InputError(
+        f"the columns of the rows ({columns}) are none that are recognised",
+        remedy=f"rename them to {KNOWN}, or set format and templates of `training` in the config by hand",
+    )
+
+
+def _all(rows: Sequence[Row], column: str, kind: type | tuple[type, ...]) -> bool:
+    """Whether each row has a value of that kind there, and some row one that is not empty."""
+    values = [row.get(column) for row in rows]
+    return all(isinstance(value, kind) for value in values) and any(value not in ("", []) for value in values)
+
+
+def _chats(rows: Sequence[Row], column: str) -> dict[str, str]:
+    """Chats of turns with role and content; ShareGPT's `from` and `value` are not read."""
+    turns = [turn for row in rows for turn in row[column]]
+    if any(isinstance(turn, Mapping) and {"from", "value"} <= turn.keys() for turn in turns):
+        raise InputError(
+            f"column {column!r} holds chats with `from` and `value` (ShareGPT), and turns need `role` and `content`",
+            remedy="rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)",
+        )
+    return {"format": "messages", "messages": column}
+
+
+def _pair(rows: Sequence[Row], prompt: str, completion: str) -> dict[str, str]:
+    """Templates of a prompt and its completion, with what is between them where the rows have no space there."""
+    words = {"format": "prompt_completion", "completion": f"{{{completion}}}"}
+    if prompt in QUESTIONS:
+        return {**words, "prompt": f"Question: {{{prompt}}}\nAnswer:", "completion": f" {{{completion}}}"}
+    # Alpaca's `input` is what the instruction is about; it is empty in many rows, perhaps in all that were read.
+    if prompt == "instruction" and any("input" in row for row in rows):
+        return {**words, "prompt": "{instruction}\n{input}\n"}
+    joined = all(row[prompt][-1:].isspace() or str(row[completion])[:1].isspace() for row in rows)
+    return {**words, "prompt": f"{{{prompt}}}" if joined else f"{{{prompt}}}\n"}
+
+
+def _measured(source: DataSource, rows: Sequence[Row], count: int | None) -> Recognised:
+    """Read the rows as training will, which checks them, and measure them; `count` is that of all rows."""
+    lengths: list[int] = []
+    for number, columns in enumerate(rows, 1):
+        row = SourceRow(columns, source, number)
+        if source.format == "messages":
+            chat_and_answer(row)
+        lengths.append(sum(map(len, texts(row))))
+    lengths.sort()
+    characters = None if count is None else count * sum(lengths) / len(lengths)
+    return Recognised(source, lengths[int(0.95 * (len(lengths) - 1))], characters)
+
+
+def _sample(source: DataSource, field: str) -> tuple[list[Row], int | None]:
+    """The first rows, and the number of all rows where they are in a file."""
+    if local_file(source, field) is None:
+        return _from_hub(source), None
+    rows = numbered_rows(source, field)
+    sample = [row.columns for row in itertools.islice(rows, SAMPLE)]
+    return sample, len(sample) + sum(1 for _ in rows)
+
+
+def _from_hub(source: DataSource) -> list[Row]:
+    """The first rows of a data set on the hub, of which no more is downloaded than they need."""
+    import datasets
+
+    try:
+        rows: Iterable[Row] = datasets.load_dataset(
+            source.source, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+        sample = list(itertools.islice(rows, SAMPLE))
+    except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
+        raise InputError(
+            f"{source.source!r} is no file here, and the hub does not give it as a data set "
+            f"({type(error).__name__}: {error})",
+            remedy="give a .jsonl, .jsonl.gz or .parquet file, or check the id (ID:SUBSET names a subset) and the "
+            "connection",
+        ) from error
+    if not sample:
+        raise InputError(f"{source.source} is empty", remedy="give a source with at least one row")
+    return sample
