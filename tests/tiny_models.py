@@ -19,6 +19,14 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,  # far enough from zero that every part matters
 }
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+LLAMA4_SCALED_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,  # shorter than the tests' sequences, which the scaling then changes
+    "llama_4_scaling_beta": 0.1,
+}
 # One line per family and variant: what differs from SIZES.
 VARIANTS = {
     "llama": ("llama", {}),
@@ -32,14 +40,30 @@ VARIANTS = {
     "gemma2-untied": ("gemma2", {"sliding_window": 5, "tie_word_embeddings": False}),
     "gemma3_text": (
         "gemma3_text",
-        {
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        },
+        {"sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": ALTERNATING},
     ),
     "phi3": ("phi3", {"sliding_window": 5}),
     "olmo2": ("olmo2", {}),
+    "ministral": ("ministral", {"sliding_window": 5, "layer_types": ALTERNATING}),
+    "ministral3": ("ministral3", {"sliding_window": 5, "rope_parameters": LLAMA4_SCALED_YARN}),
+    "gemma": ("gemma", {}),
+    "olmo3": ("olmo3", {"sliding_window": 5, "layer_types": ALTERNATING}),
+    "exaone4": ("exaone4", {"sliding_window": 5, "layer_types": ALTERNATING}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5}),
+    "granite": (
+        "granite",
+        {
+            **{"embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+            **{"attention_multiplier": 0.3, "logits_scaling": 0.5},
+        },
+    ),
+    "seed_oss": ("seed_oss", {"mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "helium": ("helium", {"attention_bias": True}),
+    "internlm3": ("internlm3", {"qkv_bias": True, "bias": True}),
+    "cwm": ("cwm", {"sliding_window": 5}),
+    "glm4": ("glm4", {}),
+    "cohere2": ("cohere2", {"sliding_window": 5, "layer_types": ALTERNATING}),
 }
 
 

@@ -39,6 +39,7 @@ class Family:
     down_projection: str = "mlp.down_proj"  # [hidden, intermediate]; its bias stays
     # Parts with biases, by the config field that switches them on ("": they always have them)
     biases: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    biases_by_default: tuple[str, ...] = ()  # of these fields, those that are true where config.json leaves them out
     per_layer_fields: tuple[str, ...] = ()  # config lists with one entry per layer
     prefix_fields: tuple[str, ...] = ()  # config counts of leading layers, for example those with full attention
     tied: bool = False  # default of tie_word_embeddings
@@ -54,7 +55,11 @@ class Family:
 
     def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
-        return [part for field, parts in self.biases if not field or config.get(field) for part in parts]
+        biased: dict[str, None] = {}  # in order, each once: InternLM3 has two names for a field
+        for field, parts in self.biases:
+            if not field or config.get(field, field in self.biases_by_default):
+                biased |= dict.fromkeys(parts)
+        return list(biased)
 
     def has_neurons(self, part: str, kind: str) -> bool:
         """Whether a dimension of the part's `weight` or `bias` counts the FFN neurons."""
@@ -68,6 +73,7 @@ class Family:
 
 
 ATTENTION_BIAS = ("attention_bias", QKVO)
+MLP_BIAS = ("mlp_bias", MLP)
 GEMMA2 = Family(
     "gemma2",
     other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
@@ -78,9 +84,33 @@ GEMMA2 = Family(
     norm_offset=1.0,
     post_norm="post_feedforward_layernorm",
 )
+LLAMA = Family("llama", biases=(ATTENTION_BIAS, MLP_BIAS))
+MISTRAL = Family(
+    "mistral",
+    per_layer_fields=("layer_types",),  # transformers reads a file that has them as ministral
+    defaults=(
+        *(("hidden_size", 4096), ("intermediate_size", 14_336), ("num_hidden_layers", 32)),
+        *(("num_attention_heads", 32), ("num_key_value_heads", 8), ("vocab_size", 32_000)),
+    ),
+)
+OLMO2 = Family(
+    "olmo2",
+    other_parts=(*QKVO, *QK_NORMS, *POST_NORMS),
+    norm_per_head=False,
+    biases=(ATTENTION_BIAS,),
+    post_norm="post_feedforward_layernorm",
+)
 _RECORDS = (
-    Family("llama", biases=(ATTENTION_BIAS, ("mlp_bias", MLP))),
-    Family("mistral", defaults=(("num_key_value_heads", 8),)),
+    LLAMA,
+    MISTRAL,
+    replace(MISTRAL, model_type="ministral"),
+    Family(
+        "ministral3",
+        defaults=(
+            *(("hidden_size", 4096), ("intermediate_size", 14_336), ("num_hidden_layers", 34), ("head_dim", 128)),
+            *(("num_attention_heads", 32), ("num_key_value_heads", 8), ("vocab_size", 131_072)),
+        ),
+    ),
     Family(
         "qwen2",
         per_layer_fields=("layer_types",),
@@ -96,12 +126,22 @@ _RECORDS = (
         defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
         biases=(ATTENTION_BIAS,),
     ),
+    Family(
+        "gemma",
+        defaults=(("num_key_value_heads", 16), ("head_dim", 256)),
+        biases=(ATTENTION_BIAS,),
+        tied=True,
+        norm_offset=1.0,
+    ),
     GEMMA2,
     replace(
         GEMMA2,
         model_type="gemma3_text",
         other_parts=(*GEMMA2.other_parts, *QK_NORMS),
-        defaults=(*GEMMA2.defaults, ("num_attention_heads", 8), ("vocab_size", 262_208)),
+        defaults=(
+            *(("hidden_size", 2304), ("intermediate_size", 9216), ("num_hidden_layers", 26), ("head_dim", 256)),
+            *(("num_attention_heads", 8), ("num_key_value_heads", 4), ("vocab_size", 262_208)),
+        ),
     ),
     Family(
         "phi3",
@@ -109,12 +149,69 @@ _RECORDS = (
         up_projections=("mlp.gate_up_proj",),
         fused_projections=2,
     ),
+    OLMO2,
+    replace(OLMO2, model_type="olmo3", per_layer_fields=("layer_types",)),
+    replace(
+        OLMO2,
+        model_type="exaone4",
+        norm_per_head=True,
+        biases=(),
+        per_layer_fields=("layer_types",),
+        defaults=(("num_key_value_heads", 32),),
+    ),
+    replace(
+        LLAMA,
+        model_type="smollm3",
+        per_layer_fields=("no_rope_layers", "layer_types"),
+        defaults=(("num_key_value_heads", 4),),
+        tied=True,
+    ),
+    replace(LLAMA, model_type="granite"),
     Family(
-        "olmo2",
-        other_parts=(*QKVO, *QK_NORMS, *POST_NORMS),
-        norm_per_head=False,
+        "seed_oss",
+        biases=(("attention_bias", QKV), ("attention_out_bias", QKVO[-1:]), MLP_BIAS),
+        biases_by_default=("attention_bias",),
+        defaults=(("num_key_value_heads", 8), ("head_dim", 128)),
+    ),
+    Family(
+        "ernie4_5",
+        biases=(("use_bias", (*QKVO, *MLP)),),
+        defaults=(("num_key_value_heads", 2), ("head_dim", 128)),
+        tied=True,
+    ),
+    Family(
+        "helium",
+        biases=(("attention_bias", QKV), MLP_BIAS),
+        defaults=(("num_key_value_heads", 20), ("head_dim", 128)),
+    ),
+    replace(
+        LLAMA,
+        model_type="internlm3",
+        biases=(ATTENTION_BIAS, MLP_BIAS, ("qkv_bias", QKVO), ("bias", MLP)),  # the latter in files on the hub
+        defaults=(("num_key_value_heads", 2), ("head_dim", 128)),
+    ),
+    Family(
+        "cwm",
+        per_layer_fields=("layer_types",),
+        biases=(MLP_BIAS,),
+        defaults=(("num_key_value_heads", 8), ("head_dim", 128)),
+    ),
+    Family(
+        "glm4",
+        other_parts=(*QKVO, *PRE_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
+        up_projections=("mlp.gate_up_proj",),
+        fused_projections=2,
+        biases=(("attention_bias", QKV),),
+        biases_by_default=("attention_bias",),
+        defaults=(("num_key_value_heads", 2), ("head_dim", 128)),
+        post_norm="post_mlp_layernorm",
+    ),
+    Family(
+        "cohere2",
+        other_parts=(*QKVO, "input_layernorm"),  # attention and MLP read the same norm
+        per_layer_fields=("layer_types",),
         biases=(ATTENTION_BIAS,),
-        post_norm="post_feedforward_layernorm",
+        tied=True,
     ),
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
@@ -148,5 +245,5 @@ def family_of(config: ConfigJson) -> Family:
     raise InputError(
         f"model_type {model_type!r} is not supported ({supported})",
         field="model",
-        remedy="a family is one record in ptl/model/families.py and one line in tests/model/test_families.py",
+        remedy="a family is one record in ptl/model/families.py and one entry of VARIANTS in tests/tiny_models.py",
     )

@@ -56,7 +56,10 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
     `config` is the content of config.json, `biases` the parts of a layer that have a bias.
     """
     model_type = config["model_type"]
-    architecture = ARCHITECTURES[model_type]
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        yield f"model_type {model_type} has not been compared with it"
+        return
     effective = pretrained.config_with_defaults(config)
     # Structure, attention and rotary embeddings; then the smaller parts
     yield from _class_differences(config)

@@ -16,6 +16,11 @@ CORRECT = "correct it, or fetch the checkpoint again"
 MAX_SIZE = 1 << 31  # a model beyond it is a typing error
 MAX_LAYERS = 10_000  # as above
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# Config lists with one entry for each layer, and the entries that they may have
+PER_LAYER = {
+    "layer_types": LAYER_TYPES,
+    "no_rope_layers": (0, 1),  # 0: without rotary embeddings
+}
 # Names that transformers gives to activations without weights of their own (tests/model/test_shapes.py compares)
 ACTIVATIONS = (
     *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate", "quick_gelu"),
@@ -181,10 +186,11 @@ def _check_heads(checked: Sizes, source: str) -> None:
 def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
     """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
     for field in family.per_layer_fields:
-        types: Any = config.get(field)
-        complete = isinstance(types, list) and len(types) == layers
-        if types is not None and not (complete and all(map(LAYER_TYPES.__contains__, types))):
-            known = ", ".join(LAYER_TYPES)
+        entries: Any = config.get(field)
+        possible = PER_LAYER[field]
+        complete = isinstance(entries, list) and len(entries) == layers
+        if entries is not None and not (complete and all(map(possible.__contains__, entries))):
+            known = ", ".join(map(str, possible))
             raise checkpoint_error(
                 f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",
             )
@@ -215,7 +221,10 @@ OPTIONAL_FIELDS: tuple[tuple[Fields, Callable[[Any], bool], str], ...] = (
         "a whole number above 0",
     ),
     (
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache", "use_sliding_window"),
+        (
+            *("tie_word_embeddings", "use_cache", "use_sliding_window"),
+            *("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "qkv_bias", "bias"),
+        ),
         lambda value: isinstance(value, bool),
         "true or false",
     ),

@@ -82,9 +82,10 @@ def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_pat
     for batch in batches():
         assert torch.equal(logits(cut, batch), logits(reference, batch))
     assert [layer.self_attn.layer_idx for layer in cut.get_decoder().layers] == list(range(len(layers)))
-    types = getattr(model.config, "layer_types", None)
-    if types:
-        assert cut.config.layer_types == [types[i] for i in layers]
+    for field in ("layer_types", "no_rope_layers"):
+        entries = getattr(model.config, field, None)
+        if entries:
+            assert getattr(cut.config, field) == [entries[i] for i in layers]
 
 
 def test_neurons_and_layers_in_one_cut(model, source, tmp_path):
@@ -128,7 +129,7 @@ def test_config_has_only_fields_that_the_family_has(source, tmp_path):
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "cut"))
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed <= {"intermediate_size", "num_hidden_layers", "layer_types", "max_window_layers"}
+    assert changed <= {"intermediate_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
 
 
 def test_companions_travel(source, tmp_path):
@@ -176,14 +177,34 @@ def test_a_stream_computes_what_the_whole_model_does(model, source):
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 3), (2, 3), (1,)])
-@pytest.mark.parametrize("variant", ["qwen2-sliding", "gemma2", "gemma3_text"], indirect=True)
-def test_layer_types_that_the_file_leaves_out_stay_with_their_layers(model, source, tmp_path, layers):
+@pytest.mark.parametrize("variant", ["qwen2-sliding", "gemma2", "gemma3_text", "smollm3", "cwm"], indirect=True)
+def test_lists_that_the_file_leaves_out_stay_with_their_layers(model, source, tmp_path, layers):
     config = json.loads((source / "config.json").read_text())
-    del config["layer_types"]
-    (source / "config.json").write_text(json.dumps(config))
-    whole = AutoConfig.from_pretrained(source).layer_types
+    fields = family_at(source).per_layer_fields
+    (source / "config.json").write_text(json.dumps({key: config[key] for key in config.keys() - set(fields)}))
+    whole = AutoConfig.from_pretrained(source)
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(layers, {}))
-    assert AutoConfig.from_pretrained(tmp_path / "cut").layer_types == [whole[i] for i in layers]
+    cut = AutoConfig.from_pretrained(tmp_path / "cut")
+    for field in fields:
+        assert getattr(cut, field) == [getattr(whole, field)[i] for i in layers]
+
+
+def test_a_mistral_with_layer_types_is_read_as_ministral(tmp_path):
+    """So does transformers: Ministral 8B has a file with model_type mistral."""
+    source = save(build("ministral"), tmp_path / "source")
+    text = (source / "config.json").read_text().replace('"model_type": "ministral"', '"model_type": "mistral"')
+    (source / "config.json").write_text(text)
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((0, 2, 3), {}))
+    reference, batch = skipping(build("ministral"), (0, 2, 3)), batches()[0]
+    assert torch.equal(logits(load(tmp_path / "cut"), batch), logits(reference, batch))
+
+
+def test_internlm3_is_read_with_the_names_of_its_files_on_the_hub(tmp_path):
+    source = save(build("internlm3"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"qkv_bias": config.pop("attention_bias"), "bias": config.pop("mlp_bias")}
+    (source / "config.json").write_text(json.dumps(config))
+    assert model_dimensions(source, family_at(source)).params == load(source).num_parameters()
 
 
 def test_every_family_is_tested():
@@ -193,8 +214,11 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported (supported: gemma2, gemma3_text, llama"),
-        ({"model_type": "gpt2"}, "one record in ptl/model/families.py and one line in tests"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported (supported: cohere2, cwm, ernie4_5, "),
+        (
+            {"model_type": "gpt2"},
+            "one record in ptl/model/families.py and one entry of VARIANTS in tests/tiny_models.py",
+        ),
         ({}, "model_type None is not supported"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (config field num_local_experts)"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts (config field num_experts)"),
