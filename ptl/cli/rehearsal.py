@@ -15,13 +15,21 @@ from ptl.preflight import gpus
 
 def here(config: Config) -> tuple[Config, list[str]]:
     """The rehearsal of a run on this machine, which is announced; and what of the run it leaves out."""
-    return announced(config, rehearsal(config, gpus.visible()))
+    return _announced(config, gpus.visible())
 
 
-def announced(config: Config, rehearsed: Config) -> tuple[Config, list[str]]:
-    """Print what is smaller than in the run; returns the rehearsal and what it leaves out."""
+def on_cluster(config: Config) -> Config:
+    """The rehearsal of a run where the run itself will be; it is announced with all that it leaves out."""
+    rehearsed, not_rehearsed = _announced(config, None)
+    _print_left_out(not_rehearsed)
+    print("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
+    return rehearsed
+
+
+def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
     from rich.console import Console
 
+    rehearsed = rehearsal(config, num_gpus)
     differences = changes(config, rehearsed)
     Console().print(_table(config.name, differences))
     return rehearsed, left_out(differences)
@@ -72,6 +80,10 @@ def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: str) ->
     print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
-    if not_rehearsed:
-        print(f"Not rehearsed on this machine: {', '.join(not_rehearsed)}.")
+    _print_left_out(not_rehearsed)
     print(f"Next, the run itself, on Kubeflow or on this machine:\n  ptl submit {arguments}\n  ptl run {arguments}")
+
+
+def _print_left_out(parts: Sequence[str]) -> None:
+    if parts:
+        print(f"Not rehearsed: {', '.join(parts)}.")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from ptl.cli import rehearsal
+from ptl.cli import app, rehearsal
 from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 
@@ -27,12 +28,22 @@ def test_a_run_with_gate_and_reinforcement_learning_is_rehearsed(tmp_path):
 
     # Before the run, what is smaller; after it, what it has shown.
     assert re.search(r"schedule\.recovery_tokens +│ +480,000 │ +4,800 ", done.stdout)
-    assert "Not rehearsed on this machine: bfloat16 precision." in done.stdout
+    assert "Not rehearsed: bfloat16 precision." in done.stdout
     assert "ptl submit pipelines/prune_tune_loop/configs/tiny-gate.yaml --set schedule.iterations=1" in done.stdout
     result = json.loads((tmp_path / "latest/result.json").read_text())
     assert result["name"] == "tiny-gate-rehearsal" and result["not_needed"] == []
     assert [row["verdict"] for row in result["rows"]] == ["baseline", "accepted"]
     assert result["rows"][0]["items"] == 8
+
+
+def test_a_rehearsal_is_submitted_with_what_only_the_cluster_has(monkeypatch):
+    submitted = []
+    monkeypatch.setattr("pipelines.prune_tune_loop.submit.submit", lambda config, *_, **__: submitted.append(config))
+    config = str(ROOT / "pipelines/prune_tune_loop/configs/qwen2.5-7b-grpo.yaml")
+    done = CliRunner().invoke(app.app, ["submit", config, "--rehearse"])
+    assert done.exit_code == 0 and "When it has succeeded, submit without --rehearse." in done.output
+    (stage,) = submitted[0].recover
+    assert (stage.sharding, stage.dtype, stage.batch_size) == ("fsdp", "bfloat16", 16)  # on eight GPUs
 
 
 def directory(tmp_path, **fields):
