@@ -11,8 +11,9 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
+from ptl.cli import rehearsal
 from ptl.cli.configs import warn
-from ptl.cli.options import Overrides
+from ptl.cli.options import Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
@@ -85,6 +86,7 @@ def submit(
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
+    rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
     poll: Poll = 15,
@@ -97,6 +99,8 @@ def submit(
     run_config = load_config(config, pairs("--set", sets))
     warn(advice.warnings(run_config))
     _warn_of_local_files(run_config)
+    if rehearse:
+        run_config = rehearsal.on_cluster(run_config)
     code = work.submit(
         run_config,
         server,

@@ -41,3 +41,7 @@ Servers = Annotated[
     bool,
     typer.Option("--s3", help="use the servers of `ptl up`, as `ptl run --s3` does"),
 ]
+Rehearse = Annotated[
+    bool,
+    typer.Option("--rehearse", help="the same steps with about 1 % of the work: minutes, and numbers without meaning"),
+]

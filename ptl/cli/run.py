@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptl import processes
+from ptl.cli import rehearsal
 from ptl.cli.configs import checked_params, require_checkout
-from ptl.cli.options import HOME, ConfigFile, Home, Overrides
+from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError
 from ptl.local import run_directory, runs
@@ -39,6 +41,7 @@ def run(
     ] = False,
     s3: Annotated[bool, typer.Option("--s3", help="start the S3 and MLflow servers of `ptl up`, and use them")] = False,
     runner: Annotated[str, typer.Option(help="subprocess, or docker: run each step in its image")] = "subprocess",
+    rehearse: Rehearse = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show everything that the steps print")] = False,
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
@@ -50,8 +53,11 @@ def run(
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        _check_runner(runner, settings, s3)
         checked_params(settings)
+        left_out: list[str] = []  # of a rehearsal
+        if rehearse:
+            settings, left_out = rehearsal.here(settings)
+        _check_runner(runner, settings, s3)
 
         # This process and its steps track in the same MLflow.
         servers = runs.start_servers(home.absolute()) if s3 else {}
@@ -68,6 +74,8 @@ def run(
             job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
+            if rehearse:
+                rehearsal.conclude(directory, left_out, shlex.join([str(config), *rehearsal.options(sets)]))
 
 
 def _check_runner(runner: str, config: Config, s3: bool) -> None:

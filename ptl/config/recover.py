@@ -338,8 +338,8 @@ class Grpo(Stage):
         (Reward(name="math", weight=0.9), Reward(name="format", weight=0.1)), min_length=1
     )
     """parts of an answer's reward, added up by weight"""
-    guard_prompts: Positive = 32
-    """prompts on which pass@num_generations is measured before training; one at least must be solved"""
+    guard_prompts: NonNegativeInt = 32
+    """prompts on which pass@num_generations is measured before training; one at least must be solved; 0: no check"""
     rollouts: Literal["auto", "transformers", "vllm"] = "auto"
     """what generates the answers; auto: vLLM if it is installed and there is a GPU"""
 

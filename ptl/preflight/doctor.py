@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from ptl import address
 from ptl.config.run import Config, check
 from ptl.errors import InputError, PtlError
 from ptl.preflight import doctor_http as http
-from ptl.preflight import doctor_kubernetes, doctor_local
+from ptl.preflight import doctor_kubernetes, doctor_local, gpus
 from ptl.preflight.doctor_local import MissingImages
 from ptl.preflight.doctor_tracking import tracking_and_store, tracking_uri
 from ptl.preflight.finding import Finding, as_finding
@@ -106,7 +104,7 @@ def gpu(config: Config) -> Finding:
     in_step = bool(os.environ.get("KFP_RUN_ID"))
     steps = ["prune"] if in_step else ["prune", "recover", "evaluate"]
     needed = max(config.resources.accelerators_of(step) for step in steps)
-    visible = _visible_gpus()
+    visible = gpus.visible()
     message = f"{visible} visible here, the config asks for {needed}"
     if visible >= needed:
         return Finding("GPU", "ok", message)
@@ -116,15 +114,6 @@ def gpu(config: Config) -> Finding:
         message,
         "check resources.accelerator, tolerations and node_selector, and the nodes' device plugin",
     )
-
-
-def _visible_gpus() -> int:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
-    # One line for each GPU, and an indented one for each part of a GPU (MIG).
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
 
 
 def images(config: Config) -> Finding:

@@ -1,7 +1,9 @@
-"""GPUs by their data sheets: memory, peak FLOP/s and bandwidth."""
+"""GPUs by their data sheets (memory, peak FLOP/s and bandwidth), and those of this machine."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 GIB, TERA = 1 << 30, 1e12
@@ -38,3 +40,13 @@ GPUS = {
     "h200": _gpu(141, 989, 67, 4.8),
     "b200": _gpu(180, 2250, 80, 8.0),  # HGX, 1,000 W
 }
+
+
+def visible() -> int:
+    """How many GPUs this machine has; without torch, whose import takes seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    # One line for each GPU, and an indented one for each part of a GPU (MIG).
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -52,7 +52,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
     # a training that is resumed has passed the guard
-    if last_complete(job.scratch) is None:
+    if settings.guard_prompts and last_complete(job.scratch) is None:
         details["pass_at_k"] = guard(model, tokenizer, settings, rows, job.budget.seed)
     # the iteration's part of the run's steps
     _, steps = job.budget.part(settings.steps)

@@ -1,0 +1,89 @@
+"""What a rehearsal says: before it which fields are smaller than in the run, after it what it has shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ptl.config.rehearsal import Change, changes, left_out, rehearsal
+from ptl.config.run import Config
+from ptl.errors import WorkError
+from ptl.local.run_directory import RunDir
+from ptl.preflight import gpus
+
+
+def here(config: Config) -> tuple[Config, list[str]]:
+    """The rehearsal of a run on this machine, which is announced; and what of the run it leaves out."""
+    return _announced(config, gpus.visible())
+
+
+def on_cluster(config: Config) -> Config:
+    """The rehearsal of a run where the run itself will be; it is announced with all that it leaves out."""
+    rehearsed, not_rehearsed = _announced(config, None)
+    _print_left_out(not_rehearsed)
+    print("Its numbers will mean nothing. When it has succeeded, submit without --rehearse.")
+    return rehearsed
+
+
+def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]:
+    from rich.console import Console
+
+    rehearsed = rehearsal(config, num_gpus)
+    differences = changes(config, rehearsed)
+    Console().print(_table(config.name, differences))
+    return rehearsed, left_out(differences)
+
+
+def _table(name: str, differences: Sequence[Change]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Rehearsal of {name}: every step, with less work", title_justify="left")
+    table.add_column("Field")
+    table.add_column("Run", justify="right")
+    table.add_column("Rehearsal", justify="right")
+    for change in differences:
+        table.add_row(change.field, _cell(change.run), _cell(change.rehearsal))
+    return table
+
+
+def _cell(values: Sequence[Any]) -> str:
+    return ", ".join(_text(value) for value in values)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "default"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def options(sets: Sequence[str]) -> list[str]:
+    """The overrides of a command, to be repeated in the next one."""
+    return [word for entry in sets for word in ("--set", entry)]
+
+
+def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: str) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` are the command's, without its options.
+
+    Raises WorkError where the control, whose failure does not end a run, has failed.
+    """
+    result = json.loads(directory.result.read_text())
+    if result["control_failed"]:
+        raise WorkError(
+            f"the control did not finish: {result['control_failed']}",
+            field="rehearsal",
+            remedy="fix it and rehearse again, or set control: false",
+        )
+    skipped = [step["step"] for step in result["not_needed"]]
+    print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
+    if skipped:
+        print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
+    _print_left_out(not_rehearsed)
+    print(f"Next, the run itself, on Kubeflow or on this machine:\n  ptl submit {arguments}\n  ptl run {arguments}")
+
+
+def _print_left_out(parts: Sequence[str]) -> None:
+    if parts:
+        print(f"Not rehearsed: {', '.join(parts)}.")

@@ -1,0 +1,116 @@
+"""A rehearsal runs the steps of its run, each with little to do, and nothing ends it early."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptl.config import dag
+from ptl.config.recover import MIN_TOKENS, Recovery
+from ptl.config.rehearsal import changes, left_out, rehearsal
+from ptl.config.run import Config, load_config
+from ptl.config.schedule import plan
+from ptl.evaluation import gate
+from ptl.evaluation.paired import paired
+
+FOLDER = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+
+
+def config(**fields):
+    settings = yaml.safe_load((FOLDER / "tiny.yaml").read_text())
+    for name, value in fields.items():
+        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
+    return Config.model_validate(settings)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8, None])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_steps_are_those_of_the_run(path, gpus):
+    run = load_config(path)
+    rehearsed = rehearsal(run, gpus)
+    assert dag.nodes(rehearsed) == dag.nodes(run)
+    assert [stage.method for stage in rehearsed.recover] == [stage.method for stage in run.recover]
+    assert [task.name for task in rehearsed.evaluate.tasks] == [task.name for task in run.evaluate.tasks]
+    assert all(task.limit <= 8 for task in rehearsed.evaluate.tasks)
+    assert rehearsed.schedule.target == run.schedule.target
+    assert rehearsed.schedule.recovery_tokens <= max(run.schedule.recovery_tokens / 100, 2_000)
+    assert rehearsed.name != run.name and rehearsed.storage.experiment != run.storage.experiment
+
+
+@pytest.mark.parametrize("tokens", [2_000, 100_000, 10**10])
+@pytest.mark.parametrize("growth", ["uniform", "doubling", "quadrupling"])
+def test_every_stage_trains_in_every_iteration(growth, tokens):
+    stages = [{"method": "cpt", "share": 0.05}, {"method": "distil"}, {"method": "grpo", "steps": 24}]
+    schedule = {"iterations": 2, "tokens": growth, "recovery_tokens": tokens}
+    rehearsed = rehearsal(config(schedule=schedule, recover=stages), gpus=0)
+    budgets = [
+        budget
+        for iteration in plan(rehearsed.schedule, rehearsed.prune)
+        for budget in Recovery(stages=rehearsed.recover).budgets(iteration.tokens)
+        if budget is not None
+    ]
+    assert len(budgets) == 4 and min(budgets) >= MIN_TOKENS
+    assert rehearsed.schedule.recovery_tokens <= min(tokens, 500_000)
+    assert rehearsed.recover[2].steps == 2  # one in each iteration
+
+
+def test_the_gate_accepts_the_worst_candidate():
+    rehearsed = rehearsal(config(gate={"enabled": True, "strict": True}), gpus=0)
+    settings = rehearsed.gate
+    # two groups of eight tasks, of which each item was right before
+    worst = paired([1] * 128, [0] * 128, settings.margin, settings.alpha)
+    decision = gate.decide(
+        settings, gate.State(), params=90, target_params=60, parent_params=100, baseline=worst, parent=worst
+    )
+    assert settings.enabled and decision.decision == "accepted"
+    assert rehearsed.schedule.cuts == "uniform"  # no last part so small that the target is reached before it
+
+
+def test_reinforcement_learning_is_short_and_unguarded():
+    stage = {"method": "grpo", "batch_size": 64, "num_generations": 8, "accumulation": 4}
+    (rehearsed,) = rehearsal(config(recover=[stage]), gpus=8).recover
+    assert (rehearsed.steps, rehearsed.guard_prompts, rehearsed.accumulation) == (4, 0, 1)
+    assert rehearsed.batch_size == 16  # a group of two on each GPU
+
+
+def test_what_needs_a_gpu_is_replaced_and_named():
+    run = config(
+        recover=[
+            {"method": "cpt", "dtype": "bfloat16", "sharding": "fsdp", "processes": 4},
+            {"method": "grpo", "rollouts": "vllm"},
+        ],
+        evaluate={"backend": "vllm", "speed": {"repeats": 0}},
+        calibration={"answers": "self"},
+        resources={"accelerator": "nvidia.com/gpu", "accelerators": 4},
+    )
+    rehearsed = rehearsal(run, gpus=0)
+    assert rehearsed.evaluate.backend == "hf"
+    assert left_out(changes(run, rehearsed)) == [
+        "calibration on the model's own answers",
+        "bfloat16 precision",
+        "4 training processes",
+        "sharding by fsdp",
+        "answers by vllm",
+        "evaluation by vllm",
+    ]
+    # on the cluster, where the run itself will be, all of it is there
+    assert left_out(changes(run, rehearsal(run, gpus=None))) == ["calibration on the model's own answers"]
+
+
+def test_processes_of_a_run_on_cpus_stay():
+    run = config(recover=[{"method": "cpt", "processes": 2}])
+    assert rehearsal(run, gpus=0).recover[0].processes == 2
+
+
+def test_a_long_name_stays_a_name_and_the_registered_model_another():
+    run = config(name="a" * 52 + "-" + "b" * 10, storage={"registered_model": "mine"})
+    rehearsed = rehearsal(run, gpus=0)
+    assert rehearsed.name == "a" * 52 + "-rehearsal"
+    assert rehearsed.storage.registered_model == "mine-rehearsal"
+
+
+def test_entries_of_a_list_are_one_change():
+    run = config(evaluate={"tasks": [{"name": "gsm8k", "limit": 100}, {"name": "mbpp"}]})
+    (limit,) = [change for change in changes(run, rehearsal(run, 0)) if change.field == "evaluate.tasks.limit"]
+    assert (limit.run, limit.rehearsal) == ((100, None), (8,))
