@@ -67,7 +67,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         count=gpus,
         params=dense.params,
         steps=tuple(steps),
-        warnings=(*advice.warnings(config), *too_large),
+        warnings=(*advice.warnings(config), *advice.depth_warnings(config.schedule, dense.params), *too_large),
         critical_hours=critical_hours,
         critical_steps=tuple(critical_steps),
         busiest=concurrent_steps,
