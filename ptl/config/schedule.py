@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
 from ptl.config.base import LARGEST, Positive, Section
 
@@ -72,7 +72,7 @@ class Prune(Section):
     )
     layer_iterations: Positive = 1
     """iterations at the end that remove layers (`neurons_then_layers` only)"""
-    criterion: Literal["max", "mean", "weight", "taylor", "random"] = "max"
+    criterion: Literal["max", "mean", "weight", "taylor", "random"] = "taylor"
     """how neurons are scored"""
     layer_criterion: Literal["max", "block_influence"] = "max"
     """how layers are scored"""
@@ -81,8 +81,9 @@ class Prune(Section):
     sigma_neuron: float | None = Field(
         None,
         gt=0,
-        description="remove only neurons that score below this; default: no threshold. With criterion `max`: neurons "
-        "whose removal changes the layer's output by less than this (Euclidean norm) at every token",
+        description="remove only neurons that score below this; default: no threshold. Not with criterion `taylor`. "
+        "With `max`: neurons whose removal changes the layer's output by less than this (Euclidean norm) at every "
+        "token",
     )
     sigma_layer: float | None = Field(
         None,
@@ -111,6 +112,15 @@ class Prune(Section):
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _threshold_is_one_of_the_criterion(self) -> Prune:
+        if self.sigma_neuron is not None and self.criterion == "taylor":
+            raise ValueError(
+                f"sigma_neuron={self.sigma_neuron:g} is a change of the layer's output, and criterion=taylor "
+                "scores neurons by the loss: set criterion=max, or remove sigma_neuron"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -178,8 +188,8 @@ def _unit_of(schedule: Schedule, prune: Prune, index: int) -> Unit:
     if prune.target != "neurons_then_layers":
         return prune.target
     # At least one iteration is for neurons: the control's only one is.
-    layer_iterations = min(prune.layer_iterations, schedule.iterations - 1)
-    return "layers" if index > schedule.iterations - layer_iterations else "neurons"
+    layer_iterations = min(prune.layer_iterations, schedule.num_iterations - 1)
+    return "layers" if index > schedule.num_iterations - layer_iterations else "neurons"
 
 
 def one_shot(schedule: Schedule) -> Schedule:

@@ -102,6 +102,7 @@ def test_every_shipped_config_is_valid(path):
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
         ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
+        ({"prune": {"sigma_neuron": 3}}, "sigma_neuron=3 is a change of the layer's output, and criterion=taylor"),
         (
             {
                 "prune": {"target": "neurons_then_layers", "layer_iterations": 8},
