@@ -36,19 +36,20 @@ from ptl.pruning.prune import prune_checkpoint
 from ptl.recovery.job import RecoveryJob, StageBudget
 from ptl.recovery.recover import recover_checkpoint
 
+MAX = {"criterion": "max"}
 # Each row's settings: of `prune`, and of `calibration` where it says so.
 OURS: dict[str, dict[str, Any]] = {
-    "max": {},
+    "max": MAX,
     "mean": {"criterion": "mean"},
     "weight": {"criterion": "weight"},
     "taylor": {"criterion": "taylor"},
     "random": {"criterion": "random"},
-    "max + ridge": {"repair": "ridge"},
+    "max + ridge": MAX | {"repair": "ridge"},
     "weight + ridge": {"criterion": "weight", "repair": "ridge"},
     "taylor + ridge": {"criterion": "taylor", "repair": "ridge"},
-    "max, own answers": {"answers": "self"},
-    "max, sigma_neuron 3": {"sigma_neuron": 3.0},
-    "auto": {"unit": "auto"},
+    "max, own answers": MAX | {"answers": "self"},
+    "max, sigma_neuron 3": MAX | {"sigma_neuron": 3.0},
+    "auto": MAX | {"unit": "auto"},
     "layers, max": {"unit": "layers"},
     "layers, block_influence": {"unit": "layers", "layer_criterion": "block_influence"},
     "layers, max, sigma_layer 10": {"unit": "layers", "sigma_layer": 10.0},

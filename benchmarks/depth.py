@@ -45,15 +45,17 @@ class Arm:
 
 
 ONE_SHOT = {"iterations": 1}
+MAX = {"criterion": "max"}
 TAYLOR = {"criterion": "taylor"}
 LAYERS = {"target": "layers"}
 ARMS = {
-    "one-shot": Arm(ONE_SHOT),
-    "one-shot, decay from the start": Arm(ONE_SHOT, stage={"decay": 1}),
-    "loop of 2": Arm({"iterations": 2}),
-    "loop of 4": Arm({"iterations": 4}),
-    "loop of 8": Arm({"iterations": 8}),
-    "loop of 16": Arm({"iterations": 16}),
+    # Without a criterion in its name an arm goes by the paper's.
+    "one-shot": Arm(ONE_SHOT, MAX),
+    "one-shot, decay from the start": Arm(ONE_SHOT, MAX, {"decay": 1}),
+    "loop of 2": Arm({"iterations": 2}, MAX),
+    "loop of 4": Arm({"iterations": 4}, MAX),
+    "loop of 8": Arm({"iterations": 8}, MAX),
+    "loop of 16": Arm({"iterations": 16}, MAX),
     "one-shot, taylor": Arm(ONE_SHOT, TAYLOR),
     "loop of 2, taylor": Arm({"iterations": 2}, TAYLOR),
     "loop of 4, taylor": Arm({"iterations": 4}, TAYLOR),

@@ -114,7 +114,9 @@ def prune(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     )
     goal = int(0.9 * checkpoint.num_params(model))
     with tempfile.TemporaryDirectory(dir=model) as dst:
-        report = prune_checkpoint(model, Path(dst), Prune(), calibration, unit="neurons", goal=goal, seed=given.seed)
+        report = prune_checkpoint(
+            model, Path(dst), Prune(criterion="max"), calibration, unit="neurons", goal=goal, seed=given.seed
+        )
     host = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     found = {"seconds": report.seconds, "params": report.params, "sequences": report.sequences}
     return found | {"host_gib": int(host.split()[1]) / 2**20, "gpu_gib": gpu_peak()}

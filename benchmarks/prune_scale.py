@@ -148,7 +148,9 @@ def work(args, folder, out):
     body = model_dimensions(folder, family_of(checkpoint.read_config(folder)))
     if args.measure == "ptl":
         goal = body.params - REMOVE * body.params_per_neuron
-        report = prune_checkpoint(folder, out, Prune(), settings(args), unit="neurons", goal=goal, seed=0)
+        report = prune_checkpoint(
+            folder, out, Prune(criterion="max"), settings(args), unit="neurons", goal=goal, seed=0
+        )
         assert report.widths == (SHAPE["intermediate_size"] - REMOVE,) * body.layers
         return
     batches = calibration_batches(settings(args), AutoTokenizer.from_pretrained(folder), 0)

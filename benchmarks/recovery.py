@@ -105,7 +105,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 started = time.monotonic()
                 schedule = Schedule(target=target, recovery_tokens=given.tokens, **shape)
-                trained = run(TINY, schedule, Prune(), stages, seed, Path(folder))
+                trained = run(TINY, schedule, Prune(criterion="max"), stages, seed, Path(folder))
                 seconds = time.monotonic() - started
                 solved = correct(trained.checkpoint, problems)
                 low, high = paired.wilson(solved, len(problems), 0.95)

@@ -59,7 +59,7 @@ def main():
         by_seed = {kind: [] for kind in KINDS}
         for seed in args.seeds:
             for kind in KINDS:
-                settings = Prune(repair=kind, width_multiple=1, ridge=args.ridge)
+                settings = Prune(criterion="max", repair=kind, width_multiple=1, ridge=args.ridge)
                 calibration = Calibration(data=data, num_sequences=args.sequences, max_length=256)
                 with tempfile.TemporaryDirectory() as folder:
                     pruned = Path(folder)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 MINUTE = 60.0  # seconds
+# Kubernetes' suffixes of a quantity.
+SUFFIXES = {
+    **{unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P"))},
+    **{f"{unit}i": 1024**power for power, unit in enumerate(("", "K", "M", "G", "T", "P")) if unit},
+    "m": 1e-3,
+}
 
 
 def size(count: int) -> str:
@@ -15,6 +21,12 @@ def size(count: int) -> str:
         if value < 999.5:
             return f"{value:.1f} {unit}"
     return f"{value / 1000:.1f} TB"
+
+
+def quantity(text: str) -> float:
+    """Kubernetes' quantities as numbers: `64Gi` -> 64 x 2^30."""
+    suffix = text.lstrip("0123456789.")
+    return float(text.removesuffix(suffix)) * SUFFIXES[suffix]
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Sizes and durations as they are printed."""
 
-from ptl.units import counted, duration, size
+from ptl.units import counted, duration, quantity, size
 
 
 def test_sizes_have_one_to_three_digits_before_the_point():
@@ -22,3 +22,8 @@ def test_durations():
 
 def test_one_thing_is_not_many():
     assert [counted(number, "item") for number in (0, 1, 1200)] == ["0 items", "1 item", "1,200 items"]
+
+
+def test_quantities_of_kubernetes():
+    cases = {"64Gi": 64 << 30, "9G": 9e9, "1.5Ki": 1536, "500m": 0.5, "8": 8}
+    assert {text: quantity(text) for text in cases} == cases

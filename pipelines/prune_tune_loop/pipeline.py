@@ -139,7 +139,7 @@ def _image(config: Config, stage: str) -> str:
 def _structure(config: Config, step: str) -> dict[str, Any]:
     """What a step gets that is the same in every run of the compiled pipeline."""
     stage = dag.stage_of(step)
-    iterations = config.schedule.iterations
+    iterations = config.schedule.num_iterations
     settings = essentials(config)
     if stage == "doctor":
         return {"settings": settings}

@@ -100,6 +100,7 @@ def checked_params(config: Config) -> int:
         config.recover,
     )
     params = dimensions.params
+    warn(advice.depth_warnings(config.schedule, params))
     warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
     return params
 

@@ -83,7 +83,7 @@ def nodes(config: Config) -> list[Node]:
     # The loop.
     gated = config.gate.enabled
     parent = dense
-    for number in range(1, config.schedule.iterations + 1):
+    for number in range(1, config.schedule.num_iterations + 1):
         iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
         steps += iteration
         _, recover, evaluate = iteration

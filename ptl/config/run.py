@@ -234,7 +234,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _layers_fit(self) -> Config:
-        for_layers, iterations = self.prune.layer_iterations, self.schedule.iterations
+        for_layers, iterations = self.prune.layer_iterations, self.schedule.num_iterations
         if self.prune.target == "neurons_then_layers" and for_layers >= iterations:
             raise ValueError(
                 f"prune.layer_iterations={for_layers} leaves no iteration for neurons: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
-from ptl.config.schedule import Prune, Schedule, plan, removal
+from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
 SOME_TOKENS = 10**9  # enough to divide
@@ -15,6 +15,18 @@ def warnings(config: Config) -> list[str]:
     if not config.gate.enabled:
         return []
     return [*_starved_iterations(config), *_undecayed(config)]
+
+
+def depth_warnings(schedule: Schedule, params: int) -> list[str]:
+    """A warning of too few iterations for a target in parameters, of a model whose size is known."""
+    share = removal(params, schedule.target) / params
+    if schedule.iterations != "auto" or schedule.num_iterations == DEEP_ITERATIONS or share < DEEP:
+        return []
+    return [
+        f"schedule.iterations=auto is {schedule.num_iterations} where schedule.target is a number of parameters, and "
+        f"{schedule.target:,.0f} of this model's {params:,} are {100 * share:.0f} % less: "
+        f"set schedule.iterations={DEEP_ITERATIONS}"
+    ]
 
 
 def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_layer: int) -> list[str]:
@@ -55,7 +67,7 @@ def _starved_iterations(config: Config) -> list[str]:
 
 def _undecayed(config: Config) -> list[str]:
     """Models are judged, and kept, as they are at the end of an iteration, which may be the last one accepted."""
-    if config.schedule.iterations == 1:
+    if config.schedule.num_iterations == 1:
         return []
     stages = [stage for stage in config.recover if isinstance(stage, NextToken)]
     decays = [stage.decay for stage in stages if stage.decay != "each"]

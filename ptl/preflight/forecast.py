@@ -18,6 +18,7 @@ from ptl.preflight import advice
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
 from ptl.preflight.gpus import GIB, GPUS
+from ptl.units import quantity
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         count=gpus,
         params=dense.params,
         steps=tuple(steps),
-        warnings=(*advice.warnings(config), *too_large),
+        warnings=(
+            *advice.warnings(config),
+            *advice.depth_warnings(config.schedule, dense.params),
+            *too_large,
+            *_short_of_host_memory(config, steps),
+        ),
         critical_hours=critical_hours,
         critical_steps=tuple(critical_steps),
         busiest=concurrent_steps,
@@ -159,6 +165,21 @@ def _too_large(step: StepForecast, gpu: str, assumed: Assumptions) -> str:
     if stage_of(step.step) == "recover":
         remedy = _smaller_recovery(assumed)
     return f"{step.step}: about {needed:.0f} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}"
+
+
+def _short_of_host_memory(config: Config, steps: Sequence[StepForecast]) -> list[str]:
+    """A warning where the pods of prune request less memory than one of them keeps."""
+    own = config.resources.of_step("prune").memory
+    requested = own or config.resources.memory
+    # The dense model's is the largest: the first is enough.
+    largest = max((step for step in steps if stage_of(step.step) == "prune"), key=lambda step: step.host_memory)
+    if requested is None or quantity(requested) >= largest.host_memory:
+        return []
+    field = "resources.steps.prune.memory" if own else "resources.memory"
+    return [
+        f"{largest.step}: about {largest.host_memory / GIB:.1f} GiB of hidden states in host memory, and "
+        f"{field}={requested}: raise it, lower calibration.num_sequences, or set prune.criterion=max"
+    ]
 
 
 def _smaller_recovery(assumed: Assumptions) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
-from ptl.config.run import Config
+from ptl.config.run import Calibration, Config
 from ptl.config.schedule import Schedule, plan
 from ptl.preflight.forecast_model import (
     CONTEXT,
@@ -18,7 +18,7 @@ from ptl.preflight.forecast_model import (
     sequence_length,
     training_memory,
 )
-from ptl.preflight.gpus import Gpu
+from ptl.preflight.gpus import GIB, Gpu
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
@@ -60,23 +60,25 @@ class StepForecast:
     hours: float  # wall clock of the whole step
     fits: bool  # whether the memory is enough
     note: str = ""
+    host_memory: int = 0  # bytes beside the GPU, where they are many
 
 
 def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> StepForecast:
-    """Scoring: one forward pass over the calibration text, with Taylor a backward pass too; whole model on one GPU."""
+    """Scoring, layer by layer: one forward pass over the calibration text, with Taylor a second one and one back."""
     calibration = assumed.config.calibration
-    backward = assumed.config.prune.criterion == "taylor"
+    prune = assumed.config.prune
+    taylor = prune.criterion == "taylor" and prune.target != "layers"
 
     tokens = calibration.num_sequences * calibration.max_length
-    passes = 3 if backward else 1
+    passes = 3 if taylor else 1
     flops = forward_flops(before, tokens, calibration.max_length) * passes
 
-    # The weights as they are stored, scores in float32.
-    batch = calibration.batch_size * calibration.max_length  # tokens
-    copies = 2 if backward else 1  # weights, and gradients
-    memory = float(before.params * before.itemsize * copies + CONTEXT)
-    memory += activations(before, batch, 4, checkpointed=not backward)
-    memory += 4.0 * batch * before.vocabulary  # logits
+    memory = _scoring_memory(before, calibration)
+    if calibration.answers == "self":
+        memory = max(memory, _generation_memory(before, calibration))
+    # Taylor goes back through the hidden states before each layer and after the last one, and through one gradient.
+    hidden_states = tokens * before.hidden * before.itemsize
+    host_memory = (before.layers + 2) * hidden_states if taylor else 0
 
     return StepForecast(
         step=name,
@@ -86,7 +88,31 @@ def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> S
         memory=memory,
         hours=flops / (assumed.card.fp32 * FORWARD_SHARE) / HOUR,
         fits=assumed.fits(memory),
+        note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
+        host_memory=host_memory,
     )
+
+
+def _scoring_memory(shape: Shape, calibration: Calibration) -> float:
+    """Bytes on the GPU: one layer, or embeddings and head; all hidden states once, and one batch at work."""
+    embeddings = shape.vocabulary * shape.hidden
+    in_layers = shape.matrices - embeddings  # of the linear layers all but the output layer
+    weights = max(in_layers / shape.layers, shape.params - in_layers) * shape.itemsize
+    tokens = calibration.num_sequences * calibration.max_length
+    hidden_states = tokens * shape.hidden * shape.itemsize
+    batch = activations(
+        replace(shape, layers=1), calibration.batch_size * calibration.max_length, shape.itemsize, False
+    )
+    # Of one sequence, in float32: logits, their logarithms and the gradient.
+    logits = 3 * 4.0 * calibration.max_length * shape.vocabulary
+    return weights + hidden_states + max(batch, logits) + CONTEXT
+
+
+def _generation_memory(shape: Shape, calibration: Calibration) -> float:
+    """Bytes on the GPU while the model answers the calibration's prompts: all weights, and a batch's cache."""
+    length = calibration.max_length + calibration.max_new_tokens
+    cache = calibration.batch_size * length * shape.kv_bytes
+    return float(shape.params * shape.itemsize + cache + CONTEXT)
 
 
 def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:

@@ -68,21 +68,22 @@ def _by_output_change(
 def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
     """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
 
-    Runs backwards layer by layer, each forward pass done again. Memory: the hidden states of every layer, beside one
-    layer: (layers + 1) x tokens x hidden size.
+    Runs backwards layer by layer, each forward pass done again. Host memory: the hidden states of every layer, that is
+    (layers + 1) x tokens x hidden size. A GPU holds one layer, and the states of one batch.
     """
     inputs = _inputs_of_layers(model)
     last_states = inputs.pop()
-    gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch
+    gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
     scores = []
     for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
         total = _JoinedScores("mean")
         for b, states in enumerate(inputs.pop()):
-            hidden = states.detach().requires_grad_()  # [B, T, H]
+            hidden = states.to(model.device).detach().requires_grad_()  # [B, T, H]
             output, activations, *_ = run_with_activations(model, i, b, hidden)
             # By the layer's input, which is what the layer before it needs, and by the activations [B, T, F]
             variables = (hidden, activations)
-            gradients[b], slopes = torch.autograd.grad(output, variables, gradients[b])
+            gradient, slopes = torch.autograd.grad(output, variables, gradients[b].to(model.device))
+            gradients[b] = gradient.cpu()
             for value, slope in sequences(model, b, activations.detach(), slopes):
                 change = value.float() * slope.float()  # [T, F]
                 first_order = change.sum(dim=0)  # [F]
@@ -93,24 +94,27 @@ def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
 
 @torch.no_grad()
 def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
-    """Hidden states [B, T, H] before each layer and after the last one, of each batch."""
-    inputs = [model.embed()]
+    """Hidden states [B, T, H] before each layer and after the last one, of each batch, in host memory."""
+    inputs = [[states.cpu() for states in model.embed()]]
     for i, _ in layers_in_turn(model, "taylor, forwards"):
-        inputs.append(model.run_batches(i, inputs[-1]))
+        # A batch at a time on the GPU, where there is one
+        outputs = [model.run(i, b, states.to(model.device)).cpu() for b, states in enumerate(inputs[-1])]
+        inputs.append(outputs)
     return inputs
 
 
 def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
-    """Gradient of the summed loss by the last hidden states: [B, T, H] for each batch, zero at padding."""
+    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding."""
     gradients = []
     with model.head():
         for b, states in enumerate(last_states):
             # One sequence at a time: logits are as large as the vocabulary.
             rows: list[Tensor] = []
             for row in range(len(states)):
-                hidden = states[row : row + 1].detach().requires_grad_()  # [1, T, H]
+                hidden = states[row : row + 1].to(model.device).detach().requires_grad_()  # [1, T, H]
                 loss = model.loss(b, row, hidden)
-                rows += torch.autograd.grad(loss, hidden)
+                (gradient,) = torch.autograd.grad(loss, hidden)
+                rows.append(gradient.cpu())
             gradients.append(torch.cat(rows))
     return gradients
 

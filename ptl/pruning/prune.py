@@ -46,8 +46,8 @@ def prune_checkpoint(
     """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or auto; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
-    answers (calibration.answers `self`) need the whole model, ridge repair a square of the FFN width in float32, and
-    `taylor` and `auto` the hidden states of every layer.
+    answers (calibration.answers `self`) need the whole model, and ridge repair a square of the FFN width in float32.
+    `taylor` keeps the hidden states of every layer, in host memory; on a GPU it needs a layer and a batch of them.
     """
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
@@ -59,7 +59,7 @@ def prune_checkpoint(
         write_pruned(src, dst, family, selection)
     else:
         check_goal(unit, before, settings, goal)
-        measured = unit == "auto" or settings.criterion == "taylor"
+        measured = unit == "auto" or (unit == "neurons" and settings.criterion == "taylor")
         batches = _batches(src, calibration, seed, measured)
         model = LayerwiseModel(src, family, batches)
         task = SelectionTask(model, before, settings, goal, seed)
@@ -126,7 +126,7 @@ def _batches(
             f"{calibration.max_length} tokens hold the prompts and nothing of an answer, so that "
             "prune.criterion=taylor and prune.target=auto have no loss to measure",
             field="calibration.max_length",
-            remedy="raise it",
+            remedy="raise it, or set prune.criterion=max, which needs no answers",
         )
     return batches
 

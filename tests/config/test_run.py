@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptl.config.run import Config, load_config, pairs
-from ptl.config.schedule import Prune, Schedule, one_shot, plan, removal
+from ptl.config.dag import nodes
+from ptl.config.run import Config, essentials, load_config, pairs
+from ptl.config.schedule import Prune, Schedule, one_shot, plan, removal, token_weights
 from ptl.errors import InputError
 from ptl.pruning.importance import CRITERIA, LAYER_CRITERIA
 from ptl.recovery.recover import RECOVERIES
@@ -57,6 +58,17 @@ def test_layers_come_last_and_the_control_has_one_round():
     assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
 
 
+@pytest.mark.parametrize(("target", "iterations"), [(0.49, 4), (0.5, 8), (0.9, 8), (150_000, 4)])
+def test_half_and_more_is_removed_in_eight_iterations(target, iterations):
+    schedule = Schedule(target=target, recovery_tokens=1000)
+    assert schedule.num_iterations == len(plan(schedule, Prune())) == len(token_weights(schedule)) == iterations
+    assert schedule.model_copy(update={"iterations": 3}).num_iterations == 3
+    assert len(plan(one_shot(schedule), Prune())) == 1
+    deep = load_config(TINY, {"schedule.iterations": "auto", "schedule.target": target})
+    assert len([node for node in nodes(deep) if node.name.startswith("prune-")]) == iterations
+    assert essentials(deep)["schedule"].get("iterations") is None  # a default is not carried along
+
+
 def test_target_is_a_share_or_the_parameters_to_end_with():
     assert removal(1000, 0.4) == 400
     assert removal(1000, 0.1) == 100  # 0.1 * 1000 is exact, whatever the binary form of 0.1
@@ -90,6 +102,14 @@ def test_every_shipped_config_is_valid(path):
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
         ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
+        ({"prune": {"sigma_neuron": 3}}, "sigma_neuron=3 is a change of the layer's output, and criterion=taylor"),
+        (
+            {
+                "prune": {"target": "neurons_then_layers", "layer_iterations": 8},
+                "schedule": {"target": 0.5, "recovery_tokens": 10**6},
+            },
+            "it must be below schedule.iterations=8",
+        ),
         ({"schedule": {"target": 0.4, "recovery_tokens": 14}}, "recovery_tokens=14 leaves no token for a stage"),
         ({"schedule": {"target": 0.4, "recovery_tokens": 15}}, "recovery_tokens=15 leaves 1 token for a stage"),
         (

@@ -70,6 +70,19 @@ def test_an_iteration_that_removes_less_than_a_layer_is_warned_of():
     assert advice.layer_warnings(schedule, Prune(), 800_000, 50_000) == []  # neurons alone
 
 
+def test_a_target_in_parameters_that_is_deep_is_warned_of():
+    deep = Schedule(target=85_312, recovery_tokens=0)
+    (warning,) = advice.depth_warnings(deep, 213_568)
+    assert (
+        warning.startswith("schedule.iterations=auto is 4")
+        and "85,312 of this model's 213,568 are 60 % less" in warning
+    )
+    assert warning.endswith("set schedule.iterations=8")
+    for schedule in (deep.model_copy(update={"iterations": 4}), Schedule(target=0.6, recovery_tokens=0)):
+        assert advice.depth_warnings(schedule, 213_568) == []
+    assert advice.depth_warnings(deep, 160_000) == []  # 47 % less
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_shipped_config_is_warned_of(path):
     assert advice.warnings(load_config(path)) == []

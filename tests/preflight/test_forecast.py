@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from ptl.config.cluster import Resources
 from ptl.config.dag import Node, Source, nodes
 from ptl.config.run import load_config
 from ptl.config.schedule import plan
@@ -103,6 +104,32 @@ def test_memory_follows_the_settings(large):
     assert memory(4, sharding="fsdp") == pytest.approx(memory(4) - 12 * shape.params)
     assert memory(method="distil") > memory() + 2 * shape.params
     assert memory(method="grpo", beta=0.01) == pytest.approx(memory(method="grpo", beta=0.0) + 4 * shape.params)
+
+
+def test_pruning_holds_a_layer_on_the_gpu_and_taylors_hidden_states_beside_it(large):
+    def first_prune(**changes):
+        return next(step for step in forecast(config(large, **changes)).steps if step.step == "prune-1")
+
+    paper, taylor = (first_prune(prune={"criterion": criterion}) for criterion in ("max", "taylor"))
+    assert taylor.memory == paper.memory < 2 * shape_of(str(large)).params  # bytes: less than the weights
+    assert (paper.host_memory, paper.note) == (0, "")
+    assert taylor.host_memory == (32 + 2) * 128 * 256 * 4096 * 2 and taylor.note == "8.5 GiB of host memory"
+    assert first_prune(prune={"target": "layers"}).host_memory == 0  # their scores need no gradients
+    answering = first_prune(**{"calibration.answers": "self"})
+    assert answering.memory > 2 * shape_of(str(large)).params
+
+
+def test_pods_with_too_little_memory_for_the_hidden_states_are_warned_of(large):
+    def warnings(**resources):
+        settings = config(large, prune={}, recover=[{"lora": {"rank": 8}, "dtype": "bfloat16", "batch_size": 1}])
+        asked = settings.model_copy(update={"resources": Resources(**resources)})
+        return [warning for warning in forecast(asked).warnings if "host memory" in warning]
+
+    (warning,) = warnings(memory="8Gi")
+    assert warning.startswith("prune-1: about 8.5 GiB") and "resources.memory=8Gi: raise it" in warning
+    (warning,) = warnings(memory="64Gi", steps={"prune": {"memory": "9G"}})
+    assert "resources.steps.prune.memory=9G" in warning
+    assert warnings() == warnings(memory="9Gi") == []
 
 
 def test_more_gpus_and_faster_ones_take_less_time(large):

@@ -63,6 +63,8 @@ def test_what_measures_loss_needs_a_token_of_an_answer(source, calibration, tmp_
     for settings in ({"criterion": "taylor"}, {"unit": "auto"}):
         with pytest.raises(InputError, match=r"calibration\.max_length: 4 tokens hold the prompts and nothing of an"):
             cut(source, asked, tmp_path / "out", **settings)
+    (tmp_path / "layers").mkdir()
+    assert cut(source, asked, tmp_path / "layers", unit="layers", criterion="taylor").unit == "layers"  # nor do layers
     (tmp_path / "max").mkdir()
     assert cut(source, asked, tmp_path / "max", criterion="max").unit == "neurons"  # activations need no answer
     (tmp_path / "taylor").mkdir()
@@ -194,10 +196,11 @@ def test_a_threshold_takes_only_what_lies_below(calibration, tmp_path):
         for i, layer in enumerate(model.model.layers):
             layer.mlp.down_proj.weight[:, : 3 + i] = 0  # 3, 4, 5, 6 dead neurons: the fewest decide
     source = save(model, tmp_path / "dead")
-    report = cut(source, calibration, tmp_path / "cut", sigma_neuron=1e-6)
+    report = cut(source, calibration, tmp_path / "cut", criterion="max", sigma_neuron=1e-6)
     assert report.widths == (37,) * 4
-    assert cut(source, calibration, tmp_path / "all", sigma_neuron=1e9).params <= report.goal
-    assert cut(source, calibration, tmp_path / "even", sigma_neuron=1e-6, width_multiple=8).widths == (40,) * 4
+    assert cut(source, calibration, tmp_path / "all", criterion="max", sigma_neuron=1e9).params <= report.goal
+    even = cut(source, calibration, tmp_path / "even", criterion="max", sigma_neuron=1e-6, width_multiple=8)
+    assert even.widths == (40,) * 4
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     torch.testing.assert_close(logits(after, batches()[0]), logits(model, batches()[0]), rtol=1e-4, atol=1e-4)
 
