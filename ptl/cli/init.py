@@ -128,7 +128,7 @@ def _print_end(file: Path, made: Starter, gpu: str) -> None:
     steps = {
         f"ptl validate {file}": "check it, its data and the model, which is downloaded",
         f"ptl plan {file}{of_gpu}": "memory and hours of every step",
-        f"ptl run {file} --rehearse": "all steps, on a tiny copy of the model",
+        f"ptl run {file} --rehearse": "the same steps with about 1 % of the work",
         f"ptl run {file}": "here",
         f"ptl submit {file}": "on a cluster",
     }
