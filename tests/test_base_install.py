@@ -116,6 +116,7 @@ def test_what_needs_no_extra_works(base, tmp_path):
         ("schema",): 0,
         ("validate", TINY): 0,
         ("plan", TINY): 0,
+        ("init", DENSE, "--math", "-o", "first.yaml"): 0,
         ("compare", "a", "a"): 0,
         ("compare", "a", "b"): 1,
         ("images",): 0,
@@ -124,7 +125,7 @@ def test_what_needs_no_extra_works(base, tmp_path):
     }
     done = base(*commands, folder=tmp_path)
     assert [code for code, _ in done] == list(commands.values()), done
-    assert "inferior" in done[4][1] and not any("Traceback" in shown for _, shown in done)
+    assert "inferior" in done[5][1] and not any("Traceback" in shown for _, shown in done)
 
 
 def test_what_needs_an_extra_names_it_in_one_line(base, tmp_path):

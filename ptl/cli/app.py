@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ptl import __version__, address, extras
-from ptl.cli import configs, gc, images, results, run, servers, steps
+from ptl.cli import configs, gc, images, init, results, run, servers, steps
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage import local_files
 
@@ -93,6 +93,7 @@ def options(
 
 # In this order `ptl --help` lists them.
 COMMANDS = (
+    init.init,
     configs.validate,
     configs.schema,
     configs.plan,

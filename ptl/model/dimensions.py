@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +67,21 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         width=sizes.intermediate_size,
         params_per_neuron=params_per_neuron,
         params_per_layer=min(params_by_layer),
+    )
+
+
+def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
+    """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
+    sizes = shapes.sizes(config, family, source)
+    params, _ = shapes.count(config, family, sizes)
+    wider, _ = shapes.count(config, family, replace(sizes, intermediate_size=sizes.intermediate_size + 1))
+    deeper, _ = shapes.count(config, family, replace(sizes, num_hidden_layers=sizes.num_hidden_layers + 1))
+    return ModelDimensions(
+        params=params,
+        layers=sizes.num_hidden_layers,
+        width=sizes.intermediate_size,
+        params_per_neuron=wider - params,
+        params_per_layer=deeper - params,
     )
 
 

@@ -30,6 +30,29 @@ def locate(
         raise InputError(
             f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {type(error).__name__}",
             field=field,
-            remedy="check the path or id, HF_TOKEN for a gated model, and that the hub can be reached "
-            "(HF_HUB_OFFLINE=1: only what its cache holds)",
+            remedy=_remedy(error),
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the hub."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # A gated model is not found either, so the order counts.
+    if isinstance(error, GatedRepoError):
+        return "accept its licence on the hub's page of the model, and set HF_TOKEN to a token of that account"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the id; a private model needs HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "check the revision: a commit, branch or tag"
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            "the hub cannot be reached from here, and its cache does not hold it: give the folder of a checkpoint, or "
+            "connect (HF_HUB_OFFLINE=1 allows the cache alone)"
+        )
+    return "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached"

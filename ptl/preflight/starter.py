@@ -1,0 +1,228 @@
+"""The first config for a model, as `ptl init` writes it: chosen, checked, and with its forecast.
+
+Learning rates and tokens are those of the shipped configs, what fits on the GPUs is the forecast's, and the schedule is
+the default, which rests on docs/results.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ptl.config import yaml_text
+from ptl.config.run import Config, ModelSource, Task, check
+from ptl.config.schedule import FEWEST, removal
+from ptl.errors import InputError
+from ptl.model import checkpoint, hub
+from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for
+from ptl.model.families import family_of
+from ptl.preflight import starter_fit, starter_text
+from ptl.preflight.forecast import Forecast, forecast
+from ptl.preflight.forecast_model import Shape, shape_of
+from ptl.preflight.gpus import GPUS
+from ptl.preflight.known_models import similar
+from ptl.preflight.starter_fit import Choices, Machine
+from ptl.preflight.starter_presets import Data
+from ptl.preflight.starter_text import Plan, billions
+
+SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
+
+# Tokens of recovery.
+PER_PARAMETER = 0.1  # for each parameter that is removed: the paper's 160M tokens for 1.57B of 8B parameters
+LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
+PASSES = 4  # over the training rows, after which repetition helps little (Muennighoff et al. 2023, 2305.16264)
+FEWEST_TOKENS = 10_000  # whatever the data
+STEPS = 200  # optimizer steps that a run should have at least
+BATCH_SIZES = (64, 32, 16, 8)
+# Parameters up to which a learning rate holds, of the shipped configs where there is one of that size.
+LEARNING_RATES = ((1e7, 6e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
+CALIBRATION_LENGTH = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user says."""
+
+    model: str  # hub id, or folder
+    data: Data
+    tasks: Sequence[Task] = ()
+    target: float = 0.3  # as schedule.target
+    gpu: str | None = "h100"  # kind; None: no GPU
+    gpus: int | None = None  # of a recovery; None: as many as it takes
+
+
+@dataclass(frozen=True)
+class Starter:
+    """A config that can be written, and what is known about it."""
+
+    text: str
+    config: Config
+    forecast: Forecast | None  # None: without a GPU
+    to_fill: tuple[str, ...]  # fields that the user must fill in
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoint, as far as its config.json tells."""
+
+    folder: Path  # with config.json, perhaps without weights
+    revision: str | None  # the commit on the hub
+    family: str
+    dimensions: ModelDimensions
+    shape: Shape
+    positions: int  # tokens of its context
+
+
+def starter(request: Request, folder: Path) -> Starter:
+    """The config for `folder`, where its file will be. Raises InputError that names MODEL, --target or --gpu."""
+    if request.gpu is not None and request.gpu not in GPUS:
+        raise InputError(f"{request.gpu!r} must be one of {', '.join(GPUS)}, or none", field="--gpu")
+    if request.gpu is None and request.gpus is not None:
+        raise InputError(f"{request.gpus}, with --gpu none", field="--gpus", remedy="remove one of the two")
+    model = read_model(request.model)
+    plan = _plan(request, model, folder)
+
+    if request.gpu is None:
+        text = starter_text.text(plan, Choices(), plan.batch_size)
+        return Starter(text, _checked(text, folder), None, _to_fill(request))
+
+    # The forecast reads the model from where it is, so that the hub is asked once.
+    local = {"model": ModelSource(path=str(model.folder))}
+    draft = _checked(starter_text.text(plan, Choices(gpus=1), plan.batch_size), folder)
+    params, vocabulary = model.shape.params, model.shape.vocabulary
+    machine = Machine(request.gpu, draft.model_copy(update=local), params, vocabulary)
+    choices = starter_fit.fit(machine, request.gpus)
+    if choices.lora:
+        plan = replace(plan, all_weights=starter_fit.gpus_for_all_weights(machine))
+    batch_size = machine.batch(choices.gpus)
+
+    # Once more with what the forecast of the config itself says.
+    config = _checked(starter_text.text(plan, choices, batch_size), folder)
+    run_forecast = forecast(config.model_copy(update=local), request.gpu)
+    text = starter_text.text(plan, choices, batch_size, run_forecast)
+    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request))
+
+
+def read_model(name: str) -> Model:
+    """A checkpoint's config.json, of a folder or from the hub. Raises InputError that names MODEL."""
+    try:
+        folder = hub.locate(name, None, ["config.json"], field="MODEL")
+        config = checkpoint.read_config(folder)
+        family = family_of(config)
+        dimensions = dimensions_of_config(config, family, f"config.json of {name}")
+        shape = shape_of(str(folder))
+    except InputError as error:
+        remedy = error.remedy
+        close = similar(name)
+        if close and name not in close and not Path(name).exists():
+            remedy = f"did you mean {' or '.join(close)}? Else {remedy}"
+        raise InputError(error.problem, field="MODEL", remedy=remedy) from error
+    return Model(
+        folder=folder,
+        # A snapshot of the hub is in a folder of its commit's name.
+        revision=folder.name if folder.parent.name == SNAPSHOTS else None,
+        family=family.model_type,
+        dimensions=dimensions,
+        shape=shape,
+        positions=config.get("max_position_embeddings") or 2**31,
+    )
+
+
+def _plan(request: Request, model: Model, folder: Path) -> Plan:
+    """All that does not depend on the number of GPUs."""
+    pruned, multiple = _pruned(model.dimensions, request.target)
+    tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
+    max_length = min(request.data.max_length, model.positions)
+    params = model.dimensions.params
+    learning_rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
+    rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
+    batch_size = next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1])
+    return Plan(
+        name=run_name(request.model),
+        model=_path(request.model, folder),
+        revision=model.revision,
+        family=model.family,
+        dimensions=model.dimensions,
+        itemsize=model.shape.itemsize,
+        target=request.target,
+        pruned=pruned,
+        multiple=multiple,
+        tokens=tokens,
+        tokens_reason=reason,
+        max_length=max_length,
+        calibration_length=min(CALIBRATION_LENGTH, model.positions),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora_rate=min(LORA_FACTOR * learning_rate, LEARNING_RATES[0][1]),
+        gpu=request.gpu,
+        all_weights=None,
+        data=request.data,
+        tasks=request.tasks,
+    )
+
+
+def _pruned(dense: ModelDimensions, target: float) -> tuple[ModelDimensions, int]:
+    """The model at its target, and what its width is a multiple of. Raises InputError that names --target."""
+    if target >= dense.params or not (0 < target < 1 or target >= FEWEST):
+        raise InputError(
+            f"{target:g} is neither a share of the parameters to remove, between 0 and 1, nor a number of parameters "
+            f"from {FEWEST} to the model's own {dense.params:,}",
+            field="--target",
+            remedy="give for example 0.3",
+        )
+    goal = dense.params - removal(dense.params, target)
+    try:
+        width = width_for(dense, goal, "auto")
+    except InputError as error:
+        in_ffn = dense.width * dense.params_per_neuron / dense.params
+        raise InputError(
+            f"{target:g} cannot be reached: only {in_ffn:.0%} of the {billions(dense.params)} parameters are in the "
+            "FFNs, from which neurons are removed",
+            field="--target",
+            remedy=f"give less than {in_ffn:.2f}, better half of it",
+        ) from error
+    params = dense.params - (dense.width - width) * dense.params_per_neuron
+    return replace(dense, params=params, width=width), resolve_multiple(dense.width, width, "auto")
+
+
+def _tokens(removed: int, data: Data) -> tuple[int, str]:
+    """Tokens of recovery over all iterations, and why so many."""
+    tokens = PER_PARAMETER * removed
+    reason = "one for every 10 parameters that are removed, as in the paper"
+    if tokens < LEAST_TOKENS:
+        tokens, reason = LEAST_TOKENS, "the least for a small model"
+    if data.tokens is not None and tokens > PASSES * data.tokens:
+        tokens = max(PASSES * data.tokens, FEWEST_TOKENS)
+        reason = f"{PASSES} passes over the rows, about {billions(int(data.tokens))} tokens; more rows allow for more"
+    return int(float(f"{tokens:.2g}")), reason
+
+
+def run_name(model: str) -> str:
+    """A pipeline's name after a model: `Qwen/Qwen2.5-7B` -> `qwen2-5-7b`."""
+    last = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:60].strip("-") or "model"
+
+
+def _path(model: str, folder: Path) -> str:
+    """A model as a config in `folder` names it."""
+    path = Path(model).expanduser()
+    if not path.exists() or path.is_absolute():
+        return str(path) if path.exists() else model
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _to_fill(request: Request) -> tuple[str, ...]:
+    fields = [] if request.data.calibration else ["calibration.data"]
+    return (*fields, *(() if request.tasks else ("evaluate.tasks",)))
+
+
+def _checked(text: str, folder: Path) -> Config:
+    settings: Any = yaml_text.load(text, "the config")
+    return check(Config, settings, "the config", folder=folder)

@@ -1,0 +1,286 @@
+"""`ptl init`: what it writes can be read, validated and planned, fits on the GPUs, or is refused by its options."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from ptl.cli import app
+from ptl.config.run import load_config
+from ptl.data.sources import SourceRow, texts
+from ptl.evaluation.tasks import check_tasks
+from ptl.model.families import FAMILIES
+from ptl.preflight import starter_presets
+from ptl.preflight.forecast import forecast
+from ptl.preflight.gpus import GPUS
+from ptl.preflight.known_models import KNOWN_MODELS, similar
+
+ROOT = Path(__file__).parents[2]
+REASONER = ROOT / "examples/tiny_reasoner"
+# Qwen3-8B, as its config.json says it.
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def offline(*_, **__):
+    raise errors.LocalEntryNotFoundError("no connection")
+
+
+@pytest.fixture
+def ptl(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder: its exit code, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ptl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            app.main()
+        printed = capsys.readouterr()
+        return done.value.code or 0, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def qwen3_8b(tmp_path):
+    """A folder with the config.json of Qwen3-8B, and no weights."""
+    folder = tmp_path / "qwen3-8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
+    return folder
+
+
+def test_qwen3_8b_on_eight_gpus(ptl, qwen3_8b):
+    code, said = ptl("init", qwen3_8b, "--math", "--gpus", 8)
+    assert code == 0, said
+    config = load_config("qwen3-8b.yaml")
+    assert config.name == "qwen3-8b"
+    assert config.resources.accelerators == 8
+    assert config.resources.accelerators_of("evaluate") == 1
+    (stage,) = config.recover
+    assert (stage.sharding, stage.lora, stage.dtype) == ("fsdp", None, "bfloat16")
+    assert [task.name for task in config.evaluate.tasks] == ["gsm8k", "minerva_math500"]
+    assert config.training.sources[0].source == config.calibration.data.source == "openai/gsm8k"
+    assert config.schedule.recovery_tokens == 250_000_000
+    assert all(step.fits for step in forecast(config).steps)
+    assert "from 8.19B to 5.7B" in said
+    assert "ptl validate qwen3-8b.yaml" in said
+
+
+def test_without_a_number_the_fewest_gpus_that_train_all_weights(ptl, qwen3_8b):
+    ptl("init", qwen3_8b, "--math")
+    config = load_config("qwen3-8b.yaml")
+    assert config.resources.accelerators == 2
+    assert config.recover[0].lora is None
+
+
+def test_on_one_gpu_an_adapter_and_what_more_gpus_would_do(ptl, qwen3_8b):
+    ptl("init", qwen3_8b, "--math", "--gpus", 1)
+    (stage,) = load_config("qwen3-8b.yaml").recover
+    assert stage.lora is not None
+    assert "2 GPUs would train all weights" in Path("qwen3-8b.yaml").read_text()
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_each_kind_of_gpu_gets_what_fits_or_a_remedy_that_works(gpu, ptl, qwen3_8b):
+    code, said = ptl("init", qwen3_8b, "--math", "--gpu", gpu)
+    if code:
+        gpu = re.match(r"error: --gpu: .*name a larger GPU \((\w+)", said)[1]
+        code, said = ptl("init", qwen3_8b, "--math", "--gpu", gpu)
+    config = load_config("qwen3-8b.yaml")
+    assert all(step.fits for step in forecast(config, gpu).steps), said
+    # A batch is divided evenly, which the training checks hours later.
+    (stage,) = config.recover
+    assert stage.batch_size % (stage.accumulation * config.resources.accelerators) == 0
+
+
+def test_where_one_gpu_is_too_few_it_says_how_many_are_enough(ptl, qwen3_8b):
+    code, said = ptl("init", qwen3_8b, "--math", "--gpu", "l4", "--gpus", 1)
+    assert code == 2
+    more = re.search(r"--gpus (\d+)", said)[1]
+    assert ptl("init", qwen3_8b, "--math", "--gpu", "l4", "--gpus", more)[0] == 0
+    assert ptl("plan", "qwen3-8b.yaml", "--gpu", "l4")[0] == 0
+
+
+def test_a_users_own_model_rows_and_task_validate(ptl):
+    shutil.copytree(REASONER / "checkpoint", "model")
+    Path("configs").mkdir()
+    code, said = ptl(
+        *("init", "model", "-o", "configs/mine.yaml", "--gpu", "none"),
+        *("--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"),
+    )
+    assert code == 0, said
+    code, said = ptl("validate", "configs/mine.yaml")
+    assert code == 0, said
+    config = load_config("configs/mine.yaml")
+    assert config.model.path == str(Path("model").absolute())
+    assert config.training.sources[0].source == config.calibration.data.source == str(REASONER / "train.jsonl.gz")
+    assert config.recover[0].max_length <= 256  # this model's positions
+    assert config.resources.accelerators == 0
+
+
+def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
+    code, said = ptl("init", REASONER / "checkpoint", "-o", "mine.yaml", "--gpu", "none")
+    assert code == 0
+    assert "FILL-IN: calibration.data and evaluate.tasks" in said
+    code, said = ptl("validate", "mine.yaml")
+    assert (code, "calibration.data.source: no file" in said) == (2, True)
+    text = Path("mine.yaml").read_text().replace("FILL-IN.jsonl", str(REASONER / "train.jsonl.gz"))
+    Path("mine.yaml").write_text(text)
+    code, said = ptl("validate", "mine.yaml")
+    assert (code, "'FILL-IN' is no task" in said) == (2, True)
+    Path("mine.yaml").write_text(text.replace("name: FILL-IN", f"name: {REASONER / 'tiny_reasoner.yaml'}"))
+    code, said = ptl("validate", "mine.yaml")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "MODEL: missing"),
+        (["nowhere"], "MODEL: 'nowhere' is no local folder"),
+        ([ROOT / "docs"], "MODEL: .* has no config.json"),
+        ([REASONER / "checkpoint", "--gpu", "h10"], "--gpu: 'h10' must be one of t4, "),
+        ([REASONER / "checkpoint", "--gpu", "none", "--gpus", 2], "--gpus: 2, with --gpu none"),
+        ([REASONER / "checkpoint", "--target", "0.95"], "--target: 0.95 cannot be reached: only .* give less than 0."),
+        ([REASONER / "checkpoint", "--target", 30], "--target: 30 is neither a share"),
+        ([REASONER / "checkpoint", "--data", "none.jsonl"], "--data: no file none.jsonl"),
+        ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
+        ([REASONER / "checkpoint", "-o", "none/x.yaml"], "--output: none/x.yaml must be a file in a folder"),
+    ],
+    ids=lambda value: "-".join(map(str, value))[-40:] if isinstance(value, list) else "",
+)
+def test_errors_name_the_option(arguments, said, ptl, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    code, printed = ptl("init", *arguments)
+    assert code == 2
+    assert re.search(f"^error: {said}", printed.replace("\n", " ")), printed
+    assert not list(Path().glob("*.yaml"))
+
+
+def test_a_file_is_overwritten_only_when_asked(ptl, qwen3_8b):
+    Path("qwen3-8b.yaml").write_text("mine")
+    code, said = ptl("init", qwen3_8b, "--math")
+    assert (code, "--output: qwen3-8b.yaml exists" in said, "--force" in said) == (2, True, True)
+    assert Path("qwen3-8b.yaml").read_text() == "mine"
+    assert ptl("init", qwen3_8b, "--math", "--force")[0] == 0
+    assert load_config("qwen3-8b.yaml").model.path == str(qwen3_8b)
+
+
+def hub_error(kind):
+    """An error of the hub, without the response that it came with."""
+    return kind.__new__(kind, "no")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (errors.GatedRepoError, "accept its licence .* HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "did you mean Qwen/Qwen3-8B.* check the id"),
+        (errors.LocalEntryNotFoundError, "cannot be reached from here.*give the folder of a checkpoint"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_model_that_the_hub_does_not_give(kind, said, ptl, monkeypatch):
+    def refuse(*_, **__):
+        raise hub_error(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    code, printed = ptl("init", "qwen3-8B", "--math")
+    assert code == 2
+    assert re.search(said, printed), printed
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit_and_asked_for_once(ptl, qwen3_8b, monkeypatch, tmp_path):
+    snapshot = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots/0123abc"
+    shutil.copytree(qwen3_8b, snapshot)
+    asked = []
+
+    def give(path, **options):
+        asked.append((path, options["allow_patterns"]))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    code, said = ptl("init", "Qwen/Qwen3-8B", "--code")
+    assert code == 0, said
+    assert asked == [("Qwen/Qwen3-8B", ["config.json"])]
+    config = load_config("qwen3-8b.yaml")
+    assert (config.model.path, config.model.revision) == ("Qwen/Qwen3-8B", "0123abc")
+    assert config.evaluate.allow_code
+
+
+def test_chats_are_scored_as_chats(ptl, qwen3_8b):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    code, said = ptl("init", qwen3_8b, "--data", "chats.jsonl", "--task", "gsm8k")
+    assert code == 0, said
+    config = load_config("qwen3-8b.yaml")
+    assert config.training.sources[0].format == "messages"
+    assert config.evaluate.chat_template
+    assert config.schedule.recovery_tokens == 10_000  # one short row
+
+
+# A row as each data set of the presets has them.
+COLUMNS = {
+    "openai/gsm8k": {"question": "1+1?", "answer": "#### 2"},
+    "meta-math/MetaMathQA": {"query": "1+1?", "response": "2", "type": "x", "original_question": "y"},
+    "AI-MO/NuminaMath-CoT": {"problem": "1+1?", "solution": "2", "source": "x", "messages": []},
+    "google-research-datasets/mbpp": {"text": "Add", "code": "a + b", "test_list": ["a", "b", "c"]},
+    "ise-uiuc/Magicoder-OSS-Instruct-75K": {"problem": "Add", "solution": "a + b"},
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": {"instruction": "Add", "response": "a + b"},
+}
+
+
+def test_the_presets_read_their_data_sets_and_their_tasks_exist(ptl, qwen3_8b):
+    code, said = ptl("init", qwen3_8b, "--math", "--code", "--task", "arc_easy")
+    assert code == 0, said
+    config = load_config("qwen3-8b.yaml")
+    assert {source.source for source in config.training.sources} == set(COLUMNS)
+    for source in (config.calibration.data, *config.training.sources):
+        assert all(texts(SourceRow(COLUMNS[source.source], source)))
+    assert [(task.name, task.metric) for task in config.evaluate.tasks] == [
+        ("arc_easy", "acc"),
+        ("gsm8k", "exact_match,flexible-extract"),
+        ("minerva_math500", "math_verify"),
+        ("mbpp", "pass_at_1"),
+        ("humaneval", "pass@1"),
+    ]
+    check_tasks(config.evaluate)
+
+
+def test_mathematics_is_asked_in_the_words_of_the_benchmark():
+    row = SourceRow(COLUMNS["openai/gsm8k"], starter_presets.GSM8K)
+    assert texts(row) == ("Question: 1+1?\nAnswer:", " #### 2")
+
+
+def test_the_list_has_each_family_and_gpu_and_models_of_these_families(ptl):
+    code, said = ptl("init", "--list")
+    assert code == 0
+    assert all(name in said for name in (*FAMILIES, *GPUS))
+    assert "Qwen/Qwen3-8B" in said
+    assert {model.family for model in KNOWN_MODELS} <= set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("qwen3-8b", ["Qwen/Qwen3-8B"]), ("Qwen/Qwen-3-8B", ["Qwen/Qwen3-8B"]), ("bert-base-uncased", [])],
+    ids=str,
+)
+def test_a_misspelt_id_is_recognised(name, meant):
+    assert similar(name)[:1] == meant
