@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs golden checkov ci-path gguf screenshot
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path gguf screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ lock: install ## exact versions again: constraints.txt and the images' hashed lo
 
 docs: install ## the documentation's pages in site/
 	$(BIN)/mkdocs build --strict
+
+docs-reference: install ## docs/config-reference.md and docs/commands.md, from the code
+	$(BIN)/python docs/reference_pages.py
 
 golden: install ## write the compiled pipelines that tests compare with; read the diff
 	PTL_UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipelines/test_compile.py -k golden

@@ -29,6 +29,13 @@ def test_it_builds_with_every_link_checked(tmp_path):
     assert (tmp_path / "site" / "install" / "index.html").is_file()
 
 
+def test_the_reference_pages_are_made_from_this_code():
+    done = subprocess.run(
+        [sys.executable, "docs/reference_pages.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"run `make docs-reference`: {done.stdout}{done.stderr[-500:]}"
+
+
 def test_the_page_of_run_parameters_explains_every_one():
     text = (ROOT / "docs" / "ui.md").read_text()
     told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))

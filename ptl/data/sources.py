@@ -16,7 +16,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ptl.config.recover import DataSource, columns_of
+from ptl.config.recover import DataSource
+from ptl.config.templates import columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
 

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from ptl.cli import app, rehearsal
-from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -46,18 +45,8 @@ def test_a_rehearsal_is_submitted_with_what_only_the_cluster_has(monkeypatch):
     assert (stage.sharding, stage.dtype, stage.batch_size) == ("fsdp", "bfloat16", 16)  # on eight GPUs
 
 
-def directory(tmp_path, **fields):
-    result = {"control_failed": "", "not_needed": [], **fields}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    return RunDir(tmp_path, tmp_path)
-
-
 def test_steps_without_work_are_named(tmp_path, capsys):
     skipped = [{"step": "prune-4", "iteration": 4, "reason": "target reached"}]
-    rehearsal.conclude(directory(tmp_path, not_needed=skipped), [], "config.yaml")
+    (tmp_path / "result.json").write_text(json.dumps({"not_needed": skipped}))
+    rehearsal.conclude(RunDir(tmp_path, tmp_path), [], "config.yaml")
     assert "Not rehearsed, because the loop had ended: prune-4." in capsys.readouterr().out
-
-
-def test_a_control_that_failed_is_an_error(tmp_path):
-    with pytest.raises(WorkError, match="rehearsal: the control did not finish: out of memory; fix it"):
-        rehearsal.conclude(directory(tmp_path, control_failed="out of memory"), [], "config.yaml")
