@@ -216,6 +216,8 @@ _RECORDS = (
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
 
+# Multimodal model_types whose text model the import takes out (text_tower.py), and that model's default model_type
+TEXT_TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Config fields of models that are not dense language models
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 MODALITIES = ("vision_config", "audio_config", "text_config")
@@ -235,10 +237,11 @@ def family_of(config: ConfigJson) -> Family:
             )
     for modality in MODALITIES:
         if config.get(modality):
+            by_hand = f"save its text model as a checkpoint of its own and give that ({supported})"
             raise InputError(
                 f"model_type {model_type!r} is more than a language model (config field {modality})",
                 field="model",
-                remedy=f"save its text model as a checkpoint of its own and give that ({supported})",
+                remedy="run `ptl import-model`, which saves its text model" if model_type in TEXT_TOWERS else by_hand,
             )
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
