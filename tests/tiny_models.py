@@ -2,7 +2,13 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 48
 SIZES = {
@@ -65,14 +71,40 @@ VARIANTS = {
     "glm4": ("glm4", {}),
     "cohere2": ("cohere2", {"sliding_window": 5, "layer_types": ALTERNATING}),
 }
+VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
+VISION_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def build(variant, seed=0, **changes):
     """A random model of the variant, in eval mode; norms and biases are random too."""
     model_type, fields = VARIANTS[variant]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes})
+    return _random(AutoModelForCausalLM, AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes}), seed)
+
+
+def build_multimodal(model_type, variant, **changes):
+    """A random multimodal model with a text model of the variant and a vision tower of one layer."""
+    text_type, fields = VARIANTS[variant]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={"model_type": text_type, **SIZES, **fields},
+        vision_config={"model_type": VISION_TOWERS[model_type], **VISION_SIZES},
+        image_token_index=VOCABULARY - 1,
+        **changes,
+    )
+    return _random(AutoModelForImageTextToText, config)
+
+
+def _random(auto_class, config, seed=0):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = auto_class.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
+MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default one
 # Suffixes of files that can run code when they are read
@@ -213,15 +214,18 @@ def check_links(folder: Path) -> None:
             )
 
 
-def copy_companions(src: Path, dst: Path) -> None:
-    """Copy everything but the weights: tokenizer, generation config, chat templates; no pickles, no weights."""
+def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> None:
+    """Copy tokenizer, generation config, chat templates and so on: no weights, no pickles, nothing `excluded`.
+
+    Mistral's own config is left out too: after pruning, its sizes would be wrong.
+    """
     check_links(src)
     # The caller writes the weights, and with them the index and the config; a manifest would be out of date.
     weights = {path.name for path in shards(src)}
-    excluded_names = weights | {INDEX, "config.json", STATE, "ptl-files.json"}
+    excluded_names = weights | {INDEX, "config.json", MISTRAL_CONFIG, STATE, "ptl-files.json", *excluded}
     for path in sorted(src.iterdir()):
-        excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
-        if not excluded and path.is_file():
+        is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
+        if not is_excluded and path.is_file():
             shutil.copyfile(path, dst / path.name)
     for path in sorted((src / CHAT_TEMPLATES).glob("*.jinja")):
         copy = dst / CHAT_TEMPLATES / path.name

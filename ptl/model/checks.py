@@ -12,7 +12,7 @@ from typing import Any
 
 from ptl import json_input
 from ptl.errors import InputError
-from ptl.model import checkpoint, pretrained
+from ptl.model import checkpoint, pretrained, text_tower
 
 JSON_FILES = (
     "tokenizer.json",  # the tokenizer itself, vocabulary included
@@ -70,7 +70,7 @@ def check_generation_config(folder: Path) -> None:
 
 def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
     """Raise InputError for a config field whose sequences are longer than the model's context; `lengths` in tokens."""
-    positions = checkpoint.read_config(folder).get("max_position_embeddings")
+    positions = text_tower.read_config(folder).get("max_position_embeddings")
     if not isinstance(positions, int):  # a family without a limit
         return
     for field, length in lengths.items():

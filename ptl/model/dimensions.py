@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, shapes
+from ptl.model import checkpoint, shapes, text_tower
 from ptl.model.checkpoint import checkpoint_error
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries
@@ -32,16 +32,16 @@ class ModelDimensions:
 
 
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
-    """Measure a checkpoint without loading it.
+    """Measure a checkpoint without loading it, of a multimodal one its text model.
 
     Raises InputError that names an impossible field of config.json, a missing, extra or misshapen tensor, or dtypes
     that cannot be pruned.
     """
-    config = checkpoint.read_config(folder)
+    config = text_tower.read_config(folder)
     sizes = shapes.sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
     # Rotary buffers of old files are neither parameters nor read.
-    contents = checkpoint.contents(folder)
+    contents = text_tower.contents(folder)
     entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
     _check_names(folder, family, config, entries)
     _check_shapes(family, sizes, entries)

@@ -23,7 +23,13 @@ def config(folder: Path, field: str = MODEL) -> Any:
 
     try:
         return _load(AutoConfig.from_pretrained, folder, field)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # a field that transformers refuses
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:  # a field that transformers refuses
         reason = " ".join(str(error).split())[:MAX_REASON]  # on one line
         raise InputError(
             f"transformers cannot read config.json in {folder} ({reason})",

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
-from ptl.model import checkpoint, hub, shapes
+from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.families import family_of
 from ptl.preflight.gpus import Gpu
 
@@ -42,7 +42,7 @@ class Shape:
 def shape_of(path: str, revision: str | None = None) -> Shape:
     """A model's shape from its config.json alone; of a folder without a dtype there, from the weights' headers too."""
     folder = hub.locate(path, revision, ["config.json"])
-    config = checkpoint.read_config(folder)
+    config = text_tower.read_config(folder)
     family = family_of(config)
     sizes = shapes.sizes(config, family, f"config.json of {path}")
     params, matrices = shapes.count(config, family, sizes)

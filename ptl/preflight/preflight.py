@@ -13,7 +13,7 @@ from ptl.data import model_fit
 from ptl.data.checks import check_data, check_rewards
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks
-from ptl.model import checkpoint, hub
+from ptl.model import checkpoint, hub, text_tower
 from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 
@@ -64,7 +64,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     target that the plan cannot reach.
     """
     # Its files.
-    family = family_of(checkpoint.read_config(folder))
+    family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
     checkpoint.check_tokenizer(folder)

@@ -223,6 +223,10 @@ def test_every_family_is_tested():
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts (config field num_local_experts)"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts (config field num_experts)"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts"),
+        ({"model_type": "llama4", "text_config": {"num_local_experts": 16}}, "mixture of experts"),
+        ({"model_type": "gemma3n", "vision_config": {"a": 1}}, "several hidden states (AltUp)"),
+        ({"model_type": "qwen3_5_text"}, "linear attention (Gated DeltaNet)"),
+        ({"model_type": "qwen3_5", "vision_config": {"a": 1}}, "prune a Qwen 3 (qwen3)"),
         (
             {"model_type": "gemma3", "vision_config": {"a": 1}},
             "more than a language model (config field vision_config)",

@@ -1,0 +1,126 @@
+"""The language model inside a multimodal checkpoint: which tensors it has, by which names, and its config. Torch-free.
+
+ptl prunes language models: the import takes this one out and saves it as a checkpoint of its own. Whatever looks at
+a model before the import (`ptl validate`, `ptl plan`) sees the text model too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptl.model import checkpoint, safetensors_io
+from ptl.model.families import FAMILIES, TEXT_TOWERS, ConfigJson
+from ptl.model.safetensors_io import Entries, Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What tensor names of the text model begin with: in files on the hub, then in a model in memory; and in a text model
+PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
+OUTPUT_LAYER = "lm_head.weight"
+# Fields that hold for the text model too, and for which the multimodal config has the last word
+OUTER_FIELDS = (
+    *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+# The class of each text model, for `architectures`: by it vLLM and llama.cpp choose (tests compare with transformers)
+CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+}
+# Settings of how images are cut and scaled
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def has_tower(config: ConfigJson) -> bool:
+    """Whether the config is that of a multimodal model whose text model can be taken out."""
+    return config.get("model_type") in TEXT_TOWERS
+
+
+def text_config(config: ConfigJson) -> dict[str, Any]:
+    """The config of the text model in a multimodal one; sizes that it leaves out are filled in as transformers does."""
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise checkpoint.checkpoint_error(f"config.json has text_config={text!r}, which must be a JSON object")
+    model_type = (text or {}).get("model_type", TEXT_TOWERS[config["model_type"]])
+    filled: dict[str, Any] = {"model_type": model_type}
+    if model_type in CLASSES:
+        filled |= dict(FAMILIES[model_type].defaults)
+        filled["architectures"] = [CLASSES[model_type]]
+    outer = {field: config[field] for field in OUTER_FIELDS if field in config}
+    return filled | (text or {}) | outer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint's language model: config.json, or the text model's part of a multimodal one."""
+    config = checkpoint.read_config(folder)
+    if not has_tower(config):
+        return config
+    text = text_config(config)
+    # Multimodal configs say either thing of the same model. Of a hub id perhaps only config.json has been downloaded.
+    if any(folder.glob("*.safetensors")):
+        text["tie_word_embeddings"] = OUTPUT_LAYER not in _text_entries(checkpoint.contents(folder))
+    return text
+
+
+def contents(folder: Path) -> Entries:
+    """The tensors of a checkpoint's language model, by the names that they have in a text model."""
+    entries = checkpoint.contents(folder)
+    return _text_entries(entries) if has_tower(checkpoint.read_config(folder)) else entries
+
+
+def _text_entries(entries: Entries) -> dict[str, Entry]:
+    """Those of the text model, by their new names; the towers of other modalities and their projectors are left out."""
+    named = ((text_name(name), entry) for name, entry in entries.items())
+    return {name: entry for name, entry in named if name is not None}
+
+
+def text_name(name: str) -> str | None:
+    """The name of a multimodal model's tensor in the text model; None: it belongs to another tower."""
+    for prefix, text_prefix in PREFIXES:
+        if name.startswith(prefix):
+            return text_prefix + name.removeprefix(prefix)
+    return None
+
+
+def write_text_model(src: Path, dst: Path) -> None:
+    """Write weights and config of the text model, tensor by tensor, so that memory holds one tensor."""
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    shards = checkpoint.shards(src)
+    for shard in shards:
+        # Shards keep their names; one with vision tensors alone is not written.
+        written = _write_shard(shard, dst / shard.name)
+        weight_map |= {entry.name: shard.name for entry in written}
+        total_bytes += sum(entry.size for entry in written)
+    if shards != [src / checkpoint.WEIGHTS]:
+        checkpoint.write_index(dst, weight_map, total_bytes)
+    checkpoint.write_json(dst / "config.json", read_config(src))
+
+
+def _write_shard(src: Path, dst: Path) -> list[Entry]:
+    """Write the text model's tensors of one file; returns them, by their new names. An empty file is not written."""
+    kept = []
+    for entry in safetensors_io.entries(src):
+        name = text_name(entry.name)
+        if name is not None:
+            kept.append(replace(entry, name=name))
+
+    def tensors() -> Iterator[Tensor]:
+        for entry in kept:
+            yield safetensors_io.read_tensor(entry)
+
+    if kept:
+        safetensors_io.write_tensors(dst, [(entry.name, entry.dtype, entry.shape) for entry in kept], tensors())
+        dst.chmod(0o644)  # others may read it, whatever the umask
+    return kept
