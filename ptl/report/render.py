@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.evaluation import speed_rows
-from ptl.report import tables, wording
+from ptl.report import evidence, limits, tables, wording
+from ptl.report.answer import answer
 from ptl.report.cells import level, settings, short
 from ptl.report.model_card import front_matter
 from ptl.report.plots import draw
@@ -56,7 +57,7 @@ def print_table(result: Result, out: Path | None = None) -> None:
     # In 80 columns the table has just room.
     padding = 1 if console.width >= WIDE else 0
     console.print(_terminal_table(result, padding))
-    for sentence in [wording.verdict(result), *wording.notes(result)]:
+    for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
         console.print(escape(sentence), highlight=False)
     if out is not None:
         page = (out / "report.html").resolve()
@@ -107,15 +108,20 @@ def _variables(result: Result) -> dict[str, Any]:
         "result": result,
         "paper": PAPER,
         # Sentences.
+        "answer": answer(result),
         "verdict": wording.verdict(result),
-        "notes": wording.notes(result),
+        "limits": limits.sentences(result),
+        "remarks": wording.remarks(result),
         "not_needed": wording.not_needed(result),
         "table_caption": wording.table_caption(result),
         "accuracy_caption": wording.accuracy_caption(result),
         "loss_caption": wording.loss_caption(result),
         "speed_setting": speed_rows.setting(speed),
         "speed_disturbed": speed_rows.disturbance(speed),
+        "evidence_caption": evidence.caption(result),
         # Tables.
+        "evidence": evidence.groups(result),
+        "checks": evidence.checks(result),
         "iterations": tables.iterations(result),
         # All checkpoints were scored on the same benchmarks.
         "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
