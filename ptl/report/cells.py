@@ -93,8 +93,8 @@ def short(number: float) -> str:
 
 
 def comparison(pair: Row) -> str:
-    """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
-    return f"{signed_points(pair['difference'])} points ({pair_interval(pair)}), {changes(pair)}"
+    """A paired comparison with its numbers."""
+    return f"{signed_points(pair['difference'])} points ({pair_interval(pair)}), {changes(pair)} {p_of(pair)}"
 
 
 def pair_interval(pair: Row) -> str:
@@ -104,10 +104,15 @@ def pair_interval(pair: Row) -> str:
 
 
 def changes(pair: Row) -> str:
-    """The items that changed, which alone distinguish the models, and p."""
+    """The items that changed, which alone distinguish the models."""
     regressions = counted(pair["regressions"], "regression")
     improvements = counted(pair["improvements"], "improvement")
-    return f"{regressions} and {improvements} on {pair['items']:,} items, p {pair['p_different']:.2g}"
+    return f"{regressions} and {improvements}"
+
+
+def p_of(pair: Row) -> str:
+    """p of McNemar's exact two-sided test, and of how many items."""
+    return f"on {pair['items']:,} items, p {pair['p_different']:.2g}"
 
 
 def signed_points(difference: float) -> str:

@@ -123,7 +123,7 @@ def _score(task: Row) -> Cell:
 def _difference(before: Row, after: Row, pair: Row | None) -> Cell:
     """Item by item where the items are known."""
     if pair:
-        details = (cells.pair_interval(pair), cells.changes(pair))
+        details = (cells.pair_interval(pair), cells.changes(pair), cells.p_of(pair))
         return Cell(f"{cells.signed_points(pair['difference'])} points", details)
     difference = after["accuracy"] - before["accuracy"]
     text = f"{cells.signed_points(difference)} points" if cells.is_share(before) else f"{difference:+.3g}"
@@ -146,8 +146,8 @@ def _sizes(result: Result, dense: Row, final: Row) -> list[Line]:
     after = final["scores"]
     names = {
         "params": ("Parameters", "{:,}".format),
-        "bytes": ("Memory of the weights", size),
-        "kv_bytes_per_token": ("Memory of the KV cache, per token", size),
+        "bytes": ("Weights", size),
+        "kv_bytes_per_token": ("KV cache per token", size),
         "flops_per_token": ("FLOPs per token", "{:,}".format),
     }
     lines = []
@@ -165,8 +165,8 @@ def _speeds(result: Result) -> list[Line]:
     chosen = [*decode[:1], *decode[1:][-1:], *(row for row in measured if row.kind == "solved")]
     lines = []
     for row in chosen:
-        label, dense, final, times = map(Cell, row.cells)
-        lines.append(Line(label, dense, final, times))
+        label, dense, final, _ = map(Cell, row.cells)
+        lines.append(Line(label, dense, final, Cell(f"{row.times:.2f} times as fast")))
     return lines
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.evaluation import speed_rows
-from ptl.report import evidence, limits, tables, wording
+from ptl.report import evidence, limits, side_by_side, tables, wording
 from ptl.report.answer import answer
 from ptl.report.cells import level, settings, short
 from ptl.report.model_card import front_matter
 from ptl.report.plots import draw
 from ptl.report.result import Result, build, total_tokens, work_seconds
 from ptl.report.result_rows import Records
+from ptl.report.side_by_side import in_cell
 from ptl.units import duration
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def _variables(result: Result) -> dict[str, Any]:
         # Tables.
         "evidence": evidence.groups(result),
         "checks": evidence.checks(result),
+        "changed": side_by_side.kinds(result),
         "iterations": tables.iterations(result),
         # All checkpoints were scored on the same benchmarks.
         "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
@@ -157,7 +159,7 @@ def _template(name: str, variables: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {"md": _md, "duration": duration, "short": short, "digest": _digest}
+    env.filters |= {"md": _md, "duration": duration, "short": short, "in_cell": in_cell, "digest": _digest}
     return env.get_template(name).render(variables)
 
 

@@ -13,6 +13,7 @@ from run_records import DENSE, arm_records, curve, items, pointer, record_of, re
 
 from ptl.cli import results
 from ptl.errors import InputError
+from ptl.report import side_by_side
 from ptl.report.answer import answer
 from ptl.report.render import print_table, render, write_report
 from ptl.report.result import build, final_row, work_seconds
@@ -200,8 +201,35 @@ def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_
     write_report(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Regressions: 17<" in html and "Improvements: 3<" in html
-    assert html.count("<summary>") == 20 and all(f"<summary>tiny_reasoner, item {i}<" in html for i in range(20))
-    assert html.count('<details class="example" open>') == 4  # the first two of each
+    assert [html.count(f"tiny_reasoner, item {i}<") for i in range(20)] == [1] * 20
+    # Three of each are open, the other regressions are folded.
+    assert html.count('<div class="example">') == 6 and "<summary>14 more<" in html
+
+
+def test_changed_answers_are_side_by_side(records, settings, tmp_path, no_pictures):
+    before = records["evaluate-0"]["metadata"]["items"][11]
+    after = records["evaluate-4"]["metadata"]["items"][11]
+    before.update(answer="1+1=2\n2+2=4\n#### 4", target="4")
+    after.update(answer="1+1=2\n2+2=5\n5 is <b>five</b>", truncated=True)
+    result = write_report(records, settings, tmp_path)
+    regressions, improvements = side_by_side.kinds(result)
+    example = regressions.first[1]
+    assert (example.dense.same, example.dense.rest) == ("1+1=2", "2+2=4\n#### 4")
+    assert (example.dense.right, example.final.right, example.final.truncated) == (True, False, True)
+    assert (improvements.first[0].dense.right, improvements.first[0].final.right) == (False, True)
+    html = (tmp_path / "report.html").read_text()
+    assert "Final: wrong, hit the token limit" in html and "5 is &lt;b&gt;five&lt;/b&gt;" in html
+    row = "item 11 | 11 + 4 = | 4 | 1+1=2 2+2=4 #### 4 | 1+1=2 2+2=5 5 is &lt;b>five&lt;/b> (token limit) |"
+    assert row in (tmp_path / "report.md").read_text()
+
+
+def test_the_first_examples_are_of_every_task(records, settings):
+    second = [dict(item, task="tiny_retention") for item in items({5})]
+    records["evaluate-0"]["metadata"]["items"] = items(set()) + [dict(item, correct=1) for item in second]
+    records["evaluate-4"]["metadata"]["items"] = items(set(range(9))) + second
+    (regressions,) = side_by_side.kinds(build(records, settings))
+    names = [example.item for example in regressions.first]
+    assert names == ["tiny_reasoner, item 0", "tiny_retention, item 5", "tiny_reasoner, item 1"]
 
 
 def test_a_result_of_another_version_is_named(records, settings, tmp_path, no_pictures):
