@@ -12,6 +12,7 @@ Three verdicts on a candidate against a reference, over the same items, with a m
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,14 +134,43 @@ def verdict_of(
     alpha: float,
 ) -> Verdict:
     """The verdict that the counts allow; see the top of this module."""
-    net_regressions = regressions - improvements
-    _, p_worse = mcnemar(regressions, improvements)
-    if net_regressions > margin * items and p_worse <= alpha:
+    if _is_inferior(regressions, improvements, items, margin, alpha):
         return "inferior"
     low, _ = paired_bootstrap(regressions, improvements, items, alpha)
     if low > -margin:
         return "not inferior"
     return "unclear"
+
+
+def _is_inferior(
+    regressions: int,
+    improvements: int,
+    items: int,
+    margin: float,
+    alpha: float,
+) -> bool:
+    net_regressions = regressions - improvements
+    _, p_worse = mcnemar(regressions, improvements)
+    return net_regressions > margin * items and p_worse <= alpha
+
+
+def smallest_inferior_drop(improvements: int, items: int, margin: float, alpha: float) -> float | None:
+    """The smallest drop of the accuracy that is called inferior where as many items improve; None: no drop is."""
+    # Each further regression makes the drop larger and p smaller.
+    regressions = range(items - improvements + 1)
+    fewest = bisect_left(regressions, True, key=lambda count: _is_inferior(count, improvements, items, margin, alpha))
+    if fewest == len(regressions):
+        return None
+    return (fewest - improvements) / items
+
+
+def factor_to_decide(regressions: int, improvements: int, items: int, margin: float, alpha: float) -> int | None:
+    """How many times as many items would give a verdict if as large shares of them changed; None: not even 64 times."""
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        counts = (factor * regressions, factor * improvements, factor * items)
+        if verdict_of(*counts, margin, alpha) != "unclear":
+            return factor
+    return None
 
 
 def match(

@@ -93,25 +93,36 @@ def short(number: float) -> str:
 
 
 def comparison(pair: Row) -> str:
-    """A paired comparison with its numbers; p is McNemar's exact two-sided test."""
-    change = _signed_points(pair["difference"])
-    low = _signed_points(pair["low"])
-    high = _signed_points(pair["high"])
-    # The interval is that of two one-sided tests, each at the significance level.
+    """A paired comparison with its numbers."""
+    return f"{signed_points(pair['difference'])} points ({pair_interval(pair)}), {changes(pair)} {p_of(pair)}"
+
+
+def pair_interval(pair: Row) -> str:
+    """The interval of a paired difference: that of two one-sided tests, each at the significance level."""
     confidence = 100 * (1 - 2 * pair["alpha"])
-    # Only items that changed distinguish the models.
+    return f"{signed_points(pair['low'])} to {signed_points(pair['high'])} at {confidence:.3g} %"
+
+
+def changes(pair: Row) -> str:
+    """The items that changed, which alone distinguish the models."""
     regressions = counted(pair["regressions"], "regression")
     improvements = counted(pair["improvements"], "improvement")
-    return (
-        f"{change} points ({low} to {high} at {confidence:g} %), "
-        f"{regressions} and {improvements} on {pair['items']:,} items, "
-        f"p {pair['p_different']:.2g}"
-    )
+    return f"{regressions} and {improvements}"
 
 
-def _signed_points(difference: float) -> str:
+def p_of(pair: Row) -> str:
+    """p of McNemar's exact two-sided test, and of how many items."""
+    return f"on {pair['items']:,} items, p {pair['p_different']:.2g}"
+
+
+def signed_points(difference: float) -> str:
     """-0.016 -> `-1.6`."""
     return f"{100 * difference:+.1f}"
+
+
+def margin(pair: Row) -> str:
+    """The drop that is tolerated: `2 points`."""
+    return f"{100 * pair['margin']:g} points"
 
 
 def settings(config: Row) -> Pairs:

@@ -10,32 +10,45 @@ from ptl.report.result_rows import Records, Row
 
 MAX_CHANGED = 250  # regressions, and improvements, that the report shows: a page of a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
+REFERENCES = {"dense": "evaluate-0", "control": "control-evaluate"}  # what the final checkpoint is compared with
+
+Items = dict[tuple[str, Any], Item]  # of an evaluation, by task and id
 
 
 def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
-    """The final checkpoint against the dense one and against the control, item by item, on the first task.
+    """The final checkpoint against the dense one and the control, item by item: task -> `dense`, `control` -> numbers.
 
-    `final` is the step that scored it, `gate` the config of the gate.
+    `final` is the step that scored it, `gate` the config of the gate. A task without right and wrong answers has none.
+    The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
     """
     if not final:
         return {}
-    task = records[final]["metadata"]["scores"]["tasks"][0]["task"]
     after = _items(final, records)
-    steps = {"dense": "evaluate-0", "control": "control-evaluate"}
-    comparisons = {}
-    for label, name in steps.items():
+    tested = {task for task, _ in after}
+    tasks = [score["task"] for score in records[final]["metadata"]["scores"]["tasks"]]
+    comparisons: Row = {task: {} for task in tasks}
+    for label, step in REFERENCES.items():
         # Where no iteration passed, the dense model is the final one.
-        if name == final:
+        if step == final:
             continue
-        old, new = [], []
-        for key, item in _items(name, records).items():
-            if key in after and item["task"] == task:
-                old.append(int(item["correct"]))
-                new.append(int(after[key]["correct"]))
-        # Either evaluation may have no items: then there is nothing to compare.
-        if old:
-            comparisons[label] = asdict(paired(old, new, gate["margin"], gate["alpha"]))
+        outcomes = _outcomes(_items(step, records), after)
+        for task in tasks:
+            # Either evaluation may have no items: then there is nothing to compare.
+            if task in outcomes:
+                alpha = gate["alpha"] if task == tasks[0] else gate["alpha"] / len(tested)
+                comparisons[task][label] = asdict(paired(*outcomes[task], gate["margin"], alpha))
     return comparisons
+
+
+def _outcomes(before: Items, after: Items) -> dict[str, tuple[list[int], list[int]]]:
+    """By task, the 0/1 outcomes of the items that both evaluations have."""
+    outcomes: dict[str, tuple[list[int], list[int]]] = {}
+    for key, item in before.items():
+        if key in after:
+            old, new = outcomes.setdefault(item["task"], ([], []))
+            old.append(int(item["correct"]))
+            new.append(int(after[key]["correct"]))
+    return outcomes
 
 
 def examples(records: Records, final: str) -> Row:
@@ -72,7 +85,7 @@ def shortened(value: Any) -> str:
     return text[:MAX_TEXT] + " […]"
 
 
-def _items(step: str, records: Records) -> dict[tuple[str, Any], Item]:
+def _items(step: str, records: Records) -> Items:
     """The items of an evaluate step by task and id; empty where it has no record, or its record no items."""
     if step not in records:
         return {}
@@ -80,8 +93,8 @@ def _items(step: str, records: Records) -> dict[tuple[str, Any], Item]:
     return {(item["task"], item["id"]): item for item in items}
 
 
-def _changed(old: Item, new: Item) -> dict[str, str]:
-    """An item with the answers of both models."""
+def _changed(old: Item, new: Item) -> Row:
+    """An item with the answers of both models, and whether the token limit cut them."""
     return {
         "task": old["task"],
         "id": old["id"],
@@ -89,4 +102,6 @@ def _changed(old: Item, new: Item) -> dict[str, str]:
         "target": shortened(old["target"]),
         "before": shortened(old["answer"]),
         "after": shortened(new["answer"]),
+        "before_truncated": old["truncated"],
+        "after_truncated": new["truncated"],
     }

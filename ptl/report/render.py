@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.evaluation import speed_rows
-from ptl.report import tables, wording
+from ptl.report import evidence, limits, side_by_side, tables, wording
+from ptl.report.answer import answer
 from ptl.report.cells import level, settings, short
 from ptl.report.model_card import front_matter
 from ptl.report.plots import draw
 from ptl.report.result import Result, build, total_tokens, work_seconds
 from ptl.report.result_rows import Records
+from ptl.report.side_by_side import in_cell
 from ptl.units import duration
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def print_table(result: Result, out: Path | None = None) -> None:
     # In 80 columns the table has just room.
     padding = 1 if console.width >= WIDE else 0
     console.print(_terminal_table(result, padding))
-    for sentence in [wording.verdict(result), *wording.notes(result)]:
+    for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
         console.print(escape(sentence), highlight=False)
     if out is not None:
         page = (out / "report.html").resolve()
@@ -107,15 +109,21 @@ def _variables(result: Result) -> dict[str, Any]:
         "result": result,
         "paper": PAPER,
         # Sentences.
+        "answer": answer(result),
         "verdict": wording.verdict(result),
-        "notes": wording.notes(result),
+        "limits": limits.sentences(result),
+        "remarks": wording.remarks(result),
         "not_needed": wording.not_needed(result),
         "table_caption": wording.table_caption(result),
         "accuracy_caption": wording.accuracy_caption(result),
         "loss_caption": wording.loss_caption(result),
         "speed_setting": speed_rows.setting(speed),
         "speed_disturbed": speed_rows.disturbance(speed),
+        "evidence_caption": evidence.caption(result),
         # Tables.
+        "evidence": evidence.groups(result),
+        "checks": evidence.checks(result),
+        "changed": side_by_side.kinds(result),
         "iterations": tables.iterations(result),
         # All checkpoints were scored on the same benchmarks.
         "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
@@ -151,7 +159,7 @@ def _template(name: str, variables: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {"md": _md, "duration": duration, "short": short, "digest": _digest}
+    env.filters |= {"md": _md, "duration": duration, "short": short, "in_cell": in_cell, "digest": _digest}
     return env.get_template(name).render(variables)
 
 

@@ -32,6 +32,7 @@ def build(records: Records, settings: Row) -> Result:
     final = result_rows.final(records, imported["params"])
     scored = final_row({"rows": rows, "final": final})
     final_step = scored["step"] if scored else ""
+    comparisons = changed_answers.paired_comparisons(records, final_step, config["gate"])
     result = {
         # The run.
         "run_id": tracked["run_id"],
@@ -65,7 +66,8 @@ def build(records: Records, settings: Row) -> Result:
         "speed": _speed(records),
         "decontaminated": _decontaminated(records),
         "curves": _curves(records),
-        "paired": changed_answers.paired_comparisons(records, final_step, config["gate"]),
+        "paired": comparisons.get(rows[0]["task"], {}),  # on the first task
+        "paired_tasks": comparisons,  # on each task
         "examples": changed_answers.examples(records, final_step),
         "settings": config,
     }

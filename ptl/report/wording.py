@@ -35,13 +35,7 @@ def _headline(result: Result) -> str:
     if final is dense:
         return f"No iteration passed: the final checkpoint is the dense model, at {before} {metric}"
     after = accuracy(first_task(final))
-    change = f"from {before} to {after}"
-    sentence = f"Removing {share} of the parameters took {metric} {change}"
-    # The gate may have been off.
-    pair = result["paired"].get("dense")
-    if pair and pair["verdict"] == "inferior":
-        margin = 100 * pair["margin"]
-        sentence += f": inferior to the dense model (margin {margin:g} points)"
+    sentence = f"Removing {share} of the parameters took {metric} from {before} to {after}"
     control = control_row(result)
     if control is not None:
         beside = _beside_control(result, final, control)
@@ -91,24 +85,27 @@ def _insignificant_p(result: Result) -> float | None:
 
 
 def notes(result: Result) -> list[str]:
-    """What a careful reader asks next: do the intervals overlap, were the tokens equal, what was thrown away."""
-    sentences = []
-    # What limits the comparison comes first, what the run cost last.
-    if result["control_failed"]:
-        sentences.append(f"The control arm did not finish: {result['control_failed']}.")
-    sentences += _comparisons(result)
-    sentences += _about_control(result)
-    sentences += _about_gate(result)
-    for reason, iterations in not_needed(result):
-        numbers = ", ".join(map(str, iterations))
-        sentences.append(f"Not needed: iteration {numbers} ({reason}).")
-    # Data, speed and time of the run.
+    """What a reader of the terminal asks next, which the pages have as a table of evidence and its limits."""
+    sentences = [control_failed(result), *_comparisons(result), *_about_control(result), *_about_gate(result)]
+    # Then a checkpoint can be final that is worse than the dense model.
+    if not result["settings"]["gate"]["enabled"]:
+        sentences.append("The gate was off: no iteration was tested before the next began.")
     if result["decontaminated"]:
         sentences.append(decontamination.sentence(result["decontaminated"]))
-    # Either may have nothing to say.
-    sentences.append(speed_rows.sentence(result["speed"]))
-    sentences.append(wall_clock(result))
+    sentences += [speed_rows.sentence(result["speed"]), wall_clock(result)]
+    # Some have nothing to say.
     return list(filter(None, sentences))
+
+
+def remarks(result: Result) -> list[str]:
+    """What the pages say beside the table of evidence and its limits."""
+    return [*_about_control(result), *_about_gate(result), wall_clock(result)]
+
+
+def control_failed(result: Result) -> str:
+    """Why the control has no score; empty where it has one, or there was none."""
+    reason = result["control_failed"]
+    return f"The control arm did not finish: {reason}." if reason else ""
 
 
 def _comparisons(result: Result) -> list[str]:
@@ -166,16 +163,16 @@ def _about_control(result: Result) -> list[str]:
 
 
 def _about_gate(result: Result) -> list[str]:
-    """What it rejected, or that it was off."""
+    """What it rejected, and the iterations after the one that it ended the loop with."""
     sentences = []
     verdicts = [row["verdict"] for row in result["rows"]]
     num_rejected = verdicts.count("rejected")
     if num_rejected:
         plural = "s" if num_rejected > 1 else ""
         sentences.append(f"The gate rejected {num_rejected} iteration{plural}; the next began from the last accepted.")
-    # Then a checkpoint can be final that is worse than the dense model.
-    if not result["settings"]["gate"]["enabled"]:
-        sentences.append("The gate was off: no iteration was tested before the next began.")
+    for reason, iterations in not_needed(result):
+        numbers = ", ".join(map(str, iterations))
+        sentences.append(f"Not needed: iteration {numbers} ({reason}).")
     return sentences
 
 

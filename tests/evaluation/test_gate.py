@@ -40,6 +40,28 @@ def test_mcnemar_is_the_exact_binomial_test():
         assert worse == pytest.approx(binomtest(regressions, n, alternative="greater").pvalue if n else 1.0)
 
 
+@pytest.mark.parametrize(("improvements", "items"), [(0, 200), (1, 20), (6, 500), (40, 1319)])
+def test_the_smallest_inferior_drop_is_where_the_verdict_changes(improvements, items):
+    drop = paired.smallest_inferior_drop(improvements, items, 0.02, 0.05)
+    regressions = round(drop * items) + improvements
+    verdicts = [paired.verdict_of(count, improvements, items, 0.02, 0.05) for count in (regressions - 1, regressions)]
+    assert verdicts[0] != "inferior" and verdicts[1] == "inferior"
+
+
+def test_no_drop_is_shown_by_a_handful_of_items():
+    assert paired.smallest_inferior_drop(0, 4, 0.0, 0.05) is None  # p of 4 regressions is 1/16
+    assert paired.smallest_inferior_drop(0, 5, 0.0, 0.05) == 1.0  # 1/32
+
+
+def test_more_items_decide():
+    assert paired.verdict_of(6, 2, 500, 0.02, 0.05) == "not inferior"
+    assert paired.verdict_of(6, 1, 500, 0.02, 0.05) == "unclear"
+    factor = paired.factor_to_decide(6, 1, 500, 0.02, 0.05)
+    assert paired.verdict_of(6 * factor, factor, 500 * factor, 0.02, 0.05) == "not inferior"
+    # A drop of the margin itself is never decided.
+    assert paired.factor_to_decide(10, 0, 500, 0.02, 0.05) is None
+
+
 def test_bootstrap_covers_the_true_difference():
     rng = np.random.default_rng(1)
     misses = 0

@@ -1,0 +1,162 @@
+"""What the report answers, what it rests on and what it does not show; the records are those of test_render."""
+
+import pytest
+from run_records import items, reject, scores
+
+from ptl.report import evidence, limits
+from ptl.report.answer import answer
+from ptl.report.render import write_report
+from ptl.report.result import build
+
+SMALL = 127_872  # parameters of the final model
+
+
+def many_items(task: str, count: int, wrong: range) -> list[dict]:
+    return [
+        {"task": task, "id": str(i), "prompt": f"{i} + 4 =", "target": str(i + 4), "correct": int(i not in wrong),
+         "answer": str(i + 4 + (i in wrong)), "truncated": False}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def scored(records: dict, step: str, *benchmarks: list[dict]) -> None:
+    """The step's evaluation has the items of these benchmarks."""
+    records[step]["metadata"]["items"] = [item for benchmark in benchmarks for item in benchmark]
+
+
+def lines(result: dict, title: str) -> list[evidence.Line]:
+    return next(group.lines for group in evidence.groups(result) if group.title == title)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "said"),
+    [
+        (0, "good", "Not worse than the dense model within the margin of 2 points on 1,000 items of tiny_reasoner"),
+        (17, "unclear", "Cannot be said with 1,000 items of tiny_reasoner whether it is worse than the dense model"),
+        (25, "bad", "Worse than the dense model on 1,000 items of tiny_reasoner"),
+    ],
+)
+def test_the_answer_is_the_paired_verdict(records, settings, wrong, kind, said):
+    scored(records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)))
+    scored(records, "evaluate-4", many_items("tiny_reasoner", 1000, range(wrong)))
+    result = build(records, settings)
+    assert answer(result).text.startswith(said)
+    # The second benchmark has no items: all of the run is never better than what was tested.
+    assert answer(result).text.endswith("not tested on tiny_retention")
+    assert answer(result).kind == (kind if kind == "bad" else "unclear")
+    assert [line.answer.kind for line in lines(result, "Score")] == [kind, "unclear"]
+    assert lines(result, "Score")[1].answer.text == "Not tested"
+
+
+def test_each_benchmark_has_its_own_verdict(records, settings):
+    scored(
+        records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)), many_items("tiny_retention", 300, range(0))
+    )
+    scored(
+        records, "evaluate-4", many_items("tiny_reasoner", 1000, range(2)), many_items("tiny_retention", 300, range(9))
+    )
+    result = build(records, settings)
+    first, second = lines(result, "Score")
+    assert (first.answer.text, second.answer.text) == ("Not worse within the margin of 2 points", "Worse")
+    changed = ("9 regressions and 0 improvements", "on 300 items, p 0.0039")
+    assert second.difference.details == ("-5.0 to -1.0 at 95 %", *changed)
+    # The first is tested as the gate does, the second as `ptl compare` does.
+    pairs = result["paired_tasks"]
+    assert [pairs[task]["dense"]["alpha"] for task in ("tiny_reasoner", "tiny_retention")] == [0.05, 0.025]
+    assert result["paired"] == pairs["tiny_reasoner"]
+    assert answer(result).text == (
+        "Worse than the dense model on 300 items of tiny_retention; not worse than the dense model within the margin "
+        "of 2 points on 1,000 items of tiny_reasoner"
+    )
+    assert "the others share the significance level (2.5 % each)" in evidence.caption(result)
+
+
+def test_size_speed_and_control_are_evidence(records, settings):
+    scored(records, "control-evaluate", items(set()))
+    result = build(records, settings)
+    params, weights, kv_cache, _ = lines(result, "Size and memory")
+    assert (params.reference.text, params.final.text, params.difference.text) == ("213,120", "127,872", "-40.0 %")
+    assert (weights.final.text, kv_cache.difference.text) == ("511.5 kB", "the same")
+    times = [line.difference.text.partition(" ")[0] for line in lines(result, "Speed")]
+    assert times == ["1.25", "1.25", "0.98"]
+    score, _, size, tokens = lines(result, "Loop against one-shot pruning")
+    assert (score.answer.text, score.difference.text) == ("No difference shown", "-10.0 points")
+    assert (size.difference.text, tokens.difference.text) == ("the same", "the same")
+
+
+def test_too_few_items_are_said_with_what_they_could_show(records, settings):
+    sentences = limits.sentences(build(records, settings))
+    assert sentences[1].startswith("20 items of tiny_reasoner are too few to see a drop of the margin of 2 points")
+    # 7 regressions beside the 1 improvement are the fewest with p below 0.05, by hand: (1 + 8) / 256.
+    assert "beside 1 improvement, the smallest drop that they show is 30.0 points" in sentences[1]
+    assert "The change on tiny_retention was not tested: it was not compared item by item." in sentences
+
+
+def test_what_a_run_leaves_out_is_said(records, settings):
+    few = {step: record for step, record in records.items() if "control" not in step}
+    few["evaluate-4"]["metadata"]["speed"] = {}
+    few["evaluate-4"]["metadata"]["scores"]["tasks"][0] |= {"truncated": 0.12, "cut_prompts": 0.5}
+    settings["schedule"]["target"] = 0.5
+    sentences = limits.sentences(build(few, settings))
+    for sentence in (
+        "The target was not reached: 40.0 % of the parameters were removed, not 50.0 %.",
+        "Only 2 benchmarks were scored: nothing is known of any other task.",
+        "On tiny_reasoner, 12.0 % of the final model's answers hit the token limit (dense: 0.0 %).",
+        "On tiny_reasoner, 50.0 % of the final model's prompts did not fit into the context (dense: 0.0 %).",
+        "There was no control: the loop was not compared with one-shot pruning.",
+        "Speed was not measured.",
+        "Only the first items were scored of tiny_reasoner (limit in evaluate.tasks).",
+    ):
+        assert sentence in sentences, sentence
+    settings["schedule"]["target"] = SMALL
+    assert not [sentence for sentence in limits.sentences(build(few, settings)) if "target" in sentence]
+
+
+def test_a_run_that_ends_with_the_dense_model(records, settings, tmp_path, no_pictures):
+    for i in (1, 2, 3, 4):
+        reject(records, i)
+    result = write_report(records, settings, tmp_path)
+    assert answer(result).text == "Nothing to ship: the final checkpoint is the dense model"
+    assert [group.title for group in evidence.groups(result)] == ["Score", "Speed", "Loop against one-shot pruning"]
+    assert lines(result, "Score")[0].answer.text == "The same model"
+    assert evidence.checks(result)[0] == ("Gate", "0 iterations accepted, 4 iterations rejected (margin 2 points).")
+    assert "The target was not reached: 0.0 % of the parameters were removed, not 40.0 %." in limits.sentences(result)
+
+
+def test_a_run_whose_final_checkpoint_was_not_scored(records, settings, tmp_path, no_pictures):
+    final = records["evaluate-4"]["metadata"]
+    final["accepted"] = final["accepted"] | {"digest": "sha256:" + "b" * 64}
+    result = write_report(records, settings, tmp_path)
+    assert answer(result).text == "Cannot be said: the final checkpoint was not scored"
+    assert lines(result, "Score")[0].answer.text == "Final not scored"
+
+
+def test_a_run_of_one_iteration_without_a_second_benchmark(records, settings, tmp_path, no_pictures):
+    kept = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1")
+    few = {step: records[step] for step in kept}
+    for step, accuracy in (("evaluate-0", 1.0), ("evaluate-1", 0.99)):
+        few[step]["metadata"]["scores"] = scores(SMALL, accuracy, 122)
+        del few[step]["metadata"]["scores"]["tasks"][1]
+    scored(few, "evaluate-0", many_items("tiny_reasoner", 500, range(0)))
+    scored(few, "evaluate-1", many_items("tiny_reasoner", 500, range(5)))
+    settings["schedule"]["iterations"] = 1
+    settings["evaluate"]["tasks"] = settings["evaluate"]["tasks"][:1]
+    result = write_report(few, settings, tmp_path)
+    assert answer(result).kind == "good"
+    card = (tmp_path / "README.md").read_text()
+    assert "**Not worse than the dense model within the margin of 2 points on 500 items of tiny\\_reasoner.**" in card
+    assert "- Only one benchmark was scored, tiny\\_reasoner: nothing is known of any other task." in card
+
+
+def test_markdown_tables_have_no_blank_lines(records, settings, tmp_path, no_pictures):
+    """A blank line ends a table: below its heading a rule of dashes must follow at once, and then its rows."""
+    write_report(records, settings, tmp_path)
+    for name in ("report.md", "README.md"):
+        text = (tmp_path / name).read_text().split("\n")
+        for before, rule, after in zip(text, text[1:], text[2:], strict=False):
+            if rule.startswith("|---"):
+                assert before.startswith("|") and after.startswith("|"), (name, before)
+                assert before.count("|") == rule.count("|") == after.count("|"), (name, before)
+            # Every row is below a heading.
+            elif rule.startswith("|") and not before.startswith("|"):
+                assert after.startswith("|---"), (name, rule)

@@ -1,0 +1,105 @@
+"""Records of a run as its steps commit them: their numbers are made up for the tests and measured nowhere."""
+
+DENSE, WIDTHS = 213_120, (256, 206, 170, 145, 122)
+
+
+def pointer(step: str, params: int, parent: str = "") -> dict:
+    digest = f"sha256:{step.encode().hex():0<64}"
+    return {
+        "uri": f"file:///tmp/run/{step}", "digest": digest, "params": params, "original_params": DENSE,
+        "parent_digest": parent, "run_id": f"{step.encode().hex():0<32}"[:32], "model_id": f"m-{step}",
+        "model_version": "", "gate": {},
+    }  # fmt: skip
+
+
+def scores(params: int, accuracy: float, width: int) -> dict:
+    def task(name: str, value: float, items: int) -> dict:
+        reach = 0.02
+        return {"task": name, "version": 1, "metric": "exact_match,final-number", "accuracy": value,
+                "low": value - reach, "high": min(1.0, value + reach), "items": items, "num_fewshot": 0,
+                "truncated": 0.0, "cut_prompts": 0.0, "higher_is_better": True}  # fmt: skip
+
+    return {
+        "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
+        "params": params, "bytes": params * 4, "flops_per_token": params * 2, "kv_bytes_per_token": 2048,
+        "speed": [],
+        "widths": [width] * 4, "seconds": 4.2,
+    }  # fmt: skip
+
+
+def speed() -> dict:
+    """Metadata of speed.side_by_side."""
+
+    def model(params: int, times: float, solved: int) -> dict:
+        rows = [
+            {"batch": b, "prefill_tokens_per_s": 4000.0 * b, "decode_tokens_per_s": 900.0 * b * times, "repeats": 3}
+            for b in (1, 32)
+        ]
+        return {"params": params, "speed": rows, "seconds_per_solved": 0.5 / solved / times, "solved": solved,
+                "answer_tokens": 22.5}  # fmt: skip
+
+    return {
+        "device": "CPU, 1 thread", "task": "tiny_reasoner", "items": 64, "batch_size": 128, "prompt_tokens": 64,
+        "new_tokens": 32, "repeats": 3, "models": {"dense": model(DENSE, 1.0, 64), "final": model(127_872, 1.25, 50)},
+        "seconds": 3.0,
+    }  # fmt: skip
+
+
+def metadata(stage: str, iteration: int, arm: str = "loop", **more: object) -> dict:
+    return {"stage": stage, "arm": arm, "iteration": iteration, "seconds": 3.5 + iteration,
+            "whole_seconds": 3.5 + iteration, "started": 1.76e9} | more  # fmt: skip
+
+
+def items(wrong: set[int]) -> list[dict]:
+    return [
+        {"task": "tiny_reasoner", "id": str(i), "prompt": f"{i} + 4 =", "target": str(i + 4),
+         "correct": int(i not in wrong), "answer": str(i + 4 + (i in wrong)),
+         "truncated": False}
+        for i in range(20)
+    ]  # fmt: skip
+
+
+def curve(tokens: int, start: float) -> list[list[float]]:
+    return [[tokens * k / 40, round(start * (0.2 + 0.8 / (1 + k)), 4)] for k in range(1, 41)]
+
+
+def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, tokens: int, width: int) -> dict:
+    def step(verb: str) -> str:
+        return f"{name}-{verb}" if arm == "control" else f"{verb}{name}"
+
+    decision = "control" if arm == "control" else "accepted"
+    return {
+        step("prune"): metadata("prune", i, arm, params=params, criterion="max"),
+        step("recover"): metadata("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
+        step("evaluate"): metadata("evaluate", i, arm, scores=scores(params, accuracy, width),
+                                verdict={"decision": decision, "reason": "within the margin", "p_value": 0.0213}),
+    }  # fmt: skip
+
+
+def record_of(step: str, f: dict) -> dict:
+    """An evaluate step scored and accepted what it passes on."""
+    passed_on = pointer_of(step, f)
+    if f["stage"] == "evaluate":
+        f = {"checkpoint": passed_on, "accepted": passed_on, "speed": {}} | f
+    return {"step": step, "metadata": f, "pointer": passed_on}
+
+
+def pointer_of(step: str, f: dict) -> dict:
+    """An evaluate step passes on what it scored."""
+    made = step.replace("evaluate", "recover") if f["iteration"] else "import-model"
+    made = made if f["stage"] == "evaluate" else step
+    return pointer(
+        made, f.get("params") or f["scores"]["params"], "" if made == "import-model" else "sha256:" + "a" * 64
+    )
+
+
+def reject(records: dict, i: int) -> None:
+    """Iteration i fails the gate: its evaluate step passes on what iteration i-1 ended with."""
+    records[f"evaluate-{i}"]["metadata"]["verdict"] = {
+        "decision": "rejected",
+        "reason": "2.1 points below",
+        "margin": 0.01,
+    }
+    before = records[f"evaluate-{i - 1}"]["metadata"]["accepted"]
+    records[f"evaluate-{i}"]["metadata"]["accepted"] = before
+    records[f"evaluate-{i}"]["pointer"] = before
