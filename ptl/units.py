@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MINUTE = 60.0  # seconds
 # Kubernetes' suffixes of a quantity.
 SUFFIXES = {
@@ -38,6 +40,17 @@ def duration(seconds: float) -> str:
     # Beside hours nobody needs seconds.
     parts = {"h": hours, "min": minutes, "s": 0 if hours else rest}
     return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
+
+
+def decimal_hours(value: float) -> str:
+    """Hours with at least two digits that count: 12.34, 0.042, 2.1e-05."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`; `a and b`; `a, b and c`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,6 +1,6 @@
 """Sizes and durations as they are printed."""
 
-from ptl.units import counted, duration, quantity, size
+from ptl.units import counted, decimal_hours, duration, listed, quantity, size
 
 
 def test_sizes_have_one_to_three_digits_before_the_point():
@@ -18,6 +18,15 @@ def test_sizes_have_one_to_three_digits_before_the_point():
 def test_durations():
     cases = {4.21: "4.2 s", 59.97: "1 min", 230.4: "3 min 50 s", 3599.6: "1 h", 26_000: "7 h 13 min"}
     assert {seconds: duration(seconds) for seconds in cases} == cases
+
+
+def test_hours_have_two_digits_that_count():
+    cases = {0: "0", 2.14e-5: "2.1e-05", 0.0042: "0.0042", 0.1: "0.10", 12.341: "12.34"}
+    assert {hours: decimal_hours(hours) for hours in cases} == cases
+
+
+def test_names_are_listed_as_in_a_sentence():
+    assert [listed("abc"[:n]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 
 
 def test_one_thing_is_not_many():

@@ -32,10 +32,9 @@ def configure(task: Any, stage: str, config: Config) -> Any:
 
 def _set_compute(task: Any, stage: str, resources: Resources) -> None:
     own = resources.of_step(stage)
-    # Accelerators and shared memory are common to the accelerated stages only; any stage may ask for its own.
-    accelerated = stage in ACCELERATED
-    accelerators = _own_or_common(own.accelerators, resources.accelerators if accelerated else 0)
-    shm = _own_or_common(own.shm, resources.shm if accelerated else None)
+    # Shared memory is common to the accelerated stages only; any stage may ask for its own.
+    accelerators = resources.accelerators_of(stage)
+    shm = _own_or_common(own.shm, resources.shm if stage in ACCELERATED else None)
     cpu = _own_or_common(own.cpu, resources.cpu)
     memory = _own_or_common(own.memory, resources.memory)
     if accelerators:

@@ -86,7 +86,7 @@ class Resources(Section):
     accelerator: str | None = None
     """for example nvidia.com/gpu"""
     accelerators: NonNegativeInt = 0
-    """accelerators per prune, recover and evaluate step"""
+    """accelerators of a recover and of an evaluate step; a prune step, which uses one, takes one of them"""
     cpu: Quantity | None = None
     """CPU cores, for example 8"""
     memory: Quantity | None = None
@@ -160,9 +160,13 @@ class Resources(Section):
         return StepResources()
 
     def accelerators_of(self, stage: str) -> int:
-        """Accelerators of a kind of step."""
+        """Accelerators that a kind of step requests: those it uses, unless `steps` says otherwise."""
         own = self.of_step(stage).accelerators
-        return self.accelerators if own is None else own
+        if own is not None:
+            return own
+        # Scores for pruning are computed on one, and the others need none.
+        used = {"prune": min(1, self.accelerators), "recover": self.accelerators, "evaluate": self.accelerators}
+        return used.get(stage, 0)
 
     def timeout_of(self, stage: str) -> int | None:
         """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""

@@ -109,7 +109,9 @@ class Evaluate(Section):
     backend: Literal["hf", "vllm"] = "hf"
     """what generates the answers; vllm needs a GPU"""
     batch_size: Positive = 64
-    """items answered at once"""
+    """items answered at once by each process"""
+    processes: Positive | None = None
+    """processes that answer, each on a GPU of its own (backend hf); default: one for each GPU of the step"""
     max_length: int | None = Field(None, ge=2)
     """tokens of prompt and answer; default: the model's own context length"""
     chat_template: bool = False
@@ -131,6 +133,12 @@ class Evaluate(Section):
     def _speed_is_measured_with_transformers(self) -> Evaluate:
         if self.backend == "vllm" and self.speed.repeats:
             raise ValueError("backend=vllm needs speed.repeats=0: speed is measured with backend=hf")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_is_one_process(self) -> Evaluate:
+        if self.backend == "vllm" and self.processes is not None:
+            raise ValueError("backend=vllm takes no processes: it divides the model over the step's GPUs; remove it")
         return self
 
 

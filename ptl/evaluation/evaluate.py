@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
-from ptl.evaluation import language_models
+from ptl.evaluation import helpers, language_models
 from ptl.evaluation.paired import Item
 from ptl.evaluation.scoring import TaskScore, score_task
 from ptl.evaluation.speed import measure_speed
@@ -48,13 +48,16 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     static = cost.from_config(src)
     checks.load_tokenizer(src)
 
-    lm = language_models.language_model(src, settings, seed)
+    lm = language_models.language_model(src, settings, seed, helpers.processes_for(settings))
     scores = []
     items = []
-    for task in settings.tasks:
-        score, its_items = score_task(lm, task, settings, seed=seed)
-        scores.append(score)
-        items += its_items
+    try:
+        for task in settings.tasks:
+            score, its_items = score_task(lm, task, settings, seed=seed)
+            scores.append(score)
+            items += its_items
+    finally:
+        lm.close()
     rows = measure_speed({"": lm.model}, settings.speed, seed)[""] if speed else []
     result = Scores(
         tasks=tuple(scores),

@@ -4,44 +4,75 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
+from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
+from ptl.model import checkpoint, shapes
+from ptl.model.families import family_of
 
 
-def language_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
-    """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`."""
+def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int = 1) -> Any:
+    """The harness's model for a checkpoint folder, on the GPU where there is one, with the notes of `AnswerNotes`.
+
+    With several processes the others are helpers; `close` ends them.
+    """
     cache_templates()
     if settings.backend == "vllm":
         return _vllm(src, settings, seed)
-    return _hugging_face(src, settings)
+    # They load the model while this process does.
+    helpers = [Helper(src, settings, number) for number in range(1, processes)]
+    try:
+        model = _hugging_face(src, settings)
+        for helper in helpers:
+            helper.share()
+    except BaseException:
+        for helper in helpers:
+            helper.close()
+        raise
+    model.helpers = helpers
+    return model
 
 
-class AnswerNote(NamedTuple):
-    """How a generated answer ended."""
+def _divided(name: str) -> Callable[..., Any]:
+    """A method of the harness's model: its requests are divided among all processes, its time goes to `seconds`."""
 
-    tokens: int
-    truncated: bool  # by the token limit
-
-
-def _timed(name: str) -> Callable[..., Any]:
-    """A method of the harness's model that adds its time to `seconds`."""
-
-    def run(self: AnswerNotes, *args: Any, **kwargs: Any) -> Any:
+    def run(self: AnswerNotes, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        out = getattr(super(AnswerNotes, self), name)(*args, **kwargs)  # ends on the CPU: the GPU has finished too
+        count = 1 + len(self.helpers)
+        asked = [(i, helper) for i, helper in enumerate(self.helpers, 1) if requests[i::count]]
+        for i, helper in asked:
+            helper.ask(name, [request.args for request in requests[i::count]])
+        # It ends on the CPU: the GPU has finished too.
+        answers = getattr(super(AnswerNotes, self), name)(requests[::count], *args, **kwargs)
+        if asked:
+            own_answers, answers = answers, [None] * len(requests)
+            answers[::count] = own_answers
+        for i, helper in asked:
+            share = helper.share()
+            answers[i::count] = share.answers
+            self.notes.update(share.notes)
+            self.cut_prompts += share.cut_prompts
         self.seconds += time.perf_counter() - started
-        return out
+        return answers
 
     return run
 
 
 class AnswerNotes:
-    """To be mixed into a model of the harness: notes its time and how every answer ended."""
+    """To be mixed into a model of the harness: notes its time and how every answer ended; may have helpers."""
+
+    helpers: Sequence[Helper] = ()
+
+    def close(self) -> None:
+        """End the helpers."""
+        for helper in self.helpers:
+            helper.close()
+        self.helpers = ()
 
     def start_notes(self) -> None:
         """Forget what was noted, and take the place of the harness's cache hook."""
@@ -57,9 +88,9 @@ class AnswerNotes:
             prompt = req[0]
             self.notes[prompt] = self.pending.popleft()
 
-    generate_until = _timed("generate_until")
-    loglikelihood = _timed("loglikelihood")
-    loglikelihood_rolling = _timed("loglikelihood_rolling")
+    generate_until = _divided("generate_until")
+    loglikelihood = _divided("loglikelihood")
+    loglikelihood_rolling = _divided("loglikelihood_rolling")
 
 
 def _hugging_face(src: Path, settings: Evaluate) -> Any:
@@ -115,6 +146,8 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
 
 
 def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
+    import torch
+
     try:
         from lm_eval.models.vllm_causallms import VLLM
     except ModuleNotFoundError as error:
@@ -147,6 +180,24 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
         dtype="auto",
         batch_size=settings.batch_size,
         max_model_len=settings.max_length,
+        tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
         trust_remote_code=False,
     )
+
+
+def tensor_parallel(src: Path, gpus: int) -> int:
+    """Over how many of a step's GPUs vLLM divides a checkpoint: the most by which its heads and its FFN can be divided.
+
+    Not copies of the model: for those the harness needs ray.
+    """
+    config = checkpoint.read_config(src)
+    sizes = shapes.sizes(config, family_of(config), f"config.json of {src}")
+
+    def divides(count: int) -> bool:
+        # Of keys and values several GPUs may hold the same head.
+        heads = sizes.num_key_value_heads
+        divided = (sizes.num_attention_heads, sizes.intermediate_size, max(heads, count))
+        return all(size % count == 0 for size in divided) and max(heads, count) % heads == 0
+
+    return max((count for count in range(1, gpus + 1) if divides(count)), default=1)

@@ -9,7 +9,7 @@ from typing import Any
 from ptl.config.run import Evaluate, Task
 from ptl.errors import InputError
 from ptl.evaluation import task_loading, tasks
-from ptl.evaluation.language_models import AnswerNote
+from ptl.evaluation.helpers import AnswerNote
 from ptl.evaluation.paired import Item, wilson
 from ptl.evaluation.task_yaml import Spec
 

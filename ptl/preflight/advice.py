@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ptl.config.cluster import StepName
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
+from ptl.units import listed
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
 SOME_TOKENS = 10**9  # enough to divide
@@ -12,9 +14,8 @@ SOME_TOKENS = 10**9  # enough to divide
 
 def warnings(config: Config) -> list[str]:
     """What `ptl validate`, `plan`, `run` and `submit` say before anything starts: field, value and remedy each."""
-    if not config.gate.enabled:
-        return []
-    return [*_starved_iterations(config), *_undecayed(config)]
+    of_the_gate = [*_starved_iterations(config), *_undecayed(config)] if config.gate.enabled else []
+    return [*_idle_accelerators(config), *of_the_gate]
 
 
 def depth_warnings(schedule: Schedule, params: int) -> list[str]:
@@ -42,6 +43,31 @@ def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_lay
         f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {listed} is planned to remove "
         f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
         "set schedule.cuts=uniform, or fewer iterations for layers"
+    ]
+
+
+def _idle_accelerators(config: Config) -> list[str]:
+    """Accelerators that a step holds and cannot use: one sentence for all kinds of steps."""
+    resources = config.resources
+    processes = [stage.processes for stage in config.recover]
+    # None: as many as there are.
+    used: dict[StepName, int | None] = {
+        "import-model": 0,
+        "prune": 1,
+        "recover": None if None in processes else max(filter(None, processes)),
+        "evaluate": config.evaluate.processes,
+        "report": 0,
+    }
+    idle = []
+    for step, uses in used.items():
+        held = resources.accelerators_of(step)
+        if uses is not None and held > uses:
+            idle.append(f"{step} holds {held} and uses {uses or 'none'}")
+    if not idle:
+        return []
+    return [
+        f"resources.accelerators: {listed(idle)}: set the number that is used in "
+        "resources.steps.<step>.accelerators, or raise the step's processes"
     ]
 
 

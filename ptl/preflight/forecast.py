@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ptl.config.cluster import Resources
 from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
@@ -18,7 +19,7 @@ from ptl.preflight import advice
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
 from ptl.preflight.gpus import GIB, GPUS
-from ptl.units import quantity
+from ptl.units import listed, quantity
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Forecast:
         """Of all steps, one after another."""
         return sum(step.hours for step in self.steps)
 
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs that the steps hold, whether they use them or not."""
+        return sum(step.gpu_hours for step in self.steps)
+
 
 def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
@@ -50,28 +56,27 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
         raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
     # What each step takes.
     dense = shape_of(config.model.path, config.model.revision)
-    gpus = max(1, _gpus(config, "recover", count))  # of a recovery, which alone uses several
+    gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
     dag = nodes(config)
     steps = _step_forecasts(dag, assumed)
 
     # When they run, and how many GPUs that needs at once.
     hours = {step.step: step.hours for step in steps}
-    held = {step.step: _gpus(config, step.step, count) for step in steps}
+    held = {step.step: step.gpus for step in steps}
     critical_hours, critical_steps = critical_path(dag, hours)
     concurrent_steps = busiest(dag, hours, held)
 
     # What would waste the run.
-    too_large = [_too_large(step, gpu, assumed) for step in steps if not step.fits]
     return Forecast(
         gpu=gpu,
-        count=gpus,
+        count=max(1, gpus["recover"]),
         params=dense.params,
         steps=tuple(steps),
         warnings=(
             *advice.warnings(config),
             *advice.depth_warnings(config.schedule, dense.params),
-            *too_large,
+            *_too_large(steps, gpu, assumed),
             *_short_of_host_memory(config, steps),
         ),
         critical_hours=critical_hours,
@@ -81,15 +86,17 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     )
 
 
-def _gpus(config: Config, step: str, count: int | None) -> int:
-    """GPUs that a step holds while it runs: `count` where it is given, else what the config says.
+def _gpus(config: Config, stage: str, count: int | None) -> int:
+    """GPUs that a kind of step holds while it runs, by the config; `count` takes the place of its `accelerators`.
 
     A config without accelerators, for machines without GPUs, is forecast with one for each step.
     """
+    resources = config.resources
     if count is not None:
-        return count
-    own = config.resources.of_step(stage_of(step)).accelerators
-    return max(1, config.resources.accelerators) if own is None else own
+        resources = Resources(accelerator="gpu", accelerators=count)
+    elif not resources.accelerators:
+        resources = resources.model_copy(update={"accelerators": 1})
+    return resources.accelerators_of(stage)
 
 
 def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:
@@ -157,14 +164,25 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
     return max(map(running, moments), key=held, default=())
 
 
-def _too_large(step: StepForecast, gpu: str, assumed: Assumptions) -> str:
-    """The warning of a step that does not fit."""
-    needed = step.memory / GIB
+def _too_large(steps: Sequence[StepForecast], gpu: str, assumed: Assumptions) -> list[str]:
+    """The warning of the steps that do not fit: one for each kind of step, whose remedy is the same."""
+    remedies = {
+        "prune": "lower calibration.batch_size, or take a larger GPU",
+        "recover": _smaller_recovery(assumed),
+        "evaluate": "lower evaluate.batch_size, or take a larger GPU",
+    }
     available = assumed.card.memory / GIB
-    remedy = "lower the batch size, or take a larger GPU"
-    if stage_of(step.step) == "recover":
-        remedy = _smaller_recovery(assumed)
-    return f"{step.step}: about {needed:.0f} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}"
+    sentences = []
+    for stage, remedy in remedies.items():
+        large = [step for step in steps if stage_of(step.step) == stage and not step.fits]
+        if not large:
+            continue
+        names = listed([step.step for step in large])
+        # Models become smaller from one iteration to the next.
+        needed = sorted({f"{step.memory / GIB:.0f}" for step in large}, key=int)
+        amount = " to ".join(dict.fromkeys([needed[0], needed[-1]]))
+        sentences.append(f"{names}: about {amount} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}")
+    return sentences
 
 
 def _short_of_host_memory(config: Config, steps: Sequence[StepForecast]) -> list[str]:
@@ -186,13 +204,16 @@ def _smaller_recovery(assumed: Assumptions) -> str:
     """What makes a recovery smaller and is not used yet."""
     remedies: list[str] = []
     stages = assumed.config.recover
-    if any(stage.sharding == "none" for stage in stages):
+    adapters = [isinstance(stage, NextToken) and stage.lora is not None for stage in stages]
+    # A stage with LoRA cannot be sharded, and one that is sharded cannot have LoRA.
+    whole = [stage for stage, lora in zip(stages, adapters, strict=True) if not lora and stage.sharding == "none"]
+    if whole:
         remedies.append("recover.sharding: fsdp over several GPUs")
-    if any(isinstance(stage, NextToken) and stage.lora is None for stage in stages):
-        remedies.append("recover.lora")
+    if any(isinstance(stage, NextToken) for stage in whole):
+        remedies.append("or recover.lora" if remedies else "recover.lora")
     if not all(stage.gradient_checkpointing for stage in stages):
         remedies.append("recover.gradient_checkpointing: true")
     remedies.append("a larger recover.accumulation")
-    if assumed.gpus > 1:
+    if assumed.gpus["recover"] > 1:
         remedies[-1] += " or more GPUs"
     return ", ".join(remedies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
@@ -41,7 +42,7 @@ class Assumptions:
     config: Config
     dense: Shape  # the original model, which is the teacher of distillation
     card: Gpu
-    gpus: int  # for a recovery; other steps use one
+    gpus: Mapping[str, int]  # that a step holds, by its kind: prune, recover, evaluate
 
     def fits(self, memory: float) -> bool:
         """Whether so many bytes fit on a GPU."""
@@ -58,9 +59,15 @@ class StepForecast:
     flops: float
     memory: float  # bytes on each GPU
     hours: float  # wall clock of the whole step
+    gpus: int  # that it holds
     fits: bool  # whether the memory is enough
     note: str = ""
     host_memory: int = 0  # bytes beside the GPU, where they are many
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs that the step holds."""
+        return self.hours * self.gpus
 
 
 def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> StepForecast:
@@ -87,6 +94,7 @@ def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> S
         flops=flops,
         memory=memory,
         hours=flops / (assumed.card.fp32 * FORWARD_SHARE) / HOUR,
+        gpus=assumed.gpus["prune"],
         fits=assumed.fits(memory),
         note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
         host_memory=host_memory,
@@ -116,8 +124,9 @@ def _generation_memory(shape: Shape, calibration: Calibration) -> float:
 
 
 def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:
-    """Generation on one GPU: prompts at a share of the peak, answers at a share of the bandwidth."""
+    """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
     card = assumed.card
+    gpus = max(1, assumed.gpus["evaluate"])
     batch_size = assumed.config.evaluate.batch_size
     tokens = longest = 0
     flops = seconds = 0.0
@@ -135,8 +144,8 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         # All prompts are read at once, then each batch answers token by token.
         prefill = forward_flops(shape, items * PROMPT_TOKENS, PROMPT_TOKENS)
         flops += prefill + forward_flops(shape, items * new_tokens, length)
-        batches = math.ceil(items / batch_size)
-        seconds += prefill / (card.bf16 * FORWARD_SHARE)
+        batches = math.ceil(items / gpus / batch_size)  # of each GPU
+        seconds += prefill / (card.bf16 * FORWARD_SHARE * gpus)
         token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
         seconds += batches * new_tokens * token_seconds
 
@@ -149,6 +158,7 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         flops=flops,
         memory=memory,
         hours=seconds / HOUR,
+        gpus=assumed.gpus["evaluate"],
         fits=assumed.fits(memory),
         note=note,
     )
@@ -175,7 +185,7 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         flops += stage_flops
 
         # Generating, then training on what was generated.
-        gpus = devices(stage, assumed.gpus)
+        gpus = devices(stage, assumed.gpus["recover"])
         peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
         seconds += work.decode_seconds + stage_flops / (peak * TRAINING_SHARE * gpus)
         memory = max(memory, training_memory(pruned, stage, assumed.dense, gpus))
@@ -186,6 +196,7 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         flops=flops,
         memory=memory,
         hours=seconds / HOUR,
+        gpus=assumed.gpus["recover"],
         fits=assumed.fits(memory),
     )
 
@@ -209,7 +220,7 @@ def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned:
     # The answers' part of the tokens, a batch at a time.
     new_tokens = stage.max_completion_length
     decoded = tokens * new_tokens / context
-    rows = stage.batch_size / devices(stage, assumed.gpus)
+    rows = stage.batch_size / devices(stage, assumed.gpus["recover"])
     seconds = decode_seconds(pruned, rows, 4, new_tokens, assumed.card)
     return _Work(
         tokens=tokens,
@@ -231,4 +242,5 @@ def _training_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Sh
 
 def devices(stage: RecoverStage, count: int) -> int:
     """GPUs that a stage trains on."""
+    count = max(1, count)
     return min(stage.processes or count, count)

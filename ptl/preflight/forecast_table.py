@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ptl.preflight.forecast import Forecast
 from ptl.preflight.forecast_steps import HOUR
 from ptl.preflight.gpus import GIB
-from ptl.units import duration
+from ptl.units import decimal_hours, duration, listed
 
 # Heading -> side on which the column is flush: texts left, numbers right.
 COLUMNS: dict[str, Literal["left", "right"]] = {
@@ -17,6 +17,7 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "FLOPs": "right",
     "GiB per GPU": "right",
     "Hours": "right",
+    "GPU-hours": "right",
     "Note": "left",
 }
 
@@ -26,18 +27,18 @@ def table(forecast: Forecast) -> Any:
     from rich.table import Table
 
     # The work of all steps, and the time from start to end where none waits for a GPU.
-    work = duration(forecast.hours * HOUR)
+    work = f"{duration(forecast.hours * HOUR)} of work ({decimal_hours(forecast.gpu_hours)} GPU-hours)"
     wall_clock = duration(forecast.critical_hours * HOUR)
     model = f"{forecast.params:,} parameters on {forecast.count} x {forecast.gpu}"
     # A step that does not fit is red, and says so too where there are no colours.
     rows = Table(
-        title=f"{model}: {work} of work, {wall_clock} from start to end (estimates)",
+        title=f"{model}: {work}, {wall_clock} from start to end (estimates)",
         title_justify="left",
         caption=concurrency(forecast),
         caption_justify="left",
     )
     for heading, side in COLUMNS.items():
-        rows.add_column(heading, justify=side)
+        rows.add_column(heading, justify=side, no_wrap=heading == "Step")
     for step in forecast.steps:
         # In the order of COLUMNS.
         rows.add_row(
@@ -46,19 +47,21 @@ def table(forecast: Forecast) -> Any:
             f"{step.tokens:,}" if step.tokens else "",  # a recovery by steps alone may have none
             f"{step.flops:.1e}",
             f"{step.memory / GIB:.1f}",
-            f"{step.hours:.2f}",
+            decimal_hours(step.hours),
+            decimal_hours(step.gpu_hours),
             step.note if step.fits else "; ".join(filter(None, ["does not fit", step.note])),
             style=None if step.fits else "red",
         )
+    rows.add_section()
+    rows.add_row("all steps", "", "", "", "", decimal_hours(forecast.hours), decimal_hours(forecast.gpu_hours), "")
     return rows
 
 
 def concurrency(forecast: Forecast) -> str:
     """What the time from start to end rests on: the steps marked, and the GPUs that must be free at the same time."""
-    *others, last = forecast.busiest
-    steps = ", ".join(others)
+    steps = listed(forecast.busiest)
     return (
         "* critical path: no run ends sooner than these steps take, one after another. At its busiest the run holds "
-        f"{forecast.busiest_gpus} GPUs: {steps} and {last} at the same time. With fewer, steps wait for each other; on "
+        f"{forecast.busiest_gpus} GPUs: {steps} at the same time. With fewer, steps wait for each other; on "
         "the GPUs of one step the run takes as long as its work. Start-up of pods and queues are not counted."
     )

@@ -3,14 +3,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
+from ptl.evaluation.helpers import Helper
+from ptl.evaluation.language_models import tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_data import local_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, find
@@ -39,6 +41,30 @@ def scored(tmp_path_factory):
         speed=Speed(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=4, repeats=1),
     )
     return evaluate_checkpoint(REASONER, dst, wanted, seed=0), dst
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_items_as_one(scored, tmp_path):
+    wanted = settings({"name": YAML, "limit": LIMIT}, processes=2)
+    scores = evaluate_checkpoint(REASONER, tmp_path, wanted, seed=0, speed=False)
+    one, dst = scored
+    assert read_items(tmp_path) == read_items(dst)
+    assert replace(scores.tasks[0], seconds=0) == replace(one.tasks[0], seconds=0)
+
+
+def test_a_helper_that_is_killed_is_an_error():
+    helper = Helper(REASONER, settings({"name": YAML}), 1)
+    helper._process.kill()
+    with pytest.raises(WorkError, match="process 1 of those that answer failed: exit code -9; see its output"):
+        helper.share()
+    helper.close()
+
+
+def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 60}
+    raw = json.loads((REASONER / "config.json").read_text()) | sizes | {"hidden_size": 192, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert [tensor_parallel(tmp_path, gpus) for gpus in (0, 1, 2, 3, 5, 8)] == [1, 1, 2, 2, 4, 6]
 
 
 @pytest.fixture

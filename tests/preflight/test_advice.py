@@ -56,6 +56,23 @@ def test_a_rate_that_decays_only_at_the_end_of_the_run_is_warned_of():
     assert warnings(recover=stages, schedule__iterations=1) == []  # the last iteration is the only one
 
 
+def test_accelerators_that_no_step_can_use_are_warned_of_in_one_sentence():
+    given = {"gate__enabled": False, "resources": {"accelerator": "nvidia.com/gpu", "accelerators": 8}}
+    assert warnings(**given) == []  # a prune step holds one
+    steps = {"prune": {"accelerators": 2}, "report": {"accelerators": 1}}
+    given["resources"]["steps"] = steps
+    (warning,) = warnings(**given, evaluate__processes=4, recover=[STAGE | {"processes": 4}])
+    assert (
+        "prune holds 2 and uses 1, recover holds 8 and uses 4, evaluate holds 8 and uses 4 and report holds" in warning
+    )
+    assert warning.endswith(
+        "1 and uses none: set the number that is used in resources.steps.<step>.accelerators, or "
+        "raise the step's processes"
+    )
+    steps |= {"prune": {}, "report": {}, "evaluate": {"accelerators": 4}, "recover": {"accelerators": 4}}
+    assert warnings(**given, evaluate__processes=4, recover=[STAGE | {"processes": 4}]) == []
+
+
 def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
     assert warnings(gate__enabled=False, recover=[{"method": "cpt"}]) == []
 

@@ -77,11 +77,19 @@ def test_steps_and_tokens_are_those_of_the_plan(large):
 
 
 def test_what_cannot_fit_is_said_with_a_remedy(large):
-    told = forecast(config(large), "h100", 1)
-    assert len(told.warnings) == 5 and "recover-1: about" in told.warnings[0] and "fsdp" in told.warnings[0]
+    (warning,) = forecast(config(large), "h100", 1).warnings
+    assert warning.startswith("recover-1, recover-2, recover-3, recover-4 and control-recover: about 107 to 127 GiB")
+    assert "recover.sharding: fsdp over several GPUs, or recover.lora, " in warning
     roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
     assert forecast(config(large, recover=roomy), "h100", 8).warnings == ()
     assert forecast(config(DENSE), "t4").warnings == ()
+
+
+def test_the_remedy_for_lora_is_not_sharding_which_is_refused_with_it(large):
+    adapters = {"dtype": "bfloat16", "lora": {"rank": 8}, "batch_size": 512}
+    (warning,) = forecast(config(large, recover=[adapters]), "h100", 1).warnings
+    assert "fsdp" not in warning and "recover.lora" not in warning
+    assert warning.endswith(": recover.gradient_checkpointing: true, a larger recover.accumulation")
 
 
 def test_settings_that_would_waste_the_run_are_said_as_well():
@@ -137,6 +145,7 @@ def test_more_gpus_and_faster_ones_take_less_time(large):
     recovery = [step.hours for step in one.steps if "recover" in step.step]
     shared = [step.hours for step in four.steps if "recover" in step.step]
     assert shared == pytest.approx([hours / 4 for hours in recovery])
+    assert four.steps[0].hours == pytest.approx(one.steps[0].hours / 4)  # 500 items: 8 batches, or 2 on each GPU
     assert forecast(config(large), "h100", 1).hours < one.hours
     slower = forecast(config(large, recover=[{"dtype": "float32"}]), "a100-80", 1)
     assert slower.hours > one.hours
@@ -180,7 +189,7 @@ def hours_of(told):
 
 
 def test_with_the_gate_off_only_the_last_evaluation_is_waited_for(large):
-    told = forecast(config(large), "h100", 8)
+    told = forecast(config(large), "h100", 1)
     hours, total = hours_of(told)
     trained = [f"{stage}-{i}" for i in (2, 3, 4) for stage in ("prune", "recover")]
     first = max(hours["evaluate-0"], hours["prune-1"])
@@ -190,7 +199,7 @@ def test_with_the_gate_off_only_the_last_evaluation_is_waited_for(large):
 
 
 def test_with_the_gate_each_iteration_waits_for_its_verdict(large):
-    told = forecast(config(large, **{"gate.enabled": True}), "h100", 8)
+    told = forecast(config(large, **{"gate.enabled": True}), "h100", 1)
     hours, total = hours_of(told)
     arm = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in ("prune", "recover", "evaluate")]
     assert told.critical_hours == pytest.approx(total("evaluate-0", *arm) - hours["prune-1"])
@@ -234,8 +243,18 @@ def test_gpus_at_the_same_time_follow_the_config_and_the_command_line(large):
     told = forecast(config(large, **given, **four))
     assert told.count == 4 and told.busiest_gpus == 5  # a recovery, and an evaluation that ends meanwhile
     assert [name.partition("-")[0] for name in told.busiest] == ["evaluate", "recover"]
-    assert forecast(config(large, **given, **four), count=2).busiest_gpus == 4
+    assert forecast(config(large, **given, **four), count=2).busiest_gpus == 3  # evaluate-0, and prune-1 on its one
     assert forecast(config(large)).busiest_gpus == 3  # without accelerators: one for each step
+
+
+def test_gpu_hours_are_of_all_gpus_that_a_step_holds(large):
+    given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
+    told = forecast(config(large, **given))
+    held = {step.step: step.gpu_hours / step.hours for step in told.steps}
+    assert (held["prune-1"], held["recover-1"], held["evaluate-0"]) == pytest.approx((1, 8, 8))
+    assert told.gpu_hours == pytest.approx(sum(step.gpu_hours for step in told.steps)) and told.gpu_hours > told.hours
+    asked = forecast(config(large, **given, **{"resources.steps": {"prune": {"accelerators": 2}}})).steps[1]
+    assert asked.gpus == 2 and asked.hours == pytest.approx(told.steps[1].hours)  # a second GPU is held, and idle
 
 
 def test_the_table_gives_both_times_and_marks_the_path(large):
@@ -244,10 +263,12 @@ def test_the_table_gives_both_times_and_marks_the_path(large):
     console.print(table(told))
     printed = console.file.getvalue()
     work, wall_clock = duration(3600 * told.hours), duration(3600 * told.critical_hours)
-    assert " h " in work and f"{work} of work, {wall_clock} from start to end (estimates)" in printed
+    total = f"{told.gpu_hours:.2f}"
+    assert " h " in work and f"{work} of work ({total} GPU-hours), {wall_clock} from start to end" in printed
     marked = {line.split()[1] for line in printed.splitlines() if line.startswith("│") and line.split()[2] == "*"}
+    assert next(line for line in printed.splitlines() if "all steps" in line).split("│")[-3].strip() == total
     assert marked == set(told.critical_steps) - {"import-model"}
-    assert "holds 24 GPUs: evaluate-0, prune-1 and control-prune at the same time" in " ".join(printed.split())
+    assert "holds 16 GPUs: recover-1 and control-recover at the same time" in " ".join(printed.split())
 
 
 def test_short_runs_are_not_0_hours():
