@@ -145,7 +145,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
     batch_size = next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1])
     return Plan(
         name=run_name(request.model),
-        model=_path(request.model, folder),
+        model=_as_seen_from(folder, request.model),
         revision=model.revision,
         family=model.family,
         dimensions=model.dimensions,
@@ -162,8 +162,8 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         lora_rate=min(LORA_FACTOR * learning_rate, LEARNING_RATES[0][1]),
         gpu=request.gpu,
         all_weights=None,
-        data=request.data,
-        tasks=request.tasks,
+        data=_data_seen_from(folder, request.data),
+        tasks=[task.model_copy(update={"name": _as_seen_from(folder, task.name)}) for task in request.tasks],
     )
 
 
@@ -209,13 +209,22 @@ def run_name(model: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:60].strip("-") or "model"
 
 
-def _path(model: str, folder: Path) -> str:
-    """A model as a config in `folder` names it."""
-    path = Path(model).expanduser()
-    if not path.exists() or path.is_absolute():
-        return str(path) if path.exists() else model
+def _as_seen_from(folder: Path, name: str) -> str:
+    """A path of the command line as a config in `folder` names it; other names stay as they are."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    if path.is_absolute():
+        return str(path)
     relative = os.path.relpath(path, folder)
     return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _data_seen_from(folder: Path, data: Data) -> Data:
+    source = data.calibration
+    if source is None:
+        return data
+    return replace(data, calibration=source.model_copy(update={"source": _as_seen_from(folder, source.source)}))
 
 
 def _to_fill(request: Request) -> tuple[str, ...]:

@@ -60,36 +60,50 @@ class Plan:
 
 def text(plan: Plan, choices: Choices, batch_size: int, forecast: Forecast | None = None) -> str:
     """The whole file; without a forecast, the same without what follows from it."""
-    calibration = plan.data.calibration
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     filled = template.substitute(
         header=_header(plan, forecast),
-        name=plan.name,
-        path=scalar(plan.model),
-        revision=f"\n  revision: {plan.revision} # what the hub's main branch was today" if plan.revision else "",
-        calibration=source_yaml(calibration, 4) if calibration else blank_source_yaml(4),
-        calibration_comment=f" # {plan.data.comment}" if plan.data.comment else "",
-        calibration_length=plan.calibration_length,
+        **_data_fields(plan),
+        **_size_fields(plan),
         calibration_batch=choices.calibration_batch,
-        training=training_yaml(plan.data),
-        target=f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}",
-        tokens=f"{plan.tokens:_}",
-        tokens_reason=plan.tokens_reason,
-        multiple=plan.multiple,
-        width=f"{plan.dimensions.width:,}",
-        pruned_width=f"{plan.pruned.width:,}",
-        layers=plan.dimensions.layers,
         criterion=_criterion(plan, choices),
         learning_rate=rate(plan.lora_rate if choices.lora else plan.learning_rate),
-        max_length=plan.max_length,
         batch_size=batch_size,
         training_memory=_training_memory(plan, choices),
-        tasks=tasks_yaml(plan.tasks),
-        evaluate_more=_evaluate_more(plan),
         evaluate_batch=choices.evaluate_batch,
         resources=_resources(plan, choices, forecast),
     )
     return filled.rstrip() + "\n"
+
+
+def _data_fields(plan: Plan) -> dict[str, str]:
+    """What the file says of model, rows and benchmarks."""
+    calibration = plan.data.calibration
+    return {
+        "name": plan.name,
+        "path": scalar(plan.model),
+        "revision": f"\n  revision: {plan.revision} # the hub's main branch as it was today" if plan.revision else "",
+        "calibration": source_yaml(calibration, 4) if calibration else blank_source_yaml(4),
+        "calibration_comment": f" # {plan.data.comment}" if plan.data.comment else "",
+        "training": training_yaml(plan.data),
+        "tasks": tasks_yaml(plan.tasks),
+        "evaluate_more": _evaluate_more(plan),
+    }
+
+
+def _size_fields(plan: Plan) -> dict[str, str]:
+    """What the file says of parameters, widths and tokens."""
+    return {
+        "target": f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}",
+        "width": f"{plan.dimensions.width:,}",
+        "pruned_width": f"{plan.pruned.width:,}",
+        "layers": str(plan.dimensions.layers),
+        "multiple": str(plan.multiple),
+        "tokens": f"{plan.tokens:_}",
+        "tokens_reason": plan.tokens_reason,
+        "calibration_length": str(plan.calibration_length),
+        "max_length": str(plan.max_length),
+    }
 
 
 def rate(value: float) -> str:

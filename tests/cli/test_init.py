@@ -119,18 +119,19 @@ def test_where_one_gpu_is_too_few_it_says_how_many_are_enough(ptl, qwen3_8b):
 
 
 def test_a_users_own_model_rows_and_task_validate(ptl):
-    shutil.copytree(REASONER / "checkpoint", "model")
+    # Paths are from the working directory, and in the config from its own folder.
+    shutil.copytree(REASONER, "examples/tiny_reasoner")
     Path("configs").mkdir()
     code, said = ptl(
-        *("init", "model", "-o", "configs/mine.yaml", "--gpu", "none"),
-        *("--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"),
+        *("init", "examples/tiny_reasoner/checkpoint", "-o", "configs/mine.yaml", "--gpu", "none"),
+        *("--data", "examples/tiny_reasoner/train.jsonl.gz", "--task", "examples/tiny_reasoner/tiny_reasoner.yaml"),
     )
     assert code == 0, said
     code, said = ptl("validate", "configs/mine.yaml")
     assert code == 0, said
     config = load_config("configs/mine.yaml")
-    assert config.model.path == str(Path("model").absolute())
-    assert config.training.sources[0].source == config.calibration.data.source == str(REASONER / "train.jsonl.gz")
+    assert config.model.path == str(Path("examples/tiny_reasoner/checkpoint").absolute())
+    assert config.training.sources[0].source == str(Path("examples/tiny_reasoner/train.jsonl.gz").absolute())
     assert config.recover[0].max_length <= 256  # this model's positions
     assert config.resources.accelerators == 0
 
