@@ -15,6 +15,7 @@ from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_ro
 from ptl.errors import InputError
 
 SAMPLE = 200  # rows that are looked at
+TIMEOUT = 20  # seconds for the hub to name a commit
 CHATS = ("messages", "conversations", "conversation", "chat")
 TEXTS = ("text", "content")
 QUESTIONS = ("question", "problem", "query")  # asked in the words of a benchmark's prompt, `Question: ...`
@@ -46,7 +47,11 @@ def recognise(name: str, subset: str | None = None, *, field: str) -> Recognised
     """Look at the first rows of a file or of a hub data set. Raises InputError that names `field` for all others."""
     bare = DataSource(source=name, subset=subset)
     try:
-        rows, count = _sample(bare, field)
+        if local_file(bare, field) is None:
+            bare = bare.model_copy(update={"revision": _commit(name)})
+            rows, count = _from_hub(bare), None
+        else:
+            rows, count = _from_file(bare, field)
         return _measured(bare.model_copy(update=settings_of(rows)), rows, count)
     except InputError as error:  # whose field would be one of a config that does not exist yet
         raise InputError(error.problem, field=field, remedy=error.remedy) from error
@@ -112,13 +117,25 @@ def _measured(source: DataSource, rows: Sequence[Row], count: int | None) -> Rec
     return Recognised(source, lengths[int(0.95 * (len(lengths) - 1))], characters)
 
 
-def _sample(source: DataSource, field: str) -> tuple[list[Row], int | None]:
-    """The first rows, and the number of all rows where they are in a file."""
-    if local_file(source, field) is None:
-        return _from_hub(source), None
+def _from_file(source: DataSource, field: str) -> tuple[list[Row], int]:
+    """The first rows, and the number of all rows."""
     rows = numbered_rows(source, field)
     sample = [row.columns for row in itertools.islice(rows, SAMPLE)]
     return sample, len(sample) + sum(1 for _ in rows)
+
+
+def _commit(name: str) -> str | None:
+    """The newest commit of a data set on the hub; None where only the hub's cache may be used."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    # datasets itself would try for half a minute where there is no connection.
+    try:
+        return huggingface_hub.dataset_info(name, timeout=TIMEOUT).sha
+    except Exception as error:  # each of the hub's, and of its client's
+        raise _not_given(name, error) from error
 
 
 def _from_hub(source: DataSource) -> list[Row]:
@@ -127,16 +144,23 @@ def _from_hub(source: DataSource) -> list[Row]:
 
     try:
         rows: Iterable[Row] = datasets.load_dataset(
-            source.source, source.subset, split=source.split, revision=source.revision, streaming=True
+            source.source,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.revision is not None,
         )
         sample = list(itertools.islice(rows, SAMPLE))
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
-        raise InputError(
-            f"{source.source!r} is no file here, and the hub does not give it as a data set "
-            f"({type(error).__name__}: {error})",
-            remedy="give a .jsonl, .jsonl.gz or .parquet file, or check the id (ID:SUBSET names a subset) and the "
-            "connection",
-        ) from error
+        raise _not_given(source.source, error) from error
     if not sample:
         raise InputError(f"{source.source} is empty", remedy="give a source with at least one row")
     return sample
+
+
+def _not_given(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{name!r} is no file here, and the hub does not give it as a data set ({type(error).__name__}: {error})",
+        remedy="give a .jsonl, .jsonl.gz or .parquet file, or check the id (ID:SUBSET names a subset), HF_TOKEN and "
+        "the connection",
+    )

@@ -118,6 +118,7 @@ def test_where_one_gpu_is_too_few_it_says_how_many_are_enough(ptl, qwen3_8b):
     assert ptl("plan", "qwen3-8b.yaml", "--gpu", "l4")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_users_own_model_rows_and_task_validate(ptl):
     # Paths are from the working directory, and in the config from its own folder.
     shutil.copytree(REASONER, "examples/tiny_reasoner")
@@ -136,6 +137,7 @@ def test_a_users_own_model_rows_and_task_validate(ptl):
     assert config.resources.accelerators == 0
 
 
+@pytest.mark.slow
 def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
     code, said = ptl("init", REASONER / "checkpoint", "-o", "mine.yaml", "--gpu", "none")
     assert code == 0

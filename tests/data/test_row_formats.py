@@ -1,8 +1,10 @@
 """Rows are recognised by their columns: format and templates as a config has them, or a refusal with a remedy."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pytest
 
 from ptl.data.row_formats import recognise, settings_of
@@ -82,18 +84,20 @@ def test_the_length_is_that_of_long_rows_but_not_of_the_longest(written):
     assert recognise(written(rows), field="--data").long == 500
 
 
-def test_of_a_hub_data_set_the_first_rows_are_read(monkeypatch):
+def test_of_a_hub_data_set_the_first_rows_are_read_of_a_commit(monkeypatch):
     calls = []
 
     def streamed(name, subset, **options):
-        calls.append((name, subset, options["split"], options["streaming"]))
+        calls.append((name, subset, options["split"], options["revision"], options["streaming"]))
         return iter([{"question": "1+1?", "answer": "2"}] * 10_000)
 
     monkeypatch.setattr(datasets, "load_dataset", streamed)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha="0123abc"))
     recognised = recognise("openai/gsm8k", "main", field="--data")
-    assert (recognised.source.source, recognised.source.subset) == ("openai/gsm8k", "main")
+    source = recognised.source
+    assert (source.source, source.subset, source.revision) == ("openai/gsm8k", "main", "0123abc")
     assert recognised.characters is None
-    assert calls == [("openai/gsm8k", "main", "train", True)]
+    assert calls == [("openai/gsm8k", "main", "train", "0123abc", True)]
 
 
 def test_a_missing_file_and_an_unknown_data_set_name_the_option(tmp_path, monkeypatch):
@@ -103,6 +107,6 @@ def test_a_missing_file_and_an_unknown_data_set_name_the_option(tmp_path, monkey
     def offline(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", offline)
     with pytest.raises(InputError, match=r"^--data: 'a/b' is no file here.*no route.*ID:SUBSET"):
         recognise("a/b", field="--data")
