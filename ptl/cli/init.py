@@ -98,11 +98,12 @@ def _print_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptl.model.families import FAMILIES
+    from ptl.model.families import FAMILIES, TEXT_TOWERS
     from ptl.preflight.gpus import GIB, GPUS
     from ptl.preflight.known_models import KNOWN_MODELS
 
-    print(f"Families: {', '.join(sorted(FAMILIES))}. Any checkpoint of these can be named, by hub id or folder.")
+    families = ", ".join(sorted({*FAMILIES, *TEXT_TOWERS}))
+    print(f"Families: {families}. Any checkpoint of these can be named, by hub id or folder.")
     models = Table(title="Models on the hub, for example", title_justify="left")
     for heading in ("Model", "Family", "Parameters", ""):
         models.add_column(heading, justify="right" if heading == "Parameters" else "left")

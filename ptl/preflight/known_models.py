@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from ptl.model.families import FAMILIES
+from ptl.model.families import FAMILIES, TEXT_TOWERS
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ KNOWN_MODELS = tuple(
     KnownModel(hub_id, family, billions, hub_id.startswith(GATED))
     for family, models in _BILLIONS.items()
     for hub_id, billions in models.items()
-    if family in FAMILIES
+    if family in FAMILIES or family in TEXT_TOWERS
 )
 
 

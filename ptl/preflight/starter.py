@@ -18,7 +18,7 @@ from ptl.config import yaml_text
 from ptl.config.run import Config, ModelSource, Task, check
 from ptl.config.schedule import FEWEST, removal
 from ptl.errors import InputError
-from ptl.model import checkpoint, hub
+from ptl.model import hub, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for
 from ptl.model.families import family_of
 from ptl.preflight import starter_fit, starter_text
@@ -113,7 +113,7 @@ def read_model(name: str) -> Model:
     """A checkpoint's config.json, of a folder or from the hub. Raises InputError that names MODEL."""
     try:
         folder = hub.locate(name, None, ["config.json"], field="MODEL")
-        config = checkpoint.read_config(folder)
+        config = text_tower.read_config(folder)
         family = family_of(config)
         dimensions = dimensions_of_config(config, family, f"config.json of {name}")
         shape = shape_of(str(folder))

@@ -14,7 +14,7 @@ from ptl.cli import app
 from ptl.config.run import load_config
 from ptl.data.sources import SourceRow, texts
 from ptl.evaluation.tasks import check_tasks
-from ptl.model.families import FAMILIES
+from ptl.model.families import FAMILIES, TEXT_TOWERS
 from ptl.preflight import starter_presets
 from ptl.preflight.forecast import forecast
 from ptl.preflight.gpus import GPUS
@@ -275,9 +275,9 @@ def test_mathematics_is_asked_in_the_words_of_the_benchmark():
 def test_the_list_has_each_family_and_gpu_and_models_of_these_families(ptl):
     code, said = ptl("init", "--list")
     assert code == 0
-    assert all(name in said for name in (*FAMILIES, *GPUS))
+    assert all(name in said for name in (*FAMILIES, *TEXT_TOWERS, *GPUS))
     assert "Qwen/Qwen3-8B" in said
-    assert {model.family for model in KNOWN_MODELS} <= set(FAMILIES)
+    assert {model.family for model in KNOWN_MODELS} <= {*FAMILIES, *TEXT_TOWERS}
 
 
 @pytest.mark.parametrize(
