@@ -37,7 +37,6 @@ class Choices:
     lora: bool = False
     checkpointing: bool = False
     accumulation: int = 1
-    criterion: str = ""  # empty: the default
     calibration_batch: int = 16
     evaluate_batch: int = 64
 
@@ -59,15 +58,14 @@ class Machine:
 
 def fit(machine: Machine, count: int | None) -> Choices:
     """The best choices for `count` GPUs, or for the fewest that train all weights. Raises InputError where none fit."""
-    # One GPU each, however many there are.
-    scored = _first(machine, "prune", list(_scoring()))
+    # A whole model, or a layer of it, on each GPU, however many there are.
+    scored = _first(machine, "prune", [Choices(gpus=1, calibration_batch=batch) for batch in BATCHES[2:]])
     evaluated = _first(machine, "evaluate", [replace(scored, evaluate_batch=batch) for batch in BATCHES])
     counts = COUNTS if count is None else (count,)
     trainings = [*_training(machine, counts, lora=False), *_training(machine, counts, lora=True)]
     trained = _first(machine, "recover", trainings)
     return replace(
         trained,
-        criterion=scored.criterion,
         calibration_batch=scored.calibration_batch,
         evaluate_batch=evaluated.evaluate_batch,
     )
@@ -92,12 +90,6 @@ def _training(machine: Machine, counts: Iterable[int], *, lora: bool) -> Iterato
         accumulations = [number for number in range(1, rows + 1) if rows % number == 0]
         for sharding, recomputed, accumulation in product(modes, checkpointing, accumulations):
             yield Choices(gpus, sharding, lora, recomputed, accumulation)
-
-
-def _scoring() -> Iterator[Choices]:
-    """The default criterion, which may need gradients, before one that does not."""
-    for criterion, batch in product(("", "max"), BATCHES[2:]):
-        yield Choices(gpus=1, criterion=criterion, calibration_batch=batch)
 
 
 def _first(machine: Machine, stage: str, candidates: Sequence[Choices]) -> Choices:
@@ -138,11 +130,9 @@ def _with(machine: Machine, choices: Choices) -> Config:
             "accumulation": choices.accumulation,
         }
     )
-    criterion = {"criterion": choices.criterion} if choices.criterion else {}
     return config.model_copy(
         update={
             "calibration": config.calibration.model_copy(update={"batch_size": choices.calibration_batch}),
-            "prune": config.prune.model_copy(update=criterion),
             "recover": (stage,),
             "evaluate": config.evaluate.model_copy(update={"batch_size": choices.evaluate_batch}),
         }

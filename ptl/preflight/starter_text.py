@@ -23,12 +23,12 @@ from ptl.preflight.starter_presets import (
     tasks_yaml,
     training_yaml,
 )
-from ptl.units import duration
+from ptl.units import decimal_hours, duration
 
 TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 WITHOUT_BF16 = ("t4",)
 MARGIN = 3  # a step's timeout over its forecast, whose hours are an estimate
-CACHE = 16  # GiB of a step's memory for Python, CUDA and caches
+PROCESS = 8  # GiB of a process's memory for Python, CUDA and caches
 SHM = 8  # GiB of /dev/shm, which counts as memory
 
 
@@ -66,7 +66,6 @@ def text(plan: Plan, choices: Choices, batch_size: int, forecast: Forecast | Non
         **_data_fields(plan),
         **_size_fields(plan),
         calibration_batch=choices.calibration_batch,
-        criterion=_criterion(plan, choices),
         learning_rate=rate(plan.lora_rate if choices.lora else plan.learning_rate),
         batch_size=batch_size,
         training_memory=_training_memory(plan, choices),
@@ -131,24 +130,15 @@ def _header(plan: Plan, forecast: Forecast | None) -> str:
     if forecast is not None:
         card = GPUS[forecast.gpu].memory / GIB
         needs = [f"{stage} {peak(forecast, stage).memory / GIB:.0f}" for stage in ("prune", "recover", "evaluate")]
-        work = duration(forecast.hours * HOUR)
+        gpu_hours = decimal_hours(forecast.gpu_hours)
         wall_clock = duration(forecast.critical_hours * HOUR)
         lines += [
             f"# Estimates for {forecast.count} x {forecast.gpu}, from data sheets; `ptl plan` has every step:",
             f"#   GiB of the {card:.0f} of each GPU: {', '.join(needs)}",
-            f"#   time: {work} of work, {wall_clock} from start to end",
+            f"#   time: {wall_clock} from start to end, {gpu_hours} GPU-hours",
         ]
     lines.append("# Check it with `ptl validate`. All fields: `ptl schema`; what is left out has its default.")
     return "\n".join(lines)
-
-
-def _criterion(plan: Plan, choices: Choices) -> str:
-    if not choices.criterion:
-        return ""
-    return (
-        f"  criterion: {choices.criterion} # needs no gradients; the default, better where it fits, does not on one "
-        f"{plan.gpu}\n"
-    )
 
 
 def _training_memory(plan: Plan, choices: Choices) -> str:
@@ -186,34 +176,29 @@ def _resources(plan: Plan, choices: Choices, forecast: Forecast | None) -> str:
     """What a cluster is asked for; nothing without GPUs."""
     if not choices.gpus:
         return ""
+    steps = forecast.steps if forecast else ()
+    hours = 1 + math.ceil(MARGIN * max((step.hours for step in steps), default=0.0))
+    kept = max((step.host_memory for step in steps), default=0) / GIB  # hidden states of a prune step
+    # At most one process for each GPU; of a recovery each reads the model in float32, and one collects it again.
+    processes = SHM + PROCESS * choices.gpus
     weights = plan.dimensions.params / GIB  # GiB at one byte each
-    memory = _rounded(CACHE + SHM + 2 * weights * plan.itemsize)
-    # Each process reads the model in float32, and one of them collects it again.
-    training = _rounded(CACHE + SHM + 4 * weights * (choices.gpus + 1))
-    longest = max((step.hours for step in forecast.steps), default=0.0) if forecast else 0.0
-    hours = 1 + math.ceil(MARGIN * longest)
+    memory = _rounded(processes + kept + 2 * weights * plan.itemsize)
+    training = _rounded(processes + 4 * weights * (choices.gpus + 1))
     lines = [
         "",
         "# For a cluster; `ptl run` on one machine takes the GPUs that it sees.",
         "resources:",
         "  accelerator: nvidia.com/gpu",
-        f"  accelerators: {choices.gpus} # of a recovery: {plan.gpu}",
-        "  control: after # as many GPUs are enough; `beside`, the default, takes twice as many, and less time",
+        f"  accelerators: {choices.gpus} # {plan.gpu}, of a recovery and of an evaluation; pruning takes one",
+        "  control: after # so many GPUs are enough; `beside`, the default, takes twice as many, and less time",
         f"  # node_selector: {{nvidia.com/gpu.product: ...}} # if there are others than {plan.gpu}",
-        f"  memory: {memory}Gi",
+        f"  memory: {memory}Gi # of the host, as below: estimates on the safe side",
         f"  shm: {SHM}Gi # /dev/shm; it counts as memory",
         f"  timeout: {hours * 3600:_} # {hours} hours for each attempt of a step; it resumes from its checkpoints",
         "  tolerations:",
         "    - {key: nvidia.com/gpu, effect: NoSchedule}",
         "  steps:",
         f"    recover: {{memory: {training}Gi}} # each process reads the weights in float32",
-    ]
-    if choices.gpus > 1:
-        lines += [
-            "    prune: {accelerators: 1} # this and evaluate use one GPU",
-            "    evaluate: {accelerators: 1}",
-        ]
-    lines += [
         "# images: {registry: registry.example.com/team} # to where you have pushed the images (docs/images.md)",
     ]
     return "\n".join(lines)

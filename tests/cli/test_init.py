@@ -72,7 +72,6 @@ def test_qwen3_8b_on_eight_gpus(ptl, qwen3_8b):
     config = load_config("qwen3-8b.yaml")
     assert config.name == "qwen3-8b"
     assert config.resources.accelerators == 8
-    assert config.resources.accelerators_of("evaluate") == 1
     (stage,) = config.recover
     assert (stage.sharding, stage.lora, stage.dtype) == ("fsdp", None, "bfloat16")
     assert [task.name for task in config.evaluate.tasks] == ["gsm8k", "minerva_math500"]
@@ -210,22 +209,36 @@ def test_a_model_that_the_hub_does_not_give(kind, said, ptl, monkeypatch):
     assert re.search(said, printed), printed
 
 
-def test_a_model_of_the_hub_is_pinned_to_its_commit_and_asked_for_once(ptl, qwen3_8b, monkeypatch, tmp_path):
+@pytest.fixture
+def asked(qwen3_8b, monkeypatch, tmp_path):
+    """What the hub, which has Qwen3-8B, was asked for."""
     snapshot = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots/0123abc"
     shutil.copytree(qwen3_8b, snapshot)
-    asked = []
+    questions = []
 
     def give(path, **options):
-        asked.append((path, options["allow_patterns"]))
+        questions.append((path, options["allow_patterns"]))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    return questions
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit_and_asked_for_once(ptl, asked):
     code, said = ptl("init", "Qwen/Qwen3-8B", "--code")
     assert code == 0, said
     assert asked == [("Qwen/Qwen3-8B", ["config.json"])]
     config = load_config("qwen3-8b.yaml")
     assert (config.model.path, config.model.revision) == ("Qwen/Qwen3-8B", "0123abc")
     assert config.evaluate.allow_code
+
+
+def test_the_page_shows_what_it_writes(ptl, asked):
+    page = (ROOT / "docs/own-model.md").read_text()
+    (command,) = re.findall(r"^ptl (init .*)$", page, re.M)
+    ptl(*command.split())
+    header = Path("qwen3-8b.yaml").read_text().partition("# Check it")[0]
+    assert header in page
 
 
 def test_chats_are_scored_as_chats(ptl, qwen3_8b):
