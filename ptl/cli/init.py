@@ -26,8 +26,13 @@ def init(
         int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: the fewest that train all weights")
     ] = None,
     target: Annotated[
-        float, typer.Option(help="share of all parameters to remove; 1000 or more: the number to end with")
-    ] = 0.3,
+        float | None,
+        typer.Option(
+            help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or half "
+            "of what the FFNs hold where that is less",
+            show_default=False,
+        ),
+    ] = None,
     math: Annotated[bool, typer.Option("--math", help="train and score on mathematics (GSM8K, MATH)")] = False,
     code: Annotated[bool, typer.Option("--code", help="train and score on code (MBPP, HumanEval)")] = False,
     data: Annotated[

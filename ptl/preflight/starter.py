@@ -32,6 +32,9 @@ from ptl.preflight.starter_text import Plan, billions
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
+TARGET = 0.3  # share of the parameters
+TARGET_STEP = 0.05
+
 # Tokens of recovery.
 PER_PARAMETER = 0.1  # for each parameter that is removed: the paper's 160M tokens for 1.57B of 8B parameters
 LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
@@ -52,7 +55,7 @@ class Request:
     model: str  # hub id, or folder
     data: Data
     tasks: Sequence[Task] = ()
-    target: float = 0.3  # as schedule.target
+    target: float | None = None  # as schedule.target; None: 0.3, or less where the FFNs are a small part
     gpu: str | None = "h100"  # kind; None: no GPU
     gpus: int | None = None  # of a recovery; None: as many as it takes
 
@@ -136,7 +139,8 @@ def read_model(name: str) -> Model:
 
 def _plan(request: Request, model: Model, folder: Path) -> Plan:
     """All that does not depend on the number of GPUs."""
-    pruned, multiple = _pruned(model.dimensions, request.target)
+    target = _default_target(model.dimensions) if request.target is None else request.target
+    pruned, multiple = _pruned(model.dimensions, target)
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
     params = model.dimensions.params
@@ -150,7 +154,8 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         family=model.family,
         dimensions=model.dimensions,
         itemsize=model.shape.itemsize,
-        target=request.target,
+        target=target,
+        lowered=request.target is None and target < TARGET,
         pruned=pruned,
         multiple=multiple,
         tokens=tokens,
@@ -167,6 +172,16 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
     )
 
 
+def _default_target(dense: ModelDimensions) -> float:
+    """0.3 of all parameters, but not more than half of the FFNs: in small models most parameters are embeddings."""
+    half = _share_of_ffns(dense) / 2
+    return min(TARGET, max(TARGET_STEP, round(half // TARGET_STEP * TARGET_STEP, 2)))
+
+
+def _share_of_ffns(dense: ModelDimensions) -> float:
+    return dense.width * dense.params_per_neuron / dense.params
+
+
 def _pruned(dense: ModelDimensions, target: float) -> tuple[ModelDimensions, int]:
     """The model at its target, and what its width is a multiple of. Raises InputError that names --target."""
     if target >= dense.params or not (0 < target < 1 or target >= FEWEST):
@@ -180,12 +195,12 @@ def _pruned(dense: ModelDimensions, target: float) -> tuple[ModelDimensions, int
     try:
         width = width_for(dense, goal, "auto")
     except InputError as error:
-        in_ffn = dense.width * dense.params_per_neuron / dense.params
+        in_ffn = _share_of_ffns(dense)
         raise InputError(
             f"{target:g} cannot be reached: only {in_ffn:.0%} of the {billions(dense.params)} parameters are in the "
             "FFNs, from which neurons are removed",
             field="--target",
-            remedy=f"give less than {in_ffn:.2f}, better half of it",
+            remedy=f"give less, for example {_default_target(dense):g}",
         ) from error
     params = dense.params - (dense.width - width) * dense.params_per_neuron
     return replace(dense, params=params, width=width), resolve_multiple(dense.width, width, "auto")

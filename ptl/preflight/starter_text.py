@@ -43,6 +43,7 @@ class Plan:
     dimensions: ModelDimensions
     itemsize: int  # bytes of a stored weight
     target: float
+    lowered: bool  # whether the target is below the usual one, as the FFNs are a small part of the model
     pruned: ModelDimensions  # what the target leaves
     multiple: int  # of the FFN width
     tokens: int
@@ -94,6 +95,7 @@ def _size_fields(plan: Plan) -> dict[str, str]:
     """What the file says of parameters, widths and tokens."""
     return {
         "target": f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}",
+        "target_reason": ", here at most half of the FFNs" if plan.lowered else "",
         "width": f"{plan.dimensions.width:,}",
         "pruned_width": f"{plan.pruned.width:,}",
         "layers": str(plan.dimensions.layers),

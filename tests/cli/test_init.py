@@ -160,7 +160,10 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
         ([ROOT / "docs"], "MODEL: .* has no config.json"),
         ([REASONER / "checkpoint", "--gpu", "h10"], "--gpu: 'h10' must be one of t4, "),
         ([REASONER / "checkpoint", "--gpu", "none", "--gpus", 2], "--gpus: 2, with --gpu none"),
-        ([REASONER / "checkpoint", "--target", "0.95"], "--target: 0.95 cannot be reached: only .* give less than 0."),
+        (
+            [REASONER / "checkpoint", "--target", "0.95"],
+            "--target: 0.95 cannot be reached: only .* give less, for example 0.",
+        ),
         ([REASONER / "checkpoint", "--target", 30], "--target: 30 is neither a share"),
         ([REASONER / "checkpoint", "--data", "none.jsonl"], "--data: no file none.jsonl"),
         ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
@@ -239,6 +242,16 @@ def test_the_page_shows_what_it_writes(ptl, asked):
     ptl(*command.split())
     header = Path("qwen3-8b.yaml").read_text().partition("# Check it")[0]
     assert header in page
+
+
+def test_of_a_model_with_small_ffns_less_is_removed_unless_asked(ptl, qwen3_8b):
+    # Qwen3-0.6B: 44 % of the parameters are in the FFNs.
+    small = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    (qwen3_8b / "config.json").write_text(json.dumps({**QWEN3_8B, **small, "tie_word_embeddings": True}))
+    ptl("init", qwen3_8b, "--math")
+    assert load_config("qwen3-8b.yaml").schedule.target == 0.2
+    ptl("init", qwen3_8b, "--math", "--target", 0.3, "--force")
+    assert load_config("qwen3-8b.yaml").schedule.target == 0.3
 
 
 def test_chats_are_scored_as_chats(ptl, qwen3_8b):
