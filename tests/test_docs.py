@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.prune_tune_loop.pipeline import parameters
+from ptl.cli import app
 from ptl.cli.configs import checked_params
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
+from ptl.errors import PtlError
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -34,6 +37,16 @@ def test_the_reference_pages_are_made_from_this_code():
         [sys.executable, "docs/reference_pages.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"run `make docs-reference`: {done.stdout}{done.stderr[-500:]}"
+
+
+def test_an_error_that_is_shown_with_its_command_is_what_the_command_prints(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = [block for path in DOCS for block in re.findall(r"```\n\$ ptl (.*)\nerror: ([^`]*)\n```", path.read_text())]
+    assert shown
+    for command, error in shown:
+        with pytest.raises(PtlError) as caught:
+            app.app(shlex.split(command), standalone_mode=False)
+        assert str(caught.value) == error
 
 
 def test_the_page_of_run_parameters_explains_every_one():
