@@ -8,6 +8,7 @@ nor a guard. Pure and torch-free.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -68,6 +69,12 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     )
     # Fields that were set one by one must fit together.
     return check(Config, shrunk.model_dump(), "the rehearsal")
+
+
+def is_rehearsal(settings: Mapping[str, Any]) -> bool:
+    """Whether a config, as a dict, is that of a rehearsal: a user may have given one such name, but not both."""
+    experiment = settings.get("storage", {}).get("experiment", "")
+    return str(settings.get("name", "")).endswith(SUFFIX) and str(experiment).endswith(SUFFIX)
 
 
 def _with(section: Any, **values: Any) -> Any:
