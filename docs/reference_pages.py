@@ -85,7 +85,7 @@ def _headings(places: dict[type[Section], list[str]]) -> dict[type[Section], str
     """The dotted name in a config; with or without it the class, where one of them has several of the other."""
     headings = {}
     for section, paths in places.items():
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", section.__name__).capitalize()
+        words = _words(section.__name__).capitalize()
         is_alone = sum(paths == other for other in places.values()) == 1
         if section is Config:
             headings[section] = "The whole config"
@@ -95,6 +95,11 @@ def _headings(places: dict[type[Section], list[str]]) -> dict[type[Section], str
             words = {Stage: "every method", NextToken: "cpt and distil"}.get(section, words.lower())
             headings[section] = paths[0] if is_alone else f"{paths[0]}: {words}"
     return headings
+
+
+def _words(name: str) -> str:
+    """`data source` of DataSource."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def _introduction(section: type[Section], paths: list[str]) -> str:
@@ -127,7 +132,7 @@ def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") ->
     """What values a field takes, from its part of the schema."""
     if "$ref" in prop:
         name = prop["$ref"].rpartition("/")[2]
-        return f"[{word or name.lower()}](#{links[name]})"
+        return f"[{word or _words(name)}](#{links[name]})"
     options = [option for option in prop.get("anyOf", prop.get("oneOf", [])) if option.get("type") != "null"]
     if options:
         # Of several sections each by its name.
