@@ -50,11 +50,13 @@ def config_page() -> str:
     """Every field of the config, section by section."""
     places: dict[type[Section], list[str]] = {}
     for section, path in _sections(Config, ""):
-        places.setdefault(section, []).append(path)
-    links = {section.__name__: _anchor(_heading(section, paths)) for section, paths in places.items()}
+        if path not in places.setdefault(section, []):
+            places[section].append(path)
+    headings = _headings(places)
+    links = {section.__name__: _anchor(heading) for section, heading in headings.items()}
     parts = [CONFIG_HEAD]
     for section, paths in places.items():
-        parts.append(f"## {_heading(section, paths)}\n")
+        parts.append(f"## {headings[section]}\n")
         parts.append(_introduction(section, paths))
         parts.append(_table(("field", "value", "default", "meaning"), list(_fields(section, links))))
     return "\n".join([*parts, MADE, ""])
@@ -79,23 +81,31 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
         yield from _sections_in(argument)
 
 
-def _heading(section: type[Section], paths: list[str]) -> str:
-    """The name in a config; the class, where it has several."""
-    if section is Config:
-        return "The whole config"
-    if issubclass(section, Stage):
-        names = {Stage: "every method", NextToken: "cpt and distil"}
-        return f"recover: {names.get(section) or section.model_fields['method'].default}"
-    if len(set(paths)) == 1:
-        return paths[0]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", section.__name__).capitalize()
+def _headings(places: dict[type[Section], list[str]]) -> dict[type[Section], str]:
+    """The dotted name in a config; with or without it the class, where one of them has several of the other."""
+    headings = {}
+    for section, paths in places.items():
+        words = _words(section.__name__).capitalize()
+        is_alone = sum(paths == other for other in places.values()) == 1
+        if section is Config:
+            headings[section] = "The whole config"
+        elif len(paths) > 1:
+            headings[section] = words
+        else:
+            words = {Stage: "every method", NextToken: "cpt and distil"}.get(section, words.lower())
+            headings[section] = paths[0] if is_alone else f"{paths[0]}: {words}"
+    return headings
+
+
+def _words(name: str) -> str:
+    """`data source` of DataSource."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
 def _introduction(section: type[Section], paths: list[str]) -> str:
     text = inspect.getdoc(section) or ""
-    distinct = list(dict.fromkeys(paths))
-    if len(distinct) > 1:
-        text += f"\n\nIn {', '.join(f'`{path}`' for path in distinct)}."
+    if len(paths) > 1:
+        text += f"\n\nIn {', '.join(f'`{path}`' for path in paths)}."
     base = next((base.__name__ for base in section.__mro__[1:] if base.__name__ == "DataSource"), "")
     if base:
         text += "\n\nIts fields beside those of a [data source](#data-source):"
@@ -122,7 +132,7 @@ def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") ->
     """What values a field takes, from its part of the schema."""
     if "$ref" in prop:
         name = prop["$ref"].rpartition("/")[2]
-        return f"[{word or name.lower()}](#{links[name]})"
+        return f"[{word or _words(name)}](#{links[name]})"
     options = [option for option in prop.get("anyOf", prop.get("oneOf", [])) if option.get("type") != "null"]
     if options:
         # Of several sections each by its name.

@@ -2,17 +2,21 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from pipelines.prune_tune_loop.pipeline import parameters
+from ptl.cli import app
 from ptl.cli.configs import checked_params
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
+from ptl.errors import PtlError
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -34,6 +38,39 @@ def test_the_reference_pages_are_made_from_this_code():
         [sys.executable, "docs/reference_pages.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"run `make docs-reference`: {done.stdout}{done.stderr[-500:]}"
+
+
+def shown_commands():
+    """Words of every `ptl` command in a block of a page, without the comment behind it."""
+    for path in [ROOT / "README.md", *DOCS]:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.S | re.M):
+            lines = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?ptl (.*)", block, re.M) if language in ("", "sh") else []
+            for line in lines:
+                yield [word.strip("[]") for word in shlex.split(line, comments=True)]
+
+
+def test_commands_that_are_shown_exist_with_their_options():
+    commands = typer.main.get_command(app.app).commands
+    options = {
+        name: {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+        for name, command in commands.items()
+    }
+    shown = list(shown_commands())
+    assert len(shown) > 40
+    for name, *words in shown:
+        assert name in commands
+        unknown = [word for word in words if word.startswith("-") and word.split("=")[0] not in options[name]]
+        assert not unknown, f"ptl {name} has no {unknown}"
+
+
+def test_an_error_that_is_shown_with_its_command_is_what_the_command_prints(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = [block for path in DOCS for block in re.findall(r"```\n\$ ptl (.*)\nerror: ([^`]*)\n```", path.read_text())]
+    assert shown
+    for command, error in shown:
+        with pytest.raises(PtlError) as caught:
+            app.app(shlex.split(command), standalone_mode=False)
+        assert str(caught.value) == error
 
 
 def test_the_page_of_run_parameters_explains_every_one():

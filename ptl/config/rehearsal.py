@@ -8,10 +8,12 @@ nor a guard. Pure and torch-free.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ptl.config.cluster import Resources
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import Grpo, NextToken, RecoverStage, Recovery
 from ptl.config.run import Calibration, Config, Evaluate, Gate, Speed, Task, check
@@ -48,11 +50,10 @@ class Change:
 
 def rehearsal(config: Config, gpus: int | None) -> Config:
     """The rehearsal of a run, on a machine with so many GPUs; None: where the run itself will be, on a cluster."""
-    wanted = config.resources.accelerators_of("recover")
     if gpus is None:
-        gpus = wanted
+        gpus = config.resources.accelerators_of("recover")
     else:
-        config = _fitting(config, gpus, wanted)
+        config = _fitting(config, gpus)
     iterations = len(plan(config.schedule, config.prune))
     schedule = _schedule(config, iterations)
     stages = [_stage(stage, iterations, gpus) for stage in config.recover]
@@ -68,6 +69,12 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
     )
     # Fields that were set one by one must fit together.
     return check(Config, shrunk.model_dump(), "the rehearsal")
+
+
+def is_rehearsal(settings: Mapping[str, Any]) -> bool:
+    """Whether a config, as a dict, is that of a rehearsal: a user may have given one such name, but not both."""
+    experiment = settings.get("storage", {}).get("experiment", "")
+    return str(settings.get("name", "")).endswith(SUFFIX) and str(experiment).endswith(SUFFIX)
 
 
 def _with(section: Any, **values: Any) -> Any:
@@ -171,18 +178,19 @@ def _storage(config: Config) -> Any:
     return _with(storage, **changes)
 
 
-def _fitting(config: Config, gpus: int, wanted: int) -> Config:
-    """The run as a machine with these GPUs can execute it, where it wants so many."""
-    stages = tuple(_fitting_stage(stage, gpus, wanted) for stage in config.recover)
-    evaluate = config.evaluate if gpus else _with(config.evaluate, backend="hf")
+def _fitting(config: Config, gpus: int) -> Config:
+    """The run as a machine with these GPUs can execute it."""
+    stages = tuple(_fitting_stage(stage, gpus, config.resources) for stage in config.recover)
+    evaluate = _with(
+        config.evaluate,
+        backend=config.evaluate.backend if gpus else "hf",
+        processes=_processes(config.evaluate.processes, "evaluate", gpus, config.resources),
+    )
     return _with(config, recover=stages, evaluate=evaluate)
 
 
-def _fitting_stage(stage: RecoverStage, gpus: int, wanted: int) -> RecoverStage:
-    changes: dict[str, Any] = {}
-    # Of a run without GPUs, these are processes on the CPU.
-    if stage.processes is not None and wanted > gpus:
-        changes["processes"] = min(stage.processes, max(1, gpus))
+def _fitting_stage(stage: RecoverStage, gpus: int, resources: Resources) -> RecoverStage:
+    changes: dict[str, Any] = {"processes": _processes(stage.processes, "recover", gpus, resources)}
     if gpus <= 1:
         changes["sharding"] = "none"
     if gpus == 0:
@@ -190,6 +198,13 @@ def _fitting_stage(stage: RecoverStage, gpus: int, wanted: int) -> RecoverStage:
         if isinstance(stage, Grpo) and stage.rollouts == "vllm":
             changes["rollouts"] = "transformers"
     return _with(stage, **changes)
+
+
+def _processes(processes: int | None, step: str, gpus: int, resources: Resources) -> int | None:
+    """No more processes of a step than there are GPUs; without GPUs in the run they are processes on the CPU."""
+    if processes is None or resources.accelerators_of(step) <= gpus:
+        return processes
+    return min(processes, max(1, gpus))
 
 
 def changes(config: Config, rehearsed: Config) -> list[Change]:
@@ -217,7 +232,7 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 LEFT_OUT = {
     "dtype": "{} precision",
     "sharding": "sharding by {}",
-    "processes": "{} training processes",
+    "processes": "{} processes",
     "rollouts": "answers by {}",
     "backend": "evaluation by {}",
     "answers": "calibration on the model's own answers",

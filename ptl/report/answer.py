@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ptl.config.rehearsal import is_rehearsal
 from ptl.report import cells
 from ptl.report.result import Result, dense_row, final_row
 from ptl.report.result_rows import Row
@@ -27,6 +28,10 @@ KINDS: dict[str, Kind] = {"inferior": "bad", "unclear": "unclear", "not inferior
 
 def answer(result: Result) -> Answer:
     """The answer for all benchmarks together: the worst verdict comes first and gives the colour."""
+    if is_rehearsal(result["settings"]):
+        return Answer(
+            "unclear", "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
+        )
     final = final_row(result)
     if final is None:
         return Answer("unclear", "Cannot be said: the final checkpoint was not scored")

@@ -89,7 +89,7 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     assert left_out(changes(run, rehearsed)) == [
         "calibration on the model's own answers",
         "bfloat16 precision",
-        "4 training processes",
+        "4 processes",
         "sharding by fsdp",
         "answers by vllm",
         "evaluation by vllm",
@@ -98,9 +98,13 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     assert left_out(changes(run, rehearsal(run, gpus=None))) == ["calibration on the model's own answers"]
 
 
-def test_processes_of_a_run_on_cpus_stay():
-    run = config(recover=[{"method": "cpt", "processes": 2}])
-    assert rehearsal(run, gpus=0).recover[0].processes == 2
+def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
+    parts = {"recover": [{"method": "cpt", "processes": 4}], "evaluate": {"processes": 4}}
+    on_cpus = rehearsal(config(**parts), gpus=0)
+    assert on_cpus.recover[0].processes == on_cpus.evaluate.processes == 4
+    on_gpus = config(**parts, resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})
+    rehearsed = rehearsal(on_gpus, gpus=2)
+    assert rehearsed.recover[0].processes == rehearsed.evaluate.processes == 2
 
 
 def test_a_long_name_stays_a_name_and_the_registered_model_another():

@@ -131,6 +131,14 @@ def test_a_run_whose_final_checkpoint_was_not_scored(records, settings, tmp_path
     assert lines(result, "Score")[0].answer.text == "Final not scored"
 
 
+def test_a_rehearsal_says_nothing_about_the_model(records, settings):
+    settings |= {"name": "tiny-rehearsal", "storage": {"experiment": "ptl"}}
+    assert "rehearsal" not in answer(build(records, settings)).text  # a name that a user may choose
+    settings["storage"] = {"experiment": "ptl-rehearsal"}
+    shown = answer(build(records, settings))
+    assert (shown.kind, shown.text[:39]) == ("unclear", "Cannot be said: this was a rehearsal, w")
+
+
 def test_a_run_of_one_iteration_without_a_second_benchmark(records, settings, tmp_path, no_pictures):
     kept = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1")
     few = {step: records[step] for step in kept}
