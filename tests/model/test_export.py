@@ -88,7 +88,7 @@ COMPARED = {
     "seed_oss": {"mlp_bias": False},
     "ernie4_5": {"use_bias": False},
     "glm4": {},
-    "cohere2": {"layer_types": PATTERN, "rotary_pct": 1.0},
+    "cohere2": {"layer_types": PATTERN, "rotary_pct": 1.0, "logit_scale": 1.0},
 }
 
 
