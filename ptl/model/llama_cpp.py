@@ -6,14 +6,16 @@ conversion/ folder of its converter (which fields of config.json reach the file)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl.model import pretrained
 from ptl.model.families import MLP, QKV, QKVO, ConfigJson
 
-WINDOWED_EVERYWHERE = ("mistral", "phi3")  # transformers gives every layer the sliding window that config.json names
+# transformers gives every layer the sliding window that config.json names
+WINDOWED_EVERYWHERE = ("mistral", "ministral3", "phi3")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Architecture:
     any_head_dim: bool = True  # else it must be hidden_size / num_attention_heads
     tied: bool | None = None  # whether the output layer is the embeddings; none: either
     full_every: int = 0  # of so many layers the last has full attention, the others a window; 0: no windows at all
+    any_pattern: bool = False  # whichever layers have windows
+    windowed_depth: int = 0  # the number of layers with which there are windows, in whichever layers
+    rotary_pattern: int = 0  # of so many layers the last has no rotary embeddings
+    rope_theta: float = 0.0  # the only one; 0: any
+    partial_rotary: bool = False  # whether a part of each head may be left as it is
     rescaled_depth: int = 0  # the number of layers by which the size is known that scales attention in another way
 
 
@@ -38,6 +45,7 @@ GEMMA = Architecture(
     ropes=("default", "linear"),
     tied=True,
 )
+OLMO = Architecture(any_head_dim=False, tied=False)
 ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -45,8 +53,18 @@ ARCHITECTURES = {
     "qwen3": Architecture(),
     "gemma2": replace(GEMMA, full_every=2, rescaled_depth=46),
     "gemma3_text": replace(GEMMA, full_every=6, rescaled_depth=62),
-    "phi3": Architecture(ropes=("default", "longrope"), any_head_dim=False),
-    "olmo2": Architecture(any_head_dim=False, tied=False),
+    "phi3": Architecture(ropes=("default", "longrope"), any_head_dim=False, partial_rotary=True),
+    "olmo2": OLMO,
+    "olmo3": replace(OLMO, any_pattern=True),
+    "gemma": replace(GEMMA, ropes=("default",), rope_theta=10_000.0),
+    "ministral3": Architecture(ropes=("yarn",)),
+    "smollm3": Architecture(biases=QKV, rotary_pattern=4),
+    "granite": Architecture(biases=LLAMA.biases, any_head_dim=False),
+    "exaone4": Architecture(ropes=LLAMA.ropes, any_head_dim=False, windowed_depth=64),
+    "seed_oss": Architecture(biases=QKV),
+    "ernie4_5": Architecture(),
+    "glm4": Architecture(biases=QKV, partial_rotary=True),
+    "cohere2": Architecture(ropes=("default",), any_head_dim=False, tied=True, full_every=4),
 }
 
 
@@ -63,15 +81,12 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
     effective = pretrained.config_with_defaults(config)
     # Structure, attention and rotary embeddings; then the smaller parts
     yield from _class_differences(config)
-    if architecture.full_every:
-        yield from _pattern_differences(effective, architecture.full_every)
-    else:
-        yield from _window_differences(config, effective)
+    yield from _layer_differences(config, effective, architecture)
     if architecture.rescaled_depth:
         yield from _scale_differences(effective, architecture.rescaled_depth)
-    if model_type.startswith("gemma"):
+    if model_type in ("gemma2", "gemma3_text"):
         yield from _cap_differences(model_type, effective)
-    yield from _rope_differences(model_type, effective, architecture)
+    yield from _rope_differences(effective, architecture)
     # Gemma's configs have the first of these fields.
     activation = getattr(effective, "hidden_activation", None) or getattr(effective, "hidden_act", None)
     if activation not in architecture.activations:
@@ -99,8 +114,36 @@ def _class_differences(config: ConfigJson) -> Iterator[str]:
         yield f'architectures is {architectures}, by which the converter chooses; set it to ["{name}"]'
 
 
+def _layer_differences(config: ConfigJson, effective: Any, architecture: Architecture) -> Iterator[str]:
+    """Windows and rotary embeddings of single layers, which llama.cpp has by the layer's number alone."""
+    if architecture.full_every:
+        yield from _pattern_differences(effective, architecture.full_every)
+    elif architecture.windowed_depth:
+        yield from _depth_differences(effective, architecture.windowed_depth)
+    elif not architecture.any_pattern:
+        yield from _window_differences(config, effective)
+    every = architecture.rotary_pattern
+    if every and effective.no_rope_layers != [
+        int(layer % every > 0) for layer in range(1, len(effective.layer_types) + 1)
+    ]:
+        yield (
+            f"no_rope_layers is not its pattern, no rotary embeddings in one of {every} layers, the last: removing "
+            "layers shifts it, removing neurons does not"
+        )
+    if config["model_type"] == "cohere2" and "rotary_pct" not in config:
+        yield "config.json lacks rotary_pct, which the converter reads; set it to 1.0"
+
+
+def _depth_differences(effective: Any, depth: int) -> Iterator[str]:
+    """EXAONE 4 has windows, and layers without rotary embeddings, by the depth of its large model."""
+    window = effective.sliding_window
+    layers = effective.num_hidden_layers
+    if (window is not None) != (layers == depth):
+        yield f"sliding_window is {window} with {layers} layers, but it has windows with {depth} layers alone"
+
+
 def _window_differences(config: ConfigJson, effective: Any) -> Iterator[str]:
-    """All architectures but Gemma's have full attention in llama.cpp."""
+    """Most architectures have full attention in every layer."""
     model_type = config["model_type"]
     window = config.get("sliding_window")
     if model_type == "olmo2":
@@ -121,7 +164,7 @@ def _window_differences(config: ConfigJson, effective: Any) -> Iterator[str]:
 
 
 def _pattern_differences(effective: Any, full_every: int) -> Iterator[str]:
-    """Gemma's layers with full attention and with windows take turns, by the layer's number alone."""
+    """Layers with full attention and with windows take turns."""
     pattern = ["sliding_attention"] * effective.num_hidden_layers
     for last in range(full_every - 1, len(pattern), full_every):
         pattern[last] = "full_attention"
@@ -156,13 +199,9 @@ def _cap_differences(model_type: str, effective: Any) -> Iterator[str]:
             yield f"{field} is {cap}, but it {requirement}"
 
 
-def _rope_differences(
-    model_type: str,
-    effective: Any,
-    architecture: Architecture,
-) -> Iterator[str]:
+def _rope_differences(effective: Any, architecture: Architecture) -> Iterator[str]:
     """The rotary embeddings that the converter writes, and which of their parameters it leaves out."""
-    # Gemma 3 has parameters for each kind of attention, all others one set.
+    # Gemma 3 and OLMo 3 have parameters for each kind of attention, all others one set.
     parameters = effective.rope_parameters
     full = parameters.get("full_attention", parameters)
     windowed = parameters.get("sliding_attention", {})
@@ -172,15 +211,30 @@ def _rope_differences(
         yield f"rope_type is {kind} and {windowed_kind}, which the converter drops"
     elif kind not in architecture.ropes:
         yield f"rope_type is {kind}, which the converter drops"
-    # Parameters of a known kind that the converter does not read
-    unread = ("attention_factor", "mscale", "mscale_all_dim")
-    ignored = [field for field in unread if full.get(field) is not None]
-    if full.get("truncate") is False:  # llama.cpp always truncates
-        ignored.append("truncate")
-    if model_type != "phi3" and full.get("partial_rotary_factor", 1.0) != 1.0:
-        ignored.append("partial_rotary_factor")
-    for field in ignored:
+    theta = full.get("rope_theta")
+    if architecture.rope_theta and theta != architecture.rope_theta:
+        yield f"rope_theta is {theta}, but it always uses {architecture.rope_theta:g}"
+    for field in _unread_rope_fields(effective.model_type, full, architecture):
         yield f"rope_parameters has {field}, which the converter drops"
+
+
+def _unread_rope_fields(model_type: str, parameters: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
+    """Parameters of a known kind of rotary embeddings that matter and do not reach llama.cpp."""
+    factor = parameters.get("attention_factor")
+    # The factor that yarn has without this field
+    usual = 0.1 * math.log(parameters.get("factor") or 1.0) + 1
+    is_usual = parameters.get("rope_type") == "yarn" and math.isclose(factor or usual, usual, rel_tol=1e-6)
+    if factor is not None and not is_usual:
+        yield "attention_factor"
+    if model_type == "ministral3":  # needs both fields, and takes the first as 1
+        if parameters.get("mscale") != 1.0 or not parameters.get("mscale_all_dim"):
+            yield "mscale and mscale_all_dim other than 1"
+    else:
+        yield from (field for field in ("mscale", "mscale_all_dim") if parameters.get(field) is not None)
+    if parameters.get("truncate") is False:  # llama.cpp always truncates
+        yield "truncate"
+    if not architecture.partial_rotary and parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        yield "partial_rotary_factor"
 
 
 def _head_dim(effective: Any) -> int:

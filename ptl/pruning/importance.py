@@ -42,9 +42,10 @@ def _by_output_change(
     """Score by how far the layer's output moves when one neuron is removed, one layer after the other.
 
     A neuron with activation a and column w adds a w, so that |a| times the norm of w is that distance, unless a norm
-    is between down_proj and the residual stream: see `changes_after_norm`.
+    is between down_proj and the residual stream: see `changes_after_norm`. Granite multiplies a w by a constant.
     """
     family = model.family
+    scale = getattr(model.config, family.residual_scale) if family.residual_scale else 1.0
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring neurons, by layer"):
@@ -53,7 +54,7 @@ def _by_output_change(
             change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
             units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
-            units = column_norms(layer, family)  # [F]; a neuron's change is its activation
+            units = column_norms(layer, family) * scale  # [F]; a neuron's change is its activation
         total = _JoinedScores(join)
         for b, hidden in enumerate(states):
             states[b], *observed = run_with_activations(model, i, b, hidden)

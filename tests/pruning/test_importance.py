@@ -121,7 +121,10 @@ def changes_by_removal(variant, stream):
     return found
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama-biases", "mistral", "phi3", "gemma2", "gemma3_text", "olmo2", "granite", "glm4", "cohere2", "exaone4"],
+)
 def test_max_is_the_change_of_the_layers_output_when_the_neuron_is_removed(variant, tmp_path):
     """Each neuron is taken away by itself, and the layer run again; a norm may follow down_proj."""
     stream = stream_of(variant, tmp_path)
