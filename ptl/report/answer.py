@@ -22,8 +22,8 @@ class Answer:
     text: str  # without a full stop
 
 
-# The verdict of a paired comparison -> how it is coloured; the worst comes first in a sentence.
-KINDS: dict[str, Kind] = {"inferior": "bad", "unclear": "unclear", "not inferior": "good"}
+# What a comparison says -> how it is coloured; the worst comes first in a sentence.
+KINDS: dict[str, Kind] = {"inferior": "bad", "fell": "unclear", "unclear": "unclear", "not inferior": "good"}
 
 
 def answer(result: Result) -> Answer:
@@ -37,13 +37,12 @@ def answer(result: Result) -> Answer:
         return Answer("unclear", "Cannot be said: the final checkpoint was not scored")
     if final is dense_row(result):
         return Answer("none", "Nothing to ship: the final checkpoint is the dense model")
-    # verdict -> benchmarks
+    # what is said -> benchmarks
     names: dict[str, list[str]] = {}
     for task in final["scores"]["tasks"]:
-        pair = dense_pair(result, task["task"])
-        verdict = pair["verdict"] if pair else ""
-        names.setdefault(verdict, []).append(task["task"])
-    parts = [_part(result, verdict, names[verdict]) for verdict in KINDS if verdict in names]
+        said = _said(dense_pair(result, task["task"]))
+        names.setdefault(said, []).append(task["task"])
+    parts = [_part(result, said, names[said]) for said in KINDS if said in names]
     if "" in names:
         parts.append(f"not tested on {_joined(names[''])}")
     text = "; ".join(parts)
@@ -60,31 +59,47 @@ def of_pair(pair: Row | None) -> Answer:
     """The verdict on one benchmark, for the table of evidence."""
     if pair is None:
         return Answer("unclear", "Not tested")
+    items = counted(pair["items"], "item")
+    margin = cells.margin(pair)
     words = {
         "inferior": "Worse",
-        "unclear": f"Cannot be said with {counted(pair['items'], 'item')}",
-        "not inferior": f"Not worse within the margin of {cells.margin(pair)}",
+        "fell": f"Fell; whether by more than {margin} cannot be said with {items}",
+        "unclear": f"Cannot be said with {items}",
+        "not inferior": f"Not worse within the margin of {margin}",
     }
-    return Answer(KINDS[pair["verdict"]], words[pair["verdict"]])
+    said = _said(pair)
+    return Answer(KINDS[said], words[said])
 
 
-def _part(result: Result, verdict: str, names: list[str]) -> str:
-    """The part of the sentence that has one verdict on these benchmarks."""
+def _said(pair: Row | None) -> str:
+    """The verdict of a comparison; `fell` where only the size of the fall is unclear, empty where there is none."""
+    if pair is None:
+        return ""
+    if pair["verdict"] == "unclear" and pair["p_worse"] <= pair["alpha"]:
+        return "fell"
+    return str(pair["verdict"])
+
+
+def _part(result: Result, said: str, names: list[str]) -> str:
+    """The part of the sentence that says the same of these benchmarks."""
     pairs = [dense_pair(result, name) for name in names]
-    margin = cells.margin(pairs[0] or {})
+    margin = f"the margin of {cells.margin(pairs[0] or {})}"
     counts = [f"{counted(pair['items'], 'item')} of {name}" for pair, name in zip(pairs, names, strict=True) if pair]
-    if verdict == "inferior":
-        return f"worse than the dense model on {_joined(counts)}"
-    if verdict == "unclear":
-        return f"cannot be said with {_joined(counts)} whether it is worse than the dense model (margin {margin})"
-    return f"not worse than the dense model within the margin of {margin} on {_joined(counts)}"
+    items = _joined(counts)
+    sentences = {
+        "inferior": f"worse than the dense model on {items}",
+        "fell": f"the score fell on {items}, and whether by more than {margin} cannot be said with so few",
+        "unclear": f"cannot be said with {items} whether the score fell by more than {margin}",
+        "not inferior": f"not worse than the dense model within {margin} on {items}",
+    }
+    return sentences[said]
 
 
-def _worst(verdicts: set[str]) -> Kind:
+def _worst(all_said: set[str]) -> Kind:
     """One worse benchmark is enough; good is only what was tested on every benchmark."""
-    if "inferior" in verdicts:
+    if "inferior" in all_said:
         return "bad"
-    return "good" if verdicts == {"not inferior"} else "unclear"
+    return "good" if all_said == {"not inferior"} else "unclear"
 
 
 def _joined(names: list[str]) -> str:

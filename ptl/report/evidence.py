@@ -87,7 +87,7 @@ def caption(result: Result) -> str:
     margin = cells.margin(pairs[0])
     sentence = (
         f"Differences are item by item. Worse: the score fell by more than {margin}, and McNemar's exact one-sided "
-        f"test calls the fall real at {alpha:g} %. Not worse: the lower end of the interval is above -{margin}. "
+        f"test calls the fall significant at {alpha:g} %. Not worse: the lower end of the interval is above -{margin}. "
         "p is two-sided."
     )
     others = min(pair["alpha"] for pair in pairs) * 100
@@ -194,4 +194,6 @@ def _gate(result: Result) -> str:
     counts = [f"{counted(verdicts.count(word), 'iteration')} {word}" for word in ("accepted", "rejected")]
     sentence = f"{counts[0]}, {counts[1]} (margin {cells.margin(settings)})"
     reasons = {step["reason"] for step in result["not_needed"]}
-    return "; ".join([sentence, *sorted(reasons)]) + "."
+    sentence = "; ".join([sentence, *sorted(reasons)]) + "."
+    # Otherwise an accepted model may be one of which nothing can be said.
+    return sentence if settings["strict"] else f"{sentence} Unclear ones are accepted: gate.strict is off."

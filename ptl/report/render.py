@@ -38,8 +38,9 @@ def render(result: Result, out: Path) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     # All pages show the same sentences and tables; only the HTML has pictures.
     variables = _variables(result)
+    only_html = {"pictures": draw(result), "table_caption": wording.table_caption(result)}
     pages = {
-        "report.html": _template("report.html.j2", variables | {"pictures": draw(result)}),
+        "report.html": _template("report.html.j2", variables | only_html),
         "report.md": _template("report.md.j2", variables),
         "README.md": front_matter(result) + _template("model_card.md.j2", variables),
         "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
@@ -114,7 +115,7 @@ def _variables(result: Result) -> dict[str, Any]:
         "limits": limits.sentences(result),
         "remarks": wording.remarks(result),
         "not_needed": wording.not_needed(result),
-        "table_caption": wording.table_caption(result),
+        "table_caption": wording.table_caption(result, drawn=False),
         "accuracy_caption": wording.accuracy_caption(result),
         "loss_caption": wording.loss_caption(result),
         "speed_setting": speed_rows.setting(speed),

@@ -207,8 +207,8 @@ def wall_clock(result: Result) -> str:
     )
 
 
-def table_caption(result: Result) -> str:
-    """What the main table's numbers are; nothing about columns and marks that it does not have."""
+def table_caption(result: Result, *, drawn: bool = True) -> str:
+    """What the main table's numbers are; nothing about columns and marks that it does not have, as in Markdown."""
     rows = result["rows"]
     task = first_task(rows[0])
     sentences = [_about_task(task)]
@@ -216,7 +216,7 @@ def table_caption(result: Result) -> str:
         sentences.append("Recovery tokens are those of each iteration alone.")
     # Of a metric that is no accuracy only a row whose items all score 0 or 1 has an interval.
     lows = [row["low"] for row in rows if row["low"] is not None]
-    if lows:
+    if lows and drawn:
         # The bars would be too short to compare if it began at zero.
         zero = " that does not begin at zero" if min(lows) > 0 else ""
         sentences.append(f"The drawn intervals share one scale{zero}.")

@@ -264,6 +264,7 @@ def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictu
     result = write_report(records, settings, tmp_path)
     assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
     assert table_caption(result).endswith("share one scale that does not begin at zero.")
+    assert "drawn intervals" not in (tmp_path / "report.md").read_text()
     low = dict(result, rows=[dict(row, low=0.0) for row in result["rows"]])  # the axis has zero on it then
     assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
     assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
@@ -413,7 +414,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     assert data["library_name"] == "transformers" and data["base_model"] == "tiny_reasoner-checkpoint"
     assert data["datasets"] == ["tiny_reasoner-train.jsonl"] and data["metrics"] == ["exact_match"]
     assert "license" not in data and "pruning" in data["tags"]
-    assert "from_pretrained" in card and "500 items" in card
+    assert "from_pretrained" in card and "98.0 % (96.0 to 100.0), 500 items, 0-shot\n" in card
     assert "- Training data: examples/tiny\\_reasoner/train.jsonl\n" in card
     from huggingface_hub import ModelCard
 
