@@ -14,6 +14,7 @@ from ptl.errors import WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
+from ptl.model import mlflow_flavor
 from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
 from ptl.steps.execution import execute
@@ -65,6 +66,7 @@ def recover(call: Call) -> None:
             scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
+        mlflow_flavor.write(dst)
         return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
 
     record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
