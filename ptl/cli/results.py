@@ -16,7 +16,7 @@ from ptl.errors import InputError
 from ptl.lineage import locate
 from ptl.local import runs
 from ptl.storage import local_files, store
-from ptl.storage.manifest import FILES
+from ptl.storage.manifest import FILES, MLFLOW_META
 
 RETRIES = "3"  # of a request to MLflow, within 12 seconds: a person waits for the answer
 
@@ -161,7 +161,7 @@ def _copy(checkpoint: locate.Checkpoint, dst: Path) -> None:
             if folder.is_relative_to(cache):
                 folder.rename(out)
             else:  # a store of files hands out its own folder
-                shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES), dirs_exist_ok=True)
+                shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILES, MLFLOW_META), dirs_exist_ok=True)
             if checkpoint.card is not None:
                 (out / "README.md").write_bytes(checkpoint.card)
         finally:

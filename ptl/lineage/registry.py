@@ -61,6 +61,31 @@ def register(
         return numbers[0]
 
 
+def describe(
+    registered_model: str,
+    version: str,
+    model_id: str,
+    paragraphs: tuple[str, str],
+    tags: dict[str, Any],
+) -> None:
+    """Give the version of a LoggedModel a description, unless a person wrote or extended it, and tags `ptl.<name>`.
+
+    By the last paragraph, which is the same each time, a description is known as ours: a repeated step may have other
+    scores. A registry that was lost may have another version under that number, or none: nothing is changed then.
+    """
+    with mlflow_client.connected() as client:
+        existing = if_there(client.get_model_version, registered_model, version)
+        if existing is None or existing.tags.get("ptl.model_id") != model_id:
+            return
+        text = "\n\n".join(paragraphs)
+        before = existing.description or ""
+        if before != text and (not before or before.endswith(paragraphs[-1])):
+            client.update_model_version(registered_model, version, text)
+        for key, value in ptl_keys(tags).items():
+            if existing.tags.get(key) != value:
+                client.set_model_version_tag(registered_model, version, key, value)
+
+
 def set_alias(registered_model: str, alias: str, version: str) -> None:
     """Point an alias (`best`, `smallest`) at a version."""
     with mlflow_client.connected() as client:

@@ -77,7 +77,10 @@ def ui(root: Path, port: int) -> NoReturn:
             remedy="start one with `ptl run CONFIG`",
         )
     server_process.require_free("--port", port)
-    print(f"MLflow on {address(port)} (Ctrl-C stops it)", flush=True)
+    # MLflow's start page is about features that we do not use.
+    experiment = mlflow_database.newest_experiment(database)
+    page = f"{address(port)}/#/experiments/{experiment}/runs" if experiment else address(port)
+    print(f"your runs in MLflow: {page} (Ctrl-C stops it)", flush=True)
     os.environ.update(_mlflow_environment(f"sqlite:///{database}"))
     # In place of this process: Ctrl-C goes to the server itself.
     os.execv(sys.executable, _mlflow_command(port, f"file://{root / 'artifacts'}"))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 STATE = "recovery_state.safetensors"  # optimizer state between two recoveries; transformers does not read it
+MLFLOW_FILES = ("MLmodel", "registered_model_meta")  # what mlflow_flavor writes, and MLflow itself
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # as config.json names them: bytes of a number
 MISTRAL_CONFIG = "params.json"  # beside config.json in Mistral's repositories; vLLM may prefer it
 ADAPTER = "adapter_config.json"  # of PEFT
@@ -220,9 +221,9 @@ def copy_companions(src: Path, dst: Path, excluded: Collection[str] = ()) -> Non
     Mistral's own config is left out too: after pruning, its sizes would be wrong.
     """
     check_links(src)
-    # The caller writes the weights, and with them the index and the config; a manifest would be out of date.
+    # The caller writes the weights, and with them the index and the config; manifests would be out of date.
     weights = {path.name for path in shards(src)}
-    excluded_names = weights | {INDEX, "config.json", MISTRAL_CONFIG, STATE, "ptl-files.json", *excluded}
+    excluded_names = weights | {INDEX, "config.json", MISTRAL_CONFIG, STATE, "ptl-files.json", *MLFLOW_FILES, *excluded}
     for path in sorted(src.iterdir()):
         is_excluded = path.name in excluded_names or path.suffix in (*PICKLES, ".safetensors")
         if not is_excluded and path.is_file():

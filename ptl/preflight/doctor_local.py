@@ -56,6 +56,7 @@ def _missing_backends(config: Config) -> list[str]:
         backends.append("vllm")
     if any(stage.sharding == "zero2" for stage in config.recover):
         backends.append("deepspeed")
+    backends += sorted({tracker for stage in config.recover for tracker in stage.report_to})
     return [name for name in backends if importlib.util.find_spec(name) is None]
 
 

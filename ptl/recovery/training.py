@@ -110,7 +110,7 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         # `watch` passes the metrics on, and stops at a loss that is no number
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
-        "report_to": "none",
+        "report_to": list(settings.report_to) or "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }

@@ -17,6 +17,7 @@ from ptl.errors import InputError, PtlError, WorkError
 from ptl.evaluation import paired
 from ptl.lineage import mlflow_client, registry
 from ptl.lineage.run_status import StepRun
+from ptl.steps import versions
 from ptl.steps.inputs import fetch_items
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
@@ -81,7 +82,7 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
     sentences = []
     worse = []  # not shown as good as the dense model
     for step, record in scored.records.items():
-        if not _is_registered(record):
+        if not versions.is_registered(record):
             continue
         try:
             candidate = _candidate(scored, step, record)
@@ -104,17 +105,6 @@ def _candidates(scored: ScoredRun) -> tuple[list[Candidate], list[str]]:
         plural = "s" if len(worse) > 1 else ""
         sentences.append(f"no alias for version{plural} {', '.join(worse)}: not shown as good as the dense model")
     return candidates, sentences
-
-
-def _is_registered(record: Record) -> bool:
-    """Whether a record is that of an evaluation whose own checkpoint was accepted as a version."""
-    metadata = record["metadata"]
-    if metadata["stage"] != "evaluate":
-        return False
-    accepted = metadata["accepted"]
-    # What is passed on after a rejection was scored by an earlier step.
-    is_own = accepted["digest"] == metadata["checkpoint"]["digest"]
-    return bool(accepted["model_version"] and is_own)
 
 
 def _candidate(scored: ScoredRun, step: str, record: Record) -> Candidate:
@@ -157,10 +147,10 @@ def _holder(registered_model: str, alias: str) -> ModelVersion | None:
     """The version that has the alias now."""
     with mlflow_client.explained():
         client = mlflow_client.connect()
-        versions: dict[str, Any] = client.get_registered_model(registered_model).aliases
-        if alias not in versions:
+        holders: dict[str, Any] = client.get_registered_model(registered_model).aliases
+        if alias not in holders:
             return None
-        return client.get_model_version(registered_model, str(versions[alias]))
+        return client.get_model_version(registered_model, str(holders[alias]))
 
 
 def _reason_to_stay(

@@ -45,7 +45,7 @@ def evaluate(call: Call) -> None:
         limit_threads(candidate.params)
         scores = _scores(src, dst, run, content_key, settings, seed, loop.gate)
         # `dst` has the outcome of every item, which the gate compares.
-        trial = Trial(step, run, loop, candidate, fallback)
+        trial = Trial(step, run, loop, candidate, fallback, scores)
         verdict, accepted = decide(trial, dst)
         speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
         return {

@@ -15,6 +15,7 @@ from ptl.config.run import Calibration, Evaluate, Gate
 from ptl.config.schedule import Prune
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
+from ptl.model import mlflow_flavor
 from ptl.report import provenance, run_page
 from ptl.revision import own_revision
 from ptl.steps import attempts
@@ -56,6 +57,7 @@ def import_model(call: Call) -> None:
 
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)
+        mlflow_flavor.write(dst)
         return {
             **source,
             "params": dimensions.params,

@@ -9,6 +9,7 @@ from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
+from ptl.model import mlflow_flavor
 from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, passes_through, write_pointer
 from ptl.steps.execution import execute
@@ -39,6 +40,7 @@ def prune(call: Call) -> None:
 
         limit_threads(parent.params)
         report = prune_checkpoint(src, dst, pruning, calibration, unit=iteration.unit, goal=goal, seed=seed)
+        mlflow_flavor.write(dst)
         return dataclasses.asdict(report)
 
     # All that the result depends on, beside the parent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from ptl.errors import WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
+from ptl.model import mlflow_flavor
 from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
 from ptl.steps.execution import execute
@@ -55,6 +57,8 @@ def recover(call: Call) -> None:
         from ptl.recovery.recover import recover_checkpoint
 
         tracking.tag(run, {"tokens": iteration.tokens})
+        if any(stage.report_to for stage in recovery.stages):
+            _name_for_trackers(step, run)
         limit_threads(parent.params)
         job = RecoveryJob(
             data,
@@ -65,6 +69,7 @@ def recover(call: Call) -> None:
             scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
+        mlflow_flavor.write(dst)
         return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
 
     record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
@@ -85,6 +90,20 @@ def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[Trai
         TrainingCheckpoints(run.root, run.run, f"{step.name}.{i}", key, min(minutes))
         for i in range(len(recovery.stages))
     ]
+
+
+def _name_for_trackers(step: Step, run: StepRun) -> None:
+    """What the trackers of `report_to` call this training and where they write, unless the environment says so."""
+    folder = Path(os.environ.get("PTL_RUN_DIR") or scratch("trackers"))
+    variables = {
+        "WANDB_PROJECT": step.experiment,
+        "WANDB_RUN_GROUP": run.run,
+        "WANDB_NAME": f"{run.run}-{step.name}",
+        "WANDB_DIR": str(folder),
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard" / step.name),
+    }
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _reporter(run: StepRun, tokens: int) -> Log:

@@ -16,7 +16,7 @@ from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.report import run_page
-from ptl.steps import aliases
+from ptl.steps import aliases, versions
 from ptl.steps.call import Call, Metadata
 from ptl.steps.inputs import fetch_items
 from ptl.steps.iterations import schedule_settings
@@ -51,6 +51,7 @@ def report(call: Call) -> None:
         # Name the best and the smallest version in MLflow's registry.
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)
+        versions.describe(run, records, call.settings["registered_model"])
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
 

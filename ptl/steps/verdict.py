@@ -13,6 +13,7 @@ from ptl.lineage.run_status import StepRun
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, smallest_cuts
 from ptl.model.families import family_of
+from ptl.steps import versions
 from ptl.steps.call import Metadata, Step
 from ptl.steps.inputs import Items, fetch_items
 from ptl.storage import store
@@ -52,6 +53,7 @@ class Trial:
     loop: LoopSettings
     candidate: Pointer
     fallback: Pointer | None  # what the iteration started from; only the gate needs it
+    scores: Metadata
 
     def ends_the_loop(self, accepted: Pointer) -> bool:
         """Whether the checkpoint that this verdict continues with is the run's final one."""
@@ -91,7 +93,7 @@ def _register(trial: Trial, tags: Metadata) -> Pointer:
     """The candidate with the version that it has in MLflow's registry."""
     candidate = trial.candidate
     # By these tags an alias finds the score of a version.
-    tags = {"step": trial.step.name, "params": candidate.params, **tags}
+    tags = {"step": trial.step.name, **versions.score_tags(trial.scores, candidate), **tags}
     version = registry.register(trial.run, trial.loop.registered_model, candidate, tags)
     return dataclasses.replace(candidate, model_version=version)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ptl.errors import InputError, WorkError
 
 FILES = "ptl-files.json"  # next to the files that it lists, and written after all of them
+MLFLOW_META = "registered_model_meta"  # MLflow writes it into a folder from which it loads a registered version
 FORMAT = 2  # of the list
 BLOCK = 16 << 20  # bytes that one sha256 covers; part of the format
 CHUNK = 64 << 10  # bytes read, hashed and written at once; from 128 KiB on the allocator maps fresh memory for each
@@ -78,7 +79,7 @@ def scan(folder: Path) -> list[str]:
                 remedy="put a copy of the file in its place",
             )
         path = entry.relative_to(folder).as_posix()
-        if entry.is_file() and path != FILES:
+        if entry.is_file() and path not in (FILES, MLFLOW_META):
             paths.append(path)
     if not paths:
         raise InputError(f"{folder} holds no files", field="checkpoint")
@@ -191,7 +192,7 @@ def verify(folder: Path, files: Files, name: str, on_progress: Progress) -> None
 
 def _verify_names(folder: Path, files: Files, name: str) -> None:
     """Raise WorkError for a symlink, or a file that is not on the list."""
-    listed = {FILES, *(file.path for file in files)}
+    listed = {FILES, MLFLOW_META, *(file.path for file in files)}
     for entry in folder.rglob("*"):
         path = entry.relative_to(folder).as_posix()
         if entry.is_symlink():

@@ -232,8 +232,11 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     step = tracking.start("local", "prune-1", arm="loop", iteration=1, artifact_location=f"file://{tmp_path}/artifacts")
     port = free_port()
     command = [sys.executable, "-m", "ptl", "ui", "--home", str(tmp_path), "--port", str(port)]
-    server = subprocess.Popen(command, start_new_session=True)
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
+        # Not MLflow's start page.
+        runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs"
+        assert runs_page in server.stdout.readline()
         deadline = time.monotonic() + server_process.START_SECONDS
         while not server_process.answers(f"http://127.0.0.1:{port}/health"):
             assert server.poll() is None and time.monotonic() < deadline

@@ -116,6 +116,46 @@ print(tokenizer.decode(with_cache[0]), sum(p.numel() for p in model.parameters()
 
 
 @pytest.mark.slow
+def test_mlflow_loads_a_version_and_the_store_stays_sound(finished, tmp_path):
+    """MLflow writes a file of its own into the folder of a registered version."""
+    home, reference = finished[0], "models:/tiny/2"
+    code = f"""
+import mlflow
+mlflow.set_tracking_uri("sqlite:///{home}/mlflow.db")
+pipeline = mlflow.transformers.load_model("{reference}")
+print(pipeline("Tom has 77 cups. Then Eva gets 73 cups from Tom. How many cups are left?\\n", max_new_tokens=24))
+print(sum(p.numel() for p in pipeline.model.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "####" in done.stdout and str(records(home)["recover-2"]["pointer"]["params"]) in done.stdout
+    fetch = [sys.executable, "-m", "ptl", "fetch", reference, str(tmp_path / "model"), "--home", str(home)]
+    fetched = subprocess.run(fetch, cwd=ROOT, capture_output=True, text=True)
+    assert fetched.returncode == 0, fetched.stderr
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert "MLmodel" in names and "registered_model_meta" not in names
+
+
+@pytest.mark.slow
+def test_a_version_says_where_it_comes_from(finished):
+    from mlflow import MlflowClient
+
+    home = finished[0]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db", registry_uri=f"sqlite:///{home}/mlflow.db")
+    versions = {version.tags["ptl.step"]: version for version in client.search_model_versions("name = 'tiny'")}
+    assert {step: version.tags["ptl.parent_version"] for step, version in versions.items()} == {
+        "evaluate-1": "the dense model",
+        "evaluate-2": "1",
+        "control-evaluate": "the dense model",
+    }
+    scores = records(home)["evaluate-2"]["metadata"]["scores"]
+    last = versions["evaluate-2"]
+    assert last.description.startswith(f"**{scores['tasks'][0]['accuracy']:.1%} (interval ")
+    assert f"{scores['params']:,} parameters" in last.description and "made from version 1 by" in last.description
+    assert "the control (one-shot pruning), made from the dense model" in versions["control-evaluate"].description
+
+
+@pytest.mark.slow
 def test_mlflow_shows_the_lineage(finished):
     from mlflow import MlflowClient
 

@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from recovering import DENSE, ROOT, cut, recover, weights
+from recovering import DATA, DENSE, ROOT, cut, recover, weights
 
 from ptl.config.recover import Cpt
 from ptl.errors import InputError, WorkError
-from ptl.recovery import launch
+from ptl.recovery import launch, training
+from ptl.recovery.job import RecoveryJob, StageBudget
 
 CPT = {"method": "cpt"}
 
@@ -37,6 +38,17 @@ def sharding(monkeypatch, replace_worker):
     """accelerate shards on GPUs only: a mock makes it take CPU processes for some."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     replace_worker(ROOT / "tests/fsdp_on_cpu.py")
+
+
+def test_a_tracker_is_passed_on_to_the_trainer_and_one_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    stage = Cpt(report_to="tensorboard")
+    job = RecoveryJob(DATA, StageBudget(1, (), 1, True, 0), tmp_path, lambda metrics, step: None)
+    assert training.arguments(stage, job)["report_to"] == ["tensorboard"]
+    assert training.arguments(Cpt(), job)["report_to"] == "none"
+    monkeypatch.setattr(launch, "find_spec", lambda package: package == "tensorboardX" or None)
+    launch.check(stage)
+    with pytest.raises(InputError, match=r"recover\.report_to: the package wandb is not installed; install it where"):
+        launch.check(Cpt(report_to=("tensorboard", "wandb")))
 
 
 @pytest.mark.slow

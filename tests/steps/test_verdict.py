@@ -18,6 +18,7 @@ REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 CUT = "sha256:" + "c" * 64
 DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=100_000, original_params=100_000)
 RULE = Gate(enabled=True)
+SCORES = {"tasks": [{"task": "t", "accuracy": 0.9, "low": 0.8, "high": 0.95, "items": 200}]}
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def decided(run, folder, right, params, iteration=1, **prune):
     items(folder, right)
     candidate = Pointer("file:///cut", CUT, params=params, original_params=100_000)
     step = Step(f"evaluate-{iteration}", "ptl")
-    return verdict.decide(verdict.Trial(step, run, loop(3, **prune), candidate, DENSE), folder)
+    return verdict.decide(verdict.Trial(step, run, loop(3, **prune), candidate, DENSE, SCORES), folder)
 
 
 def test_a_rejected_cut_is_halved_while_half_of_it_can_be_cut(run, tmp_path):
@@ -93,7 +94,7 @@ def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(ru
 def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run, tmp_path, monkeypatch):
     monkeypatch.setattr(verdict.registry, "register", lambda *given: "7")  # a mock of the registry
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    trial = verdict.Trial(Step("evaluate-1", "ptl"), run, loop(3, Gate()), candidate, None)
+    trial = verdict.Trial(Step("evaluate-1", "ptl"), run, loop(3, Gate()), candidate, None, SCORES)
     told, onward = verdict.decide(trial, tmp_path)
     assert told == {
         "decision": "not tested",
@@ -107,10 +108,14 @@ def test_the_control_is_registered_too(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
     monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "8")
     candidate = Pointer("file:///cut", CUT, params=60_000, original_params=100_000)
-    trial = verdict.Trial(Step("control-evaluate", "ptl"), run, loop(1), candidate, None)
+    trial = verdict.Trial(Step("control-evaluate", "ptl"), run, loop(1), candidate, None, SCORES)
     decision, onward = verdict.decide(trial, tmp_path)
     assert decision["decision"] == "control" and (onward.digest, onward.model_version) == (CUT, "8")
-    assert registered == [("model", candidate, {"step": "control-evaluate", "params": 60_000, "arm": "control"})]
+    ((name, checkpoint, tags),) = registered
+    assert (name, checkpoint, tags["step"], tags["arm"]) == ("model", candidate, "control-evaluate", "control")
+    # As texts: what the version's page shows of its score.
+    score = {"task": "t", "items": 200, "accuracy": "0.9", "low": "0.8", "high": "0.95", "share_removed": "0.4000"}
+    assert score.items() <= tags.items()
 
 
 def test_smallest_cuts_of_a_real_checkpoint():
@@ -135,7 +140,7 @@ def test_smallest_cuts_of_a_real_checkpoint():
 def test_the_speed_is_measured_where_the_loop_ends(arm, iteration, stopped, ends):
     onward = Pointer("file:///cut", CUT, gate={"stopped": stopped})
     step = Step("control-evaluate" if arm == "control" else f"evaluate-{iteration}", "ptl")
-    trial = verdict.Trial(step, None, loop(1 if arm == "control" else 3), onward, None)
+    trial = verdict.Trial(step, None, loop(1 if arm == "control" else 3), onward, None, SCORES)
     assert trial.ends_the_loop(onward) == ends
 
 
