@@ -18,7 +18,9 @@ DESCRIPTIONS = {
     "experiment": "MLflow experiment; checkpoints are stored under its artifact location.",
     "run_name": "Display name of the run in MLflow.",
     "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must agree.",
-    "target": "Below 1: share of all parameters to remove in the run; 1 or more: number of parameters to end with.",
+    "target": "Below 1: share of all parameters to remove in the run; 1000 or more: number of parameters to end with; "
+    "0: as the goal says.",
+    "goal": "A goal in memory or speed, as in `schedule.target` of the config; empty: none, `target` says it.",
     "cuts": "`uniform` or `cubic`: how the removal is distributed over the iterations.",
     "recovery_tokens": "Tokens of recovery training over all iterations.",
     "tokens": "`uniform` or `doubling`: how these tokens are distributed over the iterations.",

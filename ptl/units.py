@@ -25,6 +25,12 @@ def size(count: int) -> str:
     return f"{value / 1000:.1f} TB"
 
 
+def memory(count: int) -> str:
+    """Bytes in the unit of a GPU's data sheet: 17,179,869,184 -> `16.0 GiB`; little as by `size`."""
+    gib = count / 1024**3
+    return f"{gib:.1f} GiB" if gib >= 1 else size(count)
+
+
 def quantity(text: str) -> float:
     """Kubernetes' quantities as numbers: `64Gi` -> 64 x 2^30."""
     suffix = text.lstrip("0123456789.")

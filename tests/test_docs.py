@@ -98,9 +98,10 @@ def test_files_that_are_named_exist():
     assert len(named) >= 4 and not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
-def test_the_config_of_the_readme_is_valid(tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/scores.md"])
+def test_a_whole_config_that_is_shown_is_valid(page, tmp_path):
     """It is said to be a file in the root of the checkout; its paths are relative to its folder."""
-    block = re.search(r"```yaml\n(name: tiny\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    block = re.search(r"```yaml\n(name: .*?)```", (ROOT / page).read_text(), re.S)[1]
     (tmp_path / "readme.yaml").write_text(block)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     config = load_config(tmp_path / "readme.yaml")

@@ -1,6 +1,6 @@
 """Sizes and durations as they are printed."""
 
-from ptl.units import counted, decimal_hours, duration, listed, quantity, size
+from ptl.units import counted, decimal_hours, duration, listed, memory, quantity, size
 
 
 def test_sizes_have_one_to_three_digits_before_the_point():
@@ -31,6 +31,10 @@ def test_names_are_listed_as_in_a_sentence():
 
 def test_one_thing_is_not_many():
     assert [counted(number, "item") for number in (0, 1, 1200)] == ["0 items", "1 item", "1,200 items"]
+
+
+def test_memory_is_in_binary_units_where_it_is_much():
+    assert [memory(count) for count in (16 << 30, 1_610_612_736, 298_600)] == ["16.0 GiB", "1.5 GiB", "298.6 kB"]
 
 
 def test_quantities_of_kubernetes():

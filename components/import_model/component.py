@@ -12,6 +12,7 @@ def import_model(
     revision: str,
     iterations: int,
     target: float,
+    goal: dict,
     cuts: str,
     recovery_tokens: int,
     tokens: str,

@@ -11,6 +11,7 @@ def report(
     model: str,
     revision: str,
     target: float,
+    goal: dict,
     recovery_tokens: int,
     seed: int,
     cuts: str,

@@ -14,6 +14,7 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
+from ptl.config.goal import Goal
 from ptl.config.image_names import image
 from ptl.config.run import Config, essentials
 
@@ -28,7 +29,8 @@ def parameters(config: Config) -> dict[str, Any]:
     return {
         "model": settings["model"]["path"],
         "revision": config.model.revision or "",
-        "target": schedule.target,
+        "target": 0.0 if isinstance(schedule.target, Goal) else schedule.target,  # 0: by the goal
+        "goal": settings["schedule"]["target"] if isinstance(schedule.target, Goal) else {},
         "recovery_tokens": schedule.recovery_tokens,
         "seed": config.seed,
         "cuts": schedule.cuts,
@@ -53,6 +55,7 @@ def build(config: Config) -> Any:
         model: str = defaults["model"],
         revision: str = defaults["revision"],
         target: float = defaults["target"],
+        goal: dict = defaults["goal"],
         recovery_tokens: int = defaults["recovery_tokens"],
         seed: int = defaults["seed"],
         cuts: str = defaults["cuts"],
@@ -92,7 +95,7 @@ STRUCTURE = ("name", "schedule", "control", "resources", "images", "storage")
 STAGE_PARAMETERS = {
     "doctor": (),
     "import": (
-        *("model", "revision", "target", "cuts", "recovery_tokens", "tokens"),
+        *("model", "revision", "target", "goal", "cuts", "recovery_tokens", "tokens"),
         *("prune_settings", "calibration", "training", "evaluate_settings", "gate"),
     ),
     "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),

@@ -18,7 +18,13 @@ from ptl.errors import InputError
 def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    _print_plan(settings, checked_params(settings))
+    params = checked_params(settings)
+    from ptl.preflight import target
+
+    goal = target.sentence(settings)
+    if goal:
+        print(goal)
+    _print_plan(target.with_number(settings), params)
 
 
 def schema() -> None:
@@ -86,7 +92,7 @@ def require_checkout(command: str) -> None:
 
 def checked_params(config: Config) -> int:
     """Check all that can be checked without weights in memory; returns the dense model's parameters."""
-    from ptl.preflight import advice, preflight
+    from ptl.preflight import advice, preflight, target
 
     warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
@@ -102,8 +108,9 @@ def checked_params(config: Config) -> int:
         config.recover,
     )
     params = dimensions.params
-    warn(advice.depth_warnings(config.schedule, params))
-    warn(advice.layer_warnings(config.schedule, config.prune, params, dimensions.params_per_layer))
+    schedule = target.with_number(config).schedule
+    warn(advice.depth_warnings(schedule, params))
+    warn(advice.layer_warnings(schedule, config.prune, params, dimensions.params_per_layer))
     return params
 
 

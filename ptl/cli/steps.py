@@ -44,6 +44,7 @@ def prune(
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
     from ptl.model import checkpoint
+    from ptl.preflight.target import resolved
     from ptl.pruning.prune import prune_checkpoint
 
     overrides = pairs("--set", sets)
@@ -54,7 +55,8 @@ def prune(
         raise InputError(f"{unit!r} must be neurons or layers", field="--unit")
     _check_folders(src, dst)
     params = checkpoint.num_params(src)
-    goal = params - removal(params, settings.schedule.target)
+    schedule = resolved(settings.schedule, settings.prune.model_copy(update={"target": unit}), src)
+    goal = params - removal(params, schedule.target)
     with writing(dst) as out:
         report = prune_checkpoint(
             src,

@@ -12,6 +12,7 @@ from ptl import __version__
 from ptl.config import image_names, suggestions, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import Resources, Storage
+from ptl.config.goal import TAGS
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
     MIN_TOKENS,
@@ -315,6 +316,9 @@ def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         section = settings.get(name, {})
+        # A target may be a number or a section.
+        if isinstance(section, int | float) and not isinstance(section, bool):
+            section = {}
         if isinstance(section, list):
             raise InputError(
                 f"{name} is a list", field=f"--set {dotted}", remedy=f"give it whole: --set '{name}=[{{...}}]'"
@@ -344,7 +348,7 @@ def _explanations(section: type[Section], error: ValidationError) -> Iterator[st
         # A list whose entries are wrong counts as empty: that follows from the others.
         if details["type"] == "too_short" and details["input"]:
             continue
-        field = ".".join(str(part) for part in details["loc"]) or "config"
+        field = ".".join(str(part) for part in details["loc"] if part not in TAGS) or "config"
         yield f"  {field}: {_explanation(section, details)}"
 
 

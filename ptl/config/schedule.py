@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
-from ptl.config.base import LARGEST, Positive, Section
-
-FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
+from ptl.config.base import Positive, Section
+from ptl.config.goal import Goal, Target
 
 # Iterations by default. docs/results.md, "Where does going gradually win?": where half of the parameters go, a loop of
 # eight is ahead of one-shot pruning; where 40 % go, no number of iterations makes a difference.
@@ -23,18 +22,6 @@ GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 Unit = Literal["neurons", "layers", "auto"]
 
 
-def _share_or_count(target: float) -> float:
-    if target >= 1 and (target < FEWEST or not target.is_integer()):
-        raise ValueError(
-            f"must be a share of the parameters to remove, below 1, or the whole number of parameters to end with, "
-            f"{FEWEST} or more"
-        )
-    return target
-
-
-Target = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count)]
-
-
 class Schedule(Section):
     """How much each iteration removes, and how many tokens each recovery gets."""
 
@@ -44,7 +31,7 @@ class Schedule(Section):
         "share of 0.5 or more, otherwise 4",
     )
     target: Target
-    """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with"""
+    """below 1: share of all parameters to remove; 1000 or more: the number of parameters to end with; or a goal"""
     cuts: Literal["uniform", "cubic"] = "cubic"
     """remove equal parts in each iteration, or more in the first ones, on a cubic curve"""
     tokens: Literal["uniform", "doubling", "quadrupling"] = "doubling"
@@ -57,8 +44,9 @@ class Schedule(Section):
         """`iterations` as a number."""
         if self.iterations != "auto":
             return self.iterations
-        # A number of parameters to end with is no share before the model is known: ptl/preflight/advice.py warns then.
-        return DEEP_ITERATIONS if DEEP <= self.target < 1 else ITERATIONS
+        # Parameters to end with and goals are no share before the model is known: ptl/preflight/advice.py warns then.
+        share = not isinstance(self.target, Goal) and DEEP <= self.target < 1
+        return DEEP_ITERATIONS if share else ITERATIONS
 
 
 class Prune(Section):
@@ -197,8 +185,9 @@ def one_shot(schedule: Schedule) -> Schedule:
     return schedule.model_copy(update={"iterations": 1})
 
 
-def removal(original_params: int, target: float) -> int:
+def removal(original_params: int, target: float | Goal) -> int:
     """Parameters to remove in all: `target` is a share below 1, else the number to end with."""
+    assert not isinstance(target, Goal), "ptl/preflight/target.py makes a number of a goal"
     if target < 1:
         return int(Fraction(str(target)) * original_params)  # 0.1 as it is written, not its binary form
     return original_params - int(target)

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any, get_args
 
 from ptl.config.base import Section
+from ptl.config.goal import TAGS
 
 MOST = 3  # suggestions
-METHODS = {"cpt", "distil", "grpo"}  # which pydantic puts into the location of a stage's field
+KINDS = {"cpt", "distil", "grpo", *TAGS}  # of stages and targets, which pydantic puts into the location of a field
 
 Path = tuple[str, ...]  # of a field: names from the outermost section inwards
 
@@ -20,7 +21,7 @@ def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     known = field_paths(section)
     *outer, last = location
     # Without the indices of lists.
-    parents = tuple(part for part in outer if isinstance(part, str) and part not in METHODS)
+    parents = tuple(part for part in outer if isinstance(part, str) and part not in KINDS)
 
     # A typing error: a similar name in the same section.
     siblings = [path[-1] for path in known if path[:-1] == parents]

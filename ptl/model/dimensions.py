@@ -137,7 +137,7 @@ def width_for(
             f"all but the FFNs are {without_ffn:,}, and "
             f"prune.width_multiple={step} needs at least {least:,}",
             field="schedule.target",
-            remedy="lower schedule.target or prune.width_multiple",
+            remedy="let schedule.target remove less, or lower prune.width_multiple",
         )
     return width
 
@@ -164,7 +164,7 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
         raise InputError(
             f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
             field="schedule.target",
-            remedy="lower schedule.target or prune neurons",
+            remedy="let schedule.target remove less, or prune neurons",
         )
     return count
 

@@ -19,13 +19,13 @@ def warnings(config: Config) -> list[str]:
 
 
 def depth_warnings(schedule: Schedule, params: int) -> list[str]:
-    """A warning of too few iterations for a target in parameters, of a model whose size is known."""
+    """A warning of too few iterations for a target that is no share, of a model whose size is known."""
     share = removal(params, schedule.target) / params
     if schedule.iterations != "auto" or schedule.num_iterations == DEEP_ITERATIONS or share < DEEP:
         return []
     return [
-        f"schedule.iterations=auto is {schedule.num_iterations} where schedule.target is a number of parameters, and "
-        f"{schedule.target:,.0f} of this model's {params:,} are {100 * share:.0f} % less: "
+        f"schedule.iterations=auto is {schedule.num_iterations} where schedule.target is no share, and it removes "
+        f"{100 * share:.0f} % of this model's {params:,} parameters: "
         f"set schedule.iterations={DEEP_ITERATIONS}"
     ]
 

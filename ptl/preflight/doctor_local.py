@@ -83,8 +83,9 @@ def model_and_data(config: Config) -> Finding:
 
 def disk(config: Config, home: Path) -> Finding:
     """Whether the checkpoints of a whole run fit beside what is there; on S3 only one at a time is here."""
-    from ptl.preflight import forecast_model
+    from ptl.preflight import forecast_model, target
 
+    config = target.with_number(config)
     model = config.model
     shape = forecast_model.shape_of(model.path, model.revision)
     needed = checkpoint_bytes(config, shape.params, shape.itemsize)

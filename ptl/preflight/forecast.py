@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from ptl.config.cluster import Resources
 from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
+from ptl.config.goal import Goal
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, one_shot, plan, removal
 from ptl.errors import InputError
-from ptl.preflight import advice
+from ptl.preflight import advice, target
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
 from ptl.preflight.gpus import GIB, GPUS
@@ -55,6 +56,7 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     if gpu not in GPUS:
         raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
     # What each step takes.
+    config = target.with_number(config)
     dense = shape_of(config.model.path, config.model.revision)
     gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
     assumed = Assumptions(config, dense, GPUS[gpu], gpus)
@@ -132,13 +134,13 @@ def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
     return shapes
 
 
-def _removal(dense: Shape, target: float) -> int:
+def _removal(dense: Shape, size: float | Goal) -> int:
     """Parameters to remove in all. Raises InputError for more than the linear layers have."""
-    total = removal(dense.params, target)
+    total = removal(dense.params, size)
     # All of it comes out of linear layers.
     if not 0 < total < dense.matrices:
         raise InputError(
-            f"{target:g} would remove {total:,} of {dense.params:,} parameters",
+            f"{size:g} would remove {total:,} of {dense.params:,} parameters",
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )

@@ -16,6 +16,7 @@ from ptl.evaluation.tasks import check_gate, check_tasks
 from ptl.model import checkpoint, hub, text_tower
 from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
+from ptl.preflight import target
 
 
 def preflight(
@@ -70,7 +71,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
-    _check_target(dimensions, schedule, prune)
+    _check_target(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config import yaml_text
+from ptl.config.goal import FEWEST
 from ptl.config.run import Config, ModelSource, Task, check
-from ptl.config.schedule import FEWEST, removal
+from ptl.config.schedule import removal
 from ptl.errors import InputError
 from ptl.model import hub, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ptl.data import decontamination
 from ptl.evaluation import speed_rows
-from ptl.report import answer, cells
+from ptl.report import answer, cells, goal
 from ptl.report.answer import Answer
 from ptl.report.result import Result, control_row, dense_row, final_row, total_tokens
 from ptl.report.result_rows import Row
@@ -70,8 +70,11 @@ def groups(result: Result) -> list[Group]:
 
 
 def checks(result: Result) -> list[tuple[str, str]]:
-    """What the run itself looked after: the gate, and rows that are in a benchmark."""
+    """What the run itself looked after: its goal, the gate, and rows that are in a benchmark."""
     lines = [("Gate", _gate(result))]
+    reached = goal.sentence(result.get("goal", {}))  # results of earlier versions have none
+    if reached:
+        lines.insert(0, ("Target", reached))
     if result["decontaminated"]:
         lines.append(("Decontamination", decontamination.sentence(result["decontaminated"])))
     return lines

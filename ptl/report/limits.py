@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ptl.config.schedule import Target
 from ptl.evaluation import speed_rows
 from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
-from ptl.report import answer, cells
+from ptl.report import answer, cells, goal
 from ptl.report.result import Result, control_row, dense_row, final_row
 from ptl.report.result_rows import Row
 from ptl.report.wording import control_failed
@@ -28,7 +27,10 @@ def sentences(result: Result) -> list[str]:
 
 
 def _target(result: Result) -> str:
-    """A loop that ended before its target."""
+    """A loop that ended before its target, or its goal."""
+    asked_goal = result.get("goal")
+    if asked_goal:
+        return "" if asked_goal.get("reached") else goal.sentence(asked_goal)
     target = result["settings"]["schedule"]["target"]
     asked = _share(target, result["original_params"])
     removed = result["final"]["share_removed"]
@@ -38,7 +40,7 @@ def _target(result: Result) -> str:
     return f"The target was not reached: {shares}."
 
 
-def _share(target: Target, original: int) -> float:
+def _share(target: float, original: int) -> float:
     """The share to remove; a target from 1 on is the number of parameters to end with."""
     return target if target < 1 else 1 - target / original
 

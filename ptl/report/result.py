@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ptl.report import changed_answers, result_rows
+from ptl.report import changed_answers, goal, result_rows
 from ptl.report.result_rows import Record, Records, Row
 
 Result = dict[str, Any]
@@ -33,6 +33,7 @@ def build(records: Records, settings: Row) -> Result:
     scored = final_row({"rows": rows, "final": final})
     final_step = scored["step"] if scored else ""
     comparisons = changed_answers.paired_comparisons(records, final_step, config["gate"])
+    speed = _speed(records)
     result = {
         # The run.
         "run_id": tracked["run_id"],
@@ -62,8 +63,9 @@ def build(records: Records, settings: Row) -> Result:
         "not_needed": _not_needed(records, config["schedule"]["iterations"]),
         "control_failed": control_failed,
         "not_finished": _not_finished(records, control_failed),
-        # What was measured beside the scores; empty where nothing was.
-        "speed": _speed(records),
+        # What was measured beside the scores, and a goal with what was reached; empty where nothing was.
+        "speed": speed,
+        "goal": goal.outcome(imported.get("goal", {}), scored, speed),
         "decontaminated": _decontaminated(records),
         "curves": _curves(records),
         "paired": comparisons.get(rows[0]["task"], {}),  # on the first task

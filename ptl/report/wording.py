@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptl.data import decontamination
 from ptl.evaluation import speed_rows
+from ptl.report import goal
 from ptl.report.cells import accuracy, comparison, first_task, is_share, level, metric_name, percent, points
 from ptl.report.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
 from ptl.report.result_rows import Row
@@ -86,7 +87,8 @@ def _insignificant_p(result: Result) -> float | None:
 
 def notes(result: Result) -> list[str]:
     """What a reader of the terminal asks next, which the pages have as a table of evidence and its limits."""
-    sentences = [control_failed(result), *_comparisons(result), *_about_control(result), *_about_gate(result)]
+    sentences = [goal.sentence(result.get("goal", {}))]  # results of earlier versions have none
+    sentences += [control_failed(result), *_comparisons(result), *_about_control(result), *_about_gate(result)]
     # Then a checkpoint can be final that is worse than the dense model.
     if not result["settings"]["gate"]["enabled"]:
         sentences.append("The gate was off: no iteration was tested before the next began.")

@@ -13,6 +13,7 @@ from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, passes_through, write_pointer
 from ptl.steps.execution import execute
 from ptl.steps.final_speed import beside_dense
+from ptl.steps.iterations import schedule_of
 from ptl.steps.machine import limit_threads
 from ptl.steps.metrics import kubeflow_metrics
 from ptl.steps.verdict import LoopSettings, Trial, decide
@@ -71,7 +72,7 @@ def _loop_settings(call: Call) -> LoopSettings:
     settings = call.settings
     return LoopSettings(
         settings["iterations"],
-        settings["target"],
+        schedule_of(call).target,
         call.section(Prune, "prune"),
         call.section(Gate, "gate"),
         settings["registered_model"],

@@ -152,6 +152,7 @@ def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
         model_id=model_id,
         gate=parent.gate if parent else {},
         step=step.name,
+        target_params=parent.target_params if parent else metadata.get("target_params", 0),
     )
 
 

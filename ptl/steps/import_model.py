@@ -10,9 +10,10 @@ from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.config.flat_settings import flat_settings
+from ptl.config.goal import Goal
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Gate
-from ptl.config.schedule import Prune
+from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
 from ptl.model import mlflow_flavor
@@ -65,11 +66,24 @@ def import_model(call: Call) -> None:
             "host": platform.node(),
         }
 
-    source = {"model": path, "revision": revision}
+    schedule = sections["schedule"]
+    source = {"model": path, "revision": revision, **_goal(schedule, sections["prune"], folder)}
     # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
     title = settings["run_name"] if attempts.on_a_cluster() else None
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _goal(schedule: Schedule, prune: Prune, folder: Path) -> Metadata:
+    """What the steps that follow, and the report, need of a goal; nothing where the target is a number."""
+    from ptl.preflight import target
+
+    if not isinstance(schedule.target, Goal):
+        return {}
+    return {
+        "target_params": target.params(schedule.target, prune, folder),
+        "goal": target.record(schedule.target, folder),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -13,14 +13,29 @@ FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
 
 
+BY_GOAL = 0  # as `target`: the run's goal says it
+
+
 def schedule_of(call: Call) -> Schedule:
-    """The schedule among a step's settings, checked. Raises InputError."""
-    return check(Schedule, UNUSED | schedule_settings(call.settings), "schedule")
+    """The schedule among a step's settings, checked; the import's may have a goal. Raises InputError."""
+    settings = schedule_settings(call.settings)
+    # Only the import sees the goal and the dense model: what it found travels with the checkpoints.
+    if settings.get("target") == BY_GOAL and "model" in call.inputs:
+        settings["target"] = call.inputs["model"].target_params
+    return check(Schedule, UNUSED | settings, "schedule")
 
 
 def schedule_settings(settings: Metadata) -> Metadata:
-    """The schedule's fields among a step's settings."""
-    return {name: settings[name] for name in FIELDS if name in settings}
+    """The schedule's fields among a step's settings, with the goal in the place of `target`. Raises InputError."""
+    fields = {name: settings[name] for name in FIELDS if name in settings}
+    goal = settings.get("goal")
+    if goal and fields["target"] != BY_GOAL:
+        raise InputError(
+            f"{fields['target']:g}, and the run has the goal {goal}",
+            field="target",
+            remedy="set target to 0, or goal to {}",
+        )
+    return fields | {"target": goal} if goal else fields
 
 
 def iterations_until(call: Call, prune: Prune) -> list[Iteration]:

@@ -37,6 +37,7 @@ class Pointer:
     model_version: str = ""  # version in the registry, when registered
     gate: dict[str, Any] = field(default_factory=dict)  # gate state that travels with an accepted model
     step: str = ""  # that made it
+    target_params: int = 0  # to end with, where the run's target is a goal; 0: it is a number, which each step has
 
     def dump(self) -> str:
         """JSON with sorted keys."""

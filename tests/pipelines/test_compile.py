@@ -174,7 +174,7 @@ def test_what_is_not_structural_is_a_parameter_with_a_default(tmp_path):
     assert all("defaultValue" in field for field in form.values())
     covers = {
         "model": {"model", "revision"},
-        "schedule": {"target", "recovery_tokens", "cuts", "tokens"},
+        "schedule": {"target", "goal", "recovery_tokens", "cuts", "tokens"},
         "calibration": {"calibration"},
         "training": {"training"},
         "prune": {"prune_settings"},
@@ -185,7 +185,16 @@ def test_what_is_not_structural_is_a_parameter_with_a_default(tmp_path):
     }
     assert set(covers) | {name.partition(".")[0] for name in STRUCTURE} == set(type(config).model_fields)
     assert set().union(*covers.values()) | {"experiment", "registered_model"} == set(form)
-    assert set(type(config.schedule).model_fields) == covers["schedule"] | {"iterations"}
+    assert set(type(config.schedule).model_fields) == covers["schedule"] - {"goal"} | {"iterations"}
+
+
+def test_a_goal_is_a_parameter_of_its_own_and_the_target_stays_a_number(tmp_path):
+    path = compiled(TINY, tmp_path, schedule__target__memory="300kB", schedule__target__tokens=10)
+    inputs = spec_of(path)["root"]["inputDefinitions"]["parameters"]
+    assert inputs["target"] == {"defaultValue": 0.0, "isOptional": True, "parameterType": "NUMBER_DOUBLE"}
+    assert inputs["goal"]["defaultValue"] == {"memory": "300kB", "tokens": 10}
+    taken = {name: task["inputs"]["parameters"] for name, task in tasks_of(path).items()}
+    assert {name for name, parameters in taken.items() if "goal" in parameters} == {"import-model", "report"}
 
 
 def test_no_task_takes_results_from_kfps_cache(tmp_path):

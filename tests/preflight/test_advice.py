@@ -92,7 +92,7 @@ def test_a_target_in_parameters_that_is_deep_is_warned_of():
     (warning,) = advice.depth_warnings(deep, 213_568)
     assert (
         warning.startswith("schedule.iterations=auto is 4")
-        and "85,312 of this model's 213,568 are 60 % less" in warning
+        and "removes 60 % of this model's 213,568 parameters" in warning
     )
     assert warning.endswith("set schedule.iterations=8")
     for schedule in (deep.model_copy(update={"iterations": 4}), Schedule(target=0.6, recovery_tokens=0)):

@@ -1,16 +1,18 @@
 """What a step refuses before it does any work: it is compiled for a gate that is on or off, and needs its records."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.steps import iterations, recover, table
+from ptl.steps import import_model, iterations, recover, table
 from ptl.steps.call import Call, Output, Step
 from ptl.storage import store
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, pointer_of
 
 ROOT = Path(__file__).parents[2]
 TINY = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml")
@@ -60,6 +62,26 @@ def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, mo
     store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
     with pytest.raises(WorkError, match="is gone"):
         recover._teacher(run, distillation)
+
+
+def test_a_goal_s_parameters_travel_with_the_checkpoints():
+    settings = {"iterations": 4, "target": 0, "cuts": "cubic"}
+    goal = {"memory": "300kB", "tokens": 10}
+    imported = iterations.schedule_of(Call(Step("import-model", "e"), settings | {"goal": goal}, {}, {}))
+    assert imported.target == MemoryGoal(memory="300kB", tokens=10)
+    handed_on = import_model._goal(imported, TINY.prune, ROOT / "examples/tiny_reasoner/checkpoint")
+    assert handed_on["target_params"] == 146_752 and handed_on["goal"]["bytes"] == 300_000
+    assert import_model._goal(TINY.schedule, TINY.prune, Path("nowhere")) == {}
+
+    pointer = dataclasses.replace(POINTER, target_params=handed_on["target_params"])
+    for step in ("prune-1", "control-prune", "evaluate-2"):
+        assert iterations.schedule_of(Call(Step(step, "e"), settings, {"model": pointer}, {})).target == 146_752
+    assert pointer_of(dataclasses.asdict(pointer)) == Pointer.load(pointer.dump()) == pointer
+    with pytest.raises(InputError, match=r"target: 0: Input should be greater than 0"):
+        iterations.schedule_of(Call(Step("prune-1", "e"), settings, {"model": POINTER}, {}))  # imported without a goal
+    with pytest.raises(InputError, match=r"^target: 0\.3, and the run has the goal .* set target to 0, or goal"):
+        iterations.schedule_of(Call(Step("import-model", "e"), settings | {"goal": goal, "target": 0.3}, {}, {}))
+    assert iterations.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
 
 @pytest.mark.parametrize("stage", ["prune", "recover"])

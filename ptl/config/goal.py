@@ -1,0 +1,110 @@
+"""Targets in a user's units: a model that fits into some memory, or one that is some times as fast."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from ptl.config.base import LARGEST, Positive, Section
+from ptl.units import quantity
+
+FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
+_MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
+# Kinds of target, which pydantic puts into the location of a field.
+NUMBER, MEMORY, SPEED = TAGS = ("<number>", "<memory>", "<speed>")
+
+
+def _share_or_count(target: float) -> float:
+    if target >= 1 and (target < FEWEST or not target.is_integer()):
+        raise ValueError(
+            f"must be a share of the parameters to remove, below 1, or the whole number of parameters to end with, "
+            f"{FEWEST} or more"
+        )
+    return target
+
+
+def memory_bytes(text: str) -> int:
+    """`16GiB`, and so `16 GiB` and `16Gi` -> 16 x 2^30."""
+    match = _MEMORY.fullmatch(text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("must be a number with a unit, kB, MB, GB, TB, KiB, MiB, GiB or TiB, for example 16GiB")
+    return int(quantity(match[1] + match[2]))
+
+
+def _memory(value: Any) -> str:
+    """The text as it was written, checked; a number without a unit is text too, so that one error says what to do."""
+    text = str(value)
+    memory_bytes(text)
+    return text
+
+
+def _without_times(value: Any) -> Any:
+    """`1.5x` is 1.5."""
+    return value.strip().removesuffix("x") if isinstance(value, str) else value
+
+
+class MemoryGoal(Section):
+    """Weights and KV cache together fit into so much memory."""
+
+    memory: Annotated[str, BeforeValidator(_memory)]
+    """for example 16GiB; for weights and KV cache, without activations and the runtime's own memory"""
+    sequences: Positive = 1
+    """sequences that are answered at once"""
+    tokens: Positive | None = None
+    """tokens of each in the KV cache; default: 4096, or the model's context length if that is shorter"""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """of weights and KV cache, whatever the dtype of the checkpoint"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_goal(cls, settings: Any) -> Any:
+        if settings == {} or (isinstance(settings, dict) and {"memory", "speed"} <= settings.keys()):
+            raise ValueError("give one goal: memory, for example 16GiB, or speed, for example 1.5x")
+        return settings
+
+    @property
+    def field(self) -> str:
+        """Its name in a config."""
+        return "schedule.target.memory"
+
+    @property
+    def bytes(self) -> int:
+        """The memory."""
+        return memory_bytes(self.memory)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return ITEMSIZE[self.dtype]
+
+
+class SpeedGoal(Section):
+    """So many times as fast, by the FLOPs that a token takes."""
+
+    speed: Annotated[float, BeforeValidator(_without_times, json_schema_input_type=float | str), Field(gt=1, le=1000)]
+    """times as fast as the dense model, for example 1.5x: by the FLOPs per token, products with the weights"""
+
+    @property
+    def field(self) -> str:
+        """Its name in a config."""
+        return "schedule.target.speed"
+
+
+Goal = MemoryGoal | SpeedGoal
+
+
+def _kind(target: Any) -> str:
+    """Which kind of target was written."""
+    if isinstance(target, SpeedGoal) or (isinstance(target, dict) and "speed" in target and "memory" not in target):
+        return SPEED
+    return MEMORY if isinstance(target, MemoryGoal | dict) else NUMBER
+
+
+Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count)]
+Target = Annotated[
+    Annotated[Number, Tag(NUMBER)] | Annotated[MemoryGoal, Tag(MEMORY)] | Annotated[SpeedGoal, Tag(SPEED)],
+    Discriminator(_kind),
+]

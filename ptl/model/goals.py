@@ -1,0 +1,70 @@
+"""What a model of some size needs, and the largest pruned one that needs little enough. Torch-free.
+
+Everything follows from config.json: the weights are not read. Neurons are taken evenly from all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptl.model import checkpoint, shapes
+from ptl.model.families import ConfigJson, Family, family_of
+
+UNITS = ("neurons", "layers")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model needs, as far as its shapes say it."""
+
+    params: int
+    flops_per_token: int  # forward, products with the weights, as of cost.StaticCost
+    cached_numbers: int  # keys and values of one token in all layers, each layer's in full
+
+    def memory(self, sequences: int, tokens: int, itemsize: int) -> int:
+        """Bytes of the weights and of a KV cache for so many sequences of so many tokens."""
+        return (self.params + sequences * tokens * self.cached_numbers) * itemsize
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A model that is to be pruned, as its config.json says it."""
+
+    config: ConfigJson
+    family: Family
+    sizes: shapes.Sizes
+    context: int | None  # tokens, where its config limits them
+
+    def needs(self, removed: int = 0, unit: str = "neurons") -> Needs:
+        """What is needed once so many neurons of every layer, or so many layers, are removed."""
+        field = "intermediate_size" if unit == "neurons" else "num_hidden_layers"
+        sizes = dataclasses.replace(self.sizes, **{field: getattr(self.sizes, field) - removed})
+        params, products = shapes.count(self.config, self.family, sizes)
+        cached_numbers = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+        return Needs(params, 2 * products, cached_numbers)
+
+    def smallest(self, unit: str) -> Needs:
+        """What is needed without any neuron, or with one layer."""
+        most = self.sizes.intermediate_size if unit == "neurons" else self.sizes.num_hidden_layers - 1
+        return self.needs(most, unit)
+
+    def largest(self, unit: str, reached: Callable[[Needs], bool]) -> Needs | None:
+        """What the largest pruned model that reaches a goal needs; None where none does."""
+        if not reached(self.smallest(unit)):
+            return None
+        most = self.sizes.intermediate_size if unit == "neurons" else self.sizes.num_hidden_layers - 1
+        # Each further neuron or layer needs less: the fewest that must go are found by halving.
+        fewest = bisect_left(range(most), True, key=lambda removed: reached(self.needs(removed, unit)))
+        return self.needs(fewest, unit)
+
+
+def dense_model(folder: Path) -> Dense:
+    """A checkpoint, or a folder with its config.json alone. Raises InputError as shapes.sizes."""
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    return Dense(config, family, sizes, config.get("max_position_embeddings"))
