@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptl.errors import InputError
 
+OTHER_FORMATS = ("consolidated*",)  # Mistral's repositories hold the weights a second time, in its own format
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # beside the weights; no pickles, no code
 
 
@@ -25,7 +26,13 @@ def locate(
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
+        snapshot = snapshot_download(
+            path,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(OTHER_FORMATS),
+        )
+        return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
         raise InputError(
             f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {type(error).__name__}",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny_models import batches, build_multimodal, logits, save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -13,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
-from ptl.model import checkpoint, text_tower
+from ptl.model import checkpoint, hub, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.import_checkpoint import import_checkpoint
@@ -108,6 +109,15 @@ def test_a_plan_from_the_config_alone_has_the_size_of_the_text_model(tmp_path):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_tower.text_config(GEMMA_3_4B)))
     assert shape.params == model.num_parameters() == 3_880_263_168
     assert (shape.layers, shape.hidden, shape.vocabulary) == (34, 2560, 262_208)
+
+
+def test_weights_in_mistrals_own_format_are_not_downloaded(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **options: asked.update(options) or tmp_path)
+    assert hub.locate("mistralai/Mistral-Small-3.1-24B-Base-2503", None) == tmp_path
+    files = ["config.json", "consolidated.safetensors", "model-00001-of-00010.safetensors", "tekken.json"]
+    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(filter_repo_objects(files, **patterns)) == [files[0], *files[2:]]
 
 
 def test_classes_are_those_of_transformers():
