@@ -53,9 +53,19 @@ def tokenizer(folder: Path, field: str = MODEL) -> Any:
 
 
 def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
-    """The model in its stored dtype, or in the one given. Raises InputError where it needs code of its own."""
-    from transformers import AutoModelForCausalLM
+    """The model in its stored dtype, or in the one given. Raises InputError where it needs code of its own.
 
+    Or where it is no language model: a `mistral3`, for example, given as a teacher.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    model_config = config(folder, field)
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{folder} is no language model (model_type {model_config.model_type})",
+            field=field,
+            remedy="of a multimodal checkpoint give the text model, which `ptl import-model` saves",
+        )
     return _load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True)
 
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
-from ptl.model import checkpoint, hub, text_tower
+from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.import_checkpoint import import_checkpoint
@@ -88,6 +88,12 @@ def test_what_is_checked_before_the_import_sees_the_text_model(tmp_path):
     assert params == shape_of(str(source)).params == model_dimensions(source, FAMILIES["mistral"]).params
     with pytest.raises(InputError, match="run `ptl import-model`, which saves its text model"):
         family_of(checkpoint.read_config(source))
+
+
+def test_a_multimodal_teacher_that_is_no_language_model_is_named(tmp_path):
+    source = save(build_multimodal("mistral3", "mistral"), tmp_path / "source")
+    with pytest.raises(InputError, match=r"recover.teacher: .*source is no language model \(model_type mistral3\)"):
+        pretrained.causal_lm(source, field="recover.teacher")
 
 
 @pytest.mark.parametrize("outer", [{}, {"tie_word_embeddings": True}])
