@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptl.model import checkpoint, shapes
+from ptl.model import shapes, text_tower
 from ptl.model.families import ConfigJson, Family, family_of
 
 UNITS = ("neurons", "layers")
@@ -63,8 +63,8 @@ class Dense:
 
 
 def dense_model(folder: Path) -> Dense:
-    """A checkpoint, or a folder with its config.json alone. Raises InputError as shapes.sizes."""
-    config = checkpoint.read_config(folder)
+    """A checkpoint, of a multimodal one its text model, or its config.json alone. Raises InputError as shapes.sizes."""
+    config = text_tower.read_config(folder)
     family = family_of(config)
     sizes = shapes.sizes(config, family, f"{folder}/config.json")
     return Dense(config, family, sizes, config.get("max_position_embeddings"))

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from tiny_models import VARIANTS, build, save
+from tiny_models import VARIANTS, build, build_multimodal, save
 
 from ptl.model import cost
 from ptl.model.goals import dense_model
+from ptl.preflight.forecast_model import shape_of
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -16,6 +17,11 @@ def test_the_needs_are_those_of_the_checkpoint(variant, tmp_path):
     assert (needs.params, needs.flops_per_token) == (static.params, static.flops_per_token)
     assert 4 * needs.cached_numbers == static.kv_bytes_per_token  # float32
     assert needs.memory(3, 5, 2) == 2 * (needs.params + 3 * 5 * needs.cached_numbers)
+
+
+def test_of_a_multimodal_checkpoint_the_text_model_counts(tmp_path):
+    source = save(build_multimodal("gemma3", "gemma3_text"), tmp_path, tokenizer=False)
+    assert dense_model(source).needs().params == shape_of(str(source)).params
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A goal in memory or speed becomes a number of parameters, or an error that says what the model has now."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,17 @@ def test_memory_holds_the_weights_and_the_cache():
     assert resolved(MemoryGoal(memory=f"{(enough - 2) / 1000}kB", tokens=10)) == params - neuron
     assert resolved(MemoryGoal(memory=f"{2 * enough / 1000}kB", tokens=10, dtype="float32")) == params
     assert resolved(MemoryGoal(memory=f"{(enough + 10 * cache) / 1000}kB", tokens=10, sequences=2)) == params
+
+
+def test_a_large_model_needs_its_config_only(tmp_path):
+    """Llama 3 8B: 8 x 4096 tokens of 128 KiB are 4 GiB of cache, so that 12 GiB are left for 2 bytes a parameter."""
+    llama = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    llama |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    goal = MemoryGoal(memory="16GiB", sequences=8, tokens=4096)
+    params = target.params(goal, Prune(), tmp_path)
+    neuron = 32 * 3 * 4096
+    assert (12 << 30) // 2 - neuron < params <= (12 << 30) // 2
 
 
 def test_without_tokens_a_cache_is_as_long_as_the_model_reads():
