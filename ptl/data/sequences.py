@@ -29,6 +29,7 @@ class Tokens:
 
     ids: TokenIds
     prompt: int  # tokens of the prompt, at the front
+    cut: bool = False  # whether max_length left out its end
 
     def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
@@ -48,7 +49,7 @@ def tokenize(row: SourceRow, tokenizer: Any, max_length: int) -> Tokens:
     encode = _chat_tokens if row.source.format == "messages" else _text_tokens
     prompt, ids = encode(row, tokenizer)
     # a prompt that fills max_length leaves no completion
-    return Tokens(ids[:max_length], min(len(prompt), max_length))
+    return Tokens(ids[:max_length], min(len(prompt), max_length), len(ids) > max_length)
 
 
 def _text_tokens(row: SourceRow, tokenizer: Any) -> tuple[TokenIds, TokenIds]:
@@ -195,7 +196,7 @@ def training_chunk(
     excess = sum(len(tokens.ids) for tokens in chunk) - budget
     if excess > 0:
         last = chunk.pop()
-        chunk.insert(0, Tokens(last.ids[excess:], max(0, last.prompt - excess)))
+        chunk.insert(0, Tokens(last.ids[excess:], max(0, last.prompt - excess), last.cut))
     return chunk
 
 

@@ -140,7 +140,11 @@ def training_dataset(
         leak_filter=leak_filter,
     )
     # for the step's metadata
-    details: dict[str, Any] = {"sequences": len(chunk), "processes": arguments.world_size}
+    details: dict[str, Any] = {
+        "sequences": len(chunk),
+        "cut_sequences": sum(tokens.cut for tokens in chunk),
+        "processes": arguments.world_size,
+    }
     if leak_filter is not None:
         details["decontaminated"] = leak_filter.report()
     dataset = Dataset.from_dict(

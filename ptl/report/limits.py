@@ -21,7 +21,14 @@ def sentences(result: Result) -> list[str]:
     if final is not None and final is not dense:
         lines += [_items(result, task) for task in final["scores"]["tasks"]]
         lines += _token_limits(dense, final)
-    lines += [_chosen_items(result), _control(result), _gate(result), _speed(result), _decontamination(result)]
+    lines += [
+        _chosen_items(result),
+        _control(result),
+        _gate(result),
+        _speed(result),
+        _decontamination(result),
+        _cut(result),
+    ]
     lines.append(f"One run with seed {result['seed']}: another seed may end with another score.")
     return list(filter(None, lines))
 
@@ -140,3 +147,14 @@ def _decontamination(result: Result) -> str:
     if result["decontaminated"]:
         return ""
     return "Training rows were not compared with the benchmarks (training.decontaminate): some may contain their items."
+
+
+def _cut(result: Result) -> str:
+    """Sequences of the training whose ends were not trained on."""
+    counts = result.get("sequences", {})  # results of earlier versions have none
+    if not counts.get("cut_sequences"):
+        return ""
+    return (
+        f"{counts['cut_sequences']:,} of {counted(counts['sequences'], 'training sequence')} were cut at "
+        "recover.max_length: the model was not trained on their ends."
+    )

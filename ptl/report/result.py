@@ -67,6 +67,7 @@ def build(records: Records, settings: Row) -> Result:
         "speed": speed,
         "goal": goal.outcome(imported.get("goal", {}), scored, speed),
         "decontaminated": _decontaminated(records),
+        "sequences": _sequences(records),
         "curves": _curves(records),
         "paired": comparisons.get(rows[0]["task"], {}),  # on the first task
         "paired_tasks": comparisons,  # on each task
@@ -224,3 +225,10 @@ def _decontaminated(records: Records) -> Row:
         "short": max(count["benchmark_items_short"] for count in counts),  # too short to be compared
         "not_compared": sorted(not_compared),  # benchmarks whose items are not known
     }
+
+
+def _sequences(records: Records) -> Row:
+    """How many sequences the loop was trained on, and how many of them max_length cut."""
+    trained = [record["metadata"] for record in records.values() if "cut_sequences" in record["metadata"]]
+    in_loop = [metadata for metadata in trained if metadata["arm"] == "loop"]
+    return {name: sum(metadata[name] for metadata in in_loop) for name in ("sequences", "cut_sequences")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptl.config.recover import Recovery, TrainingData
 from ptl.config.run import check
@@ -70,7 +70,8 @@ def recover(call: Call) -> None:
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
         mlflow_flavor.write(dst)
-        return {"params": parent.params, **dataclasses.asdict(report), **_decontaminated(step.name, report)}
+        counts = {**sequence_counts(step.name, report), **_decontaminated(step.name, report)}
+        return {"params": parent.params, **dataclasses.asdict(report), **counts}
 
     record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
     # Committed: nothing resumes this training any more.
@@ -148,11 +149,28 @@ def _teacher(run: StepRun, recovery: Recovery) -> Path | None:
     return fetch(dense)
 
 
-def _decontaminated(step: str, report: RecoverReport) -> Metadata:
-    """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
+def _stage_details(report: RecoverReport, name: str) -> list[Any]:
+    """An entry of the details of each stage that has it."""
     # A chain has a report for each of its stages.
     stages = report.details.get("stages", [{"details": report.details}])
-    counts = [stage["details"]["decontaminated"] for stage in stages if "decontaminated" in stage["details"]]
+    return [stage["details"][name] for stage in stages if name in stage["details"]]
+
+
+def sequence_counts(step: str, report: RecoverReport) -> Metadata:
+    """How many sequences were trained on, and how many of them max_length cut, for the step's metrics and its log."""
+    # GRPO trains on prompts.
+    counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
+    if not counts["cut_sequences"]:
+        return {}
+    totals = {name: sum(numbers) for name, numbers in counts.items()}
+    if totals["cut_sequences"]:
+        say(step, f"{totals['cut_sequences']:,} of {totals['sequences']:,} sequences were cut at recover.max_length")
+    return totals
+
+
+def _decontaminated(step: str, report: RecoverReport) -> Metadata:
+    """Training rows that were left out because a benchmark has them, for the step's metrics; a line each in its log."""
+    counts = _stage_details(report, "decontaminated")
     # Without benchmarks to compare with there is nothing to say.
     if not counts:
         return {}

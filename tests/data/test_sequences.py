@@ -116,6 +116,17 @@ def test_a_prompt_that_fills_max_length_is_no_training_sequence(tokenizer, tmp_p
         training_chunk(useless, tokenizer, 32, seed=0, earlier=(), budget=40)
 
 
+def test_sequences_that_max_length_cuts_are_marked(tokenizer, tmp_path):
+    long, short = {"prompt": "cup?\n", "completion": "cup " * 200}, {"prompt": "cup?\n", "completion": "2"}
+    mixed = TrainingData(sources=[{"source": rows_file(tmp_path / "a.jsonl", [long, short])}])
+    chunk = training_chunk(mixed, tokenizer, 32, seed=0, earlier=(), budget=90)
+    # The first is cut at its front, to make the budget exact: that alone does not count.
+    assert {tokens.cut for tokens in chunk} == {True, False} and sum(len(tokens.ids) for tokens in chunk) == 90
+    assert all(tokens.cut == (len(tokens.ids) == 32) for tokens in chunk[1:])
+    exact = tokenize(SourceRow(short, mixed.sources[0]), tokenizer, 32)
+    assert not tokenize(SourceRow(short, mixed.sources[0]), tokenizer, len(exact.ids)).cut
+
+
 def test_weights_are_shares_of_the_tokens(tokenizer, tmp_path):
     mixture = TrainingData(
         sources=[

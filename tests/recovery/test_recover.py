@@ -50,6 +50,11 @@ def test_two_steps_move_the_weights_and_the_loss_is_finite(small, tmp_path):
     assert all(math.isfinite(loss) for _, loss in report.curve)
 
 
+def test_sequences_that_were_cut_are_counted(small, tmp_path):
+    report = recover(small, tmp_path / "out", CPT | {"max_length": 64}, tokens=500)
+    assert 0 < report.details["cut_sequences"] <= report.details["sequences"]
+
+
 def test_an_iteration_shorter_than_logging_steps_has_a_curve(small, tmp_path):
     report = recover(small, tmp_path / "out", {**CPT, "logging_steps": 100}, tokens=500)
     ((tokens, loss),) = report.curve

@@ -116,6 +116,14 @@ def test_what_a_run_leaves_out_is_said(records, settings):
     assert not [sentence for sentence in limits.sentences(build(few, settings)) if "target" in sentence]
 
 
+def test_sequences_that_were_cut_are_said(records, settings):
+    assert not [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
+    for step, cut in (("recover-1", 0), ("recover-2", 12), ("control-recover", 500)):
+        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut}
+    (said,) = [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
+    assert said.startswith("12 of 2,000 training sequences were cut at recover.max_length")
+
+
 def test_a_run_that_ends_with_the_dense_model(records, settings, tmp_path, no_pictures):
     for i in (1, 2, 3, 4):
         reject(records, i)

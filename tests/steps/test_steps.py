@@ -84,6 +84,18 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
     assert iterations.schedule_settings(settings | {"goal": {}, "target": 0.3})["target"] == 0.3
 
 
+def test_cut_sequences_of_all_stages_are_counted_and_said(capsys):
+    stages = [{"details": {"sequences": 40, "cut_sequences": 3}}, {"details": {"rewards": []}}]
+    stages.append({"details": {"sequences": 60, "cut_sequences": 4}})
+    chain = SimpleNamespace(details={"stages": stages})
+    assert recover.sequence_counts("recover-1", chain) == {"sequences": 100, "cut_sequences": 7}
+    assert capsys.readouterr().out.endswith("recover-1: 7 of 100 sequences were cut at recover.max_length\n")
+    whole = SimpleNamespace(details={"sequences": 40, "cut_sequences": 0})
+    assert recover.sequence_counts("recover-1", whole) == {"sequences": 40, "cut_sequences": 0}
+    assert recover.sequence_counts("recover-1", SimpleNamespace(details={"rewards": []})) == {}
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("stage", ["prune", "recover"])
 def test_each_step_knows_its_share_of_the_schedule(stage):
     """Prune is given the sizes, recover the tokens: what they compute is what the whole schedule says."""
