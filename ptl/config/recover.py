@@ -23,6 +23,7 @@ from pydantic_core import CoreSchema
 from ptl.config.base import Positive, Section
 from ptl.config.paths import Location
 from ptl.config.templates import Template
+from ptl.config.trackers import Trackers
 
 MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is predicted from nothing
 
@@ -121,10 +122,6 @@ class TrainingData(Section):
         return section
 
 
-# Names of transformers' integrations whose module has that name too.
-Tracker = Literal["wandb", "tensorboard", "trackio", "comet_ml", "clearml", "swanlab"]
-
-
 class Lora(Section):
     """Train low-rank adapters on the linear layers instead of all weights; they are merged before saving."""
 
@@ -165,18 +162,13 @@ class Stage(Section):
     """optimizer steps between logged losses"""
     store_minutes: NonNegativeFloat | None = None
     """minutes between training checkpoints that are copied to the store; default: they stay local"""
-    report_to: tuple[Tracker, ...] = ()
+    report_to: Trackers = ()
     """trackers to which the Trainer logs beside MLflow, for example wandb; their packages must be where recover runs"""
     # several GPUs
     processes: Positive | None = None
     """training processes; default: one for each GPU of the step"""
     sharding: Literal["none", "fsdp", "zero2"] = "none"
     """with several GPUs: a complete copy on each, FSDP (full shard), or DeepSpeed ZeRO-2"""
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_needs_no_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
 
 class NextToken(Stage):

@@ -20,7 +20,6 @@ TOKENIZER = Path("components", "tokenizer")
 
 def write(folder: Path) -> None:
     """Make an MLflow model of a checkpoint's folder; the weights are where they are."""
-    config = checkpoint.read_config(folder)
     tokenizer = folder / TOKENIZER
     tokenizer.mkdir(parents=True, exist_ok=True)
     checkpoint.copy_companions(folder, tokenizer)
@@ -29,7 +28,8 @@ def write(folder: Path) -> None:
     transformers = {
         "task": "text-generation",
         "instance_type": "TextGenerationPipeline",
-        "pipeline_model_type": config["architectures"][0],
+        # Not the class in config.json, which need not name one.
+        "pipeline_model_type": "AutoModelForCausalLM",
         "source_model_name": "",
         "model_binary": ".",
         "components": ["tokenizer"],
