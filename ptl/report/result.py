@@ -31,8 +31,6 @@ def build(records: Records, settings: Row) -> Result:
     rows = result_rows.rows(records, imported["params"])
     final = result_rows.final(records, imported["params"])
     scored = final_row({"rows": rows, "final": final})
-    final_step = scored["step"] if scored else ""
-    comparisons = changed_answers.paired_comparisons(records, final_step, config["gate"])
     speed = _speed(records)
     result = {
         # The run.
@@ -69,13 +67,23 @@ def build(records: Records, settings: Row) -> Result:
         "decontaminated": _decontaminated(records),
         "sequences": _sequences(records),
         "curves": _curves(records),
-        "paired": comparisons.get(rows[0]["task"], {}),  # on the first task
-        "paired_tasks": comparisons,  # on each task
-        "examples": changed_answers.examples(records, final_step),
+        **_compared(records, scored, config["gate"]),
         "settings": config,
     }
     # Exactly what result.json holds: lists, no tuples.
     return dict(json.loads(json.dumps(result)))
+
+
+def _compared(records: Records, scored: Row | None, gate: Row) -> Row:
+    """What is known item by item of the final checkpoint; `scored` is its row."""
+    step = scored["step"] if scored else ""
+    comparisons = changed_answers.paired_comparisons(records, step, gate)
+    first_task = scored["task"] if scored else ""
+    return {
+        "paired": comparisons.get(first_task, {}),  # on the first task
+        "paired_tasks": comparisons,  # on each task
+        "examples": changed_answers.examples(records, step),
+    }
 
 
 def arm_rows(result: Result, arm: str) -> list[Row]:
