@@ -169,7 +169,7 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
         ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
         ([REASONER / "checkpoint", "-o", "none/x.yaml"], "--output: none/x.yaml must be a file in a folder"),
     ],
-    ids=lambda value: "-".join(map(str, value))[-40:] if isinstance(value, list) else "",
+    ids=["none", "nowhere", "no-config", "gpu", "gpus-of-none", "unreachable", "target", "data", "task", "output"],
 )
 def test_errors_name_the_option(arguments, said, ptl, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

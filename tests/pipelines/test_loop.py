@@ -207,7 +207,7 @@ def test_the_page_of_the_run_in_mlflow_says_what_came_out_of_what(finished):
     assert parent.data.metrics["final/accuracy"] == rows[2]["accuracy"]
     assert parent.data.metrics["final/removed"] == result["final"]["share_removed"]
     assert parent.data.metrics["final/p"] == result["paired"]["dense"]["p_different"]
-    assert parent.data.params["ptl.prune.criterion"] == "max" and parent.data.params["ptl.seed"] == "0"
+    assert parent.data.params["ptl.prune.criterion"] == "taylor" and parent.data.params["ptl.seed"] == "0"
     assert parent.data.params["ptl.schedule.recovery_tokens"] == "24000"
     assert parent.data.params["ptl.recover.0.method"] == "cpt"
     names = {each.dataset.name: each.tags[0].value for each in parent.inputs.dataset_inputs}
