@@ -14,7 +14,7 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
-from ptl.config.goal import Goal
+from ptl.config.goal import BY_GOAL, Goal
 from ptl.config.image_names import image
 from ptl.config.run import Config, essentials
 
@@ -29,7 +29,7 @@ def parameters(config: Config) -> dict[str, Any]:
     return {
         "model": settings["model"]["path"],
         "revision": config.model.revision or "",
-        "target": 0.0 if isinstance(schedule.target, Goal) else schedule.target,  # 0: by the goal
+        "target": BY_GOAL if isinstance(schedule.target, Goal) else schedule.target,
         "goal": settings["schedule"]["target"] if isinstance(schedule.target, Goal) else {},
         "recovery_tokens": schedule.recovery_tokens,
         "seed": config.seed,

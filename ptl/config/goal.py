@@ -11,6 +11,7 @@ from ptl.config.base import LARGEST, Positive, Section
 from ptl.units import quantity
 
 FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
+BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says it
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 # Kinds of target, which pydantic puts into the location of a field.

@@ -9,7 +9,7 @@ from ptl.config.rehearsal import is_rehearsal
 from ptl.report import cells
 from ptl.report.result import Result, dense_row, final_row
 from ptl.report.result_rows import Row
-from ptl.units import counted
+from ptl.units import counted, listed
 
 Kind = Literal["good", "bad", "unclear", "none"]  # how the pages colour it
 
@@ -44,7 +44,7 @@ def answer(result: Result) -> Answer:
         names.setdefault(said, []).append(task["task"])
     parts = [_part(result, said, names[said]) for said in KINDS if said in names]
     if "" in names:
-        parts.append(f"not tested on {_joined(names[''])}")
+        parts.append(f"not tested on {listed(names[''])}")
     text = "; ".join(parts)
     return Answer(_worst(set(names)), text[0].upper() + text[1:])
 
@@ -85,7 +85,7 @@ def _part(result: Result, said: str, names: list[str]) -> str:
     pairs = [dense_pair(result, name) for name in names]
     margin = f"the margin of {cells.margin(pairs[0] or {})}"
     counts = [f"{counted(pair['items'], 'item')} of {name}" for pair, name in zip(pairs, names, strict=True) if pair]
-    items = _joined(counts)
+    items = listed(counts)
     sentences = {
         "inferior": f"worse than the dense model on {items}",
         "fell": f"the score fell on {items}, and whether by more than {margin} cannot be said with so few",
@@ -100,9 +100,3 @@ def _worst(all_said: set[str]) -> Kind:
     if "inferior" in all_said:
         return "bad"
     return "good" if all_said == {"not inferior"} else "unclear"
-
-
-def _joined(names: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

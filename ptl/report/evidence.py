@@ -9,11 +9,10 @@ from ptl.data import decontamination
 from ptl.evaluation import speed_rows
 from ptl.report import answer, cells, goal
 from ptl.report.answer import Answer
-from ptl.report.result import Result, control_row, dense_row, final_row, total_tokens
+from ptl.report.result import SAME_SIZE, Result, control_row, dense_row, final_row, total_tokens
 from ptl.report.result_rows import Row
 from ptl.units import counted, size
 
-SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 NO_ANSWER = Answer("none", "")
 
 
@@ -95,7 +94,10 @@ def caption(result: Result) -> str:
     )
     others = min(pair["alpha"] for pair in pairs) * 100
     if others < alpha:
-        sentence += f" The first benchmark decides; the others share the significance level ({others:.3g} % each)."
+        sentence += (
+            f" Against the dense model the first benchmark decides; the others share the significance level ({others:.3g} % "
+            "each)."
+        )
     return sentence
 
 

@@ -11,6 +11,7 @@ from ptl.report.result_rows import Record, Records, Row
 Result = dict[str, Any]
 
 STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
+SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 # What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
 

@@ -6,12 +6,10 @@ from ptl.data import decontamination
 from ptl.evaluation import speed_rows
 from ptl.report import goal
 from ptl.report.cells import accuracy, comparison, first_task, is_share, level, metric_name, percent, points
-from ptl.report.result import Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
+from ptl.report.result import SAME_SIZE, Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
 from ptl.report.result_rows import Row
 from ptl.report.score_plots import begins_at_zero
 from ptl.units import MINUTE, duration
-
-SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 
 
 def verdict(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ptl.config.goal import BY_GOAL
 from ptl.config.run import check
 from ptl.config.schedule import Iteration, Prune, Schedule, plan
 from ptl.errors import InputError
@@ -11,9 +12,6 @@ from ptl.steps.call import Call, Metadata
 FIELDS = ("iterations", "target", "cuts", "recovery_tokens", "tokens")
 # For the fields that have no default, in steps that have no use for them.
 UNUSED = {"target": 0.5, "recovery_tokens": 0}
-
-
-BY_GOAL = 0  # as `target`: the run's goal says it
 
 
 def schedule_of(call: Call) -> Schedule:

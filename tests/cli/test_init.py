@@ -309,7 +309,7 @@ def test_the_list_has_each_family_and_gpu_and_models_of_these_families(ptl):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("qwen3-8b", ["Qwen/Qwen3-8B"]), ("Qwen/Qwen-3-8B", ["Qwen/Qwen3-8B"]), ("bert-base-uncased", [])],
-    ids=str,
+    ids=["without-owner", "other-spelling", "unknown"],
 )
 def test_a_misspelt_id_is_recognised(name, meant):
     assert similar(name)[:1] == meant
