@@ -95,8 +95,8 @@ def caption(result: Result) -> str:
     others = min(pair["alpha"] for pair in pairs) * 100
     if others < alpha:
         sentence += (
-            f" Against the dense model the first benchmark decides; the others share the significance level ({others:.3g} % "
-            "each)."
+            " Against the dense model the first benchmark decides; the others share the significance level "
+            f"({others:.3g} % each)."
         )
     return sentence
 
