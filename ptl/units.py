@@ -59,6 +59,12 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """`iteration`, [4] -> `iteration 4`; [3, 4] -> `iterations 3 and 4`."""
+    plural = "" if len(numbers) == 1 else "s"
+    return f"{noun}{plural} {listed([str(number) for number in numbers])}"
+
+
 def counted(number: int, noun: str) -> str:
     """1, `item` -> `1 item`; 1200 -> `1,200 items`."""
     plural = "" if number == 1 else "s"

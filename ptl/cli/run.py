@@ -13,7 +13,7 @@ import typer
 
 from ptl import processes
 from ptl.cli import rehearsal
-from ptl.cli.configs import checked_params, require_checkout
+from ptl.cli.configs import checked, require_checkout
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError
@@ -53,7 +53,7 @@ def run(
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        checked_params(settings)
+        checked(settings)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)
