@@ -44,6 +44,6 @@ def idle_warnings(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
         return []
     return [
         f"prune.width_multiple={prune.width_multiple} rounds the widths of this model so far down that nothing is left "
-        f"to remove for {numbered('iteration', idle)}, which will only train: lower it, set schedule.cuts=uniform, or take fewer "
-        "iterations"
+        f"to remove for {numbered('iteration', idle)}, which will only train: lower it, set "
+        "schedule.cuts=uniform, or take fewer iterations"
     ]
