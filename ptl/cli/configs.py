@@ -39,7 +39,7 @@ def plan(
     config: ConfigFile,
     sets: Overrides,
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
-    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; default: as the config says")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step, in place of resources.accelerators")] = None,
 ) -> None:
     """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ptl.config.recover import Distil, Grpo, RecoverStage, Recovery
-from ptl.config.run import Calibration, Config
+from ptl.config.run import Calibration, Config, Evaluate
 from ptl.config.schedule import Schedule, plan
 from ptl.preflight.forecast_model import (
     CONTEXT,
@@ -126,7 +126,7 @@ def _generation_memory(shape: Shape, calibration: Calibration) -> float:
 def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:
     """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
     card = assumed.card
-    gpus = max(1, assumed.gpus["evaluate"])
+    gpus = devices(assumed.config.evaluate, assumed.gpus["evaluate"])
     batch_size = assumed.config.evaluate.batch_size
     tokens = longest = 0
     flops = seconds = 0.0
@@ -240,7 +240,7 @@ def _training_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Sh
     return flops
 
 
-def devices(stage: RecoverStage, count: int) -> int:
-    """GPUs that a stage trains on."""
+def devices(work: RecoverStage | Evaluate, count: int) -> int:
+    """GPUs that a stage trains on, or an evaluation answers on, of those that its step holds."""
     count = max(1, count)
-    return min(stage.processes or count, count)
+    return min(work.processes or count, count)
