@@ -47,7 +47,9 @@ def _table(name: str, differences: Sequence[Change]) -> Any:
 
 
 def _cell(values: Sequence[Any]) -> str:
-    return ", ".join(_text(value) for value in values)
+    from rich.markup import escape
+
+    return escape(", ".join(_text(value) for value in values))
 
 
 def _text(value: Any) -> str:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ptl.cli import app, rehearsal
+from ptl.config.rehearsal import Change
 from ptl.local.run_directory import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,12 @@ def test_a_rehearsal_is_submitted_with_what_only_the_cluster_has(monkeypatch):
     assert done.exit_code == 0 and "When it has succeeded, submit without --rehearse." in done.output
     (stage,) = submitted[0].recover
     assert (stage.sharding, stage.dtype, stage.batch_size) == ("fsdp", "bfloat16", 16)  # on eight GPUs
+
+
+def test_values_are_shown_as_they_are(capsys):
+    fields = [Change("storage.experiment", ("[b]mine[/b] [/]",), ("[b]mine[/b] [/]-rehearsal",))]
+    Console().print(rehearsal._table("mine", fields))
+    assert " [b]mine[/b] [/] │ [b]mine[/b] [/]-rehearsal " in capsys.readouterr().out
 
 
 def test_steps_without_work_are_named(tmp_path, capsys):

@@ -144,6 +144,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("training.sourc", "x", r"did you mean training\.sources\.source\?$"),
         ("recover", [{"method": "grpo", "lerning_rate": 1}], r"did you mean recover\.learning_rate\?$"),
         ("colour", "red", "remove it, or see `ptl schema`"),
+        ("schedule.target", {"speed": 1.5, "tokens": 3}, r"target\.tokens: unknown field; remove it, or see"),
+        ("recover", [{"method": "cpt", "teacher": "x"}], r"teacher: unknown field; remove it, or see"),
         ("schedule.target", 1.5, "1.5: must be a share of the parameters to remove, below 1"),
         ("schedule.target", 40, "40: must be a share .* 1000 or more"),
         ("schedule.target", float("inf"), "inf: Input should be a finite number"),
