@@ -106,7 +106,7 @@ def test_memory_follows_the_settings(large):
         stage = config(large, recover=[{"dtype": "bfloat16"} | changes]).recover[0]
         return training_memory(shape, stage, shape, count)
 
-    assert memory() > bits and devices(plain, 4) == 4
+    assert memory() > bits and devices(plain.processes, 4) == 4
     assert memory(gradient_checkpointing=True) < memory()
     assert memory(lora={"rank": 8}) == pytest.approx(memory() - 12 * shape.params)
     assert memory(4, sharding="zero2") == pytest.approx(memory(4) - 9 * shape.params)
@@ -260,6 +260,15 @@ def test_gpu_hours_are_of_all_gpus_that_a_step_holds(large):
     assert told.gpu_hours == pytest.approx(sum(step.gpu_hours for step in told.steps)) and told.gpu_hours > told.hours
     asked = forecast(config(large, **given, **{"resources.steps": {"prune": {"accelerators": 2}}})).steps[1]
     assert asked.gpus == 2 and asked.hours == pytest.approx(told.steps[1].hours)  # a second GPU is held, and idle
+
+
+def test_an_evaluation_with_fewer_processes_than_gpus_takes_longer(large):
+    given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8, "evaluate.batch_size": 1}
+    hours = {
+        processes: forecast(config(large, **given, **{"evaluate.processes": processes})).steps[0].hours
+        for processes in (None, 2, 8)
+    }
+    assert hours[2] == pytest.approx(4 * hours[8], rel=0.02) and hours[None] == hours[8]
 
 
 def test_the_table_gives_both_times_and_marks_the_path(large):
