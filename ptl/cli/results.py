@@ -102,7 +102,11 @@ def _report_folder(result: dict[str, Any]) -> Path:
 
 def compare(
     reference: Annotated[
-        str, typer.Argument(help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID for its final evaluation")
+        str,
+        typer.Argument(
+            help="folder with items.jsonl, RUN_ID:evaluate-4, or RUN_ID for its final evaluation; "
+            "a run's directory may stand for its id",
+        ),
     ],
     candidate: Annotated[str, typer.Argument(help="the evaluation to compare with it, named the same way")],
     margin: Annotated[float, typer.Option(help="drop in accuracy that is tolerated, as a share of the items")] = 0.02,
@@ -116,7 +120,7 @@ def compare(
 
     from ptl.evaluation import compare as work
 
-    _reach_stores(home, s3, reference, candidate)
+    _reach_stores(home, s3, reference, candidate, items=True)
     with tempfile.TemporaryDirectory(prefix="ptl-compare-") as folder:
         cache = Path(folder)
         # The files are read here, before the folder is removed.
@@ -131,12 +135,26 @@ def compare(
     raise typer.Exit(outcome.exit_code)
 
 
-def _reach_stores(home: Path, s3: bool, *names: str) -> None:
-    """The environment that the names need: none for folders, the store's servers for --s3, MLflow for run ids."""
+def _reach_stores(home: Path, s3: bool, *names: str, items: bool = False) -> None:
+    """The environment that the names need: none for folders, the store's servers for --s3, MLflow for run ids.
+
+    `items`: an evaluation is wanted, for which a run's directory needs MLflow too.
+    """
     # MLflow's own number of retries takes minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
-    if s3 or any(locate.needs_mlflow(name) for name in names):
-        runs.reach(home.absolute(), s3)
+    if s3 or any(locate.needs_mlflow(name, items=items) for name in names):
+        homes = filter(None, map(_home_of, names))
+        runs.reach(next(homes, home.absolute()), s3)
+
+
+def _home_of(name: str) -> Path | None:
+    """The .ptl that a run's directory is in, where its runs are tracked; None for other names."""
+    folder = locate.run_directory(name)
+    if folder is None:
+        return None
+    # A run's directory is HOME/runs/ID; with --run-dir it may be anywhere.
+    home = folder.resolve().parent.parent
+    return home if (home / "mlflow.db").is_file() or (home / "stack").is_dir() else None
 
 
 def _start_servers_of(source: str, uri: str) -> None:

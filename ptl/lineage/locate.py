@@ -46,12 +46,32 @@ class Checkpoint:
     card: bytes | None = None  # README.md
 
 
-def needs_mlflow(reference: str) -> bool:
-    """Whether MLflow must be asked for it."""
+def needs_mlflow(reference: str, *, items: bool = False) -> bool:
+    """Whether MLflow must be asked for it; with `items`, for the items of an evaluation, which are in the store."""
     if Path(reference).exists():
-        return False
+        return items and run_directory(reference) is not None
     # Addresses of the store are read without it.
     return reference.startswith("models:") or "://" not in reference
+
+
+def run_directory(reference: str) -> Path | None:
+    """The directory that is named by `DIR` or `DIR:recover-2`, if it is that of a run, finished or not."""
+    name = reference if Path(reference).exists() else reference.rpartition(":")[0]
+    if not name:  # no directory, of which "" would be the current one
+        return None
+    folder = Path(name)
+    return folder if any((folder / file).is_file() for file in ("result.json", "config.yaml")) else None
+
+
+def _by_id(reference: str) -> str:
+    """`DIR` and `DIR:recover-2` by the run's id, `RUN_ID` and `RUN_ID:recover-2`; any other name as it is."""
+    folder = run_directory(reference)
+    if folder is None:
+        return reference
+    # A directory may have been copied; without a result it still has the run's name.
+    finished = (folder / "result.json").is_file()
+    run_id = str(result(str(folder))["run_id"]) if finished else folder.resolve().name
+    return run_id if Path(reference).exists() else f"{run_id}:{reference.rpartition(':')[2]}"
 
 
 def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
@@ -74,7 +94,7 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
         return _registered(reference)
     if "://" in reference:
         return _published(reference)
-    run, step = find_run(reference)
+    run, step = find_run(_by_id(reference))
     if step:
         return _of_step(run, step)
     # The card is read after the result, which says whether there is one.
@@ -86,18 +106,18 @@ def checkpoint(reference: str, arm: str = "loop") -> Checkpoint:
 def evaluation(reference: str, cache: Path) -> Path:
     """The items.jsonl of a file or folder, or the fetched folder of a run's evaluation (of its final one for a run)."""
     path = Path(reference)
-    is_run_directory = (path / "result.json").is_file()
+    names_directory = run_directory(reference) is not None
     # Items that are here already.
-    if path.exists() and not is_run_directory:
+    if path.exists() and not names_directory:
         return path
     # The directory of a run names the run: its items are in the store.
-    if is_run_directory:
-        reference = str(result(reference)["run_id"])
+    if names_directory:
+        reference = _by_id(reference)
     elif reference.startswith("models:") or "://" in reference:
         raise InputError(
             f"{reference!r} is a checkpoint",
             field="compare",
-            remedy="give RUN_ID:evaluate-4, RUN_ID, or a folder of items",
+            remedy="give RUN_ID:evaluate-4, RUN_ID, a run's directory, or a folder of items",
         )
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.

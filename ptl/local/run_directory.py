@@ -70,8 +70,10 @@ def open_run(
     earlier = tuple(path.name for path, _ in unfinished if path not in resumable)
 
     if chosen is not None:
-        resumed = _check_chosen(chosen, config)
-        return RunDir(home, chosen.absolute(), earlier), resumed
+        # `.ptl/latest` is a link: the run is the directory that it points to.
+        path = chosen.resolve() if chosen.is_symlink() else chosen.absolute()
+        resumed = _check_chosen(path, config)
+        return RunDir(home, path, earlier), resumed
     if resumable:
         return RunDir(home, resumable[0], earlier), True
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -83,7 +85,7 @@ def open_run(
 def _check_chosen(folder: Path, config: Config) -> bool:
     """Whether the directory of --run-dir holds this config's run; InputError where it cannot take it."""
     # It names the run in the store.
-    store.check_name("--run-dir", folder.absolute().name)
+    store.check_name("--run-dir", folder.name)
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False
@@ -182,7 +184,7 @@ def _point_link(link: Path, target: Path) -> None:
     """Let a symbolic link point to `target`, in one step."""
     # A new link is renamed over the old one: there is no moment without one.
     draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
-    draft.symlink_to(os.path.relpath(target, link.parent))
+    draft.symlink_to(os.path.relpath(target, link.parent.resolve()))  # a link is followed from its real folder
     draft.replace(link)
 
 

@@ -314,10 +314,34 @@ def test_compare_by_name(here, tmp_path):
         f"{here.id}:evaluate-0",
         here.ids["evaluate-0"],
         f"{here.parent}:evaluate-0",
+        f"{here.directory}:evaluate-0",
     ]
-    last = [here.directory / "evaluate-2" / "items.jsonl", f"{here.id}:evaluate-2", here.id, here.parent]
+    last = [
+        here.directory / "evaluate-2" / "items.jsonl",
+        f"{here.id}:evaluate-2",
+        here.id,
+        here.parent,
+        here.directory,
+    ]
     for reference, candidate in zip(files, last, strict=True):
         assert " 10 100.0% 1 -10.0 0.5 unclear 90.0% 0 (-30.0 to" in ptl("compare", reference, candidate)
+
+
+def test_the_directory_of_a_run_leads_to_the_mlflow_of_its_home(here, tmp_path, monkeypatch):
+    """As .ptl/latest does, from any working directory."""
+    home = tmp_path / ".ptl"
+    (home / "runs").mkdir(parents=True)
+    shutil.copytree(here.directory, home / "runs" / here.id)
+    (home / "latest").symlink_to(f"runs/{here.id}")
+    database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
+    shutil.copyfile(database, home / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    assert "unclear" in ptl("compare", f"{home}/latest:evaluate-0", home / "latest", "--home", tmp_path / "none")
+    (home / "latest" / "result.json").unlink()
+    (home / "latest" / "config.yaml").touch()  # all that a run without a result has
+    ptl("fetch", f"{home}/latest:recover-1", tmp_path / "out", "--home", tmp_path / "none")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ def test_a_run_is_executed_once_at_a_time(tmp_path, config):
         assert (tmp_path / "latest").resolve() == run.path
 
 
+def test_the_link_to_the_latest_run_names_the_run_that_it_points_to(tmp_path, config):
+    run, _ = open_run(tmp_path, config, None, False)
+    with working(run, config, leave):
+        pass
+    again, resumed = open_run(tmp_path, config, tmp_path / "latest", False)
+    assert resumed and again.run_id == run.run_id
+    with working(again, config, leave):
+        assert (tmp_path / "latest").resolve() == run.path
+
+
 def test_it_waits_for_steps_that_a_killed_command_left_and_names_one_that_does_not_end(tmp_path, config, monkeypatch):
     run, _ = open_run(tmp_path, config, None, False)
     monkeypatch.setattr(run_directory, "END_SECONDS", 0.1)
