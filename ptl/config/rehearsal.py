@@ -195,8 +195,9 @@ def _fitting_stage(stage: RecoverStage, gpus: int, requested: int) -> RecoverSta
     def divides(count: int) -> bool:
         return stage.batch_size % (stage.accumulation * count) == 0
 
-    changes: dict[str, Any] = {"processes": _processes(stage.processes, requested, gpus, divides)}
-    if gpus <= 1:
+    processes = _processes(stage.processes, requested, gpus, divides)
+    changes: dict[str, Any] = {"processes": processes}
+    if (processes or gpus) <= 1:
         changes["sharding"] = "none"
     if gpus == 0:
         changes["dtype"] = "float32"

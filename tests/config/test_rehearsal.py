@@ -123,6 +123,19 @@ def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, proces
     assert left_out(on_this_machine, rehearsal(on_this_machine, gpus), gpus) == []
 
 
+def test_one_process_alone_shards_nothing():
+    resources = {"accelerator": "nvidia.com/gpu", "accelerators": 4}
+    run = config(recover=[{"method": "cpt", "batch_size": 4, "sharding": "fsdp"}], resources=resources)
+    rehearsed = rehearsal(run, gpus=3)  # on two of them it would
+    assert (rehearsed.recover[0].processes, rehearsed.recover[0].sharding) == (2, "fsdp")
+    assert rehearsal(run, gpus=1).recover[0].sharding == "none"
+    run = config(
+        recover=[{"method": "cpt", "batch_size": 25, "sharding": "fsdp"}], resources=resources | {"accelerators": 5}
+    )
+    rehearsed = rehearsal(run, gpus=3)
+    assert rehearsed.recover[0].processes == 1 and "sharding by fsdp" in left_out(run, rehearsed, 3)
+
+
 def test_a_batch_that_the_run_cannot_divide_is_not_hidden():
     stage = {"method": "cpt", "batch_size": 6, "processes": 4}
     run = config(recover=[stage], resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})

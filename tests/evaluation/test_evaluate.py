@@ -590,11 +590,12 @@ def mock_vllm(monkeypatch):
             answers = [SimpleNamespace(token_ids=[5] * 3, finish_reason=end) for end in ends]
             return [SimpleNamespace(outputs=[answer]) for answer in answers]
 
-        def generate_until(self, prompts):
+        def generate_until(self, requests):
             params = [SimpleNamespace(max_tokens=4)] * 2
             self._model_generate([[1, 2], [1] * 6], generate=True, sampling_params=params)
-            for prompt in prompts:
-                self.cache_hook.add_partial("generate_until", (prompt, {}), "x")
+            for request in requests:
+                self.cache_hook.add_partial("generate_until", request.args, "x")
+            return ["x"] * len(requests)
 
     module = ModuleType("lm_eval.models.vllm_causallms")
     module.VLLM = VLLM
@@ -606,7 +607,7 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
 
     mock_vllm(monkeypatch)
     lm = language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm", max_length=10), seed=3)
-    lm.generate_until(["short", "long"])
+    lm.generate_until([SimpleNamespace(args=(prompt, {})) for prompt in ("short", "long")])
     assert lm.notes == {"short": (3, False), "long": (3, True)}
     assert lm.cut_prompts == 1
     assert lm.seconds > 0
