@@ -84,7 +84,7 @@ def conclude(
 ) -> None:
     """Print what the rehearsal has shown, and what comes next; `arguments` and `run_options` are the command's own.
 
-    Raises WorkError where the control arm failed: a real run would end without it, after all its hours.
+    Raises WorkError where the control arm failed: on a cluster a run ends without it, after all its hours.
     """
     result = json.loads(directory.result.read_text())
     if result["control_failed"]:
