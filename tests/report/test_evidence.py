@@ -52,6 +52,18 @@ def test_the_answer_is_the_paired_verdict(records, settings, wrong, kind, said):
     assert lines(result, "Score")[1].answer.text == "Not tested"
 
 
+def test_a_dense_model_that_solves_nothing_gives_no_answer(records, settings):
+    for step in ("evaluate-0", "evaluate-4"):
+        scored(records, step, many_items("tiny_reasoner", 1000, range(1000)))
+    result = build(records, settings)
+    assert answer(result).text.startswith(
+        "Cannot be said: the dense model solves none of 1,000 items of tiny_reasoner; not tested"
+    )
+    assert answer(result).kind == lines(result, "Score")[0].answer.kind == "unclear"
+    said = "The dense model solves none of 1,000 items of tiny_reasoner: a score so low cannot fall"
+    assert any(sentence.startswith(said) for sentence in limits.sentences(result))
+
+
 def test_each_benchmark_has_its_own_verdict(records, settings):
     scored(
         records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)), many_items("tiny_retention", 300, range(0))
