@@ -121,4 +121,3 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     print_table(json.loads(directory.result.read_text()), directory.path)
     print(f"Checkpoint: `ptl fetch {directory.path} DIR` copies the final one")
-    print(f"done in {seconds:.0f} s")
