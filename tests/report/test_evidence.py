@@ -74,7 +74,7 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
     result = build(records, settings)
     first, second = lines(result, "Score")
     assert (first.answer.text, second.answer.text) == ("Not worse within the margin of 2 points", "Worse")
-    changed = ("9 regressions and 0 improvements", "on 300 items, p 0.0039")
+    changed = ("9 regressions and 0 improvements", "300 items, p 0.0039")
     assert second.difference.details == ("-5.0 to -1.0 at 95 %", *changed)
     # The first is tested as the gate does, the second as `ptl compare` does.
     pairs = result["paired_tasks"]
