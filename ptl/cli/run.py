@@ -126,4 +126,3 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     print_table(json.loads(directory.result.read_text()), directory.path)
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
-    print(f"done in {seconds:.0f} s")

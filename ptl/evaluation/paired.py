@@ -6,8 +6,9 @@ Three verdicts on a candidate against a reference, over the same items, with a m
   However many items change between two evaluations of the same model, each is as likely a regression as an
   improvement, and the test's exact significance level is at most alpha: they are called inferior with a probability of
   at most alpha.
-- *not inferior*: the lower bound of the paired bootstrap (one-sided, significance level alpha) is above -m.
-- *unclear*: neither; the items are too few for the margin.
+- *not inferior*: the lower bound of the paired bootstrap (one-sided, significance level alpha) is above -m. A reference
+  whose accuracy is not above m cannot fall by more than m: there only a bound above 0, an improvement, counts.
+- *unclear*: neither; the items are too few for the margin, or the reference solves too few of them.
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ def paired(
     improvements = changes[0, 1]
     low, high = paired_bootstrap(regressions, improvements, items, alpha)
     p_different, p_worse = mcnemar(regressions, improvements)
+    verdict = verdict_of(regressions, improvements, items, margin, alpha)
+    if not can_fall(sum(reference) / items, margin) and low <= 0:
+        verdict = "unclear"
     return Paired(
         items=items,
         reference=sum(reference) / items,
@@ -122,8 +126,13 @@ def paired(
         p_worse=p_worse,
         margin=margin,
         alpha=alpha,
-        verdict=verdict_of(regressions, improvements, items, margin, alpha),
+        verdict=verdict,
     )
+
+
+def can_fall(reference: float, margin: float) -> bool:
+    """Whether an accuracy is above the margin: otherwise no model can be worse than it by more than the margin."""
+    return reference > margin
 
 
 def verdict_of(
@@ -133,7 +142,7 @@ def verdict_of(
     margin: float,
     alpha: float,
 ) -> Verdict:
-    """The verdict that the counts allow; see the top of this module."""
+    """The verdict that the counts allow, for a reference that can fall by more than the margin."""
     if _is_inferior(regressions, improvements, items, margin, alpha):
         return "inferior"
     low, _ = paired_bootstrap(regressions, improvements, items, alpha)

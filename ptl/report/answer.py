@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ptl.config.rehearsal import is_rehearsal
+from ptl.evaluation.paired import can_fall
 from ptl.report import cells
 from ptl.report.result import Result, dense_row, final_row
 from ptl.report.result_rows import Row
@@ -23,7 +24,13 @@ class Answer:
 
 
 # What a comparison says -> how it is coloured; the worst comes first in a sentence.
-KINDS: dict[str, Kind] = {"inferior": "bad", "fell": "unclear", "unclear": "unclear", "not inferior": "good"}
+KINDS: dict[str, Kind] = {
+    "inferior": "bad",
+    "fell": "unclear",
+    "unsolved": "unclear",
+    "unclear": "unclear",
+    "not inferior": "good",
+}
 
 
 def answer(result: Result) -> Answer:
@@ -64,6 +71,7 @@ def of_pair(pair: Row | None) -> Answer:
     words = {
         "inferior": "Worse",
         "fell": f"Fell; whether by more than {margin} cannot be said with {items}",
+        "unsolved": f"Cannot be said: the dense model solves {solved(pair)}",
         "unclear": f"Cannot be said with {items}",
         "not inferior": f"Not worse within the margin of {margin}",
     }
@@ -72,12 +80,30 @@ def of_pair(pair: Row | None) -> Answer:
 
 
 def _said(pair: Row | None) -> str:
-    """The verdict of a comparison; `fell` where only the size of the fall is unclear, empty where there is none."""
+    """The verdict of a comparison, empty where there is none.
+
+    Of the unclear ones, `fell` is one where only the size of the fall is unclear, `unsolved` one where the reference
+    solves too few items to fall by more than the margin.
+    """
     if pair is None:
         return ""
     if pair["verdict"] == "unclear" and pair["p_worse"] <= pair["alpha"]:
         return "fell"
+    # Results of earlier versions call it not inferior; a significant improvement is one all the same.
+    if not can_fall(pair["reference"], pair["margin"]) and pair["low"] <= 0:
+        return "unsolved"
     return str(pair["verdict"])
+
+
+def is_unsolved(pair: Row) -> bool:
+    """Whether the dense model solves too few items of a benchmark for any verdict."""
+    return _said(pair) == "unsolved"
+
+
+def solved(pair: Row) -> str:
+    """How many items the reference solves: `none of 500 items`."""
+    number = round(pair["reference"] * pair["items"])
+    return f"{f'{number:,}' if number else 'none'} of {counted(pair['items'], 'item')}"
 
 
 def _part(result: Result, said: str, names: list[str]) -> str:
@@ -86,9 +112,11 @@ def _part(result: Result, said: str, names: list[str]) -> str:
     margin = f"the margin of {cells.margin(pairs[0] or {})}"
     counts = [f"{counted(pair['items'], 'item')} of {name}" for pair, name in zip(pairs, names, strict=True) if pair]
     items = listed(counts)
+    unsolved = listed([f"{solved(pair)} of {name}" for pair, name in zip(pairs, names, strict=True) if pair])
     sentences = {
         "inferior": f"worse than the dense model on {items}",
         "fell": f"the score fell on {items}, and whether by more than {margin} cannot be said with so few",
+        "unsolved": f"cannot be said: the dense model solves {unsolved}",
         "unclear": f"cannot be said with {items} whether the score fell by more than {margin}",
         "not inferior": f"not worse than the dense model within {margin} on {items}",
     }

@@ -94,7 +94,7 @@ def short(number: float) -> str:
 
 def comparison(pair: Row) -> str:
     """A paired comparison with its numbers."""
-    return f"{signed_points(pair['difference'])} points ({pair_interval(pair)}), {changes(pair)} {p_of(pair)}"
+    return f"{signed_points(pair['difference'])} points ({pair_interval(pair)}), {changes(pair)} on {p_of(pair)}"
 
 
 def pair_interval(pair: Row) -> str:
@@ -112,7 +112,7 @@ def changes(pair: Row) -> str:
 
 def p_of(pair: Row) -> str:
     """p of McNemar's exact two-sided test, and of how many items."""
-    return f"on {pair['items']:,} items, p {pair['p_different']:.2g}"
+    return f"{pair['items']:,} items, p {pair['p_different']:.2g}"
 
 
 def signed_points(difference: float) -> str:

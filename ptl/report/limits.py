@@ -65,6 +65,11 @@ def _items(result: Result, task: Row) -> str:
     pair = answer.dense_pair(result, name)
     if pair is None:
         return f"The change on {name} was not tested: it was not compared item by item."
+    if answer.is_unsolved(pair):
+        return (
+            f"The dense model solves {answer.solved(pair)} of {name}: a score so low cannot fall by more than the "
+            f"margin of {cells.margin(pair)}, so nothing is shown there."
+        )
     items = f"{counted(pair['items'], 'item')} of {name}"
     counts = (pair["improvements"], pair["items"])
     improvements = counted(pair["improvements"], "improvement")

@@ -86,7 +86,8 @@ def _insignificant_p(result: Result) -> float | None:
 def notes(result: Result) -> list[str]:
     """What a reader of the terminal asks next, which the pages have as a table of evidence and its limits."""
     sentences = [goal.sentence(result.get("goal", {}))]  # results of earlier versions have none
-    sentences += [control_failed(result), *_comparisons(result), *_about_control(result), *_about_gate(result)]
+    sentences += [control_failed(result), *_comparisons(result), _tokens_in_all(result), *_about_control(result)]
+    sentences += _about_gate(result)
     # Then a checkpoint can be final that is worse than the dense model.
     if not result["settings"]["gate"]["enabled"]:
         sentences.append("The gate was off: no iteration was tested before the next began.")
@@ -141,6 +142,14 @@ def _comparison(
     overlap = "do not overlap" if disjoint else "overlap"
     intervals = f"the {level(result)} intervals"
     return f"Final and {name}: {intervals} {overlap}."
+
+
+def _tokens_in_all(result: Result) -> str:
+    """The loop's tokens, of which a row of the table has those of one iteration; empty where the arms' differ."""
+    tokens = total_tokens(result, "loop")
+    if control_row(result) is None or tokens != total_tokens(result, "control"):
+        return ""
+    return f"Recovery tokens are of each iteration alone: the loop had {tokens:,} in all, the control as many."
 
 
 def _about_control(result: Result) -> list[str]:

@@ -231,6 +231,7 @@ def _paired(reference: Record, candidate: Record, settings: Gate) -> paired.Pair
 def _acceptable(pair: paired.Paired, settings: Gate) -> bool:
     """As the gate decides: inferior is refused; with `strict`, and with the gate off, also what is unclear."""
     # The gate has compared the checkpoint with its parent too; without it an unclear comparison proves nothing.
-    if pair.verdict == "unclear":
+    # Nor does one with a model that solves too few items to fall by the margin.
+    if pair.verdict == "unclear" and paired.can_fall(pair.reference, pair.margin):
         return settings.enabled and not settings.strict
     return pair.verdict == "not inferior"

@@ -82,6 +82,16 @@ def test_paired_counts_and_verdicts():
     assert few.verdict == "unclear"
 
 
+def test_a_reference_that_cannot_fall_by_the_margin_proves_nothing_unless_the_candidate_is_better():
+    none, few, many = (outcomes(right, 500) for right in (0, 10, 11))
+    assert [paired.paired(same, same, 0.02, 0.05).verdict for same in (none, few, many)] == [
+        "unclear",
+        "unclear",
+        "not inferior",
+    ]
+    assert paired.paired(none, outcomes(50, 500), 0.02, 0.05).verdict == "not inferior"
+
+
 def test_no_change_on_a_few_items_proves_nothing():
     assert paired.paired(outcomes(9, 10), outcomes(9, 10), 0.02, 0.05).verdict == "unclear"
 

@@ -52,6 +52,18 @@ def test_the_answer_is_the_paired_verdict(records, settings, wrong, kind, said):
     assert lines(result, "Score")[1].answer.text == "Not tested"
 
 
+def test_a_dense_model_that_solves_nothing_gives_no_answer(records, settings):
+    for step in ("evaluate-0", "evaluate-4"):
+        scored(records, step, many_items("tiny_reasoner", 1000, range(1000)))
+    result = build(records, settings)
+    assert answer(result).text.startswith(
+        "Cannot be said: the dense model solves none of 1,000 items of tiny_reasoner; not tested"
+    )
+    assert answer(result).kind == lines(result, "Score")[0].answer.kind == "unclear"
+    said = "The dense model solves none of 1,000 items of tiny_reasoner: a score so low cannot fall"
+    assert any(sentence.startswith(said) for sentence in limits.sentences(result))
+
+
 def test_each_benchmark_has_its_own_verdict(records, settings):
     scored(
         records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)), many_items("tiny_retention", 300, range(0))
@@ -62,7 +74,7 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
     result = build(records, settings)
     first, second = lines(result, "Score")
     assert (first.answer.text, second.answer.text) == ("Not worse within the margin of 2 points", "Worse")
-    changed = ("9 regressions and 0 improvements", "on 300 items, p 0.0039")
+    changed = ("9 regressions and 0 improvements", "300 items, p 0.0039")
     assert second.difference.details == ("-5.0 to -1.0 at 95 %", *changed)
     # The first is tested as the gate does, the second as `ptl compare` does.
     pairs = result["paired_tasks"]

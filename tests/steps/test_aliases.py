@@ -230,6 +230,12 @@ def test_what_too_few_items_leave_unclear_gets_an_alias_from_the_gate_alone(pipe
     assert holders() == dict.fromkeys(("best", "smallest"), (run.run, "evaluate-1"))
 
 
+def test_a_dense_model_that_solves_nothing_gives_no_alias(pipeline, model, holders):
+    run, records = pipeline((0, 500), dense=0)
+    aliases.set_aliases(run, records, model, RULE)
+    assert holders() == {}
+
+
 def test_a_task_without_right_and_wrong_gives_no_alias(pipeline, model, holders):
     run, records = pipeline((495, 800))
     for record in records.values():
