@@ -17,6 +17,7 @@ from shlex import quote
 from string import Formatter
 from typing import Any
 
+from ptl.config.paths import FILL_IN
 from ptl.config.recover import DataSource
 from ptl.config.templates import columns_of
 from ptl.errors import InputError
@@ -271,6 +272,8 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     if path.name.endswith((*JSON_LINES, ".parquet")):
         if name.startswith("s3://"):
             return _from_s3(name, setting)
+        if path.name.startswith(FILL_IN):
+            raise InputError(f"{path.name} is still to be filled in", field=setting, remedy=f"give {FILE_KINDS}")
         if not path.is_file():
             raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
         return path
