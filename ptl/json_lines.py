@@ -13,8 +13,8 @@ from typing import Any
 from ptl.errors import InputError
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
-MAX_LINE = 2**26  # characters of one row
-MAX_EXPANSION = 200  # characters for a byte of the file; a gzip file of rows expands 3 to 20 times
+MAX_LINE = 2**26  # bytes of one row
+MAX_EXPANSION = 200  # bytes for a byte of the file; a gzip file of rows expands 3 to 20 times
 
 
 def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any]]:
@@ -25,13 +25,14 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
     max_size = max(MAX_EXPANSION * file_size, MAX_LINE)
     number = size = rows = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines = iter(partial(file.readline, MAX_LINE), "")
+        # bytes, each line decoded for itself: an error of the encoding names its line
+        with opener(path, "rb") as file:
+            lines = iter(partial(file.readline, MAX_LINE), b"")
             for number, line in enumerate(lines, 1):
                 size += len(line)
                 # a line of that length was not read to its end
                 if len(line) == MAX_LINE or size > max_size:
-                    sizes = f"{size:,} characters so far from a file of {file_size:,} bytes"
+                    sizes = f"{size:,} bytes so far from a file of {file_size:,} bytes"
                     raise InputError(
                         f"{name}, line {number}: {sizes} are no rows of text",
                         field=field,
@@ -40,9 +41,11 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
                 # an empty line is no row, one at the end for example
                 if line.strip():
                     rows += 1
-                    yield _json_object(line, field, f"{name}, line {number}")
-    # a truncated or changed file, or one in another encoding
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+                    # only a file begins with a byte order mark
+                    encoding = "utf-8-sig" if number == 1 else "utf-8"
+                    yield _json_object(line, encoding, field, f"{name}, line {number}")
+    # a truncated or changed file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
             f"{name} is damaged after line {number} ({error})",
             field=field,
@@ -52,12 +55,21 @@ def read_json_lines(path: Path, field: str, name: str) -> Iterator[dict[str, Any
         raise InputError(f"{name} is empty", field=field, remedy="give a file with at least one row")
 
 
-def _json_object(line: str, field: str, location: str) -> dict[str, Any]:
+def _json_object(line: bytes, encoding: str, field: str, location: str) -> dict[str, Any]:
     remedy = "correct the line"
     try:
-        row = json.loads(line)
+        # without its end, where the decoder would see another line
+        row = json.loads(line.decode(encoding).rstrip())
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{location} is not in UTF-8",
+            field=field,
+            remedy="convert the file, for example: iconv -f latin1 -t utf-8 OLD > NEW",
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{location} is not JSON ({error})", field=field, remedy=remedy) from error
+        # the decoder's own words have a second line number, always 1
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"{location} is not JSON ({reason})", field=field, remedy=remedy) from error
     if not isinstance(row, dict):
         raise InputError(f"{location} must be a JSON object", field=field, remedy=remedy)
     return row

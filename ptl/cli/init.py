@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ptl.config.paths import FILL_IN
 from ptl.config.run import Task
 from ptl.errors import InputError
 from ptl.preflight.starter import Request, Starter, run_name, starter
-from ptl.preflight.starter_presets import FILL_IN, Data
+from ptl.preflight.starter_presets import Data
 
 
 def init(

@@ -22,6 +22,7 @@ SUFFIXES = (
     ".yaml",
     ".yml",
 )
+FILL_IN = "FILL-IN"  # what a user must replace in a config of `ptl init`; no file, data set or task has that name
 LONGEST, LONGEST_NAME = 4096, 255  # bytes of a path and of each part of it, as Linux has them
 
 

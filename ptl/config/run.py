@@ -365,9 +365,10 @@ def _explanation(section: type[Section], details: Any) -> str:
     """What is wrong with a field, in words that name a remedy."""
     if details["type"] == "extra_forbidden":
         similar = " or ".join(suggestions.fields(section, details["loc"]))
+        method = next((f" of {part}" for part in details["loc"][-2:-1] if part in suggestions.METHODS), "")
         if similar:
-            return f"unknown field; did you mean {similar}?"
-        return "unknown field; remove it, or see `ptl schema` for the fields there are"
+            return f"unknown field{method}; did you mean {similar}?"
+        return f"unknown field{method}; remove it, or see `ptl schema` for the fields there are"
     if details["type"] == "missing":
         return "missing; add it"
     message = details["msg"]

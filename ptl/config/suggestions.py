@@ -9,9 +9,12 @@ from typing import Any, get_args
 
 from ptl.config.base import Section
 from ptl.config.goal import TAGS
+from ptl.config.recover import Cpt, Distil, Grpo
 
 MOST = 3  # suggestions
-KINDS = {"cpt", "distil", "grpo", *TAGS}  # of stages and targets, which pydantic puts into the location of a field
+NEAR, NEAR_OF_METHOD = 0.7, 0.6  # similarity of a name that may have been meant; methods name one thing differently
+METHODS: dict[str, type[Section]] = {"cpt": Cpt, "distil": Distil, "grpo": Grpo}
+KINDS = {*METHODS, *TAGS}  # of stages and targets, which pydantic puts into the location of a field
 
 Path = tuple[str, ...]  # of a field: names from the outermost section inwards
 
@@ -23,14 +26,16 @@ def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     # Without the indices of lists.
     parents = tuple(part for part in outer if isinstance(part, str) and part not in KINDS)
 
+    # A typing error: a similar name in the same section; of a stage, among its method's own fields.
+    method = METHODS.get(str(outer[-1])) if outer else None
+    siblings = list(method.model_fields) if method else [path[-1] for path in known if path[:-1] == parents]
+    siblings = [name for name in siblings if name != last]
+    for similar in difflib.get_close_matches(str(last), siblings, 1, cutoff=NEAR_OF_METHOD if method else NEAR):
+        return [".".join([*parents, similar])]
+
     # The right name in the right place, but for another method or kind of target: no name is meant.
     if (*parents, last) in known:
         return []
-
-    # A typing error: a similar name in the same section.
-    siblings = [path[-1] for path in known if path[:-1] == parents]
-    for similar in difflib.get_close_matches(str(last), siblings, 1, cutoff=0.7):
-        return [".".join([*parents, similar])]
 
     # The right name, but of another section.
     namesakes = [".".join(path) for path in known if path[-1] == last]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptl.config.recover import DataSource
-from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
+from ptl.data.sources import SHAREGPT, SourceRow, chat_and_answer, local_file, numbered_rows, texts
 from ptl.errors import InputError
 
 SAMPLE = 200  # rows that are looked at
@@ -87,7 +87,7 @@ def _chats(rows: Sequence[Row], column: str) -> dict[str, str]:
     if any(isinstance(turn, Mapping) and {"from", "value"} <= turn.keys() for turn in turns):
         raise InputError(
             f"column {column!r} holds chats with `from` and `value` (ShareGPT), and turns need `role` and `content`",
-            remedy="rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)",
+            remedy=SHAREGPT,
         )
     return {"format": "messages", "messages": column}
 

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from string import Formatter
 from typing import Any
 
+from ptl.config.paths import FILL_IN
 from ptl.config.recover import DataSource
 from ptl.config.templates import columns_of
 from ptl.errors import InputError
@@ -26,6 +28,7 @@ FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
 # remedies
 CORRECT = "correct the row"
 LEAVE_OUT = "leave such rows out"
+SHAREGPT = "rewrite them (from: human -> role: user, from: gpt -> role: assistant, value -> content)"
 
 Chat = list[dict[str, Any]]  # turns with role and content
 
@@ -119,7 +122,7 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     if not isinstance(chat, list) or not chat:
         raise row.error(
             f" has no list in column {column!r} (columns there: {_names(row)})",
-            "name the column that holds the chat",
+            f"name the column that holds the chat: messages: {_chat_column(row)}",
         )
     for position, message in enumerate(chat, 1):
         _check_message(message, position, row)
@@ -131,9 +134,19 @@ def turns(row: SourceRow) -> tuple[Chat, Chat]:
     return chat[:-1], chat[-1:]
 
 
+def _chat_column(row: SourceRow) -> str:
+    """The column that is probably meant: the first with a list of objects."""
+    for name, value in row.columns.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return str(name)
+    return "COLUMN"
+
+
 def _check_message(message: Any, position: int, row: SourceRow) -> None:
     """Raise InputError for a turn without a role, or whose content is no text; `position` counts from 1."""
     role = message.get("role") if isinstance(message, dict) else None
+    if isinstance(message, dict) and message.keys() >= {"from", "value"}:
+        raise row.error(f": message {position} has `from` and `value` (ShareGPT), no role and content", SHAREGPT)
     if not isinstance(role, str):
         raise row.error(f": message {position} is no object with a role and a content", CORRECT)
     content = message.get("content")
@@ -189,21 +202,36 @@ def fill(template: str, row: SourceRow) -> str:
     try:
         # first each value for itself: format_map would write None and [1, 2] into the text
         for name in _template_columns(template):
-            value, _ = Formatter().get_field(name, (), row.columns)
+            value = _value(name, row)
             if not _is_text(value):
                 raise row.error(
                     f" holds {_kind(value)} for {{{name}}}, which is no text",
                     f"{LEAVE_OUT}, or name a part of it ({{{name}[0]}}, {{{name}[key]}})",
                 )
         text = template.format_map(row.columns)
-    # a missing column or key, and a format that the value does not take
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise row.error(
-            f" lacks {error}, which a template names (columns there: {_names(row)})",
-            "correct the template",
-        ) from error
+    # a format that the value does not take
+    except (ValueError, TypeError) as error:
+        raise row.error(f" has a value that the template's format does not take ({error})", "correct it") from error
     _check_unicode(text, row)
     return text
+
+
+def _value(name: str, row: SourceRow) -> Any:
+    """a column, or a part of its value (`column[key]`). Raises InputError where there is none."""
+    column, bracket, keys = name.partition("[")
+    if column not in row.columns:
+        raise row.error(
+            f" lacks {column!r}, which a template names (columns there: {_names(row)})", "correct the template"
+        )
+    try:
+        value, _ = Formatter().get_field(name, (), row.columns)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        whole = row.columns[column]
+        raise row.error(
+            f" has {_kind(whole)} in {column!r}, with no part {bracket}{keys}, which a template names",
+            f"write {{{column}}}" if isinstance(whole, str) else "correct the template",
+        ) from error
+    return value
 
 
 def _names(row: SourceRow) -> str:
@@ -233,7 +261,7 @@ def _kind(value: Any) -> str:
     # NaN, or an infinite number
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else str(value)
-    return f"a {type(value).__name__}"
+    return "a text" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def local_file(source: DataSource, field: str = DATA) -> Path | None:
@@ -244,13 +272,19 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     if path.name.endswith((*JSON_LINES, ".parquet")):
         if name.startswith("s3://"):
             return _from_s3(name, setting)
+        if path.name.startswith(FILL_IN):
+            raise InputError(f"{path.name} is still to be filled in", field=setting, remedy=f"give {FILE_KINDS}")
         if not path.is_file():
             raise InputError(f"no file {path}", field=setting, remedy=f"give {FILE_KINDS}")
         return path
     # the id of a data set has no such ending
     if path.suffix in (".json", ".csv", ".txt") or path.exists() or name.startswith("s3://"):
+        # of a file with one long list
+        convert = f" (jq -c '.[]' {quote(name)} > {quote(name)}l)" if path.suffix == ".json" and path.is_file() else ""
         raise InputError(
-            f"{name} is no .jsonl, .jsonl.gz or .parquet file", field=setting, remedy="convert it, or give a hub id"
+            f"{name} is no .jsonl, .jsonl.gz or .parquet file",
+            field=setting,
+            remedy=f"convert it{convert}, or give a hub id",
         )
     return None
 
@@ -310,9 +344,10 @@ def _from_hub(source: DataSource, setting: str) -> Any:
     try:
         return datasets.load_dataset(source.source, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen kinds; each means that the source cannot be had
+        parts = {"subset": source.subset, "split": source.split, "revision": source.revision}
+        chosen = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
         raise InputError(
-            f"dataset {source.source!r} (subset {source.subset}, split {source.split}, revision {source.revision}) "
-            f"cannot be loaded: {type(error).__name__}: {error}",
+            f"dataset {source.source!r} ({chosen}) cannot be loaded: {type(error).__name__}: {error}",
             field=setting,
-            remedy=f"check the id, or give {FILE_KINDS}",
+            remedy=f"check the id, HF_TOKEN and the connection, or give {FILE_KINDS}",
         ) from error

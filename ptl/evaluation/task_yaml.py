@@ -115,7 +115,8 @@ def load_spec(path: Path) -> Spec:
         raise InputError(
             f"no task file {path}",
             field="evaluate.tasks",
-            remedy="give a path relative to the working directory",
+            remedy="correct the path: in a config it is relative to the config's folder, in an option to the working "
+            "directory",
         )
     config = read_yaml(path.resolve())
     if not isinstance(config.get("task"), str):

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ptl.config.paths import FILL_IN
 from ptl.config.run import Evaluate, Gate, Task
 from ptl.errors import InputError
 from ptl.evaluation import task_yaml
@@ -36,6 +37,12 @@ def can_find(name: str) -> bool:
 
 def find(name: str) -> list[Spec]:
     """The task of that name or path; a group (minerva_math) gives its members. Raises InputError with close names."""
+    if name == FILL_IN:
+        raise InputError(
+            f"{FILL_IN} is still to be filled in",
+            field="evaluate.tasks",
+            remedy="name a task, for example gsm8k (`lm_eval ls tasks` lists all), or give the path of a task YAML",
+        )
     if is_path(name):
         return [task_yaml.load_spec(Path(name))]
     paths = task_yaml.task_index()
@@ -73,10 +80,13 @@ def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     extraction = extraction or spec.filters[0]
     for kind, choice, known in (("metric", name, spec.metrics), ("filter", extraction, spec.filters)):
         if choice not in known:
+            default = " (the default of `metric`)" if metric == Task.model_fields["metric"].default else ""
             raise InputError(
-                f"the task {spec.name!r} has no {kind} {choice!r}",
+                f"the task {spec.name!r} has no {kind} {choice!r}{default}",
                 field="evaluate.tasks",
-                remedy=f"use one of: {', '.join(known)}",
+                remedy=f"set the task's `metric` to one that it has: {', '.join(known)}"
+                if kind == "metric"
+                else f"use one of: {', '.join(known)}",
             )
     return name, extraction
 

@@ -32,8 +32,10 @@ def locate(
         )
         return Path(snapshot)
     except (HFValidationError, OSError) as error:  # the hub's own errors are OSErrors
+        at_revision = f" at revision {revision}" if revision else ""
+        kind = type(error).__name__
         raise InputError(
-            f"{path!r} is no local folder, and the hub does not give it (revision {revision}): {type(error).__name__}",
+            f"{path!r} is no local folder, and the hub does not give it{at_revision} ({kind})",
             field=field,
             remedy=_remedy(error),
         ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import yaml
 
+from ptl.config.paths import FILL_IN
 from ptl.config.recover import DataSource, TrainingSource
 from ptl.config.run import Task
 from ptl.data.row_formats import Recognised
@@ -20,7 +21,6 @@ from ptl.evaluation.task_yaml import Spec
 from ptl.evaluation.tasks import can_find, find, is_accuracy, is_path
 from ptl.units import listed
 
-FILL_IN = "FILL-IN"  # what a user must replace; no file, data set or task has that name
 CHARACTERS = 4  # of a token, roughly
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
 PLAIN = re.compile(r"[A-Za-z./][\w./-]*")  # a text that needs no quotes in YAML, unless YAML reads it as another type

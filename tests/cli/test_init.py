@@ -142,11 +142,11 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
     assert code == 0
     assert "FILL-IN: calibration.data and evaluate.tasks" in said
     code, said = ptl("validate", "mine.yaml")
-    assert (code, "calibration.data.source: no file" in said) == (2, True)
+    assert (code, "calibration.data.source: FILL-IN.jsonl is still to be filled in" in said) == (2, True)
     text = Path("mine.yaml").read_text().replace("FILL-IN.jsonl", str(REASONER / "train.jsonl.gz"))
     Path("mine.yaml").write_text(text)
     code, said = ptl("validate", "mine.yaml")
-    assert (code, "'FILL-IN' is no task" in said) == (2, True)
+    assert (code, "FILL-IN is still to be filled in" in said) == (2, True)
     Path("mine.yaml").write_text(text.replace("name: FILL-IN", f"name: {REASONER / 'tiny_reasoner.yaml'}"))
     code, said = ptl("validate", "mine.yaml")
     assert code == 0, said

@@ -429,13 +429,15 @@ def test_a_tokenizer_without_eos_is_an_error():
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', r"line 2 is not JSON \(.*, column 10\)"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n[1]\n', "line 2 must be a JSON object"),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "row 2 of .* lacks 'completion'"),
-        ("a.jsonl", b"\xff\xfe", "is damaged"),
+        ("a.jsonl", b"\xff\xfe", "line 1 is not in UTF-8; convert"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe9"}', "line 2 is not in UTF-8; convert"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": 1, "completion": 2}\n')[:-9], "is damaged"),
         ("a.parquet", b"not parquet", "no readable Parquet"),
-        ("a.csv", b"a,b", "convert it"),
+        ("a.csv", b"a,b", "file; convert it, or"),
+        ("a.json", b"[]", r"convert it \(jq -c '.\[\]' .*/a.json > .*/a.jsonl\)"),
     ],
 )
 def test_errors_of_files_name_the_place(tmp_path, name, content, said):
@@ -506,9 +508,9 @@ def test_a_part_of_a_value_may_be_named():
     source = DataSource(source="a.jsonl", completion="{answer[steps][0]} #### {answer[value]}")
     row = {"prompt": "1+1?", "answer": {"steps": ["1+1=2"], "value": 2}}
     assert sources.texts(SourceRow(row, source, 1)) == ("1+1?", "1+1=2 #### 2")
-    with pytest.raises(InputError, match="lacks 'steps'"):
+    with pytest.raises(InputError, match=r"a dict in 'answer', with no part \[steps\]\[0\]"):
         sources.texts(SourceRow({"prompt": "1+1?", "answer": {}}, source, 1))
-    with pytest.raises(InputError, match="lacks"):
+    with pytest.raises(InputError, match="with no part"):
         sources.texts(SourceRow({"prompt": "1+1?", "answer": "2"}, source, 1))
 
 
@@ -540,6 +542,7 @@ CHATS = {
     "an-answer-alone": ([ANSWERED], "nothing comes before"),
     "text": ("1+1?", "no list in column"),
     "list-of-texts": (["1+1?", "2"], "message 1 is no object"),
+    "sharegpt": ([{"from": "human", "value": "1+1?"}], "has `from` and `value` .*from: human -> role: user"),
     "no-role": ([{"content": "1+1?"}, ANSWERED], "message 1 is no object with a role"),
     "null-content": ([ASKED, ANSWERED | {"content": None}], r"content of message 2 is no text \(null\)"),
     "parts": ([ASKED | {"content": [{"type": "text"}]}, ANSWERED], r"message 1 is no text \(a list\)"),
@@ -603,8 +606,35 @@ def test_a_bomb_of_gzip_is_refused_before_it_fills_the_memory(tmp_path, monkeypa
     monkeypatch.setattr(json_lines, "MAX_LINE", 10_000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(content))
-    with pytest.raises(InputError, match=r"characters so far from a file of [\d,]+ bytes"):
+    with pytest.raises(InputError, match=r"bytes so far from a file of [\d,]+ bytes"):
         read_rows(DataSource(source=str(path)))
+
+
+def test_a_chat_in_another_column_is_named(tmp_path):
+    path = rows_file(tmp_path / "a.jsonl", [{"id": "1", "conversations": [ASKED, ANSWERED]}])
+    with pytest.raises(InputError, match=r"name the column that holds the chat: messages: conversations$"):
+        check_rows(DataSource(source=path, format="messages"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("{a[key]}", r"has a text in 'a', with no part \[key\], which a template names; write \{a\}$"),
+        ("{b[1]}", r"has a list in 'b', with no part \[1\]"),
+        ("{c}", r"lacks 'c', which a template names \(columns there: a, b\)"),
+        ("{a:.2f}", "a value that the template's format does not take"),
+    ],
+)
+def test_errors_of_templates_name_what_is_missing(tmp_path, prompt, said):
+    path = rows_file(tmp_path / "a.jsonl", [{"a": "x", "b": ["y"]}])
+    with pytest.raises(InputError, match=said):
+        check_rows(DataSource(source=path, prompt=prompt, completion="{a}"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + ROW)
+    (row,) = read_rows(DataSource(source=str(tmp_path / "a.jsonl")))
+    assert row == {"prompt": "a", "completion": "b"}
 
 
 def test_json_that_is_too_deep_names_its_line(tmp_path):
