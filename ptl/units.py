@@ -48,6 +48,18 @@ def duration(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
 
 
+def times_beside(value: float, goal: float) -> str:
+    """A ratio with two digits after the point, or as many as show on which side of the goal it is: 1.3499 -> `1.3499`.
+
+    `1.35 times, and the goal is 1.35 times` would not say whether it is reached.
+    """
+    for digits in range(2, 9):
+        rounded = round(value, digits)
+        if (rounded >= goal) == (value >= goal):
+            return f"{value:.{digits}f}"
+    return repr(value)
+
+
 def decimal_hours(value: float) -> str:
     """Hours with at least two digits that count: 12.34, 0.042, 2.1e-05."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
@@ -57,6 +69,12 @@ def listed(names: Sequence[str]) -> str:
     """`a`; `a and b`; `a, b and c`."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """`iteration`, [4] -> `iteration 4`; [3, 4] -> `iterations 3 and 4`."""
+    plural = "" if len(numbers) == 1 else "s"
+    return f"{noun}{plural} {listed([str(number) for number in numbers])}"
 
 
 def counted(number: int, noun: str) -> str:

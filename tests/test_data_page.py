@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptl.cli.configs import checked_params
+from ptl.cli.configs import checked
 from ptl.config.run import load_config
 from ptl.errors import InputError
 
@@ -52,10 +52,10 @@ def config_with(part, folder):
 def test_an_example_is_valid_or_has_the_error_that_follows_it(folder, part, said):
     path = config_with(part, folder)
     if not said:
-        assert checked_params(load_config(path)) == 213_568
+        assert checked(load_config(path)).params == 213_568
         return
     with pytest.raises(InputError) as caught:
-        checked_params(load_config(path))
+        checked(load_config(path))
     assert str(caught.value).replace(str(folder), HOME) == said
 
 

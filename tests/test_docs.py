@@ -13,7 +13,7 @@ import typer
 
 from pipelines.prune_tune_loop.pipeline import parameters
 from ptl.cli import app
-from ptl.cli.configs import checked_params
+from ptl.cli.configs import checked
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 from ptl.errors import PtlError
@@ -105,4 +105,4 @@ def test_a_whole_config_that_is_shown_is_valid(page, tmp_path):
     (tmp_path / "readme.yaml").write_text(block)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     config = load_config(tmp_path / "readme.yaml")
-    assert checked_params(config) == 213_568
+    assert checked(config).params == 213_568

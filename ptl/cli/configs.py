@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,17 +14,20 @@ from ptl.cli.options import ConfigFile, Overrides
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 
+if TYPE_CHECKING:
+    from ptl.model.dimensions import ModelDimensions
+
 
 def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
-    params = checked_params(settings)
+    dimensions = checked(settings)
     from ptl.preflight import target
 
     goal = target.sentence(settings)
     if goal:
         print(goal)
-    _print_plan(target.with_number(settings), params)
+    _print_plan(target.with_number(settings), dimensions)
 
 
 def schema() -> None:
@@ -36,7 +39,7 @@ def plan(
     config: ConfigFile,
     sets: Overrides,
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
-    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step; default: as the config says")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step, in place of resources.accelerators")] = None,
 ) -> None:
     """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
 
@@ -90,9 +93,9 @@ def require_checkout(command: str) -> None:
         )
 
 
-def checked_params(config: Config) -> int:
-    """Check all that can be checked without weights in memory; returns the dense model's parameters."""
-    from ptl.preflight import advice, preflight, target
+def checked(config: Config) -> ModelDimensions:
+    """Check all that can be checked without weights in memory; returns the dense model's sizes."""
+    from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
@@ -107,11 +110,11 @@ def checked_params(config: Config) -> int:
         config.gate,
         config.recover,
     )
-    params = dimensions.params
     schedule = target.with_number(config).schedule
-    warn(advice.depth_warnings(schedule, params))
-    warn(advice.layer_warnings(schedule, config.prune, params, dimensions.params_per_layer))
-    return params
+    warn(advice.depth_warnings(schedule, dimensions.params))
+    warn(advice.layer_warnings(schedule, config.prune, dimensions.params, dimensions.params_per_layer))
+    warn(planned.idle_warnings(dimensions, schedule, config.prune))
+    return dimensions
 
 
 def warn(warnings: list[str]) -> None:
@@ -120,24 +123,23 @@ def warn(warnings: list[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _print_plan(config: Config, params: int) -> None:
+def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ptl.config.schedule import plan as planned_iterations
-    from ptl.config.schedule import removal
+    from ptl.preflight import planned
 
-    table = Table(title=f"{config.name}: {params:,} parameters", title_justify="left")
+    before = dimensions.params
+    table = Table(title=f"{config.name}: {before:,} parameters", title_justify="left")
     for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
         table.add_column(heading, justify="right")
-    # Shares of the iterations are fractions of what is removed in all.
-    total = removal(params, config.schedule.target)
-    for iteration in planned_iterations(config.schedule, config.prune):
+    for iteration, after in planned.sizes(dimensions, config.schedule, config.prune):
         table.add_row(
             str(iteration.index),
             iteration.unit,
-            f"{float(iteration.cut * total):,.0f}",
-            f"{params - int(iteration.progress * total):,}",
+            f"{before - after:,}",
+            f"{after:,}",
             f"{iteration.tokens:,}",
         )
+        before = after
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -131,12 +132,13 @@ def _print_end(file: Path, made: Starter, gpu: str) -> None:
     if made.to_fill:
         print(f"Fill in first, where it says {FILL_IN}: {' and '.join(made.to_fill)}")
     of_gpu = f" --gpu {gpu}" if made.forecast is not None and gpu != "h100" else ""
+    config = shlex.quote(str(file))
     steps = {
-        f"ptl validate {file}": "check it, its data and the model, which is downloaded",
-        f"ptl plan {file}{of_gpu}": "memory and hours of every step",
-        f"ptl run {file} --rehearse": "the same steps with about 1 % of the work",
-        f"ptl run {file}": "here",
-        f"ptl submit {file}": "on a cluster",
+        f"ptl validate {config}": "check it, its data and the model, which is downloaded",
+        f"ptl plan {config}{of_gpu}": "memory and hours of every step",
+        f"ptl run {config} --rehearse": "the same steps with about 1 % of the work",
+        f"ptl run {config}": "here",
+        f"ptl submit {config}": "on a cluster",
     }
     width = max(map(len, steps))
     print("Next:")

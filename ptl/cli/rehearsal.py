@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ptl.cli.options import HOME
 from ptl.config.rehearsal import Change, changes, left_out, rehearsal
 from ptl.config.run import Config
+from ptl.errors import WorkError
 from ptl.local.run_directory import RunDir
 from ptl.preflight import gpus
 
@@ -31,7 +35,7 @@ def _announced(config: Config, num_gpus: int | None) -> tuple[Config, list[str]]
     rehearsed = rehearsal(config, num_gpus)
     differences = changes(config, rehearsed)
     Console().print(_table(config.name, differences))
-    return rehearsed, left_out(differences)
+    return rehearsed, left_out(config, rehearsed, num_gpus)
 
 
 def _table(name: str, differences: Sequence[Change]) -> Any:
@@ -47,7 +51,9 @@ def _table(name: str, differences: Sequence[Change]) -> Any:
 
 
 def _cell(values: Sequence[Any]) -> str:
-    return ", ".join(_text(value) for value in values)
+    from rich.markup import escape
+
+    return escape(", ".join(_text(value) for value in values))
 
 
 def _text(value: Any) -> str:
@@ -63,15 +69,38 @@ def options(sets: Sequence[str]) -> list[str]:
     return [word for entry in sets for word in ("--set", entry)]
 
 
-def conclude(directory: RunDir, not_rehearsed: Sequence[str], arguments: str) -> None:
-    """Print what the rehearsal has shown, and what comes next; `arguments` are the command's own."""
+def where(s3: bool, runner: str, home: Path) -> list[str]:
+    """The options of `ptl run` that say where a run is executed and kept."""
+    words = ["--s3"] if s3 else []
+    if runner != "subprocess":
+        words += ["--runner", runner]
+    if home != HOME:
+        words += ["--home", str(home)]
+    return words
+
+
+def conclude(
+    directory: RunDir, not_rehearsed: Sequence[str], arguments: Sequence[str], run_options: Sequence[str]
+) -> None:
+    """Print what the rehearsal has shown, and what comes next; `arguments` and `run_options` are the command's own.
+
+    Raises WorkError where the control arm failed: a real run would end without it, after all its hours.
+    """
     result = json.loads(directory.result.read_text())
+    if result["control_failed"]:
+        steps = ", ".join(row["step"] for row in result["not_finished"]) or "control"
+        raise WorkError(
+            f"{steps} did not finish: {result['control_failed']}",
+            field="the rehearsal",
+            remedy="fix it and run the same command again",
+        )
     skipped = [step["step"] for step in result["not_needed"]]
     print("\nRehearsal: every step of the run works here. The numbers above mean nothing: hardly anything was trained.")
     if skipped:
         print(f"Not rehearsed, because the loop had ended: {', '.join(skipped)}.")
     _print_left_out(not_rehearsed)
-    print(f"Next, the run itself, on Kubeflow or on this machine:\n  ptl submit {arguments}\n  ptl run {arguments}")
+    print("Next, the run itself, on Kubeflow or on this machine:")
+    print(f"  ptl submit {shlex.join(arguments)}\n  ptl run {shlex.join([*arguments, *run_options])}")
 
 
 def _print_left_out(parts: Sequence[str]) -> None:

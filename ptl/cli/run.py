@@ -13,8 +13,9 @@ import typer
 
 from ptl import processes
 from ptl.cli import rehearsal
-from ptl.cli.configs import checked_params, require_checkout
+from ptl.cli.configs import checked, require_checkout
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
+from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError
 from ptl.local import run_directory, runs
@@ -53,7 +54,7 @@ def run(
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        checked_params(settings)
+        checked(settings)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)
@@ -75,7 +76,8 @@ def run(
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
             if rehearse:
-                rehearsal.conclude(directory, left_out, shlex.join([str(config), *rehearsal.options(sets)]))
+                arguments = [str(config), *rehearsal.options(sets)]
+                rehearsal.conclude(directory, left_out, arguments, rehearsal.where(s3, runner, home))
 
 
 def _check_runner(runner: str, config: Config, s3: bool) -> None:
@@ -85,6 +87,9 @@ def _check_runner(runner: str, config: Config, s3: bool) -> None:
 
     if runner not in RUNNERS:
         raise InputError(f"{runner!r} must be one of {', '.join(RUNNERS)}", field="--runner")
+    if runner == "subprocess":
+        for stage in config.recover:
+            trackers.check(stage.report_to)
     if runner == "docker":
         # With --s3 the address is not known yet, only that it will be a server's.
         tracking_uri = "http://" if s3 else os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -120,4 +125,4 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     print_table(json.loads(directory.result.read_text()), directory.path)
-    print(f"Checkpoint: `ptl fetch {directory.path} DIR` copies the final one")
+    print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")

@@ -2,13 +2,33 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from ptl.address import without_login
 
 LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with other digits
 
 Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors that speak of "greater than 0"
+
+
+def one_error(message: str) -> WrapValidator:
+    """For a field with alternatives (`int | Literal["auto"]`): one error, where pydantic has one for each of them."""
+
+    def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            raise ValueError(message) from error
+
+    return WrapValidator(validate)
 
 
 class Section(BaseModel):

@@ -13,6 +13,7 @@ from ptl.units import quantity
 FEWEST = 1000  # parameters to end with: a smaller number is a share that was meant as one of 100
 BY_GOAL = 0.0  # as the pipeline's parameter `target`: its parameter `goal` says it
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kMGT]|[KMGT]i)B?")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes
 # Kinds of target, which pydantic puts into the location of a field.
 NUMBER, MEMORY, SPEED = TAGS = ("<number>", "<memory>", "<speed>")
@@ -42,8 +43,24 @@ def _memory(value: Any) -> str:
     return text
 
 
+def _no_percent(value: Any) -> Any:
+    """Refuse `40%` with the share that was meant."""
+    share = _of_percent(value)
+    if share is not None and 0 < share < 1:
+        raise ValueError(f"must be a share of the parameters to remove: write {share:g}")
+    return value
+
+
+def _of_percent(value: Any) -> float | None:
+    """`40%` -> 0.4; None for all others."""
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    return match and float(match[1]) / 100
+
+
 def _without_times(value: Any) -> Any:
-    """`1.5x` is 1.5."""
+    """`1.5x` is 1.5. Refuses `150%` with the ratio that was meant."""
+    if ratio := _of_percent(value):
+        raise ValueError(f"must be times the dense model's speed: write {ratio:g}x")
     return value.strip().removesuffix("x") if isinstance(value, str) else value
 
 
@@ -104,7 +121,7 @@ def _kind(target: Any) -> str:
     return MEMORY if isinstance(target, MemoryGoal | dict) else NUMBER
 
 
-Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count)]
+Number = Annotated[float, Field(gt=0, le=LARGEST), AfterValidator(_share_or_count), BeforeValidator(_no_percent)]
 Target = Annotated[
     Annotated[Number, Tag(NUMBER)] | Annotated[MemoryGoal, Tag(MEMORY)] | Annotated[SpeedGoal, Tag(SPEED)],
     Discriminator(_kind),

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from ptl.config.base import Positive, Section
+from ptl.config.base import Positive, Section, one_error
 from ptl.config.paths import Location
 from ptl.config.templates import Template
 from ptl.config.trackers import Trackers
@@ -29,6 +29,9 @@ MIN_TOKENS = 2  # of a stage in one iteration: the first token of a text is pred
 
 TOLERANCE = 1e-9  # of a sum of shares
 Off = Literal["off", False]  # YAML 1.1 reads off as false, YAML 1.2 as a text
+Decay = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | Literal["each"], one_error("must be a share from 0 to 1, or each")
+]
 
 
 class DataSource(Section):
@@ -182,7 +185,7 @@ class NextToken(Stage):
     packing: bool = False
     """join sequences to max_length (loss `all` only)"""
     # from one iteration to the next
-    decay: Annotated[float, Field(ge=0, le=1)] | Literal["each"] = 0.5
+    decay: Decay = 0.5
     """share of the run's recovery over which the learning rate decays, at its end; `each`: in each iteration anew"""
     carry_moments: bool = True
     """carry the optimizer state to the next iteration, pruned together with the weights"""

@@ -8,12 +8,11 @@ nor a guard. Pure and torch-free.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ptl.config.cluster import Resources
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import Grpo, NextToken, RecoverStage, Recovery
 from ptl.config.run import Calibration, Config, Evaluate, Gate, Speed, Task, check
@@ -180,17 +179,23 @@ def _storage(config: Config) -> Any:
 
 def _fitting(config: Config, gpus: int) -> Config:
     """The run as a machine with these GPUs can execute it."""
-    stages = tuple(_fitting_stage(stage, gpus, config.resources) for stage in config.recover)
+    requested = config.resources.accelerators_of("recover")
+    stages = tuple(_fitting_stage(stage, gpus, requested) for stage in config.recover)
+    evaluate = config.evaluate
+    requested = config.resources.accelerators_of("evaluate")
     evaluate = _with(
-        config.evaluate,
-        backend=config.evaluate.backend if gpus else "hf",
-        processes=_processes(config.evaluate.processes, "evaluate", gpus, config.resources),
+        evaluate,
+        backend=evaluate.backend if gpus else "hf",
+        processes=_processes(evaluate.processes, requested, gpus, lambda _: True),
     )
     return _with(config, recover=stages, evaluate=evaluate)
 
 
-def _fitting_stage(stage: RecoverStage, gpus: int, resources: Resources) -> RecoverStage:
-    changes: dict[str, Any] = {"processes": _processes(stage.processes, "recover", gpus, resources)}
+def _fitting_stage(stage: RecoverStage, gpus: int, requested: int) -> RecoverStage:
+    def divides(count: int) -> bool:
+        return stage.batch_size % (stage.accumulation * count) == 0
+
+    changes: dict[str, Any] = {"processes": _processes(stage.processes, requested, gpus, divides)}
     if gpus <= 1:
         changes["sharding"] = "none"
     if gpus == 0:
@@ -200,11 +205,18 @@ def _fitting_stage(stage: RecoverStage, gpus: int, resources: Resources) -> Reco
     return _with(stage, **changes)
 
 
-def _processes(processes: int | None, step: str, gpus: int, resources: Resources) -> int | None:
-    """No more processes of a step than there are GPUs; without GPUs in the run they are processes on the CPU."""
-    if processes is None or resources.accelerators_of(step) <= gpus:
-        return processes
-    return min(processes, max(1, gpus))
+def _processes(configured: int | None, requested: int, gpus: int, divides: Callable[[int], bool]) -> int | None:
+    """The processes of a step for which the run requests accelerators: its own, or the most that these GPUs can have.
+
+    None is one for each GPU of the machine. Of a run without accelerators nothing changes: its processes are on CPUs.
+    """
+    count = configured or requested
+    if requested and count > gpus:
+        # A batch is divided among them; one process takes any.
+        count = next((fewer for fewer in range(gpus, 1, -1) if divides(fewer)), 1)
+    elif configured or not requested:
+        return configured
+    return configured if count == (configured or max(1, gpus)) else count
 
 
 def changes(config: Config, rehearsed: Config) -> list[Change]:
@@ -239,12 +251,25 @@ LEFT_OUT = {
 }
 
 
-def left_out(differences: list[Change]) -> list[str]:
-    """What of the run is not rehearsed: it needs GPUs that are not here, or fails where there are few data."""
-    parts = []
-    for change in differences:
+def left_out(config: Config, rehearsed: Config, gpus: int | None) -> list[str]:
+    """What of the run is not rehearsed on a machine with so many GPUs (None: where the run itself will be).
+
+    It needs GPUs that are not there, or fails where there are few data.
+    """
+    resources = config.resources
+    run = _with_processes(config, lambda step: resources.accelerators_of(step) or gpus or 1)
+    shrunk = _with_processes(rehearsed, lambda step: (resources.accelerators_of(step) if gpus is None else gpus) or 1)
+    parts: list[str] = []
+    for change in changes(run, shrunk):
         _, _, name = change.field.rpartition(".")
         if name in LEFT_OUT:
             left = [value for value in change.run if value not in change.rehearsal]
             parts += [LEFT_OUT[name].format(value) for value in left]
-    return parts
+    return list(dict.fromkeys(parts))  # training and evaluation may lack the same
+
+
+def _with_processes(config: Config, default: Callable[[str], int]) -> Config:
+    """The config with all numbers of processes written out; `default` is that of a kind of step."""
+    stages = tuple(_with(stage, processes=stage.processes or default("recover")) for stage in config.recover)
+    evaluate = _with(config.evaluate, processes=config.evaluate.processes or default("evaluate"))
+    return _with(config, recover=stages, evaluate=evaluate)

@@ -29,6 +29,7 @@ from ptl.errors import InputError
 S = TypeVar("S", bound=Section)
 
 SHOWN = 200  # characters of a wrong value
+KINDS = {"model_type": "must be a section, a mapping of its fields", "tuple_type": "must be a list: [...]"}
 
 
 class ModelSource(Section):
@@ -75,6 +76,13 @@ class Task(Section):
     """use only the first N items; default: all"""
     max_new_tokens: Positive | None = None
     """tokens of the longest answer; default: as the task says, otherwise 256"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_name(cls, raw: Any) -> Any:
+        if isinstance(raw, str):
+            raise ValueError(f"must be a mapping: write {{name: {raw}}}")
+        return raw
 
 
 class Speed(Section):
@@ -314,14 +322,15 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
     """Set the field that a dotted name means, as `--set` does; sections that are missing are added."""
     *parents, last = dotted.split(".")
-    for name in parents:
+    for depth, name in enumerate(parents, 1):
         section = settings.get(name, {})
         # A target may be a number or a section.
         if isinstance(section, int | float) and not isinstance(section, bool):
             section = {}
         if isinstance(section, list):
+            path = ".".join(parents[:depth])
             raise InputError(
-                f"{name} is a list", field=f"--set {dotted}", remedy=f"give it whole: --set '{name}=[{{...}}]'"
+                f"{path} is a list", field=f"--set {dotted}", remedy=f"give it whole: --set '{path}=[{{...}}]'"
             )
         if not isinstance(section, dict):
             raise InputError(f"{name} is not a section", field=f"--set {dotted}")
@@ -364,6 +373,8 @@ def _explanation(section: type[Section], details: Any) -> str:
     message = details["msg"]
     if details["type"] == "value_error":  # of our own: pydantic's message puts words before it
         message = str(details["ctx"]["error"])
+    # Pydantic's words name classes and kinds of Python.
+    message = KINDS.get(details["type"], message)
     if isinstance(details["input"], dict):  # a whole section says less than the message
         return message
     value = repr(details["input"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
-from ptl.config.base import Positive, Section
+from ptl.config.base import Positive, Section, one_error
 from ptl.config.goal import Goal, Target
 
 # Iterations by default. docs/results.md, "Where does going gradually win?": where half of the parameters go, a loop of
@@ -21,11 +21,18 @@ GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
 Unit = Literal["neurons", "layers", "auto"]
 
+Iterations = Annotated[
+    Annotated[int, Field(ge=1, le=64)] | Literal["auto"], one_error("must be a whole number from 1 to 64, or auto")
+]
+Multiple = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["auto"], one_error("must be a whole number of 1 or more, or auto")
+]
+
 
 class Schedule(Section):
     """How much each iteration removes, and how many tokens each recovery gets."""
 
-    iterations: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+    iterations: Iterations = Field(
         "auto",
         description="number of iterations, each of which prunes, recovers and evaluates; `auto`: 8 where `target` is a "
         "share of 0.5 or more, otherwise 4",
@@ -81,7 +88,7 @@ class Prune(Section):
     )
 
     # Widths that GPUs multiply fast, and that can be divided between several.
-    width_multiple: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    width_multiple: Multiple = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
         "divides the width and is at most an eighth of what is left of it",

@@ -23,6 +23,10 @@ def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     # Without the indices of lists.
     parents = tuple(part for part in outer if isinstance(part, str) and part not in KINDS)
 
+    # The right name in the right place, but for another method or kind of target: no name is meant.
+    if (*parents, last) in known:
+        return []
+
     # A typing error: a similar name in the same section.
     siblings = [path[-1] for path in known if path[:-1] == parents]
     for similar in difflib.get_close_matches(str(last), siblings, 1, cutoff=0.7):

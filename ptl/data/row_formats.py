@@ -99,9 +99,22 @@ def _pair(rows: Sequence[Row], prompt: str, completion: str) -> dict[str, str]:
         return {**words, "prompt": f"Question: {{{prompt}}}\nAnswer:", "completion": f" {{{completion}}}"}
     # Alpaca's `input` is what the instruction is about; it is empty in many rows, perhaps in all that were read.
     if prompt == "instruction" and any("input" in row for row in rows):
+        _check_inputs(rows)
         return {**words, "prompt": "{instruction}\n{input}\n"}
     joined = all(row[prompt][-1:].isspace() or str(row[completion])[:1].isspace() for row in rows)
     return {**words, "prompt": f"{{{prompt}}}" if joined else f"{{{prompt}}}\n"}
+
+
+def _check_inputs(rows: Sequence[Row]) -> None:
+    """Raise InputError where a row lacks what its instruction is about: it may need none, or be incomplete."""
+    for number, row in enumerate(rows, 1):
+        value = row.get("input")
+        if not isinstance(value, str):
+            has = "null" if value is None and "input" in row else "nothing" if value is None else f"{value!r}"
+            raise InputError(
+                f"row {number} has {has} in column 'input', which is to follow its instruction in the prompt",
+                remedy='write a text there in every row ("" where the instruction says it all), or remove the column',
+            )
 
 
 def _measured(source: DataSource, rows: Sequence[Row], count: int | None) -> Recognised:

@@ -8,6 +8,7 @@ would depend on the number of GPUs, and scores could not be compared item by ite
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptl import cuda
 from ptl.config.run import Evaluate
 from ptl.errors import InputError, WorkError
 from ptl.processes import Environment, tied
@@ -70,10 +72,17 @@ class Helper:
             raise self._failed(share.error)
         return share
 
+    def check(self) -> None:
+        """Raise WorkError where the process has ended: it waits for requests until it is closed."""
+        if self._process.poll() is not None:
+            self.share()  # has its own error, where it could send one
+            raise self._failed(f"exit code {self._process.returncode}")
+
     def close(self) -> None:
-        """End the process: it waits for requests until the connection is closed."""
-        self._connection.close()
+        """End the process, also while it works on a share that nobody needs any more."""
+        self._process.terminate()
         self._process.wait()
+        self._connection.close()
 
     def _failed(self, reason: str) -> WorkError:
         return WorkError(
@@ -106,12 +115,11 @@ def processes_for(settings: Evaluate) -> int:
 
 
 def _environment(number: int, environment: Mapping[str, str]) -> Environment:
-    """A helper sees one GPU, the `number`-th of those that this process sees."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else []
-    device = devices[number] if number < len(devices) else str(number)
+    """A helper sees one GPU, the `number`-th of those that this process sees; none where this process sees none."""
+    devices = cuda.listed(environment)
+    device = str(number) if devices is None else devices[number] if number < len(devices) else ""
     # On CPUs one thread each: helpers share the cores.
-    return {"OMP_NUM_THREADS": "1", **environment, "CUDA_VISIBLE_DEVICES": device}
+    return {"OMP_NUM_THREADS": "1", **environment, cuda.VISIBLE: device}
 
 
 def main(connection: Connection) -> None:
@@ -120,6 +128,8 @@ def main(connection: Connection) -> None:
 
     from ptl.evaluation import language_models
 
+    # Ctrl-C reaches every process of the command: the one that evaluates ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     src, settings = connection.recv()
     try:
         model = language_models.language_model(src, settings)
@@ -130,8 +140,8 @@ def main(connection: Connection) -> None:
             requests = [Instance(method, {}, request, 0) for request in arguments]
             answers = getattr(model, method)(requests, disable_tqdm=True)
             connection.send(Share(answers, model.notes, model.cut_prompts))
-    except EOFError:
-        return
+    except (EOFError, ConnectionError):
+        return  # the evaluation has ended
     except Exception as error:
         connection.send(Share(error=f"{type(error).__name__}: {error}"))
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,41 @@ def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int 
     return model
 
 
+def divided(requests: Sequence[tuple[Any, ...]], processes: int) -> list[list[int]]:
+    """The positions of each process's requests; all requests of one context go to the same process.
+
+    The harness reads a context once for all choices of a single token (MMLU has four). Two processes would read it
+    twice.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    process_of: dict[Hashable, int] = {}  # by context
+    for position, request in enumerate(requests):
+        # Requests without a context have nothing in common, and may be half of a task's.
+        context = request[0] or position
+        process = process_of.setdefault(context, len(process_of) % processes)
+        shares[process].append(position)
+    return shares
+
+
 def _divided(name: str) -> Callable[..., Any]:
     """A method of the harness's model: its requests are divided among all processes, its time goes to `seconds`."""
 
     def run(self: AnswerNotes, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        count = 1 + len(self.helpers)
-        asked = [(i, helper) for i, helper in enumerate(self.helpers, 1) if requests[i::count]]
-        for i, helper in asked:
-            helper.ask(name, [request.args for request in requests[i::count]])
+        own, *others = divided([request.args for request in requests], 1 + len(self.helpers))
+        asked = [(helper, positions) for helper, positions in zip(self.helpers, others, strict=True) if positions]
+        for helper, positions in asked:
+            helper.ask(name, [requests[position].args for position in positions])
         # It ends on the CPU: the GPU has finished too.
-        answers = getattr(super(AnswerNotes, self), name)(requests[::count], *args, **kwargs)
-        if asked:
-            own_answers, answers = answers, [None] * len(requests)
-            answers[::count] = own_answers
-        for i, helper in asked:
+        own_answers = getattr(super(AnswerNotes, self), name)([requests[i] for i in own], *args, **kwargs)
+        answers = dict(zip(own, own_answers, strict=True))  # by position
+        for helper, positions in asked:
             share = helper.share()
-            answers[i::count] = share.answers
+            answers.update(zip(positions, share.answers, strict=True))
             self.notes.update(share.notes)
             self.cut_prompts += share.cut_prompts
         self.seconds += time.perf_counter() - started
-        return answers
+        return [answers[position] for position in range(len(requests))]
 
     return run
 
@@ -73,6 +87,11 @@ class AnswerNotes:
         for helper in self.helpers:
             helper.close()
         self.helpers = ()
+
+    def check_helpers(self) -> None:
+        """Raise WorkError where one has ended; called between batches, so that the others need not be finished."""
+        for helper in self.helpers:
+            helper.check()
 
     def start_notes(self) -> None:
         """Forget what was noted, and take the place of the harness's cache hook."""
@@ -110,7 +129,12 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
             # Padding follows an answer that ended before others of its batch.
             self._ends = {self.eot_token_id, self.tokenizer.pad_token_id, *ends}
 
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            self.check_helpers()
+            return super()._model_call(*args, **kwargs)
+
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+            self.check_helpers()
             out = super()._model_generate(context, max_length, stop, **kwargs)  # [batch, prompt + answer]
             answers = out[:, context.shape[1] :]  # [batch, answer]
             for tokens in answers.tolist():

@@ -46,18 +46,24 @@ def find(name: str) -> list[Spec]:
             problem += f"; close names: {', '.join(close)}"
         remedy = "`lm_eval ls tasks` lists all; for a task of your own give the path of its YAML"
         raise InputError(problem, field="evaluate.tasks", remedy=remedy)
-    # A single task, or a group whose members are named in its YAML.
+    return _tasks_of(name, name)
+
+
+def _tasks_of(name: str, group: str) -> list[Spec]:
+    """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
+    paths = task_yaml.task_index()
     config = task_yaml.read_yaml(paths[name])
     if "group" not in config:
         return [Spec(name, paths[name], config)]
     members = config["task"]
-    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+    # A subgroup may be written out in the YAML, and a tag stands for all tasks that have it.
+    if not isinstance(members, list) or not all(isinstance(member, str) and member in paths for member in members):
         raise InputError(
-            f"the group {name!r} has subgroups of its own",
+            f"the tasks of the group {group!r} are not all named in its YAML ({name} has a tag or a subgroup there)",
             field="evaluate.tasks",
-            remedy="name its tasks one by one",
+            remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
         )
-    return [spec for member in members for spec in find(member)]
+    return [spec for member in members for spec in _tasks_of(member, group)]
 
 
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:

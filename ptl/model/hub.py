@@ -18,10 +18,8 @@ def locate(
     field: str = "model.path",
 ) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded once, into the hub's own cache."""
-    folder = Path(path)
-    # A missing folder that is written as one must not be looked for on the hub.
-    if folder.exists() or path.startswith((".", "/", "~")):
-        return folder.expanduser()
+    if is_local(path):
+        return Path(path).expanduser()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -39,6 +37,11 @@ def locate(
             field=field,
             remedy=_remedy(error),
         ) from error
+
+
+def is_local(path: str) -> bool:
+    """Whether a checkpoint is given by its folder; one that is written as such is not looked for on the hub."""
+    return Path(path).exists() or path.startswith((".", "/", "~"))
 
 
 def _remedy(error: Exception) -> str:

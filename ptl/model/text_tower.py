@@ -44,7 +44,8 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_prepr
 
 def has_tower(config: ConfigJson) -> bool:
     """Whether the config is that of a multimodal model whose text model can be taken out."""
-    return config.get("model_type") in TEXT_TOWERS
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in TEXT_TOWERS
 
 
 def text_config(config: ConfigJson) -> dict[str, Any]:
@@ -53,6 +54,10 @@ def text_config(config: ConfigJson) -> dict[str, Any]:
     if text is not None and not isinstance(text, dict):
         raise checkpoint.checkpoint_error(f"config.json has text_config={text!r}, which must be a JSON object")
     model_type = (text or {}).get("model_type", TEXT_TOWERS[config["model_type"]])
+    if not isinstance(model_type, str):
+        raise checkpoint.checkpoint_error(
+            f"config.json has text_config.model_type={model_type!r}, which must be the name of an architecture"
+        )
     filled: dict[str, Any] = {"model_type": model_type}
     if model_type in CLASSES:
         filled |= dict(FAMILIES[model_type].defaults)

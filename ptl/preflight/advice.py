@@ -6,7 +6,7 @@ from ptl.config.cluster import StepName
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import DEEP, DEEP_ITERATIONS, Prune, Schedule, plan, removal
-from ptl.units import listed
+from ptl.units import listed, numbered
 
 FAIR = 0.25  # an iteration whose share of the tokens is below this part of its share of the removal is warned of
 SOME_TOKENS = 10**9  # enough to divide
@@ -37,11 +37,11 @@ def layer_warnings(schedule: Schedule, prune: Prune, params: int, params_per_lay
     starved = [iteration for iteration in for_layers if iteration.cut * total < params_per_layer]
     if not starved:
         return []
-    listed = ", ".join(str(iteration.index) for iteration in starved)
-    planned = int(starved[-1].cut * total)  # parameters
+    names = numbered("iteration", [iteration.index for iteration in starved])
+    most = max(int(iteration.cut * total) for iteration in starved)  # parameters
     return [
-        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: iteration {listed} is planned to remove "
-        f"{planned:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
+        f"prune.target={prune.target}, with schedule.cuts={schedule.cuts}: planned for {names} "
+        f"are at most {most:,} parameters, and a layer has {params_per_layer:,}: a whole one goes, or none; "
         "set schedule.cuts=uniform, or fewer iterations for layers"
     ]
 

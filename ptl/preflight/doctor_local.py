@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptl import address, extras
+from ptl.config import trackers
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import one_shot, plan, removal
@@ -56,8 +57,8 @@ def _missing_backends(config: Config) -> list[str]:
         backends.append("vllm")
     if any(stage.sharding == "zero2" for stage in config.recover):
         backends.append("deepspeed")
-    backends += sorted({tracker for stage in config.recover for tracker in stage.report_to})
-    return [name for name in backends if importlib.util.find_spec(name) is None]
+    absent = [name for name in backends if importlib.util.find_spec(name) is None]
+    return absent + sorted(trackers.missing({tracker for stage in config.recover for tracker in stage.report_to}))
 
 
 def model_and_data(config: Config) -> Finding:

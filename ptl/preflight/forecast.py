@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ptl.config.cluster import Resources
 from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
 from ptl.config.goal import Goal
 from ptl.config.recover import NextToken
@@ -89,16 +88,13 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
 
 
 def _gpus(config: Config, stage: str, count: int | None) -> int:
-    """GPUs that a kind of step holds while it runs, by the config; `count` takes the place of its `accelerators`.
+    """GPUs that a kind of step holds while it runs, by the config; `count` takes the place of `resources.accelerators`.
 
     A config without accelerators, for machines without GPUs, is forecast with one for each step.
     """
     resources = config.resources
-    if count is not None:
-        resources = Resources(accelerator="gpu", accelerators=count)
-    elif not resources.accelerators:
-        resources = resources.model_copy(update={"accelerators": 1})
-    return resources.accelerators_of(stage)
+    accelerators = count or resources.accelerators or 1
+    return resources.model_copy(update={"accelerators": accelerators}).accelerators_of(stage)
 
 
 def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForecast]:

@@ -126,12 +126,15 @@ def _generation_memory(shape: Shape, calibration: Calibration) -> float:
 def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast:
     """Generation, the items divided among the GPUs: prompts at a share of the peak, answers of the bandwidth."""
     card = assumed.card
-    gpus = max(1, assumed.gpus["evaluate"])
-    batch_size = assumed.config.evaluate.batch_size
+    evaluate = assumed.config.evaluate
+    # vLLM divides the model itself, over all GPUs.
+    processes = None if evaluate.backend == "vllm" else evaluate.processes
+    gpus = devices(processes, assumed.gpus["evaluate"])
+    batch_size = evaluate.batch_size
     tokens = longest = 0
     flops = seconds = 0.0
     note = ""
-    for task in assumed.config.evaluate.tasks:
+    for task in evaluate.tasks:
         items = task.limit or ITEMS.get(task.name)
         if items is None:
             items = UNKNOWN_ITEMS
@@ -185,7 +188,7 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         flops += stage_flops
 
         # Generating, then training on what was generated.
-        gpus = devices(stage, assumed.gpus["recover"])
+        gpus = devices(stage.processes, assumed.gpus["recover"])
         peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
         seconds += work.decode_seconds + stage_flops / (peak * TRAINING_SHARE * gpus)
         memory = max(memory, training_memory(pruned, stage, assumed.dense, gpus))
@@ -220,7 +223,7 @@ def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned:
     # The answers' part of the tokens, a batch at a time.
     new_tokens = stage.max_completion_length
     decoded = tokens * new_tokens / context
-    rows = stage.batch_size / devices(stage, assumed.gpus["recover"])
+    rows = stage.batch_size / devices(stage.processes, assumed.gpus["recover"])
     seconds = decode_seconds(pruned, rows, 4, new_tokens, assumed.card)
     return _Work(
         tokens=tokens,
@@ -240,7 +243,7 @@ def _training_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Sh
     return flops
 
 
-def devices(stage: RecoverStage, count: int) -> int:
-    """GPUs that a stage trains on."""
+def devices(processes: int | None, count: int) -> int:
+    """GPUs of a step that work: with one process for each, or as many as the config says."""
     count = max(1, count)
-    return min(stage.processes or count, count)
+    return min(processes or count, count)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
+
+from ptl import cuda
 
 GIB, TERA = 1 << 30, 1e12
 
@@ -43,10 +47,17 @@ GPUS = {
 
 
 def visible() -> int:
-    """How many GPUs this machine has; without torch, whose import takes seconds."""
+    """How many GPUs of this machine a process may use; without torch, whose import takes seconds."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
     # One line for each GPU, and an indented one for each part of a GPU (MIG).
     listing = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    devices = cuda.listed(os.environ)
+    if devices is None:
+        return count
+    # A number that no GPU has ends the list; UUIDs of parts of a GPU (MIG) are not in the count.
+    numbers = {str(number) for number in range(count)}
+    existing = takewhile(lambda device: device in numbers or not device.isdecimal(), devices)
+    return len(set(existing)) if count else 0

@@ -19,6 +19,7 @@ from ptl.config.goal import FEWEST
 from ptl.config.run import Config, ModelSource, Task, check
 from ptl.config.schedule import removal
 from ptl.errors import InputError
+from ptl.evaluation.tasks import is_path
 from ptl.model import hub, text_tower
 from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for
 from ptl.model.families import family_of
@@ -129,8 +130,8 @@ def read_model(name: str) -> Model:
         raise InputError(error.problem, field="MODEL", remedy=remedy) from error
     return Model(
         folder=folder,
-        # A snapshot of the hub is in a folder of its commit's name.
-        revision=folder.name if folder.parent.name == SNAPSHOTS else None,
+        # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
+        revision=folder.name if not hub.is_local(name) and folder.parent.name == SNAPSHOTS else None,
         family=family.model_type,
         dimensions=dimensions,
         shape=shape,
@@ -150,6 +151,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
     batch_size = next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1])
     return Plan(
         name=run_name(request.model),
+        title=_last_name(request.model) if hub.is_local(request.model) else request.model,
         model=_as_seen_from(folder, request.model),
         revision=model.revision,
         family=model.family,
@@ -169,7 +171,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         gpu=request.gpu,
         all_weights=None,
         data=_data_seen_from(folder, request.data),
-        tasks=[task.model_copy(update={"name": _as_seen_from(folder, task.name)}) for task in request.tasks],
+        tasks=[_task_seen_from(folder, task) for task in request.tasks],
     )
 
 
@@ -221,8 +223,12 @@ def _tokens(removed: int, data: Data) -> tuple[int, str]:
 
 def run_name(model: str) -> str:
     """A pipeline's name after a model: `Qwen/Qwen2.5-7B` -> `qwen2-5-7b`."""
-    last = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
-    return re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")[:60].strip("-") or "model"
+    return re.sub(r"[^a-z0-9]+", "-", _last_name(model).lower()).strip("-")[:60].strip("-") or "model"
+
+
+def _last_name(model: str) -> str:
+    """The folder's name, or a hub id without its owner."""
+    return Path(model).expanduser().resolve().name if hub.is_local(model) else model.rpartition("/")[2]
 
 
 def _as_seen_from(folder: Path, name: str) -> str:
@@ -234,6 +240,11 @@ def _as_seen_from(folder: Path, name: str) -> str:
         return str(path)
     relative = os.path.relpath(path, folder)
     return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _task_seen_from(folder: Path, task: Task) -> Task:
+    # A folder may have the name of a task of the harness.
+    return task.model_copy(update={"name": _as_seen_from(folder, task.name)}) if is_path(task.name) else task
 
 
 def _data_seen_from(folder: Path, data: Data) -> Data:

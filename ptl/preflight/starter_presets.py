@@ -16,7 +16,9 @@ from ptl.config.recover import DataSource, TrainingSource
 from ptl.config.run import Task
 from ptl.data.row_formats import Recognised
 from ptl.errors import InputError
+from ptl.evaluation.task_yaml import Spec
 from ptl.evaluation.tasks import can_find, find, is_accuracy, is_path
+from ptl.units import listed
 
 FILL_IN = "FILL-IN"  # what a user must replace; no file, data set or task has that name
 CHARACTERS = 4  # of a token, roughly
@@ -103,19 +105,36 @@ def own_data(recognised: Recognised) -> Data:
 
 
 def named_task(name: str, field: str) -> Task:
-    """A task by its name or path, with a metric that it has. Raises InputError that names `field`."""
+    """A task or group by its name or path, with a metric that all of it has. Raises InputError that names `field`."""
     if name in KNOWN_TASKS:
         return KNOWN_TASKS[name]
     if not can_find(name):  # without lm_eval; the step will look
         return Task(name=name)
     try:
-        spec = find(name)[0]
+        specs = find(name)
     except InputError as error:
         raise InputError(error.problem, field=field, remedy=error.remedy) from error
+    shared = _shared_metrics(name, specs, field)
     # One that calls an item right or wrong, where there is one.
-    judging = [metric for metric in spec.metrics if is_accuracy(spec, metric)]
+    judging = [metric for metric in shared if all(is_accuracy(spec, metric) for spec in specs)]
     preferred = [metric for metric in ("exact_match", "acc") if metric in judging]
-    return Task(name=name, metric=(preferred or judging or spec.metrics)[0])
+    return Task(name=name, metric=(preferred or judging or shared)[0])
+
+
+def _shared_metrics(name: str, specs: Sequence[Spec], field: str) -> list[str]:
+    """The metrics that all members of a group have; a single task's own. Raises InputError where there is none."""
+    shared = specs[0].metrics
+    for spec in specs[1:]:
+        both = [metric for metric in shared if metric in spec.metrics]
+        if not both:
+            raise InputError(
+                f"the tasks of the group {name!r} have no metric in common: {spec.name} has {listed(spec.metrics)}, "
+                f"the tasks before it {listed(shared)}",
+                field=field,
+                remedy="name its tasks one by one",
+            )
+        shared = both
+    return shared
 
 
 def runs_code(tasks: Sequence[Task]) -> bool:

@@ -37,6 +37,7 @@ class Plan:
     """What a config says, but for what depends on the number of GPUs."""
 
     name: str
+    title: str  # of the model, for people: hub id, or the folder's name
     model: str  # hub id, or folder as seen from the config
     revision: str | None
     family: str
@@ -80,7 +81,7 @@ def _data_fields(plan: Plan) -> dict[str, str]:
     """What the file says of model, rows and benchmarks."""
     calibration = plan.data.calibration
     return {
-        "name": plan.name,
+        "name": scalar(plan.name),
         "path": scalar(plan.model),
         "revision": f"\n  revision: {plan.revision} # the hub's main branch as it was today" if plan.revision else "",
         "calibration": source_yaml(calibration, 4) if calibration else blank_source_yaml(4),
@@ -126,7 +127,7 @@ def _header(plan: Plan, forecast: Forecast | None) -> str:
     before, after = plan.dimensions, plan.pruned
     removed = 100 * (1 - after.params / before.params)
     lines = [
-        f"# {plan.model} without {removed:.0f} % of its parameters: from {billions(before.params)} to "
+        f"# {plan.title} without {removed:.0f} % of its parameters: from {billions(before.params)} to "
         f"{billions(after.params)} (family {plan.family}).",
     ]
     if forecast is not None:

@@ -30,7 +30,7 @@ def resolved(schedule: Schedule, prune: Prune, folder: Path) -> Schedule:
 
 def params(goal: Goal, prune: Prune, folder: Path) -> int:
     """The parameters of the largest model that reaches a goal. Raises InputError as `resolved`."""
-    return _needs_at_goal(goal, prune, dense_model(folder)).params
+    return _params_at_goal(goal, prune, dense_model(folder))
 
 
 def with_number(config: Config) -> Config:
@@ -67,13 +67,13 @@ def sentence(config: Config) -> str:
     if not isinstance(goal, Goal):
         return ""
     dense = dense_model(hub.locate(config.model.path, config.model.revision, ["config.json"]))
-    most = _needs_at_goal(goal, config.prune, dense).params
+    most = _params_at_goal(goal, config.prune, dense)
     state = _state(goal, dense, dense.needs())
     return f"schedule.target: {_wanted(goal, dense)}: at most {most:,} parameters; the dense model: {state}"
 
 
-def _needs_at_goal(goal: Goal, prune: Prune, dense: Dense) -> Needs:
-    """What the largest model needs that reaches the goal."""
+def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
+    """The parameters of the largest model that reaches the goal, whatever `prune` makes it of."""
     reached = _reached_by(goal, dense)
     if reached(dense.needs()):
         raise InputError(
@@ -81,28 +81,45 @@ def _needs_at_goal(goal: Goal, prune: Prune, dense: Dense) -> Needs:
             field=goal.field,
             remedy="lower it, or give a share of the parameters to remove",
         )
-    # Where both can go, neurons count: they come first, or are what most iterations remove.
-    units = (prune.target,) if prune.target in UNITS else UNITS
-    for unit in units:
-        needs = dense.largest(unit, reached)
-        if needs is not None:
-            return needs
-    smallest = "one layer" if units == ("layers",) else "no FFN neuron left"
-    least = _state(goal, dense, dense.smallest(units[0]))
+    unit = "layers" if prune.target == "layers" else "neurons"
+    needs = dense.largest(unit, reached)
+    # Of which units a mixed removal takes how many is not known before.
+    flops_of_both = prune.target not in UNITS and isinstance(goal, SpeedGoal)
+    if needs is not None:
+        return needs.params - (_without_flops(dense, reached) if flops_of_both else 0)
+    # So many parameters have so few FLOPs whatever was removed; the KV cache is as large as before if neurons were.
+    with_layers = dense.largest("layers", reached)
+    if with_layers is not None and flops_of_both:
+        return with_layers.params
+    smallest = "one layer" if unit == "layers" else "no FFN neuron left"
     raise InputError(
-        f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {least}, and now "
-        f"{_state(goal, dense, dense.needs())}",
+        f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
+        f"and now {_state(goal, dense, dense.needs())}",
         field=goal.field,
-        remedy=_remedy(goal, units),
+        remedy=_remedy(goal, layers_can=with_layers is not None),
     )
 
 
-def _remedy(goal: Goal, units: tuple[str, ...]) -> str:
+def _without_flops(dense: Dense, reached: Callable[[Needs], bool]) -> int:
+    """Parameters without FLOPs (norms, biases) in as many layers as can go before layers alone reach the goal.
+
+    By them a model with fewer layers has more FLOPs than one with as many parameters and fewer neurons.
+    """
+    most = dense.sizes.num_hidden_layers - 1
+    removed = next((number for number in range(most) if reached(dense.needs(number + 1, "layers"))), most)
+    before, after = dense.needs(), dense.needs(removed, "layers")
+    return before.params - after.params - (before.flops_per_token - after.flops_per_token) // 2
+
+
+def _remedy(goal: Goal, *, layers_can: bool) -> str:
     """What makes a goal that cannot be reached possible."""
-    remedies = ["raise it", "lower sequences or tokens"] if isinstance(goal, MemoryGoal) else ["lower it"]
-    if units == ("neurons",):
-        remedies.append("remove layers too (prune.target=auto)")
-    return ", or ".join(remedies)
+    if isinstance(goal, SpeedGoal):
+        remedies = ["lower it"]
+        more = "remove layers too (prune.target=auto)"
+    else:
+        remedies = ["raise it", "lower sequences or tokens"]
+        more = "remove layers alone, which take their KV cache with them (prune.target=layers)"
+    return ", or ".join([*remedies, *([more] if layers_can else [])])
 
 
 def _reached_by(goal: Goal, dense: Dense) -> Callable[[Needs], bool]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from ptl.config import trackers
 from ptl.config.recover import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
 from ptl.processes import tied
@@ -113,7 +114,7 @@ def check(settings: RecoverStage) -> None:
     # one of the processes that were launched knows their number from the environment
     processes = configured if world_size() == 1 else world_size()
     sequences_per_pass(settings, processes)
-    _check_trackers(settings)
+    trackers.check(settings.report_to)
     needs_deepspeed = settings.sharding == "zero2" and configured > 1 and can_shard()
     if needs_deepspeed and find_spec("deepspeed") is None:
         raise InputError(
@@ -121,20 +122,6 @@ def check(settings: RecoverStage) -> None:
             field="recover.sharding",
             remedy="install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp",
         )
-
-
-def _check_trackers(settings: RecoverStage) -> None:
-    """Raise InputError where the package of a tracker is missing."""
-    for tracker in settings.report_to:
-        # transformers' integration takes the smaller package too.
-        packages = {"tensorboard": ("tensorboard", "tensorboardX")}.get(tracker, (tracker,))
-        if not any(map(find_spec, packages)):
-            raise InputError(
-                f"the package {tracker} is not installed",
-                field="recover.report_to",
-                remedy=f"install it where recover runs (pip install {tracker}; on a cluster in an image of your own, "
-                "docs/install.md), or leave it out: MLflow has the same curves",
-            )
 
 
 def command(settings: Stage, processes: int) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ptl.evaluation import speed_rows
 from ptl.report.result_rows import Row
-from ptl.units import counted, memory
+from ptl.units import counted, memory, times_beside
 
 
 def outcome(goal: Row, final: Row | None, speed: Row) -> Row:
@@ -43,15 +43,17 @@ def sentence(goal: Row) -> str:
 
 def _about_memory(goal: Row) -> str:
     cache = f"a KV cache for {counted(goal['sequences'], 'sequence')} of {goal['tokens']:,} tokens"
+    # Both sizes may be the same when rounded.
+    excess = "" if goal["reached"] else f" ({memory(goal['final'] - goal['bytes'])} too much)"
     return (
-        f"{_said(goal['reached'])}: the final model needs {memory(goal['final'])} for weights and {cache} in "
+        f"{_said(goal['reached'])}: the final model needs {memory(goal['final'])}{excess} for weights and {cache} in "
         f"{goal['dtype']}, the dense one {memory(goal['dense'])}; the goal is {goal['memory']}."
     )
 
 
 def _about_speed(goal: Row) -> str:
-    times = goal["dense"] / goal["final"]
-    forecast = f"{_said(goal['reached'])} by FLOPs per token: {times:.2f} times; the goal is {goal['times']:g} times"
+    times = times_beside(goal["dense"] / goal["final"], goal["times"])
+    forecast = f"{_said(goal['reached'])} by FLOPs per token: {times} times; the goal is {goal['times']:g} times"
     measured: list[Any] = goal["measured"]
     if not measured:
         return f"{forecast}. Speed was not measured."

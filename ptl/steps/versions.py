@@ -50,10 +50,10 @@ def describe(run: StepRun, records: Records, registered_model: str) -> None:
         criterion = prune["metadata"]["criterion"]
         checkpoint = Pointer(**metadata["accepted"])
         number = checkpoint.model_version
-        paragraphs = _description(f"{registered_model}/{number}", step, metadata, criterion, parent, run.run)
+        text = _description(f"{registered_model}/{number}", step, metadata, criterion, parent, run.run)
         tags = {"criterion": criterion, "parent_version": parent or "the dense model"}
         tags |= score_tags(metadata["scores"], checkpoint)
-        registry.describe(registered_model, number, checkpoint.model_id, paragraphs, tags)
+        registry.describe(registered_model, number, checkpoint.model_id, text, tags)
 
 
 def _share_removed(checkpoint: Pointer) -> float:
@@ -67,19 +67,22 @@ def _description(
     criterion: str,
     parent: str,
     run: str,
-) -> tuple[str, str]:
-    """The paragraphs of a version's description, in Markdown."""
+) -> str:
+    """A version's description, in Markdown."""
     checkpoint = Pointer(**metadata["accepted"])
     where = f"iteration {iteration_of(step)} of the loop"
     if arm_of(step) == "control":
         where = "the control (one-shot pruning)"
     made_from = f"version {parent}" if parent else "the dense model"
-    return (
+    what = (
         f"**{_score(metadata['scores']['tasks'][0])}** with {checkpoint.params:,} parameters "
-        f"({_share_removed(checkpoint):.1%} removed): {where}, made from {made_from} by the criterion `{criterion}`.",
-        f"Run `{run}`, scored by `{step}`. Get it: `ptl fetch models:/{version} DIR`, or "
-        f'`mlflow.transformers.load_model("models:/{version}")`.',
+        f"({_share_removed(checkpoint):.1%} removed): {where}, made from {made_from} by the criterion `{criterion}`."
     )
+    how = (
+        f"Run `{run}`, scored by `{step}`. Get it: `ptl fetch models:/{version} DIR`, or "
+        f'`mlflow.transformers.load_model("models:/{version}")`.'
+    )
+    return f"{what}\n\n{how}"
 
 
 def _score(task: dict[str, Any]) -> str:

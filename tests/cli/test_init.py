@@ -167,9 +167,17 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
         ([REASONER / "checkpoint", "--target", 30], "--target: 30 is neither a share"),
         ([REASONER / "checkpoint", "--data", "none.jsonl"], "--data: no file none.jsonl"),
         ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
+        ([REASONER / "checkpoint", "--task", "mmlu"], "--task: the tasks of the group 'mmlu' are not all named"),
+        (
+            [REASONER / "checkpoint", "--task", "leaderboard"],
+            "--task: the tasks of the group 'leaderboard' have no metric in common: .*; name its tasks one by one",
+        ),
         ([REASONER / "checkpoint", "-o", "none/x.yaml"], "--output: none/x.yaml must be a file in a folder"),
     ],
-    ids=["none", "nowhere", "no-config", "gpu", "gpus-of-none", "unreachable", "target", "data", "task", "output"],
+    ids=[
+        *("none", "nowhere", "no-config", "gpu", "gpus-of-none", "unreachable", "target", "data", "task"),
+        *("tagged-group", "mixed-group", "output"),
+    ],
 )
 def test_errors_name_the_option(arguments, said, ptl, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
@@ -186,6 +194,33 @@ def test_a_file_is_overwritten_only_when_asked(ptl, qwen3_8b):
     assert Path("qwen3-8b.yaml").read_text() == "mine"
     assert ptl("init", qwen3_8b, "--math", "--force")[0] == 0
     assert load_config("qwen3-8b.yaml").model.path == str(qwen3_8b)
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "1e5", "null"])
+def test_a_folder_whose_name_is_no_text_in_yaml(name, ptl, qwen3_8b):
+    qwen3_8b.rename(name)
+    code, said = ptl("init", name, "--math", "-o", "x.yaml")
+    assert code == 0, said
+    assert load_config("x.yaml").name == name
+
+
+def test_a_folder_of_snapshots_is_not_the_hubs(ptl, qwen3_8b):
+    Path("snapshots").mkdir()
+    qwen3_8b.rename("snapshots/step-1000")
+    ptl("init", "snapshots/step-1000", "--math")
+    config = load_config("step-1000.yaml")
+    assert (config.model.path, config.model.revision) == (str(Path("snapshots/step-1000").absolute()), None)
+
+
+def test_a_config_inside_the_checkpoint_s_folder_names_the_folder(ptl, qwen3_8b):
+    # A folder with the name of a task is none.
+    Path("gsm8k").mkdir()
+    code, said = ptl("init", "qwen3-8b", "-o", "qwen3-8b/my config.yaml", "--math")
+    assert code == 0, said
+    assert "wrote qwen3-8b/my config.yaml: qwen3-8b without 30 %" in said
+    assert "ptl run 'qwen3-8b/my config.yaml' --rehearse " in said
+    config = load_config("qwen3-8b/my config.yaml")
+    assert Path(config.model.path).samefile("qwen3-8b") and config.evaluate.tasks[0].name == "gsm8k"
 
 
 def hub_error(kind):
@@ -277,7 +312,7 @@ COLUMNS = {
 
 
 def test_the_presets_read_their_data_sets_and_their_tasks_exist(ptl, qwen3_8b):
-    code, said = ptl("init", qwen3_8b, "--math", "--code", "--task", "arc_easy")
+    code, said = ptl("init", qwen3_8b, "--math", "--code", "--task", "arc_easy", "--task", "agieval")
     assert code == 0, said
     config = load_config("qwen3-8b.yaml")
     assert {source.source for source in config.training.sources} == set(COLUMNS)
@@ -285,6 +320,7 @@ def test_the_presets_read_their_data_sets_and_their_tasks_exist(ptl, qwen3_8b):
         assert all(texts(SourceRow(COLUMNS[source.source], source)))
     assert [(task.name, task.metric) for task in config.evaluate.tasks] == [
         ("arc_easy", "acc"),
+        ("agieval", "acc"),  # a group: some of its members have acc_norm too
         ("gsm8k", "exact_match,flexible-extract"),
         ("minerva_math500", "math_verify"),
         ("mbpp", "pass_at_1"),

@@ -86,7 +86,7 @@ def test_what_needs_a_gpu_is_replaced_and_named():
     )
     rehearsed = rehearsal(run, gpus=0)
     assert rehearsed.evaluate.backend == "hf"
-    assert left_out(changes(run, rehearsed)) == [
+    assert left_out(run, rehearsed, 0) == [
         "calibration on the model's own answers",
         "bfloat16 precision",
         "4 processes",
@@ -95,7 +95,7 @@ def test_what_needs_a_gpu_is_replaced_and_named():
         "evaluation by vllm",
     ]
     # on the cluster, where the run itself will be, all of it is there
-    assert left_out(changes(run, rehearsal(run, gpus=None))) == ["calibration on the model's own answers"]
+    assert left_out(run, rehearsal(run, gpus=None), None) == ["calibration on the model's own answers"]
 
 
 def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
@@ -105,6 +105,28 @@ def test_processes_of_a_run_on_cpus_stay_and_others_are_as_many_as_gpus():
     on_gpus = config(**parts, resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})
     rehearsed = rehearsal(on_gpus, gpus=2)
     assert rehearsed.recover[0].processes == rehearsed.evaluate.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "lacks"),
+    [(0, None, ["8 processes"]), (1, None, ["8 processes"]), (3, 2, ["8 processes"]), (8, None, []), (16, 8, [])],
+)
+def test_a_run_with_a_process_for_each_gpu_on_a_machine_with_others(gpus, processes, lacks):
+    resources = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
+    stage = {"method": "cpt", "batch_size": 32, "accumulation": 4, "dtype": "float32"}
+    run = config(recover=[stage], resources=resources)
+    rehearsed = rehearsal(run, gpus)
+    # three GPUs cannot share the eight sequences of a pass
+    assert rehearsed.recover[0].processes == processes
+    assert left_out(run, rehearsed, gpus) == lacks
+    on_this_machine = config(recover=[stage])
+    assert left_out(on_this_machine, rehearsal(on_this_machine, gpus), gpus) == []
+
+
+def test_a_batch_that_the_run_cannot_divide_is_not_hidden():
+    stage = {"method": "cpt", "batch_size": 6, "processes": 4}
+    run = config(recover=[stage], resources={"accelerator": "nvidia.com/gpu", "accelerators": 4})
+    assert rehearsal(run, gpus=4).recover[0].processes == 4
 
 
 def test_a_long_name_stays_a_name_and_the_registered_model_another():

@@ -62,8 +62,11 @@ def test_a_file_is_recognised_and_read_like_that(kind, written):
     [
         ([{"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}], "role: user"),
         ([{"messages": CHAT[:1]}], "row 1 .* no answer"),
-        ([{"instruction": "Add", "input": None, "output": "2"}], r"row 1 .* null for \{input\}"),
-        ([{"instruction": "Add", "output": "2"}, {"instruction": "Add", "input": "1", "output": "2"}], "lacks 'input'"),
+        ([{"instruction": "Add", "input": None, "output": "2"}], 'row 1 has null in column .input.* write a text .*""'),
+        (
+            [{"instruction": "Add", "input": "1", "output": "2"}, {"instruction": "Add", "output": "2"}],
+            "row 2 has nothing in column 'input'.*or remove the column",
+        ),
         ([{"title": "x", "body": "y"}], r"\(body, title\).*rename them"),
         ([{"question": "", "answer": ""}], "none that are recognised"),
     ],

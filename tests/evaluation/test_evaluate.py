@@ -3,16 +3,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
+from ptl.evaluation import helpers
 from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
-from ptl.evaluation.helpers import Helper
-from ptl.evaluation.language_models import tensor_parallel
+from ptl.evaluation.helpers import Helper, Share
+from ptl.evaluation.language_models import AnswerNotes, divided, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_data import local_splits
 from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, find
@@ -57,7 +60,63 @@ def test_a_helper_that_is_killed_is_an_error():
     helper._process.kill()
     with pytest.raises(WorkError, match="process 1 of those that answer failed: exit code -9; see its output"):
         helper.share()
+    with pytest.raises(WorkError, match="exit code -9"):
+        helper.check()  # as between two batches of this process
     helper.close()
+
+
+def test_a_helper_at_work_is_ended_at_once_and_without_a_traceback(capfd):
+    helper = Helper(REASONER, settings({"name": YAML}), 1)
+    helper.check()
+    started = time.monotonic()
+    helper.close()  # it is still importing the harness, which takes longer
+    assert time.monotonic() - started < 1 and capfd.readouterr().err == ""
+
+
+def test_all_choices_of_a_context_go_to_one_process():
+    choices = [(f"question {number}", letter) for number in range(5) for letter in [" A", " B", " C", " D"]]
+    assert [len(share) for share in divided(choices, 2)] == [12, 8]
+    first, _ = divided(choices, 2)
+    assert {choices[position][0] for position in first} == {"question 0", "question 2", "question 4"}
+    assert divided([("", "a"), ("", "b"), ("", "c")], 2) == [[0, 2], [1]]  # without a context
+    assert divided([("a",)], 3) == [[0], [], []]
+
+
+def test_answers_keep_the_order_of_the_requests():
+    class Counting:
+        """A model of the harness that answers with the request, and counts."""
+
+        def loglikelihood(self, requests):
+            self.asked = [request.args for request in requests]
+            return self.asked
+
+    class Idle(Helper):
+        def __init__(self):
+            pass
+
+        def ask(self, method, arguments):
+            self.asked = arguments
+
+        def share(self):
+            return Share(self.asked)
+
+    class Model(AnswerNotes, Counting):
+        helpers = (Idle(), Idle())
+
+    model = Model()
+    model.start_notes()
+    requests = [SimpleNamespace(args=(context, choice)) for choice in "AB" for context in "xyz"]
+    assert model.loglikelihood(requests) == [request.args for request in requests]
+    assert model.asked == [("x", "A"), ("x", "B")]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, "1"), ("", ""), ("-1", ""), ("4,6", "6"), ("0,-1,1", ""), ("GPU-a, GPU-b", "GPU-b")],
+)
+def test_a_helper_has_the_second_gpu_of_those_that_are_visible(visible, expected):
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert helpers._environment(1, environment)["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_vllm_divides_a_model_over_as_many_gpus_as_its_heads_allow(tmp_path):

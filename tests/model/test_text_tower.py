@@ -137,11 +137,18 @@ def test_classes_are_those_of_transformers():
         ("gemma", "text_config='gemma', which must be a JSON object"),
         ({"model_type": "mistral4", "n_routed_experts": 128}, "mixture of experts"),
         ({"model_type": "qwen3_5_text"}, "qwen3_5_text"),
+        ({"model_type": ["gemma3_text"]}, r"text_config.model_type=\['gemma3_text'\], which must be the name"),
     ],
 )
 def test_text_models_that_cannot_be_pruned_are_refused(text, problem):
     with pytest.raises(InputError, match=problem):
         family_of(text_tower.text_config({"model_type": "mistral3", "text_config": text}))
+
+
+def test_a_model_type_that_is_no_text_is_refused():
+    assert not text_tower.has_tower({"model_type": ["gemma3"]})
+    with pytest.raises(InputError, match="is not supported"):
+        family_of({"model_type": ["gemma3"]})
 
 
 def test_quantized_text_models_are_refused(tmp_path):

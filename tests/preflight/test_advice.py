@@ -80,8 +80,8 @@ def test_without_a_gate_the_demo_s_schedule_is_as_good_as_any():
 def test_an_iteration_that_removes_less_than_a_layer_is_warned_of():
     schedule = Schedule(target=0.4, iterations=8, recovery_tokens=0, cuts="cubic")
     (warning,) = advice.layer_warnings(schedule, Prune(target="neurons_then_layers"), 800_000, 50_000)
-    assert warning.startswith("prune.target=neurons_then_layers, with schedule.cuts=cubic: iteration 8 is planned to")
-    assert "remove 625 parameters, and a layer has 50,000" in warning and "set schedule.cuts=uniform" in warning
+    assert warning.startswith("prune.target=neurons_then_layers, with schedule.cuts=cubic: planned for iteration 8 are")
+    assert "at most 625 parameters, and a layer has 50,000" in warning and "set schedule.cuts=uniform" in warning
     uniform = schedule.model_copy(update={"cuts": "uniform"})
     assert advice.layer_warnings(uniform, Prune(target="neurons_then_layers"), 800_000, 40_000) == []
     assert advice.layer_warnings(schedule, Prune(), 800_000, 50_000) == []  # neurons alone

@@ -26,7 +26,7 @@ from ptl.cli.app import app
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.local import images, seaweedfs, servers
-from ptl.preflight import doctor, doctor_http, doctor_kubernetes, doctor_local, doctor_tracking
+from ptl.preflight import doctor, doctor_http, doctor_kubernetes, doctor_local, doctor_tracking, gpus
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -737,6 +737,20 @@ def test_gpus_that_are_missing_are_an_error_only_on_the_cluster(monkeypatch):
     assert doctor.gpu(config).state == "ok"  # the doctor's step has what prune has
     monkeypatch.delenv("KFP_RUN_ID")
     assert "asks for 64" in doctor.gpu(config).message
+
+
+@pytest.mark.parametrize(
+    ("variable", "count"), [(None, 3), ("", 0), ("-1", 0), ("2", 1), ("0,1", 2), ("1,7,0", 1), ("GPU-a,GPU-b", 2)]
+)
+def test_gpus_that_cuda_is_not_to_use_are_not_counted(variable, count, tmp_path, monkeypatch):
+    listing = "\n".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number})" for number in range(3))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listing}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert gpus.visible() == count
 
 
 def test_as_a_step_it_fails_with_every_fault(config, bucket, monkeypatch, capfd):

@@ -45,6 +45,7 @@ def large(tmp_path):
 
 def config(model, **changes):
     given = {"model.path": str(model), "schedule.recovery_tokens": 100_000_000, "recover": [{"dtype": "bfloat16"}]}
+    given["prune.criterion"] = "max"  # scored in less time than an evaluation takes
     return load_config(TINY, given | changes)
 
 
@@ -105,7 +106,7 @@ def test_memory_follows_the_settings(large):
         stage = config(large, recover=[{"dtype": "bfloat16"} | changes]).recover[0]
         return training_memory(shape, stage, shape, count)
 
-    assert memory() > bits and devices(plain, 4) == 4
+    assert memory() > bits and devices(plain.processes, 4) == 4
     assert memory(gradient_checkpointing=True) < memory()
     assert memory(lora={"rank": 8}) == pytest.approx(memory() - 12 * shape.params)
     assert memory(4, sharding="zero2") == pytest.approx(memory(4) - 9 * shape.params)
@@ -147,6 +148,8 @@ def test_more_gpus_and_faster_ones_take_less_time(large):
     assert shared == pytest.approx([hours / 4 for hours in recovery])
     assert four.steps[0].hours == pytest.approx(one.steps[0].hours / 4)  # 500 items: 8 batches, or 2 on each GPU
     assert forecast(config(large), "h100", 1).hours < one.hours
+    alone = forecast(config(large, **{"evaluate.processes": 1}), "a100-80", 4).steps[0]
+    assert (alone.hours, alone.gpus) == (pytest.approx(one.steps[0].hours), 4)  # the other three are held, and idle
     slower = forecast(config(large, recover=[{"dtype": "float32"}]), "a100-80", 1)
     assert slower.hours > one.hours
 
@@ -243,7 +246,9 @@ def test_gpus_at_the_same_time_follow_the_config_and_the_command_line(large):
     told = forecast(config(large, **given, **four))
     assert told.count == 4 and told.busiest_gpus == 5  # a recovery, and an evaluation that ends meanwhile
     assert [name.partition("-")[0] for name in told.busiest] == ["evaluate", "recover"]
-    assert forecast(config(large, **given, **four), count=2).busiest_gpus == 3  # evaluate-0, and prune-1 on its one
+    # The command line replaces `accelerators`, not what a kind of step has of its own.
+    doubled = forecast(config(large, **given, **four), count=2)
+    assert [step.gpus for step in doubled.steps[:3]] == [2, 1, 4]  # evaluate-0, prune-1, recover-1
     assert forecast(config(large)).busiest_gpus == 3  # without accelerators: one for each step
 
 
@@ -255,6 +260,15 @@ def test_gpu_hours_are_of_all_gpus_that_a_step_holds(large):
     assert told.gpu_hours == pytest.approx(sum(step.gpu_hours for step in told.steps)) and told.gpu_hours > told.hours
     asked = forecast(config(large, **given, **{"resources.steps": {"prune": {"accelerators": 2}}})).steps[1]
     assert asked.gpus == 2 and asked.hours == pytest.approx(told.steps[1].hours)  # a second GPU is held, and idle
+
+
+def test_an_evaluation_with_fewer_processes_than_gpus_takes_longer(large):
+    given = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8, "evaluate.batch_size": 1}
+    hours = {
+        processes: forecast(config(large, **given, **{"evaluate.processes": processes})).steps[0].hours
+        for processes in (None, 2, 8)
+    }
+    assert hours[2] == pytest.approx(4 * hours[8], rel=0.02) and hours[None] == hours[8]
 
 
 def test_the_table_gives_both_times_and_marks_the_path(large):

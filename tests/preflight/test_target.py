@@ -1,6 +1,7 @@
 """A goal in memory or speed becomes a number of parameters, or an error that says what the model has now."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,40 @@ def test_speed_is_the_ratio_of_the_flops(times):
 def test_layers_are_counted_as_such():
     dense = dense_model(REASONER)
     assert resolved(SpeedGoal(speed=1.5), target="layers") == dense.needs(2, "layers").params
-    # No neuron is left that could go, but a layer is.
-    small = MemoryGoal(memory="300kB", sequences=2)
-    assert resolved(small, target="auto") == resolved(small, target="layers") == dense.needs(3, "layers").params
+
+
+@pytest.mark.parametrize("target", ["auto", "neurons_then_layers"])
+@pytest.mark.parametrize(
+    "goal",
+    [*(SpeedGoal(speed=times) for times in (1.2, 1.5, 3, 3.2)), MemoryGoal(memory="400kB")],
+    ids=lambda goal: goal.field + str(getattr(goal, "speed", "")),
+)
+def test_a_mixed_removal_reaches_the_goal_whatever_it_removes(goal, target):
+    dense = dense_model(REASONER)
+    params = resolved(goal, target=target)
+    sizes = dense.sizes
+    for layers in range(1, sizes.num_hidden_layers + 1):
+        shallow = replace(dense, sizes=replace(sizes, num_hidden_layers=layers))
+        mixed = shallow.largest("neurons", lambda needs: needs.params <= params)
+        if mixed is None:  # neurons would not be enough with so many layers
+            continue
+        if isinstance(goal, SpeedGoal):
+            assert dense.needs().flops_per_token / mixed.flops_per_token >= goal.speed
+        else:
+            assert mixed.memory(1, 256, 2) <= goal.bytes
+    # No smaller than that takes: the layers' norms.
+    assert resolved(goal, target="neurons") - params < 4 * 3 * 64
+
+
+@pytest.mark.parametrize("target", ["neurons", "auto", "neurons_then_layers"])
+def test_memory_that_only_layers_can_free_is_refused_with_them_as_the_remedy(target):
+    """A mixed removal could get down to the parameters by neurons, which leave the KV cache as it is."""
+    goal = MemoryGoal(memory="300kB", sequences=2)
+    with pytest.raises(InputError, match=r"cannot be reached: .*\(prune\.target=layers\)$"):
+        resolved(goal, target=target)
+    assert resolved(goal, target="layers") == dense_model(REASONER).needs(3, "layers").params
+    with pytest.raises(InputError, match=r"lower sequences or tokens$"):
+        resolved(MemoryGoal(memory="100kB", sequences=2), target=target)
 
 
 @pytest.mark.parametrize(

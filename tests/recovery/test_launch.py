@@ -6,6 +6,7 @@ import pytest
 import torch
 from recovering import DATA, DENSE, ROOT, cut, recover, weights
 
+from ptl.config import trackers
 from ptl.config.recover import Cpt
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch, training
@@ -45,7 +46,7 @@ def test_a_tracker_is_passed_on_to_the_trainer_and_one_that_is_not_installed_is_
     job = RecoveryJob(DATA, StageBudget(1, (), 1, True, 0), tmp_path, lambda metrics, step: None)
     assert training.arguments(stage, job)["report_to"] == ["tensorboard"]
     assert training.arguments(Cpt(), job)["report_to"] == "none"
-    monkeypatch.setattr(launch, "find_spec", lambda package: package == "tensorboardX" or None)
+    monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboardX" or None)
     launch.check(stage)
     with pytest.raises(InputError, match=r"recover\.report_to: the package wandb is not installed; install it where"):
         launch.check(Cpt(report_to=("tensorboard", "wandb")))

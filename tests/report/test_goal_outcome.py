@@ -35,6 +35,15 @@ def test_memory_is_that_of_the_final_checkpoint():
     )
 
 
+def test_what_is_missed_by_little_is_not_said_to_be_the_goal():
+    speed_goal = {"kind": "speed", "times": 1.35, "dense": 1_350_000}
+    missed = goal.sentence(goal.outcome(speed_goal, final(flops=1_000_100), {}))
+    assert missed.startswith("Goal not reached by FLOPs per token: 1.3499 times; the goal is 1.35 times")
+    assert goal.sentence(goal.outcome(speed_goal, final(flops=1_000_000), {})).startswith("Goal reached")
+    missed = goal.sentence(goal.outcome(MEMORY, final(params=421), {}))
+    assert missed.startswith("Goal not reached: the final model needs 1.0 kB (2 B too much) for weights and")
+
+
 def test_speed_is_by_flops_with_the_measured_beside_it():
     forecast = goal.outcome(SPEED, final(), {})
     assert forecast["reached"] and not goal.outcome(SPEED, final(flops=401), {})["reached"]
