@@ -25,10 +25,13 @@ def size(count: int) -> str:
     return f"{value / 1000:.1f} TB"
 
 
-def memory(count: int) -> str:
-    """Bytes in the unit of a GPU's data sheet: 17,179,869,184 -> `16.0 GiB`; little as by `size`."""
-    gib = count / 1024**3
-    return f"{gib:.1f} GiB" if gib >= 1 else size(count)
+def memory_beside(count: int, goal: str) -> str:
+    """Bytes in the unit of a goal as written: 409,200 beside `400KiB` -> `399.6 KiB`; very little as by `size`."""
+    unit = goal.lstrip("0123456789. ").removesuffix("B")
+    value = count / SUFFIXES[unit]
+    if value < 0.05:
+        return size(count)
+    return f"{value:.1f} {unit}B" if value >= 1 else f"{value:.2g} {unit}B"
 
 
 def quantity(text: str) -> float:

@@ -1,6 +1,6 @@
 """Sizes and durations as they are printed."""
 
-from ptl.units import counted, decimal_hours, duration, listed, memory, quantity, size
+from ptl.units import counted, decimal_hours, duration, listed, memory_beside, quantity, size
 
 
 def test_sizes_have_one_to_three_digits_before_the_point():
@@ -33,8 +33,11 @@ def test_one_thing_is_not_many():
     assert [counted(number, "item") for number in (0, 1, 1200)] == ["0 items", "1 item", "1,200 items"]
 
 
-def test_memory_is_in_binary_units_where_it_is_much():
-    assert [memory(count) for count in (16 << 30, 1_610_612_736, 298_600)] == ["16.0 GiB", "1.5 GiB", "298.6 kB"]
+def test_memory_is_in_the_unit_of_the_goal():
+    """409.2 kB beside a goal of 400KiB looks like too much."""
+    cases = {"400KiB": "400.0 KiB", "0.4 MB": "0.41 MB", "400Ki": "400.0 KiB", "1GB": "409.6 kB"}
+    assert {goal: memory_beside(409_600, goal) for goal in cases} == cases
+    assert memory_beside(16 << 30, "16GiB") == "16.0 GiB"
 
 
 def test_quantities_of_kubernetes():

@@ -12,7 +12,7 @@ from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.model import hub
 from ptl.model.goals import UNITS, Dense, Needs, dense_model
-from ptl.units import counted, memory
+from ptl.units import counted, memory_beside
 
 TOKENS = 4096  # of each sequence in the KV cache, where a goal does not say
 
@@ -159,4 +159,4 @@ def _state(goal: Goal, dense: Dense, needs: Needs) -> str:
         flops = dense.needs().flops_per_token
         return f"{flops / needs.flops_per_token:.2f} times ({needs.flops_per_token:,} FLOPs per token)"
     needed = needs.memory(goal.sequences, _tokens(goal, dense), goal.itemsize)
-    return memory(needed)
+    return memory_beside(needed, goal.memory)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ptl.evaluation import speed_rows
 from ptl.report.result_rows import Row
-from ptl.units import counted, memory, times_beside
+from ptl.units import counted, memory_beside, times_beside
 
 
 def outcome(goal: Row, final: Row | None, speed: Row) -> Row:
@@ -43,11 +43,15 @@ def sentence(goal: Row) -> str:
 
 def _about_memory(goal: Row) -> str:
     cache = f"a KV cache for {counted(goal['sequences'], 'sequence')} of {goal['tokens']:,} tokens"
+    needed, dense, excess = (
+        memory_beside(number, goal["memory"])
+        for number in (goal["final"], goal["dense"], max(0, goal["final"] - goal["bytes"]))
+    )
     # Both sizes may be the same when rounded.
-    excess = "" if goal["reached"] else f" ({memory(goal['final'] - goal['bytes'])} too much)"
+    too_much = "" if goal["reached"] else f" ({excess} too much)"
     return (
-        f"{_said(goal['reached'])}: the final model needs {memory(goal['final'])}{excess} for weights and {cache} in "
-        f"{goal['dtype']}, the dense one {memory(goal['dense'])}; the goal is {goal['memory']}."
+        f"{_said(goal['reached'])}: the final model needs {needed}{too_much} for weights and {cache} in "
+        f"{goal['dtype']}, the dense one {dense}; the goal is {goal['memory']}."
     )
 
 
