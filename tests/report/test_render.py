@@ -16,7 +16,7 @@ from ptl.errors import InputError
 from ptl.report import side_by_side
 from ptl.report.answer import answer
 from ptl.report.render import print_table, render, write_report
-from ptl.report.result import build, final_row, work_seconds
+from ptl.report.result import build, final_row, total_tokens, work_seconds
 from ptl.report.wording import accuracy_caption, loss_caption, notes, table_caption, verdict, wall_clock
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
@@ -617,3 +617,13 @@ def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_p
     result = write_report(records, settings, tmp_path)
     assert [row["low"] is None for row in result["rows"]].count(False) == 1
     assert "intervals" not in " ".join(notes(result)) and (tmp_path / "report.html").is_file()
+
+
+def test_a_rows_tokens_are_not_taken_for_the_loops(records, settings):
+    result = build(records, settings)
+    total = total_tokens(result, "loop")
+    for step in result["steps"]:
+        if step["step"] == "control-recover":
+            step["tokens"] = total
+    said = f"Recovery tokens are of each iteration alone: the loop had {total:,} in all, the control as many."
+    assert said in notes(result)
