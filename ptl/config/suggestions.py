@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 from ptl.config.base import Section
 from ptl.config.goal import TAGS
-from ptl.config.recover import Cpt, Distil, Grpo
+from ptl.config.recover import RecoverStage
 
 MOST = 3  # suggestions
 NEAR, NEAR_OF_METHOD = 0.7, 0.6  # similarity of a name that may have been meant; methods name one thing differently
-METHODS: dict[str, type[Section]] = {"cpt": Cpt, "distil": Distil, "grpo": Grpo}
+STAGES, _ = get_args(RecoverStage)  # Annotated: the alternatives, and how pydantic chooses among them
+METHODS: dict[str, type[Section]] = {tag.tag: stage for stage, tag in map(get_args, get_args(STAGES))}
 KINDS = {*METHODS, *TAGS}  # of stages and targets, which pydantic puts into the location of a field
 
 Path = tuple[str, ...]  # of a field: names from the outermost section inwards

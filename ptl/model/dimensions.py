@@ -142,6 +142,12 @@ def width_for(
     return width
 
 
+def with_width(dimensions: ModelDimensions, width: int) -> ModelDimensions:
+    """Sizes when only so many neurons are left in each layer."""
+    removed = (dimensions.width - width) * dimensions.params_per_neuron
+    return replace(dimensions, params=dimensions.params - removed, width=width)
+
+
 def smallest_cuts(
     dimensions: ModelDimensions,
     multiple: Multiple,
@@ -151,7 +157,7 @@ def smallest_cuts(
     smallest: dict[str, int] = {}
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
-        smallest["neurons"] = (dimensions.width - width) * dimensions.params_per_neuron
+        smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
     if dimensions.layers > 1:
         smallest["layers"] = dimensions.params_per_layer
     return smallest

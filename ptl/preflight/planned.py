@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 
 from ptl.config.schedule import Iteration, Prune, Schedule, plan, removal
 from ptl.errors import InputError
-from ptl.model.dimensions import ModelDimensions, width_for
+from ptl.model.dimensions import ModelDimensions, width_for, with_width
 from ptl.units import numbered
 
 
@@ -26,8 +25,8 @@ def sizes(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> list
             # A target that neurons cannot reach is refused elsewhere.
             with suppress(InputError):
                 width = width_for(remaining, asked, prune.width_multiple, prune.tensor_parallel)
-                after = remaining.params - (remaining.width - width) * remaining.params_per_neuron
-                remaining = replace(remaining, params=after, width=width)
+                remaining = with_width(remaining, width)
+                after = remaining.params
         planned.append((iteration, after))
     return planned
 

@@ -21,7 +21,7 @@ from ptl.config.schedule import removal
 from ptl.errors import InputError
 from ptl.evaluation.tasks import is_path
 from ptl.model import hub, text_tower
-from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for
+from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for, with_width
 from ptl.model.families import family_of
 from ptl.preflight import starter_fit, starter_text
 from ptl.preflight.forecast import Forecast, forecast
@@ -205,8 +205,7 @@ def _pruned(dense: ModelDimensions, target: float) -> tuple[ModelDimensions, int
             field="--target",
             remedy=f"give less, for example {_default_target(dense):g}",
         ) from error
-    params = dense.params - (dense.width - width) * dense.params_per_neuron
-    return replace(dense, params=params, width=width), resolve_multiple(dense.width, width, "auto")
+    return with_width(dense, width), resolve_multiple(dense.width, width, "auto")
 
 
 def _tokens(removed: int, data: Data) -> tuple[int, str]:

@@ -89,7 +89,7 @@ def _said(pair: Row | None) -> str:
         return ""
     if pair["verdict"] == "unclear" and pair["p_worse"] <= pair["alpha"]:
         return "fell"
-    # Results of earlier versions call it not inferior; a significant improvement is one all the same.
+    # A significant improvement is one all the same.
     if not can_fall(pair["reference"], pair["margin"]) and pair["low"] <= 0:
         return "unsolved"
     return str(pair["verdict"])

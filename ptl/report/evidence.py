@@ -71,7 +71,7 @@ def groups(result: Result) -> list[Group]:
 def checks(result: Result) -> list[tuple[str, str]]:
     """What the run itself looked after: its goal, the gate, and rows that are in a benchmark."""
     lines = [("Gate", _gate(result))]
-    reached = goal.sentence(result.get("goal", {}))  # results of earlier versions have none
+    reached = goal.sentence(result["goal"])
     if reached:
         lines.insert(0, ("Target", reached))
     if result["decontaminated"]:

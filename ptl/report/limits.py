@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ptl.config.schedule import removal
 from ptl.evaluation import speed_rows
 from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
 from ptl.report import answer, cells, goal
@@ -35,21 +36,16 @@ def sentences(result: Result) -> list[str]:
 
 def _target(result: Result) -> str:
     """A loop that ended before its target, or its goal."""
-    asked_goal = result.get("goal")
+    asked_goal = result["goal"]
     if asked_goal:
         return "" if asked_goal.get("reached") else goal.sentence(asked_goal)
-    target = result["settings"]["schedule"]["target"]
-    asked = _share(target, result["original_params"])
+    original = result["original_params"]
+    asked = removal(original, result["settings"]["schedule"]["target"]) / original
     removed = result["final"]["share_removed"]
     if removed >= asked - SHORT_OF_TARGET:
         return ""
     shares = f"{cells.percent(removed)} of the parameters were removed, not {cells.percent(asked)}"
     return f"The target was not reached: {shares}."
-
-
-def _share(target: float, original: int) -> float:
-    """The share to remove; a target from 1 on is the number of parameters to end with."""
-    return target if target < 1 else 1 - target / original
 
 
 def _benchmarks(dense: Row) -> str:
@@ -156,7 +152,7 @@ def _decontamination(result: Result) -> str:
 
 def _cut(result: Result) -> str:
     """Sequences of the training whose ends were not trained on."""
-    counts = result.get("sequences", {})  # results of earlier versions have none
+    counts = result["sequences"]
     if not counts.get("cut_sequences"):
         return ""
     return (

@@ -85,7 +85,7 @@ def _insignificant_p(result: Result) -> float | None:
 
 def notes(result: Result) -> list[str]:
     """What a reader of the terminal asks next, which the pages have as a table of evidence and its limits."""
-    sentences = [goal.sentence(result.get("goal", {}))]  # results of earlier versions have none
+    sentences = [goal.sentence(result["goal"])]
     sentences += [control_failed(result), *_comparisons(result), _tokens_in_all(result), *_about_control(result)]
     sentences += _about_gate(result)
     # Then a checkpoint can be final that is worse than the dense model.
