@@ -94,7 +94,7 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
-    fsdp = settings.sharding == "fsdp" and is_sharded(settings)
+    fsdp = settings.sharding in ("fsdp", "hybrid") and is_sharded(settings)
     return {
         "output_dir": str(job.scratch),
         "per_device_train_batch_size": launch.sequences_per_pass(settings, launch.world_size()),
@@ -276,7 +276,7 @@ def save(
 
 def is_sharded(settings: Stage) -> bool:
     """Whether weights or optimizer state are spread over processes."""
-    return settings.sharding != "none" and launch.world_size() > 1 and launch.can_shard()
+    return settings.sharding != "none" and launch.world_size() > 1
 
 
 def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:

@@ -11,6 +11,7 @@ from ptl.config.recover import Cpt
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch, training
 from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.machines import Machines
 
 CPT = {"method": "cpt"}
 
@@ -47,9 +48,9 @@ def test_a_tracker_is_passed_on_to_the_trainer_and_one_that_is_not_installed_is_
     assert training.arguments(stage, job)["report_to"] == ["tensorboard"]
     assert training.arguments(Cpt(), job)["report_to"] == "none"
     monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboardX" or None)
-    launch.check(stage)
+    launch.check(stage, Machines())
     with pytest.raises(InputError, match=r"recover\.report_to: the package wandb is not installed; install it where"):
-        launch.check(Cpt(report_to=("tensorboard", "wandb")))
+        launch.check(Cpt(report_to=("tensorboard", "wandb")), Machines())
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
-    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4)
+    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4, Machines())
     assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
 
 
@@ -158,3 +159,33 @@ def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_
     replace_worker(script)
     with pytest.raises(InputError, match=r"^recover\.x: refused in a process$"):
         recover(small, tmp_path / "out", CPT | {"processes": 2})
+
+
+def groups(count, **settings):
+    return settings | {"machines": Machines(count)}
+
+
+@pytest.mark.slow
+def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tmp_path):
+    """2 x 1 and 1 x 2: torchrun's c10d rendezvous on this machine, or one launcher."""
+    report = recover(small, tmp_path / "nodes", CPT, machines=Machines(2))
+    recover(small, tmp_path / "processes", CPT | {"processes": 2})
+    one = straight[1]
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
+    nodes, processes, alone = (weights(path) for path in (tmp_path / "nodes", tmp_path / "processes", straight[0]))
+    assert max(float((nodes[name] - alone[name]).abs().max()) for name in nodes) < 1e-4
+    assert max(float((nodes[name] - processes[name]).abs().max()) for name in nodes) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "hybrid"])
+def test_weights_are_sharded_over_machines_or_within_each(sharding, small, straight, tmp_path, monkeypatch, replace_worker):
+    """Two groups of two processes: all four share the weights, or each group has all of them."""
+    monkeypatch.setattr(launch, "can_shard", lambda: True)
+    replace_worker(ROOT / "tests/fsdp_on_cpu.py")
+    stage = CPT | {"processes": 2, "sharding": sharding}
+    report = recover(small, tmp_path / "out", stage, machines=Machines(2))
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 4)
+    mine, theirs = weights(tmp_path / "out"), weights(straight[0])
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
