@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from ptl.config.recover import TrainingData
-from ptl.recovery.machines import Machines
+from ptl.recovery.machines import ALONE, Machines
 
 Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
 Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
@@ -72,7 +72,7 @@ class RecoveryJob:
     save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
     scored: Path | None = None  # the first evaluation's folder: its items are not to be trained on
     keep_optimizer_state: bool = False  # a later recovery continues with it
-    machines: Machines = Machines()  # that train together
+    machines: Machines = ALONE  # that train together
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _launch(settings: RecoverStage, job: RecoveryJob, processes: int, job_file: 
         for rank in machines.here
     ]
     os.close(writing_end)
-    with open(reading_end) as lines, _ending_together(groups):
+    with os.fdopen(reading_end) as lines, _ending_together(groups):
         # until the last process has ended
         printed = _follow(lines, job)
         codes = [group.wait() for group in groups]

@@ -36,9 +36,17 @@ class Machines:
         return 0 in self.here
 
 
+ALONE = Machines()
+
+
+def is_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the pod of a node of a TrainJob."""
+    return NODE_RANK in environment
+
+
 def machines(environment: Mapping[str, str] = os.environ) -> Machines:
     """As the environment says it: that of a node's pod, or of a step that stands for all nodes."""
-    if NODE_RANK in environment:
+    if is_node(environment):
         return Machines(
             int(environment[NODE_COUNT]),
             int(environment[NODE_RANK]),

@@ -179,7 +179,9 @@ def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["fsdp", "hybrid"])
-def test_weights_are_sharded_over_machines_or_within_each(sharding, small, straight, tmp_path, monkeypatch, replace_worker):
+def test_weights_are_sharded_over_machines_or_within_each(
+    sharding, small, straight, tmp_path, monkeypatch, replace_worker
+):
     """Two groups of two processes: all four share the weights, or each group has all of them."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     replace_worker(ROOT / "tests/fsdp_on_cpu.py")
