@@ -102,6 +102,8 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "bf16": settings.dtype == "bfloat16",
         "gradient_checkpointing": settings.gradient_checkpointing and not fsdp,
+        # otherwise each GPU keeps the sum of whole gradients until the last pass of a step
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         "use_cpu": not torch.cuda.is_available(),
         "seed": job.budget.seed,
         # two, as a kill may leave the newest half-written

@@ -20,10 +20,10 @@ from ptl.log import say
 from ptl.recovery.machines import NODE_RANK, NODES
 from ptl.steps import attempts, trainjob
 from ptl.steps.call import Call
-from ptl.steps.kubernetes_api import Cluster
+from ptl.steps.kubernetes_api import Cluster, NoAnswerError
 from ptl.steps.trainjob import CONTAINER, INDEX, Json, NodeFailure
 
-POLL = 5.0  # seconds
+POLL = 2.0  # seconds
 LAST_LOG = 10  # seconds for the end of the first node's log
 
 
@@ -48,6 +48,8 @@ def train(call: Call) -> None:
         _create(cluster, step, job)
         try:
             _follow(cluster, step, name)
+        except NoAnswerError:
+            raise
         except BaseException:
             say(step, f"TrainJob {name} is deleted")
             cluster.delete(name)
@@ -97,7 +99,7 @@ def _follow(cluster: Cluster, step: str, name: str) -> None:
             raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
         condition = trainjob.ended(job)
         if condition is not None:
-            for log in logs.values():
+            for log in list(logs.values()):
                 log.join(LAST_LOG)
             if condition["type"] == "Complete":
                 return
@@ -111,16 +113,22 @@ def _copy_logs(cluster: Cluster, pods: list[Json], logs: dict[str, threading.Thr
         name = pod["metadata"]["name"]
         is_first = pod["metadata"]["labels"].get(INDEX) == "0"
         if is_first and name not in logs and pod.get("status", {}).get("phase") != "Pending":
-            logs[name] = threading.Thread(target=_copy_log, args=(cluster, name), daemon=True)
+            logs[name] = threading.Thread(target=_copy_log, args=(cluster, name, logs), daemon=True)
             logs[name].start()
 
 
-def _copy_log(cluster: Cluster, pod: str) -> None:
+def _copy_log(cluster: Cluster, pod: str, logs: dict[str, threading.Thread]) -> None:
+    printed = 0
     try:
         for line in cluster.log(pod, CONTAINER):
             print(line, flush=True)
+            printed += 1
     except Exception as error:  # whatever the client raises, a log is no reason to fail
-        print(f"the log of {pod} cannot be read: {type(error).__name__}", flush=True)
+        if printed:
+            print(f"the rest of the log of {pod} cannot be read: {type(error).__name__}", flush=True)
+        else:
+            # at the next look again
+            logs.pop(pod, None)
 
 
 def _state(job: Json | None, pods: list[Json], seen: list[NodeFailure]) -> str:

@@ -23,15 +23,26 @@ CONFLICT, NOT_FOUND = 409, 404
 MANIFESTS = "manifests/components/trainer"
 
 
+class NoAnswerError(WorkError):
+    """The Kubernetes API has been silent for too long; what it runs goes on."""
+
+
 class Cluster:
     """The namespace in which this pod runs."""
 
     def __init__(self) -> None:
         from kubernetes import client, config
 
-        # in a pod its account; elsewhere what KUBECONFIG names, as kubectl does
-        config.load_config()
-        self.namespace = _namespace()
+        # in a pod its account; elsewhere as kubectl does
+        self.namespace = "default"
+        if NAMESPACE.is_file():
+            config.load_incluster_config()
+            self.namespace = NAMESPACE.read_text().strip()
+        else:
+            kubeconfig = os.environ.get("KUBECONFIG")
+            config.load_kube_config(kubeconfig)
+            _, active = config.list_kube_config_contexts(kubeconfig)
+            self.namespace = active["context"].get("namespace", self.namespace)
         self._jobs = client.CustomObjectsApi()
         self._pods = client.CoreV1Api()
         self._raw = client.ApiClient().sanitize_for_serialization  # objects as the API has them
@@ -94,7 +105,7 @@ class Cluster:
             yield rest
 
     def _ask(self, request: Callable[..., Any], *arguments: Any, raw: bool = False, **options: Any) -> Any:
-        """One request, again while nobody answers. Raises ApiException for a refusal (raw), InputError else."""
+        """One request, again while nobody answers. Raises NoAnswerError, and ApiException (raw) or InputError."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -111,20 +122,11 @@ class Cluster:
                 if not temporary:
                     raise _refused(error) from error
                 if time.monotonic() - began > PATIENCE:
-                    raise WorkError(
+                    raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
                         remedy="the TrainJob goes on; a retry of the step finds it again",
                     ) from error
                 time.sleep(5)
-
-
-def _namespace() -> str:
-    from kubernetes import config
-
-    if NAMESPACE.is_file():
-        return NAMESPACE.read_text().strip()
-    _, active = config.list_kube_config_contexts()
-    return str(active["context"].get("namespace", "default"))
 
 
 def _refused(error: Any, job: Json | None = None) -> InputError:

@@ -73,6 +73,8 @@ def recover(call: Call) -> None:
             machines=machines.machines(),
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
+        if not job.machines.first:
+            return {}  # the first one has the files
         mlflow_flavor.write(dst)
         counts = {**sequence_counts(step.name, report), **_decontaminated(step.name, report)}
         return {"params": parent.params, **dataclasses.asdict(report), **counts}
