@@ -65,8 +65,8 @@ def _needed(config: Config) -> bool:
 
 def _findings(config: Config, namespace: str, account: str, read: Read, may: May) -> list[Finding]:
     trainer = served(read)
-    # Without it the cluster knows of no runtime and no right.
-    if trainer.state == "error":
+    # Without it there is no runtime, and who cannot see it sees no runtime either.
+    if trainer.state != "ok":
         return [trainer]
     return [
         trainer,
