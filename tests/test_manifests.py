@@ -16,9 +16,11 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
+from ptl.config.cluster import RESERVED
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.preflight.doctor_trainer import RIGHTS
+from ptl.steps import trainjob
 from ptl.storage import training_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -198,8 +200,16 @@ def test_nodes_start_again_together_or_not_at_all():
     (in_job,), (in_jobset,) = spec["podFailurePolicy"]["rules"], jobset["failurePolicy"]["rules"]
     assert in_job["action"] == "FailJob" and in_job["onExitCodes"]["values"] == [InputError.exit_code]
     assert in_jobset["action"] == "FailJobSet" and in_jobset["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert in_job["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"] == "node"
-    assert in_jobset["targetReplicatedJobs"] == [job["name"]] and jobset["failurePolicy"]["maxRestarts"] > 0
+    assert in_job["onExitCodes"]["containerName"] == "node" and in_jobset["targetReplicatedJobs"] == ["node"]
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_a_steps_trainjob_changes_what_the_runtime_has():
+    (job,) = yaml.safe_load(RUNTIME.read_text())["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert (job["name"], pod["containers"][0]["name"]) == (trainjob.JOB, trainjob.CONTAINER)
+    # A volume of the step's with one of these names would be the same volume.
+    assert {volume["name"] for volume in pod["volumes"]} <= RESERVED
 
 
 def test_nodes_meet_the_restricted_standard():

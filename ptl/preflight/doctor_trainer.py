@@ -23,6 +23,7 @@ RIGHTS = (
     ("create", GROUP, "trainjobs", ""),
     ("get", GROUP, "trainjobs", ""),
     ("delete", GROUP, "trainjobs", ""),
+    ("get", "", "pods", ""),
     ("list", "", "pods", ""),
     ("get", "", "pods", "log"),
 )

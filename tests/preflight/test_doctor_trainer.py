@@ -30,6 +30,7 @@ ALL = {
     "create trainjobs.trainer.kubeflow.org",
     "get trainjobs.trainer.kubeflow.org",
     "delete trainjobs.trainer.kubeflow.org",
+    "get pods",
     "list pods",
     "get pods/log",
 }
