@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
 Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
-# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
+# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
 RESERVED = {
     "shm",
     # Kubeflow's launcher.
@@ -39,6 +39,8 @@ RESERVED = {
     "tmp-dir-argo",
     "argo-env-config",
     "argo-staging",
+    # The TrainingRuntime's.
+    "tmp",
 }
 RUNTIME = "ptl-recover"  # TrainingRuntime of manifests/components/trainer
 TRAINED = "recover"  # the kind of step that several nodes can do together
