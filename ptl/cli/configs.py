@@ -60,7 +60,7 @@ def plan(
     settings = load_config(config, pairs("--set", sets))
     run_forecast = forecast.forecast(settings, gpu, count, nodes, network)
     # A pipe has no width: rich would take 80 columns and wrap the last ones.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(forecast_table.table(run_forecast))
     for warning in run_forecast.warnings:
         print(f"warning: {warning}")

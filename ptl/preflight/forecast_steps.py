@@ -218,7 +218,7 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         hours=seconds / HOUR,
         gpus=assumed.gpus["recover"] * assumed.nodes,
         fits=assumed.fits(memory),
-        note=f"GPUs wait {100 * waiting_share:.0f} % of the time" if waiting_share >= SOME_WAITING else "",
+        note=f"GPUs wait {100 * waiting_share:.0f} %" if waiting_share >= SOME_WAITING else "",
         nodes=assumed.nodes,
         waiting=waiting_share,
     )

@@ -24,6 +24,8 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "Note": "left",
 }
 
+WHOLE = ("Step", "Parameters", "Tokens")  # not wrapped or cut off where the terminal is narrow
+
 
 def table(forecast: Forecast) -> Any:
     """A forecast as a rich table; a star marks the steps of the critical path."""
@@ -42,7 +44,7 @@ def table(forecast: Forecast) -> Any:
         caption_justify="left",
     )
     for heading, side in COLUMNS.items():
-        rows.add_column(heading, justify=side, no_wrap=heading == "Step")
+        rows.add_column(heading, justify=side, no_wrap=heading in WHOLE)
     for step in forecast.steps:
         # In the order of COLUMNS.
         rows.add_row(

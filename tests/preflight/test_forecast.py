@@ -349,7 +349,7 @@ def test_a_slow_network_is_waited_for_and_copies_on_each_node_use_it_less(large)
 
     slow, copies = recovery_of(told(25)), recovery_of(told(25, sharding="hybrid"))
     assert recovery_of(told(400)).hours < copies.hours < slow.hours
-    assert slow.note == f"GPUs wait {100 * slow.waiting:.0f} % of the time" and slow.waiting > 0.1
+    assert slow.note == f"GPUs wait {100 * slow.waiting:.0f} %" and slow.waiting > 0.1
     assert slow.hours * (1 - slow.waiting) == pytest.approx(recovery_of(told(400)).hours)
     (warning,) = told(25).warnings
     assert warning.startswith(
@@ -370,10 +370,12 @@ def test_a_batch_that_nodes_cannot_divide_is_said_before_it_fails(large):
     assert forecast(settings, num_nodes=4).warnings == ()
 
 
-def test_the_table_has_nodes_and_tokens_a_second(large):
-    told = forecast(config(large, **NODES, recover=[LONG]), num_nodes=4)
-    console = Console(width=200, file=io.StringIO())
+def test_the_table_has_nodes_and_tokens_a_second_and_fits_into_a_pipe(large):
+    told = forecast(config(large, **NODES, recover=[LONG]), num_nodes=4, network=12.5)
+    console = Console(width=120, file=io.StringIO())
     console.print(table(told))
     (row,) = [line for line in console.file.getvalue().splitlines() if line.startswith("│ recover-1")]
     cells = [cell.strip() for cell in row.split("│")]
-    assert "4 x 8" in cells and f"{recovery_of(told).tokens_per_second:,.0f}" in cells
+    step = recovery_of(told)
+    assert cells[2:4] == [f"{step.params:,}", f"{step.tokens:,}"] and "4 x 8" in cells
+    assert f"{step.tokens_per_second:,.0f}" in cells
