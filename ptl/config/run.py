@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from ptl import __version__
 from ptl.config import image_names, suggestions, yaml_text
 from ptl.config.base import Positive, Section
-from ptl.config.cluster import Resources, Storage
+from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.goal import TAGS
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
@@ -231,6 +231,21 @@ class Config(Section):
                 raise ValueError(
                     f"schedule.recovery_tokens={self.schedule.recovery_tokens} leaves {fewest or 'no'} token for a "
                     f"stage of iteration {iteration.index}: raise it, or set schedule.tokens=uniform"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit_their_nodes(self) -> Config:
+        nodes = self.resources.nodes_of(TRAINED)
+        for stage in self.recover if nodes > 1 else ():
+            if stage.sharding == "zero2":
+                raise ValueError("recover.sharding=zero2 is for one node: on several take fsdp or hybrid")
+            # Without `processes` the GPUs of a node decide, of which there may be none here.
+            processes = nodes * (stage.processes or 1)
+            if stage.batch_size % (stage.accumulation * processes):
+                raise ValueError(
+                    f"recover.batch_size={stage.batch_size} must be a multiple of accumulation={stage.accumulation} "
+                    f"times the {processes} processes of {nodes} nodes"
                 )
         return self
 

@@ -20,7 +20,7 @@ NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
 CONFLICT, NOT_FOUND = 409, 404
-MANIFESTS = "manifests/components/trainer"
+APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, Kubeflow Trainer)"
 
 
 class NoAnswerError(WorkError):
@@ -137,20 +137,20 @@ def _refused(error: Any, job: Json | None = None) -> InputError:
         return InputError(
             f"the TrainingRuntime {runtime!r} does not exist here",
             field="resources.steps.recover.runtime",
-            remedy=f"make it: kubectl apply -k {MANIFESTS} (docs/nodes.md), or name one that exists",
+            remedy=f"{APPLY}, or name one that exists",
         )
     if error.status == NOT_FOUND and job:
         return InputError(
             "this cluster has no Kubeflow Trainer: it does not know TrainJobs",
             field="resources.steps.recover.nodes",
-            remedy="install Kubeflow Trainer 2 (docs/nodes.md), or train on one node",
+            remedy="install Kubeflow Trainer 2 (docs/install.md), or train on one node",
         )
     # a quota and an admission webhook forbid too
     if error.status == 401 or "forbidden: User" in message:
         return InputError(
             f"this step's account may not do that: {message}",
             field="resources.steps.recover.nodes",
-            remedy=f"give it the Role of {MANIFESTS} (docs/nodes.md)",
+            remedy=f"for its Role {APPLY}",
         )
     return InputError(f"the cluster refuses it: {message}", field="resources.steps.recover")
 

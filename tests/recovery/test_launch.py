@@ -161,10 +161,6 @@ def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_
         recover(small, tmp_path / "out", CPT | {"processes": 2})
 
 
-def groups(count, **settings):
-    return settings | {"machines": Machines(count)}
-
-
 @pytest.mark.slow
 def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tmp_path):
     """2 x 1 and 1 x 2: torchrun's c10d rendezvous on this machine, or one launcher."""
@@ -191,3 +187,45 @@ def test_weights_are_sharded_over_machines_or_within_each(
     mine, theirs = weights(tmp_path / "out"), weights(straight[0])
     assert mine.keys() == theirs.keys()
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed_starts_all_of_them_again_from_the_last_checkpoint(
+    small, straight, tmp_path, replace_worker, capfd
+):
+    """The worker is real; one of the second group kills its launcher and itself, once, after a checkpoint."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, sys\nfrom pathlib import Path\nfrom ptl.recovery import training, worker\n"
+        f"mark = Path({str(tmp_path / 'killed')!r})\n"
+        "watch = training.watch\n"
+        "def dying(job):\n"
+        "    callback = watch(job)\n"
+        "    on_save = callback.on_save\n"
+        "    def after(args, state, control, **more):\n"
+        "        on_save(args, state, control, **more)\n"
+        "        if os.environ['RANK'] == '1' and state.global_step == 4 and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            os.kill(os.getppid(), signal.SIGKILL)\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    callback.on_save = after\n"
+        "    return callback\n"
+        "training.watch = dying\n"
+        "worker.main(Path(sys.argv[1]))\n"
+    )
+    replace_worker(script)
+    report = recover(small, tmp_path / "out", CPT, machines=Machines(2))
+    assert (tmp_path / "killed").exists() and report.resumed_at in (2, 4) and report.steps == straight[1].steps
+    assert "all groups of processes start again, up to 3 times" in capfd.readouterr().out
+    mine, alone = weights(tmp_path / "out"), weights(straight[0])
+    assert max(float((mine[name] - alone[name]).abs().max()) for name in mine) < 1e-4
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_goes_on_two_machines(small, tmp_path):
+    stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
+    stage |= {"max_completion_length": 44, "guard_prompts": 4, "logging_steps": 1, "processes": 1}
+    report = recover(small, tmp_path / "out", stage | {"rewards": [{"name": "final_answer"}]}, machines=Machines(2))
+    assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
+    before, after = weights(small), weights(tmp_path / "out")
+    assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
