@@ -71,7 +71,8 @@ def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight
 @pytest.mark.slow
 def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(small, straight, tmp_path, sharding):
     """FSDP2 with gloo: weights and optimizer state are halved; tokens and, up to rounding, result are the same."""
-    stage, dst = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}, tmp_path / "out"
+    stage = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True, "accumulation": 2}
+    dst = tmp_path / "out"
     report = recover(small, dst, stage)
     one = straight[1]
     assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
