@@ -210,6 +210,7 @@ def sharding_for(settings: Stage, machines: Machines, processes: int) -> str:
 
 def check(settings: RecoverStage, machines: Machines) -> None:
     """Raise InputError where the stage cannot be divided among its processes; called before any work."""
+    _check_groups(machines)
     configured = processes_for(settings, machines) * machines.count
     # one of the processes that were launched knows their number from the environment
     processes = configured if world_size() == 1 else world_size()
@@ -221,6 +222,19 @@ def check(settings: RecoverStage, machines: Machines) -> None:
             "zero2 needs the package deepspeed, which is not installed",
             field="recover.sharding",
             remedy="install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp",
+        )
+
+
+def _check_groups(machines: Machines) -> None:
+    """Raise InputError for more groups of processes than this machine has GPUs: each needs one of its own."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < len(machines.here):
+        raise InputError(
+            f"{machines.count} nodes cannot share the {gpus} GPUs of this machine",
+            field="resources.steps.recover.nodes",
+            remedy=f"set it to {gpus} at most for a run on one machine",
         )
 
 

@@ -82,14 +82,9 @@ def recover(call: Call) -> None:
     if not machines.machines().first:
         take_part(step, parent, settings, work)
         return
-    record = execute(
-        step,
-        parent,
-        settings,
-        work,
-        content_key=takeover.key(parent.digest, settings),
-        elsewhere=(lambda: coordinator.train(call)) if coordinator.is_one() else None,
-    )
+    elsewhere = (lambda: coordinator.train(call)) if coordinator.is_one() else None
+    content_key = takeover.key(parent.digest, settings)
+    record = execute(step, parent, settings, work, content_key=content_key, elsewhere=elsewhere)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()

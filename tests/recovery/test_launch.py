@@ -230,3 +230,16 @@ def test_reinforcement_learning_goes_on_two_machines(small, tmp_path):
     assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
     before, after = weights(small), weights(tmp_path / "out")
     assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
+
+
+def test_more_groups_than_gpus_are_refused_on_one_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"recover\.nodes: 2 nodes cannot share the 1 GPUs .* set it to 1 at most"):
+        launch.check(Cpt(), Machines(2))
+    launch.check(Cpt(), Machines(2, 1, "node-0", 29500))  # a node of a TrainJob
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.processes_for(Cpt(), Machines(2)) == 2
+    assert [launch._environment(Machines(2), rank)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert launch._environment(Machines(2), 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
