@@ -283,12 +283,4 @@ def _with_processes(config: Config, default: Callable[[str], int]) -> Config:
     """The config with all numbers of processes written out; `default` is that of a kind of step."""
     stages = tuple(_with(stage, processes=stage.processes or default("recover")) for stage in config.recover)
     evaluate = _with(config.evaluate, processes=config.evaluate.processes or default("evaluate"))
-    return _with(config, recover=stages, evaluate=evaluate, resources=_one_node(config.resources, gpus))
-
-
-def _one_node(resources: Resources, gpus: int) -> Resources:
-    """On a machine with GPUs one node has them all; on CPUs as many groups of processes as nodes."""
-    own = resources.of_step(TRAINED)
-    if not gpus or own.nodes == 1:
-        return resources
-    return _with(resources, steps={**resources.steps, TRAINED: _with(own, nodes=1)})
+    return _with(config, recover=stages, evaluate=evaluate)
