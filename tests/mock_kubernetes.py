@@ -77,6 +77,8 @@ class MockKubernetes:
         self.on_create = lambda job: None
         self.on_delete = lambda name: None
         self.outage = 0  # answers of 503 to come
+        self.log_requests = []  # their options
+        self.own_env = []  # of the coordinator's pod
 
     def play(self, *looks):
         """What the cluster has at each look at a TrainJob: the name of a recorded one, and its pods."""
@@ -110,13 +112,14 @@ class MockKubernetes:
         return self.jobs.pop(name, None)
 
 
-def own_pod():
+def own_pod(env):
+    """The coordinator's pod."""
     owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": OWN_POD, "ownerReferences": [owner | {"controller": True, "blockOwnerDeletion": True}]},
-        "spec": {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main"}]},
+        "spec": {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": env}]},
     }
 
 
@@ -156,10 +159,11 @@ class Handler(BaseHTTPRequestHandler):
             job = cluster.job(match[1])
             self.answer(200, job) if job else self.answer(404, f'"{match[1]}" not found')
         elif url.path == f"{PODS}/{OWN_POD}":
-            self.answer(200, own_pod())
+            self.answer(200, own_pod(cluster.own_env))
         elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", url.path):
             self.send_response(200)
             self.end_headers()
+            cluster.log_requests.append(parse_qs(url.query))
             for line in cluster.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
                 self.wfile.write(line.encode())
         elif url.path == PODS:
@@ -244,7 +248,8 @@ class Processes:
         return [node.wait() for node in self.nodes]
 
     def start(self, trainer, rank, attempt, pod_name):
-        variables = {entry["name"]: entry["value"] for entry in trainer["env"] if "value" in entry}
+        # as the kubelet expands them
+        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"] if "value" in entry}
         # as Kubeflow Trainer sets them
         torch = {
             "PET_NNODES": str(trainer["numNodes"]),

@@ -34,9 +34,12 @@ def template(config: Config, image: str) -> str:
         "numProcPerNode": 1,
         "resourcesPerNode": _resources(resources),
     }
-    job_patch = {"name": JOB, "template": {"spec": {"template": {"spec": _pod(config)}}}}
+    # A runtime of one's own may lack them: the network policies select the one, and a sidecar would intercept NCCL.
+    pod_labels = {"app.kubernetes.io/part-of": "ptl", "sidecar.istio.io/inject": "false"}
+    pod = {"metadata": {"labels": pod_labels}, "spec": _pod(config)}
+    job_patch = {"name": JOB, "template": {"spec": {"template": pod}}}
     job_set = {"spec": {"replicatedJobs": [job_patch]}}
-    job = {
+    job: dict[str, Any] = {
         "apiVersion": API_VERSION,
         "kind": "TrainJob",
         "metadata": {"labels": labels},
@@ -46,6 +49,9 @@ def template(config: Config, image: str) -> str:
             "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": job_set}}],
         },
     }
+    if resources.timeout_of(TRAINED) is not None:
+        # A coordinator that is killed cannot delete it.
+        job["spec"]["activeDeadlineSeconds"] = resources.window(TRAINED)
     return json.dumps(job, separators=(",", ":"))
 
 
@@ -56,8 +62,8 @@ def _resources(resources: Resources) -> dict[str, Any]:
     accelerators = resources.accelerators_of(TRAINED)
     if accelerators and resources.accelerator:
         amounts[resources.accelerator] = str(accelerators)
-    given = {name: amount for name, amount in amounts.items() if amount}
-    return {"requests": given, "limits": given}
+    requested = {name: amount for name, amount in amounts.items() if amount}
+    return {"requests": requested, "limits": requested}
 
 
 def _environment(storage: Storage) -> list[dict[str, Any]]:

@@ -305,6 +305,20 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def check_batches(config: Config) -> None:
+    """Raise InputError where a batch cannot be divided among the accelerators that a run on a cluster requests."""
+    nodes = config.resources.nodes_of(TRAINED)
+    for stage in config.recover:
+        processes = nodes * (stage.processes or max(1, config.resources.accelerators_of(TRAINED)))
+        if stage.batch_size % (stage.accumulation * processes):
+            raise InputError(
+                f"{stage.batch_size} must be a multiple of accumulation={stage.accumulation} times the {processes} "
+                f"processes of {nodes} nodes",
+                field="recover.batch_size",
+                remedy="raise it, or change resources.accelerators or resources.steps.recover",
+            )
+
+
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Read and check a config file; its paths are relative to it, those in overrides to the working directory.
 

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -40,7 +39,7 @@ ERROR_FILE = "error.json"  # in `scratch`
 JOB = TypeAdapter(RecoveryJob)  # all but its functions crosses to the processes as JSON
 LAST_LINES = 30  # of a failed training, in its error
 RESTARTS = 3  # of all groups on this machine; as many as those of nodes in manifests/components/trainer
-RENDEZVOUS = 3600  # seconds that machines wait for each other: some fetch their checkpoint later
+RENDEZVOUS = 1800  # seconds that machines wait for each other: some fetch their checkpoint later
 GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 
@@ -115,15 +114,13 @@ def run(
 def _launch(settings: RecoverStage, job: RecoveryJob, processes: int, job_file: Path) -> tuple[bool, list[str]]:
     """Start this machine's groups and follow them to their end; whether all succeeded, and what they printed."""
     machines = job.machines
-    port = machines.port
-    if len(machines.here) > 1:
-        port = free_port()
+    port = free_port() if len(machines.here) > 1 else machines.port
     # one pipe for all
     reading_end, writing_end = os.pipe()
     groups = [
         subprocess.Popen(
             # ends with this process, however that ends
-            tied([*command(settings, processes, replace(machines, rank=rank, port=port)), str(job_file)]),
+            tied([*command(settings, processes, machines, port), str(job_file)]),
             stdout=writing_end,
             stderr=subprocess.STDOUT,
             env=_environment(machines, rank),
@@ -145,13 +142,15 @@ def _environment(machines: Machines, rank: int) -> dict[str, str]:
     num_groups = len(machines.here)
     if num_groups == 1:
         return environment
+    # the name of this machine may lead nowhere
+    environment["PET_LOCAL_ADDR"] = LOOPBACK
 
     import torch
 
-    each = torch.cuda.device_count() // num_groups
-    if each:
-        devices = cuda.listed(environment) or [str(number) for number in range(each * num_groups)]
-        environment[cuda.VISIBLE] = ",".join(devices[rank * each : (rank + 1) * each])
+    group_size = torch.cuda.device_count() // num_groups
+    if group_size:
+        devices = cuda.listed(environment) or [str(number) for number in range(group_size * num_groups)]
+        environment[cuda.VISIBLE] = ",".join(devices[rank * group_size : (rank + 1) * group_size])
     return environment
 
 
@@ -238,16 +237,16 @@ def _check_groups(machines: Machines) -> None:
         )
 
 
-def command(settings: Stage, processes: int, machines: Machines) -> list[str]:
+def command(settings: Stage, processes: int, machines: Machines, port: int = 0) -> list[str]:
     """The `accelerate launch` command for a stage, with so many processes on each machine."""
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     recomputed = str(settings.gradient_checkpointing).lower()
     # port 0: a free one, as several trainings may run on one machine
     flags = f"--num_processes {processes * machines.count} --num_machines {machines.count}"
-    flags += f" --main_process_port {machines.port}"
+    flags += f" --main_process_port {port}"
     if machines.count > 1:
         flags += f" --main_process_ip {machines.address}"
-        if machines.address == LOOPBACK:
+        if machines.rank is None:
             # groups on this machine agree on their ranks; as rank 0 accelerate refuses a port that another one opened
             flags += " --machine_rank 1 --rdzv_backend c10d"
         else:

@@ -23,7 +23,7 @@ class Machines:
     count: int = 1
     rank: int | None = None  # of this machine; None: all of them are groups of processes on it
     address: str = LOOPBACK
-    port: int = 0  # 0: any free one
+    port: int = 0  # of the first one, there; 0: any free one
 
     @property
     def here(self) -> tuple[int, ...]:

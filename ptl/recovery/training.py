@@ -20,6 +20,7 @@ from ptl.recovery.job import Curve, RecoveryJob, StageBudget
 from ptl.storage.local_files import FULL
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
+COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 # torch and safetensors wrap the operating system's error in their own
 NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
@@ -113,6 +114,8 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
         "report_to": list(settings.report_to) or "none",
+        # while the first process stores a checkpoint, the others wait for it
+        "ddp_timeout": COLLECTIVE_TIMEOUT,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
@@ -55,13 +55,13 @@ def execute(
     *,
     title: str | None = None,
     content_key: str = "",
-    elsewhere: Callable[[], None] | None = None,
+    elsewhere: Callable[[Callable[[], None]], None] | None = None,
 ) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
     `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
-    are taken over. `elsewhere` has other machines do and commit the step. Raises NoAttemptLeftError where earlier
-    attempts have used all.
+    are taken over. `elsewhere` has other machines do and commit the step; it is given what counts an attempt. Raises
+    NoAttemptLeftError where earlier attempts have used all.
     """
     run = step.start(title)
     execution = Execution(step, run, parent, work, content_key)
@@ -70,8 +70,7 @@ def execute(
         # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key)
         if record is None and elsewhere is not None:
-            begin(run)
-            elsewhere()
+            elsewhere(lambda: begin(run))
             record = _committed_elsewhere(run, key)
         elif record is None:
             # A node's attempt is the coordinator's.
@@ -111,10 +110,10 @@ def _do(execution: Execution, key: str) -> Record:
 
 
 def _committed_elsewhere(run: StepRun, key: str) -> Record:
-    """What other machines have committed. Raises WorkError where that is nothing."""
+    """What other machines have committed. Raises InputError where that is nothing: it would be the same again."""
     record = store.committed(run.root, run.run, run.step, key)
     if record is None:
-        raise WorkError(
+        raise InputError(
             "its nodes have ended without a result in the store",
             field=run.step,
             remedy="compare PTL_ARTIFACT_ROOT and the version of their image with this step's",

@@ -24,7 +24,7 @@ APPLY = "apply manifests/components/trainer with your overlay (docs/install.md, 
 
 
 class NoAnswerError(WorkError):
-    """The Kubernetes API has been silent for too long; what it runs goes on."""
+    """The Kubernetes API has been silent for too long; what runs on the cluster is not ended by that."""
 
 
 class Cluster:
@@ -40,17 +40,23 @@ class Cluster:
             self.namespace = NAMESPACE.read_text().strip()
         else:
             kubeconfig = os.environ.get("KUBECONFIG")
-            config.load_kube_config(kubeconfig)
+            try:
+                config.load_kube_config(kubeconfig)
+            except config.ConfigException as error:
+                raise InputError(
+                    "this pod has no token of a service account, with which it would start its nodes",
+                    field="resources.steps.recover.nodes",
+                    remedy="let Kubernetes mount it (automountServiceAccountToken), or train on one node",
+                ) from error
             _, active = config.list_kube_config_contexts(kubeconfig)
             self.namespace = active["context"].get("namespace", self.namespace)
         self._jobs = client.CustomObjectsApi()
         self._pods = client.CoreV1Api()
-        self._raw = client.ApiClient().sanitize_for_serialization  # objects as the API has them
 
     def own_pod(self) -> Json:
         """This pod. Raises InputError where its account may not read it."""
         name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
-        return dict(self._raw(self._ask(self._pods.read_namespaced_pod, name, self.namespace)))
+        return self._read(self._pods.read_namespaced_pod, name, self.namespace)
 
     def create(self, job: Json) -> bool:
         """Create a TrainJob; False where one of its name exists. Raises InputError where it is refused."""
@@ -89,13 +95,15 @@ class Cluster:
 
     def pods(self, name: str) -> list[Json]:
         """The pods of a TrainJob's nodes."""
-        listing = self._ask(self._pods.list_namespaced_pod, self.namespace, label_selector=f"{OF_JOB_SET}={name}")
-        return [self._raw(pod) for pod in listing.items]
+        selector = f"{OF_JOB_SET}={name}"
+        listing = self._read(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)
+        return list(listing["items"])
 
-    def log(self, pod: str, container: str) -> Iterator[str]:
-        """The lines that a container prints, until it ends."""
+    def log(self, pod: str, container: str, since: int | None = None) -> Iterator[str]:
+        """The lines that a container prints, until it ends or the connection does; of the last `since` seconds."""
+        options = {"since_seconds": since} if since is not None else {}
         response = self._pods.read_namespaced_pod_log(
-            pod, self.namespace, container=container, follow=True, _preload_content=False
+            pod, self.namespace, container=container, follow=True, _preload_content=False, **options
         )
         rest = ""
         for chunk in response.stream():
@@ -103,6 +111,11 @@ class Cluster:
             yield from lines
         if rest:
             yield rest
+
+    def _read(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Json:
+        """An object as the API has it: the client's own classes refuse one in which a field is missing."""
+        response = self._ask(request, *arguments, _preload_content=False, **options)
+        return dict(json.loads(response.data))
 
     def _ask(self, request: Callable[..., Any], *arguments: Any, raw: bool = False, **options: Any) -> Any:
         """One request, again while nobody answers. Raises NoAnswerError, and ApiException (raw) or InputError."""
@@ -124,7 +137,7 @@ class Cluster:
                 if time.monotonic() - began > PATIENCE:
                     raise NoAnswerError(
                         f"the Kubernetes API has not answered for {PATIENCE} s: {_message(error)}",
-                        remedy="the TrainJob goes on; a retry of the step finds it again",
+                        remedy="the TrainJob trains meanwhile, and a retry of the step finds it",
                     ) from error
                 time.sleep(5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def recover(call: Call) -> None:
     if not machines.machines().first:
         take_part(step, parent, settings, work)
         return
-    elsewhere = (lambda: coordinator.train(call)) if coordinator.is_one() else None
+    elsewhere = partial(coordinator.train, call) if coordinator.is_one() else None
     content_key = takeover.key(parent.digest, settings)
     record = execute(step, parent, settings, work, content_key=content_key, elsewhere=elsewhere)
     # Committed: nothing resumes this training any more.

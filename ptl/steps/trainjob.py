@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,9 @@ INDEX = "batch.kubernetes.io/job-completion-index"  # label of a pod: the node's
 
 TEMPLATE = "PTL_TRAIN_JOB"  # JSON, which the compiled pipeline sets
 CALL = "PTL_NODE_CALL"  # JSON: the step of which a node does its part
-# Variables of the coordinator that its nodes need: which run this is, and what Kubeflow's MLflow plugin has made.
-PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_WORKSPACE")
+RUN = "KFP_RUN_ID"  # in a node as in the pod of any other step
+OF_MLFLOW = "MLFLOW_"  # how the variables begin that Kubeflow's MLflow plugin sets in a pod
+RUN_LABEL = "ptl/run"  # of a TrainJob
 TERMINATION_LOG = "/dev/termination-log"
 LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
 HEAD = 300  # characters of an error that is too long
@@ -37,21 +37,30 @@ def name_of(run: str, step: str) -> str:
     return f"ptl-{digits[:12]}-{step}"
 
 
-def complete(template: Json, name: str, coordinator: Json, call: Json) -> Json:
-    """The TrainJob of one step: the template with its name, the step's call, and what is the coordinator's own."""
+def complete(template: Json, name: str, run: str, coordinator: Json, call: Json) -> Json:
+    """The TrainJob of one step: the template with its name, the step's call, and what its coordinator's pod has."""
     job: Json = json.loads(json.dumps(template))
     metadata, spec = job["metadata"], job["spec"]
     metadata["name"] = name
     # Deleted with the workflow, but not with a pod that another one follows.
     owners = coordinator["metadata"].get("ownerReferences", [])
     metadata["ownerReferences"] = [owner | {"controller": False, "blockOwnerDeletion": False} for owner in owners]
-    variables = {CALL: json.dumps(call)} | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    spec["trainer"]["env"] += [{"name": name, "value": value} for name, value in variables.items()]
+    metadata["labels"][RUN_LABEL] = run
+    variables = spec["trainer"]["env"]
+    variables += [{"name": RUN, "value": run}, {"name": CALL, "value": literal(json.dumps(call))}]
+    # As they are written in the pod, so that a login stays in its Secret.
+    for container in coordinator["spec"]["containers"]:
+        variables += [entry for entry in container.get("env", []) if entry["name"].startswith(OF_MLFLOW)]
     # The identity by which a cloud gives rights to its store.
     account = coordinator["spec"].get("serviceAccountName")
     if account:
         pod_of(job)["serviceAccountName"] = account
     return job
+
+
+def literal(value: str) -> str:
+    """A variable's value that Kubernetes takes as it is: it replaces $(NAME) and $$."""
+    return value.replace("$", "$$")
 
 
 def pod_of(job: Json) -> Json:
@@ -85,14 +94,47 @@ class NodeFailure:
 
 
 def failures(pods: Iterable[Json]) -> list[NodeFailure]:
-    """Those of the nodes whose container has failed."""
-    found = []
+    """Those of the nodes whose pod or container has failed."""
+    node_failures = []
     for pod in pods:
-        for status in pod.get("status", {}).get("containerStatuses", []):
-            terminated = status.get("state", {}).get("terminated")
-            if status["name"] == CONTAINER and terminated and terminated.get("exitCode"):
-                found.append(_failure(pod["metadata"]["labels"], terminated))
-    return found
+        labels, status = pod["metadata"]["labels"], pod.get("status", {})
+        terminated = _container(status).get("state", {}).get("terminated", {})
+        if status.get("phase") == "Failed" and status.get("reason"):
+            # Evicted, for example, when a disk is full; the container may be gone.
+            reason = f"{status['reason']}: {status.get('message', '')}"
+            ended = str(terminated.get("finishedAt", ""))
+            node_failures.append(NodeFailure(attempt_of(labels), _node(labels), ended, reason, 1, explained=True))
+        elif terminated.get("exitCode"):
+            node_failures.append(_failure(labels, terminated))
+    return node_failures
+
+
+def _container(status: Json) -> Json:
+    """What a pod's status says of the container that trains."""
+    containers: list[Json] = [entry for entry in status.get("containerStatuses", []) if entry["name"] == CONTAINER]
+    return containers[0] if containers else {}
+
+
+def _node(labels: dict[str, str]) -> int:
+    return int(labels.get(INDEX, 0))
+
+
+def obstacle(pods: Iterable[Json]) -> str:
+    """Why a node does not start, as Kubernetes says it; empty where it says nothing."""
+    for pod in pods:
+        status = pod.get("status", {})
+        waiting = _container(status).get("state", {}).get("waiting", {})
+        unscheduled = [
+            condition
+            for condition in status.get("conditions", [])
+            if condition["type"] == "PodScheduled" and condition["status"] == "False"
+        ]
+        for reason in [waiting, *unscheduled]:
+            # what every pod goes through
+            if reason.get("reason") and reason["reason"] not in ("ContainerCreating", "PodInitializing"):
+                node = _node(pod["metadata"]["labels"])
+                return f"node {node}: {reason['reason']}: {reason.get('message', '')}".rstrip(": ")
+    return ""
 
 
 def _failure(labels: dict[str, str], terminated: Json) -> NodeFailure:
@@ -107,7 +149,7 @@ def _failure(labels: dict[str, str], terminated: Json) -> NodeFailure:
         reason, explained = "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
     return NodeFailure(
         attempt=attempt_of(labels),
-        node=int(labels.get(INDEX, 0)),
+        node=_node(labels),
         ended=str(terminated.get("finishedAt", "")),
         reason=reason,
         exit_code=exit_code,
