@@ -125,7 +125,7 @@ def _fields(section: type[Section], links: dict[str, str]) -> Iterator[tuple[str
             continue
         prop = schema["properties"][name]
         default = "required" if name in required else _default(prop)
-        yield f"`{name}`", _kind(prop, links), default, section.model_fields[name].description or ""
+        yield f"`{name}`", _kind(prop, links), default, " ".join((section.model_fields[name].description or "").split())
 
 
 def _kind(prop: dict[str, Any], links: dict[str, str], word: str = "section") -> str:

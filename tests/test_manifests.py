@@ -14,8 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
+from ptl.config.cluster import RESERVED
 from ptl.config.run import load_config
+from ptl.errors import InputError
+from ptl.preflight.doctor_trainer import RIGHTS
+from ptl.steps import trainjob
 from ptl.storage import training_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -120,8 +125,8 @@ def test_dev_keeps_to_what_a_profile_may_reach(filled):
     assert namespace["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubeflow-profile"
 
 
-@pytest.mark.parametrize("component", ["istio", "kfp-launcher", "kueue"])
-def test_components_can_be_added(filled, component, tmp_path):
+@pytest.mark.parametrize(("component", "count"), [("istio", 1), ("kfp-launcher", 1), ("kueue", 1), ("trainer", 4)])
+def test_components_can_be_added(filled, component, count, tmp_path):
     part = {"istio": "mlflow"}.get(component, "runs")
     folder = filled / "overlays" / "dev" / f"with-{component}"
     folder.mkdir()
@@ -131,7 +136,116 @@ def test_components_can_be_added(filled, component, tmp_path):
     out.write_text(run(tool("kustomize"), "build", folder))
     run(tool("kubernetes-validate"), "--strict", "--quiet", out)
     plain = len(list(yaml.safe_load_all(run(tool("kustomize"), "build", filled / "overlays/dev" / part))))
-    assert len(objects(out)) == plain + 1
+    assert len(objects(out)) == plain + count
+
+
+@pytest.fixture(params=OVERLAYS)
+def with_trainer(request, filled):
+    """Objects of an overlay's runs by kind and name, with the component `trainer` as its comment says."""
+    runs = filled / "overlays" / request.param / "runs"
+    folder = runs.with_name("runs-with-trainer")
+    shutil.copytree(runs, folder, dirs_exist_ok=True)
+    text = (runs / "kustomization.yaml").read_text()
+    text, count = re.subn(r"^( *)# (components:| *- \S+/trainer)$", r"\1\2", text, flags=re.M)
+    assert count in (1, 2)
+    (folder / "kustomization.yaml").write_text(text)
+    out = filled / f"{request.param}-with-trainer.yaml"
+    out.write_text(run(tool("kustomize"), "build", folder))
+    run(tool("kubernetes-validate"), "--strict", "--quiet", out)
+    return {(entry["kind"], entry["metadata"]["name"]): entry for entry in objects(out)}
+
+
+def test_the_account_of_the_steps_in_the_runs_namespace_may_start_nodes(with_trainer):
+    binding = with_trainer["RoleBinding", "ptl-recover"]
+    namespace = binding["metadata"]["namespace"]
+    assert namespace == with_trainer["ConfigMap", "ptl"]["metadata"]["namespace"]
+    assert namespace == with_trainer["TrainingRuntime", "ptl-recover"]["metadata"]["namespace"]
+    subjects = {(subject["name"], subject["namespace"]) for subject in binding["subjects"]}
+    assert subjects == {("pipeline-runner", namespace), ("default-editor", namespace)}
+    role = with_trainer[binding["roleRef"]["kind"], binding["roleRef"]["name"]]
+    granted = {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    # What the doctor asks for; it names a part of a resource apart from it.
+    assert {(verb, group, "/".join(filter(None, parts))) for verb, group, *parts in RIGHTS} <= granted
+    # Nothing of it lets a step change anything but TrainJobs.
+    assert {right for right in granted if right[0] not in ("get", "list", "watch")} == {
+        ("create", "trainer.kubeflow.org", "trainjobs"),
+        ("delete", "trainer.kubeflow.org", "trainjobs"),
+    }
+
+
+RUNTIME = MANIFESTS / "components/trainer/runtime.yaml"
+
+
+def test_the_runtime_is_one_that_kubeflow_trainer_knows():
+    written = yaml.safe_load(RUNTIME.read_text())
+    # The types leave out what they do not know, so nothing may be missing when it comes back.
+    assert TrainerV1alpha1TrainingRuntime.from_dict(written).to_dict() == written
+    wrong = yaml.safe_load(RUNTIME.read_text().replace("onJobFailureReasons", "onJobFailureReason"))
+    assert TrainerV1alpha1TrainingRuntime.from_dict(wrong).to_dict() != wrong
+
+
+def test_nodes_start_again_together_or_not_at_all():
+    jobset = yaml.safe_load(RUNTIME.read_text())["spec"]["template"]["spec"]
+    (job,) = jobset["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert job["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
+    # A wrong input ends the whole training; anything else is restarted.
+    (in_job,), (in_jobset,) = spec["podFailurePolicy"]["rules"], jobset["failurePolicy"]["rules"]
+    assert in_job["action"] == "FailJob" and in_job["onExitCodes"]["values"] == [InputError.exit_code]
+    assert in_jobset["action"] == "FailJobSet" and in_jobset["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert in_job["onExitCodes"]["containerName"] == "node" and in_jobset["targetReplicatedJobs"] == ["node"]
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_a_steps_trainjob_changes_what_the_runtime_has():
+    (job,) = yaml.safe_load(RUNTIME.read_text())["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert (job["name"], pod["containers"][0]["name"]) == (trainjob.JOB, trainjob.CONTAINER)
+    # A volume of the step's with one of these names would be the same volume.
+    assert {volume["name"] for volume in pod["volumes"]} <= RESERVED
+
+
+def test_nodes_meet_the_restricted_standard():
+    (job,) = yaml.safe_load(RUNTIME.read_text())["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["automountServiceAccountToken"] is False
+    (node,) = pod["containers"]
+    assert node["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    # The Dockerfile's caches are below /tmp, and NCCL needs more than 64 MiB of shared memory.
+    assert {mount["mountPath"] for mount in node["volumeMounts"]} == {"/tmp", "/dev/shm"}
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    assert volumes == {"shm": {"medium": "Memory"}, "tmp": {}}
+
+
+def test_nodes_reach_each_other_and_what_a_step_reaches(with_trainer):
+    """By the labels that a node's pod has: the runtime's, and JobSet's as recorded on a cluster."""
+    (job,) = with_trainer["TrainingRuntime", "ptl-recover"]["spec"]["template"]["spec"]["replicatedJobs"]
+    recorded = {"jobset.sigs.k8s.io/jobset-name": "ptl-recover-1"}
+    labels = job["template"]["spec"]["template"]["metadata"]["labels"] | recorded
+
+    def selects(selector, labels):
+        names = [expression["key"] for expression in selector.get("matchExpressions", [])]
+        return selector["matchLabels"].items() <= labels.items() and set(names) <= set(labels)
+
+    nodes, steps = (with_trainer["NetworkPolicy", name]["spec"] for name in ("ptl-nodes", "ptl-steps"))
+    assert selects(steps["podSelector"], labels) and selects(nodes["podSelector"], labels)
+    (inward,), (outward,) = nodes["ingress"], nodes["egress"]
+    assert set(inward) == {"from"} and set(outward) == {"to"}  # any port
+    assert all(selects(peer["podSelector"], labels) for peer in [*inward["from"], *outward["to"]])
+    step = {"app.kubernetes.io/part-of": "ptl"}
+    assert selects(steps["podSelector"], step) and not selects(nodes["podSelector"], step)
 
 
 def test_checkov(built):

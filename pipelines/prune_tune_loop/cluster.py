@@ -4,10 +4,12 @@ from typing import Any
 
 from kfp import kubernetes
 
+from pipelines.prune_tune_loop import train_job, volumes
 from ptl.config.cluster import Resources, Storage
 from ptl.config.retry_defaults import RETRY_WAIT
 from ptl.config.run import Config
-from ptl.steps import mounts
+from ptl.recovery import machines
+from ptl.steps import mounts, trainjob
 
 ACCELERATED = ("prune", "recover", "evaluate")  # the stages that need accelerators and their nodes
 # Variables of a pod's own fields. As inputs of the task they would have other values in each run.
@@ -22,8 +24,12 @@ def configure(task: Any, stage: str, config: Config) -> Any:
     """Give a task of this stage everything it needs on a cluster."""
     # A result taken from another run's cache has no record in this run: repeated steps take the store's records.
     task.set_caching_options(False)
-    _set_compute(task, stage, config.resources)
-    _set_placement(task, stage, config.resources)
+    coordinates = config.resources.nodes_of(stage) > 1
+    if coordinates:
+        _set_nodes(task, stage, config)
+    else:
+        _set_compute(task, stage, config.resources)
+    _set_placement(task, stage, config.resources, waits_for_nodes=coordinates)
     _set_attempts(task, stage, config.resources)
     _set_environment(task, config.storage)
     _mount_volumes(task, config.storage)
@@ -51,6 +57,17 @@ def _set_compute(task: Any, stage: str, resources: Resources) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
 
 
+def _set_nodes(task: Any, stage: str, config: Config) -> None:
+    """The pod only starts a TrainJob and follows it; on one machine the step does the work of all nodes itself."""
+    own = config.resources.of_step(stage)
+    task.set_env_variable(machines.NODES, str(own.nodes))
+    task.set_env_variable(trainjob.TEMPLATE, train_job.template(config, task.container_spec.image))
+    task.set_cpu_request(train_job.COORDINATOR_CPU)
+    task.set_cpu_limit(train_job.COORDINATOR_CPU)
+    task.set_memory_request(train_job.COORDINATOR_MEMORY)
+    task.set_memory_limit(train_job.COORDINATOR_MEMORY)
+
+
 def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
     """A step tries again by itself (ptl.steps.supervisor), and Argo starts a pod anew that was deleted or evicted.
 
@@ -74,14 +91,15 @@ def _set_attempts(task: Any, stage: str, resources: Resources) -> None:
     )
 
 
-def _set_placement(task: Any, stage: str, resources: Resources) -> None:
-    if stage in ACCELERATED:
+def _set_placement(task: Any, stage: str, resources: Resources, *, waits_for_nodes: bool) -> None:
+    # A pod that waits for nodes needs none of their kind itself, and no place in their queue.
+    if stage in ACCELERATED and not waits_for_nodes:
         for taint in resources.tolerations:
             kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect)
         for label, value in sorted(resources.node_selector.items()):
             kubernetes.add_node_selector(task, label, value)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "ptl")  # the network policies select it
-    if resources.queue:
+    if resources.queue and not waits_for_nodes:
         kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", resources.queue)
     if resources.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(resources.image_pull_secrets))
@@ -95,26 +113,18 @@ def _set_placement(task: Any, stage: str, resources: Resources) -> None:
 def _set_environment(task: Any, storage: Storage) -> None:
     for variable, path in FIELD_VARIABLES.items():
         kubernetes.use_field_path_as_env(task, variable, path)
-    # Only keys with other names than usual are written, as KFP's own Secret has them.
-    keys = (storage.s3_access_key, storage.s3_secret_key)
-    for (variable, usual_key), key in zip(mounts.S3_KEYS.items(), keys, strict=True):
-        if storage.s3_secret and key != usual_key:
-            task.set_env_variable(variable, key)
+    for variable, key in volumes.renamed_keys(storage).items():
+        task.set_env_variable(variable, key)
     if storage.cache_claim:
         task.set_env_variable("HF_HOME", mounts.HF_HOME)
 
 
 def _mount_volumes(task: Any, storage: Storage) -> None:
     """All optional: a pod that misses one starts and says so, instead of hanging before its container exists."""
-    # By name of the Secret: one that serves for several is mounted once.
-    secrets = {storage.hf_secret: mounts.HF, storage.mlflow_secret: mounts.MLFLOW, storage.s3_secret: mounts.S3}
-    config_maps = {storage.config_map: mounts.CONFIG, storage.ca_config_map: mounts.CA}
-    for name, folder in secrets.items():
-        if name:
-            kubernetes.use_secret_as_volume(task, name, folder, optional=True)
-    for name, folder in config_maps.items():
-        if name:
-            kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
+    for name, folder in volumes.secrets(storage).items():
+        kubernetes.use_secret_as_volume(task, name, folder, optional=True)
+    for name, folder in volumes.config_maps(storage).items():
+        kubernetes.use_config_map_as_volume(task, name, folder, optional=True)
     if storage.cache_claim:
         kubernetes.mount_pvc(task, storage.cache_claim, mounts.CACHE)
 

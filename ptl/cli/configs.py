@@ -39,7 +39,15 @@ def plan(
     config: ConfigFile,
     sets: Overrides,
     gpu: Annotated[str, typer.Option(help="kind of GPU, for example h100")] = "h100",
-    count: Annotated[int | None, typer.Option(min=1, help="GPUs per step, in place of resources.accelerators")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="GPUs per step, on each node, in place of resources.accelerators")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="machines of a recovery, in place of resources.steps.recover.nodes")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="Gbit/s between nodes for each GPU; default: by the kind of GPU")
+    ] = None,
 ) -> None:
     """Forecast every step (parameters, tokens, FLOPs, GPU memory, hours) and the time from start to end.
 
@@ -50,9 +58,9 @@ def plan(
     from ptl.preflight import forecast, forecast_table
 
     settings = load_config(config, pairs("--set", sets))
-    run_forecast = forecast.forecast(settings, gpu, count)
+    run_forecast = forecast.forecast(settings, gpu, count, nodes, network)
     # A pipe has no width: rich would take 80 columns and wrap the last ones.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(forecast_table.table(run_forecast))
     for warning in run_forecast.warnings:
         print(f"warning: {warning}")

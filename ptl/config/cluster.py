@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
 Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 
-# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod.
+# Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
 RESERVED = {
     "shm",
     # Kubeflow's launcher.
@@ -39,7 +39,11 @@ RESERVED = {
     "tmp-dir-argo",
     "argo-env-config",
     "argo-staging",
+    # The TrainingRuntime's.
+    "tmp",
 }
+RUNTIME = "ptl-recover"  # TrainingRuntime of manifests/components/trainer
+TRAINED = "recover"  # the kind of step that several nodes can do together
 # Deadlines.
 START = 300  # seconds of a timeout that are left to the start of a pod: its image, volumes and inputs
 WITHOUT_TIMEOUT = 30 * 24 * 60 * 60  # seconds: Argo needs a number, and takes one hour where it is given none
@@ -77,6 +81,11 @@ class StepResources(Section):
     """size of /dev/shm; it counts as memory"""
     timeout: Positive | None = None
     """wall-clock seconds that each attempt may take"""
+    nodes: Positive = 1
+    """machines that train together (recover only); on a cluster, from 2 on, by Kubeflow Trainer. All fields are then
+    those of one node"""
+    runtime: Name = RUNTIME
+    """Kubeflow Trainer's TrainingRuntime, in the namespace of the runs, from which the nodes are made"""
 
 
 class Resources(Section):
@@ -168,6 +177,10 @@ class Resources(Section):
         used = {"prune": min(1, self.accelerators), "recover": self.accelerators, "evaluate": self.accelerators}
         return used.get(stage, 0)
 
+    def nodes_of(self, stage: str) -> int:
+        """Machines that do a kind of step together."""
+        return self.of_step(stage).nodes
+
     def timeout_of(self, stage: str) -> int | None:
         """Wall-clock seconds that one attempt of a kind of step may take; None: no limit."""
         own = self.of_step(stage).timeout
@@ -191,6 +204,13 @@ class Resources(Section):
         # All pauses but none after the last attempt.
         pauses = self.retry_wait * (2 ** (self.attempts - 1) - 1)  # 1 + 2 + 4 + ... times the first
         return self.attempts * timeout + pauses
+
+    @model_validator(mode="after")
+    def _only_recover_has_nodes(self) -> Resources:
+        for name, step in self.steps.items():
+            if step.nodes > 1 and name != TRAINED:
+                raise ValueError(f"nodes={step.nodes} of {name}: only recover runs on several nodes; remove it there")
+        return self
 
     @model_validator(mode="after")
     def _accelerators_have_a_name(self) -> Resources:

@@ -169,9 +169,10 @@ class Stage(Section):
     """trackers to which the Trainer logs beside MLflow, for example wandb; their packages must be where recover runs"""
     # several GPUs
     processes: Positive | None = None
-    """training processes; default: one for each GPU of the step"""
-    sharding: Literal["none", "fsdp", "zero2"] = "none"
-    """with several GPUs: a complete copy on each, FSDP (full shard), or DeepSpeed ZeRO-2"""
+    """training processes, of each node; default: one for each GPU"""
+    sharding: Literal["none", "fsdp", "hybrid", "zero2"] = "none"
+    """with several GPUs: a complete copy on each, FSDP over all of them (full shard), FSDP within each node and copies
+    across nodes, or DeepSpeed ZeRO-2"""
 
 
 class NextToken(Stage):

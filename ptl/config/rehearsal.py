@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ptl.config.cluster import TRAINED, Resources
 from ptl.config.flat_settings import flat_settings
 from ptl.config.recover import Grpo, NextToken, RecoverStage, Recovery
 from ptl.config.run import Calibration, Config, Evaluate, Gate, Speed, Task, check
@@ -55,7 +56,8 @@ def rehearsal(config: Config, gpus: int | None) -> Config:
         config = _fitting(config, gpus)
     iterations = len(plan(config.schedule, config.prune))
     schedule = _schedule(config, iterations)
-    stages = [_stage(stage, iterations, gpus) for stage in config.recover]
+    nodes = config.resources.nodes_of(TRAINED)
+    stages = [_stage(stage, iterations, nodes, gpus) for stage in config.recover]
     shrunk = _with(
         config,
         name=config.name[: LONGEST_NAME - len(SUFFIX)].rstrip("-") + SUFFIX,
@@ -113,7 +115,7 @@ def _schedule(config: Config, iterations: int) -> Schedule:
     return _with(schedule, **changes)
 
 
-def _stage(stage: RecoverStage, iterations: int, gpus: int) -> RecoverStage:
+def _stage(stage: RecoverStage, iterations: int, nodes: int, gpus: int) -> RecoverStage:
     """A stage with its own batches, except for GRPO, whose batches are answers that take long to write."""
     stage = _with(stage, logging_steps=1)
     if not isinstance(stage, Grpo):
@@ -123,7 +125,7 @@ def _stage(stage: RecoverStage, iterations: int, gpus: int) -> RecoverStage:
         stage,
         steps=_part(stage.steps, iterations),
         num_generations=generations,
-        batch_size=generations * (stage.processes or max(1, gpus)),  # divides among groups and processes
+        batch_size=generations * nodes * (stage.processes or max(1, gpus)),  # divides among groups and processes
         accumulation=1,
         max_completion_length=min(stage.max_completion_length, NEW_TOKENS),
         guard_prompts=0,
@@ -188,7 +190,15 @@ def _fitting(config: Config, gpus: int) -> Config:
         backend=evaluate.backend if gpus else "hf",
         processes=_processes(evaluate.processes, requested, gpus, lambda _: True),
     )
-    return _with(config, recover=stages, evaluate=evaluate)
+    return _with(config, recover=stages, evaluate=evaluate, resources=_one_node(config.resources, gpus))
+
+
+def _one_node(resources: Resources, gpus: int) -> Resources:
+    """On a machine with GPUs one node has them all; on CPUs as many groups of processes as nodes."""
+    own = resources.of_step(TRAINED)
+    if not gpus or own.nodes == 1:
+        return resources
+    return _with(resources, steps={**resources.steps, TRAINED: _with(own, nodes=1)})
 
 
 def _fitting_stage(stage: RecoverStage, gpus: int, requested: int) -> RecoverStage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 Records = dict[str, Record]  # of one run, by the step's name
 
 KINDS = {"import": "dense", "prune": "pruned", "recover": "recovered"}  # by the stage of the step that committed it
-_TRAINING = re.compile(r"(?P<step>.+)\.(?P<stage>\d+)\.training-(?P<number>\d+)(?P<attempt>-[0-9a-f]{12})?(\.partial)?")
+_TRAINING = re.compile(
+    r"(?P<step>.+)\.(?P<stage>\d+)\.training-(?P<number>\d+|result)(?P<attempt>-[0-9a-f]{12})?(\.partial)?"
+)
 
 
 @dataclass(frozen=True)
@@ -177,4 +180,5 @@ def _is_half_written(match: re.Match[str], names: list[str]) -> bool:
 
 def _training_order(match: re.Match[str]) -> tuple[int, int, bool]:
     """Stage, number, and files after their record."""
-    return int(match["stage"]), int(match["number"]), bool(match["attempt"])
+    number = match["number"]
+    return int(match["stage"]), sys.maxsize if number == "result" else int(number), bool(match["attempt"])

@@ -12,7 +12,7 @@ from ptl import address
 from ptl.config.run import Config, check
 from ptl.errors import InputError, PtlError
 from ptl.preflight import doctor_http as http
-from ptl.preflight import doctor_kubernetes, doctor_local, gpus
+from ptl.preflight import doctor_kubernetes, doctor_local, doctor_trainer, gpus
 from ptl.preflight.doctor_local import MissingImages
 from ptl.preflight.doctor_tracking import tracking_and_store, tracking_uri
 from ptl.preflight.finding import Finding, as_finding
@@ -60,7 +60,11 @@ def cluster(config: Config, *, host: str | None, namespace: str | None, kubeflow
         # What no option names, the server itself may say.
         if namespace is None:
             namespace = _standalone_namespace(host, kubeflow_namespace)
-    return [*findings, *doctor_kubernetes.cluster_objects(config, namespace, kubeflow_namespace)]
+    return [
+        *findings,
+        *doctor_kubernetes.cluster_objects(config, namespace, kubeflow_namespace),
+        *doctor_trainer.by_kubectl(config, namespace, kubeflow_namespace),
+    ]
 
 
 def _standalone_namespace(host: str, kubeflow_namespace: str) -> str | None:
@@ -85,6 +89,9 @@ def task(settings: dict[str, Any], experiment: str) -> None:
     # The run's parameter wins over the config's value.
     storage = config.storage.model_copy(update={"experiment": experiment})
     findings = step_environment(config.model_copy(update={"storage": storage}))
+    # A local runner, which names the run by PTL_RUN_ID, trains without Kubeflow Trainer.
+    if os.environ.get("KFP_RUN_ID") and not os.environ.get("PTL_RUN_ID"):
+        findings += doctor_trainer.in_step(config)
 
     # All findings go to the step's log, the errors into its message too.
     print(*findings, sep="\n", flush=True)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from typing import Any, Literal
 
 import yaml
 
 from ptl.config.run import Config
+from ptl.preflight import kubectl
 from ptl.preflight.finding import Finding
+from ptl.preflight.kubectl import NoSuchObjectError, NotSeenError
 
-SECONDS = 15
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
 API_SERVER = "ml-pipeline"  # Kubeflow's Deployment
 MOUNTS = ("/config", "/config/config.json")  # where that has its config: the folder, or the file alone
@@ -32,14 +32,6 @@ MAKE_BUNDLE = (
     "make it with the key ca.crt, the PEM bundle of your organisation's CA, or set storage.ca_config_map to null; "
     "without it the steps trust the public CAs only"
 )
-
-
-class NotSeenError(Exception):
-    """kubectl did not answer with the object."""
-
-
-class NoSuchObjectError(NotSeenError):
-    """The cluster has no object of that name."""
 
 
 def cluster_objects(config: Config, namespace: str | None, kubeflow_namespace: str) -> list[Finding]:
@@ -90,7 +82,7 @@ def _exists(kind: str, name: str, namespace: str, absent: Literal["warning", "er
     """Whether an object exists; `absent` is what a run without it is."""
     subject = f"{kind} {name}"
     try:
-        _kubectl(kind, name, namespace, "name")
+        kubectl.get(kind, name, namespace, "name")
     except NoSuchObjectError:
         return Finding(subject, absent, f"is not in {namespace}", remedy.format(name=name))
     except NotSeenError as error:
@@ -185,7 +177,7 @@ def plugin(kubeflow_namespace: str, namespace: str | None) -> Finding:
 
 def _mounted_config(kubeflow_namespace: str) -> str | None:
     """Name of the ConfigMap that is mounted as the API server's config.json; None if the image's own is used."""
-    deployment = _json_object("deployment", API_SERVER, kubeflow_namespace)
+    deployment = kubectl.get_json("deployment", API_SERVER, kubeflow_namespace)
     pod = deployment["spec"]["template"]["spec"]
 
     # Volumes that are mounted at the config's path, and the one among them that is a ConfigMap.
@@ -236,28 +228,5 @@ def _not_seen(subject: str, error: NotSeenError) -> Finding:
 
 
 def _config_map(name: str, namespace: str) -> dict[str, str]:
-    config_map = _json_object("configmap", name, namespace)
+    config_map = kubectl.get_json("configmap", name, namespace)
     return dict(config_map.get("data") or {})
-
-
-def _json_object(kind: str, name: str, namespace: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_kubectl(kind, name, namespace, "json")))
-    except ValueError as error:
-        raise NotSeenError(f"kubectl get {kind} {name} gave no JSON") from error
-
-
-def _kubectl(kind: str, name: str, namespace: str, output: str) -> str:
-    """What `kubectl get` prints. Raises NotSeenError where it does not, with what it says."""
-    command = ["kubectl", "get", kind, name, "--namespace", namespace, "--output", output]
-    command.append(f"--request-timeout={SECONDS}s")
-    try:
-        # The request has a timeout of its own; a plugin for logins that asks on the terminal has none.
-        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotSeenError(f"kubectl gave no answer ({type(error).__name__})") from error
-    if process.returncode == 0:
-        return process.stdout
-    message = process.stderr.strip()[:200] or f"kubectl ended with exit code {process.returncode}"
-    kind_of_error = NoSuchObjectError if "NotFound" in process.stderr else NotSeenError
-    raise kind_of_error(message)

@@ -7,19 +7,17 @@ other run at the same time on a cluster: the critical path through them is the t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptl.config.dag import Node, arm_of, critical_path, iteration_of, nodes, stage_of, times
 from ptl.config.goal import Goal
-from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, one_shot, plan, removal
 from ptl.errors import InputError
-from ptl.preflight import advice, target
+from ptl.preflight import advice, forecast_warnings, target
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
-from ptl.preflight.gpus import GIB, GPUS
-from ptl.units import listed, quantity
+from ptl.preflight.gpus import GBIT, GPUS
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,8 @@ class Forecast:
     """A whole run."""
 
     gpu: str  # kind
-    count: int  # GPUs of a recovery
+    count: int  # GPUs of a recovery, on each of its nodes
+    nodes: int  # of a recovery
     params: int  # of the dense model
     steps: tuple[StepForecast, ...]
     warnings: tuple[str, ...]
@@ -47,10 +46,17 @@ class Forecast:
         return sum(step.gpu_hours for step in self.steps)
 
 
-def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> Forecast:
+def forecast(
+    config: Config,
+    gpu: str = "h100",
+    count: int | None = None,
+    num_nodes: int | None = None,
+    network: float | None = None,
+) -> Forecast:
     """Estimate every step of a run on `count` GPUs (none: what the config asks for recovery, at least one).
 
-    Raises InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
+    `num_nodes`: machines of a recovery, in place of the config's; `network`: Gbit/s between them for each GPU. Raises
+    InputError for an unknown GPU, a model whose config cannot be had, or a target that leaves nothing.
     """
     if gpu not in GPUS:
         raise InputError(f"{gpu!r} is not known; it must be one of {', '.join(GPUS)}", field="gpu")
@@ -58,7 +64,8 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     config = target.with_number(config)
     dense = shape_of(config.model.path, config.model.revision)
     gpus = {stage: _gpus(config, stage, count) for stage in ("prune", "recover", "evaluate")}
-    assumed = Assumptions(config, dense, GPUS[gpu], gpus)
+    card = GPUS[gpu] if network is None else replace(GPUS[gpu], network=network * GBIT)
+    assumed = Assumptions(config, dense, card, gpus, num_nodes or config.resources.nodes_of("recover"))
     dag = nodes(config)
     steps = _step_forecasts(dag, assumed)
 
@@ -72,13 +79,13 @@ def forecast(config: Config, gpu: str = "h100", count: int | None = None) -> For
     return Forecast(
         gpu=gpu,
         count=max(1, gpus["recover"]),
+        nodes=assumed.nodes,
         params=dense.params,
         steps=tuple(steps),
         warnings=(
             *advice.warnings(config),
             *advice.depth_warnings(config.schedule, dense.params),
-            *_too_large(steps, gpu, assumed),
-            *_short_of_host_memory(config, steps),
+            *forecast_warnings.warnings(steps, gpu, assumed),
         ),
         critical_hours=critical_hours,
         critical_steps=tuple(critical_steps),
@@ -160,58 +167,3 @@ def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, 
         return sum(gpus[name] for name in names)
 
     return max(map(running, moments), key=held, default=())
-
-
-def _too_large(steps: Sequence[StepForecast], gpu: str, assumed: Assumptions) -> list[str]:
-    """The warning of the steps that do not fit: one for each kind of step, whose remedy is the same."""
-    remedies = {
-        "prune": "lower calibration.batch_size, or take a larger GPU",
-        "recover": _smaller_recovery(assumed),
-        "evaluate": "lower evaluate.batch_size, or take a larger GPU",
-    }
-    available = assumed.card.memory / GIB
-    sentences = []
-    for stage, remedy in remedies.items():
-        large = [step for step in steps if stage_of(step.step) == stage and not step.fits]
-        if not large:
-            continue
-        names = listed([step.step for step in large])
-        # Models become smaller from one iteration to the next.
-        needed = sorted({f"{step.memory / GIB:.0f}" for step in large}, key=int)
-        amount = " to ".join(dict.fromkeys([needed[0], needed[-1]]))
-        sentences.append(f"{names}: about {amount} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}")
-    return sentences
-
-
-def _short_of_host_memory(config: Config, steps: Sequence[StepForecast]) -> list[str]:
-    """A warning where the pods of prune request less memory than one of them keeps."""
-    own = config.resources.of_step("prune").memory
-    requested = own or config.resources.memory
-    # The dense model's is the largest: the first is enough.
-    largest = max((step for step in steps if stage_of(step.step) == "prune"), key=lambda step: step.host_memory)
-    if requested is None or quantity(requested) >= largest.host_memory:
-        return []
-    field = "resources.steps.prune.memory" if own else "resources.memory"
-    return [
-        f"{largest.step}: about {largest.host_memory / GIB:.1f} GiB of hidden states in host memory, and "
-        f"{field}={requested}: raise it, lower calibration.num_sequences, or set prune.criterion=max"
-    ]
-
-
-def _smaller_recovery(assumed: Assumptions) -> str:
-    """What makes a recovery smaller and is not used yet."""
-    remedies: list[str] = []
-    stages = assumed.config.recover
-    adapters = [isinstance(stage, NextToken) and stage.lora is not None for stage in stages]
-    # A stage with LoRA cannot be sharded, and one that is sharded cannot have LoRA.
-    whole = [stage for stage, lora in zip(stages, adapters, strict=True) if not lora and stage.sharding == "none"]
-    if whole:
-        remedies.append("recover.sharding: fsdp over several GPUs")
-    if any(isinstance(stage, NextToken) for stage in whole):
-        remedies.append("or recover.lora" if remedies else "recover.lora")
-    if not all(stage.gradient_checkpointing for stage in stages):
-        remedies.append("recover.gradient_checkpointing: true")
-    remedies.append("a larger recover.accumulation")
-    if assumed.gpus["recover"] > 1:
-        remedies[-1] += " or more GPUs"
-    return ", ".join(remedies)

@@ -18,6 +18,20 @@ from ptl.preflight.gpus import Gpu
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
 CONTEXT = 1 << 30  # bytes for CUDA, kernels and fragments
 PROMPT_TOKENS = 512  # of a prompt, where nothing says how long it is
+FULL_SHARD = ("fsdp", "hybrid")  # ways of sharding that divide the weights too
+
+
+@dataclass(frozen=True)
+class GpuGroup:
+    """The GPUs that train together."""
+
+    per_node: int
+    nodes: int = 1
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.nodes * self.per_node
 
 
 @dataclass(frozen=True)
@@ -87,24 +101,26 @@ def activations(shape: Shape, tokens: float, itemsize: int, checkpointed: bool) 
     return shape.layers * inputs + layer
 
 
-def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: int) -> float:
-    """Bytes on each of `count` GPUs: float32 weights, gradients and optimizer state, activations, logits, teacher."""
+def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, group: GpuGroup) -> float:
+    """Bytes on each GPU of a group: float32 weights, gradients and optimizer state, activations, logits, teacher."""
     # Weights, gradients and Adam's two averages, 4 bytes each; an adapter's are too small to count.
     weights = 4.0 * shape.params
     lora = isinstance(stage, NextToken) and stage.lora is not None
     trained = 0.0 if lora else 12.0 * shape.params
-    if stage.sharding == "fsdp":
-        weights /= count
+    shards = group.per_node if stage.sharding == "hybrid" else group.count
+    if stage.sharding in FULL_SHARD:
+        weights /= shards
     if stage.sharding != "none":
-        trained /= count
+        trained /= shards
+    memory = weights + trained + CONTEXT
+    if stage.sharding in FULL_SHARD and shards > 1:
+        memory += _unsharded(shape, stage)
 
     # What a batch needs; `tokens` are those of one forward pass on one GPU.
-    micro_batches = stage.accumulation * count
+    micro_batches = stage.accumulation * group.count
     rows = math.ceil(stage.batch_size / micro_batches)
     tokens = rows * sequence_length(stage)
-    itemsize = 2 if stage.dtype == "bfloat16" else 4
-    memory = weights + trained
-    memory += activations(shape, tokens, itemsize, stage.gradient_checkpointing) + CONTEXT
+    memory += activations(shape, tokens, itemsize_of(stage), stage.gradient_checkpointing)
     if isinstance(stage, Distil):
         memory += 3 * 4.0 * tokens * shape.vocabulary  # logits of both models and their gradient
         memory += teacher.params * teacher.itemsize
@@ -113,6 +129,19 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, count: in
             memory += 4.0 * shape.params  # the reference model
         memory += tokens * shape.kv_bytes  # the cache while it generates
     return memory
+
+
+def _unsharded(shape: Shape, stage: RecoverStage) -> float:
+    """Bytes of weights and gradients that FSDP holds in one piece, in the precision of the pass."""
+    embeddings = shape.vocabulary * shape.hidden
+    layer = (shape.matrices - embeddings) / shape.layers
+    # Weights at work, the next ones, which are gathered meanwhile, and gradients that are being reduced.
+    return 3 * max(layer, embeddings) * itemsize_of(stage)
+
+
+def itemsize_of(stage: RecoverStage) -> int:
+    """Bytes of a number in a stage's forward and backward passes."""
+    return 2 if stage.dtype == "bfloat16" else 4
 
 
 def sequence_length(stage: RecoverStage) -> int:

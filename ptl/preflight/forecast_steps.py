@@ -12,6 +12,7 @@ from ptl.config.schedule import Schedule, plan
 from ptl.preflight.forecast_model import (
     CONTEXT,
     PROMPT_TOKENS,
+    GpuGroup,
     Shape,
     activations,
     decode_seconds,
@@ -19,10 +20,13 @@ from ptl.preflight.forecast_model import (
     sequence_length,
     training_memory,
 )
+from ptl.preflight.forecast_network import exchange, waiting_seconds
 from ptl.preflight.gpus import GIB, Gpu
 
 TRAINING_SHARE = 0.35  # of the peak that training reaches
 FORWARD_SHARE = 0.4  # the same for scoring and prompts
+BACKWARD = 2  # forward passes that a backward pass costs
+SOME_WAITING = 0.01  # share of the time from which it is noted
 FULL = 0.92  # share of a GPU's memory above which we say that it does not fit
 HOUR = 3600  # seconds
 ITEMS = {  # of tasks' test splits
@@ -42,7 +46,12 @@ class Assumptions:
     config: Config
     dense: Shape  # the original model, which is the teacher of distillation
     card: Gpu
-    gpus: Mapping[str, int]  # that a step holds, by its kind: prune, recover, evaluate
+    gpus: Mapping[str, int]  # that a step holds on a node, by its kind: prune, recover, evaluate
+    nodes: int = 1  # of a recovery
+
+    def group(self, stage: RecoverStage) -> GpuGroup:
+        """The GPUs that train together in a stage."""
+        return GpuGroup(devices(stage.processes, self.gpus["recover"]), self.nodes)
 
     def fits(self, memory: float) -> bool:
         """Whether so many bytes fit on a GPU."""
@@ -59,10 +68,17 @@ class StepForecast:
     flops: float
     memory: float  # bytes on each GPU
     hours: float  # wall clock of the whole step
-    gpus: int  # that it holds
+    gpus: int  # that it holds, on all nodes
     fits: bool  # whether the memory is enough
     note: str = ""
     host_memory: int = 0  # bytes beside the GPU, where they are many
+    nodes: int = 1  # machines that it runs on
+    waiting: float = 0.0  # share of the time in which GPUs that train wait for each other
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all its GPUs together."""
+        return self.tokens / (self.hours * HOUR) if self.tokens else 0.0
 
     @property
     def gpu_hours(self) -> float:
@@ -169,9 +185,8 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
 
 def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assumed: Assumptions) -> StepForecast:
     """All stages of the recovery of iteration `number`; the hungriest decides the memory. `schedule`: of the arm."""
-    card = assumed.card
     tokens = 0
-    flops = seconds = memory = 0.0
+    flops = seconds = waiting = memory = 0.0
     recovery = Recovery(stages=assumed.config.recover)
     iteration = plan(schedule, assumed.config.prune)[number - 1]
     budgets = recovery.budgets(iteration.tokens)
@@ -184,14 +199,16 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         else:
             work = _Work(tokens=float(budget or 0), passes=3, context=stage.max_length)
         tokens += int(work.tokens)
-        stage_flops = _training_flops(stage, work, pruned, assumed.dense)
-        flops += stage_flops
+        forward = _forward_flops(stage, work, pruned, assumed.dense)
+        backward = _backward_flops(stage, work, pruned)
+        flops += forward + backward
 
         # Generating, then training on what was generated.
-        gpus = devices(stage.processes, assumed.gpus["recover"])
-        peak = card.bf16 if stage.dtype == "bfloat16" else card.fp32
-        seconds += work.decode_seconds + stage_flops / (peak * TRAINING_SHARE * gpus)
-        memory = max(memory, training_memory(pruned, stage, assumed.dense, gpus))
+        waits = _waiting_seconds(stage, work, forward, backward, pruned, assumed)
+        waiting += waits
+        seconds += work.decode_seconds + (forward + backward) / _flops_per_second(stage, assumed) + waits
+        memory = max(memory, training_memory(pruned, stage, assumed.dense, assumed.group(stage)))
+    waiting_share = waiting / seconds if seconds else 0.0
     return StepForecast(
         step=name,
         params=pruned.params,
@@ -199,9 +216,36 @@ def recover_step(name: str, pruned: Shape, schedule: Schedule, number: int, assu
         flops=flops,
         memory=memory,
         hours=seconds / HOUR,
-        gpus=assumed.gpus["recover"],
+        gpus=assumed.gpus["recover"] * assumed.nodes,
         fits=assumed.fits(memory),
+        note=f"GPUs wait {100 * waiting_share:.0f} %" if waiting_share >= SOME_WAITING else "",
+        nodes=assumed.nodes,
+        waiting=waiting_share,
     )
+
+
+def _flops_per_second(stage: RecoverStage, assumed: Assumptions) -> float:
+    """What all GPUs of a stage together compute, while they do not wait for each other."""
+    peak = assumed.card.bf16 if stage.dtype == "bfloat16" else assumed.card.fp32
+    return peak * TRAINING_SHARE * assumed.group(stage).count
+
+
+def _waiting_seconds(
+    stage: RecoverStage,
+    work: _Work,
+    forward: float,  # FLOPs of the whole stage
+    backward: float,
+    pruned: Shape,
+    assumed: Assumptions,
+) -> float:
+    """Seconds of a stage in which its GPUs wait for weights or gradients of the others."""
+    optimizer_steps = work.tokens / (stage.batch_size * work.context)
+    if not optimizer_steps:
+        return 0.0
+    # Of one forward pass, and of the backward pass after it.
+    rate = _flops_per_second(stage, assumed) * optimizer_steps * stage.accumulation
+    sent = exchange(pruned, stage, assumed.group(stage), assumed.card)
+    return optimizer_steps * waiting_seconds(sent, forward / rate, backward / rate, stage.accumulation)
 
 
 @dataclass(frozen=True)
@@ -209,7 +253,7 @@ class _Work:
     """What a stage does with the model that it trains."""
 
     tokens: float  # read or generated
-    passes: int  # over each of them, in units of a forward pass: the backward pass counts 2
+    passes: int  # over each of them, in units of a forward pass: the backward pass counts BACKWARD
     context: int  # tokens
     decode_seconds: float = 0.0  # in which answers are generated
 
@@ -223,7 +267,7 @@ def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned:
     # The answers' part of the tokens, a batch at a time.
     new_tokens = stage.max_completion_length
     decoded = tokens * new_tokens / context
-    rows = stage.batch_size / devices(stage.processes, assumed.gpus["recover"])
+    rows = stage.batch_size / assumed.group(stage).count
     seconds = decode_seconds(pruned, rows, 4, new_tokens, assumed.card)
     return _Work(
         tokens=tokens,
@@ -233,14 +277,18 @@ def _reinforcement_learning(stage: Grpo, budget: int | None, steps: int, pruned:
     )
 
 
-def _training_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Shape) -> float:
-    forward = forward_flops(pruned, work.tokens, work.context)
-    flops = work.passes * forward
+def _forward_flops(stage: RecoverStage, work: _Work, pruned: Shape, teacher: Shape) -> float:
+    """Of the model, and of another one whose output the loss needs."""
+    flops = (work.passes - BACKWARD) * forward_flops(pruned, work.tokens, work.context)
     if isinstance(stage, Distil):
         flops += forward_flops(teacher, work.tokens, work.context)
-    if stage.gradient_checkpointing:
-        flops += forward  # once more, for the backward pass
     return flops
+
+
+def _backward_flops(stage: RecoverStage, work: _Work, pruned: Shape) -> float:
+    """With the forward pass that is computed again for it, where activations are not kept."""
+    passes = BACKWARD + 1 if stage.gradient_checkpointing else BACKWARD
+    return passes * forward_flops(pruned, work.tokens, work.context)
 
 
 def devices(processes: int | None, count: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ptl.config.dag import stage_of
 from ptl.preflight.forecast import Forecast
 from ptl.preflight.forecast_steps import HOUR
 from ptl.preflight.gpus import GIB
@@ -15,11 +16,15 @@ COLUMNS: dict[str, Literal["left", "right"]] = {
     "Parameters": "right",
     "Tokens": "right",
     "FLOPs": "right",
+    "GPUs": "right",
     "GiB per GPU": "right",
+    "Tokens/s": "right",
     "Hours": "right",
     "GPU-hours": "right",
     "Note": "left",
 }
+
+WHOLE = ("Step", "Parameters", "Tokens")  # not wrapped or cut off where the terminal is narrow
 
 
 def table(forecast: Forecast) -> Any:
@@ -29,7 +34,8 @@ def table(forecast: Forecast) -> Any:
     # The work of all steps, and the time from start to end where none waits for a GPU.
     work = f"{duration(forecast.hours * HOUR)} of work ({decimal_hours(forecast.gpu_hours)} GPU-hours)"
     wall_clock = duration(forecast.critical_hours * HOUR)
-    model = f"{forecast.params:,} parameters on {forecast.count} x {forecast.gpu}"
+    nodes = f"{forecast.nodes} nodes of " if forecast.nodes > 1 else ""
+    model = f"{forecast.params:,} parameters on {nodes}{forecast.count} x {forecast.gpu}"
     # A step that does not fit is red, and says so too where there are no colours.
     rows = Table(
         title=f"{model}: {work}, {wall_clock} from start to end (estimates)",
@@ -38,7 +44,7 @@ def table(forecast: Forecast) -> Any:
         caption_justify="left",
     )
     for heading, side in COLUMNS.items():
-        rows.add_column(heading, justify=side, no_wrap=heading == "Step")
+        rows.add_column(heading, justify=side, no_wrap=heading in WHOLE)
     for step in forecast.steps:
         # In the order of COLUMNS.
         rows.add_row(
@@ -46,14 +52,17 @@ def table(forecast: Forecast) -> Any:
             f"{step.params:,}",
             f"{step.tokens:,}" if step.tokens else "",  # a recovery by steps alone may have none
             f"{step.flops:.1e}",
+            f"{step.nodes} x {step.gpus // step.nodes}" if step.nodes > 1 else f"{step.gpus}",
             f"{step.memory / GIB:.1f}",
+            f"{step.tokens_per_second:,.0f}" if stage_of(step.step) == "recover" and step.tokens else "",
             decimal_hours(step.hours),
             decimal_hours(step.gpu_hours),
             step.note if step.fits else "; ".join(filter(None, ["does not fit", step.note])),
             style=None if step.fits else "red",
         )
     rows.add_section()
-    rows.add_row("all steps", "", "", "", "", decimal_hours(forecast.hours), decimal_hours(forecast.gpu_hours), "")
+    totals = decimal_hours(forecast.hours), decimal_hours(forecast.gpu_hours)
+    rows.add_row("all steps", *[""] * (len(COLUMNS) - 4), *totals, "")
     return rows
 
 

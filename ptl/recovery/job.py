@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter
 
 from ptl.config.recover import TrainingData
+from ptl.recovery.machines import ALONE, Machines
 
 Log = Callable[[dict[str, float], int], None]  # of metrics and their optimizer step
 Curve = tuple[tuple[int, float], ...]  # (tokens seen, training loss)
@@ -23,6 +24,12 @@ class CheckpointStore(Protocol):
 
     def restore(self, scratch: Path) -> None:
         """Put the newest stored training checkpoint into `scratch`, unless a newer one is there."""
+
+    def save_result(self, folder: Path, report: str) -> None:
+        """Store what the finished stage has written, and its report, for the stage after it on other machines."""
+
+    def fetch_result(self, folder: Path) -> str | None:
+        """Put a finished stage's files into `folder`; returns its report, or None where none has been stored."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class RecoveryJob:
     save_checkpoint: Callable[[Path], None] | None = None  # gets the folder of each complete training checkpoint
     scored: Path | None = None  # the first evaluation's folder: its items are not to be trained on
     keep_optimizer_state: bool = False  # a later recovery continues with it
+    machines: Machines = ALONE  # that train together
 
 
 @dataclass(frozen=True)

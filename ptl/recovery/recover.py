@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ptl.recovery.grpo import grpo
 from ptl.recovery.job import REPORT, CheckpointStore, Log, RecoverReport, RecoveryJob
 from ptl.recovery.sft import cpt
 from ptl.storage import local_files
+
+POLL = 2  # seconds between two looks into the store
 
 # Each takes source, destination, its settings and the job
 RECOVERIES: dict[str, Callable[[Path, Path, Any, RecoveryJob], RecoverReport]] = {
@@ -44,7 +47,7 @@ def recover_checkpoint(
     stages = recovery.stages
     budgets = recovery.budgets(iteration_tokens[-1])
     for stage, tokens in zip(stages, budgets, strict=True):
-        launch.check(stage)
+        launch.check(stage, job.machines)
         _check_budget(stage, tokens, iteration_tokens[-1], job.budget.iteration)
     # of later stages too, before the first one trains
     check_rewards(stages, job.data)
@@ -110,14 +113,37 @@ def _train_once(
     job: RecoveryJob,
     store: CheckpointStore | None,
 ) -> RecoverReport:
-    """A chain's earlier stage, which an attempt that died later may have finished."""
+    """A chain's earlier stage, which an attempt that died later may have finished, here or on another machine."""
     # not in the checkpoint: the next stage copies all files of its source
     report_file = out.with_name(f"{out.name}.json")
-    if report_file.is_file():
-        return REPORT.validate_json(report_file.read_bytes())
-    report = _train(src, out, stage, job, store)
-    local_files.replace(report_file, json.dumps(dataclasses.asdict(report)).encode())
-    return report
+    if not report_file.is_file():
+        report = _stored_result(out, store) or _trained_result(src, out, stage, job, store)
+        local_files.replace(report_file, report.encode())
+    return REPORT.validate_json(report_file.read_bytes())
+
+
+def _stored_result(out: Path, store: CheckpointStore | None) -> str | None:
+    return store.fetch_result(out) if store is not None else None
+
+
+def _trained_result(
+    src: Path,
+    out: Path,
+    stage: RecoverStage,
+    job: RecoveryJob,
+    store: CheckpointStore | None,
+) -> str:
+    """Train an earlier stage; what the first machine has written reaches the others by the store."""
+    report = json.dumps(dataclasses.asdict(_train(src, out, stage, job, store)))
+    if store is None:
+        return report
+    if job.machines.first:
+        store.save_result(out, report)
+        return report
+    # the training has ended, so the first machine is storing it; if it dies, this one is ended too
+    while (stored := store.fetch_result(out)) is None:
+        time.sleep(POLL)
+    return stored
 
 
 def _train(
@@ -135,8 +161,8 @@ def _train(
         store.restore(job.scratch)
         job = dataclasses.replace(job, save_checkpoint=store.save_if_due)
     # a process that was launched trains itself
-    processes = launch.processes_for(stage)
-    if processes > 1 and launch.world_size() == 1:
+    processes = launch.processes_for(stage, job.machines)
+    if processes * job.machines.count > 1 and launch.world_size() == 1:
         return launch.run(src, out, stage, job, processes)
     return RECOVERIES[stage.method](src, out, stage, job)
 

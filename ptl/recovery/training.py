@@ -20,6 +20,7 @@ from ptl.recovery.job import Curve, RecoveryJob, StageBudget
 from ptl.storage.local_files import FULL
 from ptl.storage.training_files import COMPLETE, last_complete, step_of
 
+COLLECTIVE_TIMEOUT = 4 * 3600  # seconds that processes wait for each other
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 # torch and safetensors wrap the operating system's error in their own
 NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
@@ -94,7 +95,7 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
     """TrainingArguments that all methods share."""
     job.scratch.mkdir(parents=True, exist_ok=True)
     # FSDP recomputes activations itself (launch.command), and the Trainer refuses both
-    fsdp = settings.sharding == "fsdp" and is_sharded(settings)
+    fsdp = settings.sharding in ("fsdp", "hybrid") and is_sharded(settings)
     return {
         "output_dir": str(job.scratch),
         "per_device_train_batch_size": launch.sequences_per_pass(settings, launch.world_size()),
@@ -102,6 +103,8 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "bf16": settings.dtype == "bfloat16",
         "gradient_checkpointing": settings.gradient_checkpointing and not fsdp,
+        # otherwise each GPU keeps the sum of whole gradients until the last pass of a step
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         "use_cpu": not torch.cuda.is_available(),
         "seed": job.budget.seed,
         # two, as a kill may leave the newest half-written
@@ -111,6 +114,8 @@ def arguments(settings: Stage, job: RecoveryJob) -> dict[str, Any]:
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,
         "report_to": list(settings.report_to) or "none",
+        # while the first process stores a checkpoint, the others wait for it
+        "ddp_timeout": COLLECTIVE_TIMEOUT,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }
@@ -276,7 +281,7 @@ def save(
 
 def is_sharded(settings: Stage) -> bool:
     """Whether weights or optimizer state are spread over processes."""
-    return settings.sharding != "none" and launch.world_size() > 1 and launch.can_shard()
+    return settings.sharding != "none" and launch.world_size() > 1
 
 
 def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,38 +11,41 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptl.config.recover import Recovery
+from pydantic import TypeAdapter
+
+from ptl.config.recover import RecoverStage
 from ptl.errors import PtlError
 from ptl.processes import die_with_tied
 from ptl.recovery.launch import CHECKPOINT, ERROR_FILE, HANDOVER, JOB, METRICS, REPORT_FILE
 from ptl.recovery.recover import RECOVERIES
+from ptl.storage import local_files
 
 POLL = 0.05  # seconds
+STAGE: TypeAdapter[RecoverStage] = TypeAdapter(RecoverStage)
 
 
 def main(job_file: Path) -> None:
-    """Train as the job says; the first process writes the report, or the error."""
+    """Train as the job says; the first process of a machine writes the report, and whichever fails first its error."""
     die_with_tied()
     fields = json.loads(job_file.read_text())
-    # checked by the class of its method
-    (settings,) = Recovery(stages=[fields["settings"]]).stages
+    # by the class of its method; alone, its share of a chain's tokens does not add up to 1
+    settings = STAGE.validate_python(fields["settings"])
     # the job's functions write to the launching process
     functions: dict[str, Any] = {"on_log": _print_metrics}
     if fields["stores_checkpoints"]:
         functions["save_checkpoint"] = _hand_over
     job = JOB.validate_python(fields["job"] | functions)
-    is_first = os.environ.get("RANK", "0") == "0"
     try:
         report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
     except PtlError as error:
-        if is_first:
-            # the launching process raises it again
-            parts = {**vars(error), "exit_code": error.exit_code}
-            (job.scratch / ERROR_FILE).write_text(json.dumps(parts))
+        # the launching process raises it again; what follows in the other processes is its consequence
+        parts = {**vars(error), "exit_code": error.exit_code}
+        with contextlib.suppress(FileExistsError), (job.scratch / ERROR_FILE).open("x") as file:
+            json.dump(parts, file)
         raise
     # the others have the same numbers
-    if is_first:
-        (job.scratch / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report)))
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        local_files.replace(job.scratch / REPORT_FILE, json.dumps(dataclasses.asdict(report)).encode())
 
 
 def _print_metrics(metrics: dict[str, float], step: int) -> None:

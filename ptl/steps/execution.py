@@ -18,10 +18,11 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
+from ptl.recovery import machines
 from ptl.steps import metrics, takeover
 from ptl.steps.call import Metadata, Step
 from ptl.steps.inputs import damage_report, fetch
@@ -54,11 +55,13 @@ def execute(
     *,
     title: str | None = None,
     content_key: str = "",
+    elsewhere: Callable[[Callable[[], None]], None] | None = None,
 ) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
     `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
-    are taken over. Raises NoAttemptLeftError where earlier attempts have used all.
+    are taken over. `elsewhere` has other machines do and commit the step; it is given what counts an attempt. Raises
+    NoAttemptLeftError where earlier attempts have used all.
     """
     run = step.start(title)
     execution = Execution(step, run, parent, work, content_key)
@@ -66,16 +69,14 @@ def execute(
     with noting_errors(run):
         # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key)
-        if record is None:
-            begin(run)
-            folder = empty_folder(step.name)
-            metadata = _fetch_and_work(execution, folder)
-            pointer = _publish(execution, folder, metadata)
-            record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
-            # Another process may be first: then its record is the step's.
-            record = store.commit(run.root, run.run, step.name, record)
-            committed = record["metadata"]
-            say(step.name, f"done in {committed['seconds']:.0f} s: {metrics.summary(committed)}")
+        if record is None and elsewhere is not None:
+            elsewhere(lambda: begin(run))
+            record = _committed_elsewhere(run, key)
+        elif record is None:
+            # A node's attempt is the coordinator's.
+            if not machines.is_node():
+                begin(run)
+            record = _do(execution, key)
         elif damage_report(record["pointer"]["digest"]).exists():
             # A later step could not fetch what this one has published.
             _check_or_repair(execution, Pointer(**record["pointer"]))
@@ -84,6 +85,39 @@ def execute(
         # Again for a step that was done before: it may have been killed between the record and MLflow.
         track(step, run, parent, to_jsonable_python(settings), record)
     shutil.rmtree(scratch(step.name), ignore_errors=True)
+    return record
+
+
+def take_part(step: Step, parent: Pointer, settings: Metadata, work: Work) -> None:
+    """The part of a node that is not the first, which publishes and commits; nothing where that is done."""
+    run = step.start()
+    if store.committed(run.root, run.run, step.name, _record_key(step, parent, settings)) is None:
+        work(fetch(parent), empty_folder(step.name), run)
+
+
+def _do(execution: Execution, key: str) -> Record:
+    """Work, publish, commit."""
+    step, run = execution.step, execution.run
+    folder = empty_folder(step.name)
+    metadata = _fetch_and_work(execution, folder)
+    pointer = _publish(execution, folder, metadata)
+    own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
+    # Another process may be first: then its record is the step's.
+    record = store.commit(run.root, run.run, step.name, own_record)
+    committed = record["metadata"]
+    say(step.name, f"done in {committed['seconds']:.0f} s: {metrics.summary(committed)}")
+    return record
+
+
+def _committed_elsewhere(run: StepRun, key: str) -> Record:
+    """What other machines have committed. Raises InputError where that is nothing: it would be the same again."""
+    record = store.committed(run.root, run.run, run.step, key)
+    if record is None:
+        raise InputError(
+            "its nodes have ended without a result in the store",
+            field=run.step,
+            remedy="compare PTL_ARTIFACT_ROOT and the version of their image with this step's",
+        )
     return record
 
 

@@ -21,7 +21,7 @@ def main(path: Path, parent: int) -> None:
     processes.die_with(parent)
     call = json.loads(path.read_text())
     try:
-        outputs = _work(call)
+        outputs = work(call)
     except PtlError as error:
         # Explained: a line and no traceback.
         exhausted = isinstance(error, NoAttemptLeftError)
@@ -37,7 +37,7 @@ def main(path: Path, parent: int) -> None:
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
 
-def _work(call: dict[str, Any]) -> dict[str, Any]:
+def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table
     from ptl.steps.call import Call, Output, Step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
-from ptl.steps import takeover
+from ptl.recovery import machines
+from ptl.steps import coordinator, takeover
 from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
-from ptl.steps.execution import execute
+from ptl.steps.execution import execute, take_part
 from ptl.steps.inputs import dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
@@ -27,6 +29,8 @@ from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
     from ptl.recovery.job import Log, RecoverReport
+
+NODE_MINUTES = 15  # between training checkpoints in the store, where the config does not say
 
 
 def recover(call: Call) -> None:
@@ -67,13 +71,21 @@ def recover(call: Call) -> None:
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
             scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
+            machines=machines.machines(),
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
+        if not job.machines.first:
+            return {}  # the first one has the files
         mlflow_flavor.write(dst)
         counts = {**sequence_counts(step.name, report), **_decontaminated(step.name, report)}
         return {"params": parent.params, **dataclasses.asdict(report), **counts}
 
-    record = execute(step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
+    if not machines.machines().first:
+        take_part(step, parent, settings, work)
+        return
+    elsewhere = partial(coordinator.train, call) if coordinator.is_one() else None
+    content_key = takeover.key(parent.digest, settings)
+    record = execute(step, parent, settings, work, content_key=content_key, elsewhere=elsewhere)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()
@@ -81,8 +93,13 @@ def recover(call: Call) -> None:
 
 
 def _training_checkpoints(step: Step, key: str, recovery: Recovery) -> list[TrainingCheckpoints]:
-    """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that."""
+    """Where the training checkpoints of each stage outlive the machine; empty where no stage asks for that.
+
+    Nodes keep them always: when one of them dies, new ones start from there, and a chain's stages are handed on there.
+    """
     minutes = [stage.store_minutes for stage in recovery.stages if stage.store_minutes is not None]
+    if machines.is_node() and not minutes:
+        minutes = [NODE_MINUTES]
     if not minutes:
         return []
     run = step.start()

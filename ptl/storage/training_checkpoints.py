@@ -1,4 +1,7 @@
-"""Training checkpoints that outlive the machine: a few of them are kept in the store while a step trains."""
+"""Training checkpoints that outlive the machine: a few of them are kept in the store while a step trains.
+
+So is what an earlier stage of a chain has written, for machines that did not write it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class TrainingCheckpoints:
         }
         store.commit(self.root, self.run, slot, record)
         for number in range(len(stored) + 1 - NUM_KEPT):
-            self._delete_files(number, stored[number])
+            self._delete_files(self._slot(number), stored[number])
 
     def restore(self, scratch: Path) -> None:
         """Put the newest stored checkpoint into `scratch`, unless a complete one there is as new."""
@@ -78,6 +81,29 @@ class TrainingCheckpoints:
         assert (target / COMPLETE).is_file()
         shutil.rmtree(download, ignore_errors=True)
 
+    def save_result(self, folder: Path, report: str) -> None:
+        """Publish what the finished stage has written, and commit it with its report."""
+        location = f"{self._folder()}/{self._result}-{uuid.uuid4().hex[:12]}"
+        files = store.publish(folder, location, on_progress=_silent)
+        record = {
+            "key": self.key,
+            "pointer": asdict(Pointer(location, digest_of(files))),
+            "metadata": {"report": report},
+        }
+        store.commit(self.root, self.run, self._result, record)
+
+    def fetch_result(self, folder: Path) -> str | None:
+        """Put what the finished stage has written into `folder`; returns its report, None where there is none yet."""
+        record = store.committed(self.root, self.run, self._result, self.key)
+        if record is None:
+            return None
+        download = folder.with_name(f"{folder.name}.fetched")
+        stored = store.fetch(Pointer(**record["pointer"]), download, on_progress=_silent)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(stored, folder, ignore=shutil.ignore_patterns(FILES))
+        shutil.rmtree(download, ignore_errors=True)
+        return str(record["metadata"]["report"])
+
     def records(self) -> list[dict[str, Any]]:
         """The records of the checkpoints stored so far, oldest first."""
         stored: list[dict[str, Any]] = []
@@ -99,16 +125,19 @@ class TrainingCheckpoints:
         folder = self._folder()
         # the newest first, as `records` ends at the first gap
         for number in reversed(range(len(stored))):
-            self._delete_files(number, stored[number])
+            self._delete_files(self._slot(number), stored[number])
             store.delete(f"{folder}/{self._slot(number)}", below=folder)
+        result = store.committed(self.root, self.run, self._result, self.key)
+        if result is not None:
+            self._delete_files(self._result, result)
+            store.delete(f"{folder}/{self._result}", below=folder)
 
-    def _delete_files(self, number: int, record: dict[str, Any]) -> None:
-        """Delete a checkpoint's files: of its record only the name counts, and that must be one which `save` gives."""
+    def _delete_files(self, slot: str, record: dict[str, Any]) -> None:
+        """Delete a record's files: of the record only the name counts, and that must be one which is given here."""
         folder = self._folder()
         uri = record["pointer"]["uri"]
         name = uri.rpartition("/")[2]
-        slot = re.escape(self._slot(number))
-        if re.fullmatch(rf"{slot}-[0-9a-f]{{12}}", name):
+        if re.fullmatch(rf"{re.escape(slot)}-[0-9a-f]{{12}}", name):
             store.delete(f"{folder}/{name}", below=folder)
 
     def _folder(self) -> str:
@@ -118,6 +147,11 @@ class TrainingCheckpoints:
     def _slot(self, number: int) -> str:
         """The name of a record, as of a step."""
         return f"{self.name}.training-{number}"
+
+    @property
+    def _result(self) -> str:
+        """The same for what the stage has written in the end."""
+        return f"{self.name}.training-result"
 
 
 def _silent(_: int) -> None:

@@ -153,3 +153,12 @@ def test_entries_of_a_list_are_one_change():
     run = config(evaluate={"tasks": [{"name": "gsm8k", "limit": 100}, {"name": "mbpp"}]})
     (limit,) = [change for change in changes(run, rehearsal(run, 0)) if change.field == "evaluate.tasks.limit"]
     assert (limit.run, limit.rehearsal) == ((100, None), (8,))
+
+
+def test_nodes_are_rehearsed_as_groups_of_processes_on_cpus_and_on_the_cluster():
+    stage = {"method": "grpo", "batch_size": 64, "num_generations": 8}
+    gpus = {"accelerator": "nvidia.com/gpu", "accelerators": 8}
+    run = config(recover=[stage], resources=gpus | {"steps": {"recover": {"nodes": 2}}})
+    on_cpus = rehearsal(run, gpus=0)
+    assert on_cpus.resources.nodes_of("recover") == 2 and on_cpus.recover[0].batch_size == 4
+    assert rehearsal(run, gpus=8).resources.nodes_of("recover") == 1

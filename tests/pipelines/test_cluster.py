@@ -1,16 +1,19 @@
 """The platform spec: every setting of `resources` and `storage` reaches every task that it is meant for."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from pipelines.prune_tune_loop.compact import weigh
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 from ptl.errors import InputError
-from ptl.steps import mounts
+from ptl.steps import mounts, trainjob
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "pipelines/prune_tune_loop/configs"
@@ -293,3 +296,54 @@ def test_wrong_settings_are_refused(sets, said):
     with pytest.raises(InputError) as error:
         load_config(CONFIGS / "tiny.yaml", sets)
     assert said in str(error.value)
+
+
+def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job(tmp_path):
+    """Its pod has no accelerator and waits in no queue; what the config says of the step is said of each node."""
+    own = {"nodes": 4, "runtime": "with-infiniband", "memory": "512Gi", "accelerators": 8}
+    sets = {**EVERYTHING, "resources.steps": {"recover": own}}
+    found = tasks(tmp_path, sets)
+    _, plain, _ = found["evaluate-1"]
+    _, container, kubernetes = found["recover-1"]
+    assert "accelerator" not in container["resources"] and "accelerator" in plain["resources"]
+    assert container["resources"]["resourceMemoryLimit"] == "4Gi"
+    assert not {"nodeSelector", "tolerations", "emptyDirMounts"} & set(kubernetes)
+    assert "kueue.x-k8s.io/queue-name" not in kubernetes["podMetadata"]["labels"]
+
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert variables["PTL_NODES"] == "4"
+    job = json.loads(variables[trainjob.TEMPLATE])
+    assert job["metadata"]["labels"] == {"app.kubernetes.io/part-of": "ptl", "kueue.x-k8s.io/queue-name": "gpus"}
+    assert job["spec"]["runtimeRef"]["name"] == "with-infiniband"
+    trainer = job["spec"]["trainer"]
+    assert trainer["image"] == container["image"] and trainer["numNodes"] == 4
+    amounts = {"cpu": "8", "memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert trainer["resourcesPerNode"] == {"requests": amounts, "limits": amounts}
+    pod = trainjob.pod_of(job)
+    assert pod["nodeSelector"] == EVERYTHING["resources.node_selector"]
+    assert [taint["key"] for taint in pod["tolerations"]] == ["nvidia.com/gpu", "team"]
+    assert pod["imagePullSecrets"] == [{"name": "ptl-registry"}]
+    assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 0}
+    # the same volumes, at the same places, as in every step's pod
+    (node,) = pod["containers"]
+    assert {mount["mountPath"]: mount["name"] for mount in node["volumeMounts"]} == {
+        **volumes(kubernetes),
+        mounts.CACHE: "ptl-hf-cache",
+    }
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in node["volumeMounts"]}
+    checked = TrainerV1alpha1TrainJob.from_dict(copy.deepcopy(job)).to_dict()
+    assert checked["spec"] == job["spec"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"resources.steps": {"prune": {"nodes": 2}}}, r"nodes=2 of prune: only recover runs on several nodes"),
+        ({"recover": [{"sharding": "zero2"}]}, r"sharding=zero2 is for one node: on several take fsdp or hybrid"),
+        ({"recover": [{"processes": 3}]}, r"must be a multiple of accumulation=1 times the 6 processes of 2 nodes"),
+    ],
+    ids=["another step", "ZeRO-2", "a batch that is not divided"],
+)
+def test_what_does_not_go_on_several_nodes_is_refused(sets, message):
+    with pytest.raises(InputError, match=message):
+        load_config(CONFIGS / "tiny.yaml", {"resources.steps.recover.nodes": 2} | sets)

@@ -714,7 +714,7 @@ def test_no_kubectl_is_one_warning(config, monkeypatch):
 
 def test_a_kubectl_that_hangs(config, kubectl, tmp_path, monkeypatch):
     (tmp_path / "bin/kubectl").write_text("#!/bin/sh\nexec sleep 30\n")
-    monkeypatch.setattr(doctor_kubernetes, "SECONDS", 0.1)
+    monkeypatch.setattr(doctor_kubernetes.kubectl, "SECONDS", 0.1)
     assert "TimeoutExpired" in doctor_kubernetes.retry_policy("kubeflow").message
 
 

@@ -14,7 +14,7 @@ from ptl.config.run import load_config
 from ptl.config.schedule import plan
 from ptl.errors import InputError
 from ptl.preflight.forecast import busiest, forecast
-from ptl.preflight.forecast_model import forward_flops, shape_of, training_memory
+from ptl.preflight.forecast_model import GpuGroup, forward_flops, shape_of, training_memory
 from ptl.preflight.forecast_steps import devices
 from ptl.preflight.forecast_table import table
 from ptl.preflight.gpus import GPUS
@@ -86,6 +86,21 @@ def test_what_cannot_fit_is_said_with_a_remedy(large):
     assert forecast(config(DENSE), "t4").warnings == ()
 
 
+def test_a_model_that_is_too_large_for_a_node_is_sent_to_several(large):
+    """Llama 3 8B: 128 GB of weights, gradients and optimizer state, of which each of 8 GPUs has an eighth."""
+    sharded = {"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 16}
+
+    def too_large(nodes, **changes):
+        told = forecast(config(large, recover=[sharded | changes]), "t4", 8, nodes)
+        return [warning for warning in told.warnings if warning.startswith("recover") and "GiB" in warning]
+
+    (warning,) = too_large(1)
+    assert warning.endswith(": resources.steps.recover.nodes: 2, a larger recover.accumulation, or more GPUs")
+    assert too_large(2) == []
+    (warning,) = too_large(2, sharding="hybrid")
+    assert warning.endswith(": recover.sharding: fsdp, which divides the model over all nodes, or more GPUs")
+
+
 def test_the_remedy_for_lora_is_not_sharding_which_is_refused_with_it(large):
     adapters = {"dtype": "bfloat16", "lora": {"rank": 8}, "batch_size": 512}
     (warning,) = forecast(config(large, recover=[adapters]), "h100", 1).warnings
@@ -102,15 +117,21 @@ def test_memory_follows_the_settings(large):
     shape = shape_of(str(large))
     plain, bits = config(large).recover[0], 16 * shape.params
 
-    def memory(count=1, **changes):
+    def memory(count=1, nodes=1, **changes):
         stage = config(large, recover=[{"dtype": "bfloat16"} | changes]).recover[0]
-        return training_memory(shape, stage, shape, count)
+        return training_memory(shape, stage, shape, GpuGroup(count, nodes))
 
     assert memory() > bits and devices(plain.processes, 4) == 4
     assert memory(gradient_checkpointing=True) < memory()
     assert memory(lora={"rank": 8}) == pytest.approx(memory() - 12 * shape.params)
     assert memory(4, sharding="zero2") == pytest.approx(memory(4) - 9 * shape.params)
-    assert memory(4, sharding="fsdp") == pytest.approx(memory(4) - 12 * shape.params)
+    gathered = 3 * 128256 * 4096 * 2  # of the embeddings, which are larger than a layer: two weights and a gradient
+    assert memory(4, sharding="fsdp") == pytest.approx(memory(4) - 12 * shape.params + gathered)
+    # Two nodes of four hold as much as one of eight, unless each node has a copy.
+    assert memory(4, 2, sharding="fsdp") == memory(8, sharding="fsdp")
+    copies = memory(4, 2, sharding="hybrid")
+    assert copies == pytest.approx(memory(8, sharding="fsdp") + 16 * shape.params * (1 / 4 - 1 / 8))
+    assert memory(4, sharding="hybrid") == memory(4, sharding="fsdp")
     assert memory(method="distil") > memory() + 2 * shape.params
     assert memory(method="grpo", beta=0.01) == pytest.approx(memory(method="grpo", beta=0.0) + 4 * shape.params)
 
@@ -174,6 +195,7 @@ def test_the_gpus_are_in_the_order_of_their_memory_and_in_plausible_units():
     assert list(GPUS) == sorted(GPUS, key=lambda name: GPUS[name].memory)
     for gpu in GPUS.values():
         assert gpu.bf16 >= gpu.fp32 > 1e12 and 1e11 < gpu.bandwidth < 1e13 and 16 << 30 <= gpu.memory < 1 << 40
+        assert 1e9 < gpu.network < gpu.link < gpu.bandwidth
     assert GPUS["h100"].bf16 / GPUS["a100-80"].bf16 == pytest.approx(3.17, abs=0.01)
 
 
@@ -288,3 +310,72 @@ def test_the_table_gives_both_times_and_marks_the_path(large):
 def test_short_runs_are_not_0_hours():
     title = table(forecast(config(DENSE))).title
     assert " s of work" in title and " 0.0 s" not in title
+
+
+NODES = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
+LONG = {"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "max_length": 4096, "batch_size": 64}
+
+
+def recovery_of(told):
+    """The first recovery."""
+    return next(step for step in told.steps if step.step == "recover-1")
+
+
+def test_nodes_come_from_the_config_or_the_command_line(large):
+    asked = config(large, **NODES, **{"resources.steps": {"recover": {"nodes": 4}}}, recover=[LONG])
+    told = forecast(asked)
+    assert (told.nodes, told.count) == (4, 8) and table(told).title.startswith(
+        "8,030,261,248 parameters on 4 nodes of 8"
+    )
+    held = {step.step: (step.gpus, step.nodes) for step in told.steps}
+    assert (held["recover-1"], held["prune-1"], held["evaluate-0"]) == ((32, 4), (1, 1), (8, 1))
+    assert recovery_of(told).gpu_hours == pytest.approx(32 * recovery_of(told).hours)
+    assert recovery_of(forecast(asked, num_nodes=2)).gpus == 16
+    assert recovery_of(forecast(asked, count=4)).gpus == 16  # on each of the four nodes
+
+
+def test_where_nothing_is_waited_for_nodes_divide_the_time_and_not_the_gpu_hours(large):
+    settings = config(large, **NODES, recover=[LONG])
+    one, four = (recovery_of(forecast(settings, num_nodes=nodes)) for nodes in (1, 4))
+    assert one.waiting == four.waiting == 0 and one.note == ""
+    assert four.hours == pytest.approx(one.hours / 4) and four.gpu_hours == pytest.approx(one.gpu_hours)
+    assert four.tokens_per_second == pytest.approx(4 * one.tokens_per_second)
+    assert one.tokens_per_second == pytest.approx(one.tokens / one.hours / 3600)
+
+
+def test_a_slow_network_is_waited_for_and_copies_on_each_node_use_it_less(large):
+    def told(network, **changes):
+        return forecast(config(large, **NODES, recover=[LONG | changes]), num_nodes=4, network=network)
+
+    slow, copies = recovery_of(told(25)), recovery_of(told(25, sharding="hybrid"))
+    assert recovery_of(told(400)).hours < copies.hours < slow.hours
+    assert slow.note == f"GPUs wait {100 * slow.waiting:.0f} %" and slow.waiting > 0.1
+    assert slow.hours * (1 - slow.waiting) == pytest.approx(recovery_of(told(400)).hours)
+    (warning,) = told(25).warnings
+    assert warning.startswith(
+        "recover-1, recover-2, recover-3, recover-4 and control-recover: GPUs wait for each other"
+    )
+    assert "recover.sharding: hybrid" in warning and warning.endswith("a larger recover.batch_size, or fewer nodes")
+    assert not any("hybrid" in warning for warning in told(25, sharding="hybrid").warnings)
+    # With one short sequence on each GPU even InfiniBand is waited for, and copies would send more.
+    (warning,) = told(400, max_length=128, batch_size=32).warnings
+    assert "GPUs wait for each other" in warning and "hybrid" not in warning
+
+
+def test_a_batch_that_nodes_cannot_divide_is_said_before_it_fails(large):
+    settings = config(large, **NODES, recover=[LONG | {"accumulation": 2}])
+    (warning,) = forecast(settings, num_nodes=16).warnings
+    assert "recover.batch_size=64 is no multiple of accumulation=2 times the 128 training processes" in warning
+    assert warning.endswith("set recover.batch_size=256")
+    assert forecast(settings, num_nodes=4).warnings == ()
+
+
+def test_the_table_has_nodes_and_tokens_a_second_and_fits_into_a_pipe(large):
+    told = forecast(config(large, **NODES, recover=[LONG]), num_nodes=4, network=12.5)
+    console = Console(width=120, file=io.StringIO())
+    console.print(table(told))
+    (row,) = [line for line in console.file.getvalue().splitlines() if line.startswith("│ recover-1")]
+    cells = [cell.strip() for cell in row.split("│")]
+    step = recovery_of(told)
+    assert cells[2:4] == [f"{step.params:,}", f"{step.tokens:,}"] and "4 x 8" in cells
+    assert f"{step.tokens_per_second:,.0f}" in cells

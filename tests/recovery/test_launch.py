@@ -11,6 +11,7 @@ from ptl.config.recover import Cpt
 from ptl.errors import InputError, WorkError
 from ptl.recovery import launch, training
 from ptl.recovery.job import RecoveryJob, StageBudget
+from ptl.recovery.machines import Machines
 
 CPT = {"method": "cpt"}
 
@@ -47,9 +48,9 @@ def test_a_tracker_is_passed_on_to_the_trainer_and_one_that_is_not_installed_is_
     assert training.arguments(stage, job)["report_to"] == ["tensorboard"]
     assert training.arguments(Cpt(), job)["report_to"] == "none"
     monkeypatch.setattr(trackers, "find_spec", lambda package: package == "tensorboardX" or None)
-    launch.check(stage)
+    launch.check(stage, Machines())
     with pytest.raises(InputError, match=r"recover\.report_to: the package wandb is not installed; install it where"):
-        launch.check(Cpt(report_to=("tensorboard", "wandb")))
+        launch.check(Cpt(report_to=("tensorboard", "wandb")), Machines())
 
 
 @pytest.mark.slow
@@ -70,7 +71,8 @@ def test_two_processes_train_on_the_same_tokens_to_the_same_loss(small, straight
 @pytest.mark.slow
 def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(small, straight, tmp_path, sharding):
     """FSDP2 with gloo: weights and optimizer state are halved; tokens and, up to rounding, result are the same."""
-    stage, dst = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True}, tmp_path / "out"
+    stage = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True, "accumulation": 2}
+    dst = tmp_path / "out"
     report = recover(small, dst, stage)
     one = straight[1]
     assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
@@ -121,7 +123,7 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
-    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4)
+    flags = launch.command(Cpt(sharding="zero2", dtype="bfloat16"), 4, Machines())
     assert flags[flags.index("--zero_stage") + 1] == "2" and flags[flags.index("--mixed_precision") + 1] == "bf16"
 
 
@@ -158,3 +160,86 @@ def test_an_error_in_another_process_keeps_its_message(small, tmp_path, replace_
     replace_worker(script)
     with pytest.raises(InputError, match=r"^recover\.x: refused in a process$"):
         recover(small, tmp_path / "out", CPT | {"processes": 2})
+
+
+@pytest.mark.slow
+def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tmp_path):
+    """2 x 1 and 1 x 2: torchrun's c10d rendezvous on this machine, or one launcher."""
+    report = recover(small, tmp_path / "nodes", CPT, machines=Machines(2))
+    recover(small, tmp_path / "processes", CPT | {"processes": 2})
+    one = straight[1]
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
+    nodes, processes, alone = (weights(path) for path in (tmp_path / "nodes", tmp_path / "processes", straight[0]))
+    assert max(float((nodes[name] - alone[name]).abs().max()) for name in nodes) < 1e-4
+    assert max(float((nodes[name] - processes[name]).abs().max()) for name in nodes) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp", "hybrid"])
+def test_weights_are_sharded_over_machines_or_within_each(
+    sharding, small, straight, tmp_path, monkeypatch, replace_worker
+):
+    """Two groups of two processes: all four share the weights, or each group has all of them."""
+    monkeypatch.setattr(launch, "can_shard", lambda: True)
+    replace_worker(ROOT / "tests/fsdp_on_cpu.py")
+    stage = CPT | {"processes": 2, "sharding": sharding}
+    report = recover(small, tmp_path / "out", stage, machines=Machines(2))
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 4)
+    mine, theirs = weights(tmp_path / "out"), weights(straight[0])
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed_starts_all_of_them_again_from_the_last_checkpoint(
+    small, straight, tmp_path, replace_worker, capfd
+):
+    """The worker is real; one of the second group kills its launcher and itself, once, after a checkpoint."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, signal, sys\nfrom pathlib import Path\nfrom ptl.recovery import training, worker\n"
+        f"mark = Path({str(tmp_path / 'killed')!r})\n"
+        "watch = training.watch\n"
+        "def dying(job):\n"
+        "    callback = watch(job)\n"
+        "    on_save = callback.on_save\n"
+        "    def after(args, state, control, **more):\n"
+        "        on_save(args, state, control, **more)\n"
+        "        if os.environ['RANK'] == '1' and state.global_step == 4 and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            os.kill(os.getppid(), signal.SIGKILL)\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    callback.on_save = after\n"
+        "    return callback\n"
+        "training.watch = dying\n"
+        "worker.main(Path(sys.argv[1]))\n"
+    )
+    replace_worker(script)
+    report = recover(small, tmp_path / "out", CPT, machines=Machines(2))
+    assert (tmp_path / "killed").exists() and report.resumed_at in (2, 4) and report.steps == straight[1].steps
+    assert "all groups of processes start again, up to 3 times" in capfd.readouterr().out
+    mine, alone = weights(tmp_path / "out"), weights(straight[0])
+    assert max(float((mine[name] - alone[name]).abs().max()) for name in mine) < 1e-4
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_goes_on_two_machines(small, tmp_path):
+    stage = {"method": "grpo", "learning_rate": 3e-4, "steps": 2, "batch_size": 16, "num_generations": 4}
+    stage |= {"max_completion_length": 44, "guard_prompts": 4, "logging_steps": 1, "processes": 1}
+    report = recover(small, tmp_path / "out", stage | {"rewards": [{"name": "final_answer"}]}, machines=Machines(2))
+    assert report.steps == 2 and report.tokens > 0 and len(report.details["rewards"]) == 2
+    before, after = weights(small), weights(tmp_path / "out")
+    assert 0 < max(float((before[name] - after[name]).abs().max()) for name in before) < 0.01
+
+
+def test_more_groups_than_gpus_are_refused_on_one_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"recover\.nodes: 2 nodes cannot share the 1 GPUs .* set it to 1 at most"):
+        launch.check(Cpt(), Machines(2))
+    launch.check(Cpt(), Machines(2, 1, "node-0", 29500))  # a node of a TrainJob
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.processes_for(Cpt(), Machines(2)) == 2
+    assert [launch._environment(Machines(2), rank)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert launch._environment(Machines(2), 1)["CUDA_VISIBLE_DEVICES"] == "6,7"

@@ -50,6 +50,12 @@ def test_save_restore_and_clear(place, tmp_path):
     checkpoints.restore(other)  # what is here is newer
     assert last_complete(other).name == "checkpoint-8"
 
+    # a finished stage's files, for the stage after it on another machine
+    assert checkpoints.fetch_result(tmp_path / "out") is None
+    checkpoints.save_result(tmp_path / "here/checkpoint-6", "report")
+    assert checkpoints.fetch_result(tmp_path / "out") == "report"
+    assert (tmp_path / "out/weights").read_text() == "6"
+
     checkpoints.clear()
     assert checkpoints.records() == [] and objects(place) == []
     checkpoints.restore(tmp_path / "third")

@@ -1,0 +1,213 @@
+"""A step that its nodes do: it starts a TrainJob of Kubeflow Trainer, follows it, and ends with its result.
+
+All attempts of a step use one name, so an attempt whose predecessor was killed follows the TrainJob that this one has
+started. A step that fails or is cancelled deletes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from ptl import processes
+from ptl.errors import InputError, WorkError
+from ptl.lineage import tracking
+from ptl.log import say
+from ptl.recovery.machines import NODE_RANK, NODES
+from ptl.steps import attempts, trainjob
+from ptl.steps.call import Call
+from ptl.steps.kubernetes_api import Cluster, NoAnswerError
+from ptl.steps.trainjob import CONTAINER, INDEX, OF_JOB_SET, Json, NodeFailure
+
+POLL = 2.0  # seconds
+LAST_LOG = 10  # seconds for the end of the first node's log
+DELETION = 600  # seconds within which an earlier TrainJob must be gone
+WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
+
+
+def is_one(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
+    several = int(environment.get(NODES, "1")) > 1
+    return several and attempts.on_a_cluster() and NODE_RANK not in environment
+
+
+def train(call: Call, begin: Callable[[], None]) -> None:
+    """Have the nodes do the step. Raises InputError or WorkError with the failing node's own error.
+
+    `begin` counts an attempt; following the TrainJob of an earlier one is none.
+    """
+    step = call.step.name
+    cluster = Cluster()
+    run = tracking.pipeline_run()
+    name = trainjob.name_of(run, step)
+    template = json.loads(os.environ[trainjob.TEMPLATE])
+    job = trainjob.complete(template, name, run, cluster.own_pod(), _for_nodes(call))
+
+    def cancelled(number: int) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with processes.handling_signals(cancelled):
+        follows = _follows_earlier(cluster, step, name)
+        if not follows:
+            begin()
+        try:
+            if not follows:
+                _create(cluster, step, job)
+            _follow(cluster, step, name)
+        except NoAnswerError:
+            raise  # it could not be deleted either
+        except BaseException:
+            say(step, f"TrainJob {name} is deleted")
+            cluster.delete(name)
+            raise
+
+
+def _for_nodes(call: Call) -> Json:
+    """The step's call, with what its inputs' files hold."""
+    settings = {"step": call.step.name, "experiment": call.step.experiment, **call.settings}
+    return {"settings": settings, "inputs": {name: pointer.dump() for name, pointer in call.inputs.items()}}
+
+
+def _follows_earlier(cluster: Cluster, step: str, name: str) -> bool:
+    """Whether an earlier attempt has started a TrainJob that has not ended. One that has ended is deleted."""
+    began = time.monotonic()
+    said = False
+    while (existing := cluster.train_job(name)) is not None:
+        deleted = "deletionTimestamp" in existing["metadata"]
+        if not deleted and trainjob.ended(existing) is None:
+            say(step, f"TrainJob {name} was started by an earlier attempt: it is followed")
+            return True
+        if not deleted:
+            # Of an attempt that was killed before it could delete it; this one begins anew.
+            cluster.delete(name)
+        if not said:
+            say(step, f"TrainJob {name} of an earlier attempt is being deleted: this one waits for it")
+            said = True
+        if time.monotonic() - began > DELETION:
+            raise WorkError(
+                f"TrainJob {name} of an earlier attempt is not gone after {DELETION} s",
+                field=step,
+                remedy=f"a pod of it may be on a machine that is lost: kubectl get pods -l {OF_JOB_SET}={name}",
+            )
+        time.sleep(POLL)
+    return False
+
+
+def _create(cluster: Cluster, step: str, job: Json) -> None:
+    name = job["metadata"]["name"]
+    # Another attempt of this very moment may be first.
+    if cluster.create(job):
+        say(step, f"TrainJob {name} was created: {job['spec']['trainer']['numNodes']} nodes")
+    else:
+        say(step, f"TrainJob {name} exists: it is followed")
+
+
+def _follow(cluster: Cluster, step: str, name: str) -> None:
+    """Wait for the end, with the first node's log; says what changes."""
+    last_state = ""
+    seen: dict[tuple[int, int], NodeFailure] = {}
+    logs: dict[str, _Log] = {}
+    began = time.monotonic()
+    while True:
+        job = cluster.train_job(name)
+        pods = cluster.pods(name)
+        for failure in trainjob.failures(pods):
+            # a restart takes the pod away, with what it says
+            seen.setdefault((failure.attempt, failure.node), failure)
+        _copy_logs(cluster, pods, logs)
+        state = _state(job, pods, list(seen.values()))
+        if not pods and time.monotonic() - began > WITHOUT_PODS:
+            state += f"; why: kubectl describe jobset {name}"
+        if state != last_state:
+            say(step, f"TrainJob {name}: {state}")
+            last_state = state
+        if job is None:
+            raise WorkError(f"TrainJob {name} was deleted by somebody else", field=step)
+        condition = trainjob.ended(job)
+        if condition is not None:
+            for log in logs.values():
+                log.thread.join(LAST_LOG)
+            if condition["type"] == "Complete":
+                return
+            raise _error(condition, list(seen.values()), name)
+        time.sleep(POLL)
+
+
+class _Log:
+    """The log of a pod, copied into this step's own by a thread."""
+
+    def __init__(self, cluster: Cluster, pod: str) -> None:
+        self._cluster, self._pod = cluster, pod
+        self._last_line: float | None = None  # time.monotonic()
+        self.thread = threading.Thread()
+        self.start()
+
+    def start(self) -> None:
+        """Copy what was not copied yet; a line at the seam may come twice."""
+        since = None
+        if self._last_line is not None:
+            since = math.ceil(time.monotonic() - self._last_line)
+        self.thread = threading.Thread(target=self._copy, args=(since,), daemon=True)
+        self.thread.start()
+
+    def _copy(self, since: int | None) -> None:
+        # Whatever ends the connection, and whatever the client raises: a log is no reason to fail.
+        with contextlib.suppress(Exception):
+            for line in self._cluster.log(self._pod, CONTAINER, since):
+                print(line, flush=True)
+                self._last_line = time.monotonic()
+
+
+def _copy_logs(cluster: Cluster, pods: list[Json], logs: dict[str, _Log]) -> None:
+    """Follow the first node's log; a restart makes a pod of another name."""
+    for pod in pods:
+        name, phase = pod["metadata"]["name"], pod.get("status", {}).get("phase")
+        if pod["metadata"]["labels"].get(INDEX) != "0" or phase == "Pending":
+            continue
+        if name not in logs:
+            logs[name] = _Log(cluster, name)
+        elif phase == "Running" and not logs[name].thread.is_alive():
+            logs[name].start()
+
+
+def _state(job: Json | None, pods: list[Json], seen: list[NodeFailure]) -> str:
+    """One line for people."""
+    if job is None:
+        return "gone"
+    condition = trainjob.ended(job)
+    if condition is not None:
+        return str(condition["type"]).lower()
+    if job["spec"].get("suspend"):
+        return "suspended: it waits in its queue"
+    newest = max((trainjob.attempt_of(pod["metadata"]["labels"]) for pod in pods), default=0)
+    running = [
+        pod
+        for pod in pods
+        if trainjob.attempt_of(pod["metadata"]["labels"]) == newest and pod.get("status", {}).get("phase") == "Running"
+    ]
+    state = f"{len(running)} of {job['spec']['trainer']['numNodes']} nodes run"
+    obstacle = trainjob.obstacle(pods)
+    if obstacle:
+        state += f"; {obstacle}"
+    if not newest:
+        return state
+    before = trainjob.cause([failure for failure in seen if failure.attempt < newest])
+    return f"{state}, restart {newest}" + (f" ({before})" if before else "")
+
+
+def _error(condition: Json, seen: list[NodeFailure], name: str) -> InputError | WorkError:
+    """The error of the node that failed first; Kubernetes' own words only where no node left any."""
+    cause = trainjob.cause(seen)
+    if cause is None:
+        return WorkError(
+            f"TrainJob {name} failed ({condition.get('reason')}): {condition.get('message')}",
+            remedy="the log above has what its first node printed",
+        )
+    kind = InputError if cause.exit_code == InputError.exit_code else WorkError
+    return kind(str(cause))

@@ -1,0 +1,66 @@
+"""One node of a TrainJob: it does its part of a recover step. The first one publishes, commits and reports the result.
+
+JobSet starts all nodes again when one of them fails, unless its exit code says that the input is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from ptl import processes
+from ptl.address import without_login
+from ptl.errors import PtlError
+from ptl.log import say
+from ptl.steps import mounts, process, trainjob
+
+
+def main() -> None:
+    """Do the step of the call in the environment; a failure is this container's last words."""
+    call = json.loads(os.environ.pop(trainjob.CALL))
+    step = call["settings"]["step"]
+    for warning in mounts.load():
+        say(step, warning)
+    try:
+        # The first process of a container ignores a signal that it does not handle.
+        with processes.handling_signals(_end), tempfile.TemporaryDirectory(prefix="ptl-node-") as folder:
+            process.work(_with_files(call, Path(folder)))
+    except PtlError as error:
+        print(f"error: {step}: {error}", file=sys.stderr, flush=True)
+        _leave(str(error), error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        _leave(without_login(f"{type(error).__name__}: {error}"), 1)
+
+
+def _end(number: int) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:
+    """The call as a step's process takes it: its inputs are files with pointers."""
+    inputs = {}
+    for name, pointer in call["inputs"].items():
+        file = folder / name
+        file.write_text(pointer)
+        inputs[name] = str(file)
+    return call | {"inputs": inputs, "outputs": {"out": str(folder / "out")}}
+
+
+def _leave(reason: str, exit_code: int) -> None:
+    # outside of Kubernetes there is nobody to read them
+    with contextlib.suppress(OSError):
+        Path(os.environ.get("PTL_TERMINATION_LOG", trainjob.TERMINATION_LOG)).write_text(
+            trainjob.last_words(reason, exit_code)
+        )
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

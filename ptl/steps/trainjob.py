@@ -1,0 +1,181 @@
+"""What a TrainJob of Kubeflow Trainer is called, what a coordinator adds to its template, and what its pods say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+GROUP = "trainer.kubeflow.org"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+PLURAL = "trainjobs"
+MANAGER = "ptl/recover"  # of what we change of the runtime
+JOB = "node"  # of the runtime's JobSet, and
+CONTAINER = "node"  # of its pods, as Kubeflow Trainer wants them
+OF_JOB_SET = "jobset.sigs.k8s.io/jobset-name"  # label of a pod: the TrainJob's name
+ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"  # label of a pod
+INDEX = "batch.kubernetes.io/job-completion-index"  # label of a pod: the node's rank
+
+TEMPLATE = "PTL_TRAIN_JOB"  # JSON, which the compiled pipeline sets
+CALL = "PTL_NODE_CALL"  # JSON: the step of which a node does its part
+RUN = "KFP_RUN_ID"  # in a node as in the pod of any other step
+OF_MLFLOW = "MLFLOW_"  # how the variables begin that Kubeflow's MLflow plugin sets in a pod
+RUN_LABEL = "ptl/run"  # of a TrainJob
+TERMINATION_LOG = "/dev/termination-log"
+LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
+HEAD = 300  # characters of an error that is too long
+
+
+def name_of(run: str, step: str) -> str:
+    """The same for all attempts of a step, so that each finds what another has started; below 63 characters."""
+    digits = "".join(character for character in run.lower() if character in "0123456789abcdef")
+    return f"ptl-{digits[:12]}-{step}"
+
+
+def complete(template: Json, name: str, run: str, coordinator: Json, call: Json) -> Json:
+    """The TrainJob of one step: the template with its name, the step's call, and what its coordinator's pod has."""
+    job: Json = json.loads(json.dumps(template))
+    metadata, spec = job["metadata"], job["spec"]
+    metadata["name"] = name
+    # Deleted with the workflow, but not with a pod that another one follows.
+    owners = coordinator["metadata"].get("ownerReferences", [])
+    metadata["ownerReferences"] = [owner | {"controller": False, "blockOwnerDeletion": False} for owner in owners]
+    metadata["labels"][RUN_LABEL] = run
+    variables = spec["trainer"]["env"]
+    variables += [{"name": RUN, "value": run}, {"name": CALL, "value": literal(json.dumps(call))}]
+    # As they are written in the pod, so that a login stays in its Secret.
+    for container in coordinator["spec"]["containers"]:
+        variables += [entry for entry in container.get("env", []) if entry["name"].startswith(OF_MLFLOW)]
+    # The identity by which a cloud gives rights to its store.
+    account = coordinator["spec"].get("serviceAccountName")
+    if account:
+        pod_of(job)["serviceAccountName"] = account
+    return job
+
+
+def literal(value: str) -> str:
+    """A variable's value that Kubernetes takes as it is: it replaces $(NAME) and $$."""
+    return value.replace("$", "$$")
+
+
+def pod_of(job: Json) -> Json:
+    """What a TrainJob changes of its pods."""
+    (patch,) = job["spec"]["runtimePatches"]
+    (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod: Json = replicated["template"]["spec"]["template"]["spec"]
+    return pod
+
+
+def ended(job: Json) -> Json | None:
+    """The condition with which a TrainJob has ended: Complete or Failed; None: it has not."""
+    conditions = job.get("status", {}).get("conditions", [])
+    by_type = {condition["type"]: condition for condition in conditions if condition["status"] == "True"}
+    return by_type.get("Failed") or by_type.get("Complete")
+
+
+@dataclass(frozen=True)
+class NodeFailure:
+    """How the container of a node ended."""
+
+    attempt: int  # of all nodes
+    node: int
+    ended: str  # UTC, to sort by
+    reason: str
+    exit_code: int
+    explained: bool  # by the node itself
+
+    def __str__(self) -> str:
+        return f"node {self.node}: {self.reason}"
+
+
+def failures(pods: Iterable[Json]) -> list[NodeFailure]:
+    """Those of the nodes whose pod or container has failed."""
+    node_failures = []
+    for pod in pods:
+        labels, status = pod["metadata"]["labels"], pod.get("status", {})
+        terminated = _container(status).get("state", {}).get("terminated", {})
+        if status.get("phase") == "Failed" and status.get("reason"):
+            # Evicted, for example, when a disk is full; the container may be gone.
+            reason = f"{status['reason']}: {status.get('message', '')}"
+            ended = str(terminated.get("finishedAt", ""))
+            node_failures.append(NodeFailure(attempt_of(labels), _node(labels), ended, reason, 1, explained=True))
+        elif terminated.get("exitCode"):
+            node_failures.append(_failure(labels, terminated))
+    return node_failures
+
+
+def _container(status: Json) -> Json:
+    """What a pod's status says of the container that trains."""
+    containers: list[Json] = [entry for entry in status.get("containerStatuses", []) if entry["name"] == CONTAINER]
+    return containers[0] if containers else {}
+
+
+def _node(labels: dict[str, str]) -> int:
+    return int(labels.get(INDEX, 0))
+
+
+def obstacle(pods: Iterable[Json]) -> str:
+    """Why a node does not start, as Kubernetes says it; empty where it says nothing."""
+    for pod in pods:
+        status = pod.get("status", {})
+        waiting = _container(status).get("state", {}).get("waiting", {})
+        unscheduled = [
+            condition
+            for condition in status.get("conditions", [])
+            if condition["type"] == "PodScheduled" and condition["status"] == "False"
+        ]
+        for reason in [waiting, *unscheduled]:
+            # what every pod goes through
+            if reason.get("reason") and reason["reason"] not in ("ContainerCreating", "PodInitializing"):
+                node = _node(pod["metadata"]["labels"])
+                return f"node {node}: {reason['reason']}: {reason.get('message', '')}".rstrip(": ")
+    return ""
+
+
+def _failure(labels: dict[str, str], terminated: Json) -> NodeFailure:
+    message = (terminated.get("message") or "").strip()
+    explained = False
+    # JSON as a node wrote it, where it had the time; else what it printed last
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        message, explained = str(json.loads(message)["reason"]), True
+    exit_code = int(terminated["exitCode"])
+    reason = message or f"its process ended with exit code {exit_code} and without a word"
+    if terminated.get("reason") == "OOMKilled":
+        reason, explained = "it was killed, as its memory was used up: raise resources.steps.recover.memory", True
+    return NodeFailure(
+        attempt=attempt_of(labels),
+        node=_node(labels),
+        ended=str(terminated.get("finishedAt", "")),
+        reason=reason,
+        exit_code=exit_code,
+        explained=explained,
+    )
+
+
+def attempt_of(labels: dict[str, str]) -> int:
+    """How often the nodes were started before, by a pod's label."""
+    return int(labels.get(ATTEMPT, 0))
+
+
+def cause(seen: Sequence[NodeFailure]) -> NodeFailure | None:
+    """The failure that the others of the last attempt follow from: wrong input, then the first that says why."""
+    last_attempt = max((failure.attempt for failure in seen), default=0)
+    of_it = [failure for failure in seen if failure.attempt == last_attempt]
+    # exit code 2: a wrong input, on which all nodes agree
+    return min(of_it, key=lambda one: (one.exit_code != 2, not one.explained, one.ended, one.node), default=None)
+
+
+def last_words(reason: str, exit_code: int) -> str:
+    """What a node leaves of its failure, for the coordinator to read: JSON that Kubernetes keeps as a whole."""
+    words = json.dumps({"reason": reason, "exit_code": exit_code})
+    # The beginning says what failed, the end has the last lines of an error.
+    tail = len(reason)
+    while len(words) > LONGEST_MESSAGE:
+        tail //= 2
+        words = json.dumps({"reason": f"{reason[:HEAD]} [...] {reason[-tail:]}", "exit_code": exit_code})
+    return words

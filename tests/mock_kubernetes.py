@@ -1,0 +1,285 @@
+"""A mock of the Kubernetes API with Kubeflow Trainer and JobSet, over HTTP on loopback.
+
+It answers as the recorded cluster did (tests/data/trainer-2.3). A TrainJob that is created is checked by the types of
+Kubeflow Trainer's own package. Nodes are either said by a test (`play`), or real processes on this machine
+(`Processes`), which are restarted together as JobSet does.
+"""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import yaml
+
+from ptl.steps import trainjob
+
+DATA = Path(__file__).parent / "data" / "trainer-2.3"
+NAMESPACE = "kubeflow"
+OWN_POD = "loop-abcde-coordinator-1"
+JOBS = rf"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
+PODS = rf"/api/v1/namespaces/{NAMESPACE}/pods"
+
+
+def recorded(name):
+    return json.loads((DATA / f"{name}.json").read_text())
+
+
+def refusal(heading):
+    """What the cluster said under a heading of refusals.txt, without kubectl's own words."""
+    text = (DATA / "refusals.txt").read_text().partition(f"## {heading}\n")[2].partition("\n\n")[0].strip()
+    return re.sub(r'^Error from server \(\w+\): (error when creating "[^"]*": )?', "", text)
+
+
+UNKNOWN_RUNTIME = (403, refusal("create with an unknown runtime"))
+NO_RIGHT = (
+    403,
+    'trainjobs.trainer.kubeflow.org is forbidden: User "system:serviceaccount:kubeflow:pipeline-runner" cannot create '
+    'resource "trainjobs" in API group "trainer.kubeflow.org" in the namespace "kubeflow"',
+)
+NO_TRAINER = (404, "the server could not find the requested resource")
+
+
+def pod(
+    job, node, attempt=0, phase="Running", exit_code=None, message="", reason="Error", ended="2026-11-25T18:20:29Z"
+):
+    """A node's pod, made from the recorded one."""
+    made = copy.deepcopy(recorded("pod-of-node-0"))
+    made["metadata"]["name"] = f"{job}-node-0-{node}-{attempt}abcd"
+    made["metadata"]["labels"] |= {trainjob.OF_JOB_SET: job, trainjob.INDEX: str(node), trainjob.ATTEMPT: str(attempt)}
+    status = made["status"]["containerStatuses"][0]
+    status["state"] = {"running": {"startedAt": "2026-11-25T18:17:51Z"}} if phase == "Running" else {}
+    if exit_code is not None:
+        phase = "Failed" if exit_code else "Succeeded"
+        status["state"] = {
+            "terminated": {"exitCode": exit_code, "message": message, "reason": reason, "finishedAt": ended}
+        }
+    made["status"]["phase"] = phase
+    return made
+
+
+class MockKubernetes:
+    """The objects of one namespace. `refusal` (status, message) answers every creation."""
+
+    def __init__(self):
+        self.jobs, self.pods, self.logs = {}, [], {}
+        self.refusal = None
+        self.created, self.deleted = [], []
+        self.looks = []  # functions, one for each look at a TrainJob
+        self.on_create = lambda job: None
+        self.on_delete = lambda name: None
+        self.outage = 0  # answers of 503 to come
+        self.log_requests = []  # their options
+        self.own_env = []  # of the coordinator's pod
+
+    def play(self, *looks):
+        """What the cluster has at each look at a TrainJob: the name of a recorded one, and its pods."""
+        self.looks = list(looks)
+
+    def create(self, job):
+        from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+        name = job["metadata"]["name"]
+        if self.refusal:
+            return self.refusal
+        if name in self.jobs:
+            return 409, refusal("create with a name that exists")
+        checked = TrainerV1alpha1TrainJob.from_dict(copy.deepcopy(job)).to_dict()
+        assert checked["spec"] == job["spec"], "a field that TrainJobs do not have"
+        assert len(name) <= 63
+        self.jobs[name] = job | {"status": {}}
+        self.created.append(job)
+        self.on_create(job)
+        return 201, self.jobs[name]
+
+    def job(self, name):
+        if name in self.jobs and self.looks:
+            record, self.pods = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+            self.jobs[name]["status"] = recorded(record)["status"]
+        return self.jobs.get(name)
+
+    def delete(self, name):
+        self.deleted.append(name)
+        self.on_delete(name)
+        return self.jobs.pop(name, None)
+
+
+def own_pod(env):
+    """The coordinator's pod."""
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "loop-abcde", "uid": "u-1"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": OWN_POD, "ownerReferences": [owner | {"controller": True, "blockOwnerDeletion": True}]},
+        "spec": {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": env}]},
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body):
+        if isinstance(body, str):
+            body = {"kind": "Status", "status": "Failure", "message": body, "code": status}
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):
+        cluster = self.server.cluster
+        assert re.fullmatch(JOBS, urlparse(self.path).path)
+        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(*cluster.create(job))
+
+    def do_DELETE(self):
+        name = urlparse(self.path).path.rpartition("/")[2]
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        gone = self.server.cluster.delete(name)
+        self.answer(200, gone) if gone else self.answer(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
+
+    def do_GET(self):
+        cluster = self.server.cluster
+        url = urlparse(self.path)
+        if cluster.outage:
+            cluster.outage -= 1
+            self.answer(503, "the server is currently unable to handle the request")
+        elif match := re.fullmatch(rf"{JOBS}/([^/]+)", url.path):
+            job = cluster.job(match[1])
+            self.answer(200, job) if job else self.answer(404, f'"{match[1]}" not found')
+        elif url.path == f"{PODS}/{OWN_POD}":
+            self.answer(200, own_pod(cluster.own_env))
+        elif match := re.fullmatch(rf"{PODS}/([^/]+)/log", url.path):
+            self.send_response(200)
+            self.end_headers()
+            cluster.log_requests.append(parse_qs(url.query))
+            for line in cluster.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
+                self.wfile.write(line.encode())
+        elif url.path == PODS:
+            (label,) = parse_qs(url.query)["labelSelector"]
+            name = label.removeprefix(f"{trainjob.OF_JOB_SET}=")
+            items = [pod for pod in cluster.pods if pod["metadata"]["labels"][trainjob.OF_JOB_SET] == name]
+            self.answer(200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
+        else:
+            self.answer(404, f"no such path: {url.path}")
+
+
+@contextmanager
+def serving(folder):
+    """The mock, with a kubeconfig that names it: the file's path is `cluster.kubeconfig`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    cluster = server.cluster = MockKubernetes()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    context = {"cluster": "mock", "user": "mock", "namespace": NAMESPACE}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "mock", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "users": [{"name": "mock", "user": {"token": "t"}}],
+        "contexts": [{"name": "mock", "context": context}],
+        "current-context": "mock",
+    }
+    cluster.kubeconfig = folder / "kubeconfig"
+    cluster.kubeconfig.write_text(yaml.safe_dump(config))
+    try:
+        yield cluster
+    finally:
+        server.shutdown()
+
+
+class Processes:
+    """JobSet and kubelet in one: the nodes of a TrainJob are processes here, each with a disk of its own."""
+
+    def __init__(self, cluster, folder, environment, port, restarts=3):
+        self.cluster, self.folder, self.environment, self.port = cluster, folder, environment, port
+        self.restarts = restarts
+        self.nodes, self.outputs = [], {}
+        self.stopped = threading.Event()
+        cluster.on_create = lambda job: threading.Thread(target=self.run, args=(job,), daemon=True).start()
+        cluster.on_delete = lambda name: self.stop()
+
+    def stop(self):
+        self.stopped.set()
+        for node in self.nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+
+    def run(self, job):
+        name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
+        for attempt in range(self.restarts + 1):
+            codes = self.attempt(name, trainer, attempt)
+            if self.stopped.is_set():
+                return
+            if not any(codes):
+                self.cluster.jobs[name]["status"] = recorded("trainjob-complete")["status"]
+                return
+            if 2 in codes:  # the runtime's rule about wrong input
+                break
+        self.cluster.jobs[name]["status"] = recorded("trainjob-failed")["status"]
+
+    def attempt(self, name, trainer, attempt):
+        pods = [pod(name, rank, attempt) for rank in range(trainer["numNodes"])]
+        self.nodes = [self.start(trainer, rank, attempt, made["metadata"]["name"]) for rank, made in enumerate(pods)]
+        self.cluster.pods = pods
+        while any(node.poll() is None for node in self.nodes):
+            time.sleep(0.1)
+            for rank, node in enumerate(self.nodes):
+                if node.poll() is not None and pods[rank]["status"]["phase"] == "Running":
+                    last_words = self.folder / f"words-{attempt}-{rank}"
+                    message = last_words.read_text() if last_words.is_file() else ""
+                    pods[rank] = pod(name, rank, attempt, exit_code=node.poll(), message=message)
+                    self.cluster.pods = list(pods)
+            if any(node.poll() for node in self.nodes):  # the Job has failed: JobSet recreates all
+                time.sleep(0.5)
+                for node in self.nodes:
+                    if node.poll() is None:
+                        os.killpg(node.pid, signal.SIGKILL)
+        return [node.wait() for node in self.nodes]
+
+    def start(self, trainer, rank, attempt, pod_name):
+        # as the kubelet expands them
+        variables = {entry["name"]: entry["value"].replace("$$", "$") for entry in trainer["env"] if "value" in entry}
+        # as Kubeflow Trainer sets them
+        torch = {
+            "PET_NNODES": str(trainer["numNodes"]),
+            "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
+            "PET_NODE_RANK": str(rank),
+            "PET_MASTER_ADDR": "localhost",
+            "PET_MASTER_PORT": str(self.port),
+        }
+        own = {
+            "PTL_SCRATCH": str(self.folder / f"disk-{attempt}-{rank}"),
+            "PTL_TERMINATION_LOG": str(self.folder / f"words-{attempt}-{rank}"),
+        }
+        output = self.folder / f"log-{attempt}-{rank}"
+        self.cluster.logs[pod_name] = lambda: follow(output, lambda: self.nodes[rank].poll() is not None)
+        with output.open("w") as file:
+            return subprocess.Popen(
+                trainer["command"],
+                env={**self.environment, **variables, **torch, **own},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def follow(path, ended):
+    """Lines of a file as they come, until whoever writes it has ended."""
+    with path.open() as file:
+        while True:
+            last = ended()
+            yield from file
+            if last:
+                return
+            time.sleep(0.1)
