@@ -14,7 +14,8 @@ from ptl import extras
 from ptl.cli import rehearsal
 from ptl.cli.configs import warn
 from ptl.cli.options import Overrides, Rehearse
-from ptl.config.run import Config, check_batches, load_config, pairs
+from ptl.config import batches
+from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
 from ptl.preflight import advice
 
@@ -101,7 +102,7 @@ def submit(
     _warn_of_local_files(run_config)
     if rehearse:
         run_config = rehearsal.on_cluster(run_config)
-    check_batches(run_config)
+    batches.check_on_cluster(run_config.recover, run_config.resources)
     code = work.submit(
         run_config,
         server,

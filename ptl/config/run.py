@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from ptl import __version__
-from ptl.config import image_names, suggestions, yaml_text
+from ptl.config import batches, image_names, suggestions, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
 from ptl.config.goal import TAGS
@@ -236,17 +236,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_fit_their_nodes(self) -> Config:
-        nodes = self.resources.nodes_of(TRAINED)
-        for stage in self.recover if nodes > 1 else ():
-            if stage.sharding == "zero2":
-                raise ValueError("recover.sharding=zero2 is for one node: on several take fsdp or hybrid")
-            # Without `processes` the GPUs of a node decide, of which there may be none here.
-            processes = nodes * (stage.processes or 1)
-            if stage.batch_size % (stage.accumulation * processes):
-                raise ValueError(
-                    f"recover.batch_size={stage.batch_size} must be a multiple of accumulation={stage.accumulation} "
-                    f"times the {processes} processes of {nodes} nodes"
-                )
+        # The GPUs of a node may be others than this machine's, or none: one process is the least.
+        if self.resources.nodes_of(TRAINED) > 1:
+            problem = batches.problem(self.recover, self.resources, gpus=1)
+            if problem:
+                raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -303,20 +297,6 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, Any]:
             raise InputError("must be NAME=VALUE, for example seed=1", field=f"{option} {entry}")
         values[name] = yaml_text.load(text, "the value", field=f"{option} {name}")
     return values
-
-
-def check_batches(config: Config) -> None:
-    """Raise InputError where a batch cannot be divided among the accelerators that a run on a cluster requests."""
-    nodes = config.resources.nodes_of(TRAINED)
-    for stage in config.recover:
-        processes = nodes * (stage.processes or max(1, config.resources.accelerators_of(TRAINED)))
-        if stage.batch_size % (stage.accumulation * processes):
-            raise InputError(
-                f"{stage.batch_size} must be a multiple of accumulation={stage.accumulation} times the {processes} "
-                f"processes of {nodes} nodes",
-                field="recover.batch_size",
-                remedy="raise it, or change resources.accelerators or resources.steps.recover",
-            )
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:

@@ -10,6 +10,7 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from pipelines.prune_tune_loop.compact import weigh
 from pipelines.prune_tune_loop.pipeline import compile_pipeline
+from ptl.config import batches
 from ptl.config.cluster import Resources, Storage
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -347,3 +348,14 @@ def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job(t
 def test_what_does_not_go_on_several_nodes_is_refused(sets, message):
     with pytest.raises(InputError, match=message):
         load_config(CONFIGS / "tiny.yaml", {"resources.steps.recover.nodes": 2} | sets)
+
+
+def test_a_batch_that_the_gpus_of_all_nodes_cannot_divide_is_refused_before_it_is_submitted():
+    gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
+    config = load_config(CONFIGS / "tiny.yaml", gpus | {"resources.steps.recover.nodes": 4})
+    assert config.recover[0].batch_size == 16  # goes on one GPU of each node
+    with pytest.raises(
+        InputError, match=r"recover.batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"
+    ):
+        batches.check_on_cluster(config.recover, config.resources)
+    batches.check_on_cluster(config.recover, Resources(accelerator="nvidia.com/gpu", accelerators=8))
