@@ -52,7 +52,7 @@ def processes_for(settings: Stage, machines: Machines) -> int:
     """How many processes train on each machine: what the config says, else one for each GPU."""
     import torch
 
-    return settings.processes or max(1, torch.cuda.device_count() // len(machines.here))
+    return settings.processes or max(1, torch.cuda.device_count() // len(machines.ranks_here))
 
 
 def sequences_per_pass(settings: Stage, processes: int) -> int:
@@ -90,7 +90,7 @@ def run(
     }
     job_file.write_text(json.dumps(fields))
     # JobSet restarts nodes, and nobody else the groups of this machine
-    restarts = RESTARTS if len(job.machines.here) > 1 else 0
+    restarts = RESTARTS if len(job.machines.ranks_here) > 1 else 0
     while True:
         # of an earlier attempt
         report_file.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def run(
 def _launch(settings: RecoverStage, job: RecoveryJob, processes: int, job_file: Path) -> tuple[bool, list[str]]:
     """Start this machine's groups and follow them to their end; whether all succeeded, and what they printed."""
     machines = job.machines
-    port = free_port() if len(machines.here) > 1 else machines.port
+    port = free_port() if len(machines.ranks_here) > 1 else machines.port
     # one pipe for all
     reading_end, writing_end = os.pipe()
     groups = [
@@ -125,7 +125,7 @@ def _launch(settings: RecoverStage, job: RecoveryJob, processes: int, job_file: 
             stderr=subprocess.STDOUT,
             env=_environment(machines, rank),
         )
-        for rank in machines.here
+        for rank in machines.ranks_here
     ]
     os.close(writing_end)
     with os.fdopen(reading_end) as lines, _ending_together(groups):
@@ -139,7 +139,7 @@ def _environment(machines: Machines, rank: int) -> dict[str, str]:
     """The variables of a group's launcher: where several share this machine, each has its part of the GPUs."""
     # threads: what torch's launcher would set, with a warning
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    num_groups = len(machines.here)
+    num_groups = len(machines.ranks_here)
     if num_groups == 1:
         return environment
     # the name of this machine may lead nowhere
@@ -229,7 +229,7 @@ def _check_groups(machines: Machines) -> None:
     import torch
 
     gpus = torch.cuda.device_count()
-    if 0 < gpus < len(machines.here):
+    if 0 < gpus < len(machines.ranks_here):
         raise InputError(
             f"{machines.count} nodes cannot share the {gpus} GPUs of this machine",
             field="resources.steps.recover.nodes",

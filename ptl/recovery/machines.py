@@ -26,14 +26,14 @@ class Machines:
     port: int = 0  # of the first one, there; 0: any free one
 
     @property
-    def here(self) -> tuple[int, ...]:
+    def ranks_here(self) -> tuple[int, ...]:
         """The ranks of those that are this machine."""
         return tuple(range(self.count)) if self.rank is None else (self.rank,)
 
     @property
     def first(self) -> bool:
         """Whether this machine has the first process, which logs, saves and reports."""
-        return 0 in self.here
+        return 0 in self.ranks_here
 
 
 ALONE = Machines()

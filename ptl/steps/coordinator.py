@@ -31,7 +31,7 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
 
-def is_one(environment: Mapping[str, str] = os.environ) -> bool:
+def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
     several = int(environment.get(NODES, "1")) > 1
     return several and attempts.on_a_cluster() and NODE_RANK not in environment

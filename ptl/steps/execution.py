@@ -55,12 +55,12 @@ def execute(
     *,
     title: str | None = None,
     content_key: str = "",
-    elsewhere: Callable[[Callable[[], None]], None] | None = None,
+    by_nodes: Callable[[Callable[[], None]], None] | None = None,
 ) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
     `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
-    are taken over. `elsewhere` has other machines do and commit the step; it is given what counts an attempt. Raises
+    are taken over. `by_nodes` has other machines do and commit the step; it is given what counts an attempt. Raises
     NoAttemptLeftError where earlier attempts have used all.
     """
     run = step.start(title)
@@ -69,9 +69,9 @@ def execute(
     with noting_errors(run):
         # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key)
-        if record is None and elsewhere is not None:
-            elsewhere(lambda: begin(run))
-            record = _committed_elsewhere(run, key)
+        if record is None and by_nodes is not None:
+            by_nodes(lambda: begin(run))
+            record = _committed_by_nodes(run, key)
         elif record is None:
             # A node's attempt is the coordinator's.
             if not machines.is_node():
@@ -109,7 +109,7 @@ def _do(execution: Execution, key: str) -> Record:
     return record
 
 
-def _committed_elsewhere(run: StepRun, key: str) -> Record:
+def _committed_by_nodes(run: StepRun, key: str) -> Record:
     """What other machines have committed. Raises InputError where that is nothing: it would be the same again."""
     record = store.committed(run.root, run.run, run.step, key)
     if record is None:

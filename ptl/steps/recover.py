@@ -83,9 +83,9 @@ def recover(call: Call) -> None:
     if not machines.machines().first:
         take_part(step, parent, settings, work)
         return
-    elsewhere = partial(coordinator.train, call) if coordinator.is_one() else None
+    by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None
     content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key, elsewhere=elsewhere)
+    record = execute(step, parent, settings, work, content_key=content_key, by_nodes=by_nodes)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()

@@ -354,8 +354,6 @@ def test_a_batch_that_the_gpus_of_all_nodes_cannot_divide_is_refused_before_it_i
     gpus = {"resources.accelerator": "nvidia.com/gpu", "resources.accelerators": 8}
     config = load_config(CONFIGS / "tiny.yaml", gpus | {"resources.steps.recover.nodes": 4})
     assert config.recover[0].batch_size == 16  # goes on one GPU of each node
-    with pytest.raises(
-        InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"
-    ):
+    with pytest.raises(InputError, match=r"batch_size=16 must be a multiple of .* the 32 processes of 4 nodes;"):
         batches.check_on_cluster(config.recover, config.resources)
     batches.check_on_cluster(config.recover, Resources(accelerator="nvidia.com/gpu", accelerators=8))

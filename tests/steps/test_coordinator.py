@@ -46,7 +46,7 @@ def cluster(tmp_path, monkeypatch):
 
 
 def train():
-    assert coordinator.is_one()
+    assert coordinator.is_coordinator()
     counted = []
     call = Call(Step("recover-2", "experiment"), {"seed": 3, "prompt": "$$x$(HOME)"}, {"model": POINTER}, {})
     coordinator.train(call, lambda: counted.append(1))
@@ -276,10 +276,12 @@ def test_the_machines_are_those_of_the_environment(environment, expected):
 def test_only_a_step_of_several_nodes_on_a_cluster_coordinates(monkeypatch):
     monkeypatch.delenv("PTL_RUN_ID", raising=False)
     monkeypatch.setenv("KFP_RUN_ID", RUN)
-    assert coordinator.is_one({"PTL_NODES": "2"})
-    assert not coordinator.is_one({}) and not coordinator.is_one({"PTL_NODES": "2", "PET_NODE_RANK": "0"})
+    assert coordinator.is_coordinator({"PTL_NODES": "2"})
+    assert not coordinator.is_coordinator({}) and not coordinator.is_coordinator(
+        {"PTL_NODES": "2", "PET_NODE_RANK": "0"}
+    )
     monkeypatch.setenv("PTL_RUN_ID", "local")
-    assert not coordinator.is_one({"PTL_NODES": "2"})
+    assert not coordinator.is_coordinator({"PTL_NODES": "2"})
 
 
 @pytest.mark.parametrize(
