@@ -94,7 +94,12 @@ def difference(ours: Summary, its: Summary) -> str:
     by_seed = [statistics.mean(ours.solved[seed]) - statistics.mean(its.solved[seed]) for seed in seeds]
     before, after = (tuple(bit for seed in seeds for bit in summary.solved[seed]) for summary in (its, ours))
     pair = paired.paired(before, after, margin=0.0, alpha=0.05)
-    return f"{100 * pair.difference:+.1f} ± {100 * half_width(by_seed):.1f} points | {pair.p_different:.1g}"
+    return f"{100 * pair.difference:+.1f} ± {100 * half_width(by_seed):.1f} points | {_p(pair.p_different)}"
+
+
+def _p(value: float) -> str:
+    """One digit; what a float cannot hold is below its smallest number."""
+    return f"{value:.1g}" if value else "< 1e-300"
 
 
 def print_table(results: Results) -> None:
