@@ -129,19 +129,20 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
 def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
     """The model after each iteration of an arm; first the dense one, which is that after iteration 0."""
     dense = assumed.dense
-    total = _removal(dense, schedule.target)
+    total = _removal(dense, schedule.target, assumed.config.prune.target)
     shapes = [dense]
     for iteration in plan(schedule, assumed.config.prune):
         removed = int(iteration.progress * total)
-        shapes.append(dense.scaled(dense.params - removed))
+        shapes.append(dense.scaled(dense.params - removed, iteration.unit))
     return shapes
 
 
-def _removal(dense: Shape, size: float | Goal) -> int:
-    """Parameters to remove in all. Raises InputError for more than the linear layers have."""
+def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
+    """Parameters to remove in all. Raises InputError for more than the linear layers, or experts not in use, have."""
     total = removal(dense.params, size)
     # All of it comes out of linear layers.
-    if not 0 < total < dense.matrices:
+    most = dense.inactive if unit == "experts" else dense.matrices + dense.inactive
+    if not 0 < total < most:
         raise InputError(
             f"{size:g} would remove {total:,} of {dense.params:,} parameters",
             field="schedule.target",

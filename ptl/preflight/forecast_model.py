@@ -46,11 +46,37 @@ class Shape:
     heads_width: int  # heads * head_dim
     kv_bytes: int  # per token of context
     itemsize: int  # bytes of a stored weight
+    # Of a mixture of experts, parameters in all layers
+    routed: int = 0  # of the experts that a token is sent to; part of `matrices`
+    inactive: int = 0  # of the other experts, which cost memory and no FLOPs
 
-    def scaled(self, params: int) -> Shape:
-        """The shape with fewer parameters, all of them taken from the linear layers."""
+    @property
+    def in_layers(self) -> int:
+        """Weights of the layers' linear parts, all experts included."""
+        return self.matrices + self.inactive - self.vocabulary * self.hidden
+
+    def scaled(self, params: int, unit: str = "neurons") -> Shape:
+        """The shape with fewer parameters, all of them taken from the linear layers, or from experts not in use."""
         removed = self.params - params
-        return replace(self, params=params, matrices=self.matrices - removed)
+        if unit == "experts":
+            return replace(self, params=params, inactive=self.inactive - removed)
+        # A layer takes its share of the experts with it.
+        inactive = removed * self.inactive // self.in_layers
+        return replace(
+            self,
+            params=params,
+            matrices=self.matrices - (removed - inactive),
+            routed=self.routed - removed * self.routed // self.in_layers,
+            inactive=self.inactive - inactive,
+        )
+
+    def read_params(self, rows: float) -> float:
+        """Parameters that are read to decode a token of so many rows: of the experts those that a row is sent to."""
+        if not self.inactive:
+            return self.params
+        experts = self.routed + self.inactive
+        untouched = experts * (self.inactive / experts) ** rows  # as if tokens were sent to experts at random
+        return self.params - untouched
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
@@ -72,6 +98,8 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         heads_width=sizes.num_attention_heads * sizes.head_dim,
         kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
         itemsize=itemsize,
+        routed=sizes.num_hidden_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
+        inactive=shapes.inactive(sizes),
     )
 
 
@@ -83,8 +111,8 @@ def forward_flops(shape: Shape, tokens: float, context: float) -> float:
 
 
 def decode_seconds(shape: Shape, rows: float, itemsize: int, context: float, card: Gpu) -> float:
-    """Seconds to decode one token of every row: all weights and the cache are read once."""
-    weights = shape.params * itemsize  # bytes
+    """Seconds to decode one token of every row: all weights in use and the cache are read once."""
+    weights = shape.read_params(rows) * itemsize  # bytes
     cache = rows * context * shape.kv_bytes  # bytes
     bandwidth = card.bandwidth * DECODE_SHARE
     return (weights + cache) / bandwidth
@@ -134,7 +162,7 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, group: Gp
 def _unsharded(shape: Shape, stage: RecoverStage) -> float:
     """Bytes of weights and gradients that FSDP holds in one piece, in the precision of the pass."""
     embeddings = shape.vocabulary * shape.hidden
-    layer = (shape.matrices - embeddings) / shape.layers
+    layer = shape.in_layers / shape.layers
     # Weights at work, the next ones, which are gathered meanwhile, and gradients that are being reduced.
     return 3 * max(layer, embeddings) * itemsize_of(stage)
 

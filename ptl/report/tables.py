@@ -40,7 +40,7 @@ def _iteration(row: Row) -> Row:
     return {
         "label": "one-shot control" if row["arm"] == "control" else iteration_label(row),
         "arm": row["arm"],
-        "params": f"{row['params']:,}",
+        "params": _params(row),
         "removed": cells.percent(row["share_removed"]),
         # The score of the first benchmark.
         "accuracy": cells.accuracy(task),
@@ -56,6 +56,13 @@ def _iteration(row: Row) -> Row:
         "tasks": [{**other, "score": cells.score(other)} for other in row["scores"]["tasks"]],
         "gate": gate_numbers(row["gate"]),
     }
+
+
+def _params(row: Row) -> str:
+    """Parameters of a row's model; of a mixture of experts those that a token meets, too."""
+    scores = row["scores"]
+    active = f" ({scores['active_params']:,} active)" if scores["experts"] else ""
+    return f"{row['params']:,}{active}"
 
 
 def iteration_label(row: Row) -> str:
