@@ -132,6 +132,8 @@ class Prune(Section):
             )
         if self.target == "experts" and self.repair != "off":
             raise ValueError(f"repair={self.repair} is for neurons, and target=experts removes none: set repair=off")
+        if self.target == "experts" and self.sigma_neuron is not None:
+            raise ValueError(f"sigma_neuron={self.sigma_neuron:g} is for neurons, and target=experts removes none")
         return self
 
     @model_validator(mode="after")
