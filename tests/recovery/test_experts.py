@@ -19,6 +19,7 @@ from ptl.pruning.prune import prune_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPT = {"method": "cpt"}
+DISTIL = {"method": "distil"}
 TASK = DENSE.parent / "tiny_reasoner.yaml"
 
 
@@ -41,8 +42,14 @@ def cut(source, folder, experts):
     return folder
 
 
-def test_two_steps_move_experts_and_routers_and_the_loss_is_finite(small, tmp_path):
-    report = recover(small, tmp_path / "out", CPT, tokens=500)
+def taught(stage, teacher):
+    """The stage, with a teacher where it has one."""
+    return stage | ({"teacher": str(teacher)} if stage["method"] == "distil" else {})
+
+
+@pytest.mark.parametrize("stage", [CPT, DISTIL])
+def test_two_steps_move_experts_and_routers_and_the_loss_is_finite(small, tmp_path, stage):
+    report = recover(small, tmp_path / "out", taught(stage, small), tokens=500)
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys() and report.steps >= 2
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -60,15 +67,35 @@ def with_coefficient(small, folder, coefficient):
     return folder
 
 
-def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(small, tmp_path):
+@pytest.mark.parametrize("stage", [CPT, CPT | {"accumulation": 2}, DISTIL | {"accumulation": 2}])
+def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(small, tmp_path, stage):
     """The loss that is logged has it added; the auxiliary loss is about the number of experts of a token."""
     losses = {}
     for coefficient in (0.0, 1.0):
         source = with_coefficient(small, tmp_path / f"{coefficient}", coefficient)
-        report = recover(source, tmp_path / f"{coefficient}-out", CPT, tokens=500)
+        report = recover(source, tmp_path / f"{coefficient}-out", taught(stage, small), tokens=500)
         losses[coefficient] = report.curve[0][1]
     experts_per_token = checkpoint.read_config(small)["num_experts_per_tok"]
     assert losses[1.0] - losses[0.0] == pytest.approx(experts_per_token, rel=0.3)
+
+
+def test_lora_adapts_attention_experts_and_routers(small, tmp_path):
+    recover(small, tmp_path / "out", CPT | {"lora": {"rank": 2}, "learning_rate": 1e-2}, tokens=500)
+    before, after = weights(small), weights(tmp_path / "out")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert all(any(part in name for name in moved) for part in ("self_attn", "experts", ".gate."))
+    assert not any("norm" in name or "embed" in name for name in moved)
+
+
+def test_a_step_of_grpo_moves_the_routers(small, tmp_path):
+    """A random model earns no reward, so that the routers' auxiliary loss alone moves weights."""
+    stage = {"method": "grpo", "steps": 1, "batch_size": 4, "num_generations": 2, "max_completion_length": 8}
+    stage |= {"guard_prompts": 0, "processes": 1, "rewards": [{"name": "final_answer"}], "learning_rate": 1e-2}
+    recover(small, tmp_path / "out", stage, tokens=None)
+    before, after = weights(small), weights(tmp_path / "out")
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    assert any(".gate." in name and not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_optimizer_state_follows_the_experts_that_stay(small, tmp_path):
