@@ -144,7 +144,7 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     # What is left of a mixture of experts; where layers go, prune decides it.
     with_experts = config.prune.target == "experts"
     if with_experts:
-        headings[4:4] = ["Active after", "Experts after"]
+        headings[4:4] = ["Active", "Experts"]
     for heading in headings:
         table.add_column(heading, justify="right")
     for iteration, after in planned.dimensions_after(dimensions, config.schedule, config.prune):

@@ -46,9 +46,10 @@ class Shape:
     heads_width: int  # heads * head_dim
     kv_bytes: int  # per token of context
     itemsize: int  # bytes of a stored weight
-    # Of a mixture of experts, parameters in all layers
-    routed: int = 0  # of the experts that a token is sent to; part of `matrices`
-    inactive: int = 0  # of the other experts, which cost memory and no FLOPs
+    # Of a mixture of experts; 0 in a dense model
+    experts: int = 0  # in each layer
+    routed: int = 0  # parameters in all layers of the experts that a token is sent to; part of `matrices`
+    inactive: int = 0  # the same of the other experts, which cost memory and no FLOPs
 
     @property
     def in_layers(self) -> int:
@@ -59,7 +60,7 @@ class Shape:
         """The shape with fewer parameters, all of them taken from the linear layers, or from experts not in use."""
         removed = self.params - params
         if unit == "experts":
-            return replace(self, params=params, inactive=self.inactive - removed)
+            return self._with_fewer_experts(params)
         # A layer takes its share of the experts with it.
         inactive = removed * self.inactive // self.in_layers
         return replace(
@@ -67,6 +68,29 @@ class Shape:
             params=params,
             matrices=self.matrices - (removed - inactive),
             routed=self.routed - removed * self.routed // self.in_layers,
+            inactive=self.inactive - inactive,
+        )
+
+    @property
+    def removable_experts(self) -> int:
+        """Parameters of the experts that can go, as a token is not sent to them, and of their rows of the routers."""
+        return self.inactive + self.layers * self.hidden * self._unused
+
+    @property
+    def _unused(self) -> int:
+        """Experts in each layer that a token is not sent to."""
+        return round(self.experts * self.inactive / (self.routed + self.inactive)) if self.experts else 0
+
+    def _with_fewer_experts(self, params: int) -> Shape:
+        """The shape with fewer parameters: as many experts less as have them, which need not be a whole number."""
+        removed = self.params - params
+        share = removed / self.removable_experts
+        inactive = round(share * self.inactive)
+        return replace(
+            self,
+            params=params,
+            matrices=self.matrices - (removed - inactive),
+            experts=self.experts - round(share * self._unused),
             inactive=self.inactive - inactive,
         )
 
@@ -98,6 +122,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         heads_width=sizes.num_attention_heads * sizes.head_dim,
         kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
         itemsize=itemsize,
+        experts=sizes.num_experts,
         routed=sizes.num_hidden_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
         inactive=shapes.inactive(sizes),
     )

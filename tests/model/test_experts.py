@@ -114,9 +114,10 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, fused, tmp_pat
         assert torch.equal(after.experts.down_proj, before.experts.down_proj[kept])
         assert torch.equal(after.gate.weight, before.gate.weight[kept])
     # In float32: in bfloat16 two experts may have equal logits, and rounding decides between them.
-    reference = masked(model.float(), EXPERTS)
+    reference = masked(load(tmp_path / "single", dtype=torch.float32), EXPERTS)
+    exact = load(tmp_path / "sharded-cut", dtype=torch.float32)
     for batch in batches():
-        torch.testing.assert_close(logits(sharded.float(), batch), logits(reference, batch), **SUMMATION)
+        torch.testing.assert_close(logits(exact, batch), logits(reference, batch), **SUMMATION)
 
 
 def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
@@ -220,10 +221,13 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
     assert smallest_cuts(least, "auto").keys() == {"layers"}
 
 
-def test_a_shape_without_experts_has_the_same_flops(source):
+def test_the_forecast_counts_experts_as_the_checkpoint_does(source, tmp_path):
     shape, body = shape_of(str(source)), model_dimensions(source, family_at(source))
-    fewer = shape.scaled(with_experts(body, 4).params, "experts")
-    assert fewer.matrices == shape.matrices  # in this forecast the router's rows are not counted
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, EXPERTS))
+    assert shape.scaled(with_experts(body, 4).params, "experts") == shape_of(str(tmp_path / "cut"))
+    least = with_experts(body, body.experts_per_token)
+    assert body.params - least.params == shape.removable_experts
+    assert shape.scaled(least.params, "experts").removable_experts == 0
     assert shape.read_params(1) == body.active_params < shape.read_params(4) < body.params
     shallower = shape.scaled(body.params - body.params_per_layer, "layers")
     in_layers = shape.in_layers / shape.layers
