@@ -71,6 +71,15 @@ VARIANTS = {
     "glm4": ("glm4", {}),
     "cohere2": ("cohere2", {"sliding_window": 5, "layer_types": ALTERNATING}),
 }
+# Mixtures of experts, as above
+MOE_VARIANTS = {
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "norm_topk_prob": True},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
+}
 VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
 VISION_SIZES = {
     "hidden_size": 16,
@@ -85,7 +94,7 @@ VISION_SIZES = {
 
 def build(variant, seed=0, **changes):
     """A random model of the variant, in eval mode; norms and biases are random too."""
-    model_type, fields = VARIANTS[variant]
+    model_type, fields = (VARIANTS | MOE_VARIANTS)[variant]
     return _random(AutoModelForCausalLM, AutoConfig.for_model(model_type, **{**SIZES, **fields, **changes}), seed)
 
 
@@ -113,9 +122,12 @@ def _random(auto_class, config, seed=0):
     return model
 
 
-def save(model, folder, shard_size="5GB", tokenizer=True):
-    """Write the model as an ordinary checkpoint, with a tokenizer that has a chat template."""
-    model.save_pretrained(folder, max_shard_size=shard_size)
+def save(model, folder, shard_size="5GB", tokenizer=True, fused=False):
+    """Write the model as an ordinary checkpoint, with a tokenizer that has a chat template.
+
+    `fused`: experts in the layout that transformers has in memory, not in that of the hub.
+    """
+    model.save_pretrained(folder, max_shard_size=shard_size, save_original_format=not fused)
     if tokenizer:
         words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
         core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))

@@ -138,16 +138,19 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     from ptl.preflight import planned
 
     before = dimensions.params
-    table = Table(title=f"{config.name}: {before:,} parameters", title_justify="left")
-    for heading in ("Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"):
+    active = f" ({dimensions.active_params:,} active)" if dimensions.experts else ""
+    table = Table(title=f"{config.name}: {before:,} parameters{active}", title_justify="left")
+    headings = ["Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"]
+    # What is left of a mixture of experts; where layers go, prune decides it.
+    with_experts = config.prune.target == "experts"
+    if with_experts:
+        headings[4:4] = ["Active", "Experts"]
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for iteration, after in planned.sizes(dimensions, config.schedule, config.prune):
-        table.add_row(
-            str(iteration.index),
-            iteration.unit,
-            f"{before - after:,}",
-            f"{after:,}",
-            f"{iteration.tokens:,}",
-        )
-        before = after
+    for iteration, after in planned.dimensions_after(dimensions, config.schedule, config.prune):
+        cells = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
+        if with_experts:
+            cells += [f"{after.active_params:,}", f"{after.experts} of {dimensions.experts}"]
+        table.add_row(*cells, f"{iteration.tokens:,}")
+        before = after.params
     Console().print(table)

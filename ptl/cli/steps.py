@@ -23,7 +23,7 @@ def import_model(
     dst: TargetFolder,
     revision: Annotated[str | None, typer.Option(help="hub commit")] = None,
 ) -> None:
-    """Check a dense checkpoint, including its weights, and copy it."""
+    """Check a checkpoint, including its weights, and copy it."""
     from ptl.model.import_checkpoint import import_checkpoint
 
     check_free(dst)
@@ -40,7 +40,10 @@ def prune(
     target: Annotated[
         float | None, typer.Option(help="share of the parameters of SRC to remove, or number to end with")
     ] = None,
-    unit: Annotated[str, typer.Option(help="what to remove: neurons or layers")] = "neurons",
+    unit: Annotated[
+        str | None,
+        typer.Option(help="what to remove: neurons, layers or experts; default: experts where the config removes them"),
+    ] = None,
 ) -> None:
     """Score, select and prune once, to --target or else to the config's whole target."""
     from ptl.model import checkpoint
@@ -50,9 +53,13 @@ def prune(
     overrides = pairs("--set", sets)
     if target is not None:
         overrides["schedule.target"] = target
+    if unit not in (None, "neurons", "layers", "experts"):
+        raise InputError(f"{unit!r} must be neurons, layers or experts", field="--unit")
+    if unit is not None:
+        overrides["prune.target"] = unit
     settings = load_config(config, overrides)
-    if unit not in ("neurons", "layers"):
-        raise InputError(f"{unit!r} must be neurons or layers", field="--unit")
+    if unit is None:
+        unit = "experts" if settings.prune.target == "experts" else "neurons"
     _check_folders(src, dst)
     params = checkpoint.num_params(src)
     schedule = resolved(settings.schedule, settings.prune.model_copy(update={"target": unit}), src)

@@ -19,7 +19,10 @@ DEEP_ITERATIONS, ITERATIONS = 8, 4
 # Tokens of an iteration, as a multiple of the last one's.
 GROWTH = {"uniform": 1, "doubling": 2, "quadrupling": 4}
 
-Unit = Literal["neurons", "layers", "auto"]
+Unit = Literal["neurons", "layers", "auto", "experts"]
+# Criteria by what they score. `random` is both, and layers have a field of their own.
+NEURON_CRITERIA = ("max", "mean", "weight", "taylor")
+EXPERT_CRITERIA = ("reap", "frequency", "norm")
 
 Iterations = Annotated[
     Annotated[int, Field(ge=1, le=64)] | Literal["auto"], one_error("must be a whole number from 1 to 64, or auto")
@@ -60,15 +63,19 @@ class Prune(Section):
     """What counts as redundant, and how widths are rounded."""
 
     # What is removed, and by which score.
-    target: Literal["neurons", "layers", "neurons_then_layers", "auto"] = Field(
+    target: Literal["neurons", "layers", "neurons_then_layers", "auto", "experts"] = Field(
         "neurons",
         description="what is removed; `neurons_then_layers` removes layers in the last `layer_iterations`; `auto` "
-        "chooses in each iteration by the measured loss per parameter",
+        "chooses in each iteration by the measured loss per parameter; `experts` removes whole experts of a mixture of "
+        "experts, as many in every layer",
     )
     layer_iterations: Positive = 1
     """iterations at the end that remove layers (`neurons_then_layers` only)"""
-    criterion: Literal["max", "mean", "weight", "taylor", "random"] = "taylor"
-    """how neurons are scored"""
+    criterion: Literal["max", "mean", "weight", "taylor", "random", "reap", "frequency", "norm"] = Field(
+        "taylor",
+        description="how neurons are scored: `max`, `mean`, `weight`, `taylor` or `random`. With target `experts` how "
+        "experts are: `reap` (the default there), `frequency`, `norm` or `random`",
+    )
     layer_criterion: Literal["max", "block_influence"] = "max"
     """how layers are scored"""
 
@@ -107,6 +114,27 @@ class Prune(Section):
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _experts_have_a_default_criterion(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("target") == "experts":
+            return {"criterion": "reap", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _criterion_is_one_of_the_target(self) -> Prune:
+        possible = (*(EXPERT_CRITERIA if self.target == "experts" else NEURON_CRITERIA), "random")
+        if self.criterion not in possible:
+            raise ValueError(
+                f"criterion={self.criterion} does not score what target={self.target} removes: set one of "
+                + ", ".join(possible)
+            )
+        if self.target == "experts" and self.repair != "off":
+            raise ValueError(f"repair={self.repair} is for neurons, and target=experts removes none: set repair=off")
+        if self.target == "experts" and self.sigma_neuron is not None:
+            raise ValueError(f"sigma_neuron={self.sigma_neuron:g} is for neurons, and target=experts removes none")
+        return self
 
     @model_validator(mode="after")
     def _threshold_is_one_of_the_criterion(self) -> Prune:

@@ -27,11 +27,13 @@ class Scores:
 
     tasks: tuple[TaskScore, ...]
     params: int
+    active_params: int  # that a token meets; fewer in a mixture of experts
     bytes: int  # of the weight files
     flops_per_token: int  # of a forward pass, without attention
     kv_bytes_per_token: int
     speed: list[dict[str, Any]]  # rows of speed.measure_speed
-    widths: list[int]  # FFN width of each layer
+    widths: list[int]  # FFN width of each layer, or of each of its experts
+    experts: int  # in each layer; 0: a dense model
     seconds: float = 0.0  # of the whole evaluation
 
 
@@ -62,11 +64,13 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     result = Scores(
         tasks=tuple(scores),
         params=static.params,
+        active_params=static.active_params,
         bytes=static.bytes,
         flops_per_token=static.flops_per_token,
         kv_bytes_per_token=static.kv_bytes_per_token,
         speed=rows,
         widths=static.widths,
+        experts=static.experts,
         seconds=time.monotonic() - started,
     )
     _write_files(dst, result, items, timed=speed)

@@ -15,11 +15,13 @@ class StaticCost:
     """Costs that follow from the shapes alone."""
 
     params: int  # tied tensors count once
+    active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
     bytes: int  # of the weight files
     flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
     attention_flops: int  # per token of context
     kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
-    widths: list[int]  # FFN width of each layer
+    widths: list[int]  # FFN width of each layer, or of each of its experts
+    experts: int  # in each layer; 0: a dense model
 
 
 def from_config(folder: Path) -> StaticCost:
@@ -32,11 +34,14 @@ def from_config(folder: Path) -> StaticCost:
     query_width = sizes.num_attention_heads * sizes.head_dim
     key_width = sizes.num_key_value_heads * sizes.head_dim
     cached_numbers = 2 * layers * key_width  # keys and values
+    dimensions = model_dimensions(folder, family)
     return StaticCost(
-        params=model_dimensions(folder, family).params,
+        params=dimensions.params,
+        active_params=dimensions.active_params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
         flops_per_token=2 * product_params,  # multiply and add
         attention_flops=4 * layers * query_width,  # the same for scores and for values
         kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
         widths=[sizes.intermediate_size] * layers,
+        experts=dimensions.experts,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from ptl.errors import InputError
 from ptl.model import checkpoint, shapes, text_tower
 from ptl.model.checkpoint import checkpoint_error
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
-from ptl.model.safetensors_io import FLOATS, Entries
+from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -26,9 +26,21 @@ class ModelDimensions:
 
     params: int  # tied tensors count once
     layers: int  # decoder layers
-    width: int  # FFN neurons in each layer
-    params_per_neuron: int  # of one channel in every layer together
+    width: int  # FFN neurons in each layer, or in each expert
+    params_per_neuron: int  # of one channel in every layer together, and in every expert
     params_per_layer: int  # of the smallest layer
+    # Of a mixture of experts; 0 in a dense model
+    experts: int = 0  # in each layer
+    experts_per_token: int = 0  # that each token is sent to
+    params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that a token meets: all but those of the experts that it is not sent to."""
+        if not self.experts:
+            return self.params
+        unused = self.experts - self.experts_per_token
+        return self.params - unused * self.width * self.params_per_neuron // self.experts
 
 
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
@@ -43,8 +55,10 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     # Rotary buffers of old files are neither parameters nor read.
     contents = text_tower.contents(folder)
     entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
-    _check_names(folder, family, config, entries)
-    _check_shapes(family, sizes, entries)
+    fused = family.experts is not None and family.experts.is_fused(entries)
+    expert_tensors = shapes.expert_tensors(family, sizes, fused)
+    _check_names(folder, family, config, entries, expert_tensors)
+    _check_shapes(family, sizes, entries, expert_tensors)
     _check_dtypes(folder, entries)
     tied = family.is_tied(config)
     if tied:
@@ -61,12 +75,17 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         params_by_layer[int(match["layer"])] += params
         if family.has_neurons(match["part"], match["kind"]):
             params_per_neuron += params // sizes.intermediate_size
+    if family.experts:
+        params_per_neuron = _expert_params(sizes) // sizes.intermediate_size
     return ModelDimensions(
         params=checkpoint.count_params(entries, tied),
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
         params_per_neuron=params_per_neuron,
         params_per_layer=min(params_by_layer),
+        experts=sizes.num_experts,
+        experts_per_token=sizes.num_experts_per_tok,
+        params_per_expert=_params_per_expert(sizes),
     )
 
 
@@ -82,7 +101,22 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
         width=sizes.intermediate_size,
         params_per_neuron=wider - params,
         params_per_layer=deeper - params,
+        experts=sizes.num_experts,
+        experts_per_token=sizes.num_experts_per_tok,
+        params_per_expert=_params_per_expert(sizes),
     )
+
+
+def _expert_params(sizes: shapes.Sizes) -> int:
+    """Parameters of all experts in all layers."""
+    return sizes.num_hidden_layers * sizes.num_experts * sizes.params_per_expert
+
+
+def _params_per_expert(sizes: shapes.Sizes) -> int:
+    """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
+    if not sizes.num_experts:
+        return 0
+    return sizes.num_hidden_layers * (sizes.params_per_expert + sizes.hidden_size)
 
 
 def resolve_multiple(
@@ -153,14 +187,70 @@ def smallest_cuts(
     multiple: Multiple,
     tensor_parallel: int = 1,
 ) -> dict[str, int]:
-    """Parameters that the smallest step of `neurons` or `layers` removes; a unit that cannot shrink is left out."""
+    """Parameters that the smallest step of `neurons`, `layers` or `experts` removes.
+
+    A unit that cannot shrink is left out.
+    """
     smallest: dict[str, int] = {}
+    if dimensions.layers > 1:
+        smallest["layers"] = dimensions.params_per_layer
+    if dimensions.experts:
+        if dimensions.experts > dimensions.experts_per_token:
+            smallest["experts"] = dimensions.params_per_expert
+        return smallest
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
         smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
-    if dimensions.layers > 1:
-        smallest["layers"] = dimensions.params_per_layer
     return smallest
+
+
+def check_unit(experts: int, unit: str) -> None:
+    """Raise InputError for a unit of removal that a model with so many experts in each layer does not have."""
+    if experts and unit not in ("experts", "layers"):
+        raise InputError(
+            f"{unit!r} cannot be removed from a mixture of experts: neurons inside of experts are not scored",
+            field="prune.target",
+            remedy="set prune.target=experts, or prune.target=layers",
+        )
+    if not experts and unit == "experts":
+        raise InputError(
+            "a dense model has no experts",
+            field="prune.target",
+            remedy="set prune.target=neurons, or give a mixture of experts",
+        )
+
+
+def experts_for(
+    dimensions: ModelDimensions,
+    goal: int,  # parameters
+) -> int:
+    """The most experts in each layer with which the model has at most `goal` parameters.
+
+    Raises InputError where fewer would be left than each token is sent to.
+    """
+    excess = max(0, dimensions.params - goal)
+    number = dimensions.experts - math.ceil(excess / dimensions.params_per_expert)
+    if number < dimensions.experts_per_token:
+        least = with_experts(dimensions, dimensions.experts_per_token).params
+        raise InputError(
+            f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
+            f"of them (num_experts_per_tok), and with no more than these the model has {least:,}",
+            field="schedule.target",
+            remedy="let schedule.target remove less, or prune layers",
+        )
+    return number
+
+
+def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
+    """Sizes when only so many experts are left in each layer."""
+    removed = dimensions.experts - number
+    return replace(
+        dimensions,
+        params=dimensions.params - removed * dimensions.params_per_expert,
+        params_per_neuron=dimensions.params_per_neuron // dimensions.experts * number,
+        params_per_layer=dimensions.params_per_layer - removed * dimensions.params_per_expert // dimensions.layers,
+        experts=number,
+    )
 
 
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:
@@ -180,11 +270,13 @@ def _check_names(
     family: Family,
     config: ConfigJson,
     entries: Entries,
+    expert_tensors: Collection[str],  # of each layer
 ) -> None:
     """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
     layers = config["num_hidden_layers"]
     in_layer = [f"{part}.weight" for part in family.parts]
     in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
+    in_layer += expert_tensors
     required = {"model.embed_tokens.weight", "model.norm.weight"}
     for i in range(layers):
         prefix = f"model.layers.{i}"
@@ -215,7 +307,12 @@ def _first_of(names: Set[str]) -> str:
     return f"{first} and {others} more" if others else first
 
 
-def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Entries) -> None:
+def _check_shapes(
+    family: Family,
+    sizes: shapes.Sizes,
+    entries: Entries,
+    expert_tensors: Mapping[str, tuple[TensorShape, shapes.Fields]],  # of each layer
+) -> None:
     """Every tensor has the shape that config.json gives it."""
     for name, entry in entries.items():
         # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
@@ -224,11 +321,15 @@ def _check_shapes(family: Family, sizes: shapes.Sizes, entries: Entries) -> None
             part, kind = match["part"], match["kind"]
         else:
             part, kind = name.removeprefix("model.").split(".")
-        shape, fields = shapes.expected(part, family, sizes)
+        in_layer = f"{part}.{kind}" if kind else part
+        if match and in_layer in expert_tensors:
+            shape, fields = expert_tensors[in_layer]
+        else:
+            shape, fields = shapes.expected(part, family, sizes)
         if kind == "bias":
             shape = shape[:1]  # one number for each row of the weight
         if entry.shape != shape:
-            settings = ", ".join(f"{field}={getattr(sizes, field)}" for field in fields)
+            settings = ", ".join(f"{family.config_field(field)}={getattr(sizes, field)}" for field in fields)
             raise checkpoint_error(
                 f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
                 f"and config.json gives it {list(shape)} by {settings}",

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl.errors import InputError
+from ptl.model.experts import Experts
 
 ConfigJson = Mapping[str, Any]  # the content of a checkpoint's config.json
-# A tensor of a decoder layer, whatever precedes `layers.` (names in the optimizer state begin with `exp_avg.`)
-IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+)\.(?P<kind>weight|bias)$")
+# A tensor of a decoder layer, whatever precedes `layers.` (names in the optimizer state begin with `exp_avg.`);
+# fused experts are neither a weight nor a bias
+IN_LAYER = re.compile(r"^(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<part>.+?)(?:\.(?P<kind>weight|bias))?$")
 ROTARY = re.compile(r"^(?:.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # in old files; it is recomputed
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -28,7 +30,7 @@ class Family:
 
     Tensor names are relative to a decoder layer, as in the checkpoint: `<prefix>layers.<i>.<name>.weight`.
     `other_parts`, `up_projections` and `down_projection` together are all the tensors of a layer: a checkpoint with
-    more or fewer is refused.
+    more or fewer is refused. In a mixture of experts `experts` takes the place of the latter two.
     """
 
     model_type: str  # as config.json names it
@@ -48,11 +50,20 @@ class Family:
     defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
+    experts: Experts | None = None  # of a mixture of experts, which every layer of it has
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Every part of a layer."""
+        """Every part of a layer, but not its experts and their router."""
+        if self.experts:
+            return self.other_parts
         return (*self.other_parts, *self.up_projections, self.down_projection)
+
+    def config_field(self, size: str) -> str:
+        """The field of config.json that holds a size, by its name in shapes.Sizes."""
+        if self.experts is None:
+            return size
+        return {"intermediate_size": self.experts.width, "num_experts": self.experts.counts[0]}.get(size, size)
 
     def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
@@ -214,12 +225,36 @@ _RECORDS = (
         biases=(ATTENTION_BIAS,),
         tied=True,
     ),
+    Family(
+        "qwen3_moe",
+        other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
+        prefix_fields=("max_window_layers",),
+        defaults=(
+            *(("num_key_value_heads", 4), ("moe_intermediate_size", 768)),
+            *(("num_experts", 128), ("num_experts_per_tok", 8)),
+        ),
+        biases=(ATTENTION_BIAS,),
+        experts=Experts(("num_experts", "num_local_experts"), width="moe_intermediate_size"),
+    ),
+    Family(
+        "olmoe",
+        other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
+        norm_per_head=False,
+        defaults=(("num_experts", 64), ("num_experts_per_tok", 8)),
+        biases=(ATTENTION_BIAS,),
+        experts=Experts(("num_experts", "num_local_experts")),
+    ),
+    Family(
+        "mixtral",
+        defaults=(("num_key_value_heads", 8), ("num_local_experts", 8), ("num_experts_per_tok", 2)),
+        experts=Experts(("num_local_experts", "num_experts"), block="block_sparse_moe", projections=("w1", "w3", "w2")),
+    ),
 )
 FAMILIES = {family.model_type: family for family in _RECORDS}
 
 # Multimodal model_types whose text model the import takes out (text_tower.py), and that model's default model_type
 TEXT_TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-# Config fields of models that are not dense language models
+# Config fields of mixtures of experts and of other models that are no language models
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
 MODALITIES = ("vision_config", "audio_config", "text_config")
 # Families that many people ask for and that are built otherwise: why, and what to prune in their place
@@ -235,6 +270,12 @@ _GEMMA_4 = (
     "its layers differ in the size of their heads, share keys and values, and some have an embedding table each",
     "prune a Gemma 3 (gemma3 or gemma3_text)",
 )
+_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, olmoe or mixtral"
+_DEEPSEEK = (
+    "it is a mixture of experts with shared experts, dense first layers and latent attention (MLA), which ptl does "
+    "not know",
+    _OTHER_EXPERTS,
+)
 REFUSED = {
     "gemma4": _GEMMA_4,
     "gemma4_text": _GEMMA_4,
@@ -242,6 +283,19 @@ REFUSED = {
     "gemma3n_text": _GEMMA_3N,
     "qwen3_5": _QWEN_3_5,
     "qwen3_5_text": _QWEN_3_5,
+    "qwen3_next": (
+        "it is a mixture of experts with a shared expert, and three of four layers have linear attention "
+        "(Gated DeltaNet) with tensors that ptl does not know",
+        _OTHER_EXPERTS,
+    ),
+    "qwen2_moe": ("it is a mixture of experts with a shared expert, which ptl does not know", _OTHER_EXPERTS),
+    "gpt_oss": (
+        "it is a mixture of experts whose released weights are quantized (MXFP4), with attention sinks and biases of "
+        "experts that ptl does not know",
+        _OTHER_EXPERTS,
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }
 SUPPORTED = f"supported: {', '.join(sorted(FAMILIES.keys() | TEXT_TOWERS.keys()))}"
 
@@ -252,7 +306,7 @@ def family_of(config: ConfigJson) -> Family:
     if isinstance(model_type, str) and model_type in REFUSED:
         reason, remedy = REFUSED[model_type]
         raise InputError(f"model_type {model_type!r} is not supported: {reason}", field="model", remedy=remedy)
-    _check_dense(config)
+    _check_experts(config)
     _check_text_only(config)
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
@@ -263,17 +317,20 @@ def family_of(config: ConfigJson) -> Family:
     )
 
 
-def _check_dense(config: ConfigJson) -> None:
-    """Raise InputError for a mixture of experts, also where it is the text model of a multimodal one."""
+def _check_experts(config: ConfigJson) -> None:
+    """Raise InputError for an unknown mixture of experts, also where it is the text model of a multimodal one."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family and family.experts:
+        return
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         for expert_field in EXPERTS:
             if part.get(expert_field):
                 raise InputError(
                     f"model_type {config.get('model_type')!r} is a mixture of experts (config field {expert_field}), "
-                    "whose neurons are not all used for every token; it is refused rather than pruned wrongly",
+                    "whose layout ptl does not know; it is refused rather than pruned wrongly",
                     field="model",
-                    remedy=f"give a dense model ({SUPPORTED})",
+                    remedy=f"give a model of a known type ({SUPPORTED})",
                 )
 
 

@@ -1,6 +1,6 @@
 """What a model of some size needs, and the largest pruned one that needs little enough. Torch-free.
 
-Everything follows from config.json: the weights are not read. Neurons are taken evenly from all layers.
+Everything follows from config.json: the weights are not read. Neurons and experts are taken evenly from all layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from ptl.model import shapes, text_tower
 from ptl.model.families import ConfigJson, Family, family_of
 
-UNITS = ("neurons", "layers")
+# What is removed, by its name in shapes.Sizes
+UNITS = {"neurons": "intermediate_size", "layers": "num_hidden_layers", "experts": "num_experts"}
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,29 @@ class Dense:
     context: int | None  # tokens, where its config limits them
 
     def needs(self, removed: int = 0, unit: str = "neurons") -> Needs:
-        """What is needed once so many neurons of every layer, or so many layers, are removed."""
-        field = "intermediate_size" if unit == "neurons" else "num_hidden_layers"
+        """What is needed once so many neurons or experts of every layer, or so many layers, are removed."""
+        field = UNITS[unit]
         sizes = dataclasses.replace(self.sizes, **{field: getattr(self.sizes, field) - removed})
         params, products = shapes.count(self.config, self.family, sizes)
         cached_numbers = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
         return Needs(params, 2 * products, cached_numbers)
 
     def smallest(self, unit: str) -> Needs:
-        """What is needed without any neuron, or with one layer."""
-        most = self.sizes.intermediate_size if unit == "neurons" else self.sizes.num_hidden_layers - 1
-        return self.needs(most, unit)
+        """What is needed without any neuron, with one layer, or with as many experts as each token is sent to."""
+        return self.needs(self._most(unit), unit)
+
+    def _most(self, unit: str) -> int:
+        """How many neurons or experts of every layer, or layers, can be removed."""
+        fewest = {"neurons": 0, "layers": 1, "experts": self.sizes.num_experts_per_tok}
+        number: int = getattr(self.sizes, UNITS[unit])
+        return number - fewest[unit]
 
     def largest(self, unit: str, reached: Callable[[Needs], bool]) -> Needs | None:
         """What the largest pruned model that reaches a goal needs; None where none does."""
         if not reached(self.smallest(unit)):
             return None
-        most = self.sizes.intermediate_size if unit == "neurons" else self.sizes.num_hidden_layers - 1
-        # Each further neuron or layer needs less: the fewest that must go are found by halving.
+        most = self._most(unit)
+        # Each further neuron, layer or expert needs less: the fewest that must go are found by halving.
         fewest = bisect_left(range(most), True, key=lambda removed: reached(self.needs(removed, unit)))
         return self.needs(fewest, unit)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from ptl.model import experts as moe
 from ptl.model.checkpoint import DTYPES, checkpoint_error
 from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import TensorShape
@@ -49,9 +50,16 @@ class Sizes:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    intermediate_size: int  # FFN neurons in each layer
+    intermediate_size: int  # FFN neurons in each layer, or in each expert
     num_hidden_layers: int  # decoder layers
     vocab_size: int
+    num_experts: int = 0  # in each layer; 0: a dense model
+    num_experts_per_tok: int = 0  # that each token is sent to
+
+    @property
+    def params_per_expert(self) -> int:
+        """Parameters of one expert in one layer, without its row of the router."""
+        return 3 * self.hidden_size * self.intermediate_size
 
 
 def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
@@ -78,17 +86,21 @@ def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
 
     hidden = size("hidden_size")
     heads = size("num_attention_heads")
+    experts = family.experts
     checked = Sizes(
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=size("num_key_value_heads", derived=heads),
         head_dim=size("head_dim", derived=hidden // heads),
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=size(experts.width if experts else "intermediate_size"),
         num_hidden_layers=size("num_hidden_layers", largest=MAX_LAYERS),
         vocab_size=size("vocab_size"),
+        num_experts=size(experts.count_field(config)) if experts else 0,
+        num_experts_per_tok=size("num_experts_per_tok") if experts else 0,
     )
     # The other fields must fit these sizes.
     _check_heads(checked, source)
+    _check_experts(config, family, checked, source)
     _check_layer_types(config, family, checked.num_hidden_layers, source)
     _check_optional_fields(config, source)
     _check_padding(config, checked.vocab_size, source)
@@ -134,9 +146,36 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     return shape, tuple(chain(*fields))
 
 
+def expert_tensors(family: Family, dims: Sizes, fused: bool) -> dict[str, tuple[TensorShape, Fields]]:
+    """Shape and fields, as of `expected`, of each tensor of a layer's experts and router; none in a dense model."""
+    experts = family.experts
+    if experts is None:
+        return {}
+    number, width, hidden = dims.num_experts, dims.intermediate_size, dims.hidden_size
+    tensors: dict[str, tuple[TensorShape, Fields]] = {
+        f"{experts.router(fused)}.weight": ((number, hidden), ("num_experts", "hidden_size")),
+    }
+    both = ("intermediate_size", "hidden_size")
+    if fused:
+        fields = ("num_experts", *both)
+        tensors[moe.GATE_UP] = ((number, 2 * width, hidden), fields)
+        tensors[moe.DOWN] = ((number, hidden, width), fields)
+        return tensors
+    gate, up, down = experts.projections
+    for expert in range(number):
+        tensors[f"{experts.part(expert, gate)}.weight"] = ((width, hidden), both)
+        tensors[f"{experts.part(expert, up)}.weight"] = ((width, hidden), both)
+        tensors[f"{experts.part(expert, down)}.weight"] = ((hidden, width), both)
+    return tensors
+
+
 def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
-    """Parameters of the model, and those of them that each token is multiplied with: the output layer's too."""
-    matrices = 0  # parameters of a layer's weights, used in products
+    """Parameters of the model, and those of them that each token is multiplied with: the output layer's too.
+
+    Of a layer's experts a token is multiplied with `num_experts_per_tok`.
+    """
+    matrices = dims.num_experts * dims.hidden_size  # parameters of a layer's weights, used in products: the router's
+    matrices += dims.num_experts_per_tok * dims.params_per_expert
     vectors = 0  # parameters of a layer's norms and biases
     for part in family.parts:
         shape, _ = expected(part, family, dims)
@@ -150,10 +189,16 @@ def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
     embeddings = dims.vocab_size * dims.hidden_size
     products = dims.num_hidden_layers * matrices + embeddings  # the output layer is as large as the embeddings
     last_norm = dims.hidden_size
-    params = products + dims.num_hidden_layers * vectors + last_norm
+    params = products + dims.num_hidden_layers * vectors + last_norm + inactive(dims)
     if not family.is_tied(config):
         params += embeddings
     return params, products
+
+
+def inactive(dims: Sizes) -> int:
+    """Parameters of the experts that a token is not sent to, in all layers."""
+    unused = dims.num_experts - dims.num_experts_per_tok
+    return dims.num_hidden_layers * unused * dims.params_per_expert
 
 
 def _check_not_quantized(config: ConfigJson, source: str) -> None:
@@ -181,6 +226,30 @@ def _check_heads(checked: Sizes, source: str) -> None:
         )
     if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
         raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
+
+
+def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: str) -> None:
+    """Every layer has the same number of experts, at least as many as each token is sent to."""
+    experts = family.experts
+    if experts is None:
+        return
+    counts = {field: config[field] for field in experts.counts if field in config}
+    if len(set(counts.values())) > 1:
+        settings = " and ".join(f"{field}={value}" for field, value in counts.items())
+        raise checkpoint_error(f"{source} has {settings}, which mean the same and differ", CORRECT)
+    if checked.num_experts_per_tok > checked.num_experts:
+        raise checkpoint_error(
+            f"{source} has num_experts_per_tok={checked.num_experts_per_tok}, more than the {checked.num_experts} "
+            "experts of a layer",
+            CORRECT,
+        )
+    # Qwen 3's field for layers that have one MLP in place of experts
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise checkpoint_error(
+            f"{source} has layers without experts (mlp_only_layers, decoder_sparse_step), and only models whose "
+            "layers all have them can be pruned",
+            "use a checkpoint with experts in every layer",
+        )
 
 
 def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
@@ -222,7 +291,7 @@ OPTIONAL_FIELDS: tuple[tuple[Fields, Callable[[Any], bool], str], ...] = (
     ),
     (
         (
-            *("tie_word_embeddings", "use_cache", "use_sliding_window"),
+            *("tie_word_embeddings", "use_cache", "use_sliding_window", "norm_topk_prob", "output_router_logits"),
             *("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "qkv_bias", "bias"),
         ),
         lambda value: isinstance(value, bool),

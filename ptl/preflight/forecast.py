@@ -14,6 +14,7 @@ from ptl.config.goal import Goal
 from ptl.config.run import Config
 from ptl.config.schedule import Schedule, one_shot, plan, removal
 from ptl.errors import InputError
+from ptl.model.dimensions import check_unit
 from ptl.preflight import advice, forecast_warnings, target
 from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step, recover_step
@@ -129,21 +130,23 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
 def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
     """The model after each iteration of an arm; first the dense one, which is that after iteration 0."""
     dense = assumed.dense
-    total = _removal(dense, schedule.target)
+    total = _removal(dense, schedule.target, assumed.config.prune.target)
     shapes = [dense]
     for iteration in plan(schedule, assumed.config.prune):
         removed = int(iteration.progress * total)
-        shapes.append(dense.scaled(dense.params - removed))
+        shapes.append(dense.scaled(dense.params - removed, iteration.unit))
     return shapes
 
 
-def _removal(dense: Shape, size: float | Goal) -> int:
-    """Parameters to remove in all. Raises InputError for more than the linear layers have."""
+def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
+    """Parameters to remove in all. Raises InputError for more than the linear layers, or experts not in use, have."""
     total = removal(dense.params, size)
-    # All of it comes out of linear layers.
-    if not 0 < total < dense.matrices:
+    check_unit(dense.experts, unit)
+    # Else all of it comes out of linear layers, of which something must be left.
+    most = dense.removable_experts if unit == "experts" else dense.matrices + dense.inactive - 1
+    if not 0 < total <= most:
         raise InputError(
-            f"{size:g} would remove {total:,} of {dense.params:,} parameters",
+            f"{size:g} would remove {total:,} of {dense.params:,} parameters, and at most {most:,} can be removed",
             field="schedule.target",
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )

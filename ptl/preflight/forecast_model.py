@@ -46,11 +46,61 @@ class Shape:
     heads_width: int  # heads * head_dim
     kv_bytes: int  # per token of context
     itemsize: int  # bytes of a stored weight
+    # Of a mixture of experts; 0 in a dense model
+    experts: int = 0  # in each layer
+    routed: int = 0  # parameters in all layers of the experts that a token is sent to; part of `matrices`
+    inactive: int = 0  # the same of the other experts, which cost memory and no FLOPs
 
-    def scaled(self, params: int) -> Shape:
-        """The shape with fewer parameters, all of them taken from the linear layers."""
+    @property
+    def in_layers(self) -> int:
+        """Weights of the layers' linear parts, all experts included."""
+        return self.matrices + self.inactive - self.vocabulary * self.hidden
+
+    def scaled(self, params: int, unit: str = "neurons") -> Shape:
+        """The shape with fewer parameters, all of them taken from the linear layers, or from experts not in use."""
         removed = self.params - params
-        return replace(self, params=params, matrices=self.matrices - removed)
+        if unit == "experts":
+            return self._with_fewer_experts(params)
+        # A layer takes its share of the experts with it.
+        inactive = removed * self.inactive // self.in_layers
+        return replace(
+            self,
+            params=params,
+            matrices=self.matrices - (removed - inactive),
+            routed=self.routed - removed * self.routed // self.in_layers,
+            inactive=self.inactive - inactive,
+        )
+
+    @property
+    def removable_experts(self) -> int:
+        """Parameters of the experts that can go, as a token is not sent to them, and of their rows of the routers."""
+        return self.inactive + self.layers * self.hidden * self._unused
+
+    @property
+    def _unused(self) -> int:
+        """Experts in each layer that a token is not sent to."""
+        return round(self.experts * self.inactive / (self.routed + self.inactive)) if self.experts else 0
+
+    def _with_fewer_experts(self, params: int) -> Shape:
+        """The shape with fewer parameters: as many experts less as have them, which need not be a whole number."""
+        removed = self.params - params
+        share = removed / self.removable_experts
+        inactive = round(share * self.inactive)
+        return replace(
+            self,
+            params=params,
+            matrices=self.matrices - (removed - inactive),
+            experts=self.experts - round(share * self._unused),
+            inactive=self.inactive - inactive,
+        )
+
+    def read_params(self, rows: float) -> float:
+        """Parameters that are read to decode a token of so many rows: of the experts those that a row is sent to."""
+        if not self.inactive:
+            return self.params
+        experts = self.routed + self.inactive
+        untouched = experts * (self.inactive / experts) ** rows  # as if tokens were sent to experts at random
+        return self.params - untouched
 
 
 def shape_of(path: str, revision: str | None = None) -> Shape:
@@ -72,6 +122,9 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         heads_width=sizes.num_attention_heads * sizes.head_dim,
         kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
         itemsize=itemsize,
+        experts=sizes.num_experts,
+        routed=sizes.num_hidden_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
+        inactive=shapes.inactive(sizes),
     )
 
 
@@ -83,8 +136,8 @@ def forward_flops(shape: Shape, tokens: float, context: float) -> float:
 
 
 def decode_seconds(shape: Shape, rows: float, itemsize: int, context: float, card: Gpu) -> float:
-    """Seconds to decode one token of every row: all weights and the cache are read once."""
-    weights = shape.params * itemsize  # bytes
+    """Seconds to decode one token of every row: all weights in use and the cache are read once."""
+    weights = shape.read_params(rows) * itemsize  # bytes
     cache = rows * context * shape.kv_bytes  # bytes
     bandwidth = card.bandwidth * DECODE_SHARE
     return (weights + cache) / bandwidth
@@ -134,7 +187,7 @@ def training_memory(shape: Shape, stage: RecoverStage, teacher: Shape, group: Gp
 def _unsharded(shape: Shape, stage: RecoverStage) -> float:
     """Bytes of weights and gradients that FSDP holds in one piece, in the precision of the pass."""
     embeddings = shape.vocabulary * shape.hidden
-    layer = (shape.matrices - embeddings) / shape.layers
+    layer = shape.in_layers / shape.layers
     # Weights at work, the next ones, which are gathered meanwhile, and gradients that are being reduced.
     return 3 * max(layer, embeddings) * itemsize_of(stage)
 

@@ -119,9 +119,8 @@ def prune_step(name: str, before: Shape, params: int, assumed: Assumptions) -> S
 
 def _scoring_memory(shape: Shape, calibration: Calibration) -> float:
     """Bytes on the GPU: one layer, or embeddings and head; all hidden states once, and one batch at work."""
-    embeddings = shape.vocabulary * shape.hidden
-    in_layers = shape.matrices - embeddings  # of the linear layers all but the output layer
-    weights = max(in_layers / shape.layers, shape.params - in_layers) * shape.itemsize
+    # The linear layers are all but the output layer.
+    weights = max(shape.in_layers / shape.layers, shape.params - shape.in_layers) * shape.itemsize
     tokens = calibration.num_sequences * calibration.max_length
     hidden_states = tokens * shape.hidden * shape.itemsize
     batch = activations(

@@ -75,14 +75,15 @@ def _smaller_recovery(params: int, assumed: Assumptions) -> str:
         remedies.append("recover.sharding: fsdp over several GPUs")
     elif any(stage.sharding == "hybrid" for stage in stages):
         remedies.append("recover.sharding: fsdp, which divides the model over all nodes")
-    nodes = _nodes_for(assumed.dense.scaled(params), assumed)
+    pruned = assumed.dense.scaled(params, assumed.config.prune.target)
+    nodes = _nodes_for(pruned, assumed)
     if nodes is not None and nodes > assumed.nodes and not any(adapters) and assumed.gpus["recover"] >= FULL_NODE:
         remedies.append(f"resources.steps.recover.nodes: {nodes}")
     if any(isinstance(stage, NextToken) for stage in whole):
         remedies.append("or recover.lora" if remedies else "recover.lora")
     if not all(stage.gradient_checkpointing for stage in stages):
         remedies.append("recover.gradient_checkpointing: true")
-    if all(_accumulation_helps(assumed.dense.scaled(params), stage, assumed) for stage in stages):
+    if all(_accumulation_helps(pruned, stage, assumed) for stage in stages):
         remedies.append("a larger recover.accumulation")
     if assumed.gpus["recover"] * assumed.nodes > 1:
         remedies.append("or more GPUs")
@@ -114,7 +115,7 @@ def _waiting(steps: Sequence[StepForecast], assumed: Assumptions) -> list[str]:
     if not slow:
         return []
     stages = assumed.config.recover
-    largest = assumed.dense.scaled(max(step.params for step in slow))
+    largest = assumed.dense.scaled(max(step.params for step in slow), assumed.config.prune.target)
     remedies = []
     if any(_hybrid_helps(largest, stage, assumed) for stage in stages):
         remedies.append("recover.sharding: hybrid, which gathers weights within a node")

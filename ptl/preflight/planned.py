@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 from ptl.config.schedule import Iteration, Prune, Schedule, plan, removal
 from ptl.errors import InputError
-from ptl.model.dimensions import ModelDimensions, width_for, with_width
+from ptl.model.dimensions import ModelDimensions, experts_for, width_for, with_experts, with_width
 from ptl.units import numbered
 
 
 def sizes(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> list[tuple[Iteration, int]]:
-    """The iterations, each with the parameters after it.
+    """The iterations, each with the parameters after it."""
+    return [(iteration, after.params) for iteration, after in dimensions_after(dimensions, schedule, prune)]
 
-    Where layers go, or `auto` chooses by the measured loss, these are what is asked for, and prune ends below.
+
+def dimensions_after(
+    dimensions: ModelDimensions,
+    schedule: Schedule,
+    prune: Prune,
+) -> list[tuple[Iteration, ModelDimensions]]:
+    """The iterations, each with the model's sizes after it.
+
+    Where layers go, or `auto` chooses by the measured loss, the parameters are what is asked for, and prune ends below.
     """
     total = removal(dimensions.params, schedule.target)
     remaining = dimensions
     planned = []
     for iteration in plan(schedule, prune):
         asked = dimensions.params - int(iteration.progress * total)
-        after = min(asked, remaining.params)
-        if iteration.unit == "neurons":
-            # A target that neurons cannot reach is refused elsewhere.
-            with suppress(InputError):
+        after = replace(remaining, params=min(asked, remaining.params))
+        # A target that neurons or experts cannot reach is refused elsewhere.
+        with suppress(InputError):
+            if iteration.unit == "neurons":
                 width = width_for(remaining, asked, prune.width_multiple, prune.tensor_parallel)
-                remaining = with_width(remaining, width)
-                after = remaining.params
+                after = remaining = with_width(remaining, width)
+            elif iteration.unit == "experts":
+                after = remaining = with_experts(remaining, experts_for(remaining, asked))
         planned.append((iteration, after))
     return planned
 
@@ -36,11 +47,17 @@ def idle_warnings(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
     before = dimensions.params
     idle = []
     for iteration, after in sizes(dimensions, schedule, prune):
-        if iteration.unit == "neurons" and after == before:
+        if iteration.unit in ("neurons", "experts") and after == before:
             idle.append(iteration.index)
         before = after
     if not idle:
         return []
+    if prune.target == "experts":
+        return [
+            f"one of the {dimensions.experts} experts in every layer is more than the next step of the plan, so that "
+            f"nothing is left to remove for {numbered('iteration', idle)}, which will only train: set "
+            "schedule.cuts=uniform, or take fewer iterations"
+        ]
     return [
         f"prune.width_multiple={prune.width_multiple} rounds the widths of this model so far down that nothing is left "
         f"to remove for {numbered('iteration', idle)}, which will only train: lower it, set "

@@ -14,7 +14,7 @@ from ptl.data.checks import check_data, check_rewards
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks
 from ptl.model import checkpoint, hub, text_tower
-from ptl.model.dimensions import ModelDimensions, layers_for, model_dimensions, width_for
+from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.preflight import target
 
@@ -71,12 +71,13 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
+    check_unit(dimensions.experts, prune.target)
     _check_target(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
 
 
 def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune) -> None:
-    """Raise InputError for a target that neurons, and after them layers, cannot reach."""
+    """Raise InputError for a target that experts, or neurons and after them layers, cannot reach."""
     total = removal(dimensions.params, schedule.target)
     if not 0 < total < dimensions.params:
         raise InputError(
@@ -86,6 +87,9 @@ def _check_target(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
         )
     # Widths are rounded and layers are whole, so a target may be out of reach although it is a sound number.
     iterations = plan(schedule, prune)
+    if prune.target == "experts":
+        experts_for(dimensions, dimensions.params - total)
+        return
     neuron_iterations = [iteration for iteration in iterations if iteration.unit == "neurons"]
     by_neurons = Fraction(0)  # share of the removal
     if neuron_iterations:

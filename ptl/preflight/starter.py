@@ -121,6 +121,12 @@ def read_model(name: str) -> Model:
         config = text_tower.read_config(folder)
         family = family_of(config)
         dimensions = dimensions_of_config(config, family, f"config.json of {name}")
+        if dimensions.experts:
+            raise InputError(
+                f"{name} is a mixture of experts, and `ptl init` writes configs for dense models",
+                field="MODEL",
+                remedy="take the config of a dense model as a pattern, and set prune.target=experts in it",
+            )
         shape = shape_of(str(folder))
     except InputError as error:
         remedy = error.remedy

@@ -11,6 +11,7 @@ from ptl.config.run import Config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.model import hub
+from ptl.model.dimensions import check_unit
 from ptl.model.goals import UNITS, Dense, Needs, dense_model
 from ptl.units import counted, memory_beside
 
@@ -81,7 +82,8 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
             field=goal.field,
             remedy="lower it, or give a share of the parameters to remove",
         )
-    unit = "layers" if prune.target == "layers" else "neurons"
+    check_unit(dense.sizes.num_experts, prune.target)
+    unit = prune.target if prune.target in UNITS else "neurons"
     needs = dense.largest(unit, reached)
     # Of which units a mixed removal takes how many is not known before.
     flops_of_both = prune.target not in UNITS and isinstance(goal, SpeedGoal)
@@ -91,12 +93,16 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
     with_layers = dense.largest("layers", reached)
     if with_layers is not None and flops_of_both:
         return with_layers.params
-    smallest = "one layer" if unit == "layers" else "no FFN neuron left"
+    smallest = {
+        "neurons": "no FFN neuron left",
+        "layers": "one layer",
+        "experts": f"the {dense.sizes.num_experts_per_tok} experts that each token is sent to",
+    }[unit]
     raise InputError(
         f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
         f"and now {_state(goal, dense, dense.needs())}",
         field=goal.field,
-        remedy=_remedy(goal, layers_can=with_layers is not None),
+        remedy=_remedy(goal, prune, layers_can=with_layers is not None),
     )
 
 
@@ -111,11 +117,14 @@ def _without_flops(dense: Dense, reached: Callable[[Needs], bool]) -> int:
     return before.params - after.params - (before.flops_per_token - after.flops_per_token) // 2
 
 
-def _remedy(goal: Goal, *, layers_can: bool) -> str:
+def _remedy(goal: Goal, prune: Prune, *, layers_can: bool) -> str:
     """What makes a goal that cannot be reached possible."""
     if isinstance(goal, SpeedGoal):
         remedies = ["lower it"]
-        more = "remove layers too (prune.target=auto)"
+        if prune.target == "experts":
+            more = "remove layers (prune.target=layers): whole experts take no FLOPs with them but the router's"
+        else:
+            more = "remove layers too (prune.target=auto)"
     else:
         remedies = ["raise it", "lower sequences or tokens"]
         more = "remove layers alone, which take their KV cache with them (prune.target=layers)"

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ptl.data.sequences import IGNORED, Batch
 from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model.experts import read_parameter
 from ptl.model.families import Family
 
 Arguments = dict[str, Any]  # keyword arguments of a module
@@ -162,7 +163,7 @@ class LayerwiseModel:
 
         for prefix, module in modules.items():
             for name in dict(module.named_parameters()):
-                value = safetensors_io.read_tensor(self.entries[f"{prefix}.{name}"])
+                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts)
                 set_module_tensor_to_device(
                     module,
                     name,

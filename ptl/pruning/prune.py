@@ -13,7 +13,7 @@ from ptl.data.own_answers import own_answers
 from ptl.data.sequences import IGNORED, Batch, calibration_batches, padded
 from ptl.errors import InputError
 from ptl.model import checkpoint, checks
-from ptl.model.dimensions import model_dimensions, resolve_multiple
+from ptl.model.dimensions import ModelDimensions, check_unit, model_dimensions, resolve_multiple
 from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entries
 from ptl.pruning import repair
@@ -26,13 +26,14 @@ from ptl.pruning.surgery import Selection, write_pruned
 class PruneReport:
     """What was pruned. Widths are FFN widths, one per layer that stays."""
 
-    unit: str  # what was removed: "neurons", "layers", "both" or "nothing"
+    unit: str  # what was removed: "neurons", "layers", "both", "experts" or "nothing"
     criterion: str  # by which it was selected
     params_before: int
     params: int  # afterwards
     goal: int  # parameters asked for
     layers: int  # that stay
     widths: tuple[int, ...]
+    experts: int | None  # that stay in each layer; None: a dense model
     removed_layers: tuple[int, ...]  # their numbers in the source
     width_multiple: int  # what widths were rounded down to
     repaired: int  # tensors changed by the closed-form repair
@@ -43,7 +44,7 @@ class PruneReport:
 def prune_checkpoint(
     src: Path, dst: Path, settings: Prune, calibration: Calibration, *, unit: str, goal: int, seed: int
 ) -> PruneReport:
-    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers or auto; write it to `dst`.
+    """Prune `src` to at most `goal` parameters by removing `unit`, neurons, layers, experts or auto; write it to `dst`.
 
     Memory: the largest layer, embeddings and the hidden states of the calibration text, whatever the depth. Its own
     answers (calibration.answers `self`) need the whole model, and ridge repair a square of the FFN width in float32.
@@ -52,6 +53,7 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
+    check_unit(before.experts, unit)
     # Otherwise nothing has to be removed: no text is read, and no layer is scored.
     selection = Selection(tuple(range(before.layers)), {})
     repaired = sequences = 0
@@ -77,12 +79,20 @@ def prune_checkpoint(
         goal=goal,
         layers=after.layers,
         widths=(after.width,) * after.layers,
+        experts=after.experts or None,
         removed_layers=tuple(removed_layers),
-        width_multiple=resolve_multiple(before.width, after.width, settings.width_multiple, settings.tensor_parallel),
+        width_multiple=_multiple(before, after, settings),
         repaired=repaired,
         sequences=sequences,
         seconds=time.monotonic() - started,
     )
+
+
+def _multiple(before: ModelDimensions, after: ModelDimensions, settings: Prune) -> int:
+    """What widths were rounded down to; those of experts are never pruned."""
+    if before.experts:
+        return 1
+    return resolve_multiple(before.width, after.width, settings.width_multiple, settings.tensor_parallel)
 
 
 def _write_repaired(
@@ -103,6 +113,8 @@ def _write_repaired(
 
 def _removed_unit(selection: Selection, removed_layers: list[int]) -> str:
     """What was removed, as PruneReport names it."""
+    if selection.experts:
+        return "experts"
     if selection.neurons:
         return "both" if removed_layers else "neurons"
     return "layers" if removed_layers else "nothing"

@@ -1,4 +1,4 @@
-"""What is removed: neurons by their scores, layers by their scores, or whichever costs less measured loss."""
+"""What is removed: neurons, layers or experts by their scores, or what costs less measured loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
-from ptl.model.dimensions import ModelDimensions, layers_for, resolve_multiple, width_for
+from ptl.model.dimensions import ModelDimensions, experts_for, layers_for, resolve_multiple, width_for
+from ptl.pruning.expert_scores import expert_scores
 from ptl.pruning.importance import NeuronScores, keep_highest, layer_scores, neuron_scores, num_redundant
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.surgery import Selection
@@ -33,11 +34,13 @@ def check_goal(
     settings: Prune,
     goal: int,  # parameters
 ) -> None:
-    """Raise InputError for a goal that neurons alone or layers alone cannot reach: before any text is read."""
+    """Raise InputError for a goal that neurons, layers or experts alone cannot reach: before any text is read."""
     if unit == "neurons":
         _width(dimensions, settings, goal)
     elif unit == "layers":
         layers_for(dimensions, goal)
+    elif unit == "experts":
+        experts_for(dimensions, goal)
 
 
 def neurons(task: SelectionTask) -> Selection:
@@ -67,6 +70,14 @@ def layers(task: SelectionTask) -> Selection:
     return Selection(tuple(kept.tolist()), {})
 
 
+def experts(task: SelectionTask) -> Selection:
+    """Remove the lowest-scored experts of each layer, as many in each."""
+    number = experts_for(task.dimensions, task.goal)
+    scores = expert_scores(task.model, task.settings.criterion, task.seed)  # [E] of each layer
+    kept = {layer: keep_highest(of_layer, number) for layer, of_layer in enumerate(scores)}
+    return Selection(tuple(kept), {}, kept)
+
+
 def cheapest(task: SelectionTask) -> Selection:
     """Remove layers as long as the best one costs less loss per parameter than neurons do, then neurons to the goal.
 
@@ -90,6 +101,7 @@ CHOICES = {
     "neurons": neurons,
     "layers": layers,
     "auto": cheapest,
+    "experts": experts,
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import checkpoint, safetensors_io
+from ptl.model.experts import Experts
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entries, Entry, TensorShape
@@ -22,6 +24,7 @@ class Selection:
 
     layers: tuple[int, ...]  # their numbers in the source, ascending
     neurons: Mapping[int, Tensor]  # of each of these layers: int64 [width], ascending; empty: all neurons stay
+    experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # the same for the experts of each layer
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,37 @@ def pruned_tensor(
     # The layers that stay are numbered anew, without gaps.
     number = selection.layers.index(layer)
     part, kind = match["part"], match["kind"]
-    new_name = f"{match['prefix']}{number}.{part}.{kind}"
+    prefix = f"{match['prefix']}{number}."
+    new_name = f"{prefix}{part}.{kind}" if kind else f"{prefix}{part}"
+    kept_experts = selection.experts.get(layer)
+    if kept_experts is not None and family.experts is not None:
+        return _pruned_expert_tensor(new_name, prefix, part, family.experts, kept_experts)
     kept = selection.neurons.get(layer)
     if kept is None or not family.has_neurons(part, kind):
         return PrunedTensor(new_name)
     if part == family.down_projection:  # [hidden, intermediate]
         return PrunedTensor(new_name, axis=1, kept=kept)
     return PrunedTensor(new_name, kept=_neuron_rows(kept, shape[0], family.fused_projections))
+
+
+def _pruned_expert_tensor(
+    new_name: str,
+    prefix: str,  # of the layer, in the pruned checkpoint
+    part: str,
+    experts: Experts,
+    kept: Tensor,  # int64 [experts that stay], ascending
+) -> PrunedTensor | None:
+    """What becomes of a layer's tensor where whole experts go; None where it belongs to one of those."""
+    if experts.counts_experts(part):  # the router's rows, and fused experts
+        return PrunedTensor(new_name, kept=kept)
+    expert = experts.number(part)
+    if expert is None:
+        return PrunedTensor(new_name)
+    staying = kept.tolist()
+    if expert not in staying:
+        return None
+    # The experts that stay are numbered anew, as the router's rows are.
+    return PrunedTensor(f"{prefix}{experts.renumbered(part, staying.index(expert))}.weight")
 
 
 def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
@@ -109,6 +136,12 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
         widths = {len(kept) for kept in selection.neurons.values()}
         assert len(widths) == 1, f"widths differ between layers: {widths}"
         pruned["intermediate_size"] = widths.pop()
+    # As it has one number of experts.
+    if selection.experts and family.experts is not None:
+        counts = {len(kept) for kept in selection.experts.values()}
+        assert len(counts) == 1, f"numbers of experts differ between layers: {counts}"
+        names = [name for name in family.experts.counts if name in config] or family.experts.counts[:1]
+        pruned |= dict.fromkeys(names, counts.pop())
     return pruned
 
 

@@ -87,7 +87,8 @@ def _trainer(settings: Distil, teacher: Any) -> Any:
             model_inputs = dict(inputs, use_cache=False)
             labels = model_inputs.pop("labels")[:, 1:]  # [B, T-1]
             has_label = labels != IGNORED  # [B, T-1]
-            student_logits = model(**model_inputs).logits[:, :-1][has_label]  # [N, V]
+            student = model(**model_inputs)
+            student_logits = student.logits[:, :-1][has_label]  # [N, V]
             # the Trainer moves the student only
             teacher.to(labels.device)
             with torch.no_grad():
@@ -100,6 +101,10 @@ def _trainer(settings: Distil, teacher: Any) -> Any:
             if num_items_in_batch is not None:
                 # counted over all processes, whose gradients are averaged
                 loss = loss * self.accelerator.num_processes
+            # the routers' loss in a mixture of experts: the mean over micro-batches, as in trl's own loss
+            if self.aux_loss_enabled:
+                micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                loss = loss + self.router_aux_loss_coef * student.aux_loss / micro_batches
             return loss
 
     return DistilTrainer

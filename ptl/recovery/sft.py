@@ -92,6 +92,9 @@ def sft_trainer() -> Any:
             return_outputs: bool = False,
             num_items_in_batch: Any = None,
         ) -> Any:
+            # the model's own loss has the routers' added once for each micro-batch, trl's their mean
+            if self.aux_loss_enabled:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             # zero for a batch of one token; trl's loss does the same
             if num_items_in_batch is not None:
                 num_items_in_batch = num_items_in_batch.clamp(min=1)

@@ -23,6 +23,8 @@ def metrics(metadata: Metadata) -> dict[str, float]:
     scores = metadata["scores"]
     for name in COSTS:
         numbers[name] = float(scores[name])
+    if scores["experts"]:
+        numbers["active_params"] = float(scores["active_params"])
     for task in scores["tasks"]:
         for name, value in accuracy(task).items():
             numbers[f"{task['task']}/{name}"] = float(value)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from ptl.config.dag import nodes
 from ptl.config.run import Config, essentials, load_config, pairs
-from ptl.config.schedule import Prune, Schedule, one_shot, plan, removal, token_weights
+from ptl.config.schedule import (
+    EXPERT_CRITERIA,
+    NEURON_CRITERIA,
+    Prune,
+    Schedule,
+    one_shot,
+    plan,
+    removal,
+    token_weights,
+)
 from ptl.errors import InputError
 from ptl.pruning.importance import CRITERIA, LAYER_CRITERIA
 from ptl.recovery.recover import RECOVERIES
@@ -58,6 +67,14 @@ def test_layers_come_last_and_the_control_has_one_round():
     assert (control.cut, control.tokens, control.unit, control.last) == (1, 100, "neurons", True)
 
 
+def test_experts_have_a_criterion_of_their_own_by_default():
+    assert Prune(target="experts").criterion == "reap" and Prune().criterion == "taylor"
+    assert Prune(target="experts", criterion="random").criterion == "random"
+    chosen = Prune(target="experts")
+    assert Prune.model_validate(chosen.model_dump()) == chosen
+    assert {iteration.unit for iteration in plan(Schedule(target=0.4, recovery_tokens=1), chosen)} == {"experts"}
+
+
 @pytest.mark.parametrize(("target", "iterations"), [(0.49, 4), (0.5, 8), (0.9, 8), (150_000, 4)])
 def test_half_and_more_is_removed_in_eight_iterations(target, iterations):
     schedule = Schedule(target=target, recovery_tokens=1000)
@@ -76,7 +93,8 @@ def test_target_is_a_share_or_the_parameters_to_end_with():
 
 
 def test_the_criteria_of_the_config_are_those_of_the_code():
-    assert set(Prune.model_fields["criterion"].annotation.__args__) == set(CRITERIA)
+    criteria = set(Prune.model_fields["criterion"].annotation.__args__)
+    assert criteria == set(CRITERIA) | set(EXPERT_CRITERIA) and set(CRITERIA) == {*NEURON_CRITERIA, "random"}
     assert set(Prune.model_fields["layer_criterion"].annotation.__args__) == set(LAYER_CRITERIA)
     methods = Config.model_json_schema()["properties"]["recover"]
     assert all(name in str(Config.model_json_schema()) for name in RECOVERIES) and methods
@@ -102,6 +120,13 @@ def test_every_shipped_config_is_valid(path):
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
         ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
+        (
+            {"prune": {"target": "experts", "criterion": "taylor"}},
+            "criterion=taylor does not score what target=experts removes: set one of reap, frequency, norm, random",
+        ),
+        ({"prune": {"criterion": "reap"}}, "criterion=reap does not score what target=neurons removes: set one of max"),
+        ({"prune": {"target": "experts", "repair": "ridge"}}, "repair=ridge is for neurons"),
+        ({"prune": {"target": "experts", "sigma_neuron": 3}}, "sigma_neuron=3 is for neurons"),
         ({"prune": {"sigma_neuron": 3}}, "sigma_neuron=3 is a change of the layer's output, and criterion=taylor"),
         (
             {

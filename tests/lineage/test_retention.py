@@ -99,7 +99,7 @@ class Loop:
             if accepted and mine.params < 100:
                 registry.register(run, self.experiment, mine, {})
             task = {"task": "t", "metric": "m", "accuracy": 0.5, "low": 0.4, "high": 0.6, "items": 9}
-            sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1)
+            sizes = dict.fromkeys(("params", "bytes", "flops_per_token", "kv_bytes_per_token"), 1) | {"experts": 0}
             return {
                 "scores": {"tasks": [task], **sizes},
                 "verdict": {"decision": "accepted" if accepted else "rejected"},

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl.config.recover import DataSource
 from ptl.config.run import Calibration
-from ptl.config.schedule import Prune
+from ptl.config.schedule import EXPERT_CRITERIA, Prune
 from ptl.data import own_answers
 from ptl.data.own_answers import final_answer
 from ptl.data.sequences import padded
@@ -156,7 +156,7 @@ def test_a_target_beyond_reach_is_refused_before_any_text_is_read(source, tmp_pa
 
 
 def test_settings_and_criteria_are_the_same_names():
-    assert list(CRITERIA) == list(get_args(Prune.model_fields["criterion"].annotation))
+    assert [*CRITERIA, *EXPERT_CRITERIA] == list(get_args(Prune.model_fields["criterion"].annotation))
     assert list(LAYER_CRITERIA) == list(get_args(Prune.model_fields["layer_criterion"].annotation))
 
 

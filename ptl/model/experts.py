@@ -1,0 +1,94 @@
+"""Mixtures of experts: how a checkpoint names its router and its experts, in both layouts that there are on disk.
+
+Separate: three tensors for each expert, as on the hub. Fused: all experts of a layer in two tensors, as transformers 5
+has them in memory and saves them on request. Shape letters: E experts, F neurons of an expert, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ptl.model import safetensors_io
+from ptl.model.safetensors_io import Entries, Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Names in transformers' memory, relative to a layer; the fused layout has the same
+ROUTER = "mlp.gate"  # [E, H]
+GATE_UP = "mlp.experts.gate_up_proj"  # [E, 2F, H]
+DOWN = "mlp.experts.down_proj"  # [E, H, F]
+FUSED = (GATE_UP, DOWN)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a family names its experts."""
+
+    counts: tuple[str, ...]  # config fields that hold the number of experts; transformers writes the one or the other
+    width: str = "intermediate_size"  # config field that holds the neurons of each expert
+    # In the layout of separate tensors: what holds router and experts, and an expert's gate, up and down projection
+    block: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def count_field(self, config: Mapping[str, Any]) -> str:
+        """The field of this config that holds the number of experts."""
+        return next((field for field in self.counts if field in config), self.counts[0])
+
+    def router(self, fused: bool) -> str:
+        """The router's part of a layer."""
+        return ROUTER if fused else f"{self.block}.gate"
+
+    def part(self, expert: int, projection: str) -> str:
+        """An expert's part of a layer, in the layout of separate tensors."""
+        return f"{self.block}.experts.{expert}.{projection}"
+
+    def is_fused(self, names: Entries) -> bool:
+        """Whether a checkpoint with these tensors has the fused layout."""
+        return any(name.endswith(FUSED) for name in names)
+
+    def number(self, part: str) -> int | None:
+        """The expert that a part belongs to, where each has tensors of its own."""
+        match = re.match(rf"{self.block}\.experts\.(\d+)\.", part)
+        return int(match[1]) if match else None
+
+    def renumbered(self, part: str, expert: int) -> str:
+        """The name of a part once its expert has another number."""
+        return self.part(expert, part.rpartition(".")[2])
+
+    def counts_experts(self, part: str) -> bool:
+        """Whether the first dimension of a part counts the experts."""
+        return part in (ROUTER, f"{self.block}.gate", *FUSED)
+
+
+def read_parameter(entries: Entries, name: str, experts: Experts | None) -> Tensor:
+    """A parameter by its name in transformers' memory; separate experts are put together one by one."""
+    if experts is None or name in entries:
+        return safetensors_io.read_tensor(entries[name])
+    layer, _, part = name.partition(".mlp.")
+    if f"mlp.{part}" == f"{ROUTER}.weight":
+        return safetensors_io.read_tensor(entries[f"{layer}.{experts.router(fused=False)}.weight"])
+    gate, up, down = experts.projections
+    projections = (gate, up) if f"mlp.{part}" == GATE_UP else (down,)
+    return _stacked(entries, experts, layer, projections)
+
+
+def _stacked(entries: Entries, experts: Experts, layer: str, projections: tuple[str, ...]) -> Tensor:
+    """Some projections of all experts of a layer, the projections one below the other: [E, rows, columns]."""
+    import torch
+
+    stored: list[list[Entry]] = []  # of each expert
+    while (first := f"{layer}.{experts.part(len(stored), projections[0])}.weight") in entries:
+        names = [first, *(f"{layer}.{experts.part(len(stored), other)}.weight" for other in projections[1:])]
+        stored.append([entries[name] for name in names])
+    rows, columns = stored[0][0].shape
+    dtype = safetensors_io.dtypes()[stored[0][0].dtype]
+    stacked = torch.empty(len(stored), len(projections), rows, columns, dtype=dtype)
+    # Only one expert's tensor is in memory beside the result.
+    for expert, tensors in enumerate(stored):
+        for position, entry in enumerate(tensors):
+            stacked[expert, position] = safetensors_io.read_tensor(entry)
+    return stacked.view(len(stored), len(projections) * rows, columns)

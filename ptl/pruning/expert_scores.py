@@ -1,0 +1,110 @@
+"""Scores for the experts of a mixture: the less a score, the more redundant. CRITERIA is where a user extends.
+
+Shape letters: B sequences, T tokens, H hidden size, E experts of a layer, K experts that each token is sent to, n
+tokens sent to one expert, F neurons of an expert. Each expert runs on its own tokens, one expert after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn
+
+ExpertScores = list[Tensor]  # float32 [E] of each layer
+
+
+class Observed:
+    """What the calibration tokens show about the experts of one layer: sums over the tokens sent to each."""
+
+    def __init__(self, experts: int) -> None:
+        self.tokens = torch.zeros(experts)  # [E]
+        self.norms = torch.zeros(experts)  # [E]: of the expert's output, Euclidean
+        self.weighted_norms = torch.zeros(experts)  # [E]: the same times the router's weight
+
+    def add(self, expert: int, outputs: Tensor, weights: Tensor) -> None:
+        """Take in an expert's outputs [n, H], and the router's weights [n] of these tokens."""
+        norms = outputs.float().norm(dim=-1)  # [n]
+        self.tokens[expert] += len(norms)
+        self.norms[expert] += norms.sum().cpu()
+        self.weighted_norms[expert] += (weights.float() * norms).sum().cpu()
+
+
+def _reap(observed: Observed) -> Tensor:
+    """Router-weighted activation norm, the mean over the expert's tokens (REAP, arXiv 2510.13999, eq. 9)."""
+    return observed.weighted_norms / observed.tokens.clamp(min=1)  # an expert without tokens scores 0
+
+
+def _frequency(observed: Observed) -> Tensor:
+    """How many tokens are sent to the expert."""
+    return observed.tokens
+
+
+def _norm(observed: Observed) -> Tensor:
+    """Norm of the expert's output, the mean over its tokens (MAN, arXiv 2606.15716)."""
+    return observed.norms / observed.tokens.clamp(min=1)
+
+
+# By their names in the setting prune.criterion: what was observed in a layer -> float32 [E]
+CRITERIA: dict[str, Callable[[Observed], Tensor]] = {
+    "reap": _reap,
+    "frequency": _frequency,
+    "norm": _norm,
+}
+
+
+def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertScores:
+    """Score every expert on the model's batches; returns float32 [E] per layer. `random` is the control."""
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(model.config.num_experts, generator=generator) for _ in model.layers]
+    return [CRITERIA[criterion](layer) for layer in observe(model)]
+
+
+@torch.no_grad()
+def observe(model: LayerwiseModel) -> list[Observed]:
+    """Run all batches through the model, layer by layer, and observe the experts of each."""
+    layers = []
+    states = model.embed()  # [B, T, H] of each batch
+    for i, layer in layers_in_turn(model, "scoring experts, by layer"):
+        observed = Observed(model.config.num_experts)
+        for b, hidden in enumerate(states):
+            tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
+            with _observing(layer.get_submodule("mlp.experts"), tokens, observed):
+                states[b] = model.run(i, b, hidden)
+        layers.append(observed)
+    return layers
+
+
+@contextmanager
+def _observing(experts: nn.Module, tokens: Tensor, observed: Observed) -> Iterator[None]:
+    """While the block lasts, the experts run one by one, and what they give at these tokens is observed."""
+
+    def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # hidden [B * T, H]; chosen and weights [B * T, K]: the experts of each token, and what the router gives them
+        total = torch.zeros_like(hidden)
+        for expert in chosen.unique().tolist():
+            rows, position = torch.where(chosen == expert)  # [n], padding included
+            outputs = run_expert(experts, expert, hidden[rows])
+            given = weights[rows, position]  # [n]
+            total.index_add_(0, rows, (outputs * given[:, None]).to(total.dtype))
+            real = tokens[rows]
+            observed.add(expert, outputs[real], given[real])
+        return total
+
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        # Without the attribute of the instance, the method of the class is used again.
+        del experts.forward
+
+
+def run_expert(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """One expert's output [n, H] for these tokens [n, H], before the router's weight."""
+    gate, up = nn.functional.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
+    return nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])

@@ -1,0 +1,297 @@
+"""Mixtures of experts, cut right: the same statements on a tiny random model of each family, in both layouts."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from tiny_models import MOE_VARIANTS, batches, build, logits, save
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from ptl.errors import InputError
+from ptl.model import checkpoint, cost
+from ptl.model.dimensions import dimensions_of_config, experts_for, model_dimensions, smallest_cuts, with_experts
+from ptl.model.export import export_gguf
+from ptl.model.families import FAMILIES, family_of
+from ptl.model.goals import dense_model
+from ptl.preflight.forecast_model import shape_of
+from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.surgery import Selection, write_pruned
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Experts add up in another order: logits of size ~10 may differ by a few units in the last place.
+SUMMATION = {"rtol": 1e-4, "atol": 2e-4}
+ALL = tuple(range(4))
+KEPT = {0: [0, 2, 5, 3], 1: [1, 2, 3, 4], 2: [0, 1, 4, 5], 3: [0, 3, 4, 5]}
+EXPERTS = {layer: torch.tensor(kept).sort().values for layer, kept in KEPT.items()}
+
+
+@pytest.fixture(params=MOE_VARIANTS)
+def variant(request):
+    return request.param
+
+
+@pytest.fixture
+def model(variant):
+    return build(variant)
+
+
+@pytest.fixture(params=["separate", "fused"])
+def source(request, model, tmp_path):
+    return save(model, tmp_path / "source", fused=request.param == "fused")
+
+
+def family_at(folder):
+    return family_of(checkpoint.read_config(folder))
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def masked(model, experts):
+    """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
+    for i, kept in experts.items():
+        gate = model.get_decoder().layers[i].mlp.gate
+        pruned = torch.ones(6, dtype=torch.bool)
+        pruned[kept] = False
+
+        def forward(hidden, gate=gate, pruned=pruned):
+            plain = torch.nn.functional.linear
+            with mock.patch("torch.nn.functional.linear", lambda *given: plain(*given).masked_fill(pruned, -torch.inf)):
+                return type(gate).forward(gate, hidden)
+
+        gate.forward = forward
+    return model
+
+
+def test_a_cut_equals_the_model_whose_routers_avoid_the_experts(model, source, tmp_path):
+    family = family_at(source)
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, EXPERTS))
+    cut, whole = load(tmp_path / "cut"), logits(model, batches()[0])
+    reference = masked(model, EXPERTS)
+    for batch in batches():
+        torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
+    assert not torch.allclose(whole, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
+    assert cut.num_parameters() == model_dimensions(tmp_path / "cut", family).params < model.num_parameters()
+    assert cut.config.num_experts == 4
+
+
+def test_keeping_everything_changes_no_logit_and_no_config(model, source, tmp_path):
+    everything = {i: torch.arange(6) for i in ALL}
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, everything))
+    cut, reference = load(tmp_path / "cut"), load(source)
+    for batch in batches():
+        assert torch.equal(logits(cut, batch), logits(reference, batch))
+    assert json.loads((tmp_path / "cut/config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_path):
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((0, 3), {}))
+    cut = load(tmp_path / "cut")
+    for i in (1, 2):
+        model.get_decoder().layers[i].forward = lambda hidden, *_args, **_kwargs: hidden
+    for batch in batches():
+        torch.testing.assert_close(logits(cut, batch), logits(model, batch), **SUMMATION)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, fused, tmp_path):
+    model = build(variant).bfloat16()
+    family, cut = FAMILIES[variant], Selection(ALL, {}, EXPERTS)
+    for name, size in (("single", "5GB"), ("sharded", "16KB")):
+        write_pruned(save(model, tmp_path / name, size, fused=fused), tmp_path / f"{name}-cut", family, cut)
+    assert len(checkpoint.shards(tmp_path / "sharded-cut")) > 3
+    single, sharded = (load(tmp_path / f"{name}-cut", dtype="auto") for name in ("single", "sharded"))
+    assert sharded.dtype == torch.bfloat16 and sharded.num_parameters() == single.num_parameters()
+    for (name, one), (_, other) in zip(single.named_parameters(), sharded.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    # No tensor is computed anew: the bits are those of the original.
+    for i, kept in EXPERTS.items():
+        before, after = (part.get_decoder().layers[i].mlp for part in (model, sharded))
+        assert torch.equal(after.experts.gate_up_proj, before.experts.gate_up_proj[kept])
+        assert torch.equal(after.experts.down_proj, before.experts.down_proj[kept])
+        assert torch.equal(after.gate.weight, before.gate.weight[kept])
+    # In float32: in bfloat16 two experts may have equal logits, and rounding decides between them.
+    reference = masked(load(tmp_path / "single", dtype=torch.float32), EXPERTS)
+    exact = load(tmp_path / "sharded-cut", dtype=torch.float32)
+    for batch in batches():
+        torch.testing.assert_close(logits(exact, batch), logits(reference, batch), **SUMMATION)
+
+
+def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), {}, EXPERTS))
+    cut, prompt = load(tmp_path / "cut"), batches(((9, 9),))[0]["input_ids"]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cached, plain = (cut.generate(prompt, use_cache=use, **options) for use in (True, False))
+    assert cached.shape == (2, 21) and torch.equal(cached, plain)
+
+
+def test_saved_again_by_transformers_it_is_the_same(source, tmp_path):
+    family = family_at(source)
+    write_pruned(source, tmp_path / "cut", family, Selection((0, 2, 3), {}, EXPERTS))
+    load(tmp_path / "cut").save_pretrained(tmp_path / "again")
+    assert model_dimensions(tmp_path / "again", family) == model_dimensions(tmp_path / "cut", family)
+    batch = batches()[0]
+    torch.testing.assert_close(logits(load(tmp_path / "again"), batch), logits(load(tmp_path / "cut"), batch))
+
+
+def test_optimizer_state_is_cut_with_the_weights(variant, model, tmp_path):
+    source = save(model, tmp_path / "source")
+    moments = {f"exp_avg.{name}": parameter.detach() * 3 for name, parameter in model.named_parameters()}
+    checkpoint.write_shard(source / checkpoint.STATE, moments)
+    write_pruned(source, tmp_path / "cut", FAMILIES[variant], Selection((0, 2), {}, EXPERTS))
+    stored = dict(checkpoint.tensors(tmp_path / "cut" / checkpoint.STATE))
+    cut = load(tmp_path / "cut")
+    assert stored.keys() == {f"exp_avg.{name}" for name, _ in cut.named_parameters()}
+    for name, parameter in cut.named_parameters():
+        assert torch.equal(stored[f"exp_avg.{name}"], parameter * 3), name
+
+
+def test_a_stream_computes_what_the_whole_model_does(model, source):
+    stream = LayerwiseModel(source, family_at(source), batches())
+    states = stream.embed()
+    with torch.no_grad():
+        for i in ALL:
+            with stream.layer(i):
+                states = stream.run_batches(i, states)
+        with stream.head():
+            loss = stream.loss(0, 0, states[0][:1])
+    batch = batches()[0]
+    with torch.no_grad():
+        whole = model(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1]).logits
+    expected = torch.nn.functional.cross_entropy(whole[0, :-1], batch["labels"][0, 1:], reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert all(parameter.device.type == "meta" for parameter in stream.causal_lm.parameters())
+
+
+def test_sizes_are_those_of_the_real_model(variant, model, source):
+    family, config = family_at(source), checkpoint.read_config(source)
+    body = model_dimensions(source, family)
+    assert body == dimensions_of_config(config, family, "config.json")
+    layer = model.get_decoder().layers[0]
+    assert body.params == model.num_parameters() == checkpoint.num_params(source)
+    assert body.params_per_layer == sum(parameter.numel() for parameter in layer.parameters())
+    of_one = sum(parameter[0].numel() for parameter in layer.mlp.parameters())  # router, gate and up, down
+    assert body.params_per_expert == 4 * of_one
+    unused = 6 - body.experts_per_token
+    in_experts = sum(parameter[0].numel() for parameter in layer.mlp.experts.parameters())
+    assert body.active_params == body.params - 4 * unused * in_experts
+
+
+def test_sizes_after_a_cut_are_those_that_were_planned(source, tmp_path):
+    family = family_at(source)
+    planned = with_experts(model_dimensions(source, family), 4)
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, EXPERTS))
+    assert model_dimensions(tmp_path / "cut", family) == planned
+
+
+def test_flops_are_those_of_the_experts_in_use(model, source):
+    static = cost.from_config(source)
+    model.set_attn_implementation("eager")
+    model.config._experts_implementation = "eager"
+    for length in (1, 7):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        assert counter.get_total_flops() == length * (static.flops_per_token + length * static.attention_flops)
+    assert static.flops_per_token == dense_model(source).needs().flops_per_token == 2 * shape_of(str(source)).matrices
+    assert static.params == static.active_params + shape_of(str(source)).inactive
+    assert static.experts == 6
+
+
+def test_kv_bytes_are_those_of_a_real_cache(model, source):
+    with torch.inference_mode():
+        cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert 5 * cost.from_config(source).kv_bytes_per_token in (4 * numbers, 4 * numbers * 5 // 4)  # a window holds 4
+
+
+def test_as_many_experts_stay_as_the_goal_allows(source):
+    body = model_dimensions(source, family_at(source))
+    one = body.params_per_expert
+    assert experts_for(body, body.params) == 6
+    assert experts_for(body, body.params - 1) == experts_for(body, body.params - one) == 5
+    assert experts_for(body, body.params - one - 1) == 4
+    least = with_experts(body, body.experts_per_token)
+    assert experts_for(body, least.params) == body.experts_per_token
+    with pytest.raises(InputError, match=r"cannot be reached by experts: each token is sent to \d of them"):
+        experts_for(body, least.params - 1)
+    assert smallest_cuts(body, "auto") == {"layers": body.params_per_layer, "experts": one}
+    assert smallest_cuts(least, "auto").keys() == {"layers"}
+
+
+def test_the_forecast_counts_experts_as_the_checkpoint_does(source, tmp_path):
+    shape, body = shape_of(str(source)), model_dimensions(source, family_at(source))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, EXPERTS))
+    assert shape.scaled(with_experts(body, 4).params, "experts") == shape_of(str(tmp_path / "cut"))
+    least = with_experts(body, body.experts_per_token)
+    assert body.params - least.params == shape.removable_experts
+    assert shape.scaled(least.params, "experts").removable_experts == 0
+    assert shape.read_params(1) == body.active_params < shape.read_params(4) < body.params
+    shallower = shape.scaled(body.params - body.params_per_layer, "layers")
+    in_layers = shape.in_layers / shape.layers
+    assert abs(shallower.in_layers - 3 * in_layers) <= body.params_per_layer - in_layers + 1
+
+
+def changed(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize("present", [("num_experts",), ("num_local_experts",), ("num_experts", "num_local_experts")])
+def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_path, present):
+    source = save(build(variant), tmp_path / "source")
+    changed(source, **{"num_experts": ..., "num_local_experts": ...} | dict.fromkeys(present, 6))
+    write_pruned(source, tmp_path / "cut", FAMILIES[variant], Selection(ALL, {}, EXPERTS))
+    after = json.loads((tmp_path / "cut/config.json").read_text())
+    assert {name: after.get(name) for name in present} == dict.fromkeys(present, 4)
+    assert len({"num_experts", "num_local_experts"} & after.keys()) == len(present)
+    assert load(tmp_path / "cut").get_decoder().layers[0].mlp.gate.weight.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "said"),
+    [
+        ("olmoe", {"num_experts": 5}, "num_experts=5"),
+        ("mixtral", {"num_local_experts": 7}, "lacks tensor model.layers.0.block_sparse_moe.experts.6.w1.weight"),
+        ("mixtral", {"intermediate_size": 48}, "intermediate_size=48"),
+        ("qwen3_moe", {"moe_intermediate_size": 48}, "moe_intermediate_size=48"),
+        ("olmoe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7, more than the 6 experts of a layer"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "has layers without experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "has layers without experts"),
+        ("qwen3_moe", {"num_experts": 5, "num_local_experts": 6}, "which mean the same and differ"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, changes, said):
+    source = changed(save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes)
+    with pytest.raises(InputError) as refused:
+        model_dimensions(source, FAMILIES[variant])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt_oss", "quantized (MXFP4)"),
+        ("deepseek_v3", "shared experts, dense first layers and latent attention"),
+        ("qwen3_next", "linear attention"),
+        ("qwen2_moe", "a shared expert"),
+    ],
+)
+def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason):
+    with pytest.raises(
+        InputError, match="prune a mixture of experts of the type qwen3_moe, olmoe or mixtral"
+    ) as refused:
+        family_of({"model_type": model_type, "num_experts": 8})
+    assert model_type in str(refused.value) and reason in str(refused.value)
+
+
+def test_llama_cpp_has_not_been_compared_and_is_refused(variant, tmp_path):
+    with pytest.raises(InputError, match=f"model_type {variant} has not been compared with it"):
+        export_gguf(save(build(variant), tmp_path / "source"), tmp_path / "model.gguf")
+
+
+def test_every_mixture_of_experts_is_tested():
+    assert set(MOE_VARIANTS) == {name for name, family in FAMILIES.items() if family.experts}

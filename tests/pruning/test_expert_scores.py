@@ -1,0 +1,165 @@
+"""Experts: scores against the whole model, one token at a time; then one checkpoint in, one with fewer experts out."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from tiny_models import MOE_VARIANTS, batches, build, logits, save
+from transformers import AutoModelForCausalLM
+
+from ptl.config.recover import DataSource
+from ptl.config.run import Calibration
+from ptl.config.schedule import EXPERT_CRITERIA, Prune
+from ptl.errors import InputError
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, with_experts
+from ptl.model.families import FAMILIES
+from ptl.pruning.expert_scores import CRITERIA, expert_scores
+from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.prune import prune_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=MOE_VARIANTS)
+def variant(request):
+    return request.param
+
+
+@pytest.fixture(params=["separate", "fused"])
+def source(request, variant, tmp_path):
+    return save(build(variant), tmp_path / "source", fused=request.param == "fused")
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        {"text": " ".join(f"w{i}" for i in torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist())}
+        for n in range(12)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)
+
+
+def one_by_one(model):
+    """Tokens, norms and router-weighted norms of every expert [layers, E], from the whole model, token by token."""
+    tokens, norms, weighted = torch.zeros(3, 4, 6)
+    layers = model.get_decoder().layers
+    for batch in batches():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            seen = {}  # what the experts of each layer get: hidden states, chosen experts and their weights
+            hooks = [
+                layer.mlp.experts.register_forward_pre_hook(lambda _, given, i=i, seen=seen: seen.update({i: given}))
+                for i, layer in enumerate(layers)
+            ]
+            with torch.no_grad():
+                model(input_ids=ids[None, : mask.sum()], use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            for i, given in seen.items():
+                experts = layers[i].mlp.experts
+                for hidden, chosen, weights in zip(*given, strict=True):
+                    for expert, weight in zip(chosen.tolist(), weights, strict=True):
+                        with torch.no_grad():
+                            gate, up = (experts.gate_up_proj[expert] @ hidden).chunk(2)
+                            norm = (experts.down_proj[expert] @ (experts.act_fn(gate) * up)).norm()
+                        tokens[i, expert] += 1
+                        norms[i, expert] += norm
+                        weighted[i, expert] += weight * norm
+    return tokens, norms, weighted
+
+
+def test_scores_are_those_of_each_token_of_the_whole_model(variant, source):
+    tokens, norms, weighted = one_by_one(build(variant))
+    expected = {"frequency": tokens, "norm": norms / tokens.clamp(min=1), "reap": weighted / tokens.clamp(min=1)}
+    stream = LayerwiseModel(source, FAMILIES[variant], batches())
+    for criterion in CRITERIA:
+        scores = torch.stack(expert_scores(stream, criterion, seed=0))
+        torch.testing.assert_close(scores, expected[criterion], rtol=1e-4, atol=1e-5)
+    experts_per_token = model_dimensions(source, FAMILIES[variant]).experts_per_token
+    assert tokens.sum(dim=1).tolist() == [45 * experts_per_token] * 4  # padding is not counted
+
+
+def test_random_scores_follow_the_seed(variant, source):
+    stream = LayerwiseModel(source, FAMILIES[variant], batches())
+    one, again, other = (torch.stack(expert_scores(stream, "random", seed)) for seed in (1, 1, 2))
+    assert one.shape == (4, 6) and torch.equal(one, again) and not torch.equal(one, other)
+
+
+def cut(source, variant, calibration, folder, experts=4, **settings):
+    goal = with_experts(model_dimensions(source, FAMILIES[variant]), experts).params
+    return prune_checkpoint(
+        source, folder, Prune(target="experts", **settings), calibration, unit="experts", goal=goal, seed=0
+    )
+
+
+@pytest.mark.parametrize("criterion", ["reap", "norm"])
+def test_experts_that_give_nothing_go_first(variant, calibration, tmp_path, criterion):
+    model = build(variant)
+    for layer in model.get_decoder().layers:
+        with torch.no_grad():
+            layer.mlp.experts.down_proj[[1, 4]] = 0
+    source = save(model, tmp_path / "source")
+    report = cut(source, variant, calibration, tmp_path / "cut", criterion=criterion)
+    assert (report.unit, report.criterion, report.experts, report.sequences) == ("experts", criterion, 4, 8)
+    assert report.params == report.goal == model_dimensions(tmp_path / "cut", FAMILIES[variant]).params
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    for old, new in zip(model.get_decoder().layers, after.get_decoder().layers, strict=True):
+        assert torch.equal(new.mlp.experts.down_proj, old.mlp.experts.down_proj[[0, 2, 3, 5]])
+        assert torch.equal(new.mlp.gate.weight, old.mlp.gate.weight[[0, 2, 3, 5]])
+
+
+def test_a_goal_between_two_numbers_of_experts_is_not_exceeded(variant, source, calibration, tmp_path):
+    family = FAMILIES[variant]
+    body = model_dimensions(source, family)
+    goal = with_experts(body, 4).params + 1
+    settings = Prune(target="experts", criterion="frequency")
+    report = prune_checkpoint(source, tmp_path / "cut", settings, calibration, unit="experts", goal=goal, seed=0)
+    assert report.experts == 4 and report.params < goal < with_experts(body, 5).params
+
+
+def test_a_size_below_the_experts_of_a_token_is_refused(variant, source, calibration, tmp_path):
+    few = model_dimensions(source, FAMILIES[variant]).experts_per_token - 1
+    with pytest.raises(InputError, match=r"schedule\.target: .* parameters cannot be reached by experts: each token"):
+        cut(source, variant, calibration, tmp_path / "cut", experts=few)
+    assert cut(source, variant, calibration, tmp_path / "cut", experts=few + 1).experts == few + 1
+
+
+@pytest.mark.parametrize("unit", ["neurons", "auto"])
+def test_neurons_of_experts_are_refused(variant, source, calibration, tmp_path, unit):
+    with pytest.raises(InputError, match=f"'{unit}' cannot be removed from a mixture of experts"):
+        prune_checkpoint(source, tmp_path / "cut", Prune(), calibration, unit=unit, goal=1, seed=0)
+
+
+def test_a_dense_model_has_no_experts(calibration, tmp_path):
+    source = save(build("llama"), tmp_path / "source")
+    with pytest.raises(InputError, match=r"a dense model has no experts; set prune\.target=neurons"):
+        prune_checkpoint(source, tmp_path / "cut", Prune(target="experts"), calibration, unit="experts", goal=1, seed=0)
+
+
+@pytest.mark.parametrize("criterion", ["max", "block_influence"])
+def test_layers_are_removed_as_of_a_dense_model(variant, source, calibration, tmp_path, criterion):
+    body = model_dimensions(source, FAMILIES[variant])
+    goal = body.params - body.params_per_layer
+    settings = Prune(target="layers", layer_criterion=criterion)
+    report = prune_checkpoint(source, tmp_path / "cut", settings, calibration, unit="layers", goal=goal, seed=0)
+    assert (report.unit, report.layers, report.experts, report.params) == ("layers", 3, 6, goal)
+    model = build(variant)
+    (removed,) = report.removed_layers
+    model.get_decoder().layers[removed].forward = lambda hidden, *_args, **_kwargs: hidden
+    after, batch = AutoModelForCausalLM.from_pretrained(tmp_path / "cut"), batches()[0]
+    torch.testing.assert_close(logits(after, batch), logits(model, batch), rtol=1e-4, atol=2e-4)
+
+
+def test_a_pruned_mixture_is_pruned_again(variant, source, calibration, tmp_path):
+    cut(source, variant, calibration, tmp_path / "once", experts=5)
+    report = cut(tmp_path / "once", variant, calibration, tmp_path / "twice", experts=4)
+    assert report.experts == 4 and checkpoint.num_params(tmp_path / "twice") == report.params
+
+
+def test_the_criteria_of_the_config_are_those_of_the_code():
+    assert set(EXPERT_CRITERIA) == set(CRITERIA)
+    assert set(EXPERT_CRITERIA) < set(get_args(Prune.model_fields["criterion"].annotation))
