@@ -149,8 +149,10 @@ def _beside_control(result: Result, pair: Row | None) -> Answer:
 def _sizes(result: Result, dense: Row, final: Row) -> list[Line]:
     before = dense["scores"]
     after = final["scores"]
+    active = {"active_params": ("Active parameters", "{:,}".format)} if before["experts"] else {}
     names = {
         "params": ("Parameters", "{:,}".format),
+        **active,
         "bytes": ("Weights", size),
         "kv_bytes_per_token": ("KV cache per token", size),
         "flops_per_token": ("FLOPs per token", "{:,}".format),

@@ -131,7 +131,7 @@ def _set_loss_limits(axis: Any, curves: dict[str, Curve]) -> None:
 
 
 def _widths(figure: Any, result: Result, wide: bool) -> None:
-    """A skyline per checkpoint: as many towers as layers, as high as each layer's FFN is wide."""
+    """A skyline per checkpoint: as many towers as layers, as high as each layer's FFN is wide, or has experts."""
     rows = result["rows"]
     set_size(figure, wide, 2.7)
     axis = figure.subplots()
@@ -143,7 +143,8 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     ticks, labels = [], []
     start = 0.0
     for row in rows:
-        heights, edges = skyline(row["widths"], start)
+        experts = row["scores"]["experts"]
+        heights, edges = skyline([experts] * len(row["widths"]) if experts else row["widths"], start)
         colour = mark_of(row).colour
         axis.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
         # A label in the middle of the room for all layers, also below a model with fewer.

@@ -128,6 +128,7 @@ def _variables(result: Result) -> dict[str, Any]:
         "iterations": tables.iterations(result),
         # All checkpoints were scored on the same benchmarks.
         "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
+        "has_experts": tables.has_experts(result),
         "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in tables.columns(result)],
         "costs": tables.costs(result),

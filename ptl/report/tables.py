@@ -12,6 +12,7 @@ from ptl.report.result_rows import Row
 # Fields of a row's `scores`, with their label.
 COSTS = {
     "params": "Parameters",
+    "active_params": "Active parameters",  # of a mixture of experts
     "bytes": "Bytes",
     "flops_per_token": "FLOPs per token",
     "kv_bytes_per_token": "KV-cache bytes per token",
@@ -40,7 +41,8 @@ def _iteration(row: Row) -> Row:
     return {
         "label": "one-shot control" if row["arm"] == "control" else iteration_label(row),
         "arm": row["arm"],
-        "params": _params(row),
+        "params": f"{row['params']:,}",
+        "active": f"{row['scores']['active_params']:,}" if row["scores"]["experts"] else "",
         "removed": cells.percent(row["share_removed"]),
         # The score of the first benchmark.
         "accuracy": cells.accuracy(task),
@@ -51,18 +53,12 @@ def _iteration(row: Row) -> Row:
         # What is left of the model, and what went in this iteration.
         "shape": cells.span(min(widths), max(widths)),
         "layers": len(widths),
+        "experts": row["scores"]["experts"],
         "removed_layers": ", ".join(map(str, row["removed_layers"])),
         # For the tables further down.
         "tasks": [{**other, "score": cells.score(other)} for other in row["scores"]["tasks"]],
         "gate": gate_numbers(row["gate"]),
     }
-
-
-def _params(row: Row) -> str:
-    """Parameters of a row's model; of a mixture of experts those that a token meets, too."""
-    scores = row["scores"]
-    active = f" ({scores['active_params']:,} active)" if scores["experts"] else ""
-    return f"{row['params']:,}{active}"
 
 
 def iteration_label(row: Row) -> str:
@@ -117,10 +113,17 @@ def columns(result: Result) -> list[tuple[str, Row]]:
     return [(label, row) for label, row in rows.items() if row is not None]
 
 
+def has_experts(result: Result) -> bool:
+    """Whether the model is a mixture of experts, of whose parameters a token meets only a part."""
+    return any(row["scores"]["experts"] for row in result["rows"])
+
+
 def costs(result: Result) -> list[tuple[str, list[str]]]:
     """What each of dense, final and control costs: label -> one cell per column of `columns`."""
     table = []
     for key, label in COSTS.items():
+        if key == "active_params" and not has_experts(result):
+            continue
         dense, *others = [row["scores"][key] for _, row in columns(result)]
         # The others with how many times the dense model's cost they are.
         texts = [f"{dense:,}"]

@@ -260,6 +260,18 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
     assert "| 2 | 4 | 170 | 2 |" in (tmp_path / "report.md").read_text()
 
 
+def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, settings, tmp_path, no_pictures):
+    for record in records.values():
+        if "scores" in record["metadata"]:
+            params = record["metadata"]["scores"]["params"]
+            record["metadata"]["scores"] |= {"experts": params // 10_000, "active_params": params - 100_000}
+    render(build(records, settings), tmp_path)
+    page, text = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
+    assert "127,872 (27,872 active)" in page and "127,872 (27,872 active)" in text
+    assert "| Active parameters | 113,120 | 27,872 | -75.4 % |" in text
+    assert "| Iteration | Layers | Experts | FFN width |" in text and "| dense | 4 | 21 | 256 |" in text
+
+
 def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictures):
     result = write_report(records, settings, tmp_path)
     assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
