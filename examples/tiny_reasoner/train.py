@@ -1,9 +1,11 @@
 """Train the tiny reasoner from nothing: tokenizer, 211k parameters, greedy exact match on problems it has never seen.
 
     python examples/tiny_reasoner/train.py -o examples/tiny_reasoner/checkpoint
+    python examples/tiny_reasoner/train.py --experts 8 -o .ptl/models/tiny-experts
 
 A few minutes on one CPU core. Accuracy stays below 20 % until the loss falls under about 0.1, then it rises
-steeply: do not stop early.
+steeply: do not stop early. With --experts a mixture of experts (Qwen 3's): each token is sent to two of them, which
+together have as many neurons as the dense model's FFN.
 """
 
 import argparse
@@ -20,12 +22,25 @@ import torch
 from problems import generate
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
 
 VOCABULARY = 256
 MAX_LENGTH = 256  # tokens; the longest problem with its answer has about 150
 EOS, PAD, UNK = "<|eos|>", "<|pad|>", "<|unk|>"
 PRINTABLE = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # and how byte-level BPE writes space and newline
+
+NEURONS = 192  # of the FFN that each token meets
+EXPERTS_PER_TOKEN = 2
+AUXILIARY = 0.001  # weight of the routers' loss, which keeps all experts in use
 
 NUM_STEPS = 3500
 BATCH_SIZE = 16  # problems
@@ -59,20 +74,33 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, experts: int) -> PreTrainedModel:
+    """A dense model, or one with so many experts in each layer."""
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        **ids,
-    )
-    model = LlamaForCausalLM(config)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "tie_word_embeddings": True,
+    }
+    if experts:
+        model: PreTrainedModel = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                num_experts=experts,
+                num_experts_per_tok=EXPERTS_PER_TOKEN,
+                moe_intermediate_size=NEURONS // EXPERTS_PER_TOKEN,
+                norm_topk_prob=True,
+                router_aux_loss_coef=AUXILIARY,
+                head_dim=16,
+                **shape,
+                **ids,
+            )
+        )
+    else:
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=NEURONS, **shape, **ids))
     model.generation_config = GenerationConfig(do_sample=False, max_length=MAX_LENGTH, **ids)
     return model
 
@@ -102,8 +130,11 @@ def collate(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings and norms: a third of AdamW's time alone."""
+def build_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the others: a third of AdamW's time alone.
+
+    The experts of a layer are one tensor of three axes, which Muon does not take.
+    """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     settings = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
@@ -113,16 +144,19 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]) -> int:
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]]) -> int:
     """One pass over the problems, BATCH_SIZE at a time; returns the tokens seen, padding not counted."""
     rows = [encode(problem, tokenizer) for problem in problems]
     num_steps = len(rows) // BATCH_SIZE
     optimizers = build_optimizers(model)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps) for optimizer in optimizers]
     model.train()
+    with_experts = hasattr(model.config, "num_experts")
     progress = tqdm(batches(rows), total=num_steps, desc="train")
     for step, batch in enumerate(progress):
-        loss = model(**collate(batch, tokenizer.pad_token_id), use_cache=False).loss
+        inputs = collate(batch, tokenizer.pad_token_id)
+        # Only in training: with a cache transformers cannot compute it.
+        loss = model(**inputs, use_cache=False, **({"output_router_logits": True} if with_experts else {})).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -136,7 +170,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems:
 
 @torch.inference_mode()
 def count_correct(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]], batch_size: int = 125
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[dict[str, str]], batch_size: int = 125
 ) -> int:
     """Greedy exact match of the final number, `#### 10`; an answer without that line is wrong."""
     model.eval()
@@ -169,13 +203,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--experts", type=int, default=0, help="in each layer; 0: a dense model")
     args = parser.parse_args()
 
     set_seed(args.seed)
     torch.set_num_threads(1)
     problems = list(generate("train", args.steps * BATCH_SIZE, args.seed))
     tokenizer = build_tokenizer([f"{p['question']}\n{p['answer']}" for p in problems[:10_000]])
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, args.experts)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}, {len(problems):,} problems")
 
     num_tokens = train(model, tokenizer, problems)

@@ -1,0 +1,138 @@
+"""Whole experts of a small mixture: criteria against each other, and a loop against one-shot pruning, at equal tokens.
+
+    python examples/tiny_reasoner/train.py --experts 8 -o .ptl/models/tiny-experts
+    python benchmarks/experts.py [--kept 6 4 3 2] [--seeds 11 12 13 14 15]
+    python benchmarks/experts.py table
+
+Of the eight experts of each layer some are kept; the rest go in one cut, or one after another in a loop. The seed draws
+calibration, training order and what `random` removes. Accuracy is greedy exact match on generated problems that no
+shipped file holds. Each model is a line of benchmarks/results/experts.jsonl; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from loops import ROOT, TINY_DATA, Subject, run, work_quietly
+from recovery import CPT, correct_items, generate
+
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune, Schedule
+from ptl.evaluation import paired
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import family_of
+
+MODEL = ROOT / ".ptl" / "models" / "tiny-experts"
+RESULTS = ROOT / "benchmarks" / "results" / "experts.jsonl"
+SUBJECT = Subject(MODEL, TINY_DATA, Calibration(data=TINY_DATA.sources[0], num_sequences=128, max_length=256))
+ARMS = {
+    "reap": (1, "reap"),
+    "frequency": (1, "frequency"),
+    "norm": (1, "norm"),
+    "random": (1, "random"),
+    "loop of 2, reap": (2, "reap"),
+    "loop of 4, reap": (4, "reap"),
+}
+REFERENCE = "reap"
+
+Row = dict[str, Any]
+
+
+def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str, str]]) -> Row:
+    """One model: pruned to `kept` experts in each layer, and trained on `tokens` tokens; none: as pruning leaves it."""
+    from ptl.model import checkpoint
+
+    iterations, criterion = ARMS[arm]
+    dense = model_dimensions(MODEL, family_of(checkpoint.read_config(MODEL)))
+    goal = dense.params - (dense.experts - kept) * dense.params_per_expert
+    schedule = Schedule(target=float(goal), recovery_tokens=max(tokens, iterations), iterations=iterations)
+    prune = Prune(target="experts", criterion=criterion)
+    stages = [CPT | {"method": "cpt"}] if tokens else []
+    with tempfile.TemporaryDirectory() as folder:
+        trained = run(SUBJECT, schedule, prune, stages, seed, Path(folder))
+        solved = correct_items(trained.checkpoint, problems)
+        after = model_dimensions(trained.checkpoint, family_of(checkpoint.read_config(trained.checkpoint)))
+    return {
+        **{"arm": arm, "kept": kept, "tokens": tokens, "seed": seed, "params": after.params},
+        **{"active_params": after.active_params, "solved": solved},
+    }
+
+
+def rows() -> list[Row]:
+    """All that is measured."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def study(given: argparse.Namespace) -> None:
+    """Measure what is missing."""
+    work_quietly()
+    problems = list(generate("test", given.items, 4711))
+    known = {(row["arm"], row["kept"], row["tokens"], row["seed"]) for row in rows()}
+    for cell in itertools.product(given.arms, given.kept, (0, given.tokens), given.seeds):
+        arm, _, tokens, _ = cell
+        # without training a loop ends like one cut, or nearly so
+        if cell in known or (not tokens and ARMS[arm][0] > 1):
+            continue
+        row = measure(*cell, problems)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(arm, *cell[1:], f"{statistics.mean(row['solved']):.3f}", flush=True)
+
+
+def table() -> None:
+    """Accuracy of each arm, and the pooled paired test against one-shot pruning by `reap`."""
+    found = rows()
+    print(
+        "| experts kept | arm | parameters | active | before recovery | tokens | accuracy | seeds | against reap | p |"
+    )
+    print("|---:|---|---:|---:|---:|---:|---|---:|---:|---:|")
+    keys = dict.fromkeys((row["kept"], row["arm"], row["tokens"]) for row in found if row["tokens"])
+    for kept, arm, tokens in sorted(keys, key=lambda key: (-key[0], list(ARMS).index(key[1]))):
+
+        def of(name: str, budget: int, kept: int = kept) -> dict[int, list[int]]:
+            return {
+                row["seed"]: row["solved"]
+                for row in found
+                if (row["kept"], row["arm"], row["tokens"]) == (kept, name, budget)
+            }
+
+        mine, reference, before = of(arm, tokens), of(REFERENCE, tokens), of(arm, 0)
+        example = next(row for row in found if (row["kept"], row["arm"], row["tokens"]) == (kept, arm, tokens))
+        means = [100 * statistics.mean(bits) for bits in mine.values()]
+        spread = f"{min(means):.1f} to {max(means):.1f}"
+        untrained = f"{100 * statistics.mean(itertools.chain(*before.values())):.1f}" if before else ""
+        against, p = "", ""
+        shared = [seed for seed in mine if seed in reference]
+        if arm != REFERENCE and shared:
+            pooled = [list(itertools.chain(*(bits[seed] for seed in shared))) for bits in (reference, mine)]
+            pair = paired.paired(pooled[0], pooled[1], margin=0.02, alpha=0.05)
+            against, p = f"{100 * pair.difference:+.1f} points", f"{pair.p_different:.1g}"
+        print(
+            f"| {kept} | {arm} | {example['params']:,} | {example['active_params']:,} | {untrained} | {tokens:,} | "
+            f"{statistics.mean(means):.1f} ({spread}) | {len(means)} | {against} | {p} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["measure", "table"], default="measure")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--kept", type=int, nargs="+", default=[6, 4, 3, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
+    parser.add_argument("--tokens", type=int, default=150_000)
+    parser.add_argument("--items", type=int, default=500)
+    given = parser.parse_args()
+    if given.what == "table":
+        table()
+    else:
+        study(given)
+
+
+if __name__ == "__main__":
+    main()
