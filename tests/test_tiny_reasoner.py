@@ -12,6 +12,9 @@ from types import ModuleType
 import pytest
 import yaml
 
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "tiny_reasoner"
 CHECKPOINT = FOLDER / "checkpoint"
@@ -27,6 +30,15 @@ def load_problems() -> ModuleType:
 
 
 problems = load_problems()
+
+
+def test_the_training_script_makes_a_mixture_of_experts_that_can_be_pruned(tmp_path):
+    """Two steps of it: what it learns in 3,500 is in the README."""
+    command = [sys.executable, FOLDER / "train.py", "--experts", "4", "--steps", "2", "--items", "2", "-o", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    dimensions = model_dimensions(tmp_path, FAMILIES["qwen3_moe"])
+    assert (dimensions.experts, dimensions.experts_per_token, dimensions.width) == (4, 2, 96)
+    assert dimensions.active_params < dimensions.params
 
 
 @pytest.fixture(scope="module")

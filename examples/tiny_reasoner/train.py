@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--items", type=int, default=NUM_TEST, help="held-out problems to test it on")
     parser.add_argument("--experts", type=int, default=0, help="in each layer; 0: a dense model")
     args = parser.parse_args()
 
@@ -217,10 +218,12 @@ def main() -> None:
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
-    correct = count_correct(model, tokenizer, list(generate("test", NUM_TEST, args.seed)))
-    low, high = wilson(correct, NUM_TEST)
+    correct = count_correct(model, tokenizer, list(generate("test", args.items, args.seed)))
+    low, high = wilson(correct, args.items)
     print(f"{args.output}: trained on {num_tokens:,} tokens")
-    print(f"{correct} of {NUM_TEST} held-out problems right, {correct / NUM_TEST:.1%} (95 %: {low:.1%} to {high:.1%})")
+    print(
+        f"{correct} of {args.items} held-out problems right, {correct / args.items:.1%} (95 %: {low:.1%} to {high:.1%})"
+    )
 
 
 if __name__ == "__main__":

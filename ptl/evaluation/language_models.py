@@ -12,7 +12,7 @@ from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
-from ptl.model import checkpoint, shapes
+from ptl.model import checkpoint, pretrained, shapes
 from ptl.model.families import family_of
 
 
@@ -159,7 +159,7 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
             return ids, mask
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return NotedModel(
+    lm = NotedModel(
         pretrained=str(src),
         device=device,
         dtype="auto",  # the checkpoint's own
@@ -167,6 +167,8 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
         max_length=settings.max_length,
         trust_remote_code=False,  # a checkpoint's own code is never run
     )
+    pretrained.for_generation(lm.model)
+    return lm
 
 
 def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:

@@ -66,7 +66,18 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
             field=field,
             remedy="of a multimodal checkpoint give the text model, which `ptl import-model` saves",
         )
-    return _load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True)
+    return for_generation(_load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True))
+
+
+def for_generation(model: Any) -> Any:
+    """A model that returns no router logits, whatever its config says; of a dense model nothing changes.
+
+    transformers would compute the routers' loss from them for each token that it generates, and fail on a batch with
+    padding. trl's trainers ask for them again.
+    """
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False
+    return model
 
 
 def _load(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -106,6 +107,10 @@ def test_the_optimizer_state_follows_the_experts_that_stay(small, tmp_path):
 
 
 def test_the_recovered_mixture_is_evaluated_with_its_active_parameters(small, tmp_path):
+    """With router logits too, from which transformers cannot compute a loss while it generates for a padded batch."""
+    small = shutil.copytree(small, tmp_path / "model")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
     settings = Evaluate(tasks=[{"name": str(TASK), "limit": 4, "max_new_tokens": 8}], batch_size=2)
     scores = evaluate_checkpoint(small, tmp_path, settings, seed=0, speed=False)
     assert scores.experts == 4 and scores.active_params < scores.params == checkpoint.num_params(small)
