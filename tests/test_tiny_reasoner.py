@@ -32,6 +32,7 @@ def load_problems() -> ModuleType:
 problems = load_problems()
 
 
+@pytest.mark.slow
 def test_the_training_script_makes_a_mixture_of_experts_that_can_be_pruned(tmp_path):
     """Two steps of it: what it learns in 3,500 is in the README."""
     command = [sys.executable, FOLDER / "train.py", "--experts", "4", "--steps", "2", "--items", "2", "-o", tmp_path]
