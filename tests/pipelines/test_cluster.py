@@ -343,7 +343,7 @@ def test_a_recover_step_of_several_nodes_is_a_coordinator_with_their_train_job(t
         ({"recover": [{"sharding": "zero2"}]}, r"sharding=zero2 is for one node: on several take fsdp or hybrid"),
         ({"recover": [{"processes": 3}]}, r"must be a multiple of accumulation=1 times the 6 processes of 2 nodes"),
     ],
-    ids=["another step", "ZeRO-2", "a batch that is not divided"],
+    ids=["another-step", "ZeRO-2", "a-batch-that-is-not-divided"],
 )
 def test_what_does_not_go_on_several_nodes_is_refused(sets, message):
     with pytest.raises(InputError, match=message):

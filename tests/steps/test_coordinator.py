@@ -160,7 +160,7 @@ def test_nodes_that_are_restarted_are_followed_on_with_the_reason(cluster, capfd
         ),
         ([], WorkError, rf"^TrainJob {NAME} failed \(ReachedMaxRestarts\): jobset failed due to reaching max number"),
     ],
-    ids=["the first that failed", "a wrong input", "out of memory", "a crash", "evicted", "no pod is left"],
+    ids=["the-first-that-failed", "a-wrong-input", "out-of-memory", "a-crash", "evicted", "no-pod-is-left"],
 )
 def test_a_failure_is_the_failing_node_s_own_and_the_train_job_is_deleted(cluster, pods, kind, message):
     cluster.play(("trainjob-failed", pods))
@@ -221,7 +221,7 @@ def test_one_that_somebody_else_deletes_is_an_error(cluster):
         (mock_kubernetes.NO_TRAINER, r"resources\.steps\.recover\.nodes: this cluster has no Kubeflow Trainer"),
         ((403, "exceeded quota: gpus, requested: 16"), r"resources\.steps\.recover: the cluster refuses it: exceeded"),
     ],
-    ids=["unknown runtime", "no right", "no Kubeflow Trainer", "quota"],
+    ids=["unknown-runtime", "no-right", "no-Kubeflow-Trainer", "quota"],
 )
 def test_what_the_cluster_refuses_is_an_input_error_that_names_the_remedy(cluster, refusal, message):
     cluster.refusal = refusal
@@ -266,7 +266,7 @@ def test_last_words_fit_what_kubernetes_keeps():
             Machines(2, 1, "a", 9),
         ),
     ],
-    ids=["one machine", "it stands for four", "a node"],
+    ids=["one-machine", "it-stands-for-four", "a-node"],
 )
 def test_the_machines_are_those_of_the_environment(environment, expected):
     assert machines(environment) == expected
@@ -313,7 +313,7 @@ def test_only_a_step_of_several_nodes_on_a_cluster_coordinates(monkeypatch):
             "0 of 2 nodes run; node 1: Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
         ),
     ],
-    ids=["no image", "no place"],
+    ids=["no-image", "no-place"],
 )
 def test_a_node_that_does_not_start_is_named_with_the_reason(cluster, capfd, state, message):
     pods = [waiting(pod(NAME, 0), containerStatuses=[]), waiting(pod(NAME, 1), **state)]

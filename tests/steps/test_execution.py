@@ -165,9 +165,9 @@ def test_a_step_that_another_process_works_on_is_refused(begin, monkeypatch):
     call = {"settings": {"step": "prune-1", "experiment": "e"}, "inputs": {}, "outputs": {}}
     refusal = pytest.raises(InputError, match=r"step prune-1: another process executes it \(process id \d+\)")
     with processes.exclusive(scratch("prune-1.lock"), "the orphan"), refusal:
-        process._work(call)
+        process.work(call)
     monkeypatch.setitem(table.STEPS, "prune", lambda call: None)
-    assert process._work(call) == {}
+    assert process.work(call) == {}
 
 
 def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
         execute(step, None, {}, work)
     assert tracking.error_of(step.start()) == "ValueError: no answer from https://***@proxy/x"
 
-    monkeypatch.setattr(process, "_work", lambda _call: work())
+    monkeypatch.setattr(process, "work", lambda _call: work())
     monkeypatch.setattr(processes, "die_with", lambda _parent: None)
     (tmp_path / "call.json").write_text("{}")
     with pytest.raises(ValueError, match="no answer"):
