@@ -175,16 +175,16 @@ def test_two_groups_of_one_process_train_as_one_group_of_two(small, straight, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["fsdp", "hybrid"])
+@pytest.mark.parametrize(("sharding", "processes"), [("fsdp", 1), ("hybrid", 2)])
 def test_weights_are_sharded_over_machines_or_within_each(
-    sharding, small, straight, tmp_path, monkeypatch, replace_worker
+    sharding, processes, small, straight, tmp_path, monkeypatch, replace_worker
 ):
-    """Two groups of two processes: all four share the weights, or each group has all of them."""
+    """Two groups: they share the weights, or each has all of them, divided among its processes."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     replace_worker(ROOT / "tests/fsdp_on_cpu.py")
-    stage = CPT | {"processes": 2, "sharding": sharding}
+    stage = CPT | {"processes": processes, "sharding": sharding}
     report = recover(small, tmp_path / "out", stage, machines=Machines(2))
-    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 4)
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, straight[1].steps, 2 * processes)
     mine, theirs = weights(tmp_path / "out"), weights(straight[0])
     assert mine.keys() == theirs.keys()
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
