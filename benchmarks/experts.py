@@ -16,21 +16,22 @@ import itertools
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loops import ROOT, TINY_DATA, Subject, run, work_quietly
+from loops import ROOT, TINY, run, work_quietly
 from recovery import CPT, correct_items, generate
 
-from ptl.config.run import Calibration
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import paired
+from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
 MODEL = ROOT / ".ptl" / "models" / "tiny-experts"
 RESULTS = ROOT / "benchmarks" / "results" / "experts.jsonl"
-SUBJECT = Subject(MODEL, TINY_DATA, Calibration(data=TINY_DATA.sources[0], num_sequences=128, max_length=256))
+SUBJECT = replace(TINY, model=MODEL)
 ARMS = {
     "reap": (1, "reap"),
     "frequency": (1, "frequency"),
@@ -46,14 +47,12 @@ Row = dict[str, Any]
 
 def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str, str]]) -> Row:
     """One model: pruned to `kept` experts in each layer, and trained on `tokens` tokens; none: as pruning leaves it."""
-    from ptl.model import checkpoint
-
     iterations, criterion = ARMS[arm]
     dense = model_dimensions(MODEL, family_of(checkpoint.read_config(MODEL)))
     goal = dense.params - (dense.experts - kept) * dense.params_per_expert
     schedule = Schedule(target=float(goal), recovery_tokens=max(tokens, iterations), iterations=iterations)
     prune = Prune(target="experts", criterion=criterion)
-    stages = [CPT | {"method": "cpt"}] if tokens else []
+    stages = [CPT] if tokens else []
     with tempfile.TemporaryDirectory() as folder:
         trained = run(SUBJECT, schedule, prune, stages, seed, Path(folder))
         solved = correct_items(trained.checkpoint, problems)

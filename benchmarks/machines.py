@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from loops import ROOT, work_quietly
+from loops import TINY, work_quietly
 
 TOKENS = 20_000
 CELLS = ((1, 1), (1, 2), (2, 1))  # nodes, processes of each
@@ -20,7 +20,7 @@ CELLS = ((1, 1), (1, 2), (2, 1))  # nodes, processes of each
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    from ptl.config.recover import Cpt, Recovery, TrainingData
+    from ptl.config.recover import Cpt, Recovery
     from ptl.model import checkpoint
     from ptl.recovery.job import RecoveryJob, StageBudget
     from ptl.recovery.machines import Machines
@@ -29,9 +29,6 @@ def main() -> None:
     from ptl.storage.manifest import digest_of
 
     work_quietly()
-    dense = ROOT / "examples/tiny_reasoner/checkpoint"
-    rows = ROOT / "examples/tiny_reasoner/train.jsonl.gz"
-    data = TrainingData(sources=[{"source": str(rows), "prompt": "{question}\n", "completion": "{answer}"}])
     print("| nodes x processes | tokens | steps | last loss | digest | largest difference of a weight to 1 x 1 |")
     print("|---|---:|---:|---:|---|---:|")
     reference = None
@@ -39,14 +36,14 @@ def main() -> None:
         for nodes, processes in CELLS:
             out = Path(folder, f"{nodes}-{processes}")
             job = RecoveryJob(
-                data,
+                TINY.data,
                 StageBudget(TOKENS, (), 1, True, 0),
                 Path(folder, f"{out.name}.training"),
                 lambda metrics, step: None,
                 machines=Machines(nodes),
             )
             recovery = Recovery(stages=[Cpt(processes=processes, max_length=128, logging_steps=1)])
-            report = recover_checkpoint(dense, out, recovery, [TOKENS], job)
+            report = recover_checkpoint(TINY.model, out, recovery, [TOKENS], job)
             digest = digest_of(store.publish(out, Path(folder, f"{out.name}.published").as_uri()))
             weights = {name: tensor for shard in checkpoint.shards(out) for name, tensor in checkpoint.tensors(shard)}
             reference = reference or weights

@@ -147,6 +147,11 @@ def interruptible(advice: str) -> Iterator[None]:
             raise SystemExit(128 + number) from None
 
 
+def end_by_signal(number: int) -> NoReturn:
+    """A handler for `handling_signals`: it leaves by the exit code of a process that the signal has ended."""
+    raise SystemExit(128 + number)  # not more: the wait that is interrupted may hold a lock
+
+
 @contextlib.contextmanager
 def handling_signals(handler: Callable[[int], NoReturn]) -> Iterator[None]:
     """Call `handler` with the signal's number for SIGINT and SIGTERM, as long as the block runs."""

@@ -1,5 +1,7 @@
 """Random models of every family, a few thousand parameters each, as checkpoints on disk."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -9,6 +11,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+
+from ptl.config.recover import DataSource
+from ptl.config.run import Calibration
 
 VOCABULARY = 48
 SIZES = {
@@ -157,3 +162,15 @@ def logits(model, batch):
     with torch.no_grad():
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return out[batch["attention_mask"].bool()]
+
+
+def word_calibration(folder):
+    """Twelve texts of the tiny tokenizer's words, of different lengths, of which eight are read."""
+    path = folder / "rows.jsonl"
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        {"text": " ".join(f"w{i}" for i in torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist())}
+        for n in range(12)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)

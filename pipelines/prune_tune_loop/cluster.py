@@ -46,13 +46,7 @@ def _set_compute(task: Any, stage: str, resources: Resources) -> None:
     if accelerators:
         task.set_accelerator_type(resources.accelerator)
         task.set_accelerator_limit(accelerators)
-    # Requests equal limits, as in a pod of the class Guaranteed, which is evicted last.
-    if cpu:
-        task.set_cpu_request(cpu)
-        task.set_cpu_limit(cpu)
-    if memory:
-        task.set_memory_request(memory)
-        task.set_memory_limit(memory)
+    _request(task, cpu, memory)
     if shm:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
 
@@ -62,10 +56,17 @@ def _set_nodes(task: Any, stage: str, config: Config) -> None:
     own = config.resources.of_step(stage)
     task.set_env_variable(machines.NODES, str(own.nodes))
     task.set_env_variable(trainjob.TEMPLATE, train_job.template(config, task.container_spec.image))
-    task.set_cpu_request(train_job.COORDINATOR_CPU)
-    task.set_cpu_limit(train_job.COORDINATOR_CPU)
-    task.set_memory_request(train_job.COORDINATOR_MEMORY)
-    task.set_memory_limit(train_job.COORDINATOR_MEMORY)
+    _request(task, train_job.COORDINATOR_CPU, train_job.COORDINATOR_MEMORY)
+
+
+def _request(task: Any, cpu: str | None, memory: str | None) -> None:
+    """Requests equal limits, as in a pod of the class Guaranteed, which is evicted last."""
+    if cpu:
+        task.set_cpu_request(cpu)
+        task.set_cpu_limit(cpu)
+    if memory:
+        task.set_memory_request(memory)
+        task.set_memory_limit(memory)
 
 
 def _set_attempts(task: Any, stage: str, resources: Resources) -> None:

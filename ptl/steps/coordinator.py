@@ -7,13 +7,11 @@ started. A step that fails or is cancelled deletes it.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NoReturn
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
@@ -46,13 +44,8 @@ def train(call: Call, begin: Callable[[], None]) -> None:
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
-    template = json.loads(os.environ[trainjob.TEMPLATE])
-    job = trainjob.complete(template, name, run, cluster.own_pod(), _for_nodes(call))
-
-    def cancelled(number: int) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    with processes.handling_signals(cancelled):
+    job = trainjob.complete(os.environ[trainjob.TEMPLATE], name, run, cluster.own_pod(), _for_nodes(call))
+    with processes.handling_signals(processes.end_by_signal):
         follows = _follows_earlier(cluster, step, name)
         if not follows:
             begin()

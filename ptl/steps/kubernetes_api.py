@@ -10,13 +10,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from ptl.errors import InputError, WorkError
+from ptl.preflight.in_cluster import NAMESPACE
 from ptl.steps.trainjob import GROUP, OF_JOB_SET, PLURAL, VERSION, Json
 
-NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 SECONDS = 30  # for one request
 PATIENCE = 600  # seconds without an answer of the API before we give up
 CONFLICT, NOT_FOUND = 409, 404

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 from ptl import processes
 from ptl.address import without_login
@@ -29,7 +28,10 @@ def main() -> None:
         say(step, warning)
     try:
         # The first process of a container ignores a signal that it does not handle.
-        with processes.handling_signals(_end), tempfile.TemporaryDirectory(prefix="ptl-node-") as folder:
+        with (
+            processes.handling_signals(processes.end_by_signal),
+            tempfile.TemporaryDirectory(prefix="ptl-node-") as folder,
+        ):
             process.work(_with_files(call, Path(folder)))
     except PtlError as error:
         print(f"error: {step}: {error}", file=sys.stderr, flush=True)
@@ -37,10 +39,6 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         _leave(without_login(f"{type(error).__name__}: {error}"), 1)
-
-
-def _end(number: int) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:

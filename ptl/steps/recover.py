@@ -54,6 +54,7 @@ def recover(call: Call) -> None:
         "seed": call.settings["seed"],
     }
     training_key = store.digest([parent.digest, settings])
+    group = machines.machines()
     stores = _training_checkpoints(step, training_key, recovery)
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
@@ -71,16 +72,16 @@ def recover(call: Call) -> None:
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
             scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
-            machines=machines.machines(),
+            machines=group,
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
-        if not job.machines.first:
+        if not group.first:
             return {}  # the first one has the files
         mlflow_flavor.write(dst)
         counts = {**sequence_counts(step.name, report), **_decontaminated(step.name, report)}
         return {"params": parent.params, **dataclasses.asdict(report), **counts}
 
-    if not machines.machines().first:
+    if not group.first:
         take_part(step, parent, settings, work)
         return
     by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ptl import fork_server, processes
 from ptl.log import say
@@ -124,12 +124,8 @@ def _unexplained(exit_code: int) -> str:
 @contextlib.contextmanager
 def _ending_together(process: Work) -> Iterator[None]:
     """Whatever ends the wait ends the work: a pod that is deleted gets SIGTERM, a terminal sends SIGINT."""
-
-    def stop(number: int) -> NoReturn:
-        raise SystemExit(128 + number)  # not more: the interrupted wait holds a lock
-
     # Only while the work runs: afterwards this process ends as any other does.
-    with processes.handling_signals(stop):
+    with processes.handling_signals(processes.end_by_signal):
         try:
             yield
         except BaseException:

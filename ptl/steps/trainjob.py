@@ -37,9 +37,9 @@ def name_of(run: str, step: str) -> str:
     return f"ptl-{digits[:12]}-{step}"
 
 
-def complete(template: Json, name: str, run: str, coordinator: Json, call: Json) -> Json:
+def complete(template: str, name: str, run: str, coordinator: Json, call: Json) -> Json:
     """The TrainJob of one step: the template with its name, the step's call, and what its coordinator's pod has."""
-    job: Json = json.loads(json.dumps(template))
+    job: Json = json.loads(template)
     metadata, spec = job["metadata"], job["spec"]
     metadata["name"] = name
     # Deleted with the workflow, but not with a pod that another one follows.

@@ -45,17 +45,7 @@ class TrainingCheckpoints:
     def save(self, folder: Path) -> None:
         """Publish a folder and commit it as the next checkpoint; the files of older ones go, their records stay."""
         stored = self.records()
-        slot = self._slot(len(stored))
-        # a random suffix: a save that was killed before its record left a folder of the same number
-        location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
-        files = store.publish(folder, location, on_progress=_silent)
-        # written last: what it names is complete
-        record = {
-            "key": self.key,
-            "pointer": asdict(Pointer(location, digest_of(files))),
-            "metadata": {"folder": folder.name},
-        }
-        store.commit(self.root, self.run, slot, record)
+        self._commit(self._slot(len(stored)), folder, {"folder": folder.name})
         for number in range(len(stored) + 1 - NUM_KEPT):
             self._delete_files(self._slot(number), stored[number])
 
@@ -71,37 +61,19 @@ class TrainingCheckpoints:
         if local is not None and step_of(local) >= step_of(target):
             return
         # one that is not complete is replaced
-        download = scratch / "fetched"
-        folder = store.fetch(Pointer(**newest["pointer"]), download, on_progress=_silent)
-        shutil.rmtree(target, ignore_errors=True)
-        # one rename makes it complete
-        partial = scratch / f".{os.getpid()}.{target.name}"
-        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
-        partial.rename(target)
+        _fetch(newest, target)
         assert (target / COMPLETE).is_file()
-        shutil.rmtree(download, ignore_errors=True)
 
     def save_result(self, folder: Path, report: str) -> None:
         """Publish what the finished stage has written, and commit it with its report."""
-        location = f"{self._folder()}/{self._result}-{uuid.uuid4().hex[:12]}"
-        files = store.publish(folder, location, on_progress=_silent)
-        record = {
-            "key": self.key,
-            "pointer": asdict(Pointer(location, digest_of(files))),
-            "metadata": {"report": report},
-        }
-        store.commit(self.root, self.run, self._result, record)
+        self._commit(self._result, folder, {"report": report})
 
     def fetch_result(self, folder: Path) -> str | None:
         """Put what the finished stage has written into `folder`; returns its report, None where there is none yet."""
         record = store.committed(self.root, self.run, self._result, self.key)
         if record is None:
             return None
-        download = folder.with_name(f"{folder.name}.fetched")
-        stored = store.fetch(Pointer(**record["pointer"]), download, on_progress=_silent)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(stored, folder, ignore=shutil.ignore_patterns(FILES))
-        shutil.rmtree(download, ignore_errors=True)
+        _fetch(record, folder)
         return str(record["metadata"]["report"])
 
     def records(self) -> list[dict[str, Any]]:
@@ -132,6 +104,14 @@ class TrainingCheckpoints:
             self._delete_files(self._result, result)
             store.delete(f"{folder}/{self._result}", below=folder)
 
+    def _commit(self, slot: str, folder: Path, metadata: dict[str, Any]) -> None:
+        """Publish a folder, then commit its record: what that names is complete."""
+        # a random suffix: a save that was killed before its record left a folder of the same number
+        location = f"{self._folder()}/{slot}-{uuid.uuid4().hex[:12]}"
+        files = store.publish(folder, location, on_progress=_silent)
+        record = {"key": self.key, "pointer": asdict(Pointer(location, digest_of(files))), "metadata": metadata}
+        store.commit(self.root, self.run, slot, record)
+
     def _delete_files(self, slot: str, record: dict[str, Any]) -> None:
         """Delete a record's files: of the record only the name counts, and that must be one which is given here."""
         folder = self._folder()
@@ -152,6 +132,17 @@ class TrainingCheckpoints:
     def _result(self) -> str:
         """The same for what the stage has written in the end."""
         return f"{self.name}.training-result"
+
+
+def _fetch(record: dict[str, Any], target: Path) -> None:
+    """Put the files of a record into the folder `target`, in place of what is there; one rename makes it complete."""
+    download = target.with_name(f"{target.name}.fetched")
+    folder = store.fetch(Pointer(**record["pointer"]), download, on_progress=_silent)
+    shutil.rmtree(target, ignore_errors=True)
+    partial = target.with_name(f".{os.getpid()}.{target.name}")
+    shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(FILES))
+    partial.rename(target)
+    shutil.rmtree(download, ignore_errors=True)
 
 
 def _silent(_: int) -> None:

@@ -1,15 +1,12 @@
 """Experts: scores against the whole model, one token at a time; then one checkpoint in, one with fewer experts out."""
 
-import json
 from typing import get_args
 
 import pytest
 import torch
-from tiny_models import MOE_VARIANTS, batches, build, logits, save
+from tiny_models import MOE_VARIANTS, batches, build, logits, save, word_calibration
 from transformers import AutoModelForCausalLM
 
-from ptl.config.recover import DataSource
-from ptl.config.run import Calibration
 from ptl.config.schedule import EXPERT_CRITERIA, Prune
 from ptl.errors import InputError
 from ptl.model import checkpoint
@@ -34,14 +31,7 @@ def source(request, variant, tmp_path):
 
 @pytest.fixture
 def calibration(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    generator = torch.Generator().manual_seed(3)
-    rows = [
-        {"text": " ".join(f"w{i}" for i in torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist())}
-        for n in range(12)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)
+    return word_calibration(tmp_path)
 
 
 def one_by_one(model):

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny_models import VARIANTS, batches, build, logits, save
+from tiny_models import VARIANTS, batches, build, logits, save, word_calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptl.config.recover import DataSource
@@ -40,14 +40,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def calibration(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    generator = torch.Generator().manual_seed(3)
-    rows = [
-        {"text": " ".join(f"w{i}" for i in torch.randint(3, 48, (4 + n % 5,), generator=generator).tolist())}
-        for n in range(12)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return Calibration(data=DataSource(source=str(path), format="text"), num_sequences=8, max_length=16, batch_size=3)
+    return word_calibration(tmp_path)
 
 
 def cut(source, calibration, folder, *, unit="neurons", share=0.2, **settings):
