@@ -73,7 +73,7 @@ checkov: install ## check the manifests with checkov too
 # llama-cpp-python is compiled here (cmake and a C++ compiler, some minutes), hence not part of `make test`.
 gguf: install ## exported checkpoints, loaded and run by llama.cpp
 	$(BIN)/pip install --quiet 'llama-cpp-python>=0.3'
-	$(BIN)/pytest tests/model/test_export.py
+	$(BIN)/pytest tests/export/test_gguf.py
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

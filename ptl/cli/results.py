@@ -49,7 +49,7 @@ def export(
     outtype: Annotated[str, typer.Option(help="data type: auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
 ) -> None:
     """Convert a checkpoint for another runtime: GGUF, for llama.cpp."""
-    from ptl.model.export import OUTTYPES, export_gguf
+    from ptl.export.gguf import OUTTYPES, export_gguf
 
     if outtype not in OUTTYPES:
         raise InputError(f"{outtype!r} must be one of {', '.join(OUTTYPES)}", field="--outtype")

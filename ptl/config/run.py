@@ -12,6 +12,7 @@ from ptl import __version__
 from ptl.config import batches, image_names, suggestions, yaml_text
 from ptl.config.base import Positive, Section
 from ptl.config.cluster import TRAINED, Resources, Storage
+from ptl.config.export import Export
 from ptl.config.goal import TAGS
 from ptl.config.paths import FOLDER, Folder, Location, typed
 from ptl.config.recover import (
@@ -204,6 +205,8 @@ class Config(Section):
     """whether an iteration is tested before the next one starts from it"""
     control: bool = True
     """add the control: one-shot pruning to the same size, with the same tokens in total"""
+    export: tuple[Export, ...] = ()
+    """forms of the final checkpoint for other runtimes, each made and evaluated by a step of its own"""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """seed of calibration, training and generation"""
 
@@ -256,6 +259,14 @@ class Config(Section):
                     f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
                     "step: raise it, or set schedule.tokens=uniform"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _exports_differ(self) -> Config:
+        names = [export.name for export in self.export]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"export has {name} twice: remove one")
         return self
 
     @model_validator(mode="after")

@@ -51,18 +51,10 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     checks.load_tokenizer(src)
 
     lm = language_models.language_model(src, settings, seed, helpers.processes_for(settings))
-    scores = []
-    items = []
-    try:
-        for task in settings.tasks:
-            score, its_items = score_task(lm, task, settings, seed=seed)
-            scores.append(score)
-            items += its_items
-    finally:
-        lm.close()
+    scores, items = score_tasks(lm, settings, seed)
     rows = measure_speed({"": lm.model}, settings.speed, seed)[""] if speed else []
     result = Scores(
-        tasks=tuple(scores),
+        tasks=scores,
         params=static.params,
         active_params=static.active_params,
         bytes=static.bytes,
@@ -75,6 +67,24 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     )
     _write_files(dst, result, items, timed=speed)
     return result
+
+
+def score_tasks(
+    lm: Any,  # of language_models.language_model; its helpers are ended
+    settings: Evaluate,
+    seed: int,
+) -> tuple[tuple[TaskScore, ...], list[Item]]:
+    """Every task's score, and the items of all tasks."""
+    scores = []
+    items = []
+    try:
+        for task in settings.tasks:
+            score, its_items = score_task(lm, task, settings, seed=seed)
+            scores.append(score)
+            items += its_items
+    finally:
+        lm.close()
+    return tuple(scores), items
 
 
 def _write_files(dst: Path, scores: Scores, items: list[Item], timed: bool) -> None:

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
+from ptl.export.gguf import export_gguf
 from ptl.model import checkpoint, cost
 from ptl.model.dimensions import dimensions_of_config, experts_for, model_dimensions, smallest_cuts, with_experts
-from ptl.model.export import export_gguf
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.goals import dense_model
 from ptl.preflight.forecast_model import shape_of

