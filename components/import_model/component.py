@@ -22,6 +22,7 @@ def import_model(
     evaluate: dict,
     gate: dict,
     gated: bool,
+    exports: list,
     out: Output[Model],
 ) -> None:
     from ptl.steps import supervisor

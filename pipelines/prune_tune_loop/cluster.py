@@ -11,7 +11,8 @@ from ptl.config.run import Config
 from ptl.recovery import machines
 from ptl.steps import mounts, trainjob
 
-ACCELERATED = ("prune", "recover", "evaluate")  # the stages that need accelerators and their nodes
+# The stages that need accelerators and their nodes.
+ACCELERATED = ("prune", "recover", "evaluate", "export-compressed-tensors")
 # Variables of a pod's own fields. As inputs of the task they would have other values in each run.
 FIELD_VARIABLES = {
     "KFP_RUN_ID": "metadata.labels['pipeline/runid']",

@@ -7,6 +7,7 @@ from kfp import compiler, dsl
 
 from components.doctor.component import doctor
 from components.evaluate.component import evaluate
+from components.export.component import export
 from components.import_model.component import import_model
 from components.prune.component import prune
 from components.recover.component import recover
@@ -14,6 +15,7 @@ from components.report.component import report
 from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
+from ptl.config.export import Export
 from ptl.config.goal import BY_GOAL, Goal
 from ptl.config.image_names import image
 from ptl.config.run import Config, essentials
@@ -88,9 +90,10 @@ COMPONENTS = {
     "prune": prune,
     "recover": recover,
     "evaluate": evaluate,
+    "export": export,
     "report": report,
 }
-STRUCTURE = ("name", "schedule", "control", "resources", "images", "storage")
+STRUCTURE = ("name", "schedule", "control", "export", "resources", "images", "storage")
 # Run parameters that each stage takes; the report takes all. `<stage>_settings` arrives at the component as `<stage>`.
 STAGE_PARAMETERS = {
     "doctor": (),
@@ -101,6 +104,7 @@ STAGE_PARAMETERS = {
     "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
     "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),
     "evaluate": ("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model"),
+    "export": ("calibration", "evaluate_settings", "gate", "seed", "registered_model"),
 }
 
 
@@ -121,22 +125,30 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
         task.set_display_name(node.name)
         # Dependencies without data; those with data follow from the arguments.
         task.after(*(tasks[name] for name in node.after))
-        task.set_container_image(_image(config, stage))
-        tasks[node.name] = cluster.configure(task, _cluster_stage(stage), config)
+        task.set_container_image(_image(config, node.name))
+        tasks[node.name] = cluster.configure(task, _cluster_stage(config, node.name), config)
 
 
-def _cluster_stage(stage: str) -> str:
-    """The name of a stage in `resources.steps` and among the images."""
+def _cluster_stage(config: Config, step: str) -> str:
+    """The name of a step's stage in `resources.steps` and among the images."""
+    stage = dag.stage_of(step)
+    if stage == "export":
+        return f"export-{_export(config, step).format}"
     # The doctor looks where prune will run.
     return {"import": "import-model", "doctor": "prune"}.get(stage, stage)
 
 
-def _image(config: Config, stage: str) -> str:
-    step = _cluster_stage(stage)
+def _export(config: Config, step: str) -> Export:
+    """The form that a step makes."""
+    return next(export for export in config.export if dag.export_step(export) == step)
+
+
+def _image(config: Config, step: str) -> str:
+    stage = _cluster_stage(config, step)
     # vLLM pins another torch, hence an image of its own.
     if stage == "evaluate" and config.evaluate.backend == "vllm":
-        step = "evaluate-vllm"
-    return image(step, config.images.registry, config.images.tag)
+        stage = "evaluate-vllm"
+    return image(stage, config.images.registry, config.images.tag)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:
@@ -149,9 +161,13 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
     if stage == "report":
         settings["schedule"] = {"iterations": iterations}  # it adds the run parameters
         return {"settings": {name: value for name, value in settings.items() if name in STRUCTURE}}
+    if stage == "export":
+        # It looks for the evaluation that scored the final model.
+        return {"iterations": iterations, "export": _export(config, step).model_dump()}
     if stage == "import":
         return {
             "iterations": iterations,
+            "exports": [export.model_dump() for export in config.export],
             "gated": config.gate.enabled,
             # Not part of the step's key: the same run under another name is the same run.
             "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,

@@ -14,7 +14,15 @@ from pydantic import Field, NonNegativeInt, field_validator, model_validator
 from ptl.config.base import Positive, Section
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 
-StepName = Literal["import-model", "prune", "recover", "evaluate", "report"]
+StepName = Literal[
+    "import-model",
+    "prune",
+    "recover",
+    "evaluate",
+    "export-gguf",
+    "export-compressed-tensors",
+    "report",
+]
 # Kubernetes' quantities, and names of its objects.
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -95,7 +103,7 @@ class Resources(Section):
     accelerator: str | None = None
     """for example nvidia.com/gpu"""
     accelerators: NonNegativeInt = 0
-    """accelerators of a recover and of an evaluate step; a prune step, which uses one, takes one of them"""
+    """accelerators of a recover and of an evaluate step; a prune step and an export to compressed-tensors take one"""
     cpu: Quantity | None = None
     """CPU cores, for example 8"""
     memory: Quantity | None = None
@@ -173,8 +181,14 @@ class Resources(Section):
         own = self.of_step(stage).accelerators
         if own is not None:
             return own
-        # Scores for pruning are computed on one, and the others need none.
-        used = {"prune": min(1, self.accelerators), "recover": self.accelerators, "evaluate": self.accelerators}
+        # Scores for pruning and quantized weights are computed on one, and the others need none.
+        one = min(1, self.accelerators)
+        used = {
+            "prune": one,
+            "recover": self.accelerators,
+            "evaluate": self.accelerators,
+            "export-compressed-tensors": one,
+        }
         return used.get(stage, 0)
 
     def nodes_of(self, stage: str) -> int:

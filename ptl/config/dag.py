@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ptl.config.export import Export
 from ptl.config.run import Config
 
 Arm = Literal["loop", "control"]
 _NAME = re.compile(r"(control-)?(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?")
+_EXPORT = re.compile(r"export-[a-z0-9-]+")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Node:
 
 
 def stage_of(name: str) -> str:
-    """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
+    """`doctor`, `import`, `prune`, `recover`, `evaluate`, `export` or `report`."""
     return _name_parts(name)[1]
 
 
@@ -59,10 +61,17 @@ def iteration_of(name: str) -> int:
 
 def _name_parts(name: str) -> tuple[str, ...]:
     """`control-` or nothing, stage and iteration of a step; what its name does not say is empty."""
+    if _EXPORT.fullmatch(name):
+        return "", "export", ""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is no step")
     return match.groups(default="")
+
+
+def export_step(export: Export) -> str:
+    """The step that makes and evaluates this form of the final model, for example export-gguf-q4-k-m."""
+    return f"export-{export.name}".replace("_", "-")
 
 
 def nodes(config: Config) -> list[Node]:
@@ -98,6 +107,9 @@ def nodes(config: Config) -> list[Node]:
         control = _iteration_nodes("control-{}", dense, fallback=False, after=after)
         steps += control
         results["control"] = Source(control[-1].name, "accepted")
+
+    # Forms of the final model for other runtimes; each is compared with the same form of the dense model.
+    steps += [Node(export_step(export), {"model": accepted, "dense": dense}) for export in config.export]
 
     # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
     inputs = {source.step for source in results.values()}

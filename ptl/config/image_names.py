@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from ptl import __version__
 from ptl.errors import InputError
 
-# Which image a kind of step runs in: five steps, three images.
+# Which image a kind of step runs in.
 IMAGE_OF = {
     "import-model": "prune",
     "prune": "prune",
     "recover": "recover",
     "evaluate": "evaluate",
     "report": "evaluate",
+    "export-gguf": "export-gguf",
+    "export-compressed-tensors": "export-compressed-tensors",
     "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
 }
 IMAGES = ("prune", "recover", "evaluate")
@@ -53,7 +56,6 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
     return f"{registry}/{name}" if registry else name
 
 
-def names(registry: str = "", tag: str | None = None, *, vllm: bool = False) -> list[str]:
-    """The three images, in the order of IMAGES; with `vllm` also that of evaluate on vLLM, made by bake alone."""
-    steps = (*IMAGES, "evaluate-vllm") if vllm else IMAGES
-    return [image(step, registry, tag) for step in steps]
+def names(registry: str = "", tag: str | None = None, *, optional: Iterable[str] = ()) -> list[str]:
+    """The three images, in the order of IMAGES, and those of the `optional` steps, which bake alone makes."""
+    return [image(step, registry, tag) for step in (*IMAGES, *optional)]

@@ -220,7 +220,10 @@ class Config(Section):
 
     def image_names(self) -> list[str]:
         """The images that the steps of this run need."""
-        return image_names.names(self.images.registry, self.images.tag, vllm=self.evaluate.backend == "vllm")
+        optional = ["evaluate-vllm"] if self.evaluate.backend == "vllm" else []
+        formats = dict.fromkeys(export.format for export in self.export)  # each once
+        optional += [f"export-{name}" for name in formats]
+        return image_names.names(self.images.registry, self.images.tag, optional=optional)
 
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:

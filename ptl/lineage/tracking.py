@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,6 +243,14 @@ def error_of(step_run: StepRun) -> str:
     """Why the last attempt of a step failed, as far as it could record it."""
     with mlflow_client.connected() as client:
         return str(client.get_run(step_run.run_id).data.tags.get("ptl.error", ""))
+
+
+def errors_of(step_run: StepRun, steps: Collection[str]) -> dict[str, str]:
+    """Why the last attempts of these steps of the run failed, of those that did."""
+    with mlflow_client.connected() as client:
+        runs = steps_of(client, step_run.experiment_id, step_run.run)
+    errors = {step: str(runs[step].data.tags.get("ptl.error", "")) for step in steps if step in runs}
+    return {step: error for step, error in errors.items() if error}
 
 
 def fail(step_run: StepRun, message: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.evaluation import speed_rows
-from ptl.report import evidence, limits, side_by_side, tables, wording
+from ptl.report import evidence, exports, limits, side_by_side, tables, wording
 from ptl.report.answer import answer
 from ptl.report.cells import level, settings, short
 from ptl.report.model_card import front_matter
@@ -132,6 +132,7 @@ def _variables(result: Result) -> dict[str, Any]:
         "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in tables.columns(result)],
         "costs": tables.costs(result),
+        "exports": exports.tables(result),
         "speed_rows": [row.cells for row in speed_rows.rows(speed)],
         "steps_without_record": tables.steps_without_record(result),
         "links": tables.links(result),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ptl.report import changed_answers, goal, result_rows
+from ptl.report import changed_answers, export_rows, goal, result_rows
 from ptl.report.result_rows import Record, Records, Row
 
 Result = dict[str, Any]
 
-STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3}
+STAGES = {"import": 0, "prune": 1, "recover": 2, "evaluate": 3, "export": 4}
 SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
 # What `settings` may hold beside the config: where the run is tracked.
 RUN = ("run_id", "mlflow_run_id", "experiment_id", "mlflow_url")
@@ -20,7 +20,8 @@ def build(records: Records, settings: Row) -> Result:
     """Everything that the report shows, from the committed records of the steps and the effective config.
 
     `settings` is the config as a dict; beside its fields it may name where the run is tracked (`RUN`) and, under
-    `control_failed`, why the control arm did not finish. An evaluate record may carry its items in its metadata:
+    `control_failed`, why the control arm did not finish, and under `exports_failed`, why a form for another runtime was
+    not made. An evaluate record may carry its items in its metadata:
     paired comparisons and examples are made from them.
     """
     # The arms run at the same time, and model versions are numbered as they happen to be registered.
@@ -28,6 +29,7 @@ def build(records: Records, settings: Row) -> Result:
     config = dict(settings)
     tracked = {key: config.pop(key, None) or "" for key in RUN}
     control_failed = _control_failed(records, config.pop("control_failed", None))
+    exports_failed = config.pop("exports_failed", {})
     imported = records["import-model"]["metadata"]
     rows = result_rows.rows(records, imported["params"])
     final = result_rows.final(records, imported["params"])
@@ -65,6 +67,8 @@ def build(records: Records, settings: Row) -> Result:
         # What was measured beside the scores, and a goal with what was reached; empty where nothing was.
         "speed": speed,
         "goal": goal.outcome(imported.get("goal", {}), scored, speed),
+        # Forms for other runtimes.
+        "exports": export_rows.rows(records, config.get("export", []), exports_failed),
         "decontaminated": _decontaminated(records),
         "sequences": _sequences(records),
         "curves": _curves(records),

@@ -32,7 +32,7 @@ class Step:
 
     @property
     def stage(self) -> str:
-        """`doctor`, `import`, `prune`, `recover`, `evaluate` or `report`."""
+        """`doctor`, `import`, `prune`, `recover`, `evaluate`, `export` or `report`."""
         return dag.stage_of(self.name)
 
     @property

@@ -44,9 +44,9 @@ def announce(step: str, experiment: str, failure: Failure) -> None:
 
 
 def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
-    """Let a control step that failed end as after a stop by the gate: its outputs point to its input, and say why.
+    """Let a control or export step that failed end as after a stop by the gate: its outputs point to its input.
 
-    A failed task would fail the run and keep its report from being written, and the loop can do without its control.
+    A failed task would fail the run and keep its report from being written, and the loop can do without either.
     """
     pointer = Pointer.load(Path(arguments["model"].path).read_text())
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
@@ -56,7 +56,7 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
         if name in arguments:
             artifact = arguments[name]
             write_pointer(Output(Path(artifact.path), artifact.metadata), onward)
-    say(step, f"failed: {reason}; the run continues without its control")
+    say(step, f"failed: {reason}; the run continues without it")
 
 
 def _fail_in_mlflow(step: Step, failure: Failure) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from ptl import __version__
+from ptl.config.export import Export
 from ptl.config.flat_settings import flat_settings
 from ptl.config.goal import Goal
 from ptl.config.recover import TrainingData
-from ptl.config.run import Calibration, Evaluate, Gate
+from ptl.config.run import Calibration, Evaluate, Gate, check
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
@@ -27,6 +28,7 @@ from ptl.steps.iterations import schedule_of
 
 def import_model(call: Call) -> None:
     """Check the dense model and all that the run will need of it, then publish it."""
+    from ptl.export.formats import check_exports
     from ptl.model.import_checkpoint import import_checkpoint
     from ptl.preflight import preflight
 
@@ -45,6 +47,7 @@ def import_model(call: Call) -> None:
     path = settings["model"]
     revision = settings["revision"]
     folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
+    check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.

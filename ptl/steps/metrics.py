@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptl.steps.call import Metadata
+from ptl.units import size
 
 # What of a record is shown as numbers.
 NOT_METRICS = ("iteration", "started")  # numbers of a record that are no results
@@ -56,5 +57,8 @@ def summary(metadata: Metadata) -> str:
         return f"{score} on {first['items']} items, {metadata['verdict']['decision']}"
     if metadata["stage"] == "recover":
         return f"{metadata['tokens']:,} tokens in {metadata['steps']} steps"
+    if metadata["stage"] == "export":
+        task = metadata["models"]["final"]["tasks"][0]
+        return f"{size(metadata['bytes'])}, {task['metric']} {task['accuracy']:.3f} on {task['items']} items"
     # Of an import or a prune the size is what there is to say.
     return f"{metadata['params']:,} parameters"

@@ -93,6 +93,7 @@ def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
         **config.model_dump(mode="json"),
         **tracking.links(run),
         "control_failed": gate.State.load(control.gate).reason if control else "",
+        "exports_failed": tracking.errors_of(run, [dag.export_step(form) for form in config.export]),
     }
 
 

@@ -24,9 +24,11 @@ from ptl.log import say
 from ptl.steps import mounts
 from ptl.steps.attempts import Failure, Policy, on_a_cluster, policy
 
-INPUTS = ("model", "scored", "fallback", "final", "control")  # artifacts that a step reads; it writes all others
+# Artifacts that a step reads; it writes all others.
+INPUTS = ("model", "dense", "scored", "fallback", "final", "control")
 PROCESS = "ptl.steps.process"  # the module that does the work
 Work = subprocess.Popen[bytes] | fork_server.Forked
+NOT_NEEDED = ("control-", "export-")  # steps without which a run can end
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
 
 
@@ -146,13 +148,13 @@ def _end(process: Work) -> None:
 def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
     """Report a failure wherever somebody may look, and end the process.
 
-    On a cluster a control that fails must not fail the run; on one machine the same command resumes it.
+    On a cluster a control or an export that fails must not fail the run; on one machine the same command resumes it.
     """
     from ptl.steps import failure as reports
 
     step = str(arguments["step"])
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
     reports.announce(step, str(arguments["experiment"]), failure)
-    if not (step.startswith("control-") and on_a_cluster()):
+    if not (step.startswith(NOT_NEEDED) and on_a_cluster()):
         sys.exit(failure.exit_code)
     reports.pass_on(step, failure.reason, arguments)

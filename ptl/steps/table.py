@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ptl.steps.call import Call
 from ptl.steps.doctor import doctor
 from ptl.steps.evaluate import evaluate
+from ptl.steps.export import export
 from ptl.steps.import_model import import_model
 from ptl.steps.prune import prune
 from ptl.steps.recover import recover
@@ -22,5 +23,6 @@ STEPS: dict[str, Callable[[Call], None]] = {
     "prune": prune,
     "recover": recover,
     "evaluate": evaluate,
+    "export": export,
     "report": report,
 }

@@ -48,7 +48,7 @@ def lock(path):
 
 def test_name_is_registry_image_and_version():
     three = [f"ptl-{name}:{ptl.__version__}" for name in ("prune", "recover", "evaluate")]
-    assert image_names.names() == three and image_names.names(vllm=True) == [
+    assert image_names.names() == three and image_names.names(optional=["evaluate-vllm"]) == [
         *three,
         f"ptl-evaluate-vllm:{ptl.__version__}",
     ]

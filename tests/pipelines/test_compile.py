@@ -26,7 +26,7 @@ TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 GOLDEN = ROOT / "tests" / "golden"
 HEAVY = ("torch", "transformers", "trl", "mlflow", "lm_eval", "peft", "datasets", "numpy")
 # What is structure: it is in the DAG, in the tasks' Kubernetes settings or in the names of both.
-STRUCTURE = {"name", "schedule.iterations", "control", "resources", "images", "storage"}
+STRUCTURE = {"name", "schedule.iterations", "control", "export", "resources", "images", "storage"}
 
 
 @functools.cache

@@ -344,7 +344,7 @@ def test_a_failed_control_does_not_fail_a_run_on_a_cluster_and_says_why(go, mlfl
     passed = Pointer.load((tmp_path / "out").read_text())
     assert passed.gate["stopped"] and passed.gate["reason"] == "control-prune failed: the store is away"
     assert mlflow("control-prune")[0] == "FAILED" and mlflow("")[0] == "RUNNING"
-    assert "failed: the store is away; the run continues without its control" in capfd.readouterr().out
+    assert "failed: the store is away; the run continues without it" in capfd.readouterr().out
 
 
 @pytest.mark.slow
