@@ -140,6 +140,15 @@ def test_a_token_is_not_sent_in_the_clear(server, tmp_path, monkeypatch):
 
 
 @needs_client
+def test_over_https_the_token_is_sent(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("secret\n")
+    monkeypatch.setenv(model_registry.TOKEN_PATH, str(tmp_path / "token"))
+    settings = model_registry._client("https://registry.example.com").config
+    assert (settings.host, settings.access_token) == ("https://registry.example.com:443", "secret")
+    assert settings.verify_ssl
+
+
+@needs_client
 def test_https_without_a_token_is_a_warning_that_says_where_to_name_one(tmp_path, monkeypatch):
     monkeypatch.setenv(model_registry.TOKEN_PATH, str(tmp_path / "none"))
     warning = register("https://registry.example.com")
