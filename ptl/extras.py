@@ -14,6 +14,7 @@ MODULES = {
     "evaluate": ("lm_eval", "jinja2", "matplotlib"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
     "gguf": ("convert_hf_to_gguf", "gguf"),
+    "model-registry": ("model_registry",),
 }
 # What a command needs, where that is more than the one module that it misses first.
 OF_COMMAND = {

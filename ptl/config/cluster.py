@@ -6,6 +6,7 @@ Secrets of the cluster, all optional. A step names what it misses; runners on on
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Annotated, Literal
 
@@ -242,6 +243,9 @@ class Storage(Section):
     """MLflow experiment"""
     registered_model: str | None = Field(None, min_length=1, max_length=250)
     """name in the MLflow registry, without / : and quotes; default: the config's name"""
+    model_registry: str | None = None
+    """address of Kubeflow's Model Registry, where final models are registered too, for example
+    http://model-registry-service.kubeflow.svc.cluster.local:8080"""
 
     # Where the pods get addresses and credentials; a name that is null is not mounted.
     config_map: Mounted | None = "ptl"
@@ -286,3 +290,10 @@ class Storage(Section):
         if name and set(name) & set("/:'\"`"):
             raise ValueError("has a character that a name in MLflow's registry cannot have (/ : or a quote); remove it")
         return name
+
+    @field_validator("model_registry")
+    @classmethod
+    def _address_of_a_server(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?", address):
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT, without a path; the port may be left out")
+        return address
