@@ -13,7 +13,7 @@ from typing import Literal
 from ptl.config.export import Export
 from ptl.config.run import Config
 
-Arm = Literal["loop", "control"]
+Arm = Literal["loop", "control", "export"]
 _NAME = re.compile(r"(control-)?(doctor|import|prune|recover|evaluate|report)(?:-model)?(?:-(\d+))?")
 _EXPORT = re.compile(r"export-[a-z0-9-]+")
 
@@ -47,8 +47,11 @@ def stage_of(name: str) -> str:
 
 
 def arm_of(name: str) -> Arm:
-    """The arm that a step belongs to; what both arms need is of the loop."""
-    return "control" if _name_parts(name)[0] else "loop"
+    """The arm that a step belongs to: what both arms need is of the loop, and an export of neither."""
+    before, stage, _ = _name_parts(name)
+    if stage == "export":
+        return "export"
+    return "control" if before else "loop"
 
 
 def iteration_of(name: str) -> int:

@@ -15,23 +15,100 @@ Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
 @dataclass(frozen=True)
 class Format:
-    """What a form needs: each function takes the type of the weights where that matters."""
+    """What can be done with a form of a checkpoint."""
 
     # (checkpoint, type): raises InputError for what cannot be made, before anything expensive
-    check: Callable[[Path, str], None]
+    check: Callable[[Path, str], object]
     # (checkpoint, empty folder to fill, type, calibration, seed) -> notes for the user
     write: Callable[[Path, Path, str, Calibration, int], list[str]]
-    # (folder, settings): a model of the harness, as language_models.language_model gives it
-    language_model: Callable[[Path, Evaluate], Any]
-    # (checkpoints, their forms, settings, seed): `models` as in speed.measure_speed, and the `setting` in a sentence;
-    # or the `reason` why it was not measured
+    # (folder, its checkpoint, settings, seed): a model of the harness, as language_models.language_model gives it
+    language_model: Callable[[Path, Path, Evaluate, int], Any]
+    # (checkpoints, their forms, settings, seed): rows of speed.measure_speed by name, `models`, for each checkpoint at
+    # 16 bits and its form, `<name>_export`, and the `setting`; or the `reason` why it was not measured
     speed: Callable[[Folders, Folders, Evaluate, int], dict[str, Any]]
-
-
-FORMATS: dict[str, Format] = {}
 
 
 def check_exports(src: Path, forms: Iterable[Export]) -> None:
     """Raise InputError for the first form that cannot be made of a checkpoint, without writing any."""
     for form in forms:
         FORMATS[form.format].check(src, form.type)
+
+
+def gguf_name(type: str) -> str:
+    """The file that an export to GGUF has."""
+    return f"model-{type}.gguf"
+
+
+def _write_gguf(src: Path, dst: Path, type: str, _calibration: Calibration, _seed: int) -> list[str]:
+    from ptl.export.gguf import write_gguf
+
+    return write_gguf(src, dst / gguf_name(type), type)
+
+
+def _gguf_file(folder: Path) -> Path:
+    return next(folder.glob("*.gguf"))
+
+
+def _gguf_model(folder: Path, src: Path, settings: Evaluate, _seed: int) -> Any:
+    from ptl.evaluation.gguf import gguf_language_model
+
+    return gguf_language_model(_gguf_file(folder), src, settings)
+
+
+def _gguf_speed(checkpoints: Folders, made: Folders, settings: Evaluate, seed: int) -> dict[str, Any]:
+    """In llama.cpp, each form beside its checkpoint at 16 bits."""
+    import tempfile
+
+    from ptl.evaluation.gguf import gguf_speed
+    from ptl.export.gguf import write_gguf
+
+    if not settings.speed.repeats:
+        return {"reason": "evaluate.speed.repeats is 0"}
+    with tempfile.TemporaryDirectory(dir=made["final"].parent) as scratch:
+        files = {}
+        for name, src in checkpoints.items():
+            files[name] = Path(scratch, f"{name}.gguf")
+            write_gguf(src, files[name])
+            files[f"{name}_export"] = _gguf_file(made[name])
+        models = gguf_speed(files, settings.speed, seed)
+    setting = f"Tokens per second: llama.cpp, one answer at a time, median of {settings.speed.repeats}; dense and final"
+    return {"models": models, "setting": f"{setting} at 16 bits."}
+
+
+def _check_gguf(src: Path, _type: str) -> None:
+    from ptl.export.gguf import check_gguf
+
+    check_gguf(src)
+
+
+def _check_compressed(src: Path, type: str) -> None:
+    from ptl.export.compressed_tensors import check_compressed
+
+    check_compressed(src, type)
+
+
+def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
+    from ptl.export.compressed_tensors import write_compressed, write_sequences
+    from ptl.model.checks import load_tokenizer
+
+    sequences = dst.parent / f"{dst.name}.jsonl"
+    write_sequences(sequences, calibration, load_tokenizer(src), seed)
+    write_compressed(src, dst, type, sequences)
+    sequences.unlink()
+    return []
+
+
+def _compressed_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:
+    from ptl.evaluation.quantized import quantized_model
+
+    return quantized_model(folder, settings, seed)
+
+
+def _compressed_speed(*_: Any) -> dict[str, Any]:
+    return {"reason": "transformers unpacks the weights, so that its speed says nothing of vLLM's"}
+
+
+FORMATS = {
+    "gguf": Format(_check_gguf, _write_gguf, _gguf_model, _gguf_speed),
+    "compressed-tensors": Format(_check_compressed, _write_compressed, _compressed_model, _compressed_speed),
+}

@@ -39,7 +39,7 @@ def write_and_score(
     for name, src in folders.items():
         made[name].mkdir(parents=True, exist_ok=True)
         notes = format_.write(src, made[name], form.type, calibration, seed)
-        tasks, items[name] = score_tasks(format_.language_model(made[name], settings), settings, seed)
+        tasks, items[name] = score_tasks(format_.language_model(made[name], src, settings, seed), settings, seed)
         models[name] = {
             "bytes": sum(path.stat().st_size for path in made[name].rglob("*") if path.is_file()),
             "tasks": [asdict(task) for task in tasks],

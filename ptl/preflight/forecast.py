@@ -115,6 +115,8 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
     for node in dag:
         name = node.name
         stage = stage_of(name)
+        if stage not in ("evaluate", "prune", "recover"):
+            continue
         arm = arm_of(name)
         number = iteration_of(name)
         after = shapes[arm][number]
@@ -122,7 +124,7 @@ def _step_forecasts(dag: Sequence[Node], assumed: Assumptions) -> list[StepForec
             steps.append(evaluate_step(name, after, assumed))
         elif stage == "prune":
             steps.append(prune_step(name, shapes[arm][number - 1], after.params, assumed))
-        elif stage == "recover":
+        else:
             steps.append(recover_step(name, after, schedules[arm], number, assumed))
     return steps
 

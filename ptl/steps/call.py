@@ -37,7 +37,7 @@ class Step:
 
     @property
     def arm(self) -> dag.Arm:
-        """`loop` or `control`."""
+        """`loop`, `control` or, of a step without which both are complete, `export`."""
         return dag.arm_of(self.name)
 
     @property

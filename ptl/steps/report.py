@@ -16,7 +16,7 @@ from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.report import run_page
-from ptl.steps import aliases, versions
+from ptl.steps import aliases, serving, versions
 from ptl.steps.call import Call, Metadata
 from ptl.steps.inputs import fetch_items
 from ptl.steps.iterations import schedule_settings
@@ -44,6 +44,8 @@ def report(call: Call) -> None:
         folder = scratch(call.step.name) / "report"
         settings = _report_settings(call, run, config)
         result = write_report(records, settings, folder)
+        final = call.inputs["final"]
+        serving.write_manifests(final, records, config, folder)
         tracking.log_report(run, sorted(folder.iterdir()))
         # import-model was not given all of the config.
         run_page.describe(run, flat_settings(config.model_dump(mode="json")))
@@ -52,6 +54,8 @@ def report(call: Call) -> None:
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)
         versions.describe(run, records, call.settings["registered_model"])
+        for sentence in serving.register(final, records, config, call.settings["registered_model"], run.run):
+            say(call.step.name, sentence)
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
 
