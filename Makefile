@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path gguf screenshot
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,11 +69,6 @@ golden: install ## write the compiled pipelines that tests compare with; read th
 checkov: install ## check the manifests with checkov too
 	$(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/pip install --quiet checkov
 	PATH="$$PATH:$$PWD/.venv-checkov/bin" $(BIN)/pytest tests/test_manifests.py
-
-# llama-cpp-python is compiled here (cmake and a C++ compiler, some minutes), hence not part of `make test`.
-gguf: install ## exported checkpoints, loaded and run by llama.cpp
-	$(BIN)/pip install --quiet 'llama-cpp-python>=0.3'
-	$(BIN)/pytest tests/export/test_gguf.py
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

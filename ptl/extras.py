@@ -13,7 +13,7 @@ MODULES = {
     "recover": ("trl", "peft", "math_verify"),
     "evaluate": ("lm_eval", "jinja2", "matplotlib"),
     "pipelines": ("kfp", "kfp_server_api", "docker", "flask", "sqlalchemy", "alembic"),
-    "gguf": ("convert_hf_to_gguf", "gguf"),
+    "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
     "model-registry": ("model_registry",),
 }
 # What a command needs, where that is more than the one module that it misses first.

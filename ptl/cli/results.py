@@ -12,6 +12,7 @@ import typer
 
 from ptl.cli import destination
 from ptl.cli.options import HOME, Home, Servers, TargetFolder
+from ptl.config.export import TYPES
 from ptl.errors import InputError
 from ptl.lineage import locate
 from ptl.local import runs
@@ -46,22 +47,26 @@ def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
     dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
     to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
-    outtype: Annotated[str, typer.Option(help="data type: auto (16 bits), f32, f16, bf16 or q8_0")] = "auto",
+    type: Annotated[
+        str, typer.Option(help=f"data type of the weights: auto (16 bits), {', '.join(TYPES['gguf'])}")
+    ] = "auto",
 ) -> None:
     """Convert a checkpoint for another runtime: GGUF, for llama.cpp."""
-    from ptl.export.gguf import OUTTYPES, export_gguf
+    from ptl.export.gguf import check_type, write_gguf
 
-    if outtype not in OUTTYPES:
-        raise InputError(f"{outtype!r} must be one of {', '.join(OUTTYPES)}", field="--outtype")
     if to != "gguf":
         raise InputError(
             f"{to!r} must be gguf",
             field="--to",
             remedy="vLLM and transformers read the checkpoint as it is",
         )
+    check_type(type, "--type")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a file that does not")
-    print(f"wrote {export_gguf(src, dst, outtype)}")
+    notes = write_gguf(src, dst, type)
+    print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
+    for note in notes:
+        print(f"note: {note}")
 
 
 def report(

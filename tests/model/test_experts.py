@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
-from ptl.export.gguf import export_gguf
 from ptl.model import checkpoint, cost
 from ptl.model.dimensions import dimensions_of_config, experts_for, model_dimensions, smallest_cuts, with_experts
 from ptl.model.families import FAMILIES, family_of
@@ -286,11 +285,6 @@ def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason
     ) as refused:
         family_of({"model_type": model_type, "num_experts": 8})
     assert model_type in str(refused.value) and reason in str(refused.value)
-
-
-def test_llama_cpp_has_not_been_compared_and_is_refused(variant, tmp_path):
-    with pytest.raises(InputError, match=f"model_type {variant} has not been compared with it"):
-        export_gguf(save(build(variant), tmp_path / "source"), tmp_path / "model.gguf")
 
 
 def test_every_mixture_of_experts_is_tested():

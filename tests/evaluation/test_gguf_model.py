@@ -1,0 +1,138 @@
+"""A GGUF file scored by the harness: the items, answers and likelihoods that transformers gives its checkpoint."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf_files
+import pytest
+from gguf_files import VOCABULARY, llama_tokenizer, needs_llama_cpp
+from tiny_models import build, save
+
+from ptl.config.run import Evaluate, Speed, Task
+from ptl.errors import InputError
+from ptl.evaluation.evaluate import score_tasks
+from ptl.evaluation.gguf import gguf_language_model, gguf_speed
+from ptl.evaluation.language_models import language_model
+from ptl.export.gguf import write_gguf
+
+pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("one_thread")]
+EXAMPLE = Path(__file__).parents[2] / "examples/tiny_reasoner"
+REASONER = EXAMPLE / "checkpoint"
+LIMIT = 40
+
+
+def settings(*, limit=LIMIT, max_new_tokens=None, **more):
+    task = Task(name=str(EXAMPLE / "tiny_reasoner.yaml"), limit=limit, max_new_tokens=max_new_tokens)
+    return Evaluate(tasks=[task], speed=Speed(repeats=0), **{"batch_size": 16, **more})
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "reasoner.gguf"
+    with gguf_files.converter_in_process():
+        write_gguf(REASONER, file, "f32")
+    return file
+
+
+def score(lm, wanted):
+    (scored,), items = score_tasks(lm, wanted, 0)
+    return scored, items
+
+
+def request(*arguments):
+    return SimpleNamespace(args=arguments)
+
+
+def test_items_answers_and_notes_are_those_of_transformers(file):
+    wanted = settings()
+    expected, its_items = score(language_model(REASONER, wanted), wanted)
+    scored, items = score(gguf_language_model(file, REASONER, wanted), wanted)
+    assert items == its_items and len(items) == LIMIT
+    assert scored.seconds > 0
+    for name in ("accuracy", "low", "high", "items", "truncated", "answer_tokens", "cut_prompts", "version"):
+        assert getattr(scored, name) == getattr(expected, name)
+
+
+def test_answers_do_not_depend_on_how_many_are_generated_at_once(file):
+    _, one = score(gguf_language_model(file, REASONER, settings(limit=9)), settings(limit=9, batch_size=1))
+    _, four = score(gguf_language_model(file, REASONER, settings(limit=9, batch_size=4)), settings(limit=9))
+    assert one == four and len({item["tokens"] for item in one}) > 1  # of different lengths: sequences change hands
+
+
+def test_answers_that_hit_the_token_limit_are_noted(file):
+    wanted = settings(limit=5, max_new_tokens=6)
+    scored, items = score(gguf_language_model(file, REASONER, wanted), wanted)
+    assert scored.truncated == 1.0 and {item["tokens"] for item in items} == {6}
+
+
+def test_prompts_that_do_not_fit_are_counted(file):
+    wanted = settings(limit=5, max_length=90)
+    scored, _ = score(gguf_language_model(file, REASONER, wanted), wanted)
+    assert scored.cut_prompts > 0
+
+
+def test_a_stop_text_ends_an_answer(file):
+    lm = gguf_language_model(file, REASONER, settings())
+    prompt = json.loads((EXAMPLE / "test.jsonl").read_text().splitlines()[0])["question"] + "\n"
+    (whole,) = lm.generate_until([request(prompt, {"until": []})])
+    (first_line,) = lm.generate_until([request(prompt, {"until": ["\n"]})])
+    assert first_line == whole.split("\n")[0] != whole
+    assert lm.notes[prompt].tokens < len(lm.tok_encode(whole)) and not lm.notes[prompt].truncated
+
+
+def test_likelihoods_are_those_of_transformers(file):
+    theirs, ours = language_model(REASONER, settings()), gguf_language_model(file, REASONER, settings())
+    for lm in (theirs, ours):
+        lm.start_notes()
+    asked = [
+        request("Tom has 12 apples. He buys 30 more.\n", answer) for answer in ("12+30=42", "12-30=5", "1", "#### 42")
+    ] + [request("", "Tom has 12 apples.")]
+    expected, likelihoods = theirs.loglikelihood(asked), ours.loglikelihood(asked)
+    for (one, is_first), (other, is_expected) in zip(likelihoods, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=2e-2) and is_first == is_expected
+    text = [request("Tom has 12 apples. He buys 30 more. " * 20)]  # longer than the context
+    (one,), (other,) = ours.loglikelihood_rolling(text), theirs.loglikelihood_rolling(text)
+    assert one == pytest.approx(other, rel=1e-2)
+
+
+def test_different_tokens_are_an_error_before_the_first_answer(file, monkeypatch):
+    monkeypatch.setattr("ptl.evaluation.gguf.answer_all", lambda *_: pytest.fail("answered"))
+    lm = gguf_language_model(file, REASONER, settings())
+    asked = [request("Tom has 3 apples.\n", {"until": []}), request("Zoé has 3.\n", {"until": []})]
+    with pytest.raises(InputError, match=r"tokenizer give different tokens after 'Zo': \[.*\] and \[2, "):
+        lm.generate_until(asked)
+
+
+def test_sampled_answers_are_refused(file):
+    lm = gguf_language_model(file, REASONER, settings())
+    with pytest.raises(InputError, match="answers sampled"):
+        lm.generate_until([request("1\n", {"until": [], "do_sample": True, "temperature": 1.0})])
+
+
+def test_the_chat_template_must_be_the_file_s(tmp_path):
+    folder = tmp_path / "model"
+    save(build("llama", vocab_size=VOCABULARY, pad_token_id=2), folder)  # for its template
+    llama_tokenizer(folder)
+    template = (folder / "chat_template.jinja").read_text()
+    with gguf_files.converter_in_process():
+        write_gguf(folder, tmp_path / "with.gguf")
+        (folder / "chat_template.jinja").unlink()
+        write_gguf(folder, tmp_path / "without.gguf")
+    (folder / "chat_template.jinja").write_text(template)
+    wanted = settings(chat_template=True)
+    lm = gguf_language_model(tmp_path / "with.gguf", folder, wanted)
+    assert lm.apply_chat_template([{"role": "user", "content": "abc"}]) == "abc"
+    with pytest.raises(InputError, match=r"evaluate\.chat_template: .*without\.gguf does not have the chat template"):
+        gguf_language_model(tmp_path / "without.gguf", folder, wanted)
+
+
+def test_speed_has_the_rows_of_transformers_models(file):
+    wanted = Speed(batch_sizes=(1, 3), prompt_tokens=8, new_tokens=4, repeats=2)
+    rows = gguf_speed({"it": file}, wanted)["it"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["repeats"] == 2
+        assert row["prefill_tokens_per_s"] == row["batch"] * 8 / row["prefill_s"]
+        assert row["decode_tokens_per_s"] == row["batch"] * 4 / row["decode_s"]
+    assert gguf_speed({"it": file}, Speed(repeats=0)) == {"it": []}

