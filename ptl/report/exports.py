@@ -44,6 +44,22 @@ def tables(result: dict[str, Any]) -> list[ExportTable]:
     return [_table(result, export) for export in result["exports"]]
 
 
+def sentences(result: dict[str, Any]) -> list[str]:
+    """A sentence for each form, for the terminal."""
+    lines = []
+    for table in tables(result):
+        if table.failed:
+            lines.append(f"Export {table.title} was not made: {table.failed}.")
+            continue
+        _, weights, accuracy, *_ = table.rows[-1]
+        verdicts = [
+            f"{comparison.answer.text[0].lower()}{comparison.answer.text[1:]} (against {comparison.reference})"
+            for comparison in table.comparisons[:1]
+        ]
+        lines.append(f"Export {table.title}: {', '.join([weights, accuracy, *verdicts])}.")
+    return lines
+
+
 def _table(result: dict[str, Any], export: Row) -> ExportTable:
     if export["failed"]:
         return ExportTable(export["name"], export["failed"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ptl.data import decontamination
 from ptl.evaluation import speed_rows
-from ptl.report import goal
+from ptl.report import exports, goal
 from ptl.report.cells import accuracy, comparison, first_task, is_share, level, metric_name, percent, points
 from ptl.report.result import SAME_SIZE, Result, arm_rows, control_row, dense_row, final_row, total_tokens, work_seconds
 from ptl.report.result_rows import Row
@@ -93,7 +93,7 @@ def notes(result: Result) -> list[str]:
         sentences.append("The gate was off: no iteration was tested before the next began.")
     if result["decontaminated"]:
         sentences.append(decontamination.sentence(result["decontaminated"]))
-    sentences += [speed_rows.sentence(result["speed"]), wall_clock(result)]
+    sentences += [speed_rows.sentence(result["speed"]), *exports.sentences(result), wall_clock(result)]
     # Some have nothing to say.
     return list(filter(None, sentences))
 
