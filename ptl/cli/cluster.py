@@ -11,9 +11,9 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
-from ptl.cli import rehearsal
+from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import warn
-from ptl.cli.options import Overrides, Rehearse
+from ptl.cli.options import CONFIG_HELP, ConfigFile, Overrides, Rehearse
 from ptl.config import batches
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -77,7 +77,7 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(
     server: Server,
-    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    config: ConfigFile,
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; default: storage.experiment")] = None,
@@ -99,7 +99,8 @@ def submit(
     # Warnings come before anything is sent.
     run_config = load_config(config, pairs("--set", sets))
     warn(advice.warnings(run_config))
-    _warn_of_local_files(run_config)
+    _warn_of_local_files(run_config, config)
+    run_config = shipped.as_in_images(run_config, config)
     if rehearse:
         run_config = rehearsal.on_cluster(run_config)
     batches.check_on_cluster(run_config.recover, run_config.resources)
@@ -118,10 +119,10 @@ def submit(
     raise typer.Exit(code)
 
 
-def _warn_of_local_files(config: Config) -> None:
+def _warn_of_local_files(config: Config, file: Path) -> None:
     from pipelines.prune_tune_loop import containers
 
-    examples = Path.cwd() / "examples"  # the images contain them
+    examples = shipped.image_root(file) / "examples"  # the images contain them
     # A volume may hold the path for the pods, so it is no error.
     for path in sorted(containers.files(config)):
         if not path.is_relative_to(examples):
@@ -146,7 +147,8 @@ def retry(
     server: Server,
     run_id: RunId,
     config: Annotated[
-        Path | None, typer.Option(help="the run's YAML file; if its gate is on, --wait can return 3")
+        Path | None,
+        typer.Option(help=f"{CONFIG_HELP}; if its gate is on, --wait can return 3", parser=shipped.config_file),
     ] = None,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -168,7 +170,7 @@ def retry(
 
 
 def doctor(
-    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    config: ConfigFile,
     sets: Overrides,
     local: Annotated[
         bool | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptl.cli import shipped
 from ptl.cli.options import ConfigFile, Overrides
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -75,9 +75,8 @@ def compile(
     # kfp's compiler decides by the suffix what it writes.
     if output.suffix not in (".yaml", ".yml") or not output.absolute().parent.is_dir():
         raise InputError(f"{output} must be a .yaml file in a folder that exists", field="--output")
-    settings = load_config(config, pairs("--set", sets))
+    settings = shipped.as_in_images(load_config(config, pairs("--set", sets)), config)
 
-    require_checkout("compile")
     from pipelines.prune_tune_loop.compact import weigh
     from pipelines.prune_tune_loop.pipeline import compile_pipeline
 
@@ -88,17 +87,6 @@ def compile(
         f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
         f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
     )
-
-
-def require_checkout(command: str) -> None:
-    """Raise InputError where the folder pipelines/ is missing: it is in the checkout, not in the wheel."""
-    if importlib.util.find_spec("pipelines") is None:
-        raise InputError(
-            "needs the folder pipelines/ of the checkout",
-            field=f"ptl {command}",
-            remedy="clone the repository, and run `make install` in it (or pip install 'ptl[pipelines]' to compile "
-            "only)",
-        )
 
 
 def checked(config: Config) -> ModelDimensions:

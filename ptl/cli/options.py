@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ptl.cli import shipped
+
+CONFIG_HELP = "the run's YAML file, or the name of a shipped config"
 HOME = Path(".ptl")  # default of --home
 
 # Arguments.
 ConfigFile = Annotated[
     Path,
-    typer.Argument(help="the run's YAML file", show_default=False),
+    typer.Argument(help=CONFIG_HELP, show_default=False, parser=shipped.config_file),
 ]
 CheckpointFolder = Annotated[
     Path,
@@ -26,7 +29,7 @@ TargetFolder = Annotated[
 # Options.
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", "-c", help="the run's YAML file"),
+    typer.Option("--config", "-c", help=CONFIG_HELP, parser=shipped.config_file),
 ]
 Overrides = Annotated[
     list[str],

@@ -13,7 +13,7 @@ import typer
 
 from ptl import processes
 from ptl.cli import rehearsal
-from ptl.cli.configs import checked, require_checkout
+from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
@@ -47,7 +47,6 @@ def run(
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
-        require_checkout("run")
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag
