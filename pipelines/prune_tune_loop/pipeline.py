@@ -15,7 +15,6 @@ from pipelines.prune_tune_loop import cluster
 from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
 from ptl.config.goal import BY_GOAL, Goal
-from ptl.config.image_names import image
 from ptl.config.run import Config, essentials
 
 
@@ -136,7 +135,7 @@ def _image(config: Config, stage: str) -> str:
     # vLLM pins another torch, hence an image of its own.
     if stage == "evaluate" and config.evaluate.backend == "vllm":
         step = "evaluate-vllm"
-    return image(step, config.images.registry, config.images.tag)
+    return config.images.of(step)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:

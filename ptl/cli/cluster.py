@@ -12,8 +12,8 @@ import typer
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
 from ptl.cli import rehearsal, shipped
-from ptl.cli.configs import warn
-from ptl.cli.options import CONFIG_HELP, ConfigFile, Overrides, Rehearse
+from ptl.cli.configs import load, warn
+from ptl.cli.options import CONFIG_HELP, ConfigFile, ImagesFile, Overrides, Rehearse
 from ptl.config import batches
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -87,6 +87,7 @@ def submit(
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
+    images: ImagesFile = None,
     rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -97,7 +98,7 @@ def submit(
 
     extras.need("kfp", "submit")
     # Warnings come before anything is sent.
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = load(config, sets, images)
     warn(advice.warnings(run_config))
     _warn_of_local_files(run_config, config)
     run_config = shipped.as_in_images(run_config, config)
@@ -180,15 +181,16 @@ def doctor(
     ] = None,
     runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
     home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
+    images: ImagesFile = None,
     host: Host = None,
     namespace: Annotated[str | None, typer.Option(help="namespace of the run's pods; default: KFP_NAMESPACE")] = None,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
-    from ptl.local import images
+    from ptl.local.images import missing
     from ptl.preflight import doctor as work
 
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = load(config, sets, images)
     if runner not in ("subprocess", "docker"):
         raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
@@ -201,7 +203,7 @@ def doctor(
         else:
             _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
     if local:
-        findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
+        findings = work.local(run_config, home=home, runner=runner, missing_images=missing)
     else:
         findings = work.cluster(
             run_config,
