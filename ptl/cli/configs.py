@@ -96,11 +96,12 @@ def load(file: Path, sets: Sequence[str], images: Path | None = None) -> Config:
     """The config of a command with its overrides; what `--images` names replaces the section `images` of the file."""
     overrides = pairs("--set", sets)
     if images is not None:
-        overrides = {"images": _images_section(images), **overrides}
+        overrides = {"images": images_section(images), **overrides}
     return load_config(file, overrides)
 
 
-def _images_section(path: Path) -> dict[str, Any]:
+def images_section(path: Path) -> dict[str, Any]:
+    """The section `images` of a file that `ptl images digests` printed."""
     if not path.is_file():
         raise InputError(f"no file {path}", field="--images", remedy="make it: `ptl images digests`")
     section = yaml_text.load(path.read_text(), str(path), field="--images")
