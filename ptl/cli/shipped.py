@@ -25,7 +25,8 @@ def config_file(text: str) -> Path:
     """The file of a config that is given by its path, or by the name of a shipped one."""
     path = Path(text)
     shipped = CONFIGS / f"{text}.yaml"
-    is_name = path.name == text and not path.suffix
+    # A name may have a dot in it, as qwen2.5-7b has.
+    is_name = path.name == text and path.suffix not in (".yaml", ".yml")
     if not is_name or path.is_file():
         return path
     if shipped.is_file():
