@@ -107,7 +107,7 @@ def images_section(path: Path) -> dict[str, Any]:
     section = yaml_text.load(path.read_text(), str(path), field="--images")
     if not isinstance(section, dict) or not section.get("digests"):
         raise InputError(f"{path} has no digests", field="--images", remedy="make it again: `ptl images digests`")
-    return check(Images, section, str(path)).model_dump(exclude_defaults=True)
+    return check(Images, section, str(path)).model_dump()
 
 
 def checked(config: Config) -> ModelDimensions:
