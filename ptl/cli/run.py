@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptl import processes
+from ptl import extras, processes
 from ptl.cli import rehearsal
 from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
@@ -25,6 +25,7 @@ from ptl.processes import Environment
 if TYPE_CHECKING:
     from pipelines.prune_tune_loop.runners import RunnerJob
 
+EXTRAS = ("prune", "recover", "evaluate", "pipelines")  # of a run in this machine's Python
 AFTER_INTERRUPT = "run the same command again to resume; finished steps are not redone"
 AFTER_FAILURE = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
@@ -47,6 +48,9 @@ def run(
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
+        # In images the steps have their own modules.
+        if runner == "subprocess":
+            extras.need_all(EXTRAS, "run")
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag
