@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path screenshot
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path screenshot release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ data: install ## make the shipped problems again
 
 images: install ## the three step images, on the Docker engine that answers (docs/images.md)
 	$(BIN)/ptl images build
+
+# REGISTRY=HOST/PATH builds the images too; IMAGES=FILE takes the digests of images that are there (docs/release.md).
+release: install ## all that a version is, in dist/; nothing is uploaded (docs/release.md)
+	$(BIN)/python release.py $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(IMAGES),--images $(IMAGES))
 
 ci-path: install ## compile, images, a short run in containers with S3, compare, report (docs/ci.md)
 	PATH="$$PWD/$(BIN):$$PATH" .ci/docker.sh run examples/ci/local_path.sh

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ptl.errors import InputError
 
@@ -44,6 +44,16 @@ def need(module: str, command: str) -> None:
     error = None if _is_installed(module) else missing(module, command)
     if error:
         raise error
+
+
+def need_all(names: Sequence[str], command: str) -> None:
+    """Raise InputError where a command needs several extras, and a module of one of them is not installed."""
+    lacking = absent(names)
+    if lacking:
+        raise InputError(
+            f"needs modules that are not installed, {lacking[0]} for one: pip install 'ptl[{','.join(names)}]'",
+            field=f"ptl {command}",
+        )
 
 
 def absent(extras: Iterable[str]) -> list[str]:

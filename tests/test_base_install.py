@@ -134,7 +134,8 @@ def test_what_needs_an_extra_names_it_in_one_line(base, tmp_path):
     (home / "mlflow.db").touch()
     commands = {
         ("compile", TINY, "-o", tmp_path / "p.yaml"): "pipelines",
-        ("run", TINY): "pipelines",
+        ("run", TINY): "prune,recover,evaluate,pipelines",
+        ("run", TINY, "--runner", "docker"): "pipelines",
         ("submit", TINY, "--host", "https://127.0.0.1:9"): "pipelines",
         ("up",): "pipelines",
         ("ui",): "pipelines",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kfp import kubernetes
+import kfp.kubernetes as kubernetes
 
 from pipelines.prune_tune_loop import train_job, volumes
 from ptl.config.cluster import Resources, Storage

@@ -17,7 +17,6 @@ from pipelines.prune_tune_loop.compact import compact
 from ptl.config import dag
 from ptl.config.export import Export
 from ptl.config.goal import BY_GOAL, Goal
-from ptl.config.image_names import image
 from ptl.config.run import Config, essentials
 
 
@@ -148,7 +147,7 @@ def _image(config: Config, step: str) -> str:
     # vLLM pins another torch, hence an image of its own.
     if stage == "evaluate" and config.evaluate.backend == "vllm":
         stage = "evaluate-vllm"
-    return image(stage, config.images.registry, config.images.tag)
+    return config.images.of(stage)
 
 
 def _structure(config: Config, step: str) -> dict[str, Any]:

@@ -58,10 +58,17 @@ class RunnerJob:
 def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
     """Execute every task in a process of this machine's Python. Raises the failed task's error."""
     from kfp import local
+    from kfp.local import subprocess_task_handler
 
+    subprocess_task_handler.replace_python_executable = _with_interpreter
     warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
     with fork_server.serving(IMPORTED), _making_database(job.environment):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+
+
+def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
+    """A task's command with this interpreter; KFP would put it in place of every `python3`, in paths of inputs too."""
+    return [part.replace("python3 -m kfp", f"{interpreter} -m kfp") for part in command]
 
 
 @contextlib.contextmanager

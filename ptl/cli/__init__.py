@@ -1,1 +1,5 @@
 """The command line: one module for each group of commands; the one room that may import pipelines/."""
+
+from ptl.cli import shipped
+
+shipped.make_importable()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from ptl import __version__, address, extras
-from ptl.cli import configs, gc, images, init, results, run, servers, steps
+from ptl.cli import cluster, configs, gc, images, init, results, run, servers, steps
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage import local_files
 
@@ -113,11 +112,7 @@ for command in COMMANDS:
     app.command()(command)
 for step in (steps.import_model, steps.prune, steps.recover, steps.evaluate):
     app.command(rich_help_panel="Single steps")(step)
-# Commands for Kubeflow, in a checkout alone: pipelines/ is not in the wheel, nor in the images.
-if importlib.util.find_spec("pipelines") is not None:
-    from ptl.cli import cluster
-
-    cluster.add_to(app)
+cluster.add_to(app)
 
 if __name__ == "__main__":
     main()

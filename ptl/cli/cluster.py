@@ -11,9 +11,9 @@ import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
 from ptl import extras
-from ptl.cli import rehearsal
-from ptl.cli.configs import warn
-from ptl.cli.options import Overrides, Rehearse
+from ptl.cli import rehearsal, shipped
+from ptl.cli.configs import load, warn
+from ptl.cli.options import CONFIG_HELP, ConfigFile, ImagesFile, Overrides, Rehearse
 from ptl.config import batches
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError
@@ -77,7 +77,7 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(
     server: Server,
-    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    config: ConfigFile,
     sets: Overrides,
     params: Annotated[list[str], typer.Option("--param", help="run parameter: --param seed=1")] = [],  # noqa: B006
     experiment: Annotated[str | None, typer.Option(help="Kubeflow experiment; default: storage.experiment")] = None,
@@ -87,6 +87,7 @@ def submit(
     service_account: Annotated[
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
+    images: ImagesFile = None,
     rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -97,9 +98,10 @@ def submit(
 
     extras.need("kfp", "submit")
     # Warnings come before anything is sent.
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = load(config, sets, images)
     warn(advice.warnings(run_config))
-    _warn_of_local_files(run_config)
+    _warn_of_local_files(run_config, config)
+    run_config = shipped.as_in_images(run_config, config)
     if rehearse:
         run_config = rehearsal.on_cluster(run_config)
     batches.check_on_cluster(run_config.recover, run_config.resources)
@@ -118,10 +120,10 @@ def submit(
     raise typer.Exit(code)
 
 
-def _warn_of_local_files(config: Config) -> None:
+def _warn_of_local_files(config: Config, file: Path) -> None:
     from pipelines.prune_tune_loop import containers
 
-    examples = Path.cwd() / "examples"  # the images contain them
+    examples = shipped.image_root(file) / "examples"  # the images contain them
     # A volume may hold the path for the pods, so it is no error.
     for path in sorted(containers.files(config)):
         if not path.is_relative_to(examples):
@@ -146,7 +148,8 @@ def retry(
     server: Server,
     run_id: RunId,
     config: Annotated[
-        Path | None, typer.Option(help="the run's YAML file; if its gate is on, --wait can return 3")
+        Path | None,
+        typer.Option(help=f"{CONFIG_HELP}; if its gate is on, --wait can return 3", parser=shipped.config_file),
     ] = None,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -168,7 +171,7 @@ def retry(
 
 
 def doctor(
-    config: Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)],
+    config: ConfigFile,
     sets: Overrides,
     local: Annotated[
         bool | None,
@@ -178,15 +181,16 @@ def doctor(
     ] = None,
     runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
     home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
+    images: ImagesFile = None,
     host: Host = None,
     namespace: Annotated[str | None, typer.Option(help="namespace of the run's pods; default: KFP_NAMESPACE")] = None,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
-    from ptl.local import images
+    from ptl.local.images import missing
     from ptl.preflight import doctor as work
 
-    run_config = load_config(config, pairs("--set", sets))
+    run_config = load(config, sets, images)
     if runner not in ("subprocess", "docker"):
         raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
     address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
@@ -199,7 +203,7 @@ def doctor(
         else:
             _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
     if local:
-        findings = work.local(run_config, home=home, runner=runner, missing_images=images.missing)
+        findings = work.local(run_config, home=home, runner=runner, missing_images=missing)
     else:
         findings = work.cluster(
             run_config,

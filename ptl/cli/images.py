@@ -1,7 +1,8 @@
-"""`ptl images`: print, build or push the images that the pipeline's steps run in."""
+"""`ptl images`: print, build or push the images that the pipeline's steps run in, and print their digests."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from ptl.errors import InputError
 
 
 def images(
-    action: Annotated[str, typer.Argument(help="print, build or push")] = "print",
+    action: Annotated[str, typer.Argument(help="print, build, push or digests")] = "print",
     registry: Annotated[str, typer.Option(help="for example ghcr.io/you; default: images of the local engine")] = "",
     tag: Annotated[str, typer.Option(help="image tag")] = __version__,
     base_image: Annotated[str | None, typer.Option(help="base image of a build; default: the Dockerfile's")] = None,
@@ -28,10 +29,13 @@ def images(
     ] = None,
     wheels: Annotated[Path | None, typer.Option(help="folder with local wheels for a build")] = None,
 ) -> None:
-    """Print, build or push the images that the pipeline's steps run in."""
+    """Print, build or push the images that the pipeline's steps run in, or print their digests for `--images`."""
     from ptl.config import image_names
     from ptl.local import images as work
 
+    if action == "digests":
+        print(json.dumps(work.digests(registry, tag), indent=2))
+        return
     if action == "print":
         names = image_names.names(registry, tag)
     elif action == "build":
@@ -39,6 +43,6 @@ def images(
     elif action == "push":
         names = work.push(registry, tag)
     else:
-        raise InputError(f"{action!r} must be one of print, build, push", field="action")
+        raise InputError(f"{action!r} must be one of print, build, push, digests", field="action")
     for name in names:
         print(name)

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from ptl.cli import shipped
+
+CONFIG_HELP = "the run's YAML file, or the name of a shipped config"
 HOME = Path(".ptl")  # default of --home
 
 # Arguments.
 ConfigFile = Annotated[
     Path,
-    typer.Argument(help="the run's YAML file", show_default=False),
+    typer.Argument(help=CONFIG_HELP, show_default=False, parser=shipped.config_file),
 ]
 CheckpointFolder = Annotated[
     Path,
@@ -26,7 +29,11 @@ TargetFolder = Annotated[
 # Options.
 ConfigOption = Annotated[
     Path,
-    typer.Option("--config", "-c", help="the run's YAML file"),
+    typer.Option("--config", "-c", help=CONFIG_HELP, parser=shipped.config_file),
+]
+ImagesFile = Annotated[
+    Path | None,
+    typer.Option("--images", help="images and their digests, a file that `ptl images digests` printed"),
 ]
 Overrides = Annotated[
     list[str],

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptl import processes
+from ptl import extras, processes
 from ptl.cli import rehearsal
-from ptl.cli.configs import checked, require_checkout
+from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
@@ -25,6 +25,7 @@ from ptl.processes import Environment
 if TYPE_CHECKING:
     from pipelines.prune_tune_loop.runners import RunnerJob
 
+EXTRAS = ("prune", "recover", "evaluate", "pipelines")  # of a run in this machine's Python
 AFTER_INTERRUPT = "run the same command again to resume; finished steps are not redone"
 AFTER_FAILURE = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
@@ -47,7 +48,9 @@ def run(
 ) -> None:
     """Compile a config and execute the pipeline here; run the same command again to resume a run that died."""
     with processes.interruptible(AFTER_INTERRUPT):
-        require_checkout("run")
+        # In images the steps have their own modules.
+        if runner == "subprocess":
+            extras.need_all(EXTRAS, "run")
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ptl import __version__
 from ptl.errors import InputError
@@ -20,18 +20,20 @@ IMAGE_OF = {
     "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
 }
 IMAGES = ("prune", "recover", "evaluate")
+OPTIONAL = ("evaluate-vllm", "export-gguf", "export-compressed-tensors")  # made by bake alone
 
-# The grammar of image references (distribution/reference), without digests.
+# The grammar of image references (distribution/reference).
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+DIGEST = r"^sha256:[0-9a-f]{64}$"
 _REGISTRY = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*(:[0-9]+)?(/[a-z0-9]+(([.]|_{1,2}|-+)[a-z0-9]+)*)*")
 
 
-def image(step: str, registry: str = "", tag: str | None = None) -> str:
-    """The image of a step: `[<registry>/]ptl-<image>:<tag>`.
+def image(step: str, registry: str = "", tag: str | None = None, digest: str | None = None) -> str:
+    """The image of a step: `[<registry>/]ptl-<image>:<tag>[@<digest>]`.
 
     `step` is a key of IMAGE_OF; `registry` is a host with an optional path and without scheme, or empty for the local
-    engine's own images; without a tag it is the package's version. Raises InputError for anything that the image
-    reference grammar refuses.
+    engine's own images; without a tag it is the package's version. With a digest the tag is only for readers: engines
+    take the bytes that the digest names. Raises InputError for anything that the image reference grammar refuses.
     """
     if tag is None:
         tag = __version__
@@ -53,9 +55,18 @@ def image(step: str, registry: str = "", tag: str | None = None) -> str:
             remedy="use up to 128 letters, digits, '_', '.' and '-'",
         )
     name = f"ptl-{IMAGE_OF[step]}:{tag}"
-    return f"{registry}/{name}" if registry else name
+    if registry:
+        name = f"{registry}/{name}"
+    return f"{name}@{digest}" if digest else name
 
 
-def names(registry: str = "", tag: str | None = None, *, optional: Iterable[str] = ()) -> list[str]:
-    """The three images, in the order of IMAGES, and those of the `optional` steps, which bake alone makes."""
-    return [image(step, registry, tag) for step in (*IMAGES, *optional)]
+def names(
+    registry: str = "",
+    tag: str | None = None,
+    digests: Mapping[str, str] | None = None,
+    *,
+    optional: Iterable[str] = (),
+) -> list[str]:
+    """The three images, in the order of IMAGES, and `optional` ones, of OPTIONAL; `digests` are by image."""
+    known = digests or {}
+    return [image(step, registry, tag, known.get(IMAGE_OF[step])) for step in (*IMAGES, *optional)]

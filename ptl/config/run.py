@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
@@ -30,6 +30,8 @@ from ptl.errors import InputError
 S = TypeVar("S", bound=Section)
 
 SHOWN = 200  # characters of a wrong value
+ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
+ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
 KINDS = {"model_type": "must be a section, a mapping of its fields", "tuple_type": "must be a list: [...]"}
 
 
@@ -172,12 +174,19 @@ class Gate(Section):
 
 
 class Images(Section):
-    """Which images the steps run in: `<registry>/ptl-<image>:<tag>`."""
+    """Which images the steps run in: `<registry>/ptl-<image>:<tag>`, or `<registry>/ptl-<image>:<tag>@<digest>`."""
 
     registry: str = ""
     """for example ghcr.io/you; empty: images of the local engine"""
     tag: str = __version__
     """image tag; default: the package's version"""
+    digests: dict[ImageName, ImageDigest] = Field({})
+    """sha256 digest of each image: the steps run in exactly these, whatever the tag means by then"""
+
+    def of(self, step: str) -> str:
+        """The image of a step."""
+        digest = self.digests.get(image_names.IMAGE_OF[step])  # type: ignore[call-overload]
+        return image_names.image(step, self.registry, self.tag, digest)
 
 
 class Config(Section):
@@ -220,10 +229,13 @@ class Config(Section):
 
     def image_names(self) -> list[str]:
         """The images that the steps of this run need."""
-        optional = ["evaluate-vllm"] if self.evaluate.backend == "vllm" else []
+        return [self.images.of(step) for step in (*image_names.IMAGES, *self._optional_steps())]
+
+    def _optional_steps(self) -> list[str]:
+        """Steps of the run with an image that only some runs need."""
+        steps = ["evaluate-vllm"] if self.evaluate.backend == "vllm" else []
         formats = dict.fromkeys(export.format for export in self.export)  # each once
-        optional += [f"export-{name}" for name in formats]
-        return image_names.names(self.images.registry, self.images.tag, optional=optional)
+        return [*steps, *(f"export-{name}" for name in formats)]
 
     @model_validator(mode="after")
     def _every_stage_trains_in_every_iteration(self) -> Config:
@@ -262,6 +274,15 @@ class Config(Section):
                     f"recover.steps={stage.steps}, shared out over {len(iterations)} iterations, leaves one without a "
                     "step: raise it, or set schedule.tokens=uniform"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _all_images_have_a_digest_or_none(self) -> Config:
+        digests = self.images.digests
+        absent = [step for step in (*image_names.IMAGES, *self._optional_steps()) if step not in digests]
+        # One image by its digest beside another by its tag could be of two builds.
+        if digests and absent:
+            raise ValueError(f"images.digests has none of {', '.join(absent)}: add it, or remove all")
         return self
 
     @model_validator(mode="after")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ptl import __version__
-from ptl.config.image_names import names
+from ptl.config.image_names import IMAGES, names
 from ptl.errors import InputError, WorkError
 from ptl.revision import revision_of
 
@@ -99,6 +101,30 @@ def push(registry: str, tag: str | None = None) -> list[str]:
     for name in pushed:
         _docker("push", name)
     return pushed
+
+
+def digests(registry: str, tag: str | None = None) -> dict[str, Any]:
+    """The section `images` of a config that names the three images by their digests, as this engine knows them.
+
+    An engine with containerd's image store knows the digest of what it has built; others learn it by a push or a pull.
+    Raises InputError for an image without one.
+    """
+    require_engine()
+    by_image = {}
+    for step, name in zip(IMAGES, names(registry, tag), strict=True):
+        answer = _docker_quietly("image", "inspect", name, "--format", "{{json .RepoDigests}}")
+        repository = name.rpartition(":")[0]
+        references = json.loads(answer.stdout) if answer.returncode == 0 else []
+        # The same image may have been pushed to other registries too.
+        found = [reference for reference in references or [] if reference.startswith(f"{repository}@")]
+        if not found:
+            raise InputError(
+                f"the engine knows no digest of {name}",
+                field="images",
+                remedy="push it first (`ptl images push`), or pull it; both with this registry and tag",
+            )
+        by_image[step] = found[-1].partition("@")[2]
+    return {"registry": registry, "tag": tag or __version__, "digests": by_image}
 
 
 def missing(image_names: Sequence[str]) -> list[str]:

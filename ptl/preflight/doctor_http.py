@@ -166,12 +166,13 @@ def _bearer(token: str | None) -> dict[str, str]:
 
 def manifest_status(image: str) -> int:
     """HTTP status of an image's manifest in its registry, asked as anybody may ask (with an anonymous token)."""
-    name, _, tag = image.rpartition(":")
+    tagged, _, digest = image.partition("@")
+    name, _, tag = tagged.rpartition(":")
     host, _, repository = name.partition("/")
     # As Docker does: a registry of this machine may be without TLS.
     machine = host.partition(":")[0]
     scheme = "http" if machine in LOCAL else "https"
-    url = f"{scheme}://{host}/v2/{repository}/manifests/{tag}"
+    url = f"{scheme}://{host}/v2/{repository}/manifests/{digest or tag}"
     answer = get(url, {"Accept": MANIFESTS}, follow=True)
 
     # Public registries give a token to anybody who asks, and nothing without one.

@@ -11,9 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from ptl.cli import app, configs
+from ptl.cli import app
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
 
@@ -227,17 +226,6 @@ def test_a_target_appears_whole_or_not_at_all_and_one_process_writes_it(tmp_path
     with writing(dst) as out:
         (out / "model.safetensors").touch()
     assert [path.name for path in dst.iterdir()] == ["model.safetensors"] and not work.exists()
-
-
-@pytest.mark.parametrize(
-    "command", [["run", str(TINY)], ["compile", str(TINY), "-o", "p.yaml"]], ids=["run", "compile"]
-)
-def test_without_a_checkout_it_says_what_to_get(monkeypatch, tmp_path, command):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(configs.importlib.util, "find_spec", lambda name: None)
-    error = CliRunner().invoke(app.app, command).exception
-    assert isinstance(error, InputError) and "needs the folder pipelines/ of the checkout" in str(error)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):

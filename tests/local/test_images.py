@@ -24,9 +24,12 @@ from ptl.errors import InputError, WorkError
 from ptl.local import images
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "pipelines" / "prune_tune_loop" / "configs"
 LOCKS = ROOT / "docker" / "locks"
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 INSTALL_LOCK = ROOT / "docker" / "install-lock.sh"
+DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.IMAGES)}
+SECTION = {"registry": "registry.example.com/team", "tag": "7", "digests": DIGESTS}
 SCRIPTS = [ROOT / ".ci" / "docker.sh", ROOT / "docker" / "lock.sh", INSTALL_LOCK]
 
 
@@ -58,6 +61,20 @@ def test_name_is_registry_image_and_version():
     )
     assert image_names.image("import-model") == image_names.image("prune")
     assert image_names.image("report") == image_names.image("evaluate")
+
+
+def test_with_digests_every_image_is_named_by_its_own():
+    from ptl.config.run import load_config
+
+    config = load_config(CONFIGS / "tiny.yaml", {"images": SECTION})
+    assert config.image_names()[1] == f"registry.example.com/team/ptl-recover:7@{DIGESTS['recover']}"
+    assert config.images.of("report") == config.images.of("evaluate") != config.images.of("prune")
+    for digests, named in (
+        ({"prune": DIGESTS["prune"]}, "images.digests has none of recover, evaluate"),
+        ({**DIGESTS, "recover": "sha256:12"}, "images.digests.recover: 'sha256:12'"),
+    ):
+        with pytest.raises(InputError, match=re.escape(named)):
+            load_config(CONFIGS / "tiny.yaml", {"images.digests": digests})
 
 
 @pytest.mark.parametrize(
@@ -99,13 +116,14 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
     pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")
     from ptl.config.run import load_config
 
-    config = ROOT / "pipelines" / "prune_tune_loop" / "configs" / "tiny.yaml"
+    config = CONFIGS / "tiny.yaml"
     for overrides, wanted in (
         ({}, image_names.names()),
         (
             {"images.registry": "registry.example.com/team", "images.tag": "x"},
             image_names.names("registry.example.com/team", "x"),
         ),
+        ({"images": SECTION}, image_names.names("registry.example.com/team", "7", DIGESTS)),
     ):
         pipeline.compile_pipeline(load_config(config, overrides), tmp_path / "pipeline.yaml")
         compiled = next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text()))
@@ -353,6 +371,59 @@ def test_push_names_what_is_missing(stub_docker, monkeypatch):
         images.push("")
 
 
+# As engines answer; an image pushed to two registries has two references.
+KNOWS = """
+case "$*" in
+*/ptl-prune:7*) echo '["other.example.com/ptl-prune@PRUNE","registry.example.com/team/ptl-prune@PRUNE"]' ;;
+*/ptl-recover:7*) echo '["registry.example.com/team/ptl-recover@RECOVER"]' ;;
+*/ptl-evaluate:7*) echo '["registry.example.com/team/ptl-evaluate@EVALUATE"]' ;;
+image*) echo '[]' ;;
+esac
+"""
+
+
+def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, tmp_path):
+    from typer.testing import CliRunner
+
+    from ptl.cli.app import app
+    from ptl.cli.configs import load
+
+    text = KNOWS
+    for name, digest in DIGESTS.items():
+        text = text.replace(name.upper(), digest)
+    with Path(shutil.which("docker")).open("a") as program:
+        program.write(text)
+    answer = CliRunner().invoke(app, ["images", "digests", "--registry", "registry.example.com/team", "--tag", "7"])
+    assert json.loads(answer.stdout) == SECTION
+    (tmp_path / "images.json").write_text(answer.stdout)
+    config = load(CONFIGS / "onprem.yaml", ["seed=3"], tmp_path / "images.json")
+    assert config.images.model_dump() == SECTION and config.seed == 3
+    # Built, and neither pushed nor pulled.
+    with pytest.raises(InputError, match=re.escape("no digest of registry.example.com/team/ptl-prune:8; push it")):
+        images.digests("registry.example.com/team", "8")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "has no digests"), ("{tag: x}", "has no digests"), ("{digests: {prune: x}}", "digests.prune: 'x'")],
+    ids=["empty", "tag", "digest"],
+)
+def test_a_wrong_file_of_images_is_named(tmp_path, text, named):
+    from ptl.cli.configs import load
+
+    (tmp_path / "images.json").write_text(text)
+    with pytest.raises(InputError, match=re.escape(named)) as caught:
+        load(CONFIGS / "tiny.yaml", [], tmp_path / "images.json")
+    assert "images.json" in str(caught.value)
+
+
+def test_a_missing_file_of_images_is_named():
+    from ptl.cli.configs import load
+
+    with pytest.raises(InputError, match=re.escape("--images: no file none.json; make it")):
+        load(CONFIGS / "tiny.yaml", [], Path("none.json"))
+
+
 def test_no_engine_and_no_docker_say_what_to_do(stub_docker, monkeypatch):
     monkeypatch.setenv("FAIL", "version*")
     with pytest.raises(WorkError, match=re.escape("no engine answers (no such thing); start Docker")):
@@ -479,7 +550,7 @@ def compiled_claim(folder):
     pipeline = pytest.importorskip("pipelines.prune_tune_loop.pipeline")
     from ptl.config.run import load_config
 
-    config = load_config(ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml", {"storage.cache_claim": "claim"})
+    config = load_config(CONFIGS / "tiny.yaml", {"storage.cache_claim": "claim"})
     pipeline.compile_pipeline(config, folder / "pipeline.yaml")
     spec, platform = yaml.safe_load_all((folder / "pipeline.yaml").read_text())
     settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

@@ -49,6 +49,22 @@ def test_a_killed_process_is_reported_as_such(tmp_path):
     assert "\x1b" not in str(caught.value)
 
 
+def test_a_path_with_the_interpreters_name_in_it_stays_as_it_is(tmp_path):
+    """As the examples of an installed package have it: lib/python3.11/site-packages."""
+    folder = tmp_path / "python3"
+    folder.mkdir()
+
+    @dsl.pipeline
+    def small():
+        one = write(text="/lib/python3.11")
+        read(early=one.outputs["out"], late=one.outputs["out"], target=str(folder / "result.json"))
+
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    run_subprocess(RunnerJob(Config.model_construct(), path, folder, {}, "", ("write", "read")))
+    assert json.loads((folder / "result.json").read_text()) == ["/lib/python3.11"] * 2
+
+
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     """Recoveries take the scores of evaluate-0, after other evaluate steps have written theirs."""
 

@@ -233,6 +233,15 @@ def test_an_image_that_is_missing(answers):
     assert f"{host}/team/ptl-recover:1 is not in the registry" in said and "ptl images push" in said
 
 
+def test_an_image_is_asked_for_by_its_digest(answers):
+    digests = {name: f"sha256:{number:064x}" for number, name in enumerate(("prune", "recover", "evaluate"))}
+    table = {f"/v2/team/ptl-{name}/manifests/{digest}": 200 for name, digest in digests.items()}
+    section = {"registry": f"{answers(table)}/team", "tag": "1", "digests": digests}
+    assert doctor.images(load_config(TINY, {"images": section})).state == "ok"
+    section["digests"] = {**digests, "recover": digests["prune"]}
+    assert "is not in the registry" in fault([doctor.images(load_config(TINY, {"images": section}))], "images")
+
+
 def test_the_image_for_vllm_is_looked_for_too(answers):
     host = answers(registry("team"))
     config = with_registry(host, "team")
