@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,6 @@ def _gguf_model(folder: Path, src: Path, settings: Evaluate, _seed: int) -> Any:
 
 def _gguf_speed(checkpoints: Folders, made: Folders, settings: Evaluate, seed: int) -> dict[str, Any]:
     """In llama.cpp, each form beside its checkpoint at 16 bits."""
-    import tempfile
-
     from ptl.evaluation.gguf import gguf_speed
     from ptl.export.gguf import write_gguf
 
@@ -88,13 +87,14 @@ def _check_compressed(src: Path, type: str) -> None:
 
 
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
-    from ptl.export.compressed_tensors import write_compressed, write_sequences
+    from ptl.export.compressed_tensors import CALIBRATED, write_compressed, write_sequences
     from ptl.model.checks import load_tokenizer
 
-    sequences = dst.parent / f"{dst.name}.jsonl"
-    write_sequences(sequences, calibration, load_tokenizer(src), seed)
-    write_compressed(src, dst, type, sequences)
-    sequences.unlink()
+    with tempfile.TemporaryDirectory() as scratch:
+        sequences = Path(scratch, "sequences.jsonl") if type in CALIBRATED else None
+        if sequences:
+            write_sequences(sequences, calibration, load_tokenizer(src), seed)
+        write_compressed(src, dst, type, sequences)
     return []
 
 
