@@ -37,9 +37,10 @@ group "default" {
   targets = ["prune", "recover", "evaluate"]
 }
 
+# export-gguf is not in the default group: it is evaluate's image with llama.cpp's converter, quantizer and runtime.
 target "image" {
   name       = step
-  matrix     = { step = ["prune", "recover", "evaluate"] }
+  matrix     = { step = ["prune", "recover", "evaluate", "export-gguf"] }
   context    = "."
   dockerfile = "docker/Dockerfile"
   target     = "step"
@@ -68,24 +69,6 @@ target "evaluate-vllm" {
     PARENT          = "runtime"
     BASE_IMAGE      = BASE_IMAGE
     SYSTEM_PACKAGES = SYSTEM_PACKAGES
-    VERSION         = VERSION
-    REVISION        = REVISION
-  }
-}
-
-# evaluate's packages with llama.cpp's converter, quantizer and runtime. Not in the default group either.
-target "export-gguf" {
-  context    = "."
-  dockerfile = "docker/Dockerfile"
-  target     = "step"
-  platforms  = ["linux/amd64"]
-  tags       = ["${REGISTRY}ptl-export-gguf:${TAG}"]
-  args = {
-    STEP            = "export-gguf"
-    BASE_IMAGE      = BASE_IMAGE
-    SYSTEM_PACKAGES = SYSTEM_PACKAGES
-    LOCKS           = LOCKS
-    HASHES          = HASHES
     VERSION         = VERSION
     REVISION        = REVISION
   }

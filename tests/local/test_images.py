@@ -104,7 +104,7 @@ def test_names_cost_no_heavy_import():
 def test_bake_file_has_the_same_images_and_version():
     bake = (ROOT / images.BAKE_FILE).read_text()
     assert re.search(r'variable "VERSION" \{\s+default = "([^"]+)"', bake)[1] == ptl.__version__
-    assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == list(image_names.IMAGES)
+    assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == [*image_names.IMAGES, "export-gguf"]
     assert 'tags       = ["${REGISTRY}ptl-${step}:${TAG}"]' in bake
     assert re.findall(r'^\s+target += "(.*)"$', bake, re.M) == ["step"] * 3  # the Dockerfile's last stage
     assert re.findall(r"^\s+STEP += (.*)$", bake, re.M) == [
@@ -141,7 +141,7 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
 # ---- locks
 
 
-@pytest.mark.parametrize("name", [*image_names.IMAGES, "llmcompressor"])
+@pytest.mark.parametrize("name", [*image_names.IMAGES, "export-gguf", "llmcompressor"])
 def test_every_pin_is_hashed_and_no_index_is_named(name):
     text = (LOCKS / f"{name}.lock").read_text()
     assert all(count >= 1 for versions in lock(LOCKS / f"{name}.lock").values() for count in versions.values())
@@ -160,7 +160,7 @@ def test_locks_hold_their_own_extra_only():
 
 def test_make_install_and_the_images_take_the_same_versions():
     tested = lock(ROOT / "constraints.txt")
-    for name in image_names.IMAGES:
+    for name in (*image_names.IMAGES, "export-gguf"):
         for package, versions in lock(LOCKS / f"{name}.lock").items():
             if re.match(r"(nvidia|cuda)-|triton$", package):
                 assert package not in tested  # torch pins its own
@@ -175,7 +175,7 @@ def test_make_install_and_the_images_take_the_same_versions():
 
 def test_recover_and_evaluate_extend_prune_pin_for_pin():
     prune = lock(LOCKS / "prune.lock")
-    for name in ("recover", "evaluate"):
+    for name in ("recover", "evaluate", "export-gguf"):
         other = lock(LOCKS / f"{name}.lock")
         assert {package: set(other[package]) for package in prune} == {
             p: set(versions) for p, versions in prune.items()
