@@ -18,7 +18,7 @@ from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
 from ptl.evaluation.helpers import AnswerNote
 from ptl.evaluation.language_models import AnswerNotes
-from ptl.evaluation.speed import Measurement, Times, measure_in_turns
+from ptl.evaluation.speed import Measurement, Timer, Times, measure_in_turns
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checks
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
@@ -246,7 +246,7 @@ def gguf_speed(file: Path, settings: Speed, seed: int = 0) -> list[Measurement]:
     model = LlamaModel(file)
     generator = random.Random(seed)
 
-    def timer(batch: int) -> Any:
+    def timer(batch: int) -> Timer:
         prompts = [generator.choices(range(model.vocabulary_size), k=settings.prompt_tokens) for _ in range(batch)]
         context = LlamaContext(model, batch, settings.prompt_tokens + settings.new_tokens)
         return partial(_time_once, context, prompts, settings.new_tokens)
