@@ -18,7 +18,7 @@ from ptl.config.run import Evaluate, Speed
 from ptl.errors import InputError
 from ptl.evaluation.helpers import AnswerNote
 from ptl.evaluation.language_models import AnswerNotes
-from ptl.evaluation.speed import Measurement, Times, measure_in_turns
+from ptl.evaluation.speed import Measurement, Timer, Times, measure_in_turns
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checks
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
@@ -244,7 +244,7 @@ def _likelihood(
 def gguf_speed(files: Mapping[str, Path], settings: Speed, seed: int = 0) -> dict[str, list[Measurement]]:
     """Prefill and decode speed of GGUF files in llama.cpp, in turns: by name, rows as of `speed.measure_speed`."""
 
-    def timer(model: LlamaModel, batch: int) -> Any:
+    def timer(model: LlamaModel, batch: int) -> Timer:
         generator = random.Random(seed)
         prompts = [generator.choices(range(model.vocabulary_size), k=settings.prompt_tokens) for _ in range(batch)]
         context = LlamaContext(model, batch, settings.prompt_tokens + settings.new_tokens)
