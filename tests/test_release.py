@@ -114,8 +114,9 @@ def test_this_version_has_an_entry():
 
 def test_a_changed_checkout_is_refused(here):
     release.check_commit()
+    (here / "a.py").write_text("changed")
     (here / "new.py").touch()
-    with pytest.raises(InputError, match=re.escape("the checkout: 1 files differ from the commit, new.py for one; ")):
+    with pytest.raises(InputError, match=re.escape("the checkout: not as committed: a.py, new.py; commit or remove")):
         release.check_commit()
 
 
