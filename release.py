@@ -106,7 +106,7 @@ def check_commit() -> None:
     changed = git("status", "--porcelain").splitlines()
     if changed:
         raise InputError(
-            f"{len(changed)} files differ from the commit, {changed[0][3:]} for one",
+            f"not as committed: {', '.join(line.split(maxsplit=1)[1] for line in changed[:3])}",
             field="the checkout",
             remedy="commit or remove them",
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ptl import extras, processes
-from ptl.cli import rehearsal
+from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config import trackers
@@ -79,7 +79,7 @@ def run(
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
             if rehearse:
-                arguments = [str(config), *rehearsal.options(sets)]
+                arguments = [shipped.shown(config), *rehearsal.options(sets)]
                 rehearsal.conclude(directory, left_out, arguments, rehearsal.where(s3, runner, home))
 
 

@@ -39,6 +39,11 @@ def config_file(text: str) -> Path:
     )
 
 
+def shown(file: Path) -> str:
+    """A config as it can be typed: a shipped one by its name, wherever it is installed."""
+    return file.stem if file.parent == CONFIGS else str(file)
+
+
 def image_root(file: Path) -> Path:
     """The folder that stands for the images' working directory: the paths of a config below it are relative to it."""
     # The images hold the examples; a config of one's own says where its files are.

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ptl.cli import app
+from ptl.cli import app, shipped
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
 
@@ -241,3 +241,24 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
         app.main()
     assert ended.value.code == 1
     assert "no space left while writing /data/model.safetensors" in capsys.readouterr().err
+
+
+def test_a_config_is_given_by_its_path_or_by_the_name_of_a_shipped_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "qwen2.5-7b"):
+        file = shipped.config_file(name)
+        assert file == TINY.with_name(f"{name}.yaml") and shipped.shown(file) == name
+    assert shipped.shown(shipped.config_file("own/tiny.yaml")) == "own/tiny.yaml"
+    with pytest.raises(InputError, match=r"no file tinny, and no shipped config of this name; .* one of gemma2-9b, "):
+        shipped.config_file("tinny")
+    (tmp_path / "tiny").touch()  # a file of one's own comes first
+    assert shipped.config_file("tiny") == Path("tiny")
+
+
+def test_a_shipped_config_is_compiled_with_the_paths_of_the_images(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(TINY, {"calibration.data.source": "rows.jsonl"})
+    assert shipped.as_in_images(config, TINY).model.path == "examples/tiny_reasoner/checkpoint"
+    assert shipped.as_in_images(config, TINY).calibration.data.source == str(tmp_path / "rows.jsonl")
+    # A config of one's own keeps its files where they are.
+    assert shipped.as_in_images(config, tmp_path / "own.yaml").model.path == config.model.path
