@@ -177,9 +177,18 @@ def width_for(
 
 
 def with_width(dimensions: ModelDimensions, width: int) -> ModelDimensions:
-    """Sizes when only so many neurons are left in each layer."""
+    """Sizes when only so many neurons are left in each layer, or in each expert."""
     removed = (dimensions.width - width) * dimensions.params_per_neuron
-    return replace(dimensions, params=dimensions.params - removed, width=width)
+    params_per_expert = dimensions.params_per_expert
+    if dimensions.experts:
+        params_per_expert -= removed // dimensions.experts
+    return replace(
+        dimensions,
+        params=dimensions.params - removed,
+        width=width,
+        params_per_layer=dimensions.params_per_layer - removed // dimensions.layers,
+        params_per_expert=params_per_expert,
+    )
 
 
 def smallest_cuts(
@@ -194,10 +203,8 @@ def smallest_cuts(
     smallest: dict[str, int] = {}
     if dimensions.layers > 1:
         smallest["layers"] = dimensions.params_per_layer
-    if dimensions.experts:
-        if dimensions.experts > dimensions.experts_per_token:
-            smallest["experts"] = dimensions.params_per_expert
-        return smallest
+    if dimensions.experts > dimensions.experts_per_token:
+        smallest["experts"] = dimensions.params_per_expert
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
         smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
@@ -206,12 +213,6 @@ def smallest_cuts(
 
 def check_unit(experts: int, unit: str) -> None:
     """Raise InputError for a unit of removal that a model with so many experts in each layer does not have."""
-    if experts and unit not in ("experts", "layers"):
-        raise InputError(
-            f"{unit!r} cannot be removed from a mixture of experts: neurons inside of experts are not scored",
-            field="prune.target",
-            remedy="set prune.target=experts, or prune.target=layers",
-        )
     if not experts and unit == "experts":
         raise InputError(
             "a dense model has no experts",
@@ -236,7 +237,7 @@ def experts_for(
             f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
             f"of them (num_experts_per_tok), and with no more than these the model has {least:,}",
             field="schedule.target",
-            remedy="let schedule.target remove less, or prune layers",
+            remedy="let schedule.target remove less, or prune neurons or layers",
         )
     return number
 
