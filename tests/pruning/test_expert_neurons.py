@@ -18,6 +18,8 @@ from ptl.pruning.expert_neurons import CRITERIA
 from ptl.pruning.importance import keep_highest, neuron_scores
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.prune import prune_checkpoint
+from ptl.pruning.repair import fit, ridge
+from ptl.pruning.routing import activations, outputs, running_experts
 from ptl.pruning.surgery import Selection, write_pruned
 from ptl.pruning.variant_losses import PrunedVariant, losses
 
@@ -262,6 +264,65 @@ def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(variant, cal
         tmp_path / "once", tmp_path / "fewer", settings, calibration, unit="experts", goal=goal, seed=0
     )
     assert (report.experts, report.widths, report.params) == (5, (20,) * 4, goal)
+
+
+# ---- repair
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_ridge_brings_a_narrow_layer_nearer_to_the_whole_one(variant, fused, tmp_path):
+    source, family = save(build(variant), tmp_path / "source", fused=fused), FAMILIES[variant]
+    stream = LayerwiseModel(source, family, batches(((40,) * 8,)))
+    kept = dict(enumerate(keep_highest(scores, 16) for scores in neuron_scores(stream, "max", 0)))
+    files = ridge(stream, Selection(ALL, kept), 1e-3, tmp_path / "repair")
+    assert len(files) == 4 * (1 if fused else 6)
+    write_pruned(source, tmp_path / "repaired", family, Selection(ALL, kept), files)
+    write_pruned(source, tmp_path / "plain", family, Selection(ALL, kept))
+
+    def first_layer(name):  # later layers see other inputs
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            return model(stream.batches[0]["input_ids"], output_hidden_states=True).hidden_states[1]
+
+    whole, repaired, plain = map(first_layer, ("source", "repaired", "plain"))
+    assert (repaired - whole).norm() < 0.9 * (plain - whole).norm()
+
+
+def test_each_expert_is_fitted_on_its_own_tokens(variant, tmp_path):
+    """Whoever is sent to one expert only plays no part in the others: fitted again from their tokens alone."""
+    source, family = save(build(variant), tmp_path / "source", fused=True), FAMILIES[variant]
+    stream = LayerwiseModel(source, family, batches())
+    kept = torch.arange(16).expand(6, -1)
+    entry = ridge(stream, Selection((0,), {0: kept}), 0.1, tmp_path / "repair")["model.layers.0.mlp.experts.down_proj"]
+    (fitted,) = dict(checkpoint.tensors(entry.path)).values()  # [E, H, 16]
+    rows = {expert: [] for expert in range(6)}  # activations times the router's weight, of tokens
+
+    def record(experts, routed):
+        values = activations(experts, routed)
+        rows[routed.expert].append(values * routed.weights[:, None])
+        return outputs(experts, routed, values)
+
+    single = [
+        {name: tensor[row : row + 1, :length] for name, tensor in batch.items()}
+        for batch in batches()
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist())
+    ]
+    stream = LayerwiseModel(source, family, single)
+    states = stream.embed()
+    with torch.no_grad(), stream.layer(0) as layer:
+        down = layer.mlp.experts.down_proj.clone()
+        with running_experts(layer, record):
+            stream.run_batches(0, states)
+    for expert, its_rows in rows.items():
+        inputs = torch.cat(its_rows) if its_rows else torch.zeros(0, down.shape[-1])
+        expected = fit(down[expert], inputs.t() @ inputs, kept[expert], 0.1)
+        torch.testing.assert_close(fitted[expert], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_repair_of_a_mixture_runs_inside_the_step(variant, calibration, tmp_path):
+    source = save(build(variant), tmp_path / "source")
+    assert cut(source, calibration, tmp_path / "cut", repair="ridge").repaired == 4 * 6
+    AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
 
 
 # ---- measured loss and the chooser
