@@ -18,6 +18,8 @@ from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
 MIN_STEPS = 8  # a multiple is taken by default where the width holds at least as many of it
+# Neurons of an expert: torch multiplies all experts at once (grouped_mm) where each row of them is whole 16 bytes.
+EXPERT_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class ModelDimensions:
     experts: int = 0  # in each layer
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+
+    @property
+    def least_multiple(self) -> int:
+        """What every pruned width must be a multiple of, whatever the settings say."""
+        return EXPERT_MULTIPLE if self.experts else 1
 
     @property
     def active_params(self) -> int:
@@ -124,6 +131,7 @@ def resolve_multiple(
     remaining: int,  # neurons that are left of it, before rounding
     multiple: Multiple,
     tensor_parallel: int = 1,
+    least: int = 1,  # what is always a divisor, for each of the ranks
 ) -> int:
     """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
 
@@ -137,13 +145,13 @@ def resolve_multiple(
             remedy="give the number of GPUs that the model is really split over",
         )
     if multiple != "auto":
-        return math.lcm(multiple, tensor_parallel)
+        return math.lcm(multiple, least * tensor_parallel)
     for candidate in MULTIPLES:
         step = candidate * tensor_parallel
         # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-        if width % step == 0 and remaining // step >= MIN_STEPS:
+        if step % (least * tensor_parallel) == 0 and width % step == 0 and remaining // step >= MIN_STEPS:
             return step
-    return tensor_parallel
+    return least * tensor_parallel
 
 
 def width_for(
@@ -161,7 +169,7 @@ def width_for(
         return dimensions.width
     per_neuron = dimensions.params_per_neuron
     width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
-    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel)
+    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel, dimensions.least_multiple)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron

@@ -92,7 +92,8 @@ def _multiple(before: ModelDimensions, after: ModelDimensions, settings: Prune) 
     """What widths were rounded down to; those of a mixture may be as they were."""
     if before.experts and after.width == before.width:
         return 1
-    return resolve_multiple(before.width, after.width, settings.width_multiple, settings.tensor_parallel)
+    multiple, ranks = settings.width_multiple, settings.tensor_parallel
+    return resolve_multiple(before.width, after.width, multiple, ranks, before.least_multiple)
 
 
 def _write_repaired(

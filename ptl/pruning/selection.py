@@ -58,7 +58,8 @@ def neurons(task: SelectionTask) -> Selection:
         # One width serves all layers and experts: the one with the fewest redundant neurons decides.
         groups = [neurons for layer in scores for neurons in layer.view(-1, dimensions.width)]
         needed = dimensions.width - min(num_redundant(neurons, sigma) for neurons in groups)
-        step = resolve_multiple(dimensions.width, width, settings.width_multiple, settings.tensor_parallel)
+        multiple, ranks = settings.width_multiple, settings.tensor_parallel
+        step = resolve_multiple(dimensions.width, width, multiple, ranks, dimensions.least_multiple)
         needed += -needed % step  # up to the next multiple
         width = min(max(width, needed), dimensions.width)  # which need not be a multiple
     return _keep_neurons(range(dimensions.layers), scores, width)

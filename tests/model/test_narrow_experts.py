@@ -1,5 +1,6 @@
 """Neurons inside experts, removed right: the same statements on a tiny mixture of each family, in both layouts."""
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
 from ptl.model import checkpoint, cost
-from ptl.model.dimensions import model_dimensions, smallest_cuts, width_for, with_experts, with_width
+from ptl.model.dimensions import model_dimensions, resolve_multiple, smallest_cuts, width_for, with_experts, with_width
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.goals import dense_model
 from ptl.preflight.forecast_model import shape_of
@@ -170,12 +171,31 @@ def test_as_many_neurons_stay_in_each_expert_as_the_goal_allows(variant, source)
     one = body.params_per_neuron
     assert one == 4 * 6 * 3 * SIZES["hidden_size"]
     width = width_of(variant)
-    assert width_for(body, body.params - 1, 1) == width_for(body, body.params - one, 1) == width - 1
-    assert width_for(body, body.params - one, 8) == width - 8
-    assert width_for(body, body.params - one, 1, tensor_parallel=4) == width - 4
+    assert width_for(body, body.params - 1, 8) == width_for(body, body.params - 8 * one, 8) == width - 8
+    assert width_for(body, body.params - 8 * one - 1, 8) == width - 16
     assert smallest_cuts(body, 8)["neurons"] == 8 * one
     with pytest.raises(InputError, match=r"cannot be reached by neurons: .* prune.width_multiple=8 needs at least"):
         width_for(body, body.params - (width - 7) * one, 8)
+
+
+def test_widths_of_experts_are_always_ones_that_torch_multiplies_in_groups(variant, source):
+    """With rows that are not whole 16 bytes torch's grouped_mm fails, which transformers uses by default."""
+    body = model_dimensions(source, family_at(source))
+    for multiple in (1, 2, 8, "auto"):
+        assert width_for(body, body.params - 1, multiple) == width_of(variant) - 8
+    assert resolve_multiple(48, 40, 12, 1, body.least_multiple) == 24
+    assert resolve_multiple(768, 600, "auto", 1, body.least_multiple) == 64
+    assert resolve_multiple(768, 600, "auto", 4, body.least_multiple) == 32
+    assert resolve_multiple(20, 16, "auto", 1, body.least_multiple) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_experts_of_the_least_width_are_multiplied_in_groups(variant, dtype, tmp_path):
+    narrow = {i: kept[:, :8] for i, kept in some_neurons(variant).items()}
+    source = save(build(variant).to(dtype), tmp_path / "source")
+    write_pruned(source, tmp_path / "cut", FAMILIES[variant], Selection(ALL, narrow))
+    model = copy.deepcopy(load(tmp_path / "cut", dtype=dtype))  # not mapped from its file, which transformers avoids
+    assert torch.isfinite(logits(model, batches()[0])).all()
 
 
 def test_the_costs_of_a_narrow_model_are_those_of_the_plan(variant, source, tmp_path):

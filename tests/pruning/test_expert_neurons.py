@@ -238,8 +238,8 @@ def test_widths_of_experts_are_rounded_as_those_of_layers(variant, calibration, 
     source = save(build(variant), tmp_path / "source")
     report = cut(source, calibration, tmp_path / "eight", width=19, width_multiple=8)
     assert (report.widths[0], report.width_multiple) == (16, 8)
-    report = cut(source, calibration, tmp_path / "four", width=19, tensor_parallel=4)
-    assert (report.widths[0], report.width_multiple) == (16, 4)
+    report = cut(source, calibration, tmp_path / "one", width=19, width_multiple=1)
+    assert (report.widths[0], report.width_multiple) == (16, 8)  # torch multiplies no other widths in groups
     with pytest.raises(InputError, match=r"prune.tensor_parallel: 7 does not divide the FFN width"):
         cut(source, calibration, tmp_path / "seven", tensor_parallel=7)
 
@@ -249,21 +249,21 @@ def test_the_expert_with_the_fewest_redundant_neurons_decides_at_a_threshold(var
     with torch.no_grad():
         for layer in model.get_decoder().layers:
             for expert, down in enumerate(layer.mlp.experts.down_proj):
-                down[:, : 3 + expert] = 0
+                down[:, : 8 + expert] = 0
     source = save(model, tmp_path / "source")
     report = cut(source, calibration, tmp_path / "cut", width=8, criterion="max", sigma_neuron=1e-6)
-    assert report.widths == (width - 3,) * 4
+    assert report.widths == (width - 8,) * 4
 
 
 def test_a_narrow_mixture_is_pruned_again_by_neurons_and_by_experts(variant, calibration, tmp_path):
-    cut(save(build(variant), tmp_path / "source"), calibration, tmp_path / "once", width=20)
-    assert cut(tmp_path / "once", calibration, tmp_path / "twice", width=16).widths == (16,) * 4
+    cut(save(build(variant), tmp_path / "source"), calibration, tmp_path / "once", width=16)
+    assert cut(tmp_path / "once", calibration, tmp_path / "twice", width=8).widths == (8,) * 4
     body = model_dimensions(tmp_path / "once", FAMILIES[variant])
     goal, settings = body.params - body.params_per_expert, Prune(target="experts")
     report = prune_checkpoint(
         tmp_path / "once", tmp_path / "fewer", settings, calibration, unit="experts", goal=goal, seed=0
     )
-    assert (report.experts, report.widths, report.params) == (5, (20,) * 4, goal)
+    assert (report.experts, report.widths, report.params) == (5, (16,) * 4, goal)
 
 
 # ---- repair
@@ -377,4 +377,4 @@ def test_layers_and_then_neurons_of_experts_reach_a_goal_between(variant, calibr
     goal = body.params - int(1.3 * body.params_per_layer)
     report = prune_checkpoint(source, tmp_path / "cut", Prune(), calibration, unit="auto", goal=goal, seed=0)
     assert (report.unit, report.layers) == ("both", 3)
-    assert report.params <= goal < report.params + body.params_per_neuron * 3 // 4
+    assert report.params <= goal < report.params + 8 * body.params_per_neuron * 3 // 4
