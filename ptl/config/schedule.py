@@ -99,8 +99,8 @@ class Prune(Section):
     width_multiple: Multiple = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
-        "divides the width and is at most an eighth of what is left of it. In a mixture of experts widths are multiples "
-        "of 8 whatever is set",
+        "divides the width and is at most an eighth of what is left of it. In a mixture of experts widths are "
+        "multiples of 8 whatever is set",
     )
     tensor_parallel: Positive = 1
     """GPUs that will share the model; each width is a multiple of this"""

@@ -80,7 +80,10 @@ def _changes_by_gradient(
     hidden: Tensor,  # [B, T, H]
     gradient: Tensor,  # of the loss by the layer's output: [B, T, H]
 ) -> tuple[Tensor, Tensor]:
-    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [B, E, F]."""
+    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [B, E, F].
+
+    Memory: the batch's activations in all experts of the layer, which the backward pass needs.
+    """
     visits: list[tuple[Routed, Tensor]] = []
 
     def record(experts: Any, routed: Routed) -> Tensor:
@@ -98,9 +101,10 @@ def _changes_by_gradient(
     changes = torch.zeros(len(mask), len(down), down.shape[-1], device=model.device)
     for (routed, values), slope in zip(visits, slopes, strict=True):
         of_tokens = values.detach().float() * slope.float()  # [n, F]
-        of_tokens *= mask.flatten()[routed.rows, None]
-        sequence = routed.rows // mask.shape[1]  # [n]
-        changes[:, routed.expert].index_add_(0, sequence, of_tokens)
+        # Which tokens are whose; a product, as sums by index differ from run to run on a GPU.
+        sequence = torch.arange(len(mask), device=model.device)[:, None]
+        members = (routed.rows // mask.shape[1] == sequence) & mask.flatten()[routed.rows].bool()  # [B, n]
+        changes[:, routed.expert] = members.float() @ of_tokens
     return by_input, changes
 
 

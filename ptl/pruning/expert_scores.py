@@ -83,9 +83,9 @@ def _observing(tokens: Tensor, observed: Observed) -> RunExpert:
     """Runs an expert, and observes what it gives at these of the tokens [B * T]."""
 
     def run(experts: Any, routed: Routed) -> Tensor:
-        given = outputs(experts, routed, activations(experts, routed))  # [n, H]
+        hidden = outputs(experts, routed, activations(experts, routed))  # [n, H]
         real = tokens[routed.rows]  # [n]
-        observed.add(routed.expert, given[real], routed.weights[real])
-        return given
+        observed.add(routed.expert, hidden[real], routed.weights[real])
+        return hidden
 
     return run
