@@ -1,12 +1,14 @@
-"""Whole experts of a small mixture: criteria against each other, and a loop against one-shot pruning, at equal tokens.
+"""A small mixture: whole experts or neurons in all of them, criteria, and a loop against one-shot pruning.
 
     python examples/tiny_reasoner/train.py --experts 8 -o .ptl/models/tiny-experts
     python benchmarks/experts.py [--kept 6 4 3 2] [--seeds 11 12 13 14 15]
     python benchmarks/experts.py table
 
-Of the eight experts of each layer some are kept; the rest go in one cut, or one after another in a loop. The seed draws
-calibration, training order and what `random` removes. Accuracy is greedy exact match on generated problems that no
-shipped file holds. Each model is a line of benchmarks/results/experts.jsonl; what is there is not measured again.
+Of the eight experts of each layer some are kept; the rest go in one cut, or one after another in a loop. Arms by
+neurons keep all experts, and of each expert's neurons the same share: as many parameters but for the routers' rows.
+The seed draws calibration, training order and what `random` removes. Accuracy is greedy exact match on generated
+problems that no shipped file holds. Each model is a line of benchmarks/results/experts.jsonl; what is there is not
+measured again.
 """
 
 from __future__ import annotations
@@ -26,19 +28,26 @@ from recovery import CPT, correct_items, generate
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import paired
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions
+from ptl.model.dimensions import model_dimensions, with_experts, with_width
 from ptl.model.families import family_of
 
 MODEL = ROOT / ".ptl" / "models" / "tiny-experts"
 RESULTS = ROOT / "benchmarks" / "results" / "experts.jsonl"
 SUBJECT = replace(TINY, model=MODEL)
+# name -> iterations, what is removed, criterion
 ARMS = {
-    "reap": (1, "reap"),
-    "frequency": (1, "frequency"),
-    "norm": (1, "norm"),
-    "random": (1, "random"),
-    "loop of 2, reap": (2, "reap"),
-    "loop of 4, reap": (4, "reap"),
+    "reap": (1, "experts", "reap"),
+    "frequency": (1, "experts", "frequency"),
+    "norm": (1, "experts", "norm"),
+    "random": (1, "experts", "random"),
+    "loop of 2, reap": (2, "experts", "reap"),
+    "loop of 4, reap": (4, "experts", "reap"),
+    "neurons, taylor": (1, "neurons", "taylor"),
+    "neurons, max": (1, "neurons", "max"),
+    "neurons, mean": (1, "neurons", "mean"),
+    "neurons, weight": (1, "neurons", "weight"),
+    "neurons, random": (1, "neurons", "random"),
+    "loop of 4, neurons, taylor": (4, "neurons", "taylor"),
 }
 REFERENCE = "reap"
 
@@ -46,12 +55,16 @@ Row = dict[str, Any]
 
 
 def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str, str]]) -> Row:
-    """One model: pruned to `kept` experts in each layer, and trained on `tokens` tokens; none: as pruning leaves it."""
-    iterations, criterion = ARMS[arm]
+    """One model: as large as with `kept` experts in each layer, and trained on `tokens` tokens; 0: only pruned."""
+    iterations, unit, criterion = ARMS[arm]
     dense = model_dimensions(MODEL, family_of(checkpoint.read_config(MODEL)))
-    goal = dense.params - (dense.experts - kept) * dense.params_per_expert
+    narrow = with_width(dense, dense.width * kept // dense.experts)
+    goal = (with_experts(dense, kept) if unit == "experts" else narrow).params
     schedule = Schedule(target=float(goal), recovery_tokens=max(tokens, iterations), iterations=iterations)
-    prune = Prune(target="experts", criterion=criterion)
+    prune = Prune(
+        target=unit,
+        criterion=criterion,
+    )
     stages = [CPT] if tokens else []
     with tempfile.TemporaryDirectory() as folder:
         trained = run(SUBJECT, schedule, prune, stages, seed, Path(folder))
@@ -59,7 +72,7 @@ def measure(arm: str, kept: int, tokens: int, seed: int, problems: list[dict[str
         after = model_dimensions(trained.checkpoint, family_of(checkpoint.read_config(trained.checkpoint)))
     return {
         **{"arm": arm, "kept": kept, "tokens": tokens, "seed": seed, "params": after.params},
-        **{"active_params": after.active_params, "solved": solved},
+        **{"active_params": after.active_params, "experts": after.experts, "width": after.width, "solved": solved},
     }
 
 

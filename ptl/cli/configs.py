@@ -151,15 +151,17 @@ def _print_plan(config: Config, dimensions: ModelDimensions) -> None:
     table = Table(title=f"{config.name}: {before:,} parameters{active}", title_justify="left")
     headings = ["Iteration", "Removes", "Parameters", "Parameters after", "Recovery tokens"]
     # What is left of a mixture of experts; where layers go, prune decides it.
-    with_experts = config.prune.target == "experts"
-    if with_experts:
-        headings[4:4] = ["Active", "Experts"]
+    target = config.prune.target
+    if dimensions.experts and target in ("experts", "neurons"):
+        headings[4:4] = ["Active", target.capitalize()]
     for heading in headings:
         table.add_column(heading, justify="right")
     for iteration, after in planned.dimensions_after(dimensions, config.schedule, config.prune):
         cells = [str(iteration.index), iteration.unit, f"{before - after.params:,}", f"{after.params:,}"]
-        if with_experts:
+        if dimensions.experts and target == "experts":
             cells += [f"{after.active_params:,}", f"{after.experts} of {dimensions.experts}"]
+        elif dimensions.experts and target == "neurons":
+            cells += [f"{after.active_params:,}", f"{after.width} of {dimensions.width}"]
         table.add_row(*cells, f"{iteration.tokens:,}")
         before = after.params
     Console().print(table)

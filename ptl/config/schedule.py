@@ -65,7 +65,8 @@ class Prune(Section):
     # What is removed, and by which score.
     target: Literal["neurons", "layers", "neurons_then_layers", "auto", "experts"] = Field(
         "neurons",
-        description="what is removed; `neurons_then_layers` removes layers in the last `layer_iterations`; `auto` "
+        description="what is removed; `neurons` of a mixture of experts are those inside each expert; "
+        "`neurons_then_layers` removes layers in the last `layer_iterations`; `auto` "
         "chooses in each iteration by the measured loss per parameter; `experts` removes whole experts of a mixture of "
         "experts, as many in every layer",
     )
@@ -98,7 +99,8 @@ class Prune(Section):
     width_multiple: Multiple = Field(
         "auto",
         description="round the FFN width down to a multiple of this; `auto`: the largest of 128, 64, 8 and 1 that "
-        "divides the width and is at most an eighth of what is left of it",
+        "divides the width and is at most an eighth of what is left of it. In a mixture of experts widths are "
+        "multiples of 8 whatever is set",
     )
     tensor_parallel: Positive = 1
     """GPUs that will share the model; each width is a multiple of this"""

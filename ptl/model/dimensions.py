@@ -18,6 +18,8 @@ from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
 MIN_STEPS = 8  # a multiple is taken by default where the width holds at least as many of it
+# Neurons of an expert: torch multiplies all experts at once (grouped_mm) where each row of them is whole 16 bytes.
+EXPERT_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class ModelDimensions:
     experts: int = 0  # in each layer
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+
+    @property
+    def least_multiple(self) -> int:
+        """What every pruned width must be a multiple of, whatever the settings say."""
+        return EXPERT_MULTIPLE if self.experts else 1
 
     @property
     def active_params(self) -> int:
@@ -124,6 +131,7 @@ def resolve_multiple(
     remaining: int,  # neurons that are left of it, before rounding
     multiple: Multiple,
     tensor_parallel: int = 1,
+    least: int = 1,  # what is always a divisor, for each of the ranks
 ) -> int:
     """What the FFN width is rounded down to: `auto` takes 128, 64, 8 or 1 for each of the tensor-parallel ranks.
 
@@ -137,13 +145,13 @@ def resolve_multiple(
             remedy="give the number of GPUs that the model is really split over",
         )
     if multiple != "auto":
-        return math.lcm(multiple, tensor_parallel)
+        return math.lcm(multiple, least * tensor_parallel)
     for candidate in MULTIPLES:
         step = candidate * tensor_parallel
         # A wide multiple of a narrow FFN would leave only a few widths to choose from.
-        if width % step == 0 and remaining // step >= MIN_STEPS:
+        if step % (least * tensor_parallel) == 0 and width % step == 0 and remaining // step >= MIN_STEPS:
             return step
-    return tensor_parallel
+    return least * tensor_parallel
 
 
 def width_for(
@@ -161,7 +169,7 @@ def width_for(
         return dimensions.width
     per_neuron = dimensions.params_per_neuron
     width = dimensions.width - math.ceil((dimensions.params - goal) / per_neuron)
-    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel)
+    step = resolve_multiple(dimensions.width, width, multiple, tensor_parallel, dimensions.least_multiple)
     width -= width % step
     if width < step:
         without_ffn = dimensions.params - dimensions.width * per_neuron
@@ -177,9 +185,18 @@ def width_for(
 
 
 def with_width(dimensions: ModelDimensions, width: int) -> ModelDimensions:
-    """Sizes when only so many neurons are left in each layer."""
+    """Sizes when only so many neurons are left in each layer, or in each expert."""
     removed = (dimensions.width - width) * dimensions.params_per_neuron
-    return replace(dimensions, params=dimensions.params - removed, width=width)
+    params_per_expert = dimensions.params_per_expert
+    if dimensions.experts:
+        params_per_expert -= removed // dimensions.experts
+    return replace(
+        dimensions,
+        params=dimensions.params - removed,
+        width=width,
+        params_per_layer=dimensions.params_per_layer - removed // dimensions.layers,
+        params_per_expert=params_per_expert,
+    )
 
 
 def smallest_cuts(
@@ -194,10 +211,8 @@ def smallest_cuts(
     smallest: dict[str, int] = {}
     if dimensions.layers > 1:
         smallest["layers"] = dimensions.params_per_layer
-    if dimensions.experts:
-        if dimensions.experts > dimensions.experts_per_token:
-            smallest["experts"] = dimensions.params_per_expert
-        return smallest
+    if dimensions.experts > dimensions.experts_per_token:
+        smallest["experts"] = dimensions.params_per_expert
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
         smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
@@ -206,12 +221,6 @@ def smallest_cuts(
 
 def check_unit(experts: int, unit: str) -> None:
     """Raise InputError for a unit of removal that a model with so many experts in each layer does not have."""
-    if experts and unit not in ("experts", "layers"):
-        raise InputError(
-            f"{unit!r} cannot be removed from a mixture of experts: neurons inside of experts are not scored",
-            field="prune.target",
-            remedy="set prune.target=experts, or prune.target=layers",
-        )
     if not experts and unit == "experts":
         raise InputError(
             "a dense model has no experts",
@@ -236,7 +245,7 @@ def experts_for(
             f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
             f"of them (num_experts_per_tok), and with no more than these the model has {least:,}",
             field="schedule.target",
-            remedy="let schedule.target remove less, or prune layers",
+            remedy="let schedule.target remove less, or prune neurons or layers",
         )
     return number
 

@@ -134,18 +134,21 @@ def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
     dense = assumed.dense
     total = _removal(dense, schedule.target, assumed.config.prune.target)
     shapes = [dense]
+    start, unit = dense, ""
     for iteration in plan(schedule, assumed.config.prune):
+        # In a mixture the FLOPs depend on what is removed.
+        if iteration.unit != unit:
+            start, unit = shapes[-1], iteration.unit
         removed = int(iteration.progress * total)
-        shapes.append(dense.scaled(dense.params - removed, iteration.unit))
+        shapes.append(start.scaled(dense.params - removed, unit))
     return shapes
 
 
 def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
-    """Parameters to remove in all. Raises InputError for more than the linear layers, or experts not in use, have."""
+    """Parameters to remove in all. Raises InputError for more than the linear layers, or their experts, have."""
     total = removal(dense.params, size)
     check_unit(dense.experts, unit)
-    # Else all of it comes out of linear layers, of which something must be left.
-    most = dense.removable_experts if unit == "experts" else dense.matrices + dense.inactive - 1
+    most = _most(dense, unit)
     if not 0 < total <= most:
         raise InputError(
             f"{size:g} would remove {total:,} of {dense.params:,} parameters, and at most {most:,} can be removed",
@@ -153,6 +156,16 @@ def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
             remedy="give a share between 0 and 1, or the number of parameters to end with",
         )
     return total
+
+
+def _most(dense: Shape, unit: str) -> int:
+    """The most parameters that can be removed."""
+    if unit == "experts":
+        return dense.removable_experts
+    # Something must be left of the experts, or of the linear layers that it comes out of.
+    if dense.experts and unit == "neurons":
+        return dense.in_experts - 1
+    return dense.matrices + dense.inactive - 1
 
 
 def busiest(dag: Sequence[Node], hours: Mapping[str, float], gpus: Mapping[str, int]) -> tuple[str, ...]:

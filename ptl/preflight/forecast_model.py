@@ -61,15 +61,21 @@ class Shape:
         removed = self.params - params
         if unit == "experts":
             return self._with_fewer_experts(params)
-        # A layer takes its share of the experts with it.
-        inactive = removed * self.inactive // self.in_layers
+        # All neurons of a mixture are in its experts; a layer takes its share of the experts with it.
+        whole = self.in_experts if self.experts and unit == "neurons" else self.in_layers
+        inactive = removed * self.inactive // whole
         return replace(
             self,
             params=params,
             matrices=self.matrices - (removed - inactive),
-            routed=self.routed - removed * self.routed // self.in_layers,
+            routed=self.routed - removed * self.routed // whole,
             inactive=self.inactive - inactive,
         )
+
+    @property
+    def in_experts(self) -> int:
+        """Weights of all experts in all layers; 0 in a dense model."""
+        return self.routed + self.inactive
 
     @property
     def removable_experts(self) -> int:
@@ -79,7 +85,7 @@ class Shape:
     @property
     def _unused(self) -> int:
         """Experts in each layer that a token is not sent to."""
-        return round(self.experts * self.inactive / (self.routed + self.inactive)) if self.experts else 0
+        return round(self.experts * self.inactive / self.in_experts) if self.experts else 0
 
     def _with_fewer_experts(self, params: int) -> Shape:
         """The shape with fewer parameters: as many experts less as have them, which need not be a whole number."""
@@ -98,8 +104,8 @@ class Shape:
         """Parameters that are read to decode a token of so many rows: of the experts those that a row is sent to."""
         if not self.inactive:
             return self.params
-        experts = self.routed + self.inactive
-        untouched = experts * (self.inactive / experts) ** rows  # as if tokens were sent to experts at random
+        # As if tokens were sent to experts at random.
+        untouched = self.in_experts * (self.inactive / self.in_experts) ** rows
         return self.params - untouched
 
 

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 from ptl.config.schedule import Iteration, Prune, Schedule, plan, removal
 from ptl.errors import InputError
-from ptl.model.dimensions import ModelDimensions, experts_for, width_for, with_experts, with_width
+from ptl.model.dimensions import (
+    EXPERT_MULTIPLE,
+    ModelDimensions,
+    experts_for,
+    width_for,
+    with_experts,
+    with_width,
+)
 from ptl.units import numbered
 
 
@@ -58,8 +65,12 @@ def idle_warnings(dimensions: ModelDimensions, schedule: Schedule, prune: Prune)
             f"nothing is left to remove for {numbered('iteration', idle)}, which will only train: set "
             "schedule.cuts=uniform, or take fewer iterations"
         ]
+    rounded = f"prune.width_multiple={prune.width_multiple} rounds the widths of this model"
+    lower = "lower it, "
+    if dimensions.experts and prune.width_multiple != "auto" and prune.width_multiple <= EXPERT_MULTIPLE:
+        rounded = f"multiples of {EXPERT_MULTIPLE} neurons, the least that experts can have, round their widths"
+        lower = ""
     return [
-        f"prune.width_multiple={prune.width_multiple} rounds the widths of this model so far down that nothing is left "
-        f"to remove for {numbered('iteration', idle)}, which will only train: lower it, set "
-        "schedule.cuts=uniform, or take fewer iterations"
+        f"{rounded} so far down that nothing is left to remove for {numbered('iteration', idle)}, which will only "
+        f"train: {lower}set schedule.cuts=uniform, or take fewer iterations"
     ]

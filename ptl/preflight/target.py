@@ -90,8 +90,9 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
     if needs is not None:
         return needs.params - (_without_flops(dense, reached) if flops_of_both else 0)
     # So many parameters have so few FLOPs whatever was removed; the KV cache is as large as before if neurons were.
+    # Not in a mixture, where a layer takes more FLOPs with it than neurons with as many parameters.
     with_layers = dense.largest("layers", reached)
-    if with_layers is not None and flops_of_both:
+    if with_layers is not None and flops_of_both and not dense.sizes.num_experts:
         return with_layers.params
     smallest = {
         "neurons": "no FFN neuron left",
@@ -102,33 +103,40 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
         f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
         f"and now {_state(goal, dense, dense.needs())}",
         field=goal.field,
-        remedy=_remedy(goal, prune, layers_can=with_layers is not None),
+        remedy=_remedy(goal, prune, dense, [other for other in UNITS if dense.largest(other, reached)]),
     )
 
 
 def _without_flops(dense: Dense, reached: Callable[[Needs], bool]) -> int:
     """Parameters without FLOPs (norms, biases) in as many layers as can go before layers alone reach the goal.
 
-    By them a model with fewer layers has more FLOPs than one with as many parameters and fewer neurons.
+    By them a model with fewer layers has more FLOPs than one with as many parameters and fewer neurons. In a mixture it
+    has fewer, as a token meets only some of the experts that neurons are taken from.
     """
     most = dense.sizes.num_hidden_layers - 1
     removed = next((number for number in range(most) if reached(dense.needs(number + 1, "layers"))), most)
     before, after = dense.needs(), dense.needs(removed, "layers")
-    return before.params - after.params - (before.flops_per_token - after.flops_per_token) // 2
+    products = (before.flops_per_token - after.flops_per_token) // 2
+    # Parameters of neurons with as many products
+    of_neurons = products * max(1, dense.sizes.num_experts) // max(1, dense.sizes.num_experts_per_tok)
+    return max(0, before.params - after.params - of_neurons)
 
 
-def _remedy(goal: Goal, prune: Prune, *, layers_can: bool) -> str:
-    """What makes a goal that cannot be reached possible."""
-    if isinstance(goal, SpeedGoal):
-        remedies = ["lower it"]
-        if prune.target == "experts":
-            more = "remove layers (prune.target=layers): whole experts take no FLOPs with them but the router's"
-        else:
-            more = "remove layers too (prune.target=auto)"
-    else:
-        remedies = ["raise it", "lower sequences or tokens"]
-        more = "remove layers alone, which take their KV cache with them (prune.target=layers)"
-    return ", or ".join([*remedies, *([more] if layers_can else [])])
+def _remedy(goal: Goal, prune: Prune, dense: Dense, others: list[str]) -> str:
+    """What makes a goal that cannot be reached possible; `others`: the units that reach it alone."""
+    remedies = ["lower it"] if isinstance(goal, SpeedGoal) else ["raise it", "lower sequences or tokens"]
+    if prune.target == "experts" and others:
+        more = f"remove {' or '.join(others)} (prune.target={others[0]})"
+        reason = ": whole experts take no FLOPs with them but the router's" if isinstance(goal, SpeedGoal) else ""
+        remedies.append(more + reason)
+    elif "layers" in others and isinstance(goal, MemoryGoal):
+        remedies.append("remove layers alone, which take their KV cache with them (prune.target=layers)")
+    elif "layers" in others:
+        mixture = dense.sizes.num_experts
+        remedies.append(
+            "remove layers alone (prune.target=layers)" if mixture else "remove layers too (prune.target=auto)"
+        )
+    return ", or ".join(remedies)
 
 
 def _reached_by(goal: Goal, dense: Dense) -> Callable[[Needs], bool]:

@@ -1,19 +1,18 @@
 """Scores for the experts of a mixture: the less a score, the more redundant. CRITERIA is where a user extends.
 
-Shape letters: B sequences, T tokens, H hidden size, E experts of a layer, K experts that each token is sent to, n
-tokens sent to one expert, F neurons of an expert. Each expert runs on its own tokens, one expert after the other.
+Shape letters: routing.py. Each expert runs on its own tokens, one expert after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn
+from ptl.pruning.routing import Routed, RunExpert, activations, outputs, running_experts
 
 ExpertScores = list[Tensor]  # float32 [E] of each layer
 
@@ -74,37 +73,19 @@ def observe(model: LayerwiseModel) -> list[Observed]:
         observed = Observed(model.config.num_experts)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
-            with _observing(layer.get_submodule("mlp.experts"), tokens, observed):
+            with running_experts(layer, _observing(tokens, observed)):
                 states[b] = model.run(i, b, hidden)
         layers.append(observed)
     return layers
 
 
-@contextmanager
-def _observing(experts: nn.Module, tokens: Tensor, observed: Observed) -> Iterator[None]:
-    """While the block lasts, the experts run one by one, and what they give at these tokens is observed."""
+def _observing(tokens: Tensor, observed: Observed) -> RunExpert:
+    """Runs an expert, and observes what it gives at these of the tokens [B * T]."""
 
-    def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        # hidden [B * T, H]; chosen and weights [B * T, K]: the experts of each token, and what the router gives them
-        total = torch.zeros_like(hidden)
-        for expert in chosen.unique().tolist():
-            rows, position = torch.where(chosen == expert)  # [n], padding included
-            outputs = run_expert(experts, expert, hidden[rows])
-            given = weights[rows, position]  # [n]
-            total.index_add_(0, rows, (outputs * given[:, None]).to(total.dtype))
-            real = tokens[rows]
-            observed.add(expert, outputs[real], given[real])
-        return total
+    def run(experts: Any, routed: Routed) -> Tensor:
+        hidden = outputs(experts, routed, activations(experts, routed))  # [n, H]
+        real = tokens[routed.rows]  # [n]
+        observed.add(routed.expert, hidden[real], routed.weights[real])
+        return hidden
 
-    experts.forward = forward
-    try:
-        yield
-    finally:
-        # Without the attribute of the instance, the method of the class is used again.
-        del experts.forward
-
-
-def run_expert(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    """One expert's output [n, H] for these tokens [n, H], before the router's weight."""
-    gate, up = nn.functional.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
-    return nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+    return run

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ptl.model.families import Family
-from ptl.pruning.layerwise import LayerwiseModel, States, layers_in_turn, run_with_activations, sequences
-
-ROWS = 256  # of a weight that are converted at once: they stay in the processor's cache
-NeuronScores = list[Tensor]  # float32 [F] of each layer
+from ptl.pruning.expert_neurons import expert_neuron_scores
+from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations, sequences
+from ptl.pruning.scoring import JoinedScores, NeuronScores, column_norms, first_order_scores
 
 
 def _max(changes: Tensor, units: Tensor) -> Tensor:
@@ -54,8 +53,8 @@ def _by_output_change(
             change_of = changes_after_norm(layer, family, model.config.rms_norm_eps)
             units = torch.ones((), device=model.device)  # these changes are lengths already
         else:
-            units = column_norms(layer, family) * scale  # [F]; a neuron's change is its activation
-        total = _JoinedScores(join)
+            units = column_norms(_down_projection(layer, family)) * scale  # [F]; a neuron's change is its activation
+        total = JoinedScores(join)
         for b, hidden in enumerate(states):
             states[b], *observed = run_with_activations(model, i, b, hidden)
             for sequence in sequences(model, b, *observed):
@@ -65,59 +64,26 @@ def _by_output_change(
     return scores
 
 
-@torch.enable_grad()
+def _changes_by_gradient(
+    model: LayerwiseModel,
+    i: int,
+    b: int,
+    hidden: Tensor,  # [B, T, H]
+    gradient: Tensor,  # of the loss by the layer's output: [B, T, H]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient by the layer's input [B, T, H], and each sequence's first-order change of the loss [F]."""
+    output, activations, *_ = run_with_activations(model, i, b, hidden)
+    by_input, slopes = torch.autograd.grad(output, (hidden, activations), gradient)
+    changes = []
+    for value, slope in sequences(model, b, activations.detach(), slopes):
+        of_tokens = value.float() * slope.float()  # [T, F]
+        changes.append(of_tokens.sum(dim=0))
+    return by_input, changes
+
+
 def _by_gradients(model: LayerwiseModel, _seed: int) -> NeuronScores:
-    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771).
-
-    Runs backwards layer by layer, each forward pass done again. Host memory: the hidden states of every layer, that is
-    (layers + 1) x tokens x hidden size. A GPU holds one layer, and the states of one batch.
-    """
-    inputs = _inputs_of_layers(model)
-    last_states = inputs.pop()
-    gradients = _loss_gradients(model, last_states)  # [B, T, H] of each batch, in host memory
-    scores = []
-    for i, _ in layers_in_turn(model, "taylor, back", backwards=True):
-        total = _JoinedScores("mean")
-        for b, states in enumerate(inputs.pop()):
-            hidden = states.to(model.device).detach().requires_grad_()  # [B, T, H]
-            output, activations, *_ = run_with_activations(model, i, b, hidden)
-            # By the layer's input, which is what the layer before it needs, and by the activations [B, T, F]
-            variables = (hidden, activations)
-            gradient, slopes = torch.autograd.grad(output, variables, gradients[b].to(model.device))
-            gradients[b] = gradient.cpu()
-            for value, slope in sequences(model, b, activations.detach(), slopes):
-                change = value.float() * slope.float()  # [T, F]
-                first_order = change.sum(dim=0)  # [F]
-                total.add(first_order.abs())
-        scores.append(total.result())
-    return scores[::-1]
-
-
-@torch.no_grad()
-def _inputs_of_layers(model: LayerwiseModel) -> list[States]:
-    """Hidden states [B, T, H] before each layer and after the last one, of each batch, in host memory."""
-    inputs = [[states.cpu() for states in model.embed()]]
-    for i, _ in layers_in_turn(model, "taylor, forwards"):
-        # A batch at a time on the GPU, where there is one
-        outputs = [model.run(i, b, states.to(model.device)).cpu() for b, states in enumerate(inputs[-1])]
-        inputs.append(outputs)
-    return inputs
-
-
-def _loss_gradients(model: LayerwiseModel, last_states: States) -> States:
-    """Gradient of the summed loss by the last hidden states: [B, T, H] of each batch on the host, zero at padding."""
-    gradients = []
-    with model.head():
-        for b, states in enumerate(last_states):
-            # One sequence at a time: logits are as large as the vocabulary.
-            rows: list[Tensor] = []
-            for row in range(len(states)):
-                hidden = states[row : row + 1].to(model.device).detach().requires_grad_()  # [1, T, H]
-                loss = model.loss(b, row, hidden)
-                (gradient,) = torch.autograd.grad(loss, hidden)
-                rows.append(gradient.cpu())
-            gradients.append(torch.cat(rows))
-    return gradients
+    """First-order change of the loss when the neuron is zeroed (Molchanov et al. 2019, arXiv 1906.10771)."""
+    return first_order_scores(model, _changes_by_gradient)
 
 
 @torch.no_grad()
@@ -126,7 +92,7 @@ def _by_weights(model: LayerwiseModel, _seed: int) -> NeuronScores:
     family = model.family
     scores = []
     for _, layer in layers_in_turn(model, "scoring neurons, by layer"):
-        squares = column_norms(layer, family).pow(2)  # [F]
+        squares = column_norms(_down_projection(layer, family)).pow(2)  # [F]
         for name in family.up_projections:
             weight = layer.get_parameter(f"{name}.weight").float()  # [projections * F, H]
             row_squares = weight.pow(2).sum(dim=1)  # [projections * F]
@@ -173,7 +139,9 @@ LAYER_CRITERIA = {
 
 
 def neuron_scores(model: LayerwiseModel, criterion: str, seed: int) -> NeuronScores:
-    """Score every neuron on the model's batches; returns float32 [F] per layer."""
+    """Score every neuron on the model's batches; returns float32 [F] per layer, of a mixture [E, F]."""
+    if model.family.experts:
+        return expert_neuron_scores(model, criterion, seed)
     return CRITERIA[criterion](model, seed)
 
 
@@ -184,23 +152,13 @@ def layer_scores(model: LayerwiseModel, criterion: str) -> Tensor:
     scores = []
     states = model.embed()  # [B, T, H] of each batch
     for i, _ in layers_in_turn(model, f"scoring layers ({criterion})"):
-        total = _JoinedScores(join)
+        total = JoinedScores(join)
         for b, hidden in enumerate(states):
             states[b] = model.run(i, b, hidden)
             for before, after in sequences(model, b, hidden, states[b]):
                 total.add(change_of(before, after).mean())
         scores.append(total.result())
     return torch.stack(scores)
-
-
-def column_norms(layer: nn.Module, family: Family) -> Tensor:
-    """Norm of each column of down_proj: float32 [F]."""
-    weight = layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
-    squares = torch.zeros(weight.shape[1], device=weight.device)  # [F]
-    for rows in weight.split(ROWS):
-        row_squares = rows.float().square()  # [ROWS, F]
-        squares += row_squares.sum(dim=0)
-    return squares.sqrt_()
 
 
 def changes_after_norm(
@@ -214,9 +172,8 @@ def changes_after_norm(
     norm's gain, r the root mean square of y and s that of y - a w, the norm of g y / r - g (y - a w) / s is that of
     g (c y + a w / s) with c = 1/r - 1/s. Costs two more products as large as down_proj, and its weight in float32.
     """
-    down_projection = layer.get_parameter(f"{family.down_projection}.weight")
     norm = layer.get_parameter(f"{family.post_norm}.weight")
-    w = down_projection.float()  # [H, F]
+    w = _down_projection(layer, family).float()  # [H, F]
     g = norm.float() + family.norm_offset  # [H]
     # What does not depend on the text
     w2 = w.square()
@@ -250,31 +207,19 @@ def changes_after_norm(
     return changes
 
 
+def _down_projection(layer: nn.Module, family: Family) -> Tensor:
+    return layer.get_parameter(f"{family.down_projection}.weight")  # [H, F]
+
+
 def keep_highest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays."""
+    """Indices of the `count` highest scores: int64 [count], ascending; of equal scores the lower index stays.
+
+    Of scores [E, units] those of each of the E rows: [E, count].
+    """
     order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count].sort().values
+    return order[..., :count].sort().values
 
 
 def num_redundant(scores: Tensor, sigma: float) -> int:
     """How many units score below the threshold; by the criterion `max` a neuron's score is the change of the output."""
     return int((scores < sigma).sum())
-
-
-class _JoinedScores:
-    """Running `max` or `mean` over sequences of the scores of each unit."""
-
-    def __init__(self, join: str) -> None:
-        self.join = join
-        self.value = torch.zeros(())  # a score is never negative
-        self.count = 0  # sequences
-
-    def add(self, scores: Tensor) -> None:
-        """Take in the scores [units] of one sequence."""
-        combine = torch.add if self.join == "mean" else torch.maximum
-        self.value = combine(self.value, scores.detach().cpu())
-        self.count += 1
-
-    def result(self) -> Tensor:
-        """The joined scores: float32 [units]."""
-        return self.value / self.count if self.join == "mean" else self.value

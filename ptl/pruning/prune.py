@@ -89,10 +89,11 @@ def prune_checkpoint(
 
 
 def _multiple(before: ModelDimensions, after: ModelDimensions, settings: Prune) -> int:
-    """What widths were rounded down to; those of experts are never pruned."""
-    if before.experts:
+    """What widths were rounded down to; those of a mixture may be as they were."""
+    if before.experts and after.width == before.width:
         return 1
-    return resolve_multiple(before.width, after.width, settings.width_multiple, settings.tensor_parallel)
+    multiple, ranks = settings.width_multiple, settings.tensor_parallel
+    return resolve_multiple(before.width, after.width, multiple, ranks, before.least_multiple)
 
 
 def _write_repaired(

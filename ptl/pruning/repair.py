@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptl.model import safetensors_io
+from ptl.model.experts import DOWN
 from ptl.model.safetensors_io import Entries, Entry
-from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn, run_with_activations
+from ptl.pruning.layerwise import LayerwiseModel, States, layers_in_turn, run_with_activations
+from ptl.pruning.routing import EXPERTS, Routed, RunExpert, activations, outputs, running_experts
 from ptl.pruning.surgery import Selection
 
 
@@ -26,10 +29,10 @@ def ridge(
     min ||X_K W'^T - X W^T||^2 + lambda ||W' - W_K||^2 has the solution W' = W_K + W_R C_RK (C_KK + lambda I)^-1 with
     C = X^T X; lambda is `strength` times the mean of C's diagonal. Memory: C, float32 [F, F], beside one layer.
     Where an RMS norm follows down_proj, each token's error is divided by the root mean square of its output, as the
-    norm divides it.
+    norm divides it. Each expert of a mixture is fitted on its own tokens, times the router's weight: [E, F, F].
     """
     folder.mkdir(parents=True, exist_ok=True)
-    part = f"{model.family.down_projection}.weight"
+    fit_layer = _fit_experts if model.family.experts else _fit_mlp
     repaired = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "repairing down_proj, by layer"):
@@ -38,17 +41,67 @@ def ridge(
         if kept is None:
             states = model.run_batches(i, states)
             continue
-        # C = X^T X: [F, F], over all batches
-        weight = layer.get_parameter(part).float()  # [H, F]
-        width = weight.shape[1]
-        products = weight.new_zeros(width, width)
-        for b, hidden in enumerate(states):
-            states[b], rows = _activations(model, i, b, hidden)
-            products.addmm_(rows.t(), rows)
-        fitted = fit(weight, products, kept.to(weight.device), strength)  # [H, kept]
-        name = f"model.layers.{i}.{part}"
-        repaired[name] = _save(model, folder, name, fitted)
+        for name, fitted in fit_layer(model, layer, i, states, kept.to(model.device), strength).items():
+            repaired[name] = _save(model, folder, name, fitted)
     return repaired
+
+
+def _fit_mlp(
+    model: LayerwiseModel,
+    layer: nn.Module,
+    i: int,
+    states: States,  # before the layer, and afterwards behind it
+    kept: Tensor,  # int64 [kept]
+    strength: float,
+) -> dict[str, Tensor]:
+    """The fitted down_proj of a dense layer by its name: float32 [H, kept]."""
+    part = f"{model.family.down_projection}.weight"
+    # C = X^T X: [F, F], over all batches
+    weight = layer.get_parameter(part).float()  # [H, F]
+    width = weight.shape[1]
+    products = weight.new_zeros(width, width)
+    for b, hidden in enumerate(states):
+        states[b], rows = _activations(model, i, b, hidden)
+        products.addmm_(rows.t(), rows)
+    return {f"model.layers.{i}.{part}": fit(weight, products, kept, strength)}
+
+
+def _fit_experts(
+    model: LayerwiseModel,
+    layer: nn.Module,
+    i: int,
+    states: States,  # before the layer, and afterwards behind it
+    kept: Tensor,  # int64 [E, kept]
+    strength: float,
+) -> dict[str, Tensor]:
+    """The fitted down projections of a layer's experts, by their names in the checkpoint; else as `_fit_mlp`."""
+    down: Any = layer.get_submodule(EXPERTS).down_proj  # [E, H, F]
+    width = down.shape[-1]
+    products = torch.zeros(len(down), width, width, device=model.device)
+    for b, hidden in enumerate(states):
+        tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
+        with running_experts(layer, _adding_products(tokens, products)):
+            states[b] = model.run(i, b, hidden)
+    fitted = [fit(down[expert].float(), products[expert], kept[expert], strength) for expert in range(len(down))]
+    experts = model.family.experts
+    assert experts is not None
+    if experts.is_fused(model.entries):
+        return {f"model.layers.{i}.{DOWN}": torch.stack(fitted)}
+    names = [experts.part(expert, experts.projections[2]) for expert in range(len(fitted))]
+    return {f"model.layers.{i}.{name}.weight": weight for name, weight in zip(names, fitted, strict=True)}
+
+
+def _adding_products(tokens: Tensor, products: Tensor) -> RunExpert:
+    """Runs an expert, and adds X^T X of its activations at these of the tokens [B * T] to its part of [E, F, F]."""
+
+    def run(experts: Any, routed: Routed) -> Tensor:
+        values = activations(experts, routed)  # [n, F]
+        real = tokens[routed.rows]  # [n]
+        rows = values[real].float() * routed.weights[real, None].float()
+        products[routed.expert].addmm_(rows.t(), rows)
+        return outputs(experts, routed, values)
+
+    return run
 
 
 def _activations(

@@ -11,8 +11,9 @@ from ptl.config.schedule import Prune
 from ptl.errors import InputError
 from ptl.model.dimensions import ModelDimensions, experts_for, layers_for, resolve_multiple, width_for
 from ptl.pruning.expert_scores import expert_scores
-from ptl.pruning.importance import NeuronScores, keep_highest, layer_scores, neuron_scores, num_redundant
+from ptl.pruning.importance import keep_highest, layer_scores, neuron_scores, num_redundant
 from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.scoring import NeuronScores
 from ptl.pruning.surgery import Selection
 from ptl.pruning.variant_losses import PrunedVariant, losses
 
@@ -44,16 +45,21 @@ def check_goal(
 
 
 def neurons(task: SelectionTask) -> Selection:
-    """Remove the lowest-scored neurons of each layer, as many in each: by budget, or below the threshold if fewer."""
+    """Remove the lowest-scored neurons of each layer, or of each of its experts, as many in each.
+
+    By budget, or below the threshold if that is fewer.
+    """
     dimensions = task.dimensions
     settings = task.settings
     width = _width(dimensions, settings, task.goal)
-    scores = neuron_scores(task.model, settings.criterion, task.seed)  # [F] of each layer
+    scores = neuron_scores(task.model, settings.criterion, task.seed)  # [F] of each layer, or [E, F]
     sigma = settings.sigma_neuron
     if sigma is not None:
-        # One width serves all layers: the layer with the fewest redundant neurons decides.
-        needed = dimensions.width - min(num_redundant(layer, sigma) for layer in scores)
-        step = resolve_multiple(dimensions.width, width, settings.width_multiple, settings.tensor_parallel)
+        # One width serves all layers and experts: the one with the fewest redundant neurons decides.
+        groups = [neurons for layer in scores for neurons in layer.view(-1, dimensions.width)]
+        needed = dimensions.width - min(num_redundant(neurons, sigma) for neurons in groups)
+        multiple, ranks = settings.width_multiple, settings.tensor_parallel
+        step = resolve_multiple(dimensions.width, width, multiple, ranks, dimensions.least_multiple)
         needed += -needed % step  # up to the next multiple
         width = min(max(width, needed), dimensions.width)  # which need not be a multiple
     return _keep_neurons(range(dimensions.layers), scores, width)
@@ -151,7 +157,7 @@ def _width_like_a_layer(task: SelectionTask, remaining: ModelDimensions) -> int 
 
 
 def _keep_neurons(kept: Iterable[int], scores: NeuronScores, width: int) -> Selection:
-    """These layers with their `width` highest-scored neurons."""
+    """These layers with their `width` highest-scored neurons, or with those of each of their experts."""
     highest = {layer: keep_highest(scores[layer], width) for layer in kept}
     return Selection(tuple(highest), highest)
 

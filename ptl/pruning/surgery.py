@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import checkpoint, safetensors_io
-from ptl.model.experts import Experts
+from ptl.model.experts import FUSED, GATE_UP, Experts
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
 from ptl.model.safetensors_io import Entries, Entry, TensorShape
@@ -23,8 +23,9 @@ class Selection:
     """What stays."""
 
     layers: tuple[int, ...]  # their numbers in the source, ascending
-    neurons: Mapping[int, Tensor]  # of each of these layers: int64 [width], ascending; empty: all neurons stay
-    experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # the same for the experts of each layer
+    # Of each of these layers: int64 [width], ascending, or [experts, width] of a mixture; empty: all neurons stay
+    neurons: Mapping[int, Tensor]
+    experts: Mapping[int, Tensor] = dataclass_field(default_factory=dict)  # int64 [experts that stay]; not with neurons
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,25 @@ class PrunedTensor:
 
     name: str  # in the pruned checkpoint
     axis: int = 0  # along which it is pruned
-    kept: Tensor | None = None  # indices that stay along the axis, int64; None: all
+    kept: Tensor | None = None  # int64 [n], indices that stay along the axis, or [E, n] of each expert; None: all
 
     def shape(self, source_shape: TensorShape) -> TensorShape:
         """The shape of the pruned tensor."""
         shape = list(source_shape)
         if self.kept is not None:
-            shape[self.axis] = len(self.kept)
+            shape[self.axis] = self.kept.shape[-1]
         return tuple(shape)
 
     def values(self, source: Tensor) -> Tensor:
         """The pruned tensor."""
+        import torch
+
         if self.kept is None:
             return source
-        return source.index_select(self.axis, self.kept)
+        if self.kept.dim() == 1:
+            return source.index_select(self.axis, self.kept)
+        experts = zip(source, self.kept, strict=True)
+        return torch.stack([expert.index_select(self.axis - 1, kept) for expert, kept in experts])
 
 
 def pruned_tensor(
@@ -74,6 +80,8 @@ def pruned_tensor(
     if kept_experts is not None and family.experts is not None:
         return _pruned_expert_tensor(new_name, prefix, part, family.experts, kept_experts)
     kept = selection.neurons.get(layer)
+    if kept is not None and family.experts is not None:
+        return _narrowed_expert_tensor(new_name, part, shape, family.experts, kept)
     if kept is None or not family.has_neurons(part, kind):
         return PrunedTensor(new_name)
     if part == family.down_projection:  # [hidden, intermediate]
@@ -101,12 +109,32 @@ def _pruned_expert_tensor(
     return PrunedTensor(f"{prefix}{experts.renumbered(part, staying.index(expert))}.weight")
 
 
+def _narrowed_expert_tensor(
+    new_name: str,
+    part: str,
+    shape: TensorShape,
+    experts: Experts,
+    kept: Tensor,  # int64 [experts, neurons that stay], ascending
+) -> PrunedTensor:
+    """What becomes of a layer's tensor where every expert keeps some of its neurons."""
+    expert = experts.number(part)
+    if expert is not None:
+        kept = kept[expert]
+    elif part not in FUSED:  # the router, and what is outside of the experts
+        return PrunedTensor(new_name)
+    if experts.is_down_projection(part):  # [..., hidden, intermediate]
+        return PrunedTensor(new_name, axis=len(shape) - 1, kept=kept)
+    axis = len(shape) - 2
+    rows = _neuron_rows(kept, shape[axis], fused_projections=2) if part == GATE_UP else kept
+    return PrunedTensor(new_name, axis, rows)
+
+
 def _neuron_rows(kept: Tensor, rows: int, fused_projections: int) -> Tensor:
-    """Rows of the kept neurons in a weight of so many rows: the same in each of the stacked projections."""
+    """Rows of the kept neurons [..., n] in a weight of so many rows: the same in each of the stacked projections."""
     import torch
 
     starts = rows // fused_projections * torch.arange(fused_projections)  # [projections]
-    return (kept + starts[:, None]).flatten()
+    return (kept.unsqueeze(-2) + starts[:, None]).flatten(-2)
 
 
 def prune_config(config: ConfigJson, family: Family, selection: Selection) -> dict[str, Any]:
@@ -133,9 +161,9 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             pruned[field] = leading_kept + max(0, leading - depth)
     # config.json has one width for all layers.
     if selection.neurons:
-        widths = {len(kept) for kept in selection.neurons.values()}
+        widths = {kept.shape[-1] for kept in selection.neurons.values()}
         assert len(widths) == 1, f"widths differ between layers: {widths}"
-        pruned["intermediate_size"] = widths.pop()
+        pruned[family.config_field("intermediate_size")] = widths.pop()
     # As it has one number of experts.
     if selection.experts and family.experts is not None:
         counts = {len(kept) for kept in selection.experts.values()}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptl.model.families import Family
 from ptl.pruning.layerwise import LayerwiseModel, States, layers_in_turn
+from ptl.pruning.routing import Routed, activations, outputs, running_experts
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class PrunedVariant:
     """The model without some layers, and with only some neurons in others."""
 
     skipped: frozenset[int] = frozenset()  # layers that the hidden states pass by
-    neurons: Mapping[int, Tensor] = field(default_factory=dict)  # kept indices by layer; all others are masked
+    # Kept indices by layer, of a mixture those of each expert; all others are masked
+    neurons: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +68,7 @@ def _advance(
         variant = variants[members[0]]  # all of them are the same up to here
         states = group.states
         if i not in variant.skipped:
-            with masked(layer, model.family.down_projection, variant.neurons.get(i)):
+            with _masked(layer, model.family, variant.neurons.get(i)):
                 states = model.run_batches(i, states)
         yield _Group(states, members)
 
@@ -74,19 +78,32 @@ def _layer_change(variant: PrunedVariant, i: int) -> Hashable:
     if i in variant.skipped:
         return "skipped"
     kept = variant.neurons.get(i)
-    return None if kept is None else tuple(kept.tolist())
+    return None if kept is None else tuple(kept.flatten().tolist())
+
+
+def _masked(
+    layer: nn.Module,
+    family: Family,
+    kept: Tensor | None,  # int64 [kept], or [E, kept] of each expert; None: all
+) -> AbstractContextManager[None]:
+    """Neurons outside `kept` are zero while the block lasts."""
+    if kept is None:
+        return nullcontext()
+    if family.experts is None:
+        return _masked_inputs(layer.get_submodule(family.down_projection), kept)
+
+    def run(experts: Any, routed: Routed) -> Tensor:
+        values = activations(experts, routed)  # [n, F]
+        keep = torch.zeros_like(values[0])  # [F]
+        keep[kept[routed.expert].to(keep.device)] = 1
+        return outputs(experts, routed, values * keep)
+
+    return running_experts(layer, run)
 
 
 @contextmanager
-def masked(
-    layer: nn.Module,
-    down_projection: str,
-    kept: Tensor | None,  # int64 [kept]; None: all
-) -> Iterator[None]:
-    """Neurons outside `kept` are zero while the block lasts."""
-    if kept is None:
-        yield
-        return
+def _masked_inputs(down_projection: nn.Module, kept: Tensor) -> Iterator[None]:
+    """Inputs outside `kept` are zero while the block lasts."""
 
     def mask(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         (activations,) = inputs  # [B, T, F]
@@ -94,7 +111,7 @@ def masked(
         keep[kept.to(keep.device)] = 1
         return (activations * keep,)
 
-    with layer.get_submodule(down_projection).register_forward_pre_hook(mask):
+    with down_projection.register_forward_pre_hook(mask):
         yield
 
 

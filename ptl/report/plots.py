@@ -11,7 +11,7 @@ from ptl.report.result import Result
 from ptl.report.result_rows import Row
 from ptl.report.score_plots import mark_of, short_tick
 from ptl.report.svg import BAD, CONTROL, GRID, INK, LOOP, MUTED, Painter, add_key, picture, set_size
-from ptl.report.tables import iteration_label
+from ptl.report.tables import experts_removed, iteration_label
 
 MAX_POINTS = 4000  # of all loss curves together: keeps the page far below 1 MB
 MAX_TOWERS = 500  # layers of all checkpoints together that are drawn apart from each other
@@ -131,7 +131,10 @@ def _set_loss_limits(axis: Any, curves: dict[str, Curve]) -> None:
 
 
 def _widths(figure: Any, result: Result, wide: bool) -> None:
-    """A skyline per checkpoint: as many towers as layers, as high as each layer's FFN is wide, or has experts."""
+    """A skyline per checkpoint: as many towers as layers, as high as each layer's FFN is wide, or has experts.
+
+    Of a mixture whose experts all stay, as high as each of them is wide.
+    """
     rows = result["rows"]
     set_size(figure, wide, 2.7)
     axis = figure.subplots()
@@ -140,13 +143,14 @@ def _widths(figure: Any, result: Result, wide: bool) -> None:
     # Hundreds of towers would make the page large, and nobody would see them.
     num_towers = num_layers * len(rows)
     skyline = _towers if num_towers <= MAX_TOWERS else _outline
+    count_experts = experts_removed(result)
     ticks, labels = [], []
     start = 0.0
     for row in rows:
-        experts = row["scores"]["experts"]
-        heights, edges = skyline([experts] * len(row["widths"]) if experts else row["widths"], start)
+        heights = [row["scores"]["experts"]] * len(row["widths"]) if count_experts else row["widths"]
+        outline, edges = skyline(heights, start)
         colour = mark_of(row).colour
-        axis.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
+        axis.stairs(outline, edges, fill=True, color=colour, alpha=0.85)
         # A label in the middle of the room for all layers, also below a model with fewer.
         ticks.append(start + num_layers / 2)
         in_loop = row["arm"] == "loop"

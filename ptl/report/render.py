@@ -129,6 +129,7 @@ def _variables(result: Result) -> dict[str, Any]:
         # All checkpoints were scored on the same benchmarks.
         "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
         "has_experts": tables.has_experts(result),
+        "experts_removed": tables.experts_removed(result),
         "layers_removed": any(row["removed_layers"] for row in result["rows"]),
         "columns": [name for name, _ in tables.columns(result)],
         "costs": tables.costs(result),

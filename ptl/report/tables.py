@@ -118,6 +118,11 @@ def has_experts(result: Result) -> bool:
     return any(row["scores"]["experts"] for row in result["rows"])
 
 
+def experts_removed(result: Result) -> bool:
+    """Whether whole experts were removed from a mixture."""
+    return len({row["scores"]["experts"] for row in result["rows"]}) > 1
+
+
 def costs(result: Result) -> list[tuple[str, list[str]]]:
     """What each of dense, final and control costs: label -> one cell per column of `columns`."""
     table = []

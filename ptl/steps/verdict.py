@@ -150,7 +150,7 @@ def _compare(reference: Record, items: Items, settings: Gate) -> paired.Paired:
 def _smallest_cut(record: Record, unit: str) -> int | None:
     """The least that the next iteration can remove from an evaluated checkpoint; None where nothing can go."""
     by_unit: dict[str, int] = record["metadata"]["smallest_cuts"]
-    # `auto` takes what costs least, of neurons and layers.
+    # `auto` takes what costs least, of neurons and layers; never whole experts.
     if unit == "auto":
-        return min(by_unit.values(), default=None)
+        return min((by_unit[each] for each in ("neurons", "layers") if each in by_unit), default=None)
     return by_unit.get(unit)

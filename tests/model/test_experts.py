@@ -216,8 +216,9 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
     assert experts_for(body, least.params) == body.experts_per_token
     with pytest.raises(InputError, match=r"cannot be reached by experts: each token is sent to \d of them"):
         experts_for(body, least.params - 1)
-    assert smallest_cuts(body, "auto") == {"layers": body.params_per_layer, "experts": one}
-    assert smallest_cuts(least, "auto").keys() == {"layers"}
+    neurons = {"neurons": 8 * body.params_per_neuron}
+    assert smallest_cuts(body, "auto") == {"layers": body.params_per_layer, "experts": one} | neurons
+    assert smallest_cuts(least, "auto").keys() == {"layers", "neurons"}
 
 
 def test_the_forecast_counts_experts_as_the_checkpoint_does(source, tmp_path):

@@ -1,6 +1,7 @@
 """Mixtures of experts before a run: what the plan says of them, what they cost, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from recovering import DENSE, ROOT
@@ -16,6 +17,7 @@ from ptl.errors import InputError
 from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions, with_experts
 from ptl.model.families import FAMILIES
+from ptl.model.goals import dense_model
 from ptl.preflight import target
 from ptl.preflight.forecast import forecast
 from ptl.preflight.forecast_model import decode_seconds, forward_flops, shape_of
@@ -104,6 +106,12 @@ def test_the_plan_says_how_many_experts_remain(small):
     assert "Active" in said and "8 of 12" in said and "7 of 12" in said
 
 
+def test_the_plan_says_how_many_neurons_of_each_expert_remain(small):
+    said = ptl("validate", TINY, *with_model(small, **{"schedule.iterations": 2, "prune.target": "neurons"}))
+    assert "Active" in said and "Neurons" in said and "24 of 40" in said
+    assert "58,720" in said  # 77,152 less 16 neurons of 3 x 32 weights in 3 experts of 4 layers
+
+
 def test_a_dense_model_has_no_column_for_experts():
     said = ptl("validate", TINY)
     assert "Experts" not in said and "active" not in said
@@ -112,11 +120,13 @@ def test_a_dense_model_has_no_column_for_experts():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"prune.target": "neurons"}, "'neurons' cannot be removed from a mixture of experts"),
-        ({"prune.target": "auto"}, "'auto' cannot be removed from a mixture of experts"),
         ({"model.path": str(DENSE)}, "a dense model has no experts"),
         ({"schedule.target": 0.9}, "cannot be reached by experts: each token is sent to 3 of them"),
-        ({"schedule.target.speed": "1.5x"}, "whole experts take no FLOPs with them but the router's"),
+        (
+            {"schedule.target.speed": "1.5x"},
+            "remove neurons or layers (prune.target=neurons): whole experts take no FLOPs with them but the router's",
+        ),
+        ({"prune.target": "neurons", "schedule.target": 0.9}, "cannot be reached by neurons: all but the FFNs are"),
     ],
 )
 def test_what_cannot_be_is_refused(small, changes, said):
@@ -130,6 +140,60 @@ def test_the_forecast_refuses_what_cannot_be_too(small):
 
 def test_init_refuses_a_mixture_with_a_way_to_go_on(small):
     assert "`ptl init` writes configs for dense models" in ptl("init", small)
+
+
+def test_neurons_take_flops_with_them_and_experts_do_not(large):
+    shape = shape_of(str(large))
+    goal = shape.params - 48 * 128 * 3 * 2048 * 256  # a third of the 768 neurons of each expert
+    narrow, fewer = shape.scaled(goal, "neurons"), shape.scaled(goal, "experts")
+    assert narrow.matrices == shape.matrices - 48 * 8 * 3 * 2048 * 256
+    assert (narrow.routed * 3, narrow.inactive * 3) == (shape.routed * 2, shape.inactive * 2)
+    assert forward_flops(narrow, 1, 0) < 0.81 * forward_flops(fewer, 1, 0)
+
+
+def test_the_forecast_counts_each_iterations_unit(large):
+    settings = {"model.path": str(large), "prune.target": "neurons_then_layers", "schedule.target": 0.3}
+    steps = forecast(load_config(TINY, settings), "h200").steps
+    recovered = {step.step: step for step in steps if step.step.startswith("recover")}
+    per_token = [recovered[f"recover-{i}"].flops / recovered[f"recover-{i}"].tokens for i in (2, 3, 4)]
+    # The last iteration removes a fifth of the third one's parameters, and by layers, which are attention too.
+    assert per_token[0] > per_token[1] > per_token[2]
+    only = forecast(load_config(TINY, settings | {"prune.target": "neurons"}), "h200").steps
+    last = next(step for step in only if step.step == "recover-4")
+    assert last.params == recovered["recover-4"].params
+    assert recovered["recover-4"].flops < last.flops
+
+
+def test_the_forecast_refuses_more_than_the_experts_hold(large):
+    config = load_config(TINY, {"model.path": str(large), "prune.target": "neurons", "schedule.target": 0.97})
+    with pytest.raises(InputError, match="at most 28,991,029,247 can be removed"):
+        forecast(config, "h200")
+
+
+@pytest.mark.parametrize("times", [1.1, 1.4])
+def test_a_goal_in_speed_is_reached_by_neurons_of_experts(small, times):
+    dense = dense_model(small)
+    params = target.params(SpeedGoal(speed=times), Prune(), small)
+    (removed,) = [n for n in range(40) if dense.needs(n, "neurons").params == params]
+    flops = [dense.needs(n, "neurons").flops_per_token for n in (0, removed - 1, removed)]
+    assert flops[0] / flops[2] >= times > flops[0] / flops[1]
+
+
+@pytest.mark.parametrize("mixed", ["auto", "neurons_then_layers"])
+def test_neurons_and_layers_of_a_mixture_reach_the_speed_whatever_is_removed(small, mixed):
+    dense = dense_model(small)
+    params = target.params(SpeedGoal(speed=1.4), Prune(target=mixed), small)
+    assert params == target.params(SpeedGoal(speed=1.4), Prune(), small)
+    for layers in range(1, 5):
+        shallow = replace(dense, sizes=replace(dense.sizes, num_hidden_layers=layers))
+        reached = shallow.largest("neurons", lambda needs: needs.params <= params)
+        assert reached is None or dense.needs().flops_per_token >= 1.4 * reached.flops_per_token
+
+
+@pytest.mark.parametrize("mixed", ["neurons", "auto", "neurons_then_layers"])
+def test_a_speed_that_neurons_of_experts_cannot_reach_is_refused_with_layers_as_the_remedy(large, mixed):
+    with pytest.raises(InputError, match=r"with no FFN neuron left .* remove layers alone \(prune.target=layers\)"):
+        target.params(SpeedGoal(speed=3), Prune(target=mixed), large)
 
 
 def test_a_goal_in_memory_is_reached_by_experts(small):

@@ -53,6 +53,16 @@ def test_whole_experts_go_as_prune_removes_them():
     assert [sizes.active_params for sizes in after] == [120_600, 120_400, 120_400, 120_400]
 
 
+def test_neurons_of_experts_go_by_eights():
+    after = [sizes for _, sizes in planned.dimensions_after(MIXTURE, SCHEDULE, Prune(width_multiple=1))]
+    assert [sizes.width for sizes in after] == [64, 40, 40, 32]
+    assert [sizes.active_params for sizes in after] == [113_800, 109_000, 109_000, 107_400]
+    (warning,) = planned.idle_warnings(MIXTURE, SCHEDULE, Prune(width_multiple=1))
+    assert warning.startswith("multiples of 8 neurons, the least that experts can have") and "lower it" not in warning
+    (warning,) = planned.idle_warnings(MIXTURE, SCHEDULE, Prune(width_multiple=16))
+    assert "prune.width_multiple=16 rounds" in warning and "lower it" in warning
+
+
 def test_iterations_for_which_an_expert_is_too_large_are_named():
     (warning,) = planned.idle_warnings(MIXTURE, SCHEDULE, Prune(target="experts"))
     assert "one of the 10 experts in every layer is more than" in warning and "for iterations 3 and 4, which" in warning

@@ -118,12 +118,6 @@ def test_a_size_below_the_experts_of_a_token_is_refused(variant, source, calibra
     assert cut(source, variant, calibration, tmp_path / "cut", experts=few + 1).experts == few + 1
 
 
-@pytest.mark.parametrize("unit", ["neurons", "auto"])
-def test_neurons_of_experts_are_refused(variant, source, calibration, tmp_path, unit):
-    with pytest.raises(InputError, match=f"'{unit}' cannot be removed from a mixture of experts"):
-        prune_checkpoint(source, tmp_path / "cut", Prune(), calibration, unit=unit, goal=1, seed=0)
-
-
 def test_a_dense_model_has_no_experts(calibration, tmp_path):
     source = save(build("llama"), tmp_path / "source")
     with pytest.raises(InputError, match=r"a dense model has no experts; set prune\.target=neurons"):

@@ -14,7 +14,7 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.config.schedule import Prune
 from ptl.evaluation.evaluate import evaluate_checkpoint
 from ptl.model import checkpoint
-from ptl.model.dimensions import model_dimensions, with_experts
+from ptl.model.dimensions import model_dimensions, with_experts, with_width
 from ptl.model.families import FAMILIES
 from ptl.pruning.prune import prune_checkpoint
 
@@ -102,6 +102,32 @@ def test_a_step_of_grpo_moves_the_routers(small, tmp_path):
 def test_the_optimizer_state_follows_the_experts_that_stay(small, tmp_path):
     recover(small, tmp_path / "once", CPT | {"carry_moments": True}, tokens=500, last=False)
     pruned = cut(tmp_path / "once", tmp_path / "pruned", experts=3)
+    report = recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,))
+    assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in report.curve)
+
+
+def narrow(source, folder, width):
+    family = FAMILIES[checkpoint.read_config(source)["model_type"]]
+    goal = with_width(model_dimensions(source, family), width).params
+    scored = Calibration(data=DATA.sources[0], num_sequences=8, max_length=64)
+    prune_checkpoint(source, folder, Prune(), scored, unit="neurons", goal=goal, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [CPT, DISTIL], ids=["cpt", "distil"])
+def test_two_steps_move_narrow_experts_and_the_loss_is_finite(small, tmp_path, stage):
+    pruned = narrow(small, tmp_path / "narrow", width=16)
+    report = recover(pruned, tmp_path / "out", taught(stage, small), tokens=500)
+    before, after = weights(pruned), weights(tmp_path / "out")
+    assert report.steps >= 2 and all(math.isfinite(loss) for _, loss in report.curve)
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    sizes = model_dimensions(tmp_path / "out", FAMILIES[checkpoint.read_config(small)["model_type"]])
+    assert (sizes.width, sizes.experts) == (16, 4)
+
+
+def test_the_optimizer_state_follows_the_neurons_that_stay(small, tmp_path):
+    recover(small, tmp_path / "once", CPT | {"carry_moments": True}, tokens=500, last=False)
+    pruned = narrow(tmp_path / "once", tmp_path / "narrow", width=16)
     report = recover(pruned, tmp_path / "twice", CPT | {"carry_moments": True}, tokens=500, earlier=(500,))
     assert (pruned / checkpoint.STATE).is_file() and all(math.isfinite(loss) for _, loss in report.curve)
 

@@ -13,7 +13,7 @@ from run_records import DENSE, arm_records, curve, items, pointer, record_of, re
 
 from ptl.cli import results
 from ptl.errors import InputError
-from ptl.report import side_by_side
+from ptl.report import side_by_side, tables
 from ptl.report.answer import answer
 from ptl.report.render import print_table, render, write_report
 from ptl.report.result import build, final_row, total_tokens, work_seconds
@@ -270,6 +270,16 @@ def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, setti
     assert "127,872 (27,872 active)" in page and "127,872 (27,872 active)" in text
     assert "| Active parameters | 113,120 | 27,872 | -75.4 % |" in text
     assert "| Iteration | Layers | Experts | FFN width |" in text and "| dense | 4 | 21 | 256 |" in text
+    assert tables.experts_removed(build(records, settings))
+
+
+def test_a_mixture_whose_experts_all_stay_is_drawn_by_their_widths(records, settings, tmp_path, no_pictures):
+    for record in records.values():
+        if "scores" in record["metadata"]:
+            record["metadata"]["scores"] |= {"experts": 6}
+    render(build(records, settings), tmp_path)
+    assert "| dense | 4 | 6 | 256 |" in (tmp_path / "report.md").read_text()
+    assert not tables.experts_removed(build(records, settings))
 
 
 def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictures):

@@ -82,6 +82,12 @@ def test_the_smallest_cut_is_that_of_the_next_iterations_unit(run, tmp_path):
     assert "stopped" not in first["reason"] and "9,000 parameters): stopped" in second["reason"]
 
 
+def test_the_smallest_cut_of_auto_is_never_an_expert():
+    by_unit = {"layers": 9_000, "experts": 500, "neurons": 1_000}
+    smallest = [verdict._smallest_cut({"metadata": {"smallest_cuts": by_unit}}, unit) for unit in ("auto", "experts")]
+    assert smallest == [1_000, 500]
+
+
 def test_an_accepted_checkpoint_is_registered_and_ends_the_loop_at_the_target(run, tmp_path, monkeypatch):
     registered = []  # a mock of the registry
     monkeypatch.setattr(verdict.registry, "register", lambda *given: registered.append(given[1:]) or "7")
