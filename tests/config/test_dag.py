@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptl.config.dag import Node, Source, arm_of, critical_path, iteration_of, nodes, stage_of
-from ptl.config.run import load_config
+from ptl.config.run import Config, check, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs").glob("*.yaml"))
 OPTIONS = list(product((False, True), ("off", "beside", "after"), (False, True)))
@@ -102,6 +102,18 @@ def test_the_report_comes_after_every_other_step(case):
     assert before(dag, "report") == set(dag) - {"report"}
     assert dag["report"].inputs["final"] == Source(f"evaluate-{config.schedule.iterations}", "accepted")
     assert not set(dag["report"].after) & {source.step for source in dag["report"].inputs.values()}
+
+
+def test_exports_take_the_final_and_the_dense_model_and_come_before_the_report(case):
+    config = case[0]
+    forms = [{"format": "gguf", "type": "q4_k_m"}, {"format": "compressed-tensors", "type": "fp8"}]
+    dag = {node.name: node for node in nodes(check(Config, config.model_dump() | {"export": forms}, "config"))}
+    names = ["export-gguf-q4-k-m", "export-compressed-tensors-fp8"]
+    accepted = dag["report"].inputs["final"]
+    for name in names:
+        assert dag[name].inputs == {"model": accepted, "dense": Source("import-model", "out")}
+        assert (stage_of(name), arm_of(name), iteration_of(name)) == ("export", "export", 0)
+    assert set(names) <= set(dag["report"].needs)
 
 
 def test_the_doctor_comes_first(case):

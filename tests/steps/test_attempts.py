@@ -335,15 +335,16 @@ DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params
 
 
 @pytest.mark.slow
-def test_a_failed_control_does_not_fail_a_run_on_a_cluster_and_says_why(go, mlflow, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("step", ["control-prune", "export-gguf-q8-0"])
+def test_what_a_run_can_do_without_does_not_fail_it_on_a_cluster(step, go, mlflow, tmp_path, monkeypatch, capfd):
     """A failed task would fail the run and keep its report from being written."""
     monkeypatch.delenv("PTL_RUN_ID")
     monkeypatch.setenv("KFP_RUN_ID", "kfp-run")
-    code, metadata = go("work", retries=1, step="control-prune", pointer=DENSE)
+    code, metadata = go("work", retries=1, step=step, pointer=DENSE)
     assert code == 0 and metadata["digest"] == DENSE.digest
     passed = Pointer.load((tmp_path / "out").read_text())
-    assert passed.gate["stopped"] and passed.gate["reason"] == "control-prune failed: the store is away"
-    assert mlflow("control-prune")[0] == "FAILED" and mlflow("")[0] == "RUNNING"
+    assert passed.gate["stopped"] and passed.gate["reason"] == f"{step} failed: the store is away"
+    assert mlflow(step)[0] == "FAILED" and mlflow("")[0] == "RUNNING"
     assert "failed: the store is away; the run continues without it" in capfd.readouterr().out
 
 

@@ -1,0 +1,40 @@
+"""Forms for other runtimes in the report, from records that are a fixture."""
+
+from run_records import DENSE, export, record_of
+
+from ptl.report.render import write_report
+from ptl.report.wording import notes
+
+FORM = {"format": "gguf", "type": "q8_0"}
+STEP = "export-gguf-q8-0"
+
+
+def pages(records, settings, folder, **more):
+    result = write_report(records, settings | {"export": [FORM], **more}, folder)
+    return result, (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings, no_pictures, tmp_path):
+    records[STEP] = record_of(STEP, export(127_872, 140_000, 0.97))
+    result, html, markdown = pages(records, settings, tmp_path)
+    rows = [line for line in markdown.splitlines() if line.startswith(("| Dense", "| Final"))]
+    assert [row.split(" | ")[0] for row in rows] == ["| Dense", "| Dense, q8_0", "| Final", "| Final, q8_0"]
+    assert rows[0].split(" | ")[1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and "140.0 kB (0.16x)" in rows[3]
+    assert all(row.endswith("| 3,210 |") for row in rows)
+    assert "| tiny\\_reasoner | the dense model in the same form | -1.0 points" in markdown
+    assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
+    verdict = "not worse within the margin of 2 points (against the final model)"
+    assert f"Export gguf-q8_0: 140.0 kB (0.16x), 97.0 %, {verdict}." in notes(result)
+    assert STEP in [step["step"] for step in result["steps"]]
+
+
+def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no_pictures, tmp_path):
+    result, html, markdown = pages(records, settings, tmp_path, exports_failed={STEP: "InputError: no quantizer"})
+    assert "Not made: InputError: no quantizer." in markdown and "Not made: InputError: no quantizer." in html
+    assert "Export gguf-q8_0 was not made: InputError: no quantizer." in notes(result)
+    assert "exports_failed" not in result["settings"]
+
+
+def test_without_forms_there_is_no_section(records, settings, no_pictures, tmp_path):
+    result = write_report(records, settings, tmp_path)
+    assert result["exports"] == [] and "Export" not in (tmp_path / "report.md").read_text()

@@ -1,0 +1,54 @@
+"""Manifests of what a run has made, and its versions in the Model Registry."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from run_records import export, record_of, scores
+
+from ptl.config.run import load_config
+from ptl.steps import serving
+from ptl.storage.store import Pointer
+
+TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+FINAL = Pointer("s3://bucket/final", "sha256:" + "f" * 64, params=5, original_params=9, step="recover-4")
+
+
+def records(uri):
+    scored = {"stage": "evaluate", "checkpoint": dataclasses.asdict(FINAL), "scores": scores(5, 0.9, 1)}
+    form = record_of("export-gguf-q8-0", export(5, 3, 0.9))
+    form["pointer"] |= {"uri": uri, "step": "export-gguf-q8-0"}
+    return {"evaluate-4": {"metadata": scored, "pointer": {}}, "export-gguf-q8-0": form}
+
+
+def test_each_model_on_s3_gets_a_manifest(tmp_path):
+    config = load_config(TINY, {"name": "3b-reasoner"})
+    serving.write_manifests(FINAL, records("s3://bucket/form"), config, tmp_path)
+    final, form = (
+        yaml.safe_load((tmp_path / f"inference-service{suffix}.yaml").read_text()) for suffix in ("", "-gguf-q8_0")
+    )
+    assert final["metadata"]["name"] == "model-3b-reasoner"
+    assert final["spec"]["predictor"]["model"]["storageUri"] == "s3://bucket/final/"
+    (container,) = form["spec"]["predictor"]["containers"]
+    assert container["env"] == [{"name": "STORAGE_URI", "value": "s3://bucket/form/model-q8_0.gguf"}]
+
+
+def test_what_is_on_a_disk_gets_none(tmp_path):
+    final = dataclasses.replace(FINAL, uri="file:///final")
+    serving.write_manifests(final, records("file:///form"), load_config(TINY), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", [None, "http://registry.example.com:8080"])
+def test_the_model_registry_gets_all_of_them_if_the_config_names_one(address, monkeypatch):
+    sent = []
+    monkeypatch.setattr(serving.model_registry, "register", lambda *arguments: sent.append(arguments) or "registered")
+    config = load_config(TINY, {"storage.model_registry": address})
+    said = serving.register(FINAL, records("s3://bucket/form"), config, "reasoner", "run-1")
+    assert said == ["registered", "registered"] * bool(address)
+    if address:
+        assert [(model, run, pointer.step, format) for _, model, run, pointer, format, _ in sent] == [
+            ("reasoner", "run-1", "recover-4", "transformers"),
+            ("reasoner", "run-1", "export-gguf-q8-0", "gguf"),
+        ]
