@@ -51,6 +51,20 @@ MODELS = {
     "MPT 13B": _llama(5120, 13653, 40, 40, 40, 50368, tied=True),
     "MPT 70B": _llama(8192, 21845, 80, 64, 64, 50368, tied=True),
     "Llama 3 15B": _llama(5120, 17920, 40, 40, 8, 128256),
+    # A mixture: 22B of the parameters meet a token.
+    "Qwen3 235B-A22B": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1536,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "dtype": "bfloat16",
+    },
 }
 
 
@@ -123,8 +137,10 @@ def _settings(training: Training, folder: str) -> dict[str, Any]:
         "sharding": training.sharding,
         "gradient_checkpointing": training.recomputed,
     }
+    experts = "num_experts" in MODELS[training.model]
     return {
         "model.path": folder,
+        "prune.target": "experts" if experts else "neurons",
         "schedule.target": 1e-4,
         "schedule.iterations": 1,
         "schedule.recovery_tokens": TOKENS,
@@ -137,7 +153,7 @@ def print_forecast() -> None:
     """Hours of TOKENS tokens on NODES, with 2 sequences of 4,096 tokens on each GPU."""
     print("| model | nodes x GPUs | sharding | GiB per GPU | tokens/s | of each GPU | MFU | hours | GPU-hours |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
-    for model in ("Llama 3.1 8B", "Llama 3.1 70B"):
+    for model in ("Llama 3.1 8B", "Llama 3.1 70B", "Qwen3 235B-A22B"):
         for sharding in ("fsdp", "hybrid"):
             for nodes in NODES:
                 if sharding == "hybrid" and nodes == 1:
@@ -158,7 +174,8 @@ def print_networks() -> None:
     networks = (400, 200, 100, 50, 25, 12.5)
     print("| model | sharding | " + " | ".join(f"{network:g} Gbit/s" for network in networks) + " |")
     print("|---|---|" + "---:|" * len(networks))
-    for model, sharding in (("Llama 3.1 8B", "fsdp"), ("Llama 3.1 8B", "hybrid"), ("Llama 3.1 70B", "fsdp")):
+    fully_sharded = [(model, "fsdp") for model in ("Llama 3.1 70B", "Qwen3 235B-A22B")]
+    for model, sharding in (("Llama 3.1 8B", "fsdp"), ("Llama 3.1 8B", "hybrid"), *fully_sharded):
         cells = [model, f"`{sharding}`"]
         for network in networks:
             step, _ = recovery(Training(model, 16, 2, 4096, True, sharding, network=network))
