@@ -21,6 +21,7 @@ CONVERTER = "ptl.export.converter"  # module that runs it
 AUTO = "auto"  # float16 if the first tensor is, else bfloat16
 SEPARATE_EXPERTS = ("olmoe", "mixtral")  # model types
 FUSED_EXPERTS = "experts.gate_up_proj"  # the end of a tensor's name, in the layout that transformers has in memory
+GENERATION = "generation_config.json"
 QUOTED_LINES = 3  # of the converter's output, in an error
 
 
@@ -36,9 +37,9 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
 
     `type` is that of the weights (ptl.config.export.TYPES, or AUTO: 16 bits); types that the converter cannot write are
     made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type,
-    and characters that llama.cpp drops. Raises InputError for a checkpoint that llama.cpp would run differently from
-    transformers, for a tokenizer that it does not have, or where a package is missing; WorkError with the converter's
-    last lines when it fails.
+    characters that llama.cpp drops and ends of answers that it does not know. Raises InputError for a checkpoint that
+    llama.cpp would run differently from transformers, for a tokenizer that it does not have, or where a package is
+    missing; WorkError with the converter's last lines when it fails.
     """
     check_type(type, "type")
     check_computed_alike(src)
@@ -60,6 +61,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
         else:
             notes = _convert(src, partial, type)
         notes += quantization.notes(partial, type)
+        notes += _end_notes(src, partial)
         partial.rename(dst)
     finally:
         partial.unlink(missing_ok=True)
@@ -109,6 +111,20 @@ def _convert(src: Path, file: Path, type: str) -> list[str]:
     if name != first:
         _run_converter(src, file, type, name)
     return notes
+
+
+def _end_notes(src: Path, file: Path) -> list[str]:
+    """Tokens at which transformers ends an answer and llama.cpp does not."""
+    generation = src / GENERATION
+    if not generation.is_file():
+        return []
+    ends = checkpoint.json_object(generation).get("eos_token_id") or []
+    model = llama_runtime.LlamaModel(file, vocabulary_only=True)
+    missed = [token for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
+    if not missed:
+        return []
+    numbers = ", ".join(map(str, missed))
+    return [f"llama.cpp does not end answers at token {numbers}, which {GENERATION} has in eos_token_id"]
 
 
 def _run_converter(src: Path, file: Path, type: str, pre_tokenizer: str) -> bool:

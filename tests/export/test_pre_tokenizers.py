@@ -1,6 +1,7 @@
 """Tokenizers whose hash llama.cpp's converter does not know: the same tokens, or a refusal."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def with_tokenizer(folder, pattern):
     )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>"])
     core.train_from_iterator([*TEXTS, "123 456 789 1234 5678 123456 " * 9], trainer)
     save(build("llama", vocab_size=core.get_vocab_size()), folder, tokenizer=False)
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
@@ -52,6 +53,14 @@ def test_the_tiny_reasoner_s_problems_have_the_same_tokens(tmp_path):
         problem = json.loads(line)
         text = f"{problem['question']}\n{problem['answer']}"
         assert model.tokens(text) == tokenizer(text).input_ids
+
+
+def test_ends_of_answers_that_llama_cpp_does_not_know_are_noted(tmp_path):
+    folder = shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "model")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 97]}))
+    *_, note = write_gguf(folder, tmp_path / "model.gguf")
+    assert note == "llama.cpp does not end answers at token 97, which generation_config.json has in eos_token_id"
 
 
 def test_a_tokenizer_of_one_s_own_gets_the_pre_tokenizer_that_splits_alike(tmp_path):
