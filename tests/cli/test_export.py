@@ -1,20 +1,14 @@
-"""`ptl export`: what it writes and says; a mock in place of llmcompressor."""
+"""`ptl export`: what it writes and says."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from gguf_files import converter_in_process, needs_llama_cpp
-from typer.testing import CliRunner
 
-from ptl.cli.app import app
 from ptl.cli.results import export
 from ptl.errors import InputError
-from ptl.export import compressed_tensors
 
-ROOT = Path(__file__).parents[2]
-REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
-TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+REASONER = Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint"
 
 
 @needs_llama_cpp
@@ -43,19 +37,3 @@ def test_a_file_that_exists_is_not_overwritten(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(InputError, match=r"model\.gguf exists"):
         export(REASONER, tmp_path / "model.gguf", "gguf", "f16")
-
-
-@pytest.mark.parametrize(("type", "sequences"), [("fp8", 0), ("int8", 128)])
-def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, sequences, tmp_path, monkeypatch):
-    counts = []
-
-    def write(src, dst, type, path):
-        counts.append(len(path.read_text().splitlines()) if path else 0)
-        shutil.copytree(src, dst)
-
-    monkeypatch.setattr(compressed_tensors, "write_compressed", write)
-    command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", TINY]
-    answer = CliRunner().invoke(app, [*map(str, command)])
-    assert counts == [sequences] and answer.exit_code == 0
-    size = (REASONER / "model.safetensors").stat().st_size
-    assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytesofweights"
