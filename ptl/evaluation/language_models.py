@@ -218,6 +218,7 @@ def tensor_parallel(src: Path, gpus: int) -> int:
     Not copies of the model: for those the harness needs ray.
     """
     config = checkpoint.read_config(src)
+    config.pop("quantization_config", None)  # the sizes are those of the float weights
     sizes = shapes.sizes(config, family_of(config), f"config.json of {src}")
 
     def divides(count: int) -> bool:

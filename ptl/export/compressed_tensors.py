@@ -1,0 +1,176 @@
+"""A checkpoint with quantized weights for vLLM and transformers: compressed-tensors, through llmcompressor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ptl import processes
+from ptl.config.run import Calibration
+from ptl.data import sequences as data
+from ptl.errors import InputError, WorkError
+from ptl.export import quantize
+from ptl.model import checkpoint, shapes
+from ptl.model.dimensions import model_dimensions
+from ptl.model.families import family_of
+from ptl.model.shapes import Sizes
+
+PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
+OWN_PYTHON = Path(__file__).parents[2] / ".venv-llmcompressor/bin/python"  # of `make llmcompressor`
+INSTALL = f"run `make llmcompressor` in a checkout, or set {PYTHON} to a Python with `pip install llmcompressor`"
+# By type: the preset of compressed-tensors
+SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
+CALIBRATED = ("int8", "w4a16")  # by GPTQ
+# By model_type: why not even fp8 is written, as seen with llmcompressor 0.14 and transformers 5.17
+REFUSED = {
+    "internlm3": "llmcompressor's transformers does not have it",
+    "mixtral": "llmcompressor saves its experts by names that neither transformers nor vLLM reads",
+}
+# Weights of a row that share a scale in w4a16; vLLM's kernels know these
+GROUP_SIZES = (128, 64, 32)
+LAST_LINES = 20  # of the output, in an error
+
+
+def write_compressed(
+    src: Path,
+    dst: Path,
+    type: str,
+    sequences: Path | None = None,  # of `write_sequences`; int8 and w4a16 need them
+) -> None:
+    """Write the checkpoint `src` with quantized weights to the folder `dst`, which must not exist or be empty.
+
+    llmcompressor's output goes to ours. Raises InputError before it starts for what cannot be written or has no
+    sequences, and without a Python that has llmcompressor; WorkError with the last lines of its output when it fails.
+    """
+    group_size = check_compressed(src, type)
+    if type in CALIBRATED and sequences is None:
+        raise InputError(
+            f"{type} needs sequences for calibration",
+            field="export",
+            remedy="give some, or take fp8, which needs none",
+        )
+    python = interpreter()
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as scratch:
+        partial = Path(scratch) / "checkpoint"
+        options = ["--scheme", SCHEMES[type]]
+        if group_size:
+            options += ["--group-size", str(group_size)]
+        if type in CALIBRATED:
+            options += ["--sequences", str(sequences)]
+        _run([str(python), "-I", "-u", quantize.__file__, str(src), str(partial), *options])
+        for path in checkpoint.shards(partial):
+            path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
+        # config.json says what was done; this file has YAML tags that name Python objects.
+        (partial / "recipe.yaml").unlink()
+        # In place of what an older transformers has saved
+        checkpoint.copy_companions(src, partial)
+        partial.rename(dst)
+
+
+def check_compressed(src: Path, type: str) -> int | None:
+    """Raise InputError where this type of `src` could not be written or evaluated; returns the size of its groups."""
+    config = checkpoint.read_config(src)
+    family = family_of(config)
+    model_dimensions(src, family)
+    if family.model_type in REFUSED:
+        raise InputError(
+            f"model_type {family.model_type} cannot be written: {REFUSED[family.model_type]}",
+            field="export",
+            remedy="serve the checkpoint as it is",
+        )
+    if family.experts and type in CALIBRATED:
+        raise InputError(
+            f"{type} of a mixture of experts ({family.model_type}) cannot be loaded by transformers, which would be "
+            "needed to evaluate it",
+            field="export",
+            remedy="take fp8",
+        )
+    return _group_size(shapes.sizes(config, family, f"{src}/config.json")) if type == "w4a16" else None
+
+
+def _group_size(sizes: Sizes) -> int:
+    """The largest size of groups by which the rows of every linear layer can be divided."""
+    rows = {
+        "hidden_size": sizes.hidden_size,
+        "num_attention_heads * head_dim": sizes.num_attention_heads * sizes.head_dim,
+        "intermediate_size": sizes.intermediate_size,
+    }
+    for size in GROUP_SIZES:
+        if all(length % size == 0 for length in rows.values()):
+            return size
+    smallest = GROUP_SIZES[-1]
+    odd = {name: length for name, length in rows.items() if length % smallest}
+    named = ", ".join(f"{name}={length}" for name, length in odd.items())
+    remedy = "take fp8 or int8"
+    # Pruning changes no other size.
+    if list(odd) == ["intermediate_size"]:
+        remedy = f"prune with prune.width_multiple: {GROUP_SIZES[0]}, or {remedy}"
+    raise InputError(
+        f"w4a16 has groups of {', '.join(map(str, GROUP_SIZES))} weights, and no multiple of {smallest} is {named}",
+        field="export",
+        remedy=remedy,
+    )
+
+
+def interpreter() -> Path:
+    """A Python that has llmcompressor, which ptl's own environment cannot hold. Raises InputError where none is."""
+    setting = os.environ.get(PYTHON)
+    if setting:
+        python = Path(setting)
+        if not _has_llmcompressor(python):
+            raise InputError(f"{setting} is no Python that has llmcompressor", field=PYTHON, remedy=INSTALL)
+        return python
+    if _has_llmcompressor(OWN_PYTHON):
+        return OWN_PYTHON
+    if importlib.util.find_spec("llmcompressor"):
+        return Path(sys.executable)
+    raise InputError("no Python here has llmcompressor", field="export", remedy=INSTALL)
+
+
+def _has_llmcompressor(python: Path) -> bool:
+    # Nothing is imported: that would take seconds.
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
+    try:
+        return subprocess.run([python, "-I", "-c", code], check=False, capture_output=True).returncode == 0
+    except OSError:  # no file, or none that can be executed
+        return False
+
+
+def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:
+    """The sequences that pruning calibrates with, as JSON Lines: both environments then have the same tokens."""
+    rows = data.calibration_rows(settings, tokenizer, seed, settings.num_sequences)
+    lines = [json.dumps({"input_ids": tokens.ids}) + "\n" for tokens in rows]
+    path.write_text("".join(lines))
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a command to its end, its output into ours. Raises WorkError with the last lines where it fails."""
+    # Bars would be a line for each step; both libraries' logs name the layers.
+    environment = {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    last_lines: deque[str] = deque(maxlen=LAST_LINES)
+    with subprocess.Popen(
+        processes.tied([*command]),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last_lines.append(line)
+    if process.returncode:
+        raise WorkError(
+            f"llmcompressor ended with {process.returncode}: {''.join(last_lines).strip()}",
+            field="export",
+        )

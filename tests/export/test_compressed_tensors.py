@@ -1,0 +1,219 @@
+"""Quantized checkpoints: what is refused, what the script of the other Python gets, and its results where it exists."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import build, save, word_calibration
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl.config.recover import DataSource
+from ptl.config.run import Calibration, Evaluate, Speed, Task
+from ptl.errors import InputError, WorkError
+from ptl.evaluation.evaluate import score_tasks
+from ptl.evaluation.quantized import quantized_model, weight_bytes
+from ptl.export import compressed_tensors, quantize
+from ptl.export.compressed_tensors import (
+    PYTHON,
+    check_compressed,
+    interpreter,
+    write_compressed,
+    write_sequences,
+)
+from ptl.model import checkpoint
+
+ROOT = Path(__file__).parents[2]
+REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+COLUMNS = {"prompt": "{question}\n", "completion": "{answer}"}
+# In place of a Python with llmcompressor: notes its arguments, and copies the checkpoint without its tokenizer
+MOCK = """#!/bin/sh
+[ "$2" = -c ] && exit 0
+echo "$@" >>"$0.log"
+[ -n "$FAIL" ] && { seq 99; exit 3; }
+mkdir "$5" && cp "$4/config.json" "$4/model.safetensors" "$5" && touch "$5/recipe.yaml" && echo quantized
+echo '{}' >"$5/generation_config.json"
+chmod 600 "$5/model.safetensors"
+"""
+
+
+@pytest.fixture
+def mock_python(tmp_path, monkeypatch):
+    """A mock of the Python that has llmcompressor; its arguments are in the file returned."""
+    python = tmp_path / "python"
+    python.write_text(MOCK)
+    python.chmod(0o755)
+    monkeypatch.setenv(PYTHON, str(python))
+    return Path(f"{python}.log")
+
+
+def model(tmp_path, **changes):
+    """A model of which w4a16 can have groups of 32."""
+    return save(build("llama", **{"hidden_size": 64, "intermediate_size": 96, **changes}), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("type", "options"),
+    [
+        ("fp8", "--scheme FP8_DYNAMIC"),
+        ("int8", "--scheme W8A8 --sequences rows.jsonl"),
+        ("w4a16", "--scheme W4A16 --group-size 32 --sequences rows.jsonl"),
+    ],
+)
+def test_the_script_gets_scheme_groups_and_sequences(type, options, tmp_path, mock_python):
+    write_compressed(model(tmp_path), tmp_path / "out", type, Path("rows.jsonl"))
+    assert mock_python.read_text().startswith(f"-I -u {quantize.__file__} {tmp_path / 'model'} {tmp_path}/.out.")
+    assert mock_python.read_text().endswith(f"/checkpoint {options}\n")
+
+
+def test_tokenizer_and_generation_config_are_those_of_the_source(tmp_path, mock_python, capfd):
+    src = model(tmp_path)
+    write_compressed(src, tmp_path / "out", "fp8")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in src.iterdir()} >= {"tokenizer.json", "chat_template.jinja"}
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (src / name).read_bytes()
+    assert capfd.readouterr().out == "quantized\n"
+
+
+def test_the_weights_can_be_read_by_other_users(tmp_path, mock_python):
+    write_compressed(model(tmp_path), tmp_path / "out", "fp8")
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_script_that_fails_is_reported_with_its_last_lines_and_leaves_nothing(tmp_path, mock_python, monkeypatch):
+    monkeypatch.setenv("FAIL", "yes")
+    with pytest.raises(WorkError, match=r"^export: llmcompressor ended with 3: 80\n81\n[\s\S]*\n99$"):
+        write_compressed(model(tmp_path), tmp_path / "out", "fp8")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "python", "python.log"}
+
+
+def test_the_script_needs_nothing_of_ptl():
+    """As the other Python starts it: without site-packages it can still say what it takes."""
+    command = [sys.executable, "-I", "-S", quantize.__file__, "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--group-size" in answer.stdout
+
+
+# ---- what is refused
+
+
+def test_types_that_are_calibrated_need_sequences(tmp_path, mock_python):
+    with pytest.raises(InputError, match=r"^export: int8 needs sequences for calibration; give some, or take fp8"):
+        write_compressed(model(tmp_path), tmp_path / "out", "int8")
+    assert not mock_python.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"intermediate_size": 80}, "is intermediate_size=80; prune with prune.width_multiple: 128, or take fp8"),
+        ({"hidden_size": 48}, r"is hidden_size=48; take fp8 or int8$"),
+    ],
+)
+def test_widths_without_groups_are_refused_before_the_start(changes, problem, tmp_path, mock_python):
+    with pytest.raises(InputError, match=f"groups of 128, 64, 32 weights, and no multiple of 32 {problem}"):
+        write_compressed(model(tmp_path, **changes), tmp_path / "out", "w4a16", Path("rows.jsonl"))
+    assert not mock_python.exists()
+
+
+@pytest.mark.parametrize(("hidden", "width", "size"), [(128, 384, 128), (128, 192, 64), (64, 96, 32)])
+def test_groups_are_as_large_as_all_widths_allow(hidden, width, size, tmp_path):
+    folder = model(tmp_path, hidden_size=hidden, intermediate_size=width, head_dim=hidden // 4)
+    assert check_compressed(folder, "w4a16") == size
+
+
+def test_of_experts_only_fp8_is_written(tmp_path):
+    folder = save(build("qwen3_moe"), tmp_path / "model")
+    assert check_compressed(folder, "fp8") is None
+    with pytest.raises(InputError, match=r"int8 of a mixture of experts \(qwen3_moe\) cannot be loaded.*; take fp8"):
+        check_compressed(folder, "int8")
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"), [("internlm3", "transformers does not have it"), ("mixtral", "saves its experts by names")]
+)
+def test_families_that_cannot_be_written_are_refused(variant, reason, tmp_path):
+    with pytest.raises(InputError, match=f"model_type {variant} cannot be written: .*{reason}.*; serve the checkpoint"):
+        check_compressed(save(build(variant), tmp_path / "model"), "fp8")
+
+
+# ---- which Python
+
+
+def test_a_python_without_llmcompressor_is_named(monkeypatch):
+    monkeypatch.setenv(PYTHON, "/no/such/python")
+    with pytest.raises(InputError, match=f"^{PYTHON}: /no/such/python is no Python that has .*make llmcompressor"):
+        interpreter()
+
+
+def test_without_any_python_the_remedy_is_a_command(tmp_path, monkeypatch):
+    monkeypatch.delenv(PYTHON, raising=False)
+    monkeypatch.setattr(compressed_tensors, "OWN_PYTHON", tmp_path / "none")
+    monkeypatch.setattr(compressed_tensors.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"^export: no Python here has llmcompressor; run `make llmcompressor`"):
+        interpreter()
+
+
+def test_this_python_is_taken_where_it_has_llmcompressor(tmp_path, monkeypatch):
+    monkeypatch.delenv(PYTHON, raising=False)
+    monkeypatch.setattr(compressed_tensors, "OWN_PYTHON", tmp_path / "none")
+    monkeypatch.setattr(compressed_tensors.importlib.util, "find_spec", lambda _: "a spec")
+    assert interpreter() == Path(sys.executable)
+
+
+# ---- sequences, and the real thing
+
+
+def test_sequences_are_the_tokens_that_pruning_calibrates_with(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save(build("llama"), tmp_path / "model"))
+    write_sequences(tmp_path / "rows.jsonl", word_calibration(tmp_path), tokenizer, seed=0)
+    rows = [json.loads(line)["input_ids"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and all(row[-1] == tokenizer.eos_token_id for row in rows)
+    assert tokenizer.decode(rows[0]).startswith("w")
+
+
+@pytest.fixture(scope="module")
+def llmcompressor():
+    try:
+        return interpreter()
+    except InputError as error:
+        pytest.skip(f"skipped: {error}")
+
+
+@pytest.fixture(scope="module")
+def reads_compressed():
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type", ["fp8", "int8", "w4a16"])
+def test_the_quantized_reasoner_solves_its_task(type, tmp_path, llmcompressor, reads_compressed, one_thread):
+    source = DataSource(
+        source=str(ROOT / "examples/tiny_reasoner/train.jsonl.gz"), format="prompt_completion", **COLUMNS
+    )
+    texts = Calibration(data=source, num_sequences=16, max_length=256)
+    write_sequences(tmp_path / "rows.jsonl", texts, AutoTokenizer.from_pretrained(REASONER), seed=0)
+    out = tmp_path / "out"
+    write_compressed(REASONER, out, type, tmp_path / "rows.jsonl")
+    assert weight_bytes(out) < weight_bytes(REASONER) / 3  # from float32; the embeddings stay
+    assert checkpoint.read_config(out)["quantization_config"]["ignore"] == ["lm_head"]
+
+    task = Task(name=str(ROOT / "examples/tiny_reasoner/tiny_reasoner.yaml"), limit=20)
+    settings = Evaluate(tasks=[task], speed=Speed(repeats=0))
+    (score,), items = score_tasks(quantized_model(out, settings), settings, seed=0)
+    assert score.accuracy >= 0.9 and len(items) == 20
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_scales_of_quantized_experts(tmp_path, llmcompressor, reads_compressed):
+    src = save(build("qwen3_moe"), tmp_path / "model")
+    write_compressed(src, tmp_path / "out", "fp8")
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model.layers[0].mlp.experts.state_dict()
+        for folder in (src, tmp_path / "out")
+    )
+    for name, weights in before.items():
+        error = float((after[name] - weights).norm() / weights.norm())
+        assert 0.01 < error < 0.05  # three bits of mantissa
