@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path screenshot
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor screenshot
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,13 @@ golden: install ## write the compiled pipelines that tests compare with; read th
 checkov: install ## check the manifests with checkov too
 	$(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/pip install --quiet checkov
 	PATH="$$PATH:$$PWD/.venv-checkov/bin" $(BIN)/pytest tests/test_manifests.py
+
+# llmcompressor wants an older transformers, hence an environment of its own, with the versions of its image.
+llmcompressor: ## the environment that exports to compressed-tensors (docs/exports.md), in .venv-llmcompressor
+	$(PYTHON) -m venv .venv-llmcompressor
+	grep '^[a-z]' docker/locks/cpu/llmcompressor.lock | sed 's/ \\$$//' >.venv-llmcompressor/constraints.txt
+	.venv-llmcompressor/bin/pip install --quiet --disable-pip-version-check \
+		--constraint .venv-llmcompressor/constraints.txt llmcompressor
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

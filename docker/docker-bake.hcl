@@ -72,3 +72,23 @@ target "evaluate-vllm" {
     REVISION        = REVISION
   }
 }
+
+# evaluate's packages, and llmcompressor in an environment of its own: twice torch. Not in the default group either.
+target "export-compressed-tensors" {
+  context    = "."
+  dockerfile = "docker/Dockerfile"
+  target     = "step"
+  platforms  = ["linux/amd64"]
+  tags       = ["${REGISTRY}ptl-export-compressed-tensors:${TAG}"]
+  args = {
+    STEP            = "export-compressed-tensors"
+    LOCK            = "evaluate"
+    PARENT          = "llmcompressor"
+    BASE_IMAGE      = BASE_IMAGE
+    SYSTEM_PACKAGES = SYSTEM_PACKAGES
+    LOCKS           = LOCKS
+    HASHES          = HASHES
+    VERSION         = VERSION
+    REVISION        = REVISION
+  }
+}

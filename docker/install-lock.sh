@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install a lock into /opt/ptl, in a RUN of the Dockerfile: install-lock LOCK HASHES, where HASHES is uv's option for them.
+# Install a lock into VIRTUAL_ENV, in a RUN of the Dockerfile: install-lock LOCK HASHES, where HASHES is uv's option for
+# them.
 # That RUN mounts /opt/tools, /wheels, uv's cache and the secrets `ca` and `index`.
 set -eu
 
@@ -14,8 +15,8 @@ if [ -s /run/secrets/index ]; then
     export UV_DEFAULT_INDEX
 fi
 # A stage that extends another one adds to its environment.
-if [ ! -e /opt/ptl/bin/python ]; then
-    python3 -m venv --without-pip /opt/ptl
+if [ ! -e "$VIRTUAL_ENV/bin/python" ]; then
+    python3 -m venv --without-pip "$VIRTUAL_ENV"
 fi
 # HASHES may be empty, or several options.
 # shellcheck disable=SC2086

@@ -48,6 +48,9 @@ for step in prune recover evaluate; do
     compile setup.cfg --extra "$step" -c constraints.txt --generate-hashes -o "docker/locks/$step.lock"
     cpu "docker/locks/$step.lock"
 done
+# With torch of the same release as the steps, for the same drivers.
+compile docker/locks/llmcompressor.in -c docker/locks/caps.txt --generate-hashes -o docker/locks/llmcompressor.lock
+cpu docker/locks/llmcompressor.lock
 # One Python and one platform: vLLM's wheels are for CUDA on Linux, and its tree is large.
 uv pip compile --quiet --python-version 3.12 --python-platform x86_64-unknown-linux-gnu --generate-hashes \
     ${flags:+"$flags"} setup.cfg docker/locks/vllm.in --extra evaluate -o docker/locks/evaluate-vllm.lock

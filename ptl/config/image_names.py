@@ -15,6 +15,7 @@ IMAGE_OF = {
     "evaluate": "evaluate",
     "report": "evaluate",
     "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
+    "export-compressed-tensors": "export-compressed-tensors",  # made by bake alone, like evaluate-vllm
 }
 IMAGES = ("prune", "recover", "evaluate")
 

@@ -89,8 +89,12 @@ def test_bake_file_has_the_same_images_and_version():
     assert re.search(r'variable "VERSION" \{\s+default = "([^"]+)"', bake)[1] == ptl.__version__
     assert json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1]) == list(image_names.IMAGES)
     assert 'tags       = ["${REGISTRY}ptl-${step}:${TAG}"]' in bake
-    assert re.findall(r'^\s+target += "(.*)"$', bake, re.M) == ["step", "step"]  # the Dockerfile's last stage
-    assert re.findall(r"^\s+STEP += (.*)$", bake, re.M) == ["step", '"evaluate-vllm"']
+    assert re.findall(r'^\s+target += "(.*)"$', bake, re.M) == ["step"] * 3  # the Dockerfile's last stage
+    assert re.findall(r"^\s+STEP += (.*)$", bake, re.M) == [
+        "step",
+        '"evaluate-vllm"',
+        '"export-compressed-tensors"',
+    ]
 
 
 @pytest.mark.slow
@@ -119,7 +123,7 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
 # ---- locks
 
 
-@pytest.mark.parametrize("name", image_names.IMAGES)
+@pytest.mark.parametrize("name", [*image_names.IMAGES, "llmcompressor"])
 def test_every_pin_is_hashed_and_no_index_is_named(name):
     text = (LOCKS / f"{name}.lock").read_text()
     assert all(count >= 1 for versions in lock(LOCKS / f"{name}.lock").values() for count in versions.values())
@@ -181,13 +185,21 @@ def test_locks_satisfy_setup_cfg(name, file):
     assert checked >= 10
 
 
-@pytest.mark.parametrize("name", image_names.IMAGES)
+@pytest.mark.parametrize("name", [*image_names.IMAGES, "llmcompressor"])
 def test_cpu_lock_is_the_lock_without_cuda(name):
     full, cpu = lock(LOCKS / f"{name}.lock"), lock(LOCKS / "cpu" / f"{name}.lock")
     left_out = set(full) - set(cpu)
     assert left_out and all(re.match(r"(nvidia|cuda)-|triton$", package) for package in left_out)
     assert list(cpu.pop("torch").values()) == [0]  # the CPU build of the release is another file
     assert cpu == {package: full[package] for package in cpu}
+
+
+def test_llmcompressor_has_the_steps_torch_and_a_transformers_of_its_own():
+    ours, theirs = lock(LOCKS / "evaluate.lock"), lock(LOCKS / "llmcompressor.lock")
+    assert theirs["torch"].keys() == ours["torch"].keys()
+    (version,) = theirs["transformers"]
+    assert Version(version) <= Version("5.17")
+    assert "llmcompressor" in theirs and not {"llmcompressor", "auto-round"} & set(ours)
 
 
 def test_vllm_lock_did_not_fall_back_to_an_old_kfp():
@@ -287,7 +299,7 @@ def test_every_download_of_the_build_knows_ca_and_index():
     """Each RUN that reaches out has both secrets; pip and uv read other variables."""
     text = re.sub(r"\\\n", " ", DOCKERFILE.read_text())
     downloads = [line for line in text.splitlines() if re.match("RUN.*(--requirement |install-lock )", line)]
-    assert len(downloads) == 3
+    assert len(downloads) == 4
     for line in downloads:
         assert "id=ca,target=/run/secrets/ca.crt" in line and "--mount=type=secret,id=index " in line
     for script, variables in (
@@ -302,7 +314,7 @@ def test_every_download_of_the_build_knows_ca_and_index():
 def test_a_lock_is_installed_with_the_builds_ca_and_index(tmp_path, monkeypatch):
     """The script of the Dockerfile's stages, with other folders, mocks of uv and python3, and a second install."""
     text = INSTALL_LOCK.read_text()
-    for name in ("/run/secrets", "/opt/tools", "/opt/ptl"):
+    for name in ("/run/secrets", "/opt/tools"):
         text = text.replace(name, f"{tmp_path}{name}")
     script = tmp_path / "install-lock"
     script.write_text(text)
@@ -315,6 +327,7 @@ def test_a_lock_is_installed_with_the_builds_ca_and_index(tmp_path, monkeypatch)
         program.write_text(f"#!/bin/sh\n{line}\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("VIRTUAL_ENV", f"{tmp_path}/opt/ptl")  # the image's
     for name in ("SSL_CERT_FILE", "UV_DEFAULT_INDEX"):
         monkeypatch.delenv(name, raising=False)
 
