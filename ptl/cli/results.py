@@ -13,6 +13,7 @@ import typer
 from ptl.cli import destination
 from ptl.cli.options import HOME, Home, Servers, TargetFolder
 from ptl.config.export import TYPES
+from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.lineage import locate
 from ptl.local import runs
@@ -45,28 +46,64 @@ def fetch(
 
 def export(
     src: Annotated[Path, typer.Argument(help="folder of a checkpoint", show_default=False)],
-    dst: Annotated[Path, typer.Argument(help="file to write, for example model.gguf", show_default=False)],
-    to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
+    dst: Annotated[Path, typer.Argument(help="file or folder to write, for example model.gguf", show_default=False)],
+    to: Annotated[str, typer.Option(help=f"format: {', '.join(TYPES)}")] = "gguf",
     type: Annotated[
-        str, typer.Option(help=f"data type of the weights: auto (16 bits), {', '.join(TYPES['gguf'])}")
+        str,
+        typer.Option(
+            help=f"data type of the weights; gguf: auto (16 bits), {', '.join(TYPES['gguf'])}; "
+            f"compressed-tensors: {', '.join(TYPES['compressed-tensors'])}"
+        ),
     ] = "auto",
+    config: Annotated[
+        Path | None,
+        typer.Option("-c", "--config", help="its calibration text is read for int8 and w4a16", show_default=False),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint for another runtime: GGUF, for llama.cpp."""
+    """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""
+    if to not in TYPES:
+        raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
+    if dst.exists():
+        raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
+    if to == "gguf":
+        _export_gguf(src, dst, type)
+    else:
+        _export_compressed(src, dst, type, config)
+
+
+def _export_gguf(src: Path, dst: Path, type: str) -> None:
     from ptl.export.gguf import check_type, write_gguf
 
-    if to != "gguf":
-        raise InputError(
-            f"{to!r} must be gguf",
-            field="--to",
-            remedy="vLLM and transformers read the checkpoint as it is",
-        )
     check_type(type, "--type")
-    if dst.exists():
-        raise InputError(f"{dst} exists", field="dst", remedy="give a file that does not")
     notes = write_gguf(src, dst, type)
     print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
     for note in notes:
         print(f"note: {note}")
+
+
+def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> None:
+    from ptl.export import compressed_tensors
+    from ptl.model import checkpoint, checks
+
+    types = TYPES["compressed-tensors"]
+    if type not in types:
+        raise InputError(f"{type!r} is no type of compressed-tensors", field="--type", remedy=f"use {', '.join(types)}")
+    needs_text = type in compressed_tensors.CALIBRATED
+    if needs_text and config is None:
+        raise InputError(
+            f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
+        )
+    compressed_tensors.check_compressed(src, type)
+    with tempfile.TemporaryDirectory() as scratch:
+        sequences = None
+        if needs_text and config is not None:
+            settings = load_config(config)
+            sequences = Path(scratch) / "sequences.jsonl"
+            tokenizer = checks.load_tokenizer(src)
+            compressed_tensors.write_sequences(sequences, settings.calibration, tokenizer, settings.seed)
+        compressed_tensors.write_compressed(src, dst, type, sequences)
+    written = sum(path.stat().st_size for path in checkpoint.shards(dst))
+    print(f"wrote {dst}: {written:,} bytes of weights")
 
 
 def report(

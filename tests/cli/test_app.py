@@ -159,6 +159,10 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
         ("evaluate", "./nowhere", tmp_path / "out", "-c", TINY),
         ("export", "./nowhere", tmp_path / "out.gguf"),
         ("export", TINY.parents[3] / "examples/tiny_reasoner/checkpoint", tmp_path / "out.gguf", "--type", "q4"),
+        ("export", "./nowhere", tmp_path / "out", "--to", "onnx"),
+        ("export", "./nowhere", tmp_path / "out", "--to", "compressed-tensors"),
+        ("export", "./nowhere", tmp_path / "out", "--to", "compressed-tensors", "--type", "int8"),
+        ("export", "./nowhere", tmp_path / "out", "--to", "compressed-tensors", "--type", "fp8"),
         ("compile", TINY, "-o", tmp_path / "nowhere" / "p.yaml"),
         ("compile", TINY, "-o", tmp_path / "p.txt"),
     ):

@@ -24,7 +24,7 @@ def test_bytes_and_notes_are_printed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("to", "type", "message"),
     [
-        ("onnx", "f16", "--to: 'onnx' must be gguf"),
+        ("onnx", "f16", "--to: 'onnx' must be one of gguf, compressed-tensors"),
         ("gguf", "q4", "--type: 'q4' is no type of gguf; use one of auto, f32, f16"),
     ],
 )

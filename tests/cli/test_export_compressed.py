@@ -1,0 +1,30 @@
+"""`ptl export` to compressed-tensors, with a mock in place of llmcompressor. tests/export has the rest."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ptl.cli.app import app
+from ptl.export import compressed_tensors
+
+ROOT = Path(__file__).parents[2]
+REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
+TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
+
+
+@pytest.mark.parametrize(("type", "sequences"), [("fp8", 0), ("int8", 128)])
+def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, sequences, tmp_path, monkeypatch):
+    counts = []
+
+    def write(src, dst, type, path):
+        counts.append(len(path.read_text().splitlines()) if path else 0)
+        shutil.copytree(src, dst)
+
+    monkeypatch.setattr(compressed_tensors, "write_compressed", write)
+    command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", TINY]
+    answer = CliRunner().invoke(app, [*map(str, command)])
+    assert counts == [sequences] and answer.exit_code == 0
+    size = (REASONER / "model.safetensors").stat().st_size
+    assert "".join(answer.output.split()) == f"wrote{tmp_path / 'out'}:{size:,}bytesofweights"
