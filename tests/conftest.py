@@ -185,10 +185,11 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """A whole run with the control, undisturbed, in a local store: its home, and what was printed."""
+    """A whole run with the control and an export, undisturbed, in a local store: its home, and what was printed."""
     home = tmp_path_factory.mktemp("finished")
     whole = home / "with-control.yaml"
-    whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"control": True}))
+    more = {"control": True, "export": [{"format": "gguf", "type": "q8_0"}]}
+    whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | more))
     return home, whole_run.finish(whole_run.start(whole, home))
 
 

@@ -9,10 +9,9 @@ from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate, Gate
 from ptl.errors import WorkError
 from ptl.evaluation import paired
-from ptl.lineage import registry
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
-from ptl.steps import takeover, versions
+from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
 from ptl.steps.inputs import Items, fetch, fetch_items
@@ -23,7 +22,7 @@ from ptl.storage.store import Pointer, Record
 
 
 def export(call: Call) -> None:
-    """Write the final checkpoint in another form, score that, and register it as a version of its own.
+    """Write the final checkpoint in another form, and score that.
 
     The same is done to the dense model, whose form is not kept: what the form costs and what pruning costs are then
     separate numbers.
@@ -68,7 +67,6 @@ def export(call: Call) -> None:
         "seed": seed,
     }
     record = execute(call.step, final, settings, work, content_key=takeover.key(final.digest, settings))
-    _register(call, record, form)
     write_pointer(call.outputs["out"], record["pointer"])
     metadata = record["metadata"]
     call.outputs["metrics"].metadata.update({name: metadata[name] for name in ("accuracy", "bytes")})
@@ -102,18 +100,3 @@ def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> 
             outcomes = paired.match(items, exported["final"], task)
             pairs[task][name] = dataclasses.asdict(paired.paired(*outcomes, gate.margin, gate.alpha / len(tasks)))
     return pairs
-
-
-def _register(call: Call, record: Record, form: Export) -> None:
-    """The form as a version of the run's registered model, found by the tag `ptl.export`."""
-    run = call.step.start()
-    pointer = Pointer(**record["pointer"])
-    metadata = record["metadata"]
-    tags = {"export": form.name, **versions.score_tags({"tasks": metadata["models"]["final"]["tasks"]}, pointer)}
-    name = call.settings["registered_model"]
-    version = registry.register(run, name, pointer, tags)
-    text = (
-        f"**{form.name}** of the final checkpoint, {metadata['bytes']:,} bytes. "
-        f"Get it: `ptl fetch models:/{name}/{version} DIR`."
-    )
-    registry.describe(name, version, pointer.model_id, text, tags)

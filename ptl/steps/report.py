@@ -54,6 +54,7 @@ def report(call: Call) -> None:
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)
         versions.describe(run, records, call.settings["registered_model"])
+        versions.register_exports(run, records, final, call.settings["registered_model"])
         for sentence in serving.register(final, records, config, call.settings["registered_model"], run.run):
             say(call.step.name, sentence)
         _copy_pages(call, folder)

@@ -10,6 +10,7 @@ from ptl.lineage.run_status import StepRun
 from ptl.steps.call import Metadata
 from ptl.steps.metrics import accuracy
 from ptl.storage.store import Pointer, Record
+from ptl.units import size
 
 Records = dict[str, Record]  # by step
 
@@ -54,6 +55,26 @@ def describe(run: StepRun, records: Records, registered_model: str) -> None:
         tags = {"criterion": criterion, "parent_version": parent or "the dense model"}
         tags |= score_tags(metadata["scores"], checkpoint)
         registry.describe(registered_model, number, checkpoint.model_id, text, tags)
+
+
+def register_exports(run: StepRun, records: Records, final: Pointer, registered_model: str) -> None:
+    """Each form of the final checkpoint as a version, found by the tag `ptl.export`; repeating it changes nothing."""
+    for step, record in records.items():
+        metadata = record["metadata"]
+        if metadata["stage"] != "export":
+            continue
+        name = metadata["export"]["name"]
+        pointer = Pointer(**record["pointer"])
+        parent = final.model_version
+        tags = {"step": step, "export": name, "parent_version": parent or "the dense model"}
+        tags |= score_tags(metadata["models"]["final"], pointer)
+        version = registry.register(run, registered_model, pointer, tags)
+        text = (
+            f"**{_score(metadata['models']['final']['tasks'][0])}** as {name}, {size(metadata['bytes'])}: a form of "
+            f"{f'version {parent}' if parent else 'the dense model'}.\n\n"
+            f"Run `{run.run}`, made by `{step}`. Get it: `ptl fetch models:/{registered_model}/{version} DIR`."
+        )
+        registry.describe(registered_model, version, pointer.model_id, text, tags)
 
 
 def _share_removed(checkpoint: Pointer) -> float:

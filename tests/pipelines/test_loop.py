@@ -9,6 +9,7 @@ import pytest
 from whole_run import CHAIN, records
 
 ROOT = Path(__file__).parents[2]
+EXPORT = "export-gguf-q8-0"
 CONTROL = [f"control-{stage}" for stage in ("prune", "recover", "evaluate")]
 
 pytestmark = pytest.mark.xdist_group("loop")
@@ -77,7 +78,7 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
     assert found.pop("report")["metadata"] == {"stage": "report"}  # the run is finished
     order = sorted(found, key=lambda name: found[name]["metadata"]["started"])
-    assert order == [*CHAIN, *CONTROL]
+    assert order == [*CHAIN, *CONTROL, EXPORT]
     for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):
         if not child.startswith("evaluate"):
             mother = parent.replace("evaluate", "recover") if parent != "evaluate-0" else "import-model"
@@ -85,6 +86,27 @@ def test_the_steps_ran_in_the_order_of_the_plan(finished):
     for child, mother in (("control-prune", "import-model"), ("control-recover", "control-prune")):
         assert found[child]["pointer"]["parent_digest"] == found[mother]["pointer"]["digest"]
     assert found["control-prune"]["metadata"]["params_before"] == found["import-model"]["pointer"]["params"]
+
+
+def test_an_export_is_published_scored_and_registered(finished):
+    home, output = finished
+    record = records(home)[EXPORT]
+    folder = Path(record["pointer"]["uri"].removeprefix("file://"))
+    assert (folder / "model-q8_0.gguf").read_bytes()[:4] == b"GGUF"
+    result = json.loads((home / "latest" / "result.json").read_text())
+    (export,) = result["exports"]
+    dense, final = (export["models"][name] for name in ("dense", "final"))
+    assert final["bytes"] < dense["bytes"] < result["rows"][0]["scores"]["bytes"] / 3
+    # 8 bits change next to nothing.
+    assert export["pairs"]["tiny_reasoner"]["final"]["items"] == 64
+    assert abs(export["pairs"]["tiny_reasoner"]["final"]["difference"]) <= 2 / 64
+    assert set(export["speed"]["models"]) == {"dense", "dense_export", "final", "final_export"}
+    assert "Export gguf-q8_0: " in output
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (version,) = client.search_model_versions("tags.`ptl.export` = 'gguf-q8_0'")
+    assert version.tags["ptl.model_id"] == record["pointer"]["model_id"] and version.source == record["pointer"]["uri"]
 
 
 @pytest.mark.slow
@@ -147,6 +169,7 @@ def test_a_version_says_where_it_comes_from(finished):
         "evaluate-1": "the dense model",
         "evaluate-2": "1",
         "control-evaluate": "the dense model",
+        EXPORT: "2",
     }
     scores = records(home)["evaluate-2"]["metadata"]["scores"]
     last = versions["evaluate-2"]
@@ -164,7 +187,7 @@ def test_mlflow_shows_the_lineage(finished):
     (experiment,) = (e for e in client.search_experiments() if e.name == "ptl")
     found = [client.get_run(run.info.run_id) for run in client.search_runs([experiment.experiment_id])]
     runs = {run.data.tags.get("ptl.step", "parent"): run for run in found}
-    assert set(runs) == {"parent", "report", *CHAIN, *CONTROL}
+    assert set(runs) == {"parent", "report", *CHAIN, *CONTROL, EXPORT}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent = runs["parent"].info.run_id
     assert all(run.data.tags["mlflow.parentRunId"] == parent for name, run in runs.items() if name != "parent")
@@ -173,7 +196,7 @@ def test_mlflow_shows_the_lineage(finished):
         for name, run in runs.items()
         if run.outputs and run.outputs.model_outputs
     }
-    assert set(made) == {name for name in (*CHAIN, *CONTROL) if "evaluate" not in name}
+    assert set(made) == {name for name in (*CHAIN, *CONTROL, EXPORT) if "evaluate" not in name}
     assert runs["recover-1"].inputs.model_inputs[0].model_id == made["prune-1"]
     assert runs["evaluate-1"].inputs.model_inputs[0].model_id == made["recover-1"]
     points = client.get_metric_history(parent, "by_params/accuracy")
@@ -183,7 +206,8 @@ def test_mlflow_shows_the_lineage(finished):
     speed = {"speed/dense/decode_tokens_per_s/batch_1", "speed/final/seconds_per_solved"}
     assert speed <= set(metrics["evaluate-2"]) and not speed & set(metrics["evaluate-1"])
     versions = client.search_model_versions("name = 'tiny'")
-    assert {version.tags["ptl.step"] for version in versions} == {"evaluate-1", "evaluate-2", "control-evaluate"}
+    steps = {version.tags["ptl.step"] for version in versions}
+    assert steps == {"evaluate-1", "evaluate-2", "control-evaluate", EXPORT}
     # Without the gate an alias needs proof, which 64 items do not give: none moves, and the report step says so.
     assert client.get_registered_model("tiny").aliases == {} and "no alias for version" in finished[1]
     assert made["recover-2"] in {model.model_id for model in _registered(client, experiment, "tiny")}
