@@ -31,6 +31,12 @@ _BILLIONS = {
         "Qwen/Qwen3-14B": 14.8,
         "Qwen/Qwen3-32B": 32.8,
     },
+    "qwen3_moe": {
+        "Qwen/Qwen3-30B-A3B": 30.5,
+    },
+    "olmoe": {
+        "allenai/OLMoE-1B-7B-0924": 6.92,
+    },
     "qwen2": {
         "Qwen/Qwen2.5-0.5B": 0.494,
         "Qwen/Qwen2.5-1.5B": 1.54,

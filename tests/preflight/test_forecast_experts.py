@@ -128,10 +128,6 @@ def test_the_forecast_refuses_what_cannot_be_too(small):
     assert "a dense model has no experts" in ptl("plan", TINY, "--set", "prune.target=experts")
 
 
-def test_init_refuses_a_mixture_with_a_way_to_go_on(small):
-    assert "`ptl init` writes configs for dense models" in ptl("init", small)
-
-
 def test_a_goal_in_memory_is_reached_by_experts(small):
     body = model_dimensions(small, FAMILIES["olmoe"])
     per_token = 2 * 4 * 2 * 8  # keys and values of 4 layers, 2 heads of 8
