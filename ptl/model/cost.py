@@ -8,6 +8,7 @@ from pathlib import Path
 from ptl.model import checkpoint, shapes
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def from_config(folder: Path) -> StaticCost:
     """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     _, product_params = shapes.count(config, family, sizes)
     layers = sizes.num_hidden_layers
     query_width = sizes.num_attention_heads * sizes.head_dim

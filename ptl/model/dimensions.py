@@ -14,6 +14,7 @@ from ptl.model import checkpoint, shapes, text_tower
 from ptl.model.checkpoint import checkpoint_error
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
+from ptl.model.sizes import Fields, Sizes, read_sizes
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -50,7 +51,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     that cannot be pruned.
     """
     config = text_tower.read_config(folder)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
     # Rotary buffers of old files are neither parameters nor read.
     contents = text_tower.contents(folder)
@@ -91,7 +92,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
 
 def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
     """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
-    sizes = shapes.sizes(config, family, source)
+    sizes = read_sizes(config, family, source)
     params, _ = shapes.count(config, family, sizes)
     wider, _ = shapes.count(config, family, replace(sizes, intermediate_size=sizes.intermediate_size + 1))
     deeper, _ = shapes.count(config, family, replace(sizes, num_hidden_layers=sizes.num_hidden_layers + 1))
@@ -107,12 +108,12 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
     )
 
 
-def _expert_params(sizes: shapes.Sizes) -> int:
+def _expert_params(sizes: Sizes) -> int:
     """Parameters of all experts in all layers."""
     return sizes.num_hidden_layers * sizes.num_experts * sizes.params_per_expert
 
 
-def _params_per_expert(sizes: shapes.Sizes) -> int:
+def _params_per_expert(sizes: Sizes) -> int:
     """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
     if not sizes.num_experts:
         return 0
@@ -309,9 +310,9 @@ def _first_of(names: Set[str]) -> str:
 
 def _check_shapes(
     family: Family,
-    sizes: shapes.Sizes,
+    sizes: Sizes,
     entries: Entries,
-    expert_tensors: Mapping[str, tuple[TensorShape, shapes.Fields]],  # of each layer
+    expert_tensors: Mapping[str, tuple[TensorShape, Fields]],  # of each layer
 ) -> None:
     """Every tensor has the shape that config.json gives it."""
     for name, entry in entries.items():

@@ -60,7 +60,7 @@ class Family:
         return (*self.other_parts, *self.up_projections, self.down_projection)
 
     def config_field(self, size: str) -> str:
-        """The field of config.json that holds a size, by its name in shapes.Sizes."""
+        """The field of config.json that holds a size, by its name in sizes.Sizes."""
         if self.experts is None:
             return size
         return {"intermediate_size": self.experts.width, "num_experts": self.experts.counts[0]}.get(size, size)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ptl.model import shapes, text_tower
 from ptl.model.families import ConfigJson, Family, family_of
+from ptl.model.sizes import Sizes, read_sizes
 
-# What is removed, by its name in shapes.Sizes
+# What is removed, by its name in sizes.Sizes
 UNITS = {"neurons": "intermediate_size", "layers": "num_hidden_layers", "experts": "num_experts"}
 
 
@@ -37,7 +38,7 @@ class Dense:
 
     config: ConfigJson
     family: Family
-    sizes: shapes.Sizes
+    sizes: Sizes
     context: int | None  # tokens, where its config limits them
 
     def needs(self, removed: int = 0, unit: str = "neurons") -> Needs:
@@ -69,8 +70,8 @@ class Dense:
 
 
 def dense_model(folder: Path) -> Dense:
-    """A checkpoint, of a multimodal one its text model, or its config.json alone. Raises InputError as shapes.sizes."""
+    """A checkpoint, of a multimodal one its text model, or its config.json alone. Raises InputError as read_sizes."""
     config = text_tower.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     return Dense(config, family, sizes, config.get("max_position_embeddings"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
 from ptl.preflight.gpus import Gpu
 
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
@@ -108,7 +109,7 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     folder = hub.locate(path, revision, ["config.json"])
     config = text_tower.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"config.json of {path}")
+    sizes = read_sizes(config, family, f"config.json of {path}")
     params, matrices = shapes.count(config, family, sizes)
     itemsize = checkpoint.itemsize(folder)
     # Keys and values of one token in one layer.
