@@ -82,6 +82,24 @@ MOE_VARIANTS = {
         "qwen3_moe",
         {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "norm_topk_prob": True},
     ),
+    "qwen3_moe-dense": (
+        "qwen3_moe",
+        {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "mlp_only_layers": [2]},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+            **{"shared_expert_intermediate_size": 20, "use_sliding_window": True, "sliding_window": 5},
+        },
+    ),
+    "qwen2_moe-dense": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "qkv_bias": False},
+            **{"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2},
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
 }

@@ -43,6 +43,9 @@ def from_config(folder: Path) -> StaticCost:
         flops_per_token=2 * product_params,  # multiply and add
         attention_flops=4 * layers * query_width,  # the same for scores and for values
         kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
-        widths=[sizes.intermediate_size] * layers,
+        widths=[
+            sizes.dense_intermediate_size if layer in sizes.dense_layers else sizes.intermediate_size
+            for layer in range(layers)
+        ],
         experts=dimensions.experts,
     )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ptl.errors import InputError
 from ptl.model import checkpoint, shapes, text_tower
-from ptl.model.checkpoint import checkpoint_error
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
-from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
-from ptl.model.sizes import Fields, Sizes, read_sizes
+from ptl.model.sizes import Sizes, read_sizes
+from ptl.model.tensor_checks import check_tensors
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -29,11 +27,17 @@ class ModelDimensions:
     layers: int  # decoder layers
     width: int  # FFN neurons in each layer, or in each expert
     params_per_neuron: int  # of one channel in every layer together, and in every expert
-    params_per_layer: int  # of the smallest layer
+    params_per_layer: int  # of the smallest layer that can be removed
     # Of a mixture of experts; 0 in a dense model
-    experts: int = 0  # in each layer
+    experts: int = 0  # in each layer that has experts
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+    dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
+
+    @property
+    def removable_layers(self) -> int:
+        """Layers that may be removed, though not all of them."""
+        return self.layers - len(self.dense_layers)
 
     @property
     def active_params(self) -> int:
@@ -56,17 +60,13 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     # Rotary buffers of old files are neither parameters nor read.
     contents = text_tower.contents(folder)
     entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
-    fused = family.experts is not None and family.experts.is_fused(entries)
-    expert_tensors = shapes.expert_tensors(family, sizes, fused)
-    _check_names(folder, family, config, entries, expert_tensors)
-    _check_shapes(family, sizes, entries, expert_tensors)
-    _check_dtypes(folder, entries)
+    check_tensors(folder, config, family, sizes, entries)
     tied = family.is_tied(config)
     if tied:
         checkpoint.check_tied(entries)
 
     # A neuron has a row or a column in several tensors of every layer.
-    params_by_layer = [0] * sizes.num_hidden_layers
+    params_by_layer = dict.fromkeys(range(sizes.num_hidden_layers), 0)
     params_per_neuron = 0
     for name, entry in entries.items():
         match = IN_LAYER.match(name)
@@ -78,15 +78,18 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
             params_per_neuron += params // sizes.intermediate_size
     if family.experts:
         params_per_neuron = _expert_params(sizes) // sizes.intermediate_size
+    for layer in sizes.dense_layers:
+        del params_by_layer[layer]
     return ModelDimensions(
         params=checkpoint.count_params(entries, tied),
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
         params_per_neuron=params_per_neuron,
-        params_per_layer=min(params_by_layer),
+        params_per_layer=min(params_by_layer.values()),
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        dense_layers=sizes.dense_layers,
     )
 
 
@@ -105,19 +108,18 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        dense_layers=sizes.dense_layers,
     )
 
 
 def _expert_params(sizes: Sizes) -> int:
     """Parameters of all experts in all layers."""
-    return sizes.num_hidden_layers * sizes.num_experts * sizes.params_per_expert
+    return sizes.expert_layers * sizes.num_experts * sizes.params_per_expert
 
 
 def _params_per_expert(sizes: Sizes) -> int:
     """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
-    if not sizes.num_experts:
-        return 0
-    return sizes.num_hidden_layers * (sizes.params_per_expert + sizes.hidden_size)
+    return sizes.expert_layers * (sizes.params_per_expert + sizes.hidden_size)
 
 
 def resolve_multiple(
@@ -193,7 +195,7 @@ def smallest_cuts(
     A unit that cannot shrink is left out.
     """
     smallest: dict[str, int] = {}
-    if dimensions.layers > 1:
+    if dimensions.removable_layers > 1:
         smallest["layers"] = dimensions.params_per_layer
     if dimensions.experts:
         if dimensions.experts > dimensions.experts_per_token:
@@ -244,12 +246,12 @@ def experts_for(
 
 def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
     """Sizes when only so many experts are left in each layer."""
-    removed = dimensions.experts - number
+    removed = (dimensions.experts - number) * dimensions.params_per_expert
     return replace(
         dimensions,
-        params=dimensions.params - removed * dimensions.params_per_expert,
+        params=dimensions.params - removed,
         params_per_neuron=dimensions.params_per_neuron // dimensions.experts * number,
-        params_per_layer=dimensions.params_per_layer - removed * dimensions.params_per_expert // dimensions.layers,
+        params_per_layer=dimensions.params_per_layer - removed // dimensions.removable_layers,
         experts=number,
     )
 
@@ -257,94 +259,11 @@ def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
     count = max(0, math.ceil((dimensions.params - goal) / dimensions.params_per_layer))
-    if count >= dimensions.layers:
+    if count >= dimensions.removable_layers:
+        of_experts = " with experts" if dimensions.dense_layers else ""
         raise InputError(
-            f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
+            f"{goal:,} parameters would remove {count} of {dimensions.removable_layers} layers{of_experts}",
             field="schedule.target",
             remedy="let schedule.target remove less, or prune neurons",
         )
     return count
-
-
-def _check_names(
-    folder: Path,
-    family: Family,
-    config: ConfigJson,
-    entries: Entries,
-    expert_tensors: Collection[str],  # of each layer
-) -> None:
-    """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
-    layers = config["num_hidden_layers"]
-    in_layer = [f"{part}.weight" for part in family.parts]
-    in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
-    in_layer += expert_tensors
-    required = {"model.embed_tokens.weight", "model.norm.weight"}
-    for i in range(layers):
-        prefix = f"model.layers.{i}"
-        required.update(f"{prefix}.{name}" for name in in_layer)
-    allowed = required | {"lm_head.weight"}  # a tied one may be stored
-    if not family.is_tied(config):
-        required = allowed
-
-    # Only the first is named: a wrong checkpoint has hundreds.
-    missing = required - entries.keys()
-    unknown = entries.keys() - allowed
-    if missing:
-        problem = f"lacks tensor {_first_of(missing)}"
-    elif unknown:
-        problem = f"has an unknown tensor {_first_of(unknown)}"
-    else:
-        return
-    raise checkpoint_error(
-        f"{folder} {problem}, for model_type {family.model_type} with {layers} layers",
-        "use a complete checkpoint of this architecture",
-    )
-
-
-def _first_of(names: Set[str]) -> str:
-    """The first name, and how many others there are."""
-    first = min(names)
-    others = len(names) - 1
-    return f"{first} and {others} more" if others else first
-
-
-def _check_shapes(
-    family: Family,
-    sizes: Sizes,
-    entries: Entries,
-    expert_tensors: Mapping[str, tuple[TensorShape, Fields]],  # of each layer
-) -> None:
-    """Every tensor has the shape that config.json gives it."""
-    for name, entry in entries.items():
-        # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
-        match = IN_LAYER.match(name)
-        if match:
-            part, kind = match["part"], match["kind"]
-        else:
-            part, kind = name.removeprefix("model.").split(".")
-        in_layer = f"{part}.{kind}" if kind else part
-        if match and in_layer in expert_tensors:
-            shape, fields = expert_tensors[in_layer]
-        else:
-            shape, fields = shapes.expected(part, family, sizes)
-        if kind == "bias":
-            shape = shape[:1]  # one number for each row of the weight
-        if entry.shape != shape:
-            settings = ", ".join(f"{family.config_field(field)}={getattr(sizes, field)}" for field in fields)
-            raise checkpoint_error(
-                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
-                f"and config.json gives it {list(shape)} by {settings}",
-                "correct config.json, or use a checkpoint with the same shapes in every layer",
-            )
-
-
-def _check_dtypes(folder: Path, entries: Entries) -> None:
-    """All tensors have one floating-point dtype."""
-    dtypes = sorted({entry.dtype for entry in entries.values()})
-    if len(dtypes) > 1 or dtypes[0] not in FLOATS:
-        stored = " and ".join(dtypes)
-        possible = ", ".join(FLOATS)
-        raise checkpoint_error(
-            f"{folder} holds {stored} tensors; one of {possible} for all of them is needed",
-            "load it with from_pretrained(..., dtype=...), save it, and give that folder",
-        )

@@ -33,6 +33,12 @@ class Experts:
     # In the layout of separate tensors: what holds router and experts, and an expert's gate, up and down projection
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    correction: str = ""  # the tensor [E] that the router adds to its scores when it chooses
+    # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
+    shared: tuple[str, ...] = ()
+    shared_width: str = ""
+    # Config fields that say which layers have one MLP in place of experts
+    dense_fields: tuple[str, ...] = ()
 
     def count_field(self, config: Mapping[str, Any]) -> str:
         """The field of this config that holds the number of experts."""
@@ -61,7 +67,24 @@ class Experts:
 
     def counts_experts(self, part: str) -> bool:
         """Whether the first dimension of a part counts the experts."""
-        return part in (ROUTER, f"{self.block}.gate", *FUSED)
+        return part in (ROUTER, f"{self.block}.gate", self.correction, *FUSED)
+
+    def dense_config(
+        self, config: Mapping[str, Any], layers: tuple[int, ...], dense_layers: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """The fields of Qwen's configs that keep these layers as they are once they are numbered without gaps."""
+        if "mlp_only_layers" not in self.dense_fields or not dense_layers:
+            return {}
+        kept_dense = [number for number, layer in enumerate(layers) if layer in dense_layers]
+        return {"mlp_only_layers": kept_dense, "decoder_sparse_step": 1}
+
+    def are_in(self, layer: int, config: Mapping[str, Any]) -> bool:
+        """Whether a layer has experts, by a config without gaps; else it has one MLP in their place."""
+        fields = {field: config.get(field) for field in self.dense_fields}
+        is_leading = layer < (fields.get("first_k_dense_replace") or 0)
+        is_listed = layer in (fields.get("mlp_only_layers") or ())
+        is_between = bool((layer + 1) % (fields.get("decoder_sparse_step") or 1))
+        return not (is_leading or is_listed or is_between)
 
 
 def read_parameter(entries: Entries, name: str, experts: Experts | None) -> Tensor:

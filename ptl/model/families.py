@@ -30,7 +30,8 @@ class Family:
 
     Tensor names are relative to a decoder layer, as in the checkpoint: `<prefix>layers.<i>.<name>.weight`.
     `other_parts`, `up_projections` and `down_projection` together are all the tensors of a layer: a checkpoint with
-    more or fewer is refused. In a mixture of experts `experts` takes the place of the latter two.
+    more or fewer is refused. In a mixture of experts `experts` takes the place of the latter two, but for layers that
+    have one MLP in place of experts.
     """
 
     model_type: str  # as config.json names it
@@ -50,20 +51,47 @@ class Family:
     defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
-    experts: Experts | None = None  # of a mixture of experts, which every layer of it has
+    experts: Experts | None = None  # of a mixture of experts
+    # Parts that only some models of the family have: config field, parts where it is set, parts where it is not
+    optional_parts: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ()
+    extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
 
-    @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self, config: ConfigJson, has_experts: bool) -> tuple[str, ...]:
         """Every part of a layer, but not its experts and their router."""
-        if self.experts:
-            return self.other_parts
-        return (*self.other_parts, *self.up_projections, self.down_projection)
+        parts = self.other_parts
+        filled = self.with_defaults(config)
+        for field, where_set, where_not in self.optional_parts:
+            parts += where_set if filled.get(field) else where_not
+        if self.experts and has_experts:
+            return (*parts, *self.experts.shared)
+        return (*parts, *self.up_projections, self.down_projection)
+
+    def biases_of(self, config: ConfigJson, has_experts: bool) -> list[str]:
+        """Those of a layer's parts that have a bias."""
+        parts = self.parts(config, has_experts)
+        return [part for part in self.biased_parts(config) if part in parts]
+
+    def with_defaults(self, config: ConfigJson) -> dict[str, Any]:
+        """The config with the sizes that it leaves out."""
+        return dict(self.defaults) | dict(config)
+
+    def dense_layers(self, config: ConfigJson, depth: int) -> tuple[int, ...]:
+        """The layers of a mixture of experts that have one MLP in place of experts."""
+        if self.experts is None:
+            return ()
+        filled = self.with_defaults(config)
+        return tuple(layer for layer in range(depth) if not self.experts.are_in(layer, filled))
 
     def config_field(self, size: str) -> str:
         """The field of config.json that holds a size, by its name in sizes.Sizes."""
         if self.experts is None:
             return size
-        return {"intermediate_size": self.experts.width, "num_experts": self.experts.counts[0]}.get(size, size)
+        names = {
+            "intermediate_size": self.experts.width,
+            "num_experts": self.experts.counts[0],
+            "dense_intermediate_size": "intermediate_size",
+        }
+        return names.get(size, size)
 
     def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
@@ -86,6 +114,7 @@ class Family:
 
 ATTENTION_BIAS = ("attention_bias", QKVO)
 MLP_BIAS = ("mlp_bias", MLP)
+QWEN_DENSE_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 GEMMA2 = Family(
     "gemma2",
     other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
@@ -226,6 +255,24 @@ _RECORDS = (
         tied=True,
     ),
     Family(
+        "qwen2_moe",
+        per_layer_fields=("layer_types",),
+        prefix_fields=("max_window_layers",),
+        defaults=(
+            *(("num_key_value_heads", 16), ("moe_intermediate_size", 1408), ("shared_expert_intermediate_size", 5632)),
+            *(("num_experts", 60), ("num_experts_per_tok", 4)),
+        ),
+        biases=(("qkv_bias", QKV),),
+        biases_by_default=("qkv_bias",),
+        experts=Experts(
+            ("num_experts",),
+            width="moe_intermediate_size",
+            shared=(*(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")), "mlp.shared_expert_gate"),
+            shared_width="shared_expert_intermediate_size",
+            dense_fields=QWEN_DENSE_FIELDS,
+        ),
+    ),
+    Family(
         "qwen3_moe",
         other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
         prefix_fields=("max_window_layers",),
@@ -234,7 +281,9 @@ _RECORDS = (
             *(("num_experts", 128), ("num_experts_per_tok", 8)),
         ),
         biases=(ATTENTION_BIAS,),
-        experts=Experts(("num_experts", "num_local_experts"), width="moe_intermediate_size"),
+        experts=Experts(
+            ("num_experts", "num_local_experts"), width="moe_intermediate_size", dense_fields=QWEN_DENSE_FIELDS
+        ),
     ),
     Family(
         "olmoe",
@@ -288,7 +337,6 @@ REFUSED = {
         "(Gated DeltaNet) with tensors that ptl does not know",
         _OTHER_EXPERTS,
     ),
-    "qwen2_moe": ("it is a mixture of experts with a shared expert, which ptl does not know", _OTHER_EXPERTS),
     "gpt_oss": (
         "it is a mixture of experts whose released weights are quantized (MXFP4), with attention sinks and biases of "
         "experts that ptl does not know",

@@ -55,7 +55,8 @@ class Dense:
 
     def _most(self, unit: str) -> int:
         """How many neurons or experts of every layer, or layers, can be removed."""
-        fewest = {"neurons": 0, "layers": 1, "experts": self.sizes.num_experts_per_tok}
+        # Of a mixture's layers those that have experts go, but for one.
+        fewest = {"neurons": 0, "layers": len(self.sizes.dense_layers) + 1, "experts": self.sizes.num_experts_per_tok}
         number: int = getattr(self.sizes, UNITS[unit])
         return number - fewest[unit]
 

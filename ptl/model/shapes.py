@@ -26,8 +26,10 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     queries = (query_width, ("num_attention_heads", "head_dim"))
     keys = (key_width, ("num_key_value_heads", "head_dim"))
     fused_qkv = (query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    neurons = (dims.intermediate_size, ("intermediate_size",))
-    fused_neurons = (family.fused_projections * dims.intermediate_size, ("intermediate_size",))
+    width = "dense_intermediate_size" if family.experts else "intermediate_size"  # of the MLP, where a layer has one
+    neurons = (getattr(dims, width), (width,))
+    fused_neurons = (family.fused_projections * getattr(dims, width), (width,))
+    shared_neurons = (dims.shared_expert_intermediate_size, ("shared_expert_intermediate_size",))
     vocabulary = (dims.vocab_size, ("vocab_size",))
 
     # Dimensions of the parts, by the last piece of their names
@@ -39,6 +41,11 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
         "o_proj": (hidden, queries),
         "q_norm": (head if family.norm_per_head else queries,),
         "k_norm": (head if family.norm_per_head else keys,),
+        # Of the shared expert
+        "gate_proj": (shared_neurons, hidden),
+        "up_proj": (shared_neurons, hidden),
+        "down_proj": (hidden, shared_neurons),
+        "shared_expert_gate": ((1, ()), hidden),
         "embed_tokens": (vocabulary, hidden),
         "lm_head": (vocabulary, hidden),
     }
@@ -79,28 +86,38 @@ def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
 
     Of a layer's experts a token is multiplied with `num_experts_per_tok`.
     """
-    matrices = dims.num_experts * dims.hidden_size  # parameters of a layer's weights, used in products: the router's
-    matrices += dims.num_experts_per_tok * dims.params_per_expert
-    vectors = 0  # parameters of a layer's norms and biases
-    for part in family.parts:
-        shape, _ = expected(part, family, dims)
-        if len(shape) == 1:
-            vectors += shape[0]
-        else:
-            matrices += math.prod(shape)
-    for part in family.biased_parts(config):
-        shape, _ = expected(part, family, dims)
-        vectors += shape[0]
     embeddings = dims.vocab_size * dims.hidden_size
-    products = dims.num_hidden_layers * matrices + embeddings  # the output layer is as large as the embeddings
-    last_norm = dims.hidden_size
-    params = products + dims.num_hidden_layers * vectors + last_norm + inactive(dims)
+    params, products = inactive(dims), embeddings  # the output layer is as large as the embeddings
+    kinds = {True: dims.expert_layers, False: dims.num_hidden_layers - dims.expert_layers}  # by whether it has experts
+    for has_experts, layers in kinds.items():
+        matrices, vectors = _of_layer(config, family, dims, has_experts)
+        products += layers * matrices
+        params += layers * vectors
+    params += products + dims.hidden_size  # the last norm
     if not family.is_tied(config):
         params += embeddings
     return params, products
 
 
+def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool) -> tuple[int, int]:
+    """Parameters of a layer: of the weights that a token is multiplied with, and of norms and biases."""
+    matrices = vectors = 0
+    if has_experts:
+        matrices += dims.num_experts * dims.hidden_size  # the router
+        matrices += dims.num_experts_per_tok * dims.params_per_expert
+    for part in family.parts(config, has_experts):
+        shape, _ = expected(part, family, dims)
+        if len(shape) == 1:
+            vectors += shape[0]
+        else:
+            matrices += math.prod(shape)
+    for part in family.biases_of(config, has_experts):
+        shape, _ = expected(part, family, dims)
+        vectors += shape[0]
+    return matrices, vectors
+
+
 def inactive(dims: Sizes) -> int:
     """Parameters of the experts that a token is not sent to, in all layers."""
     unused = dims.num_experts - dims.num_experts_per_tok
-    return dims.num_hidden_layers * unused * dims.params_per_expert
+    return dims.expert_layers * unused * dims.params_per_expert

@@ -49,8 +49,16 @@ class Sizes:
     intermediate_size: int  # FFN neurons in each layer, or in each expert
     num_hidden_layers: int  # decoder layers
     vocab_size: int
-    num_experts: int = 0  # in each layer; 0: a dense model
+    num_experts: int = 0  # in each layer that has experts; 0: a dense model
     num_experts_per_tok: int = 0  # that each token is sent to
+    shared_expert_intermediate_size: int = 0  # neurons of the expert that every token meets, where there is one
+    dense_layers: tuple[int, ...] = ()  # the layers of a mixture that have one MLP in place of experts
+    dense_intermediate_size: int = 0  # neurons of that MLP
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers that have experts."""
+        return self.num_hidden_layers - len(self.dense_layers) if self.num_experts else 0
 
     @property
     def params_per_expert(self) -> int:
@@ -82,17 +90,23 @@ def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
 
     hidden = size("hidden_size")
     heads = size("num_attention_heads")
+    depth = size("num_hidden_layers", largest=MAX_LAYERS)
     experts = family.experts
+    _check_dense_fields(config, family, depth, source)
+    dense_layers = family.dense_layers(config, depth)
     checked = Sizes(
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=size("num_key_value_heads", derived=heads),
         head_dim=size("head_dim", derived=hidden // heads),
         intermediate_size=size(experts.width if experts else "intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers", largest=MAX_LAYERS),
+        num_hidden_layers=depth,
         vocab_size=size("vocab_size"),
         num_experts=size(experts.count_field(config)) if experts else 0,
         num_experts_per_tok=size("num_experts_per_tok") if experts else 0,
+        shared_expert_intermediate_size=size(experts.shared_width) if experts and experts.shared else 0,
+        dense_layers=dense_layers,
+        dense_intermediate_size=size("intermediate_size") if dense_layers else 0,
     )
     # The other fields must fit these sizes.
     _check_heads(checked, source)
@@ -132,7 +146,7 @@ def _check_heads(checked: Sizes, source: str) -> None:
 
 
 def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: str) -> None:
-    """Every layer has the same number of experts, at least as many as each token is sent to."""
+    """Every layer with experts has the same number of them, at least as many as each token is sent to."""
     experts = family.experts
     if experts is None:
         return
@@ -146,13 +160,30 @@ def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: s
             "experts of a layer",
             CORRECT,
         )
-    # Qwen 3's field for layers that have one MLP in place of experts
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise checkpoint_error(
-            f"{source} has layers without experts (mlp_only_layers, decoder_sparse_step), and only models whose "
-            "layers all have them can be pruned",
-            "use a checkpoint with experts in every layer",
-        )
+    if not checked.expert_layers:
+        settings = " and ".join(f"{field}={config[field]}" for field in experts.dense_fields if field in config)
+        raise checkpoint_error(f"{source} has {settings}, by which no layer has experts", CORRECT)
+
+
+# Config fields that say which layers of a mixture have one MLP in place of experts: which values they may have beside
+# null, and the same in words
+DENSE_FIELDS: dict[str, tuple[Callable[[Any, int], bool], str]] = {
+    "mlp_only_layers": (
+        lambda value, depth: isinstance(value, list) and all(type(i) is int and 0 <= i < depth for i in value),
+        "a list of numbers of layers",
+    ),
+    "decoder_sparse_step": (lambda value, depth: type(value) is int and value > 0, "a whole number above 0"),
+    "first_k_dense_replace": (lambda value, depth: type(value) is int and value >= 0, "a whole number from 0"),
+}
+
+
+def _check_dense_fields(config: ConfigJson, family: Family, depth: int, source: str) -> None:
+    """Which layers have experts is said in a way that can be read."""
+    for field in family.experts.dense_fields if family.experts else ():
+        is_possible, possible = DENSE_FIELDS[field]
+        value = config.get(field)
+        if value is not None and not is_possible(value, depth):
+            raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
 
 
 def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
@@ -223,7 +254,9 @@ def _check_optional_fields(config: ConfigJson, source: str) -> None:
     for fields, is_possible, possible in OPTIONAL_FIELDS:
         for field in fields:
             value = config.get(field)
-            if value is not None and not is_possible(value):
+            # Qwen 2's mixtures have 0 for a window that is switched off.
+            unused = field == "sliding_window" and config.get("use_sliding_window") is False
+            if value is not None and not unused and not is_possible(value):
                 raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
 
 

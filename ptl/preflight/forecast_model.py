@@ -51,6 +51,8 @@ class Shape:
     experts: int = 0  # in each layer
     routed: int = 0  # parameters in all layers of the experts that a token is sent to; part of `matrices`
     inactive: int = 0  # the same of the other experts, which cost memory and no FLOPs
+    routers: int = 0  # weights of the routers in all layers; part of `matrices`
+    params_per_expert: int = 0  # of one expert in all layers, its row of the routers included
 
     @property
     def in_layers(self) -> int:
@@ -70,12 +72,14 @@ class Shape:
             matrices=self.matrices - (removed - inactive),
             routed=self.routed - removed * self.routed // self.in_layers,
             inactive=self.inactive - inactive,
+            routers=self.routers - removed * self.routers // self.in_layers,
+            params_per_expert=self.params_per_expert - removed * self.params_per_expert // self.in_layers,
         )
 
     @property
     def removable_experts(self) -> int:
         """Parameters of the experts that can go, as a token is not sent to them, and of their rows of the routers."""
-        return self.inactive + self.layers * self.hidden * self._unused
+        return self._unused * self.params_per_expert
 
     @property
     def _unused(self) -> int:
@@ -84,15 +88,16 @@ class Shape:
 
     def _with_fewer_experts(self, params: int) -> Shape:
         """The shape with fewer parameters: as many experts less as have them, which need not be a whole number."""
-        removed = self.params - params
-        share = removed / self.removable_experts
-        inactive = round(share * self.inactive)
+        removed = (self.params - params) / self.params_per_expert  # experts of each layer
+        routers = round(removed / self.experts * self.routers)
+        inactive = round(removed / self._unused * self.inactive)
         return replace(
             self,
             params=params,
-            matrices=self.matrices - (removed - inactive),
-            experts=self.experts - round(share * self._unused),
+            matrices=self.matrices - routers,
+            experts=self.experts - round(removed),
             inactive=self.inactive - inactive,
+            routers=self.routers - routers,
         )
 
     def read_params(self, rows: float) -> float:
@@ -124,8 +129,10 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
         kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
         itemsize=itemsize,
         experts=sizes.num_experts,
-        routed=sizes.num_hidden_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
+        routed=sizes.expert_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
         inactive=shapes.inactive(sizes),
+        routers=sizes.expert_layers * sizes.num_experts * sizes.hidden_size,
+        params_per_expert=sizes.expert_layers * (sizes.params_per_expert + sizes.hidden_size),
     )
 
 

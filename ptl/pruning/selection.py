@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def layers(task: SelectionTask) -> Selection:
     """Remove the lowest-scored layers: by budget, or below the threshold if that is fewer."""
     count = layers_for(task.dimensions, task.goal)
     scores = layer_scores(task.model, task.settings.layer_criterion)  # [layers]
+    scores[list(task.dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
     sigma = task.settings.sigma_layer
     if sigma is not None:
         count = min(count, num_redundant(scores, sigma))
@@ -73,9 +75,9 @@ def layers(task: SelectionTask) -> Selection:
 def experts(task: SelectionTask) -> Selection:
     """Remove the lowest-scored experts of each layer, as many in each."""
     number = experts_for(task.dimensions, task.goal)
-    scores = expert_scores(task.model, task.settings.criterion, task.seed)  # [E] of each layer
-    kept = {layer: keep_highest(of_layer, number) for layer, of_layer in enumerate(scores)}
-    return Selection(tuple(kept), {}, kept)
+    scores = expert_scores(task.model, task.settings.criterion, task.seed)
+    kept = {layer: keep_highest(of_layer, number) for layer, of_layer in scores.items()}
+    return Selection(tuple(range(task.dimensions.layers)), {}, kept)
 
 
 def cheapest(task: SelectionTask) -> Selection:

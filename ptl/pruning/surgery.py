@@ -131,6 +131,8 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             # A count above the depth means all layers, and must stay above it.
             leading_kept = sum(layer < leading for layer in selection.layers)
             pruned[field] = leading_kept + max(0, leading - depth)
+    if family.experts is not None and len(selection.layers) < depth:
+        pruned |= family.experts.dense_config(config, selection.layers, family.dense_layers(config, depth))
     # config.json has one width for all layers.
     if selection.neurons:
         widths = {len(kept) for kept in selection.neurons.values()}

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM
 from ptl.errors import InputError
 from ptl.export.gguf import export_gguf
 from ptl.model import checkpoint, cost
-from ptl.model.dimensions import dimensions_of_config, experts_for, model_dimensions, smallest_cuts, with_experts
+from ptl.model.dimensions import (
+    dimensions_of_config,
+    experts_for,
+    layers_for,
+    model_dimensions,
+    smallest_cuts,
+    with_experts,
+)
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.goals import dense_model
 from ptl.preflight.forecast_model import shape_of
@@ -24,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SUMMATION = {"rtol": 1e-4, "atol": 2e-4}
 ALL = tuple(range(4))
 KEPT = {0: [0, 2, 5, 3], 1: [1, 2, 3, 4], 2: [0, 1, 4, 5], 3: [0, 3, 4, 5]}
-EXPERTS = {layer: torch.tensor(kept).sort().values for layer, kept in KEPT.items()}
 
 
 @pytest.fixture(params=MOE_VARIANTS)
@@ -40,6 +46,16 @@ def model(variant):
 @pytest.fixture(params=["separate", "fused"])
 def source(request, model, tmp_path):
     return save(model, tmp_path / "source", fused=request.param == "fused")
+
+
+def expert_layers(model):
+    """The numbers of the layers that have experts."""
+    return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
+
+
+def four_experts(model):
+    """Four of the six experts of each layer that has them."""
+    return {i: torch.tensor(KEPT[i]).sort().values for i in expert_layers(model)}
 
 
 def family_at(folder):
@@ -68,9 +84,9 @@ def masked(model, experts):
 
 def test_a_cut_equals_the_model_whose_routers_avoid_the_experts(model, source, tmp_path):
     family = family_at(source)
-    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, EXPERTS))
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, four_experts(model)))
     cut, whole = load(tmp_path / "cut"), logits(model, batches()[0])
-    reference = masked(model, EXPERTS)
+    reference = masked(model, four_experts(model))
     for batch in batches():
         torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
     assert not torch.allclose(whole, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
@@ -79,7 +95,7 @@ def test_a_cut_equals_the_model_whose_routers_avoid_the_experts(model, source, t
 
 
 def test_keeping_everything_changes_no_logit_and_no_config(model, source, tmp_path):
-    everything = {i: torch.arange(6) for i in ALL}
+    everything = {i: torch.arange(6) for i in expert_layers(model)}
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, everything))
     cut, reference = load(tmp_path / "cut"), load(source)
     for batch in batches():
@@ -99,7 +115,8 @@ def test_layer_cut_equals_the_model_that_skips_the_layers(model, source, tmp_pat
 @pytest.mark.parametrize("fused", [False, True])
 def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, fused, tmp_path):
     model = build(variant).bfloat16()
-    family, cut = FAMILIES[variant], Selection(ALL, {}, EXPERTS)
+    experts = four_experts(model)
+    family, cut = FAMILIES[MOE_VARIANTS[variant][0]], Selection(ALL, {}, experts)
     for name, size in (("single", "5GB"), ("sharded", "16KB")):
         write_pruned(save(model, tmp_path / name, size, fused=fused), tmp_path / f"{name}-cut", family, cut)
     assert len(checkpoint.shards(tmp_path / "sharded-cut")) > 3
@@ -108,29 +125,29 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, fused, tmp_pat
     for (name, one), (_, other) in zip(single.named_parameters(), sharded.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     # No tensor is computed anew: the bits are those of the original.
-    for i, kept in EXPERTS.items():
+    for i, kept in experts.items():
         before, after = (part.get_decoder().layers[i].mlp for part in (model, sharded))
         assert torch.equal(after.experts.gate_up_proj, before.experts.gate_up_proj[kept])
         assert torch.equal(after.experts.down_proj, before.experts.down_proj[kept])
         assert torch.equal(after.gate.weight, before.gate.weight[kept])
     # In float32: in bfloat16 two experts may have equal logits, and rounding decides between them.
-    reference = masked(load(tmp_path / "single", dtype=torch.float32), EXPERTS)
+    reference = masked(load(tmp_path / "single", dtype=torch.float32), experts)
     exact = load(tmp_path / "sharded-cut", dtype=torch.float32)
     for batch in batches():
         torch.testing.assert_close(logits(exact, batch), logits(reference, batch), **SUMMATION)
 
 
-def test_generation_with_the_cache_equals_generation_without(source, tmp_path):
-    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), {}, EXPERTS))
+def test_generation_with_the_cache_equals_generation_without(model, source, tmp_path):
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 2, 3), {}, four_experts(model)))
     cut, prompt = load(tmp_path / "cut"), batches(((9, 9),))[0]["input_ids"]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached, plain = (cut.generate(prompt, use_cache=use, **options) for use in (True, False))
     assert cached.shape == (2, 21) and torch.equal(cached, plain)
 
 
-def test_saved_again_by_transformers_it_is_the_same(source, tmp_path):
+def test_saved_again_by_transformers_it_is_the_same(model, source, tmp_path):
     family = family_at(source)
-    write_pruned(source, tmp_path / "cut", family, Selection((0, 2, 3), {}, EXPERTS))
+    write_pruned(source, tmp_path / "cut", family, Selection((0, 2, 3), {}, four_experts(model)))
     load(tmp_path / "cut").save_pretrained(tmp_path / "again")
     assert model_dimensions(tmp_path / "again", family) == model_dimensions(tmp_path / "cut", family)
     batch = batches()[0]
@@ -141,7 +158,7 @@ def test_optimizer_state_is_cut_with_the_weights(variant, model, tmp_path):
     source = save(model, tmp_path / "source")
     moments = {f"exp_avg.{name}": parameter.detach() * 3 for name, parameter in model.named_parameters()}
     checkpoint.write_shard(source / checkpoint.STATE, moments)
-    write_pruned(source, tmp_path / "cut", FAMILIES[variant], Selection((0, 2), {}, EXPERTS))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection((1, 3), {}, four_experts(model)))
     stored = dict(checkpoint.tensors(tmp_path / "cut" / checkpoint.STATE))
     cut = load(tmp_path / "cut")
     assert stored.keys() == {f"exp_avg.{name}" for name, _ in cut.named_parameters()}
@@ -170,20 +187,23 @@ def test_sizes_are_those_of_the_real_model(variant, model, source):
     family, config = family_at(source), checkpoint.read_config(source)
     body = model_dimensions(source, family)
     assert body == dimensions_of_config(config, family, "config.json")
-    layer = model.get_decoder().layers[0]
+    layer = model.get_decoder().layers[expert_layers(model)[0]]
     assert body.params == model.num_parameters() == checkpoint.num_params(source)
     assert body.params_per_layer == sum(parameter.numel() for parameter in layer.parameters())
-    of_one = sum(parameter[0].numel() for parameter in layer.mlp.parameters())  # router, gate and up, down
-    assert body.params_per_expert == 4 * of_one
+    in_experts, in_router = (
+        sum(parameter[0].numel() for parameter in part.parameters()) for part in (layer.mlp.experts, layer.mlp.gate)
+    )
+    layers = len(expert_layers(model))
+    assert body.params_per_expert == layers * (in_experts + in_router)
     unused = 6 - body.experts_per_token
-    in_experts = sum(parameter[0].numel() for parameter in layer.mlp.experts.parameters())
-    assert body.active_params == body.params - 4 * unused * in_experts
+    assert body.active_params == body.params - layers * unused * in_experts
+    assert body.dense_layers == tuple(sorted({*ALL} - {*expert_layers(model)}))
 
 
-def test_sizes_after_a_cut_are_those_that_were_planned(source, tmp_path):
+def test_sizes_after_a_cut_are_those_that_were_planned(model, source, tmp_path):
     family = family_at(source)
     planned = with_experts(model_dimensions(source, family), 4)
-    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, EXPERTS))
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, four_experts(model)))
     assert model_dimensions(tmp_path / "cut", family) == planned
 
 
@@ -203,8 +223,9 @@ def test_flops_are_those_of_the_experts_in_use(model, source):
 def test_kv_bytes_are_those_of_a_real_cache(model, source):
     with torch.inference_mode():
         cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert 5 * cost.from_config(source).kv_bytes_per_token in (4 * numbers, 4 * numbers * 5 // 4)  # a window holds 4
+    # A layer with a window has 4 tokens.
+    numbers = sum((layer.keys.numel() + layer.values.numel()) // layer.keys.shape[-2] for layer in cache.layers)
+    assert cost.from_config(source).kv_bytes_per_token == 4 * numbers
 
 
 def test_as_many_experts_stay_as_the_goal_allows(source):
@@ -221,9 +242,18 @@ def test_as_many_experts_stay_as_the_goal_allows(source):
     assert smallest_cuts(least, "auto").keys() == {"layers"}
 
 
-def test_the_forecast_counts_experts_as_the_checkpoint_does(source, tmp_path):
+def test_layers_without_experts_are_not_removed(tmp_path):
+    body = model_dimensions(save(build("qwen3_moe-dense"), tmp_path / "source"), FAMILIES["qwen3_moe"])
+    assert body.dense_layers == (2,) and layers_for(body, body.params - 2 * body.params_per_layer) == 2
+    with pytest.raises(InputError, match="would remove 3 of 3 layers with experts"):
+        layers_for(body, body.params - 3 * body.params_per_layer)
+    needs = dense_model(tmp_path / "source").smallest("layers")
+    assert needs.params == body.params - 2 * body.params_per_layer
+
+
+def test_the_forecast_counts_experts_as_the_checkpoint_does(model, source, tmp_path):
     shape, body = shape_of(str(source)), model_dimensions(source, family_at(source))
-    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, EXPERTS))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, four_experts(model)))
     assert shape.scaled(with_experts(body, 4).params, "experts") == shape_of(str(tmp_path / "cut"))
     least = with_experts(body, body.experts_per_token)
     assert body.params - least.params == shape.removable_experts
@@ -240,15 +270,16 @@ def changed(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("present", [("num_experts",), ("num_local_experts",), ("num_experts", "num_local_experts")])
-def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_path, present):
-    source = save(build(variant), tmp_path / "source")
-    changed(source, **{"num_experts": ..., "num_local_experts": ...} | dict.fromkeys(present, 6))
-    write_pruned(source, tmp_path / "cut", FAMILIES[variant], Selection(ALL, {}, EXPERTS))
+@pytest.mark.parametrize("chosen", [slice(1), slice(1, 2), slice(2)], ids=["first", "second", "both"])
+def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_path, chosen):
+    model = build(variant)
+    names = FAMILIES[MOE_VARIANTS[variant][0]].experts.counts
+    present = names[chosen] or names
+    source = changed(save(model, tmp_path / "source"), **dict.fromkeys(names, ...) | dict.fromkeys(present, 6))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, four_experts(model)))
     after = json.loads((tmp_path / "cut/config.json").read_text())
-    assert {name: after.get(name) for name in present} == dict.fromkeys(present, 4)
-    assert len({"num_experts", "num_local_experts"} & after.keys()) == len(present)
-    assert load(tmp_path / "cut").get_decoder().layers[0].mlp.gate.weight.shape[0] == 4
+    assert {name: after[name] for name in names if name in after} == dict.fromkeys(present, 4)
+    assert load(tmp_path / "cut").get_decoder().layers[expert_layers(model)[0]].mlp.gate.weight.shape[0] == 4
 
 
 @pytest.mark.parametrize(
@@ -259,15 +290,20 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_pat
         ("mixtral", {"intermediate_size": 48}, "intermediate_size=48"),
         ("qwen3_moe", {"moe_intermediate_size": 48}, "moe_intermediate_size=48"),
         ("olmoe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7, more than the 6 experts of a layer"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "has layers without experts"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "has layers without experts"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "lacks tensor model.layers.0.mlp.down_proj.weight"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "lacks tensor model.layers.0.mlp.down_proj.weight"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0, which must be a whole number above 0"),
+        ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers=[4], which must be a list of numbers of layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers=[0, 1, 2, 3]"),
+        ("qwen3_moe-dense", {"intermediate_size": 48}, " intermediate_size=48;"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "shared_expert_intermediate_size=48"),
         ("qwen3_moe", {"num_experts": 5, "num_local_experts": 6}, "which mean the same and differ"),
     ],
 )
 def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, changes, said):
     source = changed(save(build(variant), tmp_path / "source", fused=variant == "olmoe"), **changes)
     with pytest.raises(InputError) as refused:
-        model_dimensions(source, FAMILIES[variant])
+        model_dimensions(source, family_at(source))
     assert said in str(refused.value)
 
 
@@ -277,7 +313,6 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, chan
         ("gpt_oss", "quantized (MXFP4)"),
         ("deepseek_v3", "shared experts, dense first layers and latent attention"),
         ("qwen3_next", "linear attention"),
-        ("qwen2_moe", "a shared expert"),
     ],
 )
 def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason):
@@ -289,9 +324,11 @@ def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason
 
 
 def test_llama_cpp_has_not_been_compared_and_is_refused(variant, tmp_path):
-    with pytest.raises(InputError, match=f"model_type {variant} has not been compared with it"):
+    with pytest.raises(InputError, match=f"model_type {MOE_VARIANTS[variant][0]} has not been compared with it"):
         export_gguf(save(build(variant), tmp_path / "source"), tmp_path / "model.gguf")
 
 
 def test_every_mixture_of_experts_is_tested():
-    assert set(MOE_VARIANTS) == {name for name, family in FAMILIES.items() if family.experts}
+    assert {model_type for model_type, _ in MOE_VARIANTS.values()} == {
+        name for name, family in FAMILIES.items() if family.experts
+    }
