@@ -100,6 +100,23 @@ MOE_VARIANTS = {
             **{"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2},
         },
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+            **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
+            **{"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_mtp_layers": 0},
+            **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
 }
@@ -141,6 +158,9 @@ def _random(auto_class, config, seed=0):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40)
     return model
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ptl.errors import InputError
 from ptl.model import checkpoint, shapes, text_tower
-from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
+from ptl.model.families import IN_LAYER, ConfigJson, Family
 from ptl.model.sizes import Sizes, read_sizes
 from ptl.model.tensor_checks import check_tensors
 
@@ -32,6 +32,8 @@ class ModelDimensions:
     experts: int = 0  # in each layer that has experts
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+    fewest_experts: int = 0  # that each layer can have
+    expert_groups: int = 1  # of each layer, from which as many experts go
     dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
 
     @property
@@ -57,9 +59,8 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     config = text_tower.read_config(folder)
     sizes = read_sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
-    # Rotary buffers of old files are neither parameters nor read.
     contents = text_tower.contents(folder)
-    entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
+    entries = {name: entry for name, entry in contents.items() if family.is_read(name, config)}
     check_tensors(folder, config, family, sizes, entries)
     tied = family.is_tied(config)
     if tied:
@@ -89,6 +90,8 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        fewest_experts=sizes.fewest_experts,
+        expert_groups=sizes.n_group,
         dense_layers=sizes.dense_layers,
     )
 
@@ -103,11 +106,13 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
         params=params,
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
-        params_per_neuron=wider - params,
+        params_per_neuron=_expert_params(sizes) // sizes.intermediate_size if family.experts else wider - params,
         params_per_layer=deeper - params,
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        fewest_experts=sizes.fewest_experts,
+        expert_groups=sizes.n_group,
         dense_layers=sizes.dense_layers,
     )
 
@@ -119,7 +124,7 @@ def _expert_params(sizes: Sizes) -> int:
 
 def _params_per_expert(sizes: Sizes) -> int:
     """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
-    return sizes.expert_layers * (sizes.params_per_expert + sizes.hidden_size)
+    return sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route)
 
 
 def resolve_multiple(
@@ -198,8 +203,8 @@ def smallest_cuts(
     if dimensions.removable_layers > 1:
         smallest["layers"] = dimensions.params_per_layer
     if dimensions.experts:
-        if dimensions.experts > dimensions.experts_per_token:
-            smallest["experts"] = dimensions.params_per_expert
+        if dimensions.experts > dimensions.fewest_experts:
+            smallest["experts"] = dimensions.expert_groups * dimensions.params_per_expert
         return smallest
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
@@ -229,15 +234,18 @@ def experts_for(
 ) -> int:
     """The most experts in each layer with which the model has at most `goal` parameters.
 
-    Raises InputError where fewer would be left than each token is sent to.
+    Raises InputError where fewer would be left than each token is sent to, or than its groups of experts need.
     """
     excess = max(0, dimensions.params - goal)
     number = dimensions.experts - math.ceil(excess / dimensions.params_per_expert)
-    if number < dimensions.experts_per_token:
-        least = with_experts(dimensions, dimensions.experts_per_token).params
+    number -= number % dimensions.expert_groups
+    if number < dimensions.fewest_experts:
+        least = with_experts(dimensions, dimensions.fewest_experts)
+        groups = f" in {dimensions.expert_groups} groups (n_group)" if dimensions.expert_groups > 1 else ""
         raise InputError(
             f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
-            f"of them (num_experts_per_tok), and with no more than these the model has {least:,}",
+            f"of them (num_experts_per_tok), and with the {least.experts} that this needs{groups} the model has "
+            f"{least.params:,}",
             field="schedule.target",
             remedy="let schedule.target remove less, or prune layers",
         )

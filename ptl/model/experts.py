@@ -34,6 +34,8 @@ class Experts:
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     correction: str = ""  # the tensor [E] that the router adds to its scores when it chooses
+    router_loss: bool = True  # whether transformers has the routers' auxiliary loss
+    grouped: bool = False  # whether the router chooses groups of experts first (n_group, topk_group)
     # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
     shared: tuple[str, ...] = ()
     shared_width: str = ""
@@ -67,7 +69,11 @@ class Experts:
 
     def counts_experts(self, part: str) -> bool:
         """Whether the first dimension of a part counts the experts."""
-        return part in (ROUTER, f"{self.block}.gate", self.correction, *FUSED)
+        return self.is_router(part) or part in FUSED
+
+    def is_router(self, part: str) -> bool:
+        """Whether a part belongs to the router."""
+        return part in (ROUTER, f"{self.block}.gate", self.correction)
 
     def dense_config(
         self, config: Mapping[str, Any], layers: tuple[int, ...], dense_layers: tuple[int, ...]

@@ -21,6 +21,8 @@ QKVO = (*QKV, "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+LATENT = tuple(f"self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
+LATENT_QUERIES = tuple(f"self_attn.{name}" for name in ("q_a_proj", "q_a_layernorm", "q_b_proj"))
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
@@ -52,6 +54,7 @@ class Family:
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
     experts: Experts | None = None  # of a mixture of experts
+    latent_attention: bool = False  # keys and values are computed from a few latent numbers (MLA)
     # Parts that only some models of the family have: config field, parts where it is set, parts where it is not
     optional_parts: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ()
     extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
@@ -107,6 +110,20 @@ class Family:
             return kind == "weight"  # the bias is that of the hidden state
         return part in self.up_projections
 
+    def is_router(self, name: str) -> bool:
+        """Whether a tensor is part of a layer's router."""
+        match = IN_LAYER.match(name)
+        return bool(self.experts and match and self.experts.is_router(match["part"]))
+
+    def is_read(self, name: str, config: ConfigJson) -> bool:
+        """Whether a tensor of a checkpoint is part of the model as transformers loads it.
+
+        Rotary buffers of old files are not, nor are layers after the last one (MTP).
+        """
+        match = IN_LAYER.match(name)
+        is_extra = bool(self.extra_layers and match and int(match["layer"]) >= config["num_hidden_layers"])
+        return not (is_extra or ROTARY.match(name))
+
     def is_tied(self, config: ConfigJson) -> bool:
         """Whether the output layer is the embeddings."""
         return bool(config.get("tie_word_embeddings", self.tied))
@@ -114,6 +131,17 @@ class Family:
 
 ATTENTION_BIAS = ("attention_bias", QKVO)
 MLP_BIAS = ("mlp_bias", MLP)
+SHARED_EXPERTS = tuple(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))
+DEEPSEEK_EXPERTS = Experts(
+    ("n_routed_experts", "num_local_experts"),
+    width="moe_intermediate_size",
+    correction="mlp.gate.e_score_correction_bias",
+    router_loss=False,
+    grouped=True,
+    shared=SHARED_EXPERTS,
+    shared_width="n_shared_experts",
+    dense_fields=("first_k_dense_replace",),
+)
 QWEN_DENSE_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 GEMMA2 = Family(
     "gemma2",
@@ -273,6 +301,35 @@ _RECORDS = (
         ),
     ),
     Family(
+        "deepseek_v3",
+        other_parts=(*LATENT, "self_attn.o_proj", *PRE_NORMS),
+        optional_parts=(("q_lora_rank", LATENT_QUERIES, ("self_attn.q_proj",)),),
+        prefix_fields=("first_k_dense_replace",),
+        defaults=(
+            *(("num_key_value_heads", 128), ("moe_intermediate_size", 2048), ("n_routed_experts", 256)),
+            *(("num_experts_per_tok", 8), ("n_shared_experts", 1), ("n_group", 8), ("topk_group", 4)),
+            *(("q_lora_rank", 1536), ("kv_lora_rank", 512), ("qk_rope_head_dim", 64), ("qk_nope_head_dim", 128)),
+            *(("v_head_dim", 128), ("head_dim", 64), ("first_k_dense_replace", 3)),
+        ),
+        biases=(("attention_bias", (LATENT[0], "self_attn.o_proj", LATENT_QUERIES[0])),),
+        experts=DEEPSEEK_EXPERTS,
+        latent_attention=True,
+        extra_layers="num_nextn_predict_layers",
+    ),
+    Family(
+        "glm4_moe",
+        optional_parts=(("use_qk_norm", QK_NORMS, ()),),
+        prefix_fields=("first_k_dense_replace",),
+        defaults=(
+            *(("num_key_value_heads", 8), ("moe_intermediate_size", 1408), ("n_routed_experts", 128)),
+            *(("num_experts_per_tok", 8), ("n_shared_experts", 1), ("n_group", 1), ("topk_group", 1)),
+            ("first_k_dense_replace", 1),
+        ),
+        biases=(("attention_bias", QKV),),
+        experts=DEEPSEEK_EXPERTS,
+        extra_layers="num_nextn_predict_layers",
+    ),
+    Family(
         "qwen3_moe",
         other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
         prefix_fields=("max_window_layers",),
@@ -319,12 +376,7 @@ _GEMMA_4 = (
     "its layers differ in the size of their heads, share keys and values, and some have an embedding table each",
     "prune a Gemma 3 (gemma3 or gemma3_text)",
 )
-_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, olmoe or mixtral"
-_DEEPSEEK = (
-    "it is a mixture of experts with shared experts, dense first layers and latent attention (MLA), which ptl does "
-    "not know",
-    _OTHER_EXPERTS,
-)
+_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
 REFUSED = {
     "gemma4": _GEMMA_4,
     "gemma4_text": _GEMMA_4,
@@ -342,8 +394,11 @@ REFUSED = {
         "experts that ptl does not know",
         _OTHER_EXPERTS,
     ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v2": (
+        "it is a mixture of experts whose router chooses groups of experts in another way than that of DeepSeek V3, "
+        "which ptl does not know",
+        _OTHER_EXPERTS,
+    ),
 }
 SUPPORTED = f"supported: {', '.join(sorted(FAMILIES.keys() | TEXT_TOWERS.keys()))}"
 

@@ -19,17 +19,27 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
     """
     # Every length that a dimension can have
-    query_width = dims.num_attention_heads * dims.head_dim
     key_width = dims.num_key_value_heads * dims.head_dim
     head = (dims.head_dim, ("head_dim",))
     hidden = (dims.hidden_size, ("hidden_size",))
-    queries = (query_width, ("num_attention_heads", "head_dim"))
+    of_head = ("qk_nope_head_dim", "qk_rope_head_dim") if dims.kv_lora_rank else ("head_dim",)
+    queries = (dims.query_width, ("num_attention_heads", *of_head))
+    values = (dims.value_width, ("num_attention_heads", "v_head_dim" if dims.kv_lora_rank else "head_dim"))
     keys = (key_width, ("num_key_value_heads", "head_dim"))
-    fused_qkv = (query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    fused_qkv = (dims.query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
     width = "dense_intermediate_size" if family.experts else "intermediate_size"  # of the MLP, where a layer has one
     neurons = (getattr(dims, width), (width,))
     fused_neurons = (family.fused_projections * getattr(dims, width), (width,))
-    shared_neurons = (dims.shared_expert_intermediate_size, ("shared_expert_intermediate_size",))
+    shared_neurons: Length = (dims.shared_width, ("shared_expert_intermediate_size",))
+    if dims.n_shared_experts:
+        shared_neurons = (dims.shared_width, ("n_shared_experts", "intermediate_size"))
+    latent = (dims.kv_lora_rank, ("kv_lora_rank",))
+    latent_queries = (dims.q_lora_rank, ("q_lora_rank",))
+    latent_and_ropes = (dims.kv_lora_rank + dims.qk_rope_head_dim, ("kv_lora_rank", "qk_rope_head_dim"))
+    keys_and_values = (
+        dims.num_attention_heads * (dims.qk_nope_head_dim + dims.v_head_dim),
+        ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"),
+    )
     vocabulary = (dims.vocab_size, ("vocab_size",))
 
     # Dimensions of the parts, by the last piece of their names
@@ -38,9 +48,16 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "qkv_proj": (fused_qkv, hidden),
-        "o_proj": (hidden, queries),
+        "o_proj": (hidden, values),
         "q_norm": (head if family.norm_per_head else queries,),
         "k_norm": (head if family.norm_per_head else keys,),
+        # Of latent attention
+        "q_a_proj": (latent_queries, hidden),
+        "q_a_layernorm": (latent_queries,),
+        "q_b_proj": (queries, latent_queries),
+        "kv_a_proj_with_mqa": (latent_and_ropes, hidden),
+        "kv_a_layernorm": (latent,),
+        "kv_b_proj": (keys_and_values, latent),
         # Of the shared expert
         "gate_proj": (shared_neurons, hidden),
         "up_proj": (shared_neurons, hidden),
@@ -67,6 +84,8 @@ def expert_tensors(family: Family, dims: Sizes, fused: bool) -> dict[str, tuple[
     tensors: dict[str, tuple[TensorShape, Fields]] = {
         f"{experts.router(fused)}.weight": ((number, hidden), ("num_experts", "hidden_size")),
     }
+    if experts.correction:
+        tensors[experts.correction] = ((number,), ("num_experts",))
     both = ("intermediate_size", "hidden_size")
     if fused:
         fields = ("num_experts", *both)
@@ -105,6 +124,7 @@ def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool
     if has_experts:
         matrices += dims.num_experts * dims.hidden_size  # the router
         matrices += dims.num_experts_per_tok * dims.params_per_expert
+        vectors += dims.num_experts * dims.router_vectors
     for part in family.parts(config, has_experts):
         shape, _ = expected(part, family, dims)
         if len(shape) == 1:

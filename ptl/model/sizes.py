@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ptl.model.checkpoint import DTYPES, checkpoint_error
@@ -25,6 +25,7 @@ ACTIVATIONS = (
     *("silu", "swish", "relu", "relu2", "relu6", "leaky_relu", "mish", "laplace", "hardswish"),
     *("sigmoid", "tanh", "linear"),
 )
+LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 Fields = tuple[str, ...]  # of config.json
 # Kinds of rotary embeddings and the parameters that each needs
 ROPES = {
@@ -51,9 +52,58 @@ class Sizes:
     vocab_size: int
     num_experts: int = 0  # in each layer that has experts; 0: a dense model
     num_experts_per_tok: int = 0  # that each token is sent to
-    shared_expert_intermediate_size: int = 0  # neurons of the expert that every token meets, where there is one
+    # Of the expert that every token meets, where there is one: its neurons, or as how many experts it is as wide
+    shared_expert_intermediate_size: int = 0
+    n_shared_experts: int = 0
+    router_vectors: int = 0  # numbers that a router has for each expert besides its row
+    # Routers choose groups of experts first: how many there are in a layer, and how many of them are chosen
+    n_group: int = 1
+    topk_group: int = 1
     dense_layers: tuple[int, ...] = ()  # the layers of a mixture that have one MLP in place of experts
     dense_intermediate_size: int = 0  # neurons of that MLP
+
+    # Of latent attention (MLA); 0: ordinary attention, or no latent queries
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Queries of all heads."""
+        latent = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.num_attention_heads * (latent or self.head_dim)
+
+    @property
+    def value_width(self) -> int:
+        """What all heads give."""
+        return self.num_attention_heads * (self.v_head_dim or self.head_dim)
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers in the KV cache for a token in one layer: keys and values, or what they are computed from."""
+        if self.kv_lora_rank:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert."""
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.intermediate_size
+
+    @property
+    def fewest_experts(self) -> int:
+        """The fewest experts that a layer can have: a token finds all of its own in the groups that are chosen."""
+        of_group = math.ceil(self.num_experts_per_tok / self.topk_group)
+        if self.n_group > 1:
+            of_group = max(2, of_group)  # by its two best experts a group is chosen
+        return self.n_group * of_group
+
+    @property
+    def params_per_route(self) -> int:
+        """Parameters that a layer's router has for one expert."""
+        return self.hidden_size + self.router_vectors
 
     @property
     def expert_layers(self) -> int:
@@ -104,10 +154,12 @@ def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
         vocab_size=size("vocab_size"),
         num_experts=size(experts.count_field(config)) if experts else 0,
         num_experts_per_tok=size("num_experts_per_tok") if experts else 0,
-        shared_expert_intermediate_size=size(experts.shared_width) if experts and experts.shared else 0,
         dense_layers=dense_layers,
         dense_intermediate_size=size("intermediate_size") if dense_layers else 0,
+        **_optional_sizes(family, size),
     )
+    if family.latent_attention and family.with_defaults(config)["q_lora_rank"] is not None:
+        checked = replace(checked, q_lora_rank=size("q_lora_rank"))
     # The other fields must fit these sizes.
     _check_heads(checked, source)
     _check_experts(config, family, checked, source)
@@ -116,6 +168,17 @@ def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     _check_padding(config, checked.vocab_size, source)
     _check_rope(config, source)
     return checked
+
+
+def _optional_sizes(family: Family, size: Callable[[str], int]) -> dict[str, int]:
+    """Sizes that only some families have."""
+    fields: Fields = LATENT_SIZES if family.latent_attention else ()
+    experts = family.experts
+    if experts is None:
+        return {field: size(field) for field in fields}
+    fields += (experts.shared_width,) if experts.shared else ()
+    fields += ("n_group", "topk_group") if experts.grouped else ()
+    return {field: size(field) for field in fields} | {"router_vectors": 1 if experts.correction else 0}
 
 
 def _check_not_quantized(config: ConfigJson, source: str) -> None:
@@ -141,8 +204,9 @@ def _check_heads(checked: Sizes, source: str) -> None:
         raise checkpoint_error(
             f"in {source} num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
         )
-    if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
-        raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
+    rotary = "qk_rope_head_dim" if checked.kv_lora_rank else "head_dim"
+    if getattr(checked, rotary) % 2:  # rotary embeddings turn pairs of numbers
+        raise checkpoint_error(f"{source} gives the odd {rotary}={getattr(checked, rotary)}")
 
 
 def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: str) -> None:
@@ -158,6 +222,20 @@ def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: s
         raise checkpoint_error(
             f"{source} has num_experts_per_tok={checked.num_experts_per_tok}, more than the {checked.num_experts} "
             "experts of a layer",
+            CORRECT,
+        )
+    loss = config.get("router_aux_loss_coef")
+    if loss and not experts.router_loss:
+        raise checkpoint_error(
+            f"{source} has router_aux_loss_coef={loss!r}, and transformers has no auxiliary loss for the routers of "
+            f"{family.model_type}",
+            "remove that field",
+        )
+    groups, chosen = checked.n_group, checked.topk_group
+    if checked.num_experts % groups or chosen > groups or checked.num_experts < checked.fewest_experts:
+        raise checkpoint_error(
+            f"{source} has n_group={groups} and topk_group={chosen}, by which {checked.num_experts_per_tok} experts "
+            f"for each token cannot be chosen from {checked.num_experts}",
             CORRECT,
         )
     if not checked.expert_layers:

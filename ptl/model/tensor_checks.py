@@ -18,7 +18,7 @@ def check_tensors(folder: Path, config: ConfigJson, family: Family, sizes: Sizes
     expert_tensors = shapes.expert_tensors(family, sizes, fused)
     _check_names(folder, family, config, sizes, entries, expert_tensors)
     _check_shapes(family, sizes, entries, expert_tensors)
-    _check_dtypes(folder, entries)
+    _check_dtypes(folder, family, entries)
 
 
 def _check_names(
@@ -94,9 +94,10 @@ def _check_shapes(
             )
 
 
-def _check_dtypes(folder: Path, entries: Entries) -> None:
-    """All tensors have one floating-point dtype."""
-    dtypes = sorted({entry.dtype for entry in entries.values()})
+def _check_dtypes(folder: Path, family: Family, entries: Entries) -> None:
+    """All tensors have one floating-point dtype, but for routers that are kept in float32."""
+    kept = {name for name, entry in entries.items() if entry.dtype == "F32" and family.is_router(name)}
+    dtypes = sorted({entry.dtype for name, entry in entries.items() if name not in kept})
     if len(dtypes) > 1 or dtypes[0] not in FLOATS:
         stored = " and ".join(dtypes)
         possible = ", ".join(FLOATS)

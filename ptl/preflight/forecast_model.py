@@ -44,7 +44,7 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
-    heads_width: int  # heads * head_dim
+    heads_width: int  # heads * head_dim; the mean of queries and values where these differ
     kv_bytes: int  # per token of context
     itemsize: int  # bytes of a stored weight
     # Of a mixture of experts; 0 in a dense model
@@ -117,22 +117,20 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     sizes = read_sizes(config, family, f"config.json of {path}")
     params, matrices = shapes.count(config, family, sizes)
     itemsize = checkpoint.itemsize(folder)
-    # Keys and values of one token in one layer.
-    kv_width = 2 * sizes.num_key_value_heads * sizes.head_dim
     return Shape(
         params=params,
         matrices=matrices,
         layers=sizes.num_hidden_layers,
         hidden=sizes.hidden_size,
         vocabulary=sizes.vocab_size,
-        heads_width=sizes.num_attention_heads * sizes.head_dim,
-        kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
+        heads_width=(sizes.query_width + sizes.value_width) // 2,
+        kv_bytes=sizes.num_hidden_layers * sizes.cached_numbers * itemsize,
         itemsize=itemsize,
         experts=sizes.num_experts,
         routed=sizes.expert_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
         inactive=shapes.inactive(sizes),
         routers=sizes.expert_layers * sizes.num_experts * sizes.hidden_size,
-        params_per_expert=sizes.expert_layers * (sizes.params_per_expert + sizes.hidden_size),
+        params_per_expert=sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route),
     )
 
 

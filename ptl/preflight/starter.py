@@ -118,10 +118,10 @@ def read_model(name: str) -> Model:
         config = text_tower.read_config(folder)
         family = family_of(config)
         dimensions = dimensions_of_config(config, family, f"config.json of {name}")
-        if dimensions.experts and dimensions.experts == dimensions.experts_per_token:
+        if dimensions.experts and dimensions.experts == dimensions.fewest_experts:
             raise InputError(
-                f"{name} sends each token to all of its {dimensions.experts} experts (num_experts_per_tok), so that "
-                "none can be removed",
+                f"{name} has {dimensions.experts} experts in each layer, and a token needs all of them "
+                "(num_experts_per_tok), so that none can be removed",
                 field="MODEL",
                 remedy="give a mixture with more experts, or write a config with prune.target=layers",
             )

@@ -34,7 +34,7 @@ def _share_of_ffns(dense: ModelDimensions) -> float:
 
 def _share_of_experts(mixture: ModelDimensions) -> float:
     """Share of the parameters that goes with half of the experts, or with all that a token can do without."""
-    fewest = max(mixture.experts_per_token, mixture.experts - mixture.experts // 2)
+    fewest = max(mixture.fewest_experts, mixture.experts - mixture.experts // 2)
     return 1 - with_experts(mixture, fewest).params / mixture.params
 
 
@@ -59,9 +59,9 @@ def _experts(mixture: ModelDimensions, target: float, goal: int) -> int:
     try:
         return experts_for(mixture, goal)
     except InputError as error:
-        least = with_experts(mixture, mixture.experts_per_token)
+        least = with_experts(mixture, mixture.fewest_experts)
         raise InputError(
-            f"{target:g} cannot be reached: with the {least.experts} experts that each token is sent to, the model has "
+            f"{target:g} cannot be reached: with the {least.experts} experts that a token needs the model has "
             f"{billions(least.params)} of its {billions(mixture.params)} parameters",
             field="--target",
             remedy=f"give less, for example {default_target(mixture):g}",

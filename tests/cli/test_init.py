@@ -190,10 +190,14 @@ def test_of_a_mixture_no_more_goes_than_half_of_its_experts_and_those_that_a_tok
         (
             {},
             ["--target", 0.95],
-            "--target: 0.95 cannot be reached: with the 8 experts that each token is sent to, the model has 3.34B of "
+            "--target: 0.95 cannot be reached: with the 8 experts that a token needs the model has 3.34B of "
             "its 30.5B parameters; give less, for example 0.3",
         ),
-        ({"num_experts": 8}, [], "MODEL: .* sends each token to all of its 8 experts .*prune.target=layers"),
+        (
+            {"num_experts": 8},
+            [],
+            "MODEL: .* has 8 experts in each layer, and a token needs all of them .*prune.target=layers",
+        ),
     ],
     ids=["target", "all-in-use"],
 )

@@ -58,6 +58,12 @@ def four_experts(model):
     return {i: torch.tensor(KEPT[i]).sort().values for i in expert_layers(model)}
 
 
+def num_parameters(model):
+    """Parameters, and the routers' corrections, which transformers counts as buffers."""
+    corrections = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    return model.num_parameters() + sum(map(torch.numel, corrections))
+
+
 def family_at(folder):
     return family_of(checkpoint.read_config(folder))
 
@@ -70,8 +76,11 @@ def masked(model, experts):
     """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
     for i, kept in experts.items():
         gate = model.get_decoder().layers[i].mlp.gate
-        pruned = torch.ones(6, dtype=torch.bool)
+        pruned = torch.ones(len(gate.weight), dtype=torch.bool)
         pruned[kept] = False
+        if hasattr(gate, "e_score_correction_bias"):  # the scores that choose have it added
+            gate.e_score_correction_bias[pruned] = -torch.inf
+            continue
 
         def forward(hidden, gate=gate, pruned=pruned):
             plain = torch.nn.functional.linear
@@ -90,8 +99,8 @@ def test_a_cut_equals_the_model_whose_routers_avoid_the_experts(model, source, t
     for batch in batches():
         torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
     assert not torch.allclose(whole, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
-    assert cut.num_parameters() == model_dimensions(tmp_path / "cut", family).params < model.num_parameters()
-    assert cut.config.num_experts == 4
+    assert num_parameters(cut) == model_dimensions(tmp_path / "cut", family).params < num_parameters(model)
+    assert {len(cut.get_decoder().layers[i].mlp.gate.weight) for i in expert_layers(cut)} == {4}
 
 
 def test_keeping_everything_changes_no_logit_and_no_config(model, source, tmp_path):
@@ -188,10 +197,10 @@ def test_sizes_are_those_of_the_real_model(variant, model, source):
     body = model_dimensions(source, family)
     assert body == dimensions_of_config(config, family, "config.json")
     layer = model.get_decoder().layers[expert_layers(model)[0]]
-    assert body.params == model.num_parameters() == checkpoint.num_params(source)
-    assert body.params_per_layer == sum(parameter.numel() for parameter in layer.parameters())
+    assert body.params == num_parameters(model) == checkpoint.num_params(source)
+    assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
     in_experts, in_router = (
-        sum(parameter[0].numel() for parameter in part.parameters()) for part in (layer.mlp.experts, layer.mlp.gate)
+        sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in (layer.mlp.experts, layer.mlp.gate)
     )
     layers = len(expert_layers(model))
     assert body.params_per_expert == layers * (in_experts + in_router)
@@ -251,6 +260,60 @@ def test_layers_without_experts_are_not_removed(tmp_path):
     assert needs.params == body.params - 2 * body.params_per_layer
 
 
+def test_as_many_experts_stay_in_each_group_that_a_router_chooses(tmp_path):
+    model = build("deepseek_v3", n_routed_experts=12, n_group=3, topk_group=2)
+    source = save(model, tmp_path / "source")
+    body = model_dimensions(source, family_at(source))
+    one = body.params_per_expert
+    assert experts_for(body, body.params - one) == experts_for(body, body.params - 3 * one) == 9
+    assert smallest_cuts(body, "auto")["experts"] == 3 * one
+    # A group is chosen by its two best experts.
+    assert experts_for(body, body.params - 6 * one) == 6
+    with pytest.raises(InputError, match=r"with the 6 that this needs in 3 groups \(n_group\) the model has"):
+        experts_for(body, body.params - 6 * one - 1)
+    needs = dense_model(source).largest("experts", lambda needs: needs.params < body.params)
+    assert needs.params == body.params - 3 * one
+    kept = dict.fromkeys(expert_layers(model), torch.tensor([0, 2, 3, 4, 5, 7, 9, 10, 11]))
+    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, kept))
+    cut, reference = load(tmp_path / "cut"), masked(model, kept)
+    for batch in batches():
+        torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
+
+
+def test_layers_that_guess_further_tokens_are_left_behind(tmp_path):
+    model = build("glm4_moe")
+    source, family = save(model, tmp_path / "source"), FAMILIES["glm4_moe"]
+    plain = model_dimensions(source, family)
+    extra = {
+        "model.layers.4.eh_proj.weight": torch.ones(32, 64),
+        "model.layers.4.mlp.experts.0.up_proj.weight": torch.ones(24, 32),
+    }
+    weights = dict(checkpoint.tensors(source / checkpoint.WEIGHTS))
+    checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | extra)
+    changed(source, num_nextn_predict_layers=1)
+    assert model_dimensions(source, family) == plain and checkpoint.num_params(source) == plain.params
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}))
+    assert checkpoint.contents(tmp_path / "cut").keys() == weights.keys()
+    assert checkpoint.read_config(tmp_path / "cut")["num_nextn_predict_layers"] == 0
+    assert torch.equal(logits(load(tmp_path / "cut"), batches()[0]), logits(model, batches()[0]))
+
+
+def test_a_router_may_have_float32_beside_weights_in_bfloat16(tmp_path):
+    model = build("glm4_moe").bfloat16()
+    for i in expert_layers(model):
+        model.get_decoder().layers[i].mlp.gate.float()
+    source, family = save(model, tmp_path / "source"), FAMILIES["glm4_moe"]
+    assert {entry.dtype for entry in checkpoint.contents(source).values()} == {"BF16", "F32"}
+    experts = four_experts(model)
+    write_pruned(source, tmp_path / "cut", family, Selection(ALL, {}, experts))
+    gate = load(tmp_path / "cut", dtype="auto").get_decoder().layers[3].mlp.gate
+    assert torch.equal(gate.weight, model.get_decoder().layers[3].mlp.gate.weight[experts[3]])
+    weights = dict(checkpoint.tensors(source / checkpoint.WEIGHTS))
+    checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | {"model.norm.weight": torch.ones(32)})
+    with pytest.raises(InputError, match="holds BF16 and F32 tensors"):
+        model_dimensions(source, family)
+
+
 def test_the_forecast_counts_experts_as_the_checkpoint_does(model, source, tmp_path):
     shape, body = shape_of(str(source)), model_dimensions(source, family_at(source))
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, four_experts(model)))
@@ -296,6 +359,13 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_pat
         ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers=[4], which must be a list of numbers of layers"),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers=[0, 1, 2, 3]"),
         ("qwen3_moe-dense", {"intermediate_size": 48}, " intermediate_size=48;"),
+        ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts=2, moe_intermediate_size=24"),
+        ("glm4_moe", {"first_k_dense_replace": 1}, "lacks tensor model.layers.1.mlp.experts.0.down_proj.weight"),
+        ("deepseek_v3", {"kv_lora_rank": 12}, "kv_lora_rank=12"),
+        ("deepseek_v3", {"qk_rope_head_dim": 3}, "the odd qk_rope_head_dim=3"),
+        ("deepseek_v3", {"q_lora_rank": None}, "lacks tensor model.layers.0.self_attn.q_proj.weight"),
+        ("glm4_moe", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1, and transformers has no auxiliary loss"),
+        ("deepseek_v3", {"n_group": 4}, "n_group=4 and topk_group=1, by which 2 experts for each token cannot"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "shared_expert_intermediate_size=48"),
         ("qwen3_moe", {"num_experts": 5, "num_local_experts": 6}, "which mean the same and differ"),
     ],
@@ -311,13 +381,12 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, chan
     ("model_type", "reason"),
     [
         ("gpt_oss", "quantized (MXFP4)"),
-        ("deepseek_v3", "shared experts, dense first layers and latent attention"),
         ("qwen3_next", "linear attention"),
     ],
 )
 def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason):
     with pytest.raises(
-        InputError, match="prune a mixture of experts of the type qwen3_moe, olmoe or mixtral"
+        InputError, match="prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
     ) as refused:
         family_of({"model_type": model_type, "num_experts": 8})
     assert model_type in str(refused.value) and reason in str(refused.value)

@@ -109,6 +109,16 @@ def test_experts_that_give_nothing_go_first(variant, calibration, tmp_path, crit
         assert torch.equal(new.mlp.gate.weight, old.mlp.gate.weight[[0, 2, 3, 5]])
 
 
+def test_as_many_experts_go_from_each_group_of_the_router(calibration, tmp_path):
+    model = build("deepseek_v3", n_routed_experts=12, n_group=3, topk_group=2, num_experts_per_tok=4)
+    source = save(model, tmp_path / "source")
+    assert cut(source, "deepseek_v3", calibration, tmp_path / "cut", experts=10).experts == 9
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    for old, new in zip(model.get_decoder().layers[1:], after.get_decoder().layers[1:], strict=True):
+        rows = [(old.mlp.gate.weight == kept).all(dim=1).nonzero().item() for kept in new.mlp.gate.weight]
+        assert [row // 4 for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_a_goal_between_two_numbers_of_experts_is_not_exceeded(variant, source, calibration, tmp_path):
     family = FAMILIES[MOE_VARIANTS[variant][0]]
     body = model_dimensions(source, family)
