@@ -31,13 +31,13 @@ SIZES = {
     "initializer_range": 0.2,  # far enough from zero that every part matters
 }
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-LLAMA4_SCALED_YARN = {
+YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
     "factor": 4.0,
     "original_max_position_embeddings": 4,  # shorter than the tests' sequences, which the scaling then changes
-    "llama_4_scaling_beta": 0.1,
 }
+LLAMA4_SCALED_YARN = {**YARN, "llama_4_scaling_beta": 0.1}
 # One line per family and variant: what differs from SIZES.
 VARIANTS = {
     "llama": ("llama", {}),
@@ -117,6 +117,13 @@ MOE_VARIANTS = {
             **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **{"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5, "layer_types": ALTERNATING},
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
 }
@@ -155,8 +162,8 @@ def _random(auto_class, config, seed=0):
     torch.manual_seed(seed)
     model = auto_class.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -32,6 +32,7 @@ class ModelDimensions:
     experts: int = 0  # in each layer that has experts
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+    params_per_route: int = 0  # of these, what the routers have
     fewest_experts: int = 0  # that each layer can have
     expert_groups: int = 1  # of each layer, from which as many experts go
     dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
@@ -47,7 +48,7 @@ class ModelDimensions:
         if not self.experts:
             return self.params
         unused = self.experts - self.experts_per_token
-        return self.params - unused * self.width * self.params_per_neuron // self.experts
+        return self.params - unused * (self.params_per_expert - self.params_per_route)
 
 
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
@@ -78,7 +79,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         if family.has_neurons(match["part"], match["kind"]):
             params_per_neuron += params // sizes.intermediate_size
     if family.experts:
-        params_per_neuron = _expert_params(sizes) // sizes.intermediate_size
+        params_per_neuron = _params_per_expert_neuron(sizes)
     for layer in sizes.dense_layers:
         del params_by_layer[layer]
     return ModelDimensions(
@@ -90,6 +91,7 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        params_per_route=sizes.expert_layers * sizes.params_per_route,
         fewest_experts=sizes.fewest_experts,
         expert_groups=sizes.n_group,
         dense_layers=sizes.dense_layers,
@@ -106,20 +108,21 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
         params=params,
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
-        params_per_neuron=_expert_params(sizes) // sizes.intermediate_size if family.experts else wider - params,
+        params_per_neuron=_params_per_expert_neuron(sizes) if family.experts else wider - params,
         params_per_layer=deeper - params,
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        params_per_route=sizes.expert_layers * sizes.params_per_route,
         fewest_experts=sizes.fewest_experts,
         expert_groups=sizes.n_group,
         dense_layers=sizes.dense_layers,
     )
 
 
-def _expert_params(sizes: Sizes) -> int:
-    """Parameters of all experts in all layers."""
-    return sizes.expert_layers * sizes.num_experts * sizes.params_per_expert
+def _params_per_expert_neuron(sizes: Sizes) -> int:
+    """Parameters of one neuron of every expert in every layer together."""
+    return sizes.expert_layers * sizes.num_experts * sizes.params_per_expert_neuron
 
 
 def _params_per_expert(sizes: Sizes) -> int:

@@ -22,6 +22,7 @@ ROUTER = "mlp.gate"  # [E, H]
 GATE_UP = "mlp.experts.gate_up_proj"  # [E, 2F, H]
 DOWN = "mlp.experts.down_proj"  # [E, H, F]
 FUSED = (GATE_UP, DOWN)
+BIASES = (f"{GATE_UP}_bias", f"{DOWN}_bias")  # [E, 2F] and [E, H], where experts have them
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Experts:
     # In the layout of separate tensors: what holds router and experts, and an expert's gate, up and down projection
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    correction: str = ""  # the tensor [E] that the router adds to its scores when it chooses
+    router_part: str = ROUTER  # in transformers' memory
+    router_vector: str = ""  # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
+    # Whether experts have biases and are stored transposed, [E, H, 2F] and [E, F, H]; then all are in the fused layout
+    transposed: bool = False
     router_loss: bool = True  # whether transformers has the routers' auxiliary loss
     grouped: bool = False  # whether the router chooses groups of experts first (n_group, topk_group)
     # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
@@ -48,7 +52,7 @@ class Experts:
 
     def router(self, fused: bool) -> str:
         """The router's part of a layer."""
-        return ROUTER if fused else f"{self.block}.gate"
+        return self.router_part if fused else f"{self.block}.gate"
 
     def part(self, expert: int, projection: str) -> str:
         """An expert's part of a layer, in the layout of separate tensors."""
@@ -56,7 +60,7 @@ class Experts:
 
     def is_fused(self, names: Entries) -> bool:
         """Whether a checkpoint with these tensors has the fused layout."""
-        return any(name.endswith(FUSED) for name in names)
+        return self.transposed or any(name.endswith(FUSED) for name in names)
 
     def number(self, part: str) -> int | None:
         """The expert that a part belongs to, where each has tensors of its own."""
@@ -69,11 +73,11 @@ class Experts:
 
     def counts_experts(self, part: str) -> bool:
         """Whether the first dimension of a part counts the experts."""
-        return self.is_router(part) or part in FUSED
+        return self.is_router(part) or part in (*FUSED, *BIASES)
 
     def is_router(self, part: str) -> bool:
         """Whether a part belongs to the router."""
-        return part in (ROUTER, f"{self.block}.gate", self.correction)
+        return part in (self.router_part, f"{self.block}.gate", self.router_vector)
 
     def dense_config(
         self, config: Mapping[str, Any], layers: tuple[int, ...], dense_layers: tuple[int, ...]

@@ -55,6 +55,7 @@ class Family:
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
     experts: Experts | None = None  # of a mixture of experts
     latent_attention: bool = False  # keys and values are computed from a few latent numbers (MLA)
+    vectors: tuple[str, ...] = ()  # tensors that are neither a weight nor a bias
     # Parts that only some models of the family have: config field, parts where it is set, parts where it is not
     optional_parts: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ()
     extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
@@ -135,7 +136,7 @@ SHARED_EXPERTS = tuple(f"mlp.shared_experts.{name}_proj" for name in ("gate", "u
 DEEPSEEK_EXPERTS = Experts(
     ("n_routed_experts", "num_local_experts"),
     width="moe_intermediate_size",
-    correction="mlp.gate.e_score_correction_bias",
+    router_vector="mlp.gate.e_score_correction_bias",
     router_loss=False,
     grouped=True,
     shared=SHARED_EXPERTS,
@@ -301,6 +302,23 @@ _RECORDS = (
         ),
     ),
     Family(
+        "gpt_oss",
+        vectors=("self_attn.sinks",),
+        per_layer_fields=("layer_types",),
+        defaults=(
+            *(("num_key_value_heads", 8), ("head_dim", 64), ("intermediate_size", 2880)),
+            *(("num_local_experts", 128), ("num_experts_per_tok", 4)),
+        ),
+        biases=(ATTENTION_BIAS,),
+        biases_by_default=("attention_bias",),
+        experts=Experts(
+            ("num_local_experts", "num_experts"),
+            router_part="mlp.router",
+            router_vector="mlp.router.bias",
+            transposed=True,
+        ),
+    ),
+    Family(
         "deepseek_v3",
         other_parts=(*LATENT, "self_attn.o_proj", *PRE_NORMS),
         optional_parts=(("q_lora_rank", LATENT_QUERIES, ("self_attn.q_proj",)),),
@@ -387,11 +405,6 @@ REFUSED = {
     "qwen3_next": (
         "it is a mixture of experts with a shared expert, and three of four layers have linear attention "
         "(Gated DeltaNet) with tensors that ptl does not know",
-        _OTHER_EXPERTS,
-    ),
-    "gpt_oss": (
-        "it is a mixture of experts whose released weights are quantized (MXFP4), with attention sinks and biases of "
-        "experts that ptl does not know",
         _OTHER_EXPERTS,
     ),
     "deepseek_v2": (

@@ -21,6 +21,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     # Every length that a dimension can have
     key_width = dims.num_key_value_heads * dims.head_dim
     head = (dims.head_dim, ("head_dim",))
+    heads = (dims.num_attention_heads, ("num_attention_heads",))
     hidden = (dims.hidden_size, ("hidden_size",))
     of_head = ("qk_nope_head_dim", "qk_rope_head_dim") if dims.kv_lora_rank else ("head_dim",)
     queries = (dims.query_width, ("num_attention_heads", *of_head))
@@ -50,6 +51,7 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
         "qkv_proj": (fused_qkv, hidden),
         "o_proj": (hidden, values),
         "q_norm": (head if family.norm_per_head else queries,),
+        "sinks": (heads,),
         "k_norm": (head if family.norm_per_head else keys,),
         # Of latent attention
         "q_a_proj": (latent_queries, hidden),
@@ -84,13 +86,18 @@ def expert_tensors(family: Family, dims: Sizes, fused: bool) -> dict[str, tuple[
     tensors: dict[str, tuple[TensorShape, Fields]] = {
         f"{experts.router(fused)}.weight": ((number, hidden), ("num_experts", "hidden_size")),
     }
-    if experts.correction:
-        tensors[experts.correction] = ((number,), ("num_experts",))
+    if experts.router_vector:
+        tensors[experts.router_vector] = ((number,), ("num_experts",))
     both = ("intermediate_size", "hidden_size")
     if fused:
         fields = ("num_experts", *both)
         tensors[moe.GATE_UP] = ((number, 2 * width, hidden), fields)
         tensors[moe.DOWN] = ((number, hidden, width), fields)
+        if experts.transposed:
+            tensors[moe.GATE_UP] = ((number, hidden, 2 * width), fields)
+            tensors[moe.DOWN] = ((number, width, hidden), fields)
+            biases = zip(moe.BIASES, ((number, 2 * width), (number, hidden)), strict=True)
+            tensors |= {name: (shape, fields) for name, shape in biases}
         return tensors
     gate, up, down = experts.projections
     for expert in range(number):
@@ -123,7 +130,9 @@ def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool
     matrices = vectors = 0
     if has_experts:
         matrices += dims.num_experts * dims.hidden_size  # the router
-        matrices += dims.num_experts_per_tok * dims.params_per_expert
+        weights = 3 * dims.hidden_size * dims.intermediate_size  # of an expert
+        matrices += dims.num_experts_per_tok * weights
+        vectors += dims.num_experts_per_tok * (dims.params_per_expert - weights)
         vectors += dims.num_experts * dims.router_vectors
     for part in family.parts(config, has_experts):
         shape, _ = expected(part, family, dims)
@@ -131,7 +140,7 @@ def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool
             vectors += shape[0]
         else:
             matrices += math.prod(shape)
-    for part in family.biases_of(config, has_experts):
+    for part in (*family.biases_of(config, has_experts), *family.vectors):
         shape, _ = expected(part, family, dims)
         vectors += shape[0]
     return matrices, vectors

@@ -55,6 +55,7 @@ class Sizes:
     # Of the expert that every token meets, where there is one: its neurons, or as how many experts it is as wide
     shared_expert_intermediate_size: int = 0
     n_shared_experts: int = 0
+    expert_biases: int = 0  # 1 where the projections of experts have them
     router_vectors: int = 0  # numbers that a router has for each expert besides its row
     # Routers choose groups of experts first: how many there are in a layer, and how many of them are chosen
     n_group: int = 1
@@ -113,7 +114,12 @@ class Sizes:
     @property
     def params_per_expert(self) -> int:
         """Parameters of one expert in one layer, without its row of the router."""
-        return 3 * self.hidden_size * self.intermediate_size
+        return self.intermediate_size * self.params_per_expert_neuron + self.expert_biases * self.hidden_size
+
+    @property
+    def params_per_expert_neuron(self) -> int:
+        """Parameters of one neuron of one expert: in its gate, up and down projection, and biases of the former."""
+        return 3 * self.hidden_size + 2 * self.expert_biases
 
 
 def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
@@ -161,7 +167,7 @@ def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     if family.latent_attention and family.with_defaults(config)["q_lora_rank"] is not None:
         checked = replace(checked, q_lora_rank=size("q_lora_rank"))
     # The other fields must fit these sizes.
-    _check_heads(checked, source)
+    _check_heads(config, family, checked, source)
     _check_experts(config, family, checked, source)
     _check_layer_types(config, family, checked.num_hidden_layers, source)
     _check_optional_fields(config, source)
@@ -178,7 +184,8 @@ def _optional_sizes(family: Family, size: Callable[[str], int]) -> dict[str, int
         return {field: size(field) for field in fields}
     fields += (experts.shared_width,) if experts.shared else ()
     fields += ("n_group", "topk_group") if experts.grouped else ()
-    return {field: size(field) for field in fields} | {"router_vectors": 1 if experts.correction else 0}
+    counts = {"router_vectors": int(bool(experts.router_vector)), "expert_biases": int(experts.transposed)}
+    return {field: size(field) for field in fields} | counts
 
 
 def _check_not_quantized(config: ConfigJson, source: str) -> None:
@@ -187,18 +194,26 @@ def _check_not_quantized(config: ConfigJson, source: str) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    remedy = "where the weights are float, remove that field, else dequantize the model and save it"
+    if method == "mxfp4":  # gpt-oss
+        remedy = (
+            "load it by AutoModelForCausalLM.from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) "
+            "of transformers, save that model and its tokenizer, and give that folder"
+        )
     raise checkpoint_error(
         f"{source} has a quantization_config ({method}), and only float weights can be pruned",
-        "where the weights are float, remove that field, else dequantize the model and save it",
+        remedy,
     )
 
 
-def _check_heads(checked: Sizes, source: str) -> None:
+def _check_heads(config: ConfigJson, family: Family, checked: Sizes, source: str) -> None:
     """Hidden size and heads are multiples as attention needs them."""
     hidden = checked.hidden_size
     heads = checked.num_attention_heads
     key_value_heads = checked.num_key_value_heads
-    if hidden % heads:
+    # GLM-4.5 has heads of a size of its own; transformers refuses a Llama all the same.
+    has_own_size = family.experts is not None and "head_dim" in config
+    if hidden % heads and not has_own_size:
         raise checkpoint_error(f"in {source} hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
     if heads % key_value_heads:
         raise checkpoint_error(

@@ -36,6 +36,7 @@ def _check_names(
         has_experts = bool(expert_tensors) and i not in sizes.dense_layers
         required.update(f"model.layers.{i}.{part}.weight" for part in family.parts(config, has_experts))
         required.update(f"model.layers.{i}.{part}.bias" for part in family.biases_of(config, has_experts))
+        required.update(f"model.layers.{i}.{name}" for name in family.vectors)
         if has_experts:
             required.update(f"model.layers.{i}.{name}" for name in expert_tensors)
     allowed = required | {"lm_head.weight"}  # a tied one may be stored

@@ -34,6 +34,12 @@ _BILLIONS = {
     "qwen3_moe": {
         "Qwen/Qwen3-30B-A3B": 30.5,
     },
+    "qwen2_moe": {
+        "Qwen/Qwen1.5-MoE-A2.7B": 14.3,
+    },
+    "glm4_moe": {
+        "zai-org/GLM-4.5-Air": 107,
+    },
     "olmoe": {
         "allenai/OLMoE-1B-7B-0924": 6.92,
     },

@@ -115,5 +115,12 @@ def _observing(experts: nn.Module, tokens: Tensor, observed: Observed) -> Iterat
 
 def run_expert(experts: Any, expert: int, hidden: Tensor) -> Tensor:
     """One expert's output [n, H] for these tokens [n, H], before the router's weight."""
-    gate, up = nn.functional.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
-    return nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+    activations = experts._apply_gate(_project(experts, "gate_up_proj", expert, hidden))  # [n, F]
+    return _project(experts, "down_proj", expert, activations)
+
+
+def _project(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    """One expert's projection of `inputs` [n, columns]: [n, rows]."""
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)

@@ -125,7 +125,7 @@ def with_adapters(model: Any, lora: Lora) -> Any:
 
 def _expert_parameters(model: Any) -> list[str]:
     """How the names of the weights of experts and routers end; empty for a dense model."""
-    endings = (*experts.FUSED, f"{experts.ROUTER}.weight")
+    endings = (*experts.FUSED, f"{experts.ROUTER}.weight", "mlp.router.weight")
     names = [name for name, _ in model.named_parameters()]
     return [ending for ending in endings if any(name.endswith(f".{ending}") for name in names)]
 

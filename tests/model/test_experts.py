@@ -48,6 +48,10 @@ def source(request, model, tmp_path):
     return save(model, tmp_path / "source", fused=request.param == "fused")
 
 
+def router(layer):
+    return layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
+
+
 def expert_layers(model):
     """The numbers of the layers that have experts."""
     return [i for i, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
@@ -75,7 +79,7 @@ def load(folder, **options):
 def masked(model, experts):
     """The original model whose routers give the experts outside `experts` a logit of minus infinity: the reference."""
     for i, kept in experts.items():
-        gate = model.get_decoder().layers[i].mlp.gate
+        gate = router(model.get_decoder().layers[i])
         pruned = torch.ones(len(gate.weight), dtype=torch.bool)
         pruned[kept] = False
         if hasattr(gate, "e_score_correction_bias"):  # the scores that choose have it added
@@ -100,7 +104,7 @@ def test_a_cut_equals_the_model_whose_routers_avoid_the_experts(model, source, t
         torch.testing.assert_close(logits(cut, batch), logits(reference, batch), **SUMMATION)
     assert not torch.allclose(whole, logits(reference, batches()[0]), **SUMMATION)  # the reference is another model
     assert num_parameters(cut) == model_dimensions(tmp_path / "cut", family).params < num_parameters(model)
-    assert {len(cut.get_decoder().layers[i].mlp.gate.weight) for i in expert_layers(cut)} == {4}
+    assert {len(router(cut.get_decoder().layers[i]).weight) for i in expert_layers(cut)} == {4}
 
 
 def test_keeping_everything_changes_no_logit_and_no_config(model, source, tmp_path):
@@ -135,10 +139,10 @@ def test_shards_and_bfloat16_are_cut_as_a_single_file_is(variant, fused, tmp_pat
         assert torch.equal(one, other), name
     # No tensor is computed anew: the bits are those of the original.
     for i, kept in experts.items():
-        before, after = (part.get_decoder().layers[i].mlp for part in (model, sharded))
-        assert torch.equal(after.experts.gate_up_proj, before.experts.gate_up_proj[kept])
-        assert torch.equal(after.experts.down_proj, before.experts.down_proj[kept])
-        assert torch.equal(after.gate.weight, before.gate.weight[kept])
+        before, after = (part.get_decoder().layers[i] for part in (model, sharded))
+        assert torch.equal(after.mlp.experts.gate_up_proj, before.mlp.experts.gate_up_proj[kept])
+        assert torch.equal(after.mlp.experts.down_proj, before.mlp.experts.down_proj[kept])
+        assert torch.equal(router(after).weight, router(before).weight[kept])
     # In float32: in bfloat16 two experts may have equal logits, and rounding decides between them.
     reference = masked(load(tmp_path / "single", dtype=torch.float32), experts)
     exact = load(tmp_path / "sharded-cut", dtype=torch.float32)
@@ -200,7 +204,7 @@ def test_sizes_are_those_of_the_real_model(variant, model, source):
     assert body.params == num_parameters(model) == checkpoint.num_params(source)
     assert body.params_per_layer == sum(tensor.numel() for tensor in layer.state_dict().values())
     in_experts, in_router = (
-        sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in (layer.mlp.experts, layer.mlp.gate)
+        sum(tensor[0].numel() for tensor in part.state_dict().values()) for part in (layer.mlp.experts, router(layer))
     )
     layers = len(expert_layers(model))
     assert body.params_per_expert == layers * (in_experts + in_router)
@@ -327,6 +331,56 @@ def test_the_forecast_counts_experts_as_the_checkpoint_does(model, source, tmp_p
     assert abs(shallower.in_layers - 3 * in_layers) <= body.params_per_layer - in_layers + 1
 
 
+# Of models on the hub, as their config.json says it: fields, billions of parameters, billions that a token meets
+PUBLISHED = {
+    "Qwen1.5-MoE-A2.7B": (
+        {
+            **{"model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16},
+            **{"num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": 1408},
+            **{"shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4},
+            **{"vocab_size": 151936, "decoder_sparse_step": 1},
+        },
+        *(14.3, 2.7),
+    ),
+    "GLM-4.5-Air": (
+        {
+            **{"model_type": "glm4_moe", "hidden_size": 4096, "num_hidden_layers": 46, "num_attention_heads": 96},
+            **{"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 10944, "moe_intermediate_size": 1408},
+            **{"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 1},
+            **{"topk_group": 1, "first_k_dense_replace": 1, "attention_bias": True, "vocab_size": 151552},
+            **{"num_nextn_predict_layers": 1},
+        },
+        *(106, 13.4),  # 12 without embeddings and output layer
+    ),
+    "DeepSeek-V3": (
+        {
+            **{"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128},
+            **{"num_key_value_heads": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048},
+            **{"n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8},
+            **{"topk_group": 4, "first_k_dense_replace": 3, "vocab_size": 129280, "q_lora_rank": 1536},
+            **{"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+        },
+        *(671, 37),
+    ),
+    "gpt-oss-20b": (
+        {
+            **{"model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64},
+            **{"num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32},
+            **{"num_experts_per_tok": 4, "vocab_size": 201088},
+        },
+        *(20.9, 4.2),  # 3.6 without the embeddings, as its authors count
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_published_models_are_those_that_their_authors_name(name):
+    config, params, active = PUBLISHED[name]
+    body = dimensions_of_config(config, family_of(config), "config.json")
+    assert body.params / 1e9 == pytest.approx(params, rel=0.01)
+    assert body.active_params / 1e9 == pytest.approx(active, rel=0.05)
+
+
 def changed(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
@@ -342,7 +396,7 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_pat
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, four_experts(model)))
     after = json.loads((tmp_path / "cut/config.json").read_text())
     assert {name: after[name] for name in names if name in after} == dict.fromkeys(present, 4)
-    assert load(tmp_path / "cut").get_decoder().layers[expert_layers(model)[0]].mlp.gate.weight.shape[0] == 4
+    assert len(router(load(tmp_path / "cut").get_decoder().layers[expert_layers(model)[0]]).weight) == 4
 
 
 @pytest.mark.parametrize(
@@ -365,6 +419,8 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_pat
         ("deepseek_v3", {"qk_rope_head_dim": 3}, "the odd qk_rope_head_dim=3"),
         ("deepseek_v3", {"q_lora_rank": None}, "lacks tensor model.layers.0.self_attn.q_proj.weight"),
         ("glm4_moe", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1, and transformers has no auxiliary loss"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
+        ("gpt_oss", {"num_local_experts": 5}, "num_local_experts=5"),
         ("deepseek_v3", {"n_group": 4}, "n_group=4 and topk_group=1, by which 2 experts for each token cannot"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "shared_expert_intermediate_size=48"),
         ("qwen3_moe", {"num_experts": 5, "num_local_experts": 6}, "which mean the same and differ"),
@@ -380,7 +436,6 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, chan
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("gpt_oss", "quantized (MXFP4)"),
         ("qwen3_next", "linear attention"),
     ],
 )
