@@ -79,10 +79,8 @@ class Experts:
         """Whether a part belongs to the router."""
         return part in (self.router_part, f"{self.block}.gate", self.router_vector)
 
-    def dense_config(
-        self, config: Mapping[str, Any], layers: tuple[int, ...], dense_layers: tuple[int, ...]
-    ) -> dict[str, Any]:
-        """The fields of Qwen's configs that keep these layers as they are once they are numbered without gaps."""
+    def dense_config(self, layers: tuple[int, ...], dense_layers: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of Qwen's configs by which layers are of the same kind once they are numbered without gaps."""
         if "mlp_only_layers" not in self.dense_fields or not dense_layers:
             return {}
         kept_dense = [number for number, layer in enumerate(layers) if layer in dense_layers]

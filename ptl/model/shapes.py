@@ -6,9 +6,10 @@ import math
 from itertools import chain
 
 from ptl.model import experts as moe
+from ptl.model.config_fields import Fields
 from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import TensorShape
-from ptl.model.sizes import Fields, Sizes
+from ptl.model.sizes import Sizes
 
 Length = tuple[int, Fields]  # of a dimension, and the fields that give it
 

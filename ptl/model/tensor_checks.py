@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ptl.model import shapes
 from ptl.model.checkpoint import checkpoint_error
+from ptl.model.config_fields import Fields
 from ptl.model.families import IN_LAYER, ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
-from ptl.model.sizes import Fields, Sizes
+from ptl.model.sizes import Sizes
 
 
 def check_tensors(folder: Path, config: ConfigJson, family: Family, sizes: Sizes, entries: Entries) -> None:

@@ -38,7 +38,7 @@ _BILLIONS = {
         "Qwen/Qwen1.5-MoE-A2.7B": 14.3,
     },
     "glm4_moe": {
-        "zai-org/GLM-4.5-Air": 107,
+        "zai-org/GLM-4.5-Air": 107.0,
     },
     "olmoe": {
         "allenai/OLMoE-1B-7B-0924": 6.92,

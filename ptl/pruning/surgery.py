@@ -135,7 +135,7 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     if config.get(family.extra_layers):
         pruned[family.extra_layers] = 0
     if family.experts is not None and len(selection.layers) < depth:
-        pruned |= family.experts.dense_config(config, selection.layers, family.dense_layers(config, depth))
+        pruned |= family.experts.dense_config(selection.layers, family.dense_layers(config, depth))
     # config.json has one width for all layers.
     if selection.neurons:
         widths = {len(kept) for kept in selection.neurons.values()}

@@ -21,7 +21,7 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, shapes, sizes
+from ptl.model import checkpoint, config_fields, shapes, sizes
 from ptl.model.checks import check_generation_config
 from ptl.model.cost import from_config
 from ptl.model.dimensions import model_dimensions
@@ -178,8 +178,8 @@ def test_what_transformers_knows_is_let_through(folders, tmp_path):
 
 
 def test_names_and_defaults_are_those_of_transformers():
-    assert set(sizes.ACTIVATIONS) <= set(ACT2FN)
-    assert set(sizes.ROPES) - {"default", "su"} <= set(ROPE_INIT_FUNCTIONS)
+    assert set(config_fields.ACTIVATIONS) <= set(ACT2FN)
+    assert set(config_fields.ROPES) - {"default", "su"} <= set(ROPE_INIT_FUNCTIONS)
     for family in FAMILIES.values():
         default = AutoConfig.for_model(family.model_type)
         assert default.tie_word_embeddings == family.tied
