@@ -25,6 +25,14 @@ def size(count: int) -> str:
     return f"{value / 1000:.1f} TB"
 
 
+def billions(params: int) -> str:
+    """8,190,735,360 -> `8.19B`."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if params >= size:
+            return f"{params / size:.3g}{unit}"
+    return str(params)
+
+
 def memory_beside(count: int, goal: str) -> str:
     """Bytes in the unit of a goal as written: 409,200 beside `400KiB` -> `399.6 KiB`; very little as by `size`."""
     unit = goal.lstrip("0123456789. ").removesuffix("B")

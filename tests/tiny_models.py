@@ -31,13 +31,13 @@ SIZES = {
     "initializer_range": 0.2,  # far enough from zero that every part matters
 }
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-LLAMA4_SCALED_YARN = {
+YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
     "factor": 4.0,
     "original_max_position_embeddings": 4,  # shorter than the tests' sequences, which the scaling then changes
-    "llama_4_scaling_beta": 0.1,
 }
+LLAMA4_SCALED_YARN = {**YARN, "llama_4_scaling_beta": 0.1}
 # One line per family and variant: what differs from SIZES.
 VARIANTS = {
     "llama": ("llama", {}),
@@ -82,6 +82,48 @@ MOE_VARIANTS = {
         "qwen3_moe",
         {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "norm_topk_prob": True},
     ),
+    "qwen3_moe-dense": (
+        "qwen3_moe",
+        {**{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, "mlp_only_layers": [2]},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+            **{"shared_expert_intermediate_size": 20, "use_sliding_window": True, "sliding_window": 5},
+        },
+    ),
+    "qwen2_moe-dense": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "qkv_bias": False},
+            **{"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2},
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+            **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5},
+            **{"num_key_value_heads": 4, "head_dim": 4, "attention_bias": True},
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {
+            **{"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1},
+            **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "num_mtp_layers": 0},
+            **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **{"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5, "layer_types": ALTERNATING},
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
 }
@@ -120,9 +162,12 @@ def _random(auto_class, config, seed=0):
     torch.manual_seed(seed)
     model = auto_class.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=40)
     return model
 

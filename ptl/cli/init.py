@@ -31,7 +31,7 @@ def init(
         float | None,
         typer.Option(
             help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or half "
-            "of what the FFNs hold where that is less",
+            "of what the FFNs or the experts hold where that is less",
             show_default=False,
         ),
     ] = None,

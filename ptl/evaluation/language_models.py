@@ -12,8 +12,9 @@ from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
-from ptl.model import checkpoint, pretrained, shapes
+from ptl.model import checkpoint, pretrained
 from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
 
 
 def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int = 1) -> Any:
@@ -219,7 +220,7 @@ def tensor_parallel(src: Path, gpus: int) -> int:
     """
     config = checkpoint.read_config(src)
     config.pop("quantization_config", None)  # the sizes are those of the float weights
-    sizes = shapes.sizes(config, family_of(config), f"config.json of {src}")
+    sizes = read_sizes(config, family_of(config), f"config.json of {src}")
 
     def divides(count: int) -> bool:
         # Of keys and values several GPUs may hold the same head.

@@ -18,10 +18,10 @@ from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
 from ptl.export import quantize
-from ptl.model import checkpoint, shapes
+from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
-from ptl.model.shapes import Sizes
+from ptl.model.sizes import Sizes, read_sizes
 
 PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
 OWN_PYTHON = Path(__file__).parents[2] / ".venv-llmcompressor/bin/python"  # of `make llmcompressor`
@@ -94,7 +94,7 @@ def check_compressed(src: Path, type: str) -> int | None:
             field="export",
             remedy="take fp8",
         )
-    return _group_size(shapes.sizes(config, family, f"{src}/config.json")) if type == "w4a16" else None
+    return _group_size(read_sizes(config, family, f"{src}/config.json")) if type == "w4a16" else None
 
 
 def _group_size(sizes: Sizes) -> int:

@@ -111,7 +111,9 @@ def contents(folder: Path) -> dict[str, Entry]:
 def num_params(folder: Path) -> int:
     """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
     config = read_config(folder)
-    return count_params(contents(folder), family_of(config).is_tied(config))
+    family = family_of(config)
+    entries = {name: entry for name, entry in contents(folder).items() if family.is_read(name, config)}
+    return count_params(entries, family.is_tied(config))
 
 
 def itemsize(folder: Path) -> int:

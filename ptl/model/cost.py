@@ -8,6 +8,7 @@ from pathlib import Path
 from ptl.model import checkpoint, shapes
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,21 @@ def from_config(folder: Path) -> StaticCost:
     """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     _, product_params = shapes.count(config, family, sizes)
     layers = sizes.num_hidden_layers
-    query_width = sizes.num_attention_heads * sizes.head_dim
-    key_width = sizes.num_key_value_heads * sizes.head_dim
-    cached_numbers = 2 * layers * key_width  # keys and values
+    cached_numbers = layers * sizes.cached_numbers
     dimensions = model_dimensions(folder, family)
     return StaticCost(
         params=dimensions.params,
         active_params=dimensions.active_params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
         flops_per_token=2 * product_params,  # multiply and add
-        attention_flops=4 * layers * query_width,  # the same for scores and for values
+        attention_flops=2 * layers * (sizes.query_width + sizes.value_width),  # for scores and for values
         kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
-        widths=[sizes.intermediate_size] * layers,
+        widths=[
+            sizes.dense_intermediate_size if layer in sizes.dense_layers else sizes.intermediate_size
+            for layer in range(layers)
+        ],
         experts=dimensions.experts,
     )

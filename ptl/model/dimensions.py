@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ptl.errors import InputError
 from ptl.model import checkpoint, shapes, text_tower
-from ptl.model.checkpoint import checkpoint_error
-from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
-from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
+from ptl.model.families import IN_LAYER, ConfigJson, Family
+from ptl.model.sizes import Sizes, read_sizes
+from ptl.model.tensor_checks import check_tensors
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -30,11 +29,21 @@ class ModelDimensions:
     layers: int  # decoder layers
     width: int  # FFN neurons in each layer, or in each expert
     params_per_neuron: int  # of one channel in every layer together, and in every expert
-    params_per_layer: int  # of the smallest layer
+    params_per_layer: int  # of the smallest layer that can be removed
     # Of a mixture of experts; 0 in a dense model
-    experts: int = 0  # in each layer
+    experts: int = 0  # in each layer that has experts
     experts_per_token: int = 0  # that each token is sent to
     params_per_expert: int = 0  # of one expert in every layer together, its row of the router included
+    params_per_route: int = 0  # of these, what the routers have
+    fewest_experts: int = 0  # that each layer can have
+    expert_groups: int = 1  # of each layer, from which as many experts go
+    dense_layers: tuple[int, ...] = ()  # layers that have one MLP in place of experts; they are not removed
+    narrowable: bool = True  # whether neurons can be pruned
+
+    @property
+    def removable_layers(self) -> int:
+        """Layers that may be removed, though not all of them."""
+        return self.layers - len(self.dense_layers)
 
     @property
     def least_multiple(self) -> int:
@@ -47,7 +56,7 @@ class ModelDimensions:
         if not self.experts:
             return self.params
         unused = self.experts - self.experts_per_token
-        return self.params - unused * self.width * self.params_per_neuron // self.experts
+        return self.params - unused * (self.params_per_expert - self.params_per_route)
 
 
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
@@ -57,22 +66,17 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
     that cannot be pruned.
     """
     config = text_tower.read_config(folder)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     checkpoint.check_no_adapter(folder)
-    # Rotary buffers of old files are neither parameters nor read.
     contents = text_tower.contents(folder)
-    entries = {name: entry for name, entry in contents.items() if not ROTARY.match(name)}
-    fused = family.experts is not None and family.experts.is_fused(entries)
-    expert_tensors = shapes.expert_tensors(family, sizes, fused)
-    _check_names(folder, family, config, entries, expert_tensors)
-    _check_shapes(family, sizes, entries, expert_tensors)
-    _check_dtypes(folder, entries)
+    entries = {name: entry for name, entry in contents.items() if family.is_read(name, config)}
+    check_tensors(folder, config, family, sizes, entries)
     tied = family.is_tied(config)
     if tied:
         checkpoint.check_tied(entries)
 
     # A neuron has a row or a column in several tensors of every layer.
-    params_by_layer = [0] * sizes.num_hidden_layers
+    params_by_layer = dict.fromkeys(range(sizes.num_hidden_layers), 0)
     params_per_neuron = 0
     for name, entry in entries.items():
         match = IN_LAYER.match(name)
@@ -83,22 +87,29 @@ def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
         if family.has_neurons(match["part"], match["kind"]):
             params_per_neuron += params // sizes.intermediate_size
     if family.experts:
-        params_per_neuron = _expert_params(sizes) // sizes.intermediate_size
+        params_per_neuron = _params_per_expert_neuron(sizes)
+    for layer in sizes.dense_layers:
+        del params_by_layer[layer]
     return ModelDimensions(
         params=checkpoint.count_params(entries, tied),
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
         params_per_neuron=params_per_neuron,
-        params_per_layer=min(params_by_layer),
+        params_per_layer=min(params_by_layer.values()),
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        params_per_route=sizes.expert_layers * sizes.params_per_route,
+        fewest_experts=sizes.fewest_experts,
+        expert_groups=sizes.n_group,
+        dense_layers=sizes.dense_layers,
+        narrowable=sizes.narrowable,
     )
 
 
 def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
     """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
-    sizes = shapes.sizes(config, family, source)
+    sizes = read_sizes(config, family, source)
     params, _ = shapes.count(config, family, sizes)
     wider, _ = shapes.count(config, family, replace(sizes, intermediate_size=sizes.intermediate_size + 1))
     deeper, _ = shapes.count(config, family, replace(sizes, num_hidden_layers=sizes.num_hidden_layers + 1))
@@ -106,24 +117,27 @@ def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> Mod
         params=params,
         layers=sizes.num_hidden_layers,
         width=sizes.intermediate_size,
-        params_per_neuron=wider - params,
+        params_per_neuron=_params_per_expert_neuron(sizes) if family.experts else wider - params,
         params_per_layer=deeper - params,
         experts=sizes.num_experts,
         experts_per_token=sizes.num_experts_per_tok,
         params_per_expert=_params_per_expert(sizes),
+        params_per_route=sizes.expert_layers * sizes.params_per_route,
+        fewest_experts=sizes.fewest_experts,
+        expert_groups=sizes.n_group,
+        dense_layers=sizes.dense_layers,
+        narrowable=sizes.narrowable,
     )
 
 
-def _expert_params(sizes: shapes.Sizes) -> int:
-    """Parameters of all experts in all layers."""
-    return sizes.num_hidden_layers * sizes.num_experts * sizes.params_per_expert
+def _params_per_expert_neuron(sizes: Sizes) -> int:
+    """Parameters of one neuron of every expert in every layer together."""
+    return sizes.expert_layers * sizes.num_experts * sizes.params_per_expert_neuron
 
 
-def _params_per_expert(sizes: shapes.Sizes) -> int:
+def _params_per_expert(sizes: Sizes) -> int:
     """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
-    if not sizes.num_experts:
-        return 0
-    return sizes.num_hidden_layers * (sizes.params_per_expert + sizes.hidden_size)
+    return sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route)
 
 
 def resolve_multiple(
@@ -209,23 +223,32 @@ def smallest_cuts(
     A unit that cannot shrink is left out.
     """
     smallest: dict[str, int] = {}
-    if dimensions.layers > 1:
+    if dimensions.removable_layers > 1:
         smallest["layers"] = dimensions.params_per_layer
-    if dimensions.experts > dimensions.experts_per_token:
-        smallest["experts"] = dimensions.params_per_expert
+    if dimensions.experts > dimensions.fewest_experts:
+        smallest["experts"] = dimensions.expert_groups * dimensions.params_per_expert
+    if not dimensions.narrowable:
+        return smallest
     with contextlib.suppress(InputError):  # fewer neurons than one multiple would be left
         width = width_for(dimensions, dimensions.params - 1, multiple, tensor_parallel)
         smallest["neurons"] = dimensions.params - with_width(dimensions, width).params
     return smallest
 
 
-def check_unit(experts: int, unit: str) -> None:
+def check_unit(experts: int, narrowable: bool, unit: str) -> None:
     """Raise InputError for a unit of removal that a model with so many experts in each layer does not have."""
     if not experts and unit == "experts":
         raise InputError(
             "a dense model has no experts",
             field="prune.target",
             remedy="set prune.target=neurons, or give a mixture of experts",
+        )
+    if not narrowable and unit not in ("experts", "layers"):
+        raise InputError(
+            f"{unit!r} would prune neurons inside of experts, which ptl does only where every layer has experts, "
+            "none of them is shared by their width, and they have no biases",
+            field="prune.target",
+            remedy="set prune.target=experts, or prune.target=layers",
         )
 
 
@@ -235,15 +258,18 @@ def experts_for(
 ) -> int:
     """The most experts in each layer with which the model has at most `goal` parameters.
 
-    Raises InputError where fewer would be left than each token is sent to.
+    Raises InputError where fewer would be left than each token is sent to, or than its groups of experts need.
     """
     excess = max(0, dimensions.params - goal)
     number = dimensions.experts - math.ceil(excess / dimensions.params_per_expert)
-    if number < dimensions.experts_per_token:
-        least = with_experts(dimensions, dimensions.experts_per_token).params
+    number -= number % dimensions.expert_groups
+    if number < dimensions.fewest_experts:
+        least = with_experts(dimensions, dimensions.fewest_experts)
+        groups = f" in {dimensions.expert_groups} groups (n_group)" if dimensions.expert_groups > 1 else ""
         raise InputError(
             f"{goal:,} parameters cannot be reached by experts: each token is sent to {dimensions.experts_per_token} "
-            f"of them (num_experts_per_tok), and with no more than these the model has {least:,}",
+            f"of them (num_experts_per_tok), and with the {least.experts} that this needs{groups} the model has "
+            f"{least.params:,}",
             field="schedule.target",
             remedy="let schedule.target remove less, or prune neurons or layers",
         )
@@ -252,12 +278,12 @@ def experts_for(
 
 def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
     """Sizes when only so many experts are left in each layer."""
-    removed = dimensions.experts - number
+    removed = (dimensions.experts - number) * dimensions.params_per_expert
     return replace(
         dimensions,
-        params=dimensions.params - removed * dimensions.params_per_expert,
+        params=dimensions.params - removed,
         params_per_neuron=dimensions.params_per_neuron // dimensions.experts * number,
-        params_per_layer=dimensions.params_per_layer - removed * dimensions.params_per_expert // dimensions.layers,
+        params_per_layer=dimensions.params_per_layer - removed // dimensions.removable_layers,
         experts=number,
     )
 
@@ -265,94 +291,11 @@ def with_experts(dimensions: ModelDimensions, number: int) -> ModelDimensions:
 def layers_for(dimensions: ModelDimensions, goal: int) -> int:
     """How many layers must be removed to reach the goal. Raises InputError when none would be left."""
     count = max(0, math.ceil((dimensions.params - goal) / dimensions.params_per_layer))
-    if count >= dimensions.layers:
+    if count >= dimensions.removable_layers:
+        of_experts = " with experts" if dimensions.dense_layers else ""
         raise InputError(
-            f"{goal:,} parameters would remove {count} of {dimensions.layers} layers",
+            f"{goal:,} parameters would remove {count} of {dimensions.removable_layers} layers{of_experts}",
             field="schedule.target",
             remedy="let schedule.target remove less, or prune neurons",
         )
     return count
-
-
-def _check_names(
-    folder: Path,
-    family: Family,
-    config: ConfigJson,
-    entries: Entries,
-    expert_tensors: Collection[str],  # of each layer
-) -> None:
-    """All tensors of the family, and no others: transformers would initialise missing ones and drop unknown ones."""
-    layers = config["num_hidden_layers"]
-    in_layer = [f"{part}.weight" for part in family.parts]
-    in_layer += [f"{part}.bias" for part in family.biased_parts(config)]
-    in_layer += expert_tensors
-    required = {"model.embed_tokens.weight", "model.norm.weight"}
-    for i in range(layers):
-        prefix = f"model.layers.{i}"
-        required.update(f"{prefix}.{name}" for name in in_layer)
-    allowed = required | {"lm_head.weight"}  # a tied one may be stored
-    if not family.is_tied(config):
-        required = allowed
-
-    # Only the first is named: a wrong checkpoint has hundreds.
-    missing = required - entries.keys()
-    unknown = entries.keys() - allowed
-    if missing:
-        problem = f"lacks tensor {_first_of(missing)}"
-    elif unknown:
-        problem = f"has an unknown tensor {_first_of(unknown)}"
-    else:
-        return
-    raise checkpoint_error(
-        f"{folder} {problem}, for model_type {family.model_type} with {layers} layers",
-        "use a complete checkpoint of this architecture",
-    )
-
-
-def _first_of(names: Set[str]) -> str:
-    """The first name, and how many others there are."""
-    first = min(names)
-    others = len(names) - 1
-    return f"{first} and {others} more" if others else first
-
-
-def _check_shapes(
-    family: Family,
-    sizes: shapes.Sizes,
-    entries: Entries,
-    expert_tensors: Mapping[str, tuple[TensorShape, shapes.Fields]],  # of each layer
-) -> None:
-    """Every tensor has the shape that config.json gives it."""
-    for name, entry in entries.items():
-        # Outside the layers: model.embed_tokens.weight, model.norm.weight, lm_head.weight
-        match = IN_LAYER.match(name)
-        if match:
-            part, kind = match["part"], match["kind"]
-        else:
-            part, kind = name.removeprefix("model.").split(".")
-        in_layer = f"{part}.{kind}" if kind else part
-        if match and in_layer in expert_tensors:
-            shape, fields = expert_tensors[in_layer]
-        else:
-            shape, fields = shapes.expected(part, family, sizes)
-        if kind == "bias":
-            shape = shape[:1]  # one number for each row of the weight
-        if entry.shape != shape:
-            settings = ", ".join(f"{family.config_field(field)}={getattr(sizes, field)}" for field in fields)
-            raise checkpoint_error(
-                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, "
-                f"and config.json gives it {list(shape)} by {settings}",
-                "correct config.json, or use a checkpoint with the same shapes in every layer",
-            )
-
-
-def _check_dtypes(folder: Path, entries: Entries) -> None:
-    """All tensors have one floating-point dtype."""
-    dtypes = sorted({entry.dtype for entry in entries.values()})
-    if len(dtypes) > 1 or dtypes[0] not in FLOATS:
-        stored = " and ".join(dtypes)
-        possible = ", ".join(FLOATS)
-        raise checkpoint_error(
-            f"{folder} holds {stored} tensors; one of {possible} for all of them is needed",
-            "load it with from_pretrained(..., dtype=...), save it, and give that folder",
-        )

@@ -22,6 +22,7 @@ ROUTER = "mlp.gate"  # [E, H]
 GATE_UP = "mlp.experts.gate_up_proj"  # [E, 2F, H]
 DOWN = "mlp.experts.down_proj"  # [E, H, F]
 FUSED = (GATE_UP, DOWN)
+BIASES = (f"{GATE_UP}_bias", f"{DOWN}_bias")  # [E, 2F] and [E, H], where experts have them
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,17 @@ class Experts:
     # In the layout of separate tensors: what holds router and experts, and an expert's gate, up and down projection
     block: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router_part: str = ROUTER  # in transformers' memory
+    router_vector: str = ""  # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
+    # Whether experts have biases and are stored transposed, [E, H, 2F] and [E, F, H]; then all are in the fused layout
+    transposed: bool = False
+    router_loss: bool = True  # whether transformers has the routers' auxiliary loss
+    grouped: bool = False  # whether the router chooses groups of experts first (n_group, topk_group)
+    # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
+    shared: tuple[str, ...] = ()
+    shared_width: str = ""
+    # Config fields that say which layers have one MLP in place of experts
+    dense_fields: tuple[str, ...] = ()
 
     def count_field(self, config: Mapping[str, Any]) -> str:
         """The field of this config that holds the number of experts."""
@@ -40,7 +52,7 @@ class Experts:
 
     def router(self, fused: bool) -> str:
         """The router's part of a layer."""
-        return ROUTER if fused else f"{self.block}.gate"
+        return self.router_part if fused else f"{self.block}.gate"
 
     def part(self, expert: int, projection: str) -> str:
         """An expert's part of a layer, in the layout of separate tensors."""
@@ -48,7 +60,7 @@ class Experts:
 
     def is_fused(self, names: Entries) -> bool:
         """Whether a checkpoint with these tensors has the fused layout."""
-        return any(name.endswith(FUSED) for name in names)
+        return self.transposed or any(name.endswith(FUSED) for name in names)
 
     def number(self, part: str) -> int | None:
         """The expert that a part belongs to, where each has tensors of its own."""
@@ -65,7 +77,26 @@ class Experts:
 
     def counts_experts(self, part: str) -> bool:
         """Whether the first dimension of a part counts the experts."""
-        return part in (ROUTER, f"{self.block}.gate", *FUSED)
+        return self.is_router(part) or part in (*FUSED, *BIASES)
+
+    def is_router(self, part: str) -> bool:
+        """Whether a part belongs to the router."""
+        return part in (self.router_part, f"{self.block}.gate", self.router_vector)
+
+    def dense_config(self, layers: tuple[int, ...], dense_layers: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of Qwen's configs by which layers are of the same kind once they are numbered without gaps."""
+        if "mlp_only_layers" not in self.dense_fields or not dense_layers:
+            return {}
+        kept_dense = [number for number, layer in enumerate(layers) if layer in dense_layers]
+        return {"mlp_only_layers": kept_dense, "decoder_sparse_step": 1}
+
+    def are_in(self, layer: int, config: Mapping[str, Any]) -> bool:
+        """Whether a layer has experts, by a config without gaps; else it has one MLP in their place."""
+        fields = {field: config.get(field) for field in self.dense_fields}
+        is_leading = layer < (fields.get("first_k_dense_replace") or 0)
+        is_listed = layer in (fields.get("mlp_only_layers") or ())
+        is_between = bool((layer + 1) % (fields.get("decoder_sparse_step") or 1))
+        return not (is_leading or is_listed or is_between)
 
 
 def read_parameter(entries: Entries, name: str, experts: Experts | None) -> Tensor:

@@ -21,6 +21,8 @@ QKVO = (*QKV, "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+LATENT = tuple(f"self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
+LATENT_QUERIES = tuple(f"self_attn.{name}" for name in ("q_a_proj", "q_a_layernorm", "q_b_proj"))
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
@@ -30,7 +32,8 @@ class Family:
 
     Tensor names are relative to a decoder layer, as in the checkpoint: `<prefix>layers.<i>.<name>.weight`.
     `other_parts`, `up_projections` and `down_projection` together are all the tensors of a layer: a checkpoint with
-    more or fewer is refused. In a mixture of experts `experts` takes the place of the latter two.
+    more or fewer is refused. In a mixture of experts `experts` takes the place of the latter two, but for layers that
+    have one MLP in place of experts.
     """
 
     model_type: str  # as config.json names it
@@ -50,20 +53,49 @@ class Family:
     defaults: tuple[tuple[str, int], ...] = ()  # of sizes that config.json leaves out, as in transformers
     post_norm: str = ""  # the norm between `down_projection` and the residual stream, where there is one
     residual_scale: str = ""  # config field by which what `down_projection` gives is multiplied
-    experts: Experts | None = None  # of a mixture of experts, which every layer of it has
+    experts: Experts | None = None  # of a mixture of experts
+    latent_attention: bool = False  # keys and values are computed from a few latent numbers (MLA)
+    vectors: tuple[str, ...] = ()  # tensors that are neither a weight nor a bias
+    # Parts that only some models of the family have: config field, parts where it is set, parts where it is not
+    optional_parts: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ()
+    extra_layers: str = ""  # config field that counts layers after the last one, which guess further tokens (MTP)
 
-    @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self, config: ConfigJson, has_experts: bool) -> tuple[str, ...]:
         """Every part of a layer, but not its experts and their router."""
-        if self.experts:
-            return self.other_parts
-        return (*self.other_parts, *self.up_projections, self.down_projection)
+        parts = self.other_parts
+        filled = self.with_defaults(config)
+        for field, where_set, where_not in self.optional_parts:
+            parts += where_set if filled.get(field) else where_not
+        if self.experts and has_experts:
+            return (*parts, *self.experts.shared)
+        return (*parts, *self.up_projections, self.down_projection)
+
+    def biases_of(self, config: ConfigJson, has_experts: bool) -> list[str]:
+        """Those of a layer's parts that have a bias."""
+        parts = self.parts(config, has_experts)
+        return [part for part in self.biased_parts(config) if part in parts]
+
+    def with_defaults(self, config: ConfigJson) -> dict[str, Any]:
+        """The config with the sizes that it leaves out."""
+        return dict(self.defaults) | dict(config)
+
+    def dense_layers(self, config: ConfigJson, depth: int) -> tuple[int, ...]:
+        """The layers of a mixture of experts that have one MLP in place of experts."""
+        if self.experts is None:
+            return ()
+        filled = self.with_defaults(config)
+        return tuple(layer for layer in range(depth) if not self.experts.are_in(layer, filled))
 
     def config_field(self, size: str) -> str:
-        """The field of config.json that holds a size, by its name in shapes.Sizes."""
+        """The field of config.json that holds a size, by its name in sizes.Sizes."""
         if self.experts is None:
             return size
-        return {"intermediate_size": self.experts.width, "num_experts": self.experts.counts[0]}.get(size, size)
+        names = {
+            "intermediate_size": self.experts.width,
+            "num_experts": self.experts.counts[0],
+            "dense_intermediate_size": "intermediate_size",
+        }
+        return names.get(size, size)
 
     def biased_parts(self, config: ConfigJson) -> list[str]:
         """The parts of a layer that have a bias."""
@@ -79,6 +111,20 @@ class Family:
             return kind == "weight"  # the bias is that of the hidden state
         return part in self.up_projections
 
+    def is_router(self, name: str) -> bool:
+        """Whether a tensor is part of a layer's router."""
+        match = IN_LAYER.match(name)
+        return bool(self.experts and match and self.experts.is_router(match["part"]))
+
+    def is_read(self, name: str, config: ConfigJson) -> bool:
+        """Whether a tensor of a checkpoint is part of the model as transformers loads it.
+
+        Rotary buffers of old files are not, nor are layers after the last one (MTP).
+        """
+        match = IN_LAYER.match(name)
+        is_extra = bool(self.extra_layers and match and int(match["layer"]) >= config["num_hidden_layers"])
+        return not (is_extra or ROTARY.match(name))
+
     def is_tied(self, config: ConfigJson) -> bool:
         """Whether the output layer is the embeddings."""
         return bool(config.get("tie_word_embeddings", self.tied))
@@ -86,6 +132,18 @@ class Family:
 
 ATTENTION_BIAS = ("attention_bias", QKVO)
 MLP_BIAS = ("mlp_bias", MLP)
+SHARED_EXPERTS = tuple(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down"))
+DEEPSEEK_EXPERTS = Experts(
+    ("n_routed_experts", "num_local_experts"),
+    width="moe_intermediate_size",
+    router_vector="mlp.gate.e_score_correction_bias",
+    router_loss=False,
+    grouped=True,
+    shared=SHARED_EXPERTS,
+    shared_width="n_shared_experts",
+    dense_fields=("first_k_dense_replace",),
+)
+QWEN_DENSE_FIELDS = ("mlp_only_layers", "decoder_sparse_step")
 GEMMA2 = Family(
     "gemma2",
     other_parts=(*QKVO, "input_layernorm", "pre_feedforward_layernorm", *POST_NORMS),
@@ -226,6 +284,70 @@ _RECORDS = (
         tied=True,
     ),
     Family(
+        "qwen2_moe",
+        per_layer_fields=("layer_types",),
+        prefix_fields=("max_window_layers",),
+        defaults=(
+            *(("num_key_value_heads", 16), ("moe_intermediate_size", 1408), ("shared_expert_intermediate_size", 5632)),
+            *(("num_experts", 60), ("num_experts_per_tok", 4)),
+        ),
+        biases=(("qkv_bias", QKV),),
+        biases_by_default=("qkv_bias",),
+        experts=Experts(
+            ("num_experts",),
+            width="moe_intermediate_size",
+            shared=(*(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")), "mlp.shared_expert_gate"),
+            shared_width="shared_expert_intermediate_size",
+            dense_fields=QWEN_DENSE_FIELDS,
+        ),
+    ),
+    Family(
+        "gpt_oss",
+        vectors=("self_attn.sinks",),
+        per_layer_fields=("layer_types",),
+        defaults=(
+            *(("num_key_value_heads", 8), ("head_dim", 64), ("intermediate_size", 2880)),
+            *(("num_local_experts", 128), ("num_experts_per_tok", 4)),
+        ),
+        biases=(ATTENTION_BIAS,),
+        biases_by_default=("attention_bias",),
+        experts=Experts(
+            ("num_local_experts", "num_experts"),
+            router_part="mlp.router",
+            router_vector="mlp.router.bias",
+            transposed=True,
+        ),
+    ),
+    Family(
+        "deepseek_v3",
+        other_parts=(*LATENT, "self_attn.o_proj", *PRE_NORMS),
+        optional_parts=(("q_lora_rank", LATENT_QUERIES, ("self_attn.q_proj",)),),
+        prefix_fields=("first_k_dense_replace",),
+        defaults=(
+            *(("num_key_value_heads", 128), ("moe_intermediate_size", 2048), ("n_routed_experts", 256)),
+            *(("num_experts_per_tok", 8), ("n_shared_experts", 1), ("n_group", 8), ("topk_group", 4)),
+            *(("q_lora_rank", 1536), ("kv_lora_rank", 512), ("qk_rope_head_dim", 64), ("qk_nope_head_dim", 128)),
+            *(("v_head_dim", 128), ("head_dim", 64), ("first_k_dense_replace", 3)),
+        ),
+        biases=(("attention_bias", (LATENT[0], "self_attn.o_proj", LATENT_QUERIES[0])),),
+        experts=DEEPSEEK_EXPERTS,
+        latent_attention=True,
+        extra_layers="num_nextn_predict_layers",
+    ),
+    Family(
+        "glm4_moe",
+        optional_parts=(("use_qk_norm", QK_NORMS, ()),),
+        prefix_fields=("first_k_dense_replace",),
+        defaults=(
+            *(("num_key_value_heads", 8), ("moe_intermediate_size", 1408), ("n_routed_experts", 128)),
+            *(("num_experts_per_tok", 8), ("n_shared_experts", 1), ("n_group", 1), ("topk_group", 1)),
+            ("first_k_dense_replace", 1),
+        ),
+        biases=(("attention_bias", QKV),),
+        experts=DEEPSEEK_EXPERTS,
+        extra_layers="num_nextn_predict_layers",
+    ),
+    Family(
         "qwen3_moe",
         other_parts=(*QKVO, *QK_NORMS, *PRE_NORMS),
         prefix_fields=("max_window_layers",),
@@ -234,7 +356,9 @@ _RECORDS = (
             *(("num_experts", 128), ("num_experts_per_tok", 8)),
         ),
         biases=(ATTENTION_BIAS,),
-        experts=Experts(("num_experts", "num_local_experts"), width="moe_intermediate_size"),
+        experts=Experts(
+            ("num_experts", "num_local_experts"), width="moe_intermediate_size", dense_fields=QWEN_DENSE_FIELDS
+        ),
     ),
     Family(
         "olmoe",
@@ -270,12 +394,7 @@ _GEMMA_4 = (
     "its layers differ in the size of their heads, share keys and values, and some have an embedding table each",
     "prune a Gemma 3 (gemma3 or gemma3_text)",
 )
-_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, olmoe or mixtral"
-_DEEPSEEK = (
-    "it is a mixture of experts with shared experts, dense first layers and latent attention (MLA), which ptl does "
-    "not know",
-    _OTHER_EXPERTS,
-)
+_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
 REFUSED = {
     "gemma4": _GEMMA_4,
     "gemma4_text": _GEMMA_4,
@@ -288,14 +407,11 @@ REFUSED = {
         "(Gated DeltaNet) with tensors that ptl does not know",
         _OTHER_EXPERTS,
     ),
-    "qwen2_moe": ("it is a mixture of experts with a shared expert, which ptl does not know", _OTHER_EXPERTS),
-    "gpt_oss": (
-        "it is a mixture of experts whose released weights are quantized (MXFP4), with attention sinks and biases of "
-        "experts that ptl does not know",
+    "deepseek_v2": (
+        "it is a mixture of experts whose router chooses groups of experts in another way than that of DeepSeek V3, "
+        "which ptl does not know",
         _OTHER_EXPERTS,
     ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
 }
 SUPPORTED = f"supported: {', '.join(sorted(FAMILIES.keys() | TEXT_TOWERS.keys()))}"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ptl.model import shapes, text_tower
 from ptl.model.families import ConfigJson, Family, family_of
+from ptl.model.sizes import Sizes, read_sizes
 
-# What is removed, by its name in shapes.Sizes
+# What is removed, by its name in sizes.Sizes
 UNITS = {"neurons": "intermediate_size", "layers": "num_hidden_layers", "experts": "num_experts"}
 
 
@@ -37,7 +38,7 @@ class Dense:
 
     config: ConfigJson
     family: Family
-    sizes: shapes.Sizes
+    sizes: Sizes
     context: int | None  # tokens, where its config limits them
 
     def needs(self, removed: int = 0, unit: str = "neurons") -> Needs:
@@ -45,7 +46,7 @@ class Dense:
         field = UNITS[unit]
         sizes = dataclasses.replace(self.sizes, **{field: getattr(self.sizes, field) - removed})
         params, products = shapes.count(self.config, self.family, sizes)
-        cached_numbers = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+        cached_numbers = sizes.num_hidden_layers * sizes.cached_numbers
         return Needs(params, 2 * products, cached_numbers)
 
     def smallest(self, unit: str) -> Needs:
@@ -54,7 +55,8 @@ class Dense:
 
     def _most(self, unit: str) -> int:
         """How many neurons or experts of every layer, or layers, can be removed."""
-        fewest = {"neurons": 0, "layers": 1, "experts": self.sizes.num_experts_per_tok}
+        # Of a mixture's layers those that have experts go, but for one.
+        fewest = {"neurons": 0, "layers": len(self.sizes.dense_layers) + 1, "experts": self.sizes.fewest_experts}
         number: int = getattr(self.sizes, UNITS[unit])
         return number - fewest[unit]
 
@@ -62,15 +64,16 @@ class Dense:
         """What the largest pruned model that reaches a goal needs; None where none does."""
         if not reached(self.smallest(unit)):
             return None
-        most = self._most(unit)
+        step = self.sizes.n_group if unit == "experts" else 1
+        steps = self._most(unit) // step
         # Each further neuron, layer or expert needs less: the fewest that must go are found by halving.
-        fewest = bisect_left(range(most), True, key=lambda removed: reached(self.needs(removed, unit)))
-        return self.needs(fewest, unit)
+        fewest = bisect_left(range(steps), True, key=lambda number: reached(self.needs(number * step, unit)))
+        return self.needs(fewest * step, unit)
 
 
 def dense_model(folder: Path) -> Dense:
-    """A checkpoint, of a multimodal one its text model, or its config.json alone. Raises InputError as shapes.sizes."""
+    """A checkpoint, of a multimodal one its text model, or its config.json alone. Raises InputError as read_sizes."""
     config = text_tower.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"{folder}/config.json")
+    sizes = read_sizes(config, family, f"{folder}/config.json")
     return Dense(config, family, sizes, config.get("max_position_embeddings"))

@@ -1,111 +1,17 @@
-"""The fields of a config.json, checked, and the shape of each tensor that follows from them. Torch-free."""
+"""The shape of each tensor of a checkpoint, and how many parameters that makes, from its sizes. Torch-free."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from ptl.model import experts as moe
-from ptl.model.checkpoint import DTYPES, checkpoint_error
+from ptl.model.config_fields import Fields
 from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import TensorShape
+from ptl.model.sizes import Sizes
 
-CORRECT = "correct it, or fetch the checkpoint again"
-MAX_SIZE = 1 << 31  # a model beyond it is a typing error
-MAX_LAYERS = 10_000  # as above
-LAYER_TYPES = ("full_attention", "sliding_attention")
-# Config lists with one entry for each layer, and the entries that they may have
-PER_LAYER = {
-    "layer_types": LAYER_TYPES,
-    "no_rope_layers": (0, 1),  # 0: without rotary embeddings
-}
-# Names that transformers gives to activations without weights of their own (tests/model/test_shapes.py compares)
-ACTIVATIONS = (
-    *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate", "quick_gelu"),
-    *("silu", "swish", "relu", "relu2", "relu6", "leaky_relu", "mish", "laplace", "hardswish"),
-    *("sigmoid", "tanh", "linear"),
-)
-Fields = tuple[str, ...]  # of config.json
 Length = tuple[int, Fields]  # of a dimension, and the fields that give it
-# Kinds of rotary embeddings and the parameters that each needs
-ROPES = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "su": ("short_factor", "long_factor"),  # an old name of longrope
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes by which tensors are shaped, named as in config.json."""
-
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int  # FFN neurons in each layer, or in each expert
-    num_hidden_layers: int  # decoder layers
-    vocab_size: int
-    num_experts: int = 0  # in each layer; 0: a dense model
-    num_experts_per_tok: int = 0  # that each token is sent to
-
-    @property
-    def params_per_expert(self) -> int:
-        """Parameters of one expert in one layer, without its row of the router."""
-        return 3 * self.hidden_size * self.intermediate_size
-
-
-def sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
-    """Check a config and read its sizes. Raises InputError that names the field, its value and what is possible.
-
-    `source` is the file, for the messages. Fields that config.json leaves out have the defaults of transformers.
-    """
-    _check_not_quantized(config, source)
-    defaults = dict(family.defaults)
-
-    def size(field: str, derived: int | None = None, largest: int = MAX_SIZE) -> int:
-        """The family's default where the field is missing, `derived` where it is null."""
-        value = config.get(field, defaults.get(field))
-        if value is None:
-            value = derived
-        if value is None:
-            raise checkpoint_error(f"{source} lacks {field}")
-        # true is an int in Python.
-        if type(value) is not int or not 0 < value <= largest:
-            raise checkpoint_error(
-                f"{source} has {field}={value!r}, which must be a whole number from 1 to {largest:,}",
-            )
-        return value
-
-    hidden = size("hidden_size")
-    heads = size("num_attention_heads")
-    experts = family.experts
-    checked = Sizes(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", derived=heads),
-        head_dim=size("head_dim", derived=hidden // heads),
-        intermediate_size=size(experts.width if experts else "intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers", largest=MAX_LAYERS),
-        vocab_size=size("vocab_size"),
-        num_experts=size(experts.count_field(config)) if experts else 0,
-        num_experts_per_tok=size("num_experts_per_tok") if experts else 0,
-    )
-    # The other fields must fit these sizes.
-    _check_heads(checked, source)
-    _check_experts(config, family, checked, source)
-    _check_layer_types(config, family, checked.num_hidden_layers, source)
-    _check_optional_fields(config, source)
-    _check_padding(config, checked.vocab_size, source)
-    _check_rope(config, source)
-    return checked
 
 
 def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Fields]:
@@ -114,15 +20,28 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
     `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
     """
     # Every length that a dimension can have
-    query_width = dims.num_attention_heads * dims.head_dim
     key_width = dims.num_key_value_heads * dims.head_dim
     head = (dims.head_dim, ("head_dim",))
+    heads = (dims.num_attention_heads, ("num_attention_heads",))
     hidden = (dims.hidden_size, ("hidden_size",))
-    queries = (query_width, ("num_attention_heads", "head_dim"))
+    of_head = ("qk_nope_head_dim", "qk_rope_head_dim") if dims.kv_lora_rank else ("head_dim",)
+    queries = (dims.query_width, ("num_attention_heads", *of_head))
+    values = (dims.value_width, ("num_attention_heads", "v_head_dim" if dims.kv_lora_rank else "head_dim"))
     keys = (key_width, ("num_key_value_heads", "head_dim"))
-    fused_qkv = (query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    neurons = (dims.intermediate_size, ("intermediate_size",))
-    fused_neurons = (family.fused_projections * dims.intermediate_size, ("intermediate_size",))
+    fused_qkv = (dims.query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    width = "dense_intermediate_size" if family.experts else "intermediate_size"  # of the MLP, where a layer has one
+    neurons = (getattr(dims, width), (width,))
+    fused_neurons = (family.fused_projections * getattr(dims, width), (width,))
+    shared_neurons: Length = (dims.shared_width, ("shared_expert_intermediate_size",))
+    if dims.n_shared_experts:
+        shared_neurons = (dims.shared_width, ("n_shared_experts", "intermediate_size"))
+    latent = (dims.kv_lora_rank, ("kv_lora_rank",))
+    latent_queries = (dims.q_lora_rank, ("q_lora_rank",))
+    latent_and_ropes = (dims.kv_lora_rank + dims.qk_rope_head_dim, ("kv_lora_rank", "qk_rope_head_dim"))
+    keys_and_values = (
+        dims.num_attention_heads * (dims.qk_nope_head_dim + dims.v_head_dim),
+        ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"),
+    )
     vocabulary = (dims.vocab_size, ("vocab_size",))
 
     # Dimensions of the parts, by the last piece of their names
@@ -131,9 +50,22 @@ def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Field
         "k_proj": (keys, hidden),
         "v_proj": (keys, hidden),
         "qkv_proj": (fused_qkv, hidden),
-        "o_proj": (hidden, queries),
+        "o_proj": (hidden, values),
         "q_norm": (head if family.norm_per_head else queries,),
+        "sinks": (heads,),
         "k_norm": (head if family.norm_per_head else keys,),
+        # Of latent attention
+        "q_a_proj": (latent_queries, hidden),
+        "q_a_layernorm": (latent_queries,),
+        "q_b_proj": (queries, latent_queries),
+        "kv_a_proj_with_mqa": (latent_and_ropes, hidden),
+        "kv_a_layernorm": (latent,),
+        "kv_b_proj": (keys_and_values, latent),
+        # Of the shared expert
+        "gate_proj": (shared_neurons, hidden),
+        "up_proj": (shared_neurons, hidden),
+        "down_proj": (hidden, shared_neurons),
+        "shared_expert_gate": ((1, ()), hidden),
         "embed_tokens": (vocabulary, hidden),
         "lm_head": (vocabulary, hidden),
     }
@@ -155,11 +87,18 @@ def expert_tensors(family: Family, dims: Sizes, fused: bool) -> dict[str, tuple[
     tensors: dict[str, tuple[TensorShape, Fields]] = {
         f"{experts.router(fused)}.weight": ((number, hidden), ("num_experts", "hidden_size")),
     }
+    if experts.router_vector:
+        tensors[experts.router_vector] = ((number,), ("num_experts",))
     both = ("intermediate_size", "hidden_size")
     if fused:
         fields = ("num_experts", *both)
         tensors[moe.GATE_UP] = ((number, 2 * width, hidden), fields)
         tensors[moe.DOWN] = ((number, hidden, width), fields)
+        if experts.transposed:
+            tensors[moe.GATE_UP] = ((number, hidden, 2 * width), fields)
+            tensors[moe.DOWN] = ((number, width, hidden), fields)
+            biases = zip(moe.BIASES, ((number, 2 * width), (number, hidden)), strict=True)
+            tensors |= {name: (shape, fields) for name, shape in biases}
         return tensors
     gate, up, down = experts.projections
     for expert in range(number):
@@ -174,198 +113,41 @@ def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
 
     Of a layer's experts a token is multiplied with `num_experts_per_tok`.
     """
-    matrices = dims.num_experts * dims.hidden_size  # parameters of a layer's weights, used in products: the router's
-    matrices += dims.num_experts_per_tok * dims.params_per_expert
-    vectors = 0  # parameters of a layer's norms and biases
-    for part in family.parts:
-        shape, _ = expected(part, family, dims)
-        if len(shape) == 1:
-            vectors += shape[0]
-        else:
-            matrices += math.prod(shape)
-    for part in family.biased_parts(config):
-        shape, _ = expected(part, family, dims)
-        vectors += shape[0]
     embeddings = dims.vocab_size * dims.hidden_size
-    products = dims.num_hidden_layers * matrices + embeddings  # the output layer is as large as the embeddings
-    last_norm = dims.hidden_size
-    params = products + dims.num_hidden_layers * vectors + last_norm + inactive(dims)
+    params, products = inactive(dims), embeddings  # the output layer is as large as the embeddings
+    kinds = {True: dims.expert_layers, False: dims.num_hidden_layers - dims.expert_layers}  # by whether it has experts
+    for has_experts, layers in kinds.items():
+        matrices, vectors = _of_layer(config, family, dims, has_experts)
+        products += layers * matrices
+        params += layers * vectors
+    params += products + dims.hidden_size  # the last norm
     if not family.is_tied(config):
         params += embeddings
     return params, products
 
 
+def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool) -> tuple[int, int]:
+    """Parameters of a layer: of the weights that a token is multiplied with, and of norms and biases."""
+    matrices = vectors = 0
+    if has_experts:
+        matrices += dims.num_experts * dims.hidden_size  # the router
+        weights = 3 * dims.hidden_size * dims.intermediate_size  # of an expert
+        matrices += dims.num_experts_per_tok * weights
+        vectors += dims.num_experts_per_tok * (dims.params_per_expert - weights)
+        vectors += dims.num_experts * dims.router_vectors
+    for part in family.parts(config, has_experts):
+        shape, _ = expected(part, family, dims)
+        if len(shape) == 1:
+            vectors += shape[0]
+        else:
+            matrices += math.prod(shape)
+    for part in (*family.biases_of(config, has_experts), *family.vectors):
+        shape, _ = expected(part, family, dims)
+        vectors += shape[0]
+    return matrices, vectors
+
+
 def inactive(dims: Sizes) -> int:
     """Parameters of the experts that a token is not sent to, in all layers."""
     unused = dims.num_experts - dims.num_experts_per_tok
-    return dims.num_hidden_layers * unused * dims.params_per_expert
-
-
-def _check_not_quantized(config: ConfigJson, source: str) -> None:
-    """transformers would load something else than the weights that are there."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    raise checkpoint_error(
-        f"{source} has a quantization_config ({method}), and only float weights can be pruned",
-        "where the weights are float, remove that field, else dequantize the model and save it",
-    )
-
-
-def _check_heads(checked: Sizes, source: str) -> None:
-    """Hidden size and heads are multiples as attention needs them."""
-    hidden = checked.hidden_size
-    heads = checked.num_attention_heads
-    key_value_heads = checked.num_key_value_heads
-    if hidden % heads:
-        raise checkpoint_error(f"in {source} hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
-    if heads % key_value_heads:
-        raise checkpoint_error(
-            f"in {source} num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}"
-        )
-    if checked.head_dim % 2:  # rotary embeddings turn pairs of numbers
-        raise checkpoint_error(f"{source} gives the odd head_dim={checked.head_dim}")
-
-
-def _check_experts(config: ConfigJson, family: Family, checked: Sizes, source: str) -> None:
-    """Every layer has the same number of experts, at least as many as each token is sent to."""
-    experts = family.experts
-    if experts is None:
-        return
-    counts = {field: config[field] for field in experts.counts if field in config}
-    if len(set(counts.values())) > 1:
-        settings = " and ".join(f"{field}={value}" for field, value in counts.items())
-        raise checkpoint_error(f"{source} has {settings}, which mean the same and differ", CORRECT)
-    if checked.num_experts_per_tok > checked.num_experts:
-        raise checkpoint_error(
-            f"{source} has num_experts_per_tok={checked.num_experts_per_tok}, more than the {checked.num_experts} "
-            "experts of a layer",
-            CORRECT,
-        )
-    # Qwen 3's field for layers that have one MLP in place of experts
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise checkpoint_error(
-            f"{source} has layers without experts (mlp_only_layers, decoder_sparse_step), and only models whose "
-            "layers all have them can be pruned",
-            "use a checkpoint with experts in every layer",
-        )
-
-
-def _check_layer_types(config: ConfigJson, family: Family, layers: int, source: str) -> None:
-    """Lists with one entry per layer are as long as the model is deep, and have entries that are known."""
-    for field in family.per_layer_fields:
-        entries: Any = config.get(field)
-        possible = PER_LAYER[field]
-        complete = isinstance(entries, list) and len(entries) == layers
-        if entries is not None and not (complete and all(map(possible.__contains__, entries))):
-            known = ", ".join(map(str, possible))
-            raise checkpoint_error(
-                f"{source} must have {layers} entries in {field}, one for each layer, each of {known}",
-            )
-
-
-def _is_number(value: Any) -> bool:
-    # Exact types: true is an int in Python.
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-# Optional fields of config.json, which values they may have beside null, and the same in words
-OPTIONAL_FIELDS: tuple[tuple[Fields, Callable[[Any], bool], str], ...] = (
-    (
-        (
-            *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"),
-            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-        ),
-        _is_positive,
-        "a number above 0",
-    ),
-    (
-        ("max_position_embeddings", "sliding_window"),
-        lambda value: isinstance(value, int) and _is_positive(value),
-        "a whole number above 0",
-    ),
-    (
-        (
-            *("tie_word_embeddings", "use_cache", "use_sliding_window", "norm_topk_prob", "output_router_logits"),
-            *("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "qkv_bias", "bias"),
-        ),
-        lambda value: isinstance(value, bool),
-        "true or false",
-    ),
-    (
-        ("attention_dropout",),
-        lambda value: _is_number(value) and 0 <= value < 1,
-        "from 0 to below 1",
-    ),
-    (
-        ("dtype", "torch_dtype"),
-        lambda value: isinstance(value, str) and value in DTYPES,
-        "one of " + ", ".join(DTYPES),
-    ),
-    (
-        ("hidden_act", "hidden_activation"),
-        ACTIVATIONS.__contains__,
-        "known to transformers: one of " + ", ".join(ACTIVATIONS),
-    ),
-)
-
-
-def _check_optional_fields(config: ConfigJson, source: str) -> None:
-    """transformers would fail on these only when it builds or runs the model."""
-    for fields, is_possible, possible in OPTIONAL_FIELDS:
-        for field in fields:
-            value = config.get(field)
-            if value is not None and not is_possible(value):
-                raise checkpoint_error(f"{source} has {field}={value!r}, which must be {possible}", CORRECT)
-
-
-def _check_padding(config: ConfigJson, vocabulary: int, source: str) -> None:
-    """The padding token is an index into the embeddings, which counts from the end where it is negative."""
-    value = config.get("pad_token_id")
-    if value is not None and not (isinstance(value, int) and -vocabulary <= value < vocabulary):
-        raise checkpoint_error(
-            f"{source} has pad_token_id={value!r}, which is not one of the {vocabulary} tokens of vocab_size",
-            "set it to one of them, or to null",
-        )
-
-
-def _check_rope(config: ConfigJson, source: str) -> None:
-    """Rotary embeddings of a known kind with the parameters that it needs, for all layers or by kind of attention."""
-    for field in ("rope_parameters", "rope_scaling"):
-        value: Any = config.get(field)
-        # Gemma 3 rotates by other parameters where attention has a window.
-        layer_types = [name for name in LAYER_TYPES if name in value] if isinstance(value, dict) else []
-        for layer_type in layer_types:
-            _check_rope_parameters(f"{field}.{layer_type}", value[layer_type], source)
-        if value is not None and not layer_types:
-            _check_rope_parameters(field, value, source)
-
-
-def _check_rope_parameters(name: str, parameters: Any, source: str) -> None:
-    """`name` is that of the field, for the messages."""
-    if not isinstance(parameters, dict):
-        raise checkpoint_error(f"{source} has {name}={parameters!r}, which must be a JSON object", CORRECT)
-    # Older files call it `type`.
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPES:
-        known = ", ".join(ROPES)
-        raise checkpoint_error(
-            f"{source} has {name}.rope_type={kind!r}, which is not known",
-            f"it must be one of {known}",
-        )
-    for field in ROPES[kind]:
-        value: Any = parameters.get(field)
-        # longrope has a factor for each rotated pair
-        is_list = isinstance(value, list) and field in ROPES["longrope"]
-        if not all(map(_is_positive, value if is_list else [value])):
-            raise checkpoint_error(
-                f"{source} has {name}.{field}={value!r}, "
-                f"and rope_type={kind} needs a number above 0 there, "
-                "or a list of them for short_factor and long_factor",
-                CORRECT,
-            )
+    return dims.expert_layers * unused * dims.params_per_expert

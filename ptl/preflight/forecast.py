@@ -147,7 +147,7 @@ def _shapes(schedule: Schedule, assumed: Assumptions) -> list[Shape]:
 def _removal(dense: Shape, size: float | Goal, unit: str) -> int:
     """Parameters to remove in all. Raises InputError for more than the linear layers, or their experts, have."""
     total = removal(dense.params, size)
-    check_unit(dense.experts, unit)
+    check_unit(dense.experts, dense.narrowable, unit)
     most = _most(dense, unit)
     if not 0 < total <= most:
         raise InputError(

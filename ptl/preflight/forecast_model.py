@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
 from ptl.model import checkpoint, hub, shapes, text_tower
 from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
 from ptl.preflight.gpus import Gpu
 
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
@@ -43,13 +44,16 @@ class Shape:
     layers: int
     hidden: int
     vocabulary: int
-    heads_width: int  # heads * head_dim
+    heads_width: int  # heads * head_dim; the mean of queries and values where these differ
     kv_bytes: int  # per token of context
     itemsize: int  # bytes of a stored weight
     # Of a mixture of experts; 0 in a dense model
     experts: int = 0  # in each layer
     routed: int = 0  # parameters in all layers of the experts that a token is sent to; part of `matrices`
     inactive: int = 0  # the same of the other experts, which cost memory and no FLOPs
+    routers: int = 0  # weights of the routers in all layers; part of `matrices`
+    params_per_expert: int = 0  # of one expert in all layers, its row of the routers included
+    narrowable: bool = True  # whether neurons can be pruned
 
     @property
     def in_layers(self) -> int:
@@ -70,6 +74,8 @@ class Shape:
             matrices=self.matrices - (removed - inactive),
             routed=self.routed - removed * self.routed // whole,
             inactive=self.inactive - inactive,
+            routers=self.routers - removed * self.routers // self.in_layers,
+            params_per_expert=self.params_per_expert - removed * self.params_per_expert // self.in_layers,
         )
 
     @property
@@ -80,7 +86,7 @@ class Shape:
     @property
     def removable_experts(self) -> int:
         """Parameters of the experts that can go, as a token is not sent to them, and of their rows of the routers."""
-        return self.inactive + self.layers * self.hidden * self._unused
+        return self._unused * self.params_per_expert
 
     @property
     def _unused(self) -> int:
@@ -89,15 +95,16 @@ class Shape:
 
     def _with_fewer_experts(self, params: int) -> Shape:
         """The shape with fewer parameters: as many experts less as have them, which need not be a whole number."""
-        removed = self.params - params
-        share = removed / self.removable_experts
-        inactive = round(share * self.inactive)
+        removed = (self.params - params) / self.params_per_expert  # experts of each layer
+        routers = round(removed / self.experts * self.routers)
+        inactive = round(removed / self._unused * self.inactive)
         return replace(
             self,
             params=params,
-            matrices=self.matrices - (removed - inactive),
-            experts=self.experts - round(share * self._unused),
+            matrices=self.matrices - routers,
+            experts=self.experts - round(removed),
             inactive=self.inactive - inactive,
+            routers=self.routers - routers,
         )
 
     def read_params(self, rows: float) -> float:
@@ -114,23 +121,24 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     folder = hub.locate(path, revision, ["config.json"])
     config = text_tower.read_config(folder)
     family = family_of(config)
-    sizes = shapes.sizes(config, family, f"config.json of {path}")
+    sizes = read_sizes(config, family, f"config.json of {path}")
     params, matrices = shapes.count(config, family, sizes)
     itemsize = checkpoint.itemsize(folder)
-    # Keys and values of one token in one layer.
-    kv_width = 2 * sizes.num_key_value_heads * sizes.head_dim
     return Shape(
         params=params,
         matrices=matrices,
         layers=sizes.num_hidden_layers,
         hidden=sizes.hidden_size,
         vocabulary=sizes.vocab_size,
-        heads_width=sizes.num_attention_heads * sizes.head_dim,
-        kv_bytes=sizes.num_hidden_layers * kv_width * itemsize,
+        heads_width=(sizes.query_width + sizes.value_width) // 2,
+        kv_bytes=sizes.num_hidden_layers * sizes.cached_numbers * itemsize,
         itemsize=itemsize,
         experts=sizes.num_experts,
-        routed=sizes.num_hidden_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
+        routed=sizes.expert_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
         inactive=shapes.inactive(sizes),
+        routers=sizes.expert_layers * sizes.num_experts * sizes.hidden_size,
+        params_per_expert=sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route),
+        narrowable=sizes.narrowable,
     )
 
 

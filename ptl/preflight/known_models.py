@@ -31,6 +31,18 @@ _BILLIONS = {
         "Qwen/Qwen3-14B": 14.8,
         "Qwen/Qwen3-32B": 32.8,
     },
+    "qwen3_moe": {
+        "Qwen/Qwen3-30B-A3B": 30.5,
+    },
+    "qwen2_moe": {
+        "Qwen/Qwen1.5-MoE-A2.7B": 14.3,
+    },
+    "glm4_moe": {
+        "zai-org/GLM-4.5-Air": 107.0,
+    },
+    "olmoe": {
+        "allenai/OLMoE-1B-7B-0924": 6.92,
+    },
     "qwen2": {
         "Qwen/Qwen2.5-0.5B": 0.494,
         "Qwen/Qwen2.5-1.5B": 1.54,

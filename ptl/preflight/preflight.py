@@ -71,7 +71,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.
-    check_unit(dimensions.experts, prune.target)
+    check_unit(dimensions.experts, dimensions.narrowable, prune.target)
     _check_target(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions
 

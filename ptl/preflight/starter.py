@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config import yaml_text
-from ptl.config.goal import FEWEST
 from ptl.config.run import Config, ModelSource, Task, check
-from ptl.config.schedule import removal
 from ptl.errors import InputError
 from ptl.evaluation.tasks import is_path
 from ptl.model import hub, text_tower
-from ptl.model.dimensions import ModelDimensions, dimensions_of_config, resolve_multiple, width_for, with_width
+from ptl.model.dimensions import ModelDimensions, dimensions_of_config
 from ptl.model.families import family_of
 from ptl.preflight import starter_fit, starter_text
 from ptl.preflight.forecast import Forecast, forecast
@@ -30,12 +28,11 @@ from ptl.preflight.gpus import GPUS
 from ptl.preflight.known_models import similar
 from ptl.preflight.starter_fit import Choices, Machine
 from ptl.preflight.starter_presets import Data
-from ptl.preflight.starter_text import Plan, billions
+from ptl.preflight.starter_target import TARGET, default_target, pruned_to
+from ptl.preflight.starter_text import Plan
+from ptl.units import billions
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
-
-TARGET = 0.3  # share of the parameters
-TARGET_STEP = 0.05
 
 # Tokens of recovery.
 PER_PARAMETER = 0.1  # for each parameter that is removed: the paper's 160M tokens for 1.57B of 8B parameters
@@ -57,7 +54,7 @@ class Request:
     model: str  # hub id, or folder
     data: Data
     tasks: Sequence[Task] = ()
-    target: float | None = None  # as schedule.target; None: 0.3, or less where the FFNs are a small part
+    target: float | None = None  # as schedule.target; None: 0.3, or less where FFNs or experts are a small part
     gpu: str | None = "h100"  # kind; None: no GPU
     gpus: int | None = None  # of a recovery; None: as many as it takes
 
@@ -121,11 +118,12 @@ def read_model(name: str) -> Model:
         config = text_tower.read_config(folder)
         family = family_of(config)
         dimensions = dimensions_of_config(config, family, f"config.json of {name}")
-        if dimensions.experts:
+        if dimensions.experts and dimensions.experts == dimensions.fewest_experts:
             raise InputError(
-                f"{name} is a mixture of experts, and `ptl init` writes configs for dense models",
+                f"{name} has {dimensions.experts} experts in each layer, and a token needs all of them "
+                "(num_experts_per_tok), so that none can be removed",
                 field="MODEL",
-                remedy="take the config of a dense model as a pattern, and set prune.target=experts in it",
+                remedy="give a mixture with more experts, or write a config with prune.target=layers",
             )
         shape = shape_of(str(folder))
     except InputError as error:
@@ -147,8 +145,8 @@ def read_model(name: str) -> Model:
 
 def _plan(request: Request, model: Model, folder: Path) -> Plan:
     """All that does not depend on the number of GPUs."""
-    target = _default_target(model.dimensions) if request.target is None else request.target
-    pruned, multiple = _pruned(model.dimensions, target)
+    target = default_target(model.dimensions) if request.target is None else request.target
+    pruned, multiple = pruned_to(model.dimensions, target)
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
     params = model.dimensions.params
@@ -179,39 +177,6 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         data=_data_seen_from(folder, request.data),
         tasks=[_task_seen_from(folder, task) for task in request.tasks],
     )
-
-
-def _default_target(dense: ModelDimensions) -> float:
-    """0.3 of all parameters, but not more than half of the FFNs: in small models most parameters are embeddings."""
-    half = _share_of_ffns(dense) / 2
-    return min(TARGET, max(TARGET_STEP, round(half // TARGET_STEP * TARGET_STEP, 2)))
-
-
-def _share_of_ffns(dense: ModelDimensions) -> float:
-    return dense.width * dense.params_per_neuron / dense.params
-
-
-def _pruned(dense: ModelDimensions, target: float) -> tuple[ModelDimensions, int]:
-    """The model at its target, and what its width is a multiple of. Raises InputError that names --target."""
-    if target >= dense.params or not (0 < target < 1 or target >= FEWEST):
-        raise InputError(
-            f"{target:g} is neither a share of the parameters to remove, between 0 and 1, nor a number of parameters "
-            f"from {FEWEST} to the model's own {dense.params:,}",
-            field="--target",
-            remedy="give for example 0.3",
-        )
-    goal = dense.params - removal(dense.params, target)
-    try:
-        width = width_for(dense, goal, "auto")
-    except InputError as error:
-        in_ffn = _share_of_ffns(dense)
-        raise InputError(
-            f"{target:g} cannot be reached: only {in_ffn:.0%} of the {billions(dense.params)} parameters are in the "
-            "FFNs, from which neurons are removed",
-            field="--target",
-            remedy=f"give less, for example {_default_target(dense):g}",
-        ) from error
-    return with_width(dense, width), resolve_multiple(dense.width, width, "auto")
 
 
 def _tokens(removed: int, data: Data) -> tuple[int, str]:

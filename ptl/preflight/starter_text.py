@@ -23,7 +23,7 @@ from ptl.preflight.starter_presets import (
     tasks_yaml,
     training_yaml,
 )
-from ptl.units import decimal_hours, duration
+from ptl.units import billions, decimal_hours, duration
 
 TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 WITHOUT_BF16 = ("t4",)
@@ -44,7 +44,7 @@ class Plan:
     dimensions: ModelDimensions
     itemsize: int  # bytes of a stored weight
     target: float
-    lowered: bool  # whether the target is below the usual one, as the FFNs are a small part of the model
+    lowered: bool  # whether the target is below the usual one, as FFNs or experts are a small part of the model
     pruned: ModelDimensions  # what the target leaves
     multiple: int  # of the FFN width
     tokens: int
@@ -93,19 +93,33 @@ def _data_fields(plan: Plan) -> dict[str, str]:
 
 
 def _size_fields(plan: Plan) -> dict[str, str]:
-    """What the file says of parameters, widths and tokens."""
+    """What the file says of parameters, of what is removed, and of tokens."""
+    half = "experts" if plan.dimensions.experts else "FFNs"
     return {
         "target": f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}",
-        "target_reason": ", here at most half of the FFNs" if plan.lowered else "",
-        "width": f"{plan.dimensions.width:,}",
-        "pruned_width": f"{plan.pruned.width:,}",
-        "layers": str(plan.dimensions.layers),
-        "multiple": str(plan.multiple),
+        "target_reason": f", here at most half of the {half}" if plan.lowered else "",
+        "units": "experts" if plan.dimensions.experts else "neurons",
+        "prune": _prune(plan),
         "tokens": f"{plan.tokens:_}",
         "tokens_reason": plan.tokens_reason,
         "calibration_length": str(plan.calibration_length),
         "max_length": str(plan.max_length),
     }
+
+
+def _prune(plan: Plan) -> str:
+    """The fields of `prune`."""
+    before, after = plan.dimensions, plan.pruned
+    if not before.experts:
+        return (
+            f"  width_multiple: auto # here {plan.multiple}: from {before.width:,} to {after.width:,} FFN neurons in "
+            f"each of {before.layers} layers"
+        )
+    return (
+        f"  target: experts # from {before.experts} to {after.experts} in each of {before.layers} layers; each token "
+        f"is sent to {before.experts_per_token}, as before\n"
+        "  criterion: reap # how experts are scored (docs/scores.md)"
+    )
 
 
 def rate(value: float) -> str:
@@ -114,21 +128,14 @@ def rate(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def billions(params: int) -> str:
-    """8,190,735,360 -> `8.19B`."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if params >= size:
-            return f"{params / size:.3g}{unit}"
-    return str(params)
-
-
 def _header(plan: Plan, forecast: Forecast | None) -> str:
     """What the file is for, and what it will take."""
     before, after = plan.dimensions, plan.pruned
     removed = 100 * (1 - after.params / before.params)
+    active = f", {billions(after.active_params)} active" if after.experts else ""
     lines = [
         f"# {plan.title} without {removed:.0f} % of its parameters: from {billions(before.params)} to "
-        f"{billions(after.params)} (family {plan.family}).",
+        f"{billions(after.params)} (family {plan.family}{active}).",
     ]
     if forecast is not None:
         card = GPUS[forecast.gpu].memory / GIB

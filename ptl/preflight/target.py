@@ -82,7 +82,7 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
             field=goal.field,
             remedy="lower it, or give a share of the parameters to remove",
         )
-    check_unit(dense.sizes.num_experts, prune.target)
+    check_unit(dense.sizes.num_experts, dense.sizes.narrowable, prune.target)
     unit = prune.target if prune.target in UNITS else "neurons"
     needs = dense.largest(unit, reached)
     # Of which units a mixed removal takes how many is not known before.

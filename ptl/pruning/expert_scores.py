@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptl.pruning.layerwise import LayerwiseModel, layers_in_turn
 from ptl.pruning.routing import Routed, RunExpert, activations, outputs, running_experts
 
-ExpertScores = list[Tensor]  # float32 [E] of each layer
+ExpertScores = dict[int, Tensor]  # float32 [E] of each layer that has experts, by its number
 
 
 class Observed:
@@ -60,22 +60,31 @@ def expert_scores(model: LayerwiseModel, criterion: str, seed: int) -> ExpertSco
     """Score every expert on the model's batches; returns float32 [E] per layer. `random` is the control."""
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(model.config.num_experts, generator=generator) for _ in model.layers]
-    return [CRITERIA[criterion](layer) for layer in observe(model)]
+        layers = {i: experts for i, layer in enumerate(model.layers) if (experts := experts_of(layer)) is not None}
+        return {i: torch.rand(experts.num_experts, generator=generator) for i, experts in layers.items()}
+    return {i: CRITERIA[criterion](layer) for i, layer in observe(model).items()}
+
+
+def experts_of(layer: nn.Module) -> Any:
+    """The experts of a layer; None: it has one MLP in their place."""
+    return getattr(layer.mlp, "experts", None)
 
 
 @torch.no_grad()
-def observe(model: LayerwiseModel) -> list[Observed]:
-    """Run all batches through the model, layer by layer, and observe the experts of each."""
-    layers = []
+def observe(model: LayerwiseModel) -> dict[int, Observed]:
+    """Run all batches through the model, layer by layer, and observe the experts of each layer that has them."""
+    layers = {}
     states = model.embed()  # [B, T, H] of each batch
     for i, layer in layers_in_turn(model, "scoring experts, by layer"):
-        observed = Observed(model.config.num_experts)
+        experts = experts_of(layer)
+        if experts is None:
+            states = model.run_batches(i, states)
+            continue
+        observed = layers[i] = Observed(experts.num_experts)
         for b, hidden in enumerate(states):
             tokens = model.batches[b]["attention_mask"].bool().flatten()  # [B * T]
             with running_experts(layer, _observing(tokens, observed)):
                 states[b] = model.run(i, b, hidden)
-        layers.append(observed)
     return layers
 
 

@@ -50,7 +50,9 @@ class LayerwiseModel:
         # Weights stay on the meta device until a layer is used; buffers and batches are small.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name in dict(causal_lm.named_buffers()):
-            set_module_tensor_to_device(causal_lm, name, self.device)
+            # A router's correction is a buffer that is in the files.
+            value = safetensors_io.read_tensor(self.entries[name]) if name in self.entries else None
+            set_module_tensor_to_device(causal_lm, name, self.device, value)
         self.causal_lm = causal_lm
         self.decoder = causal_lm.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers

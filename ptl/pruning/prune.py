@@ -53,7 +53,7 @@ def prune_checkpoint(
     started = time.monotonic()
     family = family_of(checkpoint.read_config(src))
     before = model_dimensions(src, family)
-    check_unit(before.experts, unit)
+    check_unit(before.experts, before.narrowable, unit)
     # Otherwise nothing has to be removed: no text is read, and no layer is scored.
     selection = Selection(tuple(range(before.layers)), {})
     repaired = sequences = 0

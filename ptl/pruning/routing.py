@@ -55,10 +55,17 @@ def running_experts(layer: nn.Module, run: RunExpert) -> Iterator[None]:
 
 def activations(experts: Any, routed: Routed) -> Tensor:
     """What an expert's neurons give at its tokens: [n, F]."""
-    gate, up = nn.functional.linear(routed.hidden, experts.gate_up_proj[routed.expert]).chunk(2, dim=-1)  # [n, F] each
-    return experts.act_fn(gate) * up
+    gated: Tensor = experts._apply_gate(_project(experts, "gate_up_proj", routed.expert, routed.hidden))
+    return gated
 
 
 def outputs(experts: Any, routed: Routed, values: Tensor) -> Tensor:
     """What an expert gives, before the router's weight, for these activations [n, F] of its neurons: [n, H]."""
-    return nn.functional.linear(values, experts.down_proj[routed.expert])
+    return _project(experts, "down_proj", routed.expert, values)
+
+
+def _project(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    """One expert's projection of `inputs` [n, columns]: [n, rows]."""
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)

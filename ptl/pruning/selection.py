@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
@@ -69,6 +73,7 @@ def layers(task: SelectionTask) -> Selection:
     """Remove the lowest-scored layers: by budget, or below the threshold if that is fewer."""
     count = layers_for(task.dimensions, task.goal)
     scores = layer_scores(task.model, task.settings.layer_criterion)  # [layers]
+    scores[list(task.dimensions.dense_layers)] = math.inf  # these stay: a layer with experts is many times larger
     sigma = task.settings.sigma_layer
     if sigma is not None:
         count = min(count, num_redundant(scores, sigma))
@@ -77,11 +82,22 @@ def layers(task: SelectionTask) -> Selection:
 
 
 def experts(task: SelectionTask) -> Selection:
-    """Remove the lowest-scored experts of each layer, as many in each."""
+    """Remove the lowest-scored experts of each layer, as many in each, and as many in each group of a layer."""
     number = experts_for(task.dimensions, task.goal)
-    scores = expert_scores(task.model, task.settings.criterion, task.seed)  # [E] of each layer
-    kept = {layer: keep_highest(of_layer, number) for layer, of_layer in enumerate(scores)}
-    return Selection(tuple(kept), {}, kept)
+    scores = expert_scores(task.model, task.settings.criterion, task.seed)
+    groups = task.dimensions.expert_groups
+    kept = {layer: _keep_of_groups(of_layer, number, groups) for layer, of_layer in scores.items()}
+    return Selection(tuple(range(task.dimensions.layers)), {}, kept)
+
+
+def _keep_of_groups(scores: Tensor, number: int, groups: int) -> Tensor:
+    """The highest-scored experts, as many of each group; ascending int64 [number]."""
+    size = len(scores) // groups  # of a group; its experts follow each other
+    kept = [
+        start + keep_highest(of_group, number // groups)
+        for start, of_group in zip(range(0, len(scores), size), scores.split(size), strict=True)
+    ]
+    return torch.cat(kept)
 
 
 def cheapest(task: SelectionTask) -> Selection:

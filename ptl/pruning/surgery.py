@@ -159,6 +159,11 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
             # A count above the depth means all layers, and must stay above it.
             leading_kept = sum(layer < leading for layer in selection.layers)
             pruned[field] = leading_kept + max(0, leading - depth)
+    # The extra layers are not copied.
+    if config.get(family.extra_layers):
+        pruned[family.extra_layers] = 0
+    if family.experts is not None and len(selection.layers) < depth:
+        pruned |= family.experts.dense_config(selection.layers, family.dense_layers(config, depth))
     # config.json has one width for all layers.
     if selection.neurons:
         widths = {kept.shape[-1] for kept in selection.neurons.values()}

@@ -12,7 +12,7 @@ import torch
 from ptl.config.recover import Cpt, Distil, Lora, NextToken
 from ptl.data import decontamination
 from ptl.data.sequences import IGNORED, training_chunk
-from ptl.model import checkpoint, checks
+from ptl.model import checkpoint, checks, experts
 from ptl.recovery import training
 from ptl.recovery.job import RecoverReport, RecoveryJob
 
@@ -104,7 +104,10 @@ def sft_trainer() -> Any:
 
 
 def with_adapters(model: Any, lora: Lora) -> Any:
-    """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685)."""
+    """LoRA adapters on all linear layers but the output layer (Hu et al. 2021, arXiv 2106.09685).
+
+    And on experts and routers, which are parameters of other modules: peft adapts them by itself in some families only.
+    """
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
@@ -114,9 +117,17 @@ def with_adapters(model: Any, lora: Lora) -> Any:
             lora_alpha=lora.alpha,  # type: ignore[arg-type,unused-ignore]
             lora_dropout=lora.dropout,
             target_modules="all-linear",
+            target_parameters=_expert_parameters(model),
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _expert_parameters(model: Any) -> list[str]:
+    """How the names of the weights of experts and routers end; empty for a dense model."""
+    endings = (*experts.FUSED, f"{experts.ROUTER}.weight", "mlp.router.weight")
+    names = [name for name, _ in model.named_parameters()]
+    return [ending for ending in endings if any(name.endswith(f".{ending}") for name in names)]
 
 
 def training_dataset(

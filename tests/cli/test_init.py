@@ -9,6 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from tiny_models import build
+from transformers import AutoTokenizer
 
 from ptl.cli import app
 from ptl.config.run import load_config
@@ -35,6 +37,17 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+}
+
+# Qwen3-30B-A3B
+QWEN3_30B = QWEN3_8B | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
 }
 
 
@@ -134,6 +147,85 @@ def test_a_users_own_model_rows_and_task_validate(ptl):
     assert config.training.sources[0].source == str(Path("examples/tiny_reasoner/train.jsonl.gz").absolute())
     assert config.recover[0].max_length <= 256  # this model's positions
     assert config.resources.accelerators == 0
+
+
+@pytest.fixture
+def qwen3_30b(qwen3_8b):
+    """The same folder with the config.json of a mixture of experts."""
+    (qwen3_8b / "config.json").write_text(json.dumps(QWEN3_30B))
+    return qwen3_8b.rename(qwen3_8b.with_name("qwen3-30b"))
+
+
+def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(ptl, qwen3_30b):
+    code, said = ptl("init", qwen3_30b, "--math")
+    assert code == 0, said
+    assert "from 30.5B to 21.2B (family qwen3_moe, 3.35B active)" in said
+    config = load_config("qwen3-30b.yaml")
+    assert (config.prune.target, config.prune.criterion) == ("experts", "reap")
+    assert (config.resources.accelerators, config.recover[0].sharding, config.recover[0].lora) == (8, "fsdp", None)
+    assert all(step.fits for step in forecast(config).steps)
+    text = Path("qwen3-30b.yaml").read_text()
+    assert "# from 128 to 87 in each of 48 layers; each token is sent to 8, as before" in text
+    assert "on which experts are scored" in text and "width_multiple" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "target"),
+    [({"num_experts": 9}, 0.05), ({"num_experts": 12}, 0.2), ({"vocab_size": 7_000_000}, 0.2)],
+    ids=["nine", "twelve", "embeddings"],
+)
+def test_of_a_mixture_no_more_goes_than_half_of_its_experts_and_those_that_a_token_needs(
+    ptl, qwen3_30b, changes, target
+):
+    (qwen3_30b / "config.json").write_text(json.dumps(QWEN3_30B | changes))
+    code, said = ptl("init", qwen3_30b, "--math", "--gpu", "none")
+    assert code == 0, said
+    assert load_config("qwen3-30b.yaml").schedule.target == target
+    assert "here at most half of the experts" in Path("qwen3-30b.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        (
+            {},
+            ["--target", 0.95],
+            "--target: 0.95 cannot be reached: with the 8 experts that a token needs the model has 3.34B of "
+            "its 30.5B parameters; give less, for example 0.3",
+        ),
+        (
+            {"num_experts": 8},
+            [],
+            "MODEL: .* has 8 experts in each layer, and a token needs all of them .*prune.target=layers",
+        ),
+    ],
+    ids=["target", "all-in-use"],
+)
+def test_what_experts_cannot_reach_is_refused(ptl, qwen3_30b, changes, options, said):
+    (qwen3_30b / "config.json").write_text(json.dumps(QWEN3_30B | changes))
+    code, printed = ptl("init", qwen3_30b, "--math", *options)
+    assert code == 2 and re.search(f"^error: {said}", printed.replace("\n", " ")), printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "experts"), [("qwen3_moe", 4), ("olmoe", 4), ("mixtral", 4), ("qwen2_moe-dense", 3), ("glm4_moe", 3)]
+)
+def test_the_config_of_a_mixture_is_validated_planned_and_rehearsed(variant, experts, ptl):
+    tokenizer = AutoTokenizer.from_pretrained(REASONER / "checkpoint")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    build(variant, vocab_size=len(tokenizer), max_position_embeddings=256, **ids).save_pretrained("mixture")
+    tokenizer.save_pretrained("mixture")
+    code, said = ptl(
+        *("init", "mixture", "-o", "mine.yaml", "--gpu", "none", "--target", 0.2),
+        *("--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"),
+    )
+    assert code == 0, said
+    for command in (["validate"], ["plan"], ["run", "--rehearse", "--home", "runs", "--set", "schedule.iterations=1"]):
+        code, said = ptl(command[0], "mine.yaml", *command[1:])
+        assert code == 0, said
+    rows = json.loads(Path("runs/latest/result.json").read_text())["rows"]
+    assert [row["scores"]["experts"] for row in rows if row["arm"] == "loop"] == [6, experts]
 
 
 @pytest.mark.slow

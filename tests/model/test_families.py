@@ -215,15 +215,15 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported (supported: cohere2, cwm, ernie4_5, "),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported (supported: cohere2, cwm, deepseek_v3, "),
         (
             {"model_type": "gpt2"},
             "one record in ptl/model/families.py and one entry of VARIANTS in tests/tiny_models.py",
         ),
         ({}, "model_type None is not supported"),
         ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts (config field num_local_experts)"),
-        ({"model_type": "glm4_moe", "num_experts": 128}, "mixture of experts (config field num_experts)"),
-        ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 128}, "mixture of experts (config field moe_num_experts)"),
+        ({"model_type": "kimi_k2", "n_routed_experts": 384}, "mixture of experts"),
         ({"model_type": "llama4", "text_config": {"num_local_experts": 16}}, "mixture of experts"),
         ({"model_type": "gemma3n", "vision_config": {"a": 1}}, "several hidden states (AltUp)"),
         ({"model_type": "qwen3_5_text"}, "linear attention (Gated DeltaNet)"),

@@ -21,7 +21,7 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, shapes
+from ptl.model import checkpoint, config_fields, shapes, sizes
 from ptl.model.checks import check_generation_config
 from ptl.model.cost import from_config
 from ptl.model.dimensions import model_dimensions
@@ -69,19 +69,19 @@ def refusal(folder, variant):
 def test_shapes_are_those_of_the_real_model(folders, variant):
     folder = folders(variant)
     family = FAMILIES[VARIANTS[variant][0]]
-    sizes = shapes.sizes(checkpoint.read_config(folder), family, "config.json")
+    model_sizes = sizes.read_sizes(checkpoint.read_config(folder), family, "config.json")
     for name, entry in checkpoint.contents(folder).items():
         part = name.rsplit(".", 1)[0].split("layers.")[-1].lstrip("0123456789").lstrip(".").removeprefix("model.")
-        shape, fields = shapes.expected(part, family, sizes)
+        shape, fields = shapes.expected(part, family, model_sizes)
         assert entry.shape == (shape[:1] if name.endswith("bias") else shape), name
-        assert all(field in vars(sizes) for field in fields)
+        assert all(field in vars(model_sizes) for field in fields)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_those_of_the_real_model(folders, variant):
     model, config = build(variant), checkpoint.read_config(folders(variant))
     family = FAMILIES[VARIANTS[variant][0]]
-    params, products = shapes.count(config, family, shapes.sizes(config, family, "config.json"))
+    params, products = shapes.count(config, family, sizes.read_sizes(config, family, "config.json"))
     assert params == model.num_parameters() == model_dimensions(folders(variant), family).params
     assert products == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
@@ -178,8 +178,8 @@ def test_what_transformers_knows_is_let_through(folders, tmp_path):
 
 
 def test_names_and_defaults_are_those_of_transformers():
-    assert set(shapes.ACTIVATIONS) <= set(ACT2FN)
-    assert set(shapes.ROPES) - {"default", "su"} <= set(ROPE_INIT_FUNCTIONS)
+    assert set(config_fields.ACTIVATIONS) <= set(ACT2FN)
+    assert set(config_fields.ROPES) - {"default", "su"} <= set(ROPE_INIT_FUNCTIONS)
     for family in FAMILIES.values():
         default = AutoConfig.for_model(family.model_type)
         assert default.tie_word_embeddings == family.tied

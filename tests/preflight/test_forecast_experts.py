@@ -138,10 +138,6 @@ def test_the_forecast_refuses_what_cannot_be_too(small):
     assert "a dense model has no experts" in ptl("plan", TINY, "--set", "prune.target=experts")
 
 
-def test_init_refuses_a_mixture_with_a_way_to_go_on(small):
-    assert "`ptl init` writes configs for dense models" in ptl("init", small)
-
-
 def test_neurons_take_flops_with_them_and_experts_do_not(large):
     shape = shape_of(str(large))
     goal = shape.params - 48 * 128 * 3 * 2048 * 256  # a third of the 768 neurons of each expert

@@ -42,6 +42,8 @@ MIXTURE = ModelDimensions(
     experts=10,
     experts_per_token=2,
     params_per_expert=10_100,
+    params_per_route=100,
+    fewest_experts=2,
 )
 
 

@@ -53,9 +53,19 @@ def test_two_steps_move_experts_and_routers_and_the_loss_is_finite(small, tmp_pa
     report = recover(small, tmp_path / "out", taught(stage, small), tokens=500)
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys() and report.steps >= 2
-    assert all(not torch.equal(before[name], after[name]) for name in before)
+    # A router's correction follows no gradient.
+    trained = [name for name in before if not name.endswith("e_score_correction_bias")]
+    assert all(not torch.equal(before[name], after[name]) for name in trained)
     assert all(math.isfinite(loss) for _, loss in report.curve)
     assert (tmp_path / "out/config.json").read_text() == (small / "config.json").read_text()
+
+
+def is_router(name):
+    return ".mlp.router." in name or ".gate." in name
+
+
+def has_router_loss(folder):
+    return FAMILIES[checkpoint.read_config(folder)["model_type"]].experts.router_loss
 
 
 def with_coefficient(small, folder, coefficient):
@@ -71,6 +81,8 @@ def with_coefficient(small, folder, coefficient):
 @pytest.mark.parametrize("stage", [CPT, CPT | {"accumulation": 2}, DISTIL | {"accumulation": 2}])
 def test_the_routers_auxiliary_loss_has_the_weight_that_the_config_names(small, tmp_path, stage):
     """The loss that is logged has it added; the auxiliary loss is about the number of experts of a token."""
+    if not has_router_loss(small):
+        pytest.skip("transformers has none for this family")
     losses = {}
     for coefficient in (0.0, 1.0):
         source = with_coefficient(small, tmp_path / f"{coefficient}", coefficient)
@@ -85,18 +97,20 @@ def test_lora_adapts_attention_experts_and_routers(small, tmp_path):
     before, after = weights(small), weights(tmp_path / "out")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
-    assert all(any(part in name for name in moved) for part in ("self_attn", "experts", ".gate."))
+    assert all(any(part in name for name in moved) for part in ("self_attn", "experts"))
+    assert any(map(is_router, moved))
     assert not any("norm" in name or "embed" in name for name in moved)
 
 
 def test_a_step_of_grpo_moves_the_routers(small, tmp_path):
-    """A random model earns no reward, so that the routers' auxiliary loss alone moves weights."""
+    """A random model earns no reward, so that the routers' auxiliary loss alone moves weights, where there is one."""
     stage = {"method": "grpo", "steps": 1, "batch_size": 4, "num_generations": 2, "max_completion_length": 8}
     stage |= {"guard_prompts": 0, "processes": 1, "rewards": [{"name": "final_answer"}], "learning_rate": 1e-2}
     recover(small, tmp_path / "out", stage, tokens=None)
     before, after = weights(small), weights(tmp_path / "out")
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
-    assert any(".gate." in name and not torch.equal(before[name], after[name]) for name in before)
+    moved = any(is_router(name) and not torch.equal(before[name], after[name]) for name in before)
+    assert moved == has_router_loss(small)
 
 
 def test_the_optimizer_state_follows_the_experts_that_stay(small, tmp_path):
