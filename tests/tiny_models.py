@@ -127,6 +127,8 @@ MOE_VARIANTS = {
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True, "clip_qkv": 2.0}),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5}),
 }
+# Those whose experts can be narrowed: all layers have them, none is shared by their width
+NARROW_VARIANTS = ("qwen3_moe", "qwen2_moe", "olmoe", "mixtral")
 VISION_TOWERS = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
 VISION_SIZES = {
     "hidden_size": 16,

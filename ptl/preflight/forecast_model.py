@@ -65,8 +65,16 @@ class Shape:
         removed = self.params - params
         if unit == "experts":
             return self._with_fewer_experts(params)
-        # All neurons of a mixture are in its experts; a layer takes its share of the experts with it.
-        whole = self.in_experts if self.experts and unit == "neurons" else self.in_layers
+        if self.experts and unit == "neurons":
+            # All neurons of a mixture are in its experts, and the routers stay.
+            whole = self.in_experts
+            routers = self.routers
+            per_expert = self.params_per_expert - removed // self.experts
+        else:
+            # A layer takes its share of the experts and routers with it.
+            whole = self.in_layers
+            routers = self.routers - removed * self.routers // whole
+            per_expert = self.params_per_expert - removed * self.params_per_expert // whole
         inactive = removed * self.inactive // whole
         return replace(
             self,
@@ -74,8 +82,8 @@ class Shape:
             matrices=self.matrices - (removed - inactive),
             routed=self.routed - removed * self.routed // whole,
             inactive=self.inactive - inactive,
-            routers=self.routers - removed * self.routers // self.in_layers,
-            params_per_expert=self.params_per_expert - removed * self.params_per_expert // self.in_layers,
+            routers=routers,
+            params_per_expert=per_expert,
         )
 
     @property

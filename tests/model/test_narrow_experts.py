@@ -5,12 +5,20 @@ import json
 
 import pytest
 import torch
-from tiny_models import MOE_VARIANTS, SIZES, batches, build, logits, save
+from tiny_models import MOE_VARIANTS, NARROW_VARIANTS, SIZES, batches, build, logits, save
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
 from ptl.model import checkpoint, cost
-from ptl.model.dimensions import model_dimensions, resolve_multiple, smallest_cuts, width_for, with_experts, with_width
+from ptl.model.dimensions import (
+    check_unit,
+    model_dimensions,
+    resolve_multiple,
+    smallest_cuts,
+    width_for,
+    with_experts,
+    with_width,
+)
 from ptl.model.families import FAMILIES, family_of
 from ptl.model.goals import dense_model
 from ptl.preflight.forecast_model import shape_of
@@ -22,7 +30,7 @@ ALL = tuple(range(4))
 NARROW = 16
 
 
-@pytest.fixture(params=MOE_VARIANTS)
+@pytest.fixture(params=NARROW_VARIANTS)
 def variant(request):
     return request.param
 
@@ -159,6 +167,16 @@ def test_sizes_after_narrowing_are_those_that_were_planned(variant, source, tmp_
     planned = with_width(model_dimensions(source, family), NARROW)
     write_pruned(source, tmp_path / "cut", family, Selection(ALL, some_neurons(variant)))
     assert model_dimensions(tmp_path / "cut", family) == planned
+
+
+@pytest.mark.parametrize("other", [name for name in MOE_VARIANTS if name not in NARROW_VARIANTS])
+def test_neurons_of_other_mixtures_are_refused(other, tmp_path):
+    body = model_dimensions(save(build(other), tmp_path), FAMILIES[MOE_VARIANTS[other][0]])
+    assert not body.narrowable and "neurons" not in smallest_cuts(body, "auto")
+    for unit in ("neurons", "auto", "neurons_then_layers"):
+        with pytest.raises(InputError, match=rf"prune\.target: '{unit}' would prune neurons inside of experts"):
+            check_unit(body.experts, body.narrowable, unit)
+    check_unit(body.experts, body.narrowable, "layers")
 
 
 def test_experts_and_neurons_are_planned_in_any_order(source):

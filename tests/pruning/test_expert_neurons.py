@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_models import MOE_VARIANTS, SIZES, batches, build, logits, save, word_calibration
+from tiny_models import MOE_VARIANTS, NARROW_VARIANTS, SIZES, batches, build, logits, save, word_calibration
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = tuple(range(4))
 
 
-@pytest.fixture(params=MOE_VARIANTS)
+@pytest.fixture(params=NARROW_VARIANTS)
 def variant(request):
     return request.param
 
