@@ -33,6 +33,7 @@ CALIBRATED = ("int8", "w4a16")  # by GPTQ
 REFUSED = {
     "internlm3": "llmcompressor's transformers does not have it",
     "mixtral": "llmcompressor saves its experts by names that neither transformers nor vLLM reads",
+    **dict.fromkeys(("qwen2_moe", "deepseek_v3", "glm4_moe", "gpt_oss"), "this mixture of experts has not been tried"),
 }
 # Weights of a row that share a scale in w4a16; vLLM's kernels know these
 GROUP_SIZES = (128, 64, 32)
