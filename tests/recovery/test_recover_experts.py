@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from recovering import DATA, DENSE, recover, weights
-from tiny_models import MOE_VARIANTS, build
+from tiny_models import build
 from transformers import AutoTokenizer
 
 from ptl.config.run import Calibration, Evaluate
@@ -24,7 +24,8 @@ DISTIL = {"method": "distil"}
 TASK = DENSE.parent / "tiny_reasoner.yaml"
 
 
-@pytest.fixture(scope="module", params=MOE_VARIANTS)
+# Training differs by what a layer has besides plain experts: a shared one and corrections, or biases.
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def small(request, tmp_path_factory):
     """A mixture with the tiny reasoner's tokenizer, pruned from six experts to four."""
     source = tmp_path_factory.mktemp("mixture")
@@ -128,6 +129,7 @@ def narrow(source, folder, width):
     return folder
 
 
+@pytest.mark.parametrize("small", ["qwen3_moe"], indirect=True)
 @pytest.mark.parametrize("stage", [CPT, DISTIL], ids=["cpt", "distil"])
 def test_two_steps_move_narrow_experts_and_the_loss_is_finite(small, tmp_path, stage):
     pruned = narrow(small, tmp_path / "narrow", width=16)
@@ -139,6 +141,7 @@ def test_two_steps_move_narrow_experts_and_the_loss_is_finite(small, tmp_path, s
     assert (sizes.width, sizes.experts) == (16, 4)
 
 
+@pytest.mark.parametrize("small", ["qwen3_moe"], indirect=True)
 def test_the_optimizer_state_follows_the_neurons_that_stay(small, tmp_path):
     recover(small, tmp_path / "once", CPT | {"carry_moments": True}, tokens=500, last=False)
     pruned = narrow(tmp_path / "once", tmp_path / "narrow", width=16)
