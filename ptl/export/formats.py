@@ -20,6 +20,8 @@ class Format:
 
     # (checkpoint, type): raises InputError for what cannot be made, before anything expensive
     check: Callable[[Path, str], object]
+    # (): raises InputError where what writes the form is not installed on this machine
+    check_installed: Callable[[], object]
     # (checkpoint, empty folder to fill, type, calibration, seed) -> notes for the user
     write: Callable[[Path, Path, str, Calibration, int], list[str]]
     # (folder, its checkpoint, settings, seed): a model of the harness, as language_models.language_model gives it
@@ -33,6 +35,12 @@ def check_exports(src: Path, forms: Iterable[Export]) -> None:
     """Raise InputError for the first form that cannot be made of a checkpoint, without writing any."""
     for form in forms:
         FORMATS[form.format].check(src, form.type)
+
+
+def check_installed(forms: Iterable[Export]) -> None:
+    """Raise InputError for the first form that cannot be made on this machine."""
+    for format in dict.fromkeys(form.format for form in forms):  # each once
+        FORMATS[format].check_installed()
 
 
 def gguf_name(type: str) -> str:
@@ -80,10 +88,22 @@ def _check_gguf(src: Path, _type: str) -> None:
     check_computed_alike(src)
 
 
+def _check_gguf_installed() -> None:
+    from ptl.export.gguf import check_installed
+
+    check_installed()
+
+
 def _check_compressed(src: Path, type: str) -> None:
     from ptl.export.compressed_tensors import check_compressed
 
     check_compressed(src, type)
+
+
+def _check_compressed_installed() -> None:
+    from ptl.export.compressed_tensors import interpreter
+
+    interpreter()
 
 
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
@@ -109,6 +129,12 @@ def _compressed_speed(*_: Any) -> dict[str, Any]:
 
 
 FORMATS = {
-    "gguf": Format(_check_gguf, _write_gguf, _gguf_model, _gguf_speed),
-    "compressed-tensors": Format(_check_compressed, _write_compressed, _compressed_model, _compressed_speed),
+    "gguf": Format(_check_gguf, _check_gguf_installed, _write_gguf, _gguf_model, _gguf_speed),
+    "compressed-tensors": Format(
+        _check_compressed,
+        _check_compressed_installed,
+        _write_compressed,
+        _compressed_model,
+        _compressed_speed,
+    ),
 }
