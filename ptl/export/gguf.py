@@ -123,7 +123,9 @@ def _end_notes(src: Path, file: Path) -> list[str]:
     generation = src / GENERATION
     if not generation.is_file():
         return []
-    ends = checkpoint.json_object(generation).get("eos_token_id") or []
+    ends = checkpoint.json_object(generation).get("eos_token_id")
+    if ends is None:
+        return []
     model = llama_runtime.LlamaModel(file, vocabulary_only=True)
     missed = [token for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
     if not missed:
