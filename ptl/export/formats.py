@@ -78,8 +78,13 @@ def _gguf_speed(checkpoints: Folders, made: Folders, settings: Evaluate, seed: i
             write_gguf(src, files[name])
             files[f"{name}_export"] = _gguf_file(made[name])
         models = gguf_speed(files, settings.speed, seed)
-    setting = f"Tokens per second: llama.cpp, one answer at a time, median of {settings.speed.repeats}; dense and final"
-    return {"models": models, "setting": f"{setting} at 16 bits."}
+    # The table has the first row of each model.
+    batch = settings.speed.batch_sizes[0]
+    at_once = "one answer at a time" if batch == 1 else f"{batch} answers at once"
+    setting = (
+        f"Tokens per second: llama.cpp, {at_once}, median of {settings.speed.repeats}; dense and final at 16 bits."
+    )
+    return {"models": models, "setting": setting}
 
 
 def _check_gguf(src: Path, _type: str) -> None:
