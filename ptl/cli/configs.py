@@ -112,7 +112,7 @@ def images_section(path: Path) -> dict[str, Any]:
 
 def checked(config: Config) -> ModelDimensions:
     """Check all that can be checked without weights in memory; returns the dense model's sizes."""
-    from ptl.export.formats import check_exports
+    from ptl.export.formats import check_exports, width_warnings
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
@@ -133,6 +133,8 @@ def checked(config: Config) -> ModelDimensions:
     warn(advice.depth_warnings(schedule, dimensions.params))
     warn(advice.layer_warnings(schedule, config.prune, dimensions.params, dimensions.params_per_layer))
     warn(planned.idle_warnings(dimensions, schedule, config.prune))
+    _, final = planned.dimensions_after(dimensions, schedule, config.prune)[-1]
+    warn(width_warnings(folder, config.export, final.width))
     return dimensions
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
+from ptl.errors import InputError
 
 Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
@@ -35,6 +36,21 @@ def check_exports(src: Path, forms: Iterable[Export]) -> None:
     """Raise InputError for the first form that cannot be made of a checkpoint, without writing any."""
     for form in forms:
         FORMATS[form.format].check(src, form.type)
+
+
+def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
+    """A warning of each form that could not be made of the checkpoint once it is pruned to this FFN width."""
+    from ptl.export.compressed_tensors import check_compressed
+
+    warnings = []
+    # llama.cpp stores rows of other lengths in a larger type.
+    for form in forms:
+        if form.format == "compressed-tensors":
+            try:
+                check_compressed(src, form.type, width)
+            except InputError as error:
+                warnings.append(f"the step of {form.name} will fail if the loop ends as planned: {error}")
+    return warnings
 
 
 def check_installed(forms: Iterable[Export]) -> None:

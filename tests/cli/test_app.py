@@ -105,6 +105,16 @@ def test_a_checkpoint_that_llama_cpp_computes_differently_is_refused_if_it_is_to
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(("multiple", "warned"), [("auto", True), (32, False)])
+def test_a_width_that_an_export_cannot_have_is_warned_of(multiple, warned, config):
+    """The checkpoint's own 192 can be divided by 32, the 80 that the plan ends with cannot."""
+    fields = {"export": [{"format": "compressed-tensors", "type": "w4a16"}], "prune__width_multiple": multiple}
+    done = ptl("validate", config(**fields))
+    assert done.returncode == 0, done.stderr
+    said = "the step of compressed-tensors-w4a16 will fail if the loop ends as planned: export: w4a16 has groups"
+    assert (said in done.stderr) == ("intermediate_size=80" in done.stderr) == warned
+
+
 @pytest.mark.slow
 def test_a_run_needs_what_its_exports_are_made_with(config, tmp_path, monkeypatch):
     path = config(export=[{"format": "compressed-tensors", "type": "fp8"}])
