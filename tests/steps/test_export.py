@@ -64,7 +64,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
 
     def step(model=final):
         settings = {name: CONFIG[name] for name in ("calibration", "evaluate", "gate", "seed")}
-        settings |= {"iterations": 1, "export": FORM, "registered_model": experiment}
+        settings |= {"iterations": 1, "export": FORM}
         outputs = {name: Output(tmp_path / name) for name in ("out", "metrics")}
         name = "export-compressed-tensors-fp8"
         export(Call(Step(name, experiment), settings, {"model": model, "dense": dense}, outputs))
