@@ -35,6 +35,18 @@ def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no
     assert "exports_failed" not in result["settings"]
 
 
+def test_without_benchmarks_of_right_and_wrong_items_nothing_is_compared(records, settings, no_pictures, tmp_path):
+    form = export(127_872, 140_000, 0.97)
+    for model in form["models"].values():
+        model["tasks"] = [task | {"metric": "word_perplexity", "accuracy": 12.3, "low": None, "high": None}
+                          for task in model["tasks"]]  # fmt: skip
+    records[STEP] = record_of(STEP, form | {"pairs": {}})
+    result, html, markdown = pages(records, settings, tmp_path)
+    assert "Final, in this form, against" not in html + markdown
+    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 |  | 3,210 |\n\n- a note on it\n" in markdown
+    assert "Export gguf-q8_0: 140.0 kB (0.16x), 12.3." in notes(result)
+
+
 def test_without_forms_there_is_no_section(records, settings, no_pictures, tmp_path):
     result = write_report(records, settings, tmp_path)
     assert result["exports"] == [] and "Export" not in (tmp_path / "report.md").read_text()
