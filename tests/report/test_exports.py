@@ -22,6 +22,7 @@ def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings
     assert rows[0].split(" | ")[1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and "140.0 kB (0.16x)" in rows[3]
     assert all(row.endswith("| 3,210 |") for row in rows)
     assert "| tiny\\_reasoner | the dense model in the same form | -1.0 points" in markdown
+    assert f"Get the files: ptl fetch {result['run_id']}:{STEP} DIR" in html and result["run_id"]
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
     verdict = "not worse within the margin of 2 points (against the final model)"
     assert f"Export gguf-q8_0: 140.0 kB (0.16x), 97.0 %, {verdict}." in notes(result)
