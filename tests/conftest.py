@@ -250,6 +250,15 @@ def tracked(mlflow_folder, monkeypatch):
 
 
 @pytest.fixture
+def converter_in_process():
+    """Run llama.cpp's converter in this process, which saves the start of another for each file."""
+    import gguf_files  # and transformers
+
+    with gguf_files.converter_in_process():
+        yield
+
+
+@pytest.fixture
 def world():
     """The mock of Kubeflow's API server."""
     made = MockKubeflow()

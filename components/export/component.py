@@ -13,7 +13,6 @@ def export(
     evaluate: dict,
     gate: dict,
     seed: int,
-    registered_model: str,
     model: Input[Model],
     dense: Input[Model],
     out: Output[Model],

@@ -103,7 +103,7 @@ STAGE_PARAMETERS = {
     "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
     "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),
     "evaluate": ("target", "prune_settings", "evaluate_settings", "gate", "seed", "registered_model"),
-    "export": ("calibration", "evaluate_settings", "gate", "seed", "registered_model"),
+    "export": ("calibration", "evaluate_settings", "gate", "seed"),
 }
 
 

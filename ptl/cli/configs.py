@@ -112,11 +112,12 @@ def images_section(path: Path) -> dict[str, Any]:
 
 def checked(config: Config) -> ModelDimensions:
     """Check all that can be checked without weights in memory; returns the dense model's sizes."""
+    from ptl.export.formats import check_exports, width_warnings
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
     # The sections that a model, its tokenizer or the data can contradict.
-    _, dimensions = preflight.preflight(
+    folder, dimensions = preflight.preflight(
         config.model.path,
         config.model.revision,
         config.schedule,
@@ -127,10 +128,13 @@ def checked(config: Config) -> ModelDimensions:
         config.gate,
         config.recover,
     )
+    check_exports(folder, config.export)
     schedule = target.with_number(config).schedule
     warn(advice.depth_warnings(schedule, dimensions.params))
     warn(advice.layer_warnings(schedule, config.prune, dimensions.params, dimensions.params_per_layer))
     warn(planned.idle_warnings(dimensions, schedule, config.prune))
+    _, final = planned.dimensions_after(dimensions, schedule, config.prune)[-1]
+    warn(width_warnings(folder, config.export, final.width))
     return dimensions
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ptl.cli import destination
-from ptl.cli.options import HOME, Home, Servers, TargetFolder
+from ptl.cli import destination, shipped
+from ptl.cli.options import CONFIG_HELP, HOME, Home, Servers, TargetFolder
 from ptl.config.export import TYPES
 from ptl.config.run import load_config
 from ptl.errors import InputError
@@ -57,7 +57,13 @@ def export(
     ] = "auto",
     config: Annotated[
         Path | None,
-        typer.Option("-c", "--config", help="its calibration text is read for int8 and w4a16", show_default=False),
+        typer.Option(
+            "--config",
+            "-c",
+            help=f"{CONFIG_HELP}; its calibration text is read for int8 and w4a16",
+            parser=shipped.config_file,
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Convert a checkpoint for another runtime: GGUF for llama.cpp, compressed-tensors for vLLM."""

@@ -54,10 +54,13 @@ def run(
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag
+        from ptl.export.formats import check_installed
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
         checked(settings)
+        if runner == "subprocess":
+            check_installed(settings.export)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)

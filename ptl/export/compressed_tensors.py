@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -77,8 +78,11 @@ def write_compressed(
         partial.rename(dst)
 
 
-def check_compressed(src: Path, type: str) -> int | None:
-    """Raise InputError where this type of `src` could not be written or evaluated; returns the size of its groups."""
+def check_compressed(src: Path, type: str, width: int | None = None) -> int | None:
+    """Raise InputError where this type of `src` could not be written or evaluated; returns the size of its groups.
+
+    With `width` it is as if the FFN of `src` had been pruned to that width.
+    """
     config = checkpoint.read_config(src)
     family = family_of(config)
     model_dimensions(src, family)
@@ -95,7 +99,10 @@ def check_compressed(src: Path, type: str) -> int | None:
             field="export",
             remedy="take fp8",
         )
-    return _group_size(read_sizes(config, family, f"{src}/config.json")) if type == "w4a16" else None
+    if type != "w4a16":
+        return None
+    sizes = read_sizes(config, family, f"{src}/config.json")
+    return _group_size(dataclasses.replace(sizes, intermediate_size=width or sizes.intermediate_size))
 
 
 def _group_size(sizes: Sizes) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
+from ptl.errors import InputError
 
 Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
@@ -20,6 +21,8 @@ class Format:
 
     # (checkpoint, type): raises InputError for what cannot be made, before anything expensive
     check: Callable[[Path, str], object]
+    # (): raises InputError where what writes the form is not installed on this machine
+    check_installed: Callable[[], object]
     # (checkpoint, empty folder to fill, type, calibration, seed) -> notes for the user
     write: Callable[[Path, Path, str, Calibration, int], list[str]]
     # (folder, its checkpoint, settings, seed): a model of the harness, as language_models.language_model gives it
@@ -33,6 +36,27 @@ def check_exports(src: Path, forms: Iterable[Export]) -> None:
     """Raise InputError for the first form that cannot be made of a checkpoint, without writing any."""
     for form in forms:
         FORMATS[form.format].check(src, form.type)
+
+
+def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
+    """A warning of each form that could not be made of the checkpoint once it is pruned to this FFN width."""
+    from ptl.export.compressed_tensors import check_compressed
+
+    warnings = []
+    # llama.cpp stores rows of other lengths in a larger type.
+    for form in forms:
+        if form.format == "compressed-tensors":
+            try:
+                check_compressed(src, form.type, width)
+            except InputError as error:
+                warnings.append(f"the step of {form.name} will fail if the loop ends as planned: {error}")
+    return warnings
+
+
+def check_installed(forms: Iterable[Export]) -> None:
+    """Raise InputError for the first form that cannot be made on this machine."""
+    for format in dict.fromkeys(form.format for form in forms):  # each once
+        FORMATS[format].check_installed()
 
 
 def gguf_name(type: str) -> str:
@@ -70,8 +94,13 @@ def _gguf_speed(checkpoints: Folders, made: Folders, settings: Evaluate, seed: i
             write_gguf(src, files[name])
             files[f"{name}_export"] = _gguf_file(made[name])
         models = gguf_speed(files, settings.speed, seed)
-    setting = f"Tokens per second: llama.cpp, one answer at a time, median of {settings.speed.repeats}; dense and final"
-    return {"models": models, "setting": f"{setting} at 16 bits."}
+    # The table has the first row of each model.
+    batch = settings.speed.batch_sizes[0]
+    at_once = "one answer at a time" if batch == 1 else f"{batch} answers at once"
+    setting = (
+        f"Tokens per second: llama.cpp, {at_once}, median of {settings.speed.repeats}; dense and final at 16 bits."
+    )
+    return {"models": models, "setting": setting}
 
 
 def _check_gguf(src: Path, _type: str) -> None:
@@ -80,10 +109,22 @@ def _check_gguf(src: Path, _type: str) -> None:
     check_computed_alike(src)
 
 
+def _check_gguf_installed() -> None:
+    from ptl.export.gguf import check_installed
+
+    check_installed()
+
+
 def _check_compressed(src: Path, type: str) -> None:
     from ptl.export.compressed_tensors import check_compressed
 
     check_compressed(src, type)
+
+
+def _check_compressed_installed() -> None:
+    from ptl.export.compressed_tensors import interpreter
+
+    interpreter()
 
 
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
@@ -109,6 +150,12 @@ def _compressed_speed(*_: Any) -> dict[str, Any]:
 
 
 FORMATS = {
-    "gguf": Format(_check_gguf, _write_gguf, _gguf_model, _gguf_speed),
-    "compressed-tensors": Format(_check_compressed, _write_compressed, _compressed_model, _compressed_speed),
+    "gguf": Format(_check_gguf, _check_gguf_installed, _write_gguf, _gguf_model, _gguf_speed),
+    "compressed-tensors": Format(
+        _check_compressed,
+        _check_compressed_installed,
+        _write_compressed,
+        _compressed_model,
+        _compressed_speed,
+    ),
 }

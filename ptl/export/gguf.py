@@ -43,13 +43,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     """
     check_type(type, "type")
     check_computed_alike(src)
-    for module in (PACKAGE, llama_runtime.PACKAGE):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"the module {module} is not installed",
-                field="export",
-                remedy="pip install 'ptl[gguf]'",
-            )
+    check_installed()
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Names of this command alone: another one may write `dst` at the same time.
     partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
@@ -67,6 +61,17 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
         partial.unlink(missing_ok=True)
         whole.unlink(missing_ok=True)
     return notes
+
+
+def check_installed() -> None:
+    """Raise InputError where llama.cpp's converter or its library is not installed."""
+    for module in (PACKAGE, llama_runtime.PACKAGE):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"the module {module} is not installed",
+                field="export",
+                remedy="pip install 'ptl[gguf]'",
+            )
 
 
 def check_computed_alike(src: Path) -> None:
@@ -118,7 +123,9 @@ def _end_notes(src: Path, file: Path) -> list[str]:
     generation = src / GENERATION
     if not generation.is_file():
         return []
-    ends = checkpoint.json_object(generation).get("eos_token_id") or []
+    ends = checkpoint.json_object(generation).get("eos_token_id")
+    if ends is None:
+        return []
     model = llama_runtime.LlamaModel(file, vocabulary_only=True)
     missed = [token for token in (ends if isinstance(ends, list) else [ends]) if not model.is_end(token)]
     if not missed:

@@ -13,12 +13,14 @@ from ptl.evaluation.evaluate import score_tasks
 from ptl.evaluation.paired import Item
 from ptl.export.formats import FORMATS
 
+WEIGHTS = (".safetensors", ".gguf")  # files that count as a model's size, as in its evaluation
+
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was measured of a form."""
 
-    models: dict[str, dict[str, Any]]  # by name, dense and final: bytes, and tasks as in scores.json
+    models: dict[str, dict[str, Any]]  # by name, dense and final: bytes of weights, and tasks as in scores.json
     speed: dict[str, Any]  # of Format.speed; {"reason": ...} where it was not measured
     notes: list[str]  # for the user, on the final model's form
 
@@ -41,7 +43,7 @@ def write_and_score(
         notes = format_.write(src, made[name], form.type, calibration, seed)
         tasks, items[name] = score_tasks(format_.language_model(made[name], src, settings, seed), settings, seed)
         models[name] = {
-            "bytes": sum(path.stat().st_size for path in made[name].rglob("*") if path.is_file()),
+            "bytes": sum(path.stat().st_size for path in made[name].iterdir() if path.suffix in WEIGHTS),
             "tasks": [asdict(task) for task in tasks],
         }
     speed = format_.speed(folders, made, settings, seed)

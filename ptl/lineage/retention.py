@@ -22,6 +22,7 @@ _DELETABLE = {
     "dense": "imported model of a run that ended",
     "pruned": "intermediate, pruned",
     "recovered": "intermediate, recovered",
+    "exported": "export of a run that is not finished",
 }
 # Why files stay, by the state of their run.
 _UNFINISHED = {
@@ -123,6 +124,8 @@ def _needed(
         return "final checkpoint of its run"
     if uri == run.control:
         return "the control of its run"
+    if stored.kind == "exported":
+        return "an export of its run"
     if stored.kind == "dense" and not rules.dense:
         return "imported model; --dense lets it go"
     return "one of the newest finished runs" if keeps_all else ""

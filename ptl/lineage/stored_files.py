@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Records = dict[str, Record]  # of one run, by the step's name
 
-KINDS = {"import": "dense", "prune": "pruned", "recover": "recovered"}  # by the stage of the step that committed it
+# By the stage of the step that committed it
+KINDS = {"import": "dense", "prune": "pruned", "recover": "recovered", "export": "exported"}
 _TRAINING = re.compile(
     r"(?P<step>.+)\.(?P<stage>\d+)\.training-(?P<number>\d+|result)(?P<attempt>-[0-9a-f]{12})?(\.partial)?"
 )

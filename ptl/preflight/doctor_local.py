@@ -39,6 +39,8 @@ def packages(config: Config, runner: str) -> Finding:
     backends: list[str] = []
     if runner != "docker":
         needed = ["prune", "recover", "evaluate", *needed]
+        if any(export.format == "gguf" for export in config.export):
+            needed.append("gguf")
         backends = _missing_backends(config)
     package = f"ptl[{','.join(needed)}]"
     missing = [*extras.absent(needed), *backends]

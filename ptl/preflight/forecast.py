@@ -87,6 +87,7 @@ def forecast(
             *advice.warnings(config),
             *advice.depth_warnings(config.schedule, dense.params),
             *forecast_warnings.warnings(steps, gpu, assumed),
+            *forecast_warnings.left_out(config),
         ),
         critical_hours=critical_hours,
         critical_steps=tuple(critical_steps),

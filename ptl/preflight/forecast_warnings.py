@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptl.config.dag import stage_of
+from ptl.config.dag import export_step, stage_of
 from ptl.config.recover import NextToken, RecoverStage
+from ptl.config.run import Config
 from ptl.preflight.forecast_model import FULL_SHARD, GpuGroup, Shape, training_memory
 from ptl.preflight.forecast_network import exchange
 from ptl.preflight.forecast_steps import Assumptions, StepForecast
@@ -24,6 +25,17 @@ def warnings(steps: Sequence[StepForecast], gpu: str, assumed: Assumptions) -> l
         *_too_large(steps, gpu, assumed),
         *_waiting(steps, assumed),
         *_short_of_host_memory(steps, assumed),
+    ]
+
+
+def left_out(config: Config) -> list[str]:
+    """A warning of steps of the run that the forecast does not have."""
+    steps = [export_step(export) for export in config.export]
+    if not steps:
+        return []
+    return [
+        f"the forecast leaves out {listed(steps)}: each of them writes the dense and the final model once more, and "
+        "scores both on all benchmarks"
     ]
 
 

@@ -69,6 +69,8 @@ def _table(result: dict[str, Any], export: Row) -> ExportTable:
         notes.append(f"Speed was not measured: {reason}.")
     else:
         notes.append(export["speed"]["setting"])
+    if result["run_id"]:
+        notes.append(f"Get the files: ptl fetch {result['run_id']}:{export['step']} DIR")
     return ExportTable(
         title=export["name"],
         failed="",

@@ -15,7 +15,7 @@ from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
 from ptl.steps.inputs import Items, fetch, fetch_items
-from ptl.steps.machine import limit_threads, scratch
+from ptl.steps.machine import limit_threads
 from ptl.steps.metrics import accuracy
 from ptl.storage import store
 from ptl.storage.store import Pointer, Record
@@ -41,7 +41,8 @@ def export(call: Call) -> None:
         limit_threads(final.params)
         # A run that ends with the dense model has one form only.
         folders = {"final": src} if final.digest == dense.digest else {"dense": fetch(dense), "final": src}
-        made = {name: dst if name == "final" else scratch(call.step.name) / name for name in folders}
+        # Beside `dst`, with its name in front: a retry starts from empty folders and removes those of killed attempts.
+        made = {name: dst if name == "final" else dst.with_name(f"{dst.name}-{name}") for name in folders}
         report, items = measured.write_and_score(folders, made, form, calibration, evaluate, seed)
         for note in report.notes:
             say(call.step.name, note)

@@ -48,19 +48,20 @@ def write_manifests(final: Pointer, records: Records, config: Config, folder: Pa
     for model in served(final, records):
         if not model.uri.startswith("s3://"):
             continue
-        name = _service_name(f"{config.name}-{model.name}")
+        name = _service_name(config.name, model.name)
         gpus = config.prune.tensor_parallel if model.format != "gguf" else int(bool(config.resources.accelerator))
         suffix = f"-{model.name}" if model.name else ""
         manifest = kserve.inference_service(name, model.uri, model.format, gpus)
         (folder / f"inference-service{suffix}.yaml").write_text(manifest)
 
 
-def _service_name(name: str) -> str:
-    """A name that KServe takes: letters, digits and dashes, a letter first."""
-    name = name.replace("_", "-")
-    if not name[0].isalpha():
-        name = f"model-{name}"
-    return name[:SERVICE_NAME].strip("-")
+def _service_name(config: str, export: str) -> str:
+    """A name that KServe takes: letters, digits and dashes, a letter first; one of its own for each export."""
+    suffix = f"-{export}".replace("_", "-") if export else ""
+    if not config[0].isalpha():
+        config = f"model-{config}"
+    # What is too long is cut off before the export's name, by which services of one run differ.
+    return config[: SERVICE_NAME - len(suffix)].rstrip("-") + suffix
 
 
 def register(final: Pointer, records: Records, config: Config, registered_model: str, run: str) -> list[str]:

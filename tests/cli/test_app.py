@@ -79,6 +79,7 @@ def refused(path, said, tmp_path):
             f"gate.enabled: true, but evaluate.tasks.0 ({PERPLEXITY!r}) is judged by 'word_perplexity'",
         ),
         ({"training__sources": [{"source": "./none.jsonl"}]}, "/none.jsonl; give an existing"),
+        ({"export": [{"format": "gguf", "type": "q9"}]}, "export.0: type='q9' is none of gguf's"),
         (
             {"training__sources": [{"source": DATA, "prompt": "{question} {hint}\n", "completion": "{answer}"}]},
             "lacks 'hint'",
@@ -88,6 +89,39 @@ def refused(path, said, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, said):
     assert refused(config(**fields), said, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_checkpoint_that_llama_cpp_computes_differently_is_refused_if_it_is_to_be_exported(
+    command, config, checkpoint, tmp_path
+):
+    settings = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu"}))
+    fields = {"model__path": str(checkpoint), "export": [{"format": "gguf", "type": "q8_0"}]}
+    options = ["--home", tmp_path / "home"] if command == "run" else []
+    done = ptl(command, config(**fields), *options)
+    assert done.returncode == 2 and "llama.cpp would not compute what transformers does" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(("multiple", "warned"), [("auto", True), (32, False)])
+def test_a_width_that_an_export_cannot_have_is_warned_of(multiple, warned, config):
+    """The checkpoint's own 192 can be divided by 32, the 80 that the plan ends with cannot."""
+    fields = {"export": [{"format": "compressed-tensors", "type": "w4a16"}], "prune__width_multiple": multiple}
+    done = ptl("validate", config(**fields))
+    assert done.returncode == 0, done.stderr
+    said = "the step of compressed-tensors-w4a16 will fail if the loop ends as planned: export: w4a16 has groups"
+    assert (said in done.stderr) == ("intermediate_size=80" in done.stderr) == warned
+
+
+@pytest.mark.slow
+def test_a_run_needs_what_its_exports_are_made_with(config, tmp_path, monkeypatch):
+    path = config(export=[{"format": "compressed-tensors", "type": "fp8"}])
+    monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
+    assert refused(path, "PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python that has llmcompressor", tmp_path)
+    # Where the run is planned need not be where it runs.
+    assert ptl("validate", path).returncode == 0
 
 
 @pytest.mark.parametrize(

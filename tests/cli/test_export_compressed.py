@@ -14,8 +14,10 @@ REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
-@pytest.mark.parametrize(("type", "sequences"), [("fp8", 0), ("int8", 128)])
-def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, sequences, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("type", "sequences", "config"), [("fp8", 0, TINY), ("int8", 128, TINY), ("int8", 128, "tiny")]
+)
+def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, sequences, config, tmp_path, monkeypatch):
     counts = []
 
     def write(src, dst, type, path):
@@ -23,7 +25,7 @@ def test_the_configs_calibration_text_goes_to_the_types_that_need_it(type, seque
         shutil.copytree(src, dst)
 
     monkeypatch.setattr(compressed_tensors, "write_compressed", write)
-    command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", TINY]
+    command = ["export", REASONER, tmp_path / "out", "--to", "compressed-tensors", "--type", type, "-c", config]
     answer = CliRunner().invoke(app, [*map(str, command)])
     assert counts == [sequences] and answer.exit_code == 0
     size = (REASONER / "model.safetensors").stat().st_size

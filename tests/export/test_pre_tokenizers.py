@@ -55,12 +55,13 @@ def test_the_tiny_reasoner_s_problems_have_the_same_tokens(tmp_path):
         assert model.tokens(text) == tokenizer(text).input_ids
 
 
-def test_ends_of_answers_that_llama_cpp_does_not_know_are_noted(tmp_path):
+@pytest.mark.parametrize(("ends", "noted"), [([1, 97], 97), (0, 0)])
+def test_ends_of_answers_that_llama_cpp_does_not_know_are_noted(ends, noted, tmp_path):
     folder = shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "model")
     generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 97]}))
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": ends}))
     *_, note = write_gguf(folder, tmp_path / "model.gguf")
-    assert note == "llama.cpp does not end answers at token 97, which generation_config.json has in eos_token_id"
+    assert note == f"llama.cpp does not end answers at token {noted}, which generation_config.json has in eos_token_id"
 
 
 def test_a_tokenizer_of_one_s_own_gets_the_pre_tokenizer_that_splits_alike(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from mlflow import MlflowClient
+from run_records import export
 from typer.testing import CliRunner
 
 from ptl.cli.app import app
@@ -222,6 +223,20 @@ def test_final_checkpoint_without_version_and_dense(experiment, loop, tmp_path):
     assert going(experiment, dense=True) == sorted([*INTERMEDIATE, ("import-model", "dense")])
     collect(experiment, dense=True)
     assert [step for step, record in steps.items() if fetchable(record, tmp_path)] == ["recover-1", "control-recover"]
+
+
+@pytest.mark.slow
+def test_exports_stay_unless_a_run_is_given_up(experiment, loop):
+    run = loop()
+    dense = run.work("import-model")
+    run.evaluate("evaluate-0", dense, dense, True)
+    run.work("export-gguf-q8-0", dense, lambda _: export(100, 9, 0.5))
+    assert going(experiment) == []
+    assert ("export-gguf-q8-0", "exported") in going(experiment, runs=(run.run,))
+    run.end(dense)
+    for rules in ({"runs": (run.run,)}, {"dense": True}):
+        _, found = verdicts(experiment, 8, **rules)
+        assert {each.stored.step: each.reason for each in found}["export-gguf-q8-0"] == "an export of its run"
 
 
 @pytest.mark.slow

@@ -390,6 +390,10 @@ def test_packages_that_the_steps_import(config, monkeypatch):
     assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
     whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
     assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
+    monkeypatch.setitem(extras.MODULES, "gguf", ("no_llama_cpp",))
+    exporting = load_config(TINY, {"export": [{"format": "gguf", "type": "q8_0"}]})
+    assert "no_llama_cpp" in doctor_local.packages(exporting, "subprocess").message
+    assert "no_llama_cpp" not in doctor_local.packages(config, "subprocess").message
 
 
 def test_data_and_model_that_are_missing(tracking, tmp_path):

@@ -84,6 +84,8 @@ def test_what_cannot_fit_is_said_with_a_remedy(large):
     roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
     assert forecast(config(large, recover=roomy), "h100", 8).warnings == ()
     assert forecast(config(DENSE), "t4").warnings == ()
+    (warning,) = forecast(config(DENSE, export=[{"format": "gguf", "type": "q8_0"}]), "t4").warnings
+    assert warning.startswith("the forecast leaves out export-gguf-q8-0: ")
 
 
 def test_a_model_that_is_too_large_for_a_node_is_sent_to_several(large):

@@ -22,6 +22,7 @@ def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings
     assert rows[0].split(" | ")[1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and "140.0 kB (0.16x)" in rows[3]
     assert all(row.endswith("| 3,210 |") for row in rows)
     assert "| tiny\\_reasoner | the dense model in the same form | -1.0 points" in markdown
+    assert f"Get the files: ptl fetch {result['run_id']}:{STEP} DIR" in html and result["run_id"]
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
     verdict = "not worse within the margin of 2 points (against the final model)"
     assert f"Export gguf-q8_0: 140.0 kB (0.16x), 97.0 %, {verdict}." in notes(result)
@@ -33,6 +34,18 @@ def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no
     assert "Not made: InputError: no quantizer." in markdown and "Not made: InputError: no quantizer." in html
     assert "Export gguf-q8_0 was not made: InputError: no quantizer." in notes(result)
     assert "exports_failed" not in result["settings"]
+
+
+def test_without_benchmarks_of_right_and_wrong_items_nothing_is_compared(records, settings, no_pictures, tmp_path):
+    form = export(127_872, 140_000, 0.97)
+    for model in form["models"].values():
+        model["tasks"] = [task | {"metric": "word_perplexity", "accuracy": 12.3, "low": None, "high": None}
+                          for task in model["tasks"]]  # fmt: skip
+    records[STEP] = record_of(STEP, form | {"pairs": {}})
+    result, html, markdown = pages(records, settings, tmp_path)
+    assert "Final, in this form, against" not in html + markdown
+    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 |  | 3,210 |\n\n- a note on it\n" in markdown
+    assert "Export gguf-q8_0: 140.0 kB (0.16x), 12.3." in notes(result)
 
 
 def test_without_forms_there_is_no_section(records, settings, no_pictures, tmp_path):

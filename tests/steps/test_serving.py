@@ -34,6 +34,12 @@ def test_each_model_on_s3_gets_a_manifest(tmp_path):
     assert container["env"] == [{"name": "STORAGE_URI", "value": "s3://bucket/form/model-q8_0.gguf"}]
 
 
+def test_services_of_a_config_with_a_long_name_have_different_names(tmp_path):
+    serving.write_manifests(FINAL, records("s3://bucket/form"), load_config(TINY, {"name": "a" * 63}), tmp_path)
+    names = {yaml.safe_load(file.read_text())["metadata"]["name"] for file in tmp_path.iterdir()}
+    assert names == {"a" * 53, "a" * 43 + "-gguf-q8-0"}
+
+
 def test_what_is_on_a_disk_gets_none(tmp_path):
     final = dataclasses.replace(FINAL, uri="file:///final")
     serving.write_manifests(final, records("file:///form"), load_config(TINY), tmp_path)
