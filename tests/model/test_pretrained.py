@@ -122,12 +122,14 @@ def test_a_config_that_transformers_refuses_is_wrong_input(plain, tmp_path, fiel
 
 
 def test_no_other_module_loads_by_itself():
-    """Each call of from_pretrained is in ptl/model/pretrained.py, and the harness gets the same option."""
+    """Each call of from_pretrained is in ptl/model/pretrained.py, but one of a script for another Python."""
     calls = {
         path.name
         for path in (ROOT / "ptl").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
     }
-    assert calls == {"pretrained.py"}
+    assert calls == {"pretrained.py", "quantize.py"}
+    script = (ROOT / "ptl/export/quantize.py").read_text()
+    assert "trust_remote_code=False" in script and "use_safetensors=True" in script
     assert (ROOT / "ptl/evaluation/language_models.py").read_text().count("trust_remote_code=False") == 2

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "doctor",
     "experiment",
     "registered_model",
+    "model_registry",  # of the report step: test_serving.py
 }  # the shape of the DAG and the form: test_compile.py
 
 
