@@ -15,6 +15,12 @@ TYPES = {
 }
 
 
+# What a server loads: a checkpoint, or a form of it.
+ServedFormat = Literal["transformers", "gguf", "compressed-tensors"]
+    "transformers", "gguf", "compressed-tensors"
+]  # what a server loads: a checkpoint, or a form of it
+
+
 class Export(Section):
     """One form of the final checkpoint."""
 

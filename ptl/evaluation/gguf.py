@@ -112,6 +112,13 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
             stop = handle_stop_sequences(options.get("until"), eos=eos)
             tokens = self.tok_encode(prompt)
             room = self.max_length - options["max_gen_toks"]
+            if room < 1:
+                raise InputError(
+                    f"an answer may have {options['max_gen_toks']} tokens, and prompt and answer together "
+                    f"{self.max_length}",
+                    field="evaluate.tasks.max_new_tokens",
+                    remedy="lower it, or raise evaluate.max_length",
+                )
             self.cut_prompts += len(tokens) > room
             return Answer(tokens[-room:], stop, options["max_gen_toks"])
 

@@ -35,8 +35,3 @@ def quantized_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
         )
     checks.load_tokenizer(src)
     return language_models.language_model(src, settings, seed, helpers.processes_for(settings))
-
-
-def weight_bytes(src: Path) -> int:
-    """Bytes of the weight files."""
-    return sum(path.stat().st_size for path in checkpoint.shards(src))

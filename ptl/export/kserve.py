@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from ptl.config.export import ServedFormat
 from ptl.errors import InputError
-
-Format = Literal["transformers", "compressed-tensors", "gguf"]
 
 # KServe itself wants a letter first; it adds `-predictor`, and a Service's name has at most 63 characters.
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?")
@@ -35,7 +34,7 @@ IMAGE_HINT = (
 )
 
 
-def inference_service(name: str, uri: str, format: Format, gpus: int = 1) -> str:
+def inference_service(name: str, uri: str, format: ServedFormat, gpus: int = 1) -> str:
     """The YAML of an InferenceService for a checkpoint on S3; a comment on top says what to adapt.
 
     `uri` is the folder, for gguf the file. KServe's Hugging Face runtime (vLLM) serves folders, llama-server a GGUF
@@ -69,7 +68,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_location(uri: str, format: Format) -> None:
+def _check_location(uri: str, format: ServedFormat) -> None:
     if not LOCATION.fullmatch(uri):
         raise InputError(
             f"{uri!r} is not a location s3://BUCKET/PATH, from which a cluster can download",

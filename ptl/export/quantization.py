@@ -58,7 +58,7 @@ def _matrices(file: Path) -> Iterator[tuple[str, int, str]]:
 def _note(row: int, tensors: dict[str, set[str]], block: int, type: str) -> str:
     """The tensors whose rows have this length, by the type that is stored, and what could be done."""
     parts = [f"{', '.join(sorted(names))} as {stored}" for stored, names in sorted(tensors.items())]
-    remedy = "which no pruning of neurons changes"
+    remedy = "the width of the FFN does not change that"
     if any(name.startswith(FFN_DOWN) for names in tensors.values() for name in names):
         remedy = f"prune with prune.width_multiple: {block}"
     return f"{type} needs rows of a multiple of {block}; of {row} are {', and '.join(parts)}: {remedy}"

@@ -7,10 +7,11 @@ import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from ptl import extras
+from ptl.config.export import ServedFormat
 from ptl.errors import InputError
 from ptl.storage.store import Pointer
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from model_registry.core import ModelRegistryAPIClient
 
 T = TypeVar("T")
-Format = Literal["transformers", "compressed-tensors", "gguf"]
 
 AUTHOR = "ptl"
 PATIENCE = 60  # seconds for all requests together; the client would wait five minutes for each
@@ -35,7 +35,7 @@ def register(
     registered_model: str,
     run: str,
     pointer: Pointer,
-    format: Format,
+    format: ServedFormat,
     tags: dict[str, Any],
 ) -> str:
     """Make a checkpoint or an export a version in the registry, unless it is one; returns a sentence for the log.
@@ -84,7 +84,7 @@ async def _register(
     registered_model: str,
     name: str,
     uri: str,
-    format: Format,
+    format: ServedFormat,
     properties: dict[str, Any],
 ) -> None:
     """Model, version and artifact, those that are not there yet: an interrupted attempt is completed."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptl.config.export import ServedFormat
 from ptl.config.run import Config
 from ptl.export import kserve
 from ptl.export.formats import gguf_name
@@ -20,7 +21,7 @@ class Served(NamedTuple):
     """A checkpoint that can be served."""
 
     name: str  # of the export; empty: the final checkpoint itself
-    format: kserve.Format
+    format: ServedFormat
     pointer: Pointer
     uri: str  # of what the server loads
     tags: dict[str, Any]  # its score

@@ -54,7 +54,7 @@ def test_the_types_of_the_config_are_those_that_can_be_written():
 def test_rows_that_are_no_multiple_of_256_are_named_with_what_is_stored(narrow, tmp_path):
     attention, ffn = write_gguf(narrow, tmp_path / "model.gguf", "q4_k_m")
     assert attention.startswith("q4_k_m needs rows of a multiple of 256; of 64 are attn_k, attn_output, ")
-    assert " as Q5_0, and " in attention and attention.endswith(": which no pruning of neurons changes")
+    assert " as Q5_0, and " in attention and attention.endswith(": the width of the FFN does not change that")
     assert "; of 192 are ffn_down as Q5_0, and ffn_down as Q8_0: prune with prune.width_multiple: 256" in ffn
     assert write_gguf(narrow, tmp_path / "other.gguf", "q4_0") == []  # in blocks of 32
 
