@@ -17,8 +17,6 @@ TYPES = {
 
 # What a server loads: a checkpoint, or a form of it.
 ServedFormat = Literal["transformers", "gguf", "compressed-tensors"]
-    "transformers", "gguf", "compressed-tensors"
-]  # what a server loads: a checkpoint, or a form of it
 
 
 class Export(Section):
