@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from depth_report import half_width
 from loops import ROOT, TINY, run, work_quietly
 from recovery import CPT, correct_items, generate
 
@@ -50,6 +51,8 @@ ARMS = {
     "loop of 4, neurons, taylor": (4, "neurons", "taylor"),
 }
 REFERENCE = "reap"
+# Loops are compared with pruning at once by the same criterion.
+LOOPS = {name: name.split(", ", 1)[1] for name in ARMS if name.startswith("loop")}
 
 Row = dict[str, Any]
 
@@ -98,37 +101,46 @@ def study(given: argparse.Namespace) -> None:
 
 
 def table() -> None:
-    """Accuracy of each arm, and the pooled paired test against one-shot pruning by `reap`."""
+    """Accuracy of each arm with its interval over the seeds, and the paired comparison with its reference."""
     found = rows()
-    print(
-        "| experts kept | arm | parameters | active | before recovery | tokens | accuracy | seeds | against reap | p |"
-    )
-    print("|---:|---|---:|---:|---:|---:|---|---:|---:|---:|")
-    keys = dict.fromkeys((row["kept"], row["arm"], row["tokens"]) for row in found if row["tokens"])
-    for kept, arm, tokens in sorted(keys, key=lambda key: (-key[0], list(ARMS).index(key[1]))):
-
-        def of(name: str, budget: int, kept: int = kept) -> dict[int, list[int]]:
-            return {
-                row["seed"]: row["solved"]
-                for row in found
-                if (row["kept"], row["arm"], row["tokens"]) == (kept, name, budget)
-            }
-
-        mine, reference, before = of(arm, tokens), of(REFERENCE, tokens), of(arm, 0)
-        example = next(row for row in found if (row["kept"], row["arm"], row["tokens"]) == (kept, arm, tokens))
-        means = [100 * statistics.mean(bits) for bits in mine.values()]
-        spread = f"{min(means):.1f} to {max(means):.1f}"
-        untrained = f"{100 * statistics.mean(itertools.chain(*before.values())):.1f}" if before else ""
+    print("| experts kept | arm | parameters | active | before recovery | accuracy (95 %) | seeds | difference | p |")
+    print("|---:|---|---:|---:|---:|---|---:|---|---:|")
+    trained = [row for row in found if row["tokens"]]
+    first = {(row["kept"], row["arm"]): row for row in trained}
+    for kept, arm in sorted(first, key=lambda key: (-key[0], list(ARMS).index(key[1]))):
+        row = first[kept, arm]
+        solved = solved_by_seed(trained, kept, arm)
+        untrained = solved_by_seed([row for row in found if not row["tokens"]], kept, arm)
+        before = f"{100 * statistics.mean(map(statistics.mean, untrained.values())):.1f}" if untrained else ""
         against, p = "", ""
-        shared = [seed for seed in mine if seed in reference]
-        if arm != REFERENCE and shared:
-            pooled = [list(itertools.chain(*(bits[seed] for seed in shared))) for bits in (reference, mine)]
-            pair = paired.paired(pooled[0], pooled[1], margin=0.02, alpha=0.05)
-            against, p = f"{100 * pair.difference:+.1f} points", f"{pair.p_different:.1g}"
-        print(
-            f"| {kept} | {arm} | {example['params']:,} | {example['active_params']:,} | {untrained} | {tokens:,} | "
-            f"{statistics.mean(means):.1f} ({spread}) | {len(means)} | {against} | {p} |"
-        )
+        if arm != REFERENCE:
+            reference = LOOPS.get(arm, REFERENCE)
+            against, p = difference(solved_by_seed(trained, kept, reference), solved)
+            against += f" against {reference}"
+        accuracy = mean_and_interval([statistics.mean(bits) for bits in solved.values()])
+        sizes = f"{row['params']:,} | {row['active_params']:,}"
+        print(f"| {kept} | {arm} | {sizes} | {before} | {accuracy} | {len(solved)} | {against} | {p} |")
+
+
+def solved_by_seed(found: list[Row], kept: int, arm: str) -> dict[int, list[int]]:
+    """The outcomes of each seed's problems."""
+    return {row["seed"]: row["solved"] for row in found if (row["kept"], row["arm"]) == (kept, arm)}
+
+
+def difference(reference: dict[int, list[int]], solved: dict[int, list[int]]) -> tuple[str, str]:
+    """Points with their interval over the seeds that both have, and McNemar's p over all of their problems."""
+    seeds = [seed for seed in solved if seed in reference]
+    by_seed = [statistics.mean(solved[seed]) - statistics.mean(reference[seed]) for seed in seeds]
+    pooled = [list(itertools.chain(*(bits[seed] for seed in seeds))) for bits in (reference, solved)]
+    pair = paired.paired(pooled[0], pooled[1], margin=0.02, alpha=0.05)
+    p = f"{pair.p_different:.1g}" if pair.p_different else "< 1e-300"
+    return mean_and_interval(by_seed, "+"), p
+
+
+def mean_and_interval(shares: list[float], sign: str = "") -> str:
+    """In points, with half of Student's 95 % interval."""
+    points = [100 * share for share in shares]
+    return f"{statistics.mean(points):{sign}.1f} ± {half_width(points):.1f}"
 
 
 def main() -> None:
