@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_what_experts_cannot_reach_is_refused(ptl, qwen3_30b, changes, options, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "experts"), [("qwen3_moe", 4), ("olmoe", 4), ("mixtral", 4), ("qwen2_moe-dense", 3), ("glm4_moe", 3)]
+    ("variant", "experts"), [("qwen3_moe", 4), ("glm4_moe", 3)], ids=["experts", "shared-expert-and-dense-layers"]
 )
 def test_the_config_of_a_mixture_is_validated_planned_and_rehearsed(variant, experts, ptl):
     tokenizer = AutoTokenizer.from_pretrained(REASONER / "checkpoint")
@@ -221,9 +222,13 @@ def test_the_config_of_a_mixture_is_validated_planned_and_rehearsed(variant, exp
         *("--data", REASONER / "train.jsonl.gz", "--task", REASONER / "tiny_reasoner.yaml"),
     )
     assert code == 0, said
-    for command in (["validate"], ["plan"], ["run", "--rehearse", "--home", "runs", "--set", "schedule.iterations=1"]):
-        code, said = ptl(command[0], "mine.yaml", *command[1:])
+    for command in ("validate", "plan"):
+        code, said = ptl(command, "mine.yaml")
         assert code == 0, said
+    # A process of its own: a run sets variables of the environment, which steps of other tests would follow.
+    command = ["run", "mine.yaml", "--rehearse", "--home", "runs", "--set", "schedule.iterations=1"]
+    run = subprocess.run([sys.executable, "-m", "ptl", *command], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(Path("runs/latest/result.json").read_text())["rows"]
     assert [row["scores"]["experts"] for row in rows if row["arm"] == "loop"] == [6, experts]
 

@@ -75,8 +75,8 @@ def test_prompts_that_do_not_fit_are_counted(file):
 def test_a_stop_text_ends_an_answer(file):
     lm = gguf_language_model(file, REASONER, settings())
     prompt = json.loads((EXAMPLE / "test.jsonl").read_text().splitlines()[0])["question"] + "\n"
-    (whole,) = lm.generate_until([request(prompt, {"until": []})])
-    (first_line,) = lm.generate_until([request(prompt, {"until": ["\n"]})])
+    (whole,) = lm.generate_until([request(prompt, {"until": [], "max_gen_toks": 64})])
+    (first_line,) = lm.generate_until([request(prompt, {"until": ["\n"], "max_gen_toks": 64})])
     assert first_line == whole.split("\n")[0] != whole
     assert lm.notes[prompt].tokens < len(lm.tok_encode(whole)) and not lm.notes[prompt].truncated
 

@@ -51,7 +51,11 @@ def stream_of(variant, folder, model=None):
 class Experts(nn.Module):
     """Two experts with two neurons each on hidden states of size 2; a neuron's activation is gate times up."""
 
-    act_fn = nn.Identity()
+    has_bias = is_transposed = False
+
+    def _apply_gate(self, projected):
+        gate, up = projected.chunk(2, dim=-1)
+        return gate * up
 
     def __init__(self):
         super().__init__()
