@@ -134,7 +134,7 @@ def _guard(client: Any, server_name: str) -> None:
         options |= {
             "preload_content": False,
             "redirect": False,
-            "timeout": Timeout(CONNECT_TIMEOUT, READ_TIMEOUT),
+            "timeout": Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT),
             "retries": Retry(total=None, connect=0, read=0, status=0, other=0),
         }
         with contextlib.closing(send(method, url, **options)) as answer:
