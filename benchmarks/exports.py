@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loops import ROOT, run, work_quietly
-from real_model import LENGTH, MODEL, other_texts, perplexity, ratio, solutions, subject
+from real_model import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
 from ptl.config.export import TYPES, Export
 from ptl.config.run import Evaluate
@@ -35,16 +35,6 @@ from ptl.model.checks import load_tokenizer
 RESULTS = ROOT / "benchmarks" / "results" / "exports.jsonl"
 WORK = ROOT / ".ptl" / "exports"  # the pruned model, and what an interrupted pruning has left
 SHARE, TOKENS, SEED = 0.3, 100_000, 1
-STAGE = {
-    "method": "cpt",
-    "learning_rate": 3e-4,
-    "loss": "all",
-    "batch_size": 8,
-    "max_length": LENGTH,
-    "dtype": "bfloat16",
-    "processes": 1,
-    "save_steps": 20,
-}
 PLAIN = "as it is"
 FORMS = {
     form.name: form for format_, types in TYPES.items() for form in [Export(format=format_, type=t) for t in types]
@@ -57,7 +47,7 @@ Row = dict[str, Any]
 def prune(data: Path) -> None:
     """Prune at once, and recover."""
     schedule = Schedule(target=SHARE, recovery_tokens=TOKENS, iterations=1)
-    trained = run(subject(data), schedule, Prune(width_multiple=32), [STAGE], SEED, WORK)
+    trained = run(subject(data), schedule, Prune(width_multiple=32), [training_stage("cpt", 3e-4)], SEED, WORK)
     print(trained.checkpoint, f"{trained.params:,} parameters")
 
 

@@ -106,23 +106,13 @@ def measure(cell: Cell, data: Path) -> Row:
     from ptl.config.schedule import Prune, Schedule
 
     work_quietly()
-    stage = {
-        "method": cell.method,
-        "learning_rate": cell.learning_rate,
-        "loss": "all",
-        "batch_size": 8,
-        "max_length": LENGTH,
-        "dtype": "bfloat16",  # of the forward and backward passes; AVX-512 halves their time
-        "processes": 1,
-        "save_steps": 20,
-    }
     arm = ARMS.get(cell.arm, Arm(ONE_SHOT, {}))
     # Without a removal the dense model is only trained.
     schedule = Schedule(target=cell.share or 1e-9, recovery_tokens=cell.tokens, iterations=arm.iterations)
     prune = Prune(width_multiple=32, **arm.prune)
     folder = WORK / "-".join(map(str, asdict(cell).values())).replace(" ", "-")
     began = time.process_time()
-    stages = [stage] if cell.tokens else []
+    stages = [training_stage(cell.method, cell.learning_rate)] if cell.tokens else []
     trained = run(subject(data), schedule, prune, stages, cell.seed, folder)
     seconds = time.process_time() - began
     row = asdict(cell) | {
@@ -136,6 +126,20 @@ def measure(cell: Cell, data: Path) -> Row:
     }
     shutil.rmtree(folder)
     return row
+
+
+def training_stage(method: str, learning_rate: float) -> dict[str, Any]:
+    """The one stage of each recovery."""
+    return {
+        "method": method,
+        "learning_rate": learning_rate,
+        "loss": "all",
+        "batch_size": 8,
+        "max_length": LENGTH,
+        "dtype": "bfloat16",  # of the forward and backward passes; AVX-512 halves their time
+        "processes": 1,
+        "save_steps": 20,
+    }
 
 
 def solutions(data: Path) -> list[tuple[str, str]]:

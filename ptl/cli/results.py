@@ -89,7 +89,7 @@ def _export_gguf(src: Path, dst: Path, type: str) -> None:
 
 def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> None:
     from ptl.export import compressed_tensors
-    from ptl.model import checkpoint, checks
+    from ptl.model import checkpoint
 
     types = TYPES["compressed-tensors"]
     if type not in types:
@@ -99,15 +99,9 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
         raise InputError(
             f"{type} needs text for calibration", field="--config", remedy="give the run's config, or take fp8"
         )
-    compressed_tensors.check_compressed(src, type)
-    with tempfile.TemporaryDirectory() as scratch:
-        sequences = None
-        if needs_text and config is not None:
-            settings = load_config(config)
-            sequences = Path(scratch) / "sequences.jsonl"
-            tokenizer = checks.load_tokenizer(src)
-            compressed_tensors.write_sequences(sequences, settings.calibration, tokenizer, settings.seed)
-        compressed_tensors.write_compressed(src, dst, type, sequences)
+    settings = load_config(config) if needs_text and config is not None else None
+    calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
+    compressed_tensors.write_calibrated(src, dst, type, calibration, seed)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
 

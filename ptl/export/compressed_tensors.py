@@ -19,7 +19,7 @@ from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
 from ptl.export import quantize
-from ptl.model import checkpoint
+from ptl.model import checkpoint, checks
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 from ptl.model.sizes import Sizes, read_sizes
@@ -39,6 +39,23 @@ REFUSED = {
 # Weights of a row that share a scale in w4a16; vLLM's kernels know these
 GROUP_SIZES = (128, 64, 32)
 LAST_LINES = 20  # of the output, in an error
+
+
+def write_calibrated(
+    src: Path,
+    dst: Path,
+    type: str,
+    calibration: Calibration | None,  # int8 and w4a16 need it
+    seed: int,
+) -> None:
+    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any."""
+    check_compressed(src, type)
+    with tempfile.TemporaryDirectory() as scratch:
+        sequences = None
+        if type in CALIBRATED and calibration is not None:
+            sequences = Path(scratch) / "sequences.jsonl"
+            write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
+        write_compressed(src, dst, type, sequences)
 
 
 def write_compressed(

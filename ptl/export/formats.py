@@ -128,14 +128,9 @@ def _check_compressed_installed() -> None:
 
 
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
-    from ptl.export.compressed_tensors import CALIBRATED, write_compressed, write_sequences
-    from ptl.model.checks import load_tokenizer
+    from ptl.export.compressed_tensors import write_calibrated
 
-    with tempfile.TemporaryDirectory() as scratch:
-        sequences = Path(scratch, "sequences.jsonl") if type in CALIBRATED else None
-        if sequences:
-            write_sequences(sequences, calibration, load_tokenizer(src), seed)
-        write_compressed(src, dst, type, sequences)
+    write_calibrated(src, dst, type, calibration, seed)
     return []
 
 
