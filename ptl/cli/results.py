@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptl import __version__
 from ptl.cli import destination, shipped
 from ptl.cli.options import CONFIG_HELP, HOME, Home, Servers, TargetFolder
 from ptl.config.export import TYPES
@@ -127,12 +128,25 @@ def report(
         folder = dst or _report_folder(result)
         render(result, folder)
     except (OSError, ValueError, LookupError, TypeError, UndefinedError) as error:
-        raise InputError(
-            f"{source} is no result of a run ({error!r})",
-            field="result",
-            remedy="give a result.json that this version of ptl has written",
-        ) from error
+        raise _unreadable(source, result, error) from error
     print(f"wrote {folder / 'report.html'}")
+
+
+def _unreadable(source: str, result: dict[str, Any], error: Exception) -> InputError:
+    """Why pages cannot be made of a file: another version has written it, or it is something else."""
+    versions = result.get("versions")
+    version = versions.get("ptl") if isinstance(versions, dict) else None
+    if version and version != __version__:
+        return InputError(
+            f"ptl {version} has written {source}, and ptl {__version__} cannot read it ({error!r})",
+            field="result",
+            remedy=f"make its report with ptl {version}",
+        )
+    return InputError(
+        f"{source} is no result of a run ({error!r})",
+        field="result",
+        remedy="give a result.json that this version of ptl has written",
+    )
 
 
 def _report_folder(result: dict[str, Any]) -> Path:

@@ -238,6 +238,10 @@ def test_a_result_of_another_version_is_named(records, settings, tmp_path, no_pi
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(InputError, match=r"is no result of a run .*regressions"):
         results.report(str(tmp_path / "result.json"), tmp_path / "pages")
+    result["versions"]["ptl"] = "0.0.9"
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match=r"ptl 0\.0\.9 has written .*regressions.*; make its report with ptl 0\.0\.9"):
+        results.report(str(tmp_path / "result.json"), tmp_path / "pages")
 
 
 def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
