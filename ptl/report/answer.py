@@ -62,8 +62,8 @@ def dense_pair(result: Result, task: str) -> Row | None:
     return pair
 
 
-def of_pair(pair: Row | None) -> Answer:
-    """The verdict on one benchmark, for the table of evidence."""
+def of_pair(pair: Row | None, reference: str) -> Answer:
+    """The verdict on one benchmark, for a row of a table; `reference` names the other model: `the dense model`."""
     if pair is None:
         return Answer("unclear", "Not tested")
     items = counted(pair["items"], "item")
@@ -71,7 +71,7 @@ def of_pair(pair: Row | None) -> Answer:
     words = {
         "inferior": "Worse",
         "fell": f"Fell; whether by more than {margin} cannot be said with {items}",
-        "unsolved": f"Cannot be said: the dense model solves {solved(pair)}",
+        "unsolved": f"Cannot be said: {reference} solves {solved(pair)}",
         "unclear": f"Cannot be said with {items}",
         "not inferior": f"Not worse within the margin of {margin}",
     }
@@ -96,7 +96,7 @@ def _said(pair: Row | None) -> str:
 
 
 def is_unsolved(pair: Row) -> bool:
-    """Whether the dense model solves too few items of a benchmark for any verdict."""
+    """Whether the reference solves too few items of a benchmark for any verdict."""
     return _said(pair) == "unsolved"
 
 

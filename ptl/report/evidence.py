@@ -115,7 +115,7 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> list
         else:
             scored = final["scores"]["tasks"][position]
             pair = result["paired_tasks"].get(task["task"], {}).get(key)
-            words = answer.of_pair(pair) if key == "dense" else _beside_control(result, pair)
+            words = answer.of_pair(pair, "the dense model") if key == "dense" else _beside_control(result, pair)
             lines.append(Line(label, before, _score(scored), _difference(task, scored, pair), words))
     return lines
 

@@ -1,4 +1,4 @@
-"""The forms for other runtimes as tables: size, score and speed of the dense and the final model."""
+"""The forms for other runtimes as tables: size, scores and speed of the dense and the final model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class ExportTable:
 
     title: str  # for example gguf-q4_k_m
     failed: str  # why there is none; empty where it was made
-    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, accuracy, interval, speed
+    tasks: tuple[str, ...] = ()  # benchmarks
+    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, a score for each benchmark, speed
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -45,19 +46,26 @@ def tables(result: dict[str, Any]) -> list[ExportTable]:
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """A sentence for each form, for the terminal."""
+    """Each form in a few words, for the terminal."""
     lines = []
     for table in tables(result):
         if table.failed:
             lines.append(f"Export {table.title} was not made: {table.failed}.")
             continue
-        _, weights, accuracy, *_ = table.rows[-1]
-        verdicts = [
-            f"{comparison.answer.text[0].lower()}{comparison.answer.text[1:]} (against {comparison.reference})"
-            for comparison in table.comparisons[:1]
-        ]
-        lines.append(f"Export {table.title}: {', '.join([weights, accuracy, *verdicts])}.")
+        _, weights, *scores, _ = table.rows[-1]
+        scored = [_scored(table, task, score) for task, score in zip(table.tasks, scores, strict=True)]
+        lines.append(" ".join([f"Export {table.title}: {weights}.", *scored]))
     return lines
+
+
+def _scored(table: ExportTable, task: str, score: str) -> str:
+    """A sentence: the score on a benchmark, with the verdict against the final model where there is one."""
+    sentence = f"{task}: {score}"
+    for comparison in table.comparisons:
+        if (comparison.task, comparison.reference) == (task, REFERENCES["final"]):
+            verdict = comparison.answer.text
+            sentence += f", against {comparison.reference}: {verdict[0].lower()}{verdict[1:]}"
+    return f"{sentence}."
 
 
 def _table(result: dict[str, Any], export: Row) -> ExportTable:
@@ -74,6 +82,7 @@ def _table(result: dict[str, Any], export: Row) -> ExportTable:
     return ExportTable(
         title=export["name"],
         failed="",
+        tasks=tuple(task["task"] for task in export["models"]["final"]["tasks"]),
         rows=tuple(_rows(result, export)),
         comparisons=tuple(_comparisons(export)),
         notes=tuple(notes),
@@ -96,14 +105,12 @@ def _rows(result: dict[str, Any], export: Row) -> list[tuple[str, ...]]:
 
 
 def _row(label: str, model: Row, original: int, speed: Row, name: str) -> tuple[str, ...]:
-    first = model["tasks"][0]
     ratio = model["bytes"] / original
     decode = speed.get("models", {}).get(name, [])
     return (
         label,
         f"{size(model['bytes'])} ({ratio:.2f}x)",
-        cells.accuracy(first),
-        cells.interval(first),
+        *map(cells.score, model["tasks"]),
         f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else "\u2013",
     )
 
@@ -114,5 +121,5 @@ def _comparisons(export: Row) -> list[Comparison]:
         for reference, words in REFERENCES.items():
             if reference in pairs:
                 pair = pairs[reference]
-                comparisons.append(Comparison(task, words, cells.comparison(pair), answer.of_pair(pair)))
+                comparisons.append(Comparison(task, words, cells.comparison(pair), answer.of_pair(pair, words)))
     return comparisons

@@ -20,13 +20,28 @@ def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings
     rows = [line for line in markdown.splitlines() if line.startswith(("| Dense", "| Final"))]
     assert [row.split(" | ")[0] for row in rows] == ["| Dense", "| Dense, q8_0", "| Final", "| Final, q8_0"]
     assert rows[0].split(" | ")[1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and "140.0 kB (0.16x)" in rows[3]
-    assert all(row.endswith("| 3,210 |") for row in rows)
+    assert "| | Weights | tiny\\_reasoner | tiny\\_retention | Tokens/s |" in markdown
+    assert rows[3].endswith("| 97.0 % (95.0 to 99.0) | 87.0 % (85.0 to 89.0) | 3,210 |")
     assert "| tiny\\_reasoner | the dense model in the same form | -1.0 points" in markdown
     assert f"Get the files: ptl fetch {result['run_id']}:{STEP} DIR" in html and result["run_id"]
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
-    verdict = "not worse within the margin of 2 points (against the final model)"
-    assert f"Export gguf-q8_0: 140.0 kB (0.16x), 97.0 %, {verdict}." in notes(result)
+    verdict = "against the final model: not worse within the margin of 2 points"
+    first = f"tiny_reasoner: 97.0 % (95.0 to 99.0), {verdict}."
+    assert f"Export gguf-q8_0: 140.0 kB (0.16x). {first} tiny_retention: 87.0 % (85.0 to 89.0)." in notes(result)
     assert STEP in [step["step"] for step in result["steps"]]
+
+
+def test_a_verdict_names_the_model_that_solves_nothing(records, settings, no_pictures, tmp_path):
+    form = export(127_872, 140_000, 0.97)
+    pairs = form["pairs"]["tiny_reasoner"]
+    for name in pairs:
+        pairs[name] = pairs[name] | {"reference": 0.0, "low": 0.0}
+    records[STEP] = record_of(STEP, form)
+    result, _, markdown = pages(records, settings, tmp_path)
+    for reference in ("the final model", "the dense model in the same form", "the dense model"):
+        assert f"Cannot be said: {reference} solves none of 500 items |" in markdown
+    said = "against the final model: cannot be said: the final model solves none of 500 items."
+    assert any(said in note for note in notes(result))
 
 
 def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no_pictures, tmp_path):
@@ -44,8 +59,8 @@ def test_without_benchmarks_of_right_and_wrong_items_nothing_is_compared(records
     records[STEP] = record_of(STEP, form | {"pairs": {}})
     result, html, markdown = pages(records, settings, tmp_path)
     assert "Final, in this form, against" not in html + markdown
-    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 |  | 3,210 |\n\n- a note on it\n" in markdown
-    assert "Export gguf-q8_0: 140.0 kB (0.16x), 12.3." in notes(result)
+    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 | 12.3 | 3,210 |\n\n- a note on it\n" in markdown
+    assert "Export gguf-q8_0: 140.0 kB (0.16x). tiny_reasoner: 12.3. tiny_retention: 12.3." in notes(result)
 
 
 def test_without_forms_there_is_no_section(records, settings, no_pictures, tmp_path):
