@@ -112,6 +112,8 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     workspace.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
     log_start = log.stat().st_size if log.is_file() else 0  # bytes of earlier commands
+    result = job.folder / "result.json"
+    earlier_result = _time_of_change(result)  # of a run that is resumed for a form that is missing
     # Finished steps are taken from the store's records, which also hold on a cluster, so KFP's own cache stays off.
     local.init(
         runner,
@@ -126,8 +128,13 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
         except Exception as error:
             raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.
-    if not (job.folder / "result.json").is_file():
+    if _time_of_change(result) == earlier_result:
         raise _step_error(RuntimeError("the steps ended without a result"), log, log_start)
+
+
+def _time_of_change(path: Path) -> int | None:
+    """In nanoseconds; None where there is no such file."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def _step_error(error: Exception, log: Path, log_start: int) -> InputError | WorkError:

@@ -17,7 +17,7 @@ from ptl.cli.configs import checked
 from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
-from ptl.errors import InputError, PtlError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 EXTRAS = ("prune", "recover", "evaluate", "pipelines")  # of a run in this machine's Python
 AFTER_INTERRUPT = "run the same command again to resume; finished steps are not redone"
-AFTER_FAILURE = (
+RESUMING = (
     "fix it and run the same command again to resume: finished steps are not redone; with a corrected config "
     "those with the same inputs and settings are taken over"
 )
+WITHOUT_FORM = "the report is written without what failed"
 
 
 def run(
@@ -81,6 +82,7 @@ def run(
             job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
+            _check_forms(directory)
             if rehearse:
                 arguments = [shipped.shown(config), *rehearsal.options(sets)]
                 rehearsal.conclude(directory, left_out, arguments, rehearsal.where(s3, runner, home))
@@ -111,7 +113,7 @@ def _execute(job: RunnerJob, runner: str, directory: RunDir, verbose: bool) -> N
     except PtlError as error:
         # The runner knows only that a step failed, the step has written why.
         failure = run_directory.step_error(directory) or error
-        raise type(failure)(f"{failure}\n{AFTER_FAILURE}") from error
+        raise type(failure)(f"{failure}\n{RESUMING}") from error
 
 
 def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifacts: str) -> None:
@@ -132,3 +134,11 @@ def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     print_table(json.loads(directory.result.read_text()), directory.path)
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
+
+
+def _check_forms(directory: RunDir) -> None:
+    """Raise WorkError where the final model lacks a form for another runtime; the report was written all the same."""
+    missing = directory.missing_forms
+    if missing:
+        reasons = "\n".join(f"{step}: {reason}" for step, reason in missing.items())
+        raise WorkError(f"{reasons}\n{WITHOUT_FORM}; {RESUMING}")

@@ -39,8 +39,13 @@ class RunDir:
 
     @property
     def result(self) -> Path:
-        """Written by the last step: its presence means that the run is finished."""
+        """Written by the last step: with it the run is finished, unless forms are missing."""
         return self.path / "result.json"
+
+    @property
+    def missing_forms(self) -> dict[str, str]:
+        """Why forms for other runtimes were not made, by the step that makes each; of a run with a result."""
+        return _missing_forms(self.result)
 
     @property
     def scratch(self) -> Path:
@@ -102,17 +107,25 @@ def _check_chosen(folder: Path, config: Config) -> bool:
 
 
 def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and configs of the runs of this name that have no result yet, the newest first."""
+    """Directories and configs of the runs of this name that lack their result, or a form of it, the newest first."""
     # Names end with the time: their order is that of the runs.
     unfinished = []
     for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
-        if (path / "result.json").is_file():
+        result = path / "result.json"
+        if result.is_file() and not _missing_forms(result):
             continue
         old_config = _read_config(path)
         # The pattern also fits a longer name.
         if old_config and old_config["name"] == config.name:
             unfinished.append((path, old_config))
     return unfinished
+
+
+def _missing_forms(result: Path) -> dict[str, str]:
+    """Step -> reason, of the exports that a result.json lacks."""
+    # The files of earlier versions have no exports.
+    exports = json.loads(result.read_text()).get("exports", [])
+    return {export["step"]: export["failed"] for export in exports if export["failed"]}
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:

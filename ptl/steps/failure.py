@@ -24,16 +24,19 @@ WEBHOOK = "PTL_WEBHOOK_URL"
 SECONDS = 10  # to wait for the webhook's answer
 
 
+def leave_for_runner(step: str, failure: Failure) -> None:
+    """Leave the reason for the command on this machine that the step ends: KFP itself only says that a task failed."""
+    folder = os.environ.get("PTL_RUN_DIR")
+    if folder:
+        error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
+        local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
+
+
 def announce(step: str, experiment: str, failure: Failure) -> None:
-    """Report it to the local runner, in MLflow and to the webhook; what cannot be reached is a line in the log.
+    """Report it in MLflow and to the webhook; what cannot be reached is a line in the log.
 
     A step whose attempts are used up has posted to the webhook before.
     """
-    folder = os.environ.get("PTL_RUN_DIR")
-    if folder:
-        # KFP's local runner itself only says that a task failed.
-        error = {"step": step, "message": failure.reason, "exit_code": failure.exit_code}
-        local_files.replace(Path(folder, "error.json"), json.dumps(error).encode())
     # What failed may be MLflow itself: waiting for it would only delay the webhook.
     with mlflow_client.briefly():
         _try(step, "MLflow", lambda: _fail_in_mlflow(Step(step, experiment), failure))

@@ -28,7 +28,6 @@ from ptl.steps.attempts import Failure, Policy, on_a_cluster, policy
 INPUTS = ("model", "dense", "scored", "fallback", "final", "control")
 PROCESS = "ptl.steps.process"  # the module that does the work
 Work = subprocess.Popen[bytes] | fork_server.Forked
-NOT_NEEDED = ("control-", "export-")  # steps without which a run can end
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long
 
 
@@ -146,15 +145,23 @@ def _end(process: Work) -> None:
 
 
 def _give_up(arguments: dict[str, Any], failure: Failure) -> None:
-    """Report a failure wherever somebody may look, and end the process.
-
-    On a cluster a control or an export that fails must not fail the run; on one machine the same command resumes it.
-    """
+    """Report a failure wherever somebody may look, and end the process where the run must end with it."""
     from ptl.steps import failure as reports
 
     step = str(arguments["step"])
     print(f"error: {step}: {failure.reason}", file=sys.stderr, flush=True)
+    ends_run = not _can_do_without(step)
+    if ends_run:
+        reports.leave_for_runner(step, failure)
     reports.announce(step, str(arguments["experiment"]), failure)
-    if not (step.startswith(NOT_NEEDED) and on_a_cluster()):
+    if ends_run:
         sys.exit(failure.exit_code)
     reports.pass_on(step, failure.reason, arguments)
+
+
+def _can_do_without(step: str) -> bool:
+    """Whether a run reaches its report without a step: any without an export, and on a cluster without its control.
+
+    On one machine somebody sees the control fail, and the same command resumes it.
+    """
+    return step.startswith("export-") or (step.startswith("control-") and on_a_cluster())

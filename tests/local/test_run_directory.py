@@ -109,6 +109,20 @@ def test_a_damaged_run_of_this_name_does_not_stop_new_ones(tmp_path, config):
     assert not resumed and run.path != damaged
 
 
+@pytest.mark.parametrize("failed", ["", "no tokenizer"], ids=["made", "failed"])
+def test_a_run_without_one_of_its_forms_is_resumed_though_it_has_a_result(failed, tmp_path, config):
+    run, _ = open_run(tmp_path, config, None, False)
+    with working(run, config, leave):
+        exports = [{"step": "export-gguf-q8-0", "failed": ""}, {"step": "export-gguf-q4-0", "failed": failed}]
+        run.result.write_text(json.dumps({"exports": exports}))
+    assert run.missing_forms == ({"export-gguf-q4-0": failed} if failed else {})
+    again, resumed = open_run(tmp_path, config, None, False)
+    assert resumed == bool(failed) and (again.path == run.path) == bool(failed)
+    # With a corrected config its steps may be taken over.
+    corrected, _ = open_run(tmp_path, config.model_copy(update={"seed": 1}), None, False)
+    assert corrected.earlier == ((run.run_id,) if failed else ())
+
+
 def test_a_failure_that_was_left_is_read(tmp_path, config):
     run = RunDir(tmp_path, tmp_path)
     assert run_directory.step_error(run) is None

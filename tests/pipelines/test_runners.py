@@ -65,6 +65,20 @@ def test_a_path_with_the_interpreters_name_in_it_stays_as_it_is(tmp_path):
     assert json.loads((folder / "result.json").read_text()) == ["/lib/python3.11"] * 2
 
 
+def test_a_result_of_an_earlier_command_is_not_taken_for_one_of_this(tmp_path):
+    """As in a run that is resumed for a form that is missing."""
+
+    @dsl.pipeline
+    def small():
+        write(text="not the result")
+
+    (tmp_path / "result.json").write_text("{}")
+    path = tmp_path / "pipeline.yaml"
+    compiler.Compiler().compile(small, str(path))
+    with pytest.raises(WorkError, match="the steps ended without a result"):
+        run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("write",)))
+
+
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
     """Recoveries take the scores of evaluate-0, after other evaluate steps have written theirs."""
 

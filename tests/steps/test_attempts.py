@@ -355,6 +355,17 @@ def test_on_one_machine_a_failed_control_is_resumed_like_any_step(go, mlflow, tm
     assert go("ok", step="control-prune", pointer=DENSE)[0] == 0 and mlflow("control-prune")[0] == "FINISHED"
 
 
+@pytest.mark.slow
+def test_on_one_machine_too_a_failed_export_does_not_keep_the_report_from_being_written(go, mlflow, tmp_path):
+    assert go("input", retries=0, step="export-gguf-q8-0", pointer=DENSE)[0] == 0
+    assert Pointer.load((tmp_path / "out").read_text()).digest == DENSE.digest
+    # The command does not end with this step: what may fail later has its own reason.
+    assert not (tmp_path / "error.json").exists()
+    status, tags = mlflow("export-gguf-q8-0")
+    assert status == "FAILED" and tags["ptl.error"] == "schedule.target: 7 must be below 1"
+    assert go("ok", step="export-gguf-q8-0", pointer=DENSE)[0] == 0 and mlflow("export-gguf-q8-0")[0] == "FINISHED"
+
+
 def started(step):
     return Step(step, "ptl-test").start()
 
