@@ -47,12 +47,14 @@ data: install ## make the shipped problems again
 	$(BIN)/python examples/tiny_reasoner/problems.py --split train --count 10000 --seed 0 -o examples/tiny_reasoner/train.jsonl.gz
 	$(BIN)/python examples/tiny_reasoner/problems.py --split test --count 1000 --seed 0 -o examples/tiny_reasoner/test.jsonl
 
-images: install ## the three step images, on the Docker engine that answers (docs/images.md)
-	$(BIN)/ptl images build
+images: install ## the steps' images, on the Docker engine that answers; WITH="NAME..." adds optional ones (docs/images.md)
+	$(BIN)/ptl images build $(WITH:%=--with %)
 
 # REGISTRY=HOST/PATH builds the images too; IMAGES=FILE takes the digests of images that are there (docs/release.md).
+# WITH= leaves the images of exports out, WITH=all adds that of vLLM.
+release: WITH = export-gguf export-compressed-tensors
 release: install ## all that a version is, in dist/; nothing is uploaded (docs/release.md)
-	$(BIN)/python release.py $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(IMAGES),--images $(IMAGES))
+	$(BIN)/python release.py $(WITH:%=--with %) $(if $(REGISTRY),--registry $(REGISTRY)) $(if $(IMAGES),--images $(IMAGES))
 
 ci-path: install ## compile, images, a short run in containers with S3, compare, report (docs/ci.md)
 	PATH="$$PWD/$(BIN):$$PATH" .ci/docker.sh run examples/ci/local_path.sh

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl import __version__
-from ptl.cli import configs
+from ptl.cli import configs, shipped
+from ptl.config import image_names
+from ptl.config.run import load_config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.local import images
 
@@ -39,14 +41,14 @@ for config in sorted(shipped.CONFIGS.glob("*.yaml")):
     configs.compile(config, folder / config.name, [], images)
 """
 WITH_IMAGES = """\
-    make release REGISTRY=registry.example.com/team        # builds them, where a Docker engine answers
+    make release REGISTRY=registry.example.com/team WITH='{names}'        # where a Docker engine answers
   or, with images that are in the registry already, from a machine that has pulled or pushed them:
-    ptl images digests --registry registry.example.com/team > images.json
-    make release IMAGES=images.json"""
+    ptl images digests --registry registry.example.com/team{options} > images.json
+    make release IMAGES=images.json WITH='{names}'"""
 AFTER_A_PUSH = """\
-    ptl images push --registry {registry}
-    ptl images digests --registry {registry} > images.json
-    make release IMAGES=images.json"""
+    ptl images push --registry {registry}{options}
+    ptl images digests --registry {registry}{options} > images.json
+    make release IMAGES=images.json WITH='{names}'"""
 
 
 def main() -> None:
@@ -54,19 +56,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--registry", default="", help="build the images for this registry")
     parser.add_argument("--images", type=Path, help="file of `ptl images digests`: the images are there already")
+    parser.add_argument(
+        "--with", dest="chosen", action="append", default=[], metavar="IMAGE", help="as for `ptl images`; repeatable"
+    )
     options = parser.parse_args()
     try:
-        release(options.registry, options.images)
+        release(options.registry, options.images, options.chosen)
     except PtlError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
-def release(registry: str, images_file: Path | None) -> None:
+def release(registry: str, images_file: Path | None, chosen: list[str]) -> None:
     """Replace dist/; everything that can be refused is refused before anything is built."""
     notes = changelog_entry(CHANGELOG.read_text(), __version__)
     check_commit()
-    section = known_images(images_file) if images_file else None
+    optional = optional_images(chosen)
+    section = known_images(images_file, optional) if images_file else None
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         made = work / "dist"
@@ -75,7 +81,7 @@ def release(registry: str, images_file: Path | None) -> None:
         wheel = build(exported(work / "source"), made, work)
         skipped = None
         if section is None:
-            section, skipped = built_images(registry)
+            section, skipped = built_images(registry, optional)
         if section is not None:
             (made / "images.json").write_text(json.dumps(section, indent=2) + "\n")
             compile_configs(wheel, made, work)
@@ -120,13 +126,27 @@ def check_commit() -> None:
         )
 
 
-def known_images(file: Path) -> dict[str, Any]:
-    """The section of a file of `ptl images digests`, of this version."""
+def optional_images(chosen: list[str]) -> list[str]:
+    """Optional images of the release: those that are chosen, and those that a shipped config needs."""
+    shipped_configs = [load_config(file) for file in shipped.CONFIGS.glob("*.yaml")]
+    needed = [name for config in shipped_configs for name in config.optional_images()]
+    return image_names.chosen([*chosen, *needed])
+
+
+def known_images(file: Path, optional: list[str]) -> dict[str, Any]:
+    """The section of a file of `ptl images digests`, of this version and with all images of the release."""
     section = configs.images_section(file)
     tag = section["tag"]
     if tag != __version__:
         raise InputError(
             f"{file} is of images {tag}, not {__version__}", field="--images", remedy="give this version's"
+        )
+    absent = [name for name in (*image_names.IMAGES, *optional) if name not in section["digests"]]
+    if absent:
+        raise InputError(
+            f"{file} has no digest of {', '.join(absent)}",
+            field="--images",
+            remedy=f"make it with `ptl images digests{image_names.with_options(optional)}`, or give a shorter WITH=...",
         )
     return section
 
@@ -185,24 +205,27 @@ def normalize(sdist: Path, epoch: int) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def built_images(registry: str) -> tuple[dict[str, Any] | None, str | None]:
+def built_images(registry: str, optional: list[str]) -> tuple[dict[str, Any] | None, str | None]:
     """Build the images; returns their section of a config, or what was skipped and how to do it."""
+    options = image_names.with_options(optional)
+    placeholders = {"registry": registry, "options": options, "names": " ".join(optional)}
     what = "the images, their digests, and the configs compiled against these"
     if not registry:
-        return None, f"{what}: no registry is named.\n{WITH_IMAGES}"
+        return None, f"{what}: no registry is named.\n{WITH_IMAGES.format(**placeholders)}"
     try:
         images.require_engine()
     except WorkError as error:
-        return None, f"{what}: {error}.\n{WITH_IMAGES}"
+        return None, f"{what}: {error}.\n{WITH_IMAGES.format(**placeholders)}"
     # The command reads the build's settings from the environment, as docs/images.md says.
-    built = subprocess.run([sys.executable, "-m", "ptl", "images", "build", "--registry", registry], cwd=ROOT)
+    command = [sys.executable, "-m", "ptl", "images", "build", "--registry", registry, *options.split()]
+    built = subprocess.run(command, cwd=ROOT)
     if built.returncode != 0:
         raise WorkError("the images were not built", remedy="the output above says why")
     try:
-        return images.digests(registry), None
+        return images.digests(registry, optional=optional), None
     except InputError:
         # Without containerd's image store an engine compresses layers, and so learns a digest, only when it pushes.
-        how = AFTER_A_PUSH.format(registry=registry)
+        how = AFTER_A_PUSH.format(**placeholders)
         return None, f"the digests, and the configs compiled against these: this engine learns them by a push.\n{how}"
 
 

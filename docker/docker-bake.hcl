@@ -1,4 +1,5 @@
-# docker buildx bake --file docker/docker-bake.hcl        all three images, from the root of the checkout
+# docker buildx bake --file docker/docker-bake.hcl        the three images of every run, from the root of the checkout
+# `ptl images build` names its targets; with `--with NAME` those that only some runs need.
 # Each variable is set by an environment variable of its name. `ptl images build` sets REGISTRY, TAG, VERSION and REVISION.
 
 variable "REGISTRY" {
@@ -57,7 +58,7 @@ target "image" {
   }
 }
 
-# Not in the default group: larger than the others together. docker buildx bake --file docker/docker-bake.hcl evaluate-vllm
+# Not in the default group: larger than the others together.
 target "evaluate-vllm" {
   context    = "."
   dockerfile = "docker/Dockerfile"

@@ -131,7 +131,33 @@ def test_a_version_whose_tag_is_another_commit_is_refused(here):
 def test_images_of_another_version_are_refused(tmp_path):
     (tmp_path / "images.json").write_text(json.dumps({**SECTION, "tag": "9"}))
     with pytest.raises(InputError, match="is of images 9"):
-        release.known_images(tmp_path / "images.json")
+        release.known_images(tmp_path / "images.json", [])
+
+
+def test_a_file_without_all_images_of_the_release_is_refused(tmp_path):
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(SECTION))
+    assert release.known_images(file, []) == SECTION
+    named = "has no digest of export-gguf; make it with `ptl images digests --with export-gguf`"
+    with pytest.raises(InputError, match=re.escape(named)):
+        release.known_images(file, ["export-gguf"])
+
+
+def test_a_release_has_the_images_that_shipped_configs_need(tmp_path, monkeypatch):
+    assert release.optional_images(["export-gguf"]) == ["export-gguf"]
+    monkeypatch.setattr(shipped, "CONFIGS", tmp_path)
+    text = (ROOT / "pipelines" / "prune_tune_loop" / "configs" / "smollm2-135m-gsm8k.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text + "\nexport: [{format: compressed-tensors, type: fp8}]\n")
+    assert release.optional_images(["export-gguf"]) == ["export-gguf", "export-compressed-tensors"]
+
+
+def test_make_release_takes_the_images_of_exports_unless_others_are_named():
+    def command(*variables):
+        return subprocess.run(["make", "-n", "release", *variables], cwd=ROOT, capture_output=True, text=True).stdout
+
+    assert "release.py --with export-gguf --with export-compressed-tensors --registry r " in command("REGISTRY=r")
+    assert "--with" not in command("REGISTRY=r", "WITH=")
+    assert "release.py --with all --registry r " in command("REGISTRY=r", "WITH=all")
 
 
 @pytest.mark.slow
@@ -160,18 +186,26 @@ def test_a_release_that_builds_images_takes_their_digests_from_the_engine(tmp_pa
     """By a mock of docker, as an engine with containerd's image store answers; other engines have no digest yet."""
     program = tmp_path / "docker"
     lines = ["#!/bin/sh", 'echo "$*" >>"$0.log"', 'case "$*" in', 'image*$NONE*) echo "[]" ;;']
-    lines += [f"*/ptl-{name}:*) echo '[\"{SECTION['registry']}/ptl-{name}@{DIGESTS[name]}\"]' ;;" for name in DIGESTS]
+    digests = {**DIGESTS, "export-gguf": f"sha256:{3:064x}"}
+    lines += [f"*/ptl-{name}:*) echo '[\"{SECTION['registry']}/ptl-{name}@{digests[name]}\"]' ;;" for name in digests]
     text = "\n".join([*lines, "esac", ""])
     program.write_text(text)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("NONE", "nothing")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert release.built_images("registry.example.com/team") == (SECTION, None)
-    assert "buildx bake --file docker/docker-bake.hcl --load" in Path(f"{program}.log").read_text()
-    monkeypatch.setenv("NONE", "recover")
-    section, skipped = release.built_images("registry.example.com/team")
-    assert section is None and "ptl images push --registry registry.example.com/team\n" in skipped
+    assert release.built_images("registry.example.com/team", []) == (SECTION, None)
+    more = {**SECTION, "digests": digests}
+    assert release.built_images("registry.example.com/team", ["export-gguf"]) == (more, None)
+    bakes = [line for line in Path(f"{program}.log").read_text().splitlines() if line.startswith("buildx bake ")]
+    # In between may be where this machine downloads from.
+    assert all(line.startswith("buildx bake --file docker/docker-bake.hcl --load ") for line in bakes)
+    targets = "prune recover evaluate"
+    assert [line[line.index(targets) :] for line in bakes] == [targets, f"{targets} export-gguf"]
+    monkeypatch.setenv("NONE", "gguf")
+    section, skipped = release.built_images("registry.example.com/team", ["export-gguf"])
+    assert section is None and "ptl images push --registry registry.example.com/team --with export-gguf\n" in skipped
+    assert "make release IMAGES=images.json WITH='export-gguf'" in skipped
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 from ptl import address
 from ptl.config.flat_settings import flat_settings
+from ptl.config.image_names import with_options
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.local import images
@@ -32,10 +33,11 @@ def check(config: Config, tracking_uri: str) -> None:
     except WorkError as error:
         raise InputError(str(error), field="--runner docker") from error
     if absent:
+        options = with_options(config.optional_images())
         raise InputError(
             f"the engine has no {', '.join(absent)}",
             field="--runner docker",
-            remedy="make them with `ptl images build`, pull them, or correct images.registry and images.tag",
+            remedy=f"make them with `ptl images build{options}`, pull them, or correct images.registry and images.tag",
         )
     use_same_engine()
 

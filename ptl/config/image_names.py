@@ -19,8 +19,9 @@ IMAGE_OF = {
     "export-compressed-tensors": "export-compressed-tensors",
     "evaluate-vllm": "evaluate-vllm",  # evaluate's steps with `evaluate.backend: vllm`
 }
-IMAGES = ("prune", "recover", "evaluate")
-OPTIONAL = ("evaluate-vllm", "export-gguf", "export-compressed-tensors")  # made by bake alone
+IMAGES = ("prune", "recover", "evaluate")  # every run needs them
+OPTIONAL = ("evaluate-vllm", "export-gguf", "export-compressed-tensors")  # only some runs do
+ALL = "all"  # of OPTIONAL, for `--with`
 
 # The grammar of image references (distribution/reference).
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -70,3 +71,21 @@ def names(
     """The three images, in the order of IMAGES, and `optional` ones, of OPTIONAL; `digests` are by image."""
     known = digests or {}
     return [image(step, registry, tag, known.get(IMAGE_OF[step])) for step in (*IMAGES, *optional)]
+
+
+def chosen(optional: Iterable[str]) -> list[str]:
+    """The images of OPTIONAL that `--with` names, each once and in that order. Raises InputError for another name."""
+    wanted = set(optional)
+    unknown = sorted(wanted.difference(OPTIONAL, [ALL]))
+    if unknown:
+        raise InputError(
+            f"{unknown[0]!r} must be one of {', '.join(OPTIONAL)}, {ALL}",
+            field="--with",
+            remedy=f"{', '.join(IMAGES)} are always included",
+        )
+    return [name for name in OPTIONAL if name in wanted or ALL in wanted]
+
+
+def with_options(optional: Iterable[str]) -> str:
+    """What follows `ptl images build` (or push, digests) for the optional images, ` --with NAME` for each."""
+    return "".join(f" --with {name}" for name in optional)

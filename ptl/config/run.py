@@ -229,10 +229,10 @@ class Config(Section):
 
     def image_names(self) -> list[str]:
         """The images that the steps of this run need."""
-        return [self.images.of(step) for step in (*image_names.IMAGES, *self._optional_steps())]
+        return [self.images.of(step) for step in (*image_names.IMAGES, *self.optional_images())]
 
-    def _optional_steps(self) -> list[str]:
-        """Steps of the run with an image that only some runs need."""
+    def optional_images(self) -> list[str]:
+        """The images of this run that only some runs need, names of image_names.OPTIONAL."""
         steps = ["evaluate-vllm"] if self.evaluate.backend == "vllm" else []
         formats = dict.fromkeys(export.format for export in self.export)  # each once
         return [*steps, *(f"export-{name}" for name in formats)]
@@ -279,10 +279,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _all_images_have_a_digest_or_none(self) -> Config:
         digests = self.images.digests
-        absent = [step for step in (*image_names.IMAGES, *self._optional_steps()) if step not in digests]
+        optional = self.optional_images()
+        absent = [name for name in (*image_names.IMAGES, *optional) if name not in digests]
         # One image by its digest beside another by its tag could be of two builds.
         if digests and absent:
-            raise ValueError(f"images.digests has none of {', '.join(absent)}: add it, or remove all")
+            command = f"ptl images digests{image_names.with_options(optional)}"
+            raise ValueError(
+                f"images.digests has none of {', '.join(absent)}: take what `{command}` prints, or remove all"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from ptl import __version__
-from ptl.config.image_names import IMAGES, names
+from ptl.config.image_names import IMAGES, names, with_options
 from ptl.errors import InputError, WorkError
 from ptl.revision import revision_of
 
@@ -22,6 +22,7 @@ BAKE_FILE = Path("docker", "docker-bake.hcl")
 def build(
     registry: str = "",
     tag: str | None = None,
+    optional: Collection[str] = (),
     *,
     base_image: str | None = None,
     cpu: bool = False,
@@ -31,18 +32,21 @@ def build(
 ) -> list[str]:
     """Build the three images with `docker buildx bake` and load them into the engine; returns their names.
 
-    `base_image` replaces the CUDA base; `cpu` takes the locks that leave the CUDA libraries out (docs/images.md says
-    where their torch comes from). `ca` is a CA bundle and `index` the address of a package index, both only for the
-    build's downloads; `wheels` is a folder of local wheels. Raises InputError outside a checkout and for a missing
-    file, WorkError when no engine answers or a build fails.
+    `optional` are further ones, of image_names.OPTIONAL. `base_image` replaces the CUDA base; `cpu` takes the locks
+    that leave the CUDA libraries out (docs/images.md says where their torch comes from). `ca` is a CA bundle and
+    `index` the address of a package index, both only for the build's downloads; `wheels` is a folder of local wheels.
+    Raises InputError outside a checkout, for a missing file and for an image that has no CPU build, WorkError when no
+    engine answers or a build fails.
     """
-    built = names(registry, tag)
+    built = names(registry, tag, optional=optional)
     if not (ROOT / BAKE_FILE).is_file():  # docker/ is not in the wheel
         raise InputError(
             f"no {BAKE_FILE} under {ROOT}",
             field="images",
             remedy="run this in a checkout of the repository",
         )
+    if cpu and "evaluate-vllm" in optional:
+        raise InputError("evaluate-vllm has no build for CPUs", field="--with", remedy="leave it out, or --cpu")
     require_engine()
     settings = {
         "REGISTRY": f"{registry}/" if registry else "",
@@ -58,7 +62,8 @@ def build(
     if index:
         settings["PIP_INDEX_URL"] = index  # by the environment: it may hold a password
     downloads = _download_options(ca, index, wheels)
-    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, **settings)
+    targets = [*IMAGES, *optional]
+    _docker("buildx", "bake", "--file", str(BAKE_FILE), "--load", *downloads, *targets, **settings)
     return built
 
 
@@ -81,37 +86,37 @@ def _download_options(ca: Path | None, index: str | None, wheels: Path | None) -
     return options
 
 
-def push(registry: str, tag: str | None = None) -> list[str]:
-    """Push the three images that `build` made; the engine's own login is used. Returns their names."""
+def push(registry: str, tag: str | None = None, optional: Collection[str] = ()) -> list[str]:
+    """Push the images that `build` made; the engine's own login is used. Returns their names."""
     if not registry:
         raise InputError(
             "pushing needs one",
             field="registry",
             remedy="give --registry host[:port][/path], as for the build",
         )
-    # All three or none: a tag must not name images of two builds.
-    pushed = names(registry, tag)
+    # All or none: a tag must not name images of two builds.
+    pushed = names(registry, tag, optional=optional)
     absent = missing(pushed)
     if absent:
         raise InputError(
             f"the engine has no {', '.join(absent)}",
             field="images",
-            remedy="build with the same registry and tag first",
+            remedy="build with the same registry, tag and optional images first",
         )
     for name in pushed:
         _docker("push", name)
     return pushed
 
 
-def digests(registry: str, tag: str | None = None) -> dict[str, Any]:
-    """The section `images` of a config that names the three images by their digests, as this engine knows them.
+def digests(registry: str, tag: str | None = None, optional: Collection[str] = ()) -> dict[str, Any]:
+    """The section `images` of a config that names the images by their digests, as this engine knows them.
 
     An engine with containerd's image store knows the digest of what it has built; others learn it by a push or a pull.
     Raises InputError for an image without one.
     """
     require_engine()
     by_image = {}
-    for step, name in zip(IMAGES, names(registry, tag), strict=True):
+    for step, name in zip((*IMAGES, *optional), names(registry, tag, optional=optional), strict=True):
         answer = _docker_quietly("image", "inspect", name, "--format", "{{json .RepoDigests}}")
         repository = name.rpartition(":")[0]
         references = json.loads(answer.stdout) if answer.returncode == 0 else []
@@ -121,7 +126,8 @@ def digests(registry: str, tag: str | None = None) -> dict[str, Any]:
             raise InputError(
                 f"the engine knows no digest of {name}",
                 field="images",
-                remedy="push it first (`ptl images push`), or pull it; both with this registry and tag",
+                remedy=f"push it first (`ptl images push{with_options(optional)}`), or pull it; both with this "
+                "registry and tag",
             )
         by_image[step] = found[-1].partition("@")[2]
     return {"registry": registry, "tag": tag or __version__, "digests": by_image}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl import address
+from ptl.config.image_names import with_options
 from ptl.config.run import Config, check
 from ptl.errors import InputError, PtlError
 from ptl.preflight import doctor_http as http
@@ -127,6 +128,7 @@ def images(config: Config) -> Finding:
     """The steps' images are in the registry, from which the cluster pulls them."""
     names = config.image_names()
     listed = ", ".join(names)
+    options = with_options(config.optional_images())
     if not config.images.registry:
         # Nodes that hold the images already (kind, minikube) need no registry.
         if config.resources.image_pull_policy == "Never":
@@ -135,15 +137,15 @@ def images(config: Config) -> Finding:
             "images",
             "error",
             "images.registry is not set: a cluster cannot pull from the Docker engine of this machine",
-            "ptl images push --registry HOST/PATH, and set images.registry to it; where the nodes hold the images "
-            "already (kind load), set resources.image_pull_policy: Never",
+            f"ptl images push --registry HOST/PATH{options}, and set images.registry to it; where the nodes hold the "
+            "images already (kind load), set resources.image_pull_policy: Never",
         )
-    problems = filter(None, map(_registry_problem, names))
+    problems = filter(None, (_registry_problem(name, options) for name in names))
     return next(problems, Finding("images", "ok", f"{listed} can be pulled"))
 
 
-def _registry_problem(name: str) -> Finding | None:
-    """What keeps a cluster from pulling an image; None where nothing does."""
+def _registry_problem(name: str, options: str) -> Finding | None:
+    """What keeps a cluster from pulling an image; None where nothing does. `options` are for building the run's."""
     status = http.manifest_status(name)
     if status == 200:
         return None
@@ -153,7 +155,8 @@ def _registry_problem(name: str) -> Finding | None:
             "images",
             "error",
             f"{name} is not in the registry",
-            "ptl images build, then ptl images push, with this registry and tag; or correct images.registry",
+            f"ptl images build{options}, then ptl images push{options}, with this registry and tag; or correct "
+            "images.registry",
         )
     if status in http.REFUSED:
         return Finding(

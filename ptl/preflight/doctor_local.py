@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ptl import address, extras
 from ptl.config import trackers
+from ptl.config.image_names import with_options
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import one_shot, plan, removal
@@ -128,7 +129,8 @@ def engine(config: Config, missing_images: MissingImages) -> Finding:
     listed = ", ".join(names)
     absent = ", ".join(missing_images(names))
     if absent:
-        return Finding("images", "error", f"the engine has no {absent}", "build them: ptl images build")
+        options = with_options(config.optional_images())
+        return Finding("images", "error", f"the engine has no {absent}", f"build them: ptl images build{options}")
     # A database's file is outside of the containers.
     if not address.is_server(tracking_uri()):
         return Finding(

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
@@ -29,6 +30,7 @@ LOCKS = ROOT / "docker" / "locks"
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 INSTALL_LOCK = ROOT / "docker" / "install-lock.sh"
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.IMAGES)}
+ALL_DIGESTS = DIGESTS | {name: f"sha256:{number:064x}" for number, name in enumerate(image_names.OPTIONAL, 3)}
 SECTION = {"registry": "registry.example.com/team", "tag": "7", "digests": DIGESTS}
 SCRIPTS = [ROOT / ".ci" / "docker.sh", ROOT / "docker" / "lock.sh", INSTALL_LOCK]
 
@@ -63,6 +65,16 @@ def test_name_is_registry_image_and_version():
     assert image_names.image("report") == image_names.image("evaluate")
 
 
+def test_optional_images_are_chosen_by_name():
+    assert image_names.chosen([]) == []
+    assert image_names.chosen(["export-gguf", "evaluate-vllm", "export-gguf"]) == ["evaluate-vllm", "export-gguf"]
+    assert image_names.chosen(["export-gguf", "all"]) == list(image_names.OPTIONAL)
+    choices = "evaluate-vllm, export-gguf, export-compressed-tensors, all; prune, recover, evaluate are always included"
+    for name in ("gguf", "prune", ""):
+        with pytest.raises(InputError, match=re.escape(f"--with: {name!r} must be one of {choices}")):
+            image_names.chosen(["all", name])
+
+
 def test_with_digests_every_image_is_named_by_its_own():
     from ptl.config.run import load_config
 
@@ -75,6 +87,22 @@ def test_with_digests_every_image_is_named_by_its_own():
     ):
         with pytest.raises(InputError, match=re.escape(named)):
             load_config(CONFIGS / "tiny.yaml", {"images.digests": digests})
+
+
+def test_a_file_of_images_may_have_more_than_a_run_needs_and_must_not_have_less(tmp_path):
+    from ptl.cli.configs import load
+
+    three, six = tmp_path / "three.json", tmp_path / "six.json"
+    three.write_text(json.dumps(SECTION))
+    six.write_text(json.dumps({**SECTION, "digests": ALL_DIGESTS}))
+    assert load(CONFIGS / "tiny.yaml", [], six).image_names() == load(CONFIGS / "tiny.yaml", [], three).image_names()
+    exports = ["export=[{format: gguf, type: q8_0}, {format: compressed-tensors, type: fp8}]"]
+    needed = image_names.names("registry.example.com/team", "7", ALL_DIGESTS, optional=image_names.OPTIONAL[1:])
+    assert load(CONFIGS / "tiny.yaml", exports, six).image_names() == needed
+    command = "ptl images digests --with export-gguf --with export-compressed-tensors"
+    named = f"images.digests has none of export-gguf, export-compressed-tensors: take what `{command}` prints"
+    with pytest.raises(InputError, match=re.escape(named)):
+        load(CONFIGS / "tiny.yaml", exports, three)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +140,18 @@ def test_bake_file_has_the_same_images_and_version():
         '"evaluate-vllm"',
         '"export-compressed-tensors"',
     ]
+
+
+def test_every_image_has_a_target_of_its_name_and_may_have_a_digest_in_a_config():
+    from ptl.config.run import ImageName
+
+    bake = (ROOT / images.BAKE_FILE).read_text()
+    matrix = json.loads(re.search(r"matrix\s+= \{ step = (\[.*?\]) \}", bake)[1])
+    alone = [name for name in re.findall(r'^target "(.*)" \{$', bake, re.M) if name != "image"]
+    assert sorted([*matrix, *alone]) == sorted([*image_names.IMAGES, *image_names.OPTIONAL])
+    assert get_args(ImageName) == (*image_names.IMAGES, *image_names.OPTIONAL)
+    for name in alone:
+        assert f'tags       = ["${{REGISTRY}}ptl-{name}:${{TAG}}"]' in bake
 
 
 @pytest.mark.slow
@@ -281,9 +321,31 @@ def test_build_passes_the_settings_to_bake(stub_docker):
     built = images.build("registry.example.com/team", "7", base_image="base:1", cpu=True)
     assert built == image_names.names("registry.example.com/team", "7")
     assert stub_docker.read_text().splitlines()[-1] == (
-        "buildx bake --file docker/docker-bake.hcl --load"
+        "buildx bake --file docker/docker-bake.hcl --load prune recover evaluate"
         " | registry.example.com/team/ 7 base:1 docker/locks/cpu --verify-hashes"
     )
+
+
+def test_optional_images_are_built_and_pushed_with_the_three(stub_docker, monkeypatch):
+    optional = ["export-gguf", "export-compressed-tensors"]
+    names = image_names.names("registry.example.com", "7", optional=optional)
+    assert images.build("registry.example.com", "7", optional) == names
+    called = stub_docker.read_text().splitlines()[-1]
+    assert " --load prune recover evaluate export-gguf export-compressed-tensors |" in called
+    assert images.push("registry.example.com", "7", optional) == names
+    pushed = [line.split()[1] for line in stub_docker.read_text().splitlines() if line.startswith("push ")]
+    assert pushed == names
+    # All or none.
+    monkeypatch.setenv("FAIL", "image inspect *export-gguf*")
+    with pytest.raises(InputError, match=re.escape("no registry.example.com/ptl-export-gguf:7; build")):
+        images.push("registry.example.com", "7", optional)
+    assert len(pushed) == sum(line.startswith("push ") for line in stub_docker.read_text().splitlines())
+
+
+def test_the_image_with_vllm_is_not_built_for_cpus(stub_docker):
+    with pytest.raises(InputError, match="--with: evaluate-vllm has no build for CPUs"):
+        images.build(optional=image_names.OPTIONAL, cpu=True)
+    assert not stub_docker.exists()
 
 
 def test_where_packages_come_from(stub_docker, tmp_path, monkeypatch):
@@ -304,10 +366,11 @@ def test_where_packages_come_from(stub_docker, tmp_path, monkeypatch):
     wheels.mkdir()
     settings = f"--set *.secrets=id=ca,src={ca} --set *.secrets=id=index,env=PIP_INDEX_URL"
     called = build("--ca", ca, "--index", index, "--wheels", wheels)
-    assert f"--load {settings} --set *.contexts.wheels={wheels} |" in called and "word" not in called
+    assert f"--load {settings} --set *.contexts.wheels={wheels} prune recover evaluate |" in called
+    assert "word" not in called
     monkeypatch.setenv("PIP_CERT", str(ca))  # as for pip
     monkeypatch.setenv("PIP_INDEX_URL", index)
-    assert f"--load {settings} |" in build()
+    assert f"--load {settings} prune " in build()
     for option, value in (("--ca", tmp_path / "none"), ("--wheels", ca), ("--index", "index.example")):
         wrong = build(option, value)
         assert isinstance(wrong, InputError) and str(wrong).startswith(f"{option}: ")
@@ -390,6 +453,7 @@ case "$*" in
 */ptl-prune:7*) echo '["other.example.com/ptl-prune@PRUNE","registry.example.com/team/ptl-prune@PRUNE"]' ;;
 */ptl-recover:7*) echo '["registry.example.com/team/ptl-recover@RECOVER"]' ;;
 */ptl-evaluate:7*) echo '["registry.example.com/team/ptl-evaluate@EVALUATE"]' ;;
+*/ptl-export-gguf:7*) echo '["registry.example.com/team/ptl-export-gguf@GGUF"]' ;;
 image*) echo '[]' ;;
 esac
 """
@@ -402,11 +466,15 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, t
     from ptl.cli.configs import load
 
     text = KNOWS
-    for name, digest in DIGESTS.items():
+    for name, digest in (*DIGESTS.items(), ("gguf", ALL_DIGESTS["export-gguf"])):
         text = text.replace(name.upper(), digest)
     with Path(shutil.which("docker")).open("a") as program:
         program.write(text)
-    answer = CliRunner().invoke(app, ["images", "digests", "--registry", "registry.example.com/team", "--tag", "7"])
+    command = ["images", "digests", "--registry", "registry.example.com/team", "--tag", "7"]
+    answer = CliRunner().invoke(app, [*command, "--with", "export-gguf"])
+    more = {**DIGESTS, "export-gguf": ALL_DIGESTS["export-gguf"]}
+    assert json.loads(answer.stdout) == {**SECTION, "digests": more}
+    answer = CliRunner().invoke(app, command)
     assert json.loads(answer.stdout) == SECTION
     (tmp_path / "images.json").write_text(answer.stdout)
     config = load(CONFIGS / "onprem.yaml", ["seed=3"], tmp_path / "images.json")
@@ -414,6 +482,10 @@ def test_the_digests_that_the_engine_knows_are_what_compile_takes(stub_docker, t
     # Built, and neither pushed nor pulled.
     with pytest.raises(InputError, match=re.escape("no digest of registry.example.com/team/ptl-prune:8; push it")):
         images.digests("registry.example.com/team", "8")
+    with pytest.raises(
+        InputError, match=re.escape("ptl-export-compressed-tensors:7; push it first (`ptl images push --w")
+    ):
+        images.digests("registry.example.com/team", "7", ["export-gguf", "export-compressed-tensors"])
 
 
 @pytest.mark.parametrize(

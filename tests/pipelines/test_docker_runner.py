@@ -59,9 +59,14 @@ def stub_docker(tmp_path, monkeypatch):
     [
         ("version*", ["--s3"], "--runner docker: docker: no engine answers (no such thing); start Docker"),
         ("image inspect ptl-recover*", ["--s3"], f"the engine has no {image_names.image('recover')}; make them with"),
+        (
+            "image inspect ptl-export-gguf*",
+            ["--s3", "--set", "export=[{format: gguf, type: q8_0}]"],
+            f"no {image_names.image('export-gguf')}; make them with `ptl images build --with export-gguf`",
+        ),
         ("nothing", [], "speak to an MLflow server only, and none is given; add --s3"),
     ],
-    ids=["no-engine", "no-image", "no-server"],
+    ids=["no-engine", "no-image", "no-optional-image", "no-server"],
 )
 def test_what_containers_need_is_asked_first(stub_docker, monkeypatch, tmp_path, fails, arguments, said):
     monkeypatch.setenv("FAIL", fails)

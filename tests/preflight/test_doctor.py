@@ -23,6 +23,7 @@ from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
 from ptl.cli.app import app
+from ptl.config.export import Export
 from ptl.config.run import load_config
 from ptl.errors import InputError
 from ptl.local import images, seaweedfs, servers
@@ -246,7 +247,8 @@ def test_the_image_for_vllm_is_looked_for_too(answers):
     host = answers(registry("team"))
     config = with_registry(host, "team")
     config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"backend": "vllm"})})
-    assert "ptl-evaluate-vllm:1 is not in the registry" in fault([doctor.images(config)], "images")
+    said = fault([doctor.images(config)], "images")
+    assert "ptl-evaluate-vllm:1 is not in the registry" in said and "ptl images push --with evaluate-vllm" in said
 
 
 def test_a_registry_that_is_ill(answers):
@@ -362,6 +364,11 @@ def test_the_local_engine_is_asked_for_the_docker_runner_only(config, tracking, 
     assert "install Docker" in fault(lines, "images")
     without_one = doctor_local.engine(config, lambda names: names[1:2])  # mocks of the engine
     assert "build them: ptl images build" in fault([without_one], "images")
+    exporting = config.model_copy(update={"export": (Export(format="gguf", type="q8_0"),)})
+    without_one = doctor_local.engine(exporting, lambda names: names[-1:])
+    assert "no ptl-export-gguf" in str(without_one) and "images build --with export-gguf" in fault(
+        [without_one], "images"
+    )
     assert doctor_local.engine(config, lambda names: []).state == "warning"  # sqlite: the images need a server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert doctor_local.engine(config, lambda names: []).state == "ok"
