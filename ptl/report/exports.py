@@ -8,7 +8,7 @@ from typing import Any
 from ptl.report import answer, cells
 from ptl.report.answer import Answer
 from ptl.report.result_rows import Row
-from ptl.units import size
+from ptl.units import counted, size
 
 # References of a form's comparisons, as the step names them
 REFERENCES = {
@@ -34,7 +34,7 @@ class ExportTable:
 
     title: str  # for example gguf-q4_k_m
     failed: str  # why there is none; empty where it was made
-    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, accuracy, interval, speed
+    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, accuracy, interval, items, speed
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -47,16 +47,18 @@ def tables(result: dict[str, Any]) -> list[ExportTable]:
 def sentences(result: dict[str, Any]) -> list[str]:
     """A sentence for each form, for the terminal."""
     lines = []
-    for table in tables(result):
+    for export, table in zip(result["exports"], tables(result), strict=True):
         if table.failed:
             lines.append(f"Export {table.title} was not made: {table.failed}.")
             continue
         _, weights, accuracy, *_ = table.rows[-1]
+        items = export["models"]["final"]["tasks"][0]["items"]
         verdicts = [
             f"{comparison.answer.text[0].lower()}{comparison.answer.text[1:]} (against {comparison.reference})"
             for comparison in table.comparisons[:1]
         ]
-        lines.append(f"Export {table.title}: {', '.join([weights, accuracy, *verdicts])}.")
+        score = f"{accuracy} on {counted(items, 'item')}"
+        lines.append(f"Export {table.title}: {', '.join([weights, score, *verdicts])}.")
     return lines
 
 
@@ -64,6 +66,11 @@ def _table(result: dict[str, Any], export: Row) -> ExportTable:
     if export["failed"]:
         return ExportTable(export["name"], export["failed"])
     notes = list(export["notes"])
+    if export["limit"]:
+        notes.append(
+            f"The forms were scored on the first {export['limit']:,} items of each benchmark at most. Comparisons are "
+            "over these items only; the accuracies of the dense and the final model are over all that the run scores."
+        )
     reason = export["speed"].get("reason")
     if reason:
         notes.append(f"Speed was not measured: {reason}.")
@@ -104,6 +111,7 @@ def _row(label: str, model: Row, original: int, speed: Row, name: str) -> tuple[
         f"{size(model['bytes'])} ({ratio:.2f}x)",
         cells.accuracy(first),
         cells.interval(first),
+        f"{first['items']:,}",
         f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else "\u2013",
     )
 
