@@ -162,11 +162,11 @@ def _structure(config: Config, step: str) -> dict[str, Any]:
         return {"settings": {name: value for name, value in settings.items() if name in STRUCTURE}}
     if stage == "export":
         # It looks for the evaluation that scored the final model.
-        return {"iterations": iterations, "export": _export(config, step).model_dump()}
+        return {"iterations": iterations, "export": _export(config, step).model_dump(exclude_none=True)}
     if stage == "import":
         return {
             "iterations": iterations,
-            "exports": [export.model_dump() for export in config.export],
+            "exports": [export.model_dump(exclude_none=True) for export in config.export],
             "gated": config.gate.enabled,
             # Not part of the step's key: the same run under another name is the same run.
             "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,

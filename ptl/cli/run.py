@@ -38,7 +38,10 @@ def run(
     config: ConfigFile,
     sets: Overrides,
     home: Home = HOME,
-    run_dir: Annotated[Path | None, typer.Option(help="work in this directory instead of a new one")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="work in this directory, or continue its run: a finished one gets the exports that it lacks"),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--new", help="start a new run even if an unfinished one could be resumed")
     ] = False,
@@ -75,6 +78,8 @@ def run(
         artifacts = runs.artifact_location(settings.storage.experiment)
         with run_directory.working(directory, settings, CLEAR[runner]):
             _print_start(directory, resumed, servers, artifacts)
+            if not resumed and not fresh:
+                _print_finished_run(directory.home, settings)
             started = time.monotonic()
             pipeline = directory.path / "pipeline.yaml"
             compile_pipeline(settings, pipeline)
@@ -124,6 +129,15 @@ def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifac
         print(f"steps with the same inputs and settings are taken over from {', '.join(directory.earlier)}")
     if servers:
         print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
+
+
+def _print_finished_run(home: Path, config: Config) -> None:
+    """Where a finished run only lacks the exports of this config, how to add them instead of starting a new run."""
+    finished = run_directory.finished_without_exports(home, config)
+    if finished:
+        option = f"--run-dir {shlex.quote(str(finished))}"
+        sentence = f"run {finished.name} is finished and lacks only exports: with `{option}` they are added to it"
+        print(sentence, flush=True)
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:

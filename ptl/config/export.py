@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ptl.config.base import Section
+from ptl.config.base import Positive, Section
 
 # By format: the data types of the weights. Those of GGUF are llama.cpp's names; k-quants need rows divisible by 256.
 TYPES = {
@@ -26,6 +26,10 @@ class Export(Section):
     """gguf: for llama.cpp; compressed-tensors: quantized weights for vLLM and transformers"""
     type: str
     """data type of the weights: f16, q8_0, q4_k_m and others for gguf; fp8, int8 or w4a16 for compressed-tensors"""
+    limit: Positive | None = None
+    """score it on only the first N items of each benchmark; default: on all items that the run scores"""
+    speed: bool = True
+    """time it in llama.cpp, beside the models at 16 bits (gguf); false: do not time it"""
 
     @property
     def name(self) -> str:

@@ -25,6 +25,14 @@ class ExportReport:
     notes: list[str]  # for the user, on the final model's form
 
 
+def limited(settings: Evaluate, limit: int | None) -> Evaluate:
+    """The evaluation of no more than `limit` items of each benchmark, the first of those that the run scores."""
+    if limit is None:
+        return settings
+    tasks = tuple(task.model_copy(update={"limit": min(task.limit or limit, limit)}) for task in settings.tasks)
+    return settings.model_copy(update={"tasks": tasks})
+
+
 def write_and_score(
     folders: Mapping[str, Path],  # checkpoints by name, `final` and perhaps `dense`
     made: Mapping[str, Path],  # where the form of each is written
@@ -33,19 +41,20 @@ def write_and_score(
     settings: Evaluate,
     seed: int,
 ) -> tuple[ExportReport, dict[str, list[Item]]]:
-    """Write the form of each checkpoint and score it on all tasks; also returns the items of each."""
+    """Write the form of each checkpoint and score it on all tasks, as `form` says; also returns the items of each."""
     format_ = FORMATS[form.format]
     models = {}
     items = {}
     notes: list[str] = []
+    scored = limited(settings, form.limit)
     for name, src in folders.items():
         made[name].mkdir(parents=True, exist_ok=True)
         notes = format_.write(src, made[name], form.type, calibration, seed)
-        tasks, items[name] = score_tasks(format_.language_model(made[name], src, settings, seed), settings, seed)
+        tasks, items[name] = score_tasks(format_.language_model(made[name], src, scored, seed), scored, seed)
         models[name] = {
             "bytes": sum(path.stat().st_size for path in made[name].iterdir() if path.suffix in WEIGHTS),
             "tasks": [asdict(task) for task in tasks],
         }
-    speed = format_.speed(folders, made, settings, seed)
+    speed = format_.speed(folders, made, settings, seed) if form.speed else {"reason": "speed is false in its entry"}
     # Those of the last one, the final model.
     return ExportReport(models, speed, notes), items

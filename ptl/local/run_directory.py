@@ -64,13 +64,15 @@ def open_run(
     chosen: Path | None,
     fresh: bool,
 ) -> tuple[RunDir, bool]:
-    """The directory to run in, and whether it continues an unfinished run of the same config (`resources` may differ).
+    """The directory to run in, and whether it continues a run of the same config (`resources` and exports may differ).
+
+    Without `chosen` only an unfinished run is continued; a finished one that is chosen gets the exports that it lacks.
 
     Unless it is to begin anew, it names unfinished runs of other configs, whose steps may be taken over. Raises
     InputError when `chosen` belongs to another run.
     """
     home = home.absolute()
-    unfinished = [] if fresh else _unfinished_runs(home, config)
+    unfinished = [] if fresh else _runs(home, config, finished=False)
     resumable = [path for path, old_config in unfinished if _is_same_run(old_config, config)]
     earlier = tuple(path.name for path, _ in unfinished if path not in resumable)
 
@@ -99,6 +101,8 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     reason = "is not empty and holds no run"
     if (folder / "config.yaml").is_file():
         reason = "belongs to another run: its config.yaml differs from this config"
+        if old_config:
+            reason += f" in {', '.join(_differences(old_config, config))}"
     raise InputError(
         f"{folder} {reason}",
         field="--run-dir",
@@ -106,19 +110,33 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     )
 
 
-def _unfinished_runs(home: Path, config: Config) -> list[tuple[Path, dict[str, Any]]]:
-    """Directories and configs of the runs of this name that lack their result, or a form of it, the newest first."""
+def finished_without_exports(home: Path, config: Config) -> Path | None:
+    """The newest finished run of this config, if it only lacks some of its exports: `--run-dir` adds them."""
+    finished = _runs(home.absolute(), config, finished=True)
+    forms = config.model_dump(mode="json")["export"]
+    same = [(path, old_config["export"]) for path, old_config in finished if _is_same_run(old_config, config)]
+    if not same:
+        return None
+    newest, old_forms = same[0]
+    return newest if any(form not in old_forms for form in forms) else None
+
+
+def _runs(home: Path, config: Config, *, finished: bool) -> list[tuple[Path, dict[str, Any]]]:
+    """Directories and configs of the finished runs of this name, or of the others, the newest first.
+
+    A run that lacks its result, or a form that it was to make, is not finished.
+    """
     # Names end with the time: their order is that of the runs.
-    unfinished = []
+    found = []
     for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
         result = path / "result.json"
-        if result.is_file() and not _missing_forms(result):
+        if (result.is_file() and not _missing_forms(result)) != finished:
             continue
         old_config = _read_config(path)
         # The pattern also fits a longer name.
         if old_config and old_config["name"] == config.name:
-            unfinished.append((path, old_config))
-    return unfinished
+            found.append((path, old_config))
+    return found
 
 
 def _missing_forms(result: Path) -> dict[str, str]:
@@ -141,8 +159,21 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
-    """Whether a run's config is this one but for `resources`, on which no result depends."""
-    return config.model_dump(mode="json") | {"resources": old_config["resources"]} == old_config
+    """Whether a config continues a run: see `_differences`."""
+    return not _differences(old_config, config)
+
+
+def _differences(old_config: dict[str, Any], config: Config) -> list[str]:
+    """The fields that make a config another run than a directory's; not `resources`, on which no result depends.
+
+    An export can be added or removed, since no other step depends on it. One that both configs have must be the same.
+    """
+    new_config = config.model_dump(mode="json")
+    fields = [name for name, value in new_config.items() if value != old_config[name]]
+    forms = {(form["format"], form["type"]): form for form in new_config["export"]}
+    same_exports = all(forms.get((form["format"], form["type"]), form) == form for form in old_config["export"])
+    free = ("resources", "export") if same_exports else ("resources",)
+    return [name for name in fields if name not in free]
 
 
 def _is_free(folder: Path) -> bool:

@@ -17,7 +17,7 @@ def rows(records: Records, forms: Sequence[Row], failed: Mapping[str, str]) -> l
     for settings in forms:
         form = Export(**settings)
         step = export_step(form)
-        row: Row = {"name": form.name, "type": form.type, "step": step, "failed": ""}
+        row: Row = {"name": form.name, "type": form.type, "limit": form.limit, "step": step, "failed": ""}
         if step in records:
             metadata = records[step]["metadata"]
             pointer = records[step]["pointer"]

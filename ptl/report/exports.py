@@ -8,7 +8,7 @@ from typing import Any
 from ptl.report import answer, cells
 from ptl.report.answer import Answer
 from ptl.report.result_rows import Row
-from ptl.units import size
+from ptl.units import counted, size
 
 # References of a form's comparisons, as the step names them
 REFERENCES = {
@@ -35,7 +35,7 @@ class ExportTable:
     title: str  # for example gguf-q4_k_m
     failed: str  # why there is none; empty where it was made
     tasks: tuple[str, ...] = ()  # benchmarks
-    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, a score for each benchmark, speed
+    rows: tuple[tuple[str, ...], ...] = ()  # model, weights, a score for each benchmark, items, speed
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -48,21 +48,21 @@ def tables(result: dict[str, Any]) -> list[ExportTable]:
 def sentences(result: dict[str, Any]) -> list[str]:
     """Each form in a few words, for the terminal."""
     lines = []
-    for table in tables(result):
+    for export, table in zip(result["exports"], tables(result), strict=True):
         if table.failed:
             lines.append(f"Export {table.title} was not made: {table.failed}.")
             continue
-        _, weights, *scores, _ = table.rows[-1]
-        scored = [_scored(table, task, score) for task, score in zip(table.tasks, scores, strict=True)]
+        _, weights, *_ = table.rows[-1]
+        scored = [_scored(table, task) for task in export["models"]["final"]["tasks"]]
         lines.append(" ".join([f"Export {table.title}: {weights}.", *scored]))
     return lines
 
 
-def _scored(table: ExportTable, task: str, score: str) -> str:
+def _scored(table: ExportTable, task: Row) -> str:
     """A sentence: the score on a benchmark, with the verdict against the final model where there is one."""
-    sentence = f"{task}: {score}"
+    sentence = f"{task['task']}: {cells.score(task)} on {counted(task['items'], 'item')}"
     for comparison in table.comparisons:
-        if (comparison.task, comparison.reference) == (task, REFERENCES["final"]):
+        if (comparison.task, comparison.reference) == (task["task"], REFERENCES["final"]):
             verdict = comparison.answer.text
             sentence += f", against {comparison.reference}: {verdict[0].lower()}{verdict[1:]}"
     return f"{sentence}."
@@ -72,6 +72,11 @@ def _table(result: dict[str, Any], export: Row) -> ExportTable:
     if export["failed"]:
         return ExportTable(export["name"], export["failed"])
     notes = list(export["notes"])
+    if export["limit"]:
+        notes.append(
+            f"The forms were scored on the first {export['limit']:,} items of each benchmark at most. Comparisons are "
+            "over these items only; the accuracies of the dense and the final model are over all that the run scores."
+        )
     reason = export["speed"].get("reason")
     if reason:
         notes.append(f"Speed was not measured: {reason}.")
@@ -111,6 +116,7 @@ def _row(label: str, model: Row, original: int, speed: Row, name: str) -> tuple[
         label,
         f"{size(model['bytes'])} ({ratio:.2f}x)",
         *map(cells.score, model["tasks"]),
+        ", ".join(f"{task['items']:,}" for task in model["tasks"]),
         f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else "\u2013",
     )
 

@@ -55,7 +55,7 @@ def export(call: Call) -> None:
             "export": {**form.model_dump(), "name": form.name},
             **dataclasses.asdict(report),
             "scored": {name: record["step"] for name, record in scored.items()},
-            "pairs": _pairs(items, {name: fetch_items(record) for name, record in scored.items()}, gate),
+            "pairs": _pairs(items, _references(scored, items["final"], form), gate),
         }
 
     compared = [("dense", dense), ("final", final)]
@@ -84,6 +84,15 @@ def _evaluation(run: StepRun, checkpoint: Pointer, iterations: int) -> Record:
         field="model",
         remedy="start a new run, or restore the records of this one",
     )
+
+
+def _references(scored: dict[str, Record], exported: Items, form: Export) -> dict[str, Items]:
+    """The items of the loop's evaluations; of those with more items than a limited form, only the form's own."""
+    items = {name: fetch_items(record) for name, record in scored.items()}
+    if form.limit is None:
+        return items
+    keys = {(item["task"], item["id"]) for item in exported}
+    return {name: [item for item in its if (item["task"], item["id"]) in keys] for name, its in items.items()}
 
 
 def _pairs(exported: dict[str, Items], scored: dict[str, Items], gate: Gate) -> Metadata:

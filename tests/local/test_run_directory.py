@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ptl import processes
-from ptl.config.run import load_config
+from ptl.config.run import Config, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.local import run_directory
 from ptl.local.run_directory import RunDir, open_run, working
@@ -121,6 +121,46 @@ def test_a_run_without_one_of_its_forms_is_resumed_though_it_has_a_result(failed
     # With a corrected config its steps may be taken over.
     corrected, _ = open_run(tmp_path, config.model_copy(update={"seed": 1}), None, False)
     assert corrected.earlier == ((run.run_id,) if failed else ())
+
+
+def with_exports(config, *forms):
+    return check(Config, config.model_dump() | {"export": [{"format": "gguf", **form} for form in forms]}, "config")
+
+
+def test_an_export_is_added_to_the_run_that_lacks_it(tmp_path, config):
+    run, _ = open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)
+    with working(run, with_exports(config, {"type": "q8_0"}), leave):
+        pass
+    more = with_exports(config, {"type": "q8_0"}, {"type": "q4_0", "limit": 200})
+    again, resumed = open_run(tmp_path, more, None, False)
+    assert resumed and (again.path, again.earlier) == (run.path, ())
+    assert run_directory.finished_without_exports(tmp_path, more) is None
+
+    run.result.write_text(json.dumps({"exports": []}))
+    fresh, resumed = open_run(tmp_path, more, None, False)
+    assert not resumed and fresh.path != run.path
+    assert run_directory.finished_without_exports(tmp_path, more) == run.path
+    again, resumed = open_run(tmp_path, more, run.path, False)
+    assert resumed and again.path == run.path
+    with working(again, more, leave):
+        pass
+    assert run_directory.finished_without_exports(tmp_path, more) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [({"export": [{"format": "gguf", "type": "q8_0", "limit": 9}]}, "export"), ({"seed": 1, "export": []}, "seed")],
+    ids=["export", "seed"],
+)
+def test_another_run_says_in_what_it_differs(change, fields, tmp_path, config):
+    run, _ = open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)
+    with working(run, with_exports(config, {"type": "q8_0"}), leave):
+        pass
+    run.result.write_text(json.dumps({"exports": []}))
+    other = check(Config, config.model_dump() | change, "config")
+    with pytest.raises(InputError, match=rf"differs from this config in {fields};"):
+        open_run(tmp_path, other, run.path, False)
+    assert run_directory.finished_without_exports(tmp_path, other) is None
 
 
 def test_a_failure_that_was_left_is_read(tmp_path, config):

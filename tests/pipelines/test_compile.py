@@ -152,6 +152,18 @@ def test_nothing_is_lost_with_the_defaults(path):
     assert "null" not in json.dumps(bare)
 
 
+def test_an_export_is_compiled_without_null(tmp_path):
+    """Kubeflow has none: a limit that is not set is left out."""
+    forms = [{"format": "gguf", "type": "q8_0"}, {"format": "gguf", "type": "q4_0", "limit": 200}]
+    compile_pipeline(load_config(TINY, {"export": forms}), tmp_path / "pipeline.yaml")
+    tasks = tasks_of(tmp_path / "pipeline.yaml")
+    settings = [tasks[name]["inputs"]["parameters"] for name in ("export-gguf-q8-0", "export-gguf-q4-0")]
+    exports = [parameters["export"]["runtimeValue"]["constant"] for parameters in settings]
+    assert exports == [form | {"speed": True} for form in forms]
+    listed = tasks["import-model"]["inputs"]["parameters"]["exports"]["runtimeValue"]["constant"]
+    assert listed == exports
+
+
 def test_iterations_start_from_what_the_gate_accepted(tmp_path):
     tasks = tasks_of(compiled(TINY, tmp_path, schedule__iterations=2, gate__enabled=True))
     name = {key: task["taskInfo"]["name"] for key, task in tasks.items()}

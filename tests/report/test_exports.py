@@ -26,8 +26,11 @@ def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings
     assert f"Get the files: ptl fetch {result['run_id']}:{STEP} DIR" in html and result["run_id"]
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
     verdict = "against the final model: not worse within the margin of 2 points"
-    first = f"tiny_reasoner: 97.0 % (95.0 to 99.0), {verdict}."
-    assert f"Export gguf-q8_0: 140.0 kB (0.16x). {first} tiny_retention: 87.0 % (85.0 to 89.0)." in notes(result)
+    first = f"tiny_reasoner: 97.0 % (95.0 to 99.0) on 500 items, {verdict}."
+    assert f"Export gguf-q8_0: 140.0 kB (0.16x). {first} tiny_retention: 87.0 % (85.0 to 89.0) on 300 items." in notes(
+        result
+    )
+    assert "scored on the first" not in html + markdown
     assert STEP in [step["step"] for step in result["steps"]]
 
 
@@ -42,6 +45,20 @@ def test_a_verdict_names_the_model_that_solves_nothing(records, settings, no_pic
         assert f"Cannot be said: {reference} solves none of 500 items |" in markdown
     said = "against the final model: cannot be said: the final model solves none of 500 items."
     assert any(said in note for note in notes(result))
+
+
+def test_a_form_that_was_scored_on_fewer_items_says_how_many(records, settings, no_pictures, tmp_path):
+    form = export(127_872, 140_000, 0.97)
+    for model in form["models"].values():
+        model["tasks"] = [task | {"items": 200} for task in model["tasks"]]
+    records[STEP] = record_of(STEP, form)
+    limited = settings | {"export": [FORM | {"limit": 200}]}
+    result = write_report(records, limited, tmp_path)
+    html, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith(("| Dense", "| Final"))]
+    assert [row.split(" | ")[4] for row in rows] == ["500, 300", "200, 200", "500, 300", "200, 200"]
+    assert all("scored on the first 200 items of each benchmark at most" in page for page in (html, markdown))
+    assert "97.0 % (95.0 to 99.0) on 200 items, " in " ".join(notes(result))
 
 
 def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no_pictures, tmp_path):
@@ -59,8 +76,11 @@ def test_without_benchmarks_of_right_and_wrong_items_nothing_is_compared(records
     records[STEP] = record_of(STEP, form | {"pairs": {}})
     result, html, markdown = pages(records, settings, tmp_path)
     assert "Final, in this form, against" not in html + markdown
-    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 | 12.3 | 3,210 |\n\n- a note on it\n" in markdown
-    assert "Export gguf-q8_0: 140.0 kB (0.16x). tiny_reasoner: 12.3. tiny_retention: 12.3." in notes(result)
+    assert "| Final, q8_0 | 140.0 kB (0.16x) | 12.3 | 12.3 | 500, 300 | 3,210 |\n\n- a note on it\n" in markdown
+    assert (
+        "Export gguf-q8_0: 140.0 kB (0.16x). tiny_reasoner: 12.3 on 500 items. tiny_retention: 12.3 on 300 items."
+        in notes(result)
+    )
 
 
 def test_without_forms_there_is_no_section(records, settings, no_pictures, tmp_path):

@@ -7,7 +7,9 @@ import uuid
 import pytest
 from run_records import scores
 
-from ptl.config.run import load_config
+from ptl.config.dag import export_step
+from ptl.config.export import Export
+from ptl.config.run import Evaluate, check, load_config
 from ptl.evaluation.scoring import TaskScore
 from ptl.export import formats, measured
 from ptl.lineage import tracking
@@ -62,11 +64,11 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     evaluate("evaluate-0", dense, [1, 1])
     evaluate("evaluate-1", final, [1, 0])
 
-    def step(model=final):
+    def step(model=final, **form):
         settings = {name: CONFIG[name] for name in ("calibration", "evaluate", "gate", "seed")}
-        settings |= {"iterations": 1, "export": FORM}
+        settings |= {"iterations": 1, "export": FORM | form}
         outputs = {name: Output(tmp_path / name) for name in ("out", "metrics")}
-        name = "export-compressed-tensors-fp8"
+        name = export_step(Export(**FORM | form))
         export(Call(Step(name, experiment), settings, {"model": model, "dense": dense}, outputs))
         record = store.committed(f"file://{tmp_path}/artifacts/ptl", tracking.pipeline_run(), name)
         return record["metadata"], store.fetch(Pointer.load((tmp_path / "out").read_text()), tmp_path / "fetched")
@@ -96,7 +98,10 @@ def writes(monkeypatch):
 
     form = formats.Format(nothing, nothing, write, nothing, nothing)
     monkeypatch.setitem(formats.FORMATS, FORM["format"], form)
-    monkeypatch.setattr(measured, "score_tasks", lambda *_: ((SCORE,), [item("0", 1), item("1", 0)]))
+    outcomes = [item("0", 1), item("1", 0)]
+    monkeypatch.setattr(
+        measured, "score_tasks", lambda _, settings, _seed: ((SCORE,), outcomes[: settings.tasks[0].limit])
+    )
     return written
 
 
@@ -119,6 +124,24 @@ def test_a_run_that_ends_with_the_dense_model_has_one_form(run, writes):
     assert writes == ["dense"] and list(metadata["models"]) == ["final"]
     assert metadata["scored"] == {"dense": "evaluate-0", "final": "evaluate-0"}
     assert list(metadata["pairs"]["t"]) == ["dense", "final"]
+
+
+def test_with_a_limit_the_first_items_are_compared_with_the_same_of_the_loop(run, writes):
+    metadata, _ = run(run.dense, limit=1)
+    items = {name: (pair["items"], pair["candidate"]) for name, pair in metadata["pairs"]["t"].items()}
+    assert items == {"dense": (1, 1.0), "final": (1, 1.0)}
+
+
+@pytest.mark.parametrize(("own", "limit", "expected"), [(None, 5, 5), (3, 5, 3), (7, 5, 5), (7, None, 7)])
+def test_a_limit_takes_no_item_that_the_run_does_not_score(own, limit, expected):
+    evaluate = check(Evaluate, {"tasks": [{"name": "gsm8k", "limit": own}]}, "evaluate")
+    (task,) = measured.limited(evaluate, limit).tasks
+    assert task.limit == expected
+
+
+def test_a_form_that_is_not_to_be_timed_says_so(run, writes):
+    assert run(run.dense)[0]["speed"] == {"reason": "a mock"}
+    assert run(run.dense, type="int8", speed=False)[0]["speed"] == {"reason": "speed is false in its entry"}
 
 
 def test_the_bytes_of_a_form_are_those_of_its_weights(run, writes):
