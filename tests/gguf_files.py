@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -61,3 +62,13 @@ def llama_tokenizer(folder):
     PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
+
+
+def pairs_tokenizer(folder):
+    """Make the tiny reasoner's tokenizer one that llama.cpp does not have: words are split into pairs of letters."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split, byte_level = content["pre_tokenizer"]["pretokenizers"]
+    split["pattern"] = {"Regex": r"\p{L}{2}|.|\n"}
+    byte_level["use_regex"] = False
+    file.write_text(json.dumps(content))

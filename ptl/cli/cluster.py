@@ -187,6 +187,7 @@ def doctor(
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
+    from ptl.export.formats import check_here
     from ptl.local.images import missing
     from ptl.preflight import doctor as work
 
@@ -203,7 +204,7 @@ def doctor(
         else:
             _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
     if local:
-        findings = work.local(run_config, home=home, runner=runner, missing_images=missing)
+        findings = work.local(run_config, home=home, runner=runner, missing_images=missing, check_exports=check_here)
     else:
         findings = work.cluster(
             run_config,

@@ -57,6 +57,8 @@ def plan(
     """
     from rich.console import Console
 
+    from ptl.export.formats import layer_warnings
+    from ptl.model import hub
     from ptl.preflight import forecast, forecast_table
 
     settings = load_config(config, pairs("--set", sets))
@@ -64,7 +66,11 @@ def plan(
     # A pipe has no width: rich would take 80 columns and wrap the last ones.
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(forecast_table.table(run_forecast))
-    for warning in run_forecast.warnings:
+    warnings = list(run_forecast.warnings)
+    if settings.export:
+        folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
+        warnings += layer_warnings(folder, settings.export, settings.prune.target)
+    for warning in warnings:
         print(f"warning: {warning}")
 
 
@@ -112,7 +118,7 @@ def images_section(path: Path) -> dict[str, Any]:
 
 def checked(config: Config) -> ModelDimensions:
     """Check all that can be checked without weights in memory; returns the dense model's sizes."""
-    from ptl.export.formats import check_exports, width_warnings
+    from ptl.export import formats
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
@@ -128,13 +134,15 @@ def checked(config: Config) -> ModelDimensions:
         config.gate,
         config.recover,
     )
-    check_exports(folder, config.export)
+    formats.check_exports(folder, config.export)
+    warn(formats.check_tokenizer(folder, config.export))
+    warn(formats.layer_warnings(folder, config.export, config.prune.target))
     schedule = target.with_number(config).schedule
     warn(advice.depth_warnings(schedule, dimensions.params))
     warn(advice.layer_warnings(schedule, config.prune, dimensions.params, dimensions.params_per_layer))
     warn(planned.idle_warnings(dimensions, schedule, config.prune))
     _, final = planned.dimensions_after(dimensions, schedule, config.prune)[-1]
-    warn(width_warnings(folder, config.export, final.width))
+    warn(formats.width_warnings(folder, config.export, final.width))
     return dimensions
 
 

@@ -62,9 +62,9 @@ def run(
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        checked(settings)
         if runner == "subprocess":
             check_installed(settings.export)
+        checked(settings)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)

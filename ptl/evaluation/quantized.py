@@ -27,11 +27,16 @@ def quantized_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
             field="export",
             remedy="evaluate a checkpoint with float weights as such",
         )
+    check_installed()
+    checks.load_tokenizer(src)
+    return language_models.language_model(src, settings, seed, helpers.processes_for(settings))
+
+
+def check_installed() -> None:
+    """Raise InputError where transformers could not load such a checkpoint."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise InputError(
-            f"the package {METHOD} is not installed, with which transformers loads {src}",
+            f"the package {METHOD} is not installed, with which transformers loads quantized weights",
             field="export",
             remedy="pip install 'ptl[evaluate]'",
         )
-    checks.load_tokenizer(src)
-    return language_models.language_model(src, settings, seed, helpers.processes_for(settings))

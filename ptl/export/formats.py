@@ -11,7 +11,12 @@ from typing import Any
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
+from ptl.model import text_tower
+from ptl.model.families import family_of
+from ptl.model.sizes import read_sizes
+from ptl.units import listed
 
+REMOVE_LAYERS = ("layers", "neurons_then_layers", "auto")  # values of prune.target
 Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
 
@@ -51,6 +56,54 @@ def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
             except InputError as error:
                 warnings.append(f"the step of {form.name} will fail if the loop ends as planned: {error}")
     return warnings
+
+
+def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
+    """Raise InputError where GGUF is asked for and llama.cpp does not have the checkpoint's tokenizer.
+
+    Takes seconds. Without llama.cpp's packages it is not checked, which a warning says.
+    """
+    if all(form.format != "gguf" for form in forms):
+        return []
+    from ptl.export import gguf
+
+    try:
+        gguf.check_installed()
+    except InputError as error:
+        return [f"not checked: whether llama.cpp has the tokenizer ({error})"]
+    gguf.check_tokenizer(src)
+    return []
+
+
+def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]:
+    """A warning of forms that may not be made of the checkpoint once layers are removed, as `prune.target` may do.
+
+    Of `src` only config.json is read.
+    """
+    names = [form.name for form in forms if form.format == "gguf"]
+    if not names or target not in REMOVE_LAYERS:
+        return []
+    from ptl.export import llama_cpp
+
+    config = text_tower.read_config(src)
+    layers = read_sizes(config, family_of(config), f"config.json of {src}").num_hidden_layers
+    rules = llama_cpp.layer_rules(config["model_type"], layers)
+    if not rules:
+        return []
+    return [
+        f"prune.target={target} may remove layers, and llama.cpp's code for {config['model_type']} has "
+        f"{listed(rules)}: where this does not hold for the layers that are left, {listed(names)} cannot be made, "
+        "which is known only after the loop: set prune.target=neurons, or export to compressed-tensors"
+    ]
+
+
+def check_here(forms: Iterable[Export], src: Path | None) -> None:
+    """Raise InputError for the first form that cannot be made on this machine, or of the checkpoint if there is one."""
+    forms = list(forms)
+    check_installed(forms)
+    if src is not None:
+        check_exports(src, forms)
+        check_tokenizer(src, forms)
 
 
 def check_installed(forms: Iterable[Export]) -> None:
@@ -122,9 +175,11 @@ def _check_compressed(src: Path, type: str) -> None:
 
 
 def _check_compressed_installed() -> None:
+    from ptl.evaluation import quantized
     from ptl.export.compressed_tensors import interpreter
 
     interpreter()
+    quantized.check_installed()
 
 
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from ptl import processes
@@ -91,6 +93,26 @@ def check_computed_alike(src: Path) -> None:
         )
 
 
+def check_tokenizer(src: Path) -> None:
+    """Raise InputError where llama.cpp does not have the tokenizer of `src`, or a package for it is missing.
+
+    This takes seconds, since the file that is written for it has no weights.
+    """
+    check_installed()
+    with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = Path(scratch) / "vocabulary.gguf"
+        try:
+            known = _run_converter(src, vocabulary, ["--vocab-only"], pre_tokenizers.NAMES[0])
+        except WorkError as error:  # as it would with the weights, after the whole loop
+            raise InputError(
+                f"llama.cpp's converter cannot write the vocabulary ({error.problem})",
+                field="export",
+                remedy="serve this checkpoint with transformers or vLLM",
+            ) from error
+        if not known:
+            pre_tokenizers.find(vocabulary, pretrained.tokenizer(src))
+
+
 def _check_experts(src: Path, model_type: str) -> None:
     """Raise InputError for experts in one tensor where the converter wants them one by one."""
     if model_type in SEPARATE_EXPERTS and any(name.endswith(FUSED_EXPERTS) for name in checkpoint.contents(src)):
@@ -109,12 +131,13 @@ def _whole_type(src: Path) -> str:
 def _convert(src: Path, file: Path, type: str) -> list[str]:
     """Run the converter; notes on a tokenizer that it does not know."""
     first = pre_tokenizers.NAMES[0]
-    known = _run_converter(src, file, type, first)
+    options = ["--outtype", type]
+    known = _run_converter(src, file, options, first)
     if known:
         return []
     name, notes = pre_tokenizers.find(file, pretrained.tokenizer(src))
     if name != first:
-        _run_converter(src, file, type, name)
+        _run_converter(src, file, options, name)
     return notes
 
 
@@ -134,10 +157,10 @@ def _end_notes(src: Path, file: Path) -> list[str]:
     return [f"llama.cpp does not end answers at token {numbers}, which {GENERATION} has in eos_token_id"]
 
 
-def _run_converter(src: Path, file: Path, type: str, pre_tokenizer: str) -> bool:
+def _run_converter(src: Path, file: Path, options: Sequence[str], pre_tokenizer: str) -> bool:
     """Whether it knows the tokenizer; where it does not, the file has the pre-tokenizer of this name."""
     command = [sys.executable, "-m", CONVERTER, pre_tokenizer, str(src.resolve())]
-    command += ["--outfile", str(file), "--outtype", type]
+    command += ["--outfile", str(file), *options]
     converted = subprocess.run(processes.tied(command), capture_output=True, text=True, check=False)
     if converted.returncode or not file.is_file():
         raise _conversion_error(src, converted)

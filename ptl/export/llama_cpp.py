@@ -118,6 +118,25 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
             yield f"{name} is {getattr(effective, name)}, but it always uses {value}"
 
 
+def layer_rules(model_type: str, layers: int) -> list[str]:
+    """What llama.cpp fixes by a layer's position, or by how many there are, in a model of so many layers.
+
+    It may not hold once layers are removed. Empty where any of them may be, and for an unknown architecture.
+    """
+    architecture = ARCHITECTURES.get(model_type, Architecture())
+    rules = []
+    # In a model with fewer layers than a pattern has they are all alike.
+    if 0 < architecture.full_every <= layers:
+        rules.append(f"full attention in one of {architecture.full_every} layers, the last (layer_types)")
+    if 0 < architecture.rotary_pattern <= layers:
+        rules.append(f"no rotary embeddings in one of {architecture.rotary_pattern} layers, the last (no_rope_layers)")
+    if 0 < architecture.windowed_depth <= layers:
+        rules.append(f"windows with {architecture.windowed_depth} layers alone (sliding_window)")
+    if architecture.rescaled_depth == layers:
+        rules.append(f"another scale of attention with {layers} layers alone (query_pre_attn_scalar)")
+    return rules
+
+
 def _class_differences(config: ConfigJson) -> Iterator[str]:
     """The converter goes by `architectures`, transformers by model_type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES

@@ -14,7 +14,7 @@ from ptl.config.run import Config, check
 from ptl.errors import InputError, PtlError
 from ptl.preflight import doctor_http as http
 from ptl.preflight import doctor_kubernetes, doctor_local, doctor_trainer, gpus
-from ptl.preflight.doctor_local import MissingImages
+from ptl.preflight.doctor_local import CheckExports, MissingImages
 from ptl.preflight.doctor_tracking import tracking_and_store, tracking_uri
 from ptl.preflight.finding import Finding, as_finding
 
@@ -26,7 +26,14 @@ def step_environment(config: Config) -> list[Finding]:
     return [*tracking_and_store(config), gpu(config)]
 
 
-def local(config: Config, *, home: Path, missing_images: MissingImages, runner: str = "subprocess") -> list[Finding]:
+def local(
+    config: Config,
+    *,
+    home: Path,
+    missing_images: MissingImages,
+    check_exports: CheckExports,
+    runner: str = "subprocess",
+) -> list[Finding]:
     """What `ptl run` needs on this machine; the Docker engine only where its containers run the steps."""
     doctor_local.track_as_run_does(home)
     model = as_finding("model and data", doctor_local.model_and_data, config)
@@ -34,6 +41,8 @@ def local(config: Config, *, home: Path, missing_images: MissingImages, runner: 
     findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
         findings.append(as_finding("disk", doctor_local.disk, config, home))
+    if runner != "docker":
+        findings += doctor_local.exports(config, check_exports, model)
     if runner == "docker":
         findings.append(as_finding("images", doctor_local.engine, config, missing_images))
     return findings

@@ -10,17 +10,20 @@ from pathlib import Path
 
 from ptl import address, extras
 from ptl.config import trackers
+from ptl.config.export import Export
 from ptl.config.image_names import with_options
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import one_shot, plan, removal
 from ptl.preflight.doctor_tracking import tracking_uri
-from ptl.preflight.finding import Finding
-from ptl.units import size
+from ptl.preflight.finding import Finding, as_finding
+from ptl.units import listed, size
 
 OPTIMIZER_STATE = 8  # bytes a parameter: Adam's two averages in float32
 
 MissingImages = Callable[[Sequence[str]], list[str]]  # those of the images that the local engine does not hold
+# (forms of one format, the dense model if it is here): raises InputError for what cannot be made on this machine
+CheckExports = Callable[[Sequence[Export], Path | None], None]
 
 
 def track_as_run_does(home: Path) -> None:
@@ -40,8 +43,6 @@ def packages(config: Config, runner: str) -> Finding:
     backends: list[str] = []
     if runner != "docker":
         needed = ["prune", "recover", "evaluate", *needed]
-        if any(export.format == "gguf" for export in config.export):
-            needed.append("gguf")
         backends = _missing_backends(config)
     package = f"ptl[{','.join(needed)}]"
     missing = [*extras.absent(needed), *backends]
@@ -62,6 +63,27 @@ def _missing_backends(config: Config) -> list[str]:
         backends.append("deepspeed")
     absent = [name for name in backends if importlib.util.find_spec(name) is None]
     return absent + sorted(trackers.missing({tracker for stage in config.recover for tracker in stage.report_to}))
+
+
+def exports(config: Config, check: CheckExports, model: Finding) -> list[Finding]:
+    """A finding for each format of the config's exports: what makes it is installed, and it can be made of the model.
+
+    A model that is on the hub, or that the finding `model` is an error of, is left out.
+    """
+    folder = Path(config.model.path).expanduser()
+    src = folder if folder.exists() and model.state == "ok" else None
+    forms: dict[str, list[Export]] = {}
+    for export in config.export:
+        forms.setdefault(export.format, []).append(export)
+    return [as_finding(format, _exports, forms[format], check, src) for format in forms]
+
+
+def _exports(forms: Sequence[Export], check: CheckExports, src: Path | None) -> Finding:
+    """Of one format."""
+    check(forms, src)
+    types = listed([form.type for form in forms])
+    message = f"{types} can be made of the model" if src else f"what {types} needs is installed"
+    return Finding(forms[0].format, "ok", message)
 
 
 def model_and_data(config: Config) -> Finding:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gguf_files import needs_llama_cpp, pairs_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_models import build, save
 
 from ptl.cli import app, shipped
 from ptl.config.run import Config, load_config
@@ -113,6 +116,55 @@ def test_a_width_that_an_export_cannot_have_is_warned_of(multiple, warned, confi
     assert done.returncode == 0, done.stderr
     said = "the step of compressed-tensors-w4a16 will fail if the loop ends as planned: export: w4a16 has groups"
     assert (said in done.stderr) == ("intermediate_size=80" in done.stderr) == warned
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_if_it_is_to_be_exported(
+    command, config, checkpoint, tmp_path
+):
+    pairs_tokenizer(checkpoint)
+    fields = {"model__path": str(checkpoint), "export": [{"format": "gguf", "type": "q8_0"}]}
+    options = ["--home", tmp_path / "home"] if command == "run" else []
+    done = ptl(command, config(**fields), *options)
+    assert done.returncode == 2 and "llama.cpp has no pre-tokenizer that gives the tokens" in done.stderr, done.stderr
+    assert not (tmp_path / "home").exists()
+    # vLLM reads every tokenizer that transformers has.
+    fields["export"] = [{"format": "compressed-tensors", "type": "fp8"}]
+    assert ptl("validate", config(**fields)).returncode == 0
+
+
+def test_validate_says_that_a_tokenizer_was_not_checked(config, checkpoint, tmp_path):
+    """Without llama.cpp's packages, as on a machine that only submits."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['llama_cpp_py_sync'] = None\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    file = config(export=[{"format": "gguf", "type": "q8_0"}])
+    done = ptl("validate", file, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert "warning: not checked: whether llama.cpp has the tokenizer (" in done.stderr
+    assert "pip install 'ptl[gguf]'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config, tmp_path):
+    """A Gemma 3 of six layers, the last with full attention."""
+    layer_types = [*["sliding_attention"] * 5, "full_attention"]
+    fields = {"num_hidden_layers": 6, "layer_types": layer_types, "max_position_embeddings": 256, "vocab_size": 288}
+    heads = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "query_pre_attn_scalar": 16}
+    model = build("gemma3_text", **fields, **heads)
+    folder = save(model, tmp_path / "model", tokenizer=False)
+    for file in CHECKPOINT.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    fields = {"model__path": str(folder), "schedule__target": 0.2, "prune__layer_iterations": 1}
+    fields["export"] = [{"format": "gguf", "type": "q8_0"}, {"format": "compressed-tensors", "type": "fp8"}]
+    said = "may remove layers, and llama.cpp's code for gemma3_text has full attention in one of 6 layers"
+    for target in ("auto", "neurons"):
+        done = ptl(command, config(**fields, prune__target=target))
+        assert done.returncode == 0, done.stderr
+        printed = " ".join((done.stdout + done.stderr).split())
+        assert (f"prune.target={target} {said}" in printed) == (target == "auto")
+    assert "gguf-q8_0 cannot be made" not in printed
 
 
 @pytest.mark.slow

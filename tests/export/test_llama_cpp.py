@@ -5,7 +5,9 @@ import re
 import pytest
 
 from ptl.export import llama_cpp
+from ptl.model import pretrained
 from ptl.model.families import FAMILIES
+from ptl.pruning.surgery import Selection, prune_config
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
 PHI3 = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 4096}
@@ -77,6 +79,33 @@ COMPUTED_ALIKE = {
     "olmoe-1b-7b": OLMOE,
     "mixtral-8x7b": MIXTRAL | {"sliding_window": None},
 }
+
+
+def without_layer(config, layer):
+    """The config of the pruned model, whose config.json may leave out the number of layers."""
+    layers = pretrained.config_with_defaults(config).num_hidden_layers
+    family = FAMILIES[config["model_type"]]
+    kept = tuple(i for i in range(layers) if i != layer)
+    return prune_config(config | {"num_hidden_layers": layers}, family, Selection(kept, {}, {}))
+
+
+@pytest.mark.parametrize("config", COMPUTED_ALIKE.values(), ids=COMPUTED_ALIKE.keys())
+def test_layers_are_bound_to_their_places_where_the_rules_say_so(config):
+    """Some layer of the published models cannot be removed if and only if there are rules."""
+    layers = pretrained.config_with_defaults(config).num_hidden_layers
+    rules = llama_cpp.layer_rules(config["model_type"], layers)
+    refused = [reasons(without_layer(config, layer)) for layer in range(layers)]
+    assert any(refused) == bool(rules)
+    # Each reason is of a field that a rule names.
+    fields = {field for rule in rules for field in re.findall(r"\((\w+)\)", rule)}
+    assert all(any(field in reason for field in fields) for reason in refused if reason)
+    assert all(any(field in reason for reason in refused) for field in fields)
+
+
+def test_layers_that_are_all_alike_may_go():
+    assert llama_cpp.layer_rules("gemma3_text", 5) == []
+    assert llama_cpp.layer_rules("gemma3_text", 6) == ["full attention in one of 6 layers, the last (layer_types)"]
+    assert llama_cpp.layer_rules("exaone4", 63) == llama_cpp.layer_rules("unknown", 64) == []
 
 
 @pytest.mark.parametrize("config", COMPUTED_ALIKE.values(), ids=COMPUTED_ALIKE.keys())

