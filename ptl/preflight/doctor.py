@@ -41,10 +41,10 @@ def local(
     findings = [packages, model, *step_environment(config)]
     if model.state == "ok":  # its size says how much the run will write
         findings.append(as_finding("disk", doctor_local.disk, config, home))
-    if runner != "docker":
-        findings += doctor_local.exports(config, check_exports, model)
     if runner == "docker":
         findings.append(as_finding("images", doctor_local.engine, config, missing_images))
+    else:
+        findings += doctor_local.exports(config, check_exports, model)
     return findings
 
 
