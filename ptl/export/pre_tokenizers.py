@@ -26,6 +26,7 @@ TEXTS = (
     "\n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \na\r\nb  c   d    \n",
     "def f(x):\n    if x <= 0:\n\t\treturn [x_1, {'k': \"v\"}]\n    return f(x - 1)  # f'(x)\n",
     "I've been 'told he's there, 'RE you sure? 'M not sure I'll make it. WE'LL SEE; they'd say so, don't they?",
+    "on Monday and  2/5 more on   Tuesday,\t 7 left\n 8 and    9.5\n",
     "Step 1: Let $x^2 + y_{10} \\le \\frac{3}{4}$. Then... ------=======!!!!?? <think>\n\nHmm,</think> **Answer:** 7%",
     "Zoë naïvely paid 3 € for 2½ crêpes; Größe: 10 m². ¿Qué tal? Привет, как дела?",
     "你好\uff0c世界1234。こんにちは 안녕하세요 مرحبا नमस्ते 🚀 ✅",

@@ -34,7 +34,6 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     if text_tower.has_tower(config):
         log.say("import-model", f"{path} is a {config['model_type']}: its text model is saved, as {family.model_type}")
         text_tower.write_text_model(src, dst)
-        checkpoint.copy_companions(src, dst, excluded=text_tower.IMAGE_FILES)
         return
     for file in [*weights, src / "config.json", src / checkpoint.INDEX]:
         if file.is_file():  # one shard has no index

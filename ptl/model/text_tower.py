@@ -99,7 +99,8 @@ def text_name(name: str) -> str | None:
 
 
 def write_text_model(src: Path, dst: Path) -> None:
-    """Write weights and config of the text model, tensor by tensor, so that memory holds one tensor."""
+    """Write the text model as a checkpoint of its own, tensor by tensor, so that memory holds one tensor."""
+    write_companions(src, dst)
     weight_map: dict[str, str] = {}
     total_bytes = 0
     shards = checkpoint.shards(src)
@@ -110,7 +111,14 @@ def write_text_model(src: Path, dst: Path) -> None:
         total_bytes += sum(entry.size for entry in written)
     if shards != [src / checkpoint.WEIGHTS]:
         checkpoint.write_index(dst, weight_map, total_bytes)
+
+
+def write_companions(src: Path, dst: Path) -> Path:
+    """Write all of the text model but its weights to the folder `dst`, which is returned."""
+    dst.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(dst / "config.json", read_config(src))
+    checkpoint.copy_companions(src, dst, excluded=IMAGE_FILES)
+    return dst
 
 
 def _write_shard(src: Path, dst: Path) -> list[Entry]:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import whole_run
-import yaml
 from whole_run import CHAIN, records
 
 ROOT = Path(__file__).parents[2]
@@ -109,43 +107,6 @@ def test_an_export_is_published_scored_and_registered(finished):
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     (version,) = client.search_model_versions("tags.`ptl.export` = 'gguf-q8_0'")
     assert version.tags["ptl.model_id"] == record["pointer"]["model_id"] and version.source == record["pointer"]["uri"]
-
-
-@pytest.mark.slow
-def test_an_export_is_added_to_a_finished_run(config, tmp_path):
-    """The other steps keep their records; the new step scores the first items, and untimed as it was asked."""
-    raw = yaml.safe_load(config.read_text())
-    raw["schedule"] |= {"iterations": 1, "recovery_tokens": 8_000}
-    raw["evaluate"]["speed"]["repeats"] = 0
-    paths = [tmp_path / "plain.yaml", tmp_path / "with-export.yaml"]
-    form = {"format": "gguf", "type": "q8_0", "limit": 16, "speed": False}
-    for path, forms in zip(paths, ([], [form]), strict=True):
-        path.write_text(yaml.safe_dump(raw | {"export": forms}))
-    whole_run.finish(whole_run.start(paths[0], tmp_path))
-    before = records(tmp_path)
-    latest = (tmp_path / "latest").resolve()
-
-    output = whole_run.finish(whole_run.start(paths[1], tmp_path, "--run-dir", str(tmp_path / "latest")))
-    after = records(tmp_path)
-    assert f"continuing run {latest.name}" in output and (tmp_path / "latest").resolve() == latest
-    assert after.keys() - before.keys() == {EXPORT}
-    assert {step: after[step] for step in before} == before
-    result = json.loads((latest / "result.json").read_text())
-    (export,) = result["exports"]
-    assert [task["items"] for task in export["models"]["final"]["tasks"]] == [16] and result["rows"][0]["items"] == 64
-    assert {name: pair["items"] for name, pair in export["pairs"]["tiny_reasoner"].items()} == {
-        "final": 16,
-        "dense_export": 16,
-        "dense": 16,
-    }
-    assert "speed is false in its entry" in export["speed"]["reason"]
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (version,) = client.search_model_versions("tags.`ptl.export` = 'gguf-q8_0'")
-    assert version.source == after[EXPORT]["pointer"]["uri"]
-    (experiment,) = (e for e in client.search_experiments() if e.name == "ptl")
-    assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
 
 
 @pytest.mark.slow

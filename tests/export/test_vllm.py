@@ -1,0 +1,118 @@
+"""Pruned and quantized checkpoints in vLLM itself, on the CPU: it computes what transformers does.
+
+Skipped without `make vllm`. All models are answered for by one process, because vLLM takes long to import.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_gguf import cut_model
+from tiny_models import MOE_VARIANTS, YARN
+from transformers import AutoModelForCausalLM
+
+from ptl.export import compressed_tensors
+from ptl.export.compressed_tensors import write_compressed
+from ptl.model.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("PTL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("vllm"),
+    pytest.mark.skipif(not PYTHON.is_file(), reason="needs vLLM: make vllm"),
+]
+
+TOKENS, NEW_TOKENS = [1, 60, 61, 5, 9, 77, 100, 12], 6
+HEADS = {"hidden_size": 128, "head_dim": 32}  # the smallest heads that vLLM's attention takes on a CPU
+# By variant: in place of what vLLM does not read, or reads otherwise (docs/exports.md has the list)
+CHANGES = {
+    "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.0}},
+    "ernie4_5": {"use_bias": False},
+    "cohere2": {"sliding_window": 32},
+    "qwen2_moe": {"use_sliding_window": False},
+    "qwen2_moe-dense": {"qkv_bias": True},
+    "olmoe": {"attention_bias": False, "clip_qkv": None},
+    "gpt_oss": {
+        "sliding_window": 32,
+        "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+}
+LEFT_OUT = {
+    "internlm3": "vLLM's transformers (5.19) does not have it",
+    "deepseek_v3": "vLLM's latent attention for CPUs gives other numbers before pruning too",
+}
+VARIANTS = [
+    variant
+    for variant in (*(name for name, family in FAMILIES.items() if not family.experts), "llama-tied", *MOE_VARIANTS)
+    if variant not in LEFT_OUT
+]
+
+
+def answered(folders, tmp_path, dtype="float32"):
+    """By name what vLLM says of checkpoints."""
+    request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+    models = {name: {"folder": str(folder), "dtype": dtype} for name, folder in folders.items()}
+    request.write_text(json.dumps({"tokens": TOKENS, "new_tokens": NEW_TOKENS, "models": models}))
+    script = Path(__file__).parents[1] / "vllm_answers.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([PYTHON, script, request, answer], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(answer.read_text())
+
+
+def expected(folder):
+    """The log probabilities and the greedy tokens of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.tensor([TOKENS])
+    with torch.inference_mode():
+        logprobs = model(tokens).logits.log_softmax(-1)[0, :-1]  # [T - 1, V]
+        generated = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_length=len(TOKENS) + NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=True,
+        )
+    return {
+        "logprobs": logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist(),
+        "generated": generated[0, len(TOKENS) :].tolist(),
+    }
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """By variant: the pruned checkpoint's folder, and what vLLM says of it. One layer of four is removed too."""
+    root = tmp_path_factory.mktemp("vllm")
+    folders = {}
+    for variant in VARIANTS:
+        (root / variant).mkdir()
+        folders[variant] = cut_model(variant, root / variant, **(HEADS | CHANGES.get(variant, {})))
+    found = answered(folders, root)
+    return {variant: (folders[variant], found[variant]) for variant in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_vllm_computes_what_transformers_does_of_a_pruned_checkpoint(variant, pruned):
+    folder, found = pruned[variant]
+    wanted = expected(folder)
+    assert "error" not in found, found
+    assert found["logprobs"] == pytest.approx(wanted["logprobs"], abs=1e-4)
+    assert found["generated"] == wanted["generated"]
+
+
+@pytest.mark.skipif(not compressed_tensors.OWN_PYTHON.is_file(), reason="needs llmcompressor: make llmcompressor")
+@pytest.mark.parametrize(
+    ("type", "dtype"), [("fp8", "float32"), ("int8", "float32"), ("w4a16", "bfloat16")]
+)  # the kernel for 4 bits has no float32
+def test_vllm_computes_what_transformers_does_of_quantized_weights(type, dtype, tmp_path):
+    source = cut_model("llama", tmp_path, **HEADS)
+    sequences = tmp_path / "sequences.jsonl"
+    sequences.write_text("".join(json.dumps({"input_ids": [*TOKENS, token]}) + "\n" for token in range(3, 67)))
+    write_compressed(source, tmp_path / "out", type, None if type == "fp8" else sequences)
+    [found] = answered({type: tmp_path / "out"}, tmp_path, dtype).values()
+    assert "error" not in found, found
+    assert found["logprobs"] == pytest.approx(expected(tmp_path / "out")["logprobs"], abs=0.1)
