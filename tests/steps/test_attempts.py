@@ -55,6 +55,10 @@ def origin(request, environment):
         yield
 
 
+# What the parent reports does not depend on where the work's process comes from.
+by_the_parent = pytest.mark.parametrize("origin", ["started"], indirect=True)
+
+
 @pytest.fixture
 def go(tmp_path, monkeypatch, origin):
     """Run a step as its component does; returns its exit code and the metadata of its output."""
@@ -302,6 +306,7 @@ def mlflow(new_database, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_mlflow_shows_the_attempt_and_forgets_errors_that_were_overcome(go, mlflow, tmp_path, capfd):
     assert go("cuda killed ok")[0] == 0
     status, tags = mlflow("prune-1")
@@ -311,6 +316,7 @@ def test_mlflow_shows_the_attempt_and_forgets_errors_that_were_overcome(go, mlfl
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_a_step_that_failed_for_good_says_so_on_the_runs_page_too(go, mlflow):
     assert go("killed", retries=1)[0] == 1
     for name in ("prune-1", ""):
@@ -324,6 +330,7 @@ def test_a_step_that_failed_for_good_says_so_on_the_runs_page_too(go, mlflow):
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_an_exhausted_step_says_why_its_last_attempt_failed(go, mlflow, capfd):
     assert go("work", retries=0, PTL_LAUNCH="one")[0] == 1
     assert go("ok", retries=0, PTL_LAUNCH="one")[0] == 1
@@ -336,6 +343,7 @@ DENSE = Pointer("file:///dense", "sha256:" + "d" * 64, params=9, original_params
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["control-prune", "export-gguf-q8-0"])
+@by_the_parent
 def test_what_a_run_can_do_without_does_not_fail_it_on_a_cluster(step, go, mlflow, tmp_path, monkeypatch, capfd):
     """A failed task would fail the run and keep its report from being written."""
     monkeypatch.delenv("PTL_RUN_ID")
@@ -349,6 +357,7 @@ def test_what_a_run_can_do_without_does_not_fail_it_on_a_cluster(step, go, mlflo
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_on_one_machine_a_failed_control_is_resumed_like_any_step(go, mlflow, tmp_path):
     assert go("work", retries=0, step="control-prune", pointer=DENSE)[0] == 1
     assert json.loads((tmp_path / "error.json").read_text())["step"] == "control-prune"
@@ -356,6 +365,7 @@ def test_on_one_machine_a_failed_control_is_resumed_like_any_step(go, mlflow, tm
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_on_one_machine_too_a_failed_export_does_not_keep_the_report_from_being_written(go, mlflow, tmp_path):
     assert go("input", retries=0, step="export-gguf-q8-0", pointer=DENSE)[0] == 0
     assert Pointer.load((tmp_path / "out").read_text()).digest == DENSE.digest
@@ -403,6 +413,7 @@ def test_steps_that_settle_at_the_same_time_end_with_the_truth(mlflow, monkeypat
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_a_control_works_beside_a_loop_that_has_failed(go, mlflow):
     """After a retry of the run its steps start in any order, and the loop's failure is still there to see."""
     assert go("work", retries=0)[0] == 1
@@ -411,7 +422,7 @@ def test_a_control_works_beside_a_loop_that_has_failed(go, mlflow):
     assert go("ok", PTL_LAUNCH="the retry")[0] == 0 and mlflow("")[0] == "RUNNING"
 
 
-@pytest.mark.parametrize("origin", ["started"], indirect=True)
+@by_the_parent
 def test_a_failure_that_was_half_written_is_a_death(go, tmp_path, monkeypatch, capfd):
     real = supervisor.subprocess.Popen.wait
 
@@ -426,6 +437,7 @@ def test_a_failure_that_was_half_written_is_a_death(go, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+@by_the_parent
 def test_a_webhook_hears_nothing_of_pods_that_found_no_attempt_left(go, mlflow, webhook, monkeypatch):
     monkeypatch.setenv("PTL_WEBHOOK_URL", webhook[0])
     for _ in range(3):  # as with the policy Always
@@ -434,6 +446,7 @@ def test_a_webhook_hears_nothing_of_pods_that_found_no_attempt_left(go, mlflow, 
     assert mlflow("prune-1")[1]["ptl.error"] == "the store is away", "not an error around an error for each pod"
 
 
+@by_the_parent
 def test_mlflow_away_does_not_hide_why_a_step_failed(go, tmp_path, capfd):
     assert go("input")[0] == 2
     said = capfd.readouterr()
@@ -462,6 +475,7 @@ def webhook(monkeypatch):
     server.server_close()
 
 
+@by_the_parent
 def test_a_webhook_hears_once_when_a_step_failed_for_good(go, webhook, monkeypatch):
     url, posted = webhook
     monkeypatch.setenv("PTL_WEBHOOK_URL", f"{url}/token")
@@ -479,6 +493,7 @@ def test_a_webhook_hears_once_when_a_step_failed_for_good(go, webhook, monkeypat
     ]
 
 
+@by_the_parent
 def test_a_broken_webhook_is_a_line_that_keeps_its_address(go, webhook, monkeypatch, capfd):
     monkeypatch.setenv("PTL_WEBHOOK_URL", f"{webhook[0]}/broken/secret-token")
     assert go("work", retries=0)[0] == 1
