@@ -51,7 +51,7 @@ def metadata(stage: str, iteration: int, arm: str = "loop", **more: object) -> d
             "whole_seconds": 3.5 + iteration, "started": 1.76e9} | more  # fmt: skip
 
 
-def export(params: int, size: int, accuracy: float) -> dict:
+def export(params: int, size: int, accuracy: float, limit: int | None = None) -> dict:
     """Metadata of an export to GGUF; the final model's form is worse than it on five items."""
     pair = {"items": 500, "reference": 0.98, "candidate": accuracy, "regressions": 6, "improvements": 1,
             "difference": -0.01, "low": -0.02, "high": 0.0, "p_different": 0.125, "p_worse": 0.0625,
@@ -63,7 +63,8 @@ def export(params: int, size: int, accuracy: float) -> dict:
     rows = [{"batch": 1, "decode_tokens_per_s": 3210.0, "prefill_tokens_per_s": 9000.0}]
     return metadata(
         "export", 0, "export", params=params, bytes=size, accuracy=accuracy,
-        export={"format": "gguf", "type": "q8_0", "name": "gguf-q8_0"}, models=models, notes=["a note on it"],
+        export={"format": "gguf", "type": "q8_0", "limit": limit, "speed": True, "name": "gguf-q8_0"},
+        models=models, notes=["a note on it"],
         speed={"models": dict.fromkeys(("dense", "dense_export", "final", "final_export"), rows), "setting": "How."},
         scored={"dense": "evaluate-0", "final": "evaluate-4"},
         pairs={"tiny_reasoner": {"final": pair, "dense_export": pair, "dense": pair}},

@@ -16,10 +16,13 @@ from typing import Any
 import yaml
 
 from ptl import processes
+from ptl.config import dag
+from ptl.config.export import Export
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.storage import local_files, store
 
+NOT_TRIED = "the run ended before it"
 END_SECONDS = 30  # for the steps of an interrupted command to end
 
 
@@ -45,7 +48,8 @@ class RunDir:
     @property
     def missing_forms(self) -> dict[str, str]:
         """Why forms for other runtimes were not made, by the step that makes each; of a run with a result."""
-        return _missing_forms(self.result)
+        config = _read_config(self.path)
+        return _missing_forms(self.path, config) if config else {}
 
     @property
     def scratch(self) -> Path:
@@ -73,7 +77,7 @@ def open_run(
     """
     home = home.absolute()
     unfinished = [] if fresh else _runs(home, config, finished=False)
-    resumable = [path for path, old_config in unfinished if _is_same_run(old_config, config)]
+    resumable = [path for path, old_config in unfinished if _is_same_run(path, old_config, config)]
     earlier = tuple(path.name for path, _ in unfinished if path not in resumable)
 
     if chosen is not None:
@@ -96,17 +100,17 @@ def _check_chosen(folder: Path, config: Config) -> bool:
     old_config = _read_config(folder)
     if old_config is None and _is_free(folder):
         return False
-    if old_config and _is_same_run(old_config, config):
+    if old_config and _is_same_run(folder, old_config, config):
         return True
     reason = "is not empty and holds no run"
     if (folder / "config.yaml").is_file():
         reason = "belongs to another run: its config.yaml differs from this config"
         if old_config:
-            reason += f" in {', '.join(_differences(old_config, config))}"
+            reason += f" in {', '.join(_differences(folder, old_config, config))}"
     raise InputError(
         f"{folder} {reason}",
         field="--run-dir",
-        remedy="choose another directory",
+        remedy="restore it, or choose another directory",
     )
 
 
@@ -114,7 +118,7 @@ def finished_without_exports(home: Path, config: Config) -> Path | None:
     """The newest finished run of this config, if it only lacks some of its exports: `--run-dir` adds them."""
     finished = _runs(home.absolute(), config, finished=True)
     forms = config.model_dump(mode="json")["export"]
-    same = [(path, old_config["export"]) for path, old_config in finished if _is_same_run(old_config, config)]
+    same = [(path, old_config["export"]) for path, old_config in finished if _is_same_run(path, old_config, config)]
     if not same:
         return None
     newest, old_forms = same[0]
@@ -129,21 +133,40 @@ def _runs(home: Path, config: Config, *, finished: bool) -> list[tuple[Path, dic
     # Names end with the time: their order is that of the runs.
     found = []
     for path in sorted((home / "runs").glob(f"{config.name}-*"), reverse=True):
-        result = path / "result.json"
-        if (result.is_file() and not _missing_forms(result)) != finished:
-            continue
         old_config = _read_config(path)
         # The pattern also fits a longer name.
-        if old_config and old_config["name"] == config.name:
+        if old_config and old_config["name"] == config.name and _is_finished(path, old_config) == finished:
             found.append((path, old_config))
     return found
 
 
-def _missing_forms(result: Path) -> dict[str, str]:
-    """Step -> reason, of the exports that a result.json lacks."""
-    # The files of earlier versions have no exports.
-    exports = json.loads(result.read_text()).get("exports", [])
-    return {export["step"]: export["failed"] for export in exports if export["failed"]}
+def _is_finished(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run has its result, with all forms of its config."""
+    return _tried_forms(folder) is not None and not _missing_forms(folder, config)
+
+
+def _missing_forms(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Step -> reason, of the forms in a run's config that its result lacks; none of a run without a result."""
+    tried = _tried_forms(folder)
+    if tried is None:
+        return {}
+    reasons = {step: tried.get(step, NOT_TRIED) for step in map(_export_step, config["export"])}
+    return {step: reason for step, reason in reasons.items() if reason}
+
+
+def _tried_forms(folder: Path) -> dict[str, str] | None:
+    """Of each form in a run's result why it was not made, empty where it was; None without a readable result."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        # The files of earlier versions have no exports.
+        return {export["step"]: export["failed"] for export in result.get("exports", [])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _export_step(form: dict[str, Any]) -> str:
+    """The step of a form in a config that was read as YAML."""
+    return dag.export_step(Export.model_construct(**form))
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
@@ -158,22 +181,28 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _is_same_run(old_config: dict[str, Any], config: Config) -> bool:
+def _is_same_run(folder: Path, old_config: dict[str, Any], config: Config) -> bool:
     """Whether a config continues a run: see `_differences`."""
-    return not _differences(old_config, config)
+    return not _differences(folder, old_config, config)
 
 
-def _differences(old_config: dict[str, Any], config: Config) -> list[str]:
+def _differences(folder: Path, old_config: dict[str, Any], config: Config) -> list[str]:
     """The fields that make a config another run than a directory's; not `resources`, on which no result depends.
 
-    An export can be added or removed, since no other step depends on it. One that both configs have must be the same.
+    An export can be added or removed, since no other step depends on it, and one that failed be corrected. Any other
+    that both configs have must be the same.
     """
     new_config = config.model_dump(mode="json")
     fields = [name for name, value in new_config.items() if value != old_config[name]]
-    forms = {(form["format"], form["type"]): form for form in new_config["export"]}
-    same_exports = all(forms.get((form["format"], form["type"]), form) == form for form in old_config["export"])
-    free = ("resources", "export") if same_exports else ("resources",)
-    return [name for name in fields if name not in free]
+    forms = {_export_step(form): form for form in new_config["export"]}
+    failed = _missing_forms(folder, old_config)
+    changed = [
+        f"{form['format']}-{form['type']}"
+        for form in old_config["export"]
+        if (step := _export_step(form)) not in failed and forms.get(step, form) != form
+    ]
+    differences = [name for name in fields if name not in ("resources", "export")]
+    return [*differences, *(f"export ({name})" for name in changed)]
 
 
 def _is_free(folder: Path) -> bool:

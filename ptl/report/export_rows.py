@@ -9,6 +9,7 @@ from ptl.config.export import Export
 from ptl.report.result_rows import Records, Row
 
 NOT_MADE = "its step has left no record"
+OTHERWISE_MADE = "the run has made it with other settings before: restore them, or begin a new run"
 
 
 def rows(records: Records, forms: Sequence[Row], failed: Mapping[str, str]) -> list[Row]:
@@ -18,8 +19,10 @@ def rows(records: Records, forms: Sequence[Row], failed: Mapping[str, str]) -> l
         form = Export(**settings)
         step = export_step(form)
         row: Row = {"name": form.name, "type": form.type, "limit": form.limit, "step": step, "failed": ""}
-        if step in records:
-            metadata = records[step]["metadata"]
+        metadata = records[step]["metadata"] if step in records else {}
+        if metadata and metadata["export"] != {**form.model_dump(), "name": form.name}:
+            row["failed"] = failed.get(step) or OTHERWISE_MADE
+        elif metadata:
             pointer = records[step]["pointer"]
             row |= {key: metadata[key] for key in ("models", "speed", "notes", "pairs", "scored")}
             row |= {"uri": pointer["uri"], "digest": pointer["digest"]}

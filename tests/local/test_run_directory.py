@@ -111,16 +111,31 @@ def test_a_damaged_run_of_this_name_does_not_stop_new_ones(tmp_path, config):
 
 @pytest.mark.parametrize("failed", ["", "no tokenizer"], ids=["made", "failed"])
 def test_a_run_without_one_of_its_forms_is_resumed_though_it_has_a_result(failed, tmp_path, config):
+    config = with_exports(config, {"type": "q8_0"}, {"type": "q4_0"})
     run, _ = open_run(tmp_path, config, None, False)
     with working(run, config, leave):
-        exports = [{"step": "export-gguf-q8-0", "failed": ""}, {"step": "export-gguf-q4-0", "failed": failed}]
-        run.result.write_text(json.dumps({"exports": exports}))
+        run.result.write_text(result(q8_0="", q4_0=failed))
     assert run.missing_forms == ({"export-gguf-q4-0": failed} if failed else {})
     again, resumed = open_run(tmp_path, config, None, False)
     assert resumed == bool(failed) and (again.path == run.path) == bool(failed)
-    # With a corrected config its steps may be taken over.
+    # With a corrected config its steps may be taken over; the form itself may be corrected in its run.
     corrected, _ = open_run(tmp_path, config.model_copy(update={"seed": 1}), None, False)
     assert corrected.earlier == ((run.run_id,) if failed else ())
+    _, resumed = open_run(tmp_path, with_exports(config, {"type": "q8_0"}, {"type": "q4_0", "limit": 5}), None, False)
+    assert resumed == bool(failed)
+
+
+def test_a_damaged_result_does_not_stop_new_runs_and_is_written_again(tmp_path, config):
+    run, _ = open_run(tmp_path, config, None, False)
+    with working(run, config, leave):
+        run.result.write_text('{"exports": [')
+    again, resumed = open_run(tmp_path, config, None, False)
+    assert resumed and again.path == run.path and again.missing_forms == {}
+
+
+def result(**failed):
+    exports = [{"step": f"export-gguf-{type.replace('_', '-')}", "failed": reason} for type, reason in failed.items()]
+    return json.dumps({"exports": exports})
 
 
 def with_exports(config, *forms):
@@ -136,7 +151,7 @@ def test_an_export_is_added_to_the_run_that_lacks_it(tmp_path, config):
     assert resumed and (again.path, again.earlier) == (run.path, ())
     assert run_directory.finished_without_exports(tmp_path, more) is None
 
-    run.result.write_text(json.dumps({"exports": []}))
+    run.result.write_text(result(q8_0=""))
     fresh, resumed = open_run(tmp_path, more, None, False)
     assert not resumed and fresh.path != run.path
     assert run_directory.finished_without_exports(tmp_path, more) == run.path
@@ -144,19 +159,26 @@ def test_an_export_is_added_to_the_run_that_lacks_it(tmp_path, config):
     assert resumed and again.path == run.path
     with working(again, more, leave):
         pass
+    # The step did not come to its end: the run is no longer finished, and needs no option.
     assert run_directory.finished_without_exports(tmp_path, more) is None
+    assert again.missing_forms == {"export-gguf-q4-0": run_directory.NOT_TRIED}
+    third, resumed = open_run(tmp_path, more, None, False)
+    assert resumed and third.path == run.path
 
 
 @pytest.mark.parametrize(
     ("change", "fields"),
-    [({"export": [{"format": "gguf", "type": "q8_0", "limit": 9}]}, "export"), ({"seed": 1, "export": []}, "seed")],
+    [
+        ({"export": [{"format": "gguf", "type": "q8_0", "limit": 9}]}, r"export \(gguf-q8_0\)"),
+        ({"seed": 1, "export": []}, "seed"),
+    ],
     ids=["export", "seed"],
 )
 def test_another_run_says_in_what_it_differs(change, fields, tmp_path, config):
     run, _ = open_run(tmp_path, with_exports(config, {"type": "q8_0"}), None, False)
     with working(run, with_exports(config, {"type": "q8_0"}), leave):
         pass
-    run.result.write_text(json.dumps({"exports": []}))
+    run.result.write_text(result(q8_0=""))
     other = check(Config, config.model_dump() | change, "config")
     with pytest.raises(InputError, match=rf"differs from this config in {fields};"):
         open_run(tmp_path, other, run.path, False)

@@ -48,7 +48,7 @@ def test_a_verdict_names_the_model_that_solves_nothing(records, settings, no_pic
 
 
 def test_a_form_that_was_scored_on_fewer_items_says_how_many(records, settings, no_pictures, tmp_path):
-    form = export(127_872, 140_000, 0.97)
+    form = export(127_872, 140_000, 0.97, limit=200)
     for model in form["models"].values():
         model["tasks"] = [task | {"items": 200} for task in model["tasks"]]
     records[STEP] = record_of(STEP, form)
@@ -66,6 +66,14 @@ def test_a_form_that_was_not_made_is_named_with_the_reason(records, settings, no
     assert "Not made: InputError: no quantizer." in markdown and "Not made: InputError: no quantizer." in html
     assert "Export gguf-q8_0 was not made: InputError: no quantizer." in notes(result)
     assert "exports_failed" not in result["settings"]
+
+
+def test_a_form_that_was_made_with_other_settings_is_not_shown_as_these(records, settings, no_pictures, tmp_path):
+    records[STEP] = record_of(STEP, export(127_872, 140_000, 0.97, limit=10))
+    result = write_report(records, settings | {"export": [FORM | {"limit": 200}]}, tmp_path)
+    (form,) = result["exports"]
+    assert "made it with other settings before" in form["failed"] and "models" not in form
+    assert "Not made: the run has made it with other settings" in (tmp_path / "report.md").read_text()
 
 
 def test_without_benchmarks_of_right_and_wrong_items_nothing_is_compared(records, settings, no_pictures, tmp_path):
