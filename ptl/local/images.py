@@ -46,7 +46,9 @@ def build(
             remedy="run this in a checkout of the repository",
         )
     if cpu and "evaluate-vllm" in optional:
-        raise InputError("evaluate-vllm has no build for CPUs", field="--with", remedy="leave it out, or --cpu")
+        raise InputError(
+            "evaluate-vllm has no build for CPUs", field="--with", remedy="name the others instead of it, or of `all`"
+        )
     require_engine()
     settings = {
         "REGISTRY": f"{registry}/" if registry else "",

@@ -35,7 +35,7 @@ def left_out(config: Config) -> list[str]:
         return []
     return [
         f"the forecast leaves out {listed(steps)}: each of them writes the dense and the final model once more, and "
-        "scores both on all benchmarks"
+        "scores both on all benchmarks, on `limit` items of each if the export has one"
     ]
 
 
