@@ -141,7 +141,7 @@ def known_images(file: Path, optional: list[str]) -> dict[str, Any]:
         raise InputError(
             f"{file} is of images {tag}, not {__version__}", field="--images", remedy="give this version's"
         )
-    absent = [name for name in (*image_names.IMAGES, *optional) if name not in section["digests"]]
+    absent = image_names.without_digest(section["digests"], optional)
     if absent:
         raise InputError(
             f"{file} has no digest of {', '.join(absent)}",

@@ -167,8 +167,11 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=DEFAULT_FORMS)
     parser.add_argument("--models", nargs="+", choices=models(), default=list(models()))
     given = parser.parse_args()
-    if given.what in ("speed", "table"):
-        {"speed": speed, "table": table}[given.what]()
+    if given.what == "speed":
+        speed()
+        return
+    if given.what == "table":
+        table()
         return
     if given.data is None:
         parser.error(f"{given.what} needs --data")

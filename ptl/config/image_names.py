@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from ptl import __version__
 from ptl.errors import InputError
@@ -84,6 +84,11 @@ def chosen(optional: Iterable[str]) -> list[str]:
             remedy=f"{', '.join(IMAGES)} are always included",
         )
     return [name for name in OPTIONAL if name in wanted or ALL in wanted]
+
+
+def without_digest(digests: Container[str], optional: Iterable[str]) -> list[str]:
+    """The three images and `optional` ones that `digests`, by image, lack."""
+    return [name for name in (*IMAGES, *optional) if name not in digests]
 
 
 def with_options(optional: Iterable[str]) -> str:

@@ -280,7 +280,7 @@ class Config(Section):
     def _all_images_have_a_digest_or_none(self) -> Config:
         digests = self.images.digests
         optional = self.optional_images()
-        absent = [name for name in (*image_names.IMAGES, *optional) if name not in digests]
+        absent = image_names.without_digest(digests, optional)
         # One image by its digest beside another by its tag could be of two builds.
         if digests and absent:
             command = f"ptl images digests{image_names.with_options(optional)}"

@@ -49,7 +49,7 @@ def write_calibrated(
     seed: int,
 ) -> None:
     """`write_compressed` with the sequences that pruning calibrates with, where the type needs any."""
-    check_compressed(src, type)
+    _check_as_it_is(src, type)
     with tempfile.TemporaryDirectory() as scratch:
         sequences = None
         if type in CALIBRATED and calibration is not None:
@@ -69,8 +69,7 @@ def write_compressed(
     llmcompressor's output goes to ours. Raises InputError before it starts for what cannot be written or has no
     sequences, and without a Python that has llmcompressor; WorkError with the last lines of its output when it fails.
     """
-    family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
-    group_size = check_compressed(src, type)
+    group_size = _check_as_it_is(src, type)
     if type in CALIBRATED and sequences is None:
         raise InputError(
             f"{type} needs sequences for calibration",
@@ -122,6 +121,12 @@ def check_compressed(src: Path, type: str, width: int | None = None) -> int | No
         return None
     sizes = read_sizes(config, family, f"{src}/config.json")
     return _group_size(dataclasses.replace(sizes, intermediate_size=width or sizes.intermediate_size))
+
+
+def _check_as_it_is(src: Path, type: str) -> int | None:
+    """`check_compressed` of a checkpoint that is written now: a multimodal one has to be imported first."""
+    family_of(checkpoint.read_config(src))
+    return check_compressed(src, type)
 
 
 def _group_size(sizes: Sizes) -> int:

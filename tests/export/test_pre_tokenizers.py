@@ -92,9 +92,10 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(kind, tmp_path):
 def test_the_check_of_a_tokenizer_reads_no_weights(tmp_path):
     without_weights = shutil.ignore_patterns("*.safetensors")
     folder = shutil.copytree(EXAMPLE / "checkpoint", tmp_path / "model", ignore=without_weights)
-    check_tokenizer(folder)
+    check_tokenizer(folder)  # it raises where it refuses
     llama_tokenizer(folder)  # of a kind that the converter knows without a hash
     check_tokenizer(folder)
+    assert not any(folder.glob("*.safetensors"))
 
 
 def test_a_name_is_asked_for_only_where_the_converter_does_not_know_the_tokenizer(tmp_path):
