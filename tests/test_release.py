@@ -20,13 +20,14 @@ from ptl.cli import configs, shipped
 from ptl.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-WHEEL = f"ptl-{ptl.__version__}-py3-none-any.whl"
-SDIST = f"ptl-{ptl.__version__}.tar.gz"
+STEM = f"prune_tune_loop-{ptl.__version__}"
+WHEEL = f"{STEM}-py3-none-any.whl"
+SDIST = f"{STEM}.tar.gz"
 DIGESTS = {name: f"sha256:{number:064x}" for number, name in enumerate(("prune", "recover", "evaluate"))}
 SECTION = {"registry": "registry.example.com/team", "tag": ptl.__version__, "digests": DIGESTS}
 # What git has at the top, without what no release reads.
 COPIED = ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
-COPIED += ("constraints.txt", "release.py", ".gitignore", "ptl", "components", "pipelines", "examples")
+COPIED += ("constraints.txt", "release.py", ".gitignore", "ptl", "components", "pipelines", "examples", "tests")
 pytestmark = pytest.mark.xdist_group("release")  # one release for all
 AUTHOR = ("-c", "user.name=a", "-c", "user.email=a@example.com")
 
@@ -164,7 +165,7 @@ def test_make_release_takes_the_images_of_exports_unless_others_are_named():
 def test_a_release_is_complete_and_its_checksums_hold(released):
     names = {str(path.relative_to(released)) for path in released.rglob("*") if path.is_file()}
     shipped_configs = {f"pipelines/{path.name}" for path in shipped.CONFIGS.glob("*.yaml")}
-    assert names == {"NOTES.md", "SHA256SUMS", "images.json", WHEEL, SDIST} | shipped_configs
+    assert names == {"NOTES.md", "SHA256SUMS", "constraints.txt", "images.json", WHEEL, SDIST} | shipped_configs
     assert json.loads((released / "images.json").read_text()) == SECTION
     done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=released, check=False)
     assert done.returncode == 0 and len((released / "SHA256SUMS").read_text().splitlines()) == len(names) - 1
@@ -212,19 +213,21 @@ def test_a_release_that_builds_images_takes_their_digests_from_the_engine(tmp_pa
 def test_the_wheel_has_one_name_at_the_top_and_metadata_that_tools_read(released):
     with zipfile.ZipFile(released / WHEEL) as wheel:
         names = wheel.namelist()
-        folder = f"ptl-{ptl.__version__}.dist-info"
+        folder = f"{STEM}.dist-info"
         metadata = HeaderParser().parsestr(wheel.read(f"{folder}/METADATA").decode())
         assert wheel.read(f"{folder}/top_level.txt").split() == [b"ptl"]
     assert {name.partition("/")[0] for name in names} == {"ptl", folder}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
-    assert (metadata["Name"], metadata["Version"], metadata["License"]) == ("ptl", ptl.__version__, "Apache-2.0")
+    assert (metadata["Name"], metadata["Version"], metadata["License"]) == ("prune-tune-loop", ptl.__version__, "Apache-2.0")
     assert metadata["Description-Content-Type"] == "text/markdown" and metadata["Summary"] and metadata.get_payload()
     extras = set(metadata.get_all("Provides-Extra"))
     assert {"prune", "recover", "evaluate", "pipelines"} <= extras
     assert all(Requirement(text).name for text in metadata.get_all("Requires-Dist"))
     with tarfile.open(released / SDIST) as sdist:
         members = sdist.getmembers()
-    assert {"CHANGELOG.md", "setup.py", "PKG-INFO"} <= {member.name.partition("/")[2] for member in members}
+    files = {member.name.partition("/")[2] for member in members}
+    assert {"CHANGELOG.md", "setup.py", "PKG-INFO"} <= files
+    assert not [file for file in files if file.startswith("tests/")], "not without their helpers"
     assert {(member.uid, member.gid, member.uname, member.mode) for member in members} == {(0, 0, "", 0o644)}
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from ptl import extras
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models
@@ -38,5 +39,5 @@ def check_installed() -> None:
         raise InputError(
             f"the package {METHOD} is not installed, with which transformers loads quantized weights",
             field="export",
-            remedy="pip install 'ptl[evaluate]'",
+            remedy=extras.install("evaluate"),
         )

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptl import processes
+from ptl import extras, processes
 from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
 from ptl.export import converter, llama_cpp, pre_tokenizers, quantization
@@ -73,7 +73,7 @@ def check_installed() -> None:
             raise InputError(
                 f"the module {module} is not installed",
                 field="export",
-                remedy="pip install 'ptl[gguf]'",
+                remedy=extras.install("gguf"),
             )
 
 

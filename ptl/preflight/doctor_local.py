@@ -44,13 +44,12 @@ def packages(config: Config, runner: str) -> Finding:
     if runner != "docker":
         needed = ["prune", "recover", "evaluate", *needed]
         backends = _missing_backends(config)
-    package = f"ptl[{','.join(needed)}]"
     missing = [*extras.absent(needed), *backends]
     if not missing:
-        return Finding("packages", "ok", f"what the steps import is installed ({package})")
+        return Finding("packages", "ok", f"what the steps import is installed ({', '.join(needed)})")
     listed = ", ".join(missing)
     # The backends are not in these extras: each goes with one kind of CUDA.
-    return Finding("packages", "error", f"not installed: {listed}", " ".join([f"pip install '{package}'", *backends]))
+    return Finding("packages", "error", f"not installed: {listed}", " ".join([extras.install(*needed), *backends]))
 
 
 def _missing_backends(config: Config) -> list[str]:

