@@ -17,7 +17,7 @@ def scores(params: int, accuracy: float, width: int) -> dict:
         reach = 0.02
         return {"task": name, "version": 1, "metric": "exact_match,final-number", "accuracy": value,
                 "low": value - reach, "high": min(1.0, value + reach), "items": items, "num_fewshot": 0,
-                "truncated": 0.0, "cut_prompts": 0.0, "higher_is_better": True}  # fmt: skip
+                "truncated": 0.0, "cut_prompts": 0.0, "code_timeouts": 0, "higher_is_better": True}  # fmt: skip
 
     return {
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],

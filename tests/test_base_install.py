@@ -1,4 +1,4 @@
-"""What `pip install prune-tune-loop` without extras can do, tried in a process that cannot import what the extras bring."""
+"""What the package without extras can do, tried in a process that cannot import what the extras bring."""
 
 import json
 import re
@@ -149,7 +149,10 @@ def test_what_needs_an_extra_names_it_in_one_line(base, tmp_path):
     }
     done = base(*commands, folder=tmp_path)
     for (command, extra), (code, shown) in zip(commands.items(), done, strict=True):
-        assert code == 2 and f"pip install 'prune-tune-loop[{extra}]'" in shown and shown.count("\n") == 1, (command, shown)
+        assert code == 2 and f"pip install 'prune-tune-loop[{extra}]'" in shown and shown.count("\n") == 1, (
+            command,
+            shown,
+        )
 
 
 def test_a_module_that_no_extra_brings_is_an_error_of_ours():

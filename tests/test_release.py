@@ -218,16 +218,20 @@ def test_the_wheel_has_one_name_at_the_top_and_metadata_that_tools_read(released
         assert wheel.read(f"{folder}/top_level.txt").split() == [b"ptl"]
     assert {name.partition("/")[0] for name in names} == {"ptl", folder}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
-    assert (metadata["Name"], metadata["Version"], metadata["License"]) == ("prune-tune-loop", ptl.__version__, "Apache-2.0")
+    assert (metadata["Name"], metadata["Version"], metadata["License"]) == (
+        "prune-tune-loop",
+        ptl.__version__,
+        "Apache-2.0",
+    )
     assert metadata["Description-Content-Type"] == "text/markdown" and metadata["Summary"] and metadata.get_payload()
     extras = set(metadata.get_all("Provides-Extra"))
     assert {"prune", "recover", "evaluate", "pipelines"} <= extras
     assert all(Requirement(text).name for text in metadata.get_all("Requires-Dist"))
     with tarfile.open(released / SDIST) as sdist:
         members = sdist.getmembers()
-    files = {member.name.partition("/")[2] for member in members}
-    assert {"CHANGELOG.md", "setup.py", "PKG-INFO"} <= files
-    assert not [file for file in files if file.startswith("tests/")], "not without their helpers"
+    packed = {member.name.partition("/")[2] for member in members}
+    assert {"CHANGELOG.md", "setup.py", "PKG-INFO"} <= packed
+    assert not [file for file in packed if file.startswith("tests/")], "not without their helpers"
     assert {(member.uid, member.gid, member.uname, member.mode) for member in members} == {(0, 0, "", 0o644)}
 
 

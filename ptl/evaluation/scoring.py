@@ -28,6 +28,7 @@ class TaskScore:
     num_fewshot: int  # examples before each item
     truncated: float  # share of the answers that hit the token limit
     higher_is_better: bool
+    code_timeouts: int  # answers whose code ran out of time; they count as wrong
     cut_prompts: float  # share of the prompts whose beginning did not fit into the context
     answer_tokens: float  # mean length of the generated answers
     seconds: float  # in the model; divided by the right answers it is the time per solved problem
@@ -48,6 +49,7 @@ def score_task(
 
     loaded = _load_tasks(lm, specs, task, settings, seed)
     lm.start_notes()
+    task_loading.timeouts.clear()
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
@@ -85,6 +87,7 @@ def score_task(
         num_fewshot=int(results["n-shot"][first.name]),
         truncated=_mean([note.truncated for note in notes]),
         higher_is_better=bool(directions.get(metric, True)),
+        code_timeouts=len(task_loading.timeouts),
         answer_tokens=_mean([note.tokens for note in notes]),
         cut_prompts=lm.cut_prompts / len(values),
         seconds=lm.seconds,

@@ -15,6 +15,9 @@ from ptl.errors import InputError, WorkError
 from ptl.evaluation import task_data, tasks
 from ptl.evaluation.task_yaml import SPLITS, Spec
 
+# Of the answers whose code has run out of time: the harness's metrics return one number. `score_task` empties it.
+timeouts: list[str] = []
+
 
 def check_lengths(lm: Any, loaded: Any) -> None:
     """Raise InputError when a task's longest answer leaves no room for a prompt; lengths in tokens."""
@@ -136,6 +139,7 @@ def pass_at_1(
         raise InputError(f"pass@k with k={k} is not supported", field="evaluate.tasks", remedy="use a task with pass@1")
     shares = []  # of the candidates that pass, by problem
     for tests, candidates in zip(references, predictions, strict=True):
-        outcomes = [runner.run_tests(candidate, tests).passed for candidate in candidates]
-        shares.append(sum(outcomes) / len(outcomes))
+        outcomes = [runner.run_tests(candidate, tests) for candidate in candidates]
+        timeouts.extend(outcome.detail for outcome in outcomes if outcome.status == "timeout")
+        shares.append(sum(outcome.passed for outcome in outcomes) / len(outcomes))
     return {"pass@1": sum(shares) / len(shares)}, {}

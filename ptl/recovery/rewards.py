@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ptl.config.recover import Reward
+from ptl.log import say
 
 FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
 CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)
@@ -62,6 +63,9 @@ def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValu
     from ptl.sandbox.runner import run_many
 
     outcomes = run_many(zip(map(program, answers), references, strict=True))
+    timeouts = sum(outcome.status == "timeout" for outcome in outcomes)
+    if timeouts:
+        say("recover", f"the code of {timeouts} of {len(outcomes)} answers ran out of time: it counts as wrong")
     return [float(outcome.passed) for outcome in outcomes]
 
 

@@ -91,7 +91,7 @@ def _more_items(pair: Row) -> str:
 
 
 def _token_limits(dense: Row, final: Row) -> list[str]:
-    """Answers and prompts that were truncated, of either model."""
+    """Answers and prompts that were truncated, and code that ran out of time, of either model."""
     lines = []
     for before, after in zip(dense["scores"]["tasks"], final["scores"]["tasks"], strict=True):
         name = before["task"]
@@ -105,6 +105,9 @@ def _token_limits(dense: Row, final: Row) -> list[str]:
                     f"{cells.percent(after[key])} of the final model's {words} (dense: {cells.percent(before[key])})"
                 )
                 lines.append(f"On {name}, {values}.")
+        if before["code_timeouts"] or after["code_timeouts"]:
+            counts = f"{after['code_timeouts']} of the final model's answers (dense: {before['code_timeouts']})"
+            lines.append(f"On {name}, {counts} count as wrong because their code ran out of time.")
     return lines
 
 

@@ -322,6 +322,16 @@ def test_code_answers_are_graded_in_the_sandbox(data_dir, monkeypatch, name, ans
     assert any(answer in candidate for candidate, _ in seen)
 
 
+def test_answers_whose_code_runs_out_of_time_are_counted(data_dir, monkeypatch):
+    from ptl.evaluation import task_loading
+    from ptl.sandbox import runner
+
+    monkeypatch.setattr(runner, "run_tests", lambda *given: runner.Outcome(False, "timeout", "more than 5 s"))
+    task_loading.timeouts.clear()
+    assert graded("humaneval", data_dir, "    return a + b\n") == 0
+    assert task_loading.timeouts == ["more than 5 s"]
+
+
 def test_code_benchmarks_are_opt_in(data_dir):
     with pytest.raises(InputError, match=r"evaluate\.allow_code: the task 'humaneval' runs code"):
         check_tasks(settings({"name": "humaneval", "metric": "pass@1"}, data_dir=str(data_dir)))

@@ -35,7 +35,9 @@ def test_float_weights_are_not_scored_as_quantized_ones():
 
 def test_the_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"package compressed-tensors is not installed.*pip install 'prune-tune-loop\[evaluate\]'"):
+    with pytest.raises(
+        InputError, match=r"package compressed-tensors is not installed.*pip install 'prune-tune-loop\[evaluate\]'"
+    ):
         quantized_model(quantized_copy(tmp_path / "model"), SETTINGS)
 
 

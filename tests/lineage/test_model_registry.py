@@ -159,7 +159,9 @@ def test_https_without_a_token_is_a_warning_that_says_where_to_name_one(tmp_path
 
 def test_without_the_client_it_is_a_warning_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(extras.MODULES, "model-registry", ("no_such_module",))
-    assert register("http://registry").endswith("no_such_module is not installed; pip install 'prune-tune-loop[model-registry]'")
+    assert register("http://registry").endswith(
+        "no_such_module is not installed; pip install 'prune-tune-loop[model-registry]'"
+    )
 
 
 @pytest.mark.parametrize(

