@@ -27,6 +27,7 @@ from ptl import processes
 
 ADDRESS = "PTL_FORK_SERVER"  # the server's socket, in the environment of those that may ask
 OUTPUTS = (1, 2)  # file descriptors that a process gets from whoever asked for it
+LONGEST_FOLDER = 80  # bytes: with our names below it a socket's path has up to 107
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")  # of NVIDIA's and AMD's drivers
 
 FORK = get_context("fork") if sys.platform == "linux" else None
@@ -68,9 +69,11 @@ class Forked:
 def serving(modules: Sequence[str]) -> Iterator[None]:
     """Let `start` in this process, and in those that it starts, find a server that imports `modules`.
 
-    There is none where a fork is not safe: beside a GPU's driver, or on another system than Linux.
+    There is none where a fork is not safe (beside a GPU's driver, or on another system than Linux), nor where the
+    temporary folder's path is too long for a socket's.
     """
-    if FORK is None or any(map(os.path.exists, GPU_DEVICES)):
+    too_long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER
+    if FORK is None or too_long or any(map(os.path.exists, GPU_DEVICES)):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="ptl-fork-") as folder:

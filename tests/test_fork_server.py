@@ -35,6 +35,12 @@ def program(tmp_path, monkeypatch):
     return write
 
 
+def test_there_is_none_where_a_sockets_path_would_be_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 25)))
+    with fork_server.serving(["fractions"]):
+        assert fork_server.start("fractions") is None
+
+
 def test_it_is_the_module_with_its_arguments_environment_folder_and_outputs(program, tmp_path, monkeypatch, capfd):
     name = program(PROGRAM)
     with fork_server.serving(["fractions"]):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ptl import processes
 from ptl.cli.options import HOME, Home, Servers
 from ptl.lineage import inventory, retention
+from ptl.lineage.inventory import ExperimentInventory
 from ptl.lineage.retention import Retention
 from ptl.local import runs
 from ptl.units import size
@@ -38,7 +42,23 @@ def gc(
     experiments = list(inventory.experiments(experiment))
     # Wrong names are refused before anything is deleted.
     retention.check_runs(run, experiments)
-    rules = retention.Rules(older_than, keep_last, tuple(run), dense)
+    with contextlib.ExitStack() as stack:
+        if delete:
+            known = [each for stored in experiments for each in stored.runs.values()]
+            _hold(stack, home, [each.id for each in known if each.id in run or each.mlflow_id in run])
+        _collect(experiments, retention.Rules(older_than, keep_last, tuple(run), dense), delete)
+
+
+def _hold(stack: contextlib.ExitStack, home: Path, run_ids: list[str]) -> None:
+    """Take the locks of runs of this machine. Raises InputError for one that is at work."""
+    for run_id in run_ids:
+        lock = home.absolute() / "runs" / run_id / "lock"
+        if lock.exists():
+            stack.enter_context(processes.exclusive(lock, f"run {run_id}", remedy="end it first, or wait for it"))
+
+
+def _collect(experiments: list[ExperimentInventory], rules: retention.Rules, delete: bool) -> None:
+    """Print what can go and what stays; with `delete` it goes."""
     now = time.time()
     removed_bytes: list[int] = []  # of each checkpoint
     for stored_experiment in experiments:

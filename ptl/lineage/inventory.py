@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptl.errors import InputError, WorkError
@@ -215,5 +216,7 @@ def _versions(client: MlflowClient) -> dict[str, str]:
         # Whoever registers a checkpoint by hand may give any of them.
         for key in filter(None, keys):
             address = key.rstrip("/").removeprefix("models:/")
+            if address.startswith("/"):  # a folder, as it is typed
+                address = Path(address).as_uri()
             versions[address] = f"{version.name} {version.version}"
     return versions

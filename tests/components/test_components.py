@@ -43,7 +43,7 @@ def test_dependencies_have_full_versions_and_name_pipelines(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_when_it_was_verified(name):
-    """The catalogue asks for a time within the last year (docs/contributing-upstream.md); no commit turns red by age."""
+    """The catalogue asks for a time within the last year (docs/contributing-upstream.md); no commit ages into red."""
     verified = yaml.safe_load((ROOT / "components" / name / "metadata.yaml").read_text())["lastVerified"]
     assert isinstance(verified, datetime) and verified.tzinfo is not None, "a timestamp with its zone, not a date"
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -514,6 +515,28 @@ def test_runs_that_are_named(experiment, loop, tmp_path):
     collect(experiment, runs=(open_.run,))
     with pytest.raises(WorkError, match=r"is gone.*it was deleted"):
         open_.work("recover-1", cut)
+
+
+@pytest.mark.slow
+def test_a_version_that_was_registered_by_its_folder_stays(experiment, loop):
+    loop().whole()
+    held, found = verdicts(experiment, 8)
+    if not held.location.startswith("file://"):
+        pytest.skip("a plain path names files of this machine only")
+    (pruned,) = [each.stored for each in found if each.stored.step == "prune-1"]
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    client.create_model_version(experiment, pruned.uris[0].removeprefix("file://"))
+    assert ("prune-1", "pruned") in INTERMEDIATE and ("prune-1", "pruned") not in going(experiment)
+
+
+def test_a_run_that_is_at_work_is_not_collected(tmp_path):
+    from ptl import processes
+    from ptl.cli import gc
+
+    lock = tmp_path / "runs" / "tiny-1" / "lock"
+    refused = pytest.raises(InputError, match=r"run tiny-1.*end it first")
+    with processes.exclusive(lock, "run tiny-1"), ExitStack() as stack, refused:
+        gc._hold(stack, tmp_path, ["tiny-1", "another-run"])
 
 
 @pytest.mark.slow
