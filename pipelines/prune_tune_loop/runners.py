@@ -19,7 +19,7 @@ from ptl import fork_server
 from ptl.config.run import Config
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
-from ptl.log import MARK
+from ptl.log import MARK, on_terminal
 from ptl.processes import Environment
 
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
@@ -168,7 +168,7 @@ class _Tee(io.TextIOBase):
     """Writes all lines to a log, and to the terminal those with a step's mark, or all when `verbose`."""
 
     def __init__(self, terminal: TextIO, log: TextIO, verbose: bool) -> None:
-        self.terminal = terminal
+        self.show = on_terminal(terminal)
         self.log = log
         self.verbose = verbose
         self.unfinished_line = ""
@@ -180,5 +180,5 @@ class _Tee(io.TextIOBase):
         for line in lines:
             before, mark, progress = line.partition(MARK)
             if self.verbose or (mark and not before.strip()):
-                print(line if self.verbose else progress, file=self.terminal, flush=True)
+                self.show(line if self.verbose else progress)
         return len(text)
