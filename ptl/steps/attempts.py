@@ -15,7 +15,6 @@ import uuid
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 from ptl.errors import WorkError
 
-
 NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 
 

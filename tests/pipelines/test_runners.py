@@ -126,8 +126,9 @@ def test_a_step_that_fails_on_a_full_disk_names_it(tmp_path, monkeypatch):
     @dsl.component
     def fills():
         import os
+        from pathlib import Path
 
-        os.symlink("/dev/full", os.environ["TMPDIR"] + "/probe")  # instead of a disk that other processes fill
+        Path(os.environ["TMPDIR"], "probe").symlink_to("/dev/full")  # instead of a disk that other processes fill
         raise AttributeError("module has no attribute 'prune'")
 
     @dsl.pipeline
