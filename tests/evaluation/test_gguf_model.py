@@ -101,7 +101,7 @@ def test_different_tokens_are_an_error_before_the_first_answer(file, monkeypatch
     lm = gguf_language_model(file, REASONER, settings())
     options = {"until": [], "max_gen_toks": 8}
     asked = [request("Tom has 3 apples.\n", options), request("Zoé has 3.\n", options)]
-    with pytest.raises(InputError, match=r"tokenizer give different tokens after 'Zo': \[.*\] and \[2, "):
+    with pytest.raises(InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "):
         lm.generate_until(asked)
 
 
