@@ -72,7 +72,7 @@ def _compare_texts(model: LlamaModel, tokenizer: Any, texts: list[str]) -> list[
             "first character that it does not know",
             field="export",
         )
-    notes = []
+    notes: list[str] = []
     for text in texts:
         if _is_known(tokenizer, text):
             checked_tokens(model, tokenizer, text, special=True)

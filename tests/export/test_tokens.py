@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import build, save
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -150,6 +149,8 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(kind, tmp_path):
 
 def test_a_sentencepiece_tokenizer_without_bytes_is_refused(tmp_path):
     """llama.cpp would end the process at a character that has no token."""
+    import sentencepiece
+
     text = tmp_path / "text"
     text.write_text("hello world this is a text about numbers\n" * 9)
     folder = save(build("llama"), tmp_path / "model")
