@@ -18,7 +18,7 @@ from ptl import processes
 from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
-from ptl.export import quantize
+from ptl.export import llama_cpp, quantize
 from ptl.model import checkpoint, checks, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
@@ -47,8 +47,8 @@ def write_calibrated(
     type: str,
     calibration: Calibration | None,  # int8 and w4a16 need it
     seed: int,
-) -> None:
-    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any."""
+) -> list[str]:
+    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any; notes for users."""
     _check_as_it_is(src, type)
     with tempfile.TemporaryDirectory() as scratch:
         sequences = None
@@ -56,6 +56,7 @@ def write_calibrated(
             sequences = Path(scratch) / "sequences.jsonl"
             write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
         write_compressed(src, dst, type, sequences)
+    return llama_cpp.context_notes(src)
 
 
 def write_compressed(

@@ -60,20 +60,23 @@ def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
 
 
 def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
-    """Raise InputError where GGUF is asked for and llama.cpp does not have the checkpoint's tokenizer.
+    """Raise InputError where GGUF is asked for and llama.cpp gives other tokens than the checkpoint's tokenizer.
 
-    Takes seconds. Without llama.cpp's packages it is not checked, which a warning says.
+    Returns warnings of what the forms' runtimes compute otherwise. Takes seconds. Without llama.cpp's packages the
+    tokens are not compared, which a warning says.
     """
-    if all(form.format != "gguf" for form in forms):
-        return []
-    from ptl.export import gguf
+    from ptl.export import gguf, llama_cpp
 
+    formats = {form.format for form in forms}
+    notes = llama_cpp.context_notes(src) if formats else []
+    if "gguf" not in formats:
+        return notes
     try:
         gguf.check_installed()
     except InputError as error:
-        return [f"not checked: whether llama.cpp has the tokenizer ({error})"]
-    gguf.check_tokenizer(src)
-    return []
+        return [*notes, f"not checked: whether llama.cpp gives the tokenizer's tokens ({error})"]
+    _, found = gguf.check_tokenizer(src)
+    return notes + found
 
 
 def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]:
@@ -194,8 +197,7 @@ def _check_compressed_installed() -> None:
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
     from ptl.export.compressed_tensors import write_calibrated
 
-    write_calibrated(src, dst, type, calibration, seed)
-    return []
+    return write_calibrated(src, dst, type, calibration, seed)
 
 
 def _compressed_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:

@@ -15,6 +15,7 @@ from ptl.errors import InputError, WorkError
 
 PACKAGE = "llama_cpp_py_sync"  # module of llama-cpp-py-sync: llama.cpp's library, and its declarations for cffi
 PRE_TOKENIZER = "tokenizer.ggml.pre"  # the field of a GGUF file that names how text is split before BPE
+BYTE_TOKEN = 1 << 5  # LLAMA_TOKEN_ATTR_BYTE of llama.h, which the package declares as 6
 BATCH = 512  # tokens that one call of llama.cpp reads
 CALLBACK = "void(enum ggml_log_level, const char *, void *)"
 
@@ -103,6 +104,14 @@ class LlamaModel:
         out = ffi.new("llama_token[]", room)
         count = lib.llama_tokenize(self._vocabulary, encoded, len(encoded), out, room, special, True)
         return list(out[0:count])
+
+    def lacks_bytes(self) -> bool:
+        """Whether a SentencePiece vocabulary has no tokens for bytes: a character without a token ends the process."""
+        _, lib = library()
+        if lib.llama_vocab_type(self._vocabulary) != lib.LLAMA_VOCAB_TYPE_SPM:
+            return False
+        attributes = (lib.llama_vocab_get_attr(self._vocabulary, token) for token in range(self.vocabulary_size))
+        return not any(attribute & BYTE_TOKEN for attribute in attributes)
 
     def is_end(self, token: int) -> bool:
         """Whether an answer ends with this token."""

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_if_it_is_to_be_expo
     fields = {"model__path": str(checkpoint), "export": [{"format": "gguf", "type": "q8_0"}]}
     options = ["--home", tmp_path / "home"] if command == "run" else []
     done = ptl(command, config(**fields), *options)
-    assert done.returncode == 2 and "llama.cpp has no pre-tokenizer that gives the tokens" in done.stderr, done.stderr
+    assert done.returncode == 2 and "llama.cpp would not run this tokenizer" in done.stderr, done.stderr
     assert not (tmp_path / "home").exists()
     # vLLM reads every tokenizer that transformers has.
     fields["export"] = [{"format": "compressed-tensors", "type": "fp8"}]
@@ -142,7 +142,7 @@ def test_validate_says_that_a_tokenizer_was_not_checked(config, checkpoint, tmp_
     file = config(export=[{"format": "gguf", "type": "q8_0"}])
     done = ptl("validate", file, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    assert "warning: not checked: whether llama.cpp has the tokenizer (" in done.stderr
+    assert "warning: not checked: whether llama.cpp gives the tokenizer's tokens (" in done.stderr
     assert "pip install 'prune-tune-loop[gguf]'" in done.stderr
 
 
