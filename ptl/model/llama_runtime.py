@@ -38,8 +38,8 @@ def check_loads() -> None:
         "llama.cpp",
         (sys.executable, "-c", f"import {__name__} as llama; llama.library()"),
         field="export",
-        remedy=f"use `--runner docker`, set {OWN_LIBRARY} to libllama.so of an own build, or a system with glibc 2.38 "
-        "and AVX2 (docs/install.md)",
+        remedy=f"use `--runner docker`, set {OWN_LIBRARY} to libllama.so of an own build, or a system with glibc 2.38, "
+        "libgomp and AVX2 (docs/install.md)",
     )
 
 

@@ -206,7 +206,7 @@ def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config
 def test_a_run_needs_what_its_exports_are_made_with(config, tmp_path, monkeypatch):
     path = config(export=[{"format": "compressed-tensors", "type": "fp8"}])
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
-    assert refused(path, "PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python that has llmcompressor", tmp_path)
+    assert refused(path, "PTL_LLMCOMPRESSOR_PYTHON: llmcompressor of /no/such/python cannot be loaded here", tmp_path)
     # Where the run is planned need not be where it runs.
     assert ptl("validate", path).returncode == 0
 
