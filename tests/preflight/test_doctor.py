@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
+from ptl import extras
 from ptl.cli.app import app
 from ptl.config.export import Export
 from ptl.config.run import load_config
@@ -390,7 +391,6 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
 
 
 def test_packages_that_the_steps_import(config, tmp_path, monkeypatch):
-    from ptl import extras
     from ptl.preflight import doctor_local
 
     assert doctor_local.packages(config, "subprocess").state == "ok"
@@ -446,6 +446,15 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
         both, home=tmp_path, missing_images=lambda _: [], check_exports=check_here, runner="docker"
     )
     assert not {"gguf", "compressed-tensors"} & {line.subject for line in in_containers}
+
+
+def test_a_llama_cpp_that_the_system_cannot_load(tracking, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp_py_sync")
+    monkeypatch.setenv("PTL_LLAMA_CPP", __file__)
+    extras._failure.cache_clear()
+    said = fault(on_this_machine(exporting(*GGUF), tmp_path), "gguf")
+    extras._failure.cache_clear()
+    assert "llama.cpp cannot be loaded here (OSError: " in said and "-> use `--runner docker`" in said
 
 
 @needs_llama_cpp
