@@ -81,7 +81,8 @@ def _is_installed(module: str) -> bool:
 
 def unusable(name: str, reason: str, *, field: str, remedy: str) -> UnusableError:
     """The error of software that gives this reason for not loading."""
-    error = AbsentError if reason.startswith(ModuleNotFoundError.__name__) else UnusableError
+    absent = reason.startswith((ModuleNotFoundError.__name__, FileNotFoundError.__name__))
+    error = AbsentError if absent else UnusableError
     return error(f"{name} cannot be loaded here ({reason})", field=field, remedy=remedy)
 
 
@@ -98,7 +99,7 @@ def _failure(command: tuple[str, ...]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:  # no such file, or one for another kind of machine
-        return f"{error.strerror}: {error.filename}"
+        return f"{type(error).__name__}: {error}"
     if done.returncode < 0:
         return f"killed by {signal.Signals(-done.returncode).name}"
     lines = [f"exit code {done.returncode}", *done.stdout.splitlines(), *done.stderr.strip().splitlines()]

@@ -97,6 +97,7 @@ def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, sai
     assert refused(config(**fields), said, tmp_path)
 
 
+@needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "validate"])
 def test_a_checkpoint_that_llama_cpp_computes_differently_is_refused_if_it_is_to_be_exported(
@@ -176,6 +177,7 @@ def test_in_containers_it_does_not_matter_what_this_machine_can_load(excused, co
     assert capsys.readouterr().err.count("not checked: no GLIBC_2.38") == len([excused] if excused else [])
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config, tmp_path):
     """A Gemma 3 of six layers, the last with full attention."""

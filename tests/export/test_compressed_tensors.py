@@ -145,7 +145,9 @@ def test_families_that_cannot_be_written_are_refused(variant, reason, tmp_path):
 
 def test_a_python_without_llmcompressor_is_named(monkeypatch):
     monkeypatch.setenv(PYTHON, "/no/such/python")
-    with pytest.raises(InputError, match=rf"^{PYTHON}: .* cannot be loaded here \(No such file.*make llmcompressor"):
+    with pytest.raises(
+        InputError, match=rf"^{PYTHON}: .* cannot be loaded here \(FileNotFoundError.*make llmcompressor"
+    ):
         interpreter()
 
 
