@@ -7,15 +7,16 @@ import os
 import sys
 from typing import Any
 
+from ptl import address
 from ptl.errors import InputError, WorkError
 from ptl.lineage import locate
 
 
 def result_of(run_id: str) -> dict[str, Any]:
-    """A run's result.json, from its MLflow run. Raises WorkError: without it nobody knows whether the gate passed."""
+    """A run's result.json, from its MLflow run. Raises WorkError where it cannot be read from here."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         raise WorkError(
-            "the run succeeded, but MLFLOW_TRACKING_URI is not set here, so its gate cannot be read",
+            "the run succeeded, but its result is in MLflow, and MLFLOW_TRACKING_URI is not set here",
             remedy="set it (and the S3 credentials), or do without --wait",
         )
     try:
@@ -23,6 +24,21 @@ def result_of(run_id: str) -> dict[str, Any]:
     except InputError as error:
         # The user's input was right: it is the run's own record that is missing.
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
+
+
+def terminal_text(result: dict[str, Any], run_id: str) -> str:
+    """The table, the verdict, and where the pages are, as `ptl run` prints them."""
+    from ptl.report.render import terminal_text
+
+    # The steps' own address of MLflow may lead nowhere outside of the cluster.
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    url = address.bare(uri).rstrip("/") if address.is_server(uri) else ""
+    report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
+    # The images' version of ptl may be another one.
+    try:
+        return terminal_text(result | {"mlflow": result["mlflow"] | {"url": url}}, report)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"its result is not shown, as another version of ptl has written it ({error!r}); report: {report}"
 
 
 # The table in Markdown, from the fields of the rows in result.json
