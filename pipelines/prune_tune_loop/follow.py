@@ -1,6 +1,7 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from pipelines.prune_tune_loop.kfp_api import (
 )
 from pipelines.prune_tune_loop.pods import Pod
 from pipelines.prune_tune_loop.run_view import RunView, Sources, StepView
-from ptl import processes
+from ptl import address, processes
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import progress
@@ -31,7 +32,7 @@ DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
-PODS = 30.0  # seconds between two looks at the pods, and for one of them
+PODS = 30.0  # seconds between two looks at the pods
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
 MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
 Say = Callable[[str], None]
@@ -69,7 +70,7 @@ class Observer:
             return
         # A kubeconfig and its login plugins are the user's own: whatever is wrong with them, only the reasons are missing.
         try:
-            self.pods = within(PODS, lambda: pods.read(namespace, run.run_id, pending))
+            self.pods = within(pods.PATIENCE, lambda: pods.read(namespace, run.run_id, pending))
         except Exception:
             self.pods = {}
         self.pods_read = time.monotonic()
@@ -84,6 +85,15 @@ class Observer:
             if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
             self.outage_reported = True
+
+    @property
+    def mlflow_page(self) -> str:
+        """The run's page in MLflow, at the address that is used here; empty without a server."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if self.records is None or not address.is_server(uri):
+            return ""
+        run = f"experiments/{self.records.experiment_id}/runs/{self.records.parent_id}"
+        return f"{address.bare(uri).rstrip('/')}/#/{run}"
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -278,7 +288,7 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
             announcer.hint(run_text.hint_to_cancel(view))
             if view.ended:
                 observer.settle(view)
-                return _exit_code(view, config, say)
+                return _exit_code(view, observer.mlflow_page, config, say)
             # Another pause would end after the deadline.
             if is_last_look:
                 say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
@@ -321,7 +331,7 @@ class _Announcer:
         return is_new
 
 
-def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
+def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say) -> int:
     """The exit code of a wait, after its last line."""
     if view.state != "SUCCEEDED":
         state = run_text.state_text(view)
@@ -336,10 +346,9 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
     except PtlError as error:
         if is_gated:
             raise
-        say(f"its result is not shown: {error}")
-        say(f"{view.name}: SUCCEEDED")
-        return DONE
-    say(outcome.terminal_text(result, view.run_id))
+        say(f"the result is not shown: {error}")
+    else:
+        say(outcome.terminal_text(result, view.run_id, mlflow_page))
     if not is_gated:
         say(f"{view.name}: SUCCEEDED")
         return DONE

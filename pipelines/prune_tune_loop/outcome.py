@@ -7,7 +7,6 @@ import os
 import sys
 from typing import Any
 
-from ptl import address
 from ptl.errors import InputError, WorkError
 from ptl.lineage import locate
 
@@ -26,19 +25,16 @@ def result_of(run_id: str) -> dict[str, Any]:
         raise WorkError(f"the run succeeded, but its result.json cannot be read: {error}") from error
 
 
-def terminal_text(result: dict[str, Any], run_id: str) -> str:
-    """The table, the verdict, and where the pages are, as `ptl run` prints them."""
+def terminal_text(result: dict[str, Any], run_id: str, page: str) -> str:
+    """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
     from ptl.report.render import terminal_text
 
-    # The steps' own address of MLflow may lead nowhere outside of the cluster.
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    url = address.bare(uri).rstrip("/") if address.is_server(uri) else ""
     report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
     # The images' version of ptl may be another one.
     try:
-        return terminal_text(result | {"mlflow": result["mlflow"] | {"url": url}}, report)
+        return terminal_text(result | {"mlflow": result["mlflow"] | {"url": page}}, report)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"its result is not shown, as another version of ptl has written it ({error!r}); report: {report}"
+        return f"another version of ptl has written the result ({error!r})\nReport: {report}\nMLflow: {page}"
 
 
 # The table in Markdown, from the fields of the rows in result.json

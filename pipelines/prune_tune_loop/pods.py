@@ -20,6 +20,7 @@ Get = Callable[..., Json]  # of the Kubernetes API: a path, and selectors
 NODE = "workflows.argoproj.io/node-name"  # WORKFLOW(0).root(0).TASK(0).executor(0), or WORKFLOW(0).root(0).TASK-driver(0)
 TASK = re.compile(r"\.root\(\d+\)\.([^.()]+)\(\d+\)")
 SECONDS = 5  # for one request
+PATIENCE = 20  # seconds for all of them
 LONG = 500  # characters of a message
 STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
 
