@@ -254,7 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.world.closing.wait(30)
             return
         if body in (DRIP, DRIP_HEAD):
-            return self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999 if body is DRIP_HEAD else b"")
+            self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999 if body is DRIP_HEAD else b"")
+            return
         data = b'{"run_id": "run-0"' if body is CUT else body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.prune_tune_loop import outcome, pods, run_text, run_view, task_list
+from pipelines.prune_tune_loop import pods, run_text, run_view, task_list
 from pipelines.prune_tune_loop.kfp_api import (
     CONFLICT,
     LOGIN_AGAIN,
@@ -21,11 +21,11 @@ from pipelines.prune_tune_loop.kfp_api import (
     within,
 )
 from pipelines.prune_tune_loop.pods import Pod
-from pipelines.prune_tune_loop.run_view import RunView, Sources, StepView
+from pipelines.prune_tune_loop.run_view import RunView, StepView
 from ptl import address, processes
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import locate, progress
 from ptl.lineage.progress import RunProgress
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
@@ -59,16 +59,15 @@ class Observer:
         listed = task_list.fold(run, self.step_names)
         namespace = self.api.namespace or "kubeflow"
         self._read_pods(run, namespace, [key for key, step in listed.items() if step.state == "PENDING"])
-        return run_view.view(
-            Sources(run, self.step_names, listed, self.records, self.pods, namespace, self.api.link(run.run_id))
-        )
+        link = self.api.link(run.run_id)
+        return run_view.view(run, self.step_names, listed, self.pods, self.records, namespace, link)
 
     def _read_pods(self, run: Any, namespace: str, pending: list[str]) -> None:
         """Those that cannot start or have failed, where they may be read."""
         is_due = time.monotonic() - self.pods_read > PODS or run.state == "FAILED"
         if run.state not in (*task_list.UNFINISHED, "FAILED") or not is_due:
             return
-        # A kubeconfig and its login plugins are the user's own: whatever is wrong with them, only the reasons are missing.
+        # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
         try:
             self.pods = within(pods.PATIENCE, lambda: pods.read(namespace, run.run_id, pending))
         except Exception:
@@ -332,7 +331,7 @@ class _Announcer:
 
 
 def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say) -> int:
-    """The exit code of a wait, after its last line."""
+    """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
     if view.state != "SUCCEEDED":
         state = run_text.state_text(view)
         if view.state == "FAILED" and view.reason:
@@ -342,17 +341,40 @@ def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say)
     # Without the config nobody knows whether the run had a gate.
     is_gated = config is not None and config.gate.enabled
     try:
-        result = outcome.result_of(view.run_id)
-    except PtlError as error:
+        result = locate.result(view.run_id)
+        passed, reason = gate_passed(result)
+    except (PtlError, LookupError, TypeError) as error:
         if is_gated:
-            raise
-        say(f"the result is not shown: {error}")
+            raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
+        say(f"its result cannot be read: {error}")
     else:
-        say(outcome.terminal_text(result, view.run_id, mlflow_page))
+        say(_result_text(result, view.run_id, mlflow_page))
     if not is_gated:
         say(f"{view.name}: SUCCEEDED")
         return DONE
-    passed, reason = outcome.gate_passed(result)
-    verdict = "passed" if passed else "not passed"
-    say(f"{view.name}: SUCCEEDED, gate {verdict}: {reason}")
+    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
     return DONE if passed else GATE
+
+
+def _result_text(result: dict[str, Any], run_id: str, mlflow_page: str) -> str:
+    """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
+    from ptl.report.render import terminal_text
+
+    report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
+    # The images' version of ptl may be another one.
+    try:
+        return terminal_text(result | {"mlflow": {"url": mlflow_page}}, report)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"another version of ptl has written its result ({error!r})\nReport: {report}\nMLflow: {mlflow_page}"
+
+
+def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
+    # The control has no gate, and iteration 0 is the dense model.
+    iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
+    if not iterations:
+        return False, "no iteration was scored"
+    last = max(iterations, key=lambda row: row["iteration"])
+    share = result["final"]["share_removed"]
+    sentence = "iteration {iteration} {verdict}".format_map(last)
+    return last["verdict"] == "accepted", f"{sentence}, {share:.1%} removed"

@@ -1,4 +1,4 @@
-"""A run and its steps as people see them: the steps' own records, Kubeflow's state of the run, pods that cannot start."""
+"""A run and its steps as people see them: the steps' own records, Kubeflow's list, pods that cannot start."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ NOT_LISTED = "not listed by Kubeflow"
 WAITING = "waiting"
 NOT_STARTED = "not started"
 NOT_NEEDED = "not needed"
-COMPLETE = 12  # steps of a run whose list Kubeflow never stops updating; of 18 it listed 12 to 18
+COMPLETE = 12  # steps of a run whose list Kubeflow never stops updating: it has listed 12 of 18
 SOON = 60.0  # seconds in which a pod usually starts
 # How a stage needs less memory.
 SMALLER_BATCH = {
@@ -34,7 +34,7 @@ class StepView:
     verdict: str = ""  # of the gate
     progress: str = ""  # of a training, while it runs
     reason: str = ""  # of a failure, with its remedy
-    pending: str = ""  # why it has been pending for long, with a remedy
+    pending: str = ""  # why it has been pending for long, with its remedy
     pending_kind: str = ""  # of that, in one word
 
 
@@ -45,8 +45,12 @@ class RunView:
     run_id: str
     name: str
     state: str  # as Kubeflow says, but CANCELED and CANCELING where it was canceled
+    canceled: datetime | None  # when it was asked to end, since it was last retried
+    where: str  # options of kubectl that select its pods
+    page: str  # its address in the UI
+    is_recorded: bool  # MLflow was read and knows it
+    is_long: bool  # Kubeflow may have stopped updating its list
     steps: list[StepView]
-    where_to_look: str  # when nothing says why it failed
 
     @property
     def ended(self) -> bool:
@@ -61,101 +65,79 @@ class RunView:
             return ""
         failed = [step for step in self.steps if step.state == "FAILED"]
         if not failed:
-            return self.where_to_look
+            return self.look("describe workflows,pods")
         # The control's failures do not fail the run: the first one of the loop comes before them.
         culprit = min(failed, key=lambda step: "control" in step.name)
         return f"{culprit.name}: {culprit.reason}"
 
+    def look(self, command: str) -> str:
+        """Where to look for more, with one of kubectl's commands."""
+        return f"see `kubectl {command} {self.where}` and {self.page}"
+
 
 @dataclass(frozen=True)
 class Sources:
-    """All that is known of a run."""
+    """What is known of one step, from where."""
 
-    run: Any  # as Kubeflow describes it
-    names: dict[str, str]  # of the steps, by task key, in the order of the loop
-    listed: dict[str, ListedStep]  # by task key
-    records: RunProgress | None = None  # in MLflow
-    pods: dict[str, Pod] | None = None  # by task key; None where they are not read
-    namespace: str = "kubeflow"  # of the pods
-    page: str = ""  # the run's address in the UI
-
-    @property
-    def canceled(self) -> datetime | None:
-        """When the run, since it was last retried, was asked to end; Kubeflow then says FAILED in the end."""
-        history = self.run.state_history or []
-        for entry in reversed(history):
-            if entry.state == "CANCELING":
-                return entry.update_time
-            if entry.state in ("PENDING", "RUNNING"):
-                break
-        if self.run.state in ("CANCELING", "CANCELED"):  # just asked: the history does not have it yet
-            return history[-1].update_time if history else self.run.created_at
-        return None
-
-    @property
-    def state(self) -> str:
-        if not self.canceled:
-            return str(self.run.state)
-        return "CANCELED" if self.ended else "CANCELING"
-
-    @property
-    def ended(self) -> bool:
-        return self.run.state in ENDED
-
-    def is_canceled(self, ended: datetime | None) -> bool:
-        """Whether what ended then was ended by a request to cancel the run."""
-        return self.canceled is not None and (ended is None or ended >= self.canceled)
-
-    def look(self, command: str) -> str:
-        """Where to look for more, with one of kubectl's commands."""
-        selector = f"-n {self.namespace} -l pipeline/runid={self.run.run_id}"
-        return f"see `kubectl {command} {selector}` and {self.page}"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What is known of one step."""
-
-    record: StepProgress | None  # in MLflow, since the run was last retried
+    record: StepProgress | None  # in MLflow, of the time since the run was last retried
     task: ListedStep | None
-    pod: Pod | None
+    pod: Pod | None  # that is pending or has failed
     is_needed: bool  # the gate has not ended the loop before it
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether it has a pod that is pending."""
-        return self.pod is not None and self.pod.is_pending
 
+def view(
+    run: Any,
+    names: dict[str, str],
+    listed: dict[str, ListedStep],
+    pods: dict[str, Pod],
+    records: RunProgress | None,
+    namespace: str,
+    page: str,
+) -> RunView:
+    """Join what is known of a run's steps: `names`, `listed` and `pods` are by task key.
 
-def view(sources: Sources) -> RunView:
-    """Join what is known of the steps. A step's own record comes first, then its pod, then Kubeflow's list."""
-    records = sources.records.steps if sources.records else {}
-    retried = retried_at(sources.run)
-    current = {step: record for step, record in records.items() if not _is_before(record, retried)}
+    A step's own record comes first, then its pod, then Kubeflow's list.
+    """
+    canceled = _canceled_at(run)
+    state = run.state
+    if canceled:
+        state = "CANCELED" if run.state in ENDED else "CANCELING"
+    where = f"-n {namespace} -l pipeline/runid={run.run_id}"
+    is_long = len(names) > COMPLETE
+    seen = RunView(run.run_id, run.display_name, state, canceled, where, page, records is not None, is_long, [])
+
+    retried = retried_at(run)
+    all_records = records.steps if records else {}
+    current = {step: record for step, record in all_records.items() if not _is_before(record, retried)}
     # The step with which the gate ended the loop before its last iteration
-    ends = [name for name in sources.names.values() if name in records and records[name].loop_ended]
-    culprits = _culprits(sources, current)
-    steps = []
-    for key, name in sources.names.items():
-        pod = (sources.pods or {}).get(key)
+    ends = [name for name in names.values() if name in all_records and all_records[name].loop_ended]
+    culprits = _culprits(current) or {names[key] for key, task in listed.items() if task.state == "FAILED"}
+    for key, name in names.items():
         is_needed = not (ends and _is_of_later_iteration(name, ends[0]))
-        step = Evidence(current.get(name), sources.listed.get(key), pod, is_needed)
-        state = _state(step, sources)
-        reason = ""
-        if state == "FAILED":
-            is_bystander = bool(culprits) and name not in culprits
-            reason = _failure(name, step, sources, is_bystander)
+        step = Sources(current.get(name), listed.get(key), pods.get(key), is_needed)
+        is_bystander = bool(culprits) and name not in culprits
         # Also of an attempt before the retry: its seconds and its attempt are shown until the step begins again.
-        steps.append(_step_view(name, state, step, records.get(name), reason, sources))
-    return RunView(sources.run.run_id, sources.run.display_name, sources.state, steps, sources.look("describe pods"))
+        seen.steps.append(_step_view(name, step, all_records.get(name), is_bystander, seen))
+    return seen
 
 
-def _culprits(sources: Sources, records: dict[str, StepProgress]) -> set[str]:
+def _canceled_at(run: Any) -> datetime | None:
+    """When the run, since it was last started or retried, was asked to end; Kubeflow then says FAILED in the end."""
+    history = run.state_history or []
+    for entry in reversed(history):
+        if entry.state == "CANCELING":
+            return entry.update_time
+        if entry.state in ("PENDING", "RUNNING"):
+            break
+    if run.state in ("CANCELING", "CANCELED"):  # just asked: the history does not have it yet
+        return history[-1].update_time if history else run.created_at
+    return None
+
+
+def _culprits(records: dict[str, StepProgress]) -> set[str]:
     """Steps that made the run fail; a step of the control that says why it could not finish does not."""
     failed = {step for step, record in records.items() if record.status == "FAILED" and record.error}
-    culprits = {step for step in failed if "control" not in step}
-    # Without such a record Kubeflow's list is all there is.
-    return culprits or {sources.names[key] for key, task in sources.listed.items() if task.state == "FAILED"}
+    return {step for step in failed if "control" not in step}
 
 
 def _is_before(record: StepProgress, retried: datetime | None) -> bool:
@@ -171,57 +153,77 @@ def _is_of_later_iteration(name: str, last: str) -> bool:
     return number.isdigit() and last_number.isdigit() and int(number) > int(last_number)
 
 
-def _state(step: Evidence, run: Sources) -> str:
+def _state(step: Sources, run: RunView) -> str:
     """The state of a step. A pod that is killed leaves its record RUNNING."""
-    record = step.record
+    record, task = step.record, step.task
     if record is not None and record.status == "FINISHED":
         return "SUCCEEDED"
-    if step.is_pending and not run.ended:
+    if step.pod is not None and step.pod.is_pending and not run.ended:
         return "PENDING"
-    if record is None:
-        return _state_without_record(step, run)
-    listed_state = step.task.state if step.task else ""
-    if record.status == "RUNNING" and not run.ended:
-        return "FAILED" if listed_state == "FAILED" and not run.canceled else "RUNNING"
-    if record.status == "RUNNING" and "SUCCEEDED" in (run.state, listed_state):
-        return "SUCCEEDED"
-    return "CANCELED" if run.is_canceled(record.ended) else "FAILED"
-
-
-def _state_without_record(step: Evidence, run: Sources) -> str:
-    task = step.task
-    failed = task is not None and task.state == "FAILED"
+    listed_state = task.state if task else ""
     # After the end of the loop a step has nothing to do; only one that failed is worth reporting.
-    if not step.is_needed and not failed:
+    if record is None and not step.is_needed and listed_state != "FAILED":
         return NOT_NEEDED
+    if record is None and listed_state != "FAILED":
+        return listed_state or _unlisted_state(task, run)
+    if record is not None and record.status == "RUNNING":
+        if not run.ended and (run.canceled or listed_state != "FAILED"):
+            return "RUNNING"
+        if "SUCCEEDED" in (run.state, listed_state):
+            return "SUCCEEDED"
+    ended = record.ended if record else task.ended if task else None
+    return "CANCELED" if run.canceled and (ended is None or ended >= run.canceled) else "FAILED"
+
+
+def _unlisted_state(task: ListedStep | None, run: RunView) -> str:
+    """The state of a step without a record that Kubeflow does not list, or lists without a state."""
     if task is not None:
-        return "CANCELED" if failed and run.is_canceled(task.ended) else task.state or NOT_STARTED
+        return NOT_STARTED
     # The steps' records show that one without has not begun. The list alone shows it while it is complete.
-    if run.records is not None and not run.ended:
-        return WAITING
-    if len(run.names) > COMPLETE:
+    if run.is_long and not (run.is_recorded and not run.ended):
         return NOT_LISTED
     return NOT_STARTED if run.ended else WAITING
 
 
-def _failure(name: str, step: Evidence, run: Sources, is_bystander: bool) -> str:
+def _step_view(name: str, step: Sources, record: StepProgress | None, is_bystander: bool, run: RunView) -> StepView:
+    """`record` may be of the time before a retry, unlike that of `step`."""
+    state = _state(step, run)
+    scored = record if state == "SUCCEEDED" else None
+    task = step.task
+    seconds = None
+    if record is not None:
+        seconds = None if state == "RUNNING" else record.seconds
+    elif state == "SUCCEEDED" and task and task.started and task.ended:
+        # Kubeflow's times are all there is without a record; they include the pod's start.
+        seconds = (task.ended - task.started).total_seconds()
+    pending, kind = _pending(name, step, run) if state == "PENDING" else ("", "")
+    return StepView(
+        name,
+        state,
+        attempt=record.attempt if record else None,
+        seconds=seconds,
+        accuracy=scored.accuracy if scored else None,
+        verdict=scored.verdict if scored else "",
+        progress=_training_progress(record) if record and state == "RUNNING" else "",
+        reason=_failure(name, step, is_bystander, run) if state == "FAILED" else "",
+        pending=pending,
+        pending_kind=kind,
+    )
+
+
+def _failure(name: str, step: Sources, is_bystander: bool, run: RunView) -> str:
     """Why a step failed; a bystander is one that was running when another made the run fail."""
     record = step.record
     if record is not None and (record.error or is_bystander):
         return record.error or "it was stopped when the run failed"
-    pod = step.pod if step.pod and not step.pod.is_pending else None
     cause = step.task.cause if step.task else ""
-    out_of_memory = False
-    if pod and pod.reason:
-        cause = pod.sentence
-        out_of_memory = pod.reason == "OOMKilled"
+    if step.pod and step.pod.reason and not step.pod.is_pending:
+        cause = step.pod.sentence
     elif record is not None:
         cause = "killed from outside, most likely out of memory (or past resources.timeout)"
-        out_of_memory = True
-    if out_of_memory:
+    if "OOMKilled" in cause or "out of memory" in cause:
         stage = _stage(name)
-        memory = f"raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
-        cause = f"{cause}: {memory}"
+        cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
     # Where a container has run, its log says more than its pod.
     has_log = record is None and cause in ("", DRIVER)
     where = run.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
@@ -232,51 +234,18 @@ def _stage(name: str) -> str:
     return next((stage for stage in STAGES if stage in name), name.partition("-")[0])
 
 
-def _step_view(
-    name: str,
-    state: str,
-    step: Evidence,
-    record: StepProgress | None,
-    reason: str,
-    run: Sources,
-) -> StepView:
-    """`record` may be of the time before a retry."""
-    pending, kind = _pending(name, step, run) if state == "PENDING" else ("", "")
-    task = step.task
-    if record is None:
-        # Kubeflow's times are all there is without a record; they include the pod's start.
-        seconds = None
-        if state == "SUCCEEDED" and task and task.started and task.ended:
-            seconds = (task.ended - task.started).total_seconds()
-        return StepView(name, state, seconds=seconds, reason=reason, pending=pending, pending_kind=kind)
-    succeeded = state == "SUCCEEDED"
-    running = state == "RUNNING"
-    return StepView(
-        name,
-        state,
-        attempt=record.attempt,
-        seconds=None if running else record.seconds,
-        accuracy=record.accuracy if succeeded else None,
-        verdict=record.verdict if succeeded else "",
-        progress=_training_progress(record) if running else "",
-        reason=reason,
-        pending=pending,
-        pending_kind=kind,
-    )
-
-
-def _pending(name: str, step: Evidence, run: Sources) -> tuple[str, str]:
-    """Why a step has been pending for long, with a remedy, and the reason in one word; empty within the first minute."""
-    since = step.pod.created if step.pod else step.task and step.task.started
+def _pending(name: str, step: Sources, run: RunView) -> tuple[str, str]:
+    """Why a step has been pending for long, with a remedy, and in one word; empty within the first minute."""
+    pod = step.pod
+    since = pod.created if pod else step.task and step.task.started
     seconds = (_now() - since).total_seconds() if since else 0.0
     if seconds < SOON:
         return "", ""
-    minutes = f"pending for {seconds // 60:.0f} min"
-    pod = step.pod
+    text = f"pending for {seconds // 60:.0f} min"
     if pod is None or not pod.sentence:
-        return f"{minutes}; {run.look('describe workflows,pods')}", "unknown"
+        return f"{text}; {run.look('describe workflows,pods')}", "unknown"
     remedy = pod.remedy(_stage(name))
-    return f"{minutes}: {pod.sentence}{'; ' if remedy else ''}{remedy}", pod.reason or "refused"
+    return f"{text}: {pod.sentence}" + (f"; {remedy}" if remedy else ""), pod.reason or "refused"
 
 
 def _now() -> datetime:
