@@ -138,12 +138,13 @@ def _print_finished_run(home: Path, config: Config) -> None:
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
-    from ptl.report.render import print_table
+    from ptl.report.render import terminal_text
 
     # The time of this command, not of those that it resumed.
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
-    print_table(json.loads(directory.result.read_text()), directory.path)
+    report = (directory.path / "report.html").resolve()
+    print(terminal_text(json.loads(directory.result.read_text()), str(report)))
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
 
 
