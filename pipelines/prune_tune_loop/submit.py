@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import json
 import os
 import tempfile
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
-from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect
+from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, call, connect
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
@@ -150,7 +149,7 @@ def _pipeline_id(api: Api, name: str) -> str:
 
 def _listed_pipeline_id(api: Api, name: str) -> str | None:
     """`kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines."""
-    answer = call(api, api.client.list_pipelines, filter=_by_name(name), namespace=api.namespace)
+    answer = call(api, api.client.list_pipelines, filter=by_name(name), namespace=api.namespace)
     return str(answer.pipelines[0].pipeline_id) if answer.pipelines else None
 
 
@@ -171,7 +170,7 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
                 f"{version!r} exists already", field="--version-name", remedy="choose another one"
             ) from error
     # The content was uploaded before.
-    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=_by_name(name))
+    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=by_name(name))
     listed = _with_name(answer.pipeline_versions, name)
     if listed is None:
         raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
@@ -185,7 +184,7 @@ def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
         return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
     except WorkError:
         # The request may have taken effect although its answer was lost.
-        name_filter = _by_name(run.display_name)
+        name_filter = by_name(run.display_name)
         answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
         listed = _with_name(answer.runs, run.display_name)
         if listed is not None:
@@ -193,12 +192,6 @@ def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
         if is_last_attempt:
             raise
     return _start(api, run, is_last_attempt=True)
-
-
-def _by_name(display_name: str) -> str:
-    """A filter of the API's lists (backend/api/v2beta1/filter.proto)."""
-    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": display_name}
-    return json.dumps({"predicates": [predicate]})
 
 
 def _with_name(entries: list[Any] | None, display_name: str) -> Any:

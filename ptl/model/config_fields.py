@@ -43,6 +43,16 @@ def check(config: ConfigJson, family: Family, layers: int, vocabulary: int, sour
     _check_rope(config, source)
 
 
+def longrope_limit(config: ConfigJson) -> int | None:
+    """Tokens up to which longrope has its short factors; none for other rotary embeddings."""
+    for field in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(field) or {}
+        if parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
+            key = "original_max_position_embeddings"
+            return parameters.get(key) or config.get(key)
+    return None
+
+
 def check_not_quantized(config: ConfigJson, source: str) -> None:
     """transformers would load something else than the weights that are there."""
     quantization = config.get("quantization_config")

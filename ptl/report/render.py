@@ -50,22 +50,22 @@ def render(result: Result, out: Path) -> Result:
     return result
 
 
-def print_table(result: Result, out: Path | None = None) -> None:
-    """Print the verdict and the table; with `out`, also where the page is."""
+def terminal_text(result: Result, report: str) -> str:
+    """The table, the verdict, and where the report (`report` says it) and MLflow's page are."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
     # In 80 columns the table has just room.
     padding = 1 if console.width >= WIDE else 0
-    console.print(_terminal_table(result, padding))
-    for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
-        console.print(escape(sentence), highlight=False)
-    if out is not None:
-        page = (out / "report.html").resolve()
-        console.print(f"\nReport: {escape(str(page))}", highlight=False, soft_wrap=True)
-    address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
-    console.print(f"MLflow: {escape(address)}", highlight=False)
+    with console.capture() as captured:
+        console.print(_terminal_table(result, padding))
+        for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
+            console.print(escape(sentence), highlight=False)
+        address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
+        for line in (f"\nReport: {report}", f"MLflow: {address}"):
+            console.print(escape(line), highlight=False, soft_wrap=True)
+    return captured.get().rstrip()
 
 
 def _terminal_table(result: Result, padding: int) -> Table:

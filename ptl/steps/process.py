@@ -30,9 +30,9 @@ def main(path: Path, parent: int) -> None:
         _write_failure(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:
-        # A bug, or a library: the traceback goes to the log.
+        # A bug, or a library: the traceback goes to the log. A module is not there in the next attempt either.
         reason = without_login(f"{type(error).__name__}: {error}")
-        _write_failure(path, Failure(reason))
+        _write_failure(path, Failure(reason, final=isinstance(error, ImportError)))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 

@@ -56,6 +56,10 @@ def track(
     """Report to MLflow what a record says; repeating it changes nothing."""
     metadata = record["metadata"]
     evaluated = metadata["stage"] == "evaluate"
+    # An evaluation makes no model; its scores belong to the run's own page too. First, since whoever watches the step
+    # reads its verdict as soon as it has finished.
+    if evaluated:
+        _track_evaluation(step, run, metadata)
     tracking.finish(
         run,
         params=flat_settings(settings),
@@ -64,9 +68,6 @@ def track(
         output=None if evaluated else record["pointer"]["model_id"],
         step=step.iteration,
     )
-    # An evaluation makes no model; its scores belong to the run's own page too.
-    if evaluated:
-        _track_evaluation(step, run, metadata)
 
 
 def _track_evaluation(step: Step, run: StepRun, metadata: Metadata) -> None:

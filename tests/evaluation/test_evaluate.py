@@ -626,11 +626,18 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
 
 
-def test_vllm_backend_is_refused_where_it_cannot_work(monkeypatch):
+def test_vllm_backend_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
     from ptl.evaluation import language_models
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match=r"evaluate\.backend: vllm is not installed"):
+    with pytest.raises(InputError, match=r"evaluate\.backend: vLLM cannot be loaded here \(ModuleNotFoundError"):
+        language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
+    # Installed, but not for this system.
+    monkeypatch.delitem(sys.modules, "vllm")
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
+    (tmp_path / "vllm.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"vLLM cannot be loaded here \(OSError: libcudart"):
         language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
     with pytest.raises(ValueError, match=r"speed\.repeats=0"):
         Evaluate(tasks=[Task(name=YAML)], backend="vllm")

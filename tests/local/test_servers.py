@@ -26,7 +26,7 @@ from ptl.storage.manifest import digest_of
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
+def running(weed, tmp_path_factory):
     """Root, ports and environment of a stack that is up."""
     root, s3_port, mlflow_port = tmp_path_factory.mktemp("stack"), free_port(), free_port()
     env = servers.up(root, s3_port=s3_port, mlflow_port=mlflow_port)

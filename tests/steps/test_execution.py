@@ -1,13 +1,16 @@
 """Steps that are not repeated, those whose files were damaged, and those taken over from another run."""
 
+import dataclasses
 import shutil
 import uuid
 
 import pytest
+from mlflow import MlflowClient
+from run_records import scores
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, tracking
+from ptl.lineage import mlflow_client, progress, tracking
 from ptl.steps import process, table, takeover
 from ptl.steps.call import Step
 from ptl.steps.execution import execute
@@ -139,6 +142,27 @@ def test_what_cannot_be_taken_over_is_done(begin, capsys):
     said = capsys.readouterr().out
     assert work.done == 2 and f"not taken over from run {earlier}: " in said and "same command" not in said
     assert (fetch(Pointer(**record["pointer"])) / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin, monkeypatch):
+    """Else `evaluate-0: accuracy 0.998` is announced without it."""
+    run, experiment = begin()
+    execute(Step("import-model", experiment), None, {}, Work())
+    model = Pointer(**execute(Step("prune-1", experiment), None, {}, Work())["pointer"])
+    seen, finish = [], MlflowClient.set_terminated
+
+    def finished(client, run_id, *status):
+        finish(client, run_id, *status)
+        seen.append(progress.read(run).steps["evaluate-1"])
+
+    def work(_src, dst, _run):
+        (dst / "items.jsonl").write_text("")
+        verdict = {"decision": "accepted"}
+        return {"scores": scores(9, 0.5, 1), "verdict": verdict, "accepted": dataclasses.asdict(model)}
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", finished)
+    execute(Step("evaluate-1", experiment), model, {}, work)
+    assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", 0.5, "accepted")]
 
 
 def test_each_attempt_has_a_folder_of_its_own(begin):
