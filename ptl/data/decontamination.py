@@ -12,13 +12,13 @@ tried when the filter is built: an item whose copy is not found is reported as s
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ LABEL = re.compile(r"\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d+[.)]\s|
 END_LABEL = re.compile(r"\s\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
-TEMPLATE_ITEMS = 20  # from so many items on, the words that most prompts share are not those of one passage
+TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group of tasks may have several
 SHORTEST = 4  # words below which a text is in too many rows by chance
 
 Words = tuple[str, ...]
@@ -61,7 +61,7 @@ class Benchmark:
 
     items: int  # all of them
     ngrams: set[Words]  # of long questions and answers
-    short_texts: dict[Words, list[Words]]  # by `_key`
+    short_texts: dict[Words, list[Words]] = field(default_factory=dict)  # by `_key`
     short: int = 0  # items whose own words are too few to be found inside a row
     dropped: int = 0  # training rows
 
@@ -149,7 +149,7 @@ def sentence(report: dict[str, Any]) -> str:
     elif items > short:
         parts.append(f"None of {rows} shares text with one of {items - short:,} benchmark items")
     if short:
-        parts.append(f"{short:,} of {items:,} benchmark items have too few words to be found inside a row")
+        parts.append(f"{short:,} of {items:,} benchmark items have too few words of their own to be found inside a row")
     names = ", ".join(report["not_compared"])
     if names:
         parts.append(f"Training rows were not compared with {names}, whose items are not known")
@@ -225,7 +225,7 @@ class Line:
     label: Words
     body: Words
     end_label: Words
-    begin: int  # of its own words in the body: without those that most texts share, a template's or every question's
+    begin: int  # of its own words in the body: without those that many texts share, a template's or every question's
     end: int
     complete: bool  # it ends as a sentence does
 
@@ -234,29 +234,47 @@ class Line:
         """Empty for a line of the template."""
         return self.body[self.begin : self.end]
 
+    def shortest_copy(self, least: float) -> Words:
+        """The words that a row with this question has at least: with few of its own, others belong to it too."""
+        return self.body if 1 < _size(self.own) < least else self.own
+
+    def searched(self, least: float) -> set[Words]:
+        """Its own words; if they are few, with others of the body, of which some may be a template's."""
+        if _size(self.own) >= least:
+            return {self.own}
+        # beside a single word of its own, the others are in too many rows
+        runs = _runs(self.body, least) if _size(self.own) > 1 else ()
+        wider = {self.body[run] for run in runs if run.start <= self.begin and self.end <= run.stop}
+        return {self.own, self.body} | wider
+
+
+NO_LINE = Line((), (), (), 0, 0, False)
+
 
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     """What of a benchmark's items is searched for in rows."""
+    least = min(SHORTEST, ngram)
     prompts = Counter(prompt for prompt, _ in items)
     questions = _without_template(prompts)
     # an answer is searched for only if it is long: short ones are the answers of many questions
     answers = _without_template({answer for _, answer in items})
-    few = len(items) < TEMPLATE_ITEMS
-    benchmark = Benchmark(len(items), set(), {})
-    for lines in questions + answers:
-        benchmark.ngrams |= _own_ngrams(lines, ngram, few)
-    least = min(SHORTEST, ngram)
-    for text in _short_texts(questions, ngram, least):
-        benchmark.short_texts.setdefault(_key(text, least), []).append(text)
-    for lines, count in zip(questions, prompts.values(), strict=True):
-        # planted between other words, as in a row
-        row = _row_words([("", *_bare_question(lines, least), "")], ngram)
+    sentences = _sentences(questions, least)
+    found = {_joined(line.own for line in lines) for lines in questions}
+    for question, *others in sentences:
+        found |= {*question.searched(least), *(line.own for line in others if _size(line.own) >= least)}
+    benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines, ngram) for lines in questions + answers)))
+    for text in found:
+        if 0 < _size(text) < ngram:
+            benchmark.short_texts.setdefault(_key(text, least), []).append(text)
+    for (question, *_), count in zip(sentences, prompts.values(), strict=True):
+        # planted between other words
+        row = _row_words([("", *question.shortest_copy(least), "")], ngram)
         benchmark.short += 0 if benchmark.shares(row) else count
     return benchmark
 
 
 def _without_template(prompts: Iterable[str]) -> list[list[Line]]:
-    """The lines of each text, and what is left of them without labels and the words that most texts share."""
+    """The lines of each text, and what is left of them without labels and the words that many texts share."""
     split = [[_parts(line) for line in _normal(prompt).splitlines()] for prompt in prompts]
     bodies = [[_find_words(body) for _, body, _ in lines] for lines in split]
     beginnings = _shared_beginnings(bodies)
@@ -282,77 +300,56 @@ def _parts(line: str) -> tuple[str, str, str]:
 
 
 def _shared_beginnings(texts_lines: Sequence[Sequence[Words]]) -> set[Words]:
-    """The words with which lines of most texts begin, and each beginning of these."""
-    most = max(2, len(texts_lines) / 2)  # two templates in a group have half each
-    shared: set[Words] = set()
-    longest: set[Words] = {()}
-    length = 0
-    while longest:
-        length += 1
+    """The words with which lines of many texts begin, and each beginning of these."""
+    many = max(2, len(texts_lines) / TEMPLATE_SHARE)
+    shared: set[Words] = {()}
+    for length in itertools.count(1):
         counts: Counter[Words] = Counter()
         for lines in texts_lines:
             # a line that comes twice in a text counts once
-            counts.update({line[:length] for line in lines if len(line) >= length and line[: length - 1] in longest})
-        longest = {beginning for beginning, count in counts.items() if count >= most}
-        shared |= longest
+            counts.update({line[:length] for line in lines if len(line) >= length and line[: length - 1] in shared})
+        longer = {beginning for beginning, count in counts.items() if count >= many}
+        if not longer:
+            break
+        shared |= longer
     return shared
 
 
 def _num_shared(words: Words, beginnings: set[Words]) -> int:
     """How many of the first words are a shared beginning."""
-    count = 0
-    while count < len(words) and words[: count + 1] in beginnings:
-        count += 1
-    return count
+    lengths = itertools.takewhile(lambda length: words[:length] in beginnings, range(1, len(words) + 1))
+    return sum(1 for _ in lengths)
 
 
-def _own_ngrams(lines: Sequence[Line], ngram: int, few: bool) -> set[Words]:
+def _own_ngrams(lines: Sequence[Line], ngram: int) -> set[Words]:
     """The n-grams of a text whose words are its own but for a quarter."""
-    words: list[str] = []
+    words = _joined(line.label + line.body + line.end_label for line in lines)
     own: list[bool] = []
     for line in lines:
-        # what few items share may be their text: one passage
-        begin, end = (0, len(line.body)) if few and line.own else (line.begin, line.end)
-        for part, is_own in ((line.label, False), (line.body[:begin], False), (line.body[begin:end], True)):
-            words += part
-            own += [is_own] * len(part)
-        rest = line.body[end:] + line.end_label
-        words += rest
-        own += [False] * len(rest)
-    return {tuple(words[run]) for run in _runs(words, ngram) if own[run].count(False) <= ngram / 4}
+        begin = len(line.label) + line.begin
+        rest = len(line.body) - line.end + len(line.end_label)
+        own += [False] * begin + [True] * len(line.own) + [False] * rest
+    return {words[run] for run in _runs(words, ngram) if own[run].count(False) <= ngram / 4}
 
 
-def _short_texts(questions: Sequence[Sequence[Line]], ngram: int, least: float) -> set[Words]:
-    """Questions of fewer than `ngram` words, and such sentences of them that are a line of their own."""
-    found: set[Words] = set()
-    sentences: set[frozenset[Words]] = set()  # of each question: several templates may ask the same
+def _sentences(questions: Sequence[Sequence[Line]], least: float) -> list[list[Line]]:
+    """Of each question the lines that are sentences, or its longest, and that no other question has.
+
+    The first has most words of its own and is no formula, table or end of another line.
+    """
+    candidates = []
     for lines in questions:
-        longest = _longest(lines)
-        found.add(_joined(line.own for line in lines))
-        sentences.add(frozenset(line.own for line in lines if line.complete or line is longest))
-        if _size(longest.own) < least:
-            found |= {longest.own, _joined(line.label + line.body + line.end_label for line in lines)}
-        if 0 < _size(longest.own) < least:
-            found.add(longest.body)
-        # with others of its line, some may be a template's; with a single word of its own, they are in too many rows
-        if 1 < _size(longest.own) < least:
-            runs = _runs(longest.body, least)
-            found |= {longest.body[run] for run in runs if run.start <= longest.begin and longest.end <= run.stop}
-    # a line of several questions is none's own (`Give the answer as a fraction.`)
-    counts = Counter(chain.from_iterable(sentences))
-    found |= {line for line, count in counts.items() if count == 1 and _size(line) >= least}
-    return {text for text in found if 0 < _size(text) < ngram}
-
-
-def _longest(lines: Sequence[Line]) -> Line:
-    """The line with most words of its own."""
-    return max(lines, key=lambda line: _size(line.own), default=Line((), (), (), 0, 0, False))
-
-
-def _bare_question(lines: Sequence[Line], least: float) -> Words:
-    """The words that a copy of an item has at least."""
-    line = _longest(lines)
-    return line.body if 0 < _size(line.own) < least else line.own
+        # of equal ones the last: a question follows its subject
+        by_size = sorted(lines, key=lambda line: _size(line.own))[::-1]
+        candidates.append([line for i, line in enumerate(by_size) if line.own and (i == 0 or line.complete)])
+    # several templates may ask the same question
+    distinct = {frozenset(line.own for line in lines) for lines in candidates}
+    counts = Counter(itertools.chain.from_iterable(distinct))
+    unique = [[line for line in lines if counts[line.own] == 1] for lines in candidates]
+    return [
+        sorted(lines, key=lambda line: not (line.complete and _size(line.body) >= least)) or [NO_LINE]
+        for lines in unique
+    ]
 
 
 def _row_words(row_texts: Iterable[Words], ngram: int, lines: Iterable[str] = ()) -> RowWords:
