@@ -327,7 +327,7 @@ def test_rows_that_were_left_out_are_told(records, settings):
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["metadata"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
-    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    told += "7 of 500 benchmark items have too few words of their own to be found inside a row."
     assert told in notes(build(records, settings))
     records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
     told += " Training rows were not compared with wikitext, whose items are not known."
