@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptl.address import runs_page
 from ptl.evaluation import speed_rows
 from ptl.report import evidence, exports, limits, side_by_side, tables, wording
 from ptl.report.answer import answer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PAPER = "Prune-Tune Loop, arXiv 2602.04919"
 WIDE = 100  # columns of a terminal from which cells of the table have space between them
-# Of the table's rows, by their verdict; `not tested` has the terminal's own colour.
+# Of the table's rows, by their verdict; `gate off` has the terminal's own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 
 
@@ -64,8 +65,14 @@ def print_table(result: Result, out: Path | None = None) -> None:
     if out is not None:
         page = (out / "report.html").resolve()
         console.print(f"\nReport: {escape(str(page))}", highlight=False, soft_wrap=True)
-    address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
-    console.print(f"MLflow: {escape(address)}", highlight=False)
+    console.print(f"MLflow: {escape(_mlflow_page(result))}", highlight=False, soft_wrap=True)
+
+
+def _mlflow_page(result: Result) -> str:
+    server = result["mlflow"]["url"]
+    if not server:
+        return "run `ptl ui` and open the address it prints"
+    return runs_page(server.rstrip("/"), result["mlflow"]["experiment_id"], result["mlflow_run_id"])
 
 
 def _terminal_table(result: Result, padding: int) -> Table:

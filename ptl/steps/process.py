@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl import processes
 from ptl.address import without_login
-from ptl.errors import InputError, PtlError
+from ptl.errors import InputError, PtlError, explained_imports
 from ptl.steps.attempts import Failure, NoAttemptLeftError
 
 WAIT = 30  # seconds for an earlier process of the same step to end
@@ -37,6 +37,7 @@ def main(path: Path, parent: int) -> None:
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
 
+@explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table
