@@ -115,6 +115,12 @@ def test_an_input_error_is_never_tried_again_and_ends_the_log_with_one_line(go, 
     }
 
 
+def test_a_library_that_cannot_be_imported_is_not_tried_again(go, tmp_path, capfd):
+    assert go("import ok")[0] == 2 and tried(tmp_path) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("error: prune-1: packages: ModuleNotFoundError: No")
+
+
 def test_the_last_attempt_ends_the_step(go, tmp_path, capfd):
     assert go("killed cuda work", retries=2)[0] == 1
     assert tried(tmp_path) == 3
