@@ -42,7 +42,7 @@ def test_the_page_of_runs_and_its_origin_are_those_of_a_browser():
     page = address.runs_page("http://host", "1", query="attributes.run_name = 'a'")
     after_hash = "#/experiments/1/runs?workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27a%27"
     assert page == f"http://host/{after_hash}"
-    assert address.runs_page("http://host", "1", "r") == "http://host/#/experiments/1/runs/r?workflowType=machine_learning"
+    assert address.runs_page("http://host", "1", "r").endswith("/#/experiments/1/runs/r?workflowType=machine_learning")
     assert address.origin("https://user:pw@MLflow.example.com:443/base/") == "https://mlflow.example.com"
     assert address.origin("http://host:443") == "http://host:443"
 

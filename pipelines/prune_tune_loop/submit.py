@@ -108,7 +108,8 @@ def _description(run_name: str, experiment: str) -> str | None:
         experiment_id = progress.experiment_id(experiment)
     if experiment_id is None:  # the first run in it makes the experiment
         return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
-    return f"MLflow: {address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")}"
+    page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")
+    return f"MLflow: {page}"
 
 
 def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:

@@ -347,7 +347,9 @@ def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):
     filtered = f"workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27{names[1]}%27"
     page = "MLflow: http://mlflow.example.com/base/#/experiments"
     assert world.runs[1]["description"] == f"{page}/7/runs?{filtered}"
-    assert world.runs[2]["description"].startswith(f"MLflow: experiment new, run {names[2]}: http://mlflow.example.com/")
+    assert world.runs[2]["description"].startswith(
+        f"MLflow: experiment new, run {names[2]}: http://mlflow.example.com/"
+    )
     monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.org/")
     assert go(wait=False) == 0 and "MLflow: https://mlflow.example.org/#/exp" in world.runs[3]["description"]
 

@@ -168,7 +168,9 @@ def test_mlflow_403_by_host_check(config, tracking, tracking_server, monkeypatch
     assert "refuses the host name" in said and f'--allowed-hosts "{name}:*"' in said
 
 
-@pytest.mark.parametrize("page", ["https://mlflow.example.com:443/", "http://localhost:5000", "https://other.example.com"])
+@pytest.mark.parametrize(
+    "page", ["https://mlflow.example.com:443/", "http://localhost:5000", "https://other.example.com"]
+)
 def test_mlflow_behind_a_name_that_its_page_may_not_have(page, config, tracking, tracking_server, monkeypatch, capfd):
     """The real server: it answers each GET, and 403 to the POSTs by which its page fills its tables."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
