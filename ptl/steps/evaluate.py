@@ -64,7 +64,7 @@ def evaluate(call: Call) -> None:
     write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
-    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"]))
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record))
 
 
 def _loop_settings(call: Call) -> LoopSettings:

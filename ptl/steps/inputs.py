@@ -17,6 +17,7 @@ Items = list[dict[str, Any]]  # of an evaluation: each with its task, id, digest
 
 def fetch(pointer: Pointer) -> Path:
     """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
+    print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
     try:
         return store.fetch(pointer, scratch("cache"))
     except WorkError as error:

@@ -209,7 +209,7 @@ def test_gate_accepts_rejects_halves_and_stops():
 
 def test_without_the_gate_nothing_is_called_accepted():
     decided = gate.decide(Gate(), gate.State(), params=700, target_params=500)
-    assert (decided.decision, decided.keep) == ("not tested", "candidate")
+    assert (decided.decision, decided.keep) == ("gate off", "candidate")
     assert decided.numbers == {"params": 700, "target_params": 500}  # no parent is known: nothing was compared with it
 
 
@@ -247,8 +247,8 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         compared = {"baseline": pair(400, candidate_right), "parent": pair(right, candidate_right)}
         decided = gate.decide(rule, state, params=wanted, parent_params=current, target_params=target, **compared)
         assert not after_stop or decided.decision == "stopped"
-        assert (decided.keep == "candidate") == (decided.decision in ("accepted", "not tested"))
-        assert (decided.decision == "not tested") == (not enabled)
+        assert (decided.keep == "candidate") == (decided.decision in ("accepted", "gate off"))
+        assert (decided.decision == "gate off") == (not enabled)
         if decided.keep == "candidate":
             assert decided.state.cap == (None if state.cap is None else 2 * state.cap if enabled else state.cap)
             if enabled:

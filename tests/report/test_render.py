@@ -427,7 +427,9 @@ def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures
     write_report(records, settings, tmp_path)
     run = records["prune-1"]["pointer"]["run_id"]
     links = Page((tmp_path / "report.html").read_text()).loads
-    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}" in links and len(links) == len(records)
+    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in links and len(
+        links
+    ) == len(records)
     settings["mlflow_url"] = "javascript:alert(1)//"
     write_report(records, settings, tmp_path)
     assert "javascript" not in (tmp_path / "report.html").read_text()

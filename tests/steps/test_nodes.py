@@ -118,7 +118,15 @@ def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine
     output = printed()
     assert len(cluster.created) == 1 and cluster.deleted == []
     assert "was started by an earlier attempt: it is followed" in output
-    assert "recover-1: 3,000 of 3,000 tokens" in output  # of the first node
+    assert "recover-1: 3,000 of 3,000 tokens" in output  # of the first node, which says before what it does
+    begun = [
+        "node 0 of 2",
+        "fetching prune-1",
+        "1 of 2 training processes, which wait",
+        "all training processes",
+        "loss",
+    ]
+    assert [output.find(said) for said in begun] == sorted(map(output.find, begun)) and begun[0] in output
     # what the coordinator hands on is what the first node has published
     result = Pointer.load((tmp_path / "out").read_text())
     trained = weights(store.fetch(result, tmp_path / "fetched"))

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_a_run_without_the_gate_is_registered_and_not_tested(run
     trial = verdict.Trial(Step("evaluate-1", "ptl"), run, loop(3, Gate()), candidate, None, SCORES)
     told, onward = verdict.decide(trial, tmp_path)
     assert told == {
-        "decision": "not tested",
+        "decision": "gate off",
         "reason": "the gate is off",
         "numbers": {"params": 60_000, "target_params": 60_000},
     }
