@@ -96,6 +96,11 @@ def compile(
         f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
         f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
     )
+    if weight.tasks > weight.most_tasks:
+        print(
+            f"Kubeflow's own list of a run's tasks stops at about {weight.most_tasks} of this size (1 MiB); "
+            "its graph and `ptl status` show all"
+        )
 
 
 def load(file: Path, sets: Sequence[str], images: Path | None = None) -> Config:
