@@ -123,7 +123,7 @@ class Weight:
 
     tasks: int
     task_bytes: float  # mean over the tasks
-    most_tasks: int  # of this size, that Kubeflow's own list of a run's tasks shows to their end
+    listed_tasks: int  # of this size, that Kubeflow's own list of a run's tasks shows to their end
 
 
 def weigh(path: Path) -> Weight:
@@ -139,8 +139,8 @@ def weigh(path: Path) -> Weight:
         total += task_bytes(task, component, container, parts.settings.get(label, {}), values)
     task_mean = total / len(parts.tasks)
     # The rest of the Workflow has the pipeline twice.
-    most_tasks = int((MAX_WORKFLOW - 2 * path.stat().st_size) / task_mean)
-    return Weight(len(parts.tasks), task_mean, most_tasks)
+    listed_tasks = int((MAX_WORKFLOW - 2 * path.stat().st_size) / task_mean)
+    return Weight(len(parts.tasks), task_mean, listed_tasks)
 
 
 def task_bytes(

@@ -259,6 +259,8 @@ def test_retention_suite_from_local_files(tmp_path, data_dir):
     items = read_items(tmp_path / "out")
     assert [item["task"] for item in items] == ["arc_easy", "arc_easy", "hellaswag"]
     assert sum(item["correct"] for item in items[:2]) == round(2 * arc.accuracy)
+    assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
+    assert items[2]["prompt"] == "Tea: Eva boils water. She"
     # Without a model the same items, and the name of the task that has none.
     assert write_items(tmp_path / "items", settings(*tasks, data_dir=str(data_dir)), seed=0) == 3
     assert questions(tmp_path / "items") == [("wikitext", None, None), *questions(tmp_path / "out")]
@@ -276,8 +278,6 @@ def test_the_items_that_are_scored_are_known_without_a_model(scored, tmp_path, m
     monkeypatch.setattr(language_models, "language_model", None)
     assert write_items(tmp_path, settings({"name": YAML, "limit": LIMIT}), seed=0) == LIMIT
     assert questions(tmp_path) == questions(scored[1])
-    assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
-    assert items[2]["prompt"] == "Tea: Eva boils water. She"
 
 
 @pytest.mark.parametrize(
