@@ -52,15 +52,16 @@ def import_model(call: Call) -> None:
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),
+        "gate": gate_settings,
     }
     path = settings["model"]
     revision = settings["revision"]
-    folder, dimensions = preflight.preflight(path, revision or None, *sections.values(), gate_settings)
+    folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
     check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        params = {"model": {"path": path, "revision": revision or None}, **sections, "gate": gate_settings}
+        params = {"model": {"path": path, "revision": revision or None}, **sections}
         run_page.describe(
             run,
             flat_settings(to_jsonable_python(params)),
