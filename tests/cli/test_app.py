@@ -261,7 +261,8 @@ def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
     dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
     assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
-    sets = ("--set", "training.decontaminate={ngram: 8}", "--set", "evaluate.tasks.0.limit=64")
+    task = f"{{name: {dense.with_name('tiny_reasoner.yaml')}, limit: 64}}"
+    sets = ("--set", "training.decontaminate={ngram: 8}", "--set", f"evaluate.tasks=[{task}]")
     done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
     told = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
     assert (told["items"], told["not_compared"]) == (64, []) and told["dropped"] > 0
