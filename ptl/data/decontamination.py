@@ -158,24 +158,23 @@ def sentence(report: dict[str, Any]) -> str:
     return ". ".join(parts) + "."
 
 
-def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
+def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | None:
     """The filter against what the settings name; None where that is nothing.
 
-    `scored` is the folder that the run's first evaluation wrote: its items are those of `evaluate.tasks`, so that
-    neither the benchmarks' data nor the harness is needed here.
+    `benchmark_items` is the folder of ptl.evaluation.items: those of `evaluate.tasks`, so that neither the benchmarks'
+    data nor the harness is needed here.
     """
     if not settings.tasks and not settings.against:
         return None
     items: dict[str, list[Item]] = {}
     not_compared: list[str] = []
-    if settings.tasks and scored is None:
+    if settings.tasks and benchmark_items is None:
         not_compared = ["evaluate.tasks"]
-    elif settings.tasks and scored is not None:
-        items = _scored_items(scored)
-        # tasks without items that have a prompt and an answer, such as perplexity
-        scores = json.loads((scored / "scores.json").read_text())
-        names = [task["task"] for task in scores["tasks"]]
-        not_compared = [name for name in names if name not in items]
+    elif settings.tasks and benchmark_items is not None:
+        all_items = _read_items(benchmark_items)
+        # tasks whose items have no prompt, such as perplexity
+        not_compared = [name for name, its in all_items.items() if not its]
+        items = {name: its for name, its in all_items.items() if its}
     for source in settings.against:
         name = " ".join(filter(None, (source.source, source.subset, source.split)))
         # the same rows may be named again, for other columns
@@ -186,14 +185,15 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     return Filter(settings.ngram, benchmarks, not_compared)
 
 
-def _scored_items(folder: Path) -> dict[str, list[Item]]:
-    """Prompts and right answers of each task, from an evaluation's items.jsonl."""
+def _read_items(folder: Path) -> dict[str, list[Item]]:
+    """Prompts and right answers of each task; none of one whose items have no prompt."""
     items: dict[str, list[Item]] = {}
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
         for line in lines:
             item = json.loads(line)
             task_items = items.setdefault(item["task"], [])
-            task_items.append((item["prompt"], str(item["target"])))
+            if "prompt" in item:
+                task_items.append((item["prompt"], item["target"]))
     return items
 
 

@@ -27,12 +27,12 @@ def preflight(
     calibration: Calibration,
     training: TrainingData,
     evaluate: Evaluate,
-    gate: Gate | None = None,
+    gate: Gate,
     recover: Sequence[RecoverStage] = (),
 ) -> tuple[Path, ModelDimensions]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
-    Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
+    Where the recovery is not known yet (the import step), the first recover step checks it.
     """
     check_data_and_tasks(calibration, training, evaluate, gate, recover)
     # Only now a download, which may take an hour.
@@ -46,7 +46,7 @@ def check_data_and_tasks(
     calibration: Calibration,
     training: TrainingData,
     evaluate: Evaluate,
-    gate: Gate | None,
+    gate: Gate,
     recover: Sequence[RecoverStage],
 ) -> None:
     """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
@@ -54,8 +54,7 @@ def check_data_and_tasks(
     check_rewards(recover, training)
     check_tasks(evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
-    if gate is not None:
-        check_gate(evaluate, gate)
+    check_gate(evaluate, gate)
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:

@@ -42,7 +42,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
     started = time.monotonic()
     tokenizer = checks.load_tokenizer(src)
     # rows that share text with a benchmark's items are left out
-    leak_filter = decontamination.build(job.data.decontaminate, job.scored)
+    leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     positions = checkpoint.read_config(src).get("max_position_embeddings")
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
     model, dtype = training.load(src)

@@ -143,7 +143,7 @@ def training_dataset(
     budget = job.budget
     assert budget.tokens is not None
     # rows that share text with a benchmark's items are left out
-    leak_filter = decontamination.build(job.data.decontaminate, job.scored)
+    leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     chunk = training_chunk(
         job.data,
         tokenizer,

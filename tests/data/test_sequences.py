@@ -272,15 +272,14 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
 
 
 def evaluated(folder, items, *unscored):
-    """What an evaluate step leaves: items.jsonl, and scores.json with the names of all tasks."""
+    """What ptl.evaluation.items writes; of a task without prompts its name."""
     folder.mkdir()
-    rows_file(folder / "items.jsonl", [{"task": task, "prompt": p, "target": t} for task, p, t in items])
-    names = [*dict.fromkeys(task for task, _, _ in items), *unscored]
-    (folder / "scores.json").write_text(json.dumps({"tasks": [{"task": name} for name in names]}))
+    rows = [{"task": task, "prompt": p, "target": t} for task, p, t in items]
+    rows_file(folder / "items.jsonl", [*rows, *({"task": name} for name in unscored)])
     return folder
 
 
-def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path):
+def test_the_items_of_the_benchmarks_are_compared_with_by_default(tmp_path):
     """Short items are found too, whatever words the benchmark's template and the training data's put around them."""
     asked = ("What is", "Compute")
     shorts = [

@@ -80,6 +80,7 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
     assert found.pop("report")["metadata"] == {"stage": "report"}  # the run is finished
+    assert found.pop("items")["metadata"] == {"stage": "items"}  # by import-model, for all recoveries
     order = sorted(found, key=lambda name: found[name]["metadata"]["started"])
     assert order == [*CHAIN, *CONTROL, *EXPORTS]
     for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):

@@ -355,7 +355,7 @@ def test_what_a_run_can_do_without_does_not_fail_it_on_a_cluster(step, go, mlflo
     monkeypatch.delenv("PTL_RUN_ID")
     monkeypatch.setenv("KFP_RUN_ID", "kfp-run")
     code, metadata = go("work", retries=1, step=step, pointer=DENSE)
-    assert code == 0 and metadata["digest"] == DENSE.digest
+    assert code == 0 and metadata["uri"] == DENSE.uri
     passed = Pointer.load((tmp_path / "out").read_text())
     assert passed.gate["stopped"] and passed.gate["reason"] == f"{step} failed: the store is away"
     assert mlflow(step)[0] == "FAILED" and mlflow("")[0] == "RUNNING"

@@ -358,7 +358,7 @@ def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(field, libra
     (tmp_path / "mlflow.py").write_text(library)
     environment |= {"PTL_SCRATCH": str(tmp_path), "PTL_TERMINATION_LOG": str(words), "PET_NODE_RANK": "1"}
     environment |= {"PET_NNODES": "2", "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": "1"}
-    inputs = {"model": POINTER.dump(), "scored": POINTER.dump()}
+    inputs = {"model": POINTER.dump()}
     environment[trainjob.CALL] = json.dumps({"settings": settings, "inputs": inputs})
     node = subprocess.run(
         [sys.executable, "-m", "ptl.steps.node"], env=environment, capture_output=True, text=True, check=False

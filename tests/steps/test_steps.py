@@ -9,7 +9,7 @@ import pytest
 from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.steps import import_model, iterations, metrics, recover, table
+from ptl.steps import import_model, inputs, iterations, metrics, recover, table
 from ptl.steps.call import Call, Output, Step
 from ptl.storage import store
 from ptl.storage.store import Pointer, pointer_of
@@ -47,7 +47,7 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
         **{name: CONFIG[name] for name in ("prune", "evaluate", "seed")},
         **{"iterations": 4, "target": 0.4, "registered_model": "m", "gate": gate(not compiled)},
     }
-    outputs = {name: Output(tmp_path / name) for name in ("scores", "accepted", "metrics")}
+    outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
         table.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
 
@@ -62,6 +62,8 @@ def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, mo
     store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
     with pytest.raises(WorkError, match="is gone"):
         recover._teacher(run, distillation)
+    with pytest.raises(WorkError, match="the record of the benchmarks' items is gone"):
+        inputs.benchmark_items(run)
 
 
 def test_a_goal_s_parameters_travel_with_the_checkpoints():
