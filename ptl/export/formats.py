@@ -87,16 +87,15 @@ def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]
 
     config = text_tower.read_config(src)
     model_type = config["model_type"]
-    sizes = read_sizes(config, family_of(config), f"config.json of {src}")
+    layers = read_sizes(config, family_of(config), f"config.json of {src}").num_hidden_layers
     names = [form.name for form in forms if form.format == "gguf"]
-    rules = llama_cpp.layer_rules(model_type, sizes.num_hidden_layers)
+    rules = llama_cpp.layer_rules(model_type, layers)
     warnings = []
     if names and rules:
         warnings.append(
             f"prune.target={target} may remove layers, and llama.cpp's code for {model_type} has {listed(rules)}: "
             f"where this does not hold for the layers that are left, {listed(names)} cannot be made, which is known "
-            f"only after the loop: set prune.target={'neurons' if sizes.narrowable else 'experts'}, or export to "
-            "compressed-tensors"
+            "only after the loop: set prune.target=neurons, or export to compressed-tensors"
         )
     if model_type in ALTERNATING_IN_VLLM:
         warnings.append(

@@ -493,6 +493,16 @@ def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_p
         decontamination.build(Decontaminate(against=[source]), None)
 
 
+@pytest.mark.parametrize(
+    ("value", "part"), [(None, None), ([], None), (float("nan"), None), (["b"], "{a[0]}"), ({"x": "b"}, "{a[x]}")]
+)
+def test_only_a_part_that_there_is_is_offered(value, part):
+    with pytest.raises(InputError) as error:
+        sources.fill("{a}", SourceRow({"a": value}, DataSource(source="x.jsonl", text="{a}", format="text"), 1))
+    assert ("name a part of it" in error.value.remedy) == bool(part)
+    assert part is None or f"({part})" in error.value.remedy
+
+
 def test_bytes_of_a_table_are_no_text(tmp_path):
     from datasets import Dataset
 
