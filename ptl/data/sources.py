@@ -203,10 +203,11 @@ def fill(template: str, row: SourceRow) -> str:
         for name in _template_columns(template):
             value = _value(name, row)
             if not _is_text(value):
-                raise row.error(
-                    f" holds {_kind(value)} for {{{name}}}, which is no text",
-                    f"{LEAVE_OUT}, or name a part of it ({{{name}[0]}}, {{{name}[key]}})",
-                )
+                remedy = LEAVE_OUT
+                if isinstance(value, list | dict) and value:
+                    part = f"{{{name}[{next(iter(value)) if isinstance(value, dict) else 0}]}}"
+                    remedy += f", or name a part of it ({part})"
+                raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", remedy)
         text = template.format_map(row.columns)
     # a format that the value does not take
     except (ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 from ptl.config.recover import RecoverStage, TrainingData
@@ -13,7 +14,7 @@ from ptl.data import model_fit
 from ptl.data.checks import check_data, check_rewards
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks
-from ptl.model import checkpoint, hub, text_tower
+from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.preflight import target
@@ -67,6 +68,8 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
+    if find_spec("torch") and find_spec("transformers"):
+        pretrained.skeleton(folder)
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.

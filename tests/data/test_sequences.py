@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import stat
 import unicodedata
@@ -17,7 +18,7 @@ from ptl import json_lines
 from ptl.config.recover import DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.config.run import Calibration
 from ptl.data import decontamination, sources
-from ptl.data.sequences import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
+from ptl.data.sequences import IGNORED, calibration_batches, order, prompt_rows, tokenize, training_chunk
 from ptl.data.sources import SourceRow, check_rows, read_rows
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import read_items
@@ -68,13 +69,16 @@ def texts(chunk, tokenizer):
     return [tokenizer.decode(tokens.ids) for tokens in chunk]
 
 
-@pytest.mark.parametrize("budget", [1, 50, 999, 20_000])
-def test_the_budget_is_exact_and_the_cut_sequence_keeps_its_answer(tokenizer, budget):
-    chunk = training_chunk(PROBLEMS, tokenizer, 256, seed=3, earlier=(), budget=budget)
-    assert sum(len(tokens.ids) for tokens in chunk) == budget
-    for tokens in chunk:
-        assert tokens.ids[-1] == tokenizer.eos_token_id
-        assert any(label != IGNORED for label in tokens.labels("completion"))
+@pytest.mark.parametrize("budgets", [range(1, 25), [999], [20_000]], ids=["few", "some", "many"])
+def test_the_budget_is_exact_and_the_cut_sequence_keeps_its_answer(tokenizer, budgets):
+    """Few tokens may leave out all of the last sequence's prompt, and a part of its answer."""
+    for budget in budgets:
+        chunk = training_chunk(PROBLEMS, tokenizer, 256, seed=3, earlier=(), budget=budget)
+        assert sum(len(tokens.ids) for tokens in chunk) == budget
+        for tokens in chunk:
+            labels = tokens.labels("completion")
+            assert tokens.ids[-1] == tokenizer.eos_token_id and len(labels) == len(tokens.ids)
+            assert any(label != IGNORED for label in labels)
 
 
 def test_chunks_of_the_iterations_share_no_row(tokenizer, tmp_path):
@@ -95,6 +99,12 @@ def test_the_order_follows_the_seed(tokenizer):
         training_chunk(PROBLEMS, tokenizer, 256, seed=seed, earlier=(), budget=500) for seed in (0, 0, 1)
     )
     assert first == again and first != other
+
+
+def test_each_pass_over_the_rows_has_an_order_of_its_own():
+    drawn = list(itertools.islice(order(50, seed=0), 150))
+    passes = [tuple(drawn[begin : begin + 50]) for begin in (0, 50, 100)]
+    assert all(sorted(rows) == list(range(50)) for rows in passes) and len(set(passes)) == 3
 
 
 def test_labels_leave_the_prompt_out(tokenizer):
@@ -625,6 +635,16 @@ def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_p
         tokenize(SourceRow(row, source, 2), tokenizer, 64)
     with pytest.raises(InputError, match=said):
         decontamination.build(Decontaminate(against=[source]), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "part"), [(None, None), ([], None), (float("nan"), None), (["b"], "{a[0]}"), ({"x": "b"}, "{a[x]}")]
+)
+def test_only_a_part_that_there_is_is_offered(value, part):
+    with pytest.raises(InputError) as error:
+        sources.fill("{a}", SourceRow({"a": value}, DataSource(source="x.jsonl", text="{a}", format="text"), 1))
+    assert ("name a part of it" in error.value.remedy) == bool(part)
+    assert part is None or f"({part})" in error.value.remedy
 
 
 def test_bytes_of_a_table_are_no_text(tmp_path):

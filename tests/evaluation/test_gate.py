@@ -72,6 +72,15 @@ def test_bootstrap_covers_the_true_difference():
     assert misses / 300 <= 0.088  # 5 % and three standard errors of 300 trials
 
 
+@pytest.mark.parametrize(
+    ("regressions", "improvements", "bounds"),
+    [(10, 0, (-1.0, -0.6)), (0, 10, (0.6, 1.0)), (0, 0, (-0.1, 0.1))],
+)
+def test_the_bootstrap_adds_half_an_item_to_each_cell(regressions, improvements, bounds):
+    """Exact 10 % and 90 % quantiles of ten multinomial draws, whose shares are 10.5, 0.5 and 1 twelfths."""
+    assert paired.paired_bootstrap(regressions, improvements, 10, 0.1) == pytest.approx(bounds)
+
+
 def test_paired_counts_and_verdicts():
     same = paired.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
     assert (same.regressions, same.improvements, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
