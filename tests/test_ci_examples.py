@@ -132,9 +132,7 @@ esac
 """
 
 
-@pytest.mark.parametrize(
-    ("decision", "verdict", "code"), [("accepted", 0, 0), ("not tested", 1, 1), ("rejected", 0, 1)]
-)
+@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 1, 1), ("rejected", 0, 1)])
 def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
     """With stubs named ptl and docker: the order of the commands, what is compared, and the exit code."""
     for name, text in (("ptl", STUB), ("docker", "#!/bin/sh\nexit 0\n")):

@@ -1,7 +1,6 @@
 """Runs that have been started: status, watch, cancel, retry; each returns an exit code."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,12 +86,11 @@ class Observer:
 
     @property
     def mlflow_page(self) -> str:
-        """The run's page in MLflow, at the address that is used here; empty without a server."""
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if self.records is None or not address.is_server(uri):
+        """The run's page in MLflow; empty without a server."""
+        server = address.mlflow_ui()
+        if self.records is None or not server:
             return ""
-        run = f"experiments/{self.records.experiment_id}/runs/{self.records.parent_id}"
-        return f"{address.bare(uri).rstrip('/')}/#/{run}"
+        return address.runs_page(server, self.records.experiment_id, self.records.parent_id)
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -363,7 +361,8 @@ def _result_text(result: dict[str, Any], run_id: str, mlflow_page: str) -> str:
     report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
     # The images' version of ptl may be another one.
     try:
-        return terminal_text(result | {"mlflow": {"url": mlflow_page}}, report)
+        at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
+        return terminal_text(result | {"mlflow": at_our_address}, report)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         return f"another version of ptl has written its result ({error!r})\nReport: {report}\nMLflow: {mlflow_page}"
 

@@ -7,7 +7,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
 from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, call, connect
@@ -99,19 +98,17 @@ def _check_gate(config: Config, parameter: Any) -> None:
 
 def _description(run_name: str, experiment: str) -> str | None:
     """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not address.is_server(uri):
+    server = address.mlflow_ui()
+    if not server:
         return None
-    server = address.page(address.bare(uri)).rstrip("/")
     # A link is a help: an MLflow that does not answer must not prevent the start.
     experiment_id = None
     with suppress(PtlError):
         experiment_id = progress.experiment_id(experiment)
     if experiment_id is None:  # the first run in it makes the experiment
-        return f"MLflow: {server}/#/experiments, experiment {experiment}, run {run_name}"
-    # The tab is in the path: without it MLflow 3 redirects to one of its own and drops the filter.
-    run_filter = quote(f"attributes.run_name = '{run_name}'", safe="")
-    return f"MLflow: {server}/#/experiments/{experiment_id}/runs?searchFilter={run_filter}"
+        return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
+    page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")
+    return f"MLflow: {page}"
 
 
 def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:

@@ -94,10 +94,14 @@ def compile(
 
     compile_pipeline(settings, output)
     weight = weigh(output)
-    # A cluster refuses a workflow that is too large, so the user sees how large it is.
+    # What is too large for Kubeflow's list is complete elsewhere: the user should know before the run.
     print(
         f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
-        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
+        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's Workflow"
+    )
+    print(
+        f"From about {weight.listed_tasks + 1} such steps on Kubeflow's own list of a run's tasks stops; its graph and "
+        "`ptl status` show all"
     )
 
 

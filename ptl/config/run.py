@@ -32,7 +32,11 @@ S = TypeVar("S", bound=Section)
 SHOWN = 200  # characters of a wrong value
 ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
 ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
-KINDS = {"model_type": "must be a section, a mapping of its fields", "tuple_type": "must be a list: [...]"}
+KINDS = {
+    "model_type": "must be a section, a mapping of its fields",
+    "tuple_type": "must be a list: [...]",
+    "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
+}
 
 
 class ModelSource(Section):

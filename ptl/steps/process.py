@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl import processes
 from ptl.address import without_login
-from ptl.errors import InputError, PtlError
+from ptl.errors import InputError, PtlError, explained_imports
 from ptl.steps.attempts import Failure, NoAttemptLeftError
 
 WAIT = 30  # seconds for an earlier process of the same step to end
@@ -30,13 +30,13 @@ def main(path: Path, parent: int) -> None:
         _write_failure(path, Failure(str(error), error.exit_code, final, exhausted))
         sys.exit(error.exit_code)
     except Exception as error:
-        # A bug, or a library: the traceback goes to the log. A module is not there in the next attempt either.
-        reason = without_login(f"{type(error).__name__}: {error}")
-        _write_failure(path, Failure(reason, final=isinstance(error, ImportError)))
+        # A bug, or a library: the traceback goes to the log.
+        _write_failure(path, Failure(without_login(f"{type(error).__name__}: {error}")))
         raise
     path.with_name("outputs.json").write_text(json.dumps(outputs))
 
 
+@explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table

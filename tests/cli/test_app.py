@@ -289,15 +289,15 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
+def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
     dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
-    (tmp_path / "scored").mkdir()
-    for name in ("items.jsonl", "scores.json"):
-        done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--scored", tmp_path / "scored")
-        assert done.returncode == 2 and f"--scored: no {name} in" in done.stderr
-        (tmp_path / "scored" / name).touch()
     assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
+    task = f"{{name: {dense.with_name('tiny_reasoner.yaml')}, limit: 64}}"
+    sets = ("--set", "training.decontaminate={ngram: 8}", "--set", f"evaluate.tasks=[{task}]")
+    done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
+    told = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
+    assert (told["items"], told["not_compared"]) == (64, []) and told["dropped"] > 0
 
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):

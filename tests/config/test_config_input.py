@@ -166,6 +166,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ("evaluate.tasks", ["gsm8k"], r"evaluate\.tasks\.0: 'gsm8k': must be a mapping: write \{name: gsm8k\}$"),
         ("evaluate.tasks", "gsm8k", r"evaluate\.tasks: 'gsm8k': must be a list"),
         ("evaluate.tasks.7.name", "gsm8k", r"7 is no entry of a list of 1; number its entries from 0"),
+        ("images.tag", 1.0, r"images\.tag: 1\.0: must be text: put it in quotes, .* --set 'FIELD=\"VALUE\"'"),
+        ("name", True, "name: True: must be text: put it in quotes"),
         ("storage.registered_model", "a/b", "storage.registered_model: 'a/b'"),
         ("storage.registered_model", "it's", "storage.registered_model"),
         ("training.source", "s3://key:secret@bucket/x.jsonl", r"'s3://\*\*\*@bucket/x.jsonl': holds a login"),

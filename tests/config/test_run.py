@@ -88,7 +88,7 @@ def test_half_and_more_is_removed_in_eight_iterations(target, iterations):
 
 def test_target_is_a_share_or_the_parameters_to_end_with():
     assert removal(1000, 0.4) == 400
-    assert removal(1000, 0.1) == 100  # 0.1 * 1000 is exact, whatever the binary form of 0.1
+    assert removal(1000, 0.3) == 300  # 0.3 * 1000 is exact, though the binary form of 0.3 is below it
     assert removal(1000, 700) == 300
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
-from ptl.evaluation import helpers
+from ptl.evaluation import helpers, language_models
 from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
 from ptl.evaluation.helpers import Helper, Share
+from ptl.evaluation.items import write_items
 from ptl.evaluation.language_models import AnswerNotes, divided, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_data import local_splits
@@ -260,6 +261,23 @@ def test_retention_suite_from_local_files(tmp_path, data_dir):
     assert sum(item["correct"] for item in items[:2]) == round(2 * arc.accuracy)
     assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
     assert items[2]["prompt"] == "Tea: Eva boils water. She"
+    # Without a model the same items, and the name of the task that has none.
+    assert write_items(tmp_path / "items", settings(*tasks, data_dir=str(data_dir)), seed=0) == 3
+    assert questions(tmp_path / "items") == [("wikitext", None, None), *questions(tmp_path / "out")]
+
+
+def questions(folder):
+    """Task, prompt and target of the lines of an items.jsonl."""
+    return [
+        (item["task"], item.get("prompt"), str(item["target"]) if "target" in item else None)
+        for item in read_items(folder)
+    ]
+
+
+def test_the_items_that_are_scored_are_known_without_a_model(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "language_model", None)
+    assert write_items(tmp_path, settings({"name": YAML, "limit": LIMIT}), seed=0) == LIMIT
+    assert questions(tmp_path) == questions(scored[1])
 
 
 @pytest.mark.parametrize(

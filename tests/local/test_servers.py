@@ -235,7 +235,7 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
         # Not MLflow's start page.
-        runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs"
+        runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs?workflowType=machine_learning "
         assert runs_page in server.stdout.readline()
         deadline = time.monotonic() + server_process.START_SECONDS
         while not server_process.answers(f"http://127.0.0.1:{port}/health"):

@@ -1,6 +1,7 @@
 """The whole loop through the compiled pipeline, as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_training_rows_that_share_text_with_the_benchmark_are_left_out(finished)
 def test_the_steps_ran_in_the_order_of_the_plan(finished):
     found = records(finished[0])
     assert found.pop("report")["metadata"] == {"stage": "report"}  # the run is finished
+    assert found.pop("items")["metadata"] == {"stage": "items"}  # by import-model, for all recoveries
     order = sorted(found, key=lambda name: found[name]["metadata"]["started"])
     assert order == [*CHAIN, *CONTROL, *EXPORTS]
     for child, parent in zip(CHAIN[2:], CHAIN[1:-1], strict=True):
@@ -202,7 +204,7 @@ def test_mlflow_shows_the_lineage(finished):
     assert set(made) == {name for name in (*CHAIN, *CONTROL, *EXPORTS) if "evaluate" not in name}
     assert runs["recover-1"].inputs.model_inputs[0].model_id == made["prune-1"]
     assert runs["evaluate-1"].inputs.model_inputs[0].model_id == made["recover-1"]
-    points = client.get_metric_history(parent, "by_params/accuracy")
+    points = client.get_metric_history(parent, "by_removed/accuracy")
     assert len(points) == 3 and len({point.step for point in points}) == 3
     assert client.get_metric_history(runs["recover-1"].info.run_id, "train/loss")
     metrics = {name: run.data.metrics for name, run in runs.items()}
@@ -234,6 +236,8 @@ def test_the_page_of_the_run_in_mlflow_says_what_came_out_of_what(finished):
     assert parent.data.metrics["final/accuracy"] == rows[2]["accuracy"]
     assert parent.data.metrics["final/removed"] == result["final"]["share_removed"]
     assert parent.data.metrics["final/p"] == result["paired"]["dense"]["p_different"]
+    beginning = (finished[0] / "latest/report.md").read_text().split("\n")[2]
+    assert parent.data.tags["mlflow.note.content"] == "**Result**: " + re.sub(r"[*\\]", "", beginning)
     assert parent.data.params["ptl.prune.criterion"] == "taylor" and parent.data.params["ptl.seed"] == "0"
     assert parent.data.params["ptl.schedule.recovery_tokens"] == "24000"
     assert parent.data.params["ptl.recover.0.method"] == "cpt"

@@ -348,17 +348,21 @@ def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):
     monkeypatch.setattr(progress, "experiment_id", {"ptl": "7"}.get)
     assert go(wait=False) == go(wait=False, parameters={"experiment": "new"}) == 0
     names = [run["display_name"] for run in world.runs]
-    filtered = f"searchFilter=attributes.run_name%20%3D%20%27{names[1]}%27"
+    filtered = f"workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27{names[1]}%27"
     page = "MLflow: http://mlflow.example.com/base/#/experiments"
     assert world.runs[1]["description"] == f"{page}/7/runs?{filtered}"
-    assert world.runs[2]["description"] == f"{page}, experiment new, run {names[2]}"
+    assert world.runs[2]["description"].startswith(
+        f"MLflow: experiment new, run {names[2]}: http://mlflow.example.com/"
+    )
+    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.org/")
+    assert go(wait=False) == 0 and "MLflow: https://mlflow.example.org/#/exp" in world.runs[3]["description"]
 
 
 def test_a_mlflow_that_is_away_does_not_hinder_a_start(world, go, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert go(wait=False) == 0
-    assert world.runs[0]["description"].startswith("MLflow: http://127.0.0.1:9/#/experiments, experiment ptl")
+    assert world.runs[0]["description"].startswith("MLflow: experiment ptl")
 
 
 def test_a_path_of_this_machine_is_a_warning(world, tmp_path, monkeypatch):

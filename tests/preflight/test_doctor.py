@@ -68,7 +68,8 @@ def bucket(tracking, s3, monkeypatch):
 def tracking_server(new_database, tmp_path_factory):
     """A real MLflow server."""
     root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", {})
+    origins = {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com"}
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", origins)
     yield f"http://127.0.0.1:{port}"
     servers.down(root)
 
@@ -166,6 +167,23 @@ def test_mlflow_403_by_host_check(config, tracking, tracking_server, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{name}:{port}")
     said = fault(doctor.step_environment(config), "MLflow")
     assert "refuses the host name" in said and f'--allowed-hosts "{name}:*"' in said
+
+
+@pytest.mark.parametrize(
+    "page", ["https://mlflow.example.com:443/", "http://localhost:5000", "https://other.example.com"]
+)
+def test_mlflow_behind_a_name_that_its_page_may_not_have(page, config, tracking, tracking_server, monkeypatch, capfd):
+    """The real server: it answers each GET, and 403 to the POSTs by which its page fills its tables."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
+    monkeypatch.setenv("PTL_MLFLOW_UI", page)
+    line, store, _ = doctor.step_environment(config)
+    assert capfd.readouterr().out == ""  # nor what MLflow prints of the run that was tried
+    assert store.state == "ok"
+    if "other" not in page:
+        assert line.state == "ok"
+        return
+    assert line.state == "warning" and "403 Cross-origin request blocked" in line.message
+    assert f"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS={page}, or set PTL_MLFLOW_UI" in line.remedy
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

@@ -327,7 +327,7 @@ def test_rows_that_were_left_out_are_told(records, settings):
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["metadata"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
-    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    told += "7 of 500 benchmark items have too few words of their own to be found inside a row."
     assert told in notes(build(records, settings))
     records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
     told += " Training rows were not compared with wikitext, whose items are not known."
@@ -427,7 +427,9 @@ def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures
     write_report(records, settings, tmp_path)
     run = records["prune-1"]["pointer"]["run_id"]
     links = Page((tmp_path / "report.html").read_text()).loads
-    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}" in links and len(links) == len(records)
+    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in links and len(
+        links
+    ) == len(records)
     settings["mlflow_url"] = "javascript:alert(1)//"
     write_report(records, settings, tmp_path)
     assert "javascript" not in (tmp_path / "report.html").read_text()

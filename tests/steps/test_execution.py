@@ -3,21 +3,26 @@
 import dataclasses
 import shutil
 import uuid
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from run_records import scores
 
 from ptl import processes
+from ptl.config.run import Evaluate, check, load_config
 from ptl.errors import InputError, WorkError
+from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, progress, tracking
-from ptl.steps import process, table, takeover
-from ptl.steps.call import Step
+from ptl.steps import import_model, inputs, process, recover, table, takeover
+from ptl.steps.call import Call, Step
 from ptl.steps.execution import execute
 from ptl.steps.inputs import fetch
 from ptl.steps.machine import scratch
 from ptl.storage.local_files import path_of
 from ptl.storage.store import Pointer
+
+TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.fixture
@@ -211,3 +216,35 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no answer"):
         process.main(tmp_path / "call.json", 0)
     assert "secret" not in (tmp_path / "failure.json").read_text()
+
+
+def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(begin, monkeypatch, capsys):
+    """Other items are another training: it is neither resumed nor taken over."""
+
+    class Stop(Exception):
+        pass
+
+    keys = []
+
+    def execute_nothing(*_, content_key, **__):
+        keys.append(content_key)
+        raise Stop
+
+    monkeypatch.setattr(recover, "execute", execute_nothing)
+    config = load_config(TINY).model_dump(mode="json")
+    model = Pointer("file:///pruned", "sha256:" + "c" * 64, params=9, original_params=9)
+    settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
+    settings |= {"recover": config["recover"], "seed": 0}
+    for limit, tasks in ((8, True), (8, True), (9, True), (9, False)):
+        _, experiment = begin()
+        if tasks:
+            run = Step("import-model", experiment).start()
+            evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
+            for _ in range(2):  # the second finds the record
+                import_model._commit_items(run, evaluate, 0)
+            assert capsys.readouterr().out.count(f"{limit} items of benchmarks") == 1
+            assert len(read_items(fetch(inputs.benchmark_items(run)))) == limit
+        data = config["training"] | {"decontaminate": {"tasks": tasks}}
+        with pytest.raises(Stop):
+            recover.recover(Call(Step("recover-1", experiment), settings | {"training": data}, {"model": model}, {}))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
