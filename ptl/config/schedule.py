@@ -11,8 +11,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from ptl.config.base import Count, Positive, Section, one_error
 from ptl.config.goal import Goal, Target
 
-# Iterations by default. docs/results.md, "Where does going gradually win?": where half of the parameters go, a loop of
-# eight is ahead of one-shot pruning; where 40 % go, no number of iterations makes a difference.
+# Iterations by default: docs/results.md, "Is a loop worth it?".
 DEEP = 0.5  # share of the parameters
 DEEP_ITERATIONS, ITERATIONS = 8, 4
 

@@ -41,8 +41,8 @@ PASSES = 4  # over the training rows, after which repetition helps little (Muenn
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
-# Parameters up to which a learning rate holds where REFERENCE of them go, of the shipped configs if there is one of that
-# size; the best rate doubles with each RATE_DOUBLES more (docs/results.md: 40 to 66 % of the tiny reasoner).
+# Parameters up to which a learning rate holds where REFERENCE of them go, of the shipped configs if there is one of
+# that size. The best rate doubles with each RATE_DOUBLES more (docs/results.md: 40 to 66 % of the tiny reasoner).
 REFERENCE = 0.3
 RATE_DOUBLES = 0.1
 LEARNING_RATES = ((1e7, 1.5e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
