@@ -2,7 +2,7 @@
 
     python benchmarks/depth_report.py
 
-p and the intervals are Student's, over the seeds that both arms have: their models differ by more than their problems do.
+p and the intervals are Student's, over the seeds that both arms have: models differ by more than their problems do.
 """
 
 from __future__ import annotations
