@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import MutableMapping
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 # The second form is a password with a slash, which no parser takes, in an address that is no HOST:PORT/PATH.
 LOGIN = re.compile(r"(?<=://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@")
+TRAINING = "workflowType=machine_learning"  # without it MLflow's page is about GenAI
 
 
 def is_server(uri: str) -> bool:
@@ -29,6 +30,27 @@ def bare(uri: str) -> str:
 def page(uri: str) -> str:
     """An address as it may be printed: a login page's query may hold secrets."""
     return without_login(re.split(r"[?#]", uri)[0])
+
+
+def mlflow_ui() -> str:
+    """Where people open MLflow: PTL_MLFLOW_UI, else the address that is used here; empty where that is no server."""
+    uri = os.environ.get("PTL_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return page(bare(uri)).rstrip("/") if is_server(uri) else ""
+
+
+def runs_page(server: str, experiment: str, run: str = "", *, query: str = "") -> str:
+    """MLflow's page of an experiment's runs, all that fit a query or one of them.
+
+    MLflow 3.17 reads only what follows the `#`, and a filter only with `/runs`.
+    """
+    path = f"{server}/#/experiments/{experiment}/runs{f'/{run}' if run else ''}?{TRAINING}"
+    return f"{path}&searchFilter={quote(query, safe='')}" if query else path
+
+
+def origin(uri: str) -> str:
+    """What a browser calls the server of a page."""
+    parts = urlsplit(bare(uri).lower())
+    return f"{parts.scheme}://{parts.netloc.removesuffix({'http': ':80', 'https': ':443'}[parts.scheme])}"
 
 
 def split_login(environment: MutableMapping[str, str] = os.environ) -> None:

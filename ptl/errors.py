@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ptl.address import without_login
 
 
@@ -32,3 +36,17 @@ class InputError(PtlError):
 
 class WorkError(PtlError):
     """The work itself failed."""
+
+
+@contextmanager
+def explained_imports() -> Iterator[None]:
+    """Make an input error of a library that cannot be imported: in this environment every attempt would end so."""
+    try:
+        yield
+    except ImportError as error:
+        traceback.print_exc()
+        raise InputError(
+            f"{type(error).__name__}: {error}",
+            field="packages",
+            remedy="build the image again, or repair the environment that the step runs in",
+        ) from error

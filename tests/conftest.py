@@ -19,7 +19,7 @@ from mock_kfp import MockKubeflow
 
 from ptl.config import image_names
 from ptl.config.run import load_config
-from ptl.errors import WorkError
+from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_database
 from ptl.local import images, seaweedfs, servers
 from ptl.storage import s3_client
@@ -134,7 +134,16 @@ def servers_end_with_the_tests(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def weed():
+    """SeaweedFS runs on this system."""
+    try:
+        seaweedfs.binary()
+    except InputError as error:
+        pytest.skip(f"skipped: {error}")
+
+
+@pytest.fixture(scope="session")
+def server(weed, tmp_path_factory):
     """A real SeaweedFS; the environment that reaches it."""
     root = tmp_path_factory.mktemp("s3")
     yield seaweedfs.up(root, free_port())
@@ -186,6 +195,17 @@ def engine():
 
 
 @pytest.fixture(scope="session")
+def llmcompressor():
+    """A Python that has it."""
+    from ptl.export.compressed_tensors import interpreter
+
+    try:
+        return interpreter()
+    except InputError as error:
+        pytest.skip(f"skipped: {error}")
+
+
+@pytest.fixture(scope="session")
 def config(tmp_path_factory):
     """tiny.yaml with two short iterations and no control."""
     raw = load_config(TINY).model_dump(mode="json")  # with the paths of its own folder
@@ -202,10 +222,15 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """A whole run with the control and an export, undisturbed, in a local store: its home, and what was printed."""
+    """A whole run with the control and an export, undisturbed, in a local store: its home, and what was printed.
+
+    Without the export where the system has no llama.cpp.
+    """
+    from gguf_files import NO_LLAMA_CPP  # and transformers
+
     home = tmp_path_factory.mktemp("finished")
     whole = home / "with-control.yaml"
-    more = {"control": True, "export": [{"format": "gguf", "type": "q8_0"}]}
+    more = {"control": True, "export": [] if NO_LLAMA_CPP else [{"format": "gguf", "type": "q8_0"}]}
     whole.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | more))
     return home, whole_run.finish(whole_run.start(whole, home))
 

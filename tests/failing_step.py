@@ -27,6 +27,8 @@ def work(call):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if what == "input":
         raise InputError("schedule.target: 7 must be below 1")
+    if what == "import":
+        import no_such_library  # noqa: F401
     if what == "work":
         raise WorkError("the store is away")
     if what == "no-space":

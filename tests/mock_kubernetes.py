@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -27,6 +28,8 @@ NAMESPACE = "kubeflow"
 OWN_POD = "loop-abcde-coordinator-1"
 JOBS = rf"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 PODS = rf"/api/v1/namespaces/{NAMESPACE}/pods"
+EVENTS = rf"/api/v1/namespaces/{NAMESPACE}/events"
+WORKFLOWS = rf"/apis/argoproj.io/v1alpha1/namespaces/{NAMESPACE}/workflows"
 
 
 def recorded(name):
@@ -79,6 +82,8 @@ class MockKubernetes:
         self.outage = 0  # answers of 503 to come
         self.log_requests = []  # their options
         self.own_env = []  # of the coordinator's pod
+        self.of_run = {PODS: [], EVENTS: [], WORKFLOWS: []}  # objects of a pipeline run, and the events of its pods
+        self.asked = []  # paths of the requests for these
 
     def play(self, *looks):
         """What the cluster has at each look at a TrainJob: the name of a recorded one, and its pods."""
@@ -121,6 +126,21 @@ def own_pod(env):
         "metadata": {"name": OWN_POD, "ownerReferences": [owner | {"controller": True, "blockOwnerDeletion": True}]},
         "spec": {"serviceAccountName": "pipeline-runner", "containers": [{"name": "main", "env": env}]},
     }
+
+
+def selected(selectors, item):
+    """Whether the API lists an object for these selectors, of the kinds that are used for pipeline runs."""
+    name, _, label = selectors.get("labelSelector", "").partition("=")
+    if name and item["metadata"].get("labels", {}).get(name) != label:
+        return False
+    for term in filter(None, selectors.get("fieldSelector", "").split(",")):
+        path, negated, wanted = re.fullmatch(r"([\w.]+)(!?)=(.*)", term).groups()
+        value = item
+        for part in path.split("."):
+            value = value[part]
+        if (value == wanted) == bool(negated):
+            return False
+    return True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -166,6 +186,10 @@ class Handler(BaseHTTPRequestHandler):
             cluster.log_requests.append(parse_qs(url.query))
             for line in cluster.logs.get(match[1], lambda: [f"hello from {match[1]}\n"])():
                 self.wfile.write(line.encode())
+        elif url.path in cluster.of_run and "trainer" not in url.query and "jobset" not in url.query:
+            cluster.asked.append(url.path)
+            selectors = {name: value for name, (value,) in parse_qs(url.query).items()}
+            self.answer(200, {"items": list(filter(partial(selected, selectors), cluster.of_run[url.path]))})
         elif url.path == PODS:
             (label,) = parse_qs(url.query)["labelSelector"]
             name = label.removeprefix(f"{trainjob.OF_JOB_SET}=")

@@ -37,6 +37,16 @@ def test_user_and_password_are_not_shown(text, shown):
     assert str(InputError(text)) == str(WorkError(text)) == shown
 
 
+def test_the_page_of_runs_and_its_origin_are_those_of_a_browser():
+    """Looked at in MLflow 3.17: another order, or a filter without `/runs`, shows another page or all runs."""
+    page = address.runs_page("http://host", "1", query="attributes.run_name = 'a'")
+    after_hash = "#/experiments/1/runs?workflowType=machine_learning&searchFilter=attributes.run_name%20%3D%20%27a%27"
+    assert page == f"http://host/{after_hash}"
+    assert address.runs_page("http://host", "1", "r").endswith("/#/experiments/1/runs/r?workflowType=machine_learning")
+    assert address.origin("https://user:pw@MLflow.example.com:443/base/") == "https://mlflow.example.com"
+    assert address.origin("http://host:443") == "http://host:443"
+
+
 def test_the_login_of_mlflows_address_becomes_variables():
     environment = {"MLFLOW_TRACKING_URI": "https://us%40er:p%2Fw@host/base", "MLFLOW_TRACKING_PASSWORD": "other"}
     address.split_login(environment)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import run_records
 import yaml
 from mock_kfp import MockKubeflow
+
+from ptl.report.result import build
 
 ROOT = Path(__file__).parents[1]
 CI = ROOT / "examples" / "ci"
@@ -86,10 +90,11 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
         client = MlflowClient(uri)
         experiment = client.create_experiment("ptl", f"file://{tmp_path}/artifacts")
         parent = client.create_run(experiment, tags={"ptl.run": "run-0", "ptl.role": "parent"})
-        scored = {"arm": "loop", "params": 1000, "accuracy": 0.9, "low": 0.85, "high": 0.95, "items": 500}
-        rows = [{**scored, "iteration": 1, "recovery_tokens": 10, "verdict": verdict}]
+        written = build(run_records.records(), run_records.settings())
+        last = next(row for row in written["rows"] if row["iteration"] == 4)
+        last["verdict"] = verdict
         result = tmp_path / "result.json"
-        result.write_text(json.dumps({"rows": rows, "final": {"share_removed": 0.4}}))
+        result.write_text(json.dumps(written))
         client.log_artifact(parent.info.run_id, str(result), "report")
         done = run(
             *(CI / "run.sh", TINY, tmp_path / "table.md", "--set", "gate.enabled=true", "--host", world.url),
@@ -99,8 +104,9 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
         world.close()
     text = (tmp_path / "table.md").read_text()
     assert done.returncode == code, done.stdout + done.stderr
-    assert f"| loop | 1 | 1,000 | 0.900 (0.850 to 0.950) | 500 | 10 | {verdict} |" in text
-    assert "40.0% of all parameters removed." in text and f"{world.url}/#/runs/details/run-0" in text
+    assert re.search(rf"^ *4 \(final\) +127,872 .* {verdict} *$", text, re.MULTILINE)
+    assert "8.0 points worse than the loop" in text and f"{world.url}/#/runs/details/run-0" in text
+    assert text.splitlines()[-1] == "```" and text.splitlines()[-2].startswith("MLflow: ")
 
 
 @pytest.mark.slow
@@ -126,9 +132,7 @@ esac
 """
 
 
-@pytest.mark.parametrize(
-    ("decision", "verdict", "code"), [("accepted", 0, 0), ("not tested", 1, 1), ("rejected", 0, 1)]
-)
+@pytest.mark.parametrize(("decision", "verdict", "code"), [("accepted", 0, 0), ("gate off", 1, 1), ("rejected", 0, 1)])
 def test_the_path_on_one_machine(tmp_path, decision, verdict, code):
     """With stubs named ptl and docker: the order of the commands, what is compared, and the exit code."""
     for name, text in (("ptl", STUB), ("docker", "#!/bin/sh\nexit 0\n")):

@@ -72,7 +72,7 @@ def test_the_choice_is_on_other_seeds_and_problems_than_the_results():
     assert depth.FEWEST_SEEDS >= 5 and RESULT.items >= 2000
 
 
-def test_the_table_compares_with_the_best_one_shot_item_by_item(tmp_path, capsys):
+def test_the_table_compares_with_the_best_one_shot_by_seed(tmp_path, capsys):
     results = Results(tmp_path / "results.jsonl")
     answer(results, ONE_SHOT, lambda rate: 0.5)
     answer(results, LOOP, lambda rate: 0.75)
@@ -86,7 +86,8 @@ def test_the_table_compares_with_the_best_one_shot_item_by_item(tmp_path, capsys
     depth_report.print_table(results)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| 60% | 1,000 | one-shot | ") and "| reference |" in lines[2]
-    assert "76.2 ± 0.8 | 7 | +26.0 ± 0.8 points | < 1e-300 |" in lines[3]
+    # By hand: differences of 25.0 to 27.0 points, so t = 85 with five degrees of freedom.
+    assert "76.2 ± 0.8 | 7 | +26.0 ± 0.8 points | 4e-09 |" in lines[3]
     depth_report.plot(results, tmp_path / "picture.svg")
     assert "one-shot" in (tmp_path / "picture.svg").read_text()
 

@@ -7,18 +7,23 @@ import importlib.util
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
+from conftest import free_port
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
+from ptl import address
 from ptl.config.cluster import RESERVED
 from ptl.config.run import load_config
 from ptl.errors import InputError
+from ptl.local import seaweedfs, server_process, servers
 from ptl.preflight.doctor_trainer import RIGHTS
 from ptl.steps import trainjob
 from ptl.storage import training_checkpoints
@@ -27,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 CLUSTER_WIDE = {"Namespace"}
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC client begins
 
 
 def tool(name):
@@ -108,7 +114,11 @@ def test_steps_find_what_the_compiled_pipeline_names(built):
     if built.stem != "aws":
         assert set(by_name["Secret", "ptl-s3"]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     allowed = next(entry["data"] for (_, name), entry in by_name.items() if name.startswith("mlflow-settings"))
-    assert "mlflow.ptl.svc.cluster.local:*" in allowed["ALLOWED_HOSTS"].split(",")
+    assert "mlflow.ptl.svc.cluster.local:*" in allowed["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    origin = address.origin(addresses["MLFLOW_TRACKING_URI"])  # of links, where PTL_MLFLOW_UI is not set
+    assert origin in allowed["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
+    (server,) = by_name["Deployment", "mlflow"]["spec"]["template"]["spec"]["containers"]
+    assert any(source.get("configMapRef", {}).get("name", "").startswith("mlflow-set") for source in server["envFrom"])
 
 
 def test_dev_keeps_to_what_a_profile_may_reach(filled):
@@ -125,9 +135,11 @@ def test_dev_keeps_to_what_a_profile_may_reach(filled):
     assert namespace["metadata"]["labels"]["app.kubernetes.io/part-of"] == "kubeflow-profile"
 
 
-@pytest.mark.parametrize(("component", "count"), [("istio", 1), ("kfp-launcher", 1), ("kueue", 1), ("trainer", 4)])
+@pytest.mark.parametrize(
+    ("component", "count"), [("ingress", 2), ("istio", 1), ("kfp-launcher", 1), ("kueue", 1), ("trainer", 4)]
+)
 def test_components_can_be_added(filled, component, count, tmp_path):
-    part = {"istio": "mlflow"}.get(component, "runs")
+    part = {"ingress": "mlflow", "istio": "mlflow"}.get(component, "runs")
     folder = filled / "overlays" / "dev" / f"with-{component}"
     folder.mkdir()
     added = {"resources": [f"../{part}"], "components": [f"../../../components/{component}"]}
@@ -137,6 +149,19 @@ def test_components_can_be_added(filled, component, count, tmp_path):
     run(tool("kubernetes-validate"), "--strict", "--quiet", out)
     plain = len(list(yaml.safe_load_all(run(tool("kustomize"), "build", filled / "overlays/dev" / part))))
     assert len(objects(out)) == plain + count
+    if component == "ingress":
+        assert_mlflow_knows_its_host(objects(out))
+
+
+def assert_mlflow_knows_its_host(found):
+    """Whose name is set in one file."""
+    settings = next(entry["data"] for entry in found if entry["metadata"]["name"].startswith("mlflow-settings"))
+    (ingress,) = [entry["spec"] for entry in found if entry["kind"] == "Ingress"]
+    host = ingress["rules"][0]["host"]
+    assert host != "HOST" and ingress["tls"][0]["hosts"] == [host]
+    hosts = settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    assert host in hosts and "mlflow.ptl.svc.cluster.local:*" in hosts
+    assert settings["MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"] == f"https://{host}"
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -248,6 +273,54 @@ def test_nodes_reach_each_other_and_what_a_step_reaches(with_trainer):
     assert selects(steps["podSelector"], step) and not selects(nodes["podSelector"], step)
 
 
+def seaweedfs_of(overlay):
+    """Of an overlay's server: arguments, environment, security.toml."""
+    found = list(yaml.safe_load_all(run(tool("kustomize"), "build", overlay)))
+    data = {entry["metadata"]["name"]: entry["data"] for entry in found if entry["kind"] in ("ConfigMap", "Secret")}
+    (pod,) = [
+        entry["spec"]["template"]["spec"]
+        for entry in found
+        if entry["kind"] == "StatefulSet" and entry["metadata"]["name"] == "seaweedfs"
+    ]
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounted = {mount["mountPath"]: volumes.get(mount["name"]) for mount in container["volumeMounts"]}
+    assert set(data[mounted["/etc/seaweedfs-tls"]["secret"]["secretName"]]) == {"tls.crt", "tls.key"}
+    keys = [data[source["secretRef"]["name"]] for source in container["envFrom"]]
+    environment = {name: base64.b64decode(text).decode() for secret in keys for name, text in secret.items()}
+    return container["args"], environment, data[mounted["/etc/seaweedfs"]["configMap"]["name"]]["security.toml"]
+
+
+@pytest.mark.slow
+def test_no_port_of_seaweedfs_answers_without_a_key(filled, tmp_path):
+    """The real server, on loopback and other ports, with keys by the commands of docs/install.md."""
+    overlay = shutil.copytree(filled, tmp_path / "manifests") / "overlays/onprem/mlflow"
+    (overlay / "s3.env").write_text("AWS_ACCESS_KEY_ID=ptl\nAWS_SECRET_ACCESS_KEY=word\n")
+    tool("openssl")
+    guide = (ROOT / "docs/install.md").read_text()
+    run("sh", "-c", re.search(r"^for key in .*?-out tls\.crt$", guide, re.M | re.S)[0], cwd=overlay)
+    arguments, environment, security = seaweedfs_of(overlay)
+    stack = server_process.folder(tmp_path)  # its working directory, where it looks for this file too
+    (stack / "security.toml").write_text(security.replace("/etc/seaweedfs-tls", str(overlay)))
+    data = tmp_path / "data"
+    data.mkdir()
+    port = free_port()
+    changed = {"-dir=/data": f"-dir={data}", "-ip.bind=0.0.0.0": "-ip.bind=127.0.0.1", "-s3.port=8333": ""}
+    assert set(changed) <= set(arguments)
+    command = [tool("weed"), *filter(None, (changed.get(argument, argument) for argument in arguments))]
+    command += [f"-{part}.port={port + i}" for i, part in enumerate(("s3", "filer", "master", "volume", "admin"))]
+    server_process.start(tmp_path, "s3", command, environment, port + 4, "/health")  # of the part that starts last
+    try:
+        asked = {"/ptl/?list-type=2": 403, "/buckets/ptl/": 404, "/dir/status": 404, "/1,00": 401, "/api/users": 404}
+        for part, (path, status) in enumerate(asked.items()):
+            assert requests.get(f"http://127.0.0.1:{port + part}{path}", timeout=5).status_code == status, path
+            with socket.create_connection(("127.0.0.1", port + part + seaweedfs.GRPC), timeout=5) as plain:
+                plain.sendall(PREFACE)
+                assert plain.recv(100) == b"", path
+    finally:
+        servers.down(tmp_path)
+
+
 def test_checkov(built):
     """checkov pins old libraries, so it lives in an environment of its own."""
     config = MANIFESTS / ".checkov.yaml"
@@ -318,7 +391,7 @@ def test_steps_may_delete_training_checkpoints_and_nothing_else(tmp_path):
 
 def test_examples_hold_names_only_and_filled_in_files_are_ignored():
     examples = sorted(MANIFESTS.rglob("*.env.example"))
-    assert len(examples) == 10
+    assert len(examples) == 11
     for path in examples:
         for line in path.read_text().splitlines():
             assert line.startswith("#") or line.split("=")[1] in ("", "admin")

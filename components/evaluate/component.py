@@ -1,6 +1,6 @@
 """Evaluate: score the checkpoint, and decide which checkpoint the next iteration starts from."""
 
-from kfp.dsl import Artifact, Input, Metrics, Model, Output, component
+from kfp.dsl import Input, Metrics, Model, Output, component
 
 
 @component(base_image="python:3.11", install_kfp_package=False)
@@ -15,7 +15,6 @@ def evaluate(
     seed: int,
     registered_model: str,
     model: Input[Model],
-    scores: Output[Artifact],
     accepted: Output[Model],
     metrics: Output[Metrics],
     fallback: Input[Model] = None,

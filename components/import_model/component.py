@@ -21,6 +21,7 @@ def import_model(
     training: dict,
     evaluate: dict,
     gate: dict,
+    seed: int,
     gated: bool,
     exports: list,
     out: Output[Model],

@@ -1,6 +1,6 @@
 """Recover: train the pruned model on this iteration's tokens."""
 
-from kfp.dsl import Artifact, Input, Model, Output, component
+from kfp.dsl import Input, Model, Output, component
 
 
 @component(base_image="python:3.11", install_kfp_package=False)
@@ -14,7 +14,6 @@ def recover(
     training: dict,
     seed: int,
     model: Input[Model],
-    scored: Input[Artifact],
     out: Output[Model],
 ) -> None:
     from ptl.steps import supervisor

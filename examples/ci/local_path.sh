@@ -60,7 +60,7 @@ found = [one for one in steps if one["stage"] == "evaluate" and one["decision"] 
 print(found[-1]["run_id"] if found else "")
 PYTHON
 }
-dense=$(evaluated baseline) final=$(evaluated accepted "not tested")
+dense=$(evaluated baseline) final=$(evaluated accepted "gate off")
 [ -n "$final" ] || { echo "no iteration was accepted: the final model is the dense one" >&2; exit 1; }
 verdict=0
 ptl compare "$dense" "$final" --margin "${MARGIN:-0.05}" || verdict=$?

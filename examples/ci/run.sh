@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# run.sh CONFIG TABLE [options of submit]: start a run on Kubeflow, wait, and write the report's table as Markdown.
+# run.sh CONFIG TABLE [options of submit]: start a run on Kubeflow, wait, and write its result as Markdown.
 # Exit codes are those of submit: 0 done, 1 failed, 2 wrong input, 3 gate not passed, 4 timeout.
 set -uo pipefail
 config=$1 table=$2
@@ -9,7 +9,6 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 ptl submit "$config" "$@" --wait --timeout 21000 2>&1 | tee "$log"
 code=${PIPESTATUS[0]}
-run=$(sed -n 's/^started run .* (\(.*\))$/\1/p' "$log")
 {
     printf '**ptl %s**: ' "$(basename "$config")"
     case $code in
@@ -19,9 +18,10 @@ run=$(sed -n 's/^started run .* (\(.*\))$/\1/p' "$log")
     *) echo "failed" ;;
     esac
     grep -E '^https?://' "$log" || true
-    if [ "$code" = 0 ] || [ "$code" = 3 ]; then
-        python -m pipelines.prune_tune_loop.outcome "$run"
-    fi
+    # The result: from the table's title to the link to MLflow.
+    echo '```'
+    sed -n '/(seed [0-9]*)/,/^MLflow: /p' "$log"
+    echo '```'
 } >"$table"
 cat "$table"
 exit "$code"

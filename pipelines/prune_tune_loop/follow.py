@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.prune_tune_loop import outcome, run_text, run_view, task_list
+from pipelines.prune_tune_loop import pods, run_text, run_view, task_list
 from pipelines.prune_tune_loop.kfp_api import (
     CONFLICT,
     LOGIN_AGAIN,
@@ -16,18 +16,22 @@ from pipelines.prune_tune_loop.kfp_api import (
     call,
     connect,
     get_run,
+    run_id_of,
+    within,
 )
+from pipelines.prune_tune_loop.pods import Pod
 from pipelines.prune_tune_loop.run_view import RunView, StepView
-from ptl import processes
+from ptl import address, processes
 from ptl.config.run import Config
 from ptl.errors import InputError, PtlError, WorkError
-from ptl.lineage import progress
+from ptl.lineage import locate, progress
 from ptl.lineage.progress import RunProgress
 
 DONE, FAILED, GATE, TIMEOUT = 0, 1, 3, 4  # exit codes
 OUTAGE = 600.0  # seconds without an answer after which a wait gives up; the run does not need us
 SETTLING = 60.0  # seconds that `cancel` waits for the end, and `retry` for the begin; 15 were seen
 TRAINING = 60.0  # seconds between two lines of a training's progress
+PODS = 30.0  # seconds between two looks at the pods
 ANNOUNCED = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", run_view.NOT_NEEDED)
 MLFLOW_STATUS = {"SUCCEEDED": "FINISHED", "CANCELED": "KILLED"}  # by the state of a run that ended; else FAILED
 Say = Callable[[str], None]
@@ -42,21 +46,32 @@ class Observer:
     step_names: dict[str, str] = field(default_factory=dict)  # by task key
     records: RunProgress | None = None  # the last answer of MLflow, used when the next one does not come
     outage_reported: bool = False  # that MLflow does not answer
+    pods: dict[str, Pod] = field(default_factory=dict)  # that cannot start or have failed, by task key
+    pods_read: float = -math.inf  # when they were last asked for
 
     def look(self, run: Any) -> RunView:
-        """A run as Kubeflow has just described it, joined with its records in MLflow."""
+        """A run as Kubeflow has just described it, joined with its records in MLflow and what Kubernetes says."""
         # The names are those of the run's pipeline version, which does not change.
         if not self.step_names:
             self.step_names = task_list.step_names(self.api, run)
         self._read_records(run.run_id)
-        return run_view.view(
-            run,
-            self.step_names,
-            task_list.fold(run, self.step_names),
-            self.records,
-            namespace=self.api.namespace or "kubeflow",
-            link=self.api.link(run.run_id),
-        )
+        listed = task_list.fold(run, self.step_names)
+        namespace = self.api.namespace or "kubeflow"
+        self._read_pods(run, namespace, [key for key, step in listed.items() if step.state == "PENDING"])
+        link = self.api.link(run.run_id)
+        return run_view.view(run, self.step_names, listed, self.pods, self.records, namespace, link)
+
+    def _read_pods(self, run: Any, namespace: str, pending: list[str]) -> None:
+        """Those that cannot start or have failed, where they may be read."""
+        is_due = time.monotonic() - self.pods_read > PODS or run.state == "FAILED"
+        if run.state not in (*task_list.UNFINISHED, "FAILED") or not is_due:
+            return
+        # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
+        try:
+            self.pods = within(pods.PATIENCE, lambda: pods.read(namespace, run.run_id, pending))
+        except Exception:
+            self.pods = {}
+        self.pods_read = time.monotonic()
 
     def _read_records(self, run_id: str) -> None:
         """The steps' own records; when they cannot be read, that is reported once."""
@@ -68,6 +83,14 @@ class Observer:
             if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
             self.outage_reported = True
+
+    @property
+    def mlflow_page(self) -> str:
+        """The run's page in MLflow; empty without a server."""
+        server = address.mlflow_ui()
+        if self.records is None or not server:
+            return ""
+        return address.runs_page(server, self.records.experiment_id, self.records.parent_id)
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -82,9 +105,10 @@ class Observer:
             self.say(f"MLflow: the run could not be closed: {error}")
 
 
-def status(run_id: str, server: Server, *, say: Say = print) -> int:
+def status(reference: str, server: Server, *, say: Say = print) -> int:
     """Print a run and its steps as a table. 1 when it failed or was canceled."""
     api = connect(server)
+    run_id = run_id_of(api, reference)
     observer = Observer(api, say)
     view = observer.look(get_run(api, run_id))
     link = api.link(run_id)
@@ -92,15 +116,15 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
         say("MLflow has no records of this run, or none yet: this is only Kubeflow's list of tasks")
     say(run_text.step_table(view))
     # Reasons are longer than a cell of the table.
-    failed = [step for step in view.steps if step.reason]
-    for step in failed:
-        say(f"{step.name}: {step.reason}")
-    if view.state == "FAILED" and not failed:
+    for step in view.steps:
+        if step.reason or step.pending:
+            say(f"{step.name}: {step.reason or step.pending}")
+    if view.state == "FAILED" and not any(step.reason for step in view.steps):
         say(f"{view.name}: {view.reason}")
     if any(step.state == run_view.NOT_LISTED for step in view.steps):
         say(
             f"{run_view.NOT_LISTED}: its list names a step when it starts, and stops being updated when the run's "
-            f"workflow is larger than 1 MiB; {link} shows all"
+            f"workflow is larger than 1 MiB, as with many steps; {link} shows all"
         )
     observer.settle(view)
     if hint := run_text.hint_to_cancel(view):
@@ -109,9 +133,10 @@ def status(run_id: str, server: Server, *, say: Say = print) -> int:
     return FAILED if view.state in ("FAILED", "CANCELED") else DONE
 
 
-def cancel(run_id: str, server: Server, *, say: Say = print, poll: float = 2.0) -> int:
+def cancel(reference: str, server: Server, *, say: Say = print, poll: float = 2.0) -> int:
     """Ask Kubeflow to end a run, and close it in MLflow when it has; a run that has ended stays as it is."""
     api = connect(server)
+    run_id = run_id_of(api, reference)
     observer = Observer(api, say)
     view = observer.look(_terminate(api, run_id))
     if view.ended:
@@ -176,7 +201,7 @@ def _await_effect(
 
 
 def retry(
-    run_id: str,
+    reference: str,
     server: Server,
     *,
     config: Config | None = None,
@@ -187,6 +212,7 @@ def retry(
 ) -> int:
     """Run the failed steps of a run again, under the same id: what was finished is taken from the store."""
     api = connect(server)
+    run_id = run_id_of(api, reference)
     run = get_run(api, run_id)
     if run.state not in ("FAILED", "CANCELED"):
         raise InputError(
@@ -259,7 +285,7 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
             announcer.hint(run_text.hint_to_cancel(view))
             if view.ended:
                 observer.settle(view)
-                return _exit_code(view, config, say)
+                return _exit_code(view, observer.mlflow_page, config, say)
             # Another pause would end after the deadline.
             if is_last_look:
                 say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
@@ -279,6 +305,8 @@ class _Announcer:
         for step in steps:
             if step.state in ANNOUNCED and self._is_new(step.name, (step.state, step.attempt)):
                 self.say(run_text.change_line(step))
+            if self._is_new(f"pending of {step.name}", step.pending_kind) and step.pending:
+                self.say(f"{step.name}: {step.pending}")
             now = time.monotonic()
             is_due = now - self.trainings.get(step.name, -math.inf) >= TRAINING
             if step.progress and is_due and self._is_new(f"progress of {step.name}", step.progress):
@@ -300,8 +328,8 @@ class _Announcer:
         return is_new
 
 
-def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
-    """The exit code of a wait, after its last line."""
+def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say) -> int:
+    """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
     if view.state != "SUCCEEDED":
         state = run_text.state_text(view)
         if view.state == "FAILED" and view.reason:
@@ -309,10 +337,43 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
         say(f"{view.name}: {state}; `ptl retry {view.run_id}` resumes from what is finished")
         return FAILED
     # Without the config nobody knows whether the run had a gate.
-    if config is None or not config.gate.enabled:
+    is_gated = config is not None and config.gate.enabled
+    try:
+        result = locate.result(view.run_id)
+        passed, reason = gate_passed(result)
+    except (PtlError, LookupError, TypeError) as error:
+        if is_gated:
+            raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
+        say(f"its result cannot be read: {error}")
+    else:
+        say(_result_text(result, view.run_id, mlflow_page))
+    if not is_gated:
         say(f"{view.name}: SUCCEEDED")
         return DONE
-    passed, reason = outcome.gate_passed(outcome.result_of(view.run_id))
-    verdict = "passed" if passed else "not passed"
-    say(f"{view.name}: SUCCEEDED, gate {verdict}: {reason}")
+    say(f"{view.name}: SUCCEEDED, gate {'passed' if passed else 'not passed'}: {reason}")
     return DONE if passed else GATE
+
+
+def _result_text(result: dict[str, Any], run_id: str, mlflow_page: str) -> str:
+    """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
+    from ptl.report.render import terminal_text
+
+    report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
+    # The images' version of ptl may be another one.
+    try:
+        at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
+        return terminal_text(result | {"mlflow": at_our_address}, report)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return f"another version of ptl has written its result ({error!r})\nReport: {report}\nMLflow: {mlflow_page}"
+
+
+def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the loop reached its end, with its last iteration accepted; and the sentence that says so."""
+    # The control has no gate, and iteration 0 is the dense model.
+    iterations = [row for row in result["rows"] if row["arm"] == "loop" and row["iteration"] > 0]
+    if not iterations:
+        return False, "no iteration was scored"
+    last = max(iterations, key=lambda row: row["iteration"])
+    share = result["final"]["share_removed"]
+    sentence = "iteration {iteration} {verdict}".format_map(last)
+    return last["verdict"] == "accepted", f"{sentence}, {share:.1%} removed"

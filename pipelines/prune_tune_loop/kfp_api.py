@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from urllib.parse import urljoin
 
 from ptl import address
 from ptl.errors import InputError, WorkError
+from ptl.units import listed
 
 T = TypeVar("T")
 
@@ -24,8 +27,9 @@ PAUSE = 1.0  # seconds after the first attempt, doubled each time: 15 s in all; 
 NOT_FOUND, CONFLICT, TOO_MANY_REQUESTS = 404, 409, 429
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 30.0  # seconds without a byte of the answer
-ANSWER_TIMEOUTS = 4  # a whole answer may take this many times READ_TIMEOUT
-LIMIT = 64 << 20  # bytes of an answer; the longest is a pipeline's version, of a few MB
+ANSWER_TIMEOUT = 60.0  # seconds for a request and its whole answer
+LIMIT = 16 << 20  # bytes of an answer, decompressed; the longest is a pipeline's version, of a few MB
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as the ids of runs are
 LOGIN_AGAIN = "the session may have expired: log in again (KFP_TOKEN or --token-file)"
 
 
@@ -52,12 +56,20 @@ class RefusedError(InputError):
         self.status = status
 
 
-class UnreachableError(WorkError):
-    """Nobody listens at the address; a server that restarts behind a gateway answers 502 or 503 instead."""
+class FinalError(WorkError):
+    """A failure that another attempt at once would not change.
+
+    Nobody listens at the address (a server that restarts behind a gateway answers 502 or 503 instead), or the answer
+    has no end.
+    """
 
 
 class UnreadableError(Exception):
     """An answer of 200 that is not what the API answers, as a login page is."""
+
+
+class EndlessError(UnreadableError):
+    """An answer that is too long or takes too long."""
 
 
 @dataclass(frozen=True)
@@ -152,20 +164,38 @@ def _guard(client: Any, server_name: str) -> None:
             raise UnreadableError("the answer is not JSON")
         return HTTPResponse(content, answer.headers, answer.status, reason=answer.reason)
 
-    pool.request = guarded
+    pool.request = lambda *args, **options: within(ANSWER_TIMEOUT, partial(guarded, *args, **options))
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns, in a thread that is left behind when it takes longer. Raises EndlessError then.
+
+    A server that sends a byte now and then keeps to every timeout of a socket, in the headers as well.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        if result.done():  # it is the work's own
+            raise
+        raise EndlessError(f"the answer takes longer than {seconds:g} s") from None
 
 
 def _read(answer: Any) -> bytes:
-    """The content of an answer. Raises UnreadableError where it is too long, or takes too long."""
-    seconds = ANSWER_TIMEOUTS * READ_TIMEOUT
-    deadline = time.monotonic() + seconds
+    """The content of an answer. Raises EndlessError where it is too long."""
     content = bytearray()
-    for piece in answer.stream(1 << 16):
+    for piece in answer.stream(1 << 16):  # of decompressed bytes
         content += piece
         if len(content) > LIMIT:
-            raise UnreadableError(f"the answer is longer than {LIMIT >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise UnreadableError(f"the answer takes longer than {seconds:g} s")
+            raise EndlessError(f"the answer is longer than {LIMIT >> 20} MiB")
     return bytes(content)
 
 
@@ -194,8 +224,7 @@ def call(
             with explained(api.client._existing_config.host), contextlib.redirect_stdout(io.StringIO()):
                 return _parsed_answer(partial(function, *args, **kwargs), needs)
         except WorkError as error:
-            # Where nobody listens, waiting some seconds does not help.
-            if isinstance(error, UnreachableError) or not again or attempt == ATTEMPTS - 1:
+            if isinstance(error, FinalError) or not again or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(PAUSE * 2.0**attempt)
     raise AssertionError("unreachable")
@@ -226,6 +255,23 @@ def get_run(api: Api, run_id: str, again: bool = True) -> Any:
     return run
 
 
+def run_id_of(api: Api, reference: str) -> str:
+    """The id of the run that a user names by its id or its name. Raises InputError where several have the name."""
+    if UUID.fullmatch(reference):
+        return reference
+    answer = call(api, api.client.list_runs, filter=by_name(reference), namespace=api.namespace)
+    ids = [run.run_id for run in answer.runs or [] if run.display_name == reference]
+    if len(ids) > 1:
+        raise InputError(f"{len(ids)} runs have the name {reference}", field="run", remedy=f"give an id: {listed(ids)}")
+    return ids[0] if ids else reference
+
+
+def by_name(display_name: str) -> str:
+    """A filter of the API's lists (backend/api/v2beta1/filter.proto); an answer that ignores it lists others too."""
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": display_name}
+    return json.dumps({"predicates": [predicate]})
+
+
 def _server_name(host: str) -> str:
     return f"Kubeflow Pipelines at {address.without_login(host)}"
 
@@ -244,7 +290,8 @@ def explained(host: str) -> Any:
     except HTTPError as error:
         raise _of_lost_connection(error, server_name) from error
     except UnreadableError as error:
-        raise WorkError(
+        error_class = FinalError if isinstance(error, EndlessError) else WorkError
+        raise error_class(
             str(error),
             field=server_name,
             remedy=f"{LOGIN_AGAIN}, and check that --host ends where the API begins",
@@ -291,7 +338,7 @@ def _of_lost_connection(error: Any, server_name: str) -> WorkError:
     problem = re.sub(r"HTTPS?Connection(Pool)?\(.*?\): ", "", str(reason))
     is_certificate = "CERTIFICATE" in str(error).upper()
     remedy = "is --ca-cert right?" if is_certificate else "is --host right, and is it up?"
-    error_class = UnreachableError if isinstance(reason, NewConnectionError) else WorkError
+    error_class = FinalError if isinstance(reason, NewConnectionError) else WorkError
     return error_class(problem, field=server_name, remedy=remedy)
 
 

@@ -98,7 +98,7 @@ STAGE_PARAMETERS = {
     "doctor": (),
     "import": (
         *("model", "revision", "target", "goal", "cuts", "recovery_tokens", "tokens"),
-        *("prune_settings", "calibration", "training", "evaluate_settings", "gate"),
+        *("prune_settings", "calibration", "training", "evaluate_settings", "gate", "seed"),
     ),
     "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
     "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),

@@ -1,32 +1,24 @@
-"""A run and its steps as people see them: Kubeflow's states joined with the steps' own records in MLflow."""
+"""A run and its steps as people see them: the steps' own records, Kubeflow's list, pods that cannot start."""
 
 from dataclasses import dataclass
-from datetime import datetime
-from functools import partial
+from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.prune_tune_loop.task_list import ENDED, STAGES, ListedStep
+from pipelines.prune_tune_loop.pods import Pod
+from pipelines.prune_tune_loop.task_list import DRIVER, ENDED, STAGES, ListedStep, retried_at
 from ptl.lineage.progress import RunProgress, StepProgress
 
 NOT_LISTED = "not listed by Kubeflow"
 WAITING = "waiting"
 NOT_STARTED = "not started"
 NOT_NEEDED = "not needed"
+COMPLETE = 12  # steps of a run whose list Kubeflow never stops updating: it has listed 12 of 18
+SOON = 60.0  # seconds in which a pod usually starts
 # How a stage needs less memory.
 SMALLER_BATCH = {
     "prune": " or lower calibration.batch_size",
     "recover": " or raise recover.accumulation, which splits the batch",
     "evaluate": " or lower evaluate.batch_size",
-}
-# Why no container ran, as far as Kubeflow's list shows it; and the command of kubectl that says more.
-CAUSES = {
-    "": ("", "logs"),
-    "driver": ("its driver failed: no container of the step was started", "logs"),
-    "refused": ("no container of the step was started: Kubernetes refused its pod", "get workflow"),
-    "not started": (
-        "its pod did not start before its time ran out, as with an image, a volume or a node that is not there",
-        "describe",
-    ),
 }
 
 
@@ -42,6 +34,8 @@ class StepView:
     verdict: str = ""  # of the gate
     progress: str = ""  # of a training, while it runs
     reason: str = ""  # of a failure, with its remedy
+    pending: str = ""  # why it has been pending for long, with its remedy
+    pending_kind: str = ""  # of that, in one word
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,12 @@ class RunView:
     run_id: str
     name: str
     state: str  # as Kubeflow says, but CANCELED and CANCELING where it was canceled
+    canceled: datetime | None  # when it was asked to end, since it was last retried
+    where: str  # options of kubectl that select its pods
+    page: str  # its address in the UI
+    is_recorded: bool  # MLflow was read and knows it
+    is_long: bool  # Kubeflow may have stopped updating its list
     steps: list[StepView]
-    where_to_look: str  # when nothing says why it failed
 
     @property
     def ended(self) -> bool:
@@ -67,77 +65,63 @@ class RunView:
             return ""
         failed = [step for step in self.steps if step.state == "FAILED"]
         if not failed:
-            return self.where_to_look
+            return self.look("describe workflows,pods")
         # The control's failures do not fail the run: the first one of the loop comes before them.
         culprit = min(failed, key=lambda step: "control" in step.name)
         return f"{culprit.name}: {culprit.reason}"
 
+    def look(self, command: str) -> str:
+        """Where to look for more, with one of kubectl's commands."""
+        return f"see `kubectl {command} {self.where}` and {self.page}"
 
-def _where_to_look(
-    namespace: str,  # of the run's pods
-    run_id: str,
-    page: str,  # the run's address in the UI
-    task: ListedStep | None = None,
-) -> str:
-    """Where the log of a step is, or else its pod."""
-    # A pod that never ran has no log: the workflow or the pod's events say more.
-    _, command = CAUSES[task.cause if task else ""]
-    selector = f"-n {namespace} -l pipeline/runid={run_id}"
-    pods = f"kubectl get pods {selector}"
-    if command == "get workflow":
-        pods = f"kubectl get workflow {selector} -o yaml"
-    elif task and task.pod:
-        pods = f"kubectl {command} -n {namespace} $({pods} -o name | grep -e -{task.pod})"
-    return f"see `{pods}` and {page}"
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of one step, from where."""
+
+    record: StepProgress | None  # in MLflow, of the time since the run was last retried
+    task: ListedStep | None
+    pod: Pod | None  # that is pending or has failed
+    is_needed: bool  # the gate has not ended the loop before it
 
 
 def view(
     run: Any,
     names: dict[str, str],
     listed: dict[str, ListedStep],
+    pods: dict[str, Pod],
     records: RunProgress | None,
     namespace: str,
-    link: str,
+    page: str,
 ) -> RunView:
-    """Join what Kubeflow lists (by task key) with the steps' records in MLflow; `names` are the steps by task key.
+    """Join what is known of a run's steps: `names`, `listed` and `pods` are by task key.
 
-    A step's record wins over Kubeflow's list, which stops being updated when a run has many tasks. `namespace` and
-    `link`, the run's page, are for the sentences that say where to look.
+    A step's own record comes first, then its pod, then Kubeflow's list.
     """
-    where_to_look = partial(_where_to_look, namespace, run.run_id, link)
-    canceled = canceled_at(run)
-    run_state = run.state
+    canceled = _canceled_at(run)
+    state = run.state
     if canceled:
-        run_state = "CANCELED" if run.state in ENDED else "CANCELING"
+        state = "CANCELED" if run.state in ENDED else "CANCELING"
+    where = f"-n {namespace} -l pipeline/runid={run.run_id}"
+    is_long = len(names) > COMPLETE
+    seen = RunView(run.run_id, run.display_name, state, canceled, where, page, records is not None, is_long, [])
+
+    retried = retried_at(run)
     all_records = records.steps if records else {}
-    current_records = {step: record for step, record in all_records.items() if not _is_before_retry(record, run)}
+    current = {step: record for step, record in all_records.items() if not _is_before(record, retried)}
     # The step with which the gate ended the loop before its last iteration
     ends = [name for name in names.values() if name in all_records and all_records[name].loop_ended]
-    culprits = _culprits(names, listed, current_records)
-    steps = []
+    culprits = _culprits(current) or {names[key] for key, task in listed.items() if task.state == "FAILED"}
     for key, name in names.items():
-        task = listed.get(key)
-        record = current_records.get(name)
-        if record is not None:
-            state = _recorded_state(record, task, run_state, canceled)
-        else:
-            state = _listed_state(
-                task,
-                run_state,
-                canceled,
-                is_needed=not (ends and _is_of_later_iteration(name, ends[0])),
-                is_recorded=records is not None,
-            )
-        reason = ""
-        if state == "FAILED":
-            is_bystander = bool(culprits) and name not in culprits
-            reason = _failure(name, task, record, is_bystander, where_to_look(task))
+        is_needed = not (ends and _is_of_later_iteration(name, ends[0]))
+        step = Sources(current.get(name), listed.get(key), pods.get(key), is_needed)
+        is_bystander = bool(culprits) and name not in culprits
         # Also of an attempt before the retry: its seconds and its attempt are shown until the step begins again.
-        steps.append(_step_view(name, state, task, all_records.get(name), reason))
-    return RunView(run.run_id, run.display_name, run_state, steps, where_to_look())
+        seen.steps.append(_step_view(name, step, all_records.get(name), is_bystander, seen))
+    return seen
 
 
-def canceled_at(run: Any) -> datetime | None:
+def _canceled_at(run: Any) -> datetime | None:
     """When the run, since it was last started or retried, was asked to end; Kubeflow then says FAILED in the end."""
     history = run.state_history or []
     for entry in reversed(history):
@@ -150,65 +134,17 @@ def canceled_at(run: Any) -> datetime | None:
     return None
 
 
-def _culprits(
-    names: dict[str, str],
-    listed: dict[str, ListedStep],
-    records: dict[str, StepProgress],
-) -> set[str]:
+def _culprits(records: dict[str, StepProgress]) -> set[str]:
     """Steps that made the run fail; a step of the control that says why it could not finish does not."""
     failed = {step for step, record in records.items() if record.status == "FAILED" and record.error}
-    culprits = {step for step in failed if "control" not in step}
-    # Without such a record Kubeflow's list is all there is.
-    return culprits or {names[key] for key, task in listed.items() if task.state == "FAILED"}
+    return {step for step in failed if "control" not in step}
 
 
-def _recorded_state(
-    record: StepProgress,
-    task: ListedStep | None,
-    run_state: str,
-    canceled: datetime | None,
-) -> str:
-    """The state of a step that has a record in MLflow. A pod that is killed leaves its record RUNNING."""
-    listed_state = task.state if task else ""
-    if record.status == "FINISHED":
-        return "SUCCEEDED"
-    if record.status == "RUNNING" and run_state not in ENDED:
-        return "FAILED" if listed_state == "FAILED" and not canceled else "RUNNING"
-    if record.status == "RUNNING" and "SUCCEEDED" in (run_state, listed_state):
-        return "SUCCEEDED"
-    if canceled and (record.ended is None or record.ended >= canceled):
-        return "CANCELED"
-    return "FAILED"
-
-
-def _listed_state(
-    task: ListedStep | None,
-    run_state: str,
-    canceled: datetime | None,
-    *,
-    is_needed: bool,
-    is_recorded: bool,
-) -> str:
-    """The state of a step without a record. `is_recorded`: MLflow was read and knows the run."""
-    failed = task is not None and task.state == "FAILED"
-    # After the end of the loop a step has nothing to do; only one that failed is worth reporting.
-    if not is_needed and not failed:
-        return NOT_NEEDED
-    if task is None:
-        # The steps' records show that one without has not begun; the list alone shows nothing.
-        return WAITING if is_recorded and run_state not in ENDED else NOT_LISTED
-    if failed and canceled and (task.ended is None or task.ended >= canceled):
-        return "CANCELED"
-    return task.state or NOT_STARTED
-
-
-def _is_before_retry(record: StepProgress, run: Any) -> bool:
+def _is_before(record: StepProgress, retried: datetime | None) -> bool:
     """Whether a failure belongs to the time before the run was retried: the step has not begun again."""
-    # Each retry adds a RUNNING to the history.
-    starts = [entry.update_time for entry in run.state_history or [] if entry.state == "RUNNING"]
-    if len(starts) < 2 or record.ended is None:
+    if retried is None or record.ended is None:
         return False
-    return record.status in ("FAILED", "KILLED") and bool(record.ended < starts[-1])
+    return record.status in ("FAILED", "KILLED") and record.ended < retried
 
 
 def _is_of_later_iteration(name: str, last: str) -> bool:
@@ -217,53 +153,103 @@ def _is_of_later_iteration(name: str, last: str) -> bool:
     return number.isdigit() and last_number.isdigit() and int(number) > int(last_number)
 
 
-def _failure(
-    name: str,
-    task: ListedStep | None,
-    record: StepProgress | None,
-    is_bystander: bool,
-    where_to_look: str,
-) -> str:
-    """Why a step failed; a bystander is one that was running when another made the run fail."""
-    if record is None:
-        cause, _ = CAUSES[task.cause if task else ""]
-        return f"{cause}; {where_to_look}" if cause else where_to_look
-    if record.error:
-        return record.error
-    if is_bystander:
-        return "it was stopped when the run failed"
-    stage = next((stage for stage in STAGES if stage in name), name.partition("-")[0])
-    return (
-        "killed from outside, most likely out of memory (or past resources.timeout): raise resources.memory or "
-        f"resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}; {where_to_look}"
-    )
+def _state(step: Sources, run: RunView) -> str:
+    """The state of a step. A pod that is killed leaves its record RUNNING."""
+    record, task = step.record, step.task
+    if record is not None and record.status == "FINISHED":
+        return "SUCCEEDED"
+    if step.pod is not None and step.pod.is_pending and not run.ended:
+        return "PENDING"
+    listed_state = task.state if task else ""
+    # After the end of the loop a step has nothing to do; only one that failed is worth reporting.
+    if record is None and not step.is_needed and listed_state != "FAILED":
+        return NOT_NEEDED
+    if record is None and listed_state != "FAILED":
+        return listed_state or _unlisted_state(task, run)
+    if record is not None and record.status == "RUNNING":
+        if not run.ended and (run.canceled or listed_state != "FAILED"):
+            return "RUNNING"
+        if "SUCCEEDED" in (run.state, listed_state):
+            return "SUCCEEDED"
+    ended = record.ended if record else task.ended if task else None
+    return "CANCELED" if run.canceled and (ended is None or ended >= run.canceled) else "FAILED"
 
 
-def _step_view(
-    name: str,
-    state: str,
-    task: ListedStep | None,
-    record: StepProgress | None,
-    reason: str,
-) -> StepView:
-    if record is None:
+def _unlisted_state(task: ListedStep | None, run: RunView) -> str:
+    """The state of a step without a record that Kubeflow does not list, or lists without a state."""
+    if task is not None:
+        return NOT_STARTED
+    # The steps' records show that one without has not begun. The list alone shows it while it is complete.
+    if run.is_long and not (run.is_recorded and not run.ended):
+        return NOT_LISTED
+    return NOT_STARTED if run.ended else WAITING
+
+
+def _step_view(name: str, step: Sources, record: StepProgress | None, is_bystander: bool, run: RunView) -> StepView:
+    """`record` may be of the time before a retry, unlike that of `step`."""
+    state = _state(step, run)
+    scored = record if state == "SUCCEEDED" else None
+    task = step.task
+    seconds = None
+    if record is not None:
+        seconds = None if state == "RUNNING" else record.seconds
+    elif state == "SUCCEEDED" and task and task.started and task.ended:
         # Kubeflow's times are all there is without a record; they include the pod's start.
-        seconds = None
-        if state == "SUCCEEDED" and task and task.started and task.ended:
-            seconds = (task.ended - task.started).total_seconds()
-        return StepView(name, state, seconds=seconds, reason=reason)
-    succeeded = state == "SUCCEEDED"
-    running = state == "RUNNING"
+        seconds = (task.ended - task.started).total_seconds()
+    pending, kind = _pending(name, step, run) if state == "PENDING" else ("", "")
     return StepView(
         name,
         state,
-        attempt=record.attempt,
-        seconds=None if running else record.seconds,
-        accuracy=record.accuracy if succeeded else None,
-        verdict=record.verdict if succeeded else "",
-        progress=_training_progress(record) if running else "",
-        reason=reason,
+        attempt=record.attempt if record else None,
+        seconds=seconds,
+        accuracy=scored.accuracy if scored else None,
+        verdict=scored.verdict if scored else "",
+        progress=_training_progress(record) if record and state == "RUNNING" else "",
+        reason=_failure(name, step, is_bystander, run) if state == "FAILED" else "",
+        pending=pending,
+        pending_kind=kind,
     )
+
+
+def _failure(name: str, step: Sources, is_bystander: bool, run: RunView) -> str:
+    """Why a step failed; a bystander is one that was running when another made the run fail."""
+    record = step.record
+    if record is not None and (record.error or is_bystander):
+        return record.error or "it was stopped when the run failed"
+    cause = step.task.cause if step.task else ""
+    if step.pod and step.pod.reason and not step.pod.is_pending:
+        cause = step.pod.sentence
+    elif record is not None:
+        cause = "killed from outside, most likely out of memory (or past resources.timeout)"
+    if "OOMKilled" in cause or "out of memory" in cause:
+        stage = _stage(name)
+        cause += f": raise resources.memory or resources.steps.{stage}.memory{SMALLER_BATCH.get(stage, '')}"
+    # Where a container has run, its log says more than its pod.
+    has_log = record is None and cause in ("", DRIVER)
+    where = run.look("logs -c main --prefix --tail=20" if has_log else "describe workflows,pods")
+    return f"{cause}; {where}" if cause else where
+
+
+def _stage(name: str) -> str:
+    return next((stage for stage in STAGES if stage in name), name.partition("-")[0])
+
+
+def _pending(name: str, step: Sources, run: RunView) -> tuple[str, str]:
+    """Why a step has been pending for long, with a remedy, and in one word; empty within the first minute."""
+    pod = step.pod
+    since = pod.created if pod else step.task and step.task.started
+    seconds = (_now() - since).total_seconds() if since else 0.0
+    if seconds < SOON:
+        return "", ""
+    text = f"pending for {seconds // 60:.0f} min"
+    if pod is None or not pod.sentence:
+        return f"{text}; {run.look('describe workflows,pods')}", "unknown"
+    remedy = pod.remedy(_stage(name))
+    return f"{text}: {pod.sentence}" + (f"; {remedy}" if remedy else ""), pod.reason or "refused"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _training_progress(record: StepProgress) -> str:

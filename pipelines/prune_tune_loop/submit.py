@@ -2,16 +2,14 @@
 
 import datetime
 import hashlib
-import json
 import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from pipelines.prune_tune_loop.follow import DONE, Say, watch
-from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, call, connect
+from pipelines.prune_tune_loop.kfp_api import CONFLICT, Api, RefusedError, Server, by_name, call, connect
 from ptl import __version__, address
 from ptl.config.run import Config, Gate, check
 from ptl.errors import InputError, PtlError, WorkError
@@ -100,19 +98,17 @@ def _check_gate(config: Config, parameter: Any) -> None:
 
 def _description(run_name: str, experiment: str) -> str | None:
     """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not address.is_server(uri):
+    server = address.mlflow_ui()
+    if not server:
         return None
-    server = address.page(address.bare(uri)).rstrip("/")
     # A link is a help: an MLflow that does not answer must not prevent the start.
     experiment_id = None
     with suppress(PtlError):
         experiment_id = progress.experiment_id(experiment)
     if experiment_id is None:  # the first run in it makes the experiment
-        return f"MLflow: {server}/#/experiments, experiment {experiment}, run {run_name}"
-    # The tab is in the path: without it MLflow 3 redirects to one of its own and drops the filter.
-    run_filter = quote(f"attributes.run_name = '{run_name}'", safe="")
-    return f"MLflow: {server}/#/experiments/{experiment_id}/runs?searchFilter={run_filter}"
+        return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
+    page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")
+    return f"MLflow: {page}"
 
 
 def _upload_pipeline(api: Api, config: Config, version: str | None) -> Any:
@@ -150,7 +146,7 @@ def _pipeline_id(api: Api, name: str) -> str:
 
 def _listed_pipeline_id(api: Api, name: str) -> str | None:
     """`kfp.Client.get_pipeline_id` asks without a namespace, and so lists none of a profile's pipelines."""
-    answer = call(api, api.client.list_pipelines, filter=_by_name(name), namespace=api.namespace)
+    answer = call(api, api.client.list_pipelines, filter=by_name(name), namespace=api.namespace)
     return str(answer.pipelines[0].pipeline_id) if answer.pipelines else None
 
 
@@ -171,7 +167,7 @@ def _upload(api: Api, pipeline_id: str, path: Path, version: str | None) -> str:
                 f"{version!r} exists already", field="--version-name", remedy="choose another one"
             ) from error
     # The content was uploaded before.
-    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=_by_name(name))
+    answer = call(api, api.client.list_pipeline_versions, pipeline_id, filter=by_name(name))
     listed = _with_name(answer.pipeline_versions, name)
     if listed is None:
         raise WorkError(f"Kubeflow Pipelines has a version {name} but does not list it", remedy="use --version-name")
@@ -185,7 +181,7 @@ def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
         return str(call(api, create, run=run, again=False, needs=("run_id",)).run_id)
     except WorkError:
         # The request may have taken effect although its answer was lost.
-        name_filter = _by_name(run.display_name)
+        name_filter = by_name(run.display_name)
         answer = call(api, api.client.list_runs, experiment_id=run.experiment_id, filter=name_filter)
         listed = _with_name(answer.runs, run.display_name)
         if listed is not None:
@@ -193,12 +189,6 @@ def _start(api: Api, run: Any, is_last_attempt: bool = False) -> str:
         if is_last_attempt:
             raise
     return _start(api, run, is_last_attempt=True)
-
-
-def _by_name(display_name: str) -> str:
-    """A filter of the API's lists (backend/api/v2beta1/filter.proto)."""
-    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": display_name}
-    return json.dumps({"predicates": [predicate]})
 
 
 def _with_name(entries: list[Any] | None, display_name: str) -> Any:

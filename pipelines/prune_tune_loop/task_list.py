@@ -1,4 +1,4 @@
-"""Kubeflow's flat list of a run's tasks, folded into one state for each step.
+"""Kubeflow's flat list of a run's tasks: the steps' names, and a state for each step that MLflow does not know.
 
 Argo makes up to seven nodes of a task X: the retry nodes `X-driver` and `X` with their attempts `X-driver(0)` and
 `X(0)`, and below an attempt of X the retry node `executor` with its pods `executor(0)`. X is the task's key in the
@@ -19,9 +19,9 @@ ENDED = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
 UNFINISHED = ("PENDING", "RUNNING")
 NEVER = datetime(1970, 1, 2, tzinfo=UTC)  # what has not happened carries the year 1, or 1970
 STAGES = ("prune", "recover", "evaluate")
-MAX_PODS = 10  # of one attempt of a step
-FNV_PRIME = 0x01000193  # of 32 bits
-Entries = dict[str, list[Any]]  # of the list, by display name
+# Why a step failed, as far as the list shows it.
+DRIVER = "its driver failed: no container of the step was started"
+NOT_STARTED = "no container of the step was started, as with an image, a volume or a node that is not there, or a quota"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class ListedStep:
     state: str  # of Kubeflow; "" for a step that will not start, since one before it failed
     started: datetime | None = None
     ended: datetime | None = None
-    cause: str = ""  # of a failure, where the list shows it: driver, refused or not started
-    pod: str = ""  # how the name of its last pod ends
+    cause: str = ""  # of a failure: DRIVER, NOT_STARTED or nothing
 
 
 def step_names(api: Api, run: Any) -> dict[str, str]:
@@ -88,128 +87,65 @@ def _position(name: str) -> tuple[int, int, int, str]:
     return 3, 0, 0, name
 
 
+def retried_at(run: Any) -> datetime | None:
+    """When a run was last retried, before which no failure counts; None where it was not."""
+    history = run.state_history or []
+    ends = [number for number, entry in enumerate(history) if entry.state in ENDED]
+    if run.state in ENDED:
+        ends = ends[:-1]  # the last one is its own
+    if not ends:
+        return None
+    later = history[ends[-1] + 1 :]
+    # Just retried: the history does not have it yet.
+    return _moment(later[0].update_time) if later else datetime.now(UTC)
+
+
 def fold(run: Any, keys: Iterable[str]) -> dict[str, ListedStep]:
     """What the list says of each task; a task that it does not name is left out.
 
     The newest entry counts, which matters where Argo has retried a level above the step. Once the run has ended, an
-    entry that is unfinished is where the list stopped being updated, and says nothing.
+    entry that is unfinished is where the list stopped being updated; after a retry it holds the old failures for some
+    seconds: both say nothing.
     """
+    retried = retried_at(run) or NEVER
     # `X()` collects the attempts X(0), X(1), ...
-    entries: Entries = defaultdict(list)
+    entries: dict[str, list[Any]] = defaultdict(list)
     for task in _listed_tasks(run):
-        if run.state not in ENDED or task.state not in UNFINISHED:
-            name = re.sub(r"\(.*", "()", task.display_name or "")
-            entries[name].append(task)
-    steps = {}
-    for key in keys:
-        step = _listed_step(key, entries)
-        if step is not None:
-            steps[key] = step
-    return steps
+        is_frozen = run.state in ENDED and task.state in UNFINISHED
+        is_old = task.state != "SUCCEEDED" and NEVER < (task.end_time or NEVER) <= retried
+        if not is_frozen and not is_old:
+            entries[re.sub(r"\(.*", "()", task.display_name or "")].append(task)
+    steps = {key: _listed_step(key, entries, run.state in ENDED) for key in keys}
+    return {key: step for key, step in steps.items() if step is not None}
 
 
-def _listed_step(key: str, entries: Entries) -> ListedStep | None:
+def _listed_step(key: str, entries: dict[str, list[Any]], has_ended: bool) -> ListedStep | None:
     node = _newest(entries, key)
     driver = _newest(entries, f"{key}-driver")
-    step = _step_at_driver(driver, node)
-    if step is not None or node is None:
-        return step
+    # The driver prepares the pod.
+    if driver and driver.state and (node is None or not node.state or _start(driver) > _start(node)):
+        if driver.state == "FAILED":
+            return _listed("FAILED", driver, DRIVER)
+        if not has_ended:
+            return _listed("PENDING", driver)
+    if node is None:
+        return None
     # The list names no parents: pods belong to the node that started at the same moment.
     pods = [pod for pod in entries["executor()"] if pod.start_time == node.start_time]
     if node.state == "RUNNING" and {pod.state for pod in pods} == {"PENDING"}:
         return _listed("PENDING", node)
-    if node.state == "FAILED":
-        return _listed(
-            "FAILED",
-            node,
-            cause=_cause(pods),
-            pod=_last_pod(entries, key),
-        )
-    return _listed(node.state or "", node)
+    is_unstarted = bool(pods) and node.state == "FAILED" and not any(map(_has_run, pods))
+    return _listed(node.state or "", node, NOT_STARTED if is_unstarted else "")
 
 
-def _step_at_driver(driver: Any, node: Any) -> ListedStep | None:
-    """A step whose newest entry is its driver, which prepares the pod; None once the step itself has begun."""
-    if driver is None:
-        return None
-    if driver.state == "FAILED" and not (node and node.state):
-        children = _child_hashes([driver])
-        return _listed(
-            "FAILED",
-            driver,
-            cause="driver",
-            pod=children[-1] if children else "",
-        )
-    is_prepared = driver.state == "SUCCEEDED" and node is None
-    is_preparing = driver.state in UNFINISHED
-    if is_prepared or (is_preparing and (node is None or _start(driver) > _start(node))):
-        return _listed("PENDING", driver)
-    return None
-
-
-def _listed(
-    state: str,
-    task: Any,
-    *,
-    cause: str = "",
-    pod: str = "",
-) -> ListedStep:
-    return ListedStep(
-        state,
-        _moment(task.start_time),
-        _moment(task.end_time),
-        cause,
-        pod,
-    )
-
-
-def _cause(pods: list[Any]) -> str:
-    """Why no container ran, as far as the states of the pods show it."""
-    if pods and all(map(_was_refused, pods)):
-        return "refused"
-    if pods and not any(_moment(pod.end_time) for pod in pods):
-        return "not started"
-    return ""
-
-
-def _was_refused(pod: Any) -> bool:
-    """Such a pod was never PENDING."""
+def _has_run(pod: Any) -> bool:
+    """One that Kubernetes refused was never PENDING, one that did not start in time has no end."""
     states = [entry.state for entry in pod.state_history or []]
-    return states == ["FAILED"]
+    return states != ["FAILED"] and _moment(pod.end_time) is not None
 
 
-def _last_pod(entries: Entries, key: str) -> str:
-    """How the name of a step's last pod ends.
-
-    A node's id ends in the FNV-1a hash of its path. The list has no paths, but the hash of `executor(0)` is that of
-    `executor`, which the attempts of the step have as a child, continued by `(0)`.
-    """
-    # All pods of the run; then the last one among them that continues the path of an attempt of this step.
-    pods = _child_hashes(entries["executor"])
-    last_pod = ""
-    attempts = sorted(entries[f"{key}()"], key=_start)
-    for executor in _child_hashes(attempts):
-        for number in range(MAX_PODS):
-            pod = _continued_hash(executor, f"({number})")
-            if pod in pods:
-                last_pod = pod
-    return last_pod
-
-
-def _child_hashes(nodes: list[Any]) -> list[str]:
-    """The hashes in the ids of these nodes' children."""
-    ids = [child.pod_name for node in nodes for child in node.child_tasks or []]
-    return [node_id.rpartition("-")[2] for node_id in ids]
-
-
-def _continued_hash(path_hash: str, text: str) -> str:
-    """The FNV-1a hash (32 bits) of a node's path followed by `text`."""
-    if not path_hash.isdigit():
-        return ""
-    continued = int(path_hash)
-    for byte in text.encode():
-        continued = ((continued ^ byte) * FNV_PRIME) % 2**32
-    return str(continued)
+def _listed(state: str, task: Any, cause: str = "") -> ListedStep:
+    return ListedStep(state, _moment(task.start_time), _moment(task.end_time), cause)
 
 
 def _listed_tasks(run: Any) -> list[Any]:
@@ -217,7 +153,7 @@ def _listed_tasks(run: Any) -> list[Any]:
     return [task for task in tasks or [] if task is not None]
 
 
-def _newest(entries: Entries, name: str) -> Any:
+def _newest(entries: dict[str, list[Any]], name: str) -> Any:
     # Where a retry node is not listed, its attempts are.
     nodes = entries[name] or entries[f"{name}()"]
     return max(nodes, key=_start, default=None)

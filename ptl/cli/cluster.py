@@ -27,7 +27,7 @@ TokenFile = Annotated[
 CaCert = Annotated[Path | None, typer.Option(help="CA bundle to trust (PEM); default: KFP_CA_CERT, or the public CAs")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="do not check the server's certificate")]
 UiHost = Annotated[str | None, typer.Option(help="address of the UI, for links; default: --host")]
-RunId = Annotated[str, typer.Argument(help="id of the run, as `ptl submit` printed it", show_default=False)]
+RunId = Annotated[str, typer.Argument(help="id or name of the run, as `ptl submit` printed them", show_default=False)]
 Wait = Annotated[
     bool, typer.Option("--wait", help="wait for the end; exit code 0 done, 1 failed, 3 gate not passed, 4 timeout")
 ]

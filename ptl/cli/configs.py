@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptl import extras
 from ptl.cli import shipped
 from ptl.cli.options import ConfigFile, ImagesFile, Overrides
 from ptl.config import yaml_text
 from ptl.config.run import Config, Images, check, load_config, pairs
 from ptl.errors import InputError
+from ptl.extras import AbsentError, UnusableError
 
 if TYPE_CHECKING:
     from ptl.model.dimensions import ModelDimensions
@@ -91,10 +94,14 @@ def compile(
 
     compile_pipeline(settings, output)
     weight = weigh(output)
-    # A cluster refuses a workflow that is too large, so the user sees how large it is.
+    # What is too large for Kubeflow's list is complete elsewhere: the user should know before the run.
     print(
         f"wrote {output} ({output.stat().st_size / 1024:.0f} KB): {weight.tasks} steps, "
-        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's workflow"
+        f"each about {weight.task_bytes / 1000:.0f} kB of a cluster's Workflow"
+    )
+    print(
+        f"From about {weight.listed_tasks + 1} such steps on Kubeflow's own list of a run's tasks stops; its graph and "
+        "`ptl status` show all"
     )
 
 
@@ -116,12 +123,22 @@ def images_section(path: Path) -> dict[str, Any]:
     return check(Images, section, str(path)).model_dump()
 
 
-def checked(config: Config) -> ModelDimensions:
-    """Check all that can be checked without weights in memory; returns the dense model's sizes."""
+def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions:
+    """Check all that can be checked without weights in memory; returns the dense model's sizes.
+
+    Software of the steps that does not work here is an error, or a warning where its error is `excused`.
+    """
+    from ptl.evaluation import language_models
     from ptl.export import formats
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
+    # Before a model is downloaded.
+    checks: list[extras.Check] = [
+        partial(language_models.check_backend, config.evaluate),
+        *formats.installation_checks(config.export),
+    ]
+    unchecked = extras.not_checked(checks, excused)
     # The sections that a model, its tokenizer or the data can contradict.
     folder, dimensions = preflight.preflight(
         config.model.path,
@@ -135,7 +152,13 @@ def checked(config: Config) -> ModelDimensions:
         config.recover,
     )
     formats.check_exports(folder, config.export)
-    warn(formats.check_tokenizer(folder, config.export))
+    notes = formats.context_warnings(folder, config.export)
+
+    def compare_tokens() -> None:
+        notes.extend(formats.check_tokenizer(folder, config.export))
+
+    unchecked += extras.not_checked([compare_tokens], excused)
+    warn(list(dict.fromkeys([*unchecked, *notes])))
     warn(formats.layer_warnings(folder, config.export, config.prune.target))
     schedule = target.with_number(config).schedule
     warn(advice.depth_warnings(schedule, dimensions.params))

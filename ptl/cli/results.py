@@ -72,23 +72,21 @@ def export(
         raise InputError(f"{to!r} must be one of {', '.join(TYPES)}", field="--to")
     if dst.exists():
         raise InputError(f"{dst} exists", field="dst", remedy="give a name that does not")
-    if to == "gguf":
-        _export_gguf(src, dst, type)
-    else:
-        _export_compressed(src, dst, type, config)
+    notes = _export_gguf(src, dst, type) if to == "gguf" else _export_compressed(src, dst, type, config)
+    for note in notes:
+        print(f"note: {note}")
 
 
-def _export_gguf(src: Path, dst: Path, type: str) -> None:
+def _export_gguf(src: Path, dst: Path, type: str) -> list[str]:
     from ptl.export.gguf import check_type, write_gguf
 
     check_type(type, "--type")
     notes = write_gguf(src, dst, type)
     print(f"wrote {dst}: {dst.stat().st_size:,} bytes")
-    for note in notes:
-        print(f"note: {note}")
+    return notes
 
 
-def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> None:
+def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> list[str]:
     from ptl.export import compressed_tensors
     from ptl.model import checkpoint
 
@@ -102,9 +100,10 @@ def _export_compressed(src: Path, dst: Path, type: str, config: Path | None) -> 
         )
     settings = load_config(config) if needs_text and config is not None else None
     calibration, seed = (settings.calibration, settings.seed) if settings else (None, 0)
-    compressed_tensors.write_calibrated(src, dst, type, calibration, seed)
+    notes = compressed_tensors.write_calibrated(src, dst, type, calibration, seed)
     written = sum(path.stat().st_size for path in checkpoint.shards(dst))
     print(f"wrote {dst}: {written:,} bytes of weights")
+    return notes
 
 
 def report(

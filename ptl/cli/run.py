@@ -58,13 +58,10 @@ def run(
         from pipelines.prune_tune_loop.pipeline import compile_pipeline
         from pipelines.prune_tune_loop.runners import CLEAR, RunnerJob
         from ptl.config import dag
-        from ptl.export.formats import check_installed
 
         # Everything that can be refused is refused before a server or a directory exists.
         settings = load_config(config, pairs("--set", sets))
-        if runner == "subprocess":
-            check_installed(settings.export)
-        checked(settings)
+        checked(settings, () if runner == "subprocess" else extras.UnusableError)
         left_out: list[str] = []  # of a rehearsal
         if rehearse:
             settings, left_out = rehearsal.here(settings)
@@ -141,12 +138,13 @@ def _print_finished_run(home: Path, config: Config) -> None:
 
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
-    from ptl.report.render import print_table
+    from ptl.report.render import terminal_text
 
     # The time of this command, not of those that it resumed.
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
-    print_table(json.loads(directory.result.read_text()), directory.path)
+    report = (directory.path / "report.html").resolve()
+    print(terminal_text(json.loads(directory.result.read_text()), str(report)))
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
 
 

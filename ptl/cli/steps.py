@@ -87,39 +87,34 @@ def recover(
         int | None,
         typer.Option(min=1, help="token budget; default: the config's whole budget"),
     ] = None,
-    scored: Annotated[
-        Path | None,
-        typer.Option(help="folder that `ptl evaluate` wrote: training rows with its items are left out"),
-    ] = None,
 ) -> None:
     """Train a checkpoint on the config's training data, as the only recovery of a run.
 
+    Rows that share text with the config's benchmarks are left out where lm-evaluation-harness is installed.
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
+    from ptl.evaluation import items, task_yaml
     from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
     _check_folders(src, dst)
-    for name in ("items.jsonl", "scores.json"):
-        if scored and not (scored / name).is_file():
-            raise InputError(
-                f"no {name} in {scored}",
-                field="--scored",
-                remedy="give a folder that `ptl evaluate` wrote",
-            )
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
     with writing(dst) as out:
+        benchmark_items = None
+        if settings.training.decontaminate.tasks and task_yaml.harness_folder():
+            benchmark_items = out.with_name("items")
+            items.write_items(benchmark_items, settings.evaluate, settings.seed)
         # A training of other inputs is left alone: its weights must not become this one's.
-        key = _training_key(src, settings, num_tokens, scored)
+        key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")
         for folder in out.parent.glob("training-*"):
             if folder != scratch:
                 print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
         on_log = progress(on_terminal(sys.stdout), num_tokens)
-        job = RecoveryJob(settings.training, budget, scratch, on_log, scored=scored)
+        job = RecoveryJob(settings.training, budget, scratch, on_log, benchmark_items=benchmark_items)
         report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)
         _print_report(report)
 
@@ -146,15 +141,15 @@ def _check_folders(src: Path, dst: Path) -> None:
     check_free(dst)
 
 
-def _training_key(src: Path, settings: Config, num_tokens: int, scored: Path | None) -> str:
+def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
     from ptl.report import provenance
     from ptl.steps import takeover
 
     # Links too: a snapshot in the hub's cache has nothing else.
     files = [path for path in src.iterdir() if path.is_file()]
-    if scored is not None:
-        files.append(scored / "items.jsonl")
+    if benchmark_items is not None:
+        files += benchmark_items.iterdir()
     # By content, not by path: a moved checkpoint is the same source.
     contents = sorted(f"{path.name} {provenance.file_digest(path)}" for path in files)
     return takeover.key(

@@ -1,9 +1,11 @@
 """The base of every part of the config."""
 
+import contextlib
 from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -13,10 +15,25 @@ from pydantic import (
 )
 
 from ptl.address import without_login
+from ptl.units import quantity
 
 LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with other digits
 
 Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors that speak of "greater than 0"
+
+
+def _count(value: Any) -> Any:
+    """`1e6`, `500k` and `2M` as numbers of things; what is none stays as it is, for the field's own error."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError, KeyError):
+        return int(quantity(value.replace("_", "")))
+    with contextlib.suppress(ValueError, OverflowError):
+        return int(float(value))
+    return value
+
+
+Count = Annotated[int, Field(ge=0), BeforeValidator(_count)]
 
 
 def one_error(message: str) -> WrapValidator:

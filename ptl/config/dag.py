@@ -81,8 +81,9 @@ def nodes(config: Config) -> list[Node]:
     """All steps of a run, in an order in which one machine can execute them.
 
     Only data makes dependencies: the control arm starts from the imported model, beside the loop, and with the gate off
-    an iteration starts from the recovered model while that is still being evaluated. Every recovery takes what
-    evaluate-0 wrote, because training rows are compared with the items of the benchmarks.
+    an iteration starts from the recovered model while that is still being evaluated. The dense model's scores are
+    waited for where they are compared with: by the gate, by the exports and by the report. The items that recovery must
+    not train on are not among them: import-model commits those, as `items`.
     """
     # The dense model, and its scores.
     steps = [Node("doctor", {})] if config.resources.doctor else []
@@ -96,7 +97,9 @@ def nodes(config: Config) -> list[Node]:
     gated = config.gate.enabled
     parent = dense
     for number in range(1, config.schedule.num_iterations + 1):
-        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated)
+        # Later verdicts come after the first one.
+        dense_scores = ("evaluate-0",) if gated and number == 1 else ()
+        iteration = _iteration_nodes(f"{{}}-{number}", parent, fallback=gated, dense_scores=dense_scores)
         steps += iteration
         _, recover, evaluate = iteration
         # With the gate the next iteration waits for the verdict, which decides what it starts from.
@@ -112,7 +115,9 @@ def nodes(config: Config) -> list[Node]:
         results["control"] = Source(control[-1].name, "accepted")
 
     # Forms of the final model for other runtimes; each is compared with the same form of the dense model.
-    steps += [Node(export_step(export), {"model": accepted, "dense": dense}) for export in config.export]
+    forms = [export_step(export) for export in config.export]
+    dense_scores = () if gated else ("evaluate-0",)
+    steps += [Node(form, {"model": accepted, "dense": dense}, dense_scores) for form in forms]
 
     # The report waits for evaluations whose output it does not take, too: it reads them from MLflow.
     inputs = {source.step for source in results.values()}
@@ -127,21 +132,23 @@ def _ends(steps: Sequence[Node]) -> tuple[str, ...]:
     return tuple(node.name for node in steps if node.name not in needed)
 
 
-def _iteration_nodes(name: str, parent: Source, *, fallback: bool, after: tuple[str, ...] = ()) -> list[Node]:
-    """Prune, recover and evaluate; with `fallback` the evaluation may return to where the iteration started.
-
-    `name` is a template of the steps' names.
-    """
+def _iteration_nodes(
+    name: str,  # template of the steps' names
+    parent: Source,
+    *,
+    fallback: bool,  # whether the evaluation may return to where the iteration started
+    after: tuple[str, ...] = (),
+    dense_scores: tuple[str, ...] = (),  # the step whose scores the evaluation compares with
+) -> list[Node]:
+    """Prune, recover and evaluate."""
     prune, recover, evaluate = (name.format(stage) for stage in ("prune", "recover", "evaluate"))
     inputs = {"model": Source(recover, "out")}
     if fallback:
         inputs["fallback"] = parent
-    # Recovery takes the dense model's scores for the benchmarks' items, which it does not train on.
-    scores = Source("evaluate-0", "scores")
     return [
         Node(prune, {"model": parent}, after),
-        Node(recover, {"model": Source(prune, "out"), "scored": scores}),
-        Node(evaluate, inputs),
+        Node(recover, {"model": Source(prune, "out")}),
+        Node(evaluate, inputs, dense_scores),
     ]
 
 

@@ -10,7 +10,7 @@ from ptl.errors import InputError
 
 # Which image a kind of step runs in.
 IMAGE_OF = {
-    "import-model": "prune",
+    "import-model": "evaluate",  # it reads the benchmarks' items with the harness
     "prune": "prune",
     "recover": "recover",
     "evaluate": "evaluate",

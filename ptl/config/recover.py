@@ -75,7 +75,7 @@ class Decontaminate(Section):
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
     ngram: int = Field(13, ge=2)
-    """consecutive words that must be equal; of a shorter item, all words"""
+    """consecutive words that must be equal; of a shorter item, all; Chinese: two characters a word"""
 
 
 class TrainingData(Section):

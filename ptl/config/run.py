@@ -32,7 +32,11 @@ S = TypeVar("S", bound=Section)
 SHOWN = 200  # characters of a wrong value
 ImageName = Literal["prune", "recover", "evaluate", "evaluate-vllm", "export-gguf", "export-compressed-tensors"]
 ImageDigest = Annotated[str, Field(pattern=image_names.DIGEST)]
-KINDS = {"model_type": "must be a section, a mapping of its fields", "tuple_type": "must be a list: [...]"}
+KINDS = {
+    "model_type": "must be a section, a mapping of its fields",
+    "tuple_type": "must be a list: [...]",
+    "string_type": """must be text: put it in quotes, FIELD: "VALUE" in a file, --set 'FIELD="VALUE"' in a shell""",
+}
 
 
 class ModelSource(Section):
@@ -368,23 +372,36 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def assign(settings: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set the field that a dotted name means, as `--set` does; sections that are missing are added."""
+    """Set the field that a dotted name means, as `--set` does: `recover.0.method` is of a list's first entry.
+
+    Sections that are missing are added.
+    """
     *parents, last = dotted.split(".")
-    for depth, name in enumerate(parents, 1):
-        section = settings.get(name, {})
+    inner: Any = settings
+    for name in parents:
+        key = _key(inner, name, dotted)
+        section = inner.get(key, {}) if isinstance(inner, dict) else inner[key]
         # A target may be a number or a section.
         if isinstance(section, int | float) and not isinstance(section, bool):
             section = {}
-        if isinstance(section, list):
-            path = ".".join(parents[:depth])
-            raise InputError(
-                f"{path} is a list", field=f"--set {dotted}", remedy=f"give it whole: --set '{path}=[{{...}}]'"
-            )
-        if not isinstance(section, dict):
+        if not isinstance(section, dict | list):
             raise InputError(f"{name} is not a section", field=f"--set {dotted}")
-        settings[name] = dict(section)  # a copy: sections with one YAML anchor are one object
-        settings = settings[name]
-    settings[last] = value
+        inner[key] = section.copy()  # sections with one YAML anchor are one object
+        inner = inner[key]
+    inner[_key(inner, last, dotted)] = value
+
+
+def _key(container: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
+    """The key of a part of a dotted name: a field's name, or the index of an entry that a list has."""
+    if isinstance(container, dict):
+        return name
+    if name.isdigit() and int(name) < len(container):
+        return int(name)
+    raise InputError(
+        f"{name} is no entry of a list of {len(container)}",
+        field=f"--set {dotted}",
+        remedy="number its entries from 0, or give the list whole: --set 'NAME=[{...}]'",
+    )
 
 
 def check(section: type[S], settings: dict[str, Any], where: str, *, folder: Path | None = None) -> S:

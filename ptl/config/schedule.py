@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from ptl.config.base import Positive, Section, one_error
+from ptl.config.base import Count, Positive, Section, one_error
 from ptl.config.goal import Goal, Target
 
-# Iterations by default. docs/results.md, "Where does going gradually win?": where half of the parameters go, a loop of
-# eight is ahead of one-shot pruning; where 40 % go, no number of iterations makes a difference.
+# Iterations by default: docs/results.md, "Is a loop worth it?".
 DEEP = 0.5  # share of the parameters
 DEEP_ITERATIONS, ITERATIONS = 8, 4
 
@@ -46,7 +45,7 @@ class Schedule(Section):
     """remove equal parts in each iteration, or more in the first ones, on a cubic curve"""
     tokens: Literal["uniform", "doubling", "quadrupling"] = "doubling"
     """equal token budgets, or in each iteration twice or four times those of the last"""
-    recovery_tokens: NonNegativeInt
+    recovery_tokens: Count
     """tokens of recovery training over all iterations"""
 
     @property

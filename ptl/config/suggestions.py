@@ -31,8 +31,11 @@ def fields(section: type[Section], location: Sequence[str | int]) -> list[str]:
     method = METHODS.get(str(outer[-1])) if outer else None
     siblings = list(method.model_fields) if method else [path[-1] for path in known if path[:-1] == parents]
     siblings = [name for name in siblings if name != last]
-    for similar in difflib.get_close_matches(str(last), siblings, 1, cutoff=NEAR_OF_METHOD if method else NEAR):
-        return [".".join([*parents, similar])]
+    similar = difflib.get_close_matches(str(last), siblings, 1, cutoff=NEAR_OF_METHOD if method else NEAR)
+    # `lr` and the like are initials.
+    initials = [name for name in siblings if last == "".join(word[0] for word in name.split("_"))]
+    for name in [*initials, *similar][:1]:
+        return [".".join([*parents, name])]
 
     # The right name in the right place, but for another method or kind of target: no name is meant.
     if (*parents, last) in known:

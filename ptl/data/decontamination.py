@@ -1,18 +1,24 @@
 """Training rows that share text with a benchmark: overlap of word n-grams, as for GPT-3 (2005.14165, appendix C).
 
-An item of at least `ngram` words shares text with a row that has `ngram` of its words one after another; a shorter item
-with a row that has all of its words so, whatever surrounds them. Words are compared after Unicode's NFKC normalisation
-and case folding, without punctuation, so that none of these hides a copy.
+An item shares text with a row that has `ngram` words of its question or answer one after another. Of a shorter
+question, or a shorter line of it, the row has all words so, whatever surrounds them. Words are compared after Unicode's
+NFKC normalisation and case folding, without punctuation, invisible characters and escapes of HTML and JSON, so that
+none of these hides a copy.
+
+An item's question is its prompt without the benchmark's template. Whether a copy of it would be found inside a row is
+tried when the filter is built: an item whose copy is not found is reported as such.
 """
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +28,31 @@ from ptl.data.sources import SourceRow, bare, numbered_rows, texts
 # A word is a run of letters and digits; in scripts that put no spaces between words each character is one.
 _SPACELESS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han
 WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens, zero-width spaces and joiners
+# What Unicode calls default ignorable: soft hyphens, zero-width spaces and joiners, directions, fillers.
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
+)
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")  # of JSON, once or more; LaTeX's are changed in both texts
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
+# What a line begins with, `Question 1:`, `2.` or `(A)`, and ends with, `Answer:`.
+LABEL = re.compile(r"\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d+[.)]\s|\w[.)]\s)(?=.*\w)")
+END_LABEL = re.compile(r"\s\w+\s*:\s*$")
+COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
-TEMPLATE_ITEMS = 20  # from so many items on, the words that all prompts of a benchmark share are its template's
-SHORTEST = 4  # words of an item below which its words are in too many rows by chance
+TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group of tasks may have several
+SHORTEST = 4  # words below which a text is in too many rows by chance
 
 Words = tuple[str, ...]
-Affixes = tuple[Words, Words]  # words that all prompts of a benchmark begin and end with: its template
 Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prompt and completion of a row
+
+
+@dataclass(frozen=True)
+class RowWords:
+    """The words of a training row: as it is trained on, and of its columns alone, as templates have words too."""
+
+    ngrams: set[Words]
+    starts: dict[Words, list[tuple[Words, int]]]  # by `_key`: the texts that have these words, and where
 
 
 @dataclass
@@ -37,53 +60,23 @@ class Benchmark:
     """The text of a benchmark that is searched for in training rows, and how many were dropped for it."""
 
     items: int  # all of them
-    short: int  # items of too few words beside the template: inside a row they are found with words of it only
-    ngrams: set[Words]  # of long items and answers
-    short_items: dict[Words, list[Words]]  # searched for inside a row; by their first words, of one length
-    lines: set[Words]  # items that are too short to be found inside a row: compared with its lines
-    affixes: Affixes
+    ngrams: set[Words]  # of long questions and answers
+    short_texts: dict[Words, list[Words]] = field(default_factory=dict)  # by `_key`
+    short: int = 0  # items whose own words are too few to be found inside a row
     dropped: int = 0  # training rows
 
     def shares(self, row: RowWords) -> bool:
         """Whether a training row has text of this benchmark."""
-        return (
-            not self.ngrams.isdisjoint(row.ngrams)
-            or any(map(self._has_short_item, row.texts))
-            or any(map(self._is_item, row.lines))
+        return not self.ngrams.isdisjoint(row.ngrams) or any(
+            words[start : start + len(text)] == text
+            for key in self.short_texts.keys() & row.starts.keys()
+            for text in self.short_texts[key]
+            for words, start in row.starts[key]
         )
 
     def counts(self) -> dict[str, int]:
         """For the report."""
-        return {
-            "items": self.items,
-            "short": self.short,
-            "dropped": self.dropped,
-        }
-
-    def _has_short_item(self, words: Words) -> bool:
-        """Whether the words of a short item are among these, one after another."""
-        if not self.short_items:
-            return False
-        # all keys have one length
-        size = len(next(iter(self.short_items)))
-        for start in range(len(words) - size + 1):
-            for item in self.short_items.get(words[start : start + size], ()):
-                if words[start : start + len(item)] == item:
-                    return True
-        return False
-
-    def _is_item(self, line: Words) -> bool:
-        """Whether a line is an item, with or without the words of a template."""
-        return line in self.lines or _without_affixes(line, self.affixes) in self.lines
-
-
-@dataclass(frozen=True)
-class RowWords:
-    """The words of a training row."""
-
-    texts: set[Words]  # as it is trained on; its columns alone too, where the templates have words of their own
-    lines: list[Words]  # the lines of its prompt, and all of it
-    ngrams: set[Words]  # of the texts
+        return {"items": self.items, "short": self.short, "dropped": self.dropped}
 
 
 @dataclass
@@ -107,7 +100,10 @@ class Filter:
     def _leaks(self, row: SourceRow) -> bool:
         """Whether a row shares text with a benchmark; counted for each of them."""
         columns = texts(bare(row))
-        words = _row_words(columns, texts(row), self.ngram)
+        # joined, so that an item may begin in the prompt and end in the answer; most templates add no words
+        row_texts = {_words("\n".join(pair)) for pair in (columns, texts(row))}
+        question = _normal(_question(columns))
+        words = _row_words(row_texts, self.ngram, [*question.splitlines(), question])
         leaked = [benchmark for benchmark in self.benchmarks.values() if benchmark.shares(words)]
         if not leaked:
             return False
@@ -153,7 +149,7 @@ def sentence(report: dict[str, Any]) -> str:
     elif items > short:
         parts.append(f"None of {rows} shares text with one of {items - short:,} benchmark items")
     if short:
-        parts.append(f"{short:,} of {items:,} benchmark items have too few words to be found inside a row")
+        parts.append(f"{short:,} of {items:,} benchmark items have too few words of their own to be found inside a row")
     names = ", ".join(report["not_compared"])
     if names:
         parts.append(f"Training rows were not compared with {names}, whose items are not known")
@@ -162,24 +158,23 @@ def sentence(report: dict[str, Any]) -> str:
     return ". ".join(parts) + "."
 
 
-def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
+def build(settings: Decontaminate, benchmark_items: Path | None) -> Filter | None:
     """The filter against what the settings name; None where that is nothing.
 
-    `scored` is the folder that the run's first evaluation wrote: its items are those of `evaluate.tasks`, so that
-    neither the benchmarks' data nor the harness is needed here.
+    `benchmark_items` is the folder of ptl.evaluation.items: those of `evaluate.tasks`, so that neither the benchmarks'
+    data nor the harness is needed here.
     """
     if not settings.tasks and not settings.against:
         return None
     items: dict[str, list[Item]] = {}
     not_compared: list[str] = []
-    if settings.tasks and scored is None:
+    if settings.tasks and benchmark_items is None:
         not_compared = ["evaluate.tasks"]
-    elif settings.tasks and scored is not None:
-        items = _scored_items(scored)
-        # tasks without items that have a prompt and an answer, such as perplexity
-        scores = json.loads((scored / "scores.json").read_text())
-        names = [task["task"] for task in scores["tasks"]]
-        not_compared = [name for name in names if name not in items]
+    elif settings.tasks and benchmark_items is not None:
+        all_items = _read_items(benchmark_items)
+        # tasks whose items have no prompt, such as perplexity
+        not_compared = [name for name, its in all_items.items() if not its]
+        items = {name: its for name, its in all_items.items() if its}
     for source in settings.against:
         name = " ".join(filter(None, (source.source, source.subset, source.split)))
         # the same rows may be named again, for other columns
@@ -190,14 +185,15 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     return Filter(settings.ngram, benchmarks, not_compared)
 
 
-def _scored_items(folder: Path) -> dict[str, list[Item]]:
-    """Prompts and right answers of each task, from an evaluation's items.jsonl."""
+def _read_items(folder: Path) -> dict[str, list[Item]]:
+    """Prompts and right answers of each task; none of one whose items have no prompt."""
     items: dict[str, list[Item]] = {}
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too
         for line in lines:
             item = json.loads(line)
             task_items = items.setdefault(item["task"], [])
-            task_items.append((item["prompt"], str(item["target"])))
+            if "prompt" in item:
+                task_items.append((item["prompt"], item["target"]))
     return items
 
 
@@ -222,61 +218,153 @@ def _without_system_message(row: SourceRow) -> SourceRow:
     return replace(row, columns={**row.columns, column: kept})
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of a benchmark's prompt or answer."""
+
+    label: Words
+    body: Words
+    end_label: Words
+    begin: int  # of its own words in the body: without those that many texts share, a template's or every question's
+    end: int
+    complete: bool  # it ends as a sentence does
+
+    @property
+    def own(self) -> Words:
+        """Empty for a line of the template."""
+        return self.body[self.begin : self.end]
+
+    def shortest_copy(self, least: float) -> Words:
+        """The words that a row with this question has at least: with few of its own, others belong to it too."""
+        return self.body if 1 < _size(self.own) < least else self.own
+
+    def searched(self, least: float) -> set[Words]:
+        """Its own words; if they are few, with others of the body, of which some may be a template's."""
+        if _size(self.own) >= least:
+            return {self.own}
+        # beside a single word of its own, the others are in too many rows
+        runs = _runs(self.body, least) if _size(self.own) > 1 else ()
+        wider = {self.body[run] for run in runs if run.start <= self.begin and self.end <= run.stop}
+        return {self.own, self.body} | wider
+
+
+NO_LINE = Line((), (), (), 0, 0, False)
+
+
 def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     """What of a benchmark's items is searched for in rows."""
-    prompts = [_words(prompt) for prompt, _ in items]
-    answers = [_words(answer) for _, answer in items]
-    questions, affixes = _without_template(prompts)
-    bare_answers, _ = _without_template(answers)
-    # an answer is searched for only if it is long: short ones are the answers of many questions
-    ngrams = _ngrams(bare_answers, ngram)
-    # the prompts of a small benchmark may share words that are no template
-    has_template = len(items) >= TEMPLATE_ITEMS
     least = min(SHORTEST, ngram)
-    searched: set[Words] = set()
-    lines: set[Words] = set()
-    num_short = 0
-    for prompt, question in zip(prompts, questions, strict=True):
-        words = question if has_template else prompt
-        if len(words) >= ngram:
-            ngrams |= _ngrams([words], ngram)
-            continue
-        # too few words to be searched for inside a row: compared with its lines
-        if len(words) < least:
-            num_short += 1
-            lines.add(words)
-        searched |= {words, *_widened(question, affixes, least)}
-        if question:
-            searched.add(prompt)  # a copy may have the template's words too
-    lines.discard(())  # an item without a word
-    # by the words they begin with, so that a row is read once for all of them
-    short_items: dict[Words, list[Words]] = {}
-    for item in searched:
-        if len(item) >= least:
-            short_items.setdefault(item[:least], []).append(item)
-    return Benchmark(len(items), num_short, ngrams, short_items, lines, affixes)
+    prompts = Counter(prompt for prompt, _ in items)
+    questions = _without_template(prompts)
+    # an answer is searched for only if it is long: short ones are the answers of many questions
+    answers = _without_template({answer for _, answer in items})
+    sentences = _sentences(questions, least)
+    found = {_joined(line.own for line in lines) for lines in questions}
+    for question, *others in sentences:
+        found |= {*question.searched(least), *(line.own for line in others if _size(line.own) >= least)}
+    benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines, ngram) for lines in questions + answers)))
+    for text in found:
+        if 0 < _size(text) < ngram:
+            benchmark.short_texts.setdefault(_key(text, least), []).append(text)
+    for (question, *_), count in zip(sentences, prompts.values(), strict=True):
+        # planted between other words
+        row = _row_words([("", *question.shortest_copy(least), "")], ngram)
+        benchmark.short += 0 if benchmark.shares(row) else count
+    return benchmark
 
 
-def _widened(question: Words, affixes: Affixes, least: int) -> list[Words]:
-    """A question without its template, and with as many of its words as are needed: some may be its own (`What is`)."""
-    if len(question) < 2:
-        return []
-    begin, end = affixes
-    missing = max(0, least - len(question))
-    # the words of the template that are next to it
-    first = max(0, len(begin) - missing)
-    before = begin[first:]
-    after = end[:missing]
-    return [question, before + question, question + after]
+def _without_template(prompts: Iterable[str]) -> list[list[Line]]:
+    """The lines of each text, and what is left of them without labels and the words that many texts share."""
+    split = [[_parts(line) for line in _normal(prompt).splitlines()] for prompt in prompts]
+    bodies = [[_find_words(body) for _, body, _ in lines] for lines in split]
+    beginnings = _shared_beginnings(bodies)
+    endings = _shared_beginnings([[body[::-1] for body in lines] for lines in bodies])
+
+    def line_of(parts: tuple[str, str, str]) -> Line:
+        label, body, end_label = map(_find_words, parts)
+        begin = _num_shared(body, beginnings)
+        # no word belongs to both ends
+        end = max(begin, len(body) - _num_shared(body[::-1], endings))
+        return Line(label, body, end_label, begin, end, bool(COMPLETE.search(parts[1])))
+
+    return [[line_of(parts) for parts in lines] for lines in split]
 
 
-def _row_words(columns: Item, trained: Item, ngram: int) -> RowWords:
-    # joined, so that an item may begin in the prompt and end in the answer; most templates add no words
-    row_texts = {_words("\n".join(pair)) for pair in (columns, trained)}
-    # a short item is often a line of its own, such as one below `Q:`
-    question = _question(columns)
-    lines = [_words(line) for line in [*question.splitlines(), question]]
-    return RowWords(row_texts, lines, _ngrams(row_texts, ngram))
+def _parts(line: str) -> tuple[str, str, str]:
+    """A line's label, body and label of what follows, as in `Question 1: ... Answer:`."""
+    label = LABEL.match(line)
+    start = label.end() if label else 0
+    end_label = END_LABEL.search(line, start)
+    end = end_label.start() if end_label else len(line)
+    return line[:start], line[start:end], line[end:]
+
+
+def _shared_beginnings(texts_lines: Sequence[Sequence[Words]]) -> set[Words]:
+    """The words with which lines of many texts begin, and each beginning of these."""
+    many = max(2, len(texts_lines) / TEMPLATE_SHARE)
+    shared: set[Words] = {()}
+    for length in itertools.count(1):
+        counts: Counter[Words] = Counter()
+        for lines in texts_lines:
+            # a line that comes twice in a text counts once
+            counts.update({line[:length] for line in lines if len(line) >= length and line[: length - 1] in shared})
+        longer = {beginning for beginning, count in counts.items() if count >= many}
+        if not longer:
+            break
+        shared |= longer
+    return shared
+
+
+def _num_shared(words: Words, beginnings: set[Words]) -> int:
+    """How many of the first words are a shared beginning."""
+    lengths = itertools.takewhile(lambda length: words[:length] in beginnings, range(1, len(words) + 1))
+    return sum(1 for _ in lengths)
+
+
+def _own_ngrams(lines: Sequence[Line], ngram: int) -> set[Words]:
+    """The n-grams of a text whose words are its own but for a quarter."""
+    words = _joined(line.label + line.body + line.end_label for line in lines)
+    own: list[bool] = []
+    for line in lines:
+        begin = len(line.label) + line.begin
+        rest = len(line.body) - line.end + len(line.end_label)
+        own += [False] * begin + [True] * len(line.own) + [False] * rest
+    return {words[run] for run in _runs(words, ngram) if own[run].count(False) <= ngram / 4}
+
+
+def _sentences(questions: Sequence[Sequence[Line]], least: float) -> list[list[Line]]:
+    """Of each question the lines that are sentences, or its longest, and that no other question has.
+
+    The first has most words of its own and is no formula, table or end of another line.
+    """
+    candidates = []
+    for lines in questions:
+        # of equal ones the last: a question follows its subject
+        by_size = sorted(lines, key=lambda line: _size(line.own))[::-1]
+        candidates.append([line for i, line in enumerate(by_size) if line.own and (i == 0 or line.complete)])
+    # several templates may ask the same question
+    distinct = {frozenset(line.own for line in lines) for lines in candidates}
+    counts = Counter(itertools.chain.from_iterable(distinct))
+    unique = [[line for line in lines if counts[line.own] == 1] for lines in candidates]
+    return [
+        sorted(lines, key=lambda line: not (line.complete and _size(line.body) >= least)) or [NO_LINE]
+        for lines in unique
+    ]
+
+
+def _row_words(row_texts: Iterable[Words], ngram: int, lines: Iterable[str] = ()) -> RowWords:
+    row = RowWords(set(), {})
+    least = min(SHORTEST, ngram)
+    for words in row_texts:
+        row.ngrams.update(words[run] for run in _runs(words, ngram))
+        for run in _runs(words, least):
+            row.starts.setdefault(words[run], []).append((words, run.start))
+    # an item of few words is often a line of its own, such as one below `Q:`
+    for line in lines:
+        for words in (_find_words(line), _find_words(_parts(line)[1])):
+            if _size(words) < least:
+                row.starts[words] = [(words, 0)]
+    return row
 
 
 def _question(columns: Item) -> str:
@@ -284,54 +372,50 @@ def _question(columns: Item) -> str:
     return columns[0] or columns[1]
 
 
-def _without_affixes(line: Words, affixes: Affixes) -> Words:
-    """A line without the words of a benchmark's template, or those next to the item: `Calculate` of `Q: Calculate`."""
-    begin, end = affixes
-    before = _overlap(begin, line)
-    after = _overlap(line, end)
-    return line[before : len(line) - after]
-
-
-def _overlap(first: Words, second: Words) -> int:
-    """How many of the last words of the first text are those that the second begins with."""
-    for count in range(len(first), 0, -1):
-        if first[-count:] == second[:count]:
-            return count
-    return 0
-
-
-def _without_template(prompts: Sequence[Words]) -> tuple[list[Words], Affixes]:
-    """Texts without the words that all of them begin or end with (`Question: ... Answer:`), and these words."""
-    if len(prompts) < 2:
-        return list(prompts), ((), ())
-    begin = _common_prefix(prompts)
-    rest = [words[len(begin) :] for words in prompts]
-    # in what is left, so that no word belongs to both ends
-    from_the_end = [words[::-1] for words in rest]
-    end = _common_prefix(from_the_end)[::-1]
-    questions = [words[: len(words) - len(end)] for words in rest]
-    return questions, (begin, end)
-
-
-def _common_prefix(prompts: Sequence[Words]) -> Words:
-    """The words that all texts begin with."""
-    positions = zip(*prompts, strict=False)
-    same = takewhile(lambda words: len(set(words)) == 1, positions)
-    return tuple(words[0] for words in same)
-
-
 def _words(text: str) -> Words:
-    # Case folding can undo the normalisation, hence it is between two.
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    normal = unicodedata.normalize("NFKC", folded)
-    visible = INVISIBLE.sub("", normal)
-    return tuple(WORD.findall(visible))
+    return _find_words(_normal(text))
 
 
-def _ngrams(row_texts: Iterable[Words], n: int) -> set[Words]:
-    """All runs of n words."""
-    ngrams: set[Words] = set()
-    for words in row_texts:
-        starts = range(len(words) - n + 1)
-        ngrams.update(words[start : start + n] for start in starts)
-    return ngrams
+def _find_words(normal: str) -> Words:
+    return tuple(WORD.findall(normal))
+
+
+def _joined(parts: Iterable[Words]) -> Words:
+    return tuple(word for part in parts for word in part)
+
+
+def _normal(text: str) -> str:
+    """A text without what hides a copy: escapes, case and forms of letters, invisible characters, commas in numbers."""
+    unescaped = html.unescape(ESCAPE.sub(lambda escape: chr(int(escape[1], 16)) if escape[1] else " ", text))
+    # case folding can undo the normalisation, hence it is between two
+    folded = unicodedata.normalize("NFKC", unescaped).casefold()
+    visible = INVISIBLE.sub("", unicodedata.normalize("NFKC", folded))
+    return THOUSANDS.sub("", visible)
+
+
+def _key(words: Words, least: float) -> Words:
+    """By what a short text is looked up: its first words, at least so many, or all of them."""
+    return words[next(_runs(words, least), slice(None))]
+
+
+def _size(words: Sequence[str]) -> float:
+    """How many words these are; in kana and Han, a word has about two characters."""
+    return sum(map(_weight, words))
+
+
+def _weight(word: str) -> float:
+    return 0.5 if "\u3040" <= word < "\ua000" else 1.0
+
+
+def _runs(words: Sequence[str], size: float) -> Iterator[slice]:
+    """The shortest runs of at least so many words, one from each word on."""
+    end = 0
+    inside = 0.0
+    for start, word in enumerate(words):
+        while inside < size:
+            if end == len(words):
+                return
+            inside += _weight(words[end])
+            end += 1
+        yield slice(start, end)
+        inside -= _weight(word)

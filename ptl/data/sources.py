@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -204,10 +203,11 @@ def fill(template: str, row: SourceRow) -> str:
         for name in _template_columns(template):
             value = _value(name, row)
             if not _is_text(value):
-                raise row.error(
-                    f" holds {_kind(value)} for {{{name}}}, which is no text",
-                    f"{LEAVE_OUT}, or name a part of it ({{{name}[0]}}, {{{name}[key]}})",
-                )
+                remedy = LEAVE_OUT
+                if isinstance(value, list | dict) and value:
+                    part = f"{{{name}[{next(iter(value)) if isinstance(value, dict) else 0}]}}"
+                    remedy += f", or name a part of it ({part})"
+                raise row.error(f" holds {_kind(value)} for {{{name}}}, which is no text", remedy)
         text = template.format_map(row.columns)
     # a format that the value does not take
     except (ValueError, TypeError) as error:
@@ -291,14 +291,20 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
 
 def _from_parquet(path: Path, setting: str) -> Any:
     import datasets
-    import pyarrow
 
     try:
-        return datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache() / "parquet"))
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache(setting) / "parquet"))
+        # a damaged text would only be noticed in the row that has it
+        rows.data.table.validate(full=True)
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
         raise InputError(
-            f"{path} is no readable Parquet file ({error})", field=setting, remedy="write it again"
+            f"{path} is no readable Parquet file ({type(error).__name__}: {error})",
+            field=setting,
+            remedy="write it again",
         ) from error
+    return rows
 
 
 def _from_s3(uri: str, setting: str) -> Path:
@@ -317,7 +323,7 @@ def _from_s3(uri: str, setting: str) -> Path:
                 f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
             )
         digest = hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()
-        folder = _cache() / digest[:32]
+        folder = _cache(setting) / digest[:32]
         target = folder / Path(key).name
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -332,10 +338,24 @@ def _from_s3(uri: str, setting: str) -> Path:
     return target
 
 
-def _cache() -> Path:
-    """Downloaded and converted files, which another step on the same machine may use again."""
-    parent = os.environ.get("PTL_SCRATCH") or tempfile.gettempdir()
-    return Path(parent) / "ptl-data"
+def _cache(setting: str) -> Path:
+    """Downloaded and converted files, which another step on the same machine may use again: the run's or the user's."""
+    if scratch := os.environ.get("PTL_SCRATCH"):
+        return Path(scratch, "ptl-data")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ptl"
+    remedy = "remove it, or set XDG_CACHE_HOME to a folder of your own"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # whoever can write here decides what a model is trained on
+        owner = folder.lstat().st_uid
+        if owner != os.getuid():
+            raise InputError(f"{folder}, for copies of data, belongs to user {owner}", field=setting, remedy=remedy)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be made, for copies of data ({error})", field=setting, remedy=remedy
+        ) from error
+    return folder
 
 
 def _from_hub(source: DataSource, setting: str) -> Any:

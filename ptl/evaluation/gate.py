@@ -14,7 +14,7 @@ from ptl.errors import InputError
 from ptl.evaluation.paired import Paired, describe
 
 REACHED = "target reached"
-NOT_TESTED: Literal["not tested"] = "not tested"  # the decision on every iteration of a run without the gate
+GATE_OFF: Literal["gate off"] = "gate off"  # the decision on every iteration of a run without the gate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class State:
 class Decision:
     """The decision on one iteration, and the state that the next one begins with."""
 
-    decision: Literal["accepted", "rejected", "stopped", "not tested"]
+    decision: Literal["accepted", "rejected", "stopped", "gate off"]
     reason: str  # for a reader
     numbers: dict[str, Any]  # what it was decided by: sizes in parameters, and the two comparisons
     state: State  # for the next iteration
@@ -55,7 +55,7 @@ class Decision:
     @property
     def keep(self) -> Literal["candidate", "parent"]:
         """Which model the next iteration gets."""
-        return "candidate" if self.decision in ("accepted", NOT_TESTED) else "parent"
+        return "candidate" if self.decision in ("accepted", GATE_OFF) else "parent"
 
 
 def check_structure(settings: Gate, compiled: bool) -> None:
@@ -105,7 +105,7 @@ def decide(
     if state.stopped:
         return Decision("stopped", "the loop had stopped: nothing was tried", numbers, state)
     if not settings.enabled:  # every iteration runs: the last ones may train without a cut left to make
-        return Decision(NOT_TESTED, "the gate is off", numbers, state)
+        return Decision(GATE_OFF, "the gate is off", numbers, state)
     assert baseline is not None and parent is not None and parent_params is not None, "the gate needs the parent"
     # Both must hold: many small losses against the parent add up to a large one against the dense model.
     numbers["parent_params"] = parent_params

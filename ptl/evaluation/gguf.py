@@ -20,9 +20,11 @@ from ptl.evaluation.helpers import AnswerNote
 from ptl.evaluation.language_models import AnswerNotes
 from ptl.evaluation.speed import Measurement, Timer, Times, measure_in_turns
 from ptl.evaluation.task_loading import cache_templates
-from ptl.model import checks
+from ptl.model import checkpoint, checks
+from ptl.model.config_fields import longrope_limit
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
 
+MAX_QUOTED = 80  # characters of a prompt, in an error
 MAX_GENERATED = 256  # tokens of an answer whose task has no limit, as in the harness's Hugging Face model
 
 
@@ -61,7 +63,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
             super().__init__()
             self.tokenizer = tokenizer
             self.model = model
-            self.max_length = settings.max_length or model.context_length
+            self.max_length = settings.max_length or limit or model.context_length
 
         @property
         def eot_token_id(self) -> int:
@@ -91,7 +93,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             # All prompts are read, and their tokens compared, before the first answer.
             answers = [self._ask(*request.args) for request in requests]
-            answer_all(model, tokenizer, answers, settings.batch_size)
+            answer_all(model, tokenizer, answers, settings.batch_size, context)
             texts = []
             for request, answer in zip(requests, answers, strict=True):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
@@ -130,7 +132,7 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
             # The last token has no other after it.
             texts = [(prompt + choice)[-self.max_length - 1 :] for _, prompt, choice in requests]
             lengths = [len(choice) for _, _, choice in requests]
-            return loglikelihoods(model, texts, lengths)
+            return loglikelihoods(model, texts, lengths, context)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             sums = []
@@ -149,6 +151,9 @@ def gguf_language_model(file: Path, src: Path, settings: Evaluate) -> Any:
     cache_templates()
     tokenizer = checks.load_tokenizer(src)
     model = LlamaModel(file)
+    # llama.cpp chooses longrope's factors by the size of the context: here as in a server for texts of max_length.
+    limit = longrope_limit(checkpoint.read_config(src))
+    context = settings.max_length if limit and settings.max_length and settings.max_length > limit else 0
     if settings.chat_template:
         _check_chat_template(model, tokenizer, file)
     return NotedModel()
@@ -165,8 +170,8 @@ def checked_tokens(model: LlamaModel, tokenizer: Any, text: str, special: bool) 
         same += 1
     after = tokenizer.decode(expected[:same])[-40:]
     raise InputError(
-        f"llama.cpp and the checkpoint's tokenizer give different tokens after {after!r}: "
-        f"{tokens[same : same + 4]} and {expected[same : same + 4]}",
+        f"llama.cpp and the checkpoint's tokenizer give different tokens for {text[:MAX_QUOTED]!r} after {after!r}: "
+        f"{tokens[same : same + 8]} and {expected[same : same + 8]}",
         field="export",
         remedy="serve this checkpoint with transformers or vLLM, or remove such characters from the prompts",
     )
@@ -182,10 +187,13 @@ def _check_chat_template(model: LlamaModel, tokenizer: Any, file: Path) -> None:
         )
 
 
-def answer_all(model: LlamaModel, tokenizer: Any, answers: list[Answer], batch_size: int) -> None:
-    """Generate the tokens of all answers greedily; a prompt takes the sequence of an answer that has ended."""
+def answer_all(model: LlamaModel, tokenizer: Any, answers: list[Answer], batch_size: int, context_length: int) -> None:
+    """Generate the tokens of all answers greedily; a prompt takes the sequence of an answer that has ended.
+
+    Sequences have room for `context_length` tokens, or more where the longest needs it.
+    """
     waiting = deque(sorted(answers, key=lambda answer: -len(answer.prompt)))
-    longest = max(len(answer.prompt) + answer.limit for answer in answers)
+    longest = max(context_length, *(len(answer.prompt) + answer.limit for answer in answers))
     sequences = min(batch_size, len(answers), max_sequences())
     context = LlamaContext(model, sequences, longest)
     free = list(range(sequences))
@@ -215,10 +223,15 @@ def _ends(model: LlamaModel, tokenizer: Any, answer: Answer, token: int) -> bool
     return any(stop in text for stop in answer.stop)
 
 
-def loglikelihoods(model: LlamaModel, texts: list[list[int]], lengths: list[int]) -> list[tuple[float, bool]]:
-    """Of the last `lengths` tokens of each text: their log-likelihood, and whether each was the most likely one."""
+def loglikelihoods(
+    model: LlamaModel, texts: list[list[int]], lengths: list[int], context_length: int
+) -> list[tuple[float, bool]]:
+    """Of the last `lengths` tokens of each text: their log-likelihood, and whether each was the most likely one.
+
+    The sequence has room for `context_length` tokens, or more, as in `answer_all`.
+    """
     results: dict[int, tuple[float, bool]] = {}
-    context = LlamaContext(model, 1, max(map(len, texts)))
+    context = LlamaContext(model, 1, max(context_length, *map(len, texts)))
     # What a text has in common with the one before it is not read again.
     before: list[int] = []
     for i in sorted(range(len(texts)), key=texts.__getitem__):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptl import extras
 from ptl.config.run import Evaluate
-from ptl.errors import InputError
 from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, pretrained
 from ptl.model.families import family_of
 from ptl.model.sizes import read_sizes
+
+VLLM_FIELD = "evaluate.backend"
+VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
 
 
 def language_model(src: Path, settings: Evaluate, seed: int = 0, processes: int = 1) -> Any:
@@ -172,17 +176,21 @@ def _hugging_face(src: Path, settings: Evaluate) -> Any:
     return lm
 
 
+def check_backend(settings: Evaluate) -> None:
+    """Raise InputError where vLLM is asked for and cannot be loaded here; takes seconds where it can."""
+    if settings.backend == "vllm":
+        command = (sys.executable, "-c", "from vllm import LLM")
+        extras.check_loads("vLLM", command, field=VLLM_FIELD, remedy=VLLM_REMEDY)
+
+
 def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
     import torch
 
     try:
         from lm_eval.models.vllm_causallms import VLLM
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"vllm is not installed here ({error})",
-            field="evaluate.backend",
-            remedy="use the image evaluate-vllm, or backend: hf",
-        ) from error
+    except (ImportError, OSError) as error:  # the loader's are OSErrors
+        reason = f"{type(error).__name__}: {error}"
+        raise extras.unusable("vLLM", reason, field=VLLM_FIELD, remedy=VLLM_REMEDY) from error
 
     class NotedModel(AnswerNotes, VLLM):
         def __init__(self, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@ from ptl import extras
 from ptl.config.run import Evaluate
 from ptl.errors import InputError
 from ptl.evaluation import helpers, language_models
+from ptl.extras import AbsentError
 from ptl.model import checkpoint, checks
 
 METHOD = "compressed-tensors"  # quant_method in config.json, and the package that reads it
@@ -36,7 +37,7 @@ def quantized_model(src: Path, settings: Evaluate, seed: int = 0) -> Any:
 def check_installed() -> None:
     """Raise InputError where transformers could not load such a checkpoint."""
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise InputError(
+        raise AbsentError(
             f"the package {METHOD} is not installed, with which transformers loads quantized weights",
             field="export",
             remedy=extras.install("evaluate"),

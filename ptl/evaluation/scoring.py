@@ -45,9 +45,12 @@ def score_task(
     specs = tasks.find(task.name)
     first = specs[0]
     is_group = len(specs) > 1
-    name = task.name if is_group else first.name
+    name = tasks.score_name(task)
 
-    loaded = _load_tasks(lm, specs, task, settings, seed)
+    loaded = load_tasks(specs, task, settings, seed)
+    # Before the first answer is generated.
+    for harness_task in loaded.values():
+        task_loading.check_lengths(lm, harness_task)
     lm.start_notes()
     task_loading.timeouts.clear()
     results = _run_harness(lm, loaded, task, settings)
@@ -95,22 +98,12 @@ def score_task(
     return score, items
 
 
-def _load_tasks(
-    lm: Any,
-    specs: list[Spec],
-    task: Task,
-    settings: Evaluate,
-    seed: int,
-) -> dict[str, Any]:
+def load_tasks(specs: list[Spec], task: Task, settings: Evaluate, seed: int) -> dict[str, Any]:
     """Name -> the harness's task: one, or the members of a group."""
     from transformers import set_seed
 
     set_seed(seed)  # as lm_eval.simple_evaluate does, with one seed for all generators
-    loaded = {spec.name: task_loading.load_task(spec, task, settings, seed) for spec in specs}
-    # Before the first answer is generated.
-    for harness_task in loaded.values():
-        task_loading.check_lengths(lm, harness_task)
-    return loaded
+    return {spec.name: task_loading.load_task(spec, task, settings, seed) for spec in specs}
 
 
 def _samples(results: Any, loaded: dict[str, Any], extraction: str) -> list[tuple[Any, Any]]:

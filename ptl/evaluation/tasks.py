@@ -56,6 +56,12 @@ def find(name: str) -> list[Spec]:
     return _tasks_of(name, name)
 
 
+def score_name(task: Task) -> str:
+    """The name under which a task is scored: the group's, or that of the only task in its YAML."""
+    specs = find(task.name)
+    return task.name if len(specs) > 1 else specs[0].name
+
+
 def _tasks_of(name: str, group: str) -> list[Spec]:
     """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
     paths = task_yaml.task_index()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ptl import processes
+from ptl import extras, processes
 from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
-from ptl.export import quantize
+from ptl.export import llama_cpp, quantize
 from ptl.model import checkpoint, checks, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
@@ -26,7 +25,10 @@ from ptl.model.sizes import Sizes, read_sizes
 
 PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
 OWN_PYTHON = Path(__file__).parents[2] / ".venv-llmcompressor/bin/python"  # of `make llmcompressor`
-INSTALL = f"run `make llmcompressor` in a checkout, or set {PYTHON} to a Python with `pip install llmcompressor`"
+INSTALL = (
+    f"run `make llmcompressor` in a checkout, set {PYTHON} to a Python with `pip install llmcompressor`, or use "
+    "`--runner docker`"
+)
 # By type: the preset of compressed-tensors
 SCHEMES = {"fp8": "FP8_DYNAMIC", "int8": "W8A8", "w4a16": "W4A16"}
 CALIBRATED = ("int8", "w4a16")  # by GPTQ
@@ -47,8 +49,8 @@ def write_calibrated(
     type: str,
     calibration: Calibration | None,  # int8 and w4a16 need it
     seed: int,
-) -> None:
-    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any."""
+) -> list[str]:
+    """`write_compressed` with the sequences that pruning calibrates with, where the type needs any; notes for users."""
     _check_as_it_is(src, type)
     with tempfile.TemporaryDirectory() as scratch:
         sequences = None
@@ -56,6 +58,7 @@ def write_calibrated(
             sequences = Path(scratch) / "sequences.jsonl"
             write_sequences(sequences, calibration, checks.load_tokenizer(src), seed)
         write_compressed(src, dst, type, sequences)
+    return llama_cpp.context_notes(src)
 
 
 def write_compressed(
@@ -156,25 +159,14 @@ def _group_size(sizes: Sizes) -> int:
 def interpreter() -> Path:
     """A Python that has llmcompressor, which ptl's own environment cannot hold. Raises InputError where none is."""
     setting = os.environ.get(PYTHON)
-    if setting:
-        python = Path(setting)
-        if not _has_llmcompressor(python):
-            raise InputError(f"{setting} is no Python that has llmcompressor", field=PYTHON, remedy=INSTALL)
-        return python
-    if _has_llmcompressor(OWN_PYTHON):
-        return OWN_PYTHON
-    if importlib.util.find_spec("llmcompressor"):
-        return Path(sys.executable)
-    raise InputError("no Python here has llmcompressor", field="export", remedy=INSTALL)
-
-
-def _has_llmcompressor(python: Path) -> bool:
-    # Nothing is imported: that would take seconds.
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
-    try:
-        return subprocess.run([python, "-I", "-c", code], check=False, capture_output=True).returncode == 0
-    except OSError:  # no file, or none that can be executed
-        return False
+    python = setting or (OWN_PYTHON if OWN_PYTHON.is_file() else sys.executable)
+    extras.check_loads(
+        f"llmcompressor of {python}",
+        (str(python), "-I", "-c", "import llmcompressor"),
+        field=PYTHON if setting else "export",
+        remedy=INSTALL,
+    )
+    return Path(python)
 
 
 def write_sequences(path: Path, settings: Calibration, tokenizer: Any, seed: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
+from ptl.extras import Check
 from ptl.model import text_tower
 from ptl.model.families import family_of
 from ptl.model.sizes import read_sizes
@@ -27,7 +28,7 @@ class Format:
 
     # (checkpoint, type): raises InputError for what cannot be made, before anything expensive
     check: Callable[[Path, str], object]
-    # (): raises InputError where what writes the form is not installed on this machine
+    # (): raises UnusableError where what writes the form is not installed on this machine, or does not load
     check_installed: Callable[[], object]
     # (checkpoint, empty folder to fill, type, calibration, seed) -> notes for the user
     write: Callable[[Path, Path, str, Calibration, int], list[str]]
@@ -59,21 +60,24 @@ def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
     return warnings
 
 
-def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
-    """Raise InputError where GGUF is asked for and llama.cpp does not have the checkpoint's tokenizer.
+def context_warnings(src: Path, forms: Iterable[Export]) -> list[str]:
+    """Warnings of what the forms' runtimes compute otherwise in longer contexts. Of `src` only config.json is read."""
+    from ptl.export import llama_cpp
 
-    Takes seconds. Without llama.cpp's packages it is not checked, which a warning says.
+    return llama_cpp.context_notes(src) if list(forms) else []
+
+
+def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
+    """Raise InputError where GGUF is asked for and llama.cpp gives other tokens than the checkpoint's tokenizer.
+
+    Returns warnings of rare texts for which it does. Takes seconds.
     """
     if all(form.format != "gguf" for form in forms):
         return []
     from ptl.export import gguf
 
-    try:
-        gguf.check_installed()
-    except InputError as error:
-        return [f"not checked: whether llama.cpp has the tokenizer ({error})"]
-    gguf.check_tokenizer(src)
-    return []
+    _, notes = gguf.check_tokenizer(src)
+    return notes
 
 
 def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]:
@@ -109,16 +113,16 @@ def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]
 def check_here(forms: Iterable[Export], src: Path | None) -> None:
     """Raise InputError for the first form that cannot be made on this machine, or of the checkpoint if there is one."""
     forms = list(forms)
-    check_installed(forms)
+    for check in installation_checks(forms):
+        check()
     if src is not None:
         check_exports(src, forms)
         check_tokenizer(src, forms)
 
 
-def check_installed(forms: Iterable[Export]) -> None:
-    """Raise InputError for the first form that cannot be made on this machine."""
-    for format in dict.fromkeys(form.format for form in forms):  # each once
-        FORMATS[format].check_installed()
+def installation_checks(forms: Iterable[Export]) -> list[Check]:
+    """For each format a check that raises UnusableError where it cannot be made on this machine."""
+    return [FORMATS[format].check_installed for format in dict.fromkeys(form.format for form in forms)]
 
 
 def gguf_name(type: str) -> str:
@@ -194,8 +198,7 @@ def _check_compressed_installed() -> None:
 def _write_compressed(src: Path, dst: Path, type: str, calibration: Calibration, seed: int) -> list[str]:
     from ptl.export.compressed_tensors import write_calibrated
 
-    write_calibrated(src, dst, type, calibration, seed)
-    return []
+    return write_calibrated(src, dst, type, calibration, seed)
 
 
 def _compressed_model(folder: Path, _src: Path, settings: Evaluate, seed: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 from ptl import extras, processes
 from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
-from ptl.export import converter, llama_cpp, pre_tokenizers, quantization
+from ptl.export import converter, llama_cpp, quantization, tokens
 from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
@@ -38,43 +37,37 @@ def write_gguf(src: Path, dst: Path, type: str = AUTO) -> list[str]:
     """Convert the checkpoint `src` to the GGUF file `dst`, which llama.cpp reads; notes for the user.
 
     `type` is that of the weights (ptl.config.export.TYPES, or AUTO: 16 bits); types that the converter cannot write are
-    made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type,
-    characters that llama.cpp drops and ends of answers that it does not know. Raises InputError for a checkpoint that
-    llama.cpp would run differently from transformers, for a tokenizer that it does not have, or where a package is
-    missing; WorkError with the converter's last lines when it fails.
+    made by llama.cpp's quantizer, without an importance matrix. The notes name tensors that are stored in another type
+    and all that `check_tokenizer` notes. Raises InputError, before anything is converted, for a checkpoint that
+    llama.cpp would run differently from transformers, for a tokenizer whose tokens differ, or where a package is
+    missing or does not load; WorkError with the converter's last lines when it fails.
     """
     check_type(type, "type")
     family_of(checkpoint.read_config(src))  # refuses a multimodal model, which is imported first
     check_computed_alike(src)
-    check_installed()
+    pre_tokenizer, notes = check_tokenizer(src)
     dst.parent.mkdir(parents=True, exist_ok=True)
     # Names of this command alone: another one may write `dst` at the same time.
     partial = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}")
     whole = partial.with_name(f"{partial.name}.whole")  # before it is quantized
     try:
         if type in quantization.FTYPES:
-            notes = _convert(src, whole, _whole_type(src))
+            _run_converter(src, whole, ["--outtype", _whole_type(src)], pre_tokenizer)
             quantization.quantize(whole, partial, type)
         else:
-            notes = _convert(src, partial, type)
+            _run_converter(src, partial, ["--outtype", type], pre_tokenizer)
         notes += quantization.notes(partial, type)
-        notes += _end_notes(src, partial)
         partial.rename(dst)
     finally:
         partial.unlink(missing_ok=True)
         whole.unlink(missing_ok=True)
-    return notes
+    return [*notes, *llama_cpp.context_notes(src)]
 
 
 def check_installed() -> None:
-    """Raise InputError where llama.cpp's converter or its library is not installed."""
-    for module in (PACKAGE, llama_runtime.PACKAGE):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(
-                f"the module {module} is not installed",
-                field="export",
-                remedy=extras.install("gguf"),
-            )
+    """Raise InputError where llama.cpp's converter or its library is not installed, or the library does not load."""
+    extras.need_all(["gguf"], "export")
+    llama_runtime.check_loads()
 
 
 def check_computed_alike(src: Path) -> None:
@@ -97,10 +90,11 @@ def check_computed_alike(src: Path) -> None:
         )
 
 
-def check_tokenizer(src: Path) -> None:
-    """Raise InputError where llama.cpp does not have the tokenizer of `src`, or a package for it is missing.
+def check_tokenizer(src: Path) -> tuple[str, list[str]]:
+    """(pre-tokenizer, notes) with which llama.cpp gives the tokens of `src`, as `tokens.compare` finds them.
 
-    This takes seconds, since the file that is written for it has no weights.
+    Raises InputError where it gives others, or a package is missing. This takes seconds, since the file that is written
+    for it has no weights.
     """
     check_installed()
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,15 +102,15 @@ def check_tokenizer(src: Path) -> None:
         if text_tower.has_tower(checkpoint.read_config(src)):
             src = text_tower.write_companions(src, Path(scratch) / "model")
         try:
-            known = _run_converter(src, vocabulary, ["--vocab-only"], pre_tokenizers.NAMES[0])
+            known = _run_converter(src, vocabulary, ["--vocab-only"], tokens.PRE_TOKENIZERS[0])
         except WorkError as error:  # as it would with the weights, after the whole loop
             raise InputError(
                 f"llama.cpp's converter cannot write the vocabulary ({error.problem})",
                 field="export",
                 remedy="serve this checkpoint with transformers or vLLM",
             ) from error
-        if not known:
-            pre_tokenizers.find(vocabulary, pretrained.tokenizer(src))
+        name, notes = tokens.compare(vocabulary, pretrained.tokenizer(src), known)
+        return name, [*notes, *_end_notes(src, vocabulary)]
 
 
 def _check_experts(src: Path, model_type: str) -> None:
@@ -134,21 +128,8 @@ def _whole_type(src: Path) -> str:
     return "f32" if checkpoint.itemsize(src) > 2 else AUTO
 
 
-def _convert(src: Path, file: Path, type: str) -> list[str]:
-    """Run the converter; notes on a tokenizer that it does not know."""
-    first = pre_tokenizers.NAMES[0]
-    options = ["--outtype", type]
-    known = _run_converter(src, file, options, first)
-    if known:
-        return []
-    name, notes = pre_tokenizers.find(file, pretrained.tokenizer(src))
-    if name != first:
-        _run_converter(src, file, options, name)
-    return notes
-
-
 def _end_notes(src: Path, file: Path) -> list[str]:
-    """Tokens at which transformers ends an answer and llama.cpp does not."""
+    """Tokens at which transformers ends an answer and llama.cpp, with the vocabulary of `file`, does not."""
     generation = src / GENERATION
     if not generation.is_file():
         return []

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ptl.model import pretrained
+from ptl.model import pretrained, text_tower
+from ptl.model.config_fields import longrope_limit
 from ptl.model.families import MLP, QKV, QKVO, ConfigJson
 
 # transformers gives every layer the sliding window that config.json names
@@ -67,7 +69,7 @@ ARCHITECTURES = {
     "ernie4_5": Architecture(),
     "glm4": Architecture(biases=QKV, partial_rotary=True),
     "cohere2": Architecture(ropes=("default",), any_head_dim=False, tied=True, full_every=4),
-    "qwen3_moe": Architecture(values={"norm_topk_prob": True}),
+    "qwen3_moe": Architecture(values={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}),
     "olmoe": replace(
         OLMO,
         grouped=False,
@@ -116,6 +118,18 @@ def differences(config: ConfigJson, tied: bool, biases: Iterable[str]) -> Iterat
     for name, value in architecture.values.items():
         if getattr(effective, name) != value:
             yield f"{name} is {getattr(effective, name)}, but it always uses {value}"
+
+
+def context_notes(src: Path) -> list[str]:
+    """What to serve a checkpoint with longrope with; of `src` only config.json is read."""
+    limit = longrope_limit(text_tower.read_config(src))
+    if limit is None:
+        return []
+    return [
+        "longrope: llama.cpp and vLLM choose the factors by the size of their context, transformers by the length of "
+        f"the text. Only up to {limit} tokens, in a context of no more, are the answers the same: serve with "
+        f"--ctx-size {limit} --parallel 1 (llama-server) or --max-model-len {limit} (vLLM)"
+    ]
 
 
 def layer_rules(model_type: str, layers: int) -> list[str]:

@@ -46,6 +46,9 @@ def write_and_score(
     models = {}
     items = {}
     notes: list[str] = []
+    # Before hours of work on the first of them
+    for src in folders.values():
+        format_.check(src, form.type)
     scored = limited(settings, form.limit)
     for name, src in folders.items():
         made[name].mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,8 @@ def connect() -> MlflowClient:
         )
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # Else it prints two lines whenever a run ends, among what a command prints.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A database needs more than the client.
     if not address.is_server(uri) and importlib.util.find_spec("sqlalchemy") is None:
         raise InputError(

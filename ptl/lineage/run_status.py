@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 SETTLING = 5  # times that a status is computed anew when others change theirs at the same time
 TAG = 4000  # characters of an error that a tag keeps
 NOTE = "mlflow.note.content"  # the description on a run's page, in Markdown
-LINK = "[Run in Kubeflow]"  # how our descriptions begin
-FAILED = "**Failed** in "
+RESULT = "ptl.result"  # tag of a parent: the first lines of its report
+LINK, FAILED, ENDED = "[Run in Kubeflow]", "**Failed** in ", "**Result**: "  # how our descriptions begin
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def parent_among(runs: list[Run]) -> Run:
 
 
 def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
-    """The short report of a run that failed, on its page in MLflow: which step, why, and how to resume it."""
+    """The short report of a run, on its page in MLflow: its result, or which step failed, why, and how to resume it."""
     parent_id = parent.info.run_id
     existing = parent.data.tags
     tags = {"ptl.error": error[:TAG]}
     # A note that somebody else wrote stays.
     note = existing.get(NOTE, LINK)
-    if note.startswith((LINK, FAILED)):
-        tags[NOTE] = _note(run, error)
+    if note.startswith((LINK, FAILED, ENDED)):
+        tags[NOTE] = _note(run, error, existing.get(RESULT, ""))
     for key, text in tags.items():
         if text and existing.get(key) != text:
             client.set_tag(parent_id, key, text)
@@ -125,15 +125,17 @@ def _describe(client: MlflowClient, parent: Run, run: str, error: str) -> None:
             untag(client, parent_id, key)
 
 
-def _note(run: str, error: str) -> str:
+def _note(run: str, error: str, result: str) -> str:
     paragraphs = []
-    page = kubeflow_page(run)
-    if page:
-        paragraphs.append(f"{LINK}({page})")
     if error:
         on_cluster = os.environ.get("KFP_RUN_ID")
         command = f"`ptl retry {run}`" if on_cluster else "the same `ptl run` command"
         paragraphs += [f"{FAILED}{error}", f"Once that is fixed, {command} resumes it from what is finished."]
+    elif result:
+        paragraphs.append(f"{ENDED}{result}")
+    page = kubeflow_page(run)
+    if page:
+        paragraphs.append(f"{LINK}({page})")
     return "\n\n".join(paragraphs)
 
 

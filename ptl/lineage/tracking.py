@@ -278,13 +278,16 @@ def computing_beside(step_run: StepRun) -> list[str]:
 
 def log_progress(
     step_run: StepRun,
-    params: int,
+    removed: int,
     accuracy: float,
     *,
     low: float | None = None,
     high: float | None = None,
 ) -> None:
-    """Accuracy against size, on the parent run: the number of parameters is the x-coordinate of the chart."""
+    """Accuracy against the number of removed parameters, on the parent run.
+
+    MLflow's tables show the value with the largest x-coordinate, which is the most pruned model's.
+    """
     parent_id = step_run.parent_run_id
     # The control has charts of its own: both arms end at the same size.
     arm = "" if step_run.arm == "loop" else f"{step_run.arm}_"
@@ -293,11 +296,11 @@ def log_progress(
         for name, value in values.items():
             if value is None:
                 continue
-            chart = f"by_params/{arm}{name}"
+            chart = f"by_removed/{arm}{name}"
             # An earlier attempt may have logged the point.
             points = [(point.step, point.value) for point in client.get_metric_history(parent_id, chart)]
-            if (params, value) not in points:
-                mlflow_values.log_metrics(client, parent_id, {chart: value}, params)
+            if (removed, value) not in points:
+                mlflow_values.log_metrics(client, parent_id, {chart: value}, removed)
 
 
 def log_report(step_run: StepRun, files: list[Path]) -> None:
@@ -309,14 +312,11 @@ def log_report(step_run: StepRun, files: list[Path]) -> None:
 
 def links(step_run: StepRun) -> dict[str, str]:
     """Where a report finds the pipeline run in MLflow; `mlflow_url` is empty when tracking is not on a server."""
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    # A report is handed around: it must not hold a password.
-    server = address.bare(uri).rstrip("/") if address.is_server(uri) else ""
     return {
         "run_id": step_run.run,
         "mlflow_run_id": step_run.parent_run_id,
         "experiment_id": step_run.experiment_id,
-        "mlflow_url": server,
+        "mlflow_url": address.mlflow_ui(),  # without a password: a report is handed around
     }
 
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from ptl import extras
-from ptl.errors import InputError, WorkError
+from ptl.errors import WorkError
+from ptl.extras import AbsentError
 from ptl.local import server_process
 from ptl.local.server_process import HOST, START_SECONDS
 from ptl.processes import Environment
@@ -31,10 +32,7 @@ def up(root: Path, port: int) -> Environment:
     if not server_process.needs_start(root, "s3", port):
         return environment
 
-    # Where pip puts it, also when that is not on PATH.
-    weed = shutil.which("weed") or shutil.which("weed", path=Path(sys.executable).parent)
-    if weed is None:
-        raise InputError("no `weed` binary", field="S3 server", remedy=extras.install("pipelines"))
+    weed = binary()
     ports = {
         "s3": port,
         "filer": port + 1,
@@ -57,6 +55,17 @@ def up(root: Path, port: int) -> Environment:
     )
     _await_bucket(environment)
     return environment
+
+
+def binary() -> str:
+    """SeaweedFS, which has been tried. Raises InputError where there is none or it does not run here."""
+    # Where pip puts it, also when that is not on PATH.
+    weed = shutil.which("weed") or shutil.which("weed", path=Path(sys.executable).parent)
+    if weed is None:
+        raise AbsentError("no `weed` binary", field="S3 server", remedy=extras.install("pipelines"))
+    remedy = "put a `weed` for this system on PATH, or set MLFLOW_TRACKING_URI and S3 servers of your own"
+    extras.check_loads("SeaweedFS", (weed, "version"), field="S3 server", remedy=remedy)
+    return weed
 
 
 def _command(weed: str, data: Path, ports: dict[str, int]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ptl import processes
+from ptl.address import runs_page
 from ptl.errors import InputError
 from ptl.lineage import mlflow_database
 from ptl.local import seaweedfs, server_process
@@ -79,7 +80,7 @@ def ui(root: Path, port: int) -> NoReturn:
     server_process.require_free("--port", port)
     # MLflow's start page is about features that we do not use.
     experiment = mlflow_database.newest_experiment(database)
-    page = f"{address(port)}/#/experiments/{experiment}/runs" if experiment else address(port)
+    page = runs_page(address(port), experiment) if experiment else address(port)
     print(f"your runs in MLflow: {page} (Ctrl-C stops it)", flush=True)
     os.environ.update(_mlflow_environment(f"sqlite:///{database}"))
     # In place of this process: Ctrl-C goes to the server itself.

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ptl import json_input
 from ptl.errors import InputError
 from ptl.model import safetensors_io
 from ptl.model.families import ROTARY, family_of
-from ptl.model.safetensors_io import ITEM_BYTES, Entries, Entry
+from ptl.model.safetensors_io import ITEM_BYTES, Entries, Entry, NewTensor
 
 if TYPE_CHECKING:
     import torch
@@ -177,6 +177,19 @@ def write_shard(path: Path, named: dict[str, torch.Tensor]) -> None:
 
     save_file(named, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes 0600, which another UID cannot read
+
+
+def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) -> None:
+    """Write the weights of `src` anew, tensor by tensor, in shards of the same names; None leaves a tensor out."""
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    files = shards(src)
+    for shard in files:
+        for name, dtype, shape in safetensors_io.rewrite(shard, dst / shard.name, changed):
+            weight_map[name] = shard.name
+            total_bytes += safetensors_io.num_bytes(shape, dtype)
+    if files != [src / WEIGHTS]:
+        write_index(dst, weight_map, total_bytes)
 
 
 def write_index(

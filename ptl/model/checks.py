@@ -1,6 +1,6 @@
 """Whether a checkpoint can be trained and asked at all: tokenizer, EOS token, positions, vocabulary. Reads no weights.
 
-`ptl validate` runs without transformers and takes less than a second: it looks at files. The steps ask transformers.
+`ptl validate` looks at files, also where transformers is not installed. The steps ask transformers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     """The tokenizer of a checkpoint. Raises InputError where it cannot be read or has no EOS token."""
+    pretrained.config(folder, field)  # transformers reads it too: what is wrong with it is no fault of the tokenizer
     try:
         tokenizer = pretrained.tokenizer(folder, field)
     except (InputError, ModuleNotFoundError):  # the latter: without transformers

@@ -271,7 +271,7 @@ def experts_for(
             f"of them (num_experts_per_tok), and with the {least.experts} that this needs{groups} the model has "
             f"{least.params:,}",
             field="schedule.target",
-            remedy="let schedule.target remove less, or prune neurons or layers",
+            remedy=f"let schedule.target remove less, or prune {'neurons or ' if dimensions.narrowable else ''}layers",
         )
     return number
 
@@ -296,6 +296,6 @@ def layers_for(dimensions: ModelDimensions, goal: int) -> int:
         raise InputError(
             f"{goal:,} parameters would remove {count} of {dimensions.removable_layers} layers{of_experts}",
             field="schedule.target",
-            remedy="let schedule.target remove less, or prune neurons",
+            remedy=f"let schedule.target remove less, or prune {'neurons' if dimensions.narrowable else 'experts'}",
         )
     return count

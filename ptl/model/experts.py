@@ -15,6 +15,7 @@ from ptl.model import safetensors_io
 from ptl.model.safetensors_io import Entries, Entry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Names in transformers' memory, relative to a layer; the fused layout has the same
@@ -99,19 +100,40 @@ class Experts:
         return not (is_leading or is_listed or is_between)
 
 
-def read_parameter(entries: Entries, name: str, experts: Experts | None) -> Tensor:
+def read_parameter(entries: Entries, name: str, experts: Experts | None, dtype: torch.dtype) -> Tensor:
     """A parameter by its name in transformers' memory; separate experts are put together one by one."""
     if experts is None or name in entries:
-        return safetensors_io.read_tensor(entries[name])
+        return safetensors_io.read_tensor(entries[name]).to(dtype)
     layer, _, part = name.partition(".mlp.")
     if f"mlp.{part}" == f"{ROUTER}.weight":
-        return safetensors_io.read_tensor(entries[f"{layer}.{experts.router(fused=False)}.weight"])
+        return safetensors_io.read_tensor(entries[f"{layer}.{experts.router(fused=False)}.weight"]).to(dtype)
     gate, up, down = experts.projections
     projections = (gate, up) if f"mlp.{part}" == GATE_UP else (down,)
-    return _stacked(entries, experts, layer, projections)
+    return _stacked(entries, experts, layer, projections, dtype)
 
 
-def _stacked(entries: Entries, experts: Experts, layer: str, projections: tuple[str, ...]) -> Tensor:
+def stored_tensor(parameters: Mapping[str, Tensor], name: str, experts: Experts | None) -> Tensor:
+    """A tensor by its name in a checkpoint, from the parameters in transformers' memory, of which it is a view."""
+    if experts is None or name in parameters:
+        return parameters[name]
+    layer, _, part = name.partition(f".{experts.block}.")
+    expert = experts.number(f"{experts.block}.{part}")
+    if expert is None:
+        return parameters[f"{layer}.{ROUTER}.weight"]
+    gate, up, _ = experts.projections
+    projection = part.split(".")[-2]
+    if projection not in (gate, up):
+        return parameters[f"{layer}.{DOWN}"][expert]
+    return parameters[f"{layer}.{GATE_UP}"][expert].chunk(2)[projection == up]
+
+
+def _stacked(
+    entries: Entries,
+    experts: Experts,
+    layer: str,
+    projections: tuple[str, ...],
+    dtype: torch.dtype,
+) -> Tensor:
     """Some projections of all experts of a layer, the projections one below the other: [E, rows, columns]."""
     import torch
 
@@ -120,7 +142,6 @@ def _stacked(entries: Entries, experts: Experts, layer: str, projections: tuple[
         names = [first, *(f"{layer}.{experts.part(len(stored), other)}.weight" for other in projections[1:])]
         stored.append([entries[name] for name in names])
     rows, columns = stored[0][0].shape
-    dtype = safetensors_io.dtypes()[stored[0][0].dtype]
     stacked = torch.empty(len(stored), len(projections), rows, columns, dtype=dtype)
     # Only one expert's tensor is in memory beside the result.
     for expert, tensors in enumerate(stored):

@@ -111,11 +111,6 @@ class Family:
             return kind == "weight"  # the bias is that of the hidden state
         return part in self.up_projections
 
-    def is_router(self, name: str) -> bool:
-        """Whether a tensor is part of a layer's router."""
-        match = IN_LAYER.match(name)
-        return bool(self.experts and match and self.experts.is_router(match["part"]))
-
     def is_read(self, name: str, config: ConfigJson) -> bool:
         """Whether a tensor of a checkpoint is part of the model as transformers loads it.
 

@@ -21,7 +21,7 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     family = family_of(text_tower.read_config(src))
     checkpoint.check_links(src)
     model_dimensions(src, family)
-    pretrained.config(src)
+    pretrained.skeleton(src)
     checks.check_tokenizer(src)
 
     # Then every value.

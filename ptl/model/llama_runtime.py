@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -11,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ptl import extras
 from ptl.errors import InputError, WorkError
 
-PACKAGE = "llama_cpp_py_sync"  # module of llama-cpp-py-sync: llama.cpp's library, and its declarations for cffi
+OWN_LIBRARY = "PTL_LLAMA_CPP"  # environment variable: libllama.so of an own build, in place of the package's
 PRE_TOKENIZER = "tokenizer.ggml.pre"  # the field of a GGUF file that names how text is split before BPE
+BYTE_TOKEN = 1 << 5  # LLAMA_TOKEN_ATTR_BYTE of llama.h, which the package declares as 6
 BATCH = 512  # tokens that one call of llama.cpp reads
 CALLBACK = "void(enum ggml_log_level, const char *, void *)"
 
@@ -29,13 +33,27 @@ class Part(NamedTuple):
     outputs: int  # of how many tokens, the last ones, logits are returned
 
 
+def check_loads() -> None:
+    """Raise InputError where llama.cpp's library cannot be loaded, with the system's reason."""
+    extras.check_loads(
+        "llama.cpp",
+        (sys.executable, "-c", f"import {__name__} as llama; llama.library()"),
+        field="export",
+        remedy=f"use `--runner docker`, set {OWN_LIBRARY} to libllama.so of an own build, or a system with glibc 2.38, "
+        "libgomp and AVX2 (docs/install.md)",
+    )
+
+
 @cache
 def library() -> tuple[Any, Any]:
     """(cffi's interface, llama.cpp's functions); what it logs is kept for `last_warnings`."""
     from llama_cpp_py_sync import _cffi_bindings as bindings
 
     ffi = bindings.get_ffi()
-    lib = bindings.get_lib()
+    own = os.environ.get(OWN_LIBRARY)
+    if own:
+        _check_build(own)
+    lib = ffi.dlopen(own) if own else bindings.get_lib()
 
     @ffi.callback(CALLBACK)
     def keep(level: int, text: Any, _: Any) -> None:
@@ -46,6 +64,22 @@ def library() -> tuple[Any, Any]:
     lib.llama_log_set(keep, ffi.NULL)
     lib.llama_backend_init()
     return ffi, lib
+
+
+def _check_build(file: str) -> None:
+    """Raise InputError for a build with other C structures than those that the package declares."""
+    from cffi import FFI
+    from llama_cpp_py_sync import __llama_cpp_commit__, __llama_cpp_tag__
+
+    ffi = FFI()
+    ffi.cdef("const char * ggml_commit(void);")
+    commit = ffi.string(ffi.dlopen(file).ggml_commit()).decode()
+    if not commit.startswith(__llama_cpp_commit__):  # "-dirty" follows where the source was changed
+        raise InputError(
+            f"{file} is of commit {commit}, the declarations of {__llama_cpp_commit__}",
+            field=OWN_LIBRARY,
+            remedy=f"build llama.cpp's tag {__llama_cpp_tag__}",
+        )
 
 
 def last_warnings() -> str:
@@ -103,6 +137,14 @@ class LlamaModel:
         out = ffi.new("llama_token[]", room)
         count = lib.llama_tokenize(self._vocabulary, encoded, len(encoded), out, room, special, True)
         return list(out[0:count])
+
+    def lacks_bytes(self) -> bool:
+        """Whether a SentencePiece vocabulary has no tokens for bytes: a character without a token ends the process."""
+        _, lib = library()
+        if lib.llama_vocab_type(self._vocabulary) != lib.LLAMA_VOCAB_TYPE_SPM:
+            return False
+        attributes = (lib.llama_vocab_get_attr(self._vocabulary, token) for token in range(self.vocabulary_size))
+        return not any(attribute & BYTE_TOKEN for attribute in attributes)
 
     def is_end(self, token: int) -> bool:
         """Whether an answer ends with this token."""

@@ -5,7 +5,9 @@ transformers asks on the terminal where it needs such code (`auto_map` in a JSON
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,34 @@ MAX_REASON = 300  # characters of transformers' own message that an error quotes
 
 def config(folder: Path, field: str = MODEL) -> Any:
     """The config of a checkpoint. Raises InputError where it needs code of its own, or transformers refuses a field."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    with _naming_config(folder, field):
         return _load(AutoConfig.from_pretrained, folder, field)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:  # a field that transformers refuses
-        reason = " ".join(str(error).split())[:MAX_REASON]  # on one line
+
+
+def skeleton(folder: Path, dtype: Any = None, field: str = MODEL) -> Any:
+    """The language model of a checkpoint without its weights: parameters on torch's meta device, buffers on the CPU.
+
+    Raises InputError where config.json is what transformers builds no model of.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    text_config = config(folder, field).get_text_config()
+    with _naming_config(folder, field), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(text_config, dtype=dtype or text_config.dtype, trust_remote_code=False)
+
+
+@contextmanager
+def _naming_config(folder: Path, field: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a config.json into an InputError."""
+    try:
+        yield
+    except (InputError, ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a dozen kinds: a field is checked where the model first needs it
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]  # on one line
         raise InputError(
             f"transformers cannot read config.json in {folder} ({reason})",
             field=field,
@@ -42,7 +59,7 @@ def config_with_defaults(content: Mapping[str, Any]) -> Any:
     """The config that transformers makes of a config.json's content, with its defaults for what is left out."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**content)
+    return AutoConfig.for_model(**copy.deepcopy(dict(content)))  # transformers writes into nested fields
 
 
 def tokenizer(folder: Path, field: str = MODEL) -> Any:
@@ -66,6 +83,7 @@ def causal_lm(folder: Path, dtype: Any = "auto", field: str = MODEL) -> Any:
             field=field,
             remedy="of a multimodal checkpoint give the text model, which `ptl import-model` saves",
         )
+    skeleton(folder, field=field)
     return for_generation(_load(AutoModelForCausalLM.from_pretrained, folder, field, dtype=dtype, use_safetensors=True))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ FORMAT_DTYPES = {
 ITEM_BYTES = {name: size for name, (_, size) in FORMAT_DTYPES.items()}
 TensorShape = tuple[int, ...]
 TensorSpec = tuple[str, str, TensorShape]  # name, dtype as in the header, shape
+NewTensor = tuple[TensorSpec, "Callable[[], Tensor]"]  # and what makes it, once it is its turn to be written
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that can be pruned
 
 
@@ -143,6 +144,16 @@ def write_tensors(
             assert (tensor.dtype, tensor.shape) == (torch_dtypes[dtype], shape), f"{tensor.dtype} {tensor.shape}"
             flat = tensor.contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def rewrite(src: Path, dst: Path, changed: Callable[[Entry], NewTensor | None]) -> list[TensorSpec]:
+    """Write a file's tensors anew, one by one; None leaves a tensor out, and without any there is no file."""
+    kept = [new for entry in entries(src) if (new := changed(entry)) is not None]
+    specs = [spec for spec, _ in kept]
+    if kept:
+        write_tensors(dst, specs, (read() for _, read in kept))
+        dst.chmod(0o644)  # others may read it, whatever the umask
+    return specs
 
 
 def _header(specs: Iterable[TensorSpec]) -> bytes:

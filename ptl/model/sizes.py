@@ -152,7 +152,7 @@ def read_sizes(config: ConfigJson, family: Family, source: str) -> Sizes:
     # The other fields must fit these sizes.
     _check_heads(config, family, checked, source)
     _check_experts(config, family, checked, source)
-    config_fields.check(config, family, checked.num_hidden_layers, checked.vocab_size, source)
+    config_fields.check(config, source)
     return checked
 
 

@@ -19,7 +19,7 @@ def check_tensors(folder: Path, config: ConfigJson, family: Family, sizes: Sizes
     expert_tensors = shapes.expert_tensors(family, sizes, fused)
     _check_names(folder, family, config, sizes, entries, expert_tensors)
     _check_shapes(family, sizes, entries, expert_tensors)
-    _check_dtypes(folder, family, entries)
+    _check_dtypes(entries)
 
 
 def _check_names(
@@ -96,14 +96,12 @@ def _check_shapes(
             )
 
 
-def _check_dtypes(folder: Path, family: Family, entries: Entries) -> None:
-    """All tensors have one floating-point dtype, but for routers that are kept in float32."""
-    kept = {name for name, entry in entries.items() if entry.dtype == "F32" and family.is_router(name)}
-    dtypes = sorted({entry.dtype for name, entry in entries.items() if name not in kept})
-    if len(dtypes) > 1 or dtypes[0] not in FLOATS:
-        stored = " and ".join(dtypes)
-        possible = ", ".join(FLOATS)
-        raise checkpoint_error(
-            f"{folder} holds {stored} tensors; one of {possible} for all of them is needed",
-            "load it with from_pretrained(..., dtype=...), save it, and give that folder",
-        )
+def _check_dtypes(entries: Entries) -> None:
+    """All tensors are floating-point numbers, each of a dtype of its own: transformers keeps some in float32."""
+    for name, entry in entries.items():
+        if entry.dtype not in FLOATS:
+            possible = ", ".join(FLOATS)
+            raise checkpoint_error(
+                f"tensor {name} in {entry.path} is {entry.dtype}; one of {possible} is needed",
+                "load it with from_pretrained(..., dtype=...), save it, and give that folder",
+            )

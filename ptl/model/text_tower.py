@@ -6,17 +6,13 @@ a model before the import (`ptl validate`, `ptl plan`) sees the text model too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptl.model import checkpoint, safetensors_io
 from ptl.model.families import FAMILIES, TEXT_TOWERS, ConfigJson
-from ptl.model.safetensors_io import Entries, Entry
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ptl.model.safetensors_io import Entries, Entry, NewTensor
 
 # What tensor names of the text model begin with: in files on the hub, then in a model in memory; and in a text model
 PREFIXES = (
@@ -99,18 +95,16 @@ def text_name(name: str) -> str | None:
 
 
 def write_text_model(src: Path, dst: Path) -> None:
-    """Write the text model as a checkpoint of its own, tensor by tensor, so that memory holds one tensor."""
+    """Write the text model as a checkpoint of its own; a shard with vision tensors alone is left out."""
+
+    def renamed(entry: Entry) -> NewTensor | None:
+        name = text_name(entry.name)
+        if name is None:
+            return None
+        return (name, entry.dtype, entry.shape), partial(safetensors_io.read_tensor, entry)
+
     write_companions(src, dst)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    shards = checkpoint.shards(src)
-    for shard in shards:
-        # Shards keep their names; one with vision tensors alone is not written.
-        written = _write_shard(shard, dst / shard.name)
-        weight_map |= {entry.name: shard.name for entry in written}
-        total_bytes += sum(entry.size for entry in written)
-    if shards != [src / checkpoint.WEIGHTS]:
-        checkpoint.write_index(dst, weight_map, total_bytes)
+    checkpoint.rewrite(src, dst, renamed)
 
 
 def write_companions(src: Path, dst: Path) -> Path:
@@ -119,21 +113,3 @@ def write_companions(src: Path, dst: Path) -> Path:
     checkpoint.write_json(dst / "config.json", read_config(src))
     checkpoint.copy_companions(src, dst, excluded=IMAGE_FILES)
     return dst
-
-
-def _write_shard(src: Path, dst: Path) -> list[Entry]:
-    """Write the text model's tensors of one file; returns them, by their new names. An empty file is not written."""
-    kept = []
-    for entry in safetensors_io.entries(src):
-        name = text_name(entry.name)
-        if name is not None:
-            kept.append(replace(entry, name=name))
-
-    def tensors() -> Iterator[Tensor]:
-        for entry in kept:
-            yield safetensors_io.read_tensor(entry)
-
-    if kept:
-        safetensors_io.write_tensors(dst, [(entry.name, entry.dtype, entry.shape) for entry in kept], tensors())
-        dst.chmod(0o644)  # others may read it, whatever the umask
-    return kept

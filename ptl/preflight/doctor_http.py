@@ -52,9 +52,14 @@ class Answer:
 
 
 def get(
-    url: str, headers: Mapping[str, str] | None = None, ca_cert: str | None = None, *, follow: bool = False
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    ca_cert: str | None = None,
+    *,
+    follow: bool = False,
+    body: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """The answer, whatever its status.
+    """The answer, whatever its status; with a `body` to a POST.
 
     A login would go wherever a redirect points to, so only `follow`, for requests without a login of the user's, goes
     there. Raises InputError for a redirect, and where nobody answers.
@@ -66,7 +71,15 @@ def get(
         )
     try:
         with _session(url, ca_cert) as session:
-            response = session.get(url, headers=headers, timeout=SECONDS, allow_redirects=follow, stream=True)
+            response = session.request(
+                "GET" if body is None else "POST",
+                url,
+                headers=headers,
+                json=body,
+                timeout=SECONDS,
+                allow_redirects=follow,
+                stream=True,
+            )
             answer = Answer(response.status_code, _text(response), response.headers)
     except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
         raise _no_answer(url, error) from error
@@ -148,6 +161,15 @@ def check_mlflow(uri: str) -> None:
             f"{base} answers with a page instead of JSON",
             remedy="log in again where it is a login page, or correct MLFLOW_TRACKING_URI",
         )
+
+
+def page_refusal(uri: str, ui: str) -> str:
+    """Why MLflow refuses what its own page asks where it is open at `ui`; empty: it does not."""
+    # A browser sends the page's address with each POST, and MLflow 3 has a list of those that it takes.
+    headers = {**_mlflow_login(), "Origin": address.origin(ui)}
+    search = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
+    answer = get(search, headers, body={"max_results": 1})
+    return "" if answer.status == 200 else f"{answer.status} {answer.text[:100]}"
 
 
 def _mlflow_login() -> dict[str, str]:

@@ -15,6 +15,7 @@ from ptl.config.image_names import with_options
 from ptl.config.recover import NextToken
 from ptl.config.run import Config
 from ptl.config.schedule import one_shot, plan, removal
+from ptl.evaluation import language_models
 from ptl.preflight.doctor_tracking import tracking_uri
 from ptl.preflight.finding import Finding, as_finding
 from ptl.units import listed, size
@@ -46,6 +47,8 @@ def packages(config: Config, runner: str) -> Finding:
         backends = _missing_backends(config)
     missing = [*extras.absent(needed), *backends]
     if not missing:
+        if runner != "docker":
+            language_models.check_backend(config.evaluate)
         return Finding("packages", "ok", f"what the steps import is installed ({', '.join(needed)})")
     listed = ", ".join(missing)
     # The backends are not in these extras: each goes with one kind of CUDA.

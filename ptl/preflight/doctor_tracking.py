@@ -40,7 +40,7 @@ def tracking_and_store(config: Config, *, elsewhere: bool = False) -> list[Findi
 
     # The store is where MLflow's experiment keeps its artifacts, so MLflow comes first.
     tracking = as_finding("MLflow", mlflow, config)
-    if tracking.state != "ok":
+    if tracking.state == "error":
         unknown = Finding("store", "warning", "not checked: MLflow says where it is", "fix MLflow first")
         return [tracking, unknown]
 
@@ -86,8 +86,18 @@ def mlflow(config: Config) -> Finding:
             f"answers, but does not take a run: {reason}",
             "the user needs the right to write: EDIT on the experiment, or the right to create it",
         )
-    server = address.without_login(uri)
-    return Finding("MLflow", "ok", f"{server} takes runs in experiment {experiment!r}")
+    message = f"{address.without_login(uri)} takes runs in experiment {experiment!r}"
+    ui = address.mlflow_ui()
+    refusal = http.page_refusal(uri, ui) if address.is_server(uri) else ""
+    if refusal:
+        return Finding(
+            "MLflow",
+            "warning",
+            f"{message}, but its page at {ui}, to which links lead, shows only errors: it is refused ({refusal})",
+            f"start it with MLFLOW_SERVER_CORS_ALLOWED_ORIGINS={address.origin(ui)}, or set PTL_MLFLOW_UI to the "
+            "address that people open",
+        )
+    return Finding("MLflow", "ok", message)
 
 
 def _make_a_run(experiment_name: str) -> None:

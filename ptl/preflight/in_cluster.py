@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ def read(path: str) -> dict[str, Any]:
     return dict(_call(path, "GET"))
 
 
+def objects(path: str, **selectors: str) -> list[dict[str, Any]]:
+    """The objects at a path, as this pod's account or, outside of a cluster, the kubeconfig's. Raises NotSeenError."""
+    return list(_call(path, "GET", query=list(selectors.items()), anywhere=True)["items"])
+
+
 def may(verb: str, group: str, resource: str, subresource: str, namespace: str) -> bool:
     """Whether this account has a right. Raises NotSeenError."""
     attributes = {
@@ -41,16 +47,27 @@ def may(verb: str, group: str, resource: str, subresource: str, namespace: str) 
     return bool(answer["status"]["allowed"])
 
 
-def _call(path: str, method: str, body: dict[str, Any] | None = None) -> Any:
+def _call(
+    path: str,
+    method: str,
+    body: dict[str, Any] | None = None,
+    query: list[tuple[str, str]] | None = None,
+    *,
+    anywhere: bool = False,
+) -> Any:
     # kfp brings the client into every image.
     from kubernetes import client, config
     from urllib3.exceptions import HTTPError
 
     try:
-        config.load_incluster_config()
+        if anywhere and not NAMESPACE.is_file():
+            config.load_kube_config(os.environ.get("KUBECONFIG"))
+        else:
+            config.load_incluster_config()
         return client.ApiClient().call_api(
             path,
             method,
+            query_params=query,
             header_params={"Accept": "application/json", "Content-Type": "application/json"},
             body=body,
             response_type="object",
@@ -59,7 +76,7 @@ def _call(path: str, method: str, body: dict[str, Any] | None = None) -> Any:
             _request_timeout=SECONDS,
         )
     except config.ConfigException as error:
-        raise NotSeenError(f"the pod has no token of a service account ({error})") from error
+        raise NotSeenError(f"no token of a service account, and no kubeconfig ({error})") from error
     except client.ApiException as error:
         kind_of_error = NoSuchObjectError if error.status == 404 else NotSeenError
         raise kind_of_error(f"the Kubernetes API answers {error.status} ({error.reason})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 from ptl.config.recover import RecoverStage, TrainingData
@@ -13,7 +14,7 @@ from ptl.data import model_fit
 from ptl.data.checks import check_data, check_rewards
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks
-from ptl.model import checkpoint, hub, text_tower
+from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.preflight import target
@@ -27,12 +28,12 @@ def preflight(
     calibration: Calibration,
     training: TrainingData,
     evaluate: Evaluate,
-    gate: Gate | None = None,
+    gate: Gate,
     recover: Sequence[RecoverStage] = (),
 ) -> tuple[Path, ModelDimensions]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
-    Where gate and recovery are not known yet (the import step), the first evaluate and recover steps check them.
+    Where the recovery is not known yet (the import step), the first recover step checks it.
     """
     check_data_and_tasks(calibration, training, evaluate, gate, recover)
     # Only now a download, which may take an hour.
@@ -46,7 +47,7 @@ def check_data_and_tasks(
     calibration: Calibration,
     training: TrainingData,
     evaluate: Evaluate,
-    gate: Gate | None,
+    gate: Gate,
     recover: Sequence[RecoverStage],
 ) -> None:
     """Check what does not depend on the model: data files, rewards, benchmarks, and that the gate can decide."""
@@ -54,8 +55,7 @@ def check_data_and_tasks(
     check_rewards(recover, training)
     check_tasks(evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
-    if gate is not None:
-        check_gate(evaluate, gate)
+    check_gate(evaluate, gate)
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:
@@ -68,6 +68,8 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
+    if find_spec("torch") and find_spec("transformers"):
+        pretrained.skeleton(folder)
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.

@@ -41,8 +41,12 @@ PASSES = 4  # over the training rows, after which repetition helps little (Muenn
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
-# Parameters up to which a learning rate holds, of the shipped configs where there is one of that size.
-LEARNING_RATES = ((1e7, 6e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+# Parameters up to which a learning rate holds where REFERENCE of them go, of the shipped configs if there is one of
+# that size. The best rate doubles with each RATE_DOUBLES more (docs/results.md: 40 to 66 % of the tiny reasoner).
+REFERENCE = 0.3
+RATE_DOUBLES = 0.1
+LEARNING_RATES = ((1e7, 1.5e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 CALIBRATION_LENGTH = 512  # tokens
 
@@ -150,7 +154,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
     params = model.dimensions.params
-    learning_rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
+    learning_rate = default_rate(params, 1 - pruned.params / params)
     rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
     batch_size = next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1])
     return Plan(
@@ -171,12 +175,18 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         calibration_length=min(CALIBRATION_LENGTH, model.positions),
         batch_size=batch_size,
         learning_rate=learning_rate,
-        lora_rate=min(LORA_FACTOR * learning_rate, LEARNING_RATES[0][1]),
+        lora_rate=min(LORA_FACTOR * learning_rate, LARGEST_RATE),
         gpu=request.gpu,
         all_weights=None,
         data=_data_seen_from(folder, request.data),
         tasks=[_task_seen_from(folder, task) for task in request.tasks],
     )
+
+
+def default_rate(params: int, share: float) -> float:
+    """The learning rate of a recovery of a model of so many parameters, of which `share` go."""
+    rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
+    return float(rate * 2 ** ((share - REFERENCE) / RATE_DOUBLES))
 
 
 def _tokens(removed: int, data: Data) -> tuple[int, str]:

@@ -124,8 +124,8 @@ def _prune(plan: Plan) -> str:
 
 def rate(value: float) -> str:
     """8e-06 -> `8e-6`, as people write it."""
-    mantissa, exponent = f"{value:.0e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _header(plan: Plan, forecast: Forecast | None) -> str:

@@ -99,11 +99,12 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
         "layers": "one layer",
         "experts": f"the {dense.sizes.num_experts_per_tok} experts that each token is sent to",
     }[unit]
+    possible = [other for other in UNITS if other != "neurons" or dense.sizes.narrowable]
     raise InputError(
         f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
         f"and now {_state(goal, dense, dense.needs())}",
         field=goal.field,
-        remedy=_remedy(goal, prune, dense, [other for other in UNITS if dense.largest(other, reached)]),
+        remedy=_remedy(goal, prune, dense, [other for other in possible if dense.largest(other, reached)]),
     )
 
 

@@ -32,21 +32,19 @@ class LayerwiseModel:
     """
 
     def __init__(self, folder: Path, family: Family, batches: Sequence[Batch]) -> None:
-        from accelerate import init_empty_weights
         from accelerate.utils import set_module_tensor_to_device
-        from transformers import AutoModelForCausalLM
 
         self.family = family
-        # Files, and the config that says what to build
         self.entries = checkpoint.contents(folder)
-        self.config = pretrained.config(folder)
-        # All tensors of a checkpoint have one dtype: model_dimensions refuses others.
-        norm = self.entries["model.norm.weight"]
-        dtype = safetensors_io.dtypes()[norm.dtype]
-        # Buffers follow from the config and are not in the files: they are made, on the CPU.
-        with init_empty_weights(include_buffers=False):
-            causal_lm = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+        # As from_pretrained: in the config's dtype whatever is stored, but for what the architecture keeps in float32
+        stored = safetensors_io.dtypes()[self.entries["model.norm.weight"].dtype]
+        causal_lm = pretrained.skeleton(folder, pretrained.config(folder).dtype or stored)
         causal_lm.eval().requires_grad_(False)
+        self.config = causal_lm.config
+        kept_in_float32 = tuple(causal_lm._get_dtype_plan(causal_lm.dtype))  # parts of names
+        for name, tensor in (*causal_lm.named_parameters(), *causal_lm.named_buffers()):
+            if any(map(name.__contains__, kept_in_float32)):
+                tensor.data = tensor.data.float()
         # Weights stay on the meta device until a layer is used; buffers and batches are small.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name in dict(causal_lm.named_buffers()):
@@ -164,14 +162,13 @@ class LayerwiseModel:
         from accelerate.utils import set_module_tensor_to_device
 
         for prefix, module in modules.items():
-            for name in dict(module.named_parameters()):
-                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts)
+            for name, parameter in module.named_parameters():
+                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts, parameter.dtype)
                 set_module_tensor_to_device(
                     module,
                     name,
                     self.device,
                     value,
-                    dtype=value.dtype,
                     clear_cache=False,  # it would take longer than the transfer
                 )
         try:

@@ -64,8 +64,8 @@ def neurons(task: SelectionTask) -> Selection:
         needed = dimensions.width - min(num_redundant(neurons, sigma) for neurons in groups)
         multiple, ranks = settings.width_multiple, settings.tensor_parallel
         step = resolve_multiple(dimensions.width, width, multiple, ranks, dimensions.least_multiple)
-        needed += -needed % step  # up to the next multiple
-        width = min(max(width, needed), dimensions.width)  # which need not be a multiple
+        needed += -needed % step  # up to the next multiple; beyond today's width all neurons stay
+        width = max(width, needed)
     return _keep_neurons(range(dimensions.layers), scores, width)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ptl.model import checkpoint, safetensors_io
 from ptl.model.experts import FUSED, GATE_UP, Experts
 from ptl.model.families import IN_LAYER, ROTARY, ConfigJson, Family
 from ptl.model.pretrained import config_with_defaults
-from ptl.model.safetensors_io import Entries, Entry, TensorShape
+from ptl.model.safetensors_io import Entries, Entry, NewTensor, TensorShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,53 +191,21 @@ def write_pruned(
     `repaired` has tensors of the source whose new value, already pruned, is in a file of its own (repair.py).
     """
     dst.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    shards = checkpoint.shards(src)
-    for shard in shards:
-        # Shards keep their names.
-        sizes = _write_pruned_file(shard, dst / shard.name, family, selection, repaired or {})
-        weight_map |= dict.fromkeys(sizes, shard.name)
-        total_bytes += sum(sizes.values())
-    if shards != [src / checkpoint.WEIGHTS]:
-        checkpoint.write_index(dst, weight_map, total_bytes)
+    values = repaired or {}
+
+    def pruned(entry: Entry) -> NewTensor | None:
+        tensor = pruned_tensor(entry.name, entry.shape, family, selection)
+        if tensor is None:
+            return None
+        spec = (tensor.name, entry.dtype, tensor.shape(entry.shape))
+        if entry.name in values:
+            return spec, partial(safetensors_io.read_tensor, values[entry.name])
+        return spec, lambda: tensor.values(safetensors_io.read_tensor(entry))
+
+    checkpoint.rewrite(src, dst, pruned)
     # Recovery resumes with the optimizer state of what stays.
     state = src / checkpoint.STATE
     if state.is_file():
-        _write_pruned_file(state, dst / checkpoint.STATE, family, selection, {})
+        safetensors_io.rewrite(state, dst / checkpoint.STATE, pruned)
     checkpoint.write_json(dst / "config.json", prune_config(checkpoint.read_config(src), family, selection))
     checkpoint.copy_companions(src, dst)
-
-
-def _write_pruned_file(
-    src: Path,
-    dst: Path,
-    family: Family,
-    selection: Selection,
-    repaired: Entries,
-) -> dict[str, int]:
-    """Prune one safetensors file; returns the bytes of each tensor written. A file without tensors is not written."""
-    # The header of a file comes first: all shapes are known before any tensor is read.
-    kept: list[tuple[Entry, PrunedTensor]] = []
-    specs = []
-    sizes = {}
-    for entry in safetensors_io.entries(src):
-        pruned = pruned_tensor(entry.name, entry.shape, family, selection)
-        if pruned is None:
-            continue
-        kept.append((entry, pruned))
-        shape = pruned.shape(entry.shape)
-        specs.append((pruned.name, entry.dtype, shape))
-        sizes[pruned.name] = safetensors_io.num_bytes(shape, entry.dtype)
-
-    def tensors() -> Iterator[Tensor]:
-        for entry, pruned in kept:
-            if entry.name in repaired:
-                yield safetensors_io.read_tensor(repaired[entry.name])
-            else:
-                yield pruned.values(safetensors_io.read_tensor(entry))
-
-    if kept:
-        safetensors_io.write_tensors(dst, specs, tensors())
-        dst.chmod(0o644)  # others may read it, whatever the umask
-    return sizes

@@ -42,10 +42,10 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
     started = time.monotonic()
     tokenizer = checks.load_tokenizer(src)
     # rows that share text with a benchmark's items are left out
-    leak_filter = decontamination.build(job.data.decontaminate, job.scored)
+    leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     positions = checkpoint.read_config(src).get("max_position_embeddings")
     rows = prompts(settings, job, tokenizer, positions, leak_filter)
-    model, dtype = training.load(src)
+    model = training.load(src)
     model.generation_config.max_length = None  # max_completion_length counts; dst keeps the source's own file
     # for the step's metadata
     details: dict[str, Any] = {"processes": world_size()}
@@ -66,7 +66,7 @@ def grpo(src: Path, dst: Path, settings: Grpo, job: RecoveryJob) -> RecoverRepor
         callbacks=[training.watch(job), _token_limit(job.budget.tokens)],
     )
     resumed_at = training.run(trainer, job.scratch)
-    training.save(trainer, src, dst, dtype, sharded=training.is_sharded(settings))
+    training.save(trainer, src, dst, sharded=training.is_sharded(settings))
     points, details["rewards"] = _logged(trainer)
     return RecoverReport(
         method=settings.method,

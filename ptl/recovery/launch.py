@@ -80,6 +80,8 @@ def run(
     job_file = job.scratch / "job.json"
     report_file = job.scratch / REPORT_FILE
     error_file = job.scratch / ERROR_FILE
+    total = processes * job.machines.count
+    print(f"starting {processes} of {total} training processes, which wait for each other", flush=True)
     # all that a process needs, in JSON's types
     fields = {
         "src": str(src),
@@ -103,7 +105,6 @@ def run(
             error = json.loads(error_file.read_text())
             is_input = error.pop("exit_code") == InputError.exit_code
             raise InputError(**error) if is_input else WorkError(**error)
-        total = processes * job.machines.count
         problem = f"training in {total} processes failed{_reason(printed)}"
         if not restarts:
             raise WorkError(problem, field="recover")

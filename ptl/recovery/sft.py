@@ -36,7 +36,7 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
     arguments = sft_arguments(settings, job)
     # before the weights are read: a wrong row is reported at once
     dataset, details = training_dataset(tokenizer, settings, job, arguments)
-    model, dtype = training.load(src)
+    model = training.load(src)
     if settings.lora is not None:
         # the Trainer's seed comes later than the adapters' first values
         torch.manual_seed(job.budget.seed)
@@ -60,7 +60,7 @@ def train(src: Path, dst: Path, settings: Cpt | Distil, job: RecoveryJob, traine
     )
     resumed_at = training.run(trainer, job.scratch)
     keeps_state = carries_state and job.keep_optimizer_state
-    training.save(trainer, src, dst, dtype, with_state=keeps_state, sharded=sharded)
+    training.save(trainer, src, dst, with_state=keeps_state, sharded=sharded)
     return RecoverReport(
         method=settings.method,
         tokens=tokens,
@@ -143,7 +143,7 @@ def training_dataset(
     budget = job.budget
     assert budget.tokens is not None
     # rows that share text with a benchmark's items are left out
-    leak_filter = decontamination.build(job.data.decontaminate, job.scored)
+    leak_filter = decontamination.build(job.data.decontaminate, job.benchmark_items)
     chunk = training_chunk(
         job.data,
         tokenizer,

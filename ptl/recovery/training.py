@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from ptl.config.recover import NextToken, Stage
 from ptl.errors import WorkError
 from ptl.log import INTERVAL
 from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model.experts import stored_tensor
+from ptl.model.families import family_of
+from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
 from ptl.recovery.job import Curve, RecoveryJob, StageBudget
 from ptl.storage.local_files import FULL
@@ -28,16 +32,13 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter, in its shape
 NO_SPACE_TEXTS = ("PytorchStreamWriter failed", "unexpected pos", *(f"os error {code})" for code in FULL))
 
 
-def load(src: Path) -> tuple[Any, torch.dtype]:
-    """Model in float32, and the dtype of the stored weights, whatever config.json names.
+def load(src: Path) -> Any:
+    """The model in float32.
 
     Weights, gradients and the optimizer's state are float32 whatever is stored, so that small updates add up;
     `recover.dtype` is the precision of the forward pass alone.
     """
-    # all weights have one dtype, see model_dimensions()
-    embedding = checkpoint.contents(src)["model.embed_tokens.weight"]
-    dtype = safetensors_io.dtypes()[embedding.dtype]
-    return pretrained.causal_lm(src, torch.float32), dtype
+    return pretrained.causal_lm(src, torch.float32)
 
 
 def learning_rate_curve(
@@ -267,12 +268,11 @@ def save(
     trainer: Any,
     src: Path,
     dst: Path,
-    dtype: torch.dtype,
     *,
     with_state: bool = False,  # the optimizer's, for the next iteration
     sharded: bool = False,  # whether the weights are spread over processes
 ) -> None:
-    """Write an ordinary checkpoint in the dtype of `src`; config and tokenizer files are those of the source."""
+    """Write an ordinary checkpoint of the same tensors as `src`; config and tokenizer files are those of the source."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     step = trainer.state.global_step
     scratch = trainer.args.output_dir
@@ -287,12 +287,32 @@ def save(
             checkpoint.write_shard(dst / checkpoint.STATE, _optimizer_state(model, trainer.optimizer))
         if hasattr(model, "merge_and_unload"):  # LoRA
             model = model.merge_and_unload()
-        model = model.to(dtype)
-        check_finite(model, step, scratch)  # float16 ends at 65,504
-        model.save_pretrained(dst)
-        # save_pretrained writes a config of this version of transformers
+        if not _write_like(src, dst, model.state_dict()):
+            raise _not_finite("a weight is NaN or infinite", step, step, scratch)
         shutil.copyfile(src / "config.json", dst / "config.json")
         checkpoint.copy_companions(src, dst)
+
+
+def _write_like(src: Path, dst: Path, parameters: Mapping[str, torch.Tensor]) -> bool:
+    """Write a model's parameters by the names and in the dtypes of `src`; False, and nothing, where one overflows."""
+    config = checkpoint.read_config(src)
+    family = family_of(config)
+    written = {name: entry for name, entry in checkpoint.contents(src).items() if family.is_read(name, config)}
+    dtypes = safetensors_io.dtypes()
+
+    def stored(entry: Entry) -> torch.Tensor:
+        return stored_tensor(parameters, entry.name, family.experts).to("cpu", dtypes[entry.dtype])
+
+    def trained(entry: Entry) -> NewTensor | None:
+        if entry.name not in written:
+            return None
+        return (entry.name, entry.dtype, entry.shape), partial(stored, entry)
+
+    # float16 ends at 65,504
+    if not all(stored(entry).isfinite().all() for entry in written.values()):
+        return False
+    checkpoint.rewrite(src, dst, trained)
+    return True
 
 
 def is_sharded(settings: Stage) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ptl.config.recover import RecoverStage
-from ptl.errors import PtlError
+from ptl.errors import PtlError, explained_imports
 from ptl.processes import die_with_tied
 from ptl.recovery.launch import CHECKPOINT, ERROR_FILE, HANDOVER, JOB, METRICS, REPORT_FILE
 from ptl.recovery.recover import RECOVERIES
@@ -27,6 +27,8 @@ STAGE: TypeAdapter[RecoverStage] = TypeAdapter(RecoverStage)
 def main(job_file: Path) -> None:
     """Train as the job says; the first process of a machine writes the report, and whichever fails first its error."""
     die_with_tied()
+    if os.environ.get("RANK", "0") == "0":
+        print("all training processes have started: importing libraries, loading the model", flush=True)
     fields = json.loads(job_file.read_text())
     # by the class of its method; alone, its share of a chain's tokens does not add up to 1
     settings = STAGE.validate_python(fields["settings"])
@@ -36,7 +38,8 @@ def main(job_file: Path) -> None:
         functions["save_checkpoint"] = _hand_over
     job = JOB.validate_python(fields["job"] | functions)
     try:
-        report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
+        with explained_imports():
+            report = RECOVERIES[settings.method](Path(fields["src"]), Path(fields["dst"]), settings, job)
     except PtlError as error:
         # the launching process raises it again; what follows in the other processes is its consequence
         parts = {**vars(error), "exit_code": error.exit_code}

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptl.address import runs_page
 from ptl.evaluation import speed_rows
 from ptl.report import evidence, exports, limits, side_by_side, tables, wording
 from ptl.report.answer import answer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PAPER = "Prune-Tune Loop, arXiv 2602.04919"
 WIDE = 100  # columns of a terminal from which cells of the table have space between them
-# Of the table's rows, by their verdict; `not tested` has the terminal's own colour.
+# Of the table's rows, by their verdict; `gate off` has the terminal's own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
 
 
@@ -50,22 +51,28 @@ def render(result: Result, out: Path) -> Result:
     return result
 
 
-def print_table(result: Result, out: Path | None = None) -> None:
-    """Print the verdict and the table; with `out`, also where the page is."""
+def terminal_text(result: Result, report: str) -> str:
+    """The table, the verdict, and where the report (`report` says it) and MLflow's page are."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
     # In 80 columns the table has just room.
     padding = 1 if console.width >= WIDE else 0
-    console.print(_terminal_table(result, padding))
-    for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
-        console.print(escape(sentence), highlight=False)
-    if out is not None:
-        page = (out / "report.html").resolve()
-        console.print(f"\nReport: {escape(str(page))}", highlight=False, soft_wrap=True)
-    address = result["mlflow"]["url"] or "run `ptl ui` and open the address it prints"
-    console.print(f"MLflow: {escape(address)}", highlight=False)
+    with console.capture() as captured:
+        console.print(_terminal_table(result, padding))
+        for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
+            console.print(escape(sentence), highlight=False)
+        for line in (f"\nReport: {report}", f"MLflow: {_mlflow_page(result)}"):
+            console.print(escape(line), highlight=False, soft_wrap=True)
+    return captured.get().rstrip()
+
+
+def _mlflow_page(result: Result) -> str:
+    server = result["mlflow"]["url"]
+    if not server:
+        return "run `ptl ui` and open the address it prints"
+    return runs_page(server.rstrip("/"), result["mlflow"]["experiment_id"], result["mlflow_run_id"])
 
 
 def _terminal_table(result: Result, padding: int) -> Table:

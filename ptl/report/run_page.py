@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptl.lineage import mlflow_client, mlflow_values
-from ptl.lineage.run_status import StepRun
+from ptl.lineage.run_status import RESULT, TAG, StepRun
+from ptl.report import wording
+from ptl.report.answer import answer
 from ptl.report.provenance import DataSet
-from ptl.report.result import final_row
+from ptl.report.result import Result, final_row
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,10 +66,20 @@ def _dataset_input(same: list[DataSet]) -> DatasetInput:
     )
 
 
-def log_result(run: StepRun, metrics: dict[str, float]) -> None:
-    """Metrics of the pipeline run, such as `final/accuracy`. Calling it again changes nothing."""
+def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> None:
+    """Metrics of the pipeline run, such as `final/accuracy`, and the beginning of its report, for its description.
+
+    Calling it again changes nothing.
+    """
     with mlflow_client.connected() as client:
         mlflow_values.add_metrics(client, client.get_run(run.parent_run_id), metrics)
+        if beginning:
+            client.set_tag(run.parent_run_id, RESULT, beginning[:TAG])
+
+
+def first_lines(result: Result) -> str:
+    """How the report begins: whether the final model may be shipped, and by which scores."""
+    return f"{answer(result).text}. {wording.verdict(result)}"
 
 
 def result_metrics(result: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ptl.address import runs_page
 from ptl.report import cells
 from ptl.report.result import Result, control_row, dense_row, final_row
 from ptl.report.result_rows import Row
@@ -147,8 +148,8 @@ def links(result: Result) -> dict[str, str]:
     is_web_address = re.match(r"https?://", url)
     addresses = {}
     for step in result["steps"]:
-        address = f"{url}/#/experiments/{experiment}/runs/{step['run_id']}"
-        addresses[step["step"]] = address if is_web_address else ""
+        page = runs_page(url, experiment, step["run_id"])
+        addresses[step["step"]] = page if is_web_address else ""
     return addresses
 
 

@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Section)
 Metadata = dict[str, Any]  # what a record says of its step
 
 # Of a pointer, what Kubeflow's page of an artifact shows: every task that takes it carries these bytes.
-SHOWN = ("uri", "digest", "params", "run_id")
+SHOWN = ("uri", "params")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def evaluate(call: Call) -> None:
     The step that ends the loop also measures the final model's speed beside the dense one's. With the gate off there is
     no fallback, and the next iteration does not wait for the scores.
     """
-    if passes_through(call, "scores", "accepted"):
+    if passes_through(call, "accepted"):
         return
     step = call.step
     seed = call.settings["seed"]
@@ -37,8 +37,6 @@ def evaluate(call: Call) -> None:
     if step.arm == "loop" and step.iteration:
         # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(loop.gate, compiled=fallback is not None)
-    # The import step does not know whether the gate can decide by the first benchmark.
-    tasks.check_gate(settings, loop.gate)
     # The scores depend on less than the verdict: another gate can take them over.
     content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
 
@@ -61,10 +59,9 @@ def evaluate(call: Call) -> None:
         }
 
     record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
-    write_pointer(call.outputs["scores"], record["pointer"])
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
-    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"]))
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record))
 
 
 def _loop_settings(call: Call) -> LoopSettings:

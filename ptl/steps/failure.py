@@ -55,7 +55,7 @@ def pass_on(step: str, reason: str, arguments: dict[str, Any]) -> None:
     stopped = gate.State(stopped=True, reason=f"{step} failed: {reason}")
     onward = dataclasses.asdict(pointer) | {"gate": stopped.dump()}
     # The outputs of prune, recover and evaluate; a step has some of them. Kubeflow keeps what is beside the file.
-    for name in ("out", "scores", "accepted"):
+    for name in ("out", "accepted"):
         if name in arguments:
             artifact = arguments[name]
             write_pointer(Output(Path(artifact.path), artifact.metadata), onward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,20 @@ from ptl.config.run import Calibration, Evaluate, Gate, check
 from ptl.config.schedule import Prune, Schedule
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
+from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.report import provenance, run_page
 from ptl.revision import own_revision
-from ptl.steps import attempts
+from ptl.steps import attempts, takeover
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
+from ptl.steps.inputs import BENCHMARK_ITEMS
 from ptl.steps.iterations import schedule_of
+from ptl.steps.machine import empty_folder
+from ptl.steps.reporting import noting_errors
+from ptl.storage import store
+from ptl.storage.manifest import digest_of
+from ptl.storage.store import Pointer
 
 
 def import_model(call: Call) -> None:
@@ -43,6 +52,7 @@ def import_model(call: Call) -> None:
         "calibration": call.section(Calibration, "calibration"),
         "training": call.section(TrainingData, "training"),
         "evaluate": call.section(Evaluate, "evaluate"),
+        "gate": gate_settings,
     }
     path = settings["model"]
     revision = settings["revision"]
@@ -51,7 +61,7 @@ def import_model(call: Call) -> None:
 
     def work(_src: None, dst: Path, run: StepRun) -> Metadata:
         # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        params = {"model": {"path": path, "revision": revision or None}, **sections, "gate": gate_settings}
+        params = {"model": {"path": path, "revision": revision or None}, **sections}
         run_page.describe(
             run,
             flat_settings(to_jsonable_python(params)),
@@ -73,8 +83,28 @@ def import_model(call: Call) -> None:
     source = {"model": path, "revision": revision, **_goal(schedule, sections["prune"], folder)}
     # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
     title = settings["run_name"] if attempts.on_a_cluster() else None
+    # First: they are cheap, and a benchmark that does not load is known before the model is copied.
+    if sections["training"].decontaminate.tasks:
+        _commit_items(call.step.start(title), sections["evaluate"], settings["seed"])
     record = execute(call.step, None, source, work, title=title)
     write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
+    """Publish the benchmarks' items for all recoveries of the run, which find their record by its id."""
+    from ptl.evaluation.items import write_items
+
+    with noting_errors(run):
+        key = takeover.key("", {"evaluate": evaluate, "seed": seed})
+        if store.committed(run.root, run.run, BENCHMARK_ITEMS, key):
+            return
+        folder = empty_folder(run.step)
+        number = write_items(folder, evaluate, seed)
+        location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
+        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id)
+        record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": {"stage": BENCHMARK_ITEMS}}
+        store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
+        say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
 
 
 def _goal(schedule: Schedule, prune: Prune, folder: Path) -> Metadata:

@@ -13,10 +13,12 @@ from ptl.storage import store
 from ptl.storage.store import Pointer, Record
 
 Items = list[dict[str, Any]]  # of an evaluation: each with its task, id, digest of the prompt and outcome
+BENCHMARK_ITEMS = "items"  # record of the benchmarks' items, by import-model
 
 
 def fetch(pointer: Pointer) -> Path:
     """The verified folder of a pointer. Raises WorkError naming the step that made it, which a rerun does again."""
+    print(f"fetching {pointer.step or 'a checkpoint'} from {pointer.uri}", flush=True)
     try:
         return store.fetch(pointer, scratch("cache"))
     except WorkError as error:
@@ -41,6 +43,18 @@ def dense_model(run: StepRun) -> Pointer | None:
     """The imported model of a run; None where its record is gone."""
     record = store.committed(run.root, run.run, "import-model")
     return Pointer(**record["pointer"]) if record else None
+
+
+def benchmark_items(run: StepRun) -> Pointer:
+    """The benchmarks' items that import-model has committed. Raises WorkError where their record is gone."""
+    record = store.committed(run.root, run.run, BENCHMARK_ITEMS)
+    if record is None:
+        raise WorkError(
+            "the record of the benchmarks' items is gone, and training rows are compared with them",
+            field=f"run {run.run}",
+            remedy="start a new run",
+        )
+    return Pointer(**record["pointer"])
 
 
 def fetch_items(record: Record) -> Items:

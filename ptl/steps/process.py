@@ -10,7 +10,7 @@ from typing import Any
 
 from ptl import processes
 from ptl.address import without_login
-from ptl.errors import InputError, PtlError
+from ptl.errors import InputError, PtlError, explained_imports
 from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
 from ptl.storage import local_files
 
@@ -43,6 +43,7 @@ def reason(error: Exception) -> str:
     return without_login(f"{type(error).__name__}: {error}")
 
 
+@explained_imports()
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table

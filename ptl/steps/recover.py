@@ -22,7 +22,7 @@ from ptl.recovery.job import Log, progress
 from ptl.steps import coordinator, takeover
 from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
 from ptl.steps.execution import execute, take_part
-from ptl.steps.inputs import dense_model, fetch
+from ptl.steps.inputs import benchmark_items, dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
 from ptl.storage import store
@@ -45,6 +45,8 @@ def recover(call: Call) -> None:
     weights = token_weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
+    # By the run's id: an edge from import-model to each recovery would tell nobody anything.
+    items = benchmark_items(step.start()) if data.decontaminate.tasks else None
     # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
@@ -52,6 +54,7 @@ def recover(call: Call) -> None:
         "skip": iteration.tokens_before,
         "recover": recovery.stages,
         "training": data,
+        "items": items and items.digest,
         "seed": call.settings["seed"],
     }
     training_key = store.digest([parent.digest, settings])
@@ -72,7 +75,7 @@ def recover(call: Call) -> None:
             scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
-            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
+            benchmark_items=fetch(items) if items else None,
             machines=group,
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)

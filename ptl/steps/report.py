@@ -49,7 +49,7 @@ def report(call: Call) -> None:
         tracking.log_report(run, sorted(folder.iterdir()))
         # import-model was not given all of the config.
         run_page.describe(run, flat_settings(config.model_dump(mode="json")))
-        run_page.log_result(run, run_page.result_metrics(result))
+        run_page.log_result(run, run_page.result_metrics(result), run_page.first_lines(result))
         # Name the best and the smallest version in MLflow's registry.
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)

@@ -56,6 +56,10 @@ def track(
     """Report to MLflow what a record says; repeating it changes nothing."""
     metadata = record["metadata"]
     evaluated = metadata["stage"] == "evaluate"
+    # An evaluation makes no model; its scores belong to the run's own page too. First, since whoever watches the step
+    # reads its verdict as soon as it has finished.
+    if parent and evaluated:
+        _track_evaluation(step, run, parent, metadata)
     tracking.finish(
         run,
         params=flat_settings(settings),
@@ -64,16 +68,14 @@ def track(
         output=None if evaluated else record["pointer"]["model_id"],
         step=step.iteration,
     )
-    # An evaluation makes no model; its scores belong to the run's own page too.
-    if evaluated:
-        _track_evaluation(step, run, metadata)
 
 
-def _track_evaluation(step: Step, run: StepRun, metadata: Metadata) -> None:
+def _track_evaluation(step: Step, run: StepRun, scored: Pointer, metadata: Metadata) -> None:
     """The scores and the verdict of an evaluation, on the pages of the pipeline run and of the step."""
     scores = metadata["scores"]
     first = scores["tasks"][0]
-    tracking.log_progress(run, scores["params"], first["accuracy"], low=first["low"], high=first["high"])
+    removed = scored.original_params - scores["params"]
+    tracking.log_progress(run, removed, first["accuracy"], low=first["low"], high=first["high"])
     if step.iteration == 0:
         # Known from the start on, beside which the page shows the final model at the end.
         run_page.log_result(run, {"dense/accuracy": first["accuracy"]})

@@ -26,7 +26,7 @@ from ptl.steps.attempts import NO_SPACE, Failure, Policy, on_a_cluster, policy
 from ptl.storage import local_files
 
 # Artifacts that a step reads; it writes all others.
-INPUTS = ("model", "dense", "scored", "fallback", "final", "control")
+INPUTS = ("model", "dense", "fallback", "final", "control")
 PROCESS = "ptl.steps.process"  # the module that does the work
 Work = subprocess.Popen[bytes] | fork_server.Forked
 GRACE = 20  # seconds between SIGTERM and SIGKILL, where the pod lasts so long

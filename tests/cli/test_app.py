@@ -1,5 +1,6 @@
 """The command line on wrong input: a clear message, exit code 2, and nothing expensive started."""
 
+import contextlib
 import errno
 import json
 import os
@@ -15,9 +16,11 @@ from gguf_files import needs_llama_cpp, pairs_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import build, save
 
-from ptl.cli import app, shipped
+from ptl.cli import app, configs, shipped
 from ptl.config.run import Config, load_config
 from ptl.errors import InputError
+from ptl.export import gguf
+from ptl.extras import UnusableError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "pipelines/prune_tune_loop/configs/tiny.yaml"
@@ -94,6 +97,7 @@ def test_a_wrong_config_is_refused_before_any_work(config, tmp_path, fields, sai
     assert refused(config(**fields), said, tmp_path)
 
 
+@needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "validate"])
 def test_a_checkpoint_that_llama_cpp_computes_differently_is_refused_if_it_is_to_be_exported(
@@ -128,7 +132,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused_if_it_is_to_be_expo
     fields = {"model__path": str(checkpoint), "export": [{"format": "gguf", "type": "q8_0"}]}
     options = ["--home", tmp_path / "home"] if command == "run" else []
     done = ptl(command, config(**fields), *options)
-    assert done.returncode == 2 and "llama.cpp has no pre-tokenizer that gives the tokens" in done.stderr, done.stderr
+    assert done.returncode == 2 and "llama.cpp would not run this tokenizer" in done.stderr, done.stderr
     assert not (tmp_path / "home").exists()
     # vLLM reads every tokenizer that transformers has.
     fields["export"] = [{"format": "compressed-tensors", "type": "fp8"}]
@@ -142,10 +146,38 @@ def test_validate_says_that_a_tokenizer_was_not_checked(config, checkpoint, tmp_
     file = config(export=[{"format": "gguf", "type": "q8_0"}])
     done = ptl("validate", file, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    assert "warning: not checked: whether llama.cpp has the tokenizer (" in done.stderr
-    assert "pip install 'prune-tune-loop[gguf]'" in done.stderr
+    assert done.stderr.count("warning: not checked: ") == 1 and "install 'prune-tune-loop[gguf]'" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_a_llama_cpp_that_the_system_cannot_load_is_wrong_input(command, config, tmp_path):
+    """As with a glibc older than its library was built for."""
+    pytest.importorskip("llama_cpp_py_sync")
+    (tmp_path / "sitecustomize.py").write_text(
+        'import cffi\ndef fail(*_):\n    raise OSError("version `GLIBC_2.38\' not found")\ncffi.FFI.dlopen = fail\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    options = ["--home", tmp_path / "home"] if command == "run" else []
+    done = ptl(command, config(export=[{"format": "gguf", "type": "q8_0"}]), *options, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "llama.cpp cannot be loaded here (" in done.stderr and "`GLIBC_2.38' not found" in done.stderr
+    assert "PTL_LLAMA_CPP" in done.stderr and not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("excused", [(), UnusableError])
+def test_in_containers_it_does_not_matter_what_this_machine_can_load(excused, config, monkeypatch, capsys):
+    def unloadable():
+        raise UnusableError("no GLIBC_2.38")
+
+    monkeypatch.setattr(gguf, "check_installed", unloadable)
+    settings = load_config(config(export=[{"format": "gguf", "type": "q8_0"}]))
+    with contextlib.nullcontext() if excused else pytest.raises(UnusableError):
+        configs.checked(settings, excused)
+    assert capsys.readouterr().err.count("not checked: no GLIBC_2.38") == len([excused] if excused else [])
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("command", ["validate", "plan"])
 def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config, tmp_path):
     """A Gemma 3 of six layers, the last with full attention."""
@@ -171,7 +203,7 @@ def test_layers_that_may_be_removed_from_a_pattern_are_warned_of(command, config
 def test_a_run_needs_what_its_exports_are_made_with(config, tmp_path, monkeypatch):
     path = config(export=[{"format": "compressed-tensors", "type": "fp8"}])
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
-    assert refused(path, "PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python that has llmcompressor", tmp_path)
+    assert refused(path, "PTL_LLMCOMPRESSOR_PYTHON: llmcompressor of /no/such/python cannot be loaded here", tmp_path)
     # Where the run is planned need not be where it runs.
     assert ptl("validate", path).returncode == 0
 
@@ -257,15 +289,15 @@ def test_files_and_folders_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_scored_must_be_a_whole_evaluation(tmp_path):
+def test_a_recovery_by_hand_reads_the_benchmarks_items_itself(tmp_path):
     dense = TINY.parents[3] / "examples/tiny_reasoner/checkpoint"
-    (tmp_path / "scored").mkdir()
-    for name in ("items.jsonl", "scores.json"):
-        done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--scored", tmp_path / "scored")
-        assert done.returncode == 2 and f"--scored: no {name} in" in done.stderr
-        (tmp_path / "scored" / name).touch()
     assert ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "0").returncode == 2
     assert not (tmp_path / "out").exists()
+    task = f"{{name: {dense.with_name('tiny_reasoner.yaml')}, limit: 64}}"
+    sets = ("--set", "training.decontaminate={ngram: 8}", "--set", f"evaluate.tasks=[{task}]")
+    done = ptl("recover", dense, tmp_path / "out", "-c", TINY, "--tokens", "2000", *sets)
+    told = json.loads(done.stdout[done.stdout.index('{\n "method"') :])["details"]["decontaminated"]
+    assert (told["items"], told["not_compared"]) == (64, []) and told["dropped"] > 0
 
 
 def test_fetch_refuses_what_is_no_finished_run(tmp_path):

@@ -18,7 +18,7 @@ from ptl.config.run import load_config
 from ptl.data.sources import SourceRow, texts
 from ptl.evaluation.tasks import check_tasks
 from ptl.model.families import FAMILIES, TEXT_TOWERS
-from ptl.preflight import starter_presets
+from ptl.preflight import starter, starter_presets
 from ptl.preflight.forecast import forecast
 from ptl.preflight.gpus import GPUS
 from ptl.preflight.known_models import KNOWN_MODELS, similar
@@ -234,6 +234,15 @@ def test_the_config_of_a_mixture_is_validated_planned_and_rehearsed(variant, exp
 
 
 @pytest.mark.slow
+def test_the_learning_rate_follows_the_removed_share():
+    """Within one step of the grid (the square root of 2) of the best rates of loops in depth.jsonl."""
+    best = {0.4: (3e-4, 4.2e-4), 0.5: (3e-4, 6e-4), 0.55: (6e-4, 8.5e-4), 0.6: (8.5e-4, 1.2e-3), 0.65: (1.2e-3, 1.7e-3)}
+    for share, (low, high) in best.items():
+        assert low / 1.42 <= starter.default_rate(213_568, share) <= high * 1.42, share
+    assert starter.default_rate(213_568, 0.3) == pytest.approx(1.5e-4)
+    assert starter.default_rate(8_000_000_000, 0.3) == pytest.approx(8e-6)
+
+
 def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
     code, said = ptl("init", REASONER / "checkpoint", "-o", "mine.yaml", "--gpu", "none")
     assert code == 0

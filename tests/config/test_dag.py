@@ -64,10 +64,13 @@ def test_no_step_takes_one_artifact_twice(case):
         assert len(set(node.inputs.values())) == len(node.inputs), node
 
 
-def test_every_recovery_takes_the_scores_of_the_dense_model(case):
-    recoveries = [node for node in case[3].values() if stage_of(node.name) == "recover"]
-    assert len(recoveries) == case[0].schedule.iterations + (case[2] != "off")
-    assert {node.inputs["scored"] for node in recoveries} == {Source("evaluate-0", "scores")}
+def test_only_what_compares_with_the_dense_model_waits_for_its_scores(case):
+    """With the gate that is the first verdict, before which the dense model is scored beside a training."""
+    _, gate, control, dag = case
+    waiting = {name for name, node in dag.items() if "evaluate-0" in node.needs}
+    assert waiting == {"evaluate-1" if gate else "control-prune" if control == "after" else "report"}
+    assert all("evaluate-0" in before(dag, name) for name in ("report", *(["evaluate-1"] if gate else [])))
+    assert "evaluate-0" not in before(dag, "recover-1")
 
 
 def test_an_iteration_waits_for_the_verdict_only_with_the_gate(case):
@@ -113,6 +116,7 @@ def test_exports_take_the_final_and_the_dense_model_and_come_before_the_report(c
     for name in names:
         assert dag[name].inputs == {"model": accepted, "dense": Source("import-model", "out")}
         assert (stage_of(name), arm_of(name), iteration_of(name)) == ("export", "export", 0)
+        assert "evaluate-0" in before(dag, name)  # they are compared with its items
     assert set(names) <= set(dag["report"].needs)
 
 

@@ -88,7 +88,7 @@ def test_half_and_more_is_removed_in_eight_iterations(target, iterations):
 
 def test_target_is_a_share_or_the_parameters_to_end_with():
     assert removal(1000, 0.4) == 400
-    assert removal(1000, 0.1) == 100  # 0.1 * 1000 is exact, whatever the binary form of 0.1
+    assert removal(1000, 0.3) == 300  # 0.3 * 1000 is exact, though the binary form of 0.3 is below it
     assert removal(1000, 700) == 300
 
 
@@ -169,8 +169,20 @@ def test_overrides_are_checked_like_the_file():
         load_config(TINY, {"schedule.target": -1})
     with pytest.raises(InputError, match="is not a section"):
         load_config(TINY, {"name.first": 1})
-    with pytest.raises(InputError, match="recover is a list; give it whole"):
-        load_config(TINY, {"recover.learning_rate": 1e-4})
+    assert load_config(TINY, {"recover.0.method": "distil"}).recover[0].model_dump()["method"] == "distil"
+    for name in ("recover.learning_rate", "recover.1.learning_rate", "recover.-1.learning_rate"):
+        with pytest.raises(InputError, match="is no entry of a list of 1; number its entries from 0"):
+            load_config(TINY, {name: 1e-4})
+
+
+def test_initials_of_a_field_are_understood():
+    with pytest.raises(InputError, match=r"unknown field of cpt; did you mean recover\.learning_rate\?"):
+        load_config(TINY, {"recover.0.lr": 1e-4})
+
+
+@pytest.mark.parametrize("text", ["1e6", "1M", "1000k", "1_000_000"])
+def test_a_number_of_tokens_as_people_write_it(text):
+    assert load_config(TINY, pairs("--set", [f"schedule.recovery_tokens={text}"])).schedule.recovery_tokens == 10**6
 
 
 def test_an_override_leaves_other_sections_of_the_same_anchor():

@@ -2,7 +2,9 @@
 
 import contextlib
 import gzip
+import itertools
 import json
+import stat
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from ptl import json_lines
 from ptl.config.recover import DataSource, Decontaminate, Reward, TrainingData, TrainingSource
 from ptl.config.run import Calibration
 from ptl.data import decontamination, sources
-from ptl.data.sequences import IGNORED, calibration_batches, prompt_rows, tokenize, training_chunk
+from ptl.data.sequences import IGNORED, calibration_batches, order, prompt_rows, tokenize, training_chunk
 from ptl.data.sources import SourceRow, check_rows, read_rows
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import read_items
@@ -67,13 +69,16 @@ def texts(chunk, tokenizer):
     return [tokenizer.decode(tokens.ids) for tokens in chunk]
 
 
-@pytest.mark.parametrize("budget", [1, 50, 999, 20_000])
-def test_the_budget_is_exact_and_the_cut_sequence_keeps_its_answer(tokenizer, budget):
-    chunk = training_chunk(PROBLEMS, tokenizer, 256, seed=3, earlier=(), budget=budget)
-    assert sum(len(tokens.ids) for tokens in chunk) == budget
-    for tokens in chunk:
-        assert tokens.ids[-1] == tokenizer.eos_token_id
-        assert any(label != IGNORED for label in tokens.labels("completion"))
+@pytest.mark.parametrize("budgets", [range(1, 25), [999], [20_000]], ids=["few", "some", "many"])
+def test_the_budget_is_exact_and_the_cut_sequence_keeps_its_answer(tokenizer, budgets):
+    """Few tokens may leave out all of the last sequence's prompt, and a part of its answer."""
+    for budget in budgets:
+        chunk = training_chunk(PROBLEMS, tokenizer, 256, seed=3, earlier=(), budget=budget)
+        assert sum(len(tokens.ids) for tokens in chunk) == budget
+        for tokens in chunk:
+            labels = tokens.labels("completion")
+            assert tokens.ids[-1] == tokenizer.eos_token_id and len(labels) == len(tokens.ids)
+            assert any(label != IGNORED for label in labels)
 
 
 def test_chunks_of_the_iterations_share_no_row(tokenizer, tmp_path):
@@ -94,6 +99,12 @@ def test_the_order_follows_the_seed(tokenizer):
         training_chunk(PROBLEMS, tokenizer, 256, seed=seed, earlier=(), budget=500) for seed in (0, 0, 1)
     )
     assert first == again and first != other
+
+
+def test_each_pass_over_the_rows_has_an_order_of_its_own():
+    drawn = list(itertools.islice(order(50, seed=0), 150))
+    passes = [tuple(drawn[begin : begin + 50]) for begin in (0, 50, 100)]
+    assert all(sorted(rows) == list(range(50)) for rows in passes) and len(set(passes)) == 3
 
 
 def test_labels_leave_the_prompt_out(tokenizer):
@@ -182,6 +193,46 @@ def test_s3_sources_are_fetched_once_per_version(s3, tmp_path, monkeypatch):
         read_rows(DataSource(source=f"{s3.root}/none.jsonl"))
 
 
+def test_copies_of_data_are_in_a_cache_of_the_user_alone(tmp_path, monkeypatch):
+    """The defect: a folder in the temporary one, where another user could put a copy of an s3:// file first."""
+    from datasets import Dataset
+
+    monkeypatch.delenv("PTL_SCRATCH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    source = DataSource(source=str(tmp_path / "a.parquet"), format="text")
+    check_rows(source)
+    folder = tmp_path / "cache/ptl"
+    assert any(folder.rglob("*.arrow")) and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    somebody_else = folder.stat().st_uid + 1
+    monkeypatch.setattr("os.getuid", lambda: somebody_else)
+    with pytest.raises(InputError, match="belongs to user"):
+        check_rows(source)
+
+
+WRONG_BYTES = {
+    "schema": (b"ARROW:schema", 14),
+    "text": (b"plain text 3", 2),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BYTES)
+def test_a_parquet_file_with_a_wrong_byte_is_an_error_of_the_input(tmp_path, case):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"plain text {i}" for i in range(9)]})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    check_rows(DataSource(source=str(path), format="text"))
+    content = bytearray(path.read_bytes())
+    text, offset = WRONG_BYTES[case]
+    content[content.index(text) + offset] ^= 0x80
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="no readable Parquet"):
+        check_rows(DataSource(source=str(path), format="text"))
+
+
 def test_the_hub_is_asked_for_the_pinned_revision(monkeypatch):
     """A mock stands for the hub, which tests do not reach."""
     import datasets
@@ -231,21 +282,24 @@ def test_decontamination_drops_what_shares_a_run_of_words(tokenizer, tmp_path):
 
 
 def evaluated(folder, items, *unscored):
-    """What an evaluate step leaves: items.jsonl, and scores.json with the names of all tasks."""
+    """What ptl.evaluation.items writes; of a task without prompts its name."""
     folder.mkdir()
-    rows_file(folder / "items.jsonl", [{"task": task, "prompt": p, "target": t} for task, p, t in items])
-    names = [*dict.fromkeys(task for task, _, _ in items), *unscored]
-    (folder / "scores.json").write_text(json.dumps({"tasks": [{"task": name} for name in names]}))
+    rows = [{"task": task, "prompt": p, "target": t} for task, p, t in items]
+    rows_file(folder / "items.jsonl", [*rows, *({"task": name} for name in unscored)])
     return folder
 
 
-def test_the_items_of_the_first_evaluation_are_compared_with_by_default(tmp_path):
+def test_the_items_of_the_benchmarks_are_compared_with_by_default(tmp_path):
     """Short items are found too, whatever words the benchmark's template and the training data's put around them."""
     asked = ("What is", "Compute")
     shorts = [
         ("math", f"Problem: {asked[i % 2]} {i} plus {i}{'?' * (i % 2)}\nSolution:", str(2 * i)) for i in range(40)
     ]
-    longs = [("words", f"{SENTENCE}. Total {i}?", f"First {i} comes. So {SENTENCE}") for i in range(3)]
+    others = (
+        "Bob has four old boats and sells two of them to Eve in May",
+        "How many legs have six cats and nine dogs on a farm?",
+    )
+    longs = [("words", f"{question}. Total?", f"So {question}") for question in (SENTENCE, *others)]
     scored = evaluated(tmp_path / "scored", [*shorts, *longs], "perplexity_only")
     source = DataSource(source="train", prompt="Question: {problem}\n", completion="Answer: {solution}")
     filter_ = decontamination.build(Decontaminate(ngram=8), scored)
@@ -358,8 +412,11 @@ def test_items_that_could_not_be_compared_are_counted(tmp_path):
     long, short, none = ("words", SENTENCE, "1"), ("words", "Why?", "1"), ("words", "", "1")
     assert said([long]) == "None of 10 training rows shares text with one of 1 benchmark items."
     some = "None of 10 training rows shares text with one of 1 benchmark items. "
-    assert said([long, short, none]) == some + "2 of 3 benchmark items have too few words to be found inside a row."
-    assert said([short, none]) == "2 of 2 benchmark items have too few words to be found inside a row."
+    assert (
+        said([long, short, none])
+        == some + "2 of 3 benchmark items have too few words of their own to be found inside a row."
+    )
+    assert said([short, none]) == "2 of 2 benchmark items have too few words of their own to be found inside a row."
     unknown = "Training rows were not compared with perplexity, whose items are not known."
     assert said([], "perplexity") == unknown
     leaked = ("words", "ROW 3 of the training data", "1")
@@ -367,6 +424,103 @@ def test_items_that_could_not_be_compared_are_counted(tmp_path):
     assert said([leaked], "perplexity", drops=1) == found + unknown
     nothing = decontamination.build(Decontaminate(), evaluated(tmp_path / "unscored", [], "perplexity"))
     assert nothing.keeps(SourceRow(rows[0], DataSource(source="train"), 0)) and nothing.report()["rows"] == 0
+
+
+SUBJECTS = ("high school physics", "college algebra", "art", "law")
+GROUPS = {
+    "numbered": lambda q, i: f"Question {i + 1}: {q}\nAnswer:",
+    "two templates": lambda q, i: (f"Question: {q}\nAnswer:", f"Problem: {q}\nSolution:")[i % 2],
+    "two instructions": lambda q, i: (f"Please answer this question. {q}", f"{q} Think, then give a number.")[i % 2],
+    "instruction": lambda q, i: f"Answer the question below with one number, after all of your steps. {q} Let's go.",
+    "labels in a line": lambda q, i: f"Q: {q} A:",
+    "no punctuation": lambda q, i: f"Question {q} Answer",
+    "subject line": lambda q, i: f"This question is about {SUBJECTS[i % 4]}.\n\n{q}\nAnswer:",
+    "other subjects": lambda q, i: f"The subject of number {i} here\n{q}\nAnswer:",
+    "options": lambda q, i: f"{q}\nA. all of the {i} apples\nB. {i + 4} only\nC. none of these\nAnswer:",
+}
+SHORT_QUESTIONS = {
+    "nine words": lambda i: f"How many {('red', 'green', 'old', 'new')[i % 4]} apples does Ann sell for {i + 3}?",
+    "sums": lambda i: f"What is {i + 2} + {3 * i + 1}?",
+    "Chinese": lambda i: f"\u5c0f\u660e\u6709{i + 2}\u4e2a\u82f9\u679c\u53c8\u4e70\u4e86{i * 3 + 3}\u4e2a\uff1f",
+}
+
+
+@pytest.mark.parametrize("count", [10, 40])
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("questions", SHORT_QUESTIONS)
+def test_a_copy_of_a_short_question_is_found_whatever_template_its_group_has(tmp_path, questions, group, count):
+    """The defect: 10 verbatim copies, none found, and `None of 10 rows shares text`."""
+    asked = [SHORT_QUESTIONS[questions](i) for i in range(count)]
+    items = [("words", GROUPS[group](question, i), "1") for i, question in enumerate(asked)]
+    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", items))
+    source = DataSource(source="train")
+    copies = [{"prompt": f"Hello there. {question}\nThank you.", "completion": "1"} for question in asked]
+    assert not any(filter_.keeps(SourceRow(row, source, i)) for i, row in enumerate(copies))
+    # trained on in the benchmark's own form
+    others = [GROUPS[group](f"Where do {i + 60} white boats go with Bob?", i) for i in range(count, 2 * count)]
+    rows = [SourceRow({"prompt": prompt, "completion": "1"}, source, count + i) for i, prompt in enumerate(others)]
+    assert all(map(filter_.keeps, rows))
+    assert filter_.report()["short"] == 0
+
+
+def test_an_item_whose_copy_would_not_be_found_is_not_counted_as_compared(tmp_path):
+    """One word of a question is its own, and two items ask the same of other tables."""
+    capitals = [("words", f"Please say: What is the capital of {name}?", "1") for name in ("Peru", "Chad", "Fiji")]
+    tables = [("tables", f"{row}\nWhich of these numbers is the largest?", "1") for row in ("3 5 6", "7 1 8", "2 4 9")]
+    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", [*capitals, *tables]))
+    assert [counts["short"] for counts in filter_.report()["benchmarks"].values()] == [3, 3]
+
+
+def test_the_words_of_a_template_and_lines_of_code_are_no_copy(tmp_path):
+    items = [
+        "Work slowly and check every step.\nHow many boats are in Bob's harbour if nine of forty sink in a storm?",
+        "Work slowly and check every step.\nx = f(1, 2)\nWhy is the sky over the long river bluer than the sea\nhere?",
+    ]
+    scored = evaluated(tmp_path / "scored", [("words", item, "1") for item in items])
+    filter_ = decontamination.build(Decontaminate(), scored)
+    rows = ["Work slowly and check every step.\nHow many boats are in Bob's boathouse?", "So x = f(1, 2) it is"]
+    assert all(filter_.keeps(SourceRow({"text": row}, DataSource(source="a", format="text"), row)) for row in rows)
+    assert filter_.report()["short"] == 0
+
+
+HIDDEN = {
+    "entities": (
+        "Is Tom &amp; Ann&#39;s &quot;big&quot; shop &lt; 5&nbsp;km away",
+        'Is Tom & Ann\'s "big" shop < 5 km away',
+    ),
+    "json": (json.dumps('Caf\u00e9 one\nsells "two"\tcakes'), "Caf\u00e9 one sells two cakes"),
+    "json twice": (json.dumps(json.dumps('Caf\u00e9 one\nsells "two" cakes')), "Caf\u00e9 one sells two cakes"),
+    "zero-width": ("\u200bHow\u2060 ma\u00adny b\u200bo\u034fx\ufe0fes has\u2063 Ann", "How many boxes has Ann"),
+    "thousands": ("Pay 12,500 of 1{,}234,567 euros now", "Pay 12500 of 1234567 euros now"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_hides_a_copy_is_undone(tmp_path, case, swapped):
+    row, item = HIDDEN[case][::-1] if swapped else HIDDEN[case]
+    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", [("words", item, "1")]))
+    assert not filter_.keeps(SourceRow({"text": f"So: {row}, yes?"}, DataSource(source="train", format="text"), 1))
+
+
+def test_thirteen_characters_of_chinese_are_no_thirteen_words(tmp_path):
+    """They are six to eight words: two sentences may share them."""
+    same = "\u5c0f\u660e\u661f\u671f\u5929\u5728\u5b66\u6821\u95e8\u53e3\u4e70\u4e86\u4e24"  # 13
+    item = f"\u8bf7\u95ee{same}\u672c\u4e66\u548c\u4e09\u652f\u7b14\u5171\u7528\u591a\u5c11\u94b1"
+    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", [("words", item, "1")]))
+    source = DataSource(source="train", format="text")
+    assert filter_.keeps(SourceRow({"text": f"{same}\u74f6\u725b\u5976\u3002"}, source, 1))
+    assert not filter_.keeps(SourceRow({"text": f"\u597d\u3002{item}\u3002"}, source, 2))
+
+
+def test_rows_are_compared_by_column_and_as_trained(tmp_path):
+    """The template's words are in the way of one item, and a part of the other."""
+    items = [("words", "Ann buys seven green apples for nine", "1"), ("words", "Subtract the number 17 from 1", "1")]
+    filter_ = decontamination.build(Decontaminate(), evaluated(tmp_path / "scored", items))
+    source = DataSource(source="train", prompt="Problem: {a}\n", completion="Solution: {b}")
+    assert not filter_.keeps(SourceRow({"a": "Ann buys seven green", "b": "apples for nine"}, source, 1))
+    source = DataSource(source="train", prompt="Subtract the number {a} from {b}", completion="{a}")
+    assert not filter_.keeps(SourceRow({"a": "17", "b": "1"}, source, 2))
 
 
 def test_a_benchmark_of_chats_is_compared_without_its_system_message(tmp_path):
@@ -481,6 +635,16 @@ def test_a_value_that_is_no_text_is_refused_wherever_it_is_read(tokenizer, tmp_p
         tokenize(SourceRow(row, source, 2), tokenizer, 64)
     with pytest.raises(InputError, match=said):
         decontamination.build(Decontaminate(against=[source]), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "part"), [(None, None), ([], None), (float("nan"), None), (["b"], "{a[0]}"), ({"x": "b"}, "{a[x]}")]
+)
+def test_only_a_part_that_there_is_is_offered(value, part):
+    with pytest.raises(InputError) as error:
+        sources.fill("{a}", SourceRow({"a": value}, DataSource(source="x.jsonl", text="{a}", format="text"), 1))
+    assert ("name a part of it" in error.value.remedy) == bool(part)
+    assert part is None or f"({part})" in error.value.remedy
 
 
 def test_bytes_of_a_table_are_no_text(tmp_path):

@@ -12,9 +12,10 @@ import pytest
 
 from ptl.config.run import Evaluate, Gate, Speed, Task
 from ptl.errors import InputError, WorkError
-from ptl.evaluation import helpers
+from ptl.evaluation import helpers, language_models
 from ptl.evaluation.evaluate import ITEMS, SCORES, evaluate_checkpoint, read_items
 from ptl.evaluation.helpers import Helper, Share
+from ptl.evaluation.items import write_items
 from ptl.evaluation.language_models import AnswerNotes, divided, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_data import local_splits
@@ -260,6 +261,23 @@ def test_retention_suite_from_local_files(tmp_path, data_dir):
     assert sum(item["correct"] for item in items[:2]) == round(2 * arc.accuracy)
     assert (hellaswag.items, hellaswag.accuracy) == (1, items[2]["correct"])
     assert items[2]["prompt"] == "Tea: Eva boils water. She"
+    # Without a model the same items, and the name of the task that has none.
+    assert write_items(tmp_path / "items", settings(*tasks, data_dir=str(data_dir)), seed=0) == 3
+    assert questions(tmp_path / "items") == [("wikitext", None, None), *questions(tmp_path / "out")]
+
+
+def questions(folder):
+    """Task, prompt and target of the lines of an items.jsonl."""
+    return [
+        (item["task"], item.get("prompt"), str(item["target"]) if "target" in item else None)
+        for item in read_items(folder)
+    ]
+
+
+def test_the_items_that_are_scored_are_known_without_a_model(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "language_model", None)
+    assert write_items(tmp_path, settings({"name": YAML, "limit": LIMIT}), seed=0) == LIMIT
+    assert questions(tmp_path) == questions(scored[1])
 
 
 @pytest.mark.parametrize(
@@ -626,11 +644,18 @@ def test_vllm_backend_notes_every_answer(monkeypatch):
     assert (lm.given["pretrained"], lm.given["seed"], lm.given["max_model_len"]) == (str(REASONER), 3, 10)
 
 
-def test_vllm_backend_is_refused_where_it_cannot_work(monkeypatch):
+def test_vllm_backend_is_refused_where_it_cannot_work(tmp_path, monkeypatch):
     from ptl.evaluation import language_models
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(InputError, match=r"evaluate\.backend: vllm is not installed"):
+    with pytest.raises(InputError, match=r"evaluate\.backend: vLLM cannot be loaded here \(ModuleNotFoundError"):
+        language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
+    # Installed, but not for this system.
+    monkeypatch.delitem(sys.modules, "vllm")
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms", raising=False)
+    (tmp_path / "vllm.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"vLLM cannot be loaded here \(OSError: libcudart"):
         language_models.language_model(REASONER, settings({"name": YAML}, backend="vllm"))
     with pytest.raises(ValueError, match=r"speed\.repeats=0"):
         Evaluate(tasks=[Task(name=YAML)], backend="vllm")

@@ -72,6 +72,15 @@ def test_bootstrap_covers_the_true_difference():
     assert misses / 300 <= 0.088  # 5 % and three standard errors of 300 trials
 
 
+@pytest.mark.parametrize(
+    ("regressions", "improvements", "bounds"),
+    [(10, 0, (-1.0, -0.6)), (0, 10, (0.6, 1.0)), (0, 0, (-0.1, 0.1))],
+)
+def test_the_bootstrap_adds_half_an_item_to_each_cell(regressions, improvements, bounds):
+    """Exact 10 % and 90 % quantiles of ten multinomial draws, whose shares are 10.5, 0.5 and 1 twelfths."""
+    assert paired.paired_bootstrap(regressions, improvements, 10, 0.1) == pytest.approx(bounds)
+
+
 def test_paired_counts_and_verdicts():
     same = paired.paired(outcomes(480, 500), outcomes(480, 500), 0.02, 0.05)
     assert (same.regressions, same.improvements, same.difference, same.verdict) == (0, 0, 0.0, "not inferior")
@@ -209,7 +218,7 @@ def test_gate_accepts_rejects_halves_and_stops():
 
 def test_without_the_gate_nothing_is_called_accepted():
     decided = gate.decide(Gate(), gate.State(), params=700, target_params=500)
-    assert (decided.decision, decided.keep) == ("not tested", "candidate")
+    assert (decided.decision, decided.keep) == ("gate off", "candidate")
     assert decided.numbers == {"params": 700, "target_params": 500}  # no parent is known: nothing was compared with it
 
 
@@ -247,8 +256,8 @@ def test_loop_under_the_gate(start, share, progress, losses, enabled, strict, ma
         compared = {"baseline": pair(400, candidate_right), "parent": pair(right, candidate_right)}
         decided = gate.decide(rule, state, params=wanted, parent_params=current, target_params=target, **compared)
         assert not after_stop or decided.decision == "stopped"
-        assert (decided.keep == "candidate") == (decided.decision in ("accepted", "not tested"))
-        assert (decided.decision == "not tested") == (not enabled)
+        assert (decided.keep == "candidate") == (decided.decision in ("accepted", "gate off"))
+        assert (decided.decision == "gate off") == (not enabled)
         if decided.keep == "candidate":
             assert decided.state.cap == (None if state.cap is None else 2 * state.cap if enabled else state.cap)
             if enabled:

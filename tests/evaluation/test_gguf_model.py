@@ -15,6 +15,7 @@ from ptl.evaluation.evaluate import score_tasks
 from ptl.evaluation.gguf import gguf_language_model, gguf_speed
 from ptl.evaluation.language_models import language_model
 from ptl.export.gguf import write_gguf
+from ptl.model.llama_runtime import LlamaContext
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("one_thread")]
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny_reasoner"
@@ -101,7 +102,9 @@ def test_different_tokens_are_an_error_before_the_first_answer(file, monkeypatch
     lm = gguf_language_model(file, REASONER, settings())
     options = {"until": [], "max_gen_toks": 8}
     asked = [request("Tom has 3 apples.\n", options), request("Zoé has 3.\n", options)]
-    with pytest.raises(InputError, match=r"tokenizer give different tokens after 'Zo': \[.*\] and \[2, "):
+    with pytest.raises(
+        InputError, match=r"tokenizer give different tokens for 'Zoé has 3.\\n' after 'Zo': \[.*\] and \[2, "
+    ):
         lm.generate_until(asked)
 
 
@@ -134,6 +137,45 @@ def test_the_chat_template_must_be_the_file_s(tmp_path):
     assert lm.apply_chat_template([{"role": "user", "content": "abc"}]) == "abc"
     with pytest.raises(InputError, match=r"evaluate\.chat_template: .*without\.gguf does not have the chat template"):
         gguf_language_model(tmp_path / "without.gguf", folder, wanted)
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A Phi-3 with other rotary embeddings beyond 256 tokens: its GGUF file and its checkpoint."""
+    from conversion.phi import Phi3MiniModel
+
+    folder = tmp_path_factory.mktemp("longrope") / "model"
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "head_dim": 16, "pad_token_id": 2, "sliding_window": None}
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    lengths = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    save(build("phi3", **sizes, **lengths, rope_scaling=factors), folder, tokenizer=False)
+    llama_tokenizer(folder)
+    with gguf_files.converter_in_process(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Phi3MiniModel, "set_vocab", Phi3MiniModel._set_vocab_llama_hf)
+        *_, note = write_gguf(folder, folder.with_name("model.gguf"), "f32")
+    assert note.startswith("longrope")
+    return folder.with_name("model.gguf"), folder
+
+
+@pytest.mark.parametrize(("max_length", "short"), [(None, True), (256, True), (1024, False)])
+def test_longrope_is_scored_in_the_context_that_is_served(max_length, short, longrope, monkeypatch):
+    """A short text: llama.cpp has the factors of transformers in a context of no more than 256 tokens only."""
+    lengths = []
+
+    def context(model, sequences, length):
+        lengths.append(length)
+        return LlamaContext(model, sequences, length)
+
+    monkeypatch.setattr("ptl.evaluation.gguf.LlamaContext", context)
+    lm = gguf_language_model(*longrope, settings(max_length=max_length))
+    assert lm.max_length == (max_length or 256)
+    theirs = language_model(longrope[1], settings())
+    theirs.start_notes()
+    asked = [request("tom has twelve apples and buys thirty more of them", " so he has many")]
+    ((ours, _),), ((expected, _),) = lm.loglikelihood(asked), theirs.loglikelihood(asked)
+    assert (ours == pytest.approx(expected, abs=2e-2)) == short
+    lm.generate_until([request("tom", {"until": [], "max_gen_toks": 2})])
+    assert [length <= 256 for length in lengths] == [short, short]
 
 
 def test_speed_has_the_rows_of_transformers_models(file):

@@ -1,5 +1,6 @@
 """What llama.cpp fixes by architecture: fields of published checkpoints, and what a pruned or other one may have."""
 
+import json
 import re
 
 import pytest
@@ -199,6 +200,8 @@ def test_checkpoints_that_llama_cpp_computes_alike_are_let_through(config):
             GLM4 | {"head_dim": 100, "rope_scaling": YARN | {"truncate": False}}, "truncate", id="glm4-truncate"
         ),
         pytest.param(QWEN3_MOE | {"norm_topk_prob": False}, "norm_topk_prob is False", id="qwen3-moe-not-normalized"),
+        pytest.param(QWEN3_MOE | {"mlp_only_layers": [2]}, r"mlp_only_layers is \[2\]", id="qwen3-moe-dense-layer"),
+        pytest.param(QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step is 2", id="qwen3-moe-every-other"),
         pytest.param(
             QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4096},
             "sliding_window is 4096",
@@ -228,3 +231,14 @@ def test_a_family_that_was_not_compared_is_named():
     assert llama_cpp.ARCHITECTURES.keys() <= FAMILIES.keys()
     for model_type in FAMILIES.keys() - llama_cpp.ARCHITECTURES.keys():
         assert reasons({"model_type": model_type}) == f"model_type {model_type} has not been compared with it"
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_longrope_names_the_context_to_serve_with(name, tmp_path):
+    longrope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config = PHI3 | {name: longrope, "original_max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (note,) = llama_cpp.context_notes(tmp_path)
+    assert "--ctx-size 4096" in note and "--max-model-len 4096" in note
+    (tmp_path / "config.json").write_text(json.dumps(PHI3 | {name: YARN}))
+    assert llama_cpp.context_notes(tmp_path) == []

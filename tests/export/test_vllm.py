@@ -14,7 +14,8 @@ from test_gguf import cut_model
 from tiny_models import MOE_VARIANTS, YARN
 from transformers import AutoModelForCausalLM
 
-from ptl.export import compressed_tensors
+from ptl import extras
+from ptl.errors import InputError
 from ptl.export.compressed_tensors import write_compressed
 from ptl.model.families import FAMILIES
 
@@ -23,7 +24,7 @@ PYTHON = Path(os.environ.get("PTL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("vllm"),
-    pytest.mark.skipif(not PYTHON.is_file(), reason="needs vLLM: make vllm"),
+    pytest.mark.usefixtures("loads"),
 ]
 
 TOKENS, NEW_TOKENS = [1, 60, 61, 5, 9, 77, 100, 12], 6
@@ -50,6 +51,17 @@ VARIANTS = [
     for variant in (*(name for name, family in FAMILIES.items() if not family.experts), "llama-tied", *MOE_VARIANTS)
     if variant not in LEFT_OUT
 ]
+
+
+@pytest.fixture(scope="module")
+def loads():
+    """vLLM of PYTHON."""
+    try:
+        extras.check_loads(
+            "vLLM", (str(PYTHON), "-c", "from vllm import LLM"), field="PTL_VLLM_PYTHON", remedy="make vllm"
+        )
+    except InputError as error:
+        pytest.skip(f"skipped: {error}")
 
 
 def answered(folders, tmp_path, dtype="float32"):
@@ -84,7 +96,7 @@ def expected(folder):
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(loads, tmp_path_factory):
     """By variant: the pruned checkpoint's folder, and what vLLM says of it. One layer of four is removed too."""
     root = tmp_path_factory.mktemp("vllm")
     folders = {}
@@ -104,7 +116,7 @@ def test_vllm_computes_what_transformers_does_of_a_pruned_checkpoint(variant, pr
     assert found["generated"] == wanted["generated"]
 
 
-@pytest.mark.skipif(not compressed_tensors.OWN_PYTHON.is_file(), reason="needs llmcompressor: make llmcompressor")
+@pytest.mark.usefixtures("llmcompressor")
 @pytest.mark.parametrize(
     ("type", "dtype"), [("fp8", "float32"), ("int8", "float32"), ("w4a16", "bfloat16")]
 )  # the kernel for 4 bits has no float32

@@ -222,7 +222,6 @@ def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_pat
 
 
 def test_the_result_is_on_the_run(client, begin):
-    """The defect: MLflow shows the value of the largest step, which of `by_params/accuracy` is the dense model's."""
     step = begin("report")
     row = {"arm": "loop", "iteration": 1, "digest": "d", "accuracy": 0.9}
     result = {"rows": [row], "final": {"digest": "d", "share_removed": 0.4}, "paired": {"dense": {"p_different": 0.03}}}
@@ -234,15 +233,46 @@ def test_the_result_is_on_the_run(client, begin):
     assert run_page.result_metrics({**result, "rows": [], "paired": {}}) == {"final/removed": 0.4}
 
 
-def test_progress_is_on_the_parent_by_params(client, begin):
+def test_the_first_metric_of_a_run_is_no_score_of_the_dense_model(client, begin):
+    """MLflow's tables show a metric at its largest step, and begin with the first of the alphabet."""
     step = begin("evaluate-1", 1)
-    for _ in range(2):
-        tracking.log_progress(step, 8_030_261_248, 0.97, low=0.95, high=0.98)
     tracking.log_progress(step, 4_000_000_000, 0.96)
+    for _ in range(2):
+        tracking.log_progress(step, 0, 0.97, low=0.95, high=0.98)
     tracking.log_progress(begin("control-evaluate", 1, "control"), 4_000_000_000, 0.9)
-    points = client.get_metric_history(step.parent_run_id, "by_params/accuracy")
-    assert sorted((point.step, point.value) for point in points) == [(4_000_000_000, 0.96), (8_030_261_248, 0.97)]
-    assert client.get_run(step.parent_run_id).data.metrics["by_params/control_accuracy"] == 0.9
+    run_page.log_result(step, {"dense/accuracy": 0.97})
+    points = client.get_metric_history(step.parent_run_id, "by_removed/accuracy")
+    assert sorted((point.step, point.value) for point in points) == [(0, 0.97), (4_000_000_000, 0.96)]
+    metrics = client.get_run(step.parent_run_id).data.metrics
+    assert min(metrics.items()) == ("by_removed/accuracy", 0.96) and metrics["by_removed/control_accuracy"] == 0.9
+
+
+def test_the_description_is_how_the_report_begins_and_where_kubeflow_has_the_run(client, begin, monkeypatch):
+    monkeypatch.setenv("PTL_KFP_UI", "https://kubeflow.example.com/pipeline/")
+    report = begin("report")
+
+    def description():
+        return client.get_run(report.parent_run_id).data.tags.get("mlflow.note.content")
+
+    link = f"[Run in Kubeflow](https://kubeflow.example.com/pipeline/#/runs/details/{report.run})"
+    assert description() == link
+    tracking.fail(report, "no such folder")
+    assert description().startswith("**Failed** in report: no such folder") and description().endswith(link)
+    run_page.log_result(begin("report"), {}, "Not worse than the dense model. 0.9 with 40 % removed.")
+    finish(report)
+    assert description() == f"**Result**: Not worse than the dense model. 0.9 with 40 % removed.\n\n{link}"
+    client.set_tag(report.parent_run_id, "mlflow.note.content", "somebody's own")
+    finish(begin("report"))
+    assert description() == "somebody's own"
+
+
+def test_links_lead_to_where_people_open_mlflow(client, begin, monkeypatch):
+    step = begin("report")
+    assert tracking.links(step)["mlflow_url"] == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow.ptl.svc.cluster.local:5000/")
+    assert tracking.links(step)["mlflow_url"] == "http://mlflow.ptl.svc.cluster.local:5000"
+    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.com/")
+    assert tracking.links(step)["mlflow_url"] == "https://mlflow.example.com"
 
 
 def test_metrics_while_it_runs(client, begin):

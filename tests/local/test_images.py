@@ -61,7 +61,7 @@ def test_name_is_registry_image_and_version():
         image_names.image("prune", "registry.example.com:5000/team", "1.2")
         == "registry.example.com:5000/team/ptl-prune:1.2"
     )
-    assert image_names.image("import-model") == image_names.image("prune")
+    assert image_names.image("import-model") == image_names.image("evaluate")  # it reads the benchmarks
     assert image_names.image("report") == image_names.image("evaluate")
 
 
@@ -174,8 +174,8 @@ def test_compiled_pipeline_names_exactly_these_images(tmp_path):
         executors = compiled["deploymentSpec"]["executors"]
         used = {name: executor["container"]["image"] for name, executor in executors.items()}
         assert set(used.values()) == set(wanted)
-        assert {used["exec-import-model"], used["exec-prune"]} == {wanted[0]}
-        assert {used["exec-evaluate"], used["exec-report"]} == {wanted[2]}
+        assert used["exec-prune"] == wanted[0]
+        assert {used["exec-import-model"], used["exec-evaluate"], used["exec-report"]} == {wanted[2]}
 
 
 # ---- locks
@@ -529,9 +529,9 @@ HARDENED = [
     "--network=none",
 ]
 STEPS = {
-    "prune": ["import-model", "prune"],
+    "prune": ["prune"],
     "recover": ["recover"],
-    "evaluate": ["evaluate", "report"],
+    "evaluate": ["import-model", "evaluate", "report"],
 }
 
 

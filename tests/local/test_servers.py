@@ -27,7 +27,7 @@ from ptl.storage.manifest import digest_of
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory):
+def running(weed, tmp_path_factory):
     """Root, ports and environment of a stack that is up."""
     root, s3_port, mlflow_port = tmp_path_factory.mktemp("stack"), free_port(), free_port()
     env = servers.up(root, s3_port=s3_port, mlflow_port=mlflow_port)
@@ -260,7 +260,7 @@ def test_ui_shows_local_runs(new_database, tmp_path, monkeypatch):
     server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
         # Not MLflow's start page.
-        runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs"
+        runs_page = f"http://127.0.0.1:{port}/#/experiments/{step.experiment_id}/runs?workflowType=machine_learning "
         assert runs_page in server.stdout.readline()
         deadline = time.monotonic() + server_process.START_SECONDS
         while not server_process.answers(f"http://127.0.0.1:{port}/health"):

@@ -1,5 +1,6 @@
 """Every family, cut right: the same statements on a tiny random model of each. A new family is a line in VARIANTS."""
 
+import copy
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from ptl.model import checkpoint
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES, family_of
 from ptl.pruning.layerwise import LayerwiseModel
-from ptl.pruning.surgery import Selection, write_pruned
+from ptl.pruning.surgery import Selection, prune_config, write_pruned
 
 # Cutting changes how many terms each sum of down_proj has, and so the order of fp32 additions: logits of size ~10 may
 # differ by a few units in the last place of an intermediate sum.
@@ -130,6 +131,15 @@ def test_config_has_only_fields_that_the_family_has(source, tmp_path):
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
     assert changed <= {"intermediate_size", "num_hidden_layers", "layer_types", "no_rope_layers", "max_window_layers"}
+
+
+def test_the_sources_config_stays_as_it_was():
+    """transformers writes rope_theta into the scaling that it is given."""
+    config = {"model_type": "qwen2", "num_hidden_layers": 4, "rope_theta": 1e6}
+    config["rope_scaling"] = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    before = copy.deepcopy(config)
+    pruned = prune_config(config, FAMILIES["qwen2"], Selection((0, 2, 3), {}))
+    assert config == before and pruned["rope_scaling"] == before["rope_scaling"]
 
 
 def test_companions_travel(source, tmp_path):

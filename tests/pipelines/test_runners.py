@@ -83,7 +83,7 @@ def test_a_result_of_an_earlier_command_is_not_taken_for_one_of_this(tmp_path):
 
 
 def test_an_early_output_outlasts_later_tasks_of_the_same_kind(tmp_path):
-    """Recoveries take the scores of evaluate-0, after other evaluate steps have written theirs."""
+    """The control takes the model of import-model, after other steps of its kind have written theirs."""
 
     @dsl.pipeline
     def small():

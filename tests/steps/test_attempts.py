@@ -137,6 +137,12 @@ def test_an_input_error_is_never_tried_again_and_ends_the_log_with_one_line(go, 
     }
 
 
+def test_a_library_that_cannot_be_imported_is_not_tried_again(go, tmp_path, capfd):
+    assert go("import ok")[0] == 2 and tried(tmp_path) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("error: prune-1: packages: ModuleNotFoundError: No")
+
+
 def test_the_last_attempt_ends_the_step(go, tmp_path, capfd):
     assert go("killed cuda work", retries=2)[0] == 1
     assert tried(tmp_path) == 3
@@ -371,7 +377,7 @@ def test_what_a_run_can_do_without_does_not_fail_it_on_a_cluster(step, go, mlflo
     monkeypatch.delenv("PTL_RUN_ID")
     monkeypatch.setenv("KFP_RUN_ID", "kfp-run")
     code, metadata = go("work", retries=1, step=step, pointer=DENSE)
-    assert code == 0 and metadata["digest"] == DENSE.digest
+    assert code == 0 and metadata["uri"] == DENSE.uri
     passed = Pointer.load((tmp_path / "out").read_text())
     assert passed.gate["stopped"] and passed.gate["reason"] == f"{step} failed: the store is away"
     assert mlflow(step)[0] == "FAILED" and mlflow("")[0] == "RUNNING"

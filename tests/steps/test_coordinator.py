@@ -346,22 +346,27 @@ def test_a_pod_without_a_token_is_an_input_error(cluster, monkeypatch):
         train()
 
 
-def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(tmp_path):
-    """A real process; its call names a field that does not exist."""
-    settings = {"step": "recover-1", "experiment": "e", "iterations": 1, "recover": [{"metod": "cpt"}], "seed": 0}
-    settings |= {"tokens": "uniform", "recovery_tokens": 100, "training": {}}
+@pytest.mark.parametrize(
+    ("field", "library", "reason"), [("metod", "", "metod"), ("method", "raise ImportError('libcudart')", "libcudart")]
+)
+def test_a_node_leaves_its_error_and_the_exit_code_of_a_wrong_input(field, library, reason, tmp_path):
+    """A real process; its call names a field that does not exist, or a library of its image is broken."""
+    settings = {"step": "recover-1", "experiment": "e", "iterations": 1, "recover": [{field: "cpt"}], "seed": 0}
+    settings |= {"tokens": "uniform", "recovery_tokens": 100, "training": {"sources": [{"source": "x.jsonl"}]}}
     words = tmp_path / "termination-log"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path.cwd()), "KFP_RUN_ID": RUN}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "KFP_RUN_ID": RUN}
+    (tmp_path / "mlflow.py").write_text(library)
     environment |= {"PTL_SCRATCH": str(tmp_path), "PTL_TERMINATION_LOG": str(words), "PET_NODE_RANK": "1"}
     environment |= {"PET_NNODES": "2", "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": "1"}
-    inputs = {"model": POINTER.dump(), "scored": POINTER.dump()}
+    inputs = {"model": POINTER.dump()}
     environment[trainjob.CALL] = json.dumps({"settings": settings, "inputs": inputs})
     node = subprocess.run(
         [sys.executable, "-m", "ptl.steps.node"], env=environment, capture_output=True, text=True, check=False
     )
     assert node.returncode == 2, node.stderr
     left = json.loads(words.read_text())
-    assert left["exit_code"] == 2 and "metod" in left["reason"] and left["reason"] in node.stderr
+    assert left["exit_code"] == 2 and reason in left["reason"] and left["reason"] in node.stderr
+    assert node.stdout.startswith("ptl: recover-1: node 1 of 2")
 
 
 def test_a_node_takes_no_part_in_what_the_first_has_committed(monkeypatch):

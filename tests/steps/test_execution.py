@@ -1,20 +1,28 @@
 """Steps that are not repeated, those whose files were damaged, and those taken over from another run."""
 
+import dataclasses
 import shutil
 import uuid
+from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from run_records import scores
 
 from ptl import processes
+from ptl.config.run import Evaluate, check, load_config
 from ptl.errors import InputError, WorkError
-from ptl.lineage import mlflow_client, tracking
-from ptl.steps import process, table, takeover
-from ptl.steps.call import Step
+from ptl.evaluation.evaluate import read_items
+from ptl.lineage import mlflow_client, progress, tracking
+from ptl.steps import import_model, inputs, process, recover, table, takeover
+from ptl.steps.call import Call, Step
 from ptl.steps.execution import execute
 from ptl.steps.inputs import fetch
 from ptl.steps.machine import scratch
 from ptl.storage.local_files import path_of
 from ptl.storage.store import Pointer
+
+TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 
 
 @pytest.fixture
@@ -141,6 +149,27 @@ def test_what_cannot_be_taken_over_is_done(begin, capsys):
     assert (fetch(Pointer(**record["pointer"])) / "model.safetensors").read_bytes() == b"weights"
 
 
+def test_a_watcher_reads_the_verdict_as_soon_as_an_evaluation_has_finished(begin, monkeypatch):
+    """Else `evaluate-0: accuracy 0.998` is announced without it."""
+    run, experiment = begin()
+    execute(Step("import-model", experiment), None, {}, Work())
+    model = Pointer(**execute(Step("prune-1", experiment), None, {}, Work())["pointer"])
+    seen, finish = [], MlflowClient.set_terminated
+
+    def finished(client, run_id, *status):
+        finish(client, run_id, *status)
+        seen.append(progress.read(run).steps["evaluate-1"])
+
+    def work(_src, dst, _run):
+        (dst / "items.jsonl").write_text("")
+        verdict = {"decision": "accepted"}
+        return {"scores": scores(9, 0.5, 1), "verdict": verdict, "accepted": dataclasses.asdict(model)}
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", finished)
+    execute(Step("evaluate-1", experiment), model, {}, work)
+    assert [(step.status, step.accuracy, step.verdict) for step in seen] == [("FINISHED", 0.5, "accepted")]
+
+
 def test_each_attempt_has_a_folder_of_its_own(begin):
     step, folders = Step("prune-1", begin()[1]), []
 
@@ -187,3 +216,35 @@ def test_the_reason_of_a_failure_shows_no_login(begin, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no answer"):
         process.main(tmp_path / "call.json", 0)
     assert "secret" not in (tmp_path / "failure.json").read_text()
+
+
+def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(begin, monkeypatch, capsys):
+    """Other items are another training: it is neither resumed nor taken over."""
+
+    class Stop(Exception):
+        pass
+
+    keys = []
+
+    def execute_nothing(*_, content_key, **__):
+        keys.append(content_key)
+        raise Stop
+
+    monkeypatch.setattr(recover, "execute", execute_nothing)
+    config = load_config(TINY).model_dump(mode="json")
+    model = Pointer("file:///pruned", "sha256:" + "c" * 64, params=9, original_params=9)
+    settings = {name: config["schedule"][name] for name in ("iterations", "recovery_tokens", "tokens")}
+    settings |= {"recover": config["recover"], "seed": 0}
+    for limit, tasks in ((8, True), (8, True), (9, True), (9, False)):
+        _, experiment = begin()
+        if tasks:
+            run = Step("import-model", experiment).start()
+            evaluate = check(Evaluate, {"tasks": [config["evaluate"]["tasks"][0] | {"limit": limit}]}, "evaluate")
+            for _ in range(2):  # the second finds the record
+                import_model._commit_items(run, evaluate, 0)
+            assert capsys.readouterr().out.count(f"{limit} items of benchmarks") == 1
+            assert len(read_items(fetch(inputs.benchmark_items(run)))) == limit
+        data = config["training"] | {"decontaminate": {"tasks": tasks}}
+        with pytest.raises(Stop):
+            recover.recover(Call(Step("recover-1", experiment), settings | {"training": data}, {"model": model}, {}))
+    assert keys[0] == keys[1] and len(set(keys)) == 3

@@ -10,6 +10,7 @@ from run_records import scores
 from ptl.config.dag import export_step
 from ptl.config.export import Export
 from ptl.config.run import Evaluate, check, load_config
+from ptl.errors import InputError
 from ptl.evaluation.scoring import TaskScore
 from ptl.export import formats, measured
 from ptl.lineage import tracking
@@ -55,7 +56,7 @@ def run(tmp_path, mlflow_folder, monkeypatch):
             lines = [json.dumps(item(str(i), correct)) + "\n" for i, correct in enumerate(corrects)]
             (dst / "items.jsonl").write_text("".join(lines))
             passed_on = dataclasses.asdict(checkpoint)
-            verdict = {"decision": "not tested", "reason": ""}
+            verdict = {"decision": "gate off", "reason": ""}
             return {"scores": scores(9, 0.5, 1), "checkpoint": passed_on, "accepted": passed_on, "verdict": verdict}
 
         execute(Step(step, experiment), checkpoint, {}, work)
@@ -77,10 +78,14 @@ def run(tmp_path, mlflow_folder, monkeypatch):
     return step
 
 
+class Written(list):
+    """Data of checkpoints, and that of the one whose form is refused."""
+
+
 @pytest.fixture
 def writes(monkeypatch):
     """The data of the checkpoints whose forms were written, one after the other; the second attempt is killed."""
-    written = []
+    written = Written()
 
     def write(src, dst, *_):
         # As llmcompressor's output is moved to its place.
@@ -89,14 +94,19 @@ def writes(monkeypatch):
         written.append(data.decode())
         (dst / "model.safetensors").write_bytes(data)
         (dst / "tokenizer.json").write_text("{}")
-        if written == ["dense", "final"]:
+        if written == ["dense", "final"] and not written.refused:
             raise KeyboardInterrupt
         return ["a note on the " + data.decode()]
 
     def nothing(*_):
         return {"reason": "a mock"}
 
-    form = formats.Format(nothing, nothing, write, nothing, nothing)
+    def check(src, _type):
+        if (src / "model.safetensors").read_bytes() == written.refused:
+            raise InputError("a width of 80", field="export")
+
+    written.refused = None
+    form = formats.Format(check, nothing, write, nothing, nothing)
     monkeypatch.setitem(formats.FORMATS, FORM["format"], form)
     outcomes = [item("0", 1), item("1", 0)]
     monkeypatch.setattr(
@@ -117,6 +127,13 @@ def test_after_an_attempt_that_was_killed_the_forms_of_both_models_are_written_a
     assert differences == {"dense": -0.5, "final": 0.0, "dense_export": 0.0}
     run()
     assert len(writes) == 4  # done before
+
+
+def test_both_models_are_checked_before_the_first_form_is_written(run, writes):
+    writes.refused = b"final"
+    with pytest.raises(InputError, match="a width of 80"):
+        run()
+    assert writes == []
 
 
 def test_a_run_that_ends_with_the_dense_model_has_one_form(run, writes):

@@ -61,8 +61,7 @@ def call_of(pointer, folder):
     settings = {"step": "recover-1", "experiment": "nodes", "iterations": 1, "recovery_tokens": TOKENS}
     settings |= {"tokens": "uniform", "recover": STAGES, "training": data, "seed": 0}
     (folder / "model").write_text(pointer.dump())
-    (folder / "scored").write_text(pointer.dump())
-    call = {"settings": settings, "inputs": {name: str(folder / name) for name in ("model", "scored")}}
+    call = {"settings": settings, "inputs": {"model": str(folder / "model")}}
     path = folder / "call.json"
     path.write_text(json.dumps(call | {"outputs": {"out": str(folder / "out")}}))
     return path
@@ -118,7 +117,15 @@ def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine
     output = printed()
     assert len(cluster.created) == 1 and cluster.deleted == []
     assert "was started by an earlier attempt: it is followed" in output
-    assert "recover-1: 3,000 of 3,000 tokens" in output  # of the first node
+    assert "recover-1: 3,000 of 3,000 tokens" in output  # of the first node, which says before what it does
+    begun = [
+        "node 0 of 2",
+        "fetching prune-1",
+        "1 of 2 training processes, which wait",
+        "all training processes",
+        "loss",
+    ]
+    assert [output.find(said) for said in begun] == sorted(map(output.find, begun)) and begun[0] in output
     # what the coordinator hands on is what the first node has published
     result = Pointer.load((tmp_path / "out").read_text())
     trained = weights(store.fetch(result, tmp_path / "fetched"))

@@ -9,7 +9,7 @@ import pytest
 from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.steps import import_model, iterations, recover, table
+from ptl.steps import import_model, inputs, iterations, metrics, recover, table
 from ptl.steps.call import Call, Output, Step
 from ptl.storage import store
 from ptl.storage.store import Pointer, pointer_of
@@ -47,7 +47,7 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
         **{name: CONFIG[name] for name in ("prune", "evaluate", "seed")},
         **{"iterations": 4, "target": 0.4, "registered_model": "m", "gate": gate(not compiled)},
     }
-    outputs = {name: Output(tmp_path / name) for name in ("scores", "accepted", "metrics")}
+    outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
         table.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
 
@@ -62,6 +62,8 @@ def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, mo
     store.commit(run.root, run.run, "import-model", {"key": "k", "pointer": pointer.__dict__, "metadata": {}})
     with pytest.raises(WorkError, match="is gone"):
         recover._teacher(run, distillation)
+    with pytest.raises(WorkError, match="the record of the benchmarks' items is gone"):
+        inputs.benchmark_items(run)
 
 
 def test_a_goal_s_parameters_travel_with_the_checkpoints():
@@ -108,3 +110,14 @@ def test_each_step_knows_its_share_of_the_schedule(stage):
     whole = iterations.iterations_until(Call(Step("prune-2", "e"), SCHEDULE, {}, {}), TINY.prune)[-1]
     for field in {"prune": ("cut", "progress", "unit"), "recover": ("tokens", "tokens_before", "last")}[stage]:
         assert getattr(part, field) == getattr(whole, field)
+
+
+def test_kubeflows_table_of_metrics_leads_to_mlflow(monkeypatch):
+    task = {"accuracy": 0.9, "low": None, "high": None, "items": 10}
+    scores = {"tasks": [task], "params": 9}
+    record = {"pointer": {"run_id": "4f"}, "metadata": {"scores": scores, "verdict": {"decision": "accepted"}}}
+    shown = {"accuracy": 0.9, "items": 10, "params": 9, "verdict": "accepted"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert metrics.kubeflow_metrics(record) == shown
+    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.com/")
+    assert metrics.kubeflow_metrics(record) == shown | {"mlflow": "https://mlflow.example.com/#/runs/4f"}

@@ -1,20 +1,21 @@
-"""Tokenizers whose hash llama.cpp's converter does not know: the same tokens, or a refusal."""
+"""Tokenizers in llama.cpp: the same tokens, or a refusal before anything is converted."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from gguf_files import llama_tokenizer, needs_llama_cpp
+from gguf_files import SPACES, VOCABULARY, llama_tokenizer, needs_llama_cpp
 from tiny_models import build, save
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ptl.errors import InputError
 from ptl.export.gguf import check_tokenizer, write_gguf
-from ptl.export.pre_tokenizers import TEXTS
+from ptl.export.tokens import TEXTS
 from ptl.model.llama_runtime import LlamaModel
 
 pytestmark = [needs_llama_cpp, pytest.mark.usefixtures("converter_in_process")]
@@ -23,12 +24,14 @@ LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN = LLAMA_3.replace(r"{1,3}", "")
 PAIRS = r"\p{N}{2}|\p{L}{2}|.|\n"
 
 
-def with_tokenizer(folder, pattern):
+def with_tokenizer(folder, pattern, normalizer=None):
     """A model with a byte-level BPE tokenizer that splits by this pattern and has merged what it could."""
     core = Tokenizer(models.BPE())
+    core.normalizer = normalizer
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -76,6 +79,64 @@ def test_a_tokenizer_of_one_s_own_gets_the_pre_tokenizer_that_splits_alike(tmp_p
     assert as_gpt_2 != tokens  # the first one that was tried
 
 
+def sequence(*steps):
+    return normalizers.Sequence([*steps, SPACES])
+
+
+# Of Llama 2's kind, for which the converter asks no hash: what llama.cpp does otherwise, and the first text it shows in
+OTHERWISE = {
+    "no-bos": ({"bos": False}, "different tokens for '' after '': [1] and []"),
+    "no-prefix": ({"normalizer": normalizers.Replace(" ", "▁")}, "for 'Natalia"),
+    "metaspace-never": (
+        {"normalizer": None, "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="never", split=False)},
+        "for 'Natalia",
+    ),
+    "lowercase": ({"normalizer": sequence(normalizers.Lowercase())}, "for 'Natalia"),
+    "nfkc": ({"normalizer": sequence(normalizers.NFKC())}, "for '2½"),
+    "merge-order": ({"merges": (("o", "l"), ("s", "o"), ("▁", "a"))}, "for 'Natalia sold"),
+}
+
+
+def refused(convert, folder, reason):
+    with pytest.raises(InputError, match="would not run this tokenizer as transformers does") as refusal:
+        convert(folder)
+    assert reason in str(refusal.value) and "serve this checkpoint with" in str(refusal.value)
+
+
+@pytest.mark.parametrize("variant", OTHERWISE)
+def test_other_tokens_of_a_sentencepiece_tokenizer_are_refused(variant, tmp_path):
+    changes, reason = OTHERWISE[variant]
+    words = VOCABULARY + ("merges" in changes)
+    folder = save(build("llama", vocab_size=words), tmp_path / "model", tokenizer=False)
+    llama_tokenizer(folder, **changes)
+    for convert in (check_tokenizer, lambda src: write_gguf(src, tmp_path / "model.gguf")):
+        refused(convert, folder, reason)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("template", ["", "{% for m in messages %}</s>{{ m['content'] }}{% endfor %}", "{{ x() }}"])
+def test_rare_texts_are_noted_and_chats_compared(template, tmp_path):
+    """A prefix for the first word only, as transformers gives Llama 2: what follows a special token has none."""
+    folder = save(build("llama", vocab_size=VOCABULARY), tmp_path / "model", tokenizer=False)
+    first = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    llama_tokenizer(folder, normalizer=None, pre_tokenizer=first)
+    if template.startswith("{%"):
+        (folder / "chat_template.jinja").write_text(template)
+        refused(check_tokenizer, folder, "'</s>Tom has 12.'")
+        return
+    (folder / "chat_template.jinja").write_text(template)  # of which the last takes no question
+    _, notes = check_tokenizer(folder)
+    assert [re.search("tokens for ('.*') after", note)[1] for note in notes[:2]] == ["' 7 left'", "'so</s>7'"]
+
+
+def test_characters_that_are_composed_are_noted(tmp_path):
+    """NFC, as Qwen has it."""
+    folder = with_tokenizer(tmp_path / "model", QWEN, normalizers.NFC())
+    name, (note,) = check_tokenizer(folder)
+    assert name == "qwen2" and "different tokens for 'Zoe\u0308' after ''" in note
+    assert check_tokenizer(with_tokenizer(tmp_path / "other", QWEN)) == ("qwen2", [])
+
+
 @pytest.mark.parametrize("kind", ["pairs", "words"])
 def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(kind, tmp_path):
     folder = tmp_path / "model"
@@ -83,10 +144,19 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused(kind, tmp_path):
         with_tokenizer(folder, PAIRS)
     else:
         save(build("llama"), folder)
-    for convert in (check_tokenizer, lambda src: write_gguf(src, tmp_path / "model.gguf")):
-        with pytest.raises(InputError, match=r"no pre-tokenizer that gives the tokens of .*; serve this"):
-            convert(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    refused(check_tokenizer, folder, "different tokens for" if kind == "pairs" else "cannot find tokenizer merges")
+
+
+def test_a_sentencepiece_tokenizer_without_bytes_is_refused(tmp_path):
+    """llama.cpp would end the process at a character that has no token."""
+    import sentencepiece
+
+    text = tmp_path / "text"
+    text.write_text("hello world this is a text about numbers\n" * 9)
+    folder = save(build("llama"), tmp_path / "model")
+    options = {"model_type": "bpe", "vocab_size": 32, "hard_vocab_limit": False, "minloglevel": 9}
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(folder / "tokenizer"), **options)
+    refused(check_tokenizer, folder, "no tokens of bytes")
 
 
 def test_the_check_of_a_tokenizer_reads_no_weights(tmp_path):

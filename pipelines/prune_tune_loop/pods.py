@@ -1,0 +1,131 @@
+"""Steps whose pods cannot start or have failed: why, as Kubernetes says it. Read as JSON: any field may be missing."""
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ptl.preflight import in_cluster
+
+Json = dict[str, Any]
+Reason = tuple[str, str, str]  # Kubernetes' own word, its message, and the container that they are about
+
+PATIENCE = 20.0  # seconds for all requests of one look
+LONG = 500  # characters of a message
+# In the annotation that Argo gives a pod: WORKFLOW(0).root(0).TASK(0).executor(0), WORKFLOW(0).root(0).TASK-driver(0)
+NODE = "workflows.argoproj.io/node-name"
+TASK = re.compile(r"\.root\(\d+\)\.([^.()]+?)(-driver)?\(\d+\)")
+STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
+
+IMAGE = "check images.registry, images.tag and images.digests, resources.image_pull_policy and image_pull_secrets"
+VOLUME = "check storage.cache_claim, and the ConfigMaps and Secrets that storage names"
+REMEDIES = {
+    "ImagePullBackOff": IMAGE,
+    "ErrImageNeverPull": IMAGE,
+    "InvalidImageName": IMAGE,
+    "CreateContainerConfigError": "check resources.run_as_user, and the ConfigMaps and Secrets that storage names",
+    "Unschedulable": "check resources.accelerator and accelerators, node_selector and tolerations, cpu and memory (of "
+    "this kind of step: resources.steps.{stage})",
+    "SchedulingGated": "it waits in the queue of resources.queue",
+    "FailedMount": VOLUME,
+    "FailedAttachVolume": VOLUME,
+    "exceeded quota": "ask for less (resources.steps.{stage}), or have the namespace's quota raised",
+}
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A step's newest pod that is pending or has failed."""
+
+    created: datetime
+    is_pending: bool = True  # else it has failed
+    reason: str = ""  # such as ErrImageNeverPull or OOMKilled; empty where Kubernetes has none
+    message: str = ""
+    is_own: bool = True  # it is about the step's container, not one of Kubeflow's or Argo's
+
+    @property
+    def sentence(self) -> str:
+        return ": ".join(filter(None, [self.reason, self.message]))
+
+    def remedy(self, stage: str) -> str:
+        """What to do about its reason, for a step of this stage; empty where nothing is known to help."""
+        kind = "exceeded quota" if "exceeded quota" in self.message else self.reason
+        return REMEDIES.get(kind, "").format(stage=stage) if self.is_own else ""
+
+
+def read(namespace: str, run_id: str, waiting: Collection[str]) -> dict[str, Pod]:
+    """By task key: the pods of a run that are pending or have failed.
+
+    For a task of `waiting` that has no pod the workflow says why, as with a quota. Raises errors of any kind: a
+    kubeconfig and its login plugins are the user's own.
+    """
+    api = f"/api/v1/namespaces/{namespace}"
+    run = f"pipeline/runid={run_id}"
+    phases = "status.phase!=Running,status.phase!=Succeeded"
+    pods = {}
+    for pod in sorted(in_cluster.objects(f"{api}/pods", labelSelector=run, fieldSelector=phases), key=_created):
+        task = TASK.search(pod["metadata"].get("annotations", {}).get(NODE, ""))
+        if task:
+            pods[task[1]] = _pod(pod, f"{api}/events", is_driver=bool(task[2]))
+    if set(waiting) - pods.keys():
+        path = f"/apis/argoproj.io/v1alpha1/namespaces/{namespace}/workflows"
+        for workflow in in_cluster.objects(path, labelSelector=run):
+            pods = _without_pod(workflow["status"]) | pods
+    return pods
+
+
+def _created(pod: Json) -> datetime:
+    return datetime.fromisoformat(pod["metadata"].get("creationTimestamp", "1970-01-01T00:00:00Z"))
+
+
+def _pod(pod: Json, events: str, is_driver: bool) -> Pod:
+    is_pending = pod["status"]["phase"] == "Pending"
+    reason, message, container = _waiting(pod["status"]) if is_pending else _failed(pod["status"])
+    if reason in STARTING:
+        of_pod = f"involvedObject.name={pod['metadata']['name']},type=Warning"
+        warnings = in_cluster.objects(events, fieldSelector=of_pod)
+        for warning in sorted(warnings, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime"))):
+            reason, message = warning["reason"], warning["message"]  # the newest is the last one
+    # A pull that failed is ErrImagePull and ImagePullBackOff by turns: one reason, with the message of the first.
+    reason = reason.replace("ErrImagePull", "ImagePullBackOff")
+    message = re.sub(r'^Back-off pulling image "[^"]*": ErrImagePull: ', "", " ".join(message.split()))
+    is_own = container in ("", "main") and not is_driver
+    return Pod(_created(pod), is_pending, reason, message[:LONG], is_own)
+
+
+def _waiting(status: Json) -> Reason:
+    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+        waiting = container["state"].get("waiting", {})
+        if waiting.get("reason", STARTING[0]) not in STARTING:
+            return waiting["reason"], waiting.get("message", ""), container["name"]
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("reason", ""), condition.get("message", ""), ""
+    return STARTING[0], "", ""
+
+
+def _failed(status: Json) -> Reason:
+    """OOMKilled, Evicted, DeadlineExceeded: where Kubernetes and not the program has ended it."""
+    if "reason" in status:
+        return status["reason"], status.get("message", ""), ""
+    for container in status.get("containerStatuses", []):
+        end = container["state"].get("terminated", {})
+        if container["name"] == "main" and end.get("reason") not in (None, "Completed", "Error"):
+            return end["reason"], end.get("message", ""), "main"
+    return "", "", ""
+
+
+def _without_pod(status: Json) -> dict[str, Pod]:
+    """Tasks whose pods Kubernetes does not accept for now: Argo keeps them pending and asks again."""
+    packed = status.get("compressedNodes")  # in a workflow of more than 1 MiB
+    nodes = json.loads(gzip.decompress(base64.b64decode(packed))) if packed else status.get("nodes", {})
+    pods = {}
+    for node in nodes.values():
+        task = TASK.search(node["name"])
+        if task and node["phase"] == "Pending" and node.get("message"):
+            pods[task[1]] = Pod(datetime.fromisoformat(node["startedAt"]), message=node["message"][:LONG])
+    return pods

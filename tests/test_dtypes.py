@@ -1,0 +1,104 @@
+"""Each tensor keeps its name and its dtype through every step, in whatever dtype the model is computed."""
+
+import pytest
+import torch
+from recovering import DATA, DENSE, recover, weights
+from tiny_models import MOE_VARIANTS, VARIANTS, batches, build, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptl.config.run import Calibration
+from ptl.config.schedule import Prune
+from ptl.model import checkpoint
+from ptl.model.dimensions import model_dimensions, with_experts
+from ptl.model.families import FAMILIES
+from ptl.model.import_checkpoint import import_checkpoint
+from ptl.pruning.layerwise import LayerwiseModel
+from ptl.pruning.prune import prune_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPT = {"method": "cpt", "max_length": 64}
+KEPT = ("gate.weight", "e_score_correction_bias")  # what transformers keeps in float32 of DeepSeek-V3 and GLM-4.5
+BIAS = 8.0  # of DeepSeek-V3's routers, about as published: bfloat16 would round it to a 32nd
+
+
+def saved(variant, folder, *, float32_routers=False, fused=False):
+    """A checkpoint that transformers loaded and saved in bfloat16; `float32_routers`: as some are on the hub."""
+    tokenizer = AutoTokenizer.from_pretrained(DENSE)
+    model = build(variant, vocab_size=len(tokenizer))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(BIAS)
+    save(model, folder / "float32", tokenizer=False)
+    model = AutoModelForCausalLM.from_pretrained(folder / "float32", dtype=torch.bfloat16)
+    if float32_routers:
+        for layer in model.get_decoder().layers:
+            for router in ("gate", "router"):
+                if hasattr(layer.mlp, "experts") and hasattr(layer.mlp, router):
+                    getattr(layer.mlp, router).float()
+    tokenizer.save_pretrained(folder / "source")
+    return save(model, folder / "source", tokenizer=False, fused=fused)
+
+
+def dtypes(folder):
+    return {name: entry.dtype for name, entry in checkpoint.contents(folder).items()}
+
+
+def after_each_step(source, folder):
+    """Names and dtypes of the tensors after import, prune, recover and recover by LoRA."""
+    import_checkpoint(str(source), None, folder / "imported")
+    family = FAMILIES[checkpoint.read_config(source)["model_type"]]
+    dense = model_dimensions(folder / "imported", family)
+    unit, goal = ("experts", with_experts(dense, 4).params) if dense.experts else ("neurons", dense.params * 9 // 10)
+    calibration = Calibration(data=DATA.sources[0], num_sequences=4, max_length=64)
+    settings = Prune(target=unit)
+    prune_checkpoint(folder / "imported", folder / "pruned", settings, calibration, unit=unit, goal=goal, seed=0)
+    recover(folder / "pruned", folder / "recovered", CPT, tokens=100)
+    recover(folder / "pruned", folder / "merged", CPT | {"lora": {"rank": 2}}, tokens=100)
+    return [dtypes(folder / step) for step in ("imported", "pruned", "recovered", "merged")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*VARIANTS, *MOE_VARIANTS])
+def test_what_transformers_saved_in_bfloat16_keeps_its_dtypes(variant, tmp_path):
+    source = saved(variant, tmp_path)
+    imported, pruned, recovered, merged = after_each_step(source, tmp_path)
+    assert imported == dtypes(source) and pruned == recovered == merged
+    assert pruned.items() <= imported.items()
+    has_float32 = any(name.endswith(KEPT) for name in pruned) and variant in ("deepseek_v3", "glm4_moe")
+    assert set(pruned.values()) == ({"BF16", "F32"} if has_float32 else {"BF16"})
+    for name, value in weights(source).items():
+        if name.endswith("e_score_correction_bias"):  # no gradient moves it
+            assert set(weights(tmp_path / "recovered")[name].tolist()) <= set(value.tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_float32_routers_in_a_bfloat16_mixture_keep_their_dtypes(variant, fused, tmp_path):
+    source = saved(variant, tmp_path, float32_routers=True, fused=fused)
+    imported, pruned, recovered, merged = after_each_step(source, tmp_path)
+    assert imported == dtypes(source) and set(imported.values()) == {"BF16", "F32"}
+    assert pruned == recovered == merged and pruned.items() <= imported.items()
+
+
+@pytest.mark.parametrize("float32_routers", [False, True])
+@pytest.mark.parametrize("variant", MOE_VARIANTS)
+def test_layer_by_layer_it_is_computed_as_from_pretrained_does(variant, float32_routers, tmp_path):
+    source = saved(variant, tmp_path, float32_routers=float32_routers)
+    whole, batch = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval(), batches()[0]
+    model = LayerwiseModel(source, FAMILIES[checkpoint.read_config(source)["model_type"]], [batch])
+    for kind in ("named_parameters", "named_buffers"):
+        assert {name: tensor.dtype for name, tensor in getattr(model.causal_lm, kind)()} == {
+            name: tensor.dtype for name, tensor in getattr(whole, kind)()
+        }
+    with torch.no_grad():
+        states = model.embed()
+        for i in range(len(model.layers)):
+            with model.layer(i):
+                states = model.run_batches(i, states)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        expected = []
+        whole.get_decoder().norm.register_forward_pre_hook(lambda _norm, arguments: expected.append(arguments[0]))
+        whole(**inputs, use_cache=False)
+    kept = batch["attention_mask"].bool()
+    assert torch.equal(states[0][kept], expected[0][kept])
