@@ -89,7 +89,7 @@ def _temporary_files(scratch: Path) -> Iterator[None]:
         link.unlink()
     usual = os.environ.get("TMPDIR")
     parent = tempfile.gettempdir()
-    folder = Path(parent, f"ptl-run-{uuid.uuid4().hex[:8]}")
+    folder = Path(parent, f"ptl-command-{uuid.uuid4().hex[:8]}")
     scratch.mkdir(parents=True, exist_ok=True)
     link.symlink_to(folder)
     folder.mkdir(mode=0o700)

@@ -107,7 +107,7 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
         dies()
 
     temporary, scratch = tmp_path / "temporary", tmp_path / "run/scratch"
-    left = temporary / "ptl-run-of-a-killed-command"
+    left = temporary / "ptl-command-killed"
     for folder in (scratch, left):
         folder.mkdir(parents=True)
     (scratch / "temporary").symlink_to(left)
@@ -137,5 +137,5 @@ def test_a_step_that_fails_on_a_full_disk_names_it(tmp_path, monkeypatch):
 
     path = tmp_path / "pipeline.yaml"
     compiler.Compiler().compile(small, str(path))
-    with pytest.raises(WorkError, match=r"no space left while writing .*/ptl-run-\w+: .* set TMPDIR to"):
+    with pytest.raises(WorkError, match=r"no space left while writing .*/ptl-command-\w+: .* set TMPDIR to"):
         run_subprocess(RunnerJob(Config.model_construct(), path, tmp_path, {}, "", ("fills",)))

@@ -37,6 +37,7 @@ def environment(tmp_path, monkeypatch):
     settings = {
         "PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}",
         "PTL_RUN_DIR": str(tmp_path),
+        "PTL_SCRATCH": str(tmp_path / "scratch"),
         "PTL_RETRY_WAIT": "0.01",
         "PTL_TEST_FOLDER": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
