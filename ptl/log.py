@@ -12,7 +12,7 @@ from ptl.units import duration
 
 MARK = "ptl: "
 INTERVAL = 30.0  # seconds between lines of a bar, where it does not reach the next tenth
-WIDTH = 20  # characters of a bar
+WIDTH = 10  # characters of a bar
 BAR = re.compile(r"\[#*-*\] ")  # ASCII: a log's encoding may have nothing else
 ONE_UP = "\x1b[1A\x1b[2K"  # to the start of the line above, which is erased
 
@@ -41,9 +41,9 @@ def progress_bar(show: Show) -> Callable[[float, str], None]:
         elif shown != begun and int(share * 10) == int(shown[0] * 10) and now - shown[1] < INTERVAL:
             return
         elif begun[0] < share < 1:
-            left = f", {duration((now - begun[1]) / (share - begun[0]) * (1 - share))} left"
+            left = f" {duration((now - begun[1]) / (share - begun[0]) * (1 - share))} left,"
         shown = (share, now)
-        show(f"[{'#' * int(share * WIDTH):-<{WIDTH}}] {share:.0%}{note}{left}")
+        show(f"[{'#' * int(share * WIDTH):-<{WIDTH}}] {share:.0%}{left}{note}")
 
     return update
 

@@ -29,25 +29,26 @@ def test_a_training_says_what_is_left_from_its_first_step_and_then_at_each_tenth
     lines = []
     train(lines.append, clock, 0.1)
     assert lines[:3] == [
-        f"[{'-' * 20}] 0% 0 of 1,000 tokens",
-        f"[{'-' * 20}] 1% 10 of 1,000 tokens, 9.9 s left",
-        f"[##{'-' * 18}] 10% 100 of 1,000 tokens, loss 2.0000, 9.0 s left",
+        "[----------] 0% 0 of 1,000 tokens",
+        "[----------] 1% 9.9 s left, 10 of 1,000 tokens",
+        "[#---------] 10% 9.0 s left, 100 of 1,000 tokens, loss 2.000",
     ]
-    assert len(lines) == 12 and lines[-1] == f"[{'#' * 20}] 100% 1,000 of 1,000 tokens, loss 2.0000"
+    assert len(lines) == 12 and lines[-1] == "[##########] 100% 1,000 of 1,000 tokens, loss 2.000"
 
 
 def test_slow_steps_say_so_every_half_minute(clock):
     lines = []
     train(lines.append, clock, 30)
-    assert len(lines) == 101 and lines[50].endswith("500 of 1,000 tokens, loss 2.0000, 25 min left")
+    assert len(lines) == 101 and lines[50].endswith("25 min left, 500 of 1,000 tokens, loss 2.000")
 
 
-def test_reinforcement_learning_shows_steps_and_rewards():
+def test_reinforcement_learning_shows_steps_and_rewards(clock):
     lines = []
     on_log = progress(lines.append, 1000)
     on_log({"progress": 0.0}, 0)
+    clock[0] += 4
     on_log({"progress": 0.5, "reward": 0.25, "completions/mean_length": 12.0}, 4)
-    assert lines[1].startswith(f"[{'#' * 10}{'-' * 10}] 50% step 4, reward 0.250, answers of 12 tokens")
+    assert lines[1] == "[#####-----] 50% 4.0 s left, step 4, reward 0.250, answers of 12 tokens"
 
 
 def test_a_later_stage_begins_a_new_bar(clock):

@@ -101,7 +101,7 @@ def progress(show: log.Show, tokens: int) -> Log:
         nonlocal note
         seen = metrics.get("num_input_tokens_seen")
         if "loss" in metrics:
-            note = f", loss {metrics['loss']:.4f}"
+            note = f", loss {metrics['loss']:.3f}"
         if "reward" in metrics:
             note = f", reward {metrics['reward']:.3f}, answers of {metrics['completions/mean_length']:.0f} tokens"
         if seen is not None:
