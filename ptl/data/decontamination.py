@@ -175,7 +175,7 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     if settings.tasks and scored is None:
         not_compared = ["evaluate.tasks"]
     elif settings.tasks and scored is not None:
-        items = _scored_items(scored)
+        items = scored_items(scored)
         # tasks without items that have a prompt and an answer, such as perplexity
         scores = json.loads((scored / "scores.json").read_text())
         names = [task["task"] for task in scores["tasks"]]
@@ -190,7 +190,7 @@ def build(settings: Decontaminate, scored: Path | None) -> Filter | None:
     return Filter(settings.ngram, benchmarks, not_compared)
 
 
-def _scored_items(folder: Path) -> dict[str, list[Item]]:
+def scored_items(folder: Path) -> dict[str, list[Item]]:
     """Prompts and right answers of each task, from an evaluation's items.jsonl."""
     items: dict[str, list[Item]] = {}
     with (folder / "items.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 in a text too

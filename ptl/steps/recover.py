@@ -44,6 +44,7 @@ def recover(call: Call) -> None:
     weights = token_weights(schedule_of(call))
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
+    scored = fetch(call.inputs["scored"]) if data.decontaminate.tasks else None  # no training on these items
     # All that the result depends on, beside the pruned model.
     settings = {
         "tokens": iteration.tokens,
@@ -52,8 +53,9 @@ def recover(call: Call) -> None:
         "recover": recovery.stages,
         "training": data,
         "seed": call.settings["seed"],
+        "scored": store.digest(decontamination.scored_items(scored)) if scored else "",
     }
-    training_key = store.digest([parent.digest, settings])
+    training_key = takeover.key(parent.digest, settings).digest
     group = machines.machines()
     stores = _training_checkpoints(step, training_key, recovery)
 
@@ -71,7 +73,7 @@ def recover(call: Call) -> None:
             scratch(step.name) / f"training-{training_key[:12]}",  # with other settings it starts anew
             _reporter(run, iteration.tokens),
             teacher=_teacher(run, recovery),
-            scored=fetch(call.inputs["scored"]) if data.decontaminate.tasks else None,  # no training on these items
+            scored=scored,
             machines=group,
         )
         report = recover_checkpoint(src, dst, recovery, [planned.tokens for planned in iterations], job, stores)
@@ -85,8 +87,7 @@ def recover(call: Call) -> None:
         take_part(step, parent, settings, work)
         return
     by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key, by_nodes=by_nodes)
+    record = execute(step, parent, settings, work, by_nodes=by_nodes)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()
