@@ -35,7 +35,8 @@ def submit(
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 
     `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. Without
-    `version` the version is named by the content, and a pipeline that was uploaded before is used again. Raises InputError for what the server refuses, WorkError when it fails.
+    `version` the version is named by the content, and a pipeline that was uploaded before is used again. Raises
+    InputError for what the server refuses, WorkError when it fails.
     """
     # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
