@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,23 +44,18 @@ def key(parent: str, settings: Metadata) -> Key:
 
     Raises InputError for a file that is not there.
     """
-    named = dict(_files(settings))
-    paths = [path for path in named.values() if isinstance(path, Path)]
-    # hashlib releases the interpreter's lock: the shards of a teacher are read side by side.
-    with ThreadPoolExecutor() as pool:
-        digests = dict(zip(paths, pool.map(file_digest, paths), strict=True))
-    files = {name: digests[stamp] if isinstance(stamp, Path) else stamp for name, stamp in named.items()}
+    files = dict(_files(settings))
     return Key(store.digest([__version__, parent, settings, files]), files)
 
 
-def _files(settings: Any) -> Iterator[tuple[str, Path | str]]:
-    """Name of each file that settings read, with the file to be hashed, or with what stands for its content."""
+def _files(settings: Any) -> Iterator[tuple[str, str]]:
+    """Name of each file that settings read, and what changes with its content."""
     if isinstance(settings, DataSource):
-        stamp = sources.content_digest(settings)
-        if stamp is not None:
-            yield settings.source, stamp
+        digest = sources.content_digest(settings)
+        if digest is not None:
+            yield settings.source, digest
     elif isinstance(settings, Evaluate):
-        yield from ((str(path), path) for path in tasks.files(settings))
+        yield from ((str(path), file_digest(path)) for path in tasks.files(settings))
     elif isinstance(settings, ModelSource):
         # A stamp will do, and saves reading the weights once more: after a new import of the same bytes, which have the
         # same digest, no other step is repeated.
@@ -69,18 +63,21 @@ def _files(settings: Any) -> Iterator[tuple[str, Path | str]]:
             stat = path.stat()
             yield str(path), f"{stat.st_size} {stat.st_mtime_ns}"
     elif isinstance(settings, Distil):
-        yield from ((str(path), path) for path in _files_in(settings.teacher or ""))
-    elif isinstance(settings, Section | dict):
-        yield from _files([value for _, value in (settings.items() if isinstance(settings, dict) else settings)])
+        yield from ((str(path), file_digest(path)) for path in _files_in(settings.teacher))
+    elif isinstance(settings, Section):
+        yield from _files(dict(settings))
+    elif isinstance(settings, dict):
+        yield from _files(list(settings.values()))
     elif isinstance(settings, list | tuple):
         for value in settings:
             yield from _files(value)
 
 
-def _files_in(model: str) -> list[Path]:
+def _files_in(model: str | None) -> list[Path]:
     """The files of a model's folder; none of a hub id."""
-    folder = Path(model).expanduser()
-    return [path for path in folder.iterdir() if path.is_file()] if model and folder.is_dir() else []
+    if model is None or not Path(model).is_dir():
+        return []
+    return [path for path in Path(model).iterdir() if path.is_file()]
 
 
 def withdraw_outdated(run: StepRun, current: Key) -> None:
