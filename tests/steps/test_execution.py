@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from ptl import processes
-from ptl.config.recover import DataSource
+from ptl.config.recover import DataSource, Distil
 from ptl.config.run import ModelSource
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client, tracking
-from ptl.steps import process, table, takeover
+from ptl.steps import evaluate, process, table, takeover
 from ptl.steps.call import Step
 from ptl.steps.execution import execute
 from ptl.steps.inputs import fetch
@@ -239,6 +239,35 @@ def test_what_a_step_has_fetched_goes_when_it_is_committed(begin, s3, monkeypatc
 
     execute(Step("recover-1", experiment), parent, {}, work)
     assert not scratch("cache").exists()
+
+
+def test_a_coordinator_takes_over_before_it_starts_nodes(begin):
+    earlier, experiment = begin()
+    step, work = Step("recover-1", experiment), Work()
+    execute(step, None, {}, work)
+    begin(earlier=earlier)
+    execute(step, None, {}, work, by_nodes=lambda _begin: pytest.fail("a TrainJob for what is there"))
+    assert work.done == 1
+
+
+def test_a_teacher_s_files_are_part_of_the_key(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    stages = {"recover": (Distil(teacher=str(tmp_path)),)}
+    before = takeover.key("sha256:parent", stages)
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert takeover.key("sha256:parent", stages) == before and len(before.files) == 1
+    (tmp_path / "model.safetensors").write_bytes(b"others!")
+    assert takeover.key("sha256:parent", stages).digest != before.digest
+
+
+def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
+    """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
+    _, experiment = begin()
+    for name in ("prune-1", "prune-2", "prune-3"):
+        execute(Step(name, experiment), None, {}, Work())
+    run = Step("evaluate-1", experiment).start()
+    evaluate._withdraw_later(run, 1, 3)
+    assert [bool(store.committed(run.root, run.run, f"prune-{i}")) for i in (1, 2, 3)] == [True, False, False]
 
 
 def test_what_cannot_be_taken_over_is_done(begin, capsys):
