@@ -81,7 +81,8 @@ def run(
             pipeline = directory.path / "pipeline.yaml"
             compile_pipeline(settings, pipeline)
             steps = tuple(node.name for node in dag.nodes(settings))
-            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
+            parameters = {"earlier_runs": " ".join(directory.earlier)}
+            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps, parameters)
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
             _check_forms(directory)

@@ -141,15 +141,15 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl.report import provenance
     from ptl.steps import takeover
+    from ptl.storage.manifest import file_digest
 
     # Links too: a snapshot in the hub's cache has nothing else.
     files = [path for path in src.iterdir() if path.is_file()]
     if benchmark_items is not None:
         files += benchmark_items.iterdir()
     # By content, not by path: a moved checkpoint is the same source.
-    contents = sorted(f"{path.name} {provenance.file_digest(path)}" for path in files)
+    contents = sorted(f"{path.name} {file_digest(path)}" for path in files)
     return takeover.key(
         "\n".join(contents),
         {
@@ -158,7 +158,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
             "seed": settings.seed,
             "budget": num_tokens,
         },
-    )
+    ).digest
 
 
 def _print_metrics(metrics: Mapping[str, float], step: int) -> None:

@@ -79,6 +79,19 @@ def _tasks_of(name: str, group: str) -> list[Spec]:
     return [spec for member in members for spec in _tasks_of(member, group)]
 
 
+def files(settings: Evaluate) -> set[Path]:
+    """The local files that the tasks read: their YAML with its includes, their code and their data."""
+    paths: set[Path] = set()
+    for task in settings.tasks:
+        # What the harness ships, or fetches from the hub, is no file of the user's.
+        if is_path(task.name) or settings.data_dir:
+            for spec in find(task.name):
+                splits = local_splits(spec, settings.data_dir, task.num_fewshot)
+                paths |= {Path(split.file) for split in splits.values()}
+                paths |= spec.files if is_path(task.name) else set()
+    return paths
+
+
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:
     """(metric, filter) from `exact_match` or `exact_match,strict-match`. Raises InputError that lists what exists."""
     name, _, extraction = metric.partition(",")

@@ -71,7 +71,6 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
         "PTL_LAUNCH": run.launch,
         LIFELINE: str(run.lifeline),
         "PTL_RUN_DIR": str(run.path),
-        "PTL_EARLIER_RUNS": " ".join(run.earlier),
         "PTL_SCRATCH": str(run.scratch),
         # Else a step's log is full of bars and warnings.
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

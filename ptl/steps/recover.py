@@ -24,7 +24,6 @@ from ptl.steps.execution import execute, take_part
 from ptl.steps.inputs import benchmark_items, dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
-from ptl.storage import store
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def recover(call: Call) -> None:
         "items": items and items.digest,
         "seed": call.settings["seed"],
     }
-    training_key = store.digest([parent.digest, settings])
+    training_key = takeover.key(parent.digest, settings).digest
     group = machines.machines()
     stores = _training_checkpoints(step, training_key, recovery)
 
@@ -88,8 +87,7 @@ def recover(call: Call) -> None:
         take_part(step, parent, settings, work)
         return
     by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key, by_nodes=by_nodes)
+    record = execute(step, parent, settings, work, by_nodes=by_nodes)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()

@@ -119,7 +119,7 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
     """A GPU is pretended, so that sharding is possible at all."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*ptl\[deepspeed\]"):
+    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*prune-tune-loop\[deepspeed\]"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())

@@ -13,7 +13,8 @@ SMALL = 127_872  # parameters of the final model
 
 def many_items(task: str, count: int, wrong: range) -> list[dict]:
     return [
-        {"task": task, "id": str(i), "prompt": f"{i} + 4 =", "target": str(i + 4), "correct": int(i not in wrong),
+        {"task": task, "id": str(i), "prompt_digest": f"{i}", "prompt": f"{i} + 4 =", "target": str(i + 4),
+         "correct": int(i not in wrong),
          "answer": str(i + 4 + (i in wrong)), "truncated": False}
         for i in range(count)
     ]  # fmt: skip
@@ -85,6 +86,19 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
         "of 2 points on 1,000 items of tiny_reasoner"
     )
     assert "the others share the significance level (2.5 % each)" in evidence.caption(result)
+
+
+def test_answers_to_other_questions_are_not_paired(records, settings, capsys):
+    """The same items by their ids, as of a benchmark whose file was replaced."""
+    retention = [dict(item, task="tiny_retention") for item in items({5})]
+    other = [dict(item, prompt_digest="other") for item in items(set(range(9)))]
+    scored(records, "evaluate-0", items(set()), retention)
+    scored(records, "evaluate-4", other, retention)
+    result = build(records, settings)
+    assert "dense" not in result["paired_tasks"]["tiny_reasoner"] and result["paired"] == {}
+    assert result["paired_tasks"]["tiny_retention"]["dense"]["items"] == result["examples"]["compared"] == 20
+    assert result["examples"]["num_regressions"] == 0
+    assert "tiny_reasoner is not compared: the prompts of tiny_reasoner item 0 differ" in capsys.readouterr().out
 
 
 def test_size_speed_and_control_are_evidence(records, settings):
