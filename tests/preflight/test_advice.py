@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from ptl.cli import app
 from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
+from ptl.data.training_amount import Amount, planned
+from ptl.errors import InputError
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import advice
 
@@ -103,6 +107,88 @@ def test_a_target_in_parameters_that_is_deep_is_warned_of():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_shipped_config_is_warned_of(path):
     assert advice.warnings(load_config(path)) == []
+
+
+def test_too_few_tokens_for_what_is_removed_and_too_many_passes_are_warned_of():
+    # An 8B model and 3,000 chats; the paper's run; the demo's.
+    few, many = (
+        Amount(1_700_000, 2_400_000_000, 4.2).warnings(),
+        Amount(5_000_000_000, 2_400_000_000, 10_000).warnings(),
+    )
+    assert len(few) == len(many) == 1
+    assert few[0].startswith("1,700,000 recovery tokens: 0.00071 per removed parameter") and "lower schedule" in few[0]
+    assert "10,000 passes" in many[0] and "give more rows" in many[0]
+    assert Amount(160_000_000, 1_570_000_000, None).warnings() == []
+    assert Amount(12_000, 100, 0.5).warnings() == [] and Amount(0, 100, None).sentence == ""
+
+
+def test_passes_are_over_the_source_that_is_read_most_often_of_files_alone(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(10 * f'{{"text": "{400 * "x"}"}}\n')
+    text = {"source": str(tmp_path / "rows.jsonl"), "format": "text"}
+    hub = {"source": "meta-math/NOPE", "weight": 3}
+
+    def passes(sources, **changes):
+        return planned(load_config(TINY, {"training": sources, "schedule.recovery_tokens": 8000} | changes), 1).passes
+
+    assert passes([text]) == 8  # of 100 tokens each
+    assert passes([text, hub]) == 2 and passes([hub]) is None
+    assert passes([text], recover=[{"max_length": 50}]) == 16  # rows are cut
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (
+            RepositoryNotFoundError.__new__(RepositoryNotFoundError, "no"),
+            2,
+            "training.sources.0.source: 'meta-math/NOPE' ",
+        ),
+        (OSError("no connection"), 0, "not looked at, as the hub cannot be asked: meta-math/NOPE and openai/gsm8k"),
+        (None, 0, ""),
+    ],
+    ids=["unknown", "no-connection", "known"],
+)
+def test_validate_asks_the_hub_for_data_sets_or_says_that_it_did_not(answer, code, said, monkeypatch, tmp_path):
+    asked = []
+
+    def dataset_info(name, **options):
+        asked.append((name, options["revision"]))
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
+    (tmp_path / "task.yaml").write_text("task: mine\ndataset_path: openai/gsm8k\n")
+    sets = ["training.source=meta-math/NOPE", "training.revision=abc"]
+    sets.append(f"evaluate.tasks=[{{name: {tmp_path / 'task.yaml'}, metric: exact_match}}]")
+    done = CliRunner().invoke(app.app, ["validate", str(TINY), *[part for pair in sets for part in ("--set", pair)]])
+    assert asked[0] == ("meta-math/NOPE", "abc")
+    if code:
+        assert said in str(done.exception)
+    else:
+        assert done.exit_code == 0 and ("not looked at" in done.stdout) == bool(said) and said in done.stdout
+        assert len(asked) == (1 if said else 2)  # one try is enough where there is no connection
+
+
+@pytest.mark.parametrize("resource", ["gpu", "nvidia.com/", "/gpu", "nvidia.com/gpu/1"])
+def test_an_accelerator_is_a_resource_with_a_domain(resource):
+    with pytest.raises(InputError, match=r"resources.accelerator: .*for example nvidia.com/gpu"):
+        load_config(TINY, {"resources.accelerator": resource})
+    assert load_config(TINY, {"resources.accelerator": "amd.com/gpu"})
+
+
+def test_the_shipped_demo_is_as_full_of_tokens_as_it_says():
+    assert planned(load_config(TINY), 86_016).warnings() == []
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_validate_and_plan_say_the_tokens_and_warn_of_passes(monkeypatch, command):
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
+    done = CliRunner().invoke(app.app, [command, str(TINY), "--set", "schedule.recovery_tokens=5000000000"])
+    assert done.exit_code == 0, done.output
+    assert "5,000,000,000 recovery tokens: " in done.stdout
+    assert "warning: 5,000,000,000 recovery tokens" in done.output and "passes help little" in done.output
 
 
 @pytest.mark.parametrize("command", ["validate", "submit"])
