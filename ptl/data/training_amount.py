@@ -1,7 +1,7 @@
-"""How much a recovery trains: tokens for each removed parameter, and passes over the rows. What docs/results.md supports.
+"""How much a recovery trains: tokens for each removed parameter, and passes over the rows.
 
-The paper has 0.1 tokens for each parameter that it removes: 160M for 1.57B of 8B. SmolLM2-135M with 0.0024 to 0.0035 more
-than doubled the perplexity of other text (docs/results.md, "A pretrained model with few tokens").
+The paper has 0.1 tokens for each parameter that it removes: 160M for 1.57B of 8B. SmolLM2-135M with 0.0024 to 0.0035
+more than doubled the perplexity of other text (docs/results.md, "A pretrained model with few tokens").
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def locate(
 
 
 def has_dataset(name: str, revision: str | None, field: str) -> bool:
-    """Whether the hub has a data set; False where it cannot be asked. Raises InputError for one that it does not have."""
+    """Whether the hub has a data set; False where it cannot be asked. Raises InputError for one that is not there."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError

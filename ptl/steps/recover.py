@@ -175,7 +175,7 @@ def _stage_details(report: RecoverReport, name: str) -> list[Any]:
 
 
 def sequence_counts(step: str, report: RecoverReport) -> Metadata:
-    """Sequences that were trained on, those that max_length cut, and passes so far, for the step's metrics and its log."""
+    """Sequences that were trained on, those that max_length cut, and passes so far: for metrics and log of the step."""
     # GRPO trains on prompts.
     counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
     if not counts["cut_sequences"]:
