@@ -167,7 +167,7 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
         seconds += batches * new_tokens * token_seconds
 
-    memory = shape.params * shape.itemsize + batch_size * longest * shape.kv_bytes  # weights and cache
+    memory = float(shape.params * shape.itemsize + batch_size * longest * shape.kv_bytes)  # weights and cache
     if evaluate.backend == "vllm":
         memory /= gpus
     memory += CONTEXT
