@@ -11,6 +11,7 @@ import typer
 
 from ptl.config.paths import FILL_IN
 from ptl.config.run import Task
+from ptl.data.training_amount import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.preflight.starter import Request, Starter, run_name, starter
 from ptl.preflight.starter_presets import Data
@@ -30,8 +31,8 @@ def init(
     target: Annotated[
         float | None,
         typer.Option(
-            help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or half "
-            "of what the FFNs or the experts hold where that is less",
+            help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or less "
+            "where FFNs, experts or the rows of --data do not allow for it",
             show_default=False,
         ),
     ] = None,
@@ -128,8 +129,10 @@ def _print_end(file: Path, made: Starter, gpu: str) -> None:
     print(f"wrote {file}: {title}")
     if made.forecast is not None:
         print("\n".join(rest))
-        for warning in made.forecast.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    print(made.amount.sentence)
+    # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
+    for warning in [*made.amount.warnings(PER_PARAMETER), *(made.forecast.warnings if made.forecast else ())]:
+        print(f"warning: {warning}", file=sys.stderr)
     if made.to_fill:
         print(f"Fill in first, where it says {FILL_IN}: {' and '.join(made.to_fill)}")
     of_gpu = f" --gpu {gpu}" if made.forecast is not None and gpu != "h100" else ""

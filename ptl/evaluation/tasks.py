@@ -62,6 +62,14 @@ def score_name(task: Task) -> str:
     return task.name if len(specs) > 1 else specs[0].name
 
 
+def hub_data(settings: Evaluate) -> list[str]:
+    """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
+    specs = [spec for task in settings.tasks if can_find(task.name) for spec in find(task.name)]
+    names = dict.fromkeys(spec.config.get("dataset_path") for spec in specs)
+    # A path, or how `datasets` reads files (json).
+    return [name for name in names if name and "/" in name and not Path(name).exists()]
+
+
 def _tasks_of(name: str, group: str) -> list[Spec]:
     """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
     paths = task_yaml.task_index()

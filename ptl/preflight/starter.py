@@ -16,6 +16,7 @@ from typing import Any
 
 from ptl.config import yaml_text
 from ptl.config.run import Config, ModelSource, Task, check
+from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation.tasks import is_path
 from ptl.model import hub, text_tower
@@ -28,16 +29,14 @@ from ptl.preflight.gpus import GPUS
 from ptl.preflight.known_models import similar
 from ptl.preflight.starter_fit import Choices, Machine
 from ptl.preflight.starter_presets import Data
-from ptl.preflight.starter_target import TARGET, default_target, pruned_to
+from ptl.preflight.starter_target import chosen_target, pruned_to
 from ptl.preflight.starter_text import Plan
 from ptl.units import billions
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
 # Tokens of recovery.
-PER_PARAMETER = 0.1  # for each parameter that is removed: the paper's 160M tokens for 1.57B of 8B parameters
 LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
-PASSES = 4  # over the training rows, after which repetition helps little (Muennighoff et al. 2023, 2305.16264)
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
@@ -58,7 +57,7 @@ class Request:
     model: str  # hub id, or folder
     data: Data
     tasks: Sequence[Task] = ()
-    target: float | None = None  # as schedule.target; None: 0.3, or less where FFNs or experts are a small part
+    target: float | None = None  # as schedule.target; None: 0.3, or less (starter_target)
     gpu: str | None = "h100"  # kind; None: no GPU
     gpus: int | None = None  # of a recovery; None: as many as it takes
 
@@ -71,6 +70,7 @@ class Starter:
     config: Config
     forecast: Forecast | None  # None: without a GPU
     to_fill: tuple[str, ...]  # fields that the user must fill in
+    amount: Amount  # of the recovery
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,14 @@ def starter(request: Request, folder: Path) -> Starter:
         raise InputError(f"{request.gpus}, with --gpu none", field="--gpus", remedy="remove one of the two")
     model = read_model(request.model)
     plan = _plan(request, model, folder)
+    there = request.data.tokens
+    amount = Amount(
+        plan.tokens, plan.dimensions.params - plan.pruned.params, passes=plan.tokens / there if there else None
+    )
 
     if request.gpu is None:
         text = starter_text.text(plan, Choices(), plan.batch_size)
-        return Starter(text, _checked(text, folder), None, _to_fill(request))
+        return Starter(text, _checked(text, folder), None, _to_fill(request), amount)
 
     # The forecast reads the model from where it is, so that the hub is asked once.
     local = {"model": ModelSource(path=str(model.folder))}
@@ -112,7 +116,7 @@ def starter(request: Request, folder: Path) -> Starter:
     config = _checked(starter_text.text(plan, choices, batch_size), folder)
     run_forecast = forecast(config.model_copy(update=local), request.gpu)
     text = starter_text.text(plan, choices, batch_size, run_forecast)
-    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request))
+    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request), amount)
 
 
 def read_model(name: str) -> Model:
@@ -149,7 +153,9 @@ def read_model(name: str) -> Model:
 
 def _plan(request: Request, model: Model, folder: Path) -> Plan:
     """All that does not depend on the number of GPUs."""
-    target = default_target(model.dimensions) if request.target is None else request.target
+    target, target_reason = request.target, ""
+    if target is None:
+        target, target_reason = chosen_target(model.dimensions, request.data.tokens)
     pruned, multiple = pruned_to(model.dimensions, target)
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
@@ -166,7 +172,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         dimensions=model.dimensions,
         itemsize=model.shape.itemsize,
         target=target,
-        lowered=request.target is None and target < TARGET,
+        target_reason=target_reason,
         pruned=pruned,
         multiple=multiple,
         tokens=tokens,

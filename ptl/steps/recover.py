@@ -176,7 +176,7 @@ def _stage_details(report: RecoverReport, name: str) -> list[Any]:
 
 
 def sequence_counts(step: str, report: RecoverReport) -> Metadata:
-    """How many sequences were trained on, and how many of them max_length cut, for the step's metrics and its log."""
+    """Sequences that were trained on, those that max_length cut, and passes so far: for metrics and log of the step."""
     # GRPO trains on prompts.
     counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
     if not counts["cut_sequences"]:
@@ -184,7 +184,7 @@ def sequence_counts(step: str, report: RecoverReport) -> Metadata:
     totals = {name: sum(numbers) for name, numbers in counts.items()}
     if totals["cut_sequences"]:
         say(step, f"{totals['cut_sequences']:,} of {totals['sequences']:,} sequences were cut at recover.max_length")
-    return totals
+    return {**totals, "passes": max(_stage_details(report, "passes"))}
 
 
 def _decontaminated(step: str, report: RecoverReport) -> Metadata:

@@ -406,6 +406,27 @@ def test_chats_are_scored_as_chats(ptl, qwen3_8b):
     assert config.schedule.recovery_tokens == 10_000  # one short row
 
 
+def test_a_target_that_the_rows_cannot_recover_is_lowered_or_warned_of(ptl, qwen3_8b):
+    turns = [{"role": "user", "content": 800 * "a"}, {"role": "assistant", "content": 800 * "b"}]
+    row = json.dumps({"messages": turns}) + "\n"  # 400 tokens
+
+    def init(rows, *options):
+        Path("chats.jsonl").write_text(rows * row)
+        code, said = ptl("init", qwen3_8b, "--data", "chats.jsonl", "--gpu", "none", "--force", *options)
+        assert code == 0, said
+        return load_config("qwen3-8b.yaml").schedule, said
+
+    schedule, said = init(75_000)  # 30M tokens, of which four passes are enough for 1.2B parameters
+    assert (schedule.target, schedule.recovery_tokens, "warning" in said) == (0.1, 85_000_000, False)
+    assert "here what 4 passes over the rows can recover" in Path("qwen3-8b.yaml").read_text()
+    assert "per removed parameter, about 2.8 passes" in said
+    schedule, said = init(1000)
+    assert (schedule.target, schedule.recovery_tokens) == (0.05, 1_600_000)
+    assert "warning: 1,600,000 recovery tokens: 0.0035 per removed parameter" in said
+    schedule, said = init(75_000, "--target", 0.3)
+    assert schedule.target == 0.3 and "warning: 120,000,000 recovery tokens: 0.048 per removed" in said
+
+
 # A row as each data set of the presets has them.
 COLUMNS = {
     "openai/gsm8k": {"question": "1+1?", "answer": "#### 2"},

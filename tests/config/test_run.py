@@ -118,7 +118,7 @@ def test_every_shipped_config_is_valid(path):
         ({"name": "Not A Name"}, "name: 'Not A Name'"),
         ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
-        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
+        ({"recover": [{"lora": {"rank": 8}, "sharding": "zero2"}]}, "sharding=zero2 cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
         (
             {"prune": {"target": "experts", "criterion": "taylor"}},

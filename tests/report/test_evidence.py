@@ -147,9 +147,23 @@ def test_what_a_run_leaves_out_is_said(records, settings):
 def test_sequences_that_were_cut_are_said(records, settings):
     assert not [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
     for step, cut in (("recover-1", 0), ("recover-2", 12), ("control-recover", 500)):
-        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut}
+        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut, "passes": 0.5}
     (said,) = [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
     assert said.startswith("12 of 2,000 training sequences were cut at recover.max_length")
+
+
+def test_tokens_for_what_was_removed_and_passes_are_said(records, settings):
+    for step, passes in (("recover-1", 0.5), ("recover-2", 4.6), ("control-recover", 40)):
+        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": 0, "passes": passes}
+    result = build(records, settings)
+    removed = result["original_params"] - result["final"]["params"]
+    said = dict(evidence.checks(result))["Recovery"]
+    assert (
+        said
+        == f"3,000,000 recovery tokens: {3_000_000 / removed:.2g} per removed parameter, about 4.6 passes over the rows"
+    )
+    (warning,) = [sentence for sentence in limits.sentences(result) if "passes help little" in sentence]
+    assert warning.startswith(said)
 
 
 def test_a_run_that_ends_with_the_dense_model(records, settings, tmp_path, no_pictures):
