@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated
 
 import typer
 
+from ptl.config.goal import MemoryGoal
 from ptl.config.paths import FILL_IN
-from ptl.config.run import Task
+from ptl.config.run import Task, check
 from ptl.data.training_amount import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.preflight.starter import Request, Starter, run_name, starter
@@ -29,10 +31,10 @@ def init(
         int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: the fewest that train all weights")
     ] = None,
     target: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or less "
-            "where FFNs, experts or the rows of --data do not allow for it",
+            help="share of all parameters to remove, or (from 1000 on) the number to end with, or memory to fit into "
+            "(16GiB); default: 0.3, or less where FFNs, experts or the rows of --data do not allow for it",
             show_default=False,
         ),
     ] = None,
@@ -61,13 +63,19 @@ def init(
         model=model,
         data=_data(data, math=math, code=code),
         tasks=_tasks(task or [], math=math, code=code),
-        target=target,
+        target=None if target is None else _target(target),
         gpu=None if gpu == "none" else gpu,
         gpus=gpus,
     )
     made = starter(request, file.absolute().parent)
     file.write_text(made.text, encoding="utf-8")
     _print_end(file, made, gpu)
+
+
+def _target(text: str) -> float | MemoryGoal:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return check(MemoryGoal, {"memory": text}, "--target")
 
 
 def _check_file(file: Path, force: bool) -> None:

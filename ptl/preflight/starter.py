@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config import yaml_text
+from ptl.config.goal import MemoryGoal
 from ptl.config.run import Config, ModelSource, Task, check
+from ptl.config.schedule import Prune
 from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation.tasks import is_path
@@ -31,6 +33,7 @@ from ptl.preflight.starter_fit import Choices, Machine
 from ptl.preflight.starter_presets import Data
 from ptl.preflight.starter_target import chosen_target, pruned_to
 from ptl.preflight.starter_text import Plan
+from ptl.preflight.target import params as params_at_goal
 from ptl.units import billions
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
@@ -57,7 +60,7 @@ class Request:
     model: str  # hub id, or folder
     data: Data
     tasks: Sequence[Task] = ()
-    target: float | None = None  # as schedule.target; None: 0.3, or less (starter_target)
+    target: float | MemoryGoal | None = None  # as schedule.target; None: 0.3, or less (starter_target)
     gpu: str | None = "h100"  # kind; None: no GPU
     gpus: int | None = None  # of a recovery; None: as many as it takes
 
@@ -156,6 +159,10 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
     target, target_reason = request.target, ""
     if target is None:
         target, target_reason = chosen_target(model.dimensions, request.data.tokens)
+    memory = target.memory if isinstance(target, MemoryGoal) else ""
+    if isinstance(target, MemoryGoal):
+        prune = Prune(target="experts" if model.dimensions.experts else "neurons")
+        target = params_at_goal(target, prune, model.folder)
     pruned, multiple = pruned_to(model.dimensions, target)
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
@@ -172,6 +179,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         dimensions=model.dimensions,
         itemsize=model.shape.itemsize,
         target=target,
+        memory=memory,
         target_reason=target_reason,
         pruned=pruned,
         multiple=multiple,

@@ -234,6 +234,12 @@ def test_the_config_of_a_mixture_is_validated_planned_and_rehearsed(variant, exp
 
 
 @pytest.mark.slow
+def test_a_target_in_memory_becomes_a_goal(ptl):
+    code, printed = ptl("init", REASONER / "checkpoint", "--target", "300KiB", "--gpu", "none", "-o", "small.yaml")
+    assert code == 0 and "without 59 %" in printed
+    assert load_config("small.yaml").schedule.target.memory == "300KiB"
+
+
 def test_the_learning_rate_follows_the_removed_share():
     """Within one step of the grid (the square root of 2) of the best rates of loops in depth.jsonl."""
     best = {0.4: (3e-4, 4.2e-4), 0.5: (3e-4, 6e-4), 0.55: (6e-4, 8.5e-4), 0.6: (8.5e-4, 1.2e-3), 0.65: (1.2e-3, 1.7e-3)}
@@ -271,6 +277,7 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
             "--target: 0.95 cannot be reached: only .* give less, for example 0.",
         ),
         ([REASONER / "checkpoint", "--target", 30], "--target: 30 is neither a share"),
+        ([REASONER / "checkpoint", "--target", "30XB"], "--target: wrong values .*'30XB': must be a number with a unit"),
         ([REASONER / "checkpoint", "--data", "none.jsonl"], "--data: no file none.jsonl"),
         ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
         ([REASONER / "checkpoint", "--task", "mmlu"], "--task: the tasks of the group 'mmlu' are not all named"),
@@ -281,7 +288,7 @@ def test_what_is_left_to_fill_in_is_named_and_refused_until_it_is(ptl):
         ([REASONER / "checkpoint", "-o", "none/x.yaml"], "--output: none/x.yaml must be a file in a folder"),
     ],
     ids=[
-        *("none", "nowhere", "no-config", "gpu", "gpus-of-none", "unreachable", "target", "data", "task"),
+        *("none", "nowhere", "no-config", "gpu", "gpus-of-none", "unreachable", "target", "unit", "data", "task"),
         *("tagged-group", "mixed-group", "output"),
     ],
 )
