@@ -47,7 +47,7 @@ def submit(
     earlier = [] if fresh or "earlier_runs" in parameters else _earlier_runs(experiment_id, config.name)
     if earlier:
         parameters = {**parameters, "earlier_runs": " ".join(earlier)}
-        say(f"steps with the same inputs and settings are taken over from {', '.join(earlier)} (--new: from none)")
+        say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
     name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig

@@ -135,7 +135,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     """
     from ptl.data import training_amount
     from ptl.evaluation import language_models
-    from ptl.export import formats
+    from ptl.export import formats, llama_cpp
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
@@ -145,6 +145,8 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         *formats.installation_checks(config.export),
     ]
     unchecked = extras.not_checked(checks, excused)
+    if extras.absent(["prune"]):
+        unchecked.append("not checked: whether transformers builds a model of config.json (torch is not installed)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
@@ -161,7 +163,8 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         config.recover,
     )
     formats.check_exports(folder, config.export)
-    notes = formats.context_warnings(folder, config.export)
+    is_served = config.export or config.evaluate.backend == "vllm"
+    notes = llama_cpp.context_notes(folder) if is_served else []
 
     def compare_tokens() -> None:
         notes.extend(formats.check_tokenizer(folder, config.export))

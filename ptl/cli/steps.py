@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,11 +102,13 @@ def recover(
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
-    with writing(dst) as out:
+    with writing(dst) as out, tempfile.TemporaryDirectory() as items_folder:
         benchmark_items = None
         if settings.training.decontaminate.tasks and task_yaml.harness_folder():
-            benchmark_items = out.with_name("items")
+            benchmark_items = Path(items_folder)
             items.write_items(benchmark_items, settings.evaluate, settings.seed)
+        elif settings.training.decontaminate.tasks:
+            print("training rows are not compared with the benchmarks: lm-evaluation-harness is not installed")
         # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")

@@ -69,9 +69,9 @@ class TrainingSource(DataSource):
 class Decontaminate(Section):
     """Leave out training rows and prompts that share text with a benchmark."""
 
-    # the run's own benchmarks need no data here: the first evaluation has written their items
+    # the run's own benchmarks need no data here: import-model has written their items
     tasks: bool = True
-    """compare with the items of `evaluate.tasks`, as the first evaluation stored them"""
+    """compare with the items of `evaluate.tasks`, as import-model stored them"""
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
     ngram: int = Field(13, ge=2)

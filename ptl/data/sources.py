@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -306,9 +307,11 @@ def _from_parquet(path: Path, setting: str) -> Any:
         rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache(setting) / "parquet"))
         # a damaged text would only be noticed in the row that has it
         rows.data.table.validate(full=True)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):  # of the cache
+            raise
         raise InputError(
             f"{path} is no readable Parquet file ({type(error).__name__}: {error})",
             field=setting,

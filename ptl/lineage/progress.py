@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 WATCHING = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # for each run that is ended, two lines
 }
 MAX_EARLIER = 20  # unfinished runs to take over from: each step asks for a record of each of them
+TAKEN_OVER = "steps with the same inputs and settings may be taken over from"
 MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 
 

@@ -43,11 +43,12 @@ LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
-# Parameters up to which a learning rate holds where REFERENCE of them go, of the shipped configs if there is one of
-# that size. The best rate doubles with each RATE_DOUBLES more (docs/results.md: 40 to 66 % of the tiny reasoner).
-REFERENCE = 0.3
+# Parameters up to which a learning rate holds where SHARES[0] of them go, of the shipped configs if there is one of
+# that size. With each RATE_DOUBLES more the rate doubles, as the best rates of the tiny reasoner's loops do within
+# SHARES (docs/results.md).
+SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
-LEARNING_RATES = ((1e7, 1.5e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LEARNING_RATES = ((1e7, 1.2e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 CALIBRATION_LENGTH = 512  # tokens
@@ -189,7 +190,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         calibration_length=min(CALIBRATION_LENGTH, model.positions),
         batch_size=batch_size,
         learning_rate=learning_rate,
-        lora_rate=min(LORA_FACTOR * learning_rate, LARGEST_RATE),
+        lora_rate=max(learning_rate, min(LORA_FACTOR * learning_rate, LARGEST_RATE)),
         gpu=request.gpu,
         all_weights=None,
         data=_data_seen_from(folder, request.data),
@@ -200,7 +201,8 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
 def default_rate(params: int, share: float) -> float:
     """The learning rate of a recovery of a model of so many parameters, of which `share` go."""
     rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
-    return float(rate * 2 ** ((share - REFERENCE) / RATE_DOUBLES))
+    fewest, most = SHARES
+    return float(rate * 2 ** ((min(max(share, fewest), most) - fewest) / RATE_DOUBLES))
 
 
 def _tokens(removed: int, data: Data) -> tuple[int, str]:

@@ -42,7 +42,7 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
     return comparisons
 
 
-def _outcomes(before: Items, after: Items) -> dict[str, tuple[list[int], list[int]]]:
+def _outcomes(before: Items, after: Items, warn: bool = True) -> dict[str, tuple[list[int], list[int]]]:
     """By task, the 0/1 outcomes of the items that both evaluations have; none of a task that asked them otherwise."""
     outcomes = {}
     for task in dict.fromkeys(item["task"] for item in before):
@@ -50,7 +50,8 @@ def _outcomes(before: Items, after: Items) -> dict[str, tuple[list[int], list[in
             try:
                 outcomes[task] = match(before, after, task)
             except InputError as error:
-                say("report", f"warning: {task} is not compared: {error.problem}")
+                if warn:
+                    say("report", f"warning: {task} is not compared: {error.problem}")
     return outcomes
 
 
@@ -58,7 +59,7 @@ def examples(records: Records, final: str) -> Row:
     """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
     after = _items(final, records)
     before = _items("evaluate-0", records)
-    tasks = _outcomes(before, after)
+    tasks = _outcomes(before, after, warn=False)  # `paired_comparisons` has warned
     if not tasks or final == "evaluate-0":
         return {}
     answers = {(item["task"], item["id"]): item for item in after}

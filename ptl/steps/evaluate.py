@@ -65,7 +65,7 @@ def evaluate(call: Call) -> None:
     record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
-    call.outputs["metrics"].metadata.update(kubeflow_metrics(record))
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"], call.step.start()))
 
 
 def _withdraw_later(run: StepRun, iteration: int, iterations: int) -> None:

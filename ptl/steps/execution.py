@@ -66,8 +66,8 @@ def execute(
         # Another command, an earlier pod or a retry may have finished the step.
         record = store.committed(run.root, run.run, step.name, key.digest)
         if record is None:
-            takeover.withdraw_outdated(run, key)
             takeover.check_same_files(run, step.stage, key)
+            takeover.withdraw_outdated(run, key)
             record = _do(execution, by_nodes)
         elif damage_report(record["pointer"]["digest"]).exists():
             # A later step could not fetch what this one has published.

@@ -18,8 +18,10 @@ from ptl.config.goal import Goal
 from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import Prune, Schedule
+from ptl.errors import WorkError
 from ptl.evaluation import gate
 from ptl.lineage import tracking
+from ptl.lineage.progress import MAX_EARLIER
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
@@ -28,7 +30,7 @@ from ptl.revision import own_revision
 from ptl.steps import attempts, takeover
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
-from ptl.steps.inputs import BENCHMARK_ITEMS
+from ptl.steps.inputs import BENCHMARK_ITEMS, damage_report
 from ptl.steps.iterations import schedule_of
 from ptl.steps.machine import empty_folder
 from ptl.steps.reporting import noting_errors
@@ -97,10 +99,13 @@ def import_model(call: Call) -> None:
 
 def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:
     """Let the run's steps know by its page in MLflow which unfinished runs they may take over from."""
-    names = re.findall(r"[^\s,]+", earlier_runs)
+    names = re.findall(r"[^\s,]+", earlier_runs)[:MAX_EARLIER]
     for name in names:
-        if store.committed(run.root, name, run.step) is None:
-            say(run.step, f"earlier run {name} has no steps here that could be taken over")
+        try:
+            if store.committed(run.root, name, run.step) is None:
+                say(run.step, f"earlier run {name} has no steps here that could be taken over")
+        except WorkError as error:
+            say(run.step, f"earlier run {name}: {error}")
     if names:
         tracking.name_earlier_runs(run, names)
 
@@ -112,13 +117,18 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     with noting_errors(run):
         items = dataclasses.replace(run, step=BENCHMARK_ITEMS)
         key = takeover.key("", {"evaluate": evaluate, "seed": seed})
-        if store.committed(run.root, run.run, items.step, key.digest):
+        committed = store.committed(run.root, run.run, items.step, key.digest)
+        if committed is None:
+            takeover.withdraw_outdated(items, key)
+        elif damage_report(committed["pointer"]["digest"]).exists():
+            store.withdraw(run.root, run.run, items.step)
+            damage_report(committed["pointer"]["digest"]).unlink()
+        else:
             return
-        takeover.withdraw_outdated(items, key)
         folder = empty_folder(run.step)
         number = write_items(folder, evaluate, seed)
         location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id)
+        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id, step=items.step)
         store.commit(run.root, run.run, items.step, takeover.record(key, pointer, {"stage": BENCHMARK_ITEMS}))
         say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
 

@@ -123,7 +123,7 @@ def check_same_files(run: StepRun, stage: str, current: Key) -> None:
     On one machine that step has been done again by now. A cluster does not repeat what has succeeded.
     """
     first = {"prune": "prune-1", "recover": "recover-1", "evaluate": "evaluate-0"}.get(stage, run.step)
-    record = store.committed(run.root, run.run, first)
+    record = None if first == run.step else store.committed(run.root, run.run, first)
     changed = _changed(record, current) if record else ""
     if changed:
         raise InputError(

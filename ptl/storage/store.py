@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
 
-FORMAT = 2  # of a record
+FORMAT = 3  # of a record
 WITHDRAWN = b"{}"  # in place of a record
 T = TypeVar("T")
 Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
@@ -149,8 +149,10 @@ def commit(root: str, run: str, step: str, record: Record) -> Record:
     kept = _load_record(_backend(root).put_once(uri, data), uri, step)
     if kept is not None and kept["key"] == record["key"]:
         return kept
+    # One of another key, or withdrawn. Here two processes may both write: the last one stays, and both return it unless
+    # they write at the same moment.
     _backend(root).put(uri, data)
-    return record
+    return committed(root, run, step, record["key"]) or record
 
 
 def withdraw(root: str, run: str, step: str) -> None:

@@ -364,8 +364,8 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
 
     keys = []
 
-    def execute_nothing(*_, content_key, **__):
-        keys.append(content_key)
+    def execute_nothing(_step, parent, settings, _work, **_):
+        keys.append(takeover.key(parent.digest, settings).digest)
         raise Stop
 
     monkeypatch.setattr(recover, "execute", execute_nothing)
