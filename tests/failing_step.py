@@ -31,6 +31,11 @@ def work(call):
         import no_such_library  # noqa: F401
     if what == "work":
         raise WorkError("the store is away")
+    if what == "no-space":
+        Path("/dev/full").write_text("x")
+    if what == "no-space-for-the-reason":
+        Path(sys.argv[1]).with_name("failure.json").symlink_to("/dev/full")
+        raise WorkError("the store is away")
     if what == "exit":
         os._exit(9)
     if "with-child" in what:

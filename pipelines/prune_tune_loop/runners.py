@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import shutil
 import sys
+import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +21,11 @@ from pipelines.prune_tune_loop import containers
 from pipelines.prune_tune_loop.compact import local_copy
 from ptl import fork_server
 from ptl.config.run import Config
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import mlflow_client
-from ptl.log import MARK
+from ptl.log import MARK, on_terminal
 from ptl.processes import Environment
+from ptl.storage import local_files
 
 TERMINAL_COLOUR = re.compile(r"\x1b\[\d*m")
 # What the steps need, imported once and not in the process of each.
@@ -36,6 +41,7 @@ IMPORTED = (
     "trl.trainer.sft_trainer",
     "lm_eval.models.huggingface",
 )
+PAGE = 4096  # bytes that a disk with space has
 NO_REASON = (
     "Its process left no reason, as when it is killed (what the kernel does when memory is used up: free memory)"
 )
@@ -63,8 +69,55 @@ def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
 
     subprocess_task_handler.replace_python_executable = _with_interpreter
     warnings.filterwarnings("ignore", message="You may be attemping to run a task")  # images play no part here
-    with fork_server.serving(IMPORTED), _making_database(job.environment):
+    with (
+        _temporary_files(job.folder / "scratch"),
+        fork_server.serving(IMPORTED),
+        _making_database(job.environment),
+    ):
         _execute(local.SubprocessRunner(use_venv=False), job, verbose)
+
+
+@contextlib.contextmanager
+def _temporary_files(scratch: Path) -> Iterator[None]:
+    """Have this process and the steps keep temporary files in a folder of the run, which is removed at the end.
+
+    KFP and a step that is killed leave theirs. What a killed command has left, the run's next one removes by a link;
+    the folder itself is not in the run's own, whose path is often too long for a socket's.
+    """
+    link = scratch / "temporary"
+    if link.is_symlink():
+        shutil.rmtree(link.readlink(), ignore_errors=True)
+        link.unlink()
+    usual = os.environ.get("TMPDIR")
+    parent = tempfile.gettempdir()
+    folder = Path(parent, f"ptl-command-{uuid.uuid4().hex[:8]}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(folder)
+    folder.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    except PtlError as error:
+        # KFP's own files do not fit, say: then a step fails before it can report why.
+        _check_space(folder, error)
+        raise
+    finally:
+        tempfile.tempdir = parent
+        os.environ.pop("TMPDIR")
+        if usual is not None:
+            os.environ["TMPDIR"] = usual
+        shutil.rmtree(folder, ignore_errors=True)
+        link.unlink()
+
+
+def _check_space(folder: Path, failure: PtlError) -> None:
+    """Raise WorkError where a step's failure has left a full disk with its temporary files."""
+    probe = folder / "probe"
+    try:
+        probe.write_bytes(bytes(PAGE))
+    except OSError as error:
+        if error.errno in local_files.FULL:
+            raise local_files.no_space(OSError(error.errno, error.strerror, str(folder))) from failure
 
 
 def _with_interpreter(command: list[str], interpreter: str) -> list[str]:
@@ -169,7 +222,7 @@ class _Tee(io.TextIOBase):
     """Writes all lines to a log, and to the terminal those with a step's mark, or all when `verbose`."""
 
     def __init__(self, terminal: TextIO, log: TextIO, verbose: bool) -> None:
-        self.terminal = terminal
+        self.show = on_terminal(terminal)
         self.log = log
         self.verbose = verbose
         self.unfinished_line = ""
@@ -181,5 +234,5 @@ class _Tee(io.TextIOBase):
         for line in lines:
             before, mark, progress = line.partition(MARK)
             if self.verbose or (mark and not before.strip()):
-                print(line if self.verbose else progress, file=self.terminal, flush=True)
+                self.show(line if self.verbose else progress)
         return len(text)

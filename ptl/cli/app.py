@@ -10,7 +10,7 @@ import typer
 
 from ptl import __version__, address, extras
 from ptl.cli import cluster, configs, gc, images, init, results, run, servers, steps
-from ptl.errors import InputError, PtlError, WorkError
+from ptl.errors import InputError, PtlError
 from ptl.storage import local_files
 
 app = typer.Typer(
@@ -51,10 +51,7 @@ def _file_error(error: OSError) -> PtlError:
     # Libraries raise it in places where no command can expect it.
     path = error.filename
     if error.errno in local_files.FULL:
-        return WorkError(
-            f"no space left while writing {path or 'a file'}: {error.strerror}",
-            remedy="free some",
-        )
+        return local_files.no_space(error)
     if error.errno in UNUSABLE_PATH:
         return InputError(
             f"{error.strerror}",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from ptl.config.recover import Recovery
 from ptl.config.run import Config, load_config, pairs
 from ptl.config.schedule import removal
 from ptl.errors import InputError
+from ptl.log import on_terminal
 
 
 def import_model(
@@ -94,7 +95,7 @@ def recover(
     Training checkpoints are in DST.partial until it is done; run the same command again to resume from them.
     """
     from ptl.evaluation import items, task_yaml
-    from ptl.recovery.job import RecoveryJob, StageBudget
+    from ptl.recovery.job import RecoveryJob, StageBudget, progress
     from ptl.recovery.recover import recover_checkpoint
 
     settings = load_config(config, pairs("--set", sets))
@@ -115,7 +116,8 @@ def recover(
         for folder in out.parent.glob("training-*"):
             if folder != scratch:
                 print(f"{folder} is not resumed: it belongs to another source, other settings or other data")
-        job = RecoveryJob(settings.training, budget, scratch, _print_metrics, benchmark_items=benchmark_items)
+        on_log = progress(on_terminal(sys.stdout), num_tokens)
+        job = RecoveryJob(settings.training, budget, scratch, on_log, benchmark_items=benchmark_items)
         report = recover_checkpoint(src, out, Recovery(stages=settings.recover), [num_tokens], job)
         _print_report(report)
 
@@ -162,10 +164,6 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
             "budget": num_tokens,
         },
     ).digest
-
-
-def _print_metrics(metrics: Mapping[str, float], step: int) -> None:
-    print(step, metrics)
 
 
 def _print_report(report: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 
+from ptl import log
 from ptl.config.recover import TrainingData
 from ptl.recovery.machines import ALONE, Machines
 
@@ -89,3 +90,24 @@ class RecoverReport:
 
 
 REPORT = TypeAdapter(RecoverReport)  # reads what dataclasses.asdict and json.dumps wrote; JSON has no tuples
+
+
+def progress(show: log.Show, tokens: int) -> Log:
+    """What shows a training's progress as a bar, from its metrics; `tokens` is what all its stages have."""
+    update = log.progress_bar(show)
+    note = ""  # of the newest log that has a loss or a reward
+
+    def on_log(metrics: dict[str, float], step: int) -> None:
+        nonlocal note
+        seen = metrics.get("num_input_tokens_seen")
+        if "loss" in metrics:
+            note = f", loss {metrics['loss']:.4f}"
+        if "reward" in metrics:
+            note = f", reward {metrics['reward']:.3f}, answers of {metrics['completions/mean_length']:.0f} tokens"
+        if seen is not None:
+            update(min(seen / tokens, 1.0), f" {seen:,.0f} of {tokens:,} tokens{note}")
+        # Reinforcement learning reads prompts: its steps are counted.
+        elif "progress" in metrics:
+            update(metrics["progress"], f" step {step}{note}")
+
+    return on_log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 from ptl.config.recover import NextToken, Stage
 from ptl.errors import WorkError
+from ptl.log import INTERVAL
 from ptl.model import checkpoint, pretrained, safetensors_io
 from ptl.model.experts import stored_tensor
 from ptl.model.families import family_of
@@ -128,11 +130,30 @@ def watch(job: RecoveryJob) -> Any:
 
     class Watch(TrainerCallback):  # type: ignore[misc,unused-ignore]
         last_logged: int | None = None  # optimizer step; None: this process has logged none
+        last_passed = -math.inf  # time of the last metrics that were passed on
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.pass_on({}, args, state)
+            # the first step shows how long the others will take
+            self.last_passed = -math.inf
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # an iteration shorter than logging_steps has a curve too
             if state.global_step >= state.max_steps:
                 control.should_log = True
+            # ten slow steps until the next log are minutes
+            elif not control.should_log and time.monotonic() - self.last_passed >= INTERVAL:
+                self.pass_on({}, args, state)
+
+        def pass_on(self, metrics: dict[str, float], args: Any, state: Any) -> None:
+            self.last_passed = time.monotonic()
+            metrics["progress"] = state.global_step / state.max_steps
+            if args.include_num_input_tokens_seen != "no":
+                # the last batch of several processes is filled up with empty sequences, which are no training tokens
+                most = math.inf if job.budget.tokens is None else job.budget.tokens
+                metrics["num_input_tokens_seen"] = min(state.num_input_tokens_seen, most)
+            if state.is_world_process_zero:
+                job.on_log(metrics, state.global_step)
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             step = state.global_step
@@ -159,12 +180,7 @@ def watch(job: RecoveryJob) -> Any:
                     first_step = self.last_logged + 1
                 raise _loss_error(loss, first_step, step, args.output_dir)
             self.last_logged = step
-            seen = metrics.get("num_input_tokens_seen")
-            if seen is not None and job.budget.tokens is not None:
-                # the last batch of several processes is filled up with empty sequences, which are no training tokens
-                metrics["num_input_tokens_seen"] = min(seen, job.budget.tokens)
-            if state.is_world_process_zero:
-                job.on_log(metrics, step)
+            self.pass_on(metrics, args, state)
 
     return Watch()
 

@@ -6,6 +6,7 @@ Those in one pod, in pods that Argo starts anew, and those of a local runner tog
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import uuid
 
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 from ptl.errors import WorkError
+
+NO_SPACE = errno.ENOSPC  # exit code of a step's process that could not even write why it failed
 
 
 class NoAttemptLeftError(WorkError):

@@ -9,6 +9,7 @@ from ptl.config.run import Evaluate, Gate
 from ptl.config.schedule import Prune
 from ptl.evaluation import gate, tasks
 from ptl.lineage.run_status import StepRun
+from ptl.log import say
 from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, passes_through, write_pointer
 from ptl.steps.execution import execute
@@ -19,6 +20,8 @@ from ptl.steps.metrics import kubeflow_metrics
 from ptl.steps.verdict import LoopSettings, Trial, decide
 from ptl.storage import store
 from ptl.storage.store import Pointer
+
+MANY_TRUNCATED = 0.2  # share of a task's answers
 
 
 def evaluate(call: Call) -> None:
@@ -44,6 +47,8 @@ def evaluate(call: Call) -> None:
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
         limit_threads(candidate.params)
         scores = _scores(src, dst, run, scores_key, settings, seed, loop.gate)
+        if step.name == "evaluate-0":
+            _warn_of_truncated_answers(step.name, scores)
         # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback, scores)
         verdict, accepted = decide(trial, dst)
@@ -62,10 +67,11 @@ def evaluate(call: Call) -> None:
             takeover.SCORES: scores_key,
         }
 
+    run = step.start()  # before it ends: a run that has ended would be opened again
     record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
-    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"], call.step.start()))
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"], run))
 
 
 def _withdraw_later(run: StepRun, iteration: int, iterations: int) -> None:
@@ -73,6 +79,17 @@ def _withdraw_later(run: StepRun, iteration: int, iterations: int) -> None:
     for later in range(iteration + 1, iterations + 1):
         for stage in ("prune", "recover", "evaluate"):
             store.withdraw(run.root, run.run, f"{stage}-{later}")
+
+
+def _warn_of_truncated_answers(step: str, scores: Metadata) -> None:
+    """Say that the dense model's answers are too long for a task: everything after it is compared with its accuracy."""
+    for task in scores["tasks"]:
+        if task["truncated"] > MANY_TRUNCATED:
+            say(
+                step,
+                f"warning: {task['truncated']:.0%} of the dense model's answers on {task['task']} hit the token limit, "
+                "so its accuracy says little; raise the task's max_new_tokens and start again",
+            )
 
 
 def _loop_settings(call: Call) -> LoopSettings:

@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 
 from ptl import processes
-from ptl.address import without_login
 from ptl.errors import PtlError
 from ptl.log import say
 from ptl.recovery import machines
@@ -42,7 +41,7 @@ def main() -> None:
         _leave(str(error), error.exit_code)
     except Exception as error:
         traceback.print_exc()
-        _leave(without_login(f"{type(error).__name__}: {error}"), 1)
+        _leave(process.reason(error), 1)
 
 
 def _with_files(call: trainjob.Json, folder: Path) -> trainjob.Json:

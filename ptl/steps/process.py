@@ -11,7 +11,8 @@ from typing import Any
 from ptl import processes
 from ptl.address import without_login
 from ptl.errors import InputError, PtlError, explained_imports
-from ptl.steps.attempts import Failure, NoAttemptLeftError
+from ptl.steps.attempts import NO_SPACE, Failure, NoAttemptLeftError
+from ptl.storage import local_files
 
 WAIT = 30  # seconds for an earlier process of the same step to end
 
@@ -21,7 +22,7 @@ def main(path: Path, parent: int) -> None:
     processes.die_with(parent)
     call = json.loads(path.read_text())
     try:
-        outputs = work(call)
+        path.with_name("outputs.json").write_text(json.dumps(work(call)))
     except PtlError as error:
         # Explained: a line and no traceback.
         exhausted = isinstance(error, NoAttemptLeftError)
@@ -31,9 +32,15 @@ def main(path: Path, parent: int) -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         # A bug, or a library: the traceback goes to the log.
-        _write_failure(path, Failure(without_login(f"{type(error).__name__}: {error}")))
+        _write_failure(path, Failure(reason(error)))
         raise
-    path.with_name("outputs.json").write_text(json.dumps(outputs))
+
+
+def reason(error: Exception) -> str:
+    """What to report of an error that is none of ours."""
+    if isinstance(error, OSError) and error.errno in local_files.FULL:
+        return str(local_files.no_space(error))
+    return without_login(f"{type(error).__name__}: {error}")
 
 
 @explained_imports()
@@ -62,7 +69,13 @@ def work(call: dict[str, Any]) -> dict[str, Any]:
 
 def _write_failure(path: Path, failure: Failure) -> None:
     """Leave the reason where the supervisor looks for it."""
-    path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
+    try:
+        path.with_name("failure.json").write_text(json.dumps(dataclasses.asdict(failure)))
+    except OSError as error:
+        if error.errno not in local_files.FULL:
+            raise
+        print(failure.reason, file=sys.stderr, flush=True)
+        sys.exit(NO_SPACE)
 
 
 if __name__ == "__main__":

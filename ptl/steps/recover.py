@@ -18,6 +18,7 @@ from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
 from ptl.recovery import machines
+from ptl.recovery.job import Log, progress
 from ptl.steps import coordinator, takeover
 from ptl.steps.call import Call, Metadata, Step, passes_through, write_pointer
 from ptl.steps.execution import execute, take_part
@@ -27,7 +28,7 @@ from ptl.steps.machine import limit_threads, scratch
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
-    from ptl.recovery.job import Log, RecoverReport
+    from ptl.recovery.job import RecoverReport
 
 NODE_MINUTES = 15  # between training checkpoints in the store, where the config does not say
 
@@ -127,30 +128,16 @@ def _name_for_trackers(step: Step, run: StepRun) -> None:
 
 
 def _reporter(run: StepRun, tokens: int) -> Log:
-    """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a line."""
+    """What a training calls with each log of its metrics: MLflow gets the numbers, the step's log a bar."""
+    show = progress(partial(say, run.step), tokens)
 
     def on_log(metrics: dict[str, float], optimizer_step: int) -> None:
         # A group of their own beside the metrics of the step's result.
         train_metrics = {f"train/{name}": value for name, value in metrics.items()}
         tracking.log_metrics(run, train_metrics, optimizer_step)
-        line = _progress(metrics, tokens)
-        if line:
-            say(run.step, line)
+        show(metrics, optimizer_step)
 
     return on_log
-
-
-def _progress(metrics: dict[str, float], tokens: int) -> str:
-    """The line of progress for one log of a training; empty where there is nothing to say."""
-    if "reward" in metrics:
-        reward = metrics["reward"]
-        length = metrics["completions/mean_length"]
-        return f"reward {reward:.3f}, answers of {length:.0f} tokens"
-    # The last log of a training has totals instead of these.
-    seen, loss = metrics.get("num_input_tokens_seen"), metrics.get("loss")
-    if seen is None or loss is None:
-        return ""
-    return f"{seen:,.0f} of {tokens:,} tokens, loss {loss:.4f}"
 
 
 def _teacher(run: StepRun, recovery: Recovery) -> Path | None:

@@ -22,7 +22,8 @@ from typing import Any
 from ptl import fork_server, processes
 from ptl.log import say
 from ptl.steps import mounts
-from ptl.steps.attempts import Failure, Policy, on_a_cluster, policy
+from ptl.steps.attempts import NO_SPACE, Failure, Policy, on_a_cluster, policy
+from ptl.storage import local_files
 
 # Artifacts that a step reads; it writes all others.
 INPUTS = ("model", "dense", "fallback", "final", "control")
@@ -46,14 +47,19 @@ def run(names: dict[str, Any]) -> None:
     # A command that is killed takes the steps that it started with it.
     processes.follow_lifeline()
     # The work's process reads its call from a file, and writes its outputs or its failure beside it.
-    with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
-        call = Path(folder, "call.json")
-        call.write_text(json.dumps(_call_of(arguments)))
-        failure = _until_done(call, step, policy())
-        if failure is None:
-            # KFP keeps it with its artifacts; their files are written already.
-            for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
-                arguments[name].metadata.update(metadata)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ptl-step-") as folder:
+            call = Path(folder, "call.json")
+            call.write_text(json.dumps(_call_of(arguments)))
+            failure = _until_done(call, step, policy())
+            if failure is None:
+                # KFP keeps it with its artifacts; their files are written already.
+                for name, metadata in json.loads(call.with_name("outputs.json").read_text()).items():
+                    arguments[name].metadata.update(metadata)
+    except OSError as error:
+        if error.errno not in local_files.FULL:
+            raise
+        failure = Failure(str(local_files.no_space(error)))
     if failure is not None:
         _give_up(arguments, failure)
 
@@ -104,6 +110,8 @@ def _attempt(call: Path, timeout: float | None) -> Failure | None:
             os.killpg(process.pid, signal.SIGKILL)
     if exit_code == 0:
         return None
+    if exit_code == NO_SPACE:
+        return Failure(str(local_files.no_space(OSError(exit_code, os.strerror(exit_code), failure_file))))
     # An error that was raised has left its reason in a file.
     with contextlib.suppress(FileNotFoundError, ValueError):  # it died before it wrote why, or while it did
         return Failure(**json.loads(failure_file.read_text()))

@@ -157,6 +157,17 @@ def check(root: str) -> None:
         ) from error
 
 
+def no_space(error: OSError) -> WorkError:
+    """What to do about a full disk, an exceeded quota or a file size limit (`errno` in FULL)."""
+    path = str(error.filename or "")
+    temporary = os.environ.get("TMPDIR") or tempfile.gettempdir()
+    remedy = "free some"
+    # A write to an open file names none, and most of those that libraries write are temporary.
+    if not path or path.startswith(temporary):
+        remedy += f", or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
+    return WorkError(f"no space left while writing {path or 'a file'}: {error.strerror}", remedy=remedy)
+
+
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk, an exceeded quota or a file size limit into a WorkError that says what to do."""

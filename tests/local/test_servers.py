@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port, unused
 
+from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import registry, tracking
 from ptl.local import seaweedfs, server_process, servers
@@ -189,6 +190,30 @@ def test_a_server_does_not_begin_before_it_is_noted(tmp_path, monkeypatch):
         server_process.start(tmp_path, "mlflow", ["touch", str(begun)], {}, free_port(), "/health")
     time.sleep(0.3)
     assert not begun.exists()
+
+
+@pytest.mark.slow
+def test_a_server_ends_with_the_tests_that_use_it(tmp_path):
+    """As one that another pytest has started, which is killed at work."""
+    started = tmp_path / "test_started.py"
+    code = "import pathlib, time\n\n\ndef test(server):\n    pathlib.Path({!r}).touch()\n    time.sleep(600)\n"
+    started.write_text(code.format(f"{tmp_path}/at-work"))
+    tests = Path(__file__).parents[1]
+    options = ["-q", "-p", "conftest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", f"--basetemp={tmp_path}/base"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(started)],
+        env=os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "at-work").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    pid = notes(tmp_path / "base/s30")["s3.service.json"]["pid"]
+    while processes.start_time(pid):
+        assert time.monotonic() < deadline, "the server outlives its tests"
+        time.sleep(0.1)
 
 
 def test_half_written_notes_and_keys_do_not_occur(tmp_path):

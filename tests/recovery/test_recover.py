@@ -69,6 +69,15 @@ def test_tokens_are_exact_and_counted_while_training(straight):
     assert seen == sorted(seen) and len(seen) == report.steps == math.ceil(report.details["sequences"] / 4)
 
 
+def test_the_first_step_is_reported_before_the_first_log(small, tmp_path):
+    """Ten steps of a large model are minutes."""
+    log = []
+    recover(small, tmp_path / "out", {**CPT, "logging_steps": 100}, tokens=1500, log=log)
+    start, first, *_ = [(step, metrics["progress"], metrics["num_input_tokens_seen"]) for step, metrics in log]
+    assert start == (0, 0, 0)
+    assert first[0] == 1 and 0 < first[1] < 1 and 0 < first[2] < 1500
+
+
 def test_the_same_seed_gives_the_same_bytes(small, straight, tmp_path):
     recover(small, tmp_path / "out", CPT)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (straight[0] / "model.safetensors").read_bytes()

@@ -1,6 +1,7 @@
 """A step that dies is tried again by its parent; the attempts of all pods and runners together are retries + 1."""
 
 import contextlib
+import errno
 import http.server
 import json
 import os
@@ -36,6 +37,7 @@ def environment(tmp_path, monkeypatch):
     settings = {
         "PTL_RUN_ID": f"run-{uuid.uuid4().hex[:8]}",
         "PTL_RUN_DIR": str(tmp_path),
+        "PTL_SCRATCH": str(tmp_path / "scratch"),
         "PTL_RETRY_WAIT": "0.01",
         "PTL_TEST_FOLDER": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)]),
@@ -100,6 +102,27 @@ def test_after_a_crash_the_step_is_tried_again(plan, go, tmp_path, capfd):
         "exit": "ended with exit code 9",
     }
     assert reasons[plan] in said
+
+
+@pytest.mark.parametrize(("plan", "file"), [("no-space", "a file"), ("no-space-for-the-reason", "{0}/ptl-step-")])
+def test_a_full_disk_is_named_with_what_to_do(plan, file, go, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert go(f"{plan} ok") == (0, {"digest": "sha256:1"})
+    said = capfd.readouterr().out
+    assert f"failed: no space left while writing {file.format(tmp_path)}" in said
+    assert f"set TMPDIR to a folder on another disk (temporary files are in {tmp_path})" in said
+
+
+@by_the_parent
+def test_no_space_for_the_call_itself_is_named_too(go, monkeypatch, capfd):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(supervisor.Path, "write_text", full)
+    monkeypatch.setattr("ptl.steps.failure.leave_for_runner", lambda step, failure: None)
+    assert go("ok")[0] == 1
+    assert "error: prune-1: no space left while writing a file" in capfd.readouterr().err
 
 
 def test_an_input_error_is_never_tried_again_and_ends_the_log_with_one_line(go, tmp_path, capfd):

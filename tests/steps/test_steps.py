@@ -10,7 +10,7 @@ from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
 from ptl.lineage.run_status import StepRun
-from ptl.steps import import_model, inputs, iterations, metrics, recover, table
+from ptl.steps import evaluate, import_model, inputs, iterations, metrics, recover, table
 from ptl.steps.call import Call, Output, Step
 from ptl.storage import store
 from ptl.storage.store import Pointer, pointer_of
@@ -51,6 +51,32 @@ def test_an_evaluation_refuses_it_too(compiled, tmp_path):
     outputs = {name: Output(tmp_path / name) for name in ("accepted", "metrics")}
     with pytest.raises(InputError, match=r"compile and submit it again"):
         table.evaluate(Call(Step("evaluate-1", "e"), settings, inputs, outputs))
+
+
+class ScoredError(Exception):
+    """The step has scored, and would decide now."""
+
+
+@pytest.mark.parametrize(("step", "warned"), [("evaluate-0", True), ("evaluate-1", False)])
+def test_dense_answers_that_hit_the_token_limit_are_a_warning_before_anything_is_pruned(
+    step, warned, monkeypatch, capsys
+):
+    def decide(*_):
+        raise ScoredError
+
+    names = [{"task": "short", "truncated": 0.21}, {"task": "long", "truncated": 0.2}]
+    monkeypatch.setattr(evaluate, "execute", lambda step, parent, settings, work: work(None, None, None))
+    monkeypatch.setattr(evaluate, "_scores", lambda *_: {"tasks": names})
+    monkeypatch.setattr(evaluate, "decide", decide)
+    settings = {
+        **{name: CONFIG[name] for name in ("prune", "evaluate", "seed")},
+        **{"iterations": 4, "target": 0.4, "registered_model": "m", "gate": gate(False)},
+    }
+    with pytest.raises(ScoredError):
+        table.evaluate(Call(Step(step, "e"), settings, {"model": POINTER}, {}))
+    said = capsys.readouterr().out
+    assert ("warning: 21% of the dense model's answers on short hit the token limit" in said) == warned
+    assert ("max_new_tokens" in said) == warned and "long" not in said
 
 
 def test_distillation_without_the_record_of_its_teacher_is_an_error(tmp_path, monkeypatch):
