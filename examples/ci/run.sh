@@ -20,7 +20,8 @@ code=${PIPESTATUS[0]}
     grep -E '^https?://' "$log" || true
     # The result: from the table's title to the link to MLflow.
     result=$(sed -n '/(seed [0-9]*)/,/^MLflow: /p' "$log")
-    [ -z "$result" ] || printf '```\n%s\n```\n' "$result"
+    fence='```'
+    [ -z "$result" ] || printf '%s\n%s\n%s\n' "$fence" "$result" "$fence"
 } >"$table"
 cat "$table"
 exit "$code"

@@ -158,8 +158,8 @@ def test_a_watchers_settings_end_with_it_and_give_way_to_the_users(tracked, monk
     during = {}
     monkeypatch.setattr(progress.mlflow_client, "connect", lambda: during.update(os.environ) or MlflowClient())
     progress.read("run-p")
-    assert [during[name] for name in progress.WATCHING] == ["1", "77", "true"]
-    assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77", None]
+    assert [during[name] for name in progress.WATCHING] == ["1", "77"]
+    assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77"]
 
 
 def test_it_imports_neither_torch_nor_kfp():

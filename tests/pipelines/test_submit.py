@@ -367,7 +367,7 @@ def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkey
     named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
     assert named == ["new old", None, "mine", None]
     assert [line for line in said if "taken over from" in line] == [
-        "steps with the same inputs and settings are taken over from new, old (--new: from none)"
+        "steps with the same inputs and settings may be taken over from new, old (--new: from none)"
     ]
 
 
