@@ -17,6 +17,7 @@ DESCRIPTIONS = {
     "iterations": "Number of iterations of the step's arm; 1 for the control.",
     "experiment": "MLflow experiment; checkpoints are stored under its artifact location.",
     "run_name": "Display name of the run in MLflow.",
+    "earlier_runs": "Ids of unfinished runs, the newest first; finished steps with the same inputs are taken over.",
     "gated": "Whether the pipeline was compiled with the gate on; `gate.enabled` must agree.",
     "target": "Below 1: share of all parameters to remove in the run; 1000 or more: number of parameters to end with; "
     "0: as the goal says.",

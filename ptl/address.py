@@ -34,8 +34,8 @@ def page(uri: str) -> str:
 
 def mlflow_ui() -> str:
     """Where people open MLflow: PTL_MLFLOW_UI, else the address that is used here; empty where that is no server."""
-    uri = os.environ.get("PTL_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    return page(bare(uri)).rstrip("/") if is_server(uri) else ""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return page(bare(os.environ.get("PTL_MLFLOW_UI") or uri)).rstrip("/") if is_server(uri) else ""
 
 
 def runs_page(server: str, experiment: str, run: str = "", *, query: str = "") -> str:

@@ -10,6 +10,7 @@ from functools import cache
 
 from ptl.errors import InputError
 
+LOADING = 300.0  # seconds
 Check = Callable[[], object]  # raises InputError
 
 # Modules that our code imports, or MLflow's for its database and server, by the extra that brings them.
@@ -88,7 +89,8 @@ def _is_installed(module: str) -> bool:
 
 def unusable(name: str, reason: str, *, field: str, remedy: str) -> UnusableError:
     """The error of software that gives this reason for not loading."""
-    absent = reason.startswith((ModuleNotFoundError.__name__, FileNotFoundError.__name__))
+    own_module = f"ModuleNotFoundError: No module named '{name.split()[0].lower()}'"
+    absent = reason.startswith((own_module, FileNotFoundError.__name__))
     error = AbsentError if absent else UnusableError
     return error(f"{name} cannot be loaded here ({reason})", field=field, remedy=remedy)
 
@@ -104,13 +106,15 @@ def check_loads(name: str, command: Sequence[str], *, field: str, remedy: str) -
 def _failure(command: tuple[str, ...]) -> str:
     """Why a command fails; empty where it does not. In a process: an instruction that the CPU lacks ends it."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=LOADING)
+    except subprocess.TimeoutExpired:
+        return f"not loaded after {LOADING:.0f} s"
     except OSError as error:  # no such file, or one for another kind of machine
         return f"{type(error).__name__}: {error}"
     if done.returncode < 0:
         return f"killed by {signal.Signals(-done.returncode).name}"
     lines = [f"exit code {done.returncode}", *done.stdout.splitlines(), *done.stderr.strip().splitlines()]
-    return lines[-1] if done.returncode else ""
+    return next(filter(None, map(str.strip, reversed(lines)))) if done.returncode else ""
 
 
 def not_checked(checks: Iterable[Check], excused: type[UnusableError] | tuple[()]) -> list[str]:

@@ -73,7 +73,7 @@ def export(params: int, size: int, accuracy: float, limit: int | None = None) ->
 
 def items(wrong: set[int]) -> list[dict]:
     return [
-        {"task": "tiny_reasoner", "id": str(i), "prompt": f"{i} + 4 =", "target": str(i + 4),
+        {"task": "tiny_reasoner", "id": str(i), "prompt_digest": f"{i}", "prompt": f"{i} + 4 =", "target": str(i + 4),
          "correct": int(i not in wrong), "answer": str(i + 4 + (i in wrong)),
          "truncated": False}
         for i in range(20)

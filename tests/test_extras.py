@@ -18,8 +18,8 @@ def program(path, script):
     return path
 
 
-def check(*command):
-    extras.check_loads("x", [str(word) for word in command], field="export", remedy="take another")
+def check(*command, name="x"):
+    extras.check_loads(name, [str(word) for word in command], field="export", remedy="take another")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,17 @@ def test_the_reason_is_the_systems(script, reason, tmp_path):
 
 def test_what_is_not_installed_is_distinguished():
     with pytest.raises(AbsentError, match="No module named 'no_such_module'"):
-        check(sys.executable, "-c", "import no_such_module")
+        check(sys.executable, "-c", "import no_such_module", name="no_such_module")
+    # Installed, without what it needs itself.
+    with pytest.raises(UnusableError) as raised:
+        check(sys.executable, "-c", "import no_such_module", name="another")
+    assert not isinstance(raised.value, AbsentError)
+
+
+def test_the_reason_is_the_last_line_that_says_something(tmp_path):
+    path = program(tmp_path / "program", "#!/bin/sh\necho broken\necho\nexit 3")
+    with pytest.raises(UnusableError, match="broken"):
+        check(path)
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -8,6 +8,7 @@ def import_model(
     step: str,
     experiment: str,
     run_name: str,
+    earlier_runs: str,
     model: str,
     revision: str,
     iterations: int,

@@ -19,9 +19,9 @@ code=${PIPESTATUS[0]}
     esac
     grep -E '^https?://' "$log" || true
     # The result: from the table's title to the link to MLflow.
-    echo '```'
-    sed -n '/(seed [0-9]*)/,/^MLflow: /p' "$log"
-    echo '```'
+    result=$(sed -n '/(seed [0-9]*)/,/^MLflow: /p' "$log")
+    fence='```'
+    [ -z "$result" ] || printf '%s\n%s\n%s\n' "$fence" "$result" "$fence"
 } >"$table"
 cat "$table"
 exit "$code"

@@ -63,15 +63,16 @@ class Observer:
 
     def _read_pods(self, run: Any, namespace: str, pending: list[str]) -> None:
         """Those that cannot start or have failed, where they may be read."""
-        is_due = time.monotonic() - self.pods_read > PODS or run.state == "FAILED"
+        is_due = time.monotonic() - self.pods_read > PODS or (run.state == "FAILED" and self.pods_read != math.inf)
         if run.state not in (*task_list.UNFINISHED, "FAILED") or not is_due:
             return
         # A kubeconfig and its login plugins are the user's own: whatever is wrong there, only the reasons are missing.
+        self.pods_read = time.monotonic()
         try:
             self.pods = within(pods.PATIENCE, lambda: pods.read(namespace, run.run_id, pending))
-        except Exception:
+        except Exception:  # it would be the same again, and may have asked for a login
             self.pods = {}
-        self.pods_read = time.monotonic()
+            self.pods_read = math.inf
 
     def _read_records(self, run_id: str) -> None:
         """The steps' own records; when they cannot be read, that is reported once."""
@@ -83,14 +84,6 @@ class Observer:
             if not self.outage_reported:
                 self.say(f"the steps' own records are not read, only Kubeflow's list of tasks: {error}")
             self.outage_reported = True
-
-    @property
-    def mlflow_page(self) -> str:
-        """The run's page in MLflow; empty without a server."""
-        server = address.mlflow_ui()
-        if self.records is None or not server:
-            return ""
-        return address.runs_page(server, self.records.experiment_id, self.records.parent_id)
 
     def settle(self, view: RunView) -> None:
         """When the run has ended, end what is still RUNNING of it in MLflow; a failure to do so is one line."""
@@ -285,7 +278,7 @@ def watch(api: Api, run_id: str, config: Config | None, timeout: float | None, p
             announcer.hint(run_text.hint_to_cancel(view))
             if view.ended:
                 observer.settle(view)
-                return _exit_code(view, observer.mlflow_page, config, say)
+                return _exit_code(view, config, say)
             # Another pause would end after the deadline.
             if is_last_look:
                 say(f"not finished after {timeout:.0f} s ({view.state}); it continues: `ptl status {run_id}`")
@@ -328,7 +321,7 @@ class _Announcer:
         return is_new
 
 
-def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say) -> int:
+def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
     """The exit code of a wait, after its last lines: the result of a run that succeeded, or why it did not."""
     if view.state != "SUCCEEDED":
         state = run_text.state_text(view)
@@ -341,12 +334,12 @@ def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say)
     try:
         result = locate.result(view.run_id)
         passed, reason = gate_passed(result)
-    except (PtlError, LookupError, TypeError) as error:
+    except (PtlError, LookupError, TypeError, ValueError, AttributeError) as error:
         if is_gated:
             raise WorkError(f"the run succeeded, but its result cannot be read: {error}") from error
         say(f"its result cannot be read: {error}")
     else:
-        say(_result_text(result, view.run_id, mlflow_page))
+        say(_result_text(result, view.run_id))
     if not is_gated:
         say(f"{view.name}: SUCCEEDED")
         return DONE
@@ -354,7 +347,7 @@ def _exit_code(view: RunView, mlflow_page: str, config: Config | None, say: Say)
     return DONE if passed else GATE
 
 
-def _result_text(result: dict[str, Any], run_id: str, mlflow_page: str) -> str:
+def _result_text(result: dict[str, Any], run_id: str) -> str:
     """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
     from ptl.report.render import terminal_text
 
@@ -364,7 +357,7 @@ def _result_text(result: dict[str, Any], run_id: str, mlflow_page: str) -> str:
         at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
         return terminal_text(result | {"mlflow": at_our_address}, report)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        return f"another version of ptl has written its result ({error!r})\nReport: {report}\nMLflow: {mlflow_page}"
+        return f"another version of ptl has written its result ({error!r})\nReport: {report}"
 
 
 def gate_passed(result: dict[str, Any]) -> tuple[bool, str]:

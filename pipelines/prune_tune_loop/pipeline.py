@@ -44,6 +44,7 @@ def parameters(config: Config) -> dict[str, Any]:
         "gate": settings.get("gate", {}),
         "experiment": config.storage.experiment,
         "registered_model": config.storage.registered_model or config.name,
+        "earlier_runs": "",  # ids of unfinished runs whose steps may be taken over; part of no step's key
     }
 
 
@@ -69,6 +70,7 @@ def build(config: Config) -> Any:
         gate: dict = defaults["gate"],
         experiment: str = defaults["experiment"],
         registered_model: str = defaults["registered_model"],
+        earlier_runs: str = defaults["earlier_runs"],
     ) -> None:
         arguments = locals()  # KFP's placeholders; it reads the parameters from this function's signature
         _unroll(config, {name: arguments[name] for name in defaults})
@@ -98,7 +100,7 @@ STAGE_PARAMETERS = {
     "doctor": (),
     "import": (
         *("model", "revision", "target", "goal", "cuts", "recovery_tokens", "tokens"),
-        *("prune_settings", "calibration", "training", "evaluate_settings", "gate", "seed"),
+        *("prune_settings", "calibration", "training", "evaluate_settings", "gate", "seed", "earlier_runs"),
     ),
     "prune": ("target", "cuts", "prune_settings", "calibration", "seed"),
     "recover": ("recovery_tokens", "tokens", "recover_settings", "training", "seed"),
@@ -111,7 +113,7 @@ def _unroll(config: Config, placeholders: dict[str, Any]) -> None:
     """A task for every step of the DAG; `placeholders` are KFP's for the run parameters."""
     tasks: dict[str, Any] = {}
     experiment = placeholders["experiment"]
-    others = [name for name in placeholders if name != "experiment"]
+    others = [name for name in placeholders if name not in ("experiment", "earlier_runs")]
     for node in dag.nodes(config):
         stage = dag.stage_of(node.name)
         # What is fixed in the compiled pipeline, then what the user may change for a run, then outputs of other steps.

@@ -12,7 +12,7 @@ NOT_LISTED = "not listed by Kubeflow"
 WAITING = "waiting"
 NOT_STARTED = "not started"
 NOT_NEEDED = "not needed"
-COMPLETE = 12  # steps of a run whose list Kubeflow never stops updating: it has listed 12 of 18
+COMPLETE = 12  # steps of a run whose list Kubeflow never stops updating, however much a step takes of the workflow
 SOON = 60.0  # seconds in which a pod usually starts
 # How a stage needs less memory.
 SMALLER_BATCH = {

@@ -13,7 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,6 +59,7 @@ class RunnerJob:
     environment: Environment  # of every step
     artifacts: str  # where the MLflow experiment keeps its files
     steps: tuple[str, ...]  # in the order of their execution
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the run, in place of the YAML's defaults
 
 
 def run_subprocess(job: RunnerJob, verbose: bool = False) -> None:
@@ -157,7 +158,7 @@ CLEAR: dict[str, Callable[[Path], None]] = {
 
 
 def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
-    """Run the YAML with its own defaults; everything that tasks print goes to `folder/log.txt`."""
+    """Run the YAML; everything that tasks print goes to `folder/log.txt`."""
     from kfp import components, local
 
     root = job.folder / "kfp"
@@ -177,7 +178,7 @@ def _execute(runner: Any, job: RunnerJob, verbose: bool) -> None:
     with _logged(log, verbose):
         try:
             text = local_copy(job.pipeline.read_text(), job.steps)
-            components.load_component_from_text(text)()
+            components.load_component_from_text(text)(**job.parameters)
         except Exception as error:
             raise _step_error(error, log, log_start) from error
     # KFP takes a container that is gone before it is asked for its exit code for a success.

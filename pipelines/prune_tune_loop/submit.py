@@ -24,6 +24,7 @@ def submit(
     parameters: dict[str, Any] | None = None,
     version: str | None = None,
     service_account: str | None = None,
+    fresh: bool = False,
     wait: bool = False,
     timeout: float | None = None,
     poll: float = 15.0,
@@ -31,8 +32,9 @@ def submit(
 ) -> int:
     """Compile, upload as a version of the pipeline, start a run; with `wait` follow it to its end.
 
-    `parameters` replace the run's parameters. Without `version` the version is named by the content, and a pipeline
-    that was uploaded before is used again. Raises InputError for what the server refuses, WorkError when it fails.
+    `parameters` replace the run's parameters. Unless it is `fresh`, it takes over steps of unfinished runs. Without
+    `version` the version is named by the content, and a pipeline that was uploaded before is used again. Raises
+    InputError for what the server refuses, WorkError when it fails.
     """
     # What is wrong with the input is reported before anything is sent.
     parameters = parameters or {}
@@ -41,6 +43,11 @@ def submit(
     reference = _upload_pipeline(api, config, version)
     # The MLflow experiment is a run parameter, Kubeflow's is not.
     mlflow_experiment = parameters.get("experiment", config.storage.experiment)
+    experiment_id = _mlflow_experiment_id(mlflow_experiment)
+    earlier = [] if fresh or "earlier_runs" in parameters else _earlier_runs(experiment_id, config.name)
+    if earlier:
+        parameters = {**parameters, "earlier_runs": " ".join(earlier)}
+        say(f"{progress.TAKEN_OVER} {', '.join(earlier)} (--new: from none)")
     # Hexadecimal digits, which differ between runs of the same second
     name = f"{config.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     from kfp_server_api import V2beta1Run, V2beta1RuntimeConfig
@@ -48,7 +55,7 @@ def submit(
     run = V2beta1Run(  # what `kfp.Client.run_pipeline` sends, which takes no description
         experiment_id=_experiment_id(api, experiment or config.storage.experiment),
         display_name=name,
-        description=_description(name, mlflow_experiment),
+        description=_description(name, mlflow_experiment, experiment_id),
         pipeline_version_reference=reference,
         runtime_config=V2beta1RuntimeConfig(parameters=parameters),
         service_account=service_account,
@@ -96,15 +103,27 @@ def _check_gate(config: Config, parameter: Any) -> None:
         )
 
 
-def _description(run_name: str, experiment: str) -> str | None:
+def _mlflow_experiment_id(name: str) -> str | None:
+    """None where there is no such experiment yet, or no MLflow answers here: that must not prevent the start."""
+    with suppress(PtlError):
+        if address.is_server(os.environ.get("MLFLOW_TRACKING_URI", "")):
+            return progress.experiment_id(name)
+    return None
+
+
+def _earlier_runs(experiment_id: str | None, name: str) -> list[str]:
+    """Ids of the unfinished runs of this config's name, as far as MLflow can be asked here."""
+    with suppress(PtlError):
+        if experiment_id is not None:
+            return progress.unfinished(experiment_id, name)
+    return []
+
+
+def _description(run_name: str, experiment: str, experiment_id: str | None) -> str | None:
     """A link to the run in MLflow, whose parent run has the same name; None where no MLflow server is set here."""
     server = address.mlflow_ui()
     if not server:
         return None
-    # A link is a help: an MLflow that does not answer must not prevent the start.
-    experiment_id = None
-    with suppress(PtlError):
-        experiment_id = progress.experiment_id(experiment)
     if experiment_id is None:  # the first run in it makes the experiment
         return f"MLflow: experiment {experiment}, run {run_name}: {server}/#/experiments?{address.TRAINING}"
     page = address.runs_page(server, experiment_id, query=f"attributes.run_name = '{run_name}'")

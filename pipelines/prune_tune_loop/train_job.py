@@ -13,7 +13,7 @@ from ptl.config.run import Config
 from ptl.steps import mounts
 from ptl.steps.trainjob import API_VERSION, CONTAINER, GROUP, JOB, MANAGER
 
-# What a coordinator takes: it imports MLflow and S3's client, and waits.
+# What a coordinator takes: it imports MLflow and S3's client, takes over what an earlier run has made, or waits.
 COORDINATOR_CPU = "1"
 COORDINATOR_MEMORY = "4Gi"
 

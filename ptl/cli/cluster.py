@@ -88,6 +88,9 @@ def submit(
         str | None, typer.Option(help="service account of the run's pods; default: Kubeflow's own")
     ] = None,
     images: ImagesFile = None,
+    fresh: Annotated[
+        bool, typer.Option("--new", help="take over nothing from unfinished runs of the same name")
+    ] = False,
     rehearse: Rehearse = False,
     wait: Wait = False,
     timeout: Timeout = None,
@@ -112,6 +115,7 @@ def submit(
         parameters=pairs("--param", params),
         version=version_name,
         service_account=service_account,
+        fresh=fresh,
         wait=wait,
         timeout=timeout,
         poll=poll,

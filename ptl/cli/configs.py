@@ -18,6 +18,7 @@ from ptl.config import yaml_text
 from ptl.config.run import Config, Images, check, load_config, pairs
 from ptl.errors import InputError
 from ptl.extras import AbsentError, UnusableError
+from ptl.units import listed
 
 if TYPE_CHECKING:
     from ptl.model.dimensions import ModelDimensions
@@ -60,6 +61,7 @@ def plan(
     """
     from rich.console import Console
 
+    from ptl.data import training_amount
     from ptl.export.formats import layer_warnings
     from ptl.model import hub
     from ptl.preflight import forecast, forecast_table
@@ -69,7 +71,10 @@ def plan(
     # A pipe has no width: rich would take 80 columns and wrap the last ones.
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(forecast_table.table(run_forecast))
-    warnings = list(run_forecast.warnings)
+    amount = training_amount.planned(settings, run_forecast.params - min(step.params for step in run_forecast.steps))
+    if amount.sentence:
+        print(amount.sentence)
+    warnings = [*run_forecast.warnings, *amount.warnings()]
     if settings.export:
         folder = hub.locate(settings.model.path, settings.model.revision, ["config.json"])
         warnings += layer_warnings(folder, settings.export, settings.prune.target)
@@ -128,8 +133,9 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
+    from ptl.data import training_amount
     from ptl.evaluation import language_models
-    from ptl.export import formats
+    from ptl.export import formats, llama_cpp
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
@@ -139,6 +145,11 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         *formats.installation_checks(config.export),
     ]
     unchecked = extras.not_checked(checks, excused)
+    if extras.absent(["prune"]):
+        unchecked.append("not checked: whether transformers builds a model of config.json (torch is not installed)")
+    not_asked = preflight.hub_data_not_asked_for(config)
+    if not_asked:
+        print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
     # The sections that a model, its tokenizer or the data can contradict.
     folder, dimensions = preflight.preflight(
         config.model.path,
@@ -152,7 +163,8 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         config.recover,
     )
     formats.check_exports(folder, config.export)
-    notes = formats.context_warnings(folder, config.export)
+    is_served = config.export or config.evaluate.backend == "vllm"
+    notes = llama_cpp.context_notes(folder) if is_served else []
 
     def compare_tokens() -> None:
         notes.extend(formats.check_tokenizer(folder, config.export))
@@ -166,6 +178,10 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     warn(planned.idle_warnings(dimensions, schedule, config.prune))
     _, final = planned.dimensions_after(dimensions, schedule, config.prune)[-1]
     warn(formats.width_warnings(folder, config.export, final.width))
+    amount = training_amount.planned(config, dimensions.params - final.params)
+    if amount.sentence:
+        print(amount.sentence)
+    warn(amount.warnings())
     return dimensions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Annotated
 
 import typer
 
+from ptl.config.goal import MemoryGoal
 from ptl.config.paths import FILL_IN
-from ptl.config.run import Task
+from ptl.config.run import Task, check
+from ptl.data.training_amount import PER_PARAMETER
 from ptl.errors import InputError
 from ptl.preflight.starter import Request, Starter, run_name, starter
 from ptl.preflight.starter_presets import Data
@@ -28,10 +31,10 @@ def init(
         int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: the fewest that train all weights")
     ] = None,
     target: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="share of all parameters to remove, or (from 1000 on) the number to end with; default: 0.3, or half "
-            "of what the FFNs or the experts hold where that is less",
+            help="share of all parameters to remove, or (from 1000 on) the number to end with, or memory to fit into "
+            "(16GiB); default: 0.3, or less where FFNs, experts or the rows of --data do not allow for it",
             show_default=False,
         ),
     ] = None,
@@ -60,13 +63,19 @@ def init(
         model=model,
         data=_data(data, math=math, code=code),
         tasks=_tasks(task or [], math=math, code=code),
-        target=target,
+        target=None if target is None else _target(target),
         gpu=None if gpu == "none" else gpu,
         gpus=gpus,
     )
     made = starter(request, file.absolute().parent)
     file.write_text(made.text, encoding="utf-8")
     _print_end(file, made, gpu)
+
+
+def _target(text: str) -> float | MemoryGoal:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return check(MemoryGoal, {"memory": text}, "--target")
 
 
 def _check_file(file: Path, force: bool) -> None:
@@ -128,8 +137,10 @@ def _print_end(file: Path, made: Starter, gpu: str) -> None:
     print(f"wrote {file}: {title}")
     if made.forecast is not None:
         print("\n".join(rest))
-        for warning in made.forecast.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    print(made.amount.sentence)
+    # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
+    for warning in [*made.amount.warnings(PER_PARAMETER), *(made.forecast.warnings if made.forecast else ())]:
+        print(f"warning: {warning}", file=sys.stderr)
     if made.to_fill:
         print(f"Fill in first, where it says {FILL_IN}: {' and '.join(made.to_fill)}")
     of_gpu = f" --gpu {gpu}" if made.forecast is not None and gpu != "h100" else ""

@@ -18,6 +18,7 @@ from ptl.cli.options import HOME, ConfigFile, Home, Overrides, Rehearse
 from ptl.config import trackers
 from ptl.config.run import Config, load_config, pairs
 from ptl.errors import InputError, PtlError, WorkError
+from ptl.lineage import progress
 from ptl.local import run_directory, runs
 from ptl.local.run_directory import RunDir
 from ptl.processes import Environment
@@ -81,7 +82,8 @@ def run(
             pipeline = directory.path / "pipeline.yaml"
             compile_pipeline(settings, pipeline)
             steps = tuple(node.name for node in dag.nodes(settings))
-            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps)
+            parameters = {"earlier_runs": " ".join(directory.earlier)}
+            job = RunnerJob(settings, pipeline, directory.path, environment, artifacts, steps, parameters)
             _execute(job, runner, directory, verbose)
             _print_end(directory, resumed, time.monotonic() - started)
             _check_forms(directory)
@@ -123,7 +125,7 @@ def _print_start(directory: RunDir, resumed: bool, servers: Environment, artifac
     verb = "continuing" if resumed else "starting"
     print(f"{verb} run {directory.run_id} in {directory.path}", flush=True)
     if directory.earlier:
-        print(f"steps with the same inputs and settings are taken over from {', '.join(directory.earlier)}")
+        print(f"{progress.TAKEN_OVER} {', '.join(directory.earlier)}")
     if servers:
         print(f"MLflow on {servers['MLFLOW_TRACKING_URI']}, checkpoints in {artifacts}; `ptl down` stops both")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,11 +103,13 @@ def recover(
     num_tokens = settings.schedule.recovery_tokens if tokens is None else tokens
     # The only iteration: no earlier one has taken tokens from the data.
     budget = StageBudget(num_tokens, (), 1, True, settings.seed)
-    with writing(dst) as out:
+    with writing(dst) as out, tempfile.TemporaryDirectory() as items_folder:
         benchmark_items = None
         if settings.training.decontaminate.tasks and task_yaml.harness_folder():
-            benchmark_items = out.with_name("items")
+            benchmark_items = Path(items_folder)
             items.write_items(benchmark_items, settings.evaluate, settings.seed)
+        elif settings.training.decontaminate.tasks:
+            print("training rows are not compared with the benchmarks: lm-evaluation-harness is not installed")
         # A training of other inputs is left alone: its weights must not become this one's.
         key = _training_key(src, settings, num_tokens, benchmark_items)
         scratch = out.with_name(f"training-{key[:12]}")
@@ -143,15 +146,15 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items: Path | None) -> str:
     """What the training of `ptl recover` depends on; only training with the same key is resumed."""
-    from ptl.report import provenance
     from ptl.steps import takeover
+    from ptl.storage.manifest import file_digest
 
     # Links too: a snapshot in the hub's cache has nothing else.
     files = [path for path in src.iterdir() if path.is_file()]
     if benchmark_items is not None:
         files += benchmark_items.iterdir()
     # By content, not by path: a moved checkpoint is the same source.
-    contents = sorted(f"{path.name} {provenance.file_digest(path)}" for path in files)
+    contents = sorted(f"{path.name} {file_digest(path)}" for path in files)
     return takeover.key(
         "\n".join(contents),
         {
@@ -160,7 +163,7 @@ def _training_key(src: Path, settings: Config, num_tokens: int, benchmark_items:
             "seed": settings.seed,
             "budget": num_tokens,
         },
-    )
+    ).digest
 
 
 def _print_report(report: Any) -> None:

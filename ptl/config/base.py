@@ -1,6 +1,6 @@
 """The base of every part of the config."""
 
-import contextlib
+import re
 from typing import Annotated, Any
 
 from pydantic import (
@@ -15,8 +15,8 @@ from pydantic import (
 )
 
 from ptl.address import without_login
-from ptl.units import quantity
 
+_NUMBER = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)([kMG]?)")
 LARGEST = 2**53  # JSON, and so a compiled pipeline, holds larger integers with other digits
 
 Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors that speak of "greater than 0"
@@ -24,13 +24,11 @@ Positive = Annotated[int, Field(ge=1)]  # pydantic's own PositiveInt has errors 
 
 def _count(value: Any) -> Any:
     """`1e6`, `500k` and `2M` as numbers of things; what is none stays as it is, for the field's own error."""
-    if not isinstance(value, str):
+    match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
         return value
-    with contextlib.suppress(ValueError, KeyError):
-        return int(quantity(value.replace("_", "")))
-    with contextlib.suppress(ValueError, OverflowError):
-        return int(float(value))
-    return value
+    number = float(match[1]) * 1000 ** " kMG".index(match[2] or " ")
+    return int(number) if number.is_integer() else value
 
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(_count)]

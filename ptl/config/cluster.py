@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from ptl.config.base import Positive, Section
+from ptl.config.base import Positive, Section, one_error
 from ptl.config.retry_defaults import RETRIES, RETRY_WAIT
 
 StepName = Literal[
@@ -29,6 +29,11 @@ Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|G
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 # Kubeflow names a volume after what it holds, and a volume's name is a DNS label.
 Mounted = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+# Without a domain Kubernetes takes its own resources alone: cpu, memory, and no gpu.
+Accelerator = Annotated[
+    Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")],
+    one_error("must be a Kubernetes resource with the domain of its vendor, for example nvidia.com/gpu"),
+]
 
 # Volumes that Kubeflow, Argo and `resources.shm` put into every step's pod, or Kubeflow Trainer into a node's.
 RESERVED = {
@@ -101,7 +106,7 @@ class Resources(Section):
     """What a step requests from the cluster; on one machine only `timeout`, `retries` and `retry_wait` apply."""
 
     # Size of a step's pod.
-    accelerator: str | None = None
+    accelerator: Accelerator | None = None
     """for example nvidia.com/gpu"""
     accelerators: NonNegativeInt = 0
     """accelerators of a recover and of an evaluate step; a prune step and an export to compressed-tensors take one"""

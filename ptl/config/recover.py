@@ -69,9 +69,9 @@ class TrainingSource(DataSource):
 class Decontaminate(Section):
     """Leave out training rows and prompts that share text with a benchmark."""
 
-    # the run's own benchmarks need no data here: the first evaluation has written their items
+    # the run's own benchmarks need no data here: import-model has written their items
     tasks: bool = True
-    """compare with the items of `evaluate.tasks`, as the first evaluation stored them"""
+    """compare with the items of `evaluate.tasks`, as import-model stored them"""
     against: tuple[DataSource, ...] = ()
     """more benchmarks; only the text of their items is used"""
     ngram: int = Field(13, ge=2)
@@ -194,19 +194,19 @@ class NextToken(Stage):
     """train low-rank adapters; default: all weights"""
 
     @model_validator(mode="after")
+    def _zero2_trains_all_weights(self) -> Self:
+        # adapters have hardly any optimizer state that could be divided
+        if self.lora is not None and self.sharding == "zero2":
+            raise ValueError("sharding=zero2 cannot be combined with lora; use sharding=fsdp, or remove one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _packing_needs_all_tokens(self) -> Self:
         # packed sequences are one text after another
         if self.packing and self.loss == "completion":
             raise ValueError(
                 "packing=true needs loss=all: packed sequences have no separate prompt; set one of the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _lora_is_not_sharded(self) -> Self:
-        # the sharded model is gathered without merging adapters
-        if self.lora is not None and self.sharding != "none":
-            raise ValueError(f"sharding={self.sharding} cannot be combined with lora; remove one of the two")
         return self
 
 

@@ -395,7 +395,7 @@ def _key(container: dict[str, Any] | list[Any], name: str, dotted: str) -> Any:
     """The key of a part of a dotted name: a field's name, or the index of an entry that a list has."""
     if isinstance(container, dict):
         return name
-    if name.isdigit() and int(name) < len(container):
+    if name.isascii() and name.isdecimal() and int(name) < len(container):
         return int(name)
     raise InputError(
         f"{name} is no entry of a list of {len(container)}",

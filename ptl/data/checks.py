@@ -18,14 +18,23 @@ def check_data(calibration: Calibration, training: TrainingData, recover: Sequen
     trains_on_answers = _trains_on_answers(recover)
     # the first field that names a source: the calibration data is often the training data
     fields: dict[tuple[DataSource, bool], str] = {}
-    fields[calibration.data, True] = "calibration.data"
-    for i, training_source in enumerate(training.sources):
-        fields.setdefault((training_source, trains_on_answers), f"training.sources.{i}")
-    for i, benchmark in enumerate(training.decontaminate.against):
-        fields.setdefault((benchmark, False), f"training.decontaminate.against.{i}")
+    for field, source in named_sources(calibration, training, ()).items():
+        answers = field == "calibration.data" or (trains_on_answers and field.startswith("training.sources"))
+        fields.setdefault((source, answers), field)
 
     for (source, answers), field in fields.items():
         check_rows(source, answers=answers, field=field)
+
+
+def named_sources(
+    calibration: Calibration, training: TrainingData, recover: Sequence[RecoverStage]
+) -> dict[str, DataSource]:
+    """All sources that a config names, by their fields."""
+    sources = {"calibration.data": calibration.data}
+    sources |= {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
+    sources |= {f"training.decontaminate.against.{i}": s for i, s in enumerate(training.decontaminate.against)}
+    stages = enumerate(recover)
+    return sources | {f"recover.{i}.prompts": s.prompts for i, s in stages if isinstance(s, Grpo) and s.prompts}
 
 
 def _trains_on_answers(stages: Sequence[RecoverStage]) -> bool:

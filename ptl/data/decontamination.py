@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,9 +34,9 @@ INVISIBLE = re.compile(
     "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
 )
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")  # of JSON, once or more; LaTeX's are changed in both texts
-THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
+THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[,'\u2019])(?=\d{3}(?!\d))")  # 1,000, and LaTeX's 1{,}000 and 1,\!000
 # What a line begins with, `Question 1:`, `2.` or `(A)`, and ends with, `Answer:`.
-LABEL = re.compile(r"\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d+[.)]\s|\w[.)]\s)(?=.*\w)")
+LABEL = re.compile(r"\W*(?:\w+(?:[^\w:]+\w+){0,5}\s*:(?!\d)|(?:\w+ ?)?\d{1,4}[.)]\s|\w[.)]\s)(?=.*\w)")
 END_LABEL = re.compile(r"\s\w+\s*:\s*$")
 COMPLETE = re.compile(r"[.!?\u3002]\W*$")
 MAX_EXAMPLES = 5  # dropped rows that the report quotes
@@ -44,6 +44,7 @@ TEMPLATE_SHARE = 3  # what a third of the prompts share is a template: a group o
 SHORTEST = 4  # words below which a text is in too many rows by chance
 
 Words = tuple[str, ...]
+Beginnings = dict[tuple[int, str], int]  # number of a beginning (0: no word) and the next word -> number of both
 Item = tuple[str, str]  # prompt and right answer of a benchmark's item, or prompt and completion of a row
 
 
@@ -259,11 +260,11 @@ def _benchmark(items: Sequence[Item], ngram: int) -> Benchmark:
     # an answer is searched for only if it is long: short ones are the answers of many questions
     answers = _without_template({answer for _, answer in items})
     sentences = _sentences(questions, least)
-    found = {_joined(line.own for line in lines) for lines in questions}
+    short_texts = {_joined(line.own for line in lines) for lines in questions}
     for question, *others in sentences:
-        found |= {*question.searched(least), *(line.own for line in others if _size(line.own) >= least)}
+        short_texts |= {*question.searched(least), *(line.own for line in others if _size(line.own) >= least)}
     benchmark = Benchmark(len(items), set().union(*(_own_ngrams(lines, ngram) for lines in questions + answers)))
-    for text in found:
+    for text in short_texts:
         if 0 < _size(text) < ngram:
             benchmark.short_texts.setdefault(_key(text, least), []).append(text)
     for (question, *_), count in zip(sentences, prompts.values(), strict=True):
@@ -299,26 +300,35 @@ def _parts(line: str) -> tuple[str, str, str]:
     return line[:start], line[start:end], line[end:]
 
 
-def _shared_beginnings(texts_lines: Sequence[Sequence[Words]]) -> set[Words]:
+def _shared_beginnings(texts_lines: Sequence[Sequence[Words]]) -> Beginnings:
     """The words with which lines of many texts begin, and each beginning of these."""
     many = max(2, len(texts_lines) / TEMPLATE_SHARE)
-    shared: set[Words] = {()}
-    for length in itertools.count(1):
-        counts: Counter[Words] = Counter()
-        for lines in texts_lines:
-            # a line that comes twice in a text counts once
-            counts.update({line[:length] for line in lines if len(line) >= length and line[: length - 1] in shared})
-        longer = {beginning for beginning, count in counts.items() if count >= many}
-        if not longer:
-            break
-        shared |= longer
-    return shared
+    beginnings: Beginnings = {}
+    reached = [(text, line, 0) for text, lines in enumerate(texts_lines) for line in lines]
+    for position in itertools.count():
+        reached = [(text, line, number) for text, line, number in reached if len(line) > position]
+        # a line that comes twice in a text counts once
+        texts: dict[tuple[int, str], set[int]] = defaultdict(set)
+        for text, line, number in reached:
+            texts[number, line[position]].add(text)
+        for step, its_texts in texts.items():
+            if len(its_texts) >= many:
+                beginnings[step] = len(beginnings) + 1
+        steps = [(text, line, beginnings.get((number, line[position]), 0)) for text, line, number in reached]
+        reached = [step for step in steps if step[2]]
+        if not reached:
+            return beginnings
+    raise AssertionError("unreachable")
 
 
-def _num_shared(words: Words, beginnings: set[Words]) -> int:
+def _num_shared(words: Words, beginnings: Beginnings) -> int:
     """How many of the first words are a shared beginning."""
-    lengths = itertools.takewhile(lambda length: words[:length] in beginnings, range(1, len(words) + 1))
-    return sum(1 for _ in lengths)
+    number = 0
+    for length, word in enumerate(words):
+        number = beginnings.get((number, word), 0)
+        if not number:
+            return length
+    return len(words)
 
 
 def _own_ngrams(lines: Sequence[Line], ngram: int) -> set[Words]:

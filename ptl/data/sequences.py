@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.config.recover import DataSource, TrainingData
@@ -30,6 +30,7 @@ class Tokens:
     ids: TokenIds
     prompt: int  # tokens of the prompt, at the front
     cut: bool = False  # whether max_length left out its end
+    passes: float = field(default=0.0, compare=False)  # over its source, up to here
 
     def labels(self, loss: str) -> TokenIds:
         """Labels for next-token training: all tokens, or the completion's only."""
@@ -196,7 +197,7 @@ def training_chunk(
     excess = sum(len(tokens.ids) for tokens in chunk) - budget
     if excess > 0:
         last = chunk.pop()
-        chunk.insert(0, Tokens(last.ids[excess:], max(0, last.prompt - excess), last.cut))
+        chunk.insert(0, replace(last, ids=last.ids[excess:], prompt=max(0, last.prompt - excess)))
     return chunk
 
 
@@ -256,14 +257,14 @@ def _source_stream(
     """One source, again and again, without rows that the filter drops and prompts that leave no room for an answer."""
     rows = read_rows(source)
     useless = 0  # rows without a sequence, one after another
-    for i in order(len(rows), seed):
+    for drawn, i in enumerate(order(len(rows), seed), 1):
         row = SourceRow(rows[i], source, i + 1)
         useless += 1
         if leak_filter is None or leak_filter.keeps(row):
             tokens = tokenize(row, tokenizer, max_length)
             if tokens.prompt < len(tokens.ids):
                 useless = 0
-                yield tokens
+                yield replace(tokens, passes=drawn / len(rows))
         # so many in a row hold one complete permutation, of which no row is of use
         if useless == 2 * len(rows):
             raise InputError(

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from ptl.config.recover import DataSource
 from ptl.config.templates import columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
+from ptl.storage.manifest import file_digest
 
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
 FILE_KINDS = "an existing .jsonl, .jsonl.gz or .parquet file"
@@ -289,6 +292,14 @@ def local_file(source: DataSource, field: str = DATA) -> Path | None:
     return None
 
 
+def content_digest(source: DataSource) -> str | None:
+    """What changes with a source's content: a file's sha256, an object's ETag; None for a hub id. Raises InputError."""
+    if source.source.startswith("s3://"):
+        return _etag(source.source, f"{DATA}.source")
+    path = local_file(source)
+    return None if path is None else file_digest(path)
+
+
 def _from_parquet(path: Path, setting: str) -> Any:
     import datasets
 
@@ -296,9 +307,11 @@ def _from_parquet(path: Path, setting: str) -> Any:
         rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(_cache(setting) / "parquet"))
         # a damaged text would only be noticed in the row that has it
         rows.data.table.validate(full=True)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):  # of the cache
+            raise
         raise InputError(
             f"{path} is no readable Parquet file ({type(error).__name__}: {error})",
             field=setting,
@@ -309,33 +322,50 @@ def _from_parquet(path: Path, setting: str) -> Any:
 
 def _from_s3(uri: str, setting: str) -> Path:
     """Download once: the copy is named by the object's ETag, so that a changed object is fetched again."""
+    from ptl.storage import s3_client
+
+    bucket, key = s3_client.split(uri)
+    digest = hashlib.sha256(f"{uri} {_etag(uri, setting)}".encode()).hexdigest()
+    folder = _cache(setting) / digest[:32]
+    target = folder / Path(key).name
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        # another process may download the same object
+        partial = folder / f".{os.getpid()}.{target.name}"
+        with _explained(uri, setting):
+            s3_client.client().download_file(bucket, key, str(partial))
+        partial.rename(target)
+    return target
+
+
+def _etag(uri: str, setting: str) -> str:
+    """What S3 names an object's content by."""
+    from ptl.storage import s3_client
+
+    bucket, key = s3_client.split(uri)
+    with _explained(uri, setting):
+        tag = s3_client.client().head_object(Bucket=bucket, Key=key).get("ETag")
+    # as from a web page in place of the server
+    if not tag:
+        raise InputError(
+            f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
+        )
+    return str(tag)
+
+
+@contextmanager
+def _explained(uri: str, setting: str) -> Iterator[None]:
+    """Errors of S3 about a source."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     from ptl.storage import s3_client
 
-    bucket, key = s3_client.split(uri)
     try:
-        client = s3_client.client()
-        tag = client.head_object(Bucket=bucket, Key=key).get("ETag")
-        # as from a web page in place of the server
-        if not tag:
-            raise InputError(
-                f"{uri}: no ETag in the answer", field=setting, remedy="is MLFLOW_S3_ENDPOINT_URL an S3 server?"
-            )
-        digest = hashlib.sha256(f"{uri} {tag}".encode()).hexdigest()
-        folder = _cache(setting) / digest[:32]
-        target = folder / Path(key).name
-        if not target.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            # another process may download the same object
-            partial = folder / f".{os.getpid()}.{target.name}"
-            client.download_file(bucket, key, str(partial))
-            partial.rename(target)
+        yield
     except (ClientError, BotoCoreError) as error:
         if isinstance(error, ClientError) and s3_client.is_missing(error):
             raise InputError(f"no object {uri}", field=setting, remedy=f"give {FILE_KINDS}") from error
         raise s3_client.error_for(InputError, error, uri, field=setting) from error
-    return target
 
 
 def _cache(setting: str) -> Path:

@@ -14,6 +14,7 @@ from ptl.config.run import Evaluate
 from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, pretrained
+from ptl.model.config_fields import longrope_limit
 from ptl.model.families import family_of
 from ptl.model.sizes import read_sizes
 
@@ -214,7 +215,7 @@ def _vllm(src: Path, settings: Evaluate, seed: int) -> Any:
         pretrained=str(src),
         dtype="auto",
         batch_size=settings.batch_size,
-        max_model_len=settings.max_length,
+        max_model_len=settings.max_length or longrope_limit(checkpoint.read_config(src)),
         tensor_parallel_size=tensor_parallel(src, torch.cuda.device_count()),
         seed=seed,
         trust_remote_code=False,

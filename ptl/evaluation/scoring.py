@@ -48,11 +48,6 @@ def score_task(
     name = tasks.score_name(task)
 
     loaded = load_tasks(specs, task, settings, seed)
-    # Before the first answer is generated.
-    for harness_task in loaded.values():
-        task_loading.check_lengths(lm, harness_task)
-    lm.start_notes()
-    task_loading.timeouts.clear()
     results = _run_harness(lm, loaded, task, settings)
 
     metric, extraction = tasks.choose_metric(first, task.metric)
@@ -120,6 +115,12 @@ def _run_harness(lm: Any, loaded: dict[str, Any], task: Task, settings: Evaluate
     """The harness's results, with the samples it logged."""
     from lm_eval.evaluator import evaluate
 
+    # Before the first answer is generated.
+    for harness_task in loaded.values():
+        task_loading.check_lengths(lm, harness_task)
+    # What is noted is of this task alone.
+    lm.start_notes()
+    task_loading.timeouts.clear()
     return evaluate(
         lm=lm,
         task_dict={"tasks": loaded},

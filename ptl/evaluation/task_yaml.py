@@ -20,6 +20,7 @@ from ptl.errors import InputError
 
 NAME = re.compile(rb"""^["']?(?:task|group)["']?:[ \t]*["']?([\w.:+-]+)["']?[ \t\r]*(?:\#.*)?$""", re.M)
 FUNCTIONS = "!function"  # a tag of YAML: the harness imports what it names; also the key that keeps all of a file
+FILES = "!include"  # the key that keeps the paths of a file and of all that it includes
 SPLITS = ("test_split", "validation_split", "fewshot_split", "training_split")
 # The metrics of a task that names none, by output_type (lm_eval.api.registry.DEFAULT_METRIC_REGISTRY).
 DEFAULT_METRICS = {
@@ -58,6 +59,14 @@ class Spec:
     def scored_split(self) -> str:
         """The split whose items are scored; empty where the YAML names none."""
         return self.config.get("test_split") or self.config.get("validation_split") or ""
+
+    @property
+    def files(self) -> set[Path]:
+        """The YAML and what it includes; where these name functions, all Python beside them too."""
+        files = {Path(path) for path in self.config[FILES]}
+        if FUNCTIONS in self.config:
+            files |= {module for path in files for module in path.parent.glob("*.py")}
+        return files
 
     @property
     def splits(self) -> list[str]:
@@ -161,7 +170,7 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
     """A task's YAML with its includes, `!function` tags as text. Raises InputError where it cannot be read.
 
     All tags are under the key FUNCTIONS too: the harness imports a function also where a later field or the file that
-    includes this one replaces it.
+    includes this one replaces it. The files are under FILES.
     """
     if path in including:
         raise InputError(f"{path} includes itself", field="evaluate.tasks")
@@ -175,12 +184,14 @@ def read_yaml(path: Path, including: frozenset[Path] = frozenset()) -> TaskConfi
             field="evaluate.tasks",
         )
     merged: TaskConfig = {}
+    files = [str(path)]
     for name in names:
         inner = read_yaml((path.parent / name).resolve(), including | {path})
         functions += inner.pop(FUNCTIONS, ())
+        files += inner[FILES]
         merged |= inner
     # The including file wins; a function that it replaces is imported all the same.
-    merged |= config
+    merged |= {**config, FILES: files}
     if functions:
         merged[FUNCTIONS] = list(dict.fromkeys(functions))
     return merged

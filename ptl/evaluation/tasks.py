@@ -62,6 +62,14 @@ def score_name(task: Task) -> str:
     return task.name if len(specs) > 1 else specs[0].name
 
 
+def hub_data(settings: Evaluate) -> list[str]:
+    """Data sets of the hub that the tasks name, each once; of tasks that can be looked up here."""
+    specs = [spec for task in settings.tasks if can_find(task.name) for spec in find(task.name)]
+    names = dict.fromkeys(spec.config.get("dataset_path") for spec in specs)
+    # A path, or how `datasets` reads files (json).
+    return [name for name in names if name and "/" in name and not Path(name).exists()]
+
+
 def _tasks_of(name: str, group: str) -> list[Spec]:
     """A single task, or the members of a group; `name` is that of `group`, which was asked for, or of a part of it."""
     paths = task_yaml.task_index()
@@ -77,6 +85,19 @@ def _tasks_of(name: str, group: str) -> list[Spec]:
             remedy="name its tasks one by one (`lm_eval ls tasks` lists them)",
         )
     return [spec for member in members for spec in _tasks_of(member, group)]
+
+
+def files(settings: Evaluate) -> set[Path]:
+    """The local files that the tasks read: their YAML with its includes, their code and their data."""
+    paths: set[Path] = set()
+    for task in settings.tasks:
+        # What the harness ships, or fetches from the hub, is no file of the user's.
+        if is_path(task.name) or settings.data_dir:
+            for spec in find(task.name):
+                splits = local_splits(spec, settings.data_dir, task.num_fewshot)
+                paths |= {Path(split.file) for split in splits.values()}
+                paths |= spec.files if is_path(task.name) else set()
+    return paths
 
 
 def choose_metric(spec: Spec, metric: str) -> tuple[str, str]:

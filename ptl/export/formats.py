@@ -60,13 +60,6 @@ def width_warnings(src: Path, forms: Iterable[Export], width: int) -> list[str]:
     return warnings
 
 
-def context_warnings(src: Path, forms: Iterable[Export]) -> list[str]:
-    """Warnings of what the forms' runtimes compute otherwise in longer contexts. Of `src` only config.json is read."""
-    from ptl.export import llama_cpp
-
-    return llama_cpp.context_notes(src) if list(forms) else []
-
-
 def check_tokenizer(src: Path, forms: Iterable[Export]) -> list[str]:
     """Raise InputError where GGUF is asked for and llama.cpp gives other tokens than the checkpoint's tokenizer.
 

@@ -6,6 +6,7 @@ has ended therefore closes what is still RUNNING.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 WATCHING = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # for each run that is ended, two lines
 }
+MAX_EARLIER = 20  # unfinished runs to take over from: each step asks for a record of each of them
+TAKEN_OVER = "steps with the same inputs and settings may be taken over from"
 MAX_RUNS = 1000  # of one pipeline run; a run of 40 iterations has 125
 
 
@@ -108,6 +110,17 @@ def experiment_id(name: str) -> str | None:
     with _watching() as client:
         experiment = client.get_experiment_by_name(name)
     return str(experiment.experiment_id) if experiment else None
+
+
+def unfinished(experiment_id: str, name: str) -> list[str]:
+    """Ids of the unfinished pipeline runs of a config of this name, the newest first."""
+    query = f"tags.`ptl.role` = 'parent' and attributes.status != 'FINISHED' and attributes.run_name LIKE '{name}-%'"
+    order = ["attributes.start_time DESC"]
+    with _watching() as client:
+        runs = client.search_runs([experiment_id], query, order_by=order, max_results=100)
+    # The query also fits a longer name; those of runs end with their time and four digits.
+    ours = [run for run in runs if re.fullmatch(rf"{re.escape(name)}-\d+-\d+-[0-9a-f]+", run.info.run_name)]
+    return [run.data.tags["ptl.run"] for run in ours[:MAX_EARLIER]]
 
 
 def _step_progress(step: str, run: Any) -> StepProgress:

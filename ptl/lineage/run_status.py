@@ -33,6 +33,7 @@ class StepRun:
     artifact_uri: str  # of this MLflow run
     step: str  # name, such as prune-2
     arm: str  # loop or control
+    earlier: tuple[str, ...] = ()  # ids of unfinished runs whose results may be taken over, the newest first
 
 
 def records_root(artifact_location: str) -> str:

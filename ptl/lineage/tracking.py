@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
+EARLIER_RUNS = "ptl.earlier_runs"  # tag of a parent: ids of unfinished runs to take over from, the newest first
+
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +74,7 @@ def start(
             artifact_uri=child.info.artifact_uri,
             step=step,
             arm=arm,
+            earlier=tuple(parent.data.tags.get(EARLIER_RUNS, "").split()),
         )
         settle(client, step_run)
         return step_run
@@ -228,6 +231,12 @@ def tag(step_run: StepRun, values: Values) -> None:
     """Set tags `ptl.<name>` of a step's run."""
     with mlflow_client.connected() as client:
         set_tags(client, step_run.run_id, ptl_keys(values))
+
+
+def name_earlier_runs(step_run: StepRun, runs: list[str]) -> None:
+    """Let the pipeline run's later steps take over from these runs."""
+    with mlflow_client.connected() as client:
+        client.set_tag(step_run.parent_run_id, EARLIER_RUNS, " ".join(runs))
 
 
 def note_error(step_run: StepRun, message: str) -> None:

@@ -58,7 +58,11 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
     settings = {name: os.environ[name] for name in PASSED if os.environ.get(name)}
     if addresses:
         # Other S3 settings of the caller would lead to another store.
-        settings = {name: value for name, value in settings.items() if name not in s3_client.SETTINGS} | addresses
+        settings = (
+            {name: value for name, value in settings.items() if name not in s3_client.SETTINGS}
+            | addresses
+            | {"PTL_MLFLOW_UI": ""}  # where people open that of a cluster
+        )
     else:
         database = f"sqlite:///{run.home}/mlflow.db"
         settings["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or database
@@ -71,7 +75,6 @@ def environment(run: RunDir, addresses: Environment) -> Environment:
         "PTL_LAUNCH": run.launch,
         LIFELINE: str(run.lifeline),
         "PTL_RUN_DIR": str(run.path),
-        "PTL_EARLIER_RUNS": " ".join(run.earlier),
         "PTL_SCRATCH": str(run.scratch),
         # Else a step's log is full of bars and warnings.
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

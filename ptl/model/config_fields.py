@@ -14,8 +14,8 @@ Fields = tuple[str, ...]  # of config.json
 def longrope_limit(config: ConfigJson) -> int | None:
     """Tokens up to which longrope has its short factors; none for other rotary embeddings."""
     for field in ("rope_parameters", "rope_scaling"):
-        parameters = config.get(field) or {}
-        if parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
+        parameters = config.get(field)
+        if isinstance(parameters, dict) and parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
             key = "original_max_position_embeddings"
             return parameters.get(key) or config.get(key)
     return None
@@ -51,6 +51,13 @@ def check(config: ConfigJson, source: str) -> None:
         value = config.get(field)
         if isinstance(value, int | float) and not 0 < value < math.inf:
             raise checkpoint_error(f"{source} has {field}={value!r}, which must be a number above 0", CORRECT)
+    # What transformers takes, and torch refuses in the first step that computes.
+    dropout = config.get("attention_dropout") or 0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise checkpoint_error(f"{source} has attention_dropout={dropout!r}, which must be from 0 to below 1", CORRECT)
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window <= 0 and config.get("use_sliding_window", True):
+        raise checkpoint_error(f"{source} has sliding_window={window}, which must be above 0", CORRECT)
     for field in ("dtype", "torch_dtype"):
         if config.get(field) not in (None, *DTYPES):
             possible = ", ".join(DTYPES)

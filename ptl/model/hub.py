@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptl.errors import InputError
 
+TIMEOUT = 5  # seconds for the hub to say that it has a data set
 OTHER_FORMATS = ("consolidated*",)  # Mistral's repositories hold the weights a second time, in its own format
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # beside the weights; no pickles, no code
 
@@ -41,6 +42,27 @@ def locate(
         ) from error
 
 
+def has_dataset(name: str, revision: str | None, field: str) -> bool:
+    """Whether the hub has a data set; False where it cannot be asked. Raises InputError for one that is not there."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.dataset_info(name, revision=revision, timeout=TIMEOUT)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise InputError(
+            f"{name!r} is no file here, and the hub has no such data set ({type(error).__name__})",
+            field=field,
+            remedy=_remedy(error),
+        ) from error
+    except Exception:  # of its client's dozen kinds: no connection, no answer in time, an error of the server
+        return False
+    return True
+
+
 def is_local(path: str) -> bool:
     """Whether a checkpoint is given by its folder; one that is written as such is not looked for on the hub."""
     return Path(path).exists() or path.startswith((".", "/", "~"))
@@ -57,9 +79,9 @@ def _remedy(error: Exception) -> str:
 
     # A gated model is not found either, so the order counts.
     if isinstance(error, GatedRepoError):
-        return "accept its licence on the hub's page of the model, and set HF_TOKEN to a token of that account"
+        return "accept its licence on its page of the hub, and set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError):
-        return "check the id; a private model needs HF_TOKEN"
+        return "check the id; a private one needs HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
         return "check the revision: a commit, branch or tag"
     if isinstance(error, LocalEntryNotFoundError):

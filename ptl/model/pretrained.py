@@ -26,16 +26,19 @@ def config(folder: Path, field: str = MODEL) -> Any:
         return _load(AutoConfig.from_pretrained, folder, field)
 
 
-def skeleton(folder: Path, dtype: Any = None, field: str = MODEL) -> Any:
-    """The language model of a checkpoint without its weights: parameters on torch's meta device, buffers on the CPU.
+def skeleton(folder: Path, dtype: Any = None, field: str = MODEL, *, buffers: bool = False) -> Any:
+    """The language model of a checkpoint without its weights, on torch's meta device; with `buffers` these are real.
 
     Raises InputError where config.json is what transformers builds no model of.
     """
+    import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     text_config = config(folder, field).get_text_config()
-    with _naming_config(folder, field), init_empty_weights(include_buffers=False):
+    # accelerate's keeps buffers, and makes each parameter on the CPU first.
+    without_weights = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    with _naming_config(folder, field), without_weights:
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype or text_config.dtype, trust_remote_code=False)
 
 

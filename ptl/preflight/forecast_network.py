@@ -34,8 +34,11 @@ class Exchange:
 
 def exchange(shape: Shape, stage: RecoverStage, group: GpuGroup, card: Gpu) -> Exchange:
     """What the GPUs of a group send each other for a stage, by its sharding."""
-    if isinstance(stage, NextToken) and stage.lora is not None:
-        return Exchange(0.0, 0.0, 0.0)  # an adapter's gradients are too small to count
+    if isinstance(stage, NextToken) and stage.lora is not None:  # whose gradients are too small to count
+        sharded = stage.sharding != "none"
+        within = group if stage.sharding == "fsdp" else replace(group, nodes=1)
+        gathered = ring_seconds(float(itemsize_of(stage) * shape.params), within, card) if sharded else 0.0
+        return Exchange(forward=gathered, backward=gathered, update=0.0)
     if stage.sharding == "none":
         # Gradients are as the weights are, float32, and reduced once.
         gradients = 4.0 * shape.params

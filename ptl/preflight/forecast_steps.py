@@ -167,8 +167,10 @@ def evaluate_step(name: str, shape: Shape, assumed: Assumptions) -> StepForecast
         token_seconds = decode_seconds(shape, batch_size, shape.itemsize, length, card)
         seconds += batches * new_tokens * token_seconds
 
-    memory = shape.params * shape.itemsize  # weights
-    memory += batch_size * longest * shape.kv_bytes + CONTEXT
+    memory = float(shape.params * shape.itemsize + batch_size * longest * shape.kv_bytes)  # weights and cache
+    if evaluate.backend == "vllm":
+        memory /= gpus
+    memory += CONTEXT
     return StepForecast(
         step=name,
         params=shape.params,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
 
 from ptl.config.dag import export_step, stage_of
-from ptl.config.recover import NextToken, RecoverStage
+from ptl.config.recover import Lora, NextToken, RecoverStage
 from ptl.config.run import Config
-from ptl.preflight.forecast_model import FULL_SHARD, GpuGroup, Shape, training_memory
+from ptl.preflight.forecast_model import FULL_SHARD, Shape, training_memory
 from ptl.preflight.forecast_network import exchange
-from ptl.preflight.forecast_steps import Assumptions, StepForecast
-from ptl.preflight.gpus import GIB
+from ptl.preflight.forecast_steps import Assumptions, StepForecast, evaluate_step, prune_step
+from ptl.preflight.gpus import GIB, GPUS
 from ptl.units import listed, quantity
 
 WAITING = 0.1  # share of a recovery's time from which waiting is warned of
-NODES = (1, 2, 4, 8, 16, 32, 64)  # that are tried for a model that does not fit
-FULL_NODE = 8  # GPUs: with fewer, more of them come before more nodes
+# That are tried for a model that does not fit: GPUs of a node, and then nodes of as many.
+COUNTS, NODES = (2, 4, 8), (2, 4, 8, 16, 32, 64)
+FULL_NODE = 8  # GPUs
+
+Change = Callable[[Config], Config]
 
 
 def warnings(steps: Sequence[StepForecast], gpu: str, assumed: Assumptions) -> list[str]:
@@ -67,58 +73,105 @@ def _too_large(steps: Sequence[StepForecast], gpu: str, assumed: Assumptions) ->
         needed = sorted({f"{step.memory / GIB:.0f}" for step in large}, key=int)
         amount = " to ".join(dict.fromkeys([needed[0], needed[-1]]))
         available = assumed.card.memory / GIB
-        remedy = {
-            "prune": "lower calibration.batch_size, or take a larger GPU",
-            "recover": _smaller_recovery(max(step.params for step in large), assumed),
-            "evaluate": "lower evaluate.batch_size, or take a larger GPU",
-        }[stage]
+        # A prune step scores the model before it, at first the dense one.
+        params = max(step.params for step in large)
+        shape = assumed.dense if stage == "prune" else assumed.dense.scaled(params, assumed.config.prune.target)
+        remedy = _remedy(stage, shape, assumed)
         sentences.append(f"{names}: about {amount} GiB on each GPU, {gpu} has {available:.0f} GiB: {remedy}")
     return sentences
 
 
-def _smaller_recovery(params: int, assumed: Assumptions) -> str:
-    """What makes the recovery of a model with so many parameters smaller, and is not used yet."""
-    remedies: list[str] = []
-    stages = assumed.config.recover
-    adapters = [isinstance(stage, NextToken) and stage.lora is not None for stage in stages]
-    # A stage with LoRA cannot be sharded, and one that is sharded cannot have LoRA.
-    whole = [stage for stage, lora in zip(stages, adapters, strict=True) if not lora and stage.sharding == "none"]
-    if whole:
-        remedies.append("recover.sharding: fsdp over several GPUs")
-    elif any(stage.sharding == "hybrid" for stage in stages):
-        remedies.append("recover.sharding: fsdp, which divides the model over all nodes")
-    pruned = assumed.dense.scaled(params, assumed.config.prune.target)
-    nodes = _nodes_for(pruned, assumed)
-    if nodes is not None and nodes > assumed.nodes and not any(adapters) and assumed.gpus["recover"] >= FULL_NODE:
-        remedies.append(f"resources.steps.recover.nodes: {nodes}")
-    if any(isinstance(stage, NextToken) for stage in whole):
-        remedies.append("or recover.lora" if remedies else "recover.lora")
-    if not all(stage.gradient_checkpointing for stage in stages):
-        remedies.append("recover.gradient_checkpointing: true")
-    if all(_accumulation_helps(pruned, stage, assumed) for stage in stages):
-        remedies.append("a larger recover.accumulation")
-    if assumed.gpus["recover"] * assumed.nodes > 1:
-        remedies.append("or more GPUs")
-    return ", ".join(remedies) or "take a larger GPU"
+def _training(**fields: Any) -> Change:
+    """A change of every stage of recover that has these fields."""
+
+    def change(config: Config) -> Config:
+        stages = [
+            stage.model_copy(update={name: value for name, value in fields.items() if hasattr(stage, name)})
+            for stage in config.recover
+        ]
+        return config.model_copy(update={"recover": tuple(stages)})
+
+    return change
 
 
-def _accumulation_helps(pruned: Shape, stage: RecoverStage, assumed: Assumptions) -> bool:
-    """Whether a stage needs less memory with one row at a time on each GPU."""
-    group = assumed.group(stage)
-    one_row = stage.model_copy(update={"accumulation": max(1, stage.batch_size // group.count)})
-    now, then = (training_memory(pruned, choice, assumed.dense, group) for choice in (stage, one_row))
-    return then < now
+def _of(section: str, **fields: Any) -> Change:
+    return lambda config: config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
 
 
-def _nodes_for(pruned: Shape, assumed: Assumptions) -> int | None:
-    """The fewest nodes on which all stages fit with FSDP over all GPUs; None: none of NODES."""
-    stages = [stage.model_copy(update={"sharding": "fsdp"}) for stage in assumed.config.recover]
+# What makes a kind of step smaller on the same GPUs, as a config says it. Accumulation: one row at a time, at the most.
+CHANGES: dict[str, dict[str, Change]] = {
+    "prune": {"a smaller calibration.batch_size": _of("calibration", batch_size=1)},
+    "recover": {
+        "recover.gradient_checkpointing: true": _training(gradient_checkpointing=True),
+        "a larger recover.accumulation": _training(accumulation=1 << 30),
+        "recover.sharding: fsdp": _training(sharding="fsdp"),
+    },
+    "evaluate": {
+        "a smaller evaluate.batch_size": _of("evaluate", batch_size=1),
+        "evaluate.backend: vllm (with evaluate.speed.repeats: 0), which divides the model among the GPUs": _of(
+            "evaluate", backend="vllm"
+        ),
+    },
+}
 
-    def fits(stage: RecoverStage, nodes: int) -> bool:
-        group = GpuGroup(assumed.group(stage).per_node, nodes)
-        return assumed.fits(training_memory(pruned, stage, assumed.dense, group))
 
-    return next((nodes for nodes in NODES if all(fits(stage, nodes) for stage in stages)), None)
+def _remedy(stage: str, shape: Shape, assumed: Assumptions) -> str:
+    """The fewest changes of the config that make such a step fit; where none does, more GPUs, adapters, larger GPUs."""
+    remedies = _fitting(stage, shape, assumed)
+    if not remedies:
+        more = (_fitting(stage, shape, larger, name) for name, larger in _more_gpus(stage, assumed).items())
+        remedies = next(filter(None, more), [])
+        stages = assumed.config.recover
+        if stage == "recover" and all(isinstance(each, NextToken) and each.lora is None for each in stages):
+            adapted = replace(assumed, config=_training(lora=Lora())(assumed.config))
+            remedies += _fitting(stage, shape, adapted, "recover.lora")
+    if remedies:
+        return ", or ".join(remedies)
+    larger_gpus = [kind for kind, card in GPUS.items() if _fitting(stage, shape, replace(assumed, card=card))]
+    none = "no setting makes it fit"
+    return f"{none}: take a larger GPU ({', '.join(larger_gpus)})" if larger_gpus else none
+
+
+def _fitting(stage: str, shape: Shape, assumed: Assumptions, first: str = "") -> list[str]:
+    """The smallest sets of changes with which a step fits, each in words after `first`; empty where none is enough."""
+    changes = CHANGES[stage]
+
+    def fits(names: Sequence[str]) -> bool:
+        config = assumed.config
+        for name in names:
+            config = changes[name](config)
+        return assumed.fits(_memory(stage, shape, replace(assumed, config=config)))
+
+    for count in range(len(changes) + 1):
+        enough = [names for names in combinations(changes, count) if fits(names)]
+        if enough:
+            return [" with ".join(filter(None, [first, " and ".join(names)])) for names in enough]
+    return []
+
+
+def _memory(stage: str, shape: Shape, assumed: Assumptions) -> float:
+    """Bytes on each GPU in a kind of step."""
+    if stage == "prune":
+        return prune_step(stage, shape, shape.params, assumed).memory
+    if stage == "evaluate":
+        return evaluate_step(stage, shape, assumed).memory
+    trained = assumed.config.recover
+    return max(training_memory(shape, each, assumed.dense, assumed.group(each)) for each in trained)
+
+
+def _more_gpus(stage: str, assumed: Assumptions) -> dict[str, Assumptions]:
+    """Larger groups of GPUs for a kind of step, the smallest first, by what a config says of them."""
+    held = assumed.gpus[stage]
+    larger = {}
+    for count in COUNTS:
+        if count > held and (assumed.nodes == 1 or stage != "recover"):
+            larger[f"{count} GPUs"] = replace(assumed, gpus={**assumed.gpus, stage: count})
+    node = max(held, FULL_NODE)
+    for nodes in NODES if stage == "recover" else ():
+        if nodes > assumed.nodes:
+            name = f"resources.steps.recover.nodes: {nodes} (of {node} GPUs)"
+            larger[name] = replace(assumed, gpus={**assumed.gpus, stage: node}, nodes=nodes)
+    return larger
 
 
 def _waiting(steps: Sequence[StepForecast], assumed: Assumptions) -> list[str]:

@@ -1,4 +1,4 @@
-"""The Kubernetes API from a step's own pod, as the account that Kubeflow started it with."""
+"""The Kubernetes API as the account of this pod or, on a user's machine, of the kubeconfig."""
 
 from __future__ import annotations
 

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ptl.config.recover import RecoverStage, TrainingData
-from ptl.config.run import Calibration, Evaluate, Gate
+from ptl.config.run import Calibration, Config, Evaluate, Gate
 from ptl.config.schedule import Prune, Schedule, plan, removal
 from ptl.data import model_fit
-from ptl.data.checks import check_data, check_rewards
+from ptl.data.checks import check_data, check_rewards, named_sources
+from ptl.data.sources import local_file
 from ptl.errors import InputError
-from ptl.evaluation.tasks import check_gate, check_tasks
+from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
 from ptl.model import checkpoint, hub, pretrained, text_tower
 from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
@@ -56,6 +57,22 @@ def check_data_and_tasks(
     check_tasks(evaluate)
     # The gate compares item by item, so its task must call each item right or wrong.
     check_gate(evaluate, gate)
+
+
+def hub_data_not_asked_for(config: Config) -> list[str]:
+    """Data sets of the hub that it could not be asked for. Raises InputError that names the field of an unknown one."""
+    fields: dict[tuple[str, str | None], str] = {}
+    for field, source in named_sources(config.calibration, config.training, config.recover).items():
+        if local_file(source, field) is None:
+            fields.setdefault((source.source, source.revision), f"{field}.source")
+    for name in [] if config.evaluate.data_dir else hub_data(config.evaluate):
+        fields.setdefault((name, None), "evaluate.tasks")
+    not_asked: list[str] = []
+    for (name, revision), field in fields.items():
+        # One try is enough where there is no connection.
+        if not_asked or not hub.has_dataset(name, revision, field):
+            not_asked.append(name)
+    return list(dict.fromkeys(not_asked))
 
 
 def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ptl.config import yaml_text
+from ptl.config.goal import MemoryGoal
 from ptl.config.run import Config, ModelSource, Task, check
+from ptl.config.schedule import Prune
+from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation.tasks import is_path
 from ptl.model import hub, text_tower
@@ -28,24 +31,24 @@ from ptl.preflight.gpus import GPUS
 from ptl.preflight.known_models import similar
 from ptl.preflight.starter_fit import Choices, Machine
 from ptl.preflight.starter_presets import Data
-from ptl.preflight.starter_target import TARGET, default_target, pruned_to
+from ptl.preflight.starter_target import chosen_target, pruned_to
 from ptl.preflight.starter_text import Plan
+from ptl.preflight.target import params as params_at_goal
 from ptl.units import billions
 
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
 # Tokens of recovery.
-PER_PARAMETER = 0.1  # for each parameter that is removed: the paper's 160M tokens for 1.57B of 8B parameters
 LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
-PASSES = 4  # over the training rows, after which repetition helps little (Muennighoff et al. 2023, 2305.16264)
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
-# Parameters up to which a learning rate holds where REFERENCE of them go, of the shipped configs if there is one of
-# that size. The best rate doubles with each RATE_DOUBLES more (docs/results.md: 40 to 66 % of the tiny reasoner).
-REFERENCE = 0.3
+# Parameters up to which a learning rate holds where SHARES[0] of them go, of the shipped configs if there is one of
+# that size. With each RATE_DOUBLES more the rate doubles, as the best rates of the tiny reasoner's loops do within
+# SHARES (docs/results.md).
+SHARES = (0.3, 0.66)
 RATE_DOUBLES = 0.1
-LEARNING_RATES = ((1e7, 1.5e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
+LEARNING_RATES = ((1e7, 1.2e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
 CALIBRATION_LENGTH = 512  # tokens
@@ -58,7 +61,7 @@ class Request:
     model: str  # hub id, or folder
     data: Data
     tasks: Sequence[Task] = ()
-    target: float | None = None  # as schedule.target; None: 0.3, or less where FFNs or experts are a small part
+    target: float | MemoryGoal | None = None  # as schedule.target; None: 0.3, or less (starter_target)
     gpu: str | None = "h100"  # kind; None: no GPU
     gpus: int | None = None  # of a recovery; None: as many as it takes
 
@@ -71,6 +74,7 @@ class Starter:
     config: Config
     forecast: Forecast | None  # None: without a GPU
     to_fill: tuple[str, ...]  # fields that the user must fill in
+    amount: Amount  # of the recovery
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,14 @@ def starter(request: Request, folder: Path) -> Starter:
         raise InputError(f"{request.gpus}, with --gpu none", field="--gpus", remedy="remove one of the two")
     model = read_model(request.model)
     plan = _plan(request, model, folder)
+    there = request.data.tokens
+    amount = Amount(
+        plan.tokens, plan.dimensions.params - plan.pruned.params, passes=plan.tokens / there if there else None
+    )
 
     if request.gpu is None:
         text = starter_text.text(plan, Choices(), plan.batch_size)
-        return Starter(text, _checked(text, folder), None, _to_fill(request))
+        return Starter(text, _checked(text, folder), None, _to_fill(request), amount)
 
     # The forecast reads the model from where it is, so that the hub is asked once.
     local = {"model": ModelSource(path=str(model.folder))}
@@ -112,7 +120,7 @@ def starter(request: Request, folder: Path) -> Starter:
     config = _checked(starter_text.text(plan, choices, batch_size), folder)
     run_forecast = forecast(config.model_copy(update=local), request.gpu)
     text = starter_text.text(plan, choices, batch_size, run_forecast)
-    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request))
+    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request), amount)
 
 
 def read_model(name: str) -> Model:
@@ -149,7 +157,13 @@ def read_model(name: str) -> Model:
 
 def _plan(request: Request, model: Model, folder: Path) -> Plan:
     """All that does not depend on the number of GPUs."""
-    target = default_target(model.dimensions) if request.target is None else request.target
+    target, target_reason = request.target, ""
+    if target is None:
+        target, target_reason = chosen_target(model.dimensions, request.data.tokens)
+    memory = target.memory if isinstance(target, MemoryGoal) else ""
+    if isinstance(target, MemoryGoal):
+        prune = Prune(target="experts" if model.dimensions.experts else "neurons")
+        target = params_at_goal(target, prune, model.folder)
     pruned, multiple = pruned_to(model.dimensions, target)
     tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
     max_length = min(request.data.max_length, model.positions)
@@ -166,7 +180,8 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         dimensions=model.dimensions,
         itemsize=model.shape.itemsize,
         target=target,
-        lowered=request.target is None and target < TARGET,
+        memory=memory,
+        target_reason=target_reason,
         pruned=pruned,
         multiple=multiple,
         tokens=tokens,
@@ -175,7 +190,7 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
         calibration_length=min(CALIBRATION_LENGTH, model.positions),
         batch_size=batch_size,
         learning_rate=learning_rate,
-        lora_rate=min(LORA_FACTOR * learning_rate, LARGEST_RATE),
+        lora_rate=max(learning_rate, min(LORA_FACTOR * learning_rate, LARGEST_RATE)),
         gpu=request.gpu,
         all_weights=None,
         data=_data_seen_from(folder, request.data),
@@ -186,7 +201,8 @@ def _plan(request: Request, model: Model, folder: Path) -> Plan:
 def default_rate(params: int, share: float) -> float:
     """The learning rate of a recovery of a model of so many parameters, of which `share` go."""
     rate = next(rate for largest, rate in LEARNING_RATES if params <= largest)
-    return float(rate * 2 ** ((share - REFERENCE) / RATE_DOUBLES))
+    fewest, most = SHARES
+    return float(rate * 2 ** ((min(max(share, fewest), most) - fewest) / RATE_DOUBLES))
 
 
 def _tokens(removed: int, data: Data) -> tuple[int, str]:

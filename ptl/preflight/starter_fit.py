@@ -84,7 +84,7 @@ def peak(run: Forecast, stage: str) -> StepForecast:
 
 def _training(machine: Machine, counts: Iterable[int], *, lora: bool) -> Iterator[Choices]:
     for gpus in counts:
-        modes = ("none", "fsdp") if gpus > 1 and not lora else ("none",)
+        modes = ("none", "fsdp") if gpus > 1 else ("none",)
         checkpointing = (False, True) if machine.params <= SMALL else (True,)
         rows = machine.batch(gpus) // gpus  # of an optimizer step on one GPU
         accumulations = [number for number in range(1, rows + 1) if rows % number == 0]
@@ -143,6 +143,8 @@ def _too_small(machine: Machine, stage: str, needed: float) -> InputError:
     """The error for a stage that needs more than there is, even `needed` bytes on each GPU at the least."""
     larger = [kind for kind, gpu in GPUS.items() if needed <= ROOM * gpu.memory]
     remedies = [f"name a larger GPU ({', '.join(larger)})"] if larger else []
+    if stage == "evaluate":
+        remedies.append("write a config with evaluate.backend: vllm, which divides the model among the GPUs")
     more = gpus_for_all_weights(machine) if stage == "recover" else None
     if more:
         remedies.append(f"give --gpus {more}")

@@ -16,12 +16,12 @@ from ptl.config.paths import FILL_IN
 from ptl.config.recover import DataSource, TrainingSource
 from ptl.config.run import Task
 from ptl.data.row_formats import Recognised
+from ptl.data.training_amount import CHARACTERS
 from ptl.errors import InputError
 from ptl.evaluation.task_yaml import Spec
 from ptl.evaluation.tasks import can_find, find, is_accuracy, is_path
 from ptl.units import listed
 
-CHARACTERS = 4  # of a token, roughly
 LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
 PLAIN = re.compile(r"[A-Za-z./][\w./-]*")  # a text that needs no quotes in YAML, unless YAML reads it as another type
 

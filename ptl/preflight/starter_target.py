@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ptl.config.goal import FEWEST
 from ptl.config.schedule import removal
+from ptl.data.training_amount import PASSES, PER_PARAMETER
 from ptl.errors import InputError
 from ptl.model.dimensions import (
     ModelDimensions,
@@ -17,6 +18,21 @@ from ptl.units import billions
 
 TARGET = 0.3  # share of the parameters
 TARGET_STEP = 0.05
+
+
+def chosen_target(before: ModelDimensions, tokens: float | None) -> tuple[float, str]:
+    """The default, or as much less as rows of so many tokens can recover, and why it is less than TARGET."""
+    target = default_target(before)
+    reason = f", here at most half of the {'experts' if before.experts else 'FFNs'}" if target < TARGET else ""
+
+    def out_of_reach() -> bool:
+        removed = before.params - pruned_to(before, target)[0].params
+        return tokens is not None and PER_PARAMETER * removed > PASSES * tokens
+
+    while target > TARGET_STEP and out_of_reach():
+        target = round(target - TARGET_STEP, 2)
+        reason = f", here what {PASSES} passes over the rows can recover"
+    return target, reason
 
 
 def default_target(before: ModelDimensions) -> float:

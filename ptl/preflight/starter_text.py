@@ -44,7 +44,8 @@ class Plan:
     dimensions: ModelDimensions
     itemsize: int  # bytes of a stored weight
     target: float
-    lowered: bool  # whether the target is below the usual one, as FFNs or experts are a small part of the model
+    memory: str  # the goal that the target follows from, such as 16GiB; empty: there is none
+    target_reason: str  # why the target is below the usual one; empty where it is not
     pruned: ModelDimensions  # what the target leaves
     multiple: int  # of the FFN width
     tokens: int
@@ -94,10 +95,9 @@ def _data_fields(plan: Plan) -> dict[str, str]:
 
 def _size_fields(plan: Plan) -> dict[str, str]:
     """What the file says of parameters, of what is removed, and of tokens."""
-    half = "experts" if plan.dimensions.experts else "FFNs"
     return {
-        "target": f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}",
-        "target_reason": f", here at most half of the {half}" if plan.lowered else "",
+        "target": _target(plan),
+        "target_reason": plan.target_reason,
         "units": "experts" if plan.dimensions.experts else "neurons",
         "prune": _prune(plan),
         "tokens": f"{plan.tokens:_}",
@@ -105,6 +105,12 @@ def _size_fields(plan: Plan) -> dict[str, str]:
         "calibration_length": str(plan.calibration_length),
         "max_length": str(plan.max_length),
     }
+
+
+def _target(plan: Plan) -> str:
+    if plan.memory:
+        return f"{{memory: {plan.memory}}}"
+    return f"{plan.target:g}" if plan.target < 1 else f"{int(plan.target):_}"
 
 
 def _prune(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from ptl.model import checkpoint, checks
 from ptl.recovery import training
 from ptl.recovery.job import Curve, RecoverReport, RecoveryJob
 from ptl.recovery.launch import world_size
-from ptl.recovery.rewards import REWARDS, RewardValues, text_of
+from ptl.recovery.rewards import REWARDS, TIMEOUTS, RewardValues, text_of
 from ptl.storage.training_files import last_complete
 
 # what is kept of a log
@@ -29,6 +29,7 @@ LOGGED = (
     "completions/mean_length",  # tokens
     "completions/clipped_ratio",  # share of answers that max_completion_length ended
     "kl",
+    TIMEOUTS,  # share of answers whose code ran out of time
 )
 
 PromptRow = dict[str, Any]  # `prompt`, and a reference for each reward
@@ -158,7 +159,8 @@ def reward_function(index: int, reward: Reward) -> Callable[..., RewardValues]:
     """A reward in the form that trl calls, which has its weight from the arguments."""
 
     def score(completions: Sequence[Any], **columns: Any) -> RewardValues:
-        return REWARDS[reward.name](list(map(text_of, completions)), columns[_reference(index)], reward)
+        extra = {"log_metric": columns["log_metric"]} if reward.name == "code" else {}
+        return REWARDS[reward.name](list(map(text_of, completions)), columns[_reference(index)], reward, **extra)
 
     score.__name__ = reward.name  # in the names of trl's metrics
     return score

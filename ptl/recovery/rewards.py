@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ptl.config.recover import Reward
-from ptl.log import say
 
 FINAL = re.compile(r"(?m)^#### (-?[\d,]*\.?\d+)\s*$")
 CODE_BLOCK = re.compile(r"```(?:python|py)?\n(.*?)(?:```|\Z)", re.S)
@@ -16,6 +15,8 @@ LONGEST_BARE_ANSWER = 200  # characters; longer text is not taken for a formula
 
 RewardValues = list[float | None]  # None: the reference cannot be read, so the answer is not judged
 Texts = Sequence[str]
+LogMetric = Callable[[str, float], None]  # trl's, by name and value of a batch
+TIMEOUTS = "code_timeouts"
 
 
 def final_answer_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
@@ -58,14 +59,16 @@ def _math_value(answer: str, reference: str) -> float | None:
     return float(verify(expected, concluded, **verify_limit))
 
 
-def code_reward(answers: Texts, references: Texts, reward: Reward) -> RewardValues:
-    """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox."""
+def code_reward(answers: Texts, references: Texts, reward: Reward, log_metric: LogMetric | None = None) -> RewardValues:
+    """1 where the tests pass on the answer's Python (its first fenced block, else all of it), in the sandbox.
+
+    `log_metric` gets the share of answers whose code ran out of time, which count as wrong.
+    """
     from ptl.sandbox.runner import run_many
 
     outcomes = run_many(zip(map(program, answers), references, strict=True))
-    timeouts = sum(outcome.status == "timeout" for outcome in outcomes)
-    if timeouts:
-        say("recover", f"the code of {timeouts} of {len(outcomes)} answers ran out of time: it counts as wrong")
+    if log_metric:
+        log_metric(TIMEOUTS, sum(outcome.status == "timeout" for outcome in outcomes) / len(outcomes))
     return [float(outcome.passed) for outcome in outcomes]
 
 

@@ -157,6 +157,7 @@ def training_dataset(
     details: dict[str, Any] = {
         "sequences": len(chunk),
         "cut_sequences": sum(tokens.cut for tokens in chunk),
+        "passes": max(tokens.passes for tokens in chunk),
         "processes": arguments.world_size,
     }
     if leak_filter is not None:

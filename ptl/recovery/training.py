@@ -279,7 +279,7 @@ def save(
     check_finite(model, step, scratch)
     if sharded:
         # all processes take part in it
-        model = _gathered(trainer, dst.with_name(f"{dst.name}.gathered"))
+        model = _gathered(trainer, src, dst.with_name(f"{dst.name}.gathered"))
     if not trainer.is_world_process_zero():
         return
     with reported_full_disk("the trained checkpoint", dst, Path(scratch)):
@@ -332,13 +332,28 @@ def with_curve(trainer_class: Any, curve: Callable[[int], float]) -> Any:
     return Curved
 
 
-def _gathered(trainer: Any, folder: Path) -> Any:
+def _gathered(trainer: Any, src: Path, folder: Path) -> Any:
     """The complete model, on the first process, from weights that are spread over all; None on the others."""
+    adapters = getattr(trainer.model, "peft_config", {}).get("default")
+    if adapters is not None:
+        return _gathered_with_adapters(trainer, src, adapters)
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return None
     model = pretrained.causal_lm(folder, torch.float32)
     shutil.rmtree(folder)
+    return model
+
+
+def _gathered_with_adapters(trainer: Any, src: Path, adapters: Any) -> Any:
+    """The same of a model with adapters, which peft does not find where activations are recomputed."""
+    from peft import get_peft_model
+
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    model = get_peft_model(pretrained.causal_lm(src, torch.float32), adapters)
+    model.load_state_dict(state)
     return model
 
 

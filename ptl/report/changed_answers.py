@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ptl.evaluation.paired import Item, paired
+from ptl.errors import InputError
+from ptl.evaluation.paired import Item, match, paired
+from ptl.log import say
 from ptl.report.result_rows import Records, Row
 
 MAX_CHANGED = 250  # regressions, and improvements, that the report shows: a page of a megabyte at most
 MAX_TEXT = 600  # characters of a prompt or an answer that the report shows
 REFERENCES = {"dense": "evaluate-0", "control": "control-evaluate"}  # what the final checkpoint is compared with
 
-Items = dict[tuple[str, Any], Item]  # of an evaluation, by task and id
+Items = list[Item]  # of an evaluation
 
 
 def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
@@ -24,7 +26,7 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
     if not final:
         return {}
     after = _items(final, records)
-    tested = {task for task, _ in after}
+    tested = {item["task"] for item in after}
     tasks = [score["task"] for score in records[final]["metadata"]["scores"]["tasks"]]
     comparisons: Row = {task: {} for task in tasks}
     for label, step in REFERENCES.items():
@@ -40,14 +42,16 @@ def paired_comparisons(records: Records, final: str, gate: Row) -> Row:
     return comparisons
 
 
-def _outcomes(before: Items, after: Items) -> dict[str, tuple[list[int], list[int]]]:
-    """By task, the 0/1 outcomes of the items that both evaluations have."""
-    outcomes: dict[str, tuple[list[int], list[int]]] = {}
-    for key, item in before.items():
-        if key in after:
-            old, new = outcomes.setdefault(item["task"], ([], []))
-            old.append(int(item["correct"]))
-            new.append(int(after[key]["correct"]))
+def _outcomes(before: Items, after: Items, warn: bool = True) -> dict[str, tuple[list[int], list[int]]]:
+    """By task, the 0/1 outcomes of the items that both evaluations have; none of a task that asked them otherwise."""
+    outcomes = {}
+    for task in dict.fromkeys(item["task"] for item in before):
+        if any(item["task"] == task for item in after):
+            try:
+                outcomes[task] = match(before, after, task)
+            except InputError as error:
+                if warn:
+                    say("report", f"warning: {task} is not compared: {error.problem}")
     return outcomes
 
 
@@ -55,12 +59,13 @@ def examples(records: Records, final: str) -> Row:
     """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
     after = _items(final, records)
     before = _items("evaluate-0", records)
-    compared = [key for key in before if key in after]
-    if not compared or final == "evaluate-0":
+    tasks = _outcomes(before, after, warn=False)  # `paired_comparisons` has warned
+    if not tasks or final == "evaluate-0":
         return {}
+    answers = {(item["task"], item["id"]): item for item in after}
+    compared = [(old, answers[old["task"], old["id"]]) for old in before if old["task"] in tasks]
     regressions, improvements = [], []
-    for key in compared:
-        old, new = before[key], after[key]
+    for old, new in compared:
         # Right before and wrong after, or the other way round.
         if old["correct"] > new["correct"]:
             regressions.append(_changed(old, new))
@@ -86,11 +91,8 @@ def shortened(value: Any) -> str:
 
 
 def _items(step: str, records: Records) -> Items:
-    """The items of an evaluate step by task and id; empty where it has no record, or its record no items."""
-    if step not in records:
-        return {}
-    items = records[step]["metadata"].get("items", [])
-    return {(item["task"], item["id"]): item for item in items}
+    """The items of an evaluate step; none where it has no record, or its record no items."""
+    return records[step]["metadata"].get("items", []) if step in records else []
 
 
 def _changed(old: Item, new: Item) -> Row:

@@ -9,7 +9,7 @@ from ptl.data import decontamination
 from ptl.evaluation import speed_rows
 from ptl.report import answer, cells, goal
 from ptl.report.answer import Answer
-from ptl.report.result import SAME_SIZE, Result, control_row, dense_row, final_row, total_tokens
+from ptl.report.result import SAME_SIZE, Result, amount, control_row, dense_row, final_row, total_tokens
 from ptl.report.result_rows import Row
 from ptl.units import counted, size
 
@@ -69,8 +69,11 @@ def groups(result: Result) -> list[Group]:
 
 
 def checks(result: Result) -> list[tuple[str, str]]:
-    """What the run itself looked after: its goal, the gate, and rows that are in a benchmark."""
+    """What the run itself looked after: its goal, the gate, its tokens, and rows that are in a benchmark."""
     lines = [("Gate", _gate(result))]
+    trained = amount(result).sentence
+    if trained:
+        lines.append(("Recovery", trained))
     reached = goal.sentence(result["goal"])
     if reached:
         lines.insert(0, ("Target", reached))

@@ -6,7 +6,7 @@ from ptl.config.schedule import removal
 from ptl.evaluation import speed_rows
 from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
 from ptl.report import answer, cells, goal
-from ptl.report.result import Result, control_row, dense_row, final_row
+from ptl.report.result import Result, amount, control_row, dense_row, final_row
 from ptl.report.result_rows import Row
 from ptl.report.wording import control_failed
 from ptl.units import counted
@@ -29,6 +29,7 @@ def sentences(result: Result) -> list[str]:
         _speed(result),
         _decontamination(result),
         _cut(result),
+        *(f"{warning}." for warning in amount(result).warnings()),
     ]
     lines.append(f"One run with seed {result['seed']}: another seed may end with another score.")
     return list(filter(None, lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from ptl.config.recover import DataSource, TrainingData
 from ptl.config.run import Calibration, Evaluate, Task
 from ptl.data.sources import local_file
 from ptl.evaluation import task_data, tasks
+from ptl.storage.manifest import file_digest
 
 UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its content may change
 DIGITS = 32  # of a digest; MLflow takes at most 36
@@ -44,7 +44,7 @@ def _data_set(context: str, source: DataSource) -> DataSet:
     # A file, on this machine or fetched from a bucket.
     if path is not None:
         kind = "s3" if address.startswith("s3://") else "local"
-        return DataSet(context, Path(address).name, file_digest(path), kind, address)
+        return DataSet(context, Path(address).name, file_digest(path)[:DIGITS], kind, address)
     # On the hub, where the revision stands for the content.
     digest = source.revision or UNPINNED
     full_name = _joined(address, source.subset, source.split)
@@ -60,7 +60,7 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
         splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
         if spec.scored_split in splits:
             file = splits[spec.scored_split].file
-            yield DataSet("evaluation", spec.name, file_digest(Path(file)), "local", file)
+            yield DataSet("evaluation", spec.name, file_digest(Path(file))[:DIGITS], "local", file)
         elif config.get("dataset_path"):
             full_name = _joined(config["dataset_path"], config.get("dataset_name"), spec.scored_split)
             yield DataSet("evaluation", spec.name, UNPINNED, "hf", full_name)
@@ -69,10 +69,3 @@ def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
 def _joined(*parts: str | None) -> str:
     """The parts of a hub id that are set, such as `org/chats test`."""
     return " ".join(filter(None, parts))
-
-
-def file_digest(path: Path) -> str:
-    """The first half of a file's sha256, in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return digest.hexdigest()[:DIGITS]

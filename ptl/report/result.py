@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ptl.data.training_amount import Amount
 from ptl.report import changed_answers, export_rows, goal, result_rows
 from ptl.report.result_rows import Record, Records, Row
 
@@ -114,6 +115,14 @@ def final_row(result: Result) -> Row | None:
 def control_row(result: Result) -> Row | None:
     """The row of the one-shot control; None where the run has none, or it did not finish."""
     return next(iter(arm_rows(result, "control")), None)
+
+
+def amount(result: Result) -> Amount:
+    """What the loop trained beside what it removed."""
+    sequences = result["sequences"]
+    # Reinforcement learning trains on the model's own answers, and has no sequences.
+    tokens = total_tokens(result, "loop") if sequences["sequences"] else 0
+    return Amount(tokens, result["original_params"] - result["final"]["params"], sequences["passes"])
 
 
 def total_tokens(result: Result, arm: str) -> int:
@@ -241,7 +250,8 @@ def _decontaminated(records: Records) -> Row:
 
 
 def _sequences(records: Records) -> Row:
-    """How many sequences the loop was trained on, and how many of them max_length cut."""
+    """Sequences that the loop was trained on, those that max_length cut, and passes over the rows."""
     trained = [record["metadata"] for record in records.values() if "cut_sequences" in record["metadata"]]
     in_loop = [metadata for metadata in trained if metadata["arm"] == "loop"]
-    return {name: sum(metadata[name] for metadata in in_loop) for name in ("sequences", "cut_sequences")}
+    totals = {name: sum(metadata[name] for metadata in in_loop) for name in ("sequences", "cut_sequences")}
+    return {**totals, "passes": max((metadata["passes"] for metadata in in_loop), default=None)}

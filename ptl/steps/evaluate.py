@@ -18,6 +18,7 @@ from ptl.steps.iterations import schedule_of
 from ptl.steps.machine import limit_threads
 from ptl.steps.metrics import kubeflow_metrics
 from ptl.steps.verdict import LoopSettings, Trial, decide
+from ptl.storage import store
 from ptl.storage.store import Pointer
 
 MANY_TRUNCATED = 0.2  # share of a task's answers
@@ -41,17 +42,20 @@ def evaluate(call: Call) -> None:
         # The pipeline was compiled with a fallback for each iteration, or with none.
         gate.check_structure(loop.gate, compiled=fallback is not None)
     # The scores depend on less than the verdict: another gate can take them over.
-    content_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed})
+    scores_key = takeover.key(candidate.digest, {"evaluate": settings, "seed": seed}).digest
 
     def work(src: Path, dst: Path, run: StepRun) -> Metadata:
         limit_threads(candidate.params)
-        scores = _scores(src, dst, run, content_key, settings, seed, loop.gate)
+        scores = _scores(src, dst, run, scores_key, settings, seed, loop.gate)
         if step.name == "evaluate-0":
             _warn_of_truncated_answers(step.name, scores)
         # `dst` has the outcome of every item, which the gate compares.
         trial = Trial(step, run, loop, candidate, fallback, scores)
         verdict, accepted = decide(trial, dst)
-        speed = beside_dense(step, run, accepted, settings, seed) if trial.ends_the_loop(accepted) else {}
+        speed = {}
+        if trial.ends_the_loop(accepted):
+            _withdraw_later(run, step.iteration, loop.iterations)
+            speed = beside_dense(step, run, accepted, settings, seed)
         return {
             "scores": scores,
             "checkpoint": dataclasses.asdict(candidate),
@@ -60,13 +64,21 @@ def evaluate(call: Call) -> None:
             "accepted": dataclasses.asdict(accepted),
             "speed": speed,
             "seconds": scores["seconds"] + speed.get("seconds", 0.0),
-            takeover.KEY: content_key,
+            takeover.SCORES: scores_key,
         }
 
+    run = step.start()  # before it ends: a run that has ended would be opened again
     record = execute(step, candidate, _key_settings(settings, loop, fallback, seed), work)
     write_pointer(call.outputs["accepted"], record["metadata"]["accepted"])
     # Kubeflow shows them in its table of runs.
-    call.outputs["metrics"].metadata.update(kubeflow_metrics(record))
+    call.outputs["metrics"].metadata.update(kubeflow_metrics(record["metadata"], run))
+
+
+def _withdraw_later(run: StepRun, iteration: int, iterations: int) -> None:
+    """Steps that are not needed have no result: one may be of an attempt that got further, before data changed."""
+    for later in range(iteration + 1, iterations + 1):
+        for stage in ("prune", "recover", "evaluate"):
+            store.withdraw(run.root, run.run, f"{stage}-{later}")
 
 
 def _warn_of_truncated_answers(step: str, scores: Metadata) -> None:
@@ -110,7 +122,7 @@ def _scores(
     src: Path,
     dst: Path,
     run: StepRun,
-    content_key: str,
+    scores_key: str,
     settings: Evaluate,
     seed: int,
     gate_settings: Gate,
@@ -119,7 +131,7 @@ def _scores(
     from ptl.evaluation.evaluate import evaluate_checkpoint
 
     # Of an earlier run's evaluation only the scores are taken: the verdict depends on more than the model.
-    earlier = takeover.take(run, content_key, dst)
+    earlier = takeover.take(run, scores_key, dst)
     if earlier:
         scores = dict(earlier["scores"])
     else:

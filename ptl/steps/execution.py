@@ -17,7 +17,6 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from ptl import __version__
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
@@ -44,7 +43,7 @@ class Execution:
     run: StepRun  # in MLflow
     parent: Pointer | None  # the checkpoint that the step starts from
     work: Work
-    content_key: str  # under which an earlier run's result may be taken over; empty: it may not
+    key: takeover.Key
 
 
 def execute(
@@ -53,30 +52,23 @@ def execute(
     settings: Metadata,
     work: Work,
     *,
-    title: str | None = None,
-    content_key: str = "",
     by_nodes: Callable[[Callable[[], None]], None] | None = None,
 ) -> Record:
     """Do a step's work unless this run has committed it, and record it in MLflow; both can be repeated after a kill.
 
-    `title` is what people call the pipeline run. With `content_key` the files of an earlier run that has the same one
-    are taken over. `by_nodes` has other machines do and commit the step; it is given what counts an attempt. Raises
-    NoAttemptLeftError where earlier attempts have used all.
+    `by_nodes` has other machines do and commit the step; it is given what counts an attempt. Raises NoAttemptLeftError
+    where earlier attempts have used all.
     """
-    run = step.start(title)
-    execution = Execution(step, run, parent, work, content_key)
-    key = _record_key(step, parent, settings)
+    run = step.start()
     with noting_errors(run):
+        key = _key(parent, settings)
+        execution = Execution(step, run, parent, work, key)
         # Another command, an earlier pod or a retry may have finished the step.
-        record = store.committed(run.root, run.run, step.name, key)
-        if record is None and by_nodes is not None:
-            by_nodes(lambda: begin(run))
-            record = _committed_by_nodes(run, key)
-        elif record is None:
-            # A node's attempt is the coordinator's.
-            if not machines.is_node():
-                begin(run)
-            record = _do(execution, key)
+        record = store.committed(run.root, run.run, step.name, key.digest)
+        if record is None:
+            takeover.check_same_files(run, step.stage, key)
+            takeover.withdraw_outdated(run, key)
+            record = _do(execution, by_nodes)
         elif damage_report(record["pointer"]["digest"]).exists():
             # A later step could not fetch what this one has published.
             _check_or_repair(execution, Pointer(**record["pointer"]))
@@ -91,19 +83,30 @@ def execute(
 def take_part(step: Step, parent: Pointer, settings: Metadata, work: Work) -> None:
     """The part of a node that is not the first, which publishes and commits; nothing where that is done."""
     run = step.start()
-    if store.committed(run.root, run.run, step.name, _record_key(step, parent, settings)) is None:
+    if store.committed(run.root, run.run, step.name, _key(parent, settings).digest) is None:
         work(fetch(parent), empty_folder(step.name), run)
 
 
-def _do(execution: Execution, key: str) -> Record:
-    """Work, publish, commit."""
-    step, run = execution.step, execution.run
+def _do(execution: Execution, by_nodes: Callable[[Callable[[], None]], None] | None) -> Record:
+    """Take over or work, publish, commit; or have other machines do it."""
+    step, run, key = execution.step, execution.run, execution.key
     folder = empty_folder(step.name)
-    metadata = _fetch_and_work(execution, folder)
+    started = time.time()
+    metadata = _take_over(execution, folder)
+    if metadata is None and by_nodes is not None:
+        by_nodes(lambda: begin(run))
+        return _committed_by_nodes(run, key.digest)
+    if metadata is None:
+        # A node's attempt is the coordinator's.
+        if not machines.is_node():
+            begin(run)
+        metadata = _fetch_and_work(execution, folder)
+    metadata = _with_times(step, metadata, started)
     pointer = _publish(execution, folder, metadata)
-    own_record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": metadata}
     # Another process may be first: then its record is the step's.
-    record = store.commit(run.root, run.run, step.name, own_record)
+    record = store.commit(run.root, run.run, step.name, takeover.record(key, pointer, metadata))
+    # What it has fetched: the next step may need as much room, and finds what it reads in the store.
+    shutil.rmtree(scratch("cache"), ignore_errors=True)
     committed = record["metadata"]
     say(step.name, f"done in {committed['seconds']:.0f} s: {metrics.summary(committed)}")
     return record
@@ -121,23 +124,12 @@ def _committed_by_nodes(run: StepRun, key: str) -> Record:
     return record
 
 
-def _record_key(step: Step, parent: Pointer | None, settings: Metadata) -> str:
-    """What a step's result depends on; the same key means that a committed result may be taken."""
-    return store.digest(
-        {
-            "version": __version__,
-            "step": step.name,
-            "parent": parent.digest if parent else None,
-            "settings": settings,
-        }
-    )
+def _key(parent: Pointer | None, settings: Metadata) -> takeover.Key:
+    return takeover.key(parent.digest if parent else "", settings)
 
 
-def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
-    """Do the work on the parent's files; the step's metadata, with its times in seconds."""
-    step = execution.step
-    started = time.time()
-    metadata = _take_over_or_work(execution, folder)
+def _with_times(step: Step, metadata: Metadata, started: float) -> Metadata:
+    """The metadata of a step's record, with its times in seconds."""
     elapsed = time.time() - started  # with the libraries' imports and the fetch of the parent
     return {
         "stage": step.stage,
@@ -150,15 +142,19 @@ def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
     }
 
 
-def _take_over_or_work(execution: Execution, folder: Path) -> Metadata:
-    """An earlier run's result where it can be taken over, else that of the work on the fetched parent."""
-    run = execution.run
+def _take_over(execution: Execution, folder: Path) -> Metadata | None:
+    """An earlier run's result, where it can be taken over as a whole."""
+    # The import is itself a copy, and an evaluation's verdict names checkpoints of its own run. Nodes wait for each
+    # other, and their coordinator has looked.
+    if execution.step.stage in ("import", "evaluate") or machines.is_node():
+        return None
+    return takeover.take(execution.run, execution.key.digest, folder)
+
+
+def _fetch_and_work(execution: Execution, folder: Path) -> Metadata:
+    """The metadata of the work on the fetched parent."""
     parent = execution.parent
-    content_key = execution.content_key
-    metadata = takeover.take(run, content_key, folder) if content_key else None
-    if metadata is None:
-        metadata = execution.work(fetch(parent) if parent else None, folder, run)
-    return metadata | ({takeover.KEY: content_key} if content_key else {})
+    return execution.work(fetch(parent) if parent else None, folder, execution.run)
 
 
 def _publish(execution: Execution, folder: Path, metadata: Metadata) -> Pointer:
@@ -203,7 +199,8 @@ def _check_or_repair(execution: Execution, pointer: Pointer) -> None:
         say(run.step, f"done again, since its files are damaged: {damage}")
         begin(run)
         folder = empty_folder(run.step)
-        _take_over_or_work(execution, folder)
+        if _take_over(execution, folder) is None:
+            _fetch_and_work(execution, folder)
         # Published in the scratch folder first: the damaged files go only once the same bytes are there.
         copy = scratch(run.step) / f"copy-{uuid.uuid4().hex[:12]}"
         if digest_of(store.publish(folder, copy.as_uri())) != pointer.digest:

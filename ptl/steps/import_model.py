@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from ptl.config.export import Export
 from ptl.config.flat_settings import flat_settings
 from ptl.config.goal import Goal
 from ptl.config.recover import TrainingData
-from ptl.config.run import Calibration, Evaluate, Gate, check
+from ptl.config.run import Calibration, Evaluate, Gate, ModelSource, check
 from ptl.config.schedule import Prune, Schedule
+from ptl.errors import WorkError
 from ptl.evaluation import gate
+from ptl.lineage import tracking
+from ptl.lineage.progress import MAX_EARLIER
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
@@ -26,7 +30,7 @@ from ptl.revision import own_revision
 from ptl.steps import attempts, takeover
 from ptl.steps.call import Call, Metadata, write_pointer
 from ptl.steps.execution import execute
-from ptl.steps.inputs import BENCHMARK_ITEMS
+from ptl.steps.inputs import BENCHMARK_ITEMS, damage_report
 from ptl.steps.iterations import schedule_of
 from ptl.steps.machine import empty_folder
 from ptl.steps.reporting import noting_errors
@@ -59,35 +63,51 @@ def import_model(call: Call) -> None:
     folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
     check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
 
-    def work(_src: None, dst: Path, run: StepRun) -> Metadata:
-        # The page of the pipeline run shows what it was started with, as soon as that is known to be right.
-        params = {"model": {"path": path, "revision": revision or None}, **sections}
-        run_page.describe(
-            run,
-            flat_settings(to_jsonable_python(params)),
-            own_revision(),
-            provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
-        )
+    # The page of the pipeline run shows what it was started with, as soon as that is known to be right; when it is
+    # resumed, also data that has changed. On one machine the run's id is its title.
+    run = call.step.start(settings["run_name"] if attempts.on_a_cluster() else None)
+    model = ModelSource(path=path, revision=revision or None)
+    run_page.describe(
+        run,
+        flat_settings(to_jsonable_python({"model": model, **sections})),
+        own_revision(),
+        provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+    )
+    _name_earlier_runs(run, settings["earlier_runs"])
+    # First: they are cheap, and a benchmark that does not load is known before the model is copied.
+    if sections["training"].decontaminate.tasks:
+        _commit_items(run, sections["evaluate"], settings["seed"])
 
+    def work(_src: None, dst: Path, _run: StepRun) -> Metadata:
         # From the folder that was checked: on the hub the model may have changed since.
         import_checkpoint(str(folder), None, dst)
         mlflow_flavor.write(dst)
         return {
-            **source,
+            "model": path,
+            "revision": revision,
+            **goal,
             "params": dimensions.params,
             "versions": _versions(),
             "host": platform.node(),
         }
 
-    schedule = sections["schedule"]
-    source = {"model": path, "revision": revision, **_goal(schedule, sections["prune"], folder)}
-    # The import has no parent: its key is the model's name and revision. On one machine the run's id is its title.
-    title = settings["run_name"] if attempts.on_a_cluster() else None
-    # First: they are cheap, and a benchmark that does not load is known before the model is copied.
-    if sections["training"].decontaminate.tasks:
-        _commit_items(call.step.start(title), sections["evaluate"], settings["seed"])
-    record = execute(call.step, None, source, work, title=title)
+    goal = _goal(sections["schedule"], sections["prune"], folder)
+    # The import has no parent: its key is the model.
+    record = execute(call.step, None, {"source": model, **goal}, work)
     write_pointer(call.outputs["out"], record["pointer"])
+
+
+def _name_earlier_runs(run: StepRun, earlier_runs: str) -> None:
+    """Let the run's steps know by its page in MLflow which unfinished runs they may take over from."""
+    names = re.findall(r"[^\s,]+", earlier_runs)[:MAX_EARLIER]
+    for name in names:
+        try:
+            if store.committed(run.root, name, run.step) is None:
+                say(run.step, f"earlier run {name} has no steps here that could be taken over")
+        except WorkError as error:
+            say(run.step, f"earlier run {name}: {error}")
+    if names:
+        tracking.name_earlier_runs(run, names)
 
 
 def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
@@ -95,15 +115,21 @@ def _commit_items(run: StepRun, evaluate: Evaluate, seed: int) -> None:
     from ptl.evaluation.items import write_items
 
     with noting_errors(run):
+        items = dataclasses.replace(run, step=BENCHMARK_ITEMS)
         key = takeover.key("", {"evaluate": evaluate, "seed": seed})
-        if store.committed(run.root, run.run, BENCHMARK_ITEMS, key):
+        committed = store.committed(run.root, run.run, items.step, key.digest)
+        if committed is None:
+            takeover.withdraw_outdated(items, key)
+        elif damage_report(committed["pointer"]["digest"]).exists():
+            store.withdraw(run.root, run.run, items.step)
+            damage_report(committed["pointer"]["digest"]).unlink()
+        else:
             return
         folder = empty_folder(run.step)
         number = write_items(folder, evaluate, seed)
         location = f"{run.artifact_uri}/{os.urandom(6).hex()}"
-        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id)
-        record = {"key": key, "pointer": dataclasses.asdict(pointer), "metadata": {"stage": BENCHMARK_ITEMS}}
-        store.commit(run.root, run.run, BENCHMARK_ITEMS, record)
+        pointer = Pointer(location, digest_of(store.publish(folder, location)), run_id=run.run_id, step=items.step)
+        store.commit(run.root, run.run, items.step, takeover.record(key, pointer, {"stage": BENCHMARK_ITEMS}))
         say(run.step, f"{number:,} items of benchmarks, which recovery does not train on")
 
 

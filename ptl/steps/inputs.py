@@ -52,7 +52,7 @@ def benchmark_items(run: StepRun) -> Pointer:
         raise WorkError(
             "the record of the benchmarks' items is gone, and training rows are compared with them",
             field=f"run {run.run}",
-            remedy="start a new run",
+            remedy="start a new run" if attempts.on_a_cluster() else "run the same command again",
         )
     return Pointer(**record["pointer"])
 

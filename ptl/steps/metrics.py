@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ptl.address import mlflow_ui
+from ptl.address import mlflow_ui, runs_page
+from ptl.lineage.run_status import StepRun
 from ptl.steps.call import Metadata
-from ptl.storage.store import Record
 from ptl.units import size
 
 # What of a record is shown as numbers.
@@ -41,16 +41,15 @@ def accuracy(task: Metadata) -> dict[str, float]:
     return {name: task[name] for name in ACCURACY if task[name] is not None}
 
 
-def kubeflow_metrics(record: Record) -> Metadata:
+def kubeflow_metrics(metadata: Metadata, run: StepRun) -> Metadata:
     """What Kubeflow's table of a run's metrics has of an evaluation; with the way to its run in MLflow."""
-    metadata = record["metadata"]
     scores = metadata["scores"]
     ui = mlflow_ui()
     return {
         **accuracy(scores["tasks"][0]),
         "params": scores["params"],
         "verdict": metadata["verdict"]["decision"],
-        **({"mlflow": f"{ui}/#/runs/{record['pointer']['run_id']}"} if ui else {}),
+        **({"mlflow": runs_page(ui, run.experiment_id, run.run_id)} if ui else {}),
     }
 
 

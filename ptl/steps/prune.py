@@ -10,7 +10,6 @@ from ptl.config.schedule import Prune, removal
 from ptl.evaluation import gate
 from ptl.lineage.run_status import StepRun
 from ptl.model import mlflow_flavor
-from ptl.steps import takeover
 from ptl.steps.call import Call, Metadata, passes_through, write_pointer
 from ptl.steps.execution import execute
 from ptl.steps.iterations import iterations_until, schedule_of
@@ -51,5 +50,5 @@ def prune(call: Call) -> None:
         "calibration": calibration,
         "seed": seed,
     }
-    record = execute(call.step, parent, settings, work, content_key=takeover.key(parent.digest, settings))
+    record = execute(call.step, parent, settings, work)
     write_pointer(call.outputs["out"], record["pointer"])

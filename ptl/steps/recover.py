@@ -25,7 +25,6 @@ from ptl.steps.execution import execute, take_part
 from ptl.steps.inputs import benchmark_items, dense_model, fetch
 from ptl.steps.iterations import iterations_until, schedule_of
 from ptl.steps.machine import limit_threads, scratch
-from ptl.storage import store
 from ptl.storage.training_checkpoints import TrainingCheckpoints
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def recover(call: Call) -> None:
         "items": items and items.digest,
         "seed": call.settings["seed"],
     }
-    training_key = store.digest([parent.digest, settings])
+    training_key = takeover.key(parent.digest, settings).digest
     group = machines.machines()
     stores = _training_checkpoints(step, training_key, recovery)
 
@@ -89,8 +88,7 @@ def recover(call: Call) -> None:
         take_part(step, parent, settings, work)
         return
     by_nodes = partial(coordinator.train, call) if coordinator.is_coordinator() else None
-    content_key = takeover.key(parent.digest, settings)
-    record = execute(step, parent, settings, work, content_key=content_key, by_nodes=by_nodes)
+    record = execute(step, parent, settings, work, by_nodes=by_nodes)
     # Committed: nothing resumes this training any more.
     for stage_store in stores:
         stage_store.clear()
@@ -165,7 +163,7 @@ def _stage_details(report: RecoverReport, name: str) -> list[Any]:
 
 
 def sequence_counts(step: str, report: RecoverReport) -> Metadata:
-    """How many sequences were trained on, and how many of them max_length cut, for the step's metrics and its log."""
+    """Sequences that were trained on, those that max_length cut, and passes so far: for metrics and log of the step."""
     # GRPO trains on prompts.
     counts = {name: _stage_details(report, name) for name in ("sequences", "cut_sequences")}
     if not counts["cut_sequences"]:
@@ -173,7 +171,7 @@ def sequence_counts(step: str, report: RecoverReport) -> Metadata:
     totals = {name: sum(numbers) for name, numbers in counts.items()}
     if totals["cut_sequences"]:
         say(step, f"{totals['cut_sequences']:,} of {totals['sequences']:,} sequences were cut at recover.max_length")
-    return totals
+    return {**totals, "passes": max(_stage_details(report, "passes"))}
 
 
 def _decontaminated(step: str, report: RecoverReport) -> Metadata:

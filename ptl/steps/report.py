@@ -59,6 +59,7 @@ def report(call: Call) -> None:
             say(call.step.name, sentence)
         _copy_pages(call, folder)
         _commit_and_finish(call, run, result)
+        shutil.rmtree(scratch("cache"), ignore_errors=True)  # what it has fetched
 
 
 def _run_config(settings: Metadata) -> Metadata:

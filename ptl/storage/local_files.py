@@ -90,6 +90,13 @@ def put_once(uri: str, data: bytes) -> bytes:
     return path.read_bytes()
 
 
+def put(uri: str, data: bytes) -> None:
+    """Write a small file completely or not at all, whatever was there."""
+    path = path_of(uri)
+    with full_disk(path):
+        replace(path, data)
+
+
 def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file completely or not at all, whatever it held before."""
     with _draft(path, data, mode) as draft:

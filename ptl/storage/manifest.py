@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -107,6 +108,18 @@ def sha256_of(path: Path, start: int) -> str:
         for data in chunks(source.fileno(), start, size):
             hasher.update(data)
     return hasher.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex sha256 of a whole file; a process reads the file once, unless it changes."""
+    stat = path.stat()
+    return _file_digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, *_stamps: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump_files(files: Iterable[File]) -> bytes:

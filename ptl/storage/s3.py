@@ -188,6 +188,13 @@ def put_once(uri: str, data: bytes) -> bytes:
     )
 
 
+def put(uri: str, data: bytes) -> None:
+    """Put a small object, whatever is there."""
+    bucket, key = split(uri)
+    with explained(uri):
+        client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
     """Path below `uri`, size in bytes and time of change of every object there."""
     bucket, prefix = split(uri)

@@ -17,7 +17,8 @@ from pydantic_core import to_jsonable_python
 from ptl.errors import InputError, WorkError
 from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
 
-FORMAT = 2  # of a record
+FORMAT = 3  # of a record
+WITHDRAWN = b"{}"  # in place of a record
 T = TypeVar("T")
 Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -135,24 +136,35 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
 
 
 def commit(root: str, run: str, step: str, record: Record) -> Record:
-    """Write a step's record, unless there is one: returns the record that stays, ours or the earlier writer's.
+    """Write a step's record, unless there is one of the same key: returns the one that stays, ours or an earlier one.
 
-    The record needs `key` and `pointer`. Raises InputError when the step was committed with another key: the run id
-    belongs to a run with other settings.
+    The record needs `key`, over all that it depends on, and `pointer`. One of another key is replaced.
     """
     # Sealed: a record that a disk or a person has changed is found when it is read.
     record = {**record, "format": FORMAT, "step": step}
     sealed = {**record, "sha256": digest(record)}
     uri = _manifest(root, run, step)
     # One atomic write decides: of two processes that did the step, both continue with the same record.
-    data = _backend(root).put_once(uri, json.dumps(sealed, indent=1).encode())
-    kept = _load_record(data, uri, step)
-    _check_key(kept, record["key"], run, uri)
-    return kept
+    data = json.dumps(sealed, indent=1).encode()
+    kept = _load_record(_backend(root).put_once(uri, data), uri, step)
+    if kept is not None and kept["key"] == record["key"]:
+        return kept
+    # One of another key, or withdrawn. Here two processes may both write: the last one stays, and both return it unless
+    # they write at the same moment.
+    _backend(root).put(uri, data)
+    return committed(root, run, step, record["key"]) or record
+
+
+def withdraw(root: str, run: str, step: str) -> None:
+    """Let a step count as not done, where it has a record: what it depends on has changed."""
+    # Not deleted: the credentials of a cluster's steps may not do that.
+    uri = _manifest(root, run, step)
+    if read(uri) is not None:
+        _backend(root).put(uri, WITHDRAWN)
 
 
 def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
-    """The record of a finished step, or None. With `key`, another key is an InputError, as in `commit`."""
+    """The record of a finished step, or None; with `key`, only one that has it."""
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
@@ -160,9 +172,7 @@ def committed(root: str, run: str, step: str, key: str | None = None) -> Record 
         return None if data is None else _load_record(data, uri, step)
 
     record = _twice(read_record)
-    if record is not None and key is not None:
-        _check_key(record, key, run, uri)
-    return record
+    return None if record is None or key not in (None, record["key"]) else record
 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
@@ -251,8 +261,10 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def _load_record(data: bytes, uri: str, step: str) -> Record:
-    """A record from its bytes; what cannot be trusted is a WorkError."""
+def _load_record(data: bytes, uri: str, step: str) -> Record | None:
+    """A record from its bytes, None where it was withdrawn; what cannot be trusted is a WorkError."""
+    if data == WITHDRAWN:
+        return None
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
         record = dict(json.loads(data))
@@ -275,17 +287,6 @@ def digest(value: Any) -> str:
     """Hex sha256 over a value as JSON; sections of the config may be in it."""
     text = json.dumps(value, sort_keys=True, default=to_jsonable_python)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_key(record: Record, key: str, run: str, uri: str) -> None:
-    # The same run id with another config: nothing that it has may be taken for this one's.
-    if record["key"] != key:
-        raise InputError(
-            f"step {record['step']} belongs to another run: it was committed with other settings, another model or "
-            f"another version of ptl ({uri})",
-            field=f"run {run}",
-            remedy="choose a new run directory",
-        )
 
 
 def _twice(read_and_check: Callable[[], T]) -> T:

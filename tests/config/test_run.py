@@ -118,7 +118,7 @@ def test_every_shipped_config_is_valid(path):
         ({"name": "Not A Name"}, "name: 'Not A Name'"),
         ({"evaluate": {"tasks": []}}, "evaluate.tasks"),
         ({"recover": [{"packing": True}]}, "packing=true needs loss=all"),
-        ({"recover": [{"lora": {"rank": 8}, "sharding": "fsdp"}]}, "sharding=fsdp cannot be combined with lora"),
+        ({"recover": [{"lora": {"rank": 8}, "sharding": "zero2"}]}, "sharding=zero2 cannot be combined with lora"),
         ({"prune": {"target": "neurons_then_layers", "layer_iterations": 4}}, "prune.layer_iterations=4"),
         (
             {"prune": {"target": "experts", "criterion": "taylor"}},
@@ -170,7 +170,7 @@ def test_overrides_are_checked_like_the_file():
     with pytest.raises(InputError, match="is not a section"):
         load_config(TINY, {"name.first": 1})
     assert load_config(TINY, {"recover.0.method": "distil"}).recover[0].model_dump()["method"] == "distil"
-    for name in ("recover.learning_rate", "recover.1.learning_rate", "recover.-1.learning_rate"):
+    for name in ("recover.learning_rate", "recover.1.learning_rate", "recover.-1.learning_rate", "recover.².x"):
         with pytest.raises(InputError, match="is no entry of a list of 1; number its entries from 0"):
             load_config(TINY, {name: 1e-4})
 
@@ -180,9 +180,15 @@ def test_initials_of_a_field_are_understood():
         load_config(TINY, {"recover.0.lr": 1e-4})
 
 
-@pytest.mark.parametrize("text", ["1e6", "1M", "1000k", "1_000_000"])
+@pytest.mark.parametrize("text", ["1e6", "1M", "1000k", "0.001G", "1_000_000"])
 def test_a_number_of_tokens_as_people_write_it(text):
     assert load_config(TINY, pairs("--set", [f"schedule.recovery_tokens={text}"])).schedule.recovery_tokens == 10**6
+
+
+@pytest.mark.parametrize("text", ["5m", "0.5", "1.5", "1.2345k", "1Ki", "many"])
+def test_what_is_no_whole_number_of_tokens_is_refused(text):
+    with pytest.raises(InputError, match=r"schedule\.recovery_tokens"):
+        load_config(TINY, pairs("--set", [f"schedule.recovery_tokens={text}"]))
 
 
 def test_an_override_leaves_other_sections_of_the_same_anchor():

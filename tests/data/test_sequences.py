@@ -807,6 +807,21 @@ def test_json_that_is_too_deep_names_its_line(tmp_path):
         check_rows(DataSource(source=str(tmp_path / "a.jsonl")))
 
 
+def test_content_has_a_digest_wherever_it_is(s3, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n')
+    local = DataSource(source=str(path))
+    bucket, key = s3_client.split(f"{s3.root}/data.jsonl")
+    stored = DataSource(source=f"s3://{bucket}/{key}")
+    before = []
+    for content in ("a", "b", "a"):
+        path.write_text(content)
+        s3_client.client().put_object(Bucket=bucket, Key=key, Body=content.encode())
+        before.append((sources.content_digest(local), sources.content_digest(stored)))
+    assert before[0] == before[2] and not set(before[0]) & set(before[1])
+    assert sources.content_digest(DataSource(source="org/on-the-hub")) is None
+
+
 def test_an_answer_that_is_no_s3_servers_is_an_error(monkeypatch):
     monkeypatch.setattr(s3_client, "client", lambda: SimpleNamespace(head_object=lambda **_: {"ContentLength": 5}))
     with pytest.raises(InputError, match="no ETag in the answer"):

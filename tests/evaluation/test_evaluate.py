@@ -19,7 +19,7 @@ from ptl.evaluation.items import write_items
 from ptl.evaluation.language_models import AnswerNotes, divided, tensor_parallel
 from ptl.evaluation.paired import wilson
 from ptl.evaluation.task_data import local_splits
-from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, find
+from ptl.evaluation.tasks import check_gate, check_tasks, choose_metric, files, find
 
 ROOT = Path(__file__).resolve().parents[2]
 REASONER = ROOT / "examples/tiny_reasoner/checkpoint"
@@ -383,6 +383,27 @@ def test_a_task_file_with_code_of_its_own_is_refused_unless_allowed(tmp_path, li
     check_tasks(settings(task, allow_code=True))
     check_tasks(settings({"name": "minerva_math500", "metric": "math_verify"}))
     assert not ran.exists()
+
+
+def test_the_files_of_a_task_are_what_it_reads(tmp_path):
+    """Its data, what it includes, and the code of functions; nothing else that is next to them."""
+    for name in ("utils.py", "log.txt", "plain.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "base.yaml").write_text(f"include: {YAML}\n")
+    own = tmp_path / "own.yaml"
+    own.write_text("include: base.yaml\ntask: own\n")
+    data = {Path(YAML), ROOT / "examples/tiny_reasoner/test.jsonl"}
+    assert files(settings({"name": str(own)})) >= data | {own, tmp_path / "base.yaml"}
+    assert tmp_path / "utils.py" not in files(settings({"name": str(own)}))
+    own.write_text("include: base.yaml\ntask: own\nprocess_docs: !function utils.ask\n")
+    mine = {path.name for path in files(settings({"name": str(own)})) if path.parent == tmp_path}
+    assert mine == {"own.yaml", "base.yaml", "utils.py"}
+    # The harness's own come with the image, their data from the hub, unless it is in a folder.
+    assert files(settings({"name": "gsm8k"})) == set()
+    for name in ("gsm8k_test.jsonl", "gsm8k_train.jsonl", "other.jsonl"):
+        (tmp_path / name).touch()
+    read = files(settings({"name": "gsm8k"}, data_dir=str(tmp_path)))
+    assert {path.name for path in read} == {"gsm8k_test.jsonl", "gsm8k_train.jsonl"}
 
 
 REPLACED = {

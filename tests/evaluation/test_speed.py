@@ -104,7 +104,7 @@ def test_dense_and_compact_side_by_side(monkeypatch):
 def test_seconds_per_solved_are_the_median_of_the_repeats(monkeypatch):
     settings = Evaluate(tasks=[Task(name=YAML)], speed=Speed(batch_sizes=(), repeats=3, items=4))
     taken = iter([8.0, 1.0, 2.0, 5.0, 4.0, 1.0])
-    score = TaskScore("t", "1", "exact_match,none", 0.5, 0.1, 0.9, 4, 0, 0.0, True, 0.0, 0.0, 0.0)
+    score = TaskScore("t", "1", "exact_match,none", 0.5, 0.1, 0.9, 4, 0, 0.0, True, 0, 0.0, 0.0, 0.0)
     monkeypatch.setattr(speed, "score_task", lambda *_, **__: (replace(score, seconds=next(taken)), []))
     models = speed.side_by_side({"a": REASONER, "b": REASONER}, settings, seed=0)["models"]
     assert [models[name]["seconds_per_solved"] for name in "ab"] == [4.0 / 2, 1.0 / 2]

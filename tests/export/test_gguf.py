@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ptl.errors import InputError, WorkError
 from ptl.export import gguf
 from ptl.export.gguf import write_gguf
-from ptl.model import checkpoint
+from ptl.model import checkpoint, pretrained
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part
@@ -212,7 +212,7 @@ def test_pruned_checkpoints_have_what_vllm_asks_for(variant, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"layer_types": ["full_attention"] * 6}, "must have 3 entries in layer_types"),
+        ({"layer_types": ["full_attention"] * 6}, "transformers cannot read config.json"),
         (
             {"intermediate_size": 192},
             r"\[64, 128\], and config.json gives it \[64, 192\] by hidden_size=64, intermediate_size=192",
@@ -225,6 +225,7 @@ def test_what_vllm_would_stumble_over_is_named(changes, problem, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(InputError, match=problem):
         model_dimensions(folder, FAMILIES["gemma2"])
+        pretrained.skeleton(folder)
 
 
 @pytest.mark.gpu

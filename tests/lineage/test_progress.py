@@ -76,6 +76,22 @@ def test_a_run_that_mlflow_does_not_know_is_none(tracked):
     assert progress.read("run-x") is None and progress.read("run-p", []) is None
 
 
+def test_unfinished_runs_of_a_config_are_found_by_its_name(tracked):
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    for run, name, status in [
+        ("old", "tiny-20261125-184122-9d1f", "FAILED"),
+        ("done", "tiny-20261125-184123-9d1f", "FINISHED"),
+        ("other", "tiny-large-20261125-184124-9d1f", "FAILED"),
+        ("by-hand", "tiny-again", "FAILED"),
+        ("new", "tiny-20261125-184125-0000", "RUNNING"),
+    ]:
+        parent = tracked(run, {"import-model": {}}, status)
+        client.update_run(parent, name=name)
+    experiment = client.get_run(parent).info.experiment_id
+    assert progress.unfinished(experiment, "tiny") == ["new", "old"]
+    assert progress.unfinished(experiment, "tiny-large") == ["other"]
+
+
 def test_closing_ends_what_is_running_and_nothing_else(tracked):
     tracked("run-p", {"evaluate-1": SCORED, "recover-2": TRAINING, "prune-3": {"status": "RUNNING"}})
     assert progress.close(progress.read("run-p"), "FAILED", "recover-2: killed", {"recover-2": "killed"})
@@ -142,8 +158,8 @@ def test_a_watchers_settings_end_with_it_and_give_way_to_the_users(tracked, monk
     during = {}
     monkeypatch.setattr(progress.mlflow_client, "connect", lambda: during.update(os.environ) or MlflowClient())
     progress.read("run-p")
-    assert [during[name] for name in progress.WATCHING] == ["1", "77", "true"]
-    assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77", None]
+    assert [during[name] for name in progress.WATCHING] == ["1", "77"]
+    assert [os.environ.get(name) for name in progress.WATCHING] == [None, "77"]
 
 
 def test_it_imports_neither_torch_nor_kfp():

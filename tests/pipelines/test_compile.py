@@ -198,7 +198,7 @@ def test_what_is_not_structural_is_a_parameter_with_a_default(tmp_path):
         "seed": {"seed"},
     }
     assert set(covers) | {name.partition(".")[0] for name in STRUCTURE} == set(type(config).model_fields)
-    assert set().union(*covers.values()) | {"experiment", "registered_model"} == set(form)
+    assert set().union(*covers.values()) | {"experiment", "registered_model", "earlier_runs"} == set(form)
     assert set(type(config.schedule).model_fields) == covers["schedule"] - {"goal"} | {"iterations"}
 
 

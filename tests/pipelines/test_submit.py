@@ -358,6 +358,19 @@ def test_the_description_links_to_the_run_in_mlflow(world, go, monkeypatch):
     assert go(wait=False) == 0 and "MLflow: https://mlflow.example.org/#/exp" in world.runs[3]["description"]
 
 
+def test_unfinished_runs_of_the_same_name_are_taken_over(world, go, said, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com")
+    monkeypatch.setattr(progress, "experiment_id", {"ptl": "7"}.get)
+    monkeypatch.setattr(progress, "unfinished", lambda *named: ["new", "old"] if named == ("7", "tiny") else [])
+    assert go(wait=False) == go(wait=False, fresh=True) == go(wait=False, parameters={"earlier_runs": "mine"}) == 0
+    assert go(wait=False, parameters={"experiment": "there is none"}) == 0
+    named = [run["runtime_config"].get("parameters", {}).get("earlier_runs") for run in world.runs]
+    assert named == ["new old", None, "mine", None]
+    assert [line for line in said if "taken over from" in line] == [
+        "steps with the same inputs and settings may be taken over from new, old (--new: from none)"
+    ]
+
+
 def test_a_mlflow_that_is_away_does_not_hinder_a_start(world, go, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from typer.testing import CliRunner
 
 from ptl.cli import app
 from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
+from ptl.errors import InputError
 from ptl.model.dimensions import ModelDimensions
 from ptl.preflight import advice
 
@@ -103,6 +106,58 @@ def test_a_target_in_parameters_that_is_deep_is_warned_of():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_no_shipped_config_is_warned_of(path):
     assert advice.warnings(load_config(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (
+            RepositoryNotFoundError.__new__(RepositoryNotFoundError, "no"),
+            2,
+            "training.sources.0.source: 'meta-math/NOPE' ",
+        ),
+        (OSError("no connection"), 0, "not looked at, as the hub cannot be asked: meta-math/NOPE and openai/gsm8k"),
+        (None, 0, ""),
+    ],
+    ids=["unknown", "no-connection", "known"],
+)
+def test_validate_asks_the_hub_for_data_sets_or_says_that_it_did_not(answer, code, said, monkeypatch, tmp_path):
+    asked = []
+
+    def dataset_info(name, **options):
+        asked.append((name, options["revision"]))
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", dataset_info)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
+    (tmp_path / "task.yaml").write_text("task: mine\ndataset_path: openai/gsm8k\n")
+    sets = ["training.source=meta-math/NOPE", "training.revision=abc"]
+    sets.append(f"evaluate.tasks=[{{name: {tmp_path / 'task.yaml'}, metric: exact_match}}]")
+    done = CliRunner().invoke(app.app, ["validate", str(TINY), *[part for pair in sets for part in ("--set", pair)]])
+    assert asked[0] == ("meta-math/NOPE", "abc")
+    if code:
+        assert said in str(done.exception)
+    else:
+        assert done.exit_code == 0 and ("not looked at" in done.stdout) == bool(said) and said in done.stdout
+        assert len(asked) == (1 if said else 2)  # one try is enough where there is no connection
+
+
+@pytest.mark.parametrize("resource", ["gpu", "nvidia.com/", "/gpu", "nvidia.com/gpu/1"])
+def test_an_accelerator_is_a_resource_with_a_domain(resource):
+    with pytest.raises(InputError, match=r"resources.accelerator: .*for example nvidia.com/gpu"):
+        load_config(TINY, {"resources.accelerator": resource})
+    assert load_config(TINY, {"resources.accelerator": "amd.com/gpu"})
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_validate_and_plan_say_the_tokens_and_warn_of_passes(monkeypatch, command):
+    monkeypatch.setattr("ptl.preflight.preflight.preflight", lambda *sections: (REASONER, BODY))
+    done = CliRunner().invoke(app.app, [command, str(TINY), "--set", "schedule.recovery_tokens=5000000000"])
+    assert done.exit_code == 0, done.output
+    assert "5,000,000,000 recovery tokens: " in done.stdout
+    assert "warning: 5,000,000,000 recovery tokens" in done.output and "passes help little" in done.output
 
 
 @pytest.mark.parametrize("command", ["validate", "submit"])

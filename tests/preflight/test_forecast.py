@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_steps_and_tokens_are_those_of_the_plan(large):
 def test_what_cannot_fit_is_said_with_a_remedy(large):
     (warning,) = forecast(config(large), "h100", 1).warnings
     assert warning.startswith("recover-1, recover-2, recover-3, recover-4 and control-recover: about 107 to 127 GiB")
-    assert "recover.sharding: fsdp over several GPUs, or recover.lora, " in warning
+    assert warning.endswith(": 2 GPUs with recover.sharding: fsdp, or recover.lora")
     roomy = [{"dtype": "bfloat16", "gradient_checkpointing": True, "sharding": "fsdp", "batch_size": 32}]
     assert forecast(config(large, recover=roomy), "h100", 8).warnings == ()
     assert forecast(config(DENSE), "t4").warnings == ()
@@ -97,17 +98,49 @@ def test_a_model_that_is_too_large_for_a_node_is_sent_to_several(large):
         return [warning for warning in told.warnings if warning.startswith("recover") and "GiB" in warning]
 
     (warning,) = too_large(1)
-    assert warning.endswith(": resources.steps.recover.nodes: 2, a larger recover.accumulation, or more GPUs")
+    assert warning.endswith(": resources.steps.recover.nodes: 2 (of 8 GPUs), or recover.lora")
     assert too_large(2) == []
     (warning,) = too_large(2, sharding="hybrid")
-    assert warning.endswith(": recover.sharding: fsdp, which divides the model over all nodes, or more GPUs")
+    assert warning.endswith(": recover.sharding: fsdp")
 
 
-def test_the_remedy_for_lora_is_not_sharding_which_is_refused_with_it(large):
-    adapters = {"dtype": "bfloat16", "lora": {"rank": 8}, "batch_size": 512}
+def test_of_changes_that_are_enough_alone_each_is_a_remedy(large):
+    adapters = {"dtype": "bfloat16", "lora": {"rank": 8}, "batch_size": 64, "max_length": 512}
     (warning,) = forecast(config(large, recover=[adapters]), "h100", 1).warnings
-    assert "fsdp" not in warning and "recover.lora" not in warning
-    assert warning.endswith(": recover.gradient_checkpointing: true, a larger recover.accumulation")
+    assert warning.endswith(": recover.gradient_checkpointing: true, or a larger recover.accumulation")
+
+
+@pytest.mark.parametrize(
+    ("stage", "gpus"),
+    [({}, 8), ({"gradient_checkpointing": True, "sharding": "fsdp"}, 8), ({"lora": {"rank": 8}}, 8), ({}, 1)],
+    ids=["whole", "sharded", "adapters", "one-gpu"],
+)
+def test_a_remedy_that_is_applied_fits(large, stage, gpus):
+    """Llama 3 70B on H100s: weights alone exceed one of them, so that no smaller batch can help."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    (large / "config.json").write_text(json.dumps(LLAMA3 | sizes))
+    stage = {"dtype": "bfloat16"} | stage
+
+    def too_large(kind, changed, evaluate, count, nodes=1):
+        told = forecast(config(large, recover=[changed], **evaluate), "h100", count, nodes)
+        return [warning for warning in told.warnings if warning.startswith(kind) and "GiB on each GPU" in warning]
+
+    (warning,) = too_large("evaluate", stage, {}, gpus)
+    vllm = {"evaluate.backend": "vllm", "evaluate.speed.repeats": 0}
+    if "smaller evaluate.batch_size" in warning:
+        vllm["evaluate.batch_size"] = 1
+    assert "evaluate.backend: vllm" in warning
+    assert too_large("evaluate", stage, vllm, int(re.search(r": (\d) GPUs", warning)[1]) if gpus == 1 else gpus) == []
+    (warning,) = too_large("recover", stage, {}, gpus)
+    remedies = warning.partition("80 GiB: ")[2].split(", or ")
+    assert remedies and "accumulation" not in warning
+    assert "lora" in stage or gpus == 1 or remedies[-1].startswith("recover.lora")
+    for remedy in remedies:
+        changed = stage | ({"lora": {"rank": 16}} if "recover.lora" in remedy else {})
+        changed |= {"sharding": "fsdp"} if "fsdp" in remedy else {}
+        nodes = re.search(r"nodes: (\d+) \(of (\d+) GPUs", remedy)
+        count, nodes = (int(nodes[2]), int(nodes[1])) if nodes else (gpus, 1)
+        assert too_large("recover", changed, {}, count, nodes) == [], remedy
 
 
 def test_settings_that_would_waste_the_run_are_said_as_well():

@@ -74,6 +74,8 @@ def test_zero2_keeps_the_weights_and_gathers_them_when_they_are_new():
 
 def test_an_adapter_sends_nothing_that_counts():
     assert sent(NODES, lora=Lora()) == Exchange(0, 0, 0)
+    whole = sent(NODES, sharding="fsdp")
+    assert sent(NODES, sharding="fsdp", lora=Lora()) == Exchange(whole.forward, whole.forward, 0)
 
 
 def test_only_what_is_longer_than_the_compute_beside_it_is_waited_for():

@@ -92,6 +92,28 @@ def test_sharded_training_in_two_processes_is_the_same_and_goes_on_after_a_kill(
 
 
 @pytest.mark.slow
+def test_adapters_of_a_sharded_model_are_merged_into_it(small, tmp_path, sharding):
+    """Where one process, which starts from the same adapters, ends."""
+    stage = CPT | {"lora": {"rank": 8}, "learning_rate": 3e-3, "gradient_checkpointing": True}
+    one = recover(small, tmp_path / "one", stage)
+    report = recover(small, tmp_path / "out", stage | {"processes": 2, "sharding": "fsdp"})
+    assert (report.tokens, report.steps, report.details["processes"]) == (1500, one.steps, 2)
+    assert [loss for _, loss in report.curve] == pytest.approx([loss for _, loss in one.curve], rel=1e-4)
+    mine, theirs, before = (weights(path) for path in (tmp_path / "out", tmp_path / "one", small))
+    assert mine.keys() == theirs.keys() == before.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-4
+    assert any(float((mine[name] - before[name]).abs().max()) > 1e-2 for name in mine)
+
+    for path in tmp_path.glob("out.training/checkpoint-*"):  # as if it had died after step 4
+        if path.name != "checkpoint-4":
+            shutil.rmtree(path)
+    sharded = stage | {"processes": 2, "sharding": "fsdp"}
+    assert recover(small, tmp_path / "again", sharded, scratch=tmp_path / "out.training").resumed_at == 4
+    resumed = weights(tmp_path / "again")
+    assert all(torch.equal(resumed[name], mine[name]) for name in mine)
+
+
+@pytest.mark.slow
 def test_sharded_training_in_bf16(small, straight, tmp_path, sharding):
     """The weights stay float32, and are saved in the dtype they came in."""
     stage = CPT | {"processes": 2, "sharding": "fsdp", "gradient_checkpointing": True, "dtype": "bfloat16"}
@@ -119,7 +141,7 @@ def test_what_sharding_cannot_do_is_refused_before_any_work(small, tmp_path, mon
     """A GPU is pretended, so that sharding is possible at all."""
     monkeypatch.setattr(launch, "can_shard", lambda: True)
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*ptl\[deepspeed\]"):
+    with pytest.raises(InputError, match=r"zero2 needs the package deepspeed.*prune-tune-loop\[deepspeed\]"):
         recover(small, tmp_path / "out", CPT, CPT | {"processes": 2, "sharding": "zero2", "share": 0.5})
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())

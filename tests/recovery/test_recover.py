@@ -46,6 +46,7 @@ def test_two_steps_move_the_weights_and_the_loss_is_finite(small, tmp_path):
     report = recover(small, tmp_path / "out", CPT, tokens=500)
     before, after = weights(small), weights(tmp_path / "out")
     assert before.keys() == after.keys() and report.steps >= 2
+    assert report.details["passes"] == report.details["sequences"] / 10_000  # rows
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert all(math.isfinite(loss) for _, loss in report.curve)
 

@@ -60,7 +60,7 @@ def test_math_does_not_judge_without_a_readable_reference():
     assert score("math", r"\boxed{3}", "") is None
 
 
-def test_code_runs_the_tests_in_the_sandbox():
+def test_code_runs_the_tests_in_the_sandbox(monkeypatch):
     try:
         runner.require_support()
     except WorkError as error:
@@ -68,6 +68,11 @@ def test_code_runs_the_tests_in_the_sandbox():
     tests = "assert double(3) == 6"
     answers = ["```python\ndef double(x):\n    return 2 * x\n```", "def double(x): return x", "not python"]
     assert REWARDS["code"](answers, [tests] * 3, Reward(name="code")) == [1.0, 0.0, 0.0]
+    outcomes = [runner.Outcome(False, "timeout", ""), runner.Outcome(True, "passed", "")]
+    monkeypatch.setattr(runner, "run_many", lambda pairs: outcomes)
+    logged = {}
+    assert REWARDS["code"](answers[:2], [tests] * 2, Reward(name="code"), logged.__setitem__) == [0.0, 1.0]
+    assert logged == {"code_timeouts": 0.5}
     assert program("Sure:\n```py\nx = 1\n```\nDone.") == "x = 1\n"
 
 

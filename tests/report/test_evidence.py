@@ -13,7 +13,8 @@ SMALL = 127_872  # parameters of the final model
 
 def many_items(task: str, count: int, wrong: range) -> list[dict]:
     return [
-        {"task": task, "id": str(i), "prompt": f"{i} + 4 =", "target": str(i + 4), "correct": int(i not in wrong),
+        {"task": task, "id": str(i), "prompt_digest": f"{i}", "prompt": f"{i} + 4 =", "target": str(i + 4),
+         "correct": int(i not in wrong),
          "answer": str(i + 4 + (i in wrong)), "truncated": False}
         for i in range(count)
     ]  # fmt: skip
@@ -87,6 +88,19 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
     assert "the others share the significance level (2.5 % each)" in evidence.caption(result)
 
 
+def test_answers_to_other_questions_are_not_paired(records, settings, capsys):
+    """The same items by their ids, as of a benchmark whose file was replaced."""
+    retention = [dict(item, task="tiny_retention") for item in items({5})]
+    other = [dict(item, prompt_digest="other") for item in items(set(range(9)))]
+    scored(records, "evaluate-0", items(set()), retention)
+    scored(records, "evaluate-4", other, retention)
+    result = build(records, settings)
+    assert "dense" not in result["paired_tasks"]["tiny_reasoner"] and result["paired"] == {}
+    assert result["paired_tasks"]["tiny_retention"]["dense"]["items"] == result["examples"]["compared"] == 20
+    assert result["examples"]["num_regressions"] == 0
+    assert "tiny_reasoner is not compared: the prompts of tiny_reasoner item 0 differ" in capsys.readouterr().out
+
+
 def test_size_speed_and_control_are_evidence(records, settings):
     scored(records, "control-evaluate", items(set()))
     result = build(records, settings)
@@ -133,9 +147,23 @@ def test_what_a_run_leaves_out_is_said(records, settings):
 def test_sequences_that_were_cut_are_said(records, settings):
     assert not [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
     for step, cut in (("recover-1", 0), ("recover-2", 12), ("control-recover", 500)):
-        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut}
+        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut, "passes": 0.5}
     (said,) = [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
     assert said.startswith("12 of 2,000 training sequences were cut at recover.max_length")
+
+
+def test_tokens_for_what_was_removed_and_passes_are_said(records, settings):
+    for step, passes in (("recover-1", 0.5), ("recover-2", 4.6), ("control-recover", 40)):
+        records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": 0, "passes": passes}
+    result = build(records, settings)
+    removed = result["original_params"] - result["final"]["params"]
+    said = dict(evidence.checks(result))["Recovery"]
+    assert (
+        said
+        == f"3,000,000 recovery tokens: {3_000_000 / removed:.2g} per removed parameter, about 4.6 passes over the rows"
+    )
+    (warning,) = [sentence for sentence in limits.sentences(result) if "passes help little" in sentence]
+    assert warning.startswith(said)
 
 
 def test_a_run_that_ends_with_the_dense_model(records, settings, tmp_path, no_pictures):

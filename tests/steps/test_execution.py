@@ -1,6 +1,7 @@
 """Steps that are not repeated, those whose files were damaged, and those taken over from another run."""
 
 import dataclasses
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -10,15 +11,17 @@ from mlflow import MlflowClient
 from run_records import scores
 
 from ptl import processes
-from ptl.config.run import Evaluate, check, load_config
+from ptl.config.recover import DataSource, Distil
+from ptl.config.run import Evaluate, ModelSource, check, load_config
 from ptl.errors import InputError, WorkError
 from ptl.evaluation.evaluate import read_items
 from ptl.lineage import mlflow_client, progress, tracking
-from ptl.steps import import_model, inputs, process, recover, table, takeover
+from ptl.steps import evaluate, import_model, inputs, process, recover, table, takeover
 from ptl.steps.call import Call, Step
 from ptl.steps.execution import execute
 from ptl.steps.inputs import fetch
 from ptl.steps.machine import scratch
+from ptl.storage import store
 from ptl.storage.local_files import path_of
 from ptl.storage.store import Pointer
 
@@ -28,7 +31,7 @@ TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
 @pytest.fixture
 def begin(tmp_path, mlflow_folder, monkeypatch):
     """Begin a pipeline run, or continue one."""
-    for name in ("KFP_RUN_ID", "PTL_RETRIES", "PTL_LAUNCH", takeover.EARLIER):
+    for name in ("KFP_RUN_ID", "PTL_RETRIES", "PTL_LAUNCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_folder}/mlflow.db")
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/artifacts")
@@ -38,7 +41,8 @@ def begin(tmp_path, mlflow_folder, monkeypatch):
         name = name or f"run-{uuid.uuid4().hex[:8]}"
         monkeypatch.setenv("PTL_RUN_ID", name)
         monkeypatch.setenv("PTL_SCRATCH", str(tmp_path / name))
-        monkeypatch.setenv(takeover.EARLIER, earlier)
+        if earlier:  # as import-model does
+            tracking.name_earlier_runs(Step("import-model", experiment).start(), earlier.split())
         return name, experiment
 
     return run
@@ -53,7 +57,7 @@ class Work:
     def __call__(self, _src, dst, _run):
         self.done += 1
         (dst / "model.safetensors").write_bytes(self.data)
-        return {"params": 1}
+        return {"params": 1, "tokens": 8, "steps": 1}
 
 
 def flip(pointer):
@@ -113,8 +117,7 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
     data.write_text("{}")
 
     def prune(work, **changed):
-        settings = {"goal": 10, "source": str(data)} | changed
-        return execute(step, None, settings, work, content_key=takeover.key("sha256:parent", settings))
+        return execute(step, None, {"goal": 10, "data": DataSource(source=str(data))} | changed, work)
 
     earlier, experiment = begin()
     step, work = Step("prune-1", experiment), Work()
@@ -136,14 +139,149 @@ def test_a_step_with_the_same_inputs_and_settings_is_taken_over(begin, tmp_path,
     data.write_text('{"corrected": 1}')
     prune(work)
     assert work.done == 4
+    # The same bytes are the same file: in an image that was built again, and on another node.
+    begin(earlier=earlier)
+    data.unlink()
+    data.write_text("{}")
+    os.utime(data, (1, 1))
+    assert prune(work)["key"] == first["key"] and work.done == 4
+
+
+def test_a_file_that_changes_repeats_the_steps_that_read_it(begin, tmp_path, capsys):
+    data, other = (DataSource(source=str(tmp_path / name)) for name in ("train.jsonl", "benchmark.jsonl"))
+    for source in (data, other):
+        Path(source.source).write_text("{}")
+    _, experiment = begin()
+    recover, prune = Step("recover-1", experiment), Step("prune-1", experiment)
+    trained, scored = Work(), Work()
+
+    def both():
+        return execute(recover, None, {"training": [data]}, trained), execute(prune, None, {"data": other}, scored)
+
+    before = both()
+    Path(data.source).write_text("{1}")
+    trained.data = b"other weights"
+    after = both()
+    assert (trained.done, scored.done) == (2, 1) and after[1] == before[1]
+    assert after[0]["pointer"]["digest"] != before[0]["pointer"]["digest"]
+    said = capsys.readouterr().out
+    assert f"recover-1: {data.source} has changed since it was done: it is done again" in said
+    assert str(other.source) not in said
+    # The new record is the step's, and a mere touch changes nothing.
+    os.utime(data.source, (1, 1))
+    assert both() == after and trained.done == 2
+
+
+def test_a_killed_repetition_leaves_no_result_of_the_old_file(begin, tmp_path):
+    data = DataSource(source=str(tmp_path / "train.jsonl"))
+    Path(data.source).write_text("{}")
+    step = Step("recover-1", begin()[1])
+
+    def dies(*_):
+        raise RuntimeError("killed")
+
+    execute(step, None, {"training": data}, Work())
+    Path(data.source).write_text("{1}")
+    with pytest.raises(RuntimeError):
+        execute(step, None, {"training": data}, dies)
+    run = step.start()
+    assert store.committed(run.root, run.run, "recover-1") is None
+    execute(step, None, {"training": data}, work := Work())
+    assert work.done == 1 and store.committed(run.root, run.run, "recover-1")["files"].keys() == {data.source}
+
+
+def test_a_finished_run_and_one_of_another_version_are_not_changed(begin, tmp_path, monkeypatch):
+    data = DataSource(source=str(tmp_path / "train.jsonl"))
+    Path(data.source).write_text("{}")
+    step, settings = Step("recover-1", begin()[1]), {"training": data}
+    record = execute(step, None, settings, Work())
+    with monkeypatch.context() as newer:
+        newer.setattr(takeover, "__version__", "0.0.9")
+        with pytest.raises(InputError, match=r"recover-1 of run .*done by ptl .*this is ptl 0\.0\.9; resume the run"):
+            execute(step, None, settings, Work())
+    run = step.start()
+    store.commit(run.root, run.run, "report", {"key": "report", "pointer": record["pointer"], "metadata": {}})
+    Path(data.source).write_text("{1}")
+    with pytest.raises(InputError, match=r"train\.jsonl has changed .*the run is finished; restore"):
+        execute(step, None, settings, Work())
+    Path(data.source).write_text("{}")
+    assert execute(step, None, settings, Work()) == record
+
+
+def test_steps_of_one_kind_read_the_same_data(begin, tmp_path):
+    """On a cluster recover-1 is not started again: two iterations would train on two data sets."""
+    data = DataSource(source=str(tmp_path / "train.jsonl"))
+    Path(data.source).write_text("{}")
+    _, experiment = begin()
+    execute(Step("recover-1", experiment), None, {"training": data}, Work())
+    Path(data.source).write_text("{1}")
+    for step in ("recover-2", "control-recover"):
+        with pytest.raises(InputError, match=r"train\.jsonl has changed since recover-1 was done.* start a new run"):
+            execute(Step(step, experiment), None, {"training": data}, Work())
+    execute(Step("prune-1", experiment), None, {"calibration": data}, Work())
+
+
+def test_a_model_that_is_replaced_is_imported_again(begin, tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    step, work = Step("import-model", begin()[1]), Work()
+    first = execute(step, None, {"source": ModelSource(path=str(model))}, work)
+    os.utime(model / "model.safetensors", (1, 1))
+    again = execute(step, None, {"source": ModelSource(path=str(model))}, work)
+    # Not by its content, which takes long: the same bytes have the same digest, so that nothing else is repeated.
+    assert work.done == 2 and again["pointer"]["digest"] == first["pointer"]["digest"]
+    assert f"{model}/model.safetensors has changed" in capsys.readouterr().out
+
+
+def test_what_a_step_has_fetched_goes_when_it_is_committed(begin, s3, monkeypatch):
+    monkeypatch.setenv("PTL_ARTIFACT_ROOT", s3.root.removesuffix("/ptl"))
+    _, experiment = begin()
+    parent = Pointer(**execute(Step("prune-1", experiment), None, {}, Work())["pointer"])
+
+    def work(src, dst, _run):
+        assert list(scratch("cache").iterdir()) and (src / "model.safetensors").read_bytes() == b"weights"
+        return Work()(src, dst, _run)
+
+    execute(Step("recover-1", experiment), parent, {}, work)
+    assert not scratch("cache").exists()
+
+
+def test_a_coordinator_takes_over_before_it_starts_nodes(begin):
+    earlier, experiment = begin()
+    step, work = Step("recover-1", experiment), Work()
+    execute(step, None, {}, work)
+    begin(earlier=earlier)
+    execute(step, None, {}, work, by_nodes=lambda _begin: pytest.fail("a TrainJob for what is there"))
+    assert work.done == 1
+
+
+def test_a_teacher_s_files_are_part_of_the_key(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    stages = {"recover": (Distil(teacher=str(tmp_path)),)}
+    before = takeover.key("sha256:parent", stages)
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert takeover.key("sha256:parent", stages) == before and len(before.files) == 1
+    (tmp_path / "model.safetensors").write_bytes(b"others!")
+    assert takeover.key("sha256:parent", stages).digest != before.digest
+
+
+def test_a_loop_that_ends_earlier_than_before_leaves_no_later_results(begin):
+    """Its later steps pass their input through: the report and `ptl gc` must not find what they did before."""
+    _, experiment = begin()
+    for name in ("prune-1", "prune-2", "prune-3"):
+        execute(Step(name, experiment), None, {}, Work())
+    run = Step("evaluate-1", experiment).start()
+    evaluate._withdraw_later(run, 1, 3)
+    assert [bool(store.committed(run.root, run.run, f"prune-{i}")) for i in (1, 2, 3)] == [True, False, False]
 
 
 def test_what_cannot_be_taken_over_is_done(begin, capsys):
     earlier, experiment = begin()
     step, work = Step("prune-1", experiment), Work()
-    flip(execute(step, None, {}, work, content_key="key")["pointer"])
+    flip(execute(step, None, {}, work)["pointer"])
     begin(earlier=earlier)
-    record = execute(step, None, {}, work, content_key="key")
+    record = execute(step, None, {}, work)
     said = capsys.readouterr().out
     assert work.done == 2 and f"not taken over from run {earlier}: " in said and "same command" not in said
     assert (fetch(Pointer(**record["pointer"])) / "model.safetensors").read_bytes() == b"weights"
@@ -226,8 +364,8 @@ def test_a_recovery_finds_the_benchmarks_items_by_the_run_and_depends_on_them(be
 
     keys = []
 
-    def execute_nothing(*_, content_key, **__):
-        keys.append(content_key)
+    def execute_nothing(_step, parent, settings, _work, **_):
+        keys.append(takeover.key(parent.digest, settings).digest)
         raise Stop
 
     monkeypatch.setattr(recover, "execute", execute_nothing)

@@ -14,7 +14,6 @@ from ptl.errors import InputError
 from ptl.evaluation.scoring import TaskScore
 from ptl.export import formats, measured
 from ptl.lineage import tracking
-from ptl.steps import takeover
 from ptl.steps.call import Call, Output, Step
 from ptl.steps.execution import execute
 from ptl.steps.export import export
@@ -36,7 +35,7 @@ def item(id, correct):
 @pytest.fixture
 def run(tmp_path, mlflow_folder, monkeypatch):
     """A pipeline run whose dense and final model were evaluated; a function that exports the final one."""
-    for name in ("KFP_RUN_ID", "PTL_RETRIES", "PTL_LAUNCH", takeover.EARLIER):
+    for name in ("KFP_RUN_ID", "PTL_RETRIES", "PTL_LAUNCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_folder}/mlflow.db")
     monkeypatch.setenv("PTL_ARTIFACT_ROOT", f"file://{tmp_path}/artifacts")

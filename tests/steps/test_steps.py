@@ -9,6 +9,7 @@ import pytest
 from ptl.config.goal import MemoryGoal
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
+from ptl.lineage.run_status import StepRun
 from ptl.steps import evaluate, import_model, inputs, iterations, metrics, recover, table
 from ptl.steps.call import Call, Output, Step
 from ptl.storage import store
@@ -113,13 +114,13 @@ def test_a_goal_s_parameters_travel_with_the_checkpoints():
 
 
 def test_cut_sequences_of_all_stages_are_counted_and_said(capsys):
-    stages = [{"details": {"sequences": 40, "cut_sequences": 3}}, {"details": {"rewards": []}}]
-    stages.append({"details": {"sequences": 60, "cut_sequences": 4}})
+    stages = [{"details": {"sequences": 40, "cut_sequences": 3, "passes": 0.5}}, {"details": {"rewards": []}}]
+    stages.append({"details": {"sequences": 60, "cut_sequences": 4, "passes": 2.5}})
     chain = SimpleNamespace(details={"stages": stages})
-    assert recover.sequence_counts("recover-1", chain) == {"sequences": 100, "cut_sequences": 7}
+    assert recover.sequence_counts("recover-1", chain) == {"sequences": 100, "cut_sequences": 7, "passes": 2.5}
     assert capsys.readouterr().out.endswith("recover-1: 7 of 100 sequences were cut at recover.max_length\n")
-    whole = SimpleNamespace(details={"sequences": 40, "cut_sequences": 0})
-    assert recover.sequence_counts("recover-1", whole) == {"sequences": 40, "cut_sequences": 0}
+    whole = SimpleNamespace(details={"sequences": 40, "cut_sequences": 0, "passes": 0.1})
+    assert recover.sequence_counts("recover-1", whole) == {"sequences": 40, "cut_sequences": 0, "passes": 0.1}
     assert recover.sequence_counts("recover-1", SimpleNamespace(details={"rewards": []})) == {}
     assert capsys.readouterr().out == ""
 
@@ -141,9 +142,12 @@ def test_each_step_knows_its_share_of_the_schedule(stage):
 def test_kubeflows_table_of_metrics_leads_to_mlflow(monkeypatch):
     task = {"accuracy": 0.9, "low": None, "high": None, "items": 10}
     scores = {"tasks": [task], "params": 9}
-    record = {"pointer": {"run_id": "4f"}, "metadata": {"scores": scores, "verdict": {"decision": "accepted"}}}
+    metadata = {"scores": scores, "verdict": {"decision": "accepted"}}
+    run = StepRun("4f", "2a", "7", "file:///root", "tiny-1", "file:///files", "evaluate-0", "loop")
     shown = {"accuracy": 0.9, "items": 10, "params": 9, "verdict": "accepted"}
+    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.com/")  # of a cluster, in whose MLflow this run is not
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    assert metrics.kubeflow_metrics(record) == shown
-    monkeypatch.setenv("PTL_MLFLOW_UI", "https://mlflow.example.com/")
-    assert metrics.kubeflow_metrics(record) == shown | {"mlflow": "https://mlflow.example.com/#/runs/4f"}
+    assert metrics.kubeflow_metrics(metadata, run) == shown
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.ptl.svc:5000")
+    page = "https://mlflow.example.com/#/experiments/7/runs/4f?workflowType=machine_learning"
+    assert metrics.kubeflow_metrics(metadata, run) == shown | {"mlflow": page}

@@ -179,14 +179,17 @@ def test_empty_and_missing_folders_are_refused(place, tmp_path):
         publish(tmp_path / "nowhere", place)
 
 
-def test_another_key_is_refused(place, folder):
+def test_a_record_of_another_key_is_not_taken_and_is_replaced(place, folder):
     pointer, _ = publish(folder, place)
-    store.commit(place.root, "run1", "prune-1", record(pointer, "k1"))
-    with pytest.raises(InputError, match=r"run1.*prune-1 belongs to another run"):
-        store.commit(place.root, "run1", "prune-1", record(pointer, "k2"))
-    with pytest.raises(InputError, match="belongs to another run"):
-        store.committed(place.root, "run1", "prune-1", key="k2")
-    assert store.committed(place.root, "run1", "prune-1", key="k1")["key"] == "k1"
+    store.withdraw(place.root, "run1", "prune-1")  # there is none
+    first = store.commit(place.root, "run1", "prune-1", record(pointer, "k1"))
+    assert store.committed(place.root, "run1", "prune-1", key="k2") is None
+    assert store.committed(place.root, "run1", "prune-1", key="k1") == first
+    store.withdraw(place.root, "run1", "prune-1")
+    assert store.committed(place.root, "run1", "prune-1") is None
+    for key in ("k2", "k3"):  # in place of a withdrawn one, and of another
+        written = store.commit(place.root, "run1", "prune-1", record(pointer, key))
+        assert store.committed(place.root, "run1", "prune-1") == written and written["key"] == key
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])

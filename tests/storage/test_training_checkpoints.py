@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from recovering import DATA, DENSE, cut, recover
 
-from ptl.errors import InputError
 from ptl.recovery import launch
 from ptl.recovery.recover import RECOVERIES
 from ptl.storage import store, training_checkpoints
@@ -82,12 +81,17 @@ def test_a_forged_record_deletes_nothing_but_training_checkpoints(tmp_path, uri)
     assert last_complete(tmp_path / "here") is not None and checkpoints.records() == []
 
 
-def test_checkpoints_of_other_settings_are_refused(tmp_path):
+def test_checkpoints_of_other_settings_are_not_resumed(tmp_path):
     checkpoints = TrainingCheckpoints(f"file://{tmp_path}/art", "run", "recover-1.0", digest(["digest", DATA]), 0)
     checkpoints.save(folder(tmp_path, 2))
-    assert digest(["digest", DATA]) != digest(["other", DATA])
-    with pytest.raises(InputError, match="belongs to another run"):
-        replace(checkpoints, key="other").restore(tmp_path / "scratch")
+    checkpoints.save(folder(tmp_path, 4))
+    other = replace(checkpoints, key="other")
+    other.restore(tmp_path / "scratch")
+    assert last_complete(tmp_path / "scratch") is None and other.records() == []
+    # Theirs take the places of the old ones, of which none is taken for theirs.
+    other.save(folder(tmp_path, 6))
+    assert [record["metadata"]["folder"] for record in other.records()] == ["checkpoint-6"]
+    assert checkpoints.records() == []
 
 
 def test_the_interval_is_kept(tmp_path, monkeypatch):
