@@ -65,6 +65,7 @@ def test_dense_answers_that_hit_the_token_limit_are_a_warning_before_anything_is
         raise ScoredError
 
     names = [{"task": "short", "truncated": 0.21}, {"task": "long", "truncated": 0.2}]
+    monkeypatch.setattr(Step, "start", lambda self: None)
     monkeypatch.setattr(evaluate, "execute", lambda step, parent, settings, work: work(None, None, None))
     monkeypatch.setattr(evaluate, "_scores", lambda *_: {"tasks": names})
     monkeypatch.setattr(evaluate, "decide", decide)
