@@ -345,6 +345,7 @@ def test_answers_whose_code_runs_out_of_time_are_counted(data_dir, monkeypatch):
     from ptl.sandbox import runner
 
     monkeypatch.setattr(runner, "run_tests", lambda *given: runner.Outcome(False, "timeout", "more than 5 s"))
+    graded("humaneval", data_dir, "    return a + b\n")  # the harness's module tries its metric when it is imported
     task_loading.timeouts.clear()
     assert graded("humaneval", data_dir, "    return a + b\n") == 0
     assert task_loading.timeouts == ["more than 5 s"]

@@ -117,7 +117,7 @@ def test_nodes_and_the_coordinator_may_die_and_the_result_is_that_of_one_machine
     output = printed()
     assert len(cluster.created) == 1 and cluster.deleted == []
     assert "was started by an earlier attempt: it is followed" in output
-    assert "recover-1: 3,000 of 3,000 tokens" in output  # of the first node, which says before what it does
+    assert "100% 3,000 of 3,000 tokens" in output  # of the first node, which says before what it does
     begun = [
         "node 0 of 2",
         "fetching prune-1",
