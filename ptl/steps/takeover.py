@@ -58,11 +58,12 @@ def _files(settings: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(settings, Evaluate):
         yield from ((str(path), file_digest(path)) for path in tasks.files(settings))
     elif isinstance(settings, ModelSource):
-        # A stamp will do, and saves reading the weights once more: after a new import of the same bytes, which have the
-        # same digest, no other step is repeated.
+        # Of weights a stamp will do, and saves reading them once more: after a new import of the same bytes, which have
+        # the same digest, no other step is repeated.
         for path in _files_in(settings.path):
             stat = path.stat()
-            yield str(path), f"{stat.st_size} {stat.st_mtime_ns}"
+            is_large = path.suffix == ".safetensors"
+            yield str(path), f"{stat.st_size} {stat.st_mtime_ns}" if is_large else file_digest(path)
     elif isinstance(settings, Distil):
         yield from ((str(path), file_digest(path)) for path in _files_in(settings.teacher))
     elif isinstance(settings, Section):
