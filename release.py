@@ -163,8 +163,16 @@ def exported(folder: Path) -> Path:
     if archive.returncode != 0:
         raise WorkError("git archive failed", remedy="its output above says why")
     with tarfile.open(f"{folder}.tar") as tar:
-        tar.extractall(folder, filter="data")
+        unpack(tar, folder)
     return folder
+
+
+def unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Extract an archive that was made here."""
+    # Python 3.11.2, as Debian 12 has it, knows no filters.
+    if hasattr(tarfile, "data_filter"):
+        tar.extraction_filter = tarfile.data_filter
+    tar.extractall(folder)
 
 
 def build(source: Path, out: Path, work: Path) -> Path:
@@ -175,7 +183,7 @@ def build(source: Path, out: Path, work: Path) -> Path:
     sdist = out / f"{STEM}.tar.gz"
     normalize(sdist, epoch)
     with tarfile.open(sdist) as tar:
-        tar.extractall(work / "sdist", filter="data")
+        unpack(tar, work / "sdist")
     run("build_wheel", work / "sdist" / STEM, out, environment)
     return out / f"{STEM}-py3-none-any.whl"
 

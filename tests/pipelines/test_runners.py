@@ -15,14 +15,14 @@ from ptl.config.run import Config
 from ptl.errors import WorkError
 
 
-@dsl.component
+@dsl.component(install_kfp_package=False)
 def write(text: str, out: Output[Artifact]):
     from pathlib import Path
 
     Path(out.path).write_text(text)
 
 
-@dsl.component
+@dsl.component(install_kfp_package=False)
 def read(early: Input[Artifact], late: Input[Artifact], target: str):
     import json
     from pathlib import Path
@@ -30,7 +30,7 @@ def read(early: Input[Artifact], late: Input[Artifact], target: str):
     Path(target).write_text(json.dumps([Path(each.path).read_text() for each in (early, late)]))
 
 
-@dsl.component
+@dsl.component(install_kfp_package=False)
 def dies():
     import os
     import signal
@@ -123,7 +123,7 @@ def test_nothing_temporary_is_left_by_a_run_nor_by_a_killed_one(tmp_path, monkey
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's /dev/full")
 def test_a_step_that_fails_on_a_full_disk_names_it(tmp_path, monkeypatch):
-    @dsl.component
+    @dsl.component(install_kfp_package=False)
     def fills():
         import os
         from pathlib import Path
