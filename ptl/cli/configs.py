@@ -136,6 +136,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     from ptl.data import training_amount
     from ptl.evaluation import language_models
     from ptl.export import formats, llama_cpp
+    from ptl.model import pretrained
     from ptl.preflight import advice, planned, preflight, target
 
     warn(advice.warnings(config))
@@ -145,8 +146,10 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         *formats.installation_checks(config.export),
     ]
     unchecked = extras.not_checked(checks, excused)
-    if extras.absent(["prune"]):
-        unchecked.append("not checked: whether transformers builds a model of config.json (torch is not installed)")
+    if not pretrained.can_build():
+        unchecked.append(
+            "not checked: whether transformers builds a model of config.json (without it or torch)"
+        )
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")

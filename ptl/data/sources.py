@@ -23,6 +23,7 @@ from ptl.config.recover import DataSource
 from ptl.config.templates import columns_of
 from ptl.errors import InputError
 from ptl.json_lines import JSON_LINES, read_json_lines
+from ptl.storage import local_files
 from ptl.storage.manifest import file_digest
 
 DATA = "data"  # the section of the config that errors name, where the caller knows no better
@@ -310,7 +311,7 @@ def _from_parquet(path: Path, setting: str) -> Any:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, the libraries raise a dozen kinds
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):  # of the cache
+        if isinstance(error, OSError) and error.errno in (*local_files.FULL, errno.EACCES):  # of the cache
             raise
         raise InputError(
             f"{path} is no readable Parquet file ({type(error).__name__}: {error})",

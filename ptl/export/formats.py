@@ -115,7 +115,8 @@ def check_here(forms: Iterable[Export], src: Path | None) -> None:
 
 def installation_checks(forms: Iterable[Export]) -> list[Check]:
     """For each format a check that raises UnusableError where it cannot be made on this machine."""
-    return [FORMATS[format].check_installed for format in dict.fromkeys(form.format for form in forms)]
+    formats = dict.fromkeys(form.format for form in forms)  # each once, in order
+    return [FORMATS[format].check_installed for format in formats]
 
 
 def gguf_name(type: str) -> str:

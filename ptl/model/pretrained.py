@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def config(folder: Path, field: str = MODEL) -> Any:
 
     with _naming_config(folder, field):
         return _load(AutoConfig.from_pretrained, folder, field)
+
+
+def can_build() -> bool:
+    """Whether `skeleton` has what it needs on this machine; nothing is imported."""
+    return bool(find_spec("torch") and find_spec("transformers"))
 
 
 def skeleton(folder: Path, dtype: Any = None, field: str = MODEL, *, buffers: bool = False) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
 from ptl.config.recover import RecoverStage, TrainingData
@@ -85,7 +84,7 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
-    if find_spec("torch") and find_spec("transformers"):
+    if pretrained.can_build():
         pretrained.skeleton(folder)
     checkpoint.check_tokenizer(folder)
 
