@@ -15,9 +15,10 @@ def pointer(step: str, params: int, parent: str = "") -> dict:
 def scores(params: int, accuracy: float, width: int) -> dict:
     def task(name: str, value: float, items: int) -> dict:
         reach = 0.02
-        return {"task": name, "version": 1, "metric": "exact_match,final-number", "accuracy": value,
+        return {"task": name, "version": "1", "metric": "exact_match,final-number", "accuracy": value,
                 "low": value - reach, "high": min(1.0, value + reach), "items": items, "num_fewshot": 0,
-                "truncated": 0.0, "cut_prompts": 0.0, "code_timeouts": 0, "higher_is_better": True}  # fmt: skip
+                "truncated": 0.0, "cut_prompts": 0.0, "code_timeouts": 0, "higher_is_better": True,
+                "answer_tokens": 22.5, "seconds": 3.1}  # fmt: skip
 
     return {
         "tasks": [task("tiny_reasoner", accuracy, 500), task("tiny_retention", accuracy - 0.1, 300)],
@@ -93,7 +94,8 @@ def arm_records(name: str, arm: str, i: int, params: int, accuracy: float, token
         step("prune"): metadata("prune", i, arm, params=params, criterion="max"),
         step("recover"): metadata("recover", i, arm, params=params, tokens=tokens, curve=curve(tokens, 1.2)),
         step("evaluate"): metadata("evaluate", i, arm, scores=scores(params, accuracy, width),
-                                verdict={"decision": decision, "reason": "within the margin", "p_value": 0.0213}),
+                                verdict={"decision": decision, "reason": "within the margin",
+                                         "numbers": {"p_value": 0.0213}}),
     }  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def reject(records: dict, i: int) -> None:
     records[f"evaluate-{i}"]["metadata"]["verdict"] = {
         "decision": "rejected",
         "reason": "2.1 points below",
-        "margin": 0.01,
+        "numbers": {"margin": 0.01},
     }
     before = records[f"evaluate-{i - 1}"]["metadata"]["accepted"]
     records[f"evaluate-{i}"]["metadata"]["accepted"] = before
@@ -134,8 +136,10 @@ def settings() -> dict:
         "recover": [{"method": "cpt", "learning_rate": 3e-4}],
         "evaluate": {"confidence": 0.95, "tasks": [{"name": "tiny_reasoner", "limit": 500}, {"name": "retention"}]},
         "gate": {"enabled": True, "margin": 0.02, "alpha": 0.05, "strict": False},
-        "run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1",
     }  # fmt: skip
+
+
+RUN = {"run_id": "run-1", "mlflow_run_id": "f" * 32, "experiment_id": "1"}  # where it is tracked
 
 
 def records() -> dict:

@@ -13,7 +13,7 @@ import run_records
 import yaml
 from mock_kfp import MockKubeflow
 
-from ptl.report.result import build
+from ptl.report.build import build
 
 ROOT = Path(__file__).parents[1]
 CI = ROOT / "examples" / "ci"
@@ -90,7 +90,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
         client = MlflowClient(uri)
         experiment = client.create_experiment("ptl", f"file://{tmp_path}/artifacts")
         parent = client.create_run(experiment, tags={"ptl.run": "run-0", "ptl.role": "parent"})
-        written = build(run_records.records(), run_records.settings())
+        written = build(run_records.records(), run_records.settings(), experiment_id="1").model_dump(mode="json")
         last = next(row for row in written["rows"] if row["iteration"] == 4)
         last["verdict"] = verdict
         result = tmp_path / "result.json"

@@ -350,12 +350,13 @@ def _exit_code(view: RunView, config: Config | None, say: Say) -> int:
 def _result_text(result: dict[str, Any], run_id: str) -> str:
     """The table, the verdict, and where the report and the run's page in MLflow are, as `ptl run` prints them."""
     from ptl.report.render import terminal_text
+    from ptl.report.result import Result
 
     report = f"`ptl report {run_id}` writes it here; in MLflow it is an artifact of the run, report/report.html"
     # The images' version of ptl may be another one.
     try:
         at_our_address = result["mlflow"] | {"url": address.mlflow_ui()}
-        return terminal_text(result | {"mlflow": at_our_address}, report)
+        return terminal_text(Result.model_validate(result | {"mlflow": at_our_address}), report)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         return f"another version of ptl has written its result ({error!r})\nReport: {report}"
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -116,43 +116,27 @@ def report(
     home: Home = HOME,
 ) -> None:
     """Make a run's report again from its result.json."""
-    from jinja2 import UndefinedError
+    from pydantic import ValidationError
 
     from ptl.report.render import render
+    from ptl.report.result import Result
 
     _reach_stores(home, s3, source)
-    result = locate.result(source)
-    # It may be any JSON file: whatever the pages miss in it is wrong input.
+    # It may be any JSON file.
     try:
-        folder = dst or _report_folder(result)
-        render(result, folder)
-    except (OSError, ValueError, LookupError, TypeError, UndefinedError) as error:
-        raise _unreadable(source, result, error) from error
-    print(f"wrote {folder / 'report.html'}")
-
-
-def _unreadable(source: str, result: dict[str, Any], error: Exception) -> InputError:
-    """Why pages cannot be made of a file: another version has written it, or it is something else."""
-    versions = result.get("versions")
-    version = versions.get("ptl") if isinstance(versions, dict) else None
-    if version and version != __version__:
-        return InputError(
-            f"ptl {version} has written {source}, and ptl {__version__} cannot read it ({error!r})",
+        result = Result.model_validate(locate.result(source))
+        name = store.check_name("run", result.run_id)  # which becomes a path
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise InputError(
+            f"{source} is no result of a run, or another version's ({reason})",
             field="result",
-            remedy=f"make its report with ptl {version}",
-        )
-    return InputError(
-        f"{source} is no result of a run ({error!r})",
-        field="result",
-        remedy="give a result.json that this version of ptl has written",
-    )
-
-
-def _report_folder(result: dict[str, Any]) -> Path:
-    run_id = result["run_id"]
-    if not store.is_name(run_id):  # it may come from anywhere, and becomes a path
-        raise ValueError(f"run_id {run_id!r} is not the name of a run")
-    return Path(f"report-{run_id}")
+            remedy=f"give a result.json that ptl {__version__} has written",
+        ) from error
+    folder = dst or Path(f"report-{name}")
+    render(result, folder)
+    print(f"wrote {folder / 'report.html'}")
 
 
 def compare(

@@ -141,12 +141,13 @@ def _print_finished_run(home: Path, config: Config) -> None:
 
 def _print_end(directory: RunDir, resumed: bool, seconds: float) -> None:
     from ptl.report.render import terminal_text
+    from ptl.report.result import Result
 
     # The time of this command, not of those that it resumed.
     timing = {"seconds": seconds, "continued": resumed}
     (directory.path / "timing.json").write_text(json.dumps(timing) + "\n")
     report = (directory.path / "report.html").resolve()
-    print(terminal_text(json.loads(directory.result.read_text()), str(report)))
+    print(terminal_text(Result.model_validate_json(directory.result.read_text()), str(report)))
     print(f"Checkpoint: `ptl fetch {shlex.quote(str(directory.path))} DIR` copies the final one")
 
 

@@ -1,188 +1,173 @@
-"""The lineage as a page people read: HTML, Markdown, model card and terminal table, all from one result."""
+"""A result as people read it: HTML, Markdown, the model card and the terminal's tables show the same parts of it."""
 
 from __future__ import annotations
 
 import json
 import re
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptl.address import runs_page
+from ptl.config.flat_settings import flat_settings
 from ptl.evaluation import speed_rows
-from ptl.report import evidence, exports, limits, side_by_side, tables, wording
-from ptl.report.answer import answer
-from ptl.report.cells import level, settings, short
-from ptl.report.model_card import front_matter
-from ptl.report.plots import draw
-from ptl.report.result import Result, build, total_tokens, work_seconds
-from ptl.report.result_rows import Records
-from ptl.report.side_by_side import in_cell
-from ptl.units import duration
+from ptl.report import numbers, sentences, tables, verdict
+from ptl.report.result import Change, Result
+from ptl.report.tables import Table
+from ptl.units import billions, duration
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from huggingface_hub import EvalResult
 
-PAPER = "Prune-Tune Loop, arXiv 2602.04919"
-WIDE = 100  # columns of a terminal from which cells of the table have space between them
-# Of the table's rows, by their verdict; `gate off` has the terminal's own colour.
+WIDE = 100  # columns of a terminal from which cells have space between them
+# Of the main table's rows in a terminal; `gate off` has its own colour.
 COLOURS = {"accepted": "green", "rejected": "red", "control": "yellow"}
+MAX_CELL = 160  # characters of a text in a Markdown table
 
 
-def write_report(records: Records, settings: dict[str, Any], out: Path) -> Result:
-    """Make the result of a run from the records of its steps and write it and its pages into `out`."""
-    return render(build(records, settings), out)
-
-
-def render(result: Result, out: Path) -> Result:
+def render(result: Result, out: Path) -> None:
     """Write result.json, report.html, report.md and README.md (the model card): the same result, the same bytes."""
+    from ptl.report.plots import draw
+
     out.mkdir(parents=True, exist_ok=True)
-    # All pages show the same sentences and tables; only the HTML has pictures.
-    variables = _variables(result)
-    only_html = {"pictures": draw(result), "table_caption": wording.table_caption(result)}
     pages = {
-        "report.html": _template("report.html.j2", variables | only_html),
-        "report.md": _template("report.md.j2", variables),
-        "README.md": front_matter(result) + _template("model_card.md.j2", variables),
-        "result.json": json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+        "report.html": _page("report.html.j2", result, html=True, pictures=draw(result)),
+        "report.md": _page("report.j2", result, html=False),
+        "README.md": f"---\n{_hub_metadata(result)}\n---\n{_page('card.j2', result, html=False)}",
+        "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
-    return result
 
 
-def terminal_text(result: Result, report: str) -> str:
-    """The table, the verdict, and where the report (`report` says it) and MLflow's page are."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    # In 80 columns the table has just room.
-    padding = 1 if console.width >= WIDE else 0
-    with console.capture() as captured:
-        console.print(_terminal_table(result, padding))
-        for sentence in [f"{answer(result).text}.", wording.verdict(result), *wording.notes(result)]:
-            console.print(escape(sentence), highlight=False)
-        for line in (f"\nReport: {report}", f"MLflow: {_mlflow_page(result)}"):
-            console.print(escape(line), highlight=False, soft_wrap=True)
-    return captured.get().rstrip()
-
-
-def _mlflow_page(result: Result) -> str:
-    server = result["mlflow"]["url"]
-    if not server:
-        return "run `ptl ui` and open the address it prints"
-    return runs_page(server.rstrip("/"), result["mlflow"]["experiment_id"], result["mlflow_run_id"])
-
-
-def _terminal_table(result: Result, padding: int) -> Table:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title=escape(f"{result['name']} (seed {result['seed']})"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, padding),
-    )
-    table.add_column("Iteration", no_wrap=True)
-    for heading in ("Params", "Removed", "Accuracy", "Interval", "Items", "Recovery\ntokens"):
-        table.add_column(heading, no_wrap=True, justify="right")
-    table.add_column("Verdict", no_wrap=True)
-    for row in tables.iterations(result):
-        # The page says `one-shot control`, which is too long here.
-        label = row["label"].removeprefix("one-shot ")
-        if row["final"]:
-            label += " [bold](final)[/]"
-        table.add_row(
-            label,
-            row["params"],
-            row["removed"],
-            row["accuracy"],
-            row["interval"],
-            row["num_items"],
-            row["tokens"],
-            escape(row["verdict"]),
-            style=COLOURS.get(row["verdict"]),
-        )
-    return table
-
-
-def _variables(result: Result) -> dict[str, Any]:
-    """What the templates show."""
-    speed = result["speed"]
-    return {
-        "result": result,
-        "paper": PAPER,
-        # Sentences.
-        "answer": answer(result),
-        "verdict": wording.verdict(result),
-        "limits": limits.sentences(result),
-        "remarks": wording.remarks(result),
-        "not_needed": wording.not_needed(result),
-        "table_caption": wording.table_caption(result, drawn=False),
-        "accuracy_caption": wording.accuracy_caption(result),
-        "loss_caption": wording.loss_caption(result),
-        "speed_setting": speed_rows.setting(speed),
-        "speed_disturbed": speed_rows.disturbance(speed),
-        "evidence_caption": evidence.caption(result),
-        # Tables.
-        "evidence": evidence.groups(result),
-        "checks": evidence.checks(result),
-        "changed": side_by_side.kinds(result),
-        "iterations": tables.iterations(result),
-        # All checkpoints were scored on the same benchmarks.
-        "task_names": [task["task"] for task in result["rows"][0]["scores"]["tasks"]],
-        "has_experts": tables.has_experts(result),
-        "experts_removed": tables.experts_removed(result),
-        "layers_removed": any(row["removed_layers"] for row in result["rows"]),
-        "columns": [name for name, _ in tables.columns(result)],
-        "costs": tables.costs(result),
-        "exports": exports.tables(result),
-        "speed_rows": [row.cells for row in speed_rows.rows(speed)],
-        "steps_without_record": tables.steps_without_record(result),
-        "links": tables.links(result),
-        "settings": settings(result["settings"]),
-        # Numbers.
-        "started": _date(result["started"]),
-        "work_seconds": work_seconds(result),
-        "loop_tokens": total_tokens(result, "loop"),
-        "level": level(result),
-    }
-
-
-def _date(seconds: float) -> str:
-    """Unix time as a date and hour."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%d %B %Y, %H:%M UTC")
-
-
-def _template(name: str, variables: dict[str, Any]) -> str:
+def _page(name: str, result: Result, *, html: bool, pictures: dict[str, str] | None = None) -> str:
+    """A template with the result and the functions that make tables and sentences of it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-    # StrictUndefined: a result of another version fails instead of leaving gaps.
+    def markdown(value: Any) -> Any:
+        return value if isinstance(value, Markup) else Markup(_markdown(value))
+
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=".html" in name,
+        autoescape=True,
+        # Text is escaped as the page needs it; macros give what is written already.
+        finalize=None if html else markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {"md": _md, "duration": duration, "short": short, "in_cell": in_cell, "digest": _digest}
-    return env.get_template(name).render(variables)
+    env.globals |= {"tables": tables, "words": sentences, "verdict": verdict, "speed": speed_rows, "numbers": numbers}
+    env.filters |= {"duration": duration, "billions": billions, "date": _date, "one_line": _one_line, "split": _split}
+    settings = {key: value for key, value in flat_settings(result.settings).items() if value not in ("", [])}
+    return env.get_template(name).render(result=result, html=html, pictures=pictures or {}, settings=settings)
 
 
-def _md(text: Any) -> str:
+def _markdown(text: Any) -> str:
     """Text that a Markdown table cell shows as it is: no markup, no new cell, no new line."""
     # HTML first: Markdown would pass it through.
-    escaped = str(text).replace("&", "&amp;")
-    escaped = escaped.replace("<", "&lt;")
+    escaped = str(text).replace("&", "&amp;").replace("<", "&lt;")
     escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", escaped)
     return " ".join(escaped.split())
 
 
-def _digest(digest: str) -> str:
-    """The beginning of a digest, enough to distinguish the checkpoints of a run."""
-    return digest.removeprefix("sha256:")[:12]
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%d %B %Y, %H:%M UTC")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_CELL else f"{line[:MAX_CELL]} […]"
+
+
+def _split(change: Change) -> tuple[str, str, str]:
+    """The lines in which both answers agree at their beginning, and the rest of each."""
+    before, after = change.before.strip().splitlines(), change.after.strip().splitlines()
+    pairs = zip(before, after, strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return "\n".join(before[:same]), "\n".join(before[same:]), "\n".join(after[same:])
+
+
+def _hub_metadata(result: Result) -> str:
+    """The card's metadata as YAML, as the Hugging Face hub reads it."""
+    from huggingface_hub import ModelCardData
+
+    # The hub shows scores of what it holds: of the final checkpoint alone.
+    final = result.final_row
+    scores = final.scores.tasks if final else ()
+    data = ModelCardData(
+        model_name=result.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=_hub_name(result.model.model),
+        tags=["pruning", "model-compression", "prune-tune-loop", "ptl"],
+        license=result.model.license or None,
+        datasets=[_hub_name(source["source"]) for source in result.settings["training"]["sources"]] or None,
+        metrics=list(dict.fromkeys(map(numbers.metric, scores))) or None,
+        eval_results=[_eval_result(task) for task in scores] or None,
+    )
+    return data.to_yaml()
+
+
+def _eval_result(task: tables.TaskScore) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type=_hub_name(task.task),
+        dataset_name=task.task,
+        metric_type=numbers.metric(task),  # the hub does not know the filter
+        metric_name=task.metric,
+        metric_value=round(task.accuracy, 6),
+    )
+
+
+def _hub_name(source: str) -> str:
+    """A hub id as it is; of a local path the last two parts, in the form the hub's metadata allows."""
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        return source
+    # The last folder alone is often `checkpoint`.
+    allowed = re.sub(r"[^\w.-]+", "-", "-".join(Path(source).parts[-2:]))
+    return allowed.strip("-.") or "unknown"
+
+
+def terminal_text(result: Result, report: str) -> str:
+    """The tables and how the report begins, and where it (`report` says it) and MLflow's page are."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
+    exports = [table for row in result.exports if not row.failed for table in tables.export(result, row)]
+    checks = [f"{label}: {text}" for label, text in sentences.checks(result)]
+    server = result.mlflow.url.rstrip("/")
+    page = runs_page(server, result.mlflow.experiment_id, result.mlflow_run_id)
+    with console.capture() as captured:
+        console.print(escape(f"{result.name} (seed {result.seed})"), style="italic")
+        for table in (tables.iterations(result), *tables.evidence(result), *exports):
+            _print_table(console, table)
+        for sentence in (verdict.first_line(result), *checks):
+            console.print(escape(sentence), highlight=False)
+        for line in (f"\nReport: {report}", f"MLflow: {page if server else 'run `ptl ui` and open its address'}"):
+            console.print(escape(line), highlight=False, soft_wrap=True)
+    return captured.get().rstrip()
+
+
+def _print_table(console: Any, table: Table) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table as View
+
+    # In 80 columns the main table has just room.
+    view = View(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1 if console.width >= WIDE else 0))
+    for index, heading in enumerate(table.columns):
+        is_number = 0 < index <= table.numbers
+        heading = escape("\n".join(heading.rsplit(" ", 1)) if is_number else heading)
+        view.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+    for position, row in enumerate(table.rows):
+        cells = [escape("\n".join([cell.text, *cell.details])) for cell in row]
+        kind = table.kinds[position].split()[-1] if table.kinds else ""
+        view.add_row(*cells, style=COLOURS.get(kind))
+    console.print(view)

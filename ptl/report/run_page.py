@@ -4,27 +4,85 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptl.config.recover import DataSource, TrainingData
+from ptl.config.run import Calibration, Evaluate, Task
+from ptl.data.sources import local_file
+from ptl.evaluation import task_data, tasks
 from ptl.lineage import mlflow_client, mlflow_values
 from ptl.lineage.run_status import RESULT, TAG, StepRun
-from ptl.report import wording
-from ptl.report.answer import answer
-from ptl.report.provenance import DataSet
-from ptl.report.result import Result, final_row
+from ptl.storage.manifest import file_digest
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import DatasetInput
+
+    from ptl.report.result import Result
+
+UNPINNED = "unpinned"  # digest of a data set on the hub without a revision: its content may change
+DIGITS = 32  # of a digest; MLflow takes at most 36
 
 
-def describe(
-    run: StepRun,
-    params: dict[str, Any],
-    revision: str = "",
-    data_sets: Sequence[DataSet] = (),
-) -> None:
+@dataclass(frozen=True)
+class DataSet:
+    """One data set as MLflow shows it."""
+
+    context: str  # training, calibration, evaluation or decontamination
+    name: str  # of the file, or the id on the hub
+    digest: str  # of the file, or the revision on the hub
+    kind: str  # local, s3 or hf
+    source: str  # path, URI or id, with the subset and split of a hub id
+
+
+def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evaluate) -> list[DataSet]:
+    """Every data set of a run, in the order of its config, without repetitions of context and source."""
+    named = [_data_set("calibration", calibration.data)]
+    named += [_data_set("training", source) for source in training.sources]
+    named += [_data_set("decontamination", source) for source in training.decontaminate.against]
+    for task in evaluate.tasks:
+        named += _benchmark(task, evaluate)
+    return list(dict.fromkeys(named))
+
+
+def _data_set(context: str, source: DataSource) -> DataSet:
+    address, path = source.source, local_file(source)
+    if path is None:
+        return _on_the_hub(context, address, address, source.subset, source.split, source.revision)
+    # A file, on this machine or fetched from a bucket.
+    return _file(context, Path(address).name, path, "s3" if address.startswith("s3://") else "local", address)
+
+
+def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
+    """The scored split of a task, or of each member of a group; nothing where the harness is not installed."""
+    if not tasks.can_find(task.name):
+        return
+    for spec in tasks.find(task.name):
+        config = spec.config
+        splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
+        if spec.scored_split in splits:
+            file = splits[spec.scored_split].file
+            yield _file("evaluation", spec.name, Path(file), "local", file)
+        elif config.get("dataset_path"):
+            names = config["dataset_path"], config.get("dataset_name"), spec.scored_split
+            yield _on_the_hub("evaluation", spec.name, *names)
+
+
+def _file(context: str, name: str, path: Path, kind: str, source: str) -> DataSet:
+    return DataSet(context, name, file_digest(path)[:DIGITS], kind, source)
+
+
+def _on_the_hub(
+    context: str, name: str, dataset: str, subset: str | None, split: str | None, revision: str | None = None
+) -> DataSet:
+    """The revision stands for the content."""
+    source = " ".join(filter(None, (dataset, subset, split)))
+    return DataSet(context, name, (revision or UNPINNED)[:DIGITS], "hf", source)
+
+
+def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DataSet] = ()) -> None:
     """Give the pipeline run parameters (`ptl.<name>`), the commit and data sets. What it has already stays as it is."""
     from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
@@ -33,22 +91,15 @@ def describe(
         mlflow_values.add_params(client, parent, params)
         if revision and MLFLOW_GIT_COMMIT not in parent.data.tags:
             client.set_tag(run.parent_run_id, MLFLOW_GIT_COMMIT, revision)
-        _log_data_sets(client, parent, data_sets)
-
-
-def _log_data_sets(client: MlflowClient, parent: Run, data_sets: Sequence[DataSet]) -> None:
-    """Data sets as inputs of the run, those that are not yet."""
-    # MLflow keeps one entry for a name and digest: its contexts are listed there.
-    grouped: dict[tuple[str, str], list[DataSet]] = defaultdict(list)
-    for data_set in data_sets:
-        grouped[data_set.name, data_set.digest].append(data_set)
-    # An earlier attempt may have logged them.
-    logged = parent.inputs.dataset_inputs if parent.inputs else []
-    for entry in logged:
-        grouped.pop((entry.dataset.name, entry.dataset.digest), None)
-    if grouped:
-        inputs = [_dataset_input(same) for same in grouped.values()]
-        client.log_inputs(parent.info.run_id, datasets=inputs)
+        # MLflow keeps one entry for a name and digest: its contexts are listed there.
+        grouped: dict[tuple[str, str], list[DataSet]] = defaultdict(list)
+        for data_set in data:
+            grouped[data_set.name, data_set.digest].append(data_set)
+        # An earlier attempt may have logged them.
+        for entry in parent.inputs.dataset_inputs if parent.inputs else []:
+            grouped.pop((entry.dataset.name, entry.dataset.digest), None)
+        if grouped:
+            client.log_inputs(run.parent_run_id, datasets=[_dataset_input(same) for same in grouped.values()])
 
 
 def _dataset_input(same: list[DataSet]) -> DatasetInput:
@@ -59,11 +110,8 @@ def _dataset_input(same: list[DataSet]) -> DatasetInput:
     first = same[0]
     # As MLflow's own sources of these kinds are written.
     source = json.dumps({"path" if first.kind == "hf" else "uri": first.source})
-    contexts = ", ".join(data_set.context for data_set in same)
-    return DatasetInput(
-        Dataset(first.name, first.digest, first.kind, source),
-        [InputTag(MLFLOW_DATASET_CONTEXT, contexts)],
-    )
+    contexts = InputTag(MLFLOW_DATASET_CONTEXT, ", ".join(data_set.context for data_set in same))
+    return DatasetInput(Dataset(first.name, first.digest, first.kind, source), [contexts])
 
 
 def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> None:
@@ -77,19 +125,11 @@ def log_result(run: StepRun, metrics: dict[str, float], beginning: str = "") -> 
             client.set_tag(run.parent_run_id, RESULT, beginning[:TAG])
 
 
-def first_lines(result: Result) -> str:
-    """How the report begins: whether the final model may be shipped, and by which scores."""
-    return f"{answer(result).text}. {wording.verdict(result)}"
-
-
-def result_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """The final model of a result.json in numbers: its score, what was removed, and p beside the dense one."""
-    final = final_row(result)
-    metrics = {"final/removed": result["final"]["share_removed"]}
+def result_metrics(result: Result) -> dict[str, float]:
+    """The final model in numbers: its score, what was removed, and p beside the dense one."""
+    metrics = {"final/removed": result.final.share_removed}
     # It has no score of its own where the run ended with another checkpoint than it scored.
-    if final is not None:
-        metrics["final/accuracy"] = final["accuracy"]
-    pair = result["paired"].get("dense")
-    if pair:
-        metrics["final/p"] = pair["p_different"]
-    return metrics
+    if result.final_row is not None:
+        metrics["final/accuracy"] = result.final_row.accuracy
+    pair = result.pair("dense")
+    return metrics | {"final/p": pair.p_different} if pair else metrics

@@ -1,163 +1,233 @@
-"""A result as the formatted rows of the report's tables: iterations, costs, the gate's numbers, steps."""
+"""A result as tables, which HTML, Markdown, the model card and the terminal show alike."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import NamedTuple
 
 from ptl.address import runs_page
-from ptl.report import cells
-from ptl.report.result import Result, control_row, dense_row, final_row
-from ptl.report.result_rows import Row
+from ptl.evaluation import speed_rows
+from ptl.evaluation.paired import Paired
+from ptl.evaluation.scoring import TaskScore
+from ptl.report import numbers
+from ptl.report.result import ExportRow, Result, Row
+from ptl.report.verdict import Verdict, beside_control, of_pair
+from ptl.units import counted, duration, size
 
-# Fields of a row's `scores`, with their label.
-COSTS = {
-    "params": "Parameters",
-    "active_params": "Active parameters",  # of a mixture of experts
-    "bytes": "Bytes",
-    "flops_per_token": "FLOPs per token",
-    "kv_bytes_per_token": "KV-cache bytes per token",
+# References of an export's comparisons, as the step names them
+REFERENCES = {
+    "final": "the final model",
+    "dense_export": "the dense model in the same format",
+    "dense": "the dense model",
 }
 
 
-def iterations(result: Result) -> list[Row]:
-    """The main table, formatted: a row for each scored checkpoint."""
-    rows = result["rows"]
-    final = final_row(result)
-    # The drawn intervals share one scale; a score without an interval counts as 0.
-    low = min(row["low"] or 0 for row in rows)
-    high = max(row["high"] or 0 for row in rows)
-    table = []
-    for row in rows:
-        line = _iteration(row)
-        line["final"] = row is final
-        line["bar"] = _bar(row, low, high)
-        table.append(line)
-    return table
+class Cell(NamedTuple):
+    """A cell with its small print, line by line."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    kind: str = ""  # code, or how a verdict is coloured
+    link: str = ""
 
 
-def _iteration(row: Row) -> Row:
-    task = cells.first_task(row)
-    widths = row["widths"]
-    return {
-        "label": "one-shot control" if row["arm"] == "control" else iteration_label(row),
-        "arm": row["arm"],
-        "params": f"{row['params']:,}",
-        "active": f"{row['scores']['active_params']:,}" if row["scores"]["experts"] else "",
-        "removed": cells.percent(row["share_removed"]),
-        # The score of the first benchmark.
-        "accuracy": cells.accuracy(task),
-        "interval": cells.interval(task),
-        "num_items": f"{row['items']:,}",
-        "tokens": f"{row['recovery_tokens']:,}",
-        "verdict": row["verdict"],
-        # What is left of the model, and what went in this iteration.
-        "shape": cells.span(min(widths), max(widths)),
-        "layers": len(widths),
-        "experts": row["scores"]["experts"],
-        "removed_layers": ", ".join(map(str, row["removed_layers"])),
-        # For the tables further down.
-        "tasks": [{**other, "score": cells.score(other)} for other in row["scores"]["tasks"]],
-        "gate": gate_numbers(row["gate"]),
-    }
+class Table(NamedTuple):
+    """Rows below a line of headings."""
+
+    columns: tuple[str, ...]
+    rows: list[list[Cell]]
+    numbers: int  # columns after the first that hold numbers
+    kinds: tuple[str, ...] = ()  # of each row: control, rejected, final, for its colour
 
 
-def iteration_label(row: Row) -> str:
-    """The number of a row's iteration, or `dense`."""
-    return str(row["iteration"] or "dense")
+NONE = Cell("\u2013")
 
 
-def _bar(row: Row, low: float, high: float) -> list[float]:
-    """Ends and middle of a row's interval, in percent of the way from `low` to `high`; empty without an interval."""
-    if row["low"] is None:
-        return []
-    # All intervals may be a point.
-    scale = 100 / (high - low or 1)
-    ends = (row["low"], row["accuracy"], row["high"])
-    return [round((value - low) * scale, 1) for value in ends]
+def iterations(result: Result) -> Table:
+    """The main table: a row for each scored checkpoint."""
+    level = f"{result.confidence * 100:g} % interval"
+    columns = ("Iteration", "Parameters", "Removed", "Accuracy", level, "Items", "Recovery tokens", "Verdict")
+    rows, kinds = [], []
+    for row in result.rows:
+        is_final = row is result.final_row
+        active = (f"{row.scores.active_params:,} active",) if row.scores.experts else ()
+        cells = (
+            f"{row.label} (final)" if is_final else row.label,
+            Cell(f"{row.params:,}", active),
+            numbers.percent(row.share_removed),
+            numbers.accuracy(row.first),
+            numbers.interval(row.first),
+            f"{row.items:,}",
+            f"{row.recovery_tokens:,}",
+            row.verdict,
+        )
+        rows.append(_cells(*cells))
+        kinds.append(f"{'final ' if is_final else ''}{row.arm} {row.verdict}")
+    return Table(columns, rows, 6, tuple(kinds))
 
 
-def gate_numbers(gate: dict[str, Any]) -> cells.Pairs:
-    """A verdict's reason and numbers, one pair of name and text for each."""
-    pairs: cells.Pairs = []
-    # The dense model's verdict has no numbers.
-    values = {**gate, **gate.get("numbers", {})}
-    for key, value in values.items():
-        if key == "numbers":
-            continue
-        name = _spaced(key)
-        # A paired comparison, a count, or a setting such as the margin.
-        if isinstance(value, dict):
-            pairs.append((f"against the {key}", cells.comparison(value)))
-        elif type(value) is int:
-            pairs.append((name, f"{value:,}"))
+def shapes(result: Result) -> Table:
+    """What is left of each checkpoint, and its score on every benchmark where there are several."""
+    tasks = result.tasks if len(result.tasks) > 1 else []
+    has_experts = any(row.scores.experts for row in result.rows)
+    layers_removed = any(row.removed_layers for row in result.rows)
+    columns = ["Iteration", "Layers", *["Experts"] * has_experts, "FFN width", *["Removed layers"] * layers_removed]
+    rows = []
+    for row in result.rows:
+        low, high = min(row.scores.widths), max(row.scores.widths)
+        cells = [row.label, str(len(row.scores.widths))]
+        cells += [str(row.scores.experts)] if has_experts else []
+        cells += [f"{low:,}" if low == high else f"{low:,} to {high:,}"]
+        cells += [", ".join(map(str, row.removed_layers)) or NONE.text] if layers_removed else []
+        cells += [numbers.score(task) for task in row.scores.tasks] if tasks else []
+        rows.append(_cells(*cells))
+    return Table((*columns, *tasks), rows, len(columns) + len(tasks) - 1)
+
+
+def evidence(result: Result) -> list[Table]:
+    """What the answer rests on: score, size and speed beside the dense model, and the loop beside its control."""
+    dense, final, control = result.dense_row, result.final_row, result.control_row
+    tables = [_scores(result, "dense", dense, final)]
+    if final is not None and final is not dense:
+        tables.append(_sizes(dense, final))
+    speeds = [_cells(*row.cells[:3], f"{row.times:.2f} times as fast") for row in speed_rows.rows(result.speed)]
+    if speeds:
+        tables.append(Table(("Speed", "Dense", "Final", "Difference"), speeds, 3))
+    if control is not None:
+        tables.append(_scores(result, "control", control, final))
+    return tables
+
+
+def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Table:
+    """A row for each benchmark beside the reference, `dense` or `control`."""
+    rows = []
+    for position, task in enumerate(reference.scores.tasks):
+        label = Cell(
+            task.task,
+            (f"{numbers.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot",),
+        )
+        before, after, difference = _score(task), NONE, NONE
+        if final is None:
+            verdict = Verdict("unclear", "Final not scored")
+        elif final is reference:
+            after, verdict = before, Verdict("none", "The same model")
         else:
-            pairs += cells.settings({name: value})
-    return pairs
+            scored = final.scores.tasks[position]
+            pair = result.pair(key, task.task)
+            after, difference = _score(scored), _difference(task, scored, pair)
+            verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
+        rows.append([label, before, after, difference, Cell(verdict.text, kind=verdict.kind)])
+    title = "Score" if key == "dense" else "Loop against one-shot pruning"
+    return Table((title, key.capitalize(), "Final", "Difference", "Verdict"), rows, 3)
 
 
-def _spaced(name: str) -> str:
-    """The name of a field as words."""
-    return name.replace("_", " ")
+def _score(task: TaskScore) -> Cell:
+    interval = numbers.interval(task)
+    return Cell(numbers.accuracy(task), (interval,) if interval else ())
 
 
-def columns(result: Result) -> list[tuple[str, Row]]:
-    """The rows that are set side by side: dense, final (unless it is the dense one), control."""
-    rows = {
-        "Dense": dense_row(result),
-        "Final": final_row(result),
-        "One-shot control": control_row(result),
+def _difference(before: TaskScore, after: TaskScore, pair: Paired | None) -> Cell:
+    """Item by item where the items are known."""
+    if pair:
+        difference, *details = numbers.comparison(pair)
+        return Cell(difference, tuple(details))
+    change = after.accuracy - before.accuracy
+    text = f"{numbers.signed_points(change)} points" if numbers.is_share(before) else f"{change:+.3g}"
+    return Cell(text, ("not compared item by item",))
+
+
+def _sizes(dense: Row, final: Row) -> Table:
+    measures = {
+        "params": ("Parameters", "{:,}".format),
+        "active_params": ("Active parameters", "{:,}".format),
+        "bytes": ("Weights", size),
+        "kv_bytes_per_token": ("KV cache per token", size),
+        "flops_per_token": ("FLOPs per token", "{:,}".format),
     }
-    # Where no iteration passed, the dense model is the final one.
-    if rows["Final"] is rows["Dense"]:
-        del rows["Final"]
-    return [(label, row) for label, row in rows.items() if row is not None]
+    rows = []
+    for key, (label, printed) in measures.items():
+        if key != "active_params" or dense.scores.experts:
+            before, after = getattr(dense.scores, key), getattr(final.scores, key)
+            change = 100 * (after / before - 1)
+            rows.append(_cells(label, printed(before), printed(after), f"{change:+.1f} %" if change else "the same"))
+    return Table(("Size and memory", "Dense", "Final", "Difference"), rows, 3)
 
 
-def has_experts(result: Result) -> bool:
-    """Whether the model is a mixture of experts, of whose parameters a token meets only a part."""
-    return any(row["scores"]["experts"] for row in result["rows"])
+def export(result: Result, row: ExportRow) -> list[Table]:
+    """Dense and final, as they are and in this format; then the final model's export against the others."""
+    scores = {other.step: other.scores for other in result.rows}
+    original = scores[row.scored["dense"]].bytes
+    tasks = [task.task for task in row.models["final"].tasks]
+    rows = []
+    for name, exported in row.models.items():
+        for label, key, model in (
+            (name.capitalize(), name, scores[row.scored[name]]),
+            (f"{name.capitalize()}, {row.type}", f"{name}_export", exported),
+        ):
+            decode = row.speed.get("models", {}).get(key, [])
+            cells = (
+                label,
+                f"{size(model.bytes)} ({model.bytes / original:.2f}x)",
+                *map(numbers.score, model.tasks),
+                ", ".join(f"{task.items:,}" for task in model.tasks),
+                f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else NONE,
+            )
+            rows.append(_cells(*cells))
+    tables = [Table(("", "Weights", *tasks, "Items", "Tokens/s"), rows, len(tasks) + 3)]
+    pairs = []
+    for task, by_reference in row.pairs.items():
+        for reference in filter(by_reference.__contains__, REFERENCES):
+            pair, name = by_reference[reference], REFERENCES[reference]
+            difference, *details = numbers.comparison(pair)
+            verdict = of_pair(pair, name)
+            pairs.append(_cells(task, name, Cell(difference, tuple(details)), Cell(verdict.text, kind=verdict.kind)))
+    if pairs:
+        tables.append(Table(("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict"), pairs, 0))
+    return tables
 
 
-def experts_removed(result: Result) -> bool:
-    """Whether whole experts were removed from a mixture."""
-    return len({row["scores"]["experts"] for row in result["rows"]}) > 1
+def decisions(result: Result) -> Table:
+    """What became of each iteration, and the numbers that the gate decided by."""
+    rows = []
+    for row in result.rows:
+        measured = tuple(f"{key.replace('_', ' ')}: {_number(value)}" for key, value in row.numbers.items())
+        rows.append(_cells(row.label, row.verdict, Cell(row.reason, measured) if row.reason or measured else NONE))
+    for iteration, reason in {step.iteration: step.reason for step in result.not_needed}.items():
+        rows.append(_cells(str(iteration), "not needed", f"passed its input through: {reason}"))
+    if result.control_failed:
+        rows.append(_cells("control", "not finished", result.control_failed))
+    return Table(("Iteration", "Verdict", "Numbers"), rows, 0)
 
 
-def costs(result: Result) -> list[tuple[str, list[str]]]:
-    """What each of dense, final and control costs: label -> one cell per column of `columns`."""
-    table = []
-    for key, label in COSTS.items():
-        if key == "active_params" and not has_experts(result):
-            continue
-        dense, *others = [row["scores"][key] for _, row in columns(result)]
-        # The others with how many times the dense model's cost they are.
-        texts = [f"{dense:,}"]
-        for number in others:
-            ratio = number / dense
-            texts.append(f"{number:,} ({ratio:.2f}x)")
-        table.append((label, texts))
-    return table
+def _number(value: object) -> str:
+    """A paired comparison, a count, or a setting."""
+    if isinstance(value, dict):
+        difference, *details = numbers.comparison(Paired(**value))
+        return f"{difference} ({', '.join(details)})"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def links(result: Result) -> dict[str, str]:
-    """The address of each step's MLflow run; empty without a base URL, and never another scheme than http."""
-    url = result["mlflow"]["url"].rstrip("/")
-    experiment = result["mlflow"]["experiment_id"]
+def lineage(result: Result) -> Table:
+    """Each step with its checkpoint, what that was made from, and its page in MLflow."""
+    url = result.mlflow.url.rstrip("/")
     # The result may come from anywhere: `javascript:` would run in the page.
     is_web_address = re.match(r"https?://", url)
-    addresses = {}
-    for step in result["steps"]:
-        page = runs_page(url, experiment, step["run_id"])
-        addresses[step["step"]] = page if is_web_address else ""
-    return addresses
+    rows = []
+    for step in result.steps:
+        link = runs_page(url, result.mlflow.experiment_id, step.run_id) if is_web_address else ""
+        run = Cell(step.run_id, kind="code", link=link) if step.run_id else NONE
+        checkpoints = _digest(step.digest), _digest(step.parent_digest)
+        rows.append(_cells(step.step, duration(step.seconds), f"{step.params:,}", *checkpoints, run))
+    missing = [(step, "not needed") for step in result.not_needed]
+    missing += [(step, "not finished") for step in result.not_finished]
+    rows += [_cells(step.step, NONE, NONE, f"{why}: {step.reason}", NONE, NONE) for step, why in missing]
+    return Table(("Step", "Time", "Parameters", "Checkpoint", "Parent", "MLflow run"), rows, 2)
 
 
-def steps_without_record(result: Result) -> list[dict[str, str]]:
-    """Steps that left no record, with the reason: not needed by the loop, then not finished by a failed control."""
-    table = []
-    for key in ("not_needed", "not_finished"):
-        for step in result[key]:
-            reason = f"{_spaced(key)}: {step['reason']}"
-            table.append({"step": step["step"], "reason": reason})
-    return table
+def _digest(digest: str) -> Cell:
+    """The beginning of a digest, enough to distinguish the checkpoints of a run."""
+    return Cell(digest.removeprefix("sha256:")[:12], kind="code") if digest else NONE
+
+
+def _cells(*cells: str | Cell) -> list[Cell]:
+    return [Cell(cell) if isinstance(cell, str) else cell for cell in cells]

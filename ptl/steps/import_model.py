@@ -25,7 +25,7 @@ from ptl.lineage.progress import MAX_EARLIER
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.model import mlflow_flavor
-from ptl.report import provenance, run_page
+from ptl.report import run_page
 from ptl.revision import own_revision
 from ptl.steps import attempts, takeover
 from ptl.steps.call import Call, Metadata, write_pointer
@@ -71,7 +71,7 @@ def import_model(call: Call) -> None:
         run,
         flat_settings(to_jsonable_python({"model": model, **sections})),
         own_revision(),
-        provenance.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
+        run_page.data_sets(*[sections[name] for name in ("calibration", "training", "evaluate")]),
     )
     _name_earlier_runs(run, settings["earlier_runs"])
     # First: they are cheap, and a benchmark that does not load is known before the model is copied.

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ptl.config import dag
 from ptl.config.flat_settings import flat_settings
@@ -16,6 +15,8 @@ from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
 from ptl.report import run_page
+from ptl.report.result import Result
+from ptl.report.verdict import first_line
 from ptl.steps import aliases, serving, versions
 from ptl.steps.call import Call, Metadata
 from ptl.steps.inputs import fetch_items
@@ -33,7 +34,8 @@ def report(call: Call) -> None:
 
     Unlike other steps it works again whenever it is started: a repeated step may have changed what the pages say.
     """
-    from ptl.report.render import write_report
+    from ptl.report.build import build
+    from ptl.report.render import render
 
     # Nothing is published: the pages go to MLflow and to Kubeflow as they are.
     run = call.step.start()
@@ -42,14 +44,14 @@ def report(call: Call) -> None:
         config = check(Config, _run_config(call.settings), "settings")
         records = _records(run, config)
         folder = scratch(call.step.name) / "report"
-        settings = _report_settings(call, run, config)
-        result = write_report(records, settings, folder)
+        result = build(records, config.model_dump(mode="json"), **_surroundings(call, run, config))
+        render(result, folder)
         final = call.inputs["final"]
         serving.write_manifests(final, records, config, folder)
         tracking.log_report(run, sorted(folder.iterdir()))
         # import-model was not given all of the config.
         run_page.describe(run, flat_settings(config.model_dump(mode="json")))
-        run_page.log_result(run, run_page.result_metrics(result), run_page.first_lines(result))
+        run_page.log_result(run, run_page.result_metrics(result), first_line(result))
         # Name the best and the smallest version in MLflow's registry.
         for sentence in aliases.set_aliases(run, records, call.settings["registered_model"], config.gate):
             say(call.step.name, sentence)
@@ -91,15 +93,14 @@ def _records(run: StepRun, config: Config) -> dict[str, Record]:
     return records
 
 
-def _report_settings(call: Call, run: StepRun, config: Config) -> Metadata:
-    """What the pages show beside the records: the config, where MLflow has the run, and why a control failed."""
+def _surroundings(call: Call, run: StepRun, config: Config) -> Metadata:
+    """What the pages show beside records and config: where MLflow has the run, and why steps have no record."""
     # A control that failed has passed its input on, with the reason in its gate's state.
     control = call.inputs.get("control")
     return {
-        **config.model_dump(mode="json"),
         **tracking.links(run),
         "control_failed": gate.State.load(control.gate).reason if control else "",
-        "exports_failed": tracking.errors_of(run, [dag.export_step(form) for form in config.export]),
+        "exports_failed": tracking.errors_of(run, [dag.export_step(export) for export in config.export]),
     }
 
 
@@ -114,7 +115,7 @@ def _copy_pages(call: Call, folder: Path) -> None:
             local_files.replace(Path(run_directory, path.name), path.read_bytes())
 
 
-def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
+def _commit_and_finish(call: Call, run: StepRun, result: Result) -> None:
     """Record that the run has ended, in the store and in MLflow."""
     final = call.inputs["final"]
     # What the pages say may differ after a retry; that all steps had ended, which the record says, does not.
@@ -123,7 +124,7 @@ def _commit_and_finish(call: Call, run: StepRun, result: Any) -> None:
     tracking.finish(
         run,
         params={},
-        metrics={name: result["final"][name] for name in ("share_removed", "params")},
+        metrics={"share_removed": result.final.share_removed, "params": result.final.params},
         inputs=[final.model_id],  # MLflow shows the way to the final model
         output=None,
         step=0,

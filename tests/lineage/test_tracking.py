@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import run_records
 from mlflow import MlflowClient
 
 from ptl import revision
@@ -14,7 +15,8 @@ from ptl.config.recover import TrainingData
 from ptl.config.run import Calibration, Evaluate, Task
 from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client, mlflow_database, registry, tracking
-from ptl.report import provenance, run_page
+from ptl.report import run_page
+from ptl.report.build import build
 from ptl.storage import store
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +191,7 @@ def test_the_run_says_what_it_was_made_from(client, begin, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     local = {"source": str(tmp_path / "train.jsonl")}
     hub = {"source": "org/chats", "split": "test", "revision": "abc"}
-    data = provenance.data_sets(
+    data = run_page.data_sets(
         Calibration(data=local),
         TrainingData(sources=[local, {"source": "org/math"}], decontaminate={"against": [hub]}),
         Evaluate(tasks=[Task(name="examples/tiny_reasoner/tiny_reasoner.yaml")]),
@@ -223,14 +225,15 @@ def test_the_commit_is_that_of_the_image_or_of_the_checkout(monkeypatch, tmp_pat
 
 def test_the_result_is_on_the_run(client, begin):
     step = begin("report")
-    row = {"arm": "loop", "iteration": 1, "digest": "d", "accuracy": 0.9}
-    result = {"rows": [row], "final": {"digest": "d", "share_removed": 0.4}, "paired": {"dense": {"p_different": 0.03}}}
+    result = build(run_records.records(), run_records.settings())
     for _ in range(2):
         run_page.log_result(step, run_page.result_metrics(result))
     metrics = client.get_run(step.parent_run_id).data.metrics
-    assert metrics == {"final/accuracy": 0.9, "final/removed": 0.4, "final/p": 0.03}
+    assert metrics == {"final/accuracy": 0.98, "final/removed": 0.4, "final/p": 1.0}
     assert len(client.get_metric_history(step.parent_run_id, "final/accuracy")) == 1
-    assert run_page.result_metrics({**result, "rows": [], "paired": {}}) == {"final/removed": 0.4}
+    assert run_page.result_metrics(result.model_copy(update={"rows": result.rows[:1], "paired": {}})) == {
+        "final/removed": 0.4
+    }
 
 
 def test_the_first_metric_of_a_run_is_no_score_of_the_dense_model(client, begin):

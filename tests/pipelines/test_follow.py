@@ -19,7 +19,7 @@ from pipelines.prune_tune_loop.kfp_api import Server
 from ptl.config import dag
 from ptl.config.run import load_config
 from ptl.errors import InputError, WorkError
-from ptl.report.result import build
+from ptl.report.build import build
 
 SIX = ("import-model", "evaluate-0", "prune-1", "recover-1", "evaluate-1", "report")
 EIGHTEEN = [
@@ -604,12 +604,12 @@ def logged_result(tracked, tmp_path, run, result):
 
 def test_a_wait_ends_with_the_result(world, said, watch, tracked, tmp_path, monkeypatch):
     run = world.play("run-succeeded-6-tasks")
-    logged_result(tracked, tmp_path, run, build(run_records.records(), run_records.settings()))
+    logged_result(tracked, tmp_path, run, build(run_records.records(), run_records.settings()).model_dump(mode="json"))
     monkeypatch.setattr(follow.address, "is_server", lambda uri: uri.startswith(("sqlite:", "http:")))
     assert watch() == 0
     text = " ".join(said[-2].split())
     assert "4 (final)" in text and "127,872" in text and "control 127,872" in text  # the table
-    assert "8.0 points worse than the loop" in text and "Final against the dense model" in text
+    assert "8.0 points worse than the loop" in text and "2 regressions and 1 improvement" in text
     assert f"Report: `ptl report {run}` writes it here" in text
     assert re.search(r"MLflow: sqlite:///\S+/#/experiments/\d+/runs/[0-9a-f]{32}", text)
     assert said[-1] == f"{world.played[0]['display_name']}: SUCCEEDED"

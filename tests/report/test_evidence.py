@@ -3,10 +3,11 @@
 import pytest
 from run_records import items, reject, scores
 
-from ptl.report import evidence, limits
-from ptl.report.answer import answer
-from ptl.report.render import write_report
-from ptl.report.result import build
+from ptl.report import tables
+from ptl.report.build import build
+from ptl.report.render import render
+from ptl.report.sentences import checks, differences_caption, limits
+from ptl.report.verdict import overall
 
 SMALL = 127_872  # parameters of the final model
 
@@ -25,8 +26,8 @@ def scored(records: dict, step: str, *benchmarks: list[dict]) -> None:
     records[step]["metadata"]["items"] = [item for benchmark in benchmarks for item in benchmark]
 
 
-def lines(result: dict, title: str) -> list[evidence.Line]:
-    return next(group.lines for group in evidence.groups(result) if group.title == title)
+def lines(result, title: str) -> list[list[tables.Cell]]:
+    return next(table.rows for table in tables.evidence(result) if table.columns[0] == title)
 
 
 @pytest.mark.parametrize(
@@ -45,24 +46,24 @@ def test_the_answer_is_the_paired_verdict(records, settings, wrong, kind, said):
     scored(records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)))
     scored(records, "evaluate-4", many_items("tiny_reasoner", 1000, range(wrong)))
     result = build(records, settings)
-    assert answer(result).text.startswith(said)
+    assert overall(result).text.startswith(said)
     # The second benchmark has no items: all of the run is never better than what was tested.
-    assert answer(result).text.endswith("not tested on tiny_retention")
-    assert answer(result).kind == (kind if kind == "bad" else "unclear")
-    assert [line.answer.kind for line in lines(result, "Score")] == [kind, "unclear"]
-    assert lines(result, "Score")[1].answer.text == "Not tested"
+    assert overall(result).text.endswith("not tested on tiny_retention")
+    assert overall(result).kind == (kind if kind == "bad" else "unclear")
+    assert [line[-1].kind for line in lines(result, "Score")] == [kind, "unclear"]
+    assert lines(result, "Score")[1][-1].text == "Not tested"
 
 
-def test_a_dense_model_that_solves_nothing_gives_no_answer(records, settings):
+def test_a_dense_model_that_solves_nothing_gives_no_overall(records, settings):
     for step in ("evaluate-0", "evaluate-4"):
         scored(records, step, many_items("tiny_reasoner", 1000, range(1000)))
     result = build(records, settings)
-    assert answer(result).text.startswith(
+    assert overall(result).text.startswith(
         "Cannot be said: the dense model solves none of 1,000 items of tiny_reasoner; not tested"
     )
-    assert answer(result).kind == lines(result, "Score")[0].answer.kind == "unclear"
+    assert overall(result).kind == lines(result, "Score")[0][-1].kind == "unclear"
     said = "The dense model solves none of 1,000 items of tiny_reasoner: a score so low cannot fall"
-    assert any(sentence.startswith(said) for sentence in limits.sentences(result))
+    assert any(sentence.startswith(said) for sentence in limits(result))
 
 
 def test_each_benchmark_has_its_own_verdict(records, settings):
@@ -74,18 +75,16 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
     )
     result = build(records, settings)
     first, second = lines(result, "Score")
-    assert (first.answer.text, second.answer.text) == ("Not worse within the margin of 2 points", "Worse")
+    assert (first[-1].text, second[-1].text) == ("Not worse within the margin of 2 points", "Worse")
     changed = ("9 regressions and 0 improvements", "300 items, p 0.0039")
-    assert second.difference.details == ("-5.0 to -1.0 at 95 %", *changed)
+    assert second[3].details == ("-5.0 to -1.0 at 95 %", *changed)
     # The first is tested as the gate does, the second as `ptl compare` does.
-    pairs = result["paired_tasks"]
-    assert [pairs[task]["dense"]["alpha"] for task in ("tiny_reasoner", "tiny_retention")] == [0.05, 0.025]
-    assert result["paired"] == pairs["tiny_reasoner"]
-    assert answer(result).text == (
+    assert [result.pair("dense", task).alpha for task in ("tiny_reasoner", "tiny_retention")] == [0.05, 0.025]
+    assert overall(result).text == (
         "Worse than the dense model on 300 items of tiny_retention; not worse than the dense model within the margin "
         "of 2 points on 1,000 items of tiny_reasoner"
     )
-    assert "the others share the significance level (2.5 % each)" in evidence.caption(result)
+    assert "the others share the significance level (2.5 % each)" in differences_caption(result)
 
 
 def test_answers_to_other_questions_are_not_paired(records, settings, capsys):
@@ -95,9 +94,9 @@ def test_answers_to_other_questions_are_not_paired(records, settings, capsys):
     scored(records, "evaluate-0", items(set()), retention)
     scored(records, "evaluate-4", other, retention)
     result = build(records, settings)
-    assert "dense" not in result["paired_tasks"]["tiny_reasoner"] and result["paired"] == {}
-    assert result["paired_tasks"]["tiny_retention"]["dense"]["items"] == result["examples"]["compared"] == 20
-    assert result["examples"]["num_regressions"] == 0
+    assert result.pair("dense") is None
+    assert result.pair("dense", "tiny_retention").items == result.examples.compared == 20
+    assert result.examples.num_regressions == 0
     assert "tiny_reasoner is not compared: the prompts of tiny_reasoner item 0 differ" in capsys.readouterr().out
 
 
@@ -105,17 +104,16 @@ def test_size_speed_and_control_are_evidence(records, settings):
     scored(records, "control-evaluate", items(set()))
     result = build(records, settings)
     params, weights, kv_cache, _ = lines(result, "Size and memory")
-    assert (params.reference.text, params.final.text, params.difference.text) == ("213,120", "127,872", "-40.0 %")
-    assert (weights.final.text, kv_cache.difference.text) == ("511.5 kB", "the same")
-    times = [line.difference.text.partition(" ")[0] for line in lines(result, "Speed")]
-    assert times == ["1.25", "1.25", "0.98"]
-    score, _, size, tokens = lines(result, "Loop against one-shot pruning")
-    assert (score.answer.text, score.difference.text) == ("No difference shown", "-10.0 points")
-    assert (size.difference.text, tokens.difference.text) == ("the same", "the same")
+    assert [cell.text for cell in params[1:]] == ["213,120", "127,872", "-40.0 %"]
+    assert (weights[2].text, kv_cache[3].text) == ("511.5 kB", "the same")
+    times = [line[3].text.partition(" ")[0] for line in lines(result, "Speed")]
+    assert times == ["1.00", "1.00", "1.25", "1.25", "0.98"]
+    score, _ = lines(result, "Loop against one-shot pruning")
+    assert (score[-1].text, score[3].text) == ("No difference shown", "-10.0 points")
 
 
 def test_too_few_items_are_said_with_what_they_could_show(records, settings):
-    sentences = limits.sentences(build(records, settings))
+    sentences = limits(build(records, settings))
     assert sentences[1].startswith("20 items of tiny_reasoner are too few to see a drop of the margin of 2 points")
     # 7 regressions beside the 1 improvement are the fewest with p below 0.05, by hand: (1 + 8) / 256.
     assert "beside 1 improvement, the smallest drop that they show is 30.0 points" in sentences[1]
@@ -127,7 +125,7 @@ def test_what_a_run_leaves_out_is_said(records, settings):
     few["evaluate-4"]["metadata"]["speed"] = {}
     few["evaluate-4"]["metadata"]["scores"]["tasks"][0] |= {"truncated": 0.12, "cut_prompts": 0.5, "code_timeouts": 3}
     settings["schedule"]["target"] = 0.5
-    sentences = limits.sentences(build(few, settings))
+    sentences = limits(build(few, settings))
     for sentence in (
         "The target was not reached: 40.0 % of the parameters were removed, not 50.0 %.",
         "Only 2 benchmarks were scored: nothing is known of any other task.",
@@ -141,14 +139,14 @@ def test_what_a_run_leaves_out_is_said(records, settings):
     ):
         assert sentence in sentences, sentence
     settings["schedule"]["target"] = SMALL
-    assert not [sentence for sentence in limits.sentences(build(few, settings)) if "target" in sentence]
+    assert not [sentence for sentence in limits(build(few, settings)) if "target" in sentence]
 
 
 def test_sequences_that_were_cut_are_said(records, settings):
-    assert not [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
+    assert not [sentence for sentence in limits(build(records, settings)) if "were cut" in sentence]
     for step, cut in (("recover-1", 0), ("recover-2", 12), ("control-recover", 500)):
         records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": cut, "passes": 0.5}
-    (said,) = [sentence for sentence in limits.sentences(build(records, settings)) if "were cut" in sentence]
+    (said,) = [sentence for sentence in limits(build(records, settings)) if "were cut" in sentence]
     assert said.startswith("12 of 2,000 training sequences were cut at recover.max_length")
 
 
@@ -156,41 +154,44 @@ def test_tokens_for_what_was_removed_and_passes_are_said(records, settings):
     for step, passes in (("recover-1", 0.5), ("recover-2", 4.6), ("control-recover", 40)):
         records[step]["metadata"] |= {"sequences": 1000, "cut_sequences": 0, "passes": passes}
     result = build(records, settings)
-    removed = result["original_params"] - result["final"]["params"]
-    said = dict(evidence.checks(result))["Recovery"]
+    removed = result.original_params - result.final.params
+    said = dict(checks(result))["Recovery"]
     assert (
         said
         == f"3,000,000 recovery tokens: {3_000_000 / removed:.2g} per removed parameter, about 4.6 passes over the rows"
     )
-    (warning,) = [sentence for sentence in limits.sentences(result) if "passes help little" in sentence]
+    (warning,) = [sentence for sentence in limits(result) if "passes help little" in sentence]
     assert warning.startswith(said)
 
 
-def test_a_run_that_ends_with_the_dense_model(records, settings, tmp_path, no_pictures):
+def test_a_run_that_ends_with_the_dense_model(records, settings):
     for i in (1, 2, 3, 4):
         reject(records, i)
-    result = write_report(records, settings, tmp_path)
-    assert answer(result).text == "Nothing to ship: the final checkpoint is the dense model"
-    assert [group.title for group in evidence.groups(result)] == ["Score", "Speed", "Loop against one-shot pruning"]
-    assert lines(result, "Score")[0].answer.text == "The same model"
-    label, decisions = evidence.checks(result)[0]
-    assert label == "Gate" and decisions.startswith("0 iterations accepted, 4 iterations rejected (margin 2 points).")
-    assert "The target was not reached: 0.0 % of the parameters were removed, not 40.0 %." in limits.sentences(result)
+    result = build(records, settings)
+    assert overall(result).text == "Nothing to ship: the final checkpoint is the dense model"
+    assert [table.columns[0] for table in tables.evidence(result)] == [
+        "Score",
+        "Speed",
+        "Loop against one-shot pruning",
+    ]
+    assert lines(result, "Score")[0][-1].text == "The same model"
+    assert dict(checks(result))["Gate"].startswith("0 iterations accepted, 4 iterations rejected (margin 2 points).")
+    assert "The target was not reached: 0.0 % of the parameters were removed, not 40.0 %." in limits(result)
 
 
-def test_a_run_whose_final_checkpoint_was_not_scored(records, settings, tmp_path, no_pictures):
+def test_a_run_whose_final_checkpoint_was_not_scored(records, settings):
     final = records["evaluate-4"]["metadata"]
     final["accepted"] = final["accepted"] | {"digest": "sha256:" + "b" * 64}
-    result = write_report(records, settings, tmp_path)
-    assert answer(result).text == "Cannot be said: the final checkpoint was not scored"
-    assert lines(result, "Score")[0].answer.text == "Final not scored"
+    result = build(records, settings)
+    assert overall(result).text == "Cannot be said: the final checkpoint was not scored"
+    assert lines(result, "Score")[0][-1].text == "Final not scored"
 
 
 def test_a_rehearsal_says_nothing_about_the_model(records, settings):
     settings |= {"name": "tiny-rehearsal", "storage": {"experiment": "ptl"}}
-    assert "rehearsal" not in answer(build(records, settings)).text  # a name that a user may choose
+    assert "rehearsal" not in overall(build(records, settings)).text  # a name that a user may choose
     settings["storage"] = {"experiment": "ptl-rehearsal"}
-    shown = answer(build(records, settings))
+    shown = overall(build(records, settings))
     assert (shown.kind, shown.text[:39]) == ("unclear", "Cannot be said: this was a rehearsal, w")
 
 
@@ -204,8 +205,9 @@ def test_a_run_of_one_iteration_without_a_second_benchmark(records, settings, tm
     scored(few, "evaluate-1", many_items("tiny_reasoner", 500, range(5)))
     settings["schedule"]["iterations"] = 1
     settings["evaluate"]["tasks"] = settings["evaluate"]["tasks"][:1]
-    result = write_report(few, settings, tmp_path)
-    assert answer(result).kind == "good"
+    result = build(few, settings)
+    render(result, tmp_path)
+    assert overall(result).kind == "good"
     card = (tmp_path / "README.md").read_text()
     assert "**Not worse than the dense model within the margin of 2 points on 500 items of tiny\\_reasoner.**" in card
     assert "- Only one benchmark was scored, tiny\\_reasoner: nothing is known of any other task." in card
@@ -213,7 +215,7 @@ def test_a_run_of_one_iteration_without_a_second_benchmark(records, settings, tm
 
 def test_markdown_tables_have_no_blank_lines(records, settings, tmp_path, no_pictures):
     """A blank line ends a table: below its heading a rule of dashes must follow at once, and then its rows."""
-    write_report(records, settings, tmp_path)
+    render(build(records, settings), tmp_path)
     for name in ("report.md", "README.md"):
         text = (tmp_path / name).read_text().split("\n")
         for before, rule, after in zip(text, text[1:], text[2:], strict=False):

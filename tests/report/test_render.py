@@ -1,6 +1,7 @@
 """The report, from records that are a fixture: their numbers are made up for the tests and measured nowhere."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -9,15 +10,29 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
-from run_records import DENSE, arm_records, curve, items, pointer, record_of, reject, scores
+from run_records import DENSE, RUN, arm_records, curve, items, record_of, reject, scores
 
 from ptl.cli import results
 from ptl.errors import InputError
-from ptl.report import side_by_side, tables
-from ptl.report.answer import answer
-from ptl.report.render import render, terminal_text, write_report
-from ptl.report.result import build, final_row, total_tokens, work_seconds
-from ptl.report.wording import accuracy_caption, loss_caption, notes, table_caption, verdict, wall_clock
+from ptl.report import build as building
+from ptl.report import tables
+from ptl.report.build import build
+from ptl.report.render import render, terminal_text
+from ptl.report.result import Result
+from ptl.report.sentences import checks, limits, scores_caption
+from ptl.report.verdict import headline, overall
+
+
+def written(records, settings, folder, **more) -> Result:
+    """The result, with its pages in the folder."""
+    result = build(records, settings, **{**RUN, **more})
+    render(result, folder)
+    return result
+
+
+def words(html: str) -> str:
+    return " ".join(" ".join(Page(html).text).split())
+
 
 NASTY = '<script>alert(1)</script> & "$x_1$" | `it`'
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -60,21 +75,21 @@ class Page(HTMLParser):
 
 
 def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
-    text = " ".join(" ".join(page.text).split())
+    text = words(html)
     assert page.open == [] and page.loads == []
     assert "http" not in re.sub(r'http-equiv="[^"]*"', "", html) and "@import" not in html and "url(http" not in html
     assert len(page.ids) == len(set(page.ids))
     assert len(html.encode()) < 300_000
     assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
     assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
-    for part in ("127,872", "96.0 to 100.0", "1,600,000", "Recovery loss", "Widths and layers", "tiny_retention",
-                 "control-recover", "0.0003", "2.13.0", "Seed", "p value", "Speed compared with the dense model",
-                 "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 x", "Prefill, batch 1", "1.00 x",
-                 "Solved problem (ms) 7.81 8.00 0.98 x", "divided by the 64 (dense) and 50 (final)",
-                 "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 x Solved problem (ms)"):  # fmt: skip
+    for part in ("127,872", "96.0 to 100.0", "1,600,000", "tiny_retention",
+                 "Training loss", "control-recover", "0.0003", "2.13.0", "Seed", "p value",
+                 "Speed compared with the dense model",
+                 "Prefill, batch 1", "1.00 times as fast", "divided by the 64 (dense) and 50 (final)",
+                 "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 times as fast Solved problem (ms)"):  # fmt: skip
         assert part in text, part
     assert "prefers-color-scheme: dark" in html and "@media print" in html
 
@@ -88,7 +103,7 @@ def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
         for item in record["metadata"].get("items", []):
             item["prompt"] = item["task"] = NASTY
     records["evaluate-1"]["metadata"]["verdict"]["reason"] = NASTY
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     page = Page(html)
     assert "<script" not in html and page.loads == []
@@ -100,32 +115,32 @@ def test_names_with_markup_are_escaped_everywhere(records, settings, tmp_path):
 
 @pytest.mark.slow
 def test_same_records_same_bytes_and_render_needs_only_the_result(records, settings, tmp_path):
-    write_report(records, settings, tmp_path / "a")
-    write_report(dict(reversed(records.items())), copy.deepcopy(settings), tmp_path / "b")
-    render(json.loads((tmp_path / "a/result.json").read_text()), tmp_path / "c")
+    written(records, settings, tmp_path / "a")
+    written(dict(reversed(records.items())), copy.deepcopy(settings), tmp_path / "b")
+    render(Result.model_validate_json((tmp_path / "a/result.json").read_text()), tmp_path / "c")
     for name in ("report.html", "report.md", "README.md", "result.json"):
         first = (tmp_path / "a" / name).read_bytes()
         assert first == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
 
 
 def test_result_has_the_agreed_fields(records, settings, tmp_path, no_pictures):
-    result = write_report(records, settings, tmp_path)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    typed = written(records, settings, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert Result.model_validate(result) == typed
     assert {"run_id", "mlflow_run_id", "seed", "versions", "rows", "final"} <= result.keys()
     fields = {"arm", "iteration", "params", "accuracy", "low", "high", "items", "task", "recovery_tokens", "verdict",
               "uri", "digest"}  # fmt: skip
     assert all(fields <= row.keys() for row in result["rows"])
-    assert [(row["arm"], row["iteration"]) for row in result["rows"]] == [("loop", i) for i in range(5)] + [
-        ("control", 1)
-    ]
+    arms = [(row["arm"], row["iteration"]) for row in result["rows"]]
+    assert arms == [("loop", i) for i in range(5)] + [("control", 1)]
     assert result["final"]["params"] == 127_872 and result["final"]["share_removed"] == pytest.approx(0.4, abs=1e-4)
     assert result["final"]["digest"] == records["recover-4"]["pointer"]["digest"]
     assert (result["run_id"], result["mlflow_run_id"], result["seed"]) == ("run-1", "f" * 32, 7)
     assert result["curves"].keys() == {f"recover-{i}" for i in (1, 2, 3, 4)} | {"control-recover"}
-    changed = result["examples"]
-    assert (changed["compared"], changed["num_regressions"], changed["num_improvements"]) == (20, 2, 1)
-    assert [(item["id"], item["after"]) for item in changed["regressions"]] == [("2", "7"), ("11", "16")]
-    assert [(item["id"], item["before"], item["after"]) for item in changed["improvements"]] == [("3", "8", "7")]
+    changed = typed.examples
+    assert (changed.compared, changed.num_regressions, changed.num_improvements) == (20, 2, 1)
+    assert [(item.id, item.after) for item in changed.regressions] == [("2", "7"), ("11", "16")]
+    assert [(item.id, item.before, item.after) for item in changed.improvements] == [("3", "8", "7")]
 
 
 def test_rejected_and_skipped_iterations(records, settings, tmp_path):
@@ -135,48 +150,43 @@ def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     records["evaluate-3"]["metadata"]["accepted"] = accepted | {"gate": gate}
     for step in ("prune-4", "recover-4", "evaluate-4"):  # the loop had stopped: they leave no record
         del records[step]
-    result = write_report(records, settings, tmp_path)
-    assert [row["verdict"] for row in result["rows"]] == ["baseline", "accepted", "accepted", "rejected", "control"]
-    assert (
-        result["rows"][3]["digest"] == records["recover-3"]["pointer"]["digest"]
-    )  # what was scored, not what the loop continues with
-    assert result["final"]["digest"] == accepted["digest"] and final_row(result)["iteration"] == 2
-    assert [step["step"] for step in result["not_needed"]] == ["prune-4", "recover-4", "evaluate-4"]
+    result = written(records, settings, tmp_path)
+    assert [row.verdict for row in result.rows] == ["baseline", "accepted", "accepted", "rejected", "control"]
+    # What was scored, not what the loop continues with.
+    assert result.rows[3].digest == records["recover-3"]["pointer"]["digest"]
+    assert result.final.digest == accepted["digest"] and result.final_row.iteration == 2
+    assert [step.step for step in result.not_needed] == ["prune-4", "recover-4", "evaluate-4"]
     reason = "the loop ended in iteration 3: no smaller step left"
-    assert {step["reason"] for step in result["not_needed"]} == {reason}
-    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert f"Not needed: iteration 4 ({reason})." in text and "rejected 1 iteration;" in text
-    assert f"4 not needed Passed its input through: {reason}." in text
-    assert f"recover-4 \u2013 not needed: {reason}" in text
+    assert {step.reason for step in result.not_needed} == {reason}
+    text = words((tmp_path / "report.html").read_text())
+    assert f"1 iteration rejected (margin 2 points); not needed: iteration 4 ({reason})." in text
+    assert f"4 not needed passed its input through: {reason}" in text
+    assert f"recover-4 \u2013 \u2013 not needed: {reason}" in text
     markdown = (tmp_path / "report.md").read_text()
     assert f"| 4 | not needed | passed its input through: {reason} |" in markdown
-    assert f"| evaluate-4 | \u2013 | not needed: {reason} | | |" in markdown
-    assert "with 40.0 % removed" in verdict(result)  # the control is smaller than where the loop stopped
+    assert f"| evaluate-4 | \u2013 | \u2013 | not needed: {reason} | \u2013 | \u2013 |" in markdown
+    assert "with 40.0 % removed" in headline(result)  # the control is smaller than where the loop stopped
 
 
 def test_nothing_accepted_is_said_plainly(records, settings, tmp_path, no_pictures):
     for i in (1, 2, 3, 4):
         reject(records, i)
-    result = write_report(records, settings, tmp_path)
-    assert verdict(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
-    assert result["final"]["share_removed"] == 0.0
+    result = written(records, settings, tmp_path)
+    assert headline(result) == "No iteration passed: the final checkpoint is the dense model, at 99.6 % accuracy."
+    assert result.final.share_removed == 0.0
     card = (tmp_path / "README.md").read_text()
     assert "unchanged: no iteration of the Prune-Tune Loop was accepted." in card and "made smaller" not in card
 
 
 def test_a_better_control_is_not_hidden(records, settings):
     records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.99, 122)
-    result = build(records, settings)
-    assert "the control is 1.0 points better than the loop" in verdict(result)
-    assert "Final and the control: the 95 % intervals overlap." in notes(result)
-    chance = result | {"paired": {"control": {"p_different": 0.06}}}
-    assert "the difference is not significant (p 0.06)" in verdict(chance)
-    real = result | {"paired": {"control": {"p_different": 0.04}}}
-    assert "the control is 1.0 points better than the loop" in verdict(real)
-    fetch = f"The control's checkpoint: ptl fetch {result['run_id']} DIR --arm control"
-    assert fetch in notes(result)
-    records["control-evaluate"]["metadata"]["scores"] = scores(127_872, 0.9, 122)
-    assert "Final and the control: the 95 % intervals do not overlap." in notes(build(records, settings))
+    result = build(records, settings, **RUN)
+    assert "the control is 1.0 points better than the loop" in headline(result)
+    assert "The control's checkpoint: ptl fetch run-1 DIR --arm control" in dict(checks(result))["Control"]
+    pair = result.pair("dense")
+    for p, said in ((0.06, "the difference is not significant (p 0.06)"), (0.04, "the control is 1.0 points better")):
+        tested = {"tiny_reasoner": {"control": dataclasses.replace(pair, p_different=p)}}
+        assert said in headline(result.model_copy(update={"paired": tested}))
 
 
 def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_path):
@@ -188,17 +198,17 @@ def test_a_run_without_control_curves_items_and_speed(records, settings, tmp_pat
         if "scores" in record["metadata"]:
             record["metadata"]["scores"] |= {"speed": [], "tasks": record["metadata"]["scores"]["tasks"][:1]}
     settings["evaluate"]["tasks"] = settings["evaluate"]["tasks"][:1]
-    result = write_report(few, settings, tmp_path)
+    result = written(few, settings, tmp_path)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text)
-    assert result["examples"] == {} and "Answers that changed" not in text and "Each benchmark" not in text
+    assert result.examples is None and "Answers that changed" not in text
     assert "Speed compared" not in text
-    assert verdict(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
+    assert headline(result) == "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %."
 
 
 def test_every_regression_and_improvement_is_on_the_page(records, settings, tmp_path, no_pictures):
     records["evaluate-0"]["metadata"]["items"] = items({0, 1, 2})
     records["evaluate-4"]["metadata"]["items"] = items(set(range(3, 20)))
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Regressions: 17<" in html and "Improvements: 3<" in html
     assert [html.count(f"tiny_reasoner, item {i}<") for i in range(20)] == [1] * 20
@@ -211,14 +221,12 @@ def test_changed_answers_are_side_by_side(records, settings, tmp_path, no_pictur
     after = records["evaluate-4"]["metadata"]["items"][11]
     before.update(answer="1+1=2\n2+2=4\n#### 4", target="4")
     after.update(answer="1+1=2\n2+2=5\n5 is <b>five</b>", truncated=True)
-    result = write_report(records, settings, tmp_path)
-    regressions, improvements = side_by_side.kinds(result)
-    example = regressions.first[1]
-    assert (example.dense.same, example.dense.rest) == ("1+1=2", "2+2=4\n#### 4")
-    assert (example.dense.right, example.final.right, example.final.truncated) == (True, False, True)
-    assert (improvements.first[0].dense.right, improvements.first[0].final.right) == (False, True)
+    written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
-    assert "Final: wrong, hit the token limit" in html and "5 is &lt;b&gt;five&lt;/b&gt;" in html
+    assert 'Dense: right</p><pre><span class="soft">1+1=2</span>\n2+2=4\n#### 4</pre>' in html
+    answer = '<span class="soft">1+1=2</span>\n2+2=5\n5 is &lt;b&gt;five&lt;/b&gt;</pre>'
+    assert f"Final: wrong, hit the token limit</p><pre>{answer}" in html
+    assert "Dense: wrong 8 Final: right 7" in words(html)
     row = "item 11 | 11 + 4 = | 4 | 1+1=2 2+2=4 #### 4 | 1+1=2 2+2=5 5 is &lt;b>five&lt;/b> (token limit) |"
     assert row in (tmp_path / "report.md").read_text()
 
@@ -227,26 +235,21 @@ def test_the_first_examples_are_of_every_task(records, settings):
     second = [dict(item, task="tiny_retention") for item in items({5})]
     records["evaluate-0"]["metadata"]["items"] = items(set()) + [dict(item, correct=1) for item in second]
     records["evaluate-4"]["metadata"]["items"] = items(set(range(9))) + second
-    (regressions,) = side_by_side.kinds(build(records, settings))
-    names = [example.item for example in regressions.first]
-    assert names == ["tiny_reasoner, item 0", "tiny_retention, item 5", "tiny_reasoner, item 1"]
+    changed = [(item.task, item.id) for item in build(records, settings).examples.regressions]
+    assert changed[:3] == [("tiny_reasoner", "0"), ("tiny_retention", "5"), ("tiny_reasoner", "1")]
 
 
-def test_a_result_of_another_version_is_named(records, settings, tmp_path, no_pictures):
-    result = build(records, settings)
+def test_a_result_of_another_version_is_named(records, settings, tmp_path):
+    result = build(records, settings).model_dump(mode="json")
     del result["examples"]["regressions"]
     (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match=r"is no result of a run .*regressions"):
-        results.report(str(tmp_path / "result.json"), tmp_path / "pages")
-    result["versions"]["ptl"] = "0.0.9"
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(InputError, match=r"ptl 0\.0\.9 has written .*regressions.*; make its report with ptl 0\.0\.9"):
+    with pytest.raises(InputError, match=r"or another version's .examples\.regressions: Field required"):
         results.report(str(tmp_path / "result.json"), tmp_path / "pages")
 
 
 def test_more_changes_than_a_page_holds_are_counted(records, settings, monkeypatch, tmp_path, no_pictures):
-    monkeypatch.setattr("ptl.report.changed_answers.MAX_CHANGED", 1)
-    write_report(records, settings, tmp_path)
+    monkeypatch.setattr(building, "MAX_CHANGED", 1)
+    written(records, settings, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Regressions: 2, the first 1<" in html and "items.jsonl of evaluate-0 and of evaluate-4" in html
 
@@ -257,11 +260,9 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
         records[child]["pointer"]["parent_digest"] = records[parent]["pointer"]["digest"]
     records["prune-1"]["metadata"]["removed_layers"] = [1]
     records["prune-2"]["metadata"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
-    result = write_report(records, settings, tmp_path)
-    assert [row["removed_layers"] for row in result["rows"]] == [[], [1], [2], [], [], []]
-    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert "Removed layers are those removed in the iteration, numbered from 0 as in the dense model." in text
-    assert "| 2 | 4 | 170 | 2 |" in (tmp_path / "report.md").read_text()
+    result = written(records, settings, tmp_path)
+    assert [row.removed_layers for row in result.rows] == [[], [1], [2], [], [], []]
+    assert "| 2 | 4 | 170 | 2 | 98.6 %" in (tmp_path / "report.md").read_text()
 
 
 def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, settings, tmp_path, no_pictures):
@@ -271,41 +272,19 @@ def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, setti
             record["metadata"]["scores"] |= {"experts": params // 10_000, "active_params": params - 100_000}
     render(build(records, settings), tmp_path)
     page, text = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
-    assert "127,872 (27,872 active)" in page and "127,872 (27,872 active)" in text
+    assert "4 (final) 127,872 27,872 active" in words(page) and "127,872 (27,872 active)" in text
     assert "| Active parameters | 113,120 | 27,872 | -75.4 % |" in text
     assert "| Iteration | Layers | Experts | FFN width |" in text and "| dense | 4 | 21 | 256 |" in text
-    assert tables.experts_removed(build(records, settings))
 
 
-def test_a_mixture_whose_experts_all_stay_is_drawn_by_their_widths(records, settings, tmp_path, no_pictures):
+def test_the_caption_names_the_metric(records, settings):
+    said = "Accuracy is exact_match,final-number on tiny_reasoner, version 1, 0-shot."
+    assert scores_caption(build(records, settings)).startswith(said)
     for record in records.values():
-        if "scores" in record["metadata"]:
-            record["metadata"]["scores"] |= {"experts": 6}
-    render(build(records, settings), tmp_path)
-    assert "| dense | 4 | 6 | 256 |" in (tmp_path / "report.md").read_text()
-    assert not tables.experts_removed(build(records, settings))
-
-
-def test_captions_claim_only_what_is_shown(records, settings, tmp_path, no_pictures):
-    result = write_report(records, settings, tmp_path)
-    assert "95 % intervals" in accuracy_caption(result) and "ringed" in accuracy_caption(result)
-    assert table_caption(result).endswith("share one scale that does not begin at zero.")
-    assert "drawn intervals" not in (tmp_path / "report.md").read_text()
-    low = dict(result, rows=[dict(row, low=0.0) for row in result["rows"]])  # the axis has zero on it then
-    assert "begin at zero" not in accuracy_caption(low) and "begin at zero" not in table_caption(low)
-    assert "dotted lines" in loss_caption(result) and "GRPO" not in loss_caption(result)
-    few = copy.deepcopy({name: record for name, record in records.items() if "control" not in name})
-    few["evaluate-4"]["metadata"]["checkpoint"] = pointer("other", 1)  # the final checkpoint was not scored
-    for record in few.values():
         for task in record["metadata"].get("scores", {}).get("tasks", []):
             task.update(metric="word_perplexity,none", accuracy=20.0, low=None, high=None)
-        if record["metadata"]["stage"] == "recover":
-            record["metadata"].update(tokens=0)
-    bare = build(few, settings | {"recover": [{"method": "grpo"}]})
-    assert accuracy_caption(bare) == "The vertical axis does not begin at zero."
-    assert table_caption(bare) == "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
-    assert "GRPO" in loss_caption(bare)
-    assert "Removed layers" not in (tmp_path / "report.html").read_text()
+    said = "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
+    assert scores_caption(build(records, settings)).startswith(said)
 
 
 def test_a_curve_of_one_point_is_drawn(records, settings):
@@ -314,66 +293,64 @@ def test_a_curve_of_one_point_is_drawn(records, settings):
     for name, record in records.items():
         if record["metadata"]["stage"] == "recover":
             record["metadata"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
-    svg = draw(build(records, settings))["loss"]["wide"]
+    svg = draw(build(records, settings))["loss"]
     assert re.search(r"<use[^>]*stroke: var\(--loop\)", svg)  # a mark: a line of one point has no length
     records["recover-1"]["metadata"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
-    assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"]["wide"])
+    assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"])
 
 
-def test_rows_that_were_left_out_are_told(records, settings):
-    assert not [note for note in notes(build(records, settings)) if "left out" in note]
+def test_rows_that_were_left_out_are_said(records, settings):
+    assert "Decontamination" not in dict(checks(build(records, settings)))
     for name, rows, dropped in (("recover-1", 1_000, 5), ("recover-2", 2_000, 12), ("control-recover", 9_000, 100)):
         counts = {"rows_compared": rows, "rows_dropped": dropped, "not_compared": [],
                   "benchmark_items": 500, "benchmark_items_short": 7}  # fmt: skip
         records[name]["metadata"] |= counts
-    told = "12 of 2,000 training rows were left out: they share text with a benchmark. "
-    told += "7 of 500 benchmark items have too few words of their own to be found inside a row."
-    assert told in notes(build(records, settings))
+    sentence = "12 of 2,000 training rows were left out: they share text with a benchmark. "
+    sentence += "7 of 500 benchmark items have too few words of their own to be found inside a row."
+    assert dict(checks(build(records, settings)))["Decontamination"] == sentence
     records["recover-2"]["metadata"]["not_compared"] = ["wikitext"]
-    told += " Training rows were not compared with wikitext, whose items are not known."
-    assert told in notes(build(records, settings))
-    for name in ("recover-1", "recover-2"):
-        nothing = {"rows_compared": 0, "rows_dropped": 0, "benchmark_items": 0, "benchmark_items_short": 0}
-        records[name]["metadata"] |= nothing
-    assert not [note for note in notes(build(records, settings)) if "left out" in note]
+    sentence += " Training rows were not compared with wikitext, whose items are not known."
+    assert dict(checks(build(records, settings)))["Decontamination"] == sentence
 
 
 def test_speed_that_could_not_be_measured_says_why(records, settings, tmp_path, no_pictures):
     records["evaluate-4"]["metadata"]["speed"] = {"reason": "the GPU does not hold both"}
-    result = write_report(records, settings, tmp_path)
-    assert "Speed was not measured: the GPU does not hold both." in notes(result)
+    result = written(records, settings, tmp_path)
+    assert "Speed was not measured: the GPU does not hold both." in limits(result)
     assert "per solved problem" not in (tmp_path / "report.html").read_text()
 
 
 def test_numbers_on_the_axes_keep_their_digits():
-    from ptl.report.svg import inline
+    from ptl.report.plots import inline
 
     svg = inline('<svg viewBox="0 0 9 9"><path d="M 1.2345 6.789"/><text>1.025</text></svg>', "speed")
     assert svg.endswith('<path d="M 1.2 6.7"/><text>1.025</text></svg>')
 
 
 def test_the_speed_is_in_all_three_pages(records, settings, tmp_path, no_pictures):
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     for name in ("report.md", "README.md"):
         text = (tmp_path / name).read_text()
-        assert "| Decode, batch 1 (tokens/s) | 900 | 1,125 | 1.25 x |" in text, name
+        assert "| Decode, batch 1 (tokens/s) | 900 | 1,125 | 1.25 times as fast |" in text, name
         assert "Both models in one process on CPU, 1 thread, taking turns, median of 3" in text, name
 
 
 def test_paired_comparisons_from_the_items(records, settings):
     records["control-evaluate"]["metadata"]["items"] = items({0, 1, 4, 5, 6, 7})
     result = build(records, settings)
-    dense, control = result["paired"]["dense"], result["paired"]["control"]
-    assert (dense["regressions"], dense["improvements"], dense["difference"]) == (2, 1, pytest.approx(-0.05))
-    assert (control["regressions"], control["improvements"]) == (2, 6)
-    assert not any("--arm control" in note for note in notes(result))
-    assert "Final against the dense model, item by item: -5.0 points" in notes(result)[0]
-    assert "2 regressions and 6 improvements on 20 items, p 0.29" in notes(result)[1]
+    dense, control = result.pair("dense"), result.pair("control")
+    assert (dense.regressions, dense.improvements, dense.difference) == (2, 1, pytest.approx(-0.05))
+    assert (control.regressions, control.improvements) == (2, 6)
+    assert "--arm control" not in dict(checks(result))["Control"]
+    changed = ["2 regressions and 1 improvement", "2 regressions and 6 improvements"]
+    shown = [tables.evidence(result)[position].rows[0][3] for position in (0, -1)]
+    assert shown[0].text == "-5.0 points" and [cell.details[1] for cell in shown] == changed
+    assert shown[1].details[2] == "20 items, p 0.29"
 
 
 def test_a_gate_that_was_off_is_said(records, settings):
     settings["gate"]["enabled"] = False
-    assert "The gate was off: no iteration was tested before the next began." in notes(build(records, settings))
+    assert dict(checks(build(records, settings)))["Gate"] == "Off: no iteration was tested before the next began."
 
 
 def test_the_pages_say_worse_when_the_final_model_is(records, settings, tmp_path, no_pictures):
@@ -383,23 +360,23 @@ def test_the_pages_say_worse_when_the_final_model_is(records, settings, tmp_path
         records[step]["metadata"]["scores"] = scores(
             DENSE if step == "evaluate-0" else 127_872, 1 - len(wrong) / 20, 122
         )
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     sentence = "Worse than the dense model on 20 items of tiny_reasoner; not tested on tiny_retention."
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text().replace("\\_", "_"), name
     records["evaluate-4"]["metadata"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
-    assert answer(build(records, settings)).text.startswith("Cannot be said with 20 items of tiny_reasoner whether")
+    assert overall(build(records, settings)).text.startswith("Cannot be said with 20 items of tiny_reasoner whether")
 
 
 def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
     pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "regressions": 11, "improvements": 3, "items": 500,
-            "p_different": 0.0574, "alpha": 0.05, "margin": 0.02}  # fmt: skip
+            "p_different": 0.0574, "p_worse": 0.0287, "alpha": 0.05, "margin": 0.02,
+            "reference": 0.98, "candidate": 0.964, "verdict": "unclear"}  # fmt: skip
     records["evaluate-4"]["metadata"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
-    write_report(records, settings, tmp_path)
-    text = " ".join(" ".join(Page((tmp_path / "report.html").read_text()).text).split())
-    assert "against the baseline -1.6 points (-3.0 to -0.4 at 90 %), 11 regressions and 3 improvements" in text
-    assert "improvements on 500 items, p 0.057" in text
-    assert "target params 127,873" in text
+    written(records, settings, tmp_path)
+    text = words((tmp_path / "report.html").read_text())
+    assert "baseline: -1.6 points (-3.0 to -0.4 at 90 %, 11 regressions and 3 improvements, 500 items, p 0.057)" in text
+    assert "target params: 127,873" in text
 
 
 def test_a_run_judged_by_perplexity(records, settings, tmp_path):
@@ -408,8 +385,8 @@ def test_a_run_judged_by_perplexity(records, settings, tmp_path):
         for task in record["metadata"].get("scores", {}).get("tasks", [])[:1]:
             worse = 25.0 if record["metadata"]["arm"] == "control" else 20.0 + record["metadata"]["iteration"] / 2
             task.update(metric="word_perplexity,none", accuracy=worse, low=None, high=None, higher_is_better=False)
-    result = write_report(records, settings, tmp_path)
-    assert verdict(result).endswith(
+    result = written(records, settings, tmp_path)
+    assert headline(result).endswith(
         "took word_perplexity from 20 to 22; one-shot pruning reached 25, 3 worse than the loop."
     )
 
@@ -418,31 +395,32 @@ def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, 
     for record in records.values():
         for task in record["metadata"].get("scores", {}).get("tasks", [])[1:]:
             task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
-    write_report(records, settings, tmp_path)
-    assert '<td class="n">21.53</td>' in (tmp_path / "report.html").read_text()
+    written(records, settings, tmp_path)
+    assert "4 4 122 98.0 % (96.0 to 100.0) 21.53" in words((tmp_path / "report.html").read_text())
 
 
 def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
-    settings["mlflow_url"] = "http://127.0.0.1:5000/"
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path, mlflow_url="http://127.0.0.1:5000/")
     run = records["prune-1"]["pointer"]["run_id"]
     links = Page((tmp_path / "report.html").read_text()).loads
     assert f"http://127.0.0.1:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in links and len(
         links
     ) == len(records)
-    settings["mlflow_url"] = "javascript:alert(1)//"
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path, mlflow_url="javascript:alert(1)//")
     assert "javascript" not in (tmp_path / "report.html").read_text()
 
 
 def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pictures):
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     card = (tmp_path / "README.md").read_text()
     data = yaml.safe_load(card.split("---\n")[1])
     assert data["library_name"] == "transformers" and data["base_model"] == "tiny_reasoner-checkpoint"
     assert data["datasets"] == ["tiny_reasoner-train.jsonl"] and data["metrics"] == ["exact_match"]
     assert "license" not in data and "pruning" in data["tags"]
-    assert "from_pretrained" in card and "98.0 % (96.0 to 100.0), 500 items, 0-shot\n" in card
+    assert (
+        "from_pretrained" in card
+        and "(exact\\_match, 500 items, 0-shot) | 99.6 % (97.6 to 100.0) | 98.0 % (96.0 to 100.0)" in card
+    )
     assert "- Training data: examples/tiny\\_reasoner/train.jsonl\n" in card
     from huggingface_hub import ModelCard
 
@@ -450,7 +428,7 @@ def test_the_model_card_is_what_the_hub_reads(records, settings, tmp_path, no_pi
     assert [(r.dataset_name, r.metric_value) for r in rated] == [("tiny_reasoner", 0.98), ("tiny_retention", 0.88)]
     assert {(r.metric_type, r.metric_name) for r in rated} == {("exact_match", "exact_match,final-number")}
     records["import-model"]["metadata"] |= {"model": "org/model-1", "license": "apache-2.0"}
-    write_report(records, settings, tmp_path)
+    written(records, settings, tmp_path)
     data = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
     assert (data["base_model"], data["license"]) == ("org/model-1", "apache-2.0")
 
@@ -463,7 +441,7 @@ def test_a_long_run_stays_below_one_megabyte(records, settings, tmp_path):
         made[f"recover-{i}"]["curve"] = curve(100_000, 1.2) * 50
         made[f"evaluate-{i}"]["scores"]["widths"] = [250 - i] * 64
         long |= {step: record_of(step, f) for step, f in made.items()}
-    write_report(long, settings, tmp_path)
+    written(long, settings, tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
 
 
@@ -484,51 +462,13 @@ def schedule_of(records: dict, starts: dict[str, float], seconds: float) -> dict
     return records
 
 
-def one_after_another(records: dict, seconds: float) -> dict:
-    return schedule_of(records, {step: i * seconds for i, step in enumerate(records)}, seconds)
-
-
-def test_wall_clock_of_steps_one_after_another_is_their_sum(records, settings):
-    result = build(one_after_another(records, 600.0), settings)
-    assert result["wall_seconds"] == work_seconds(result) == 17 * 600 and result["idle_seconds"] == 0
-    assert "Wall clock: 2 h 50 min." in notes(result)
-
-
-def test_arms_beside_each_other_take_less_wall_clock_than_work(records, settings, tmp_path, no_pictures):
+def test_wall_clock_is_from_the_first_start_to_the_last_end(records, settings):
     loop = [step for step in records if not step.startswith("control")]
     starts = {step: i * 600.0 for i, step in enumerate(loop)}
     starts |= {"control-prune": 900.0, "control-recover": 1500.0, "control-evaluate": 2100.0}
-    result = write_report(schedule_of(records, starts, 600.0), settings, tmp_path)
-    assert (result["wall_seconds"], work_seconds(result), result["idle_seconds"]) == (14 * 600, 17 * 600, 0)
-    sentence = "Wall clock: 2 h 20 min; the work of all steps adds up to 2 h 50 min."
-    page = Page((tmp_path / "report.html").read_text())
-    text = " ".join(" ".join(page.text).split())
-    assert page.open == [] and sentence in text
-    assert "Work in steps 2 h 50 min" in text and "Wall clock 2 h 20 min" in text
-    # Not a thing that was not compared.
-    assert f"\n\n{sentence}\n" in (tmp_path / "report.md").read_text()
-    assert json.loads((tmp_path / "result.json").read_text())["wall_seconds"] == 8400
-
-
-def test_a_resumed_run_says_that_its_pause_is_counted(records, settings):
-    one_after_another(records, 600.0)
-    for step in ("control-prune", "control-recover", "control-evaluate"):  # the run was resumed a day later
-        records[step]["metadata"]["started"] += 86_400
-    result = build(records, settings)
-    assert result["idle_seconds"] == 86_400 and result["wall_seconds"] == 86_400 + 17 * 600
-    assert wall_clock(result) == (
-        "Wall clock, pauses included: 26 h 50 min, 24 h of it between the steps (pauses, start-up, failed "
-        "attempts); the work of all steps adds up to 2 h 50 min, without loading libraries and checkpoints."
-    )
-
-
-def test_a_pause_as_long_as_the_arms_saved_is_said_too(records, settings):
-    starts = {step: i * 600.0 for i, step in enumerate(step for step in records if not step.startswith("control"))}
-    starts |= {"control-prune": 1200.0, "control-recover": 1800.0, "control-evaluate": 2400.0}
-    starts |= {"evaluate-4": starts["evaluate-4"] + 1800}  # what the control saved
     result = build(schedule_of(records, starts, 600.0), settings)
-    assert result["wall_seconds"] == work_seconds(result)
-    assert "pauses included: 2 h 50 min, 30 min of it between" in wall_clock(result)
+    assert (result.wall_seconds, result.work_seconds) == (14 * 600, 17 * 600)
+    assert dict(checks(result))["Wall clock"] == "2 h 20 min; the work of all steps adds up to 2 h 50 min."
 
 
 @pytest.mark.parametrize("completed", [0, 1, 2])
@@ -538,75 +478,48 @@ def test_a_control_that_did_not_finish(records, settings, tmp_path, completed):
         del records[step]
     reason = "control-recover was killed after 3 attempts: out of memory;\n raise resources.memory <b>"
     said = "control-recover was killed after 3 attempts: out of memory; raise resources.memory <b>"
-    result = write_report(records, settings | {"control_failed": reason + "."}, tmp_path)
-    assert result["control_failed"] == said and "control_failed" not in result["settings"]
-    assert {row["arm"] for row in result["rows"]} == {"loop"} and "control" not in result["paired"]
-    assert [step["step"] for step in result["steps"] if step["arm"] == "control"] == steps[:completed]
-    assert [step["step"] for step in result["not_finished"]] == steps[completed:]
-    assert result["not_needed"] == []
-    headline = "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %; the control arm did not finish."
-    assert verdict(result) == headline
-    assert notes(result)[0] == f"The control arm did not finish: {said}."
+    result = written(records, settings, tmp_path, control_failed=reason + ".")
+    assert result.control_failed == said
+    assert {row.arm for row in result.rows} == {"loop"} and result.pair("control") is None
+    assert [step.step for step in result.steps if step.arm == "control"] == steps[:completed]
+    assert [step.step for step in result.not_finished] == steps[completed:]
+    assert result.not_needed == []
+    line = "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %; the control arm did not finish."
+    sentence = f"The control arm did not finish: {said}."
+    assert headline(result) == line and dict(checks(result))["Control"] == sentence
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(" ".join(page.text).split())
-    assert page.open == [] and headline in text and notes(result)[0] in text
-    assert f"one-shot control not finished {said}." in text
-    assert f"control-evaluate \u2013 not finished: {said}" in text
-    assert "The ringed mark is the final checkpoint." in text and "the control is drawn" not in text
-    assert "Final and the control" not in text and "Final against the control" not in text
+    assert page.open == [] and line in text and sentence in text
+    assert f"control not finished {said}" in text and "Loop against one-shot" not in text
+    assert f"control-evaluate \u2013 \u2013 not finished: {said}" in text
     markdown = (tmp_path / "report.md").read_text()
     cell = said.replace("<", "&lt;")
     assert f"- The control arm did not finish: {cell}." in markdown
-    assert f"| one-shot control | not finished | {cell} |" in markdown
-    assert f"| control-evaluate | \u2013 | not finished: {cell} | | |" in markdown
+    assert f"| control | not finished | {cell} |" in markdown
     assert "The control arm did not finish" in terminal_text(result, "report.html")
 
 
 def test_a_control_that_was_evaluated_did_finish(records, settings):
     """Its committed record holds its score, whatever failed after the commit."""
-    result = build(records, settings | {"control_failed": "control-evaluate: MLflow cannot be reached"})
-    assert result["control_failed"] == "" and result["not_finished"] == []
-    assert "one-shot pruning reached 90.0 %" in verdict(result)
+    result = build(records, settings, control_failed="control-evaluate: MLflow cannot be reached")
+    assert result.control_failed == "" and result.not_finished == []
+    assert "one-shot pruning reached 90.0 %" in headline(result)
 
 
-def test_a_run_whose_control_finished_says_nothing_of_failures(records, settings, tmp_path, no_pictures):
-    result = write_report(records, settings | {"control_failed": ""}, tmp_path)
-    assert "One-shot control" in (tmp_path / "report.md").read_text()
-    assert result["control_failed"] == "" and "did not finish" not in (tmp_path / "report.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("beside", "warning"),
-    [
-        (
-            ["control-recover"],
-            "While speed was measured, control-recover was computing on the same node: read the ratio with care.",
-        ),
-        (
-            ["control-recover", "evaluate-3"],
-            "While speed was measured, control-recover and evaluate-3 were computing on the same node: read the ratio "
-            "with care.",
-        ),
-    ],
-)
-def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures, beside, warning):
-    records["evaluate-4"]["metadata"]["speed"]["beside"] = beside
-    result = write_report(records, settings, tmp_path)
-    assert result["speed"]["beside"] == beside
-    html = (tmp_path / "report.html").read_text()
-    assert f"<strong>{warning}</strong>" in html[html.index("Speedup") :]  # by the table
+def test_speed_measured_beside_other_work_is_marked(records, settings, tmp_path, no_pictures):
+    result = written(records, settings, tmp_path)
+    assert "read the ratio" not in (tmp_path / "report.html").read_text()
+    records["evaluate-4"]["metadata"]["speed"]["beside"] = ["control-recover", "evaluate-3"]
+    result = written(records, settings, tmp_path)
+    assert result.speed["beside"] == ["control-recover", "evaluate-3"]
+    warning = (
+        "While speed was measured, control-recover and evaluate-3 were computing on the same node: read the ratio with "
+        "care."
+    )
+    assert f'<p class="warning">{warning}</p>' in (tmp_path / "report.html").read_text()
     for name in ("report.md", "README.md"):
-        text = (tmp_path / name).read_text()
-        assert warning in text[text.index("## Speed") :], name
-    assert any(note.endswith(f"per solved problem. {warning}") for note in notes(result))
-
-
-def test_speed_measured_alone_has_no_warning(records, settings, tmp_path, no_pictures):
-    records["evaluate-4"]["metadata"]["speed"]["beside"] = []
-    result = write_report(records, settings, tmp_path)
-    assert "read the ratio" not in (tmp_path / "report.html").read_text() + " ".join(notes(result))
-    records["evaluate-4"]["metadata"]["speed"] = {"reason": "no memory", "beside": ["control-recover"]}
-    assert "Speed was not measured: no memory." in notes(build(records, settings))
+        assert warning in (tmp_path / name).read_text(), name
+    assert any(sentence.endswith(warning) for sentence in limits(result))
 
 
 def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, settings, tmp_path, no_pictures):
@@ -616,22 +529,22 @@ def test_order_is_that_of_arm_and_iteration_whatever_came_first(records, setting
     draw = random.Random(5)
     starts = {step: draw.uniform(0, 900) for step in records}
     schedule_of(records, starts, 300.0)
-    write_report(records, settings, tmp_path / "first")
+    written(records, settings, tmp_path / "first")
     steps = list(records)
     for i in range(3):
         draw.shuffle(steps)
-        result = write_report({step: records[step] for step in steps}, settings, tmp_path / str(i))
+        result = written({step: records[step] for step in steps}, settings, tmp_path / str(i))
         for name in ("report.html", "report.md", "README.md", "result.json"):
             assert (tmp_path / str(i) / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
     stages = ("prune", "recover", "evaluate")
     loop = [f"{stage}-{i}" for i in (1, 2, 3, 4) for stage in stages]
     expected = ["import-model", "evaluate-0", *loop, *(f"control-{stage}" for stage in stages)]
-    assert [step["step"] for step in result["steps"]] == expected
-    assert [row["step"] for row in result["rows"]] == [step for step in expected if "evaluate" in step]
-    assert result["final"]["model_version"] == "2" and final_row(result)["iteration"] == 4
+    assert [step.step for step in result.steps] == expected
+    assert [row.step for row in result.rows] == [step for step in expected if "evaluate" in step]
+    assert result.final.model_version == "2" and result.final_row.iteration == 4
     records |= {step: {**record, "metadata": record["metadata"] | {"started": 1.76e9 - starts[step]}}
                 for step, record in records.items()}  # fmt: skip
-    assert [step["step"] for step in build(records, settings)["steps"]] == expected
+    assert [step.step for step in build(records, settings).steps] == expected
 
 
 def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_path):
@@ -640,16 +553,13 @@ def test_a_report_where_only_some_rows_have_an_interval(records, settings, tmp_p
         if record["metadata"]["stage"] == "evaluate" and name != "evaluate-4":
             record["metadata"]["scores"]["tasks"][0] |= {"low": None, "high": None}
         record["metadata"].pop("items", None)
-    result = write_report(records, settings, tmp_path)
-    assert [row["low"] is None for row in result["rows"]].count(False) == 1
-    assert "intervals" not in " ".join(notes(result)) and (tmp_path / "report.html").is_file()
+    result = written(records, settings, tmp_path)
+    assert [row.low is None for row in result.rows].count(False) == 1
+    assert "<figure>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_rows_tokens_are_not_taken_for_the_loops(records, settings):
-    result = build(records, settings)
-    total = total_tokens(result, "loop")
-    for step in result["steps"]:
-        if step["step"] == "control-recover":
-            step["tokens"] = total
-    said = f"Recovery tokens are of each iteration alone: the loop had {total:,} in all, the control as many."
-    assert said in notes(result)
+    assert dict(checks(build(records, settings)))["Control"] == "As many recovery tokens as the loop: 3,000,000."
+    records["control-recover"]["metadata"]["tokens"] = 2
+    sentence = "The arms had different recovery tokens: loop 3,000,000, control 2."
+    assert dict(checks(build(records, settings)))["Control"].startswith(sentence)

@@ -1,0 +1,173 @@
+"""What a comparison says, in plain words that promise no more than the tests: the one place that words a verdict."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ptl.config.rehearsal import is_rehearsal
+from ptl.evaluation.paired import Paired, can_fall
+from ptl.report.numbers import accuracy, is_share, margin, metric, percent
+from ptl.report.result import Result, Row
+from ptl.units import counted, listed
+
+Kind = Literal["good", "bad", "unclear", "none"]  # how the pages colour it
+SAME_SIZE = 0.005  # relative difference of parameters below which two models count as equally large
+
+
+class Verdict(NamedTuple):
+    """A verdict for a reader."""
+
+    kind: Kind
+    text: str  # without a full stop
+
+
+# What a comparison says -> how it is coloured; the worst comes first in a sentence.
+KINDS: dict[str, Kind] = {
+    "inferior": "bad",
+    "fell": "unclear",
+    "unsolved": "unclear",
+    "unclear": "unclear",
+    "not inferior": "good",
+}
+REHEARSAL = "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
+
+
+def first_line(result: Result) -> str:
+    """How the report begins: whether the final model may be shipped, and by which scores."""
+    return f"{overall(result).text}. {headline(result)}"
+
+
+def overall(result: Result) -> Verdict:
+    """Of all benchmarks together: the worst verdict comes first and gives the colour."""
+    final = result.final_row
+    if is_rehearsal(result.settings):
+        return Verdict("unclear", REHEARSAL)
+    if final is None:
+        return Verdict("unclear", "Cannot be said: the final checkpoint was not scored")
+    if final is result.dense_row:
+        return Verdict("none", "Nothing to ship: the final checkpoint is the dense model")
+    pairs = {task: result.pair("dense", task) for task in result.tasks}
+    by_outcome: dict[str, dict[str, Paired]] = {}
+    for task, pair in pairs.items():
+        if pair:
+            by_outcome.setdefault(_outcome(pair), {})[task] = pair
+    parts = [_part(outcome, by_outcome[outcome]) for outcome in KINDS if outcome in by_outcome]
+    untested = [task for task, pair in pairs.items() if pair is None]
+    if untested:
+        parts.append(f"not tested on {listed(untested)}")
+    text = "; ".join(parts)
+    # One worse benchmark is enough; good is only what was tested on every benchmark.
+    is_good = list(by_outcome) == ["not inferior"] and not untested
+    kind: Kind = "bad" if "inferior" in by_outcome else "good" if is_good else "unclear"
+    return Verdict(kind, text[0].upper() + text[1:])
+
+
+def of_pair(pair: Paired | None, reference: str) -> Verdict:
+    """On one benchmark, for a row of a table; `reference` names the other model: `the dense model`."""
+    if pair is None:
+        return Verdict("unclear", "Not tested")
+    items = counted(pair.items, "item")
+    words = {
+        "inferior": "Worse",
+        "fell": f"Fell; whether by more than {margin(pair.margin)} cannot be said with {items}",
+        "unsolved": f"Cannot be said: {reference} solves {solved(pair)}",
+        "unclear": f"Cannot be said with {items}",
+        "not inferior": f"Not worse within the margin of {margin(pair.margin)}",
+    }
+    outcome = _outcome(pair)
+    return Verdict(KINDS[outcome], words[outcome])
+
+
+def beside_control(pair: Paired | None, confidence: float) -> Verdict:
+    """Whether the loop is better or worse than its control, by the two-sided test at the run's confidence level."""
+    if pair is None:
+        return Verdict("unclear", "Not tested")
+    if pair.p_different > 1 - confidence:
+        return Verdict("unclear", "No difference shown")
+    return Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
+
+
+def is_unsolved(pair: Paired) -> bool:
+    """Whether the reference solves too few items of a benchmark for any verdict."""
+    return _outcome(pair) == "unsolved"
+
+
+def solved(pair: Paired) -> str:
+    """How many items the reference solves: `none of 500 items`."""
+    number = round(pair.reference * pair.items)
+    return f"{f'{number:,}' if number else 'none'} of {counted(pair.items, 'item')}"
+
+
+def _outcome(pair: Paired) -> str:
+    """A key of KINDS: an unclear comparison is divided by what is unclear.
+
+    `fell`: only how far; `unsolved`: the reference solves too few items to fall by more than the margin.
+    """
+    if pair.verdict == "unclear" and pair.p_worse <= pair.alpha:
+        return "fell"
+    # A significant improvement is one all the same.
+    if not can_fall(pair.reference, pair.margin) and pair.low <= 0:
+        return "unsolved"
+    return pair.verdict
+
+
+def _part(outcome: str, pairs: dict[str, Paired]) -> str:
+    """The part of the sentence on the benchmarks with this outcome."""
+    tolerated = f"the margin of {margin(next(iter(pairs.values())).margin)}"
+    items = listed([f"{counted(pair.items, 'item')} of {task}" for task, pair in pairs.items()])
+    unsolved = listed([f"{solved(pair)} of {task}" for task, pair in pairs.items()])
+    parts = {
+        "inferior": f"worse than the dense model on {items}",
+        "fell": f"the score fell on {items}, and whether by more than {tolerated} cannot be said with so few",
+        "unsolved": f"cannot be said: the dense model solves {unsolved}",
+        "unclear": f"cannot be said with {items} whether the score fell by more than {tolerated}",
+        "not inferior": f"not worse than the dense model within {tolerated} on {items}",
+    }
+    return parts[outcome]
+
+
+def headline(result: Result) -> str:
+    """The scores of the run in one sentence."""
+    sentence = _scores(result)
+    if result.control_failed:
+        sentence += "; the control arm did not finish"
+    return f"{sentence}."
+
+
+def _scores(result: Result) -> str:
+    dense, final, control = result.dense_row, result.final_row, result.control_row
+    share = percent(result.final.share_removed)
+    if final is None:
+        return f"{share} of the parameters were removed; the final checkpoint was not scored"
+    # A perplexity is called by its name.
+    name = "accuracy" if is_share(dense.first) else metric(dense.first)
+    before = accuracy(dense.first)
+    if final is dense:
+        return f"No iteration passed: the final checkpoint is the dense model, at {before} {name}"
+    sentence = f"Removing {share} of the parameters took {name} from {before} to {accuracy(final.first)}"
+    return f"{sentence}; {_control(result, final, control)}" if control else sentence
+
+
+def _control(result: Result, final: Row, control: Row) -> str:
+    """The one-shot control's score, and whether the loop's is better."""
+    one_shot = f"one-shot pruning reached {accuracy(control.first)}"
+    # Where the loop stopped early, the control is smaller.
+    if abs(control.params / final.params - 1) > SAME_SIZE:
+        one_shot += f" with {percent(control.share_removed)} removed"
+    gain = gain_on_control(final, control)
+    if gain == 0:
+        return f"{one_shot}, the same"
+    pair = result.pair("control")
+    if pair and beside_control(pair, result.confidence).kind == "unclear":
+        return f"{one_shot}: the difference is not significant (p {pair.p_different:.2g})"
+    # Differences of shares are points, not percent.
+    distance = f"{abs(gain) * 100:.1f} points" if is_share(final.first) else f"{abs(gain):.3g}"
+    if gain < 0:
+        return f"{one_shot}: the control is {distance} better than the loop"
+    return f"{one_shot}, {distance} worse than the loop"
+
+
+def gain_on_control(final: Row, control: Row) -> float:
+    """How much better the loop's final model scored; of a perplexity, less is better."""
+    difference = final.accuracy - control.accuracy
+    return difference if final.first.higher_is_better else -difference
