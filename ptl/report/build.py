@@ -87,6 +87,8 @@ def build(
     scored = [row for row in rows if row.arm == "loop" and row.digest == final.digest]
     final_row = scored[-1] if scored else None
     failed = _control_failed(steps, control_failed)
+    outcomes = {"dense": _outcomes(steps, "evaluate-0", final_row)}
+    outcomes["control"] = _outcomes(steps, "control-evaluate", final_row)
     return Result(
         run_id=run_id,
         mlflow_run_id=mlflow_run_id,
@@ -112,8 +114,8 @@ def build(
         decontaminated=_decontaminated(steps),
         sequences=_sequences(steps),
         curves={name: step.metadata["curve"] for name, step in steps.items() if step.metadata.get("curve")},
-        paired=_paired(steps, final_row, config["gate"]),
-        examples=_examples(steps, final_row),
+        paired=_paired(outcomes, [score.task for score in rows[0].scores.tasks], config["gate"]),
+        examples=_examples(steps, final_row, outcomes["dense"]),
         settings=config,
     )
 
@@ -255,54 +257,51 @@ def _sequences(steps: Steps) -> Sequences:
     return Sequences(**totals, passes=max((counts["passes"] for counts in in_loop), default=None))
 
 
+Outcomes = dict[str, tuple[list[int], list[int]]]  # task -> 0/1 of each item in two evaluations
+
+
 def _items(steps: Steps, name: str) -> list[Item]:
     """The items of an evaluation; none where it has no record, or its record no items."""
     return steps[name].metadata.get("items", []) if name in steps else []
 
 
-def _paired(steps: Steps, final: Row | None, gate: dict[str, Any]) -> dict[str, dict[str, Paired]]:
-    """The final checkpoint against the dense one and the control, item by item.
-
-    The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
-    """
-    if final is None:
+def _outcomes(steps: Steps, reference: str, final: Row | None) -> Outcomes:
+    """The items that a reference and the final checkpoint's evaluation have; none of a task that asked otherwise."""
+    # Where no iteration passed, the dense model is the final one.
+    if final is None or final.step == reference:
         return {}
-    after = _items(steps, final.step)
-    shared_alpha = gate["alpha"] / max(1, len({item["task"] for item in after}))
-    tasks = [score.task for score in final.scores.tasks]
-    comparisons: dict[str, dict[str, Paired]] = {task: {} for task in tasks}
-    for label, step in (("dense", "evaluate-0"), ("control", "control-evaluate")):
-        # Where no iteration passed, the dense model is the final one.
-        outcomes = {} if step == final.step else _outcomes(_items(steps, step), after, warn=True)
-        for task in filter(outcomes.__contains__, tasks):
-            alpha = gate["alpha"] if task == tasks[0] else shared_alpha
-            comparisons[task][label] = paired(*outcomes[task], gate["margin"], alpha)
-    return comparisons
-
-
-def _outcomes(before: list[Item], after: list[Item], *, warn: bool) -> dict[str, tuple[list[int], list[int]]]:
-    """By task, the 0/1 outcomes of the items that both evaluations have; none of a task that asked them otherwise."""
+    before, after = _items(steps, reference), _items(steps, final.step)
     scored = {item["task"] for item in after}
     outcomes = {}
     for task in dict.fromkeys(item["task"] for item in before if item["task"] in scored):
         try:
             outcomes[task] = match(before, after, task)
         except InputError as error:
-            if warn:
-                say("report", f"warning: {task} is not compared: {error.problem}")
+            say("report", f"warning: {task} is not compared: {error.problem}")
     return outcomes
 
 
-def _examples(steps: Steps, final: Row | None) -> Examples | None:
+def _paired(by_reference: dict[str, Outcomes], tasks: list[str], gate: dict[str, Any]) -> dict[str, dict[str, Paired]]:
+    """The final checkpoint against the dense one and the control, item by item.
+
+    The first task is tested as the gate tests it. The others share the significance level as in `ptl compare`.
+    """
+    shared = gate["alpha"] / max(1, *(len(outcomes) for outcomes in by_reference.values()))
+    comparisons: dict[str, dict[str, Paired]] = {task: {} for task in tasks}
+    for reference, outcomes in by_reference.items():
+        for task, pair in outcomes.items():
+            alpha = gate["alpha"] if task == tasks[0] else shared
+            comparisons[task][reference] = paired(*pair, gate["margin"], alpha)
+    return comparisons
+
+
+def _examples(steps: Steps, final: Row | None, outcomes: Outcomes) -> Examples | None:
     """Items whose outcome changed from the dense model to the final one, where the records carry their items."""
-    if final is None or final.step == "evaluate-0":
+    if final is None or not outcomes:
         return None
-    before, after = _items(steps, "evaluate-0"), _items(steps, final.step)
-    tasks = _outcomes(before, after, warn=False)  # `_paired` has warned
-    if not tasks:
-        return None
-    answers = {(item["task"], item["id"]): item for item in after}
-    compared = [(old, answers[old["task"], old["id"]]) for old in before if old["task"] in tasks]
+    answers = {(item["task"], item["id"]): item for item in _items(steps, final.step)}
+    dense = [item for item in _items(steps, "evaluate-0") if item["task"] in outcomes]
+    compared = [(old, answers[old["task"], old["id"]]) for old in dense]
     regressions = [_change(old, new) for old, new in compared if old["correct"] > new["correct"]]
     improvements = [_change(old, new) for old, new in compared if old["correct"] < new["correct"]]
     return Examples(
@@ -316,13 +315,15 @@ def _examples(steps: Steps, final: Row | None) -> Examples | None:
 
 
 def _change(old: Item, new: Item) -> Change:
+    texts = (old["prompt"], old["target"], old["answer"], new["answer"])
+    prompt, target, before, after = map(_shortened, texts)
     return Change(
         task=old["task"],
         id=old["id"],
-        prompt=_shortened(old["prompt"]),
-        target=_shortened(old["target"]),
-        before=_shortened(old["answer"]),
-        after=_shortened(new["answer"]),
+        prompt=prompt,
+        target=target,
+        before=before,
+        after=after,
         before_truncated=old["truncated"],
         after_truncated=new["truncated"],
     )

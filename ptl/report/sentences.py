@@ -5,10 +5,10 @@ from __future__ import annotations
 from ptl.config.schedule import removal
 from ptl.data import decontamination
 from ptl.evaluation import speed_rows
-from ptl.evaluation.paired import Paired, factor_to_decide, smallest_inferior_drop
-from ptl.report.numbers import is_share, margin, percent
-from ptl.report.result import ExportRow, Goal, Result, Row
-from ptl.report.verdict import gain_on_control, is_unsolved, solved
+from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
+from ptl.report.numbers import margin, percent
+from ptl.report.result import Goal, Result, Row
+from ptl.report.verdict import gain_on_control
 from ptl.units import counted, duration, memory_beside, numbered
 
 SHORT_OF_TARGET = 0.005  # of the dense model's parameters, from which a run counts as ended early
@@ -130,32 +130,18 @@ def _items(result: Result, task: str) -> str:
     pair = result.pair("dense", task)
     if pair is None:
         return f"The change on {task} was not tested: it was not compared item by item."
-    tolerated = f"the margin of {margin(pair.margin)}"
-    if is_unsolved(pair):
-        return (
-            f"The dense model solves {solved(pair)} of {task}: a score so low cannot fall by more than {tolerated}, so "
-            "nothing is shown there."
-        )
     items = f"{counted(pair.items, 'item')} of {task}"
-    # What the test can show, whatever is tolerated.
-    visible = smallest_inferior_drop(pair.improvements, pair.items, 0, pair.alpha)
-    if visible is None:
-        return f"{items} are too few to show any drop."
-    if visible > pair.margin:
-        return (
-            f"{items} are too few to see a drop of {tolerated}: beside {counted(pair.improvements, 'improvement')}, "
-            f"the smallest drop that they show is {visible * 100:.1f} points.{_more_items(pair)}"
-        )
-    drop = smallest_inferior_drop(pair.improvements, pair.items, pair.margin, pair.alpha) or 1
-    return f"With {items}, a drop below {drop * 100:.1f} points is not called worse.{_more_items(pair)}"
-
-
-def _more_items(pair: Paired) -> str:
-    """How many items would have given a verdict."""
+    drop = smallest_inferior_drop(pair.improvements, pair.items, pair.margin, pair.alpha)
+    if drop is None or drop > pair.reference:
+        return f"{items} are too few to show any drop, or the dense model solves too few of them."
+    sentence = f"With {items}, a drop below {drop * 100:.1f} points is not called worse."
     if pair.verdict != "unclear":
-        return ""
+        return sentence
+    # How many items would have given a verdict.
     factor = factor_to_decide(pair.regressions, pair.improvements, pair.items, pair.margin, pair.alpha)
-    return f" If the same share of items changed, {factor} times as many would decide." if factor else ""
+    return (
+        f"{sentence} If the same share of items changed, {factor} times as many would decide." if factor else sentence
+    )
 
 
 def _token_limits(dense: Row, final: Row) -> list[str]:
@@ -210,47 +196,3 @@ def _cut_sequences(result: Result) -> str:
         f"{counts.cut_sequences:,} of {counted(counts.sequences, 'training sequence')} were cut at recover.max_length: "
         "the model was not trained on their ends."
     )
-
-
-def scores_caption(result: Result) -> str:
-    """Which metric the scores are, on which version of which task: scores of another version are not comparable."""
-    task = result.dense_row.first
-    subject = "Accuracy" if is_share(task) else "The score"
-    shots = f"{task.num_fewshot}-shot. Recovery tokens are those of each iteration alone."
-    return f"{subject} is {task.metric} on {task.task}, version {task.version}, {shots}"
-
-
-def differences_caption(result: Result) -> str:
-    """How the differences were tested; empty where none was."""
-    pairs = [pair for by_reference in result.paired.values() for pair in by_reference.values()]
-    if not pairs:
-        return ""
-    # The first task's comes first.
-    alpha, tolerated = pairs[0].alpha, margin(pairs[0].margin)
-    sentence = (
-        f"Differences are item by item. Worse: the score fell by more than {tolerated}, and McNemar's exact one-sided "
-        f"test calls the fall significant at {100 * alpha:g} %. Not worse: the lower end of the interval is above "
-        f"-{tolerated}. p is two-sided."
-    )
-    others = min(pair.alpha for pair in pairs)
-    if others < alpha:
-        sentence += (
-            " Against the dense model the first benchmark decides; the others share the significance level "
-            f"({100 * others:.3g} % each)."
-        )
-    return sentence
-
-
-def export_notes(result: Result, export: ExportRow) -> list[str]:
-    """What belongs to the tables of an export."""
-    notes = list(export.notes)
-    if export.limit:
-        notes.append(
-            f"Exports were scored on the first {export.limit:,} items of each benchmark at most. Comparisons are over "
-            "these items only; the accuracies of the dense and the final model are over all that the run scores."
-        )
-    reason = export.speed.get("reason")
-    notes.append(f"Speed was not measured: {reason}." if reason else export.speed["setting"])
-    if result.run_id:
-        notes.append(f"Get the files: ptl fetch {result.run_id}:{export.step} DIR")
-    return notes

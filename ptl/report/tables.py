@@ -66,22 +66,21 @@ def iterations(result: Result) -> Table:
     return Table(columns, rows, 6, tuple(kinds))
 
 
-def shapes(result: Result) -> Table:
-    """What is left of each checkpoint, and its score on every benchmark where there are several."""
+def details(result: Result) -> Table:
+    """What is left of each checkpoint, its score on every benchmark, and why the gate decided as it did."""
     tasks = result.tasks if len(result.tasks) > 1 else []
-    has_experts = any(row.scores.experts for row in result.rows)
-    layers_removed = any(row.removed_layers for row in result.rows)
-    columns = ["Iteration", "Layers", *["Experts"] * has_experts, "FFN width", *["Removed layers"] * layers_removed]
     rows = []
     for row in result.rows:
         low, high = min(row.scores.widths), max(row.scores.widths)
-        cells = [row.label, str(len(row.scores.widths))]
-        cells += [str(row.scores.experts)] if has_experts else []
-        cells += [f"{low:,}" if low == high else f"{low:,} to {high:,}"]
-        cells += [", ".join(map(str, row.removed_layers)) or NONE.text] if layers_removed else []
-        cells += [numbers.score(task) for task in row.scores.tasks] if tasks else []
-        rows.append(_cells(*cells))
-    return Table((*columns, *tasks), rows, len(columns) + len(tasks) - 1)
+        shape = [f"FFN width {low:,}" if low == high else f"FFN width {low:,} to {high:,}"]
+        if row.scores.experts:
+            shape.append(f"{row.scores.experts} experts")
+        if row.removed_layers:
+            shape.append(f"removed layers {', '.join(map(str, row.removed_layers))}")
+        scores = map(numbers.score, row.scores.tasks) if tasks else ()
+        layers = Cell(f"{len(row.scores.widths)} layers", tuple(shape))
+        rows.append(_cells(row.label, layers, *scores, row.reason or row.verdict))
+    return Table(("Iteration", "Shape", *tasks, "Verdict"), rows, 1 + len(tasks))
 
 
 def evidence(result: Result) -> list[Table]:
@@ -102,10 +101,7 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
     """A row for each benchmark beside the reference, `dense` or `control`."""
     rows = []
     for position, task in enumerate(reference.scores.tasks):
-        label = Cell(
-            task.task,
-            (f"{numbers.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot",),
-        )
+        setting = f"{numbers.metric(task)}, {counted(task.items, 'item')}, {task.num_fewshot}-shot"
         before, after, difference = _score(task), NONE, NONE
         if final is None:
             verdict = Verdict("unclear", "Final not scored")
@@ -116,7 +112,7 @@ def _scores(result: Result, key: str, reference: Row, final: Row | None) -> Tabl
             pair = result.pair(key, task.task)
             after, difference = _score(scored), _difference(task, scored, pair)
             verdict = of_pair(pair, "the dense model") if key == "dense" else beside_control(pair, result.confidence)
-        rows.append([label, before, after, difference, Cell(verdict.text, kind=verdict.kind)])
+        rows.append([Cell(task.task, (setting,)), before, after, difference, Cell(verdict.text, kind=verdict.kind)])
     title = "Score" if key == "dense" else "Loop against one-shot pruning"
     return Table((title, key.capitalize(), "Final", "Difference", "Verdict"), rows, 3)
 
@@ -184,27 +180,6 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     if pairs:
         tables.append(Table(("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict"), pairs, 0))
     return tables
-
-
-def decisions(result: Result) -> Table:
-    """What became of each iteration, and the numbers that the gate decided by."""
-    rows = []
-    for row in result.rows:
-        measured = tuple(f"{key.replace('_', ' ')}: {_number(value)}" for key, value in row.numbers.items())
-        rows.append(_cells(row.label, row.verdict, Cell(row.reason, measured) if row.reason or measured else NONE))
-    for iteration, reason in {step.iteration: step.reason for step in result.not_needed}.items():
-        rows.append(_cells(str(iteration), "not needed", f"passed its input through: {reason}"))
-    if result.control_failed:
-        rows.append(_cells("control", "not finished", result.control_failed))
-    return Table(("Iteration", "Verdict", "Numbers"), rows, 0)
-
-
-def _number(value: object) -> str:
-    """A paired comparison, a count, or a setting."""
-    if isinstance(value, dict):
-        difference, *details = numbers.comparison(Paired(**value))
-        return f"{difference} ({', '.join(details)})"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def lineage(result: Result) -> Table:

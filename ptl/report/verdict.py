@@ -21,15 +21,8 @@ class Verdict(NamedTuple):
     text: str  # without a full stop
 
 
-# What a comparison says -> how it is coloured; the worst comes first in a sentence.
-KINDS: dict[str, Kind] = {
-    "inferior": "bad",
-    "fell": "unclear",
-    "unsolved": "unclear",
-    "unclear": "unclear",
-    "not inferior": "good",
-}
 REHEARSAL = "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
+WORST_FIRST: tuple[Kind, ...] = ("bad", "unclear", "none", "good")
 
 
 def first_line(result: Result) -> str:
@@ -46,36 +39,31 @@ def overall(result: Result) -> Verdict:
         return Verdict("unclear", "Cannot be said: the final checkpoint was not scored")
     if final is result.dense_row:
         return Verdict("none", "Nothing to ship: the final checkpoint is the dense model")
-    pairs = {task: result.pair("dense", task) for task in result.tasks}
-    by_outcome: dict[str, dict[str, Paired]] = {}
-    for task, pair in pairs.items():
-        if pair:
-            by_outcome.setdefault(_outcome(pair), {})[task] = pair
-    parts = [_part(outcome, by_outcome[outcome]) for outcome in KINDS if outcome in by_outcome]
-    untested = [task for task, pair in pairs.items() if pair is None]
-    if untested:
-        parts.append(f"not tested on {listed(untested)}")
-    text = "; ".join(parts)
-    # One worse benchmark is enough; good is only what was tested on every benchmark.
-    is_good = list(by_outcome) == ["not inferior"] and not untested
-    kind: Kind = "bad" if "inferior" in by_outcome else "good" if is_good else "unclear"
-    return Verdict(kind, text[0].upper() + text[1:])
+    benchmarks: dict[Verdict, list[str]] = {}
+    for task in result.tasks:
+        pair = result.pair("dense", task)
+        items = f"{counted(pair.items, 'item')} of " if pair else ""
+        benchmarks.setdefault(of_pair(pair, "the dense model"), []).append(f"{items}{task}")
+    verdicts = sorted(benchmarks, key=lambda verdict: WORST_FIRST.index(verdict.kind))
+    parts = [f"{verdict.text} on {listed(benchmarks[verdict])}" for verdict in verdicts]
+    text = "; ".join([parts[0], *(part[0].lower() + part[1:] for part in parts[1:])])
+    return Verdict(verdicts[0].kind, text)
 
 
 def of_pair(pair: Paired | None, reference: str) -> Verdict:
-    """On one benchmark, for a row of a table; `reference` names the other model: `the dense model`."""
+    """On one benchmark; `reference` names the other model: `the dense model`."""
     if pair is None:
         return Verdict("unclear", "Not tested")
-    items = counted(pair.items, "item")
-    words = {
-        "inferior": "Worse",
-        "fell": f"Fell; whether by more than {margin(pair.margin)} cannot be said with {items}",
-        "unsolved": f"Cannot be said: {reference} solves {solved(pair)}",
-        "unclear": f"Cannot be said with {items}",
-        "not inferior": f"Not worse within the margin of {margin(pair.margin)}",
-    }
-    outcome = _outcome(pair)
-    return Verdict(KINDS[outcome], words[outcome])
+    tolerated = f"the margin of {margin(pair.margin)}"
+    if pair.verdict == "inferior":
+        return Verdict("bad", f"Worse than {reference}")
+    if pair.verdict == "not inferior":
+        return Verdict("good", f"Not worse than {reference} within {tolerated}")
+    if pair.p_worse <= pair.alpha:
+        return Verdict("unclear", f"The score fell, and whether by more than {tolerated} cannot be said")
+    if not can_fall(pair.reference, pair.margin):
+        return Verdict("unclear", f"Cannot be said, as {reference} solves too few to fall by more than {tolerated}")
+    return Verdict("unclear", f"Cannot be said whether the score fell by more than {tolerated}")
 
 
 def beside_control(pair: Paired | None, confidence: float) -> Verdict:
@@ -85,45 +73,6 @@ def beside_control(pair: Paired | None, confidence: float) -> Verdict:
     if pair.p_different > 1 - confidence:
         return Verdict("unclear", "No difference shown")
     return Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
-
-
-def is_unsolved(pair: Paired) -> bool:
-    """Whether the reference solves too few items of a benchmark for any verdict."""
-    return _outcome(pair) == "unsolved"
-
-
-def solved(pair: Paired) -> str:
-    """How many items the reference solves: `none of 500 items`."""
-    number = round(pair.reference * pair.items)
-    return f"{f'{number:,}' if number else 'none'} of {counted(pair.items, 'item')}"
-
-
-def _outcome(pair: Paired) -> str:
-    """A key of KINDS: an unclear comparison is divided by what is unclear.
-
-    `fell`: only how far; `unsolved`: the reference solves too few items to fall by more than the margin.
-    """
-    if pair.verdict == "unclear" and pair.p_worse <= pair.alpha:
-        return "fell"
-    # A significant improvement is one all the same.
-    if not can_fall(pair.reference, pair.margin) and pair.low <= 0:
-        return "unsolved"
-    return pair.verdict
-
-
-def _part(outcome: str, pairs: dict[str, Paired]) -> str:
-    """The part of the sentence on the benchmarks with this outcome."""
-    tolerated = f"the margin of {margin(next(iter(pairs.values())).margin)}"
-    items = listed([f"{counted(pair.items, 'item')} of {task}" for task, pair in pairs.items()])
-    unsolved = listed([f"{solved(pair)} of {task}" for task, pair in pairs.items()])
-    parts = {
-        "inferior": f"worse than the dense model on {items}",
-        "fell": f"the score fell on {items}, and whether by more than {tolerated} cannot be said with so few",
-        "unsolved": f"cannot be said: the dense model solves {unsolved}",
-        "unclear": f"cannot be said with {items} whether the score fell by more than {tolerated}",
-        "not inferior": f"not worse than the dense model within {tolerated} on {items}",
-    }
-    return parts[outcome]
 
 
 def headline(result: Result) -> str:

@@ -6,7 +6,7 @@ from run_records import items, reject, scores
 from ptl.report import tables
 from ptl.report.build import build
 from ptl.report.render import render
-from ptl.report.sentences import checks, differences_caption, limits
+from ptl.report.sentences import checks, limits
 from ptl.report.verdict import overall
 
 SMALL = 127_872  # parameters of the final model
@@ -33,22 +33,18 @@ def lines(result, title: str) -> list[list[tables.Cell]]:
 @pytest.mark.parametrize(
     ("wrong", "kind", "said"),
     [
-        (0, "good", "Not worse than the dense model within the margin of 2 points on 1,000 items of tiny_reasoner"),
-        (
-            17,
-            "unclear",
-            "The score fell on 1,000 items of tiny_reasoner, and whether by more than the margin of 2 points",
-        ),
-        (25, "bad", "Worse than the dense model on 1,000 items of tiny_reasoner"),
+        (0, "good", "Not worse than the dense model within the margin of 2 points"),
+        (17, "unclear", "The score fell, and whether by more than the margin of 2 points cannot be said"),
+        (25, "bad", "Worse than the dense model"),
     ],
 )
 def test_the_answer_is_the_paired_verdict(records, settings, wrong, kind, said):
     scored(records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)))
     scored(records, "evaluate-4", many_items("tiny_reasoner", 1000, range(wrong)))
     result = build(records, settings)
-    assert overall(result).text.startswith(said)
+    assert f"{said} on 1,000 items of tiny_reasoner".lower() in overall(result).text.lower()
     # The second benchmark has no items: all of the run is never better than what was tested.
-    assert overall(result).text.endswith("not tested on tiny_retention")
+    assert "not tested on tiny_retention" in overall(result).text.lower()
     assert overall(result).kind == (kind if kind == "bad" else "unclear")
     assert [line[-1].kind for line in lines(result, "Score")] == [kind, "unclear"]
     assert lines(result, "Score")[1][-1].text == "Not tested"
@@ -58,15 +54,16 @@ def test_a_dense_model_that_solves_nothing_gives_no_overall(records, settings):
     for step in ("evaluate-0", "evaluate-4"):
         scored(records, step, many_items("tiny_reasoner", 1000, range(1000)))
     result = build(records, settings)
-    assert overall(result).text.startswith(
-        "Cannot be said: the dense model solves none of 1,000 items of tiny_reasoner; not tested"
+    said = (
+        "Cannot be said, as the dense model solves too few to fall by more than the margin of 2 points on 1,000 items"
     )
+    assert overall(result).text.startswith(said)
     assert overall(result).kind == lines(result, "Score")[0][-1].kind == "unclear"
-    said = "The dense model solves none of 1,000 items of tiny_reasoner: a score so low cannot fall"
-    assert any(sentence.startswith(said) for sentence in limits(result))
+    said = "1,000 items of tiny_reasoner are too few to show any drop, or the dense model solves too few of them."
+    assert said in limits(result)
 
 
-def test_each_benchmark_has_its_own_verdict(records, settings):
+def test_each_benchmark_has_its_own_verdict(records, settings, tmp_path, no_pictures):
     scored(
         records, "evaluate-0", many_items("tiny_reasoner", 1000, range(0)), many_items("tiny_retention", 300, range(0))
     )
@@ -75,7 +72,10 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
     )
     result = build(records, settings)
     first, second = lines(result, "Score")
-    assert (first[-1].text, second[-1].text) == ("Not worse within the margin of 2 points", "Worse")
+    assert (first[-1].text, second[-1].text) == (
+        "Not worse than the dense model within the margin of 2 points",
+        "Worse than the dense model",
+    )
     changed = ("9 regressions and 0 improvements", "300 items, p 0.0039")
     assert second[3].details == ("-5.0 to -1.0 at 95 %", *changed)
     # The first is tested as the gate does, the second as `ptl compare` does.
@@ -84,7 +84,8 @@ def test_each_benchmark_has_its_own_verdict(records, settings):
         "Worse than the dense model on 300 items of tiny_retention; not worse than the dense model within the margin "
         "of 2 points on 1,000 items of tiny_reasoner"
     )
-    assert "the others share the significance level (2.5 % each)" in differences_caption(result)
+    render(result, tmp_path)
+    assert "the others share the significance level (2.5 % each)" in (tmp_path / "report.md").read_text()
 
 
 def test_answers_to_other_questions_are_not_paired(records, settings, capsys):
@@ -114,9 +115,10 @@ def test_size_speed_and_control_are_evidence(records, settings):
 
 def test_too_few_items_are_said_with_what_they_could_show(records, settings):
     sentences = limits(build(records, settings))
-    assert sentences[1].startswith("20 items of tiny_reasoner are too few to see a drop of the margin of 2 points")
     # 7 regressions beside the 1 improvement are the fewest with p below 0.05, by hand: (1 + 8) / 256.
-    assert "beside 1 improvement, the smallest drop that they show is 30.0 points" in sentences[1]
+    assert sentences[1].startswith(
+        "With 20 items of tiny_reasoner, a drop below 30.0 points is not called worse. If the"
+    )
     assert "The change on tiny_retention was not tested: it was not compared item by item." in sentences
 
 

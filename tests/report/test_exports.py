@@ -34,7 +34,7 @@ def test_an_export_is_shown_beside_the_models_and_their_own_exports(records, set
     assert rows[3][2:] == ["97.0 % (95.0 to 99.0)", "87.0 % (85.0 to 89.0)", "500, 300", "3,210"]
     assert "| tiny\\_reasoner | the dense model in the same format | -1.0 points" in markdown
     assert f"Get the files: ptl fetch {result.run_id}:{STEP} DIR" in html and result.run_id
-    assert "a note on it" in html and "Export: gguf-q8_0" in html and "Not worse within the margin of 2 points" in html
+    assert "a note on it" in html and "Export: gguf-q8_0" in html and "within the margin of 2 points" in html
     assert "140.0 kB" in terminal_text(result, "x")
     assert "scored on the first" not in html + markdown
     assert STEP in [step.step for step in result.steps]
@@ -44,11 +44,13 @@ def test_a_verdict_names_the_model_that_solves_nothing(records, settings, no_pic
     metadata = export(127_872, 140_000, 0.97)
     pairs = metadata["pairs"]["tiny_reasoner"]
     for name in pairs:
-        pairs[name] = pairs[name] | {"reference": 0.0, "low": 0.0}
+        pairs[name] = pairs[name] | {"reference": 0.0, "low": 0.0, "verdict": "unclear"}
     records[STEP] = record_of(STEP, metadata)
     _, _, markdown = pages(records, settings, tmp_path)
     for reference in ("the final model", "the dense model in the same format", "the dense model"):
-        assert f"Cannot be said: {reference} solves none of 500 items |" in markdown
+        assert (
+            f"Cannot be said, as {reference} solves too few to fall by more than the margin of 2 points |" in markdown
+        )
 
 
 def test_an_export_that_was_scored_on_fewer_items_says_how_many(records, settings, no_pictures, tmp_path):

@@ -19,7 +19,7 @@ from ptl.report import tables
 from ptl.report.build import build
 from ptl.report.render import render, terminal_text
 from ptl.report.result import Result
-from ptl.report.sentences import checks, limits, scores_caption
+from ptl.report.sentences import checks, limits
 from ptl.report.verdict import headline, overall
 
 
@@ -86,7 +86,7 @@ def test_the_page_shows_the_run_and_loads_nothing(records, settings, tmp_path):
     assert "Removing 40.0 % of the parameters took accuracy from 99.6 % to 98.0 %" in text
     assert "one-shot pruning reached 90.0 %, 8.0 points worse than the loop" in text
     for part in ("127,872", "96.0 to 100.0", "1,600,000", "tiny_retention",
-                 "Training loss", "control-recover", "0.0003", "2.13.0", "Seed", "p value",
+                 "Training loss", "control-recover", "0.0003", "2.13.0", "Seed",
                  "Speed compared with the dense model",
                  "Prefill, batch 1", "1.00 times as fast", "divided by the 64 (dense) and 50 (final)",
                  "Decode, batch 32 (tokens/s) 28,800 36,000 1.25 times as fast Solved problem (ms)"):  # fmt: skip
@@ -160,10 +160,8 @@ def test_rejected_and_skipped_iterations(records, settings, tmp_path):
     assert {step.reason for step in result.not_needed} == {reason}
     text = words((tmp_path / "report.html").read_text())
     assert f"1 iteration rejected (margin 2 points); not needed: iteration 4 ({reason})." in text
-    assert f"4 not needed passed its input through: {reason}" in text
     assert f"recover-4 \u2013 \u2013 not needed: {reason}" in text
     markdown = (tmp_path / "report.md").read_text()
-    assert f"| 4 | not needed | passed its input through: {reason} |" in markdown
     assert f"| evaluate-4 | \u2013 | \u2013 | not needed: {reason} | \u2013 | \u2013 |" in markdown
     assert "with 40.0 % removed" in headline(result)  # the control is smaller than where the loop stopped
 
@@ -262,7 +260,7 @@ def test_removed_layers_are_shown_in_the_dense_models_numbers(records, settings,
     records["prune-2"]["metadata"]["removed_layers"] = [1]  # of the three that were left: 0, 2, 3
     result = written(records, settings, tmp_path)
     assert [row.removed_layers for row in result.rows] == [[], [1], [2], [], [], []]
-    assert "| 2 | 4 | 170 | 2 | 98.6 %" in (tmp_path / "report.md").read_text()
+    assert "| 2 | 4 layers (FFN width 170; removed layers 2) | 98.6 %" in (tmp_path / "report.md").read_text()
 
 
 def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, settings, tmp_path, no_pictures):
@@ -274,17 +272,7 @@ def test_a_mixture_of_experts_is_shown_with_its_active_parameters(records, setti
     page, text = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     assert "4 (final) 127,872 27,872 active" in words(page) and "127,872 (27,872 active)" in text
     assert "| Active parameters | 113,120 | 27,872 | -75.4 % |" in text
-    assert "| Iteration | Layers | Experts | FFN width |" in text and "| dense | 4 | 21 | 256 |" in text
-
-
-def test_the_caption_names_the_metric(records, settings):
-    said = "Accuracy is exact_match,final-number on tiny_reasoner, version 1, 0-shot."
-    assert scores_caption(build(records, settings)).startswith(said)
-    for record in records.values():
-        for task in record["metadata"].get("scores", {}).get("tasks", []):
-            task.update(metric="word_perplexity,none", accuracy=20.0, low=None, high=None)
-    said = "The score is word_perplexity,none on tiny_reasoner, version 1, 0-shot."
-    assert scores_caption(build(records, settings)).startswith(said)
+    assert "| dense | 4 layers (FFN width 256; 21 experts) |" in text
 
 
 def test_a_curve_of_one_point_is_drawn(records, settings):
@@ -294,9 +282,9 @@ def test_a_curve_of_one_point_is_drawn(records, settings):
         if record["metadata"]["stage"] == "recover":
             record["metadata"]["curve"] = [[100_000, 0.7]] if name == "recover-1" else []
     svg = draw(build(records, settings))["loss"]
-    assert re.search(r"<use[^>]*stroke: var\(--loop\)", svg)  # a mark: a line of one point has no length
+    assert re.search(r"<use[^>]*var\(--loop\)", svg)  # a mark: a line of one point has no length
     records["recover-1"]["metadata"]["curve"] = [[50_000, 0.9], [100_000, 0.7]]
-    assert not re.search(r"<use[^>]*stroke: var\(--loop\)", draw(build(records, settings))["loss"])
+    assert not re.search(r"<use[^>]*var\(--loop\)", draw(build(records, settings))["loss"])
 
 
 def test_rows_that_were_left_out_are_said(records, settings):
@@ -365,18 +353,7 @@ def test_the_pages_say_worse_when_the_final_model_is(records, settings, tmp_path
     for name in ("report.html", "report.md", "README.md"):
         assert sentence in (tmp_path / name).read_text().replace("\\_", "_"), name
     records["evaluate-4"]["metadata"]["items"] = items({2, 11})  # 19 and 18 of 20: unclear
-    assert overall(build(records, settings)).text.startswith("Cannot be said with 20 items of tiny_reasoner whether")
-
-
-def test_the_gates_own_numbers_are_shown(records, settings, tmp_path, no_pictures):
-    pair = {"difference": -0.016, "low": -0.03, "high": -0.004, "regressions": 11, "improvements": 3, "items": 500,
-            "p_different": 0.0574, "p_worse": 0.0287, "alpha": 0.05, "margin": 0.02,
-            "reference": 0.98, "candidate": 0.964, "verdict": "unclear"}  # fmt: skip
-    records["evaluate-4"]["metadata"]["verdict"]["numbers"] = {"target_params": 127_873, "baseline": pair}
-    written(records, settings, tmp_path)
-    text = words((tmp_path / "report.html").read_text())
-    assert "baseline: -1.6 points (-3.0 to -0.4 at 90 %, 11 regressions and 3 improvements, 500 items, p 0.057)" in text
-    assert "target params: 127,873" in text
+    assert overall(build(records, settings)).text.startswith("Cannot be said whether the score fell")
 
 
 def test_a_run_judged_by_perplexity(records, settings, tmp_path):
@@ -396,7 +373,7 @@ def test_a_score_that_is_not_a_share_is_not_shown_in_percent(records, settings, 
         for task in record["metadata"].get("scores", {}).get("tasks", [])[1:]:
             task.update(task="wikitext", metric="word_perplexity", accuracy=21.53, low=None, high=None)
     written(records, settings, tmp_path)
-    assert "4 4 122 98.0 % (96.0 to 100.0) 21.53" in words((tmp_path / "report.html").read_text())
+    assert "4 4 layers FFN width 122 98.0 % (96.0 to 100.0) 21.53" in words((tmp_path / "report.html").read_text())
 
 
 def test_links_to_mlflow_only_over_http(records, settings, tmp_path, no_pictures):
@@ -490,12 +467,11 @@ def test_a_control_that_did_not_finish(records, settings, tmp_path, completed):
     page = Page((tmp_path / "report.html").read_text())
     text = " ".join(" ".join(page.text).split())
     assert page.open == [] and line in text and sentence in text
-    assert f"control not finished {said}" in text and "Loop against one-shot" not in text
+    assert "Loop against one-shot" not in text
     assert f"control-evaluate \u2013 \u2013 not finished: {said}" in text
     markdown = (tmp_path / "report.md").read_text()
     cell = said.replace("<", "&lt;")
     assert f"- The control arm did not finish: {cell}." in markdown
-    assert f"| control | not finished | {cell} |" in markdown
     assert "The control arm did not finish" in terminal_text(result, "report.html")
 
 
