@@ -156,3 +156,11 @@ def records() -> dict:
     out["evaluate-4"] |= {"items": items({2, 11}), "speed": speed()}
     out |= arm_records("control", "control", 1, 127_872, 0.9, 3_000_000, WIDTHS[4])
     return {step: record_of(step, f) for step, f in out.items()}
+
+
+def limits(result) -> list[str]:
+    """The sentences of the section on what was not compared, with Markdown's escapes removed."""
+    from ptl.report.render import page
+
+    section = page("evidence.j2", result, html=False).partition("## What was not compared")[2]
+    return [line[2:].replace("\\", "") for line in section.splitlines() if line.startswith("- ")]

@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptl.address import runs_page
 from ptl.config.flat_settings import flat_settings
@@ -16,9 +16,6 @@ from ptl.report import numbers, sentences, tables, verdict
 from ptl.report.result import Change, Result
 from ptl.report.tables import Table
 from ptl.units import billions, duration
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 WIDE = 100  # columns of a terminal from which cells have space between them
 # Of the main table's rows in a terminal; `gate off` has its own colour.
@@ -32,16 +29,16 @@ def render(result: Result, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     pages = {
-        "report.html": _page("report.html.j2", result, html=True, pictures=draw(result)),
-        "report.md": _page("report.j2", result, html=False),
-        "README.md": f"---\n{_hub_metadata(result)}\n---\n{_page('card.j2', result, html=False)}",
+        "report.html": page("report.html.j2", result, html=True, pictures=draw(result)),
+        "report.md": page("report.j2", result, html=False),
+        "README.md": f"---\n{_hub_metadata(result)}\n---\n{page('card.j2', result, html=False)}",
         "result.json": json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
     }
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
 
 
-def _page(name: str, result: Result, *, html: bool, pictures: dict[str, str] | None = None) -> str:
+def page(name: str, result: Result, *, html: bool, pictures: dict[str, str] | None = None) -> str:
     """A template with the result and the functions that make tables and sentences of it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -92,11 +89,21 @@ def _split(change: Change) -> tuple[str, str, str]:
 
 def _hub_metadata(result: Result) -> str:
     """The card's metadata as YAML, as the Hugging Face hub reads it."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     # The hub shows scores of what it holds: of the final checkpoint alone.
-    final = result.final_row
-    scores = final.scores.tasks if final else ()
+    scores = result.final_row.scores.tasks if result.final_row else ()
+    scored = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_hub_name(task.task),
+            dataset_name=task.task,
+            metric_type=numbers.metric(task),  # the hub does not know the filter
+            metric_name=task.metric,
+            metric_value=round(task.accuracy, 6),
+        )
+        for task in scores
+    ]
     data = ModelCardData(
         model_name=result.name,
         library_name="transformers",
@@ -106,23 +113,9 @@ def _hub_metadata(result: Result) -> str:
         license=result.model.license or None,
         datasets=[_hub_name(source["source"]) for source in result.settings["training"]["sources"]] or None,
         metrics=list(dict.fromkeys(map(numbers.metric, scores))) or None,
-        eval_results=[_eval_result(task) for task in scores] or None,
+        eval_results=scored or None,
     )
     return data.to_yaml()
-
-
-def _eval_result(task: tables.TaskScore) -> EvalResult:
-    from huggingface_hub import EvalResult
-
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Text generation",
-        dataset_type=_hub_name(task.task),
-        dataset_name=task.task,
-        metric_type=numbers.metric(task),  # the hub does not know the filter
-        metric_name=task.metric,
-        metric_value=round(task.accuracy, 6),
-    )
 
 
 def _hub_name(source: str) -> str:

@@ -1,21 +1,16 @@
-"""A result in sentences beside its tables: what the run checked itself, what it did not compare, and captions."""
+"""A result in sentences beside its tables: what the run checked itself, and what its scores do not show."""
 
 from __future__ import annotations
 
 from ptl.config.schedule import removal
 from ptl.data import decontamination
-from ptl.evaluation import speed_rows
 from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
 from ptl.report.numbers import margin, percent
 from ptl.report.result import Goal, Result, Row
-from ptl.report.verdict import gain_on_control
+from ptl.report.verdict import NO_DIFFERENCE, beside_control, gain_on_control
 from ptl.units import counted, duration, memory_beside, numbered
 
 SHORT_OF_TARGET = 0.005  # of the dense model's parameters, from which a run counts as ended early
-NO_CONTROL = "There was no control: the loop was not compared with one-shot pruning."
-NOT_DECONTAMINATED = (
-    "Training rows were not compared with the benchmarks (training.decontaminate): some may contain their items."
-)
 
 
 def checks(result: Result) -> list[tuple[str, str]]:
@@ -59,11 +54,9 @@ def _gate(result: Result) -> str:
     verdicts = [row.verdict for row in result.rows]
     accepted, rejected = (f"{counted(verdicts.count(word), 'iteration')} {word}" for word in ("accepted", "rejected"))
     sentence = f"{accepted}, {rejected} (margin {margin(settings['margin'])})"
-    by_reason: dict[str, list[int]] = {}
-    for iteration, reason in {step.iteration: step.reason for step in result.not_needed}.items():
-        by_reason.setdefault(reason, []).append(iteration)
-    for reason, iterations in by_reason.items():
-        sentence += f"; not needed: {numbered('iteration', iterations)} ({reason})"
+    if result.not_needed:
+        iterations = sorted({step.iteration for step in result.not_needed})
+        sentence += f"; not needed: {numbered('iteration', iterations)} ({result.not_needed[0].reason})"
     # Otherwise an accepted model may be one of which nothing can be said.
     return f"{sentence}." if settings["strict"] else f"{sentence}. Unclear ones are accepted: gate.strict is off."
 
@@ -73,49 +66,34 @@ def _control(result: Result) -> str:
     final, control = result.final_row, result.control_row
     if control is None:
         return _control_failed(result)
-    loop_tokens, control_tokens = result.total_tokens("loop"), result.total_tokens("control")
-    sentence = f"As many recovery tokens as the loop: {loop_tokens:,}."
     # A control with more tokens would look better than pruning in one shot is.
-    if loop_tokens != control_tokens:
-        sentence = f"The arms had different recovery tokens: loop {loop_tokens:,}, control {control_tokens:,}."
-    pair = result.pair("control")
-    is_chance = pair is not None and pair.p_different > 1 - result.confidence
-    if final is not None and gain_on_control(final, control) < 0 and not is_chance:
-        sentence += f" The control's checkpoint: ptl fetch {result.run_id} DIR --arm control"
-    return sentence
+    sentence = f"Recovery tokens: loop {result.total_tokens('loop'):,}, control {result.total_tokens('control'):,}."
+    is_chance = beside_control(result.pair("control"), result.confidence).text == NO_DIFFERENCE
+    if final is None or is_chance or gain_on_control(final, control) >= 0:
+        return sentence
+    return f"{sentence} The control's checkpoint: ptl fetch {result.run_id} DIR --arm control"
 
 
 def _control_failed(result: Result) -> str:
     return f"The control arm did not finish: {result.control_failed}." if result.control_failed else ""
 
 
-def limits(result: Result) -> list[str]:
-    """What a reader must not conclude; the most important first: what was scored, by how many items, against what."""
+def scored_too_little(result: Result) -> list[str]:
+    """What the scores do not show: the drops that their items hide, answers that were cut off, items left out."""
     dense, final = result.dense_row, result.final_row
-    count = counted(len(result.tasks), "benchmark")
-    names = f"benchmark was scored, {result.tasks[0]}" if len(result.tasks) == 1 else f"{count} were scored"
-    sentences = [
-        _target(result),
-        f"Only {'one ' * (len(result.tasks) == 1)}{names}: nothing is known of any other task.",
-    ]
+    sentences = []
     if final is not None and final is not dense:
         sentences += [_items(result, task) for task in result.tasks]
         sentences += _token_limits(dense, final)
-    sentences += [
-        _chosen_items(result),
-        (_control_failed(result) or NO_CONTROL) if result.control_row is None else "",
-        _chosen_by_gate(result),
-        _speed(result),
-        "" if result.decontaminated else NOT_DECONTAMINATED,
-        _cut_sequences(result),
-        *(f"{warning}." for warning in result.amount.warnings()),
-        f"One run with seed {result.seed}: another seed may end with another score.",
-    ]
-    return list(filter(None, sentences))
+    asked = result.settings["evaluate"]["tasks"]
+    limited = [task for task, settings in zip(result.tasks, asked, strict=True) if settings.get("limit")]
+    if limited:
+        sentences.append(f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks).")
+    return [*sentences, *(f"{warning}." for warning in result.amount.warnings())]
 
 
-def _target(result: Result) -> str:
-    """A loop that ended before its target, or its goal."""
+def short_of_target(result: Result) -> str:
+    """That a loop ended before its target, or its goal; else empty."""
     if result.goal:
         return "" if result.goal.is_reached else _goal(result.goal)
     asked = removal(result.original_params, result.settings["schedule"]["target"]) / result.original_params
@@ -148,51 +126,15 @@ def _token_limits(dense: Row, final: Row) -> list[str]:
     """Answers and prompts that were truncated, and code that ran out of time, of either model."""
     sentences = []
     for before, after in zip(dense.scores.tasks, final.scores.tasks, strict=True):
-        shares = {
-            "answers hit the token limit": (before.truncated, after.truncated),
-            "prompts did not fit into the context": (before.cut_prompts, after.cut_prompts),
+        counts = {
+            "answers hit the token limit": (percent(before.truncated), percent(after.truncated)),
+            "prompts did not fit into the context": (percent(before.cut_prompts), percent(after.cut_prompts)),
+            "answers are wrong because their code ran out of time": (
+                f"{before.code_timeouts}",
+                f"{after.code_timeouts}",
+            ),
         }
-        for words, (old, new) in shares.items():
-            if old or new:
-                share = f"{percent(new)} of the final model's {words} (dense: {percent(old)})"
-                sentences.append(f"On {before.task}, {share}.")
-        if before.code_timeouts or after.code_timeouts:
-            counts = f"{after.code_timeouts} of the final model's answers (dense: {before.code_timeouts})"
-            sentences.append(f"On {before.task}, {counts} count as wrong because their code ran out of time.")
+        for words, (old, new) in counts.items():
+            if {old, new} - {percent(0), "0"}:
+                sentences.append(f"On {before.task}, {new} of the final model's {words} (dense: {old}).")
     return sentences
-
-
-def _chosen_items(result: Result) -> str:
-    """The first N items of each benchmark with a limit."""
-    settings = result.settings["evaluate"]["tasks"]
-    limited = [task for task, asked in zip(result.tasks, settings, strict=True) if asked.get("limit")]
-    return f"Only the first items were scored of {', '.join(limited)} (limit in evaluate.tasks)." if limited else ""
-
-
-def _chosen_by_gate(result: Result) -> str:
-    """A gate that accepts by the benchmark's items has chosen by them."""
-    if not {"rejected", "accepted"} <= {row.verdict for row in result.rows}:
-        return ""
-    return f"The gate chose the final model by the same items of {result.tasks[0]}: new items may show a larger drop."
-
-
-def _speed(result: Result) -> str:
-    """Speed that was not measured, or not on a GPU, or beside other work."""
-    speed = result.speed
-    if not speed_rows.rows(speed):
-        return f"Speed was not measured: {speed['reason']}." if speed else "Speed was not measured."
-    disturbed = speed_rows.disturbance(speed)
-    if not speed["device"].startswith("CPU"):
-        return disturbed
-    return f"Speed was measured on {speed['device']}, not on a GPU. {disturbed}".rstrip()
-
-
-def _cut_sequences(result: Result) -> str:
-    """Sequences of the training whose ends were not trained on."""
-    counts = result.sequences
-    if not counts.cut_sequences:
-        return ""
-    return (
-        f"{counts.cut_sequences:,} of {counted(counts.sequences, 'training sequence')} were cut at recover.max_length: "
-        "the model was not trained on their ends."
-    )

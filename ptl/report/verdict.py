@@ -21,6 +21,7 @@ class Verdict(NamedTuple):
     text: str  # without a full stop
 
 
+NO_DIFFERENCE = "No difference shown"
 REHEARSAL = "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
 WORST_FIRST: tuple[Kind, ...] = ("bad", "unclear", "none", "good")
 
@@ -71,7 +72,7 @@ def beside_control(pair: Paired | None, confidence: float) -> Verdict:
     if pair is None:
         return Verdict("unclear", "Not tested")
     if pair.p_different > 1 - confidence:
-        return Verdict("unclear", "No difference shown")
+        return Verdict("unclear", NO_DIFFERENCE)
     return Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
 
 
@@ -107,7 +108,7 @@ def _control(result: Result, final: Row, control: Row) -> str:
     if gain == 0:
         return f"{one_shot}, the same"
     pair = result.pair("control")
-    if pair and beside_control(pair, result.confidence).kind == "unclear":
+    if pair and beside_control(pair, result.confidence).text == NO_DIFFERENCE:
         return f"{one_shot}: the difference is not significant (p {pair.p_different:.2g})"
     # Differences of shares are points, not percent.
     distance = f"{abs(gain) * 100:.1f} points" if is_share(final.first) else f"{abs(gain):.3g}"

@@ -1,12 +1,12 @@
 """What the report answers, what it rests on and what it does not show; the records are those of test_render."""
 
 import pytest
-from run_records import items, reject, scores
+from run_records import items, limits, reject, scores
 
 from ptl.report import tables
 from ptl.report.build import build
 from ptl.report.render import render
-from ptl.report.sentences import checks, limits
+from ptl.report.sentences import checks
 from ptl.report.verdict import overall
 
 SMALL = 127_872  # parameters of the final model
@@ -133,8 +133,7 @@ def test_what_a_run_leaves_out_is_said(records, settings):
         "Only 2 benchmarks were scored: nothing is known of any other task.",
         "On tiny_reasoner, 12.0 % of the final model's answers hit the token limit (dense: 0.0 %).",
         "On tiny_reasoner, 50.0 % of the final model's prompts did not fit into the context (dense: 0.0 %).",
-        "On tiny_reasoner, 3 of the final model's answers (dense: 0) count as wrong because their code ran out of "
-        "time.",
+        "On tiny_reasoner, 3 of the final model's answers are wrong because their code ran out of time (dense: 0).",
         "There was no control: the loop was not compared with one-shot pruning.",
         "Speed was not measured.",
         "Only the first items were scored of tiny_reasoner (limit in evaluate.tasks).",

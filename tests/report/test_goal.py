@@ -1,10 +1,10 @@
 """Whether the final model reaches the run's goal in memory, by its own shapes."""
 
 import pytest
-from run_records import scores
+from run_records import limits, scores
 
 from ptl.report.build import build
-from ptl.report.sentences import checks, limits
+from ptl.report.sentences import checks
 
 GOAL = {
     **{"kind": "memory", "memory": "1kB", "bytes": 1000, "dense": 2000, "sequences": 2, "tokens": 5},
