@@ -59,18 +59,6 @@ def duration(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for unit, number in parts.items() if number)
 
 
-def times_beside(value: float, goal: float) -> str:
-    """A ratio with two digits after the point, or as many as show on which side of the goal it is: 1.3499 -> `1.3499`.
-
-    `1.35 times, and the goal is 1.35 times` would not say whether it is reached.
-    """
-    for digits in range(2, 9):
-        rounded = round(value, digits)
-        if (rounded >= goal) == (value >= goal):
-            return f"{value:.{digits}f}"
-    return repr(value)
-
-
 def decimal_hours(value: float) -> str:
     """Hours with at least two digits that count: 12.34, 0.042, 2.1e-05."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

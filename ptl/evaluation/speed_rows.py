@@ -1,4 +1,4 @@
-"""The measured speed of the dense and the final model, as rows, sentences and metrics, for the report and MLflow."""
+"""The measured speed of the dense and the final model, as rows and metrics, for the report and MLflow."""
 
 from __future__ import annotations
 
@@ -64,33 +64,6 @@ def rows(speed: Metadata) -> list[SpeedRow]:
         row = SpeedRow("solved", "Solved problem", before * scale, after * scale, unit, times)
         measures.append(row)
     return measures
-
-
-def sentence(speed: Metadata) -> str:
-    """The speed in a sentence; empty where nothing was asked or measured."""
-    measures = rows(speed)
-    if not measures:
-        return f"Speed was not measured: {speed['reason']}." if speed else ""
-    # One part for each kind of row, with the range over the batch sizes.
-    parts = []
-    batches = ", ".join(str(row["batch"]) for row in speed["models"]["dense"]["speed"])
-    for phase in PHASES:
-        times = [row.times for row in measures if row.kind == phase]
-        if times:
-            parts.append(f"{phase} {_times_range(times)} times as fast (batch {batches})")
-    for row in measures:
-        if row.kind == "solved":
-            before = _three_digits(row.dense)
-            after = _three_digits(row.final)
-            parts.append(f"{after} instead of {before} {row.unit} per solved problem")
-    comparison = f"Speed of the final model beside the dense one: {', '.join(parts)}."
-    return f"{comparison} {disturbance(speed)}".rstrip()
-
-
-def _times_range(times: list[float]) -> str:
-    low = f"{min(times):.2f}"
-    high = f"{max(times):.2f}"
-    return low if low == high else f"{low} to {high}"
 
 
 def disturbance(speed: Metadata) -> str:

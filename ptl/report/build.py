@@ -245,9 +245,9 @@ def _decontaminated(steps: Steps) -> Decontaminated | None:
     return Decontaminated(
         rows=longest["rows_compared"],
         dropped=longest["rows_dropped"],
-        items=max(counts["benchmark_items"] for counts in in_loop),
-        short=max(counts["benchmark_items_short"] for counts in in_loop),
-        not_compared=sorted({name for counts in in_loop for name in counts["not_compared"]}),
+        items=longest["benchmark_items"],
+        short=longest["benchmark_items_short"],
+        not_compared=longest["not_compared"],
     )
 
 

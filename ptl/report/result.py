@@ -65,11 +65,9 @@ class StepRow(BaseModel):
     iteration: int
     stage: str
     seconds: float  # of work
-    whole_seconds: float  # with loading libraries and checkpoints
     params: int
     tokens: int = 0  # of a recovery
     decision: str = ""  # of an evaluation
-    reason: str = ""
     uri: str
     digest: str
     parent_digest: str

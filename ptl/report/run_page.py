@@ -49,37 +49,29 @@ def data_sets(calibration: Calibration, training: TrainingData, evaluate: Evalua
 
 def _data_set(context: str, source: DataSource) -> DataSet:
     address, path = source.source, local_file(source)
-    if path is None:
-        return _on_the_hub(context, address, address, source.subset, source.split, source.revision)
-    # A file, on this machine or fetched from a bucket.
-    return _file(context, Path(address).name, path, "s3" if address.startswith("s3://") else "local", address)
+    if path is not None:
+        kind = "s3" if address.startswith("s3://") else "local"
+        return DataSet(context, Path(address).name, file_digest(path)[:DIGITS], kind, address)
+    # On the hub the revision stands for the content.
+    name = _joined(address, source.subset, source.split)
+    return DataSet(context, address, (source.revision or UNPINNED)[:DIGITS], "hf", name)
 
 
 def _benchmark(task: Task, settings: Evaluate) -> Iterator[DataSet]:
     """The scored split of a task, or of each member of a group; nothing where the harness is not installed."""
-    if not tasks.can_find(task.name):
-        return
-    for spec in tasks.find(task.name):
-        config = spec.config
+    for spec in tasks.find(task.name) if tasks.can_find(task.name) else ():
         splits = task_data.local_splits(spec, settings.data_dir, task.num_fewshot)
         if spec.scored_split in splits:
             file = splits[spec.scored_split].file
-            yield _file("evaluation", spec.name, Path(file), "local", file)
-        elif config.get("dataset_path"):
-            names = config["dataset_path"], config.get("dataset_name"), spec.scored_split
-            yield _on_the_hub("evaluation", spec.name, *names)
+            yield DataSet("evaluation", spec.name, file_digest(Path(file))[:DIGITS], "local", file)
+        elif spec.config.get("dataset_path"):
+            name = _joined(spec.config["dataset_path"], spec.config.get("dataset_name"), spec.scored_split)
+            yield DataSet("evaluation", spec.name, UNPINNED, "hf", name)
 
 
-def _file(context: str, name: str, path: Path, kind: str, source: str) -> DataSet:
-    return DataSet(context, name, file_digest(path)[:DIGITS], kind, source)
-
-
-def _on_the_hub(
-    context: str, name: str, dataset: str, subset: str | None, split: str | None, revision: str | None = None
-) -> DataSet:
-    """The revision stands for the content."""
-    source = " ".join(filter(None, (dataset, subset, split)))
-    return DataSet(context, name, (revision or UNPINNED)[:DIGITS], "hf", source)
+def _joined(*parts: str | None) -> str:
+    """The parts of a hub id that are set, such as `org/chats test`."""
+    return " ".join(filter(None, parts))
 
 
 def describe(run: StepRun, params: dict[str, Any], revision: str = "", data: Sequence[DataSet] = ()) -> None:

@@ -169,7 +169,7 @@ def export(result: Result, row: ExportRow) -> list[Table]:
                 f"{decode[0]['decode_tokens_per_s']:,.0f}" if decode else NONE,
             )
             rows.append(_cells(*cells))
-    tables = [Table(("", "Weights", *tasks, "Items", "Tokens/s"), rows, len(tasks) + 3)]
+    tables = [Table((row.name, "Weights", *tasks, "Items", "Tokens/s"), rows, len(tasks) + 3)]
     pairs = []
     for task, by_reference in row.pairs.items():
         for reference in filter(by_reference.__contains__, REFERENCES):

@@ -30,7 +30,7 @@ def test_an_export_is_shown_beside_the_models_and_their_own_exports(records, set
     rows = table(markdown, "Dense", "Final")
     assert [row[0] for row in rows] == ["Dense", "Dense, q8\\_0", "Final", "Final, q8\\_0"]
     assert rows[0][1] == f"{DENSE * 4 / 1000:.1f} kB (1.00x)" and rows[3][1] == "140.0 kB (0.16x)"
-    assert "|  | Weights | tiny\\_reasoner | tiny\\_retention | Items | Tokens/s |" in markdown
+    assert "| gguf-q8\\_0 | Weights | tiny\\_reasoner | tiny\\_retention | Items | Tokens/s |" in markdown
     assert rows[3][2:] == ["97.0 % (95.0 to 99.0)", "87.0 % (85.0 to 89.0)", "500, 300", "3,210"]
     assert "| tiny\\_reasoner | the dense model in the same format | -1.0 points" in markdown
     assert f"Get the files: ptl fetch {result.run_id}:{STEP} DIR" in html and result.run_id
