@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from ptl.evaluation.paired import Paired
 from ptl.evaluation.scoring import TaskScore
-from ptl.units import counted
 
 
 def is_share(task: TaskScore) -> bool:
@@ -49,14 +47,3 @@ def signed_points(difference: float) -> str:
 def margin(share: float) -> str:
     """The drop that is tolerated: `2 points`."""
     return f"{100 * share:g} points"
-
-
-def comparison(pair: Paired) -> tuple[str, ...]:
-    """A paired difference, then its interval (two one-sided tests), the items that changed, and p (two-sided)."""
-    confidence = 100 * (1 - 2 * pair.alpha)
-    return (
-        f"{signed_points(pair.difference)} points",
-        f"{signed_points(pair.low)} to {signed_points(pair.high)} at {confidence:.3g} %",
-        f"{counted(pair.regressions, 'regression')} and {counted(pair.improvements, 'improvement')}",
-        f"{pair.items:,} items, p {pair.p_different:.2g}",
-    )

@@ -125,11 +125,21 @@ def _score(task: TaskScore) -> Cell:
 def _difference(before: TaskScore, after: TaskScore, pair: Paired | None) -> Cell:
     """Item by item where the items are known."""
     if pair:
-        difference, *details = numbers.comparison(pair)
-        return Cell(difference, tuple(details))
+        return _comparison(pair)
     change = after.accuracy - before.accuracy
     text = f"{numbers.signed_points(change)} points" if numbers.is_share(before) else f"{change:+.3g}"
     return Cell(text, ("not compared item by item",))
+
+
+def _comparison(pair: Paired) -> Cell:
+    """A paired difference with its interval (two one-sided tests), the items that changed, and p (two-sided)."""
+    low, high = map(numbers.signed_points, (pair.low, pair.high))
+    details = (
+        f"{low} to {high} at {100 * (1 - 2 * pair.alpha):.3g} %",
+        f"{counted(pair.regressions, 'regression')} and {counted(pair.improvements, 'improvement')}",
+        f"{pair.items:,} items, p {pair.p_different:.2g}",
+    )
+    return Cell(f"{numbers.signed_points(pair.difference)} points", details)
 
 
 def _sizes(dense: Row, final: Row) -> Table:
@@ -174,9 +184,8 @@ def export(result: Result, row: ExportRow) -> list[Table]:
     for task, by_reference in row.pairs.items():
         for reference in filter(by_reference.__contains__, REFERENCES):
             pair, name = by_reference[reference], REFERENCES[reference]
-            difference, *details = numbers.comparison(pair)
             verdict = of_pair(pair, name)
-            pairs.append(_cells(task, name, Cell(difference, tuple(details)), Cell(verdict.text, kind=verdict.kind)))
+            pairs.append(_cells(task, name, _comparison(pair), Cell(verdict.text, kind=verdict.kind)))
     if pairs:
         tables.append(Table(("Benchmark", f"Final, {row.type}, against", "Difference", "Verdict"), pairs, 0))
     return tables
