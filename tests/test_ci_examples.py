@@ -105,7 +105,7 @@ def test_a_run_is_waited_for_and_its_table_written(environment, new_database, tm
     text = (tmp_path / "table.md").read_text()
     assert done.returncode == code, done.stdout + done.stderr
     assert re.search(rf"^ *4 \(final\) +127,872 .* {verdict} *$", text, re.MULTILINE)
-    assert "8.0 points worse than the loop" in text and f"{world.url}/#/runs/details/run-0" in text
+    assert "one-shot pruning reached 90.0 %" in text and f"{world.url}/#/runs/details/run-0" in text
     assert text.splitlines()[-1] == "```" and text.splitlines()[-2].startswith("MLflow: ")
 
 

@@ -7,7 +7,7 @@ from ptl.data import decontamination
 from ptl.evaluation.paired import factor_to_decide, smallest_inferior_drop
 from ptl.report.numbers import margin, percent
 from ptl.report.result import Goal, Result, Row
-from ptl.report.verdict import NO_DIFFERENCE, beside_control, gain_on_control
+from ptl.report.verdict import beside_control
 from ptl.units import counted, duration, memory_beside, numbered
 
 SHORT_OF_TARGET = 0.005  # of the dense model's parameters, from which a run counts as ended early
@@ -63,19 +63,13 @@ def _gate(result: Result) -> str:
 
 def _control(result: Result) -> str:
     """Whether it finished, and whether the arms were trained equally; how to fetch one that is better."""
-    final, control = result.final_row, result.control_row
-    if control is None:
-        return _control_failed(result)
+    if result.control_row is None:
+        return f"The control arm did not finish: {result.control_failed}." if result.control_failed else ""
     # A control with more tokens would look better than pruning in one shot is.
     sentence = f"Recovery tokens: loop {result.total_tokens('loop'):,}, control {result.total_tokens('control'):,}."
-    is_chance = beside_control(result.pair("control"), result.confidence).text == NO_DIFFERENCE
-    if final is None or is_chance or gain_on_control(final, control) >= 0:
+    if beside_control(result.pair("control"), result.confidence).kind != "bad":
         return sentence
     return f"{sentence} The control's checkpoint: ptl fetch {result.run_id} DIR --arm control"
-
-
-def _control_failed(result: Result) -> str:
-    return f"The control arm did not finish: {result.control_failed}." if result.control_failed else ""
 
 
 def scored_too_little(result: Result) -> list[str]:

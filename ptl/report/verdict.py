@@ -21,7 +21,6 @@ class Verdict(NamedTuple):
     text: str  # without a full stop
 
 
-NO_DIFFERENCE = "No difference shown"
 REHEARSAL = "Cannot be said: this was a rehearsal, with about 1 % of the work, and no number counts"
 WORST_FIRST: tuple[Kind, ...] = ("bad", "unclear", "none", "good")
 
@@ -72,7 +71,7 @@ def beside_control(pair: Paired | None, confidence: float) -> Verdict:
     if pair is None:
         return Verdict("unclear", "Not tested")
     if pair.p_different > 1 - confidence:
-        return Verdict("unclear", NO_DIFFERENCE)
+        return Verdict("unclear", "No difference shown")
     return Verdict("good", "Final better") if pair.difference > 0 else Verdict("bad", "Control better")
 
 
@@ -99,25 +98,14 @@ def _scores(result: Result) -> str:
 
 
 def _control(result: Result, final: Row, control: Row) -> str:
-    """The one-shot control's score, and whether the loop's is better."""
-    one_shot = f"one-shot pruning reached {accuracy(control.first)}"
+    """The one-shot control's score, and whether the loop's is better, where that was tested."""
+    sentence = f"one-shot pruning reached {accuracy(control.first)}"
     # Where the loop stopped early, the control is smaller.
     if abs(control.params / final.params - 1) > SAME_SIZE:
-        one_shot += f" with {percent(control.share_removed)} removed"
-    gain = gain_on_control(final, control)
-    if gain == 0:
-        return f"{one_shot}, the same"
+        sentence += f" with {percent(control.share_removed)} removed"
     pair = result.pair("control")
-    if pair and beside_control(pair, result.confidence).text == NO_DIFFERENCE:
-        return f"{one_shot}: the difference is not significant (p {pair.p_different:.2g})"
-    # Differences of shares are points, not percent.
-    distance = f"{abs(gain) * 100:.1f} points" if is_share(final.first) else f"{abs(gain):.3g}"
-    if gain < 0:
-        return f"{one_shot}: the control is {distance} better than the loop"
-    return f"{one_shot}, {distance} worse than the loop"
-
-
-def gain_on_control(final: Row, control: Row) -> float:
-    """How much better the loop's final model scored; of a perplexity, less is better."""
-    difference = final.accuracy - control.accuracy
-    return difference if final.first.higher_is_better else -difference
+    if pair is None:
+        return sentence
+    outcome = {"good": "worse than the loop", "bad": "better than the loop"}
+    words = outcome.get(beside_control(pair, result.confidence).kind, "the difference is not significant")
+    return f"{sentence}: {words} (p {pair.p_different:.2g})"
