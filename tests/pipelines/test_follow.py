@@ -604,12 +604,17 @@ def logged_result(tracked, tmp_path, run, result):
 
 def test_a_wait_ends_with_the_result(world, said, watch, tracked, tmp_path, monkeypatch):
     run = world.play("run-succeeded-6-tasks")
-    logged_result(tracked, tmp_path, run, build(run_records.records(), run_records.settings()).model_dump(mode="json"))
+    logged_result(
+        tracked,
+        tmp_path,
+        run,
+        build(run_records.records(), run_records.settings(), **run_records.RUN).model_dump(mode="json"),
+    )
     monkeypatch.setattr(follow.address, "is_server", lambda uri: uri.startswith(("sqlite:", "http:")))
     assert watch() == 0
     text = " ".join(said[-2].split())
     assert "4 (final)" in text and "127,872" in text and "control 127,872" in text  # the table
-    assert "one-shot pruning reached 90.0 %" in text and "2 regressions and 1 improvement" in text
+    assert "one-shot pruning reached 90.0 %" in text and "2 regressions" in text
     assert f"Report: `ptl report {run}` writes it here" in text
     assert re.search(r"MLflow: sqlite:///\S+/#/experiments/\d+/runs/[0-9a-f]{32}", text)
     assert said[-1] == f"{world.played[0]['display_name']}: SUCCEEDED"
