@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import safetensors_io
-from ptl.model.safetensors_io import Entries, Entry
+from ptl.model.safetensors_io import Entries, Entry, TensorShape
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +39,8 @@ class Experts:
     router_vector: str = ""  # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
     # Whether experts have biases and are stored transposed, [E, H, 2F] and [E, F, H]; then all are in the fused layout
     transposed: bool = False
-    router_loss: bool = True  # whether transformers has the routers' auxiliary loss
-    grouped: bool = False  # whether the router chooses groups of experts first (n_group, topk_group)
-    # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
-    shared: tuple[str, ...] = ()
-    shared_width: str = ""
-    # Config fields that say which layers have one MLP in place of experts
-    dense_fields: tuple[str, ...] = ()
-
-    def count_field(self, config: Mapping[str, Any]) -> str:
-        """The field of this config that holds the number of experts."""
-        return next((field for field in self.counts if field in config), self.counts[0])
+    # Whether config.json may list layers with one MLP in place of experts (mlp_only_layers, decoder_sparse_step)
+    lists_dense_layers: bool = False
 
     def router(self, fused: bool) -> str:
         """The router's part of a layer."""
@@ -84,20 +75,39 @@ class Experts:
         """Whether a part belongs to the router."""
         return part in (self.router_part, f"{self.block}.gate", self.router_vector)
 
-    def dense_config(self, layers: tuple[int, ...], dense_layers: tuple[int, ...]) -> dict[str, Any]:
-        """The fields of Qwen's configs by which layers are of the same kind once they are numbered without gaps."""
-        if "mlp_only_layers" not in self.dense_fields or not dense_layers:
-            return {}
-        kept_dense = [number for number, layer in enumerate(layers) if layer in dense_layers]
-        return {"mlp_only_layers": kept_dense, "decoder_sparse_step": 1}
+    def has_router(self, name: str) -> bool:
+        """Whether a layer's tensor belongs to the router, by its name in transformers' memory."""
+        return name in (f"{self.router_part}.weight", self.router_vector)
 
-    def are_in(self, layer: int, config: Mapping[str, Any]) -> bool:
-        """Whether a layer has experts, by a config without gaps; else it has one MLP in their place."""
-        fields = {field: config.get(field) for field in self.dense_fields}
-        is_leading = layer < (fields.get("first_k_dense_replace") or 0)
-        is_listed = layer in (fields.get("mlp_only_layers") or ())
-        is_between = bool((layer + 1) % (fields.get("decoder_sparse_step") or 1))
-        return not (is_leading or is_listed or is_between)
+    def dense_config(self, config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of Qwen's configs by which `layers` are of the same kind once they are numbered without gaps."""
+        listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+        if not self.lists_dense_layers or (not listed and step == 1):
+            return {}
+        dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+    def stored_shapes(self, shapes: Mapping[str, TensorShape], fused: bool) -> dict[str, TensorShape]:
+        """The shapes of tensors by their names in a checkpoint, from those by their names in transformers' memory."""
+        if fused:
+            return dict(shapes)
+        gate, up, down = self.projections
+        stored: dict[str, TensorShape] = {}
+        for name, shape in shapes.items():
+            layer, _, part = name.partition(".mlp.")
+            part = f"mlp.{part}"
+            if part == GATE_UP:
+                number, both, hidden = shape
+                names = [f"{layer}.{self.part(expert, of)}.weight" for expert in range(number) for of in (gate, up)]
+                stored |= dict.fromkeys(names, (both // 2, hidden))
+            elif part == DOWN:
+                names = [f"{layer}.{self.part(expert, down)}.weight" for expert in range(shape[0])]
+                stored |= dict.fromkeys(names, shape[1:])
+            elif part == f"{ROUTER}.weight":
+                stored[f"{layer}.{self.router(fused)}.weight"] = shape
+            else:
+                stored[name] = shape
+        return stored
 
 
 def read_parameter(entries: Entries, name: str, experts: Experts | None, dtype: torch.dtype) -> Tensor:

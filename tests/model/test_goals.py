@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_models import VARIANTS, build, build_multimodal, save
 
-from ptl.model import cost
+from ptl.model import shapes
 from ptl.model.goals import dense_model
 from ptl.preflight.forecast_model import shape_of
 
@@ -13,7 +13,7 @@ from ptl.preflight.forecast_model import shape_of
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_needs_are_those_of_the_checkpoint(variant, tmp_path):
     source = save(build(variant), tmp_path, tokenizer=False)
-    needs, static = dense_model(source).needs(), cost.from_config(source)
+    needs, static = dense_model(source).needs(), shapes.static_cost(source)
     assert (needs.params, needs.flops_per_token) == (static.params, static.flops_per_token)
     assert 4 * needs.cached_numbers == static.kv_bytes_per_token  # float32
     assert needs.memory(3, 5, 2) == 2 * (needs.params + 3 * 5 * needs.cached_numbers)
@@ -31,7 +31,7 @@ def llama(tmp_path):
 
 @pytest.mark.parametrize("unit", ["neurons", "layers"])
 def test_the_largest_that_reaches_a_goal_is_one_neuron_or_layer_from_one_that_does_not(llama, unit):
-    most = llama.sizes.intermediate_size if unit == "neurons" else llama.sizes.num_hidden_layers - 1
+    most = llama.dimensions.width if unit == "neurons" else llama.dimensions.layers - 1
     sizes = [llama.needs(removed, unit).params for removed in range(most + 1)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == most + 1
     for removed in (1, 2, most):
