@@ -10,8 +10,7 @@ from string import Template
 
 from ptl.config.run import Task
 from ptl.model.dimensions import ModelDimensions
-from ptl.preflight.forecast import Forecast
-from ptl.preflight.forecast_steps import HOUR
+from ptl.preflight.forecast import HOUR, Forecast
 from ptl.preflight.gpus import GIB, GPUS
 from ptl.preflight.starter_fit import Choices, peak
 from ptl.preflight.starter_presets import (

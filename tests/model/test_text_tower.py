@@ -114,7 +114,7 @@ def test_a_plan_from_the_config_alone_has_the_size_of_the_text_model(tmp_path):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text_tower.text_config(GEMMA_3_4B)))
     assert shape.params == model.num_parameters() == 3_880_263_168
-    assert (shape.layers, shape.hidden, shape.vocabulary) == (34, 2560, 262_208)
+    assert (shape.dimensions.layers, shape.hidden, shape.vocabulary) == (34, 2560, 262_208)
 
 
 def test_weights_in_mistrals_own_format_are_not_downloaded(tmp_path, monkeypatch):
