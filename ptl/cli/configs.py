@@ -151,9 +151,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     ]
     unchecked = extras.not_checked(checks, excused)
     if not pretrained.can_build():
-        unchecked.append(
-            "not checked: whether config.json fits the weights, the target, the exports (without transformers or torch)"
-        )
+        unchecked.append("not checked: the model and what it can do of the config (without transformers or torch)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")

@@ -138,86 +138,29 @@ FAMILIES = {family.model_type: family for family in _RECORDS}
 
 # Multimodal model_types whose text model the import takes out (text_tower.py), and that model's default model_type
 TEXT_TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-# Config fields of mixtures of experts and of other models that are no language models
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
-MODALITIES = ("vision_config", "audio_config", "text_config")
-# Families that many people ask for and that are built otherwise: why, and what to prune in their place
-_GEMMA_3N = (
-    "its layers have an embedding table each and several hidden states (AltUp), which no score of a neuron covers",
-    "prune a Gemma 3 (gemma3 or gemma3_text)",
-)
-_QWEN_3_5 = (
-    "three of four layers have linear attention (Gated DeltaNet) with tensors that ptl does not know",
-    "prune a Qwen 3 (qwen3)",
-)
-_GEMMA_4 = (
-    "its layers differ in the size of their heads, share keys and values, and some have an embedding table each",
-    "prune a Gemma 3 (gemma3 or gemma3_text)",
-)
-_OTHER_EXPERTS = "prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
+# Families that many people ask for, and why they are not supported
 REFUSED = {
-    "gemma4": _GEMMA_4,
-    "gemma4_text": _GEMMA_4,
-    "gemma3n": _GEMMA_3N,
-    "gemma3n_text": _GEMMA_3N,
-    "qwen3_5": _QWEN_3_5,
-    "qwen3_5_text": _QWEN_3_5,
-    "qwen3_next": (
-        "it is a mixture of experts with a shared expert, and three of four layers have linear attention "
-        "(Gated DeltaNet) with tensors that ptl does not know",
-        _OTHER_EXPERTS,
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers have embedding tables and several hidden states (AltUp)"),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"), "its layers share keys and values, and differ in the size of their heads"
     ),
-    "deepseek_v2": (
-        "it is a mixture of experts whose router chooses groups of experts in another way than that of DeepSeek V3, "
-        "which ptl does not know",
-        _OTHER_EXPERTS,
-    ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_next"), "most of its layers have linear attention"),
+    "deepseek_v2": "its router chooses groups of experts in another way than that of DeepSeek V3",
 }
 SUPPORTED = f"supported: {', '.join(sorted(FAMILIES.keys() | TEXT_TOWERS.keys()))}"
 
 
 def family_of(config: ConfigJson) -> Family:
     """The record for a checkpoint's config.json. Raises InputError that lists what is supported."""
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in REFUSED:
-        reason, remedy = REFUSED[model_type]
-        raise InputError(f"model_type {model_type!r} is not supported: {reason}", field="model", remedy=remedy)
-    _check_experts(config)
-    _check_text_only(config)
-    if isinstance(model_type, str) and model_type in FAMILIES:
+    model_type = str(config.get("model_type"))
+    if model_type in FAMILIES:
         return FAMILIES[model_type]
+    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    remedy = "give another; a family is one record in ptl/model/families.py and one of VARIANTS in tests/tiny_models.py"
+    if model_type in TEXT_TOWERS:
+        reason, remedy = ": it is more than a language model", "run `ptl import-model`, which saves its text model"
     raise InputError(
-        f"model_type {model_type!r} is not supported ({SUPPORTED})",
+        f"model_type {model_type!r} is not supported{reason} ({SUPPORTED})",
         field="model",
-        remedy="a family is one record in ptl/model/families.py and one entry of VARIANTS in tests/tiny_models.py",
+        remedy=remedy,
     )
-
-
-def _check_experts(config: ConfigJson) -> None:
-    """Raise InputError for an unknown mixture of experts, also where it is the text model of a multimodal one."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family and family.experts:
-        return
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        for expert_field in EXPERTS:
-            if part.get(expert_field):
-                raise InputError(
-                    f"model_type {config.get('model_type')!r} is a mixture of experts (config field {expert_field}), "
-                    "whose layout ptl does not know; it is refused rather than pruned wrongly",
-                    field="model",
-                    remedy=f"give a model of a known type ({SUPPORTED})",
-                )
-
-
-def _check_text_only(config: ConfigJson) -> None:
-    """Raise InputError for a multimodal model, which has not been imported."""
-    model_type = config.get("model_type")
-    by_hand = f"save its text model as a checkpoint of its own and give that ({SUPPORTED})"
-    for modality in MODALITIES:
-        if config.get(modality):
-            raise InputError(
-                f"model_type {model_type!r} is more than a language model (config field {modality})",
-                field="model",
-                remedy="run `ptl import-model`, which saves its text model" if model_type in TEXT_TOWERS else by_hand,
-            )

@@ -21,7 +21,8 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     family = family_of(text_tower.read_config(src))
     checkpoint.check_links(src)
     model_dimensions(src, family)
-    checks.check_tokenizer(src)
+    checkpoint.check_tokenizer(src)
+    checks.load_tokenizer(src)
 
     # Then every value.
     weights = checkpoint.shards(src)

@@ -37,7 +37,8 @@ def preflight(
     # Only now a download, which may take an hour.
     folder = hub.locate(path, revision)
     dimensions = check_model(folder, schedule, prune)
-    model_fit.check_settings(folder, calibration, training, evaluate, recover)
+    if dimensions is not None:
+        model_fit.check_settings(folder, calibration, training, evaluate, recover)
     return folder, dimensions
 
 
@@ -83,7 +84,6 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     checkpoint.check_links(folder)
     checkpoint.check_tokenizer(folder)
     if not pretrained.can_build():
-        checkpoint.contents(folder)
         return None
     dimensions = model_dimensions(folder, family)
     # What the config will do to it.

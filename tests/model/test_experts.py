@@ -417,20 +417,6 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, chan
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("qwen3_next", "linear attention"),
-    ],
-)
-def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason):
-    with pytest.raises(
-        InputError, match="prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
-    ) as refused:
-        family_of({"model_type": model_type, "num_experts": 8})
-    assert model_type in str(refused.value) and reason in str(refused.value)
-
-
 def test_every_mixture_of_experts_is_tested():
     assert {model_type for model_type, _ in MOE_VARIANTS.values()} == {
         name for name, family in FAMILIES.items() if family.experts

@@ -135,7 +135,7 @@ def test_classes_are_those_of_transformers():
     ("text", "problem"),
     [
         ("gemma", "text_config='gemma', which must be a JSON object"),
-        ({"model_type": "mistral4", "n_routed_experts": 128}, "mixture of experts"),
+        ({"model_type": "mistral4", "n_routed_experts": 128}, "'mistral4' is not supported"),
         ({"model_type": "qwen3_5_text"}, "qwen3_5_text"),
         ({"model_type": ["gemma3_text"]}, r"text_config.model_type=\['gemma3_text'\], which must be the name"),
     ],
