@@ -106,6 +106,8 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     model = pretrained.skeleton_of_config(config, source)
     checks.check_built_config(model.config, family, source)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if family.experts and not any(name.endswith(DOWN) for name in shapes):
+        raise checkpoint_error(f"{source} has no layer with experts", "correct it, or give another model")
     return ModelShapes(family, model.config, family.is_tied(config), shapes)
 
 
