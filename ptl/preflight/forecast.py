@@ -73,6 +73,7 @@ class Work:
     seconds: float
     memory: float  # bytes on each GPU
     note: str = ""
+    host_memory: int = 0  # bytes beside the GPU, where they are many
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def _pruning(before: ModelDimensions, assumed: Assumptions) -> Work:
         seconds=flops / (assumed.gpu.fp32 * PEAK_SHARE),
         memory=scoring_memory(shape, calibration),
         note=f"{host_memory / GIB:.1f} GiB of host memory" if host_memory >= GIB else "",
+        host_memory=host_memory,
     )
 
 

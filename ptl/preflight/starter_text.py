@@ -193,7 +193,7 @@ def _resources(plan: Plan, choices: Choices, forecast: Forecast | None) -> str:
         return ""
     steps = forecast.steps if forecast else ()
     hours = 1 + math.ceil(MARGIN * max((step.hours for step in steps), default=0.0))
-    kept = max((step.host_memory for step in steps), default=0) / GIB  # hidden states of a prune step
+    kept = max((step.work.host_memory for step in steps), default=0) / GIB  # hidden states of a prune step
     # At most one process for each GPU; of a recovery each reads the model in float32, and one collects it again.
     processes = SHM + PROCESS * choices.gpus
     weights = plan.dimensions.params / GIB  # GiB at one byte each
