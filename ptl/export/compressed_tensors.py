@@ -133,7 +133,7 @@ def _group_size(model: ModelShapes, width: int) -> int:
     """The largest size of groups by which the rows of every linear layer can be divided."""
     rows = {
         "hidden_size": model.config.hidden_size,
-        "num_attention_heads * head_dim": model.layers()[0]["self_attn.o_proj.weight"][1],
+        "num_attention_heads * head_dim": model.layers()[0]["self_attn.o_proj.weight"].shape[1],
         "intermediate_size": width,
     }
     for size in GROUP_SIZES:

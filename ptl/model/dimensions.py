@@ -6,14 +6,16 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.errors import InputError
 from ptl.model import checks, shapes
-from ptl.model.experts import BIASES, DOWN, FUSED
+from ptl.model.experts import BIASES, DOWN, FUSED, Experts
 from ptl.model.families import ConfigJson, Family
-from ptl.model.safetensors_io import TensorShape
 from ptl.model.shapes import ModelShapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -76,7 +78,7 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
     dense_layers = tuple(i for i, layer in enumerate(layers) if model.family.experts and DOWN not in layer)
     removable = [layer for i, layer in enumerate(layers) if i not in dense_layers]
     width = getattr(model.config, model.family.width_field)
-    neurons = {name: shape for name, shape in removable[0].items() if _has_neurons(model.family, name)}
+    neurons = {name: tensor for name, tensor in removable[0].items() if _has_neurons(model.family, name)}
     dense = ModelDimensions(
         params=model.params,
         layers=len(layers),
@@ -84,7 +86,8 @@ def dimensions_of(model: ModelShapes) -> ModelDimensions:
         params_per_neuron=len(removable) * shapes.count(neurons) // width,
         params_per_layer=shapes.count(removable[0]),
     )
-    return _with_mixture(dense, model, removable, dense_layers) if model.family.experts else dense
+    experts = model.family.experts
+    return _with_mixture(dense, experts, model.config, removable, dense_layers) if experts else dense
 
 
 def _has_neurons(family: Family, name: str) -> bool:
@@ -96,15 +99,15 @@ def _has_neurons(family: Family, name: str) -> bool:
 
 def _with_mixture(
     dense: ModelDimensions,
-    model: ModelShapes,
-    removable: list[dict[str, TensorShape]],  # layers that have experts
+    experts: Experts,
+    config: Any,  # transformers' own
+    removable: list[dict[str, Tensor]],  # layers that have experts
     dense_layers: tuple[int, ...],
 ) -> ModelDimensions:
     """Add what a mixture of experts has besides."""
-    family, config = model.family, model.config
-    of_experts = {name: shape for name, shape in removable[0].items() if name in (*FUSED, *BIASES)}
-    of_router = {name: shape for name, shape in removable[0].items() if family.experts.has_router(name)}
-    number = of_experts[DOWN][0]
+    of_experts = {name: tensor for name, tensor in removable[0].items() if name in (*FUSED, *BIASES)}
+    of_router = {name: tensor for name, tensor in removable[0].items() if experts.has_router(name)}
+    number = len(of_experts[DOWN])
     return replace(
         dense,
         experts=number,
@@ -115,7 +118,7 @@ def _with_mixture(
         expert_groups=getattr(config, "n_group", 1),
         dense_layers=dense_layers,
         # Not where a shared expert has the width too, or where layers and experts differ
-        narrowable=not (dense_layers or family.experts.transposed or getattr(config, "n_shared_experts", 0)),
+        narrowable=not (dense_layers or experts.transposed or getattr(config, "n_shared_experts", 0)),
     )
 
 

@@ -5,17 +5,19 @@ A checkpoint's headers are compared with it. What a token costs is counted from 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptl.model import checkpoint, checks, pretrained, text_tower
 from ptl.model.checkpoint import checkpoint_error
-from ptl.model.experts import BIASES, DOWN, GATE_UP
+from ptl.model.experts import BIASES, DOWN, FUSED, stored_tensors
 from ptl.model.families import ConfigJson, Family, family_of
-from ptl.model.safetensors_io import FLOATS, Entries, TensorShape
+from ptl.model.safetensors_io import FLOATS, Entries
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDINGS = "model.embed_tokens.weight"
 OUTPUT_LAYER = "lm_head.weight"
@@ -30,16 +32,16 @@ class ModelShapes:
     family: Family
     config: Any  # transformers' own, with its defaults for what config.json leaves out
     tied: bool  # whether the output layer is the embeddings
-    # Of every tensor, by its name in transformers' memory; the output layer's too where it is tied
-    shapes: Mapping[str, TensorShape]
+    # On the meta device, by their names in transformers' memory; the output layer's too where it is tied
+    tensors: Mapping[str, Tensor]
 
-    def layers(self) -> list[dict[str, TensorShape]]:
-        """The shapes of each decoder layer's tensors, by their names in the layer: `mlp.down_proj.weight`."""
-        layers: list[dict[str, TensorShape]] = [{} for _ in range(self.config.num_hidden_layers)]
-        for name, shape in self.shapes.items():
+    def layers(self) -> list[dict[str, Tensor]]:
+        """The tensors of each decoder layer, by their names in the layer: `mlp.down_proj.weight`."""
+        layers: list[dict[str, Tensor]] = [{} for _ in range(self.config.num_hidden_layers)]
+        for name, tensor in self.tensors.items():
             if name.startswith(LAYERS):
                 number, _, in_layer = name.removeprefix(LAYERS).partition(".")
-                layers[int(number)][in_layer] = shape
+                layers[int(number)][in_layer] = tensor
         return layers
 
     def biased_parts(self) -> list[str]:
@@ -49,8 +51,10 @@ class ModelShapes:
     @property
     def params(self) -> int:
         """Parameters of the model; an output layer that is the embeddings counts once."""
-        tied = math.prod(self.shapes[OUTPUT_LAYER]) if self.tied else 0
-        return count(self.shapes) - tied
+        params = count(self.tensors)
+        if self.tied:
+            params -= self.tensors[OUTPUT_LAYER].numel()
+        return params
 
     @property
     def matrix_params(self) -> int:
@@ -59,13 +63,13 @@ class ModelShapes:
         Twice as many FLOPs are a forward pass for one token, without attention.
         """
         params = 0
-        for name, shape in self.shapes.items():
-            if len(shape) < 2 or name == EMBEDDINGS or name.endswith(BIASES):
+        for name, tensor in self.tensors.items():
+            if tensor.dim() < 2 or name == EMBEDDINGS or name.endswith(BIASES):
                 continue
-            is_of_experts = name.endswith((GATE_UP, DOWN))
-            params += (
-                math.prod(shape) * self.config.num_experts_per_tok // shape[0] if is_of_experts else math.prod(shape)
-            )
+            if name.endswith(FUSED):
+                params += self.config.num_experts_per_tok * tensor[0].numel()
+            else:
+                params += tensor.numel()
         return params
 
     @property
@@ -73,9 +77,12 @@ class ModelShapes:
         """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
         width = 0
         for layer in self.layers():
-            values = layer["self_attn.o_proj.weight"][1]
-            queries = layer.get("self_attn.q_b_proj.weight") or layer.get("self_attn.q_proj.weight") or (values,)
-            width += queries[0] + values
+            values = layer["self_attn.o_proj.weight"].shape[1]
+            queries = values
+            for name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
+                if name in layer:
+                    queries = layer[name].shape[0]
+            width += queries + values
         return width
 
     @property
@@ -83,18 +90,19 @@ class ModelShapes:
         """Numbers of a token in the KV cache, in all layers; a sliding window limits the tokens, not these."""
         numbers = 0
         for layer in self.layers():
-            if "self_attn.kv_a_proj_with_mqa.weight" in layer:  # latent attention: from these it computes both
-                numbers += layer["self_attn.kv_a_proj_with_mqa.weight"][0]
-            elif "self_attn.qkv_proj.weight" in layer:
-                numbers += layer["self_attn.qkv_proj.weight"][0] - layer["self_attn.o_proj.weight"][1]
+            rows = {name: tensor.shape[0] for name, tensor in layer.items()}
+            if "self_attn.kv_a_proj_with_mqa.weight" in rows:  # latent attention: from these it computes both
+                numbers += rows["self_attn.kv_a_proj_with_mqa.weight"]
+            elif "self_attn.qkv_proj.weight" in rows:
+                numbers += rows["self_attn.qkv_proj.weight"] - layer["self_attn.o_proj.weight"].shape[1]
             else:
-                numbers += layer["self_attn.k_proj.weight"][0] + layer["self_attn.v_proj.weight"][0]
+                numbers += rows["self_attn.k_proj.weight"] + rows["self_attn.v_proj.weight"]
         return numbers
 
 
-def count(shapes: Mapping[str, TensorShape]) -> int:
-    """Parameters of tensors with these shapes."""
-    return sum(map(math.prod, shapes.values()))
+def count(tensors: Mapping[str, Tensor]) -> int:
+    """Parameters of these tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
@@ -105,10 +113,10 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
     checks.check_config(config, source)
     model = pretrained.skeleton_of_config(config, source)
     checks.check_built_config(model.config, family, source)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if family.experts and not any(name.endswith(DOWN) for name in shapes):
+    tensors = model.state_dict()
+    if family.experts and not any(name.endswith(DOWN) for name in tensors):
         raise checkpoint_error(f"{source} has no layer with experts", "correct it, or give another model")
-    return ModelShapes(family, model.config, family.is_tied(config), shapes)
+    return ModelShapes(family, model.config, family.is_tied(config), tensors)
 
 
 def of_checkpoint(folder: Path, family: Family) -> ModelShapes:
@@ -122,9 +130,7 @@ def of_checkpoint(folder: Path, family: Family) -> ModelShapes:
     checkpoint.check_no_adapter(folder)
     contents = text_tower.contents(folder)
     entries = {name: entry for name, entry in contents.items() if family.is_read(name, config)}
-    expected = dict(model.shapes)
-    if family.experts:
-        expected = family.experts.stored_shapes(model.shapes, family.experts.is_fused(entries))
+    expected = stored_tensors(model.tensors, family.experts, entries)
     _check_names(folder, model, entries, expected.keys())
     _check_tensors(config, entries, expected)
     if model.tied:
@@ -148,18 +154,18 @@ def _check_names(folder: Path, model: ModelShapes, entries: Entries, expected: S
     )
 
 
-def _check_tensors(config: ConfigJson, entries: Entries, expected: Mapping[str, TensorShape]) -> None:
+def _check_tensors(config: ConfigJson, entries: Entries, expected: Mapping[str, Tensor]) -> None:
     """Every tensor has the shape that config.json gives it, and floating-point numbers.
 
     Their dtypes may differ: transformers keeps some tensors in float32.
     """
     for name, entry in entries.items():
-        if entry.shape != expected[name]:
+        if entry.shape != expected[name].shape:
             sizes = {field: value for field, value in config.items() if field.endswith(SIZE_FIELDS)}
             settings = ", ".join(f"{field}={value}" for field, value in sorted(sizes.items()))
             raise checkpoint_error(
                 f"tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
-                f"{list(expected[name])} ({settings})",
+                f"{list(expected[name].shape)} ({settings})",
                 "correct config.json, or use a checkpoint with the same shapes in every layer",
             )
         if entry.dtype not in FLOATS:

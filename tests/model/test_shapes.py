@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,3 +304,13 @@ def test_import_by_hand_checks_what_the_pipeline_checks(folders, tmp_path):
     with pytest.raises(InputError, match="num_attention_heads=8"):
         import_checkpoint(str(folder), None, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_without_torch_validate_says_what_it_did_not_check():
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None); from ptl.cli.app import app;"
+        f"app(['validate', {str(TINY)!r}])"
+    )
+    root = TINY.parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert "not checked: the model and what it can do of the config (without transformers or torch)" in done.stderr
