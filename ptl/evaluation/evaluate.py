@@ -15,7 +15,7 @@ from ptl.evaluation.paired import Item
 from ptl.evaluation.scoring import TaskScore, score_task
 from ptl.evaluation.speed import measure_speed
 from ptl.evaluation.tasks import check_tasks
-from ptl.model import checks, pretrained, shapes
+from ptl.model import checks, cost, pretrained
 
 ITEMS = "items.jsonl"
 SCORES = "scores.json"
@@ -47,7 +47,7 @@ def evaluate_checkpoint(src: Path, dst: Path, settings: Evaluate, *, seed: int, 
     """
     started = time.monotonic()
     check_tasks(settings)
-    static = shapes.static_cost(src)
+    static = cost.from_config(src)
     pretrained.skeleton(src)
     checks.load_tokenizer(src)
 

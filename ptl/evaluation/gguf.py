@@ -21,7 +21,7 @@ from ptl.evaluation.language_models import AnswerNotes
 from ptl.evaluation.speed import Measurement, Timer, Times, measure_in_turns
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, checks
-from ptl.model.checks import longrope_limit
+from ptl.model.config_fields import longrope_limit
 from ptl.model.llama_runtime import LlamaContext, LlamaModel, Part, max_sequences
 
 MAX_QUOTED = 80  # characters of a prompt, in an error

@@ -14,7 +14,7 @@ from ptl.config.run import Evaluate
 from ptl.evaluation.helpers import AnswerNote, Helper
 from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, pretrained
-from ptl.model.checks import longrope_limit
+from ptl.model.config_fields import longrope_limit
 from ptl.model.families import family_of
 
 VLLM_FIELD = "evaluate.backend"

@@ -14,7 +14,7 @@ from typing import Any
 from ptl.config.run import Evaluate, Speed
 from ptl.evaluation import language_models, tasks
 from ptl.evaluation.scoring import TaskScore, score_task
-from ptl.model import shapes
+from ptl.model import cost
 
 PREFILL_SECONDS = 0.1  # a prompt is read for that long in every repeat ...
 PREFILL_PASSES = 20  # ... but no more often than that
@@ -156,7 +156,7 @@ def side_by_side(
     runs = _solve_in_turns(models, settings, seed)
     measured = {}
     for name, folder in folders.items():
-        params = shapes.static_cost(folder).params
+        params = cost.from_config(folder).params
         measured[name] = {"params": params, "speed": rows[name], **_solving_speed(runs[name])}
     # All models have answered the same items.
     scores = next(iter(runs.values()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptl.model import pretrained, text_tower
-from ptl.model.checks import longrope_limit
+from ptl.model.config_fields import longrope_limit
 from ptl.model.families import MLP, QKV, QKVO, ConfigJson
 
 # transformers gives every layer the sliding window that config.json names

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.errors import InputError
-from ptl.model import checks, shapes
+from ptl.model import config_fields, shapes
 from ptl.model.experts import BIASES, DOWN, FUSED, Experts
 from ptl.model.families import ConfigJson, Family
 from ptl.model.shapes import ModelShapes
@@ -114,7 +114,7 @@ def _with_mixture(
         experts_per_token=config.num_experts_per_tok,
         params_per_expert=len(removable) * shapes.count(of_experts | of_router) // number,
         params_per_route=len(removable) * shapes.count(of_router) // number,
-        fewest_experts=checks.fewest_experts(config),
+        fewest_experts=config_fields.fewest_experts(config),
         expert_groups=getattr(config, "n_group", 1),
         dense_layers=dense_layers,
         # Not where a shared expert has the width too, or where layers and experts differ

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptl.model import checkpoint, checks, pretrained, text_tower
+from ptl.model import checkpoint, config_fields, pretrained, text_tower
 from ptl.model.checkpoint import checkpoint_error
 from ptl.model.experts import BIASES, DOWN, FUSED, stored_tensors
-from ptl.model.families import ConfigJson, Family, family_of
+from ptl.model.families import ConfigJson, Family
 from ptl.model.safetensors_io import FLOATS, Entries
 
 if TYPE_CHECKING:
@@ -110,9 +110,9 @@ def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
 
     `source` is the file, for the messages.
     """
-    checks.check_config(config, source)
+    config_fields.check(config, source)
     model = pretrained.skeleton_of_config(config, source)
-    checks.check_built_config(model.config, family, source)
+    config_fields.check_built(model.config, family, source)
     tensors = model.state_dict()
     if family.experts and not any(name.endswith(DOWN) for name in tensors):
         raise checkpoint_error(f"{source} has no layer with experts", "correct it, or give another model")
@@ -174,39 +174,3 @@ def _check_tensors(config: ConfigJson, entries: Entries, expected: Mapping[str, 
                 f"tensor {name} in {entry.path} is {entry.dtype}; one of {possible} is needed",
                 "load it with from_pretrained(..., dtype=...), save it, and give that folder",
             )
-
-
-@dataclass(frozen=True)
-class StaticCost:
-    """What a checkpoint costs, as far as its shapes say it."""
-
-    params: int  # tied tensors count once
-    active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
-    bytes: int  # of the weight files
-    flops_per_token: int  # forward, products with the weights; attention adds `attention_flops` per token of context
-    attention_flops: int  # per token of context
-    kv_bytes_per_token: int  # of context; layers with a sliding window hold no more than their window
-    widths: list[int]  # FFN width of each layer, or of each of its experts
-    experts: int  # in each layer; 0: a dense model
-
-
-def static_cost(folder: Path) -> StaticCost:
-    """Measure a checkpoint folder without loading its weights. Raises InputError as `of_checkpoint`."""
-    from ptl.model.dimensions import dimensions_of
-
-    family = family_of(checkpoint.read_config(folder))
-    model = of_checkpoint(folder, family)
-    dimensions = dimensions_of(model)
-    dense_width = getattr(model.config, "intermediate_size", 0)
-    return StaticCost(
-        params=dimensions.params,
-        active_params=dimensions.active_params,
-        bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
-        flops_per_token=2 * model.matrix_params,  # multiply and add
-        attention_flops=2 * model.attention_width,  # for scores and for values
-        kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
-        widths=[
-            dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
-        ],
-        experts=dimensions.experts,
-    )

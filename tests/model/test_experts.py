@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, shapes
+from ptl.model import checkpoint, cost
 from ptl.model.dimensions import (
     dimensions_of_config,
     experts_for,
@@ -218,7 +218,7 @@ def test_sizes_after_a_cut_are_those_that_were_planned(model, source, tmp_path):
 
 
 def test_flops_are_those_of_the_experts_in_use(model, source):
-    static = shapes.static_cost(source)
+    static = cost.from_config(source)
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"
     for length in (1, 7):
@@ -233,7 +233,7 @@ def test_kv_bytes_are_those_of_a_real_cache(model, source):
         cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     # A layer with a window has 4 tokens.
     numbers = sum((layer.keys.numel() + layer.values.numel()) // layer.keys.shape[-2] for layer in cache.layers)
-    assert shapes.static_cost(source).kv_bytes_per_token == 4 * numbers
+    assert cost.from_config(source).kv_bytes_per_token == 4 * numbers
 
 
 def test_as_many_experts_stay_as_the_goal_allows(source):

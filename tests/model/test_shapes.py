@@ -19,7 +19,7 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, pretrained, shapes
+from ptl.model import checkpoint, cost, pretrained, shapes
 from ptl.model.checks import check_generation_config, load_tokenizer
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
@@ -207,7 +207,7 @@ def test_a_tied_output_layer_that_is_stored_too_counts_once(folders, tmp_path, v
     folder = with_output_layer(folders(variant), tmp_path)
     params = build(variant).num_parameters()
     assert model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params == checkpoint.num_params(folder) == params
-    assert shapes.static_cost(folder).params == params
+    assert cost.from_config(folder).params == params
 
 
 def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
@@ -220,7 +220,7 @@ def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
 def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size, named):
     folder = changed(save(build("llama").to(dtype), tmp_path / "stored"), tmp_path, dtype=named)
     assert (
-        shapes.static_cost(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size
+        cost.from_config(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size
     )  # keys and values, layers, KV heads, head_dim
     assert (shape_of(str(folder)).kv_bytes, shape_of(str(folder)).itemsize) == (2 * 4 * 2 * 8 * size, size)
 
