@@ -28,6 +28,8 @@ def validate(config: ConfigFile, sets: Overrides) -> None:
     """Check a config, its data files and its model, and print the plan; starts nothing expensive."""
     settings = load_config(config, pairs("--set", sets))
     dimensions = checked(settings)
+    if dimensions is None:
+        return
     from ptl.preflight import target
 
     goal = target.sentence(settings)
@@ -130,8 +132,8 @@ def images_section(path: Path) -> dict[str, Any]:
     return check(Images, section, str(path)).model_dump()
 
 
-def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions:
-    """Check all that can be checked without weights in memory; returns the dense model's sizes.
+def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentError) -> ModelDimensions | None:
+    """Check all that can be checked without weights in memory; returns the dense model's sizes, None without torch.
 
     Software of the steps that does not work here is an error, or a warning where its error is `excused`.
     """
@@ -149,7 +151,7 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
     ]
     unchecked = extras.not_checked(checks, excused)
     if not pretrained.can_build():
-        unchecked.append("not checked: whether transformers builds a model of config.json (without it or torch)")
+        unchecked.append("not checked: the model and what it can do of the config (without transformers or torch)")
     not_asked = preflight.hub_data_not_asked_for(config)
     if not_asked:
         print(f"not looked at, as the hub cannot be asked: {listed(not_asked)}")
@@ -165,6 +167,9 @@ def checked(config: Config, excused: type[UnusableError] | tuple[()] = AbsentErr
         config.gate,
         config.recover,
     )
+    if dimensions is None:
+        warn(unchecked)
+        return None
     formats.check_exports(folder, config.export)
     is_served = config.export or config.evaluate.backend == "vllm"
     notes = llama_cpp.context_notes(folder) if is_served else []

@@ -10,6 +10,8 @@ from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.model import checks, hub
 
+TEACHER = "recover.teacher"
+
 
 def check_settings(
     folder: Path,
@@ -20,7 +22,7 @@ def check_settings(
 ) -> None:
     """Raise InputError for what the model in `folder` cannot do of all that the config asks of it."""
     # What every step needs.
-    checks.check_tokenizer(folder)
+    tokenizer = checks.load_tokenizer(folder)
     checks.check_generation_config(folder)
 
     # Lengths; what is not set follows the model.
@@ -31,7 +33,7 @@ def check_settings(
     _check_recovery(folder, recover, teacher=None)
 
     # Chats, by the field that names them.
-    if checks.has_chat_template(folder):
+    if tokenizer.chat_template:
         return
     training_sources = {f"training.sources.{i}": source for i, source in enumerate(training.sources)}
     for field, source in {"calibration.data": calibration.data, **training_sources}.items():
@@ -48,7 +50,7 @@ def check_stages(folder: Path, stages: Sequence[RecoverStage], teacher: Path | N
 
     `teacher` is the run's original model; None: not known yet, or the model itself.
     """
-    checks.check_tokenizer(folder)
+    checks.load_tokenizer(folder)
     _check_recovery(folder, stages, teacher)
 
 
@@ -69,17 +71,21 @@ def _check_distillation(folder: Path, stage: Distil, original: Path | None) -> N
     if teacher is None:
         return
     checks.check_positions(teacher, {"recover.max_length (for recover.teacher)": stage.max_length})
-    checks.check_teacher(folder, teacher, stage.teacher or str(teacher))
+    checks.compare_vocabularies(
+        checks.load_tokenizer(folder).get_vocab(),
+        checks.load_tokenizer(teacher, TEACHER).get_vocab(),
+        stage.teacher or str(teacher),
+    )
 
 
 def _teacher_files(teacher: str) -> Path:
     """The folder of a teacher's config and tokenizer; of a hub id these alone are downloaded."""
-    folder = hub.locate(teacher, None, hub.SMALL_FILES, field="recover.teacher")
+    folder = hub.locate(teacher, None, hub.SMALL_FILES, field=TEACHER)
     # A local path that does not exist is only seen here.
     if not (folder / "config.json").is_file():
         raise InputError(
             f"no config.json in {folder}",
-            field="recover.teacher",
+            field=TEACHER,
             remedy="give the folder of a checkpoint, or a hub id",
         )
     return folder

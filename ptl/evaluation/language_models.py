@@ -16,7 +16,6 @@ from ptl.evaluation.task_loading import cache_templates
 from ptl.model import checkpoint, pretrained
 from ptl.model.config_fields import longrope_limit
 from ptl.model.families import family_of
-from ptl.model.sizes import read_sizes
 
 VLLM_FIELD = "evaluate.backend"
 VLLM_REMEDY = "use the image evaluate-vllm (`--runner docker`), or backend: hf"
@@ -229,12 +228,13 @@ def tensor_parallel(src: Path, gpus: int) -> int:
     """
     config = checkpoint.read_config(src)
     config.pop("quantization_config", None)  # the sizes are those of the float weights
-    sizes = read_sizes(config, family_of(config), f"config.json of {src}")
+    sizes = pretrained.config_with_defaults(config)
+    width = getattr(sizes, family_of(config).width_field)
 
     def divides(count: int) -> bool:
         # Of keys and values several GPUs may hold the same head.
         heads = sizes.num_key_value_heads
-        divided = (sizes.num_attention_heads, sizes.intermediate_size, max(heads, count))
+        divided = (sizes.num_attention_heads, width, max(heads, count))
         return all(size % count == 0 for size in divided) and max(heads, count) % heads == 0
 
     return max((count for count in range(1, gpus + 1) if divides(count)), default=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -18,10 +17,9 @@ from ptl.config.run import Calibration
 from ptl.data import sequences as data
 from ptl.errors import InputError, WorkError
 from ptl.export import llama_cpp, quantize
-from ptl.model import checkpoint, checks, text_tower
-from ptl.model.dimensions import model_dimensions
+from ptl.model import checkpoint, checks, shapes, text_tower
 from ptl.model.families import family_of
-from ptl.model.sizes import Sizes, read_sizes
+from ptl.model.shapes import ModelShapes
 
 PYTHON = "PTL_LLMCOMPRESSOR_PYTHON"  # environment variable: a Python that has llmcompressor
 OWN_PYTHON = Path(__file__).parents[2] / ".venv-llmcompressor/bin/python"  # of `make llmcompressor`
@@ -106,7 +104,7 @@ def check_compressed(src: Path, type: str, width: int | None = None) -> int | No
     """
     config = text_tower.read_config(src)
     family = family_of(config)
-    model_dimensions(src, family)
+    model = shapes.of_checkpoint(src, family)
     if family.model_type in REFUSED:
         raise InputError(
             f"model_type {family.model_type} cannot be written: {REFUSED[family.model_type]}",
@@ -122,8 +120,7 @@ def check_compressed(src: Path, type: str, width: int | None = None) -> int | No
         )
     if type != "w4a16":
         return None
-    sizes = read_sizes(config, family, f"{src}/config.json")
-    return _group_size(dataclasses.replace(sizes, intermediate_size=width or sizes.intermediate_size))
+    return _group_size(model, width or model.config.intermediate_size)
 
 
 def _check_as_it_is(src: Path, type: str) -> int | None:
@@ -132,12 +129,12 @@ def _check_as_it_is(src: Path, type: str) -> int | None:
     return check_compressed(src, type)
 
 
-def _group_size(sizes: Sizes) -> int:
+def _group_size(model: ModelShapes, width: int) -> int:
     """The largest size of groups by which the rows of every linear layer can be divided."""
     rows = {
-        "hidden_size": sizes.hidden_size,
-        "num_attention_heads * head_dim": sizes.num_attention_heads * sizes.head_dim,
-        "intermediate_size": sizes.intermediate_size,
+        "hidden_size": model.config.hidden_size,
+        "num_attention_heads * head_dim": model.layers()[0]["self_attn.o_proj.weight"].shape[1],
+        "intermediate_size": width,
     }
     for size in GROUP_SIZES:
         if all(length % size == 0 for length in rows.values()):

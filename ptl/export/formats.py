@@ -12,9 +12,7 @@ from ptl.config.export import Export
 from ptl.config.run import Calibration, Evaluate
 from ptl.errors import InputError
 from ptl.extras import Check
-from ptl.model import text_tower
-from ptl.model.families import family_of
-from ptl.model.sizes import read_sizes
+from ptl.model import pretrained, text_tower
 from ptl.units import listed
 
 ALTERNATING_IN_VLLM = ("gpt_oss",)  # model types; vLLM 0.32 does not read their layer_types
@@ -84,7 +82,7 @@ def layer_warnings(src: Path, forms: Iterable[Export], target: str) -> list[str]
 
     config = text_tower.read_config(src)
     model_type = config["model_type"]
-    layers = read_sizes(config, family_of(config), f"config.json of {src}").num_hidden_layers
+    layers = pretrained.config_with_defaults(config).num_hidden_layers
     names = [form.name for form in forms if form.format == "gguf"]
     rules = llama_cpp.layer_rules(model_type, layers)
     warnings = []

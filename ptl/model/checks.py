@@ -1,26 +1,13 @@
-"""Whether a checkpoint can be trained and asked at all: tokenizer, EOS token, positions, vocabulary. Reads no weights.
-
-`ptl validate` looks at files, also where transformers is not installed. The steps ask transformers.
-"""
+"""Whether a checkpoint can be trained and asked at all: tokenizer, EOS token, positions. Reads no weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ptl import json_input
 from ptl.errors import InputError
 from ptl.model import checkpoint, pretrained, text_tower
-
-JSON_FILES = (
-    "tokenizer.json",  # the tokenizer itself, vocabulary included
-    "tokenizer_config.json",  # special tokens and chat template
-    "special_tokens_map.json",  # special tokens, in older checkpoints
-    "vocab.json",  # the vocabulary, where there is no tokenizer.json
-)
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
@@ -31,7 +18,11 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
     except (InputError, ModuleNotFoundError):  # the latter: without transformers
         raise
     except Exception as error:  # transformers and tokenizers raise a dozen kinds; each means that it cannot be read
-        raise _unreadable_tokenizer(folder, error) from error
+        raise checkpoint.checkpoint_error(
+            f"the tokenizer of {folder} cannot be read ({str(error)[:300]})",
+            "fetch the checkpoint again, or save a tokenizer beside the weights: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{folder}: the tokenizer has no EOS token, so no answer could end",
@@ -39,27 +30,6 @@ def load_tokenizer(folder: Path, field: str = pretrained.MODEL) -> Any:
             remedy="set eos_token and save it",
         )
     return tokenizer
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise InputError for a tokenizer that is not there, cannot be read or has no EOS token, as far as files say."""
-    # Is there one, and is each of its files JSON?
-    checkpoint.check_tokenizer(folder)
-    files = _json_files(folder)
-    # The library that transformers uses for it reads the file in milliseconds.
-    core = folder / "tokenizer.json"
-    if core.is_file() and find_spec("tokenizers") is not None:
-        from tokenizers import Tokenizer
-
-        try:
-            Tokenizer.from_file(str(core))
-        except Exception as error:  # the library raises Exception itself
-            raise _unreadable_tokenizer(folder, error) from error
-
-    # A few tokenizer classes of transformers have a default EOS token, which the files do not name.
-    eos = files["tokenizer_config.json"].get("eos_token") or files["special_tokens_map.json"].get("eos_token")
-    if not eos and find_spec("transformers") is not None:
-        load_tokenizer(folder)
 
 
 def check_generation_config(folder: Path) -> None:
@@ -83,21 +53,6 @@ def check_positions(folder: Path, lengths: Mapping[str, int]) -> None:
             )
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Whether chats can be rendered; older checkpoints have the template in the tokenizer's config."""
-    if any((folder / name).is_file() for name in TEMPLATES):
-        return True
-    return bool(_json_files(folder)["tokenizer_config.json"].get("chat_template"))
-
-
-def check_teacher(folder: Path, teacher: Path, name: str) -> None:
-    """Raise InputError for a teacher with another vocabulary, where both store it in tokenizer.json."""
-    student_tokens = _vocabulary(folder)
-    teacher_tokens = _vocabulary(teacher)
-    if student_tokens and teacher_tokens:
-        compare_vocabularies(student_tokens, teacher_tokens, name)
-
-
 def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int], name: str) -> None:
     """Raise InputError where a token has not the same number for student and teacher; `name` is the teacher's."""
     if student == teacher:
@@ -109,42 +64,4 @@ def compare_vocabularies(student: Mapping[str, int], teacher: Mapping[str, int],
         f"{len(different)} entries differ)",
         field="recover.teacher",
         remedy="distillation needs a teacher with the same tokenizer",
-    )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Tokens and their numbers, from tokenizer.json; empty without one."""
-    core = _json_files(folder)["tokenizer.json"]
-    if not core:
-        return {}
-    # Tokens that were added later (of chats, for example) are listed apart.
-    try:
-        vocabulary = core["model"].get("vocab", {})
-        if not isinstance(vocabulary, dict):  # Unigram: pairs of a token and its score, in the order of their numbers
-            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-        added = core.get("added_tokens") or ()
-        return {**vocabulary, **{token["content"]: token["id"] for token in added}}
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise _unreadable_tokenizer(folder, f"tokenizer.json: {type(error).__name__}: {error}") from error
-
-
-def _json_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The tokenizer's JSON files by name; empty: not there."""
-    files: dict[str, dict[str, Any]] = {}
-    for name in JSON_FILES:
-        path = folder / name
-        try:
-            files[name] = json_input.loads(path.read_bytes()) if path.is_file() else {}
-        except ValueError as error:
-            raise _unreadable_tokenizer(folder, f"{name}: {error}") from error
-        if not isinstance(files[name], dict):
-            raise _unreadable_tokenizer(folder, f"{name} holds no JSON object")
-    return files
-
-
-def _unreadable_tokenizer(folder: Path, reason: object) -> InputError:
-    return checkpoint.checkpoint_error(
-        f"the tokenizer of {folder} cannot be read ({str(reason)[:300]})",
-        "fetch the checkpoint again, or save a tokenizer beside the weights: "
-        "AutoTokenizer.from_pretrained(...).save_pretrained(folder)",
     )

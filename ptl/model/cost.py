@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, FLOPs and KV-cache per token from its config."""
+"""What a checkpoint costs: parameters, bytes, FLOPs and KV cache per token, from its shapes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptl.model import checkpoint, shapes
-from ptl.model.dimensions import model_dimensions
+from ptl.model.dimensions import dimensions_of
 from ptl.model.families import family_of
-from ptl.model.sizes import read_sizes
 
 
 @dataclass(frozen=True)
 class StaticCost:
-    """Costs that follow from the shapes alone."""
+    """What a checkpoint costs, as far as its shapes say it."""
 
     params: int  # tied tensors count once
     active_params: int  # that a token meets: without the experts that it is not sent to; all in a dense model
@@ -26,24 +25,19 @@ class StaticCost:
 
 
 def from_config(folder: Path) -> StaticCost:
-    """Measure a checkpoint folder without loading its weights. Raises InputError as model_dimensions."""
-    config = checkpoint.read_config(folder)
-    family = family_of(config)
-    sizes = read_sizes(config, family, f"{folder}/config.json")
-    _, product_params = shapes.count(config, family, sizes)
-    layers = sizes.num_hidden_layers
-    cached_numbers = layers * sizes.cached_numbers
-    dimensions = model_dimensions(folder, family)
+    """Measure a checkpoint folder without loading its weights. Raises InputError as `shapes.of_checkpoint`."""
+    model = shapes.of_checkpoint(folder, family_of(checkpoint.read_config(folder)))
+    dimensions = dimensions_of(model)
+    dense_width = getattr(model.config, "intermediate_size", 0)
     return StaticCost(
         params=dimensions.params,
         active_params=dimensions.active_params,
         bytes=sum(path.stat().st_size for path in checkpoint.shards(folder)),
-        flops_per_token=2 * product_params,  # multiply and add
-        attention_flops=2 * layers * (sizes.query_width + sizes.value_width),  # for scores and for values
-        kv_bytes_per_token=cached_numbers * checkpoint.itemsize(folder),
+        flops_per_token=2 * model.matrix_params,  # multiply and add
+        attention_flops=2 * model.attention_width,  # for scores and for values
+        kv_bytes_per_token=model.cached_numbers * checkpoint.itemsize(folder),
         widths=[
-            sizes.dense_intermediate_size if layer in sizes.dense_layers else sizes.intermediate_size
-            for layer in range(layers)
+            dense_width if layer in dimensions.dense_layers else dimensions.width for layer in range(dimensions.layers)
         ],
         experts=dimensions.experts,
     )

@@ -1,4 +1,4 @@
-"""Sizes of a checkpoint and what a goal in parameters means for it: torch-free, so that bad targets fail early."""
+"""Sizes of a checkpoint that pruning changes, and what a goal in parameters means for them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ptl.errors import InputError
-from ptl.model import checkpoint, shapes, text_tower
-from ptl.model.families import IN_LAYER, ConfigJson, Family
-from ptl.model.sizes import Sizes, read_sizes
-from ptl.model.tensor_checks import check_tensors
+from ptl.model import config_fields, shapes
+from ptl.model.experts import BIASES, DOWN, FUSED, Experts
+from ptl.model.families import ConfigJson, Family
+from ptl.model.shapes import ModelShapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Multiple = int | Literal["auto"]  # of the setting prune.width_multiple
 MULTIPLES = (128, 64, 8, 1)  # FFN widths that matrix units and quantized formats like, best first
@@ -23,7 +26,7 @@ EXPERT_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """Sizes of a checkpoint, read from the headers of its shards and its config."""
+    """Sizes of a checkpoint, by its config.json."""
 
     params: int  # tied tensors count once
     layers: int  # decoder layers
@@ -60,84 +63,63 @@ class ModelDimensions:
 
 
 def model_dimensions(folder: Path, family: Family) -> ModelDimensions:
-    """Measure a checkpoint without loading it, of a multimodal one its text model.
-
-    Raises InputError that names an impossible field of config.json, a missing, extra or misshapen tensor, or dtypes
-    that cannot be pruned.
-    """
-    config = text_tower.read_config(folder)
-    sizes = read_sizes(config, family, f"{folder}/config.json")
-    checkpoint.check_no_adapter(folder)
-    contents = text_tower.contents(folder)
-    entries = {name: entry for name, entry in contents.items() if family.is_read(name, config)}
-    check_tensors(folder, config, family, sizes, entries)
-    tied = family.is_tied(config)
-    if tied:
-        checkpoint.check_tied(entries)
-
-    # A neuron has a row or a column in several tensors of every layer.
-    params_by_layer = dict.fromkeys(range(sizes.num_hidden_layers), 0)
-    params_per_neuron = 0
-    for name, entry in entries.items():
-        match = IN_LAYER.match(name)
-        if match is None:
-            continue
-        params = math.prod(entry.shape)
-        params_by_layer[int(match["layer"])] += params
-        if family.has_neurons(match["part"], match["kind"]):
-            params_per_neuron += params // sizes.intermediate_size
-    if family.experts:
-        params_per_neuron = _params_per_expert_neuron(sizes)
-    for layer in sizes.dense_layers:
-        del params_by_layer[layer]
-    return ModelDimensions(
-        params=checkpoint.count_params(entries, tied),
-        layers=sizes.num_hidden_layers,
-        width=sizes.intermediate_size,
-        params_per_neuron=params_per_neuron,
-        params_per_layer=min(params_by_layer.values()),
-        experts=sizes.num_experts,
-        experts_per_token=sizes.num_experts_per_tok,
-        params_per_expert=_params_per_expert(sizes),
-        params_per_route=sizes.expert_layers * sizes.params_per_route,
-        fewest_experts=sizes.fewest_experts,
-        expert_groups=sizes.n_group,
-        dense_layers=sizes.dense_layers,
-        narrowable=sizes.narrowable,
-    )
+    """Measure a checkpoint without loading its weights. Raises InputError as `shapes.of_checkpoint`."""
+    return dimensions_of(shapes.of_checkpoint(folder, family))
 
 
 def dimensions_of_config(config: ConfigJson, family: Family, source: str) -> ModelDimensions:
     """The same sizes from config.json alone, for a model whose weights are not here; `source` is named in errors."""
-    sizes = read_sizes(config, family, source)
-    params, _ = shapes.count(config, family, sizes)
-    wider, _ = shapes.count(config, family, replace(sizes, intermediate_size=sizes.intermediate_size + 1))
-    deeper, _ = shapes.count(config, family, replace(sizes, num_hidden_layers=sizes.num_hidden_layers + 1))
-    return ModelDimensions(
-        params=params,
-        layers=sizes.num_hidden_layers,
-        width=sizes.intermediate_size,
-        params_per_neuron=_params_per_expert_neuron(sizes) if family.experts else wider - params,
-        params_per_layer=deeper - params,
-        experts=sizes.num_experts,
-        experts_per_token=sizes.num_experts_per_tok,
-        params_per_expert=_params_per_expert(sizes),
-        params_per_route=sizes.expert_layers * sizes.params_per_route,
-        fewest_experts=sizes.fewest_experts,
-        expert_groups=sizes.n_group,
-        dense_layers=sizes.dense_layers,
-        narrowable=sizes.narrowable,
+    return dimensions_of(shapes.of_config(config, family, source))
+
+
+def dimensions_of(model: ModelShapes) -> ModelDimensions:
+    """What pruning changes in a model: counted in its first layer that can be removed, and times such layers."""
+    layers = model.layers()
+    dense_layers = tuple(i for i, layer in enumerate(layers) if model.family.experts and DOWN not in layer)
+    removable = [layer for i, layer in enumerate(layers) if i not in dense_layers]
+    width = getattr(model.config, model.family.width_field)
+    neurons = {name: tensor for name, tensor in removable[0].items() if _has_neurons(model.family, name)}
+    dense = ModelDimensions(
+        params=model.params,
+        layers=len(layers),
+        width=width,
+        params_per_neuron=len(removable) * shapes.count(neurons) // width,
+        params_per_layer=shapes.count(removable[0]),
     )
+    experts = model.family.experts
+    return _with_mixture(dense, experts, model.config, removable, dense_layers) if experts else dense
 
 
-def _params_per_expert_neuron(sizes: Sizes) -> int:
-    """Parameters of one neuron of every expert in every layer together."""
-    return sizes.expert_layers * sizes.num_experts * sizes.params_per_expert_neuron
+def _has_neurons(family: Family, name: str) -> bool:
+    """Whether a dimension of a layer's tensor counts the neurons of its MLP, or of each expert."""
+    if family.experts:
+        return name in (*FUSED, BIASES[0])
+    return family.has_neurons(*name.rsplit(".", 1))
 
 
-def _params_per_expert(sizes: Sizes) -> int:
-    """Parameters of one expert in every layer together, its row of the router included; 0 in a dense model."""
-    return sizes.expert_layers * (sizes.params_per_expert + sizes.params_per_route)
+def _with_mixture(
+    dense: ModelDimensions,
+    experts: Experts,
+    config: Any,  # transformers' own
+    removable: list[dict[str, Tensor]],  # layers that have experts
+    dense_layers: tuple[int, ...],
+) -> ModelDimensions:
+    """Add what a mixture of experts has besides."""
+    of_experts = {name: tensor for name, tensor in removable[0].items() if name in (*FUSED, *BIASES)}
+    of_router = {name: tensor for name, tensor in removable[0].items() if experts.has_router(name)}
+    number = len(of_experts[DOWN])
+    return replace(
+        dense,
+        experts=number,
+        experts_per_token=config.num_experts_per_tok,
+        params_per_expert=len(removable) * shapes.count(of_experts | of_router) // number,
+        params_per_route=len(removable) * shapes.count(of_router) // number,
+        fewest_experts=config_fields.fewest_experts(config),
+        expert_groups=getattr(config, "n_group", 1),
+        dense_layers=dense_layers,
+        # Not where a shared expert has the width too, or where layers and experts differ
+        narrowable=not (dense_layers or experts.transposed or getattr(config, "n_shared_experts", 0)),
+    )
 
 
 def resolve_multiple(

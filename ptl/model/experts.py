@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ptl.model import safetensors_io
-from ptl.model.safetensors_io import Entries, Entry
+from ptl.model.safetensors_io import Entries
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Names in transformers' memory, relative to a layer; the fused layout has the same
@@ -39,21 +38,8 @@ class Experts:
     router_vector: str = ""  # the router's tensor [E]: a bias, or what it adds to its scores when it chooses
     # Whether experts have biases and are stored transposed, [E, H, 2F] and [E, F, H]; then all are in the fused layout
     transposed: bool = False
-    router_loss: bool = True  # whether transformers has the routers' auxiliary loss
-    grouped: bool = False  # whether the router chooses groups of experts first (n_group, topk_group)
-    # What every token meets besides the experts that it is sent to, and what says how wide that is: it stays whole
-    shared: tuple[str, ...] = ()
-    shared_width: str = ""
-    # Config fields that say which layers have one MLP in place of experts
-    dense_fields: tuple[str, ...] = ()
-
-    def count_field(self, config: Mapping[str, Any]) -> str:
-        """The field of this config that holds the number of experts."""
-        return next((field for field in self.counts if field in config), self.counts[0])
-
-    def router(self, fused: bool) -> str:
-        """The router's part of a layer."""
-        return self.router_part if fused else f"{self.block}.gate"
+    # Whether config.json may list layers with one MLP in place of experts (mlp_only_layers, decoder_sparse_step)
+    lists_dense_layers: bool = False
 
     def part(self, expert: int, projection: str) -> str:
         """An expert's part of a layer, in the layout of separate tensors."""
@@ -84,67 +70,55 @@ class Experts:
         """Whether a part belongs to the router."""
         return part in (self.router_part, f"{self.block}.gate", self.router_vector)
 
-    def dense_config(self, layers: tuple[int, ...], dense_layers: tuple[int, ...]) -> dict[str, Any]:
-        """The fields of Qwen's configs by which layers are of the same kind once they are numbered without gaps."""
-        if "mlp_only_layers" not in self.dense_fields or not dense_layers:
+    def has_router(self, name: str) -> bool:
+        """Whether a layer's tensor belongs to the router, by its name in transformers' memory."""
+        return name in (f"{self.router_part}.weight", self.router_vector)
+
+    def dense_config(self, config: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of Qwen's configs by which `layers` are of the same kind once they are numbered without gaps."""
+        listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+        if not self.lists_dense_layers or (not listed and step == 1):
             return {}
-        kept_dense = [number for number, layer in enumerate(layers) if layer in dense_layers]
-        return {"mlp_only_layers": kept_dense, "decoder_sparse_step": 1}
+        dense = [number for number, layer in enumerate(layers) if layer in listed or (layer + 1) % step]
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
-    def are_in(self, layer: int, config: Mapping[str, Any]) -> bool:
-        """Whether a layer has experts, by a config without gaps; else it has one MLP in their place."""
-        fields = {field: config.get(field) for field in self.dense_fields}
-        is_leading = layer < (fields.get("first_k_dense_replace") or 0)
-        is_listed = layer in (fields.get("mlp_only_layers") or ())
-        is_between = bool((layer + 1) % (fields.get("decoder_sparse_step") or 1))
-        return not (is_leading or is_listed or is_between)
-
-
-def read_parameter(entries: Entries, name: str, experts: Experts | None, dtype: torch.dtype) -> Tensor:
-    """A parameter by its name in transformers' memory; separate experts are put together one by one."""
-    if experts is None or name in entries:
-        return safetensors_io.read_tensor(entries[name]).to(dtype)
-    layer, _, part = name.partition(".mlp.")
-    if f"mlp.{part}" == f"{ROUTER}.weight":
-        return safetensors_io.read_tensor(entries[f"{layer}.{experts.router(fused=False)}.weight"]).to(dtype)
-    gate, up, down = experts.projections
-    projections = (gate, up) if f"mlp.{part}" == GATE_UP else (down,)
-    return _stacked(entries, experts, layer, projections, dtype)
+    def views(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor of transformers' memory as the separate ones that a checkpoint has in its place, by their names."""
+        layer, _, part = name.partition(".mlp.")
+        part = f"mlp.{part}"
+        if part == f"{ROUTER}.weight":
+            return {f"{layer}.{self.block}.gate.weight": tensor}
+        if part not in FUSED:
+            return {name: tensor}
+        gate, up, down = self.projections
+        projections = (gate, up) if part == GATE_UP else (down,)
+        views: dict[str, Tensor] = {}
+        for expert, rows in enumerate(tensor):  # [2F, H] or [H, F]
+            for projection, view in zip(projections, rows.chunk(len(projections)), strict=True):
+                views[f"{layer}.{self.part(expert, projection)}.weight"] = view
+        return views
 
 
-def stored_tensor(parameters: Mapping[str, Tensor], name: str, experts: Experts | None) -> Tensor:
-    """A tensor by its name in a checkpoint, from the parameters in transformers' memory, of which it is a view."""
-    if experts is None or name in parameters:
-        return parameters[name]
-    layer, _, part = name.partition(f".{experts.block}.")
-    expert = experts.number(f"{experts.block}.{part}")
-    if expert is None:
-        return parameters[f"{layer}.{ROUTER}.weight"]
-    gate, up, _ = experts.projections
-    projection = part.split(".")[-2]
-    if projection not in (gate, up):
-        return parameters[f"{layer}.{DOWN}"][expert]
-    return parameters[f"{layer}.{GATE_UP}"][expert].chunk(2)[projection == up]
+def stored_tensors(parameters: Mapping[str, Tensor], experts: Experts | None, names: Entries) -> dict[str, Tensor]:
+    """A model's tensors by the names that they have in a checkpoint with these names, as views where these differ."""
+    if experts is None or experts.is_fused(names):
+        return dict(parameters)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in parameters.items():
+        stored |= experts.views(name, tensor)
+    return stored
 
 
-def _stacked(
-    entries: Entries,
-    experts: Experts,
-    layer: str,
-    projections: tuple[str, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Some projections of all experts of a layer, the projections one below the other: [E, rows, columns]."""
+def read_parameter(entries: Entries, name: str, experts: Experts | None, like: Tensor) -> Tensor:
+    """A parameter by its name in transformers' memory, in shape and dtype of `like`.
+
+    Separate experts are put together one by one: only one of their tensors is in memory besides.
+    """
     import torch
 
-    stored: list[list[Entry]] = []  # of each expert
-    while (first := f"{layer}.{experts.part(len(stored), projections[0])}.weight") in entries:
-        names = [first, *(f"{layer}.{experts.part(len(stored), other)}.weight" for other in projections[1:])]
-        stored.append([entries[name] for name in names])
-    rows, columns = stored[0][0].shape
-    stacked = torch.empty(len(stored), len(projections), rows, columns, dtype=dtype)
-    # Only one expert's tensor is in memory beside the result.
-    for expert, tensors in enumerate(stored):
-        for position, entry in enumerate(tensors):
-            stacked[expert, position] = safetensors_io.read_tensor(entry)
-    return stacked.view(len(stored), len(projections) * rows, columns)
+    if experts is None or name in entries:
+        return safetensors_io.read_tensor(entries[name]).to(like.dtype)
+    parameter = torch.empty(like.shape, dtype=like.dtype)
+    for stored_name, view in experts.views(name, parameter).items():
+        view.copy_(safetensors_io.read_tensor(entries[stored_name]))
+    return parameter

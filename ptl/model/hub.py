@@ -70,23 +70,14 @@ def is_local(path: str) -> bool:
 
 def _remedy(error: Exception) -> str:
     """What to do about an error of the hub."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    # A gated model is not found either, so the order counts.
-    if isinstance(error, GatedRepoError):
-        return "accept its licence on its page of the hub, and set HF_TOKEN to a token of that account"
-    if isinstance(error, RepositoryNotFoundError):
-        return "check the id; a private one needs HF_TOKEN"
-    if isinstance(error, RevisionNotFoundError):
-        return "check the revision: a commit, branch or tag"
-    if isinstance(error, LocalEntryNotFoundError):
-        return (
-            "the hub cannot be reached from here, and its cache does not hold it: give the folder of a checkpoint, or "
-            "connect (HF_HUB_OFFLINE=1 allows the cache alone)"
-        )
-    return "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached"
+    remedies = {  # a gated model is not found either, so the order counts
+        errors.GatedRepoError: "accept its licence on its page of the hub, and set HF_TOKEN to a token of that account",
+        errors.RepositoryNotFoundError: "check the id; a private one needs HF_TOKEN",
+        errors.RevisionNotFoundError: "check the revision: a commit, branch or tag",
+        errors.LocalEntryNotFoundError: "the hub cannot be reached from here, and its cache does not hold it: give the "
+        "folder of a checkpoint, or connect (HF_HUB_OFFLINE=1 allows the cache alone)",
+    }
+    otherwise = "check the path or id, HF_TOKEN for a gated model, and that the hub can be reached"
+    return next((remedy for kind, remedy in remedies.items() if isinstance(error, kind)), otherwise)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ptl import log
-from ptl.model import checkpoint, checks, hub, pretrained, text_tower
+from ptl.model import checkpoint, checks, hub, text_tower
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import family_of
 
@@ -21,8 +21,8 @@ def import_checkpoint(path: str, revision: str | None, dst: Path) -> None:
     family = family_of(text_tower.read_config(src))
     checkpoint.check_links(src)
     model_dimensions(src, family)
-    pretrained.skeleton(src)
-    checks.check_tokenizer(src)
+    checkpoint.check_tokenizer(src)
+    checks.load_tokenizer(src)
 
     # Then every value.
     weights = checkpoint.shards(src)

@@ -181,7 +181,6 @@ class LlamaContext:
         self._pointer = ffi.gc(context, lib.llama_free)
         self._memory = lib.llama_get_memory(context)
         self._lengths = [0] * sequences
-        self._batch = _Batch()
 
     def forget(self, sequence: int, length: int = 0) -> None:
         """Keep the first `length` tokens of a sequence."""
@@ -203,42 +202,23 @@ class LlamaContext:
     def _decode(self, entries: Sequence[tuple[int, int, int, bool]]) -> NDArray[np.float32]:
         """Float32 [outputs, vocabulary] of up to BATCH tokens."""
         ffi, lib = library()
-        outputs = self._batch.fill(entries)
-        status = lib.llama_decode(self._pointer, self._batch.pointer[0])
+        batch = lib.llama_batch_init(len(entries), 0, 1)  # each token belongs to one sequence
+        try:
+            batch.n_tokens = len(entries)
+            for i, (token, position, sequence, has_output) in enumerate(entries):
+                batch.token[i] = token
+                batch.pos[i] = position
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = has_output
+            status = lib.llama_decode(self._pointer, batch)
+        finally:
+            lib.llama_batch_free(batch)
         if status:
             raise WorkError(f"llama.cpp could not read a batch ({status}: {last_warnings()})", field="evaluate")
         size = self._model.vocabulary_size
+        outputs = sum(entry[3] for entry in entries)
         if not outputs:
             return np.empty((0, size), np.float32)
         logits = ffi.buffer(lib.llama_get_logits(self._pointer), outputs * size * 4)
         return np.frombuffer(logits, np.float32).reshape(outputs, size).copy()
-
-
-class _Batch:
-    """The arrays of a llama_batch, in memory that lives as long as this object."""
-
-    def __init__(self) -> None:
-        ffi, _ = library()
-        self._tokens = ffi.new("llama_token[]", BATCH)
-        self._positions = ffi.new("llama_pos[]", BATCH)
-        self._sequences = ffi.new("llama_seq_id[]", BATCH)
-        self._pointers = ffi.new("llama_seq_id *[]", [self._sequences + i for i in range(BATCH)])
-        self._counts = ffi.new("int32_t[]", [1] * BATCH)  # each token belongs to one sequence
-        self._outputs = ffi.new("int8_t[]", BATCH)
-        self.pointer = ffi.new("llama_batch *")
-        self.pointer.token = self._tokens
-        self.pointer.pos = self._positions
-        self.pointer.n_seq_id = self._counts
-        self.pointer.seq_id = self._pointers
-        self.pointer.logits = self._outputs
-
-    def fill(self, entries: Sequence[tuple[int, int, int, bool]]) -> int:
-        """The number of outputs."""
-        size = len(entries)
-        tokens, positions, sequences, outputs = zip(*entries, strict=True)
-        self.pointer.n_tokens = size
-        self._tokens[0:size] = tokens
-        self._positions[0:size] = positions
-        self._sequences[0:size] = sequences
-        self._outputs[0:size] = outputs
-        return sum(outputs)

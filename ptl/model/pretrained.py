@@ -23,7 +23,7 @@ def config(folder: Path, field: str = MODEL) -> Any:
     """The config of a checkpoint. Raises InputError where it needs code of its own, or transformers refuses a field."""
     from transformers import AutoConfig
 
-    with _naming_config(folder, field):
+    with _naming_config(f"config.json in {folder}", field):
         return _load(AutoConfig.from_pretrained, folder, field)
 
 
@@ -44,12 +44,21 @@ def skeleton(folder: Path, dtype: Any = None, field: str = MODEL, *, buffers: bo
     text_config = config(folder, field).get_text_config()
     # accelerate's keeps buffers, and makes each parameter on the CPU first.
     without_weights = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
-    with _naming_config(folder, field), without_weights:
+    with _naming_config(f"config.json in {folder}", field), without_weights:
         return AutoModelForCausalLM.from_config(text_config, dtype=dtype or text_config.dtype, trust_remote_code=False)
 
 
+def skeleton_of_config(content: Mapping[str, Any], source: str) -> Any:
+    """The language model of a config.json's content as `skeleton` gives it; `source` is the file, for the messages."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _naming_config(source, MODEL), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config_with_defaults(content), trust_remote_code=False)
+
+
 @contextmanager
-def _naming_config(folder: Path, field: str) -> Iterator[None]:
+def _naming_config(source: str, field: str) -> Iterator[None]:
     """Turn whatever transformers raises over a config.json into an InputError."""
     try:
         yield
@@ -58,7 +67,7 @@ def _naming_config(folder: Path, field: str) -> Iterator[None]:
     except Exception as error:  # a dozen kinds: a field is checked where the model first needs it
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]  # on one line
         raise InputError(
-            f"transformers cannot read config.json in {folder} ({reason})",
+            f"transformers cannot read {source} ({reason})",
             field=field,
             remedy="correct it, or fetch the checkpoint again",
         ) from error

@@ -1,153 +1,176 @@
-"""The shape of each tensor of a checkpoint, and how many parameters that makes, from its sizes. Torch-free."""
+"""The shape of every tensor of a model, as transformers builds it on torch's meta device, and what follows from shapes.
+
+A checkpoint's headers are compared with it. What a token costs is counted from it, for all families alike.
+"""
 
 from __future__ import annotations
 
-import math
-from itertools import chain
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ptl.model import experts as moe
-from ptl.model.config_fields import Fields
+from ptl.model import checkpoint, config_fields, pretrained, text_tower
+from ptl.model.checkpoint import checkpoint_error
+from ptl.model.experts import BIASES, DOWN, FUSED, stored_tensors
 from ptl.model.families import ConfigJson, Family
-from ptl.model.safetensors_io import TensorShape
-from ptl.model.sizes import Sizes
+from ptl.model.safetensors_io import FLOATS, Entries
 
-Length = tuple[int, Fields]  # of a dimension, and the fields that give it
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDINGS = "model.embed_tokens.weight"
+OUTPUT_LAYER = "lm_head.weight"
+LAYERS = "model.layers."
+SIZE_FIELDS = ("_size", "_heads", "_dim", "_layers", "_rank", "_experts")  # ends of the names of a config's sizes
 
 
-def expected(part: str, family: Family, dims: Sizes) -> tuple[TensorShape, Fields]:
-    """The shape of a tensor's weight, and the config's fields that it follows from.
+@dataclass(frozen=True)
+class ModelShapes:
+    """A model without its weights."""
 
-    `part` is a family's part of a layer, or `embed_tokens`, `lm_head` or `norm`.
+    family: Family
+    config: Any  # transformers' own, with its defaults for what config.json leaves out
+    tied: bool  # whether the output layer is the embeddings
+    # On the meta device, by their names in transformers' memory; the output layer's too where it is tied
+    tensors: Mapping[str, Tensor]
+
+    def layers(self) -> list[dict[str, Tensor]]:
+        """The tensors of each decoder layer, by their names in the layer: `mlp.down_proj.weight`."""
+        layers: list[dict[str, Tensor]] = [{} for _ in range(self.config.num_hidden_layers)]
+        for name, tensor in self.tensors.items():
+            if name.startswith(LAYERS):
+                number, _, in_layer = name.removeprefix(LAYERS).partition(".")
+                layers[int(number)][in_layer] = tensor
+        return layers
+
+    def biased_parts(self) -> list[str]:
+        """The parts of a layer that have a bias."""
+        return [name.removesuffix(".bias") for name in self.layers()[0] if name.endswith(".bias")]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the model; an output layer that is the embeddings counts once."""
+        params = count(self.tensors)
+        if self.tied:
+            params -= self.tensors[OUTPUT_LAYER].numel()
+        return params
+
+    @property
+    def matrix_params(self) -> int:
+        """Parameters of the matrices that a token is multiplied with: the output layer, and experts that it is sent to.
+
+        Twice as many FLOPs are a forward pass for one token, without attention.
+        """
+        params = 0
+        for name, tensor in self.tensors.items():
+            if tensor.dim() < 2 or name == EMBEDDINGS or name.endswith(BIASES):
+                continue
+            if name.endswith(FUSED):
+                params += self.config.num_experts_per_tok * tensor[0].numel()
+            else:
+                params += tensor.numel()
+        return params
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers of a token's queries and of what its heads give, in all layers; 2 FLOPs each per token of context."""
+        width = 0
+        for layer in self.layers():
+            values = layer["self_attn.o_proj.weight"].shape[1]
+            queries = values
+            for name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
+                if name in layer:
+                    queries = layer[name].shape[0]
+            width += queries + values
+        return width
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers of a token in the KV cache, in all layers; a sliding window limits the tokens, not these."""
+        numbers = 0
+        for layer in self.layers():
+            rows = {name: tensor.shape[0] for name, tensor in layer.items()}
+            if "self_attn.kv_a_proj_with_mqa.weight" in rows:  # latent attention: from these it computes both
+                numbers += rows["self_attn.kv_a_proj_with_mqa.weight"]
+            elif "self_attn.qkv_proj.weight" in rows:
+                numbers += rows["self_attn.qkv_proj.weight"] - layer["self_attn.o_proj.weight"].shape[1]
+            else:
+                numbers += rows["self_attn.k_proj.weight"] + rows["self_attn.v_proj.weight"]
+        return numbers
+
+
+def count(tensors: Mapping[str, Tensor]) -> int:
+    """Parameters of these tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def of_config(config: ConfigJson, family: Family, source: str) -> ModelShapes:
+    """The model of a config.json. Raises InputError for what transformers or a step could not compute with.
+
+    `source` is the file, for the messages.
     """
-    # Every length that a dimension can have
-    key_width = dims.num_key_value_heads * dims.head_dim
-    head = (dims.head_dim, ("head_dim",))
-    heads = (dims.num_attention_heads, ("num_attention_heads",))
-    hidden = (dims.hidden_size, ("hidden_size",))
-    of_head = ("qk_nope_head_dim", "qk_rope_head_dim") if dims.kv_lora_rank else ("head_dim",)
-    queries = (dims.query_width, ("num_attention_heads", *of_head))
-    values = (dims.value_width, ("num_attention_heads", "v_head_dim" if dims.kv_lora_rank else "head_dim"))
-    keys = (key_width, ("num_key_value_heads", "head_dim"))
-    fused_qkv = (dims.query_width + 2 * key_width, ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    width = "dense_intermediate_size" if family.experts else "intermediate_size"  # of the MLP, where a layer has one
-    neurons = (getattr(dims, width), (width,))
-    fused_neurons = (family.fused_projections * getattr(dims, width), (width,))
-    shared_neurons: Length = (dims.shared_width, ("shared_expert_intermediate_size",))
-    if dims.n_shared_experts:
-        shared_neurons = (dims.shared_width, ("n_shared_experts", "intermediate_size"))
-    latent = (dims.kv_lora_rank, ("kv_lora_rank",))
-    latent_queries = (dims.q_lora_rank, ("q_lora_rank",))
-    latent_and_ropes = (dims.kv_lora_rank + dims.qk_rope_head_dim, ("kv_lora_rank", "qk_rope_head_dim"))
-    keys_and_values = (
-        dims.num_attention_heads * (dims.qk_nope_head_dim + dims.v_head_dim),
-        ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"),
+    config_fields.check(config, source)
+    model = pretrained.skeleton_of_config(config, source)
+    config_fields.check_built(model.config, family, source)
+    tensors = model.state_dict()
+    if family.experts and not any(name.endswith(DOWN) for name in tensors):
+        raise checkpoint_error(f"{source} has no layer with experts", "correct it, or give another model")
+    return ModelShapes(family, model.config, family.is_tied(config), tensors)
+
+
+def of_checkpoint(folder: Path, family: Family) -> ModelShapes:
+    """The model of a checkpoint, of a multimodal one its text model, after a look at the headers of its weights.
+
+    Raises InputError that names an impossible config.json, a missing, extra or misshapen tensor, a dtype that cannot be
+    pruned, or a tied output layer with values of its own.
+    """
+    config = text_tower.read_config(folder)
+    model = of_config(config, family, f"config.json in {folder}")
+    checkpoint.check_no_adapter(folder)
+    contents = text_tower.contents(folder)
+    entries = {name: entry for name, entry in contents.items() if family.is_read(name, config)}
+    expected = stored_tensors(model.tensors, family.experts, entries)
+    _check_names(folder, model, entries, expected.keys())
+    _check_tensors(config, entries, expected)
+    if model.tied:
+        checkpoint.check_tied(entries)
+    return model
+
+
+def _check_names(folder: Path, model: ModelShapes, entries: Entries, expected: Set[str]) -> None:
+    """All tensors of the model, and no others: transformers would initialise missing ones and drop unknown ones."""
+    missing = expected - entries.keys() - ({OUTPUT_LAYER} if model.tied else set())  # a tied one may be stored
+    unknown = entries.keys() - expected
+    if not missing and not unknown:
+        return
+    # Only the first is named: a wrong checkpoint has hundreds.
+    first, *others = sorted(missing or unknown)
+    named = f"{first} and {len(others)} more" if others else first
+    raise checkpoint_error(
+        f"{folder} {'lacks tensor' if missing else 'has an unknown tensor'} {named}, for model_type "
+        f"{model.family.model_type} with {model.config.num_hidden_layers} layers",
+        "use a complete checkpoint of this architecture",
     )
-    vocabulary = (dims.vocab_size, ("vocab_size",))
-
-    # Dimensions of the parts, by the last piece of their names
-    layouts: dict[str, tuple[Length, ...]] = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "qkv_proj": (fused_qkv, hidden),
-        "o_proj": (hidden, values),
-        "q_norm": (head if family.norm_per_head else queries,),
-        "sinks": (heads,),
-        "k_norm": (head if family.norm_per_head else keys,),
-        # Of latent attention
-        "q_a_proj": (latent_queries, hidden),
-        "q_a_layernorm": (latent_queries,),
-        "q_b_proj": (queries, latent_queries),
-        "kv_a_proj_with_mqa": (latent_and_ropes, hidden),
-        "kv_a_layernorm": (latent,),
-        "kv_b_proj": (keys_and_values, latent),
-        # Of the shared expert
-        "gate_proj": (shared_neurons, hidden),
-        "up_proj": (shared_neurons, hidden),
-        "down_proj": (hidden, shared_neurons),
-        "shared_expert_gate": ((1, ()), hidden),
-        "embed_tokens": (vocabulary, hidden),
-        "lm_head": (vocabulary, hidden),
-    }
-    layout = layouts.get(part.rpartition(".")[2], (hidden,))  # all other norms
-    if part in family.up_projections:
-        layout = (fused_neurons, hidden)
-    elif part == family.down_projection:
-        layout = (hidden, neurons)
-    shape, fields = zip(*layout, strict=True)
-    return shape, tuple(chain(*fields))
 
 
-def expert_tensors(family: Family, dims: Sizes, fused: bool) -> dict[str, tuple[TensorShape, Fields]]:
-    """Shape and fields, as of `expected`, of each tensor of a layer's experts and router; none in a dense model."""
-    experts = family.experts
-    if experts is None:
-        return {}
-    number, width, hidden = dims.num_experts, dims.intermediate_size, dims.hidden_size
-    tensors: dict[str, tuple[TensorShape, Fields]] = {
-        f"{experts.router(fused)}.weight": ((number, hidden), ("num_experts", "hidden_size")),
-    }
-    if experts.router_vector:
-        tensors[experts.router_vector] = ((number,), ("num_experts",))
-    both = ("intermediate_size", "hidden_size")
-    if fused:
-        fields = ("num_experts", *both)
-        tensors[moe.GATE_UP] = ((number, 2 * width, hidden), fields)
-        tensors[moe.DOWN] = ((number, hidden, width), fields)
-        if experts.transposed:
-            tensors[moe.GATE_UP] = ((number, hidden, 2 * width), fields)
-            tensors[moe.DOWN] = ((number, width, hidden), fields)
-            biases = zip(moe.BIASES, ((number, 2 * width), (number, hidden)), strict=True)
-            tensors |= {name: (shape, fields) for name, shape in biases}
-        return tensors
-    gate, up, down = experts.projections
-    for expert in range(number):
-        tensors[f"{experts.part(expert, gate)}.weight"] = ((width, hidden), both)
-        tensors[f"{experts.part(expert, up)}.weight"] = ((width, hidden), both)
-        tensors[f"{experts.part(expert, down)}.weight"] = ((hidden, width), both)
-    return tensors
+def _check_tensors(config: ConfigJson, entries: Entries, expected: Mapping[str, Tensor]) -> None:
+    """Every tensor has the shape that config.json gives it, and floating-point numbers.
 
-
-def count(config: ConfigJson, family: Family, dims: Sizes) -> tuple[int, int]:
-    """Parameters of the model, and those of them that each token is multiplied with: the output layer's too.
-
-    Of a layer's experts a token is multiplied with `num_experts_per_tok`.
+    Their dtypes may differ: transformers keeps some tensors in float32.
     """
-    embeddings = dims.vocab_size * dims.hidden_size
-    params, products = inactive(dims), embeddings  # the output layer is as large as the embeddings
-    kinds = {True: dims.expert_layers, False: dims.num_hidden_layers - dims.expert_layers}  # by whether it has experts
-    for has_experts, layers in kinds.items():
-        matrices, vectors = _of_layer(config, family, dims, has_experts)
-        products += layers * matrices
-        params += layers * vectors
-    params += products + dims.hidden_size  # the last norm
-    if not family.is_tied(config):
-        params += embeddings
-    return params, products
-
-
-def _of_layer(config: ConfigJson, family: Family, dims: Sizes, has_experts: bool) -> tuple[int, int]:
-    """Parameters of a layer: of the weights that a token is multiplied with, and of norms and biases."""
-    matrices = vectors = 0
-    if has_experts:
-        matrices += dims.num_experts * dims.hidden_size  # the router
-        weights = 3 * dims.hidden_size * dims.intermediate_size  # of an expert
-        matrices += dims.num_experts_per_tok * weights
-        vectors += dims.num_experts_per_tok * (dims.params_per_expert - weights)
-        vectors += dims.num_experts * dims.router_vectors
-    for part in family.parts(config, has_experts):
-        shape, _ = expected(part, family, dims)
-        if len(shape) == 1:
-            vectors += shape[0]
-        else:
-            matrices += math.prod(shape)
-    for part in (*family.biases_of(config, has_experts), *family.vectors):
-        shape, _ = expected(part, family, dims)
-        vectors += shape[0]
-    return matrices, vectors
-
-
-def inactive(dims: Sizes) -> int:
-    """Parameters of the experts that a token is not sent to, in all layers."""
-    unused = dims.num_experts - dims.num_experts_per_tok
-    return dims.expert_layers * unused * dims.params_per_expert
+    for name, entry in entries.items():
+        if entry.shape != expected[name].shape:
+            sizes = {field: value for field, value in config.items() if field.endswith(SIZE_FIELDS)}
+            settings = ", ".join(f"{field}={value}" for field, value in sorted(sizes.items()))
+            raise checkpoint_error(
+                f"tensor {name} in {entry.path} has shape {list(entry.shape)}, and config.json gives it "
+                f"{list(expected[name].shape)} ({settings})",
+                "correct config.json, or use a checkpoint with the same shapes in every layer",
+            )
+        if entry.dtype not in FLOATS:
+            possible = ", ".join(FLOATS)
+            raise checkpoint_error(
+                f"tensor {name} in {entry.path} is {entry.dtype}; one of {possible} is needed",
+                "load it with from_pretrained(..., dtype=...), save it, and give that folder",
+            )

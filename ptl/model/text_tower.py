@@ -1,4 +1,4 @@
-"""The language model inside a multimodal checkpoint: which tensors it has, by which names, and its config. Torch-free.
+"""The language model inside a multimodal checkpoint: which tensors it has, by which names, and its config.
 
 ptl prunes language models: the import takes this one out and saves it as a checkpoint of its own. Whatever looks at
 a model before the import (`ptl validate`, `ptl plan`) sees the text model too.
@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptl.model import checkpoint, safetensors_io
-from ptl.model.families import FAMILIES, TEXT_TOWERS, ConfigJson
+from ptl.model import checkpoint, pretrained, safetensors_io
+from ptl.model.families import TEXT_TOWERS, ConfigJson
 from ptl.model.safetensors_io import Entries, Entry, NewTensor
 
 # What tensor names of the text model begin with: in files on the hub, then in a model in memory; and in a text model
@@ -34,6 +34,10 @@ CLASSES = {
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
 }
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 # Settings of how images are cut and scaled
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -45,7 +49,7 @@ def has_tower(config: ConfigJson) -> bool:
 
 
 def text_config(config: ConfigJson) -> dict[str, Any]:
-    """The config of the text model in a multimodal one; sizes that it leaves out are filled in as transformers does."""
+    """The config of the text model in a multimodal one."""
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise checkpoint.checkpoint_error(f"config.json has text_config={text!r}, which must be a JSON object")
@@ -54,12 +58,11 @@ def text_config(config: ConfigJson) -> dict[str, Any]:
         raise checkpoint.checkpoint_error(
             f"config.json has text_config.model_type={model_type!r}, which must be the name of an architecture"
         )
-    filled: dict[str, Any] = {"model_type": model_type}
+    inner: dict[str, Any] = {"model_type": model_type}
     if model_type in CLASSES:
-        filled |= dict(FAMILIES[model_type].defaults)
-        filled["architectures"] = [CLASSES[model_type]]
+        inner["architectures"] = [CLASSES[model_type]]
     outer = {field: config[field] for field in OUTER_FIELDS if field in config}
-    return filled | (text or {}) | outer
+    return inner | (text or {}) | outer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -110,6 +113,10 @@ def write_text_model(src: Path, dst: Path) -> None:
 def write_companions(src: Path, dst: Path) -> Path:
     """Write all of the text model but its weights to the folder `dst`, which is returned."""
     dst.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(dst / "config.json", read_config(src))
+    config = read_config(src)
+    # Other tools do not know the sizes that transformers takes for those that a multimodal config leaves out.
+    complete = pretrained.config_with_defaults(config)
+    sizes = {field: getattr(complete, field) for field in SIZES if getattr(complete, field, None) is not None}
+    checkpoint.write_json(dst / "config.json", sizes | config)
     checkpoint.copy_companions(src, dst, excluded=IMAGE_FILES)
     return dst

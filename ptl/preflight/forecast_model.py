@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from ptl.config.recover import Distil, Grpo, NextToken, RecoverStage
 from ptl.config.run import Calibration
-from ptl.model import checkpoint, hub, text_tower
-from ptl.model.dimensions import ModelDimensions, dimensions_of_config
+from ptl.model import checkpoint, hub, shapes, text_tower
+from ptl.model.dimensions import ModelDimensions, dimensions_of
 from ptl.model.families import family_of
-from ptl.model.sizes import read_sizes
 from ptl.preflight.gpus import Gpu
 
 DECODE_SHARE = 0.5  # of the memory bandwidth that generation reaches
@@ -52,15 +51,15 @@ def shape_of(path: str, revision: str | None = None) -> Shape:
     folder = hub.locate(path, revision, ["config.json"])
     config = text_tower.read_config(folder)
     family = family_of(config)
-    source = f"config.json of {path}"
-    sizes = read_sizes(config, family, source)
+    model = shapes.of_config(config, family, f"config.json of {path}")
+    dimensions = dimensions_of(model)
     return Shape(
-        dimensions=dimensions_of_config(config, family, source),
-        hidden=sizes.hidden_size,
-        vocabulary=sizes.vocab_size,
-        lookup=0 if family.is_tied(config) else sizes.vocab_size * sizes.hidden_size,
-        heads_width=(sizes.query_width + sizes.value_width) // 2,
-        cached_numbers=sizes.num_hidden_layers * sizes.cached_numbers,
+        dimensions=dimensions,
+        hidden=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
+        lookup=0 if model.tied else model.config.vocab_size * model.config.hidden_size,
+        heads_width=model.attention_width // (2 * dimensions.layers),
+        cached_numbers=model.cached_numbers,
         itemsize=checkpoint.itemsize(folder),
         context=config.get("max_position_embeddings"),
     )

@@ -28,7 +28,7 @@ def preflight(
     evaluate: Evaluate,
     gate: Gate,
     recover: Sequence[RecoverStage] = (),
-) -> tuple[Path, ModelDimensions]:
+) -> tuple[Path, ModelDimensions | None]:
     """Check all that a run needs, without weights in memory; returns the model's local folder and its dimensions.
 
     Where the recovery is not known yet (the import step), the first recover step checks it.
@@ -37,7 +37,8 @@ def preflight(
     # Only now a download, which may take an hour.
     folder = hub.locate(path, revision)
     dimensions = check_model(folder, schedule, prune)
-    model_fit.check_settings(folder, calibration, training, evaluate, recover)
+    if dimensions is not None:
+        model_fit.check_settings(folder, calibration, training, evaluate, recover)
     return folder, dimensions
 
 
@@ -72,8 +73,8 @@ def hub_data_not_asked_for(config: Config) -> list[str]:
     return list(dict.fromkeys(not_asked))
 
 
-def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions:
-    """Check files, family and target without loading weights; returns the model's dimensions.
+def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensions | None:
+    """Check files, family and target without loading weights; returns the model's dimensions, None without torch.
 
     Raises InputError for a missing or damaged file, pickled weights, a missing tokenizer, an unsupported family, or a
     target that the plan cannot reach.
@@ -81,11 +82,10 @@ def check_model(folder: Path, schedule: Schedule, prune: Prune) -> ModelDimensio
     # Its files.
     family = family_of(text_tower.read_config(folder))
     checkpoint.check_links(folder)
-    dimensions = model_dimensions(folder, family)
-    if pretrained.can_build():
-        pretrained.skeleton(folder)
     checkpoint.check_tokenizer(folder)
-
+    if not pretrained.can_build():
+        return None
+    dimensions = model_dimensions(folder, family)
     # What the config will do to it.
     target.after_iterations(dimensions, target.resolved(schedule, prune, folder), prune)
     return dimensions

@@ -163,7 +163,7 @@ class LayerwiseModel:
 
         for prefix, module in modules.items():
             for name, parameter in module.named_parameters():
-                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts, parameter.dtype)
+                value = read_parameter(self.entries, f"{prefix}.{name}", self.family.experts, parameter)
                 set_module_tensor_to_device(
                     module,
                     name,

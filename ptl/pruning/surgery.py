@@ -164,12 +164,12 @@ def prune_config(config: ConfigJson, family: Family, selection: Selection) -> di
     if config.get(family.extra_layers):
         pruned[family.extra_layers] = 0
     if family.experts is not None and len(selection.layers) < depth:
-        pruned |= family.experts.dense_config(selection.layers, family.dense_layers(config, depth))
+        pruned |= family.experts.dense_config(config, selection.layers)
     # config.json has one width for all layers.
     if selection.neurons:
         widths = {kept.shape[-1] for kept in selection.neurons.values()}
         assert len(widths) == 1, f"widths differ between layers: {widths}"
-        pruned[family.config_field("intermediate_size")] = widths.pop()
+        pruned[family.width_field] = widths.pop()
     # As it has one number of experts.
     if selection.experts and family.experts is not None:
         counts = {len(kept) for kept in selection.experts.values()}

@@ -18,7 +18,7 @@ from ptl.config.recover import NextToken, Stage
 from ptl.errors import WorkError
 from ptl.log import INTERVAL
 from ptl.model import checkpoint, pretrained, safetensors_io
-from ptl.model.experts import stored_tensor
+from ptl.model.experts import stored_tensors
 from ptl.model.families import family_of
 from ptl.model.safetensors_io import Entry, NewTensor
 from ptl.recovery import launch
@@ -298,10 +298,11 @@ def _write_like(src: Path, dst: Path, parameters: Mapping[str, torch.Tensor]) ->
     config = checkpoint.read_config(src)
     family = family_of(config)
     written = {name: entry for name, entry in checkpoint.contents(src).items() if family.is_read(name, config)}
+    tensors = stored_tensors(parameters, family.experts, written)
     dtypes = safetensors_io.dtypes()
 
     def stored(entry: Entry) -> torch.Tensor:
-        return stored_tensor(parameters, entry.name, family.experts).to("cpu", dtypes[entry.dtype])
+        return tensors[entry.name].to("cpu", dtypes[entry.dtype])
 
     def trained(entry: Entry) -> NewTensor | None:
         if entry.name not in written:

@@ -61,6 +61,7 @@ def import_model(call: Call) -> None:
     path = settings["model"]
     revision = settings["revision"]
     folder, dimensions = preflight.preflight(path, revision or None, *sections.values())
+    assert dimensions is not None, "a step has torch"
     check_exports(folder, [check(Export, form, "export") for form in settings["exports"]])
 
     # The page of the pipeline run shows what it was started with, as soon as that is known to be right; when it is

@@ -10,7 +10,6 @@ from ptl.config.recover import Recovery
 from ptl.config.run import Calibration, Evaluate, load_config
 from ptl.config.schedule import Prune
 from ptl.errors import InputError
-from ptl.model import checks
 from ptl.model.checkpoint import CHAT_TEMPLATES
 from ptl.model.import_checkpoint import import_checkpoint
 from ptl.preflight.preflight import preflight
@@ -135,13 +134,6 @@ def test_a_teacher_with_another_vocabulary_or_a_shorter_context(model, tmp_path,
         validate(DENSE, stages[0], stages[1] | {"teacher": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize("core", [{"model": None}, {"model": {"vocab": [1]}}, {"model": {}, "added_tokens": [1]}])
-def test_a_teacher_s_tokenizer_that_is_none_is_refused(model, core):
-    (model / "tokenizer.json").write_text(json.dumps(core))
-    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be read \(tokenizer\.json: "):
-        checks.check_teacher(DENSE, model, str(model))
-
-
 def test_chats_need_a_template(model, tmp_path):
     chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
@@ -174,15 +166,6 @@ def test_a_later_stage_is_checked_before_the_first_one_trains(tmp_path, no_weigh
     rewards = [{"name": "math", "answer": "{solution}"}]
     with pytest.raises(InputError, match="lacks 'solution'"):
         recover(DENSE, tmp_path / "out", CPT, {"method": "grpo", "max_completion_length": 44, "rewards": rewards})
-
-
-def test_an_eos_token_of_the_class_itself_counts(model, monkeypatch):
-    """A mock of transformers, for a tokenizer whose files name no EOS token but whose class has one."""
-    without_eos(model)
-    asked = []
-    monkeypatch.setattr(checks, "load_tokenizer", asked.append)
-    checks.check_tokenizer(model)
-    assert asked == [model]
 
 
 @pytest.mark.slow

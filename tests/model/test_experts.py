@@ -20,8 +20,6 @@ from ptl.model.dimensions import (
     with_experts,
 )
 from ptl.model.families import FAMILIES, family_of
-from ptl.model.goals import dense_model
-from ptl.preflight.forecast_model import shape_of
 from ptl.pruning.layerwise import LayerwiseModel
 from ptl.pruning.surgery import Selection, write_pruned
 
@@ -227,8 +225,6 @@ def test_flops_are_those_of_the_experts_in_use(model, source):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
         assert counter.get_total_flops() == length * (static.flops_per_token + length * static.attention_flops)
-    assert static.flops_per_token == dense_model(source).needs().flops_per_token == 2 * shape_of(str(source)).matrices
-    assert static.params == static.active_params + shape_of(str(source)).inactive
     assert static.experts == 6
 
 
@@ -264,8 +260,6 @@ def test_layers_without_experts_are_not_removed(tmp_path):
     assert body.dense_layers == (2,) and layers_for(body, body.params - 2 * body.params_per_layer) == 2
     with pytest.raises(InputError, match="would remove 3 of 3 layers with experts"):
         layers_for(body, body.params - 3 * body.params_per_layer)
-    needs = dense_model(tmp_path / "source").smallest("layers")
-    assert needs.params == body.params - 2 * body.params_per_layer
 
 
 def test_as_many_experts_stay_in_each_group_that_a_router_chooses(tmp_path):
@@ -279,8 +273,6 @@ def test_as_many_experts_stay_in_each_group_that_a_router_chooses(tmp_path):
     assert experts_for(body, body.params - 6 * one) == 6
     with pytest.raises(InputError, match=r"with the 6 that this needs in 3 groups \(n_group\) the model has"):
         experts_for(body, body.params - 6 * one - 1)
-    needs = dense_model(source).largest("experts", lambda needs: needs.params < body.params)
-    assert needs.params == body.params - 3 * one
     kept = dict.fromkeys(expert_layers(model), torch.tensor([0, 2, 3, 4, 5, 7, 9, 10, 11]))
     write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, kept))
     cut, reference = load(tmp_path / "cut"), masked(model, kept)
@@ -320,19 +312,6 @@ def test_a_router_may_have_float32_beside_weights_in_bfloat16(tmp_path):
     checkpoint.write_shard(source / checkpoint.WEIGHTS, weights | {"model.norm.weight": torch.ones(32).int()})
     with pytest.raises(InputError, match=r"model\.norm\.weight .* is I32"):
         model_dimensions(source, family)
-
-
-def test_the_forecast_counts_experts_as_the_checkpoint_does(model, source, tmp_path):
-    shape, body = shape_of(str(source)), model_dimensions(source, family_at(source))
-    write_pruned(source, tmp_path / "cut", family_at(source), Selection(ALL, {}, four_experts(model)))
-    assert shape.scaled(with_experts(body, 4).params, "experts") == shape_of(str(tmp_path / "cut"))
-    least = with_experts(body, body.experts_per_token)
-    assert body.params - least.params == shape.removable_experts
-    assert shape.scaled(least.params, "experts").removable_experts == 0
-    assert shape.read_params(1) == body.active_params < shape.read_params(4) < body.params
-    shallower = shape.scaled(body.params - body.params_per_layer, "layers")
-    in_layers = shape.in_layers / shape.layers
-    assert abs(shallower.in_layers - 3 * in_layers) <= body.params_per_layer - in_layers + 1
 
 
 # Of models on the hub, as their config.json says it: fields, billions of parameters, billions that a token meets
@@ -410,24 +389,25 @@ def test_each_name_of_the_number_of_experts_is_read_and_written(variant, tmp_pat
         ("mixtral", {"num_local_experts": 7}, "lacks tensor model.layers.0.block_sparse_moe.experts.6.w1.weight"),
         ("mixtral", {"intermediate_size": 48}, "intermediate_size=48"),
         ("qwen3_moe", {"moe_intermediate_size": 48}, "moe_intermediate_size=48"),
-        ("olmoe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7, more than the 6 experts of a layer"),
+        (
+            "olmoe",
+            {"num_experts_per_tok": 7},
+            "6 experts in each layer, of which num_experts_per_tok=7 cannot be chosen",
+        ),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "lacks tensor model.layers.0.mlp.down_proj.weight"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "lacks tensor model.layers.0.mlp.down_proj.weight"),
-        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0, which must be a whole number above 0"),
-        ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers=[4], which must be a list of numbers of layers"),
-        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers=[0, 1, 2, 3]"),
-        ("qwen3_moe-dense", {"intermediate_size": 48}, " intermediate_size=48;"),
-        ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts=2, moe_intermediate_size=24"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "transformers cannot read config.json in "),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "has no layer with experts"),
+        ("qwen3_moe-dense", {"intermediate_size": 48}, " intermediate_size=48,"),
+        ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts=2"),
         ("glm4_moe", {"first_k_dense_replace": 1}, "lacks tensor model.layers.1.mlp.experts.0.down_proj.weight"),
         ("deepseek_v3", {"kv_lora_rank": 12}, "kv_lora_rank=12"),
-        ("deepseek_v3", {"qk_rope_head_dim": 3}, "the odd qk_rope_head_dim=3"),
+        ("deepseek_v3", {"qk_rope_head_dim": 3}, "qk_rope_head_dim=3"),
         ("deepseek_v3", {"q_lora_rank": None}, "lacks tensor model.layers.0.self_attn.q_proj.weight"),
-        ("glm4_moe", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1, and transformers has no auxiliary loss"),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ("gpt_oss", {"num_local_experts": 5}, "num_local_experts=5"),
-        ("deepseek_v3", {"n_group": 4}, "n_group=4 and topk_group=1, by which 2 experts for each token cannot"),
+        ("deepseek_v3", {"n_group": 4}, "num_experts_per_tok=2 cannot be chosen (n_group=4, topk_group=1)"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "shared_expert_intermediate_size=48"),
-        ("qwen3_moe", {"num_experts": 5, "num_local_experts": 6}, "which mean the same and differ"),
     ],
 )
 def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, changes, said):
@@ -435,20 +415,6 @@ def test_a_config_that_does_not_fit_the_experts_is_named(tmp_path, variant, chan
     with pytest.raises(InputError) as refused:
         model_dimensions(source, family_at(source))
     assert said in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("qwen3_next", "linear attention"),
-    ],
-)
-def test_other_mixtures_are_refused_by_name_with_their_reason(model_type, reason):
-    with pytest.raises(
-        InputError, match="prune a mixture of experts of the type qwen3_moe, qwen2_moe, glm4_moe, olmoe or mixtral"
-    ) as refused:
-        family_of({"model_type": model_type, "num_experts": 8})
-    assert model_type in str(refused.value) and reason in str(refused.value)
 
 
 def test_every_mixture_of_experts_is_tested():

@@ -226,23 +226,13 @@ def test_every_family_is_tested():
     ("config", "said"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported (supported: cohere2, cwm, deepseek_v3, "),
-        (
-            {"model_type": "gpt2"},
-            "one record in ptl/model/families.py and one entry of VARIANTS in tests/tiny_models.py",
-        ),
-        ({}, "model_type None is not supported"),
-        ({"model_type": "llama", "num_local_experts": 8}, "mixture of experts (config field num_local_experts)"),
-        ({"model_type": "ernie4_5_moe", "moe_num_experts": 128}, "mixture of experts (config field moe_num_experts)"),
-        ({"model_type": "kimi_k2", "n_routed_experts": 384}, "mixture of experts"),
-        ({"model_type": "llama4", "text_config": {"num_local_experts": 16}}, "mixture of experts"),
+        ({"model_type": "gpt2"}, "one record in ptl/model/families.py and one of VARIANTS in tests/tiny_models.py"),
+        ({}, "model_type 'None' is not supported"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 128}, "'ernie4_5_moe' is not supported"),
         ({"model_type": "gemma3n", "vision_config": {"a": 1}}, "several hidden states (AltUp)"),
-        ({"model_type": "qwen3_5_text"}, "linear attention (Gated DeltaNet)"),
-        ({"model_type": "qwen3_5", "vision_config": {"a": 1}}, "prune a Qwen 3 (qwen3)"),
-        (
-            {"model_type": "gemma3", "vision_config": {"a": 1}},
-            "more than a language model (config field vision_config)",
-        ),
-        ({"model_type": "qwen2_5_omni", "audio_config": {"a": 1}}, "more than a language model"),
+        ({"model_type": "qwen3_5_text"}, "linear attention"),
+        ({"model_type": "gemma3", "vision_config": {"a": 1}}, "run `ptl import-model`, which saves its text model"),
     ],
 )
 def test_other_architectures_are_refused(config, said):

@@ -19,9 +19,8 @@ from ptl.config.run import load_config
 from ptl.config.schedule import Prune, Schedule
 from ptl.errors import InputError
 from ptl.evaluation.evaluate import evaluate_checkpoint
-from ptl.model import checkpoint, pretrained, shapes, sizes
+from ptl.model import checkpoint, cost, pretrained, shapes
 from ptl.model.checks import check_generation_config, load_tokenizer
-from ptl.model.cost import from_config
 from ptl.model.dimensions import model_dimensions
 from ptl.model.families import FAMILIES
 from ptl.model.import_checkpoint import import_checkpoint
@@ -29,6 +28,7 @@ from ptl.preflight.forecast_model import shape_of
 from ptl.preflight.preflight import check_model
 
 TINY = Path(__file__).parents[2] / "pipelines/prune_tune_loop/configs/tiny.yaml"
+UNREADABLE = "transformers cannot read config.json in "
 FULL = ["full_attention"] * 4
 YARN = {"rope_type": "yarn", "factor": 2.0}
 
@@ -65,24 +65,11 @@ def refusal(folder, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_shapes_are_those_of_the_real_model(folders, variant):
-    folder = folders(variant)
-    family = FAMILIES[VARIANTS[variant][0]]
-    model_sizes = sizes.read_sizes(checkpoint.read_config(folder), family, "config.json")
-    for name, entry in checkpoint.contents(folder).items():
-        part = name.rsplit(".", 1)[0].split("layers.")[-1].lstrip("0123456789").lstrip(".").removeprefix("model.")
-        shape, fields = shapes.expected(part, family, model_sizes)
-        assert entry.shape == (shape[:1] if name.endswith("bias") else shape), name
-        assert all(field in vars(model_sizes) for field in fields)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_parameters_are_those_of_the_real_model(folders, variant):
     model, config = build(variant), checkpoint.read_config(folders(variant))
-    family = FAMILIES[VARIANTS[variant][0]]
-    params, products = shapes.count(config, family, sizes.read_sizes(config, family, "config.json"))
-    assert params == model.num_parameters() == model_dimensions(folders(variant), family).params
-    assert products == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    counted = shapes.of_config(config, FAMILIES[VARIANTS[variant][0]], "config.json")
+    assert counted.params == model.num_parameters() == model_dimensions(folders(variant), counted.family).params
+    assert counted.matrix_params == sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,38 +96,29 @@ def test_head_sizes_that_are_left_out_follow_from_the_others(folders, tmp_path):
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 8')
     )
-    assert "num_key_value_heads=2, head_dim=4" in refusal(folder, "llama")
+    assert "has shape [16, 32], and config.json gives it [8, 32]" in refusal(folder, "llama")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("num_attention_heads", 0, "whole number from 1 to"),
-        ("num_attention_heads", -4, "whole number from 1 to"),
-        ("num_attention_heads", True, "whole number from 1 to"),
-        ("num_attention_heads", 4.0, "whole number from 1 to"),
-        ("num_attention_heads", "4", "whole number from 1 to"),
-        ("num_attention_heads", 5, "hidden_size=32 is not a multiple of num_attention_heads=5"),
-        ("num_attention_heads", ..., "lacks num_attention_heads"),
-        ("num_key_value_heads", 3, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ("num_hidden_layers", 1_000_000_000, "whole number from 1 to 10,000"),
-        ("num_hidden_layers", 0, "whole number from 1 to 10,000"),
-        ("hidden_size", 10**30, "whole number from 1 to"),
-        ("hidden_size", [32], "whole number from 1 to"),
-        ("head_dim", 7, "odd head_dim=7"),
+        *(("num_attention_heads", value, UNREADABLE) for value in (0, -4, True, 4.0, "4", 5)),
+        *(("hidden_size", value, UNREADABLE) for value in (10**30, [32])),
+        *(("head_dim", 7, UNREADABLE), ("dtype", "float8", UNREADABLE), ("dtype", ["float32"], UNREADABLE)),
+        ("num_key_value_heads", 3, "num_attention_heads=4, no multiple of num_key_value_heads=3"),
+        *(("num_hidden_layers", value, "whole number from 1 to 10,000") for value in (1_000_000_000, 0, "4")),
         ("max_position_embeddings", 0, "above 0"),
         ("rms_norm_eps", -1e-6, "above 0"),
         ("rope_theta", float("nan"), "above 0"),
         ("rope_theta", float("inf"), "above 0"),
         ("query_pre_attn_scalar", 0, "above 0"),
-        ("dtype", "float8", "must be one of float64, float32, float16, bfloat16"),
-        ("dtype", ["float32"], "must be one of float64"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "has a quantization_config (gptq)"),
     ],
 )
 def test_a_field_that_cannot_be_is_named(folders, tmp_path, field, value, reason):
     said = refusal(changed(folders("llama"), tmp_path, **{field: value}), "llama")
-    assert reason in said and field in said
+    assert reason in said
+    assert field in said or reason == UNREADABLE
 
 
 @pytest.mark.parametrize(
@@ -191,16 +169,10 @@ def test_what_transformers_knows_is_let_through(folders, tmp_path):
     assert model_dimensions(changed(folders("llama"), tmp_path, **changes), FAMILIES["llama"]).layers == 4
 
 
-def test_names_and_defaults_are_those_of_transformers():
+def test_embeddings_are_tied_by_default_as_in_transformers():
     for family in FAMILIES.values():
         default = AutoConfig.for_model(family.model_type)
         assert default.tie_word_embeddings == family.tied
-        for field, value in family.defaults:
-            assert getattr(default, field) == value, (family.model_type, field)
-        left_out = AutoConfig.for_model(family.model_type, hidden_size=64, num_attention_heads=4)
-        for field, derived in (("num_key_value_heads", 4), ("head_dim", 16)):
-            if getattr(left_out, field, None) is not None:
-                assert getattr(left_out, field) == dict(family.defaults).get(field, derived), (family.model_type, field)
 
 
 def test_validate_finds_it_before_any_work(folders, tmp_path):
@@ -235,7 +207,7 @@ def test_a_tied_output_layer_that_is_stored_too_counts_once(folders, tmp_path, v
     folder = with_output_layer(folders(variant), tmp_path)
     params = build(variant).num_parameters()
     assert model_dimensions(folder, FAMILIES[VARIANTS[variant][0]]).params == checkpoint.num_params(folder) == params
-    assert from_config(folder).params == params
+    assert cost.from_config(folder).params == params
 
 
 def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
@@ -247,7 +219,9 @@ def test_a_tied_output_layer_with_other_values_is_named(folders, tmp_path):
 @pytest.mark.parametrize("named", [None, ...])
 def test_without_a_dtype_in_the_config_the_weights_have_it(tmp_path, dtype, size, named):
     folder = changed(save(build("llama").to(dtype), tmp_path / "stored"), tmp_path, dtype=named)
-    assert from_config(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size  # keys and values, layers, KV heads, head_dim
+    assert (
+        cost.from_config(folder).kv_bytes_per_token == 2 * 4 * 2 * 8 * size
+    )  # keys and values, layers, KV heads, head_dim
     assert (shape_of(str(folder)).kv_bytes, shape_of(str(folder)).itemsize) == (2 * 4 * 2 * 8 * size, size)
 
 
@@ -285,7 +259,7 @@ def test_deep_json_in_a_checkpoint_names_the_file(folders, tmp_path):
     (folder / checkpoint.INDEX).unlink()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
-    assert "model.safetensors is damaged (nested deeper" in refusal(folder, "llama")
+    assert "model.safetensors is damaged (" in refusal(folder, "llama")
     (folder / "config.json").write_text(DEEP)
     assert "config.json is not valid JSON (nested deeper" in refusal(folder, "llama")
 
@@ -297,18 +271,6 @@ def test_sizes_of_a_tensor_that_are_no_whole_numbers_are_refused(tmp_path, shape
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
     with pytest.raises(InputError, match="is damaged"):
         list(checkpoint.tensors(path))
-
-
-def test_a_checkpoint_is_checked_and_forecast_without_torch(folders):
-    code = (
-        "import sys; from pathlib import Path; from ptl.model.dimensions import model_dimensions;"
-        "from ptl.model.families import FAMILIES;"
-        "from ptl.preflight.forecast_model import shape_of; shape_of(sys.argv[1]);"
-        "print(model_dimensions(Path(sys.argv[1]), FAMILIES['llama']).layers,"
-        "{'torch', 'transformers'} & sys.modules.keys())"
-    )
-    out = subprocess.run([sys.executable, "-c", code, folders("llama")], check=True, capture_output=True, text=True)
-    assert out.stdout == "4 set()\n"
 
 
 @pytest.mark.parametrize("command", ["prune", "recover", "evaluate"])
@@ -342,3 +304,13 @@ def test_import_by_hand_checks_what_the_pipeline_checks(folders, tmp_path):
     with pytest.raises(InputError, match="num_attention_heads=8"):
         import_checkpoint(str(folder), None, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_without_torch_validate_says_what_it_did_not_check():
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None); from ptl.cli.app import app;"
+        f"app(['validate', {str(TINY)!r}])"
+    )
+    root = TINY.parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert "not checked: the model and what it can do of the config (without transformers or torch)" in done.stderr
