@@ -22,15 +22,16 @@ from ptl.config.dag import stage_of
 from ptl.config.goal import MemoryGoal
 from ptl.config.paths import FILL_IN
 from ptl.config.run import Config, ModelSource, Task, check
-from ptl.config.schedule import Prune, removal
+from ptl.config.schedule import Prune, Schedule
 from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
 from ptl.evaluation import tasks
-from ptl.model import hub, text_tower
-from ptl.model.dimensions import ModelDimensions, dimensions_of_config
-from ptl.model.families import family_of
+from ptl.model import hub
+from ptl.model.dimensions import ModelDimensions
+from ptl.preflight import remedies
 from ptl.preflight import target as goals
 from ptl.preflight.forecast import Forecast, forecast
+from ptl.preflight.forecast_model import Shape, shape_of
 from ptl.preflight.gpus import GIB, GPUS
 from ptl.preflight.starter_rows import QUESTION, Rows
 from ptl.units import billions, decimal_hours
@@ -39,6 +40,7 @@ TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
 TARGET, TARGET_STEP = 0.3, 0.05  # share of the parameters
+LOWERED = "at most half of the FFNs or experts goes"
 LEAST_TOKENS = 500_000  # of a recovery: a small model learns little from a batch
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
@@ -91,31 +93,32 @@ class Model:
 
     folder: Path  # with config.json, perhaps without weights
     revision: str | None  # the commit on the hub
-    family: str
-    dimensions: ModelDimensions
-    config: Values
+    shape: Shape
+    prune: Prune
+
+    @property
+    def params(self) -> int:
+        """All of them."""
+        return self.shape.params
 
 
 def starter(request: Request, folder: Path) -> Starter:
     """The config for `folder`, where its file will be. Raises InputError that names a field of it, or --gpu."""
     model = _read_model(request.model)
-    params = model.dimensions.params
     there = request.rows.tokens if request.rows else None
-    target = request.target or default_target(model.dimensions, there)
-    removed = _removed(model, target)
+    target = request.target or default_target(model.shape.dimensions, there)
+    removed = model.params - _pruned(model, target)
     tokens = _tokens(removed, there)
     values = (
         dict.fromkeys(Template(TEMPLATE.read_text(encoding="utf-8")).get_identifiers())
         | _model_values(request.model, model, removed, folder)
         | _data_values(request, folder)
-        | _training_values(request, model, tokens, removed / params)
+        | _training_values(request, model, tokens, removed)
         | {"target": f"{{memory: {target.memory}}}" if isinstance(target, MemoryGoal) else f"{target:_.12g}"}
     )
     if request.target is None and target < TARGET:
-        by_rows = target < default_target(model.dimensions, None)
-        values["lowered"] = (
-            f"{PASSES} passes over the rows recover no more" if by_rows else "at most half of the FFNs or experts goes"
-        )
+        by_rows = target < default_target(model.shape.dimensions, None)
+        values["lowered"] = f"{PASSES} passes over the rows recover no more" if by_rows else LOWERED
     warnings: tuple[str, ...] = ()
     if request.gpu is not None:
         values, warnings = _fitted(values, request.gpu, request.gpus, model, folder)
@@ -139,12 +142,11 @@ def _config(text: str, folder: Path) -> Config:
 def _read_model(name: str) -> Model:
     """A checkpoint's config.json, of a folder or from the hub."""
     folder = hub.locate(name, None, ["config.json"])
-    config = text_tower.read_config(folder)
-    family = family_of(config)
-    dimensions = dimensions_of_config(config, family, f"config.json of {name}")
+    shape = shape_of(str(folder))
     # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
     revision = folder.name if not hub.is_local(name) and folder.parent.name == SNAPSHOTS else None
-    return Model(folder, revision, family.model_type, dimensions, config)
+    prune = Prune(target="experts", criterion="reap") if shape.dimensions.experts else Prune()
+    return Model(folder, revision, shape, prune)
 
 
 def default_target(before: ModelDimensions, tokens: float | None) -> float:
@@ -152,33 +154,20 @@ def default_target(before: ModelDimensions, tokens: float | None) -> float:
 
     Not more than half of what can go: in small models most parameters are embeddings.
     """
+    removable = before.width * before.params_per_neuron
+    if before.experts:  # those that a token can do without
+        removable = (before.experts - before.fewest_experts) * before.params_per_expert
     recovered = math.inf if tokens is None else PASSES * tokens / PER_PARAMETER
-    share = min(_removable(before) / 2, recovered) / before.params
+    share = min(removable / 2, recovered) / before.params
     return TARGET if share >= TARGET else max(TARGET_STEP, round(share // TARGET_STEP * TARGET_STEP, 2))
 
 
-def _removable(before: ModelDimensions) -> int:
-    """Parameters of the FFNs, or of the experts that a token can do without."""
-    if before.experts:
-        return (before.experts - before.fewest_experts) * before.params_per_expert
-    return before.width * before.params_per_neuron
-
-
-def _removed(model: Model, target: float | MemoryGoal) -> int:
-    """Parameters that go. Raises InputError for more than can."""
-    before = model.dimensions
-    if isinstance(target, MemoryGoal):
-        prune = Prune(target="experts" if before.experts else "neurons")
-        target = float(goals.params(target, prune, model.folder))
-    removed, most = removal(before.params, target), _removable(before)
-    if not 0 < removed < max(most, 1):
-        raise InputError(
-            f"{target:g} would remove {removed:,} of {before.params:,} parameters, and at most {most:,} can go: those "
-            f"of {'experts that a token does not need' if before.experts else 'the FFNs'}",
-            field="schedule.target",
-            remedy=f"give another, for example {default_target(before, None):g}",
-        )
-    return removed
+def _pruned(model: Model, target: float | MemoryGoal) -> int:
+    """The parameters that a target leaves. Raises InputError where it cannot be reached."""
+    schedule = Schedule(target=target, iterations=1, recovery_tokens=1)
+    number = goals.resolved(schedule, model.prune, model.folder)
+    (_, after), *_ = goals.after_iterations(model.shape.dimensions, number, model.prune)
+    return after.params
 
 
 def _tokens(removed: int, there: float | None) -> int:
@@ -210,18 +199,16 @@ def _as_seen_from(folder: Path, name: str) -> str:
 
 def _model_values(name: str, model: Model, removed: int, folder: Path) -> Values:
     """What the file says of the model, and of what is removed of it."""
-    params = model.dimensions.params
     return {
         "title": name,
         "name": json.dumps(run_name(name)),
         "path": json.dumps(_as_seen_from(folder, name)),
         "model_revision": model.revision and json.dumps(model.revision),
-        "family": model.family,
-        "before": billions(params),
-        "after": billions(params - removed),
-        "percent": f"{100 * removed / params:.0f}",
-        "units": "experts" if model.dimensions.experts else "neurons",
-        "criterion": "reap" if model.dimensions.experts else None,
+        "before": billions(model.params),
+        "after": billions(model.params - removed),
+        "percent": f"{100 * removed / model.params:.0f}",
+        "units": model.prune.target,
+        "criterion": model.prune.criterion,
     }
 
 
@@ -250,12 +237,12 @@ def _task(name: str, folder: Path) -> Values:
     return task if default in metrics or not metrics else task | {"metric": metrics[0]}
 
 
-def _training_values(request: Request, model: Model, tokens: int, share: float) -> Values:
+def _training_values(request: Request, model: Model, tokens: int, removed: int) -> Values:
     """What the file says of scoring and recovery, but for how they fit on GPUs."""
-    positions = model.config.get("max_position_embeddings") or 2**31
+    positions = model.shape.context or 2**31
     max_length = min(request.rows.max_length if request.rows else CALIBRATION_LENGTH, positions)
     rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
-    rate = default_rate(model.dimensions.params, share)
+    rate = default_rate(model.params, removed / model.params)
     return {
         "tokens": f"{tokens:_}",
         "calibration_length": min(CALIBRATION_LENGTH, positions),
@@ -277,7 +264,7 @@ def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> 
     room = ROOM * GPUS[gpu].memory
     values |= {"on_gpu": "", "gpu": gpu, "gpus": gpus, "batch_size": rows * gpus}
     values |= {"card": f"{GPUS[gpu].memory / GIB:.0f}", "dtype": None if gpu in WITHOUT_BF16 else "bfloat16"}
-    values |= {"checkpointing": "true" if model.dimensions.params > SMALL else None}
+    values |= {"checkpointing": "true" if model.params > SMALL else None}
     local = {"model": ModelSource(path=str(model.folder))}  # so that the hub is asked once
 
     def run(choice: Values) -> Forecast:
@@ -293,7 +280,7 @@ def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> 
             needed = _peak(run(choice), stage)
             if stage == "recover":
                 micro = rows // (choice["accumulation"] or 1)
-                needed += LOGITS * micro * values["max_length"] * model.config["vocab_size"]
+                needed += LOGITS * micro * values["max_length"] * model.shape.vocabulary
             if needed <= room:
                 break
         else:
@@ -306,7 +293,7 @@ def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> 
             )
         values |= choice
     done = run({})
-    return values | _estimates(done, model.dimensions.params, gpus), done.warnings
+    return values | _estimates(done, model.params, gpus), tuple(remedies.warnings(done))
 
 
 def _trainings(rows: int, gpus: int, lora_rate: str) -> Iterator[Values]:

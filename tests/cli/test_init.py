@@ -93,7 +93,7 @@ def test_qwen3_8b_on_eight_gpus(ptl, qwen3_8b):
     assert (stage.sharding, stage.lora, stage.dtype) == ("fsdp", None, "bfloat16")
     assert config.training.sources[0].source == config.calibration.data.source == str(REASONER / "train.jsonl.gz")
     assert all(step.fits for step in forecast(config).steps)
-    assert "from 8.19B to 5.73B" in said and "per removed parameter" in said
+    assert "from 8.19B to 5.7B" in said and "per removed parameter" in said
     assert "ptl validate qwen3-8b.yaml" in said
 
 
@@ -146,7 +146,7 @@ def qwen3_30b(qwen3_8b):
 def test_of_a_mixture_experts_are_removed_and_all_of_its_parameters_need_memory(ptl, qwen3_30b):
     code, said = ptl("init", qwen3_30b, "--gpus", 8)
     assert code == 0, said
-    assert "from 30.5B to 21.4B (family qwen3_moe)" in said
+    assert "from 30.5B to 21.2B" in said
     config = load_config("qwen3-30b.yaml")
     assert (config.prune.target, config.prune.criterion) == ("experts", "reap")
     assert (config.resources.accelerators, config.recover[0].sharding, config.recover[0].lora) == (8, "fsdp", None)
@@ -178,7 +178,7 @@ def test_of_a_mixture_no_more_goes_than_half_of_its_experts_and_those_that_a_tok
 def test_what_experts_cannot_reach_is_refused(ptl, qwen3_30b, changes, options):
     (qwen3_30b / "config.json").write_text(json.dumps(QWEN3_30B | changes))
     code, printed = ptl("init", qwen3_30b, *options)
-    assert code == 2 and re.search("^error: --target: .* can go: those of experts", printed), printed
+    assert code == 2 and re.search("^error: --target: .* cannot be reached by experts", printed), printed
 
 
 @pytest.mark.slow
@@ -252,8 +252,8 @@ def test_what_is_left_to_fill_in_is_refused_until_it_is(ptl):
         (["nowhere"], "MODEL: 'nowhere' is no local folder"),
         ([ROOT / "docs"], "MODEL: .* has no config.json"),
         ([REASONER / "checkpoint", "--gpu", "h10"], "--gpu: 'h10' must be one of t4, "),
-        ([REASONER / "checkpoint", "--target", "0.95"], "--target: .* can go: those of the FFNs"),
-        ([REASONER / "checkpoint", "--target", 300_000], "--target: 300000 would remove .* give another, for example"),
+        ([REASONER / "checkpoint", "--target", "0.95"], "--target: .* cannot be reached by neurons"),
+        ([REASONER / "checkpoint", "--target", 300_000], "--target: 300000 is no size below the model"),
         ([REASONER / "checkpoint", "--target", "30XB"], "--target: wrong values .*'30XB': must be a number"),
         ([REASONER / "checkpoint", "--data", "none.jsonl"], "--data: no file none.jsonl"),
         ([REASONER / "checkpoint", "--task", "gsm9k"], "--task: 'gsm9k' is no task .*gsm8k"),
@@ -401,7 +401,7 @@ def test_a_target_that_the_rows_cannot_recover_is_lowered_or_warned_of(ptl, qwen
         return load_config("qwen3-8b.yaml").schedule, said
 
     schedule, said = init(75_000)  # 30M tokens, of which four passes are enough for 1.2B parameters
-    assert (schedule.target, schedule.recovery_tokens, "warning" in said) == (0.1, 82_000_000, False)
+    assert (schedule.target, schedule.recovery_tokens, "warning" in said) == (0.1, 85_000_000, False)
     assert "Less than the usual 30 %, as 4 passes over the rows recover no more" in said
     assert "per removed parameter, about 2.8 passes" in said
     schedule, said = init(1000)
