@@ -221,5 +221,5 @@ def _health(server: Server) -> Any:
 
     api = kfp_api.connect(server)
     request = api.client._healthz_api.api_client.call_api  # the client's own record has no version
-    options = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
+    options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
     return kfp_api.call(api, request, "/apis/v2beta1/healthz", "GET", **options)

@@ -18,7 +18,7 @@ from ptl.preflight import in_cluster
 from ptl.preflight.finding import DoubtError, Finding, as_finding
 from ptl.preflight.in_cluster import NoSuchObjectError
 
-OLDEST, RECOMMENDED = "2.14", "2.17"  # releases of Kubeflow Pipelines
+OLDEST = "2.14"  # release of Kubeflow Pipelines
 CONTROLLER = "workflow-controller-configmap"  # Argo's, in the namespace of Kubeflow
 ONLY_DELETED_PODS = ("OnError", "OnTransientError")  # retry policies under which no failed pod is started again
 TRAINER = "trainer.kubeflow.org"
@@ -82,8 +82,6 @@ def kubeflow(config: Config, health: Health) -> str:
             remedy=f'upgrade Kubeflow Pipelines, or compile for it, from {OLDEST} on: resources.kfp: "{release[1]}.'
             f'{release[2]}"',
         )
-    if number < tuple(map(int, RECOMMENDED.split("."))):
-        raise DoubtError(f"it is {version}, which works", remedy=f"{RECOMMENDED} is recommended")
     return f"it is {version}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from typing import Any
@@ -14,11 +15,16 @@ from ptl.errors import InputError
 from ptl.preflight.finding import DoubtError, Finding, as_finding
 from ptl.storage import s3_client
 
-BRIEF = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # somebody waits
-# By what MLflow's client says.
+# Somebody waits, and a redirect leads to a login page.
+BRIEF = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",
+}
+# By a pattern in what MLflow's client says.
 REMEDIES = {
     "Invalid Host": "start it with --allowed-hosts and this host name (host:*), which replaces the default list",
-    "code 40": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, of a user with the right to write (EDIT)",
+    "code 40|UNAUTHENTICATED|PERMISSION_DENIED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, of a user with the right to write (EDIT)",
     "": "is the server up, is MLFLOW_TRACKING_URI right, may this machine reach it?",
 }
 
@@ -58,12 +64,12 @@ def mlflow(config: Config) -> str:
             # A run that stays open would be listed as one that still works.
             client.set_terminated(run.info.run_id, "FINISHED")
             client.delete_run(run.info.run_id)
+            if address.is_server(uri):
+                _check_page(uri, address.mlflow_ui())
     except MlflowException as error:
         message = str(error)
-        remedy = next(remedy for sign, remedy in REMEDIES.items() if sign in message)
+        remedy = next(remedy for sign, remedy in REMEDIES.items() if re.search(sign, message))
         raise InputError(f"does not take a run: {message[:300]}", field=uri, remedy=remedy) from error
-    if address.is_server(uri):
-        _check_page(uri, address.mlflow_ui())
     return f"{uri} takes runs in experiment {name!r}"
 
 
@@ -81,8 +87,6 @@ def _check_page(uri: str, ui: str) -> None:
         "POST",
         extra_headers={"Origin": address.origin(ui)},
         json={"max_results": 1},
-        max_retries=0,
-        timeout=10,
         raise_on_status=False,
     )
     if answer.status_code != 200:

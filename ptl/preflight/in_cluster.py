@@ -46,7 +46,6 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
     from kubernetes import client, config
     from urllib3.exceptions import HTTPError
 
-    remedy = "check the kubeconfig, or the rights of the account"
     try:
         if NAMESPACE.is_file():
             config.load_incluster_config()
@@ -63,14 +62,8 @@ def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]]
             _return_http_data_only=True,
             _request_timeout=SECONDS,
         )
-    except config.ConfigException as error:
-        raise NotSeenError(
-            f"not checked: no token of an account, and no kubeconfig ({error})", remedy=remedy
-        ) from error
-    except client.ApiException as error:
-        kind_of_error = NoSuchObjectError if error.status == 404 else NotSeenError
-        message = f"not checked: the Kubernetes API answers {error.status} ({error.reason})"
-        raise kind_of_error(message, remedy=remedy) from error
-    except HTTPError as error:
-        message = f"not checked: the Kubernetes API gave no answer ({type(error).__name__})"
-        raise NotSeenError(message, remedy=remedy) from error
+    except (config.ConfigException, client.ApiException, HTTPError) as error:
+        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else NotSeenError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        remedy = "check the kubeconfig, or the rights of the account"
+        raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error

@@ -106,7 +106,8 @@ def starter(request: Request, folder: Path) -> Starter:
     """The config for `folder`, where its file will be. Raises InputError that names a field of it, or --gpu."""
     model = _read_model(request.model)
     there = request.rows.tokens if request.rows else None
-    target = request.target or default_target(model.shape.dimensions, there)
+    usual = default_target(model.shape.dimensions, there)
+    target = request.target or usual
     removed = model.params - _pruned(model, target)
     tokens = _tokens(removed, there)
     values = (
@@ -116,8 +117,8 @@ def starter(request: Request, folder: Path) -> Starter:
         | _training_values(request, model, tokens, removed)
         | {"target": f"{{memory: {target.memory}}}" if isinstance(target, MemoryGoal) else f"{target:_.12g}"}
     )
-    if request.target is None and target < TARGET:
-        by_rows = target < default_target(model.shape.dimensions, None)
+    if request.target is None and usual < TARGET:
+        by_rows = usual < default_target(model.shape.dimensions, None)
         values["lowered"] = f"{PASSES} passes over the rows recover no more" if by_rows else LOWERED
     warnings: tuple[str, ...] = ()
     if request.gpu is not None:
