@@ -24,7 +24,7 @@ BRIEF = {
 # By a pattern in what MLflow's client says.
 REMEDIES = {
     "Invalid Host": "start it with --allowed-hosts and this host name (host:*), which replaces the default list",
-    "code 40|UNAUTHENTICATED|PERMISSION_DENIED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, of a user with the right to write (EDIT)",
+    "code 40|UNAUTH|PERMISSION": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, of a user with EDIT",
     "": "is the server up, is MLFLOW_TRACKING_URI right, may this machine reach it?",
 }
 

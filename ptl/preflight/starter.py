@@ -40,7 +40,9 @@ TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
 TARGET, TARGET_STEP = 0.3, 0.05  # share of the parameters
-LOWERED = "at most half of the FFNs or experts goes"
+# Why less than TARGET goes.
+ROWS_LOWER = f"{PASSES} passes over the rows recover no more"
+SIZES_LOWER = "at most half of the FFNs or experts goes"
 LEAST_TOKENS = 500_000  # of a recovery: a small model learns little from a batch
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
@@ -63,7 +65,7 @@ WITHOUT_BF16 = ("t4",)
 MARGIN = 3  # a step's timeout over its forecast, whose hours are an estimate
 PROCESS = 8  # GiB of the host for Python, CUDA and caches of a process; /dev/shm has as much
 
-Values = dict[str, Any]  # of the template's placeholders; None leaves their lines out
+Values = dict[str, Any]  # of the template's placeholders; without one, or with None, a line is left out
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Starter:
 
     text: str
     amount: Amount  # of the recovery
-    warnings: tuple[str, ...]
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -110,29 +112,33 @@ def starter(request: Request, folder: Path) -> Starter:
     target = request.target or usual
     removed = model.params - _pruned(model, target)
     tokens = _tokens(removed, there)
-    values = (
-        dict.fromkeys(Template(TEMPLATE.read_text(encoding="utf-8")).get_identifiers())
-        | _model_values(request.model, model, removed, folder)
-        | _data_values(request, folder)
-        | _training_values(request, model, tokens, removed)
-        | {"target": f"{{memory: {target.memory}}}" if isinstance(target, MemoryGoal) else f"{target:_.12g}"}
-    )
+    amount = Amount(tokens, removed, passes=tokens / there if there else None)
+
+    values = _model_values(request.model, model, removed, folder)
+    values |= _data_values(request, folder)
+    values |= _training_values(request, model, tokens, removed)
+    values["target"] = f"{target:_.12g}" if isinstance(target, float) else f"{{memory: {target.memory}}}"
     if request.target is None and usual < TARGET:
         by_rows = usual < default_target(model.shape.dimensions, None)
-        values["lowered"] = f"{PASSES} passes over the rows recover no more" if by_rows else LOWERED
-    warnings: tuple[str, ...] = ()
+        values["lowered"] = ROWS_LOWER if by_rows else SIZES_LOWER
+    warnings: list[str] = []
     if request.gpu is not None:
-        values, warnings = _fitted(values, request.gpu, request.gpus, model, folder)
+        values, run = _fitted(values, request.gpu, request.gpus, model, folder)
+        values |= _estimates(run, model.params, request.gpus)
+        warnings = remedies.warnings(run)
     text = render(values)
     _config(text, folder)
-    return Starter(text, Amount(tokens, removed, passes=tokens / there if there else None), warnings)
+    return Starter(text, amount, warnings)
 
 
 def render(values: Values) -> str:
-    """The template, without the lines that have a value which is None."""
-    lines = TEMPLATE.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if all(values[name] is not None for name in Template(line).get_identifiers())]
-    return Template("\n".join(kept)).substitute(values).rstrip() + "\n"
+    """The template, without the lines that have a placeholder without a value."""
+    kept = []
+    for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
+        names = Template(line).get_identifiers()
+        if all(values.get(name) is not None for name in names):
+            kept.append(Template(line).substitute(values))
+    return "\n".join(kept).rstrip() + "\n"
 
 
 def _config(text: str, folder: Path) -> Config:
@@ -256,8 +262,8 @@ def _training_values(request: Request, model: Model, tokens: int, removed: int) 
     }
 
 
-def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> tuple[Values, tuple[str, ...]]:
-    """The values with the first choice of each stage that fits on the GPUs, and what the forecast warns of.
+def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> tuple[Values, Forecast]:
+    """The values with the first choice of each stage that fits on the GPUs, and their forecast.
 
     Raises InputError where none fits.
     """
@@ -293,8 +299,7 @@ def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> 
                 remedy=f"name a larger GPU ({larger}), give more --gpus, or start from a smaller model",
             )
         values |= choice
-    done = run({})
-    return values | _estimates(done, model.params, gpus), tuple(remedies.warnings(done))
+    return values, run({})
 
 
 def _trainings(rows: int, gpus: int, lora_rate: str) -> Iterator[Values]:
