@@ -206,7 +206,7 @@ def doctor(
         extras.need("kfp", "doctor")
         findings = work.cluster(
             run_config,
-            health=functools.partial(_health, server) if host else None,
+            health=functools.partial(_health, server, host) if host else None,
             namespace=server.namespace or os.environ.get("KFP_NAMESPACE"),
             kubeflow_namespace=kubeflow_namespace,
         )
@@ -215,11 +215,14 @@ def doctor(
     raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
 
 
-def _health(server: Server) -> Any:
+def _health(server: Server, host: str) -> dict[str, Any]:
     """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
     from pipelines.prune_tune_loop import kfp_api
 
-    api = kfp_api.connect(server)
-    request = api.client._healthz_api.api_client.call_api  # the client's own record has no version
+    request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
     options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
-    return kfp_api.call(api, request, "/apis/v2beta1/healthz", "GET", **options)
+    with kfp_api.explained(host):
+        answer = request("/apis/v2beta1/healthz", "GET", **options)
+    if not isinstance(answer, dict):
+        raise InputError("the answer is not Kubeflow's", field=host, remedy="log in again if it is a login page")
+    return answer
