@@ -89,7 +89,7 @@ class MockKubeflow:
     # Each returns (status, body).
 
     def healthz(self, **_):
-        return 200, {"multi_user": False}
+        return 200, recorded("healthz")
 
     def list_pipelines(self, query, **_):
         return 200, {"pipelines": _matching(self.pipelines, query, namespace=query.get("namespace"))}

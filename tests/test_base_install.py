@@ -116,7 +116,7 @@ def test_what_needs_no_extra_works(base, tmp_path):
         ("schema",): 0,
         ("validate", TINY): 0,
         ("plan", TINY): 0,
-        ("init", DENSE, "--math", "-o", "first.yaml"): 0,
+        ("init", DENSE, "-o", "first.yaml"): 0,
         ("compare", "a", "a"): 0,
         ("compare", "a", "b"): 1,
         ("images",): 0,

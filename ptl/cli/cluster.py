@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.prune_tune_loop.kfp_api import Server
-from ptl import extras
+from ptl import address, extras
 from ptl.cli import rehearsal, shipped
 from ptl.cli.configs import load, warn
 from ptl.cli.options import CONFIG_HELP, ConfigFile, ImagesFile, Overrides, Rehearse
@@ -69,10 +69,8 @@ def _with_server_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    # The doctor checks a run on one machine too: it has options of its own.
-    for command in (submit, status, cancel, retry):
+    for command in (submit, status, cancel, retry, doctor):
         app.command(command.__name__, rich_help_panel="Cluster")(_with_server_options(command))
-    app.command("doctor", rich_help_panel="Cluster")(doctor)
 
 
 def submit(
@@ -175,6 +173,7 @@ def retry(
 
 
 def doctor(
+    server: Server,
     config: ConfigFile,
     sets: Overrides,
     local: Annotated[
@@ -186,8 +185,6 @@ def doctor(
     runner: Annotated[str, typer.Option(help="runner of a local run: subprocess or docker")] = "subprocess",
     home: Annotated[Path, typer.Option(help="where local runs and checkpoints are")] = Path(".ptl"),
     images: ImagesFile = None,
-    host: Host = None,
-    namespace: Annotated[str | None, typer.Option(help="namespace of the run's pods; default: KFP_NAMESPACE")] = None,
     kubeflow_namespace: Annotated[str, typer.Option(help="namespace of Kubeflow itself")] = "kubeflow",
 ) -> None:
     """Check what a run will need before it costs anything; exit code 1 on an error."""
@@ -198,24 +195,34 @@ def doctor(
     run_config = load(config, sets, images)
     if runner not in ("subprocess", "docker"):
         raise InputError(f"{runner!r} must be subprocess or docker", field="--runner")
-    address = host or os.environ.get("KF_PIPELINES_ENDPOINT")
-    # Without an option the environment decides.
+    host = server.host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if local is None:
-        name = work.names_a_cluster(address)
-        local = name is None
-        if local:
-            _say("checking a run on this machine (--cluster checks one on Kubeflow)")
-        else:
-            _say(f"checking a run on a cluster ({name}; --local checks one on this machine)")
+        local = not host and not address.is_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        other = "--cluster checks one on Kubeflow" if local else "--local checks one on this machine"
+        _say(f"checking a run on {'this machine' if local else 'a cluster'} ({other})")
     if local:
         findings = work.local(run_config, home=home, runner=runner, missing_images=missing, check_exports=check_here)
     else:
+        extras.need("kfp", "doctor")
         findings = work.cluster(
             run_config,
-            host=address,
-            namespace=namespace or os.environ.get("KFP_NAMESPACE"),
+            health=functools.partial(_health, server, host) if host else None,
+            namespace=server.namespace or os.environ.get("KFP_NAMESPACE"),
             kubeflow_namespace=kubeflow_namespace,
         )
     for finding in findings:
         _say(str(finding))
-    raise typer.Exit(work.exit_code(findings))
+    raise typer.Exit(int(any(finding.state == "error" for finding in findings)))
+
+
+def _health(server: Server, host: str) -> dict[str, Any]:
+    """Kubeflow's version (`tag_name`) and mode (`multi_user`), asked as `ptl submit` asks."""
+    from pipelines.prune_tune_loop import kfp_api
+
+    request = kfp_api.connect(server).client._healthz_api.api_client.call_api  # the client's own record has no version
+    options: dict[str, Any] = {"response_type": "object", "auth_settings": ["Bearer"], "_return_http_data_only": True}
+    with kfp_api.explained(host):
+        answer = request("/apis/v2beta1/healthz", "GET", **options)
+    if not isinstance(answer, dict):
+        raise InputError("the answer is not Kubeflow's", field=host, remedy="log in again if it is a login page")
+    return answer

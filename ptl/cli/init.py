@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,23 +14,38 @@ import typer
 
 from ptl.config.goal import MemoryGoal
 from ptl.config.paths import FILL_IN
-from ptl.config.run import Task, check
+from ptl.config.run import check
 from ptl.data.training_amount import PER_PARAMETER
 from ptl.errors import InputError
-from ptl.preflight.starter import Request, Starter, run_name, starter
-from ptl.preflight.starter_presets import Data
+
+OPTIONS = {"model": "MODEL", "schedule": "--target", "evaluate": "--task"}  # by the section of a config
+NEXT = """Next:
+  ptl validate {0}
+  ptl plan {0}
+  ptl run {0} --rehearse  # the same steps with about 1 % of the work
+  ptl run {0}             # here, or on a cluster: ptl submit {0}"""
 
 
 def init(
     model: Annotated[
-        str | None, typer.Argument(help="hub id or checkpoint folder; only its config.json is read", show_default=False)
-    ] = None,
+        str, typer.Argument(help="hub id or checkpoint folder; only its config.json is read", show_default=False)
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="file to write; default: NAME.yaml, after the model")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="kind of GPU that it will run on (see --list), or none")] = "h100",
-    gpus: Annotated[
-        int | None, typer.Option(min=1, max=64, help="GPUs of a recovery; default: the fewest that train all weights")
+    data: Annotated[
+        str | None, typer.Option(help="train on these rows: a .jsonl or .parquet file, or a hub data set, ID[:SUBSET]")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="PROMPT,COMPLETION, or the one column of chats or texts; default: messages, prompt,completion, "
+            "question,answer or text",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="score on this task of lm-evaluation-harness; may be repeated")
     ] = None,
     target: Annotated[
         str | None,
@@ -38,123 +55,58 @@ def init(
             show_default=False,
         ),
     ] = None,
-    math: Annotated[bool, typer.Option("--math", help="train and score on mathematics (GSM8K, MATH)")] = False,
-    code: Annotated[bool, typer.Option("--code", help="train and score on code (MBPP, HumanEval)")] = False,
-    data: Annotated[
-        str | None, typer.Option(help="train on these rows: a .jsonl or .parquet file, or a hub data set, ID[:SUBSET]")
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="score on this task of lm-evaluation-harness; may be repeated")
-    ] = None,
+    gpu: Annotated[str, typer.Option(help="kind of GPU that it will run on, or none")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of a recovery")] = 1,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file if it exists")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="list families, known models and kinds of GPUs")] = False,
 ) -> None:
     """Write a first config for a model, with comments: sizes, schedule, data, and what fits on your GPUs."""
-    if list_:
-        _print_list()
-        return
-    if model is None:
-        raise InputError(
-            "missing", field="MODEL", remedy="give a hub id or a checkpoint folder; `ptl init --list` has models"
+    from ptl.preflight import starter, starter_rows
+    from ptl.preflight.gpus import GPUS
+
+    file = output or Path(f"{starter.run_name(model)}.yaml")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"{file} must be a file in a folder that exists", field="--output")
+    if file.exists() and not force:
+        raise InputError(f"{file} exists", field="--output", remedy="give another file, or --force to overwrite it")
+    if gpu not in (*GPUS, "none"):
+        raise InputError(f"{gpu!r} must be one of {', '.join(GPUS)}, or none", field="--gpu")
+    with _naming_options():
+        made = starter.starter(
+            starter.Request(
+                model=model,
+                rows=starter_rows.read(data, columns) if data else None,
+                tasks=task or (),
+                target=_target(target) if target else None,
+                gpu=None if gpu == "none" else gpu,
+                gpus=gpus,
+            ),
+            file.absolute().parent,
         )
-    file = output or Path(f"{run_name(model)}.yaml")
-    _check_file(file, force)
-    request = Request(
-        model=model,
-        data=_data(data, math=math, code=code),
-        tasks=_tasks(task or [], math=math, code=code),
-        target=None if target is None else _target(target),
-        gpu=None if gpu == "none" else gpu,
-        gpus=gpus,
-    )
-    made = starter(request, file.absolute().parent)
     file.write_text(made.text, encoding="utf-8")
-    _print_end(file, made, gpu)
+    # The comment at the head of the file says what it will take.
+    print(f"wrote {file}")
+    print("\n".join(line.removeprefix("# ") for line in takewhile(lambda line: line[0] == "#", made.text.splitlines())))
+    print(made.amount.sentence)
+    # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
+    for warning in [*made.amount.warnings(PER_PARAMETER), *made.warnings]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if FILL_IN in made.text:
+        print(f"Fill in first, where it says {FILL_IN}")
+    print(NEXT.format(shlex.quote(str(file))))
+
+
+@contextlib.contextmanager
+def _naming_options() -> Iterator[None]:
+    """Errors about fields of a config that does not exist yet name the options that they come from."""
+    try:
+        yield
+    except InputError as error:
+        section = error.field.partition(".")[0]
+        field = section if section.startswith("--") else OPTIONS.get(section, error.field)
+        raise InputError(error.problem, field=field, remedy=error.remedy) from error
 
 
 def _target(text: str) -> float | MemoryGoal:
     with contextlib.suppress(ValueError):
         return float(text)
     return check(MemoryGoal, {"memory": text}, "--target")
-
-
-def _check_file(file: Path, force: bool) -> None:
-    """Raise InputError for a file that cannot be written, or must not be."""
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise InputError(f"{file} must be a file in a folder that exists", field="--output")
-    if file.exists() and not force:
-        raise InputError(f"{file} exists", field="--output", remedy="give another file, or --force to overwrite it")
-
-
-def _data(source: str | None, *, math: bool, code: bool) -> Data:
-    """The rows that are named, or those of the presets."""
-    from ptl.data import row_formats
-    from ptl.preflight import starter_presets
-
-    if source is None:
-        return starter_presets.preset_data(math=math, code=code)
-    name, subset = source, None
-    # A file's path may have a colon in it, as s3:// has.
-    if "://" not in source and not Path(source).exists():
-        name, _, subset = source.partition(":")
-    return starter_presets.own_data(row_formats.recognise(name, subset or None, field="--data"))
-
-
-def _tasks(names: list[str], *, math: bool, code: bool) -> list[Task]:
-    """The tasks that are named, then those of the presets; each once."""
-    from ptl.preflight import starter_presets
-
-    tasks = [starter_presets.named_task(name, "--task") for name in names]
-    tasks += starter_presets.MATH_TASKS if math else ()
-    tasks += starter_presets.CODE_TASKS if code else ()
-    return list({task.name: task for task in tasks}.values())
-
-
-def _print_list() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from ptl.model.families import FAMILIES, TEXT_TOWERS
-    from ptl.preflight.gpus import GIB, GPUS
-    from ptl.preflight.known_models import KNOWN_MODELS
-
-    families = ", ".join(sorted({*FAMILIES, *TEXT_TOWERS}))
-    print(f"Families: {families}. Any checkpoint of these can be named, by hub id or folder.")
-    models = Table(title="Models on the hub, for example", title_justify="left")
-    for heading in ("Model", "Family", "Parameters", ""):
-        models.add_column(heading, justify="right" if heading == "Parameters" else "left")
-    for model in KNOWN_MODELS:
-        models.add_row(model.hub_id, model.family, f"{model.billions:.3g}B", "gated" if model.gated else "")
-    Console().print(models)
-    print("A gated model needs HF_TOKEN, and its licence accepted on the hub.")
-    kinds = ", ".join(f"{kind} ({gpu.memory / GIB:.0f})" for kind, gpu in GPUS.items())
-    print(f"GPUs, with GiB of memory: {kinds}")
-
-
-def _print_end(file: Path, made: Starter, gpu: str) -> None:
-    """What was written, what it will take, and what to do next."""
-    from ptl.preflight import remedies
-
-    title, *rest = [line.removeprefix("#").strip() for line in made.text.splitlines() if line.startswith("#")][:4]
-    print(f"wrote {file}: {title}")
-    if made.forecast is not None:
-        print("\n".join(rest))
-    print(made.amount.sentence)
-    # Not the tenth of it from which a config is warned of: init has chosen the tokens itself.
-    for warning in [*made.amount.warnings(PER_PARAMETER), *(remedies.warnings(made.forecast) if made.forecast else ())]:
-        print(f"warning: {warning}", file=sys.stderr)
-    if made.to_fill:
-        print(f"Fill in first, where it says {FILL_IN}: {' and '.join(made.to_fill)}")
-    of_gpu = f" --gpu {gpu}" if made.forecast is not None and gpu != "h100" else ""
-    config = shlex.quote(str(file))
-    steps = {
-        f"ptl validate {config}": "check it, its data and the model, which is downloaded",
-        f"ptl plan {config}{of_gpu}": "memory and hours of every step",
-        f"ptl run {config} --rehearse": "the same steps with about 1 % of the work",
-        f"ptl run {config}": "here",
-        f"ptl submit {config}": "on a cluster",
-    }
-    width = max(map(len, steps))
-    print("Next:")
-    for command, purpose in steps.items():
-        print(f"  {command:{width}}  # {purpose}")

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ptl.address import without_login
-from ptl.errors import PtlError
+from ptl.errors import InputError, PtlError
+
+
+class DoubtError(InputError):
+    """A run may work nevertheless, or it could not be checked: a warning."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,11 @@ class Finding:
         return without_login(line)
 
 
-def as_finding(subject: str, check: Callable[..., Finding], *arguments: Any) -> Finding:
-    """What a check finds; an explained error that it raises is a finding too."""
+def as_finding(subject: str, check: Callable[..., str], *arguments: Any) -> Finding:
+    """What a check says where all is well; an explained error that it raises is a finding too."""
     try:
-        return check(*arguments)
+        return Finding(subject, "ok", check(*arguments))
     except PtlError as error:  # whose sentence ends with the remedy, which is shown on a line of its own
         message = f"{error.field}: {error.problem}" if error.field else error.problem
-        return Finding(subject, "error", message, error.remedy or "see the message")
+        state: Literal["warning", "error"] = "warning" if isinstance(error, DoubtError) else "error"
+        return Finding(subject, state, message, error.remedy or "see the message")

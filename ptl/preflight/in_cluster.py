@@ -1,4 +1,4 @@
-"""The Kubernetes API as the account of this pod or, on a user's machine, of the kubeconfig."""
+"""The Kubernetes API as the account of this pod or, on a user's machine, of the kubeconfig; kfp brings the client."""
 
 from __future__ import annotations
 
@@ -6,64 +6,51 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ptl.preflight.kubectl import SECONDS, NoSuchObjectError, NotSeenError
+from ptl.preflight.finding import DoubtError
 
-NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+SECONDS = 15
+NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # in a pod with a token
 
 
-def namespace() -> str:
-    """The pod's namespace. Raises NotSeenError where the pod has no account."""
-    try:
-        return NAMESPACE.read_text().strip()
-    except OSError as error:
-        raise NotSeenError(f"the pod has no token of a service account ({error.strerror})") from error
+class NotSeenError(DoubtError):
+    """The cluster did not answer with the object."""
+
+
+class NoSuchObjectError(NotSeenError):
+    """The cluster has no object of that name."""
 
 
 def read(path: str) -> dict[str, Any]:
     """What the Kubernetes API says at a path. Raises NotSeenError."""
-    return dict(_call(path, "GET"))
+    return dict(_call("GET", path))
 
 
 def objects(path: str, **selectors: str) -> list[dict[str, Any]]:
-    """The objects at a path, as this pod's account or, outside of a cluster, the kubeconfig's. Raises NotSeenError."""
-    return list(_call(path, "GET", query=list(selectors.items()), anywhere=True)["items"])
+    """The objects at a path. Raises NotSeenError."""
+    return list(_call("GET", path, query=list(selectors.items()))["items"])
 
 
-def may(verb: str, group: str, resource: str, subresource: str, namespace: str) -> bool:
+def may(namespace: str, verb: str, group: str, resource: str) -> bool:
     """Whether this account has a right. Raises NotSeenError."""
-    attributes = {
-        "verb": verb,
-        "group": group,
-        "resource": resource,
-        "subresource": subresource,
-        "namespace": namespace,
-    }
+    attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": attributes},
     }
-    answer = _call("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", "POST", review)
+    answer = _call("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
     return bool(answer["status"]["allowed"])
 
 
-def _call(
-    path: str,
-    method: str,
-    body: dict[str, Any] | None = None,
-    query: list[tuple[str, str]] | None = None,
-    *,
-    anywhere: bool = False,
-) -> Any:
-    # kfp brings the client into every image.
+def _call(method: str, path: str, body: Any = None, query: list[tuple[str, str]] | None = None) -> Any:
     from kubernetes import client, config
     from urllib3.exceptions import HTTPError
 
     try:
-        if anywhere and not NAMESPACE.is_file():
-            config.load_kube_config(os.environ.get("KUBECONFIG"))
-        else:
+        if NAMESPACE.is_file():
             config.load_incluster_config()
+        else:
+            config.load_kube_config(os.environ.get("KUBECONFIG"))
         return client.ApiClient().call_api(
             path,
             method,
@@ -75,10 +62,8 @@ def _call(
             _return_http_data_only=True,
             _request_timeout=SECONDS,
         )
-    except config.ConfigException as error:
-        raise NotSeenError(f"no token of a service account, and no kubeconfig ({error})") from error
-    except client.ApiException as error:
-        kind_of_error = NoSuchObjectError if error.status == 404 else NotSeenError
-        raise kind_of_error(f"the Kubernetes API answers {error.status} ({error.reason})") from error
-    except HTTPError as error:
-        raise NotSeenError(f"the Kubernetes API gave no answer ({type(error).__name__})") from error
+    except (config.ConfigException, client.ApiException, HTTPError) as error:
+        kind_of_error = NoSuchObjectError if getattr(error, "status", None) == 404 else NotSeenError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        remedy = "check the kubeconfig, or the rights of the account"
+        raise kind_of_error(f"not checked: no answer of the Kubernetes API ({reason})", remedy=remedy) from error

@@ -1,48 +1,53 @@
-"""The first config for a model, as `ptl init` writes it: chosen, checked, and with its forecast.
+"""The first config for a model, as `ptl init` writes it: templates/starter.yaml, filled in and checked.
 
-Learning rates and tokens are those of the shipped configs, what fits on the GPUs is the forecast's, and the schedule is
-the default, which rests on docs/results.md.
+Learning rates and tokens are those of the shipped configs, and the schedule is the default, which rests on
+docs/results.md. What fits on the GPUs is what `ptl plan` says.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from ptl.config import yaml_text
+from ptl.config.dag import stage_of
 from ptl.config.goal import MemoryGoal
+from ptl.config.paths import FILL_IN
 from ptl.config.run import Config, ModelSource, Task, check
-from ptl.config.schedule import Prune
+from ptl.config.schedule import Prune, Schedule
 from ptl.data.training_amount import PASSES, PER_PARAMETER, Amount
 from ptl.errors import InputError
-from ptl.evaluation.tasks import is_path
-from ptl.model import hub, text_tower
-from ptl.model.dimensions import ModelDimensions, dimensions_of_config
-from ptl.model.families import family_of
-from ptl.preflight import starter_fit, starter_text
+from ptl.evaluation import tasks
+from ptl.model import hub
+from ptl.model.dimensions import ModelDimensions
+from ptl.preflight import remedies
+from ptl.preflight import target as goals
 from ptl.preflight.forecast import Forecast, forecast
 from ptl.preflight.forecast_model import Shape, shape_of
-from ptl.preflight.gpus import GPUS
-from ptl.preflight.known_models import similar
-from ptl.preflight.starter_fit import Choices, Machine
-from ptl.preflight.starter_presets import Data
-from ptl.preflight.starter_target import chosen_target, pruned_to
-from ptl.preflight.starter_text import Plan
-from ptl.preflight.target import params as params_at_goal
-from ptl.units import billions
+from ptl.preflight.gpus import GIB, GPUS
+from ptl.preflight.starter_rows import QUESTION, Rows
+from ptl.units import billions, decimal_hours
 
+TEMPLATE = Path(__file__).parent / "templates/starter.yaml"
 SNAPSHOTS = "snapshots"  # in the hub's cache: the folder above those of the commits
 
-# Tokens of recovery.
-LEAST_TOKENS = 500_000  # of a small model, which learns little from a batch
+TARGET, TARGET_STEP = 0.3, 0.05  # share of the parameters
+# Why less than TARGET goes.
+ROWS_LOWER = f"{PASSES} passes over the rows recover no more"
+SIZES_LOWER = "at most half of the FFNs or experts goes"
+LEAST_TOKENS = 500_000  # of a recovery: a small model learns little from a batch
 FEWEST_TOKENS = 10_000  # whatever the data
 STEPS = 200  # optimizer steps that a run should have at least
 BATCH_SIZES = (64, 32, 16, 8)
+CALIBRATION_LENGTH = 512  # tokens
 # Parameters up to which a learning rate holds where SHARES[0] of them go, of the shipped configs if there is one of
 # that size. With each RATE_DOUBLES more the rate doubles, as the best rates of the tiny reasoner's loops do within
 # SHARES (docs/results.md).
@@ -51,7 +56,16 @@ RATE_DOUBLES = 0.1
 LEARNING_RATES = ((1e7, 1.2e-4), (3e8, 2e-4), (1e9, 1e-4), (2e9, 5e-5), (4.5e9, 2e-5), (1e10, 8e-6), (math.inf, 4e-6))
 LARGEST_RATE = 6e-4  # of adapters
 LORA_FACTOR = 10  # an adapter's learning rate over that of all weights
-CALIBRATION_LENGTH = 512  # tokens
+
+ROOM = 0.85  # share of a GPU's memory that a choice may need: the forecast does not know every buffer
+LOGITS = 8.0  # bytes of a logit in training, with its gradient; the forecast of a recovery leaves them out
+SMALL = 10**9  # parameters up to which activations stay in memory
+BATCHES = (64, 32, 16, 8, 4, 2, 1)  # of scoring and evaluation
+WITHOUT_BF16 = ("t4",)
+MARGIN = 3  # a step's timeout over its forecast, whose hours are an estimate
+PROCESS = 8  # GiB of the host for Python, CUDA and caches of a process; /dev/shm has as much
+
+Values = dict[str, Any]  # of the template's placeholders; without one, or with None, a line is left out
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,11 @@ class Request:
     """What the user says."""
 
     model: str  # hub id, or folder
-    data: Data
-    tasks: Sequence[Task] = ()
-    target: float | MemoryGoal | None = None  # as schedule.target; None: 0.3, or less (starter_target)
-    gpu: str | None = "h100"  # kind; None: no GPU
-    gpus: int | None = None  # of a recovery; None: as many as it takes
+    rows: Rows | None = None  # None: to be filled in
+    tasks: Sequence[str] = ()  # names or paths; none: to be filled in
+    target: float | MemoryGoal | None = None  # as schedule.target; None: TARGET, or less
+    gpu: str | None = None  # kind; None: no GPU
+    gpus: int = 1  # of a recovery
 
 
 @dataclass(frozen=True)
@@ -71,10 +85,8 @@ class Starter:
     """A config that can be written, and what is known about it."""
 
     text: str
-    config: Config
-    forecast: Forecast | None  # None: without a GPU
-    to_fill: tuple[str, ...]  # fields that the user must fill in
     amount: Amount  # of the recovery
+    warnings: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -83,119 +95,94 @@ class Model:
 
     folder: Path  # with config.json, perhaps without weights
     revision: str | None  # the commit on the hub
-    family: str
-    dimensions: ModelDimensions
     shape: Shape
-    positions: int  # tokens of its context
+    prune: Prune
+
+    @property
+    def params(self) -> int:
+        """All of them."""
+        return self.shape.params
 
 
 def starter(request: Request, folder: Path) -> Starter:
-    """The config for `folder`, where its file will be. Raises InputError that names MODEL, --target or --gpu."""
-    if request.gpu is not None and request.gpu not in GPUS:
-        raise InputError(f"{request.gpu!r} must be one of {', '.join(GPUS)}, or none", field="--gpu")
-    if request.gpu is None and request.gpus is not None:
-        raise InputError(f"{request.gpus}, with --gpu none", field="--gpus", remedy="remove one of the two")
-    model = read_model(request.model)
-    plan = _plan(request, model, folder)
-    there = request.data.tokens
-    amount = Amount(
-        plan.tokens, plan.dimensions.params - plan.pruned.params, passes=plan.tokens / there if there else None
-    )
+    """The config for `folder`, where its file will be. Raises InputError that names a field of it, or --gpu."""
+    model = _read_model(request.model)
+    there = request.rows.tokens if request.rows else None
+    usual = default_target(model.shape.dimensions, there)
+    target = request.target or usual
+    removed = model.params - _pruned(model, target)
+    tokens = _tokens(removed, there)
+    amount = Amount(tokens, removed, passes=tokens / there if there else None)
 
-    if request.gpu is None:
-        text = starter_text.text(plan, Choices(), plan.batch_size)
-        return Starter(text, _checked(text, folder), None, _to_fill(request), amount)
-
-    # The forecast reads the model from where it is, so that the hub is asked once.
-    local = {"model": ModelSource(path=str(model.folder))}
-    draft = _checked(starter_text.text(plan, Choices(gpus=1), plan.batch_size), folder)
-    params, vocabulary = model.shape.params, model.shape.vocabulary
-    machine = Machine(request.gpu, draft.model_copy(update=local), params, vocabulary)
-    choices = starter_fit.fit(machine, request.gpus)
-    if choices.lora:
-        plan = replace(plan, all_weights=starter_fit.gpus_for_all_weights(machine))
-    batch_size = machine.batch(choices.gpus)
-
-    # Once more with what the forecast of the config itself says.
-    config = _checked(starter_text.text(plan, choices, batch_size), folder)
-    run_forecast = forecast(config.model_copy(update=local), request.gpu)
-    text = starter_text.text(plan, choices, batch_size, run_forecast)
-    return Starter(text, _checked(text, folder), run_forecast, _to_fill(request), amount)
+    values = _model_values(request.model, model, removed, folder)
+    values |= _data_values(request, folder)
+    values |= _training_values(request, model, tokens, removed)
+    values["target"] = f"{target:_.12g}" if isinstance(target, float) else f"{{memory: {target.memory}}}"
+    if request.target is None and usual < TARGET:
+        by_rows = usual < default_target(model.shape.dimensions, None)
+        values["lowered"] = ROWS_LOWER if by_rows else SIZES_LOWER
+    warnings: list[str] = []
+    if request.gpu is not None:
+        values, run = _fitted(values, request.gpu, request.gpus, model, folder)
+        values |= _estimates(run, model.params, request.gpus)
+        warnings = remedies.warnings(run)
+    text = render(values)
+    _config(text, folder)
+    return Starter(text, amount, warnings)
 
 
-def read_model(name: str) -> Model:
-    """A checkpoint's config.json, of a folder or from the hub. Raises InputError that names MODEL."""
-    try:
-        folder = hub.locate(name, None, ["config.json"], field="MODEL")
-        config = text_tower.read_config(folder)
-        family = family_of(config)
-        dimensions = dimensions_of_config(config, family, f"config.json of {name}")
-        if dimensions.experts and dimensions.experts == dimensions.fewest_experts:
-            raise InputError(
-                f"{name} has {dimensions.experts} experts in each layer, and a token needs all of them "
-                "(num_experts_per_tok), so that none can be removed",
-                field="MODEL",
-                remedy="give a mixture with more experts, or write a config with prune.target=layers",
-            )
-        shape = shape_of(str(folder))
-    except InputError as error:
-        remedy = error.remedy
-        close = similar(name)
-        if close and name not in close and not Path(name).exists():
-            remedy = f"did you mean {' or '.join(close)}? Else {remedy}"
-        raise InputError(error.problem, field="MODEL", remedy=remedy) from error
-    return Model(
-        folder=folder,
-        # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
-        revision=folder.name if not hub.is_local(name) and folder.parent.name == SNAPSHOTS else None,
-        family=family.model_type,
-        dimensions=dimensions,
-        shape=shape,
-        positions=config.get("max_position_embeddings") or 2**31,
-    )
+def render(values: Values) -> str:
+    """The template, without the lines that have a placeholder without a value."""
+    kept = []
+    for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
+        names = Template(line).get_identifiers()
+        if all(values.get(name) is not None for name in names):
+            kept.append(Template(line).substitute(values))
+    return "\n".join(kept).rstrip() + "\n"
 
 
-def _plan(request: Request, model: Model, folder: Path) -> Plan:
-    """All that does not depend on the number of GPUs."""
-    target, target_reason = request.target, ""
-    if target is None:
-        target, target_reason = chosen_target(model.dimensions, request.data.tokens)
-    memory = target.memory if isinstance(target, MemoryGoal) else ""
-    if isinstance(target, MemoryGoal):
-        prune = Prune(target="experts" if model.dimensions.experts else "neurons")
-        target = params_at_goal(target, prune, model.folder)
-    pruned, multiple = pruned_to(model.dimensions, target)
-    tokens, reason = _tokens(model.dimensions.params - pruned.params, request.data)
-    max_length = min(request.data.max_length, model.positions)
-    params = model.dimensions.params
-    learning_rate = default_rate(params, 1 - pruned.params / params)
-    rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
-    batch_size = next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1])
-    return Plan(
-        name=run_name(request.model),
-        title=_last_name(request.model) if hub.is_local(request.model) else request.model,
-        model=_as_seen_from(folder, request.model),
-        revision=model.revision,
-        family=model.family,
-        dimensions=model.dimensions,
-        itemsize=model.shape.itemsize,
-        target=target,
-        memory=memory,
-        target_reason=target_reason,
-        pruned=pruned,
-        multiple=multiple,
-        tokens=tokens,
-        tokens_reason=reason,
-        max_length=max_length,
-        calibration_length=min(CALIBRATION_LENGTH, model.positions),
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lora_rate=max(learning_rate, min(LORA_FACTOR * learning_rate, LARGEST_RATE)),
-        gpu=request.gpu,
-        all_weights=None,
-        data=_data_seen_from(folder, request.data),
-        tasks=[_task_seen_from(folder, task) for task in request.tasks],
-    )
+def _config(text: str, folder: Path) -> Config:
+    settings: Any = yaml_text.load(text, "the config")
+    return check(Config, settings, "the config", folder=folder)
+
+
+def _read_model(name: str) -> Model:
+    """A checkpoint's config.json, of a folder or from the hub."""
+    folder = hub.locate(name, None, ["config.json"])
+    shape = shape_of(str(folder))
+    # A snapshot of the hub is in a folder of its commit's name; a user's own folder may be named like that too.
+    revision = folder.name if not hub.is_local(name) and folder.parent.name == SNAPSHOTS else None
+    prune = Prune(target="experts", criterion="reap") if shape.dimensions.experts else Prune()
+    return Model(folder, revision, shape, prune)
+
+
+def default_target(before: ModelDimensions, tokens: float | None) -> float:
+    """The share to remove by default: TARGET, or less where rows of so many tokens cannot recover that.
+
+    Not more than half of what can go: in small models most parameters are embeddings.
+    """
+    removable = before.width * before.params_per_neuron
+    if before.experts:  # those that a token can do without
+        removable = (before.experts - before.fewest_experts) * before.params_per_expert
+    recovered = math.inf if tokens is None else PASSES * tokens / PER_PARAMETER
+    share = min(removable / 2, recovered) / before.params
+    return TARGET if share >= TARGET else max(TARGET_STEP, round(share // TARGET_STEP * TARGET_STEP, 2))
+
+
+def _pruned(model: Model, target: float | MemoryGoal) -> int:
+    """The parameters that a target leaves. Raises InputError where it cannot be reached."""
+    schedule = Schedule(target=target, iterations=1, recovery_tokens=1)
+    number = goals.resolved(schedule, model.prune, model.folder)
+    (_, after), *_ = goals.after_iterations(model.shape.dimensions, number, model.prune)
+    return after.params
+
+
+def _tokens(removed: int, there: float | None) -> int:
+    """Tokens of recovery over all iterations, where the rows have so many."""
+    tokens = max(PER_PARAMETER * removed, LEAST_TOKENS)
+    if there is not None:
+        tokens = min(tokens, max(PASSES * there, FEWEST_TOKENS))
+    return int(float(f"{tokens:.2g}"))
 
 
 def default_rate(params: int, share: float) -> float:
@@ -205,56 +192,139 @@ def default_rate(params: int, share: float) -> float:
     return float(rate * 2 ** ((min(max(share, fewest), most) - fewest) / RATE_DOUBLES))
 
 
-def _tokens(removed: int, data: Data) -> tuple[int, str]:
-    """Tokens of recovery over all iterations, and why so many."""
-    tokens = PER_PARAMETER * removed
-    reason = "one for every 10 parameters that are removed, as in the paper"
-    if tokens < LEAST_TOKENS:
-        tokens, reason = LEAST_TOKENS, "the least for a small model"
-    if data.tokens is not None and tokens > PASSES * data.tokens:
-        tokens = max(PASSES * data.tokens, FEWEST_TOKENS)
-        reason = f"{PASSES} passes over the rows, about {billions(int(data.tokens))} tokens; more rows allow for more"
-    return int(float(f"{tokens:.2g}")), reason
-
-
 def run_name(model: str) -> str:
-    """A pipeline's name after a model: `Qwen/Qwen2.5-7B` -> `qwen2-5-7b`."""
-    return re.sub(r"[^a-z0-9]+", "-", _last_name(model).lower()).strip("-")[:60].strip("-") or "model"
-
-
-def _last_name(model: str) -> str:
-    """The folder's name, or a hub id without its owner."""
-    return Path(model).expanduser().resolve().name if hub.is_local(model) else model.rpartition("/")[2]
+    """A pipeline's name after a folder's or a model's: `Qwen/Qwen2.5-7B` -> `qwen2-5-7b`."""
+    name = Path(model).expanduser().resolve().name
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "model"
 
 
 def _as_seen_from(folder: Path, name: str) -> str:
     """A path of the command line as a config in `folder` names it; other names stay as they are."""
     path = Path(name).expanduser()
-    if not path.exists():
-        return name
-    if path.is_absolute():
-        return str(path)
-    relative = os.path.relpath(path, folder)
-    return relative if relative.startswith(".") else f"./{relative}"
+    return f"./{os.path.relpath(path, folder)}" if path.exists() and not path.is_absolute() else str(path)
 
 
-def _task_seen_from(folder: Path, task: Task) -> Task:
-    # A folder may have the name of a task of the harness.
-    return task.model_copy(update={"name": _as_seen_from(folder, task.name)}) if is_path(task.name) else task
+def _model_values(name: str, model: Model, removed: int, folder: Path) -> Values:
+    """What the file says of the model, and of what is removed of it."""
+    return {
+        "title": name,
+        "name": json.dumps(run_name(name)),
+        "path": json.dumps(_as_seen_from(folder, name)),
+        "model_revision": model.revision and json.dumps(model.revision),
+        "before": billions(model.params),
+        "after": billions(model.params - removed),
+        "percent": f"{100 * removed / model.params:.0f}",
+        "units": model.prune.target,
+        "criterion": model.prune.criterion,
+    }
 
 
-def _data_seen_from(folder: Path, data: Data) -> Data:
-    source = data.calibration
-    if source is None:
-        return data
-    return replace(data, calibration=source.model_copy(update={"source": _as_seen_from(folder, source.source)}))
+def _data_values(request: Request, folder: Path) -> Values:
+    """What the file says of rows and benchmarks; fields to fill in where the user has named none."""
+    source: Values = {"source": f"{FILL_IN}.jsonl"} | QUESTION
+    if request.rows is not None:
+        source = request.rows.source.model_dump(exclude_defaults=True)
+        source["source"] = _as_seen_from(folder, source["source"])
+    specs = [spec for name in request.tasks if tasks.can_find(name) for spec in tasks.find(name)]
+    return {
+        **{name: json.dumps(value) for name, value in source.items()},
+        "fill_in": None if request.rows else "",
+        "tasks": json.dumps([_task(name, folder) for name in request.tasks] or [{"name": FILL_IN}]),
+        "allow_code": "true" if any(spec.runs_code for spec in specs) else None,
+        "chat_template": "true" if source.get("format") == "messages" else None,
+    }
 
 
-def _to_fill(request: Request) -> tuple[str, ...]:
-    fields = [] if request.data.calibration else ["calibration.data"]
-    return (*fields, *(() if request.tasks else ("evaluate.tasks",)))
+def _task(name: str, folder: Path) -> Values:
+    """A task with its metric: the default one, or the first that it has, of a group the first that all members have."""
+    specs = tasks.find(name) if tasks.can_find(name) else []  # without lm_eval the step will look
+    metrics = [metric for spec in specs[:1] for metric in spec.metrics if all(metric in each.metrics for each in specs)]
+    default = Task.model_fields["metric"].default
+    task = {"name": _as_seen_from(folder, name) if tasks.is_path(name) else name}
+    return task if default in metrics or not metrics else task | {"metric": metrics[0]}
 
 
-def _checked(text: str, folder: Path) -> Config:
-    settings: Any = yaml_text.load(text, "the config")
-    return check(Config, settings, "the config", folder=folder)
+def _training_values(request: Request, model: Model, tokens: int, removed: int) -> Values:
+    """What the file says of scoring and recovery, but for how they fit on GPUs."""
+    positions = model.shape.context or 2**31
+    max_length = min(request.rows.max_length if request.rows else CALIBRATION_LENGTH, positions)
+    rows = tokens / (max_length / 2)  # of about half of the longest row's tokens
+    rate = default_rate(model.params, removed / model.params)
+    return {
+        "tokens": f"{tokens:_}",
+        "calibration_length": min(CALIBRATION_LENGTH, positions),
+        "calibration_batch": 16,
+        "learning_rate": f"{rate:.1e}",
+        "lora_rate": f"{max(rate, min(LORA_FACTOR * rate, LARGEST_RATE)):.1e}",
+        "max_length": max_length,
+        "batch_size": next((size for size in BATCH_SIZES if rows / size >= STEPS), BATCH_SIZES[-1]),
+        "evaluate_batch": 64,
+    }
+
+
+def _fitted(values: Values, gpu: str, gpus: int, model: Model, folder: Path) -> tuple[Values, Forecast]:
+    """The values with the first choice of each stage that fits on the GPUs, and their forecast.
+
+    Raises InputError where none fits.
+    """
+    rows = max(1, values["batch_size"] // gpus)  # of an optimizer step on each GPU
+    room = ROOM * GPUS[gpu].memory
+    values |= {"on_gpu": "", "gpu": gpu, "gpus": gpus, "batch_size": rows * gpus}
+    values |= {"card": f"{GPUS[gpu].memory / GIB:.0f}", "dtype": None if gpu in WITHOUT_BF16 else "bfloat16"}
+    values |= {"checkpointing": "true" if model.params > SMALL else None}
+    local = {"model": ModelSource(path=str(model.folder))}  # so that the hub is asked once
+
+    def run(choice: Values) -> Forecast:
+        return forecast(_config(render(values | choice), folder).model_copy(update=local), gpu, gpus)
+
+    choices: dict[str, Iterable[Values]] = {
+        "prune": ({"calibration_batch": batch} for batch in BATCHES[2:]),
+        "evaluate": ({"evaluate_batch": batch} for batch in BATCHES),
+        "recover": _trainings(rows, gpus, values["lora_rate"]),
+    }
+    for stage in choices:
+        for choice in choices[stage]:
+            needed = _peak(run(choice), stage)
+            if stage == "recover":
+                micro = rows // (choice["accumulation"] or 1)
+                needed += LOGITS * micro * values["max_length"] * model.shape.vocabulary
+            if needed <= room:
+                break
+        else:
+            larger = ", ".join(kind for kind, card in GPUS.items() if needed <= ROOM * card.memory)
+            raise InputError(
+                f"{stage} needs about {needed / GIB:.0f} GiB on each {gpu} with the smallest batches, more than "
+                f"{room / GIB:.0f} of its {values['card']} GiB",
+                field="--gpu",
+                remedy=f"name a larger GPU ({larger}), give more --gpus, or start from a smaller model",
+            )
+        values |= choice
+    return values, run({})
+
+
+def _trainings(rows: int, gpus: int, lora_rate: str) -> Iterator[Values]:
+    """Ways of training so many rows on each GPU, the cheapest in time first: adapters last, few passes first."""
+    shardings = (None, "fsdp") if gpus > 1 else (None,)
+    accumulations = [number for number in range(1, rows + 1) if rows % number == 0]
+    adapter = {"lora": "{rank: 64, alpha: 128}", "learning_rate": lora_rate}
+    for weights, sharding, number in product(({}, adapter), shardings, accumulations):
+        yield weights | {"sharding": sharding, "accumulation": number if number > 1 else None}
+
+
+def _peak(run: Forecast, stage: str) -> float:
+    """Bytes on the fullest GPU in the steps of a stage."""
+    return max(step.memory for step in run.steps if stage_of(step.step) == stage)
+
+
+def _estimates(run: Forecast, params: int, gpus: int) -> Values:
+    """What the file says of the GPUs' and the host's memory, and of time."""
+    processes = PROCESS * (gpus + 1)  # at most one for each GPU
+    weights = 4 * params / GIB  # of a recovery each process reads them in float32, and one collects them again
+    hours = 1 + math.ceil(MARGIN * max(step.hours for step in run.steps))
+    return {
+        "peaks": ", ".join(f"{stage} {_peak(run, stage) / GIB:.0f}" for stage in ("prune", "recover", "evaluate")),
+        "gpu_hours": decimal_hours(run.gpu_hours),
+        "memory": math.ceil(processes + weights),
+        "recover_memory": math.ceil(processes + weights * (gpus + 1)),
+        "timeout": f"{3600 * hours:_}",
+    }

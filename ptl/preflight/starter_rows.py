@@ -1,0 +1,92 @@
+"""The rows that `ptl init` is given: their format by the names of their columns, how long they are, how many."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptl.config.recover import DataSource
+from ptl.data.sources import SourceRow, chat_and_answer, local_file, numbered_rows, texts
+from ptl.data.training_amount import CHARACTERS, SAMPLE, tokens_of
+from ptl.errors import InputError
+
+FIELD = "--data"
+LENGTHS = (256, 512, 1024, 2048, 4096)  # tokens of a training row
+# Columns that need no option: a chat, a pair, a text.
+KNOWN = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+QUESTION = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}  # in the words of a benchmark
+TEMPLATES = {KNOWN[1]: {"prompt": "{prompt}", "completion": "{completion}"}, KNOWN[2]: QUESTION}
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A source as a config has it, and its size."""
+
+    source: DataSource
+    tokens: float | None  # roughly; None: of a data set on the hub
+    max_length: int  # tokens of a row
+
+
+def read(name: str, columns: str | None) -> Rows:
+    """The rows of a file, or of a data set of the hub (ID or ID:SUBSET). Raises InputError that names the option.
+
+    `columns`: PROMPT,COMPLETION, or the one column of chats or texts; None: one of KNOWN.
+    """
+    dataset, _, subset = name.partition(":")
+    is_subset = bool(subset) and "://" not in name
+    source = DataSource(source=dataset, subset=subset) if is_subset else DataSource(source=name)
+    if local_file(source, FIELD) is None:
+        source, sample = _from_hub(source)
+    else:
+        sample = [row.columns for row in itertools.islice(numbered_rows(source, FIELD), SAMPLE)]
+    source = source.model_copy(update=settings_of(sample[0], columns))
+    longest = max(_characters(SourceRow(row, source, number, FIELD)) for number, row in enumerate(sample, 1))
+    max_length = next((length for length in LENGTHS if length * CHARACTERS >= longest), LENGTHS[-1])
+    return Rows(source, tokens_of(source, max_length, FIELD) or None, max_length)
+
+
+def settings_of(row: Row, columns: str | None) -> dict[str, str]:
+    """Format and templates for rows with such columns. Raises InputError that names --columns."""
+    known = next((names for names in KNOWN if row.keys() >= set(names)), ())
+    names = tuple(columns.split(",")) if columns else known
+    if not 1 <= len(names) <= 2 or not row.keys() >= set(names):
+        raise InputError(
+            f"{columns or 'missing'}; the rows have {', '.join(sorted(row))}",
+            field="--columns",
+            remedy="give --columns PROMPT,COMPLETION, or the one column of chats (role and content) or of texts",
+        )
+    if len(names) == 2:
+        prompt, completion = names
+        return TEMPLATES.get(names, {"prompt": f"{{{prompt}}}\n", "completion": f"{{{completion}}}"})
+    if isinstance(row[names[0]], list):
+        return {"format": "messages", "messages": names[0]}
+    return {"format": "text", "text": f"{{{names[0]}}}"}
+
+
+def _characters(row: SourceRow) -> int:
+    """The length of a row as training will read it. Raises InputError where that cannot."""
+    if row.source.format == "messages":
+        chat_and_answer(row)
+    return sum(map(len, texts(row)))
+
+
+def _from_hub(source: DataSource) -> tuple[DataSource, list[Row]]:
+    """A data set at its newest commit, and its first rows: no more is downloaded than they need."""
+    import datasets
+    import huggingface_hub
+
+    name = source.source
+    try:
+        source = source.model_copy(update={"revision": huggingface_hub.dataset_info(name).sha})
+        rows = datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        return source, list(itertools.islice(rows, SAMPLE))
+    except Exception as error:  # the libraries raise a dozen kinds; each means that the source cannot be had
+        raise InputError(
+            f"{name!r} is no file here, and the hub does not give it as a data set ({type(error).__name__}: {error})",
+            field=FIELD,
+            remedy="give a .jsonl, .jsonl.gz or .parquet file, or check the id, HF_TOKEN and the connection",
+        ) from error
