@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -16,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, THREADS, File, Files, Progress, chunks, dump_files, starts, verify
+from ptl.storage.manifest import FILES, THREADS, Files, Progress, dump_files, hash_files, verify
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
@@ -47,10 +45,12 @@ def publish(folder: Path, location: str, paths: list[str], on_progress: Progress
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            copy = functools.partial(_copy, folder, partial, on_progress)
             with ThreadPoolExecutor(THREADS) as pool:
-                files = tuple(pool.map(copy, paths))
-            _write(partial / FILES, dump_files(files))
+                list(pool.map(lambda path: _copy(folder / path, partial / path), paths))
+            # Of what was written, not of the source.
+            files = hash_files(partial, paths, on_progress)
+            (partial / FILES).write_bytes(dump_files(files))
+            _sync(partial / FILES)
             # After a power failure the names must be there as well as the bytes.
             for path, _, _ in os.walk(partial):
                 _sync(Path(path))
@@ -161,47 +161,29 @@ def no_space(error: OSError) -> WorkError:
     """What to do about a full disk, an exceeded quota or a file size limit (`errno` in FULL)."""
     path = str(error.filename or "")
     temporary = os.environ.get("TMPDIR") or tempfile.gettempdir()
-    remedy = "free some"
+    remedy = "free some and run the same command again: earlier checkpoints are intact"
     # A write to an open file names none, and most of those that libraries write are temporary.
     if not path or path.startswith(temporary):
-        remedy += f", or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
+        remedy += f"; or set TMPDIR to a folder on another disk (temporary files are in {temporary})"
     return WorkError(f"no space left while writing {path or 'a file'}: {error.strerror}", remedy=remedy)
 
 
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota or a file size limit into a WorkError that says what to do."""
+    """Let a full disk be an error that names `path` (see `no_space`)."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise WorkError(
-            f"no space left while writing {path} ({error.strerror})",
-            field="store",
-            remedy="earlier checkpoints are intact: free some space and run the same command again",
-        ) from error
+        raise no_space(OSError(error.errno, error.strerror, str(path))) from error
 
 
-def _copy(source: Path, target: Path, on_progress: Progress, path: str) -> File:
-    """Copy one file and hash what was written. A new file has the umask's mode, whatever the mode of the source."""
-    blocks = []
-    new_file = target / path
-    new_file.parent.mkdir(parents=True, exist_ok=True)
-    # Hashed as it is copied: the source is read once.
-    with (source / path).open("rb", buffering=0) as reader, new_file.open("wb") as writer:
-        size = os.fstat(reader.fileno()).st_size
-        for start in starts(size):
-            hasher = hashlib.sha256()
-            for data in chunks(reader.fileno(), start, size):
-                hasher.update(data)
-                writer.write(data)
-                on_progress(len(data))
-            blocks.append(hasher.hexdigest())
-        # On the disk before the rename that publishes it.
-        writer.flush()
-        os.fsync(writer.fileno())
-    return File(path, size, tuple(blocks))
+def _copy(source: Path, target: Path) -> None:
+    """Copy one file, to the disk before the rename that publishes it. It has the umask's mode, not the source's."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    _sync(target)
 
 
 @contextmanager
@@ -210,18 +192,11 @@ def _draft(path: Path, data: bytes, mode: int = 0o666) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.touch(mode)  # before any byte of it, which may be secret
     try:
-        _write(draft, data)
+        draft.write_bytes(data)
+        _sync(draft)
         yield draft
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file, and have it on the disk when this returns."""
-    with path.open("wb") as writer:
-        writer.write(data)
-        writer.flush()
-        os.fsync(writer.fileno())
 
 
 def _link(draft: Path, path: Path) -> None:
@@ -239,9 +214,9 @@ def _link(draft: Path, path: Path) -> None:
             draft.rename(path)
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
