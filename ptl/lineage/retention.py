@@ -1,177 +1,110 @@
-"""Which checkpoints nobody needs any more, and deleting them. Records, scores and MLflow's runs stay."""
+"""Checkpoints that nobody needs any more, and deleting them. Records, scores and MLflow's runs stay.
+
+A run's files can go when they are neither its final checkpoints nor registered, when the run is finished or its user
+gives it up, and when they are old enough. Whose they are is MLflow's word: what a record names is only ever kept.
+"""
 
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ptl.errors import InputError
+from ptl.errors import InputError, WorkError
 from ptl.lineage import mlflow_client
-from ptl.lineage.inventory import ExperimentInventory, RunInventory
-from ptl.lineage.stored_files import StoredFiles
+from ptl.lineage.mlflow_client import pages
+from ptl.lineage.run_status import PARENT, records_root
 from ptl.storage import store
+from ptl.storage.store import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel
 
 DAY = 24 * 60 * 60.0
-LIVE_DAYS = 1.0  # files that are younger may belong to an attempt that is at work: these are never touched
 DELETED = "ptl.deleted"  # tag of a LoggedModel: when its files were deleted
-
-# Why files can go, by their kind.
-_DELETABLE = {
-    "attempt": "left by an attempt that died",
-    "training": "training checkpoints of a step that ended",
-    "dense": "imported model of a run that ended",
-    "pruned": "intermediate, pruned",
-    "recovered": "intermediate, recovered",
-    "exported": "export of a run that is not finished",
-}
-# Why files stay, by the state of their run.
-_UNFINISHED = {
-    "unfinished": "its run is not finished and can be resumed; --run lets it go",
-    "deleted": "its run was deleted in MLflow; --run lets it go",
-    "unknown": "MLflow does not know its run; --run lets it go",
-}
+TRAINING = re.compile(r"(?P<step>.+)\.\d+\.training-.+")  # folder of a training checkpoint, or of its record
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What may go."""
+class StoredFiles:
+    """Files in the store that belong together: a checkpoint, or the training checkpoints of a step."""
 
-    older_than: float = 7.0  # days since the newest file was written
-    keep_last: int = 0  # newest finished runs of each experiment that keep everything
-    runs: tuple[str, ...] = ()  # only these; their checkpoints go although they are not finished
-    dense: bool = False  # imported models of finished runs may go too
+    run: str  # id of the pipeline run
+    step: str  # name, such as prune-2
+    uris: tuple[str, ...]  # their folders
+    bytes: int
+    changed: float  # unix time of the newest file
+    model_id: str = ""  # MLflow LoggedModel
+    needed: str = ""  # why they stay; empty where they can go
 
 
 @dataclass(frozen=True)
-class Retention:
-    """Whether files stay, and why."""
+class ExperimentFiles:
+    """What an experiment's runs keep in the store."""
 
-    stored: StoredFiles
-    deletable: bool
-    reason: str
-
-
-def apply_rules(experiment: ExperimentInventory, rules: Rules, now: float) -> list[Retention]:
-    """What becomes of everything in an experiment, or only in `rules.runs`; `now` is unix time."""
-    runs = experiment.runs
-    newest = _newest(experiment, rules.keep_last)
-    # A user may name a run by either id.
-    selected = [run.id for run in runs.values() if {run.id, run.mlflow_id} & set(rules.runs)]
-    agreed: dict[str, Retention] = {}  # by the files, which several runs may name
-    for stored in experiment.stored:
-        unknown = RunInventory(stored.run, "", "unknown", 0.0, frozenset(), None)
-        run = runs.get(stored.run, unknown)
-        reason = _needed(stored, run, rules, run.id in selected, run.id in newest)
-        reason = reason or _too_young(stored, rules, now)
-        retention = Retention(stored, deletable=not reason, reason=reason or _DELETABLE[stored.kind])
-        # They go only when none of the runs needs them.
-        uri = stored.uris[0]
-        earlier = agreed.get(uri)
-        if earlier is None or (earlier.deletable and reason):
-            agreed[uri] = retention
-    retentions = agreed.values()
-    return [retention for retention in retentions if not rules.runs or retention.stored.run in selected]
+    name: str
+    location: str  # MLflow's artifact location: nothing outside of it is deleted
+    stored: list[StoredFiles]
 
 
-def _newest(experiment: ExperimentInventory, number: int) -> list[str]:
-    """Ids of the finished runs that keep everything."""
-    finished = [run for run in experiment.runs.values() if run.state == "finished"]
-    finished.sort(key=lambda run: run.started, reverse=True)
-    return [run.id for run in finished[:number]]
+class _Folder(NamedTuple):
+    """All files below one folder."""
+
+    bytes: int = 0
+    changed: float = 0.0  # unix time of the newest file
 
 
-def _too_young(stored: StoredFiles, rules: Rules, now: float) -> str:
-    """Why files are too young to go; empty where they are old enough."""
-    days = (now - stored.changed) / DAY
-    if days < rules.older_than:
-        return f"younger than {rules.older_than:g} days"
-    if stored.kind == "attempt" and days < LIVE_DAYS:
-        return f"younger than {LIVE_DAYS:g} day: an attempt that may be at work"
-    return ""
+def inventory(names: list[str], runs: list[str], older_than: float) -> list[ExperimentFiles]:
+    """The files of experiments, of all that hold runs of the pipeline where no name is given.
 
-
-def _needed(
-    stored: StoredFiles,
-    run: RunInventory,
-    rules: Rules,
-    selected: bool,
-    keeps_all: bool,
-) -> str:
-    """Why files stay, whatever their age; empty where nothing needs them.
-
-    `selected`: the user named the run; `keeps_all`: it is one of the newest runs.
+    `runs` are ids of pipeline runs, or of their parents in MLflow, that their user gives up: then only their files are
+    listed. `older_than` is in days since the newest file was written. Raises InputError for an unknown name.
     """
-    uri = stored.uris[0]
-    finished = run.state == "finished"
-    done = stored.step in run.done
-    if stored.version:
-        return f"registered: {stored.version}"
-    # What the run committed is then not distinguishable from what it did not.
-    if run.damaged:
-        return f"a record of the run cannot be read: {run.damaged}"
-    if stored.kind == "attempt":
-        # Nobody reads it: a repeated step publishes under a fresh prefix.
-        # Where records were lost, it may be the result.
-        return "its step has no record, though the run is finished" if finished and not done else ""
-    if stored.kind == "training" and done:
-        return ""
-    if not finished:
-        return "" if selected else _UNFINISHED[run.state]
-    # Of a finished run, what it ended with stays, and what the rules keep.
-    if run.final is None:
-        return "the run's final checkpoint is not known"
-    if uri == run.final:
-        return "final checkpoint of its run"
-    if uri == run.control:
-        return "the control of its run"
-    if stored.kind == "exported":
-        return "an export of its run"
-    if stored.kind == "dense" and not rules.dense:
-        return "imported model; --dense lets it go"
-    return "one of the newest finished runs" if keeps_all else ""
-
-
-def delete(experiment: ExperimentInventory, retention: Retention) -> bool:
-    """Delete files that can go; a model in MLflow is marked first. Returns False for what was committed meanwhile.
-
-    Raises InputError where the credentials may not delete.
-    """
-    stored = retention.stored
-    is_attempt = stored.kind == "attempt"
-    if not retention.deletable:
-        raise ValueError(f"{stored.uris[0]} is to be kept: {retention.reason}")
-    if is_attempt and _committed_meanwhile(experiment, stored):
-        return False
     with mlflow_client.connected() as client:
-        # First, so that no page of a model says that files are there which are not.
-        if stored.model_id:
-            now = datetime.datetime.now(datetime.UTC)
-            client.set_logged_model_tags(stored.model_id, {DELETED: now.isoformat(timespec="seconds")})
-        for uri in stored.uris:
-            store.delete(uri, below=experiment.location)
-        # An attempt is part of no lineage.
-        if stored.model_id and is_attempt:
-            client.delete_logged_model(stored.model_id)
-    return True
+        known = {experiment.name: experiment for experiment in pages(client.search_experiments)}
+        for name in names:
+            if name not in known:
+                existing = ", ".join(sorted(known)) or "none"
+                raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
+        chosen = [known[name] for name in sorted(set(names) or known)]
+        ids = {experiment.name: _runs_of(client, experiment, runs) for experiment in chosen}
+        _check_runs(runs, {name for given in ids.values() for pair in given.items() for name in pair})
+        return [
+            ExperimentFiles(
+                experiment.name,
+                _location(experiment),
+                _stored(client, experiment, list(ids[experiment.name]), older_than, given_up=bool(runs)),
+            )
+            for experiment in chosen
+            if ids[experiment.name]
+        ]
 
 
-def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -> bool:
-    """Whether a record names these files by now: a machine that slept may have committed after the listing."""
-    folder, _, name = stored.uris[0].rpartition("/")
-    record_name = stored.step
-    # A training checkpoint has a record of its own.
-    if folder == f"{experiment.root}/{stored.run}":
-        record_name = name.rpartition("-")[0]
-    record = store.committed(experiment.root, stored.run, record_name)
-    return record is not None and record["pointer"]["uri"] in stored.uris
+def _location(experiment: Experiment) -> str:
+    return str(experiment.artifact_location.rstrip("/"))
 
 
-def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:
-    """Raise InputError for a run that no experiment has."""
-    known = set()
-    for experiment in experiments:
-        for run in experiment.runs.values():
-            known |= {run.id, run.mlflow_id}
+def _runs_of(client: MlflowClient, experiment: Experiment, chosen: list[str]) -> dict[str, str]:
+    """The experiment's pipeline runs by their id, with that of their parent in MLflow; deleted ones too."""
+    from mlflow.entities import ViewType
+
+    parents = pages(
+        client.search_runs,
+        experiment_ids=[experiment.experiment_id],
+        filter_string=PARENT,
+        run_view_type=ViewType.ALL,
+    )
+    ids = {parent.data.tags["ptl.run"]: parent.info.run_id for parent in parents}
+    return {run: parent for run, parent in ids.items() if not chosen or {run, parent} & set(chosen)}
+
+
+def _check_runs(names: list[str], known: set[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(
@@ -179,3 +112,139 @@ def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None
                 field="--run",
                 remedy="give the id of a pipeline run, or of its parent run in MLflow",
             )
+
+
+def _stored(
+    client: MlflowClient,
+    experiment: Experiment,
+    runs: list[str],
+    older_than: float,
+    *,
+    given_up: bool,
+) -> list[StoredFiles]:
+    """All files of these runs of an experiment."""
+    location = _location(experiment)
+    root = records_root(location)
+    # MLflow's models first, then the records, versions last: what is committed or registered meanwhile counts.
+    models = list(pages(client.search_logged_models, experiment_ids=[experiment.experiment_id]))
+    model_folders = _folders(f"{location}/models", depth=1)
+    run_folders = _folders(root, depth=2)
+    reasons = {run: _reasons(root, run, run_folders, given_up) for run in filter(store.is_name, runs)}
+    versions = _versions(client)
+    files = [*_checkpoints(location, models, model_folders), *_training_checkpoints(root, run_folders)]
+    judged = []
+    for stored in files:
+        if stored.run not in reasons:
+            continue
+        # A record names the old address where the store was moved, and MLflow may have lost the id.
+        keys = [stored.uris[0], stored.model_id, ""]
+        needed = next((versions[key] for key in keys if key in versions), "")
+        needed = needed or next((reasons[stored.run][key] for key in keys if key in reasons[stored.run]), "")
+        if not needed and (time.time() - stored.changed) / DAY < older_than:
+            needed = f"younger than {older_than:g} days"
+        judged.append(replace(stored, needed=needed))
+    return judged
+
+
+def _folders(uri: str, depth: int) -> dict[str, _Folder]:
+    """The folders that are `depth` levels below `uri`, by their path from there; from one listing."""
+    by_path: dict[str, _Folder] = defaultdict(_Folder)
+    for path, size, changed in store.walk(uri):
+        folder_path = "/".join(path.split("/")[:depth])
+        known = by_path[folder_path]
+        by_path[folder_path] = _Folder(known.bytes + size, max(known.changed, changed))
+    return by_path
+
+
+def _checkpoints(location: str, models: list[LoggedModel], folders: dict[str, _Folder]) -> Iterator[StoredFiles]:
+    """The checkpoints that steps made, also those of killed attempts, unless their files are gone."""
+    for model in models:
+        uri = model.artifact_location
+        match = re.fullmatch(re.escape(location) + r"/models/([^/]+)/artifacts", uri)
+        # Anybody may write to MLflow: the name may be `..`, which the pattern allows.
+        if match is None or not store.is_below(uri, location) or "ptl.run" not in model.tags:
+            continue
+        folder = folders.get(match[1])
+        if folder:
+            step = model.tags.get("ptl.step", model.name)
+            uris = (uri, f"{uri}.partial")
+            yield StoredFiles(model.tags["ptl.run"], step, uris, *folder, model_id=model.model_id)
+
+
+def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[StoredFiles]:
+    """Training checkpoints and their records, those of a step together."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path in folders:
+        run, _, name = path.partition("/")
+        match = TRAINING.fullmatch(name)
+        if match and store.is_name(run) and store.is_name(name):
+            groups[run, match["step"]].append(path)
+    for (run, step), paths in groups.items():
+        members = [folders[path] for path in paths]
+        yield StoredFiles(
+            run,
+            step,
+            uris=tuple(f"{root}/{path}" for path in paths),
+            bytes=sum(member.bytes for member in members),
+            changed=max(member.changed for member in members),
+        )
+
+
+def _reasons(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool) -> dict[str, str]:
+    """Why a run's files stay, by their URI or by their id in MLflow; by "" why all of them do."""
+    names = [path.removeprefix(f"{run}/") for path in run_folders if path.startswith(f"{run}/")]
+    steps = [name for name in names if store.is_name(name) and not name.endswith(".claim") and not TRAINING.match(name)]
+    # What the run ended with is then not distinguishable from the rest.
+    try:
+        records = [record for step in steps if (record := store.committed(root, run, step))]
+    except WorkError as error:
+        return {"": f"a record of the run cannot be read: {error}"}
+    # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
+    final = [record["pointer"] for record in records if record["metadata"].get("stage") == "report"]
+    if not final:
+        return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
+    exports = [record["pointer"] for record in records if record["metadata"].get("stage") == "export"]
+    reasons = dict.fromkeys(_keys(exports), "an export of its run")
+    for arm, reason in (("control", "the control of its run"), ("loop", "final checkpoint of its run")):
+        reasons |= dict.fromkeys(_keys(_accepted(records, arm)), reason)
+    return reasons | dict.fromkeys(_keys(final), "final checkpoint of its run")
+
+
+def _keys(pointers: list[dict[str, Any]]) -> Iterator[str]:
+    for pointer in pointers:
+        yield from filter(None, (pointer["uri"], pointer["model_id"]))
+
+
+def _accepted(records: list[Record], arm: str) -> list[dict[str, Any]]:
+    """The checkpoint that the last evaluation of an arm passed on; none before the first."""
+    evaluations = [record["metadata"] for record in records if "accepted" in record["metadata"]]
+    of_arm = [metadata for metadata in evaluations if metadata["arm"] == arm]
+    last = max(of_arm, key=lambda metadata: metadata["iteration"], default=None)
+    return [last["accepted"]] if last else []
+
+
+def _versions(client: MlflowClient) -> dict[str, str]:
+    """What is registered, as which version: by the location and by the id of the model."""
+    versions = {}
+    for version in pages(client.search_model_versions):
+        keys = (version.source, version.tags.get("ptl.model_id"), version.model_id)
+        # Whoever registers a checkpoint by hand may give any of them.
+        for key in filter(None, keys):
+            address = key.rstrip("/").removeprefix("models:/")
+            if address.startswith("/"):  # a folder, as it is typed
+                address = Path(address).as_uri()
+            versions[address] = f"registered: {version.name} {version.version}"
+    return versions
+
+
+def delete(experiment: ExperimentFiles, stored: StoredFiles) -> None:
+    """Delete files that can go; their model in MLflow is marked. Raises InputError where the credentials may not."""
+    if stored.needed:
+        raise ValueError(f"{stored.uris[0]} is to be kept: {stored.needed}")
+    # Marked first, so that no page of a model says that files are there which are not.
+    if stored.model_id:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with mlflow_client.connected() as client:
+            client.set_logged_model_tags(stored.model_id, {DELETED: now})
+    for uri in stored.uris:
+        store.delete(uri, below=experiment.location)

@@ -1,17 +1,16 @@
-"""How the final checkpoint and its exports are served: manifests for KServe, versions in Kubeflow's Model Registry."""
+"""How the final checkpoint and its exports are served: manifests for KServe."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ptl.config.export import ServedFormat
 from ptl.config.run import Config
 from ptl.export import kserve
 from ptl.export.formats import gguf_name
-from ptl.lineage import model_registry
-from ptl.steps.versions import Records, score_tags
+from ptl.steps.versions import Records
 from ptl.storage.store import Pointer
 
 SERVICE_NAME = 53  # characters that KServe leaves
@@ -24,7 +23,6 @@ class Served(NamedTuple):
     format: ServedFormat
     pointer: Pointer
     uri: str  # of what the server loads
-    tags: dict[str, Any]  # its score
 
 
 def served(final: Pointer, records: Records) -> Iterator[Served]:
@@ -32,7 +30,7 @@ def served(final: Pointer, records: Records) -> Iterator[Served]:
     for record in records.values():
         metadata = record["metadata"]
         if metadata["stage"] == "evaluate" and metadata["checkpoint"]["digest"] == final.digest:
-            yield Served("", "transformers", final, final.uri, score_tags(metadata["scores"], final))
+            yield Served("", "transformers", final, final.uri)
             break
     for record in records.values():
         metadata = record["metadata"]
@@ -40,8 +38,7 @@ def served(final: Pointer, records: Records) -> Iterator[Served]:
             form = metadata["export"]
             pointer = Pointer(**record["pointer"])
             uri = f"{pointer.uri}/{gguf_name(form['type'])}" if form["format"] == "gguf" else pointer.uri
-            tags = {"export": form["name"], **score_tags(metadata["models"]["final"], pointer)}
-            yield Served(form["name"], form["format"], pointer, uri, tags)
+            yield Served(form["name"], form["format"], pointer, uri)
 
 
 def write_manifests(final: Pointer, records: Records, config: Config, folder: Path) -> None:
@@ -63,14 +60,3 @@ def _service_name(config: str, export: str) -> str:
         config = f"model-{config}"
     # What is too long is cut off before the export's name, by which services of one run differ.
     return config[: SERVICE_NAME - len(suffix)].rstrip("-") + suffix
-
-
-def register(final: Pointer, records: Records, config: Config, registered_model: str, run: str) -> list[str]:
-    """Versions in the Model Registry that the config names; a sentence for each, none without one."""
-    address = config.storage.model_registry
-    if not address:
-        return []
-    return [
-        model_registry.register(address, registered_model, run, model.pointer, model.format, model.tags)
-        for model in served(final, records)
-    ]

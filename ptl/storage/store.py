@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from ptl.errors import InputError, WorkError
@@ -28,8 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Pointer:
     """What travels between steps instead of weights."""
 
-    uri: str  # folder of the files: file:///... or s3://...
-    digest: str  # sha256:<hex> over the sorted list of (path, size, sha256 of blocks)
+    uri: Annotated[str, Field(min_length=1)]  # folder of the files: file:///... or s3://...
+    # Over the sorted list of (path, size, sha256 of blocks).
+    digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
     params: int = 0
     original_params: int = 0  # of the imported dense model; prune's goals are computed from it
     parent_digest: str = ""
@@ -40,6 +42,8 @@ class Pointer:
     step: str = ""  # that made it
     target_params: int = 0  # to end with, where the run's target is a goal; 0: it is a number, which each step has
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     def dump(self) -> str:
         """JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -47,39 +51,21 @@ class Pointer:
     @staticmethod
     def load(text: str) -> Pointer:
         """Read JSON. Raises InputError for anything that is not a pointer, naming the field."""
+        # Strict: True is an int for Python, and never one in a pointer.
         try:
-            mapping = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"not JSON ({error})", field="pointer", remedy=_GIVE_POINTER) from error
-        return pointer_of(mapping)
-
-
-_GIVE_POINTER = "give the artifact of an earlier step"
+            return TypeAdapter(Pointer).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                first["msg"],
+                field=".".join(["pointer", *map(str, first["loc"])]),
+                remedy="give the artifact of an earlier step, of this version of ptl",
+            ) from error
 
 
 def pointer_of(mapping: Any) -> Pointer:
     """A pointer from a mapping, as it stands in a record. Raises InputError naming the wrong field."""
-    if not isinstance(mapping, dict):
-        raise InputError(f"must be a mapping, found {type(mapping).__name__}", field="pointer")
-    empty = asdict(Pointer("", ""))
-    for name, value in mapping.items():
-        if name not in empty:
-            raise InputError(
-                "unknown field",
-                field=f"pointer.{name}",
-                remedy="this pointer was not written by this version of ptl",
-            )
-        # The very type: True is an int for Python, and never one in a pointer.
-        kind = type(empty[name])
-        if type(value) is not kind:
-            raise InputError(f"{value!r} must be {kind.__name__}", field=f"pointer.{name}")
-    # Without these two nothing can be fetched; the other fields have a default.
-    for name in ("uri", "digest"):
-        if not mapping.get(name):
-            raise InputError("missing", field=f"pointer.{name}", remedy=_GIVE_POINTER)
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", mapping["digest"]):
-        raise InputError(f"{mapping['digest']!r} must be sha256:<64 hex digits>", field="pointer.digest")
-    return Pointer(**mapping)
+    return Pointer.load(json.dumps(mapping))
 
 
 def publish(folder: Path, location: str, *, on_progress: Progress | None = None) -> Files:
