@@ -12,7 +12,7 @@ import typer
 
 from ptl import processes
 from ptl.cli.options import HOME, Home, Servers
-from ptl.lineage import retention
+from ptl.lineage import locate, retention
 from ptl.lineage.retention import StoredFiles
 from ptl.local import runs
 from ptl.units import size
@@ -36,7 +36,8 @@ def gc(
     runs.reach(home.absolute(), s3)
     removed: list[StoredFiles] = []
     # Wrong names are refused before anything is deleted.
-    experiments = retention.inventory(experiment, run, older_than)
+    given_up = [locate.find_run(name)[0].id for name in run]
+    experiments = retention.inventory(experiment, given_up, older_than)
     with contextlib.ExitStack() as stack:
         for files in experiments:
             print(f"experiment {files.name}, in {files.location}")

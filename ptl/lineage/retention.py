@@ -60,11 +60,11 @@ class _Folder(NamedTuple):
     changed: float = 0.0  # unix time of the newest file
 
 
-def inventory(names: list[str], runs: list[str], older_than: float) -> list[ExperimentFiles]:
+def inventory(names: list[str], given_up: list[str], older_than: float) -> list[ExperimentFiles]:
     """The files of experiments, of all that hold runs of the pipeline where no name is given.
 
-    `runs` are ids of pipeline runs, or of their parents in MLflow, that their user gives up: then only their files are
-    listed. `older_than` is in days since the newest file was written. Raises InputError for an unknown name.
+    `given_up` are ids of pipeline runs whose checkpoints may go although they can be resumed: then only their files are
+    listed. `older_than` is in days since the newest file was written. Raises InputError for an unknown experiment.
     """
     with mlflow_client.connected() as client:
         known = {experiment.name: experiment for experiment in pages(client.search_experiments)}
@@ -72,78 +72,52 @@ def inventory(names: list[str], runs: list[str], older_than: float) -> list[Expe
             if name not in known:
                 existing = ", ".join(sorted(known)) or "none"
                 raise InputError(f"MLflow has no {name!r}", field="--experiment", remedy=f"it has {existing}")
-        chosen = [known[name] for name in sorted(set(names) or known)]
-        ids = {experiment.name: _runs_of(client, experiment, runs) for experiment in chosen}
-        _check_runs(runs, {name for given in ids.values() for pair in given.items() for name in pair})
-        return [
-            ExperimentFiles(
-                experiment.name,
-                _location(experiment),
-                _stored(client, experiment, list(ids[experiment.name]), older_than, given_up=bool(runs)),
-            )
-            for experiment in chosen
-            if ids[experiment.name]
-        ]
+        experiments = [_experiment_files(client, known[name], given_up) for name in sorted(set(names) or known)]
+        # Last: what is registered meanwhile counts.
+        versions = _versions(client)
+    return [
+        replace(experiment, stored=[_judged(files, versions, older_than) for files in experiment.stored])
+        for experiment in experiments
+        if experiment.stored
+    ]
 
 
-def _location(experiment: Experiment) -> str:
-    return str(experiment.artifact_location.rstrip("/"))
-
-
-def _runs_of(client: MlflowClient, experiment: Experiment, chosen: list[str]) -> dict[str, str]:
-    """The experiment's pipeline runs by their id, with that of their parent in MLflow; deleted ones too."""
-    from mlflow.entities import ViewType
-
-    parents = pages(
-        client.search_runs,
-        experiment_ids=[experiment.experiment_id],
-        filter_string=PARENT,
-        run_view_type=ViewType.ALL,
-    )
-    ids = {parent.data.tags["ptl.run"]: parent.info.run_id for parent in parents}
-    return {run: parent for run, parent in ids.items() if not chosen or {run, parent} & set(chosen)}
-
-
-def _check_runs(names: list[str], known: set[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise InputError(
-                f"no run {name!r}",
-                field="--run",
-                remedy="give the id of a pipeline run, or of its parent run in MLflow",
-            )
-
-
-def _stored(
-    client: MlflowClient,
-    experiment: Experiment,
-    runs: list[str],
-    older_than: float,
-    *,
-    given_up: bool,
-) -> list[StoredFiles]:
-    """All files of these runs of an experiment."""
-    location = _location(experiment)
+def _experiment_files(client: MlflowClient, experiment: Experiment, given_up: list[str]) -> ExperimentFiles:
+    """The files of an experiment's runs; those that their run needs say why."""
+    location = experiment.artifact_location.rstrip("/")
     root = records_root(location)
-    # MLflow's models first, then the records, versions last: what is committed or registered meanwhile counts.
-    models = list(pages(client.search_logged_models, experiment_ids=[experiment.experiment_id]))
-    model_folders = _folders(f"{location}/models", depth=1)
+    experiment_ids = [experiment.experiment_id]
+    parents = pages(client.search_runs, experiment_ids=experiment_ids, filter_string=PARENT)
+    runs = {run for parent in parents if store.is_name(run := parent.data.tags["ptl.run"])}
+    if given_up:
+        runs &= set(given_up)
+    if not runs:
+        return ExperimentFiles(experiment.name, location, [])
+    # MLflow's models before the records: what is committed meanwhile counts.
+    models = list(pages(client.search_logged_models, experiment_ids=experiment_ids))
     run_folders = _folders(root, depth=2)
-    reasons = {run: _reasons(root, run, run_folders, given_up) for run in filter(store.is_name, runs)}
-    versions = _versions(client)
-    files = [*_checkpoints(location, models, model_folders), *_training_checkpoints(root, run_folders)]
-    judged = []
-    for stored in files:
-        if stored.run not in reasons:
-            continue
-        # A record names the old address where the store was moved, and MLflow may have lost the id.
-        keys = [stored.uris[0], stored.model_id, ""]
-        needed = next((versions[key] for key in keys if key in versions), "")
-        needed = needed or next((reasons[stored.run][key] for key in keys if key in reasons[stored.run]), "")
-        if not needed and (time.time() - stored.changed) / DAY < older_than:
-            needed = f"younger than {older_than:g} days"
-        judged.append(replace(stored, needed=needed))
-    return judged
+    files = [
+        *_checkpoints(location, models, _folders(f"{location}/models", depth=1)),
+        *_training_checkpoints(root, run_folders),
+    ]
+    stored = []
+    for run in runs:
+        needed = _needed(root, run, run_folders, bool(given_up))
+        for own in [each for each in files if each.run == run]:
+            # By either: a record names the old address where the store was moved, and MLflow may have lost the id.
+            reason = needed.get("") or needed.get(own.uris[0]) or needed.get(own.model_id, "")
+            stored.append(replace(own, needed=reason))
+    return ExperimentFiles(experiment.name, location, stored)
+
+
+def _judged(files: StoredFiles, versions: dict[str, str], older_than: float) -> StoredFiles:
+    """The files with why they stay, where their run does not say it."""
+    version = versions.get(files.uris[0]) or versions.get(files.model_id)
+    if version:
+        return replace(files, needed=f"registered: {version}")
+    if not files.needed and (time.time() - files.changed) / DAY < older_than:
+        return replace(files, needed=f"younger than {older_than:g} days")
+    return files
 
 
 def _folders(uri: str, depth: int) -> dict[str, _Folder]:
@@ -167,8 +141,7 @@ def _checkpoints(location: str, models: list[LoggedModel], folders: dict[str, _F
         folder = folders.get(match[1])
         if folder:
             step = model.tags.get("ptl.step", model.name)
-            uris = (uri, f"{uri}.partial")
-            yield StoredFiles(model.tags["ptl.run"], step, uris, *folder, model_id=model.model_id)
+            yield StoredFiles(model.tags["ptl.run"], step, (uri,), *folder, model_id=model.model_id)
 
 
 def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[StoredFiles]:
@@ -190,24 +163,31 @@ def _training_checkpoints(root: str, folders: dict[str, _Folder]) -> Iterator[St
         )
 
 
-def _reasons(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool) -> dict[str, str]:
+def _needed(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool) -> dict[str, str]:
     """Why a run's files stay, by their URI or by their id in MLflow; by "" why all of them do."""
-    names = [path.removeprefix(f"{run}/") for path in run_folders if path.startswith(f"{run}/")]
-    steps = [name for name in names if store.is_name(name) and not name.endswith(".claim") and not TRAINING.match(name)]
-    # What the run ended with is then not distinguishable from the rest.
-    try:
-        records = [record for step in steps if (record := store.committed(root, run, step))]
-    except WorkError as error:
-        return {"": f"a record of the run cannot be read: {error}"}
+    records = []
+    for path in run_folders:
+        owner, _, name = path.partition("/")
+        is_step = store.is_name(name) and not name.endswith(".claim") and not TRAINING.fullmatch(name)
+        if owner != run or not is_step:
+            continue
+        # What the run ended with is then not distinguishable from the rest.
+        try:
+            record = store.committed(root, run, name)
+        except WorkError as error:
+            return {"": f"a record of the run cannot be read: {error}"}
+        if record is not None:
+            records.append(record)
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     final = [record["pointer"] for record in records if record["metadata"].get("stage") == "report"]
     if not final:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
     exports = [record["pointer"] for record in records if record["metadata"].get("stage") == "export"]
-    reasons = dict.fromkeys(_keys(exports), "an export of its run")
-    for arm, reason in (("control", "the control of its run"), ("loop", "final checkpoint of its run")):
-        reasons |= dict.fromkeys(_keys(_accepted(records, arm)), reason)
-    return reasons | dict.fromkeys(_keys(final), "final checkpoint of its run")
+    return {
+        **dict.fromkeys(_keys(exports), "an export of its run"),
+        **dict.fromkeys(_keys(_accepted(records, "control")), "the control of its run"),
+        **dict.fromkeys(_keys([*_accepted(records, "loop"), *final]), "final checkpoint of its run"),
+    }
 
 
 def _keys(pointers: list[dict[str, Any]]) -> Iterator[str]:
@@ -233,7 +213,7 @@ def _versions(client: MlflowClient) -> dict[str, str]:
             address = key.rstrip("/").removeprefix("models:/")
             if address.startswith("/"):  # a folder, as it is typed
                 address = Path(address).as_uri()
-            versions[address] = f"registered: {version.name} {version.version}"
+            versions[address] = f"{version.name} {version.version}"
     return versions
 
 

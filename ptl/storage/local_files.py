@@ -1,4 +1,4 @@
-"""Checkpoints as files: a folder appears by one rename, a record by one hard link: a kill leaves nothing half."""
+"""Checkpoints as files: a list or a record appears complete, by a rename or a hard link; a kill leaves none of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, THREADS, Files, Progress, dump_files, hash_files, verify
+from ptl.storage.manifest import FILES, THREADS, Files, Progress, verify
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, an exceeded quota, a file size limit
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard link can be made here
@@ -30,36 +30,28 @@ def path_of(uri: str) -> Path:
     return path
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
-    """Copy into `<location>.partial`, flush everything to disk, rename. Raises WorkError when the disk is full."""
+def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
+    """Copy these files of a folder, and flush everything to disk; an error leaves nothing of them."""
     target = path_of(location)
-    # The rename below replaces an empty folder, and nothing else.
-    if target.is_dir() and any(target.iterdir()):
-        raise WorkError(
-            f"{target} already holds files",
-            field="store",
-            remedy="publish every attempt under a fresh prefix",
-        )
-    partial = target.with_name(target.name + ".partial")
+
+    def copy(path: str) -> None:
+        new_file = target / path
+        new_file.parent.mkdir(parents=True, exist_ok=True)
+        # The copy has the umask's mode, whatever the mode of the source.
+        shutil.copyfile(folder / path, new_file)
+        _sync(new_file)
+        on_progress(new_file.stat().st_size)
+
     with full_disk(target):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(lambda path: _copy(folder / path, partial / path), paths))
-            # Of what was written, not of the source.
-            files = hash_files(partial, paths, on_progress)
-            (partial / FILES).write_bytes(dump_files(files))
-            _sync(partial / FILES)
+                list(pool.map(copy, paths))
             # After a power failure the names must be there as well as the bytes.
-            for path, _, _ in os.walk(partial):
+            for path, _, _ in os.walk(target):
                 _sync(Path(path))
-            partial.rename(target)
-            _sync(target.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
             raise
-    return files
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:
@@ -101,6 +93,7 @@ def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a small file completely or not at all, whatever it held before."""
     with _draft(path, data, mode) as draft:
         draft.replace(path)
+        _sync(path.parent)
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, float]]:
@@ -177,13 +170,6 @@ def full_disk(path: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise no_space(OSError(error.errno, error.strerror, str(path))) from error
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy one file, to the disk before the rename that publishes it. It has the umask's mode, not the source's."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    _sync(target)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from ptl.errors import InputError, WorkError
 
@@ -138,16 +139,11 @@ def load_files(text: bytes, name: str) -> Files:
         version, block = listing["format"], listing["block"]
         if (version, block) != (FORMAT, BLOCK):
             raise ValueError(f"format {version} is not the one of this version of ptl, {FORMAT}")
-        files = tuple(_file(row) for row in listing["files"])
+        files = TypeAdapter(Files).validate_python(listing["files"])
         _check_files(files)
     except (ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{FILES} is damaged ({error})", field=name, remedy=REMAKE) from error
     return files
-
-
-def _file(row: dict[str, Any]) -> File:
-    """Converted, so that a wrong type shows here."""
-    return File(str(row["path"]), int(row["size"]), tuple(map(str, row["blocks"])))
 
 
 def _check_files(files: Files) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ptl.errors import InputError, WorkError
 from ptl.storage.local_files import full_disk
-from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, dump_files, hash_files, verify
+from ptl.storage.manifest import BLOCK, FILES, THREADS, Files, Progress, verify
 from ptl.storage.s3_client import MISSING, client, code, error_for, explained, split
 
 if TYPE_CHECKING:
@@ -25,32 +24,20 @@ NO_CONDITIONS = ("NotImplemented", "501")  # the store has no conditional writes
 EXISTS = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # another writer was first
 
 
-def publish(folder: Path, location: str, paths: list[str], on_progress: Progress) -> Files:
-    """Upload the files side by side, hashing them meanwhile, and their list last."""
-    # A prefix that is used twice could mix the files of two attempts.
-    if read(f"{location}/{FILES}") is not None:
-        raise WorkError(
-            f"{location} already holds a checkpoint",
-            field="store",
-            remedy="publish every attempt under a fresh prefix",
-        )
+def upload(folder: Path, location: str, paths: list[str], on_progress: Progress) -> None:
+    """Upload these files of a folder side by side."""
     bucket, prefix = split(location)
 
-    def upload(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
+    def upload_file(manager: TransferManager, path: str, counter: Any) -> TransferFuture:
         return manager.upload(str(folder / path), bucket, f"{prefix}/{path}", subscribers=[counter])
 
-    with explained(location), ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(hash_files, folder, paths)
-        left = paths
+    with explained(location):
         for _ in range(ATTEMPTS):
             # A server that restarts may forget the multipart uploads that were not complete.
-            left = _transfer(upload, left, on_progress, ("NoSuchUpload",))
-        if left:
-            raise WorkError(f"{location}: the server has forgotten the uploads of {', '.join(left)}", field="store")
-        files = hashing.result()
-        # Last: where the list is, all files are.
-        put(f"{location}/{FILES}", dump_files(files))
-    return files
+            paths = _transfer(upload_file, paths, on_progress, ("NoSuchUpload",))
+            if not paths:
+                return
+    raise WorkError(f"{location}: the server has forgotten the uploads of {', '.join(paths)}", field="store")
 
 
 def fetch(uri: str, files: Files, cache: Path, name: str, on_progress: Progress) -> Path:

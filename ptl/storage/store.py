@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from ptl.errors import InputError, WorkError
-from ptl.storage.manifest import FILES, Files, Progress, digest_of, load_files, scan
+from ptl.storage.manifest import FILES, Files, Progress, digest_of, dump_files, hash_files, load_files, scan
 
 FORMAT = 3  # of a record
 WITHDRAWN = b"{}"  # in place of a record
@@ -76,9 +77,23 @@ def publish(folder: Path, location: str, *, on_progress: Progress | None = None)
     terminal. Raises InputError for symlinks or an empty folder, WorkError for a full disk or a failing server.
     """
     paths = scan(folder)
+    backend = _backend(location)
+    # A prefix that is used twice could mix the files of two attempts.
+    if next(backend.walk(location), None) is not None:
+        raise WorkError(
+            f"{location} already holds files",
+            field="store",
+            remedy="publish every attempt under a fresh prefix",
+        )
     num_bytes = sum((folder / path).stat().st_size for path in paths)
-    with _bar("publish", num_bytes, on_progress) as progress:
-        return _backend(location).publish(folder, location.rstrip("/"), paths, progress)
+    with _bar("publish", num_bytes, on_progress) as progress, ThreadPoolExecutor(1) as pool:
+        # Hashed while they are uploaded.
+        hashing = pool.submit(hash_files, folder, paths)
+        backend.upload(folder, location.rstrip("/"), paths, progress)
+        files = hashing.result()
+        # Last: where the list is, all files are.
+        backend.put(f"{location.rstrip('/')}/{FILES}", dump_files(files))
+    return files
 
 
 def fetch(pointer: Pointer, cache: Path, *, on_progress: Progress | None = None) -> Path:

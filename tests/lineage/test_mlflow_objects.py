@@ -139,11 +139,11 @@ def test_each_is_created_once_though_the_first_answers_are_lost(mlflow, environm
         ["import-model", "prune-1", "report", tracking.pipeline_run()]
     )
     assert {run.info.status for run in active} == {"FINISHED"}
-    models = client.search_logged_models([place])
-    assert sorted(model.name for model in models) == [
+    models = client.search_logged_models([place])  # with those whose answers were lost, as of killed attempts
+    assert {str(model.status) for model in models} == {"READY", "FAILED"}
+    assert sorted(model.name for model in models if str(model.status) == "READY") == [
         f"{tracking.pipeline_run()}-{step}" for step in ("import-model", "prune-1")
     ]
-    assert {str(model.status) for model in models} == {"READY"}
     versions = client.search_model_versions(f"name = '{name}'")
     assert [str(each.version) for each in versions] == [version]
     assert found.pointer.digest == pruned["pointer"]["digest"]
