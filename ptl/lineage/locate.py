@@ -108,9 +108,7 @@ def _by_id(reference: str) -> str:
     folder = run_directory(reference)
     if folder is None:
         return reference
-    # A directory may have been copied; without a result it still has the run's name.
-    finished = (folder / "result.json").is_file()
-    run_id = str(result(str(folder))["run_id"]) if finished else folder.resolve().name
+    run_id = folder.resolve().name
     return run_id if Path(reference).exists() else f"{run_id}:{reference.rpartition(':')[2]}"
 
 
@@ -131,7 +129,7 @@ def _run_by_id(client: MlflowClient, run_id: str) -> PipelineRun | None:
 
 
 def _run_by_name(client: MlflowClient, name: str) -> PipelineRun | None:
-    """The newest pipeline run of this name, by default the newest run comes first."""
+    """The newest pipeline run of this name: MLflow lists the newest first."""
     query = f"{PARENT} and attributes.run_name = '{name}'"
     parents = client.search_runs(experiment_ids(client), query, max_results=1)
     return _run_by_id(client, parents[0].data.tags["ptl.run"]) if parents else None
@@ -172,12 +170,6 @@ def evaluation(reference: str, cache: Path) -> Path:
     # Items that are here already; the directory of a run names the run, whose items are in the store.
     if path.exists() and run_directory(reference) is None:
         return path
-    if reference.startswith("models:") or "://" in reference:
-        raise InputError(
-            f"{reference!r} is a checkpoint",
-            field="compare",
-            remedy="give RUN_ID:evaluate-4, RUN_ID, a run's directory, or a folder of items",
-        )
     run, step = find_run(reference)
     # Of a run without a step, the evaluation of what it ended with.
     step = step or _final_evaluation(_result_of(run), run.id)

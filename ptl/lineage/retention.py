@@ -20,7 +20,6 @@ from ptl.lineage import mlflow_client
 from ptl.lineage.mlflow_client import pages
 from ptl.lineage.run_status import PARENT, records_root
 from ptl.storage import store
-from ptl.storage.store import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -179,28 +178,27 @@ def _needed(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool
         if record is not None:
             records.append(record)
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
-    final = [record["pointer"] for record in records if record["metadata"].get("stage") == "report"]
-    if not final:
+    if "report" not in [record["metadata"].get("stage") for record in records]:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
-    exports = [record["pointer"] for record in records if record["metadata"].get("stage") == "export"]
-    return {
-        **dict.fromkeys(_keys(exports), "an export of its run"),
-        **dict.fromkeys(_keys(_accepted(records, "control")), "the control of its run"),
-        **dict.fromkeys(_keys([*_accepted(records, "loop"), *final]), "final checkpoint of its run"),
-    }
+    needed = {}
+    for record in records:
+        stage = record["metadata"].get("stage")
+        reason = {"report": "final checkpoint of its run", "export": "an export of its run"}.get(stage)
+        if reason:
+            needed |= _by_either_name(record["pointer"], reason)
+    for arm, reason in (("loop", "final checkpoint of its run"), ("control", "the control of its run")):
+        evaluations = [record["metadata"] for record in records if "accepted" in record["metadata"]]
+        of_arm = [metadata for metadata in evaluations if metadata["arm"] == arm]
+        # What the last of them passed on.
+        if of_arm:
+            last = max(of_arm, key=lambda metadata: metadata["iteration"])
+            needed |= _by_either_name(last["accepted"], reason)
+    return needed
 
 
-def _keys(pointers: list[dict[str, Any]]) -> Iterator[str]:
-    for pointer in pointers:
-        yield from filter(None, (pointer["uri"], pointer["model_id"]))
-
-
-def _accepted(records: list[Record], arm: str) -> list[dict[str, Any]]:
-    """The checkpoint that the last evaluation of an arm passed on; none before the first."""
-    evaluations = [record["metadata"] for record in records if "accepted" in record["metadata"]]
-    of_arm = [metadata for metadata in evaluations if metadata["arm"] == arm]
-    last = max(of_arm, key=lambda metadata: metadata["iteration"], default=None)
-    return [last["accepted"]] if last else []
+def _by_either_name(pointer: dict[str, Any], reason: str) -> dict[str, str]:
+    """The reason by a checkpoint's URI and by its id in MLflow, which may be empty."""
+    return {name: reason for name in (pointer["uri"], pointer["model_id"]) if name}
 
 
 def _versions(client: MlflowClient) -> dict[str, str]:
