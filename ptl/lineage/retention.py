@@ -180,7 +180,7 @@ def _needed(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
     if "report" not in [record["metadata"].get("stage") for record in records]:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
-    needed = {}
+    needed: dict[str, str] = {}
     for record in records:
         stage = record["metadata"].get("stage")
         reason = {"report": "final checkpoint of its run", "export": "an export of its run"}.get(stage)
