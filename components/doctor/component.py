@@ -11,4 +11,12 @@ def doctor(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "settings": settings,
+        },
+        inputs={},
+        outputs={},
+    )

@@ -21,4 +21,18 @@ def evaluate(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "iterations": iterations,
+            "target": target,
+            "prune": prune,
+            "evaluate": evaluate,
+            "gate": gate,
+            "seed": seed,
+            "registered_model": registered_model,
+        },
+        inputs={"model": model, "fallback": fallback},
+        outputs={"accepted": accepted, "metrics": metrics},
+    )

@@ -20,4 +20,17 @@ def export(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "iterations": iterations,
+            "export": export,
+            "calibration": calibration,
+            "evaluate": evaluate,
+            "gate": gate,
+            "seed": seed,
+        },
+        inputs={"model": model, "dense": dense},
+        outputs={"out": out, "metrics": metrics},
+    )

@@ -29,4 +29,29 @@ def import_model(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "run_name": run_name,
+            "earlier_runs": earlier_runs,
+            "model": model,
+            "revision": revision,
+            "iterations": iterations,
+            "target": target,
+            "goal": goal,
+            "cuts": cuts,
+            "recovery_tokens": recovery_tokens,
+            "tokens": tokens,
+            "prune": prune,
+            "calibration": calibration,
+            "training": training,
+            "evaluate": evaluate,
+            "gate": gate,
+            "seed": seed,
+            "gated": gated,
+            "exports": exports,
+        },
+        inputs={},
+        outputs={"out": out},
+    )

@@ -18,4 +18,17 @@ def prune(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "iterations": iterations,
+            "target": target,
+            "cuts": cuts,
+            "prune": prune,
+            "calibration": calibration,
+            "seed": seed,
+        },
+        inputs={"model": model},
+        outputs={"out": out},
+    )

@@ -18,4 +18,17 @@ def recover(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "iterations": iterations,
+            "recovery_tokens": recovery_tokens,
+            "tokens": tokens,
+            "recover": recover,
+            "training": training,
+            "seed": seed,
+        },
+        inputs={"model": model},
+        outputs={"out": out},
+    )

@@ -30,4 +30,27 @@ def report(
 ) -> None:
     from ptl.steps import supervisor
 
-    supervisor.run(locals())
+    supervisor.run(
+        step,
+        experiment,
+        {
+            "settings": settings,
+            "model": model,
+            "revision": revision,
+            "target": target,
+            "goal": goal,
+            "recovery_tokens": recovery_tokens,
+            "seed": seed,
+            "cuts": cuts,
+            "tokens": tokens,
+            "prune": prune,
+            "calibration": calibration,
+            "recover": recover,
+            "training": training,
+            "evaluate": evaluate,
+            "gate": gate,
+            "registered_model": registered_model,
+        },
+        inputs={"final": final, "control": control},
+        outputs={"html": html, "markdown": markdown},
+    )

@@ -177,7 +177,7 @@ def _final_uri(records: Records, arm: str) -> str | None:
     """The checkpoint that the last evaluation of an arm passed on; None before the first."""
     uris = {}  # by iteration
     for record in records.values():
-        metadata = record["metadata"]
+        metadata = record.metadata
         # Only evaluations have accepted anything.
         if "accepted" in metadata and metadata["arm"] == arm:
             uris[metadata["iteration"]] = metadata["accepted"]["uri"]

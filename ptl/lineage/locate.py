@@ -131,8 +131,7 @@ def evaluation(reference: str, cache: Path) -> Path:
             field="compare",
             remedy=f"it has {existing}",
         )
-    pointer = store.Pointer(**record["pointer"])
-    return store.fetch(pointer, cache)
+    return store.fetch(record.pointer, cache)
 
 
 def result(reference: str) -> Result:
@@ -198,13 +197,13 @@ def _of_step(run: PipelineRun, step: str) -> Checkpoint:
             remedy=f"it has {existing}",
         )
     # Its pointer names scores and items.
-    if record["metadata"]["stage"] == "evaluate":
+    if record.metadata["stage"] == "evaluate":
         raise InputError(
             f"{step} is an evaluation, which `ptl compare` reads",
             field="step",
             remedy="name a step that makes a model",
         )
-    pointer = store.Pointer(**record["pointer"])
+    pointer = record.pointer
     card = _card(run, pointer.digest)
     return Checkpoint(pointer, f"{step} of run {run.id}", card)
 

@@ -163,7 +163,7 @@ def _committed_meanwhile(experiment: ExperimentInventory, stored: StoredFiles) -
     if folder == f"{experiment.root}/{stored.run}":
         record_name = name.rpartition("-")[0]
     record = store.committed(experiment.root, stored.run, record_name)
-    return record is not None and record["pointer"]["uri"] in stored.uris
+    return record is not None and record.pointer.uri in stored.uris
 
 
 def check_runs(names: list[str], experiments: list[ExperimentInventory]) -> None:

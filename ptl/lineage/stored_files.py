@@ -110,12 +110,12 @@ def _owners(records: dict[str, Records], models: list[LoggedModel]) -> dict[str,
     committed_ids = set()
     for run, steps in records.items():
         for step, record in steps.items():
-            pointer = record["pointer"]
-            committed_ids.add(pointer["model_id"])
-            stage = record["metadata"]["stage"]
+            pointer = record.pointer
+            committed_ids.add(pointer.model_id)
+            stage = record.metadata["stage"]
             # Evaluations and the report pass on what others have made.
             if stage in KINDS:
-                owners[pointer["uri"]].append(_Owner(run, step, KINDS[stage]))
+                owners[pointer.uri].append(_Owner(run, step, KINDS[stage]))
     for model in models:
         uri = model.artifact_location
         run = model.tags["ptl.run"]

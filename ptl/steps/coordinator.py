@@ -11,14 +11,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from ptl import processes
 from ptl.errors import InputError, WorkError
 from ptl.lineage import tracking
 from ptl.log import say
-from ptl.recovery.machines import NODE_RANK, NODES
-from ptl.steps import attempts, trainjob
+from ptl.steps import trainjob
 from ptl.steps.call import Call
 from ptl.steps.kubernetes_api import Cluster, NoAnswerError
 from ptl.steps.trainjob import CONTAINER, INDEX, OF_JOB_SET, Json, NodeFailure
@@ -29,18 +28,12 @@ DELETION = 600  # seconds within which an earlier TrainJob must be gone
 WITHOUT_PODS = 60  # seconds after which their lack has another reason than a queue
 
 
-def is_coordinator(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this pod only coordinates: its step asks for several nodes, on a cluster, and it is none of them."""
-    several = int(environment.get(NODES, "1")) > 1
-    return several and attempts.on_a_cluster() and NODE_RANK not in environment
-
-
 def train(call: Call, begin: Callable[[], None]) -> None:
     """Have the nodes do the step. Raises InputError or WorkError with the failing node's own error.
 
     `begin` counts an attempt; following the TrainJob of an earlier one is none.
     """
-    step = call.step.name
+    step = call.step
     cluster = Cluster()
     run = tracking.pipeline_run()
     name = trainjob.name_of(run, step)
@@ -63,7 +56,7 @@ def train(call: Call, begin: Callable[[], None]) -> None:
 
 def _for_nodes(call: Call) -> Json:
     """The step's call, with what its inputs' files hold."""
-    settings = {"step": call.step.name, "experiment": call.step.experiment, **call.settings}
+    settings = {"step": call.step, "experiment": call.experiment, **call.settings}
     return {"settings": settings, "inputs": {name: pointer.dump() for name, pointer in call.inputs.items()}}
 
 

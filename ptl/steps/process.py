@@ -47,24 +47,24 @@ def reason(error: Exception) -> str:
 def work(call: dict[str, Any]) -> dict[str, Any]:
     """Read the inputs and do the step; the metadata of its outputs."""
     from ptl.steps import table
-    from ptl.steps.call import Call, Output, Step
-    from ptl.steps.machine import scratch
+    from ptl.steps.call import Call, Output
+    from ptl.steps.step import scratch
     from ptl.storage.store import Pointer
 
     settings = dict(call["settings"])
-    # These two name the step; the other parameters are its settings.
-    step = Step(settings.pop("step"), settings.pop("experiment"))
-    # Of an artifact only the file is read: it holds the pointer.
-    inputs = {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()}
-    outputs = {name: Output(Path(file)) for name, file in call["outputs"].items()}
+    # These two name the step; the other parameters are its settings. Of an artifact only the file is read: it holds the
+    # pointer.
+    step = Call(
+        settings.pop("step"),
+        settings.pop("experiment"),
+        settings,
+        {name: Pointer.load(Path(file).read_text()) for name, file in call["inputs"].items()},
+        {name: Output(Path(file)) for name, file in call["outputs"].items()},
+    )
     # A step of an earlier command ends with it; one that does not must not write into the same folder.
-    with processes.exclusive(
-        scratch(f"{step.name}.lock"),
-        f"step {step.name}",
-        wait=WAIT,
-    ):
-        table.STEPS[step.stage](Call(step, settings, inputs, outputs))
-    return {name: output.metadata for name, output in outputs.items()}
+    with processes.exclusive(scratch(f"{step.step}.lock"), f"step {step.step}", wait=WAIT):
+        table.STEPS[step.stage](step)
+    return {name: output.metadata for name, output in step.outputs.items()}
 
 
 def _write_failure(path: Path, failure: Failure) -> None:

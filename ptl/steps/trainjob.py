@@ -28,6 +28,7 @@ OF_MLFLOW = "MLFLOW_"  # how the variables begin that Kubeflow's MLflow plugin s
 RUN_LABEL = "ptl/run"  # of a TrainJob
 TERMINATION_LOG = "/dev/termination-log"
 LONGEST_MESSAGE = 4096  # bytes that Kubernetes keeps of a container's last words
+STARTING = ("ContainerCreating", "PodInitializing")  # reasons of every container that waits for its turn
 HEAD = 300  # characters of an error that is too long
 
 
@@ -119,21 +120,27 @@ def _node(labels: dict[str, str]) -> int:
     return int(labels.get(INDEX, 0))
 
 
+def waiting(status: Json) -> tuple[str, str, str] | None:
+    """Why a pod does not start, by its status: Kubernetes' own word, its message, and the container that they are of.
+
+    None while it goes through what every pod does.
+    """
+    for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+        reason = container.get("state", {}).get("waiting", {})
+        if reason.get("reason", STARTING[0]) not in STARTING:
+            return reason["reason"], reason.get("message", ""), container["name"]
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("reason", ""), condition.get("message", ""), ""
+    return None
+
+
 def obstacle(pods: Iterable[Json]) -> str:
     """Why a node does not start, as Kubernetes says it; empty where it says nothing."""
     for pod in pods:
-        status = pod.get("status", {})
-        waiting = _container(status).get("state", {}).get("waiting", {})
-        unscheduled = [
-            condition
-            for condition in status.get("conditions", [])
-            if condition["type"] == "PodScheduled" and condition["status"] == "False"
-        ]
-        for reason in [waiting, *unscheduled]:
-            # what every pod goes through
-            if reason.get("reason") and reason["reason"] not in ("ContainerCreating", "PodInitializing"):
-                node = _node(pod["metadata"]["labels"])
-                return f"node {node}: {reason['reason']}: {reason.get('message', '')}".rstrip(": ")
+        reason = waiting(pod.get("status", {}))
+        if reason and reason[0]:
+            return f"node {_node(pod['metadata']['labels'])}: {reason[0]}: {reason[1]}".rstrip(": ")
     return ""
 
 
