@@ -185,7 +185,6 @@ def _register(step: Step, loop: LoopSettings, scores: Metadata) -> Pointer:
         "step": call.step,
         "arm": call.arm,
         "criterion": loop.prune.criterion,
-        "digest_of_parent": candidate.parent_digest,
         **score_tags(scores, candidate),
     }
     version = registry.register(step.run, loop.registered_model, candidate, tags)
