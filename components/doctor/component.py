@@ -14,9 +14,7 @@ def doctor(
     supervisor.run(
         step,
         experiment,
-        {
-            "settings": settings,
-        },
-        inputs={},
-        outputs={},
+        {},
+        {},
+        settings=settings,
     )

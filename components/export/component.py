@@ -23,14 +23,12 @@ def export(
     supervisor.run(
         step,
         experiment,
-        {
-            "iterations": iterations,
-            "export": export,
-            "calibration": calibration,
-            "evaluate": evaluate,
-            "gate": gate,
-            "seed": seed,
-        },
-        inputs={"model": model, "dense": dense},
-        outputs={"out": out, "metrics": metrics},
+        {"model": model, "dense": dense},
+        {"out": out, "metrics": metrics},
+        iterations=iterations,
+        export=export,
+        calibration=calibration,
+        evaluate=evaluate,
+        gate=gate,
+        seed=seed,
     )

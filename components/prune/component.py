@@ -21,14 +21,12 @@ def prune(
     supervisor.run(
         step,
         experiment,
-        {
-            "iterations": iterations,
-            "target": target,
-            "cuts": cuts,
-            "prune": prune,
-            "calibration": calibration,
-            "seed": seed,
-        },
-        inputs={"model": model},
-        outputs={"out": out},
+        {"model": model},
+        {"out": out},
+        iterations=iterations,
+        target=target,
+        cuts=cuts,
+        prune=prune,
+        calibration=calibration,
+        seed=seed,
     )

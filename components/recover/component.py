@@ -21,14 +21,12 @@ def recover(
     supervisor.run(
         step,
         experiment,
-        {
-            "iterations": iterations,
-            "recovery_tokens": recovery_tokens,
-            "tokens": tokens,
-            "recover": recover,
-            "training": training,
-            "seed": seed,
-        },
-        inputs={"model": model},
-        outputs={"out": out},
+        {"model": model},
+        {"out": out},
+        iterations=iterations,
+        recovery_tokens=recovery_tokens,
+        tokens=tokens,
+        recover=recover,
+        training=training,
+        seed=seed,
     )

@@ -219,12 +219,12 @@ def _gate_decision(step: Step, loop: LoopSettings) -> gate.Decision:
 
 def _references(step: Step, fallback: Pointer) -> tuple[Record, Record]:
     """The records of the evaluations to compare with: that of the dense model, and that of the candidate's parent."""
-    run = step.run
-    names = [f"evaluate-{iteration}" for iteration in range(step.call.iteration)]
-    records = [record for name in names if (record := store.committed(run.root, run.run, name))]
+    records = [step.find(f"evaluate-{iteration}") for iteration in range(step.call.iteration)]
+    # One that passed its input through has none.
+    existing = [record for record in records if record]
     # The first iteration's parent is the dense model itself.
-    parent = next(record for record in records if record.metadata["checkpoint"]["digest"] == fallback.digest)
-    return records[0], parent
+    parent = next(record for record in existing if record.metadata["checkpoint"]["digest"] == fallback.digest)
+    return existing[0], parent
 
 
 def _compare(step: Step, reference: Record, settings: Gate) -> paired.Paired:
@@ -271,7 +271,7 @@ def speed_beside_dense(step: Step, final: Pointer, settings: Evaluate) -> Metada
 
     # Speed is no reason to fail: the scores are there, and the report says why it is not.
     run = step.run
-    dense = store.committed(run.root, run.run, "import-model")
+    dense = step.find("import-model")
     if dense is None:
         return {"reason": "the record of import-model is missing"}
     if not settings.speed.repeats:

@@ -13,7 +13,6 @@ from ptl.log import say
 from ptl.steps.call import Call, Metadata
 from ptl.steps.reporting import accuracy
 from ptl.steps.step import Step, limit_threads
-from ptl.storage import store
 from ptl.storage.store import Pointer, Record
 
 Items = list[Metadata]  # of an evaluation
@@ -82,7 +81,7 @@ def _exported(
 def _evaluation(step: Step, checkpoint: Pointer) -> Record:
     """The record of the loop's evaluation that scored a checkpoint."""
     for iteration in range(step.call.settings["iterations"] + 1):
-        record = store.committed(step.run.root, step.run.run, f"evaluate-{iteration}")
+        record = step.find(f"evaluate-{iteration}")
         if record and record.metadata["checkpoint"]["digest"] == checkpoint.digest:
             return record
     raise WorkError(

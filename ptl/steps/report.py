@@ -75,7 +75,7 @@ def _records(step: Step, config: Config) -> dict[str, Record]:
     for node in dag.nodes(config):
         if dag.stage_of(node.name) in ("doctor", "report"):
             continue
-        record = store.committed(step.run.root, step.run.run, node.name)
+        record = step.find(node.name)
         # Of a step that passed its input through, or of a control that failed, there is none.
         if record is None:
             continue

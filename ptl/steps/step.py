@@ -12,6 +12,7 @@ step that is repeated, on the same machine or another, does no finished work aga
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -26,7 +27,7 @@ from pydantic_core import to_jsonable_python
 
 from ptl import __version__
 from ptl.config.flat_settings import flat_settings
-from ptl.errors import InputError, WorkError
+from ptl.errors import InputError, PtlError, WorkError
 from ptl.lineage import tracking
 from ptl.lineage.run_status import StepRun
 from ptl.log import say
@@ -93,7 +94,7 @@ class Step:
         self._settings = self._settings | {name: self.committed(name).pointer.digest for name in self._reads}
         self.key = key_of(self.parent.digest if self.parent else "", self._settings)
         # Another command, an earlier pod or a retry may have finished the step.
-        self.record = store.committed(run.root, run.run, run.step, self.key.digest) or self._verified()
+        self.record = self.find(run.step, self.key.digest) or self._verified()
         if self.record is not None:
             say(run.step, "done before: taken as it is")
             # It may have been killed between the record and MLflow.
@@ -122,7 +123,8 @@ class Step:
             # On a cluster a finished step is not started again, and a pointer that was made by hand names no step.
             if attempts.on_a_cluster() or not pointer.step:
                 raise
-            store.mark_damaged(self.run.root, self.run.run, pointer)
+            with contextlib.suppress(PtlError):  # where the store does not answer, the error is that
+                store.mark_damaged(self.run.root, self.run.run, pointer)
             again = f"run the same command again: it checks step {pointer.step}, and repeats it if need be"
             remedy = f"{error.remedy}; or {again}" if error.remedy else again
             raise WorkError(error.problem, field=error.field, remedy=remedy) from error
@@ -133,9 +135,13 @@ class Step:
 
         return read_items(self.fetch(record.pointer))
 
+    def find(self, step: str, key: str | None = None) -> Record | None:
+        """The record of a step of this run, with `key` only one that has it; None where it has none."""
+        return store.committed(self.run.root, self.run.run, step, key)
+
     def committed(self, step: str) -> Record:
         """The record of an earlier step of this run. Raises WorkError where it is gone."""
-        record = store.committed(self.run.root, self.run.run, step)
+        record = self.find(step)
         if record is None:
             raise WorkError(
                 f"the record of {step} is gone, and this step needs what it made",
@@ -193,12 +199,11 @@ class Step:
 
     def take_result_of_nodes(self) -> None:
         """The record that other machines have committed. Raises InputError without one: it would be the same again."""
-        run = self.run
-        self.record = store.committed(run.root, run.run, run.step, self.key.digest)
+        self.record = self.find(self.run.step, self.key.digest)
         if self.record is None:
             raise InputError(
                 "its nodes have ended without a result in the store",
-                field=run.step,
+                field=self.run.step,
                 remedy="compare PTL_ARTIFACT_ROOT and the version of their image with this step's",
             )
         self._report()
