@@ -124,12 +124,12 @@ def schedule_settings(settings: Metadata) -> Metadata:
     return fields | {"target": goal} if goal else fields
 
 
-def iterations_until(call: Call, prune: Prune) -> list[Iteration]:
-    """The plan of a run, from its first iteration to that of the step. Raises InputError for one outside of it."""
-    iterations = plan(schedule_of(call), prune)
-    if not 1 <= call.iteration <= len(iterations):
+def iterations_until(iteration: int, schedule: Schedule, prune: Prune) -> list[Iteration]:
+    """The plan of a run, from its first iteration to this one. Raises InputError for one outside of it."""
+    iterations = plan(schedule, prune)
+    if not 1 <= iteration <= len(iterations):
         raise InputError(
-            f"{call.iteration} is outside 1..{len(iterations)}, the iterations of this schedule",
+            f"{iteration} is outside 1..{len(iterations)}, the iterations of this schedule",
             field="iteration",
         )
-    return iterations[: call.iteration]
+    return iterations[:iteration]

@@ -19,10 +19,11 @@ def prune(call: Call) -> None:
     pruning = call.section(Prune, "prune")
     calibration = call.section(Calibration, "calibration")
     seed = call.settings["seed"]
-    iteration = iterations_until(call, pruning)[-1]
+    schedule = schedule_of(call)
+    iteration = iterations_until(call.iteration, schedule, pruning)[-1]
 
     # Parameters to end with: as planned, but a rejection may have halved the step.
-    removed_at_end = removal(model.original_params, schedule_of(call).target)
+    removed_at_end = removal(model.original_params, schedule.target)
     planned_goal = model.original_params - int(iteration.progress * removed_at_end)
     goal = gate.goal(model.params, planned_goal, model.gate)
 

@@ -30,8 +30,9 @@ def recover(call: Call) -> None:
     """Train the pruned model on this iteration's tokens."""
     if call.stopped:
         return call.pass_through()
-    iterations = iterations_until(call, Prune())  # what is pruned does not matter for the tokens
-    weights = token_weights(schedule_of(call))
+    schedule = schedule_of(call)
+    iterations = iterations_until(call.iteration, schedule, Prune())  # what is pruned does not matter for the tokens
+    weights = token_weights(schedule)
     recovery = check(Recovery, {"stages": call.settings["recover"]}, "recover")
     data = call.section(TrainingData, "training")
     iteration = iterations[-1]

@@ -127,8 +127,8 @@ def test_each_step_knows_its_share_of_the_schedule(stage):
         "recover": ("iterations", "recovery_tokens", "tokens"),
     }[stage]
     knows = Call(f"{stage}-2", "e", {name: SCHEDULE[name] for name in given})
-    part = call.iterations_until(knows, TINY.prune)[-1]
-    whole = call.iterations_until(Call("prune-2", "e", SCHEDULE), TINY.prune)[-1]
+    part = call.iterations_until(2, call.schedule_of(knows), TINY.prune)[-1]
+    whole = call.iterations_until(2, call.schedule_of(Call("prune-2", "e", SCHEDULE)), TINY.prune)[-1]
     for field in {"prune": ("cut", "progress", "unit"), "recover": ("tokens", "tokens_before", "last")}[stage]:
         assert getattr(part, field) == getattr(whole, field)
 
