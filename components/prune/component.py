@@ -16,17 +16,8 @@ def prune(
     model: Input[Model],
     out: Output[Model],
 ) -> None:
-    from ptl.steps import supervisor
+    from ptl.steps.supervisor import run
 
-    supervisor.run(
-        step,
-        experiment,
-        {"model": model},
-        {"out": out},
-        iterations=iterations,
-        target=target,
-        cuts=cuts,
-        prune=prune,
-        calibration=calibration,
-        seed=seed,
-    )
+    values = {"iterations": iterations, "target": target, "cuts": cuts, "seed": seed}
+    values |= {"prune": prune, "calibration": calibration}
+    run(step, experiment, values, {"model": model}, {"out": out})
