@@ -225,7 +225,7 @@ def _pointer(run: PipelineRun, step: str, *, evaluation: bool) -> store.Pointer:
             field="step",
             remedy=f"it has {run.finished(evaluations=evaluation)}",
         )
-    return store.pointer_of(record["pointer"])
+    return record.pointer
 
 
 def _final(result: Result, arm: str, run: str, card: bytes | None) -> Checkpoint:

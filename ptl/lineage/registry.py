@@ -9,12 +9,10 @@ from ptl.lineage.mlflow_client import if_there, ignoring
 from ptl.lineage.mlflow_objects import existing_models
 from ptl.lineage.mlflow_values import ptl_keys
 from ptl.lineage.run_status import StepRun
-from ptl.storage.store import Pointer, digest
+from ptl.storage.store import Pointer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-DESCRIPTION = "description_digest"  # tag with the digest of the description that we wrote
 
 
 def register(
@@ -58,32 +56,6 @@ def register(
             for duplicate in numbers[1:]:
                 if_there(client.delete_model_version, registered_model, duplicate)
         return numbers[0]
-
-
-def describe(
-    registered_model: str,
-    version: str,
-    model_id: str,
-    text: str,
-    tags: dict[str, Any],
-) -> None:
-    """Give the version of a LoggedModel a description, unless a person wrote or extended it, and tags `ptl.<name>`.
-
-    A repeated step may have other scores, so a description is replaced, but only one that is as we wrote it: a tag has
-    its digest. A registry that was lost may have another version under that number, or none: nothing is changed then.
-    """
-    with mlflow_client.connected() as client:
-        existing = if_there(client.get_model_version, registered_model, version)
-        if existing is None or existing.tags.get("ptl.model_id") != model_id:
-            return
-        before = existing.description or ""
-        if before in ("", text) or digest(before) == existing.tags.get(f"ptl.{DESCRIPTION}"):
-            if before != text:
-                client.update_model_version(registered_model, version, text)
-            tags = tags | {DESCRIPTION: digest(text)}
-        for key, value in ptl_keys(tags).items():
-            if existing.tags.get(key) != value:
-                client.set_model_version_tag(registered_model, version, key, value)
 
 
 def set_alias(registered_model: str, alias: str, version: str) -> None:

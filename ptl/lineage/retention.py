@@ -11,7 +11,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,16 +178,16 @@ def _needed(root: str, run: str, run_folders: dict[str, _Folder], given_up: bool
         if record is not None:
             records.append(record)
     # The report's record is written when all that it needs is there. A status in MLflow can be set by anybody.
-    if "report" not in [record["metadata"].get("stage") for record in records]:
+    if "report" not in [record.metadata.get("stage") for record in records]:
         return {} if given_up else {"": "its run is not finished and can be resumed; --run lets it go"}
     needed: dict[str, str] = {}
     for record in records:
-        stage = record["metadata"].get("stage")
+        stage = str(record.metadata.get("stage"))
         reason = {"report": "final checkpoint of its run", "export": "an export of its run"}.get(stage)
         if reason:
-            needed |= _by_either_name(record["pointer"], reason)
+            needed |= _by_either_name(asdict(record.pointer), reason)
     for arm, reason in (("loop", "final checkpoint of its run"), ("control", "the control of its run")):
-        evaluations = [record["metadata"] for record in records if "accepted" in record["metadata"]]
+        evaluations = [record.metadata for record in records if "accepted" in record.metadata]
         of_arm = [metadata for metadata in evaluations if metadata["arm"] == arm]
         # What the last of them passed on.
         if of_arm:

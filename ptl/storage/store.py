@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -22,7 +22,6 @@ from ptl.storage.manifest import FILES, Files, Progress, digest_of, dump_files, 
 FORMAT = 3  # of a record
 WITHDRAWN = b"{}"  # in place of a record
 T = TypeVar("T")
-Record = dict[str, Any]  # of a step: what it depended on (`key`), its `pointer` and more
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -62,6 +61,19 @@ class Pointer:
                 field=".".join(["pointer", *map(str, first["loc"])]),
                 remedy="give the artifact of an earlier step, of this version of ptl",
             ) from error
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step has committed: nothing else says that it is done."""
+
+    key: str  # digest of all that the result depends on
+    pointer: Pointer  # to the files
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON: the report of the step's work
+    step: str = ""  # that committed it
+    version: str = ""  # of ptl
+    files: dict[str, str] = field(default_factory=dict)  # local file -> what changes with its content
+    damaged: bool = False  # a later step could not fetch the files: it counts as not committed until they are repaired
 
 
 def pointer_of(mapping: Any) -> Pointer:
@@ -139,21 +151,17 @@ def _listed_files(pointer: Pointer, uri: str, name: str) -> Files:
 def commit(root: str, run: str, step: str, record: Record) -> Record:
     """Write a step's record, unless there is one of the same key: returns the one that stays, ours or an earlier one.
 
-    The record needs `key`, over all that it depends on, and `pointer`. One of another key is replaced.
+    One of another key, or of damaged files, is replaced.
     """
-    # Sealed: a record that a disk or a person has changed is found when it is read.
-    record = {**record, "format": FORMAT, "step": step}
-    sealed = {**record, "sha256": digest(record)}
+    record = replace(record, step=step)
     uri = _manifest(root, run, step)
     # One atomic write decides: of two processes that did the step, both continue with the same record.
-    data = json.dumps(sealed, indent=1).encode()
-    kept = _load_record(_backend(root).put_once(uri, data), uri, step)
-    if kept is not None and kept["key"] == record["key"]:
+    kept = _load_record(_backend(root).put_once(uri, _seal(record)), uri, step)
+    if kept is not None and kept.key == record.key and not kept.damaged:
         return kept
-    # One of another key, or withdrawn. Here two processes may both write: the last one stays, and both return it unless
-    # they write at the same moment.
-    _backend(root).put(uri, data)
-    return committed(root, run, step, record["key"]) or record
+    # Here two processes may both write: the last one stays, and both return it unless they write at the same moment.
+    _backend(root).put(uri, _seal(record))
+    return committed(root, run, step, record.key) or record
 
 
 def withdraw(root: str, run: str, step: str) -> None:
@@ -164,16 +172,33 @@ def withdraw(root: str, run: str, step: str) -> None:
         _backend(root).put(uri, WITHDRAWN)
 
 
+def mark_damaged(root: str, run: str, pointer: Pointer) -> None:
+    """Let the step that made these files count as not done, so that its next attempt verifies or repairs them."""
+    record = _record(root, run, pointer.step)
+    if record is not None and record.pointer.digest == pointer.digest:
+        _backend(root).put(_manifest(root, run, pointer.step), _seal(replace(record, damaged=True)))
+
+
 def committed(root: str, run: str, step: str, key: str | None = None) -> Record | None:
     """The record of a finished step, or None; with `key`, only one that has it."""
+    record = _record(root, run, step)
+    return None if record is None or record.damaged or key not in (None, record.key) else record
+
+
+def damaged(root: str, run: str, step: str, key: str) -> Record | None:
+    """The record of a finished step whose files were found damaged, or None."""
+    record = _record(root, run, step)
+    return record if record is not None and record.damaged and record.key == key else None
+
+
+def _record(root: str, run: str, step: str) -> Record | None:
     uri = _manifest(root, run, step)
 
     def read_record() -> Record | None:
         data = read(uri)
         return None if data is None else _load_record(data, uri, step)
 
-    record = _twice(read_record)
-    return None if record is None or key not in (None, record["key"]) else record
+    return _twice(read_record)
 
 
 def claim(root: str, run: str, name: str, value: str) -> str:
@@ -262,26 +287,31 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def _seal(record: Record) -> bytes:
+    """A record's bytes, with a digest: one that a disk or a person has changed is found when it is read."""
+    fields = {**asdict(record), "format": FORMAT}
+    return json.dumps({**fields, "sha256": digest(fields)}, indent=1).encode()
+
+
 def _load_record(data: bytes, uri: str, step: str) -> Record | None:
     """A record from its bytes, None where it was withdrawn; what cannot be trusted is a WorkError."""
     if data == WITHDRAWN:
         return None
     remedy = f"delete {uri} and run the same command again to redo this step"
     try:
-        record = dict(json.loads(data))
-        if record.pop("sha256") != digest(record):
+        fields = dict(json.loads(data))
+        if fields.pop("sha256") != digest(fields):
             raise WorkError(
                 "digest differs: its bytes are not the ones that were committed",
                 field=uri,
                 remedy=remedy,
             )
         # An intact record may still be one of another version, or copied from another step.
-        if (record["format"], record["step"], type(record["key"])) != (FORMAT, step, str):
+        if (fields.pop("format"), fields["step"], type(fields["key"])) != (FORMAT, step, str):
             raise WorkError(f"not a record of step {step} in format {FORMAT}", field=uri, remedy=remedy)
-        pointer_of(record["pointer"])
+        return Record(**{**fields, "pointer": pointer_of(fields["pointer"])})
     except (ValueError, KeyError, TypeError, InputError) as error:
         raise WorkError(f"damaged ({error})", field=uri, remedy=remedy) from error
-    return record
 
 
 def digest(value: Any) -> str:

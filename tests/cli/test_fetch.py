@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,8 +59,7 @@ def made(monkeypatch, tmp_path, *, root=None, experiment="e", done=True):
         pointer = Pointer(
             location, digest_of(store.publish(folder, location)), params, run_id=started.run_id, model_id=model
         )
-        record = {"key": "k", "pointer": asdict(pointer), "metadata": {"stage": stage}}
-        store.commit(started.root, run, step, record)
+        store.commit(started.root, run, step, store.Record("k", pointer, {"stage": stage}))
         tracking.finish(started, params={}, metrics={}, inputs=[], output=model or None, step=0)
         pointers[step] = pointer
 

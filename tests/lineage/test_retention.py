@@ -19,17 +19,17 @@ from conftest import free_port
 from mlflow import MlflowClient
 from run_records import export
 from typer.testing import CliRunner
+from working import execute
 
 from ptl.cli.app import app
 from ptl.config import dag
 from ptl.errors import InputError, WorkError
 from ptl.lineage import registry, retention, tracking
 from ptl.local import seaweedfs, servers
-from ptl.steps import execution
-from ptl.steps.call import Step
+from ptl.steps.call import Call
 from ptl.storage import s3, s3_client, store, training_checkpoints
 from ptl.storage.manifest import digest_of
-from ptl.storage.store import Pointer
+from ptl.storage.store import Pointer, Record
 from ptl.storage.training_files import COMPLETE
 from ptl.units import size
 
@@ -80,7 +80,7 @@ class Loop:
         """Publish and commit the checkpoint of a step."""
         self.use()
         number = 0 if "control" in name else dag.iteration_of(name)
-        before = Pointer(**parent["pointer"]) if parent else None
+        before = parent.pointer if parent else None
 
         def work(src, dst, run):
             if before and not metadata:
@@ -89,11 +89,11 @@ class Loop:
                 (dst / path).write_bytes(os.urandom(count))
             return metadata(run) if metadata else {"params": 100 - number, "tokens": 1, "steps": 1}
 
-        return execution.execute(Step(name, self.experiment), before, {}, work)
+        return execute(Call(name, self.experiment), before, {}, work)
 
     def evaluate(self, name, candidate, fallback, accepted):
         """Scores are made up; a checkpoint that is accepted gets a version in the registry."""
-        mine, other = Pointer(**candidate["pointer"]), Pointer(**fallback["pointer"])
+        mine, other = candidate.pointer, fallback.pointer
 
         def metadata(run):
             if accepted and mine.params < 100:
@@ -131,8 +131,7 @@ class Loop:
         self.use()
         report = tracking.start(self.experiment, "report", arm="loop", iteration=0)
         if final:
-            record = {"key": "report", "pointer": final["pointer"], "metadata": {"stage": "report"}}
-            store.commit(report.root, self.run, "report", record)
+            store.commit(report.root, self.run, "report", Record("report", final.pointer, {"stage": "report"}))
         tracking.finish(report, params={}, metrics={}, inputs=[], output=None, step=0)
 
     def step_run(self, name):
@@ -171,7 +170,7 @@ def collect(experiment, **rules):
 
 def fetchable(record, tmp_path):
     try:
-        return store.fetch(Pointer(**record["pointer"]), tmp_path / uuid.uuid4().hex).is_dir()
+        return store.fetch(record.pointer, tmp_path / uuid.uuid4().hex).is_dir()
     except WorkError as error:
         assert "is gone" in str(error) and "it was deleted" in str(error)
         return False
@@ -203,7 +202,7 @@ def test_finished_run(experiment, loop, tmp_path):
     assert collect(experiment) == 0 and going(experiment) == []
     assert listing(root) == before  # records are all there
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    tags = {step: client.get_logged_model(record["pointer"]["model_id"]).tags for step, record in steps.items()}
+    tags = {step: client.get_logged_model(record.pointer.model_id).tags for step, record in steps.items()}
     assert sorted(step for step in tags if retention.DELETED in tags[step]) == INTERMEDIATE
     scored = store.committed(root, run.run, "evaluate-2")
     assert fetchable(scored, tmp_path)  # scores and items stay
@@ -233,7 +232,9 @@ def test_young_files_are_kept(experiment, loop):
 DIES = """
 import os
 from pathlib import Path
-from ptl.steps import call, execution
+from working import execute
+
+from ptl.steps.call import Call
 from ptl.storage import store
 
 def publish(folder, location, publish=store.publish):
@@ -245,7 +246,7 @@ def work(src, dst, run):
     return {"params": 99, "tokens": 1, "steps": 1}
 
 store.publish = publish
-execution.execute(call.Step("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
+execute(Call("recover-1", os.environ["EXPERIMENT"]), None, {}, work)
 """
 
 
@@ -255,7 +256,8 @@ def test_attempts_that_died_and_a_run_that_goes_on(experiment, loop, tmp_path):
     dense = run.work("import-model")
     run.evaluate("evaluate-0", dense, dense, True)
     cut = run.work("prune-1", dense)
-    environment = {**os.environ, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
+    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, **here, "EXPERIMENT": experiment, "PTL_SCRATCH": str(tmp_path / "lost")}
     died = subprocess.run(
         [sys.executable, "-c", DIES], env=environment, capture_output=True, cwd=Path(__file__).parents[2]
     )
@@ -347,7 +349,7 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
     (Path(held.location.removeprefix("file://")) / "models/linked").symlink_to(tmp_path)
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/mine").write_text("x")
-    victims = final["pointer"]["uri"]
+    victims = final.pointer.uri
     attacks = [
         f"file://{secrets}",
         str(secrets),
@@ -363,10 +365,10 @@ def test_a_forged_record_deletes_nothing_of_others(experiment, loop, tmp_path):
         victims,
     ]
     for number, uri in enumerate(attacks):
-        pointer = asdict(Pointer(uri, "sha256:" + "0" * 64))
+        pointer = Pointer(uri, "sha256:" + "0" * 64)
         metadata = {"stage": "prune", "iteration": number}
         step = forger.step_run("evaluate-1")
-        store.commit(step.root, forger.run, f"prune-{number}", {"key": "k", "pointer": pointer, "metadata": metadata})
+        store.commit(step.root, forger.run, f"prune-{number}", Record("k", pointer, metadata))
     forger.evaluate("evaluate-1", forger.work("import-model"), final, True)
     forger.end(final)
     # Whoever writes to MLflow may name such folders as models too.
@@ -411,7 +413,7 @@ def test_only_plain_folders_below_the_root_are_deleted(place, tmp_path):
     ):
         with pytest.raises(WorkError, match="is not a plain folder below"):
             store.delete(uri, below=place.root)
-    assert fetchable({"pointer": asdict(pointer)}, tmp_path) and (folder / "config.json").is_file()
+    assert fetchable(Record("k", pointer), tmp_path) and (folder / "config.json").is_file()
     store.delete(location, below=place.root)
     assert listing(place.root) == []
 

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -177,8 +176,8 @@ def test_store_without_conditional_writes(s3, server, folder, monkeypatch):
 
     with fake_faults(monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], fault) as seen:
         pointer = publish(folder, s3.root)
-        first = store.commit(s3.root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
-        assert store.commit(s3.root, "run1", "prune-1", {"key": "k", "other": 1, "pointer": asdict(pointer)}) == first
+        first = store.commit(s3.root, "run1", "prune-1", store.Record("k", pointer))
+        assert store.commit(s3.root, "run1", "prune-1", store.Record("k", pointer, {"other": 1})) == first
     assert store.committed(s3.root, "run1", "prune-1") == first
     assert "PUT" in seen
 
@@ -263,7 +262,7 @@ def test_a_server_that_is_gone_is_not_waited_for_twice(s3, server, folder, monke
 def test_a_byte_that_flips_in_a_list_or_a_record_is_read_again(s3, server, folder, monkeypatch, tmp_path):
     (folder / "model.safetensors").unlink()
     pointer = publish(folder, s3.root)
-    record = store.commit(s3.root, "run1", "prune-1", {"key": "k", "pointer": asdict(pointer)})
+    record = store.commit(s3.root, "run1", "prune-1", store.Record("k", pointer))
     with fake_faults(
         monkeypatch, server["MLFLOW_S3_ENDPOINT_URL"], lambda method, headers, count: flipped if count % 2 else None
     ):
